@@ -1,0 +1,180 @@
+"""Every error that the library raises.
+
+All of them derive from :class:`LazyclusterError`. An error carries its evidence as attributes (host, reason, command,
+output, ...), and its message ends with the next step where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "AgentError",
+    "ConnectionLostError",
+    "GroupTaskError",
+    "InvalidRuntimeError",
+    "LazyclusterError",
+    "NoPortsLeftError",
+    "NoRuntimesDetectedError",
+    "NoRuntimesError",
+    "PathCreationError",
+    "PortInUseError",
+    "TaskExecutionError",
+    "TunnelError",
+]
+
+
+class LazyclusterError(Exception):
+    """Base class of all errors of the library."""
+
+
+class InvalidRuntimeError(LazyclusterError):
+    """A host cannot be used as a runtime.
+
+    Attributes:
+        host: The host as the user named it.
+        reason: What kind of failure it is, for programs: one of ``dns``, ``refused``, ``unreachable``, ``timeout``,
+            ``host_key``, ``auth``, ``config``, ``ssh`` (no usable ssh client), ``python``, ``shell``, ``protocol``,
+            ``lost``, ``setup``, ``working_dir``.
+        detail: What was seen, e.g. the last lines that ssh printed.
+        hint: The next step.
+    """
+
+    def __init__(self, host: str, reason: str = "unknown", detail: str = "", hint: str = "") -> None:
+        self.host = host
+        self.reason = reason
+        self.detail = detail.strip()
+        self.hint = hint
+        message = f"{host}: not usable as a runtime ({reason})"
+        if self.detail:
+            message += f": {self.detail}"
+        if hint:
+            message += f"\n  Next step: {hint}"
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.reason, self.detail, self.hint)
+
+
+class ConnectionLostError(LazyclusterError):
+    """The connection to a host ended while something still depended on it."""
+
+    def __init__(self, host: str, detail: str = "") -> None:
+        self.host = host
+        self.detail = detail
+        super().__init__(f"{host}: the connection was lost" + (f": {detail}" if detail else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.detail)
+
+
+class AgentError(LazyclusterError):
+    """The agent on a host answered a request with an error.
+
+    Attributes:
+        host: The host.
+        kind: The kind of error, e.g. ``os``, ``value``, ``python``, ``mismatch``.
+        message: What the agent said.
+        evidence: Whatever else it sent along.
+    """
+
+    def __init__(self, host: str, kind: str, message: str, evidence: Mapping[str, Any] | None = None) -> None:
+        self.host = host
+        self.kind = kind
+        self.message = message
+        self.evidence = dict(evidence or {})
+        super().__init__(f"{host}: {message}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.kind, self.message, self.evidence)
+
+
+class TaskExecutionError(LazyclusterError):
+    """A step of a task failed on a host.
+
+    For a function, ``__cause__`` is the exception that it raised there, and the message holds its traceback.
+
+    Attributes:
+        host: The host.
+        task: The name of the task.
+        step: The index of the step, from 0.
+        what: The command line, the function's name or the file of the step.
+        exit_status: The exit status of a command or a function's process; negative: the signal that ended it; else None.
+        output: The end of what the step printed.
+        log_file: The file with all that it printed, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        host: str = "",
+        task: str = "",
+        step: int | None = None,
+        what: str = "",
+        exit_status: int | None = None,
+        output: str = "",
+        log_file: str | None = None,
+    ) -> None:
+        self.message = message
+        self.host = host
+        self.task = task
+        self.step = step
+        self.what = what
+        self.exit_status = exit_status
+        self.output = output
+        self.log_file = log_file
+        super().__init__(message)
+
+
+class GroupTaskError(TaskExecutionError):
+    """Several tasks of a group failed.
+
+    Attributes:
+        errors: One error per failed task.
+    """
+
+    def __init__(self, errors: Sequence[BaseException]) -> None:
+        self.errors = list(errors)
+        hosts = ", ".join(str(getattr(error, "host", "?")) for error in self.errors)
+        text = "\n\n".join(str(error) for error in self.errors)
+        super().__init__(f"{len(self.errors)} tasks failed, on {hosts}:\n\n{text}", host=hosts)
+
+
+class NoRuntimesDetectedError(LazyclusterError):
+    """The ssh configuration holds no host that can be used as a runtime."""
+
+
+class NoRuntimesError(LazyclusterError):
+    """No runtime is left, e.g. after filtering."""
+
+
+class TunnelError(LazyclusterError):
+    """A port could not be forwarded, for another reason than a port in use."""
+
+
+class PortInUseError(LazyclusterError):
+    """A port that was asked for is taken.
+
+    Attributes:
+        port: The port.
+        host: Where it is taken; ``localhost`` means the manager.
+    """
+
+    def __init__(self, port: int, host: str = "localhost", detail: str = "") -> None:
+        self.port = port
+        self.host = host
+        self.detail = detail
+        super().__init__(f"port {port} is already in use on {host}" + (f": {detail}" if detail else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.port, self.host, self.detail)
+
+
+class NoPortsLeftError(LazyclusterError):
+    """None of the ports that may be used is free."""
+
+
+class PathCreationError(LazyclusterError):
+    """A directory or file could not be created on a host."""

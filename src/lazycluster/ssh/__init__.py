@@ -1,0 +1,1 @@
+"""What runs on the manager and concerns the connection to one host."""
