@@ -1,0 +1,330 @@
+"""How to reach one host: the settings of a connection, and the ``ssh`` command line that they become.
+
+The user's own ssh configuration stays in charge of everything about reaching and authenticating a host. What is
+overridden here is only what would keep a program from using the connection: other sessions, terminals, forwardings,
+prompts, and output that is not an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lazycluster.exceptions import InvalidRuntimeError
+
+from .destination import Destination, check_user, parse_destination
+from .options import check_options
+
+__all__ = ["MAX_CONTROL_PATH", "Destination", "Settings", "parse_destination", "ssh_argv", "ssh_version"]
+
+DEFAULT_TIMEOUT = 20.0
+"""Seconds until a host that does not answer is given up."""
+
+MAX_CONTROL_PATH = 80
+"""ssh appends 17 characters to the path while it starts to listen, and a socket's path must stay below 104."""
+
+_OLDEST_SSH = (7, 6)
+_HOST_KEYS = {"strict": "yes", "accept-new": "accept-new"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to reach one host. What is None is left to the user's ssh configuration.
+
+    Attributes:
+        host: The host as the user named it.
+        target: The name that ssh is given: an alias of the configuration, a name or an address.
+        user: The account on the host.
+        port: The port of the host's ssh server.
+        key_filename: Files with private keys. If given, no other key is offered.
+        password: The account's password; never shown.
+        passphrase: What unlocks the private key; never shown.
+        timeout: Seconds until a host that does not answer is given up.
+        config_file: Read instead of ``~/.ssh/config``; ``none`` for no file at all.
+        proxy_jump: Hosts to go through, separated by commas; ``none`` for a direct connection.
+        host_keys: ``strict`` takes known host keys only, ``accept-new`` also those of hosts never seen before.
+        ssh_options: Further options of ``ssh_config``, each as ``Key=Value``.
+    """
+
+    host: str
+    target: str
+    user: str | None = None
+    port: int | None = None
+    key_filename: tuple[str, ...] = ()
+    password: str | None = field(default=None, repr=False)
+    passphrase: str | None = field(default=None, repr=False)
+    timeout: float = DEFAULT_TIMEOUT
+    config_file: str | None = None
+    proxy_jump: str | None = None
+    host_keys: str | None = None
+    ssh_options: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, host: str, connection_kwargs: Mapping[str, Any] | None = None) -> Settings:
+        """Check what a user gave.
+
+        Args:
+            host: The host, see :func:`parse_destination`.
+            connection_kwargs: Any of the attributes above beside ``host`` and ``target``; None stands for "not given".
+                ``key_filename`` may be one path or several, ``ssh_options`` a dictionary or a list.
+
+        Returns:
+            The settings.
+
+        Raises:
+            TypeError: If a value is of the wrong type.
+            ValueError: If a key is unknown, a value out of range, or two values contradict each other.
+        """
+        user, target, port = parse_destination(host)
+        given = dict(connection_kwargs or {})
+        for key in given:
+            if key not in _CHECKS:
+                raise ValueError(f"{host}: unknown key in connection_kwargs: {key!r}{_did_you_mean(str(key))}")
+        values: dict[str, Any] = {"user": user, "port": port}
+        for key, value in given.items():
+            if value is None:
+                continue
+            checked = _CHECKS[key](f"{host}: {key}", value)
+            if values.get(key) not in (None, checked):
+                raise ValueError(f"{host}: the host's name says {key} {values[key]}, but connection_kwargs {checked}")
+            values[key] = checked
+        settings = cls(host=host, target=target, **values)
+        if settings.proxy_jump and any(o.lower().startswith("proxycommand=") for o in settings.ssh_options):
+            raise ValueError(f"{host}: proxy_jump and the ssh option ProxyCommand exclude each other")
+        return settings
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether there is a password to answer with."""
+        return self.password is not None
+
+
+def _did_you_mean(key: str) -> str:
+    close = difflib.get_close_matches(key.lower(), _CHECKS, n=1, cutoff=0.5)
+    known = ", ".join(_CHECKS)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known are: {known})"
+
+
+def _text(what: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be a string, not {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{what} is empty")
+    if re.search(r"[\x00\r\n]", value):
+        raise ValueError(f"{what} contains a line break or a null character")
+    return value
+
+
+def _user(what: str, value: Any) -> str:
+    text = _text(what, value)
+    check_user(f"{what} {text}", text)
+    return text
+
+
+def _port(what: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an integer, not {type(value).__name__}")
+    if not 0 < value < 65536:
+        raise ValueError(f"{what} must be between 1 and 65535, not {value}")
+    return value
+
+
+def _timeout(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{what} must be a number of seconds, not {type(value).__name__}")
+    if not 0 < value <= 86400:
+        raise ValueError(f"{what} must be more than 0 and at most 86400 seconds, not {value}")
+    return float(value)
+
+
+def _path(what: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{what} must be a path, not {type(value).__name__}")
+    try:
+        return str(Path(_text(what, os.fspath(value))).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _keys(what: str, value: Any) -> tuple[str, ...]:
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    paths = tuple(_path(what, item) for item in (value if several else [value]))
+    if not paths:
+        raise ValueError(f"{what} is empty")
+    for path in paths:
+        # ssh itself would go on without the key, and report a host that takes none. With % it stands for something
+        # that only ssh knows.
+        if "%" not in path and not os.access(path, os.R_OK):
+            raise ValueError(f"{what}: there is no readable key {path}")
+    return tuple(path if "%" in path else str(Path(path).absolute()) for path in paths)
+
+
+def _config_file(what: str, value: Any) -> str:
+    path = _path(what, value)
+    if path.lower() == "none":
+        return "none"
+    if not os.access(path, os.R_OK) or Path(path).is_dir():
+        raise ValueError(f"{what}: there is no readable file {path}")
+    return str(Path(path).absolute())
+
+
+def _proxy_jump(what: str, value: Any) -> str:
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    parts = [_text(what, part) for part in (value if several else [value])]
+    hops = [_text(what, hop.strip()) for part in parts for hop in part.split(",")]
+    if [hop.lower() for hop in hops] == ["none"]:
+        return "none"
+    try:
+        for hop in hops:
+            parse_destination(hop)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    if not hops:
+        raise ValueError(f"{what} is empty")
+    return ",".join(hops)
+
+
+def _host_keys(what: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be a string, not {type(value).__name__}")
+    if value not in _HOST_KEYS:
+        raise ValueError(f"{what} must be 'strict' or 'accept-new', not {value!r}")
+    return value
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "user": _user,
+    "port": _port,
+    "key_filename": _keys,
+    "password": _text,
+    "passphrase": _text,
+    "timeout": _timeout,
+    "config_file": _config_file,
+    "proxy_jump": _proxy_jump,
+    "host_keys": _host_keys,
+    "ssh_options": check_options,
+}
+
+assert set(_CHECKS) == {f.name for f in fields(Settings)} - {"host", "target"}
+
+
+@functools.lru_cache(maxsize=1)
+def ssh_version() -> tuple[int, int]:
+    """Return the version of the ssh client, e.g. ``(9, 2)``; asked once.
+
+    Raises:
+        InvalidRuntimeError: With the reason ``ssh`` if there is no usable OpenSSH client.
+    """
+    hint = "install the OpenSSH client of your system, and make sure that it stands in PATH"
+    try:
+        done = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InvalidRuntimeError("localhost", "ssh", f"the ssh client does not run: {error}", hint) from error
+    text = (done.stderr + done.stdout).decode(errors="replace").strip()
+    found = re.search(r"OpenSSH\w*?_(\d+)\.(\d+)", text)
+    if not found:
+        raise InvalidRuntimeError("localhost", "ssh", f"'ssh' is not OpenSSH, but says: {text[:200]}", hint)
+    version = int(found.group(1)), int(found.group(2))
+    if version < _OLDEST_SSH:
+        raise InvalidRuntimeError("localhost", "ssh", f"OpenSSH 7.6 or newer is needed, this is: {text[:200]}", hint)
+    return version
+
+
+_OVERRIDES = (
+    "ControlPersist=no",
+    "RemoteCommand=none",
+    "RequestTTY=no",
+    "EscapeChar=none",
+    "PermitLocalCommand=no",
+    "Tunnel=no",
+    "ForwardX11=no",
+    "ForwardAgent=no",
+    "ClearAllForwardings=yes",
+    "ExitOnForwardFailure=no",
+    "GatewayPorts=no",
+    # Prompts come to us, and are answered or declined there: so an error can say what was asked.
+    "BatchMode=no",
+    "NumberOfPasswordPrompts=1",
+    # Without it 64 clients at once may rewrite the same known_hosts, and "ask" would ask.
+    "UpdateHostKeys=no",
+    "VisualHostKey=no",
+    # Warnings and the host's banner are no errors. ssh still says why it fails.
+    "LogLevel=ERROR",
+)
+_OVERRIDES_SINCE = (
+    ((8, 7), ("SessionType=default", "ForkAfterAuthentication=no", "StdinNull=no")),
+    ((9, 7), ("ChannelTimeout=none",)),
+)
+
+
+def ssh_argv(
+    settings: Settings,
+    control_path: str,
+    remote_command: str,
+    version: tuple[int, int],
+    *,
+    ask: bool = False,
+) -> list[str]:
+    """Return the command line of the one ssh process of a host, a multiplexing master.
+
+    Args:
+        settings: How to reach the host.
+        control_path: Where the master listens: absolute, of at most ``MAX_CONTROL_PATH`` bytes.
+        remote_command: What the host's login shell is to run.
+        version: The client's version, see :func:`ssh_version`.
+        ask: Whether there is somebody who can answer questions.
+
+    Returns:
+        The command line. It holds no secret.
+
+    Raises:
+        ValueError: If the control path is not usable.
+    """
+    if not control_path.startswith("/") or len(os.fsencode(control_path)) > MAX_CONTROL_PATH or "${" in control_path:
+        raise ValueError(f"not usable as a control path (absolute, {MAX_CONTROL_PATH} bytes at most): {control_path}")
+    argv = ["ssh"]
+    if settings.config_file:
+        argv += ["-F", settings.config_file]
+    argv += ["-M", "-S", control_path.replace("%", "%%"), "-T"]
+    # ssh takes the first value that it sees for an option: ours stand before the user's.
+    for option in _options(settings, version, ask):
+        argv += ["-o", option]
+    if settings.user is not None:
+        argv += ["-l", settings.user]
+    if settings.port is not None:
+        argv += ["-p", str(settings.port)]
+    for key in settings.key_filename:
+        argv += ["-i", key]
+    if settings.proxy_jump:
+        argv += ["-J", settings.proxy_jump]
+    return [*argv, "--", settings.target, remote_command]
+
+
+def _options(settings: Settings, version: tuple[int, int], ask: bool) -> list[str]:
+    options = list(_OVERRIDES)
+    for since, names in _OVERRIDES_SINCE:
+        if version >= since:
+            options += names
+    options.append(f"ConnectTimeout={math.ceil(settings.timeout)}")
+    if not (ask or settings.can_answer):
+        # A declined question is answered by ssh with an empty password, which the host counts as a failed login.
+        options.append("PasswordAuthentication=no")
+    if settings.key_filename:
+        options.append("IdentitiesOnly=yes")
+    if settings.host_keys:
+        options.append(f"StrictHostKeyChecking={_HOST_KEYS[settings.host_keys]}")
+    options += settings.ssh_options
+    given = {option.partition("=")[0].lower() for option in settings.ssh_options}
+    # The user's configuration does not count here: without these a dead link hangs for ever.
+    for name, value in (("ServerAliveInterval", 3), ("ServerAliveCountMax", 3)):
+        if name.lower() not in given:
+            options.append(f"{name}={value}")
+    return options
