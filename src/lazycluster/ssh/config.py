@@ -101,11 +101,6 @@ class Settings:
             raise ValueError(f"{host}: proxy_jump and the ssh option ProxyCommand exclude each other")
         return settings
 
-    @property
-    def can_answer(self) -> bool:
-        """Whether there is a password to answer with."""
-        return self.password is not None
-
 
 def _did_you_mean(key: str) -> str:
     close = difflib.get_close_matches(key.lower(), _CHECKS, n=1, cutoff=0.5)
@@ -256,8 +251,8 @@ _OVERRIDES = (
     # Without it 64 clients at once may rewrite the same known_hosts, and "ask" would ask.
     "UpdateHostKeys=no",
     "VisualHostKey=no",
-    # Warnings and the host's banner are no errors. ssh still says why it fails.
-    "LogLevel=ERROR",
+    # Below INFO it does not say why it could not agree with a host, or that a host no longer answers.
+    "LogLevel=INFO",
 )
 _OVERRIDES_SINCE = (
     ((8, 7), ("SessionType=default", "ForkAfterAuthentication=no", "StdinNull=no")),
@@ -270,8 +265,6 @@ def ssh_argv(
     control_path: str,
     remote_command: str,
     version: tuple[int, int],
-    *,
-    ask: bool = False,
 ) -> list[str]:
     """Return the command line of the one ssh process of a host, a multiplexing master.
 
@@ -280,7 +273,6 @@ def ssh_argv(
         control_path: Where the master listens: absolute, of at most ``MAX_CONTROL_PATH`` bytes.
         remote_command: What the host's login shell is to run.
         version: The client's version, see :func:`ssh_version`.
-        ask: Whether there is somebody who can answer questions.
 
     Returns:
         The command line. It holds no secret.
@@ -295,7 +287,7 @@ def ssh_argv(
         argv += ["-F", settings.config_file]
     argv += ["-M", "-S", control_path.replace("%", "%%"), "-T"]
     # ssh takes the first value that it sees for an option: ours stand before the user's.
-    for option in _options(settings, version, ask):
+    for option in _options(settings, version):
         argv += ["-o", option]
     if settings.user is not None:
         argv += ["-l", settings.user]
@@ -308,15 +300,12 @@ def ssh_argv(
     return [*argv, "--", settings.target, remote_command]
 
 
-def _options(settings: Settings, version: tuple[int, int], ask: bool) -> list[str]:
+def _options(settings: Settings, version: tuple[int, int]) -> list[str]:
     options = list(_OVERRIDES)
     for since, names in _OVERRIDES_SINCE:
         if version >= since:
             options += names
     options.append(f"ConnectTimeout={math.ceil(settings.timeout)}")
-    if not (ask or settings.can_answer):
-        # A declined question is answered by ssh with an empty password, which the host counts as a failed login.
-        options.append("PasswordAuthentication=no")
     if settings.key_filename:
         options.append("IdentitiesOnly=yes")
     if settings.host_keys:
