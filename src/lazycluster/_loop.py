@@ -1,0 +1,129 @@
+"""The one event-loop thread: asynchronous inside, synchronous outside.
+
+Everything that the library waits for is waited for here, whatever the caller's thread or own event loop does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_lock = threading.Lock()
+_owner = 0  # the process whose thread runs `_loop`: a forked child has the variables, but not the thread
+_loop: asyncio.AbstractEventLoop | None = None
+_thread: threading.Thread | None = None
+
+
+def get_loop() -> asyncio.AbstractEventLoop:
+    """Return the running loop, starting its thread at the first call in a process."""
+    global _owner, _loop, _thread
+    with _lock:
+        if _loop is None or _owner != os.getpid():
+            started = threading.Event()
+            loop = asyncio.new_event_loop()
+            _thread = threading.Thread(target=_main, args=(loop, started), name="lazycluster", daemon=True)
+            _thread.start()
+            started.wait()
+            _loop, _owner = loop, os.getpid()
+        return _loop
+
+
+def _main(loop: asyncio.AbstractEventLoop, started: threading.Event) -> None:
+    asyncio.set_event_loop(loop)
+    loop.call_soon(started.set)
+    loop.run_forever()
+
+
+def in_loop() -> bool:
+    """Whether the calling thread is the loop's own, which must never wait for itself."""
+    return _thread is not None and threading.get_ident() == _thread.ident and _owner == os.getpid()
+
+
+def submit(coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+    """Start a coroutine on the loop.
+
+    Unlike that of `asyncio.run_coroutine_threadsafe`, the future is done only when the coroutine is, also when it was
+    cancelled: so one can wait for what it does in its `finally`.
+    """
+    future: _Future[T] = _Future()
+    loop = get_loop()
+
+    def start() -> None:
+        task = loop.create_task(coroutine)
+        future.task = task
+        task.add_done_callback(lambda done: _settle(future, done))
+        if future.wanted_cancel:
+            task.cancel()
+
+    future.loop = loop
+    loop.call_soon_threadsafe(start)
+    return future
+
+
+class _Future(concurrent.futures.Future[T]):
+    task: asyncio.Task[T] | None = None
+    loop: asyncio.AbstractEventLoop
+    wanted_cancel = False
+
+    def cancel(self) -> bool:
+        if self.done():
+            return False
+        self.wanted_cancel = True
+        self.loop.call_soon_threadsafe(lambda: self.task.cancel() if self.task else None)
+        return True
+
+
+def _settle(future: _Future[T], task: asyncio.Task[T]) -> None:
+    if task.cancelled():
+        concurrent.futures.Future.cancel(future)
+        future.set_running_or_notify_cancel()
+        return
+    error = task.exception()
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(task.result())
+
+
+def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+    """Run a coroutine on the loop and wait for it, from any other thread.
+
+    Args:
+        coroutine: What to run.
+        timeout: Seconds after which it is cancelled. It is waited for in any case, so that it can clean up.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        TimeoutError: If it took longer than `timeout`.
+        RuntimeError: If called from the loop's own thread.
+    """
+    if in_loop():
+        coroutine.close()
+        raise RuntimeError("called from the event-loop thread of lazycluster (e.g. in a callback): it would wait for itself")
+    future = submit(coroutine)
+    try:
+        return future.result(timeout)
+    except concurrent.futures.TimeoutError:
+        if future.done():
+            raise  # the coroutine's own
+        future.cancel()
+        _wait_for_cleanup(future)
+        raise TimeoutError(f"not done within {timeout:g} s") from None
+    except BaseException:
+        # Ctrl-C: let the coroutine undo what it began; a second Ctrl-C ends this wait, too.
+        if not future.done():
+            future.cancel()
+            _wait_for_cleanup(future)
+        raise
+
+
+def _wait_for_cleanup(future: concurrent.futures.Future[Any]) -> None:
+    concurrent.futures.wait([future], timeout=30)

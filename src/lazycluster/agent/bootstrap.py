@@ -1,0 +1,130 @@
+"""What an ssh session runs on a host first: starts guardian and agent, and hands them the session's streams.
+
+The manager sends the text of this module and a call of `main` with the sources of the others; nothing of it is
+written to the host's disk.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import os
+import socket
+import struct
+import sys
+import tempfile
+from typing import Any, Dict, List, Optional
+
+PACKAGE = "lazycluster_agent"
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the agent's modules from memory, each compiled when it is first needed."""
+
+    def __init__(self, sources: Dict[str, str]) -> None:
+        self._sources = sources
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        package, _, module = name.rpartition(".")
+        if name == PACKAGE or (package == PACKAGE and module in self._sources):
+            return importlib.util.spec_from_loader(name, self, is_package=name == PACKAGE)
+        return None
+
+    def create_module(self, spec: Any) -> None:
+        return None
+
+    def exec_module(self, module: Any) -> None:
+        if module.__name__ != PACKAGE:
+            name = module.__name__.rpartition(".")[2]
+            exec(compile(self._sources[name], "<lazycluster agent: {}.py>".format(name), "exec"), module.__dict__)
+
+    def get_source(self, name: str) -> Optional[str]:
+        """Return a module's source, for tracebacks and for what is started from it."""
+        return self._sources.get(name.rpartition(".")[2])
+
+
+def private_directory() -> str:
+    """Make the agent's directory, with access for this user only.
+
+    The path of a socket in it must be short, so the usual places come before the user's own TMPDIR.
+    """
+    errors = []
+    places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp", "/dev/shm"]
+    for place in places[1:] + places[:1]:
+        try:
+            if place and len(place) < 60:
+                return tempfile.mkdtemp(prefix="lazycluster-", dir=place)
+        except OSError as error:
+            errors.append("{}: {}".format(place, error.strerror))
+    raise OSError("no temporary directory can be made: " + "; ".join(errors))
+
+
+def hand_over(path: str, fds: List[int], purpose: bytes) -> socket.socket:
+    """Give descriptors to the agent that listens at `path`; the socket ends when the agent is done with them."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(path)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("{}i".format(len(fds)), *fds))]
+    connection.sendmsg([purpose], rights)
+    return connection
+
+
+def main(sources: Dict[str, str], local: bool) -> None:
+    """Start guardian and agent and hand the agent this session's streams.
+
+    Over ssh they become daemons, and this process stays as long as the agent does: sshd watches it. As a plain
+    subprocess of the manager (`local`), this process is the guardian itself.
+    """
+    sys.meta_path.insert(0, _Finder(sources))
+    guardian = importlib.import_module(PACKAGE + ".guardian")
+    directory = private_directory()
+    path = os.path.join(directory, "agent.sock")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(8)
+    sshd = None if local else guardian.sshd_above(os.getpid())
+    if not local:
+        if os.fork():
+            listener.close()
+            _stay(hand_over(path, [0, 1], b"session"))
+        os.setsid()
+        _forget_streams()
+    guardian.become_subreaper()
+    watched, held = os.pipe()  # `held` stays open in the guardian only: its end tells the agent
+    agent = os.fork()
+    if agent == 0:
+        os.close(held)
+        if local:
+            _forget_streams()
+        _serve(directory, watched, listener)
+    os.close(watched)
+    listener.close()
+    if local:
+        hand_over(path, [0, 1], b"session").close()
+        _forget_streams()
+    guardian.guard(agent, directory, sshd)
+    os._exit(0)
+
+
+def _serve(directory: str, guardian: int, listener: socket.socket) -> None:
+    status = 1
+    try:
+        server = importlib.import_module(PACKAGE + ".server")
+        status = 0 if server.Agent(directory, guardian, listener).run() else 3
+    finally:
+        os._exit(status)
+
+
+def _stay(connection: socket.socket) -> None:
+    for fd in (0, 1):
+        os.close(fd)
+    while connection.recv(4096):
+        pass
+    os._exit(0)
+
+
+def _forget_streams() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    os.chdir("/")

@@ -1,0 +1,281 @@
+"""Commands: a shell line or a program, run for the manager."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+from collections import deque
+from typing import Any, Deque, Dict, List, Optional
+
+from .processes import AGENT_MARKER, TASK_MARKER, Ending, Pump, pipe, spawn, start_time, tree_of
+from .session import Channel
+
+
+def login_shell() -> str:
+    """Return the user's own shell."""
+    try:
+        shell = pwd.getpwuid(os.getuid()).pw_shell
+    except KeyError:
+        shell = ""
+    return shell if shell and os.access(shell, os.X_OK) else "/bin/sh"
+
+
+def arguments(params: Dict[str, Any]) -> List[str]:
+    """Return the argv that a request asks for: a program as it is, or a line for a shell."""
+    if params.get("argv"):
+        return [str(part) for part in params["argv"]]
+    return [params.get("shell") or login_shell(), "-c", params["command"]]
+
+
+def environment(channel: Channel, task: str = "") -> Dict[str, str]:
+    """Return the whole environment of a request: the host's own, what the runtime adds, and our markers."""
+    env = dict(os.environ)
+    env.update(channel.params.get("env") or {})
+    return marked_environment(channel, env, task)
+
+
+def marked_environment(channel: Channel, env: Dict[str, str], task: str = "") -> Dict[str, str]:
+    """Add the markers by which processes are found again."""
+    env[AGENT_MARKER] = channel.agent.identity
+    if task:
+        env[TASK_MARKER] = task
+    return env
+
+
+def outcome(status: int) -> Dict[str, Optional[int]]:
+    """Return a wait status as the fields `exit` and `signal`, one of which is None."""
+    if os.WIFSIGNALED(status):
+        return {"exit": None, "signal": os.WTERMSIG(status)}
+    return {"exit": os.WEXITSTATUS(status), "signal": None}
+
+
+class Process:
+    """A process whose output goes to a channel; the base of commands and services.
+
+    Args:
+        channel: Where its output goes.
+        argv: The program and its arguments.
+        env: Its whole environment.
+        cwd: Its working directory.
+        has_input: Whether its standard input is the channel's INPUT; else it is empty.
+        merge: Whether standard error joins standard output.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+
+    def __init__(
+        self, channel: Channel, argv: List[str], env: Dict[str, str], cwd: str, has_input: bool, merge: bool
+    ) -> None:
+        self.channel = channel
+        self.task = env.get(TASK_MARKER, "")
+        self.status: Optional[int] = None
+        self.ending: Optional[Ending] = None
+        out_read, out_write = pipe()
+        err_read, err_write = (out_read, out_write) if merge else pipe()
+        in_read, in_write = os.pipe() if has_input else (os.open(os.devnull, os.O_RDONLY), -1)
+        try:
+            self.pid = spawn(argv, env, cwd, in_read, out_write, err_write)
+        except BaseException:
+            for fd in {out_read, err_read, in_write} - {-1}:
+                os.close(fd)
+            raise
+        finally:
+            for fd in {out_write, err_write, in_read}:
+                os.close(fd)
+        self.input = Feed(channel, in_write) if has_input else None
+        self.pumps = [Pump(channel, out_read, self.on_stdout, self._maybe_over)]
+        if not merge:
+            self.pumps.append(Pump(channel, err_read, self.on_stderr, self._maybe_over))
+        channel.loop.on_exit(self.pid, self._exited)
+
+    def on_stdout(self, data: bytes) -> None:
+        """Handle output."""
+        self.channel.stdout(data)
+
+    def on_stderr(self, data: bytes) -> None:
+        """Handle errors."""
+        self.channel.stderr(data)
+
+    def on_over(self, status: int) -> None:
+        """Handle the end: the process has gone and its output has ended."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        """Go on reading output."""
+        for pump in self.pumps:
+            pump.resume()
+
+    def _exited(self, status: int) -> None:
+        self.status = status
+        self._maybe_over()
+
+    def _maybe_over(self) -> None:
+        if self.status is not None and all(pump.ended for pump in self.pumps):
+            if self.input is not None:
+                self.input.close()
+            self.on_over(self.status)
+
+    def signal(self, name: str) -> None:
+        """Send a signal to the process group by name, or end the whole tree in stages for "END"."""
+        if name == "END":
+            self.end()
+        elif self.status is None:
+            try:
+                os.killpg(self.pid, getattr(signal, "SIG" + name))
+            except (ProcessLookupError, PermissionError):
+                pass
+
+    def end(self) -> None:
+        """End the process and all that it started."""
+        if self.ending is None:
+            pid, started = self.pid, start_time(self.pid)
+            self.ending = Ending(
+                self.channel.loop,
+                # The number may belong to somebody else by the time of the next look.
+                lambda: tree_of(pid if start_time(pid) == started else 0, self.task),
+                self._ended,
+            )
+
+    def _ended(self) -> None:
+        self.ending = None
+        # Whatever still holds the pipes is none of ours (it cleared its environment and left the tree).
+        for pump in self.pumps:
+            pump.close()
+        self._maybe_over()
+
+
+class Feed:
+    """Writes the channel's INPUT to a descriptor, no faster than it is taken."""
+
+    def __init__(self, channel: Channel, fd: int) -> None:
+        self._channel, self._fd = channel, fd
+        self._queue: Deque[bytes] = deque()
+        self._end = False
+        self._watching = False
+        os.set_blocking(fd, False)
+        channel.on_input = self._on_input
+        channel.on_input_end = self._on_end
+
+    def _on_input(self, data: bytes) -> None:
+        self._queue.append(data)
+        self._write()
+
+    def _on_end(self) -> None:
+        self._end = True
+        self._write()
+
+    def _write(self) -> None:
+        if self._fd < 0:
+            self._discard()
+            return
+        try:
+            while self._queue:
+                count = os.write(self._fd, self._queue[0])
+                self._channel.consumed(count)
+                rest = self._queue.popleft()[count:]
+                if rest:
+                    self._queue.appendleft(rest)
+        except BlockingIOError:
+            pass
+        except OSError:  # it does not read any more, as `head` does: no error
+            self.close()
+            self._discard()
+            return
+        self._watch(bool(self._queue))
+        if self._end and not self._queue:
+            self.close()
+
+    def _discard(self) -> None:
+        while self._queue:
+            self._channel.consumed(len(self._queue.popleft()))
+
+    def _watch(self, wanted: bool) -> None:
+        if wanted != self._watching:
+            self._watching = wanted
+            if wanted:
+                self._channel.loop.add_writer(self._fd, self._write)
+            else:
+                self._channel.loop.remove_writer(self._fd)
+
+    def close(self) -> None:
+        """Let the reader see the end of its input."""
+        if self._fd >= 0:
+            self._watch(False)
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _Command(Process):
+    def on_over(self, status: int) -> None:
+        self.channel.result(**outcome(status))
+
+
+def run(channel: Channel) -> None:
+    """Handle the request `run`: a command, whose output is streamed and whose exit status is the result."""
+    params = channel.params
+    task = params.get("task") or ""
+    argv = arguments(params)
+    cwd = os.path.join(os.path.expanduser("~"), params.get("cwd") or "")
+    try:
+        command = _Command(
+            channel, argv, environment(channel, task), cwd, bool(params.get("input")), bool(params.get("merge"))
+        )
+    except OSError as error:
+        # Which of the two is missing cannot be told from the error alone.
+        name = cwd if not os.path.isdir(cwd) else argv[0]
+        channel.fail("os", "{}: {}".format(error.strerror, name), errno=error.errno, path=name)
+        return
+    channel.on_control = lambda message: command.signal(str(message.get("signal", "END")))
+    channel.on_abandon = command.end
+    channel.on_drain = command.resume
+    channel.event(pid=command.pid)
+
+
+def setup(channel: Channel) -> None:
+    """Handle the request `setup`: run shell lines once, and tell the environment that they leave."""
+    params = channel.params
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    # The descriptor is handed down by number, since the lines may use standard output for themselves.
+    script = "{}\nenv -0 >&{} || exit\n".format(params["script"], write)
+    argv = [params.get("shell") or "bash", "-c", script]
+    if os.path.basename(argv[0]) in ("csh", "tcsh", "fish"):
+        channel.fail("value", "the set-up lines need a POSIX shell (bash, zsh, sh), not {}".format(argv[0]))
+        return
+    _Setup(channel, argv, environment(channel), params.get("cwd") or os.path.expanduser("~"), read, write)
+
+
+class _Setup(Process):
+    """Runs set-up lines; what they print is kept for the error message."""
+
+    def __init__(self, channel: Channel, argv: List[str], env: Dict[str, str], cwd: str, read: int, write: int) -> None:
+        self._result = bytearray()
+        self._output: Deque[bytes] = deque(maxlen=64)
+        self._read = read
+        os.set_inheritable(write, True)
+        try:
+            super().__init__(channel, argv, env, cwd, False, True)
+        except OSError as error:
+            os.close(read)
+            channel.fail("os", "the set-up cannot be run: {}: {}".format(error.strerror, argv[0]))
+            return
+        finally:
+            os.close(write)
+        channel.on_abandon = self.end
+        self._pump = Pump(channel, read, self._result.extend, self._maybe_over)
+        self.pumps.append(self._pump)
+
+    def on_stdout(self, data: bytes) -> None:
+        self._output.append(data)
+
+    def on_over(self, status: int) -> None:
+        ended = outcome(status)
+        output = b"".join(self._output).decode("utf-8", "replace")[-4000:]
+        if ended["exit"] != 0 or not self._result:
+            self.channel.fail("setup", "the set-up lines ended with {}".format(ended), output=output)
+            return
+        pairs = (os.fsdecode(entry).partition("=") for entry in bytes(self._result).split(b"\0") if entry)
+        hidden = (AGENT_MARKER, TASK_MARKER, "_", "SHLVL", "PWD", "OLDPWD")
+        self.channel.result(env={name: value for name, _, value in pairs if name not in hidden}, output=output)

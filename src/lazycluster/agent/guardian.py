@@ -1,0 +1,138 @@
+"""The guardian: starts the agent, and when the agent has ended, in whatever way, ends and removes all that it left.
+
+It is the subreaper of everything below it (Linux), so that also what detached itself is found again as its descendant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from typing import Any, Dict, Iterable, List, Optional
+
+from .processes import descendants, parent_of, send_signal, start_time
+
+KEEP_FILE = "keep.json"
+_PR_SET_CHILD_SUBREAPER = 36
+_PATIENCE = 1.0
+
+
+def become_subreaper() -> bool:
+    """Have orphaned descendants become children of this process. Returns whether the system can do that."""
+    try:
+        import ctypes
+
+        return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+    except (ImportError, OSError, AttributeError):
+        return False
+
+
+def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
+    """Wait for the end of the agent, then end its descendants, remove its directory, and end its ssh session.
+
+    Args:
+        agent: The agent's pid, a child of this process.
+        directory: The agent's private directory.
+        sshd: The sshd process of the session that brought the agent, None if there is none.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # or sigtimedwait would not see it
+    sshd_started = start_time(sshd) if sshd else None
+    orderly = False
+    while True:
+        try:
+            pid, status = os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+        if pid == agent:
+            orderly = status == 0
+            break
+    end_descendants()
+    clean(directory)
+    if sshd and not orderly and start_time(sshd) == sshd_started is not None:
+        # ssh lingers while a forwarded connection is open; its manager has gone, so nobody else ends it.
+        send_signal([sshd], signal.SIGTERM)
+
+
+def end_descendants() -> None:
+    """End all descendants of this process, first asking, then not, until none is left."""
+    deadline = time.monotonic() + _PATIENCE
+    asked: List[int] = []
+    while True:
+        _reap()
+        alive = descendants([os.getpid()])
+        if not alive:
+            return
+        if time.monotonic() < deadline:
+            send_signal((pid for pid in alive if pid not in asked), signal.SIGTERM)
+            send_signal((pid for pid in alive if pid not in asked), signal.SIGCONT)
+            asked = alive
+        else:
+            send_signal(alive, signal.SIGKILL)
+        # A child's end is a signal, a grandchild's becomes one as soon as it is ours; look again soon in any case.
+        signal.sigtimedwait([signal.SIGCHLD], 0.02)
+
+
+def _reap() -> None:
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                return
+        except ChildProcessError:
+            return
+
+
+def clean(directory: str) -> None:
+    """Remove the agent's directory; end and remove what the manager asked to keep an eye on (on its own machine)."""
+    try:
+        with open(os.path.join(directory, KEEP_FILE)) as file:
+            kept: Dict[str, Any] = json.load(file)
+    except (OSError, ValueError):
+        kept = {}
+    _end_foreign([(int(pid), int(started)) for pid, started in kept.get("pids", [])])
+    remove(kept.get("paths", []))
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_foreign(processes: Iterable[Any]) -> None:
+    # The manager's ssh processes end by themselves when their hosts have cleaned up; the wait is for those.
+    for number, patience in ((0, 2.0), (signal.SIGTERM, 0.5), (signal.SIGKILL, 0.5)):
+        alive = [pid for pid, started in processes if start_time(pid) == started]
+        if number:
+            send_signal(alive, number)
+        deadline = time.monotonic() + patience
+        while alive and time.monotonic() < deadline:
+            signal.sigtimedwait([signal.SIGCHLD], 0.02)
+            alive = [pid for pid, started in processes if start_time(pid) == started]
+        if not alive:
+            return
+
+
+def remove(paths: Iterable[str]) -> None:
+    """Remove files and directories; what is not there is no error."""
+    for path in paths:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
+
+
+def sshd_above(pid: int) -> Optional[int]:
+    """Return the sshd process that `pid` descends from, None if there is none within a few generations."""
+    for _ in range(6):
+        parent = parent_of(pid)
+        if not parent or parent == 1:
+            return None
+        try:
+            with open("/proc/{}/comm".format(parent)) as file:
+                name = file.read().strip()
+        except OSError:
+            return None
+        if name in ("sshd", "sshd-session", "dropbear"):
+            return parent
+        pid = parent
+    return None

@@ -1,0 +1,156 @@
+"""The agent's reactor: file descriptors, timers and the ends of child processes, in one thread.
+
+Not asyncio: importing it would take longer than everything else that the agent does when it starts.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import selectors
+import signal
+import time
+from collections import deque
+from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+
+Callback = Callable[[], Any]
+
+
+class Timer:
+    """A call that is due later."""
+
+    def __init__(self, due: float, callback: Callback) -> None:
+        self.due = due
+        self.callback: Optional[Callback] = callback
+
+    def cancel(self) -> None:
+        """Make sure that the call is not made."""
+        self.callback = None
+
+
+class Loop:
+    """Runs callbacks when descriptors are ready, timers are due or children have ended."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._callbacks: Dict[int, List[Optional[Callback]]] = {}  # fd -> [reader, writer]
+        self._timers: List[Tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._soon: Deque[Callback] = deque()
+        self._exit_callbacks: Dict[int, Callable[[int], Any]] = {}
+        self._running = False
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+
+    # --- descriptors ---------------------------------------------------------------------------
+    def add_reader(self, fd: int, callback: Callback) -> None:
+        """Call `callback` whenever `fd` can be read."""
+        self._set(fd, 0, callback)
+
+    def remove_reader(self, fd: int) -> None:
+        """Stop watching `fd` for reading."""
+        self._set(fd, 0, None)
+
+    def add_writer(self, fd: int, callback: Callback) -> None:
+        """Call `callback` whenever `fd` can be written."""
+        self._set(fd, 1, callback)
+
+    def remove_writer(self, fd: int) -> None:
+        """Stop watching `fd` for writing."""
+        self._set(fd, 1, None)
+
+    def _set(self, fd: int, index: int, callback: Optional[Callback]) -> None:
+        pair = self._callbacks.setdefault(fd, [None, None])
+        before = self._mask(pair)
+        pair[index] = callback
+        mask = self._mask(pair)
+        if not mask:
+            del self._callbacks[fd]
+        if mask == before:
+            return
+        if not before:
+            self._selector.register(fd, mask)
+        elif not mask:
+            self._selector.unregister(fd)
+        else:
+            self._selector.modify(fd, mask)
+
+    @staticmethod
+    def _mask(pair: List[Optional[Callback]]) -> int:
+        return (selectors.EVENT_READ if pair[0] else 0) | (selectors.EVENT_WRITE if pair[1] else 0)
+
+    # --- time ----------------------------------------------------------------------------------
+    def call_later(self, seconds: float, callback: Callback) -> Timer:
+        """Call `callback` once, in `seconds`."""
+        timer = Timer(time.monotonic() + seconds, callback)
+        heapq.heappush(self._timers, (timer.due, next(self._order), timer))
+        return timer
+
+    def call_soon(self, callback: Callback) -> None:
+        """Call `callback` in the next round."""
+        self._soon.append(callback)
+
+    # --- children ------------------------------------------------------------------------------
+    def on_exit(self, pid: int, callback: Callable[[int], Any]) -> None:
+        """Call `callback` with the wait status of the child `pid` when it has ended."""
+        self._exit_callbacks[pid] = callback
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            callback = self._exit_callbacks.pop(pid, None)
+            if callback is not None:
+                callback(status)
+
+    # --- running -------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Run until `stop` is called."""
+        self._running = True
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler, so that the signal reaches the wake-up descriptor
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self.add_reader(self._wake_read, self._woken)
+        self._reap()
+        while self._running:
+            self._round()
+
+    def stop(self) -> None:
+        """Let `run` return after this round."""
+        self._running = False
+
+    def _woken(self) -> None:
+        try:
+            os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            pass
+        self._reap()
+
+    def _round(self) -> None:
+        for key, mask in self._selector.select(self._timeout()):
+            # A callback may have removed a later one of the same round: look each up when its turn comes.
+            for index, event in ((0, selectors.EVENT_READ), (1, selectors.EVENT_WRITE)):
+                callback = self._callbacks.get(key.fd, (None, None))[index] if mask & event else None
+                if callback is not None:
+                    callback()
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]
+            if timer.callback is not None:
+                timer.callback()
+        for _ in range(len(self._soon)):
+            self._soon.popleft()()
+
+    def _timeout(self) -> Optional[float]:
+        if self._soon:
+            return 0.0
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return None
+        return max(0.0, self._timers[0][0] - time.monotonic())

@@ -1,0 +1,247 @@
+"""Child processes of the agent: starting them, reading what they print, and ending them with all their descendants."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+
+if TYPE_CHECKING:
+    from .loop import Loop
+    from .session import Channel
+
+AGENT_MARKER = "LAZYCLUSTER_AGENT"
+TASK_MARKER = "LAZYCLUSTER_TASK"
+STAGES: Tuple[Tuple[int, float], ...] = ((signal.SIGTERM, 1.0), (signal.SIGKILL, 1.0))
+_READ_SIZE = 128 * 1024
+_PIPE_SIZE = 1024 * 1024
+_RESET = [s for s in (getattr(signal, n, None) for n in ("SIGPIPE", "SIGXFSZ", "SIGCHLD", "SIGINT", "SIGTERM")) if s]
+
+
+# --- /proc ---------------------------------------------------------------------------------------
+def parents() -> Dict[int, int]:
+    """Return pid -> parent's pid of all processes that can be seen; empty where there is no /proc."""
+    found: Dict[int, int] = {}
+    try:
+        names = os.listdir("/proc")
+    except OSError:
+        return found
+    for name in names:
+        if name.isdigit():
+            parent = parent_of(int(name))
+            if parent is not None:
+                found[int(name)] = parent
+    return found
+
+
+def _stat(pid: int) -> Optional[List[bytes]]:
+    """Return the fields of /proc/PID/stat from the third (the state) on; the second may hold anything."""
+    try:
+        with open("/proc/{}/stat".format(pid), "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+
+
+def parent_of(pid: int) -> Optional[int]:
+    """Return the parent's pid, None if there is no such process (a zombie counts as none)."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields and fields[0] not in (b"Z", b"X") else None
+
+
+def start_time(pid: int) -> Optional[int]:
+    """Return when a process started, in clock ticks since boot: with the pid it names one process for good."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
+
+
+def descendants(roots: Iterable[int]) -> List[int]:
+    """Return the living descendants of `roots`, children before grandchildren, without the roots."""
+    children: Dict[int, List[int]] = {}
+    for pid, parent in parents().items():
+        children.setdefault(parent, []).append(pid)
+    found: List[int] = []
+    queue = list(roots)
+    while queue:
+        below = children.get(queue.pop(0), [])
+        found.extend(below)
+        queue.extend(below)
+    return found
+
+
+def marks(marker: str) -> List[Tuple[int, str]]:
+    """Return (pid, value) of the processes that were started with `marker` in their environment."""
+    prefix = os.fsencode(marker + "=")
+    found = []
+    for pid in parents():
+        try:
+            with open("/proc/{}/environ".format(pid), "rb") as file:
+                entries = file.read().split(b"\0")
+        except OSError:
+            continue
+        found.extend((pid, os.fsdecode(entry[len(prefix) :])) for entry in entries if entry.startswith(prefix))
+    return found
+
+
+def send_signal(pids: Iterable[int], number: int) -> None:
+    """Send a signal to each process; those that have gone are passed over."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+# --- starting ------------------------------------------------------------------------------------
+def spawn(
+    argv: Sequence[str], env: Mapping[str, str], cwd: str, stdin: int, stdout: int, stderr: int, extra: Sequence[int] = ()
+) -> int:
+    """Start a program in a session of its own and return its pid.
+
+    Args:
+        argv: The program, looked up in the PATH of `env` if it holds no slash, and its arguments.
+        env: Its whole environment.
+        cwd: Its working directory.
+        stdin: The descriptor that becomes its standard input.
+        stdout: The descriptor that becomes its standard output.
+        stderr: The descriptor that becomes its standard error.
+        extra: Descriptors that it inherits under the same numbers.
+
+    Raises:
+        OSError: The program or the directory is not there or may not be used.
+    """
+    path = _which(argv[0], env.get("PATH") or os.defpath, cwd)
+    actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate((stdin, stdout, stderr))]
+    before = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    for fd in extra:
+        os.set_inheritable(fd, True)
+    try:
+        os.chdir(cwd)  # posix_spawn has no argument for it, and the agent has one thread
+        return os.posix_spawn(
+            path, list(argv), dict(env), file_actions=actions, setsid=True, setsigmask=[], setsigdef=_RESET
+        )
+    finally:
+        for fd in extra:
+            os.set_inheritable(fd, False)
+        os.fchdir(before)
+        os.close(before)
+
+
+def _which(program: str, path: str, cwd: str) -> str:
+    if "/" in program:
+        return program
+    for directory in path.split(os.pathsep):
+        candidate = os.path.join(cwd, directory, program)
+        if os.path.isfile(candidate) and os.access(candidate, os.X_OK):
+            return candidate
+    raise FileNotFoundError(2, "not found on the PATH of the host", program)
+
+
+def pipe() -> Tuple[int, int]:
+    """Return (read, write) of a pipe that holds a lot, its read end non-blocking."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    try:
+        import fcntl
+
+        fcntl.fcntl(write, getattr(fcntl, "F_SETPIPE_SZ", 1031), _PIPE_SIZE)
+    except OSError:
+        pass  # the system's limit for pipes is used up, or it is no Linux: a smaller one works as well
+    return read, write
+
+
+# --- reading -------------------------------------------------------------------------------------
+class Pump:
+    """Moves what a process prints from a pipe to a channel, no faster than the manager takes it."""
+
+    def __init__(self, channel: "Channel", fd: int, emit: Callable[[bytes], None], on_end: Callable[[], None]) -> None:
+        self._channel, self._fd, self._emit, self._on_end = channel, fd, emit, on_end
+        self._reading = False
+        self.ended = False
+        self.resume()
+
+    def resume(self) -> None:
+        """Read again after the channel was not writable."""
+        if not self._reading and not self.ended:
+            self._reading = True
+            self._channel.loop.add_reader(self._fd, self._readable)
+
+    def _readable(self) -> None:
+        if self._channel.open and not self._channel.writable:
+            self._pause()
+            return
+        try:
+            data = os.read(self._fd, _READ_SIZE)
+        except BlockingIOError:
+            return
+        if data:
+            self._emit(data)
+        else:
+            self.close()
+            self._on_end()
+
+    def _pause(self) -> None:
+        self._reading = False
+        self._channel.loop.remove_reader(self._fd)
+
+    def close(self) -> None:
+        """Stop reading."""
+        if not self.ended:
+            if self._reading:
+                self._pause()
+            self.ended = True
+            os.close(self._fd)
+
+
+# --- ending --------------------------------------------------------------------------------------
+class Ending:
+    """Ends processes in stages; a stage begins when the one before did not do.
+
+    Args:
+        loop: The reactor.
+        find: Returns those that still live.
+        on_end: Is called when none is left.
+        stages: (signal, seconds until the next stage) in order; the last is repeated until none is left.
+    """
+
+    _LOOK_EVERY = 0.02
+
+    def __init__(
+        self,
+        loop: "Loop",
+        find: Callable[[], Iterable[int]],
+        on_end: Callable[[], None],
+        stages: Sequence[Tuple[int, float]] = STAGES,
+    ) -> None:
+        self._loop, self._find, self._on_end = loop, find, on_end
+        self._stages = list(stages)
+        self._told: Set[int] = set()
+        self._waited = 0.0
+        self._step()
+
+    def _step(self) -> None:
+        alive = set(self._find())
+        if not alive:
+            self._on_end()
+            return
+        number, patience = self._stages[0]
+        # Repeated for those that appeared since, and for ever in the last stage: a process may fork while it is ended.
+        send_signal(alive if number == signal.SIGKILL else alive - self._told, number)
+        self._told |= alive
+        self._waited += self._LOOK_EVERY
+        if self._waited >= patience and len(self._stages) > 1:
+            del self._stages[0]
+            self._told.clear()
+            self._waited = 0.0
+        self._loop.call_later(self._LOOK_EVERY, self._step)
+
+
+def tree_of(pid: int, task: str) -> List[int]:
+    """Return what belongs to a task: its first process, its descendants, and whatever carries its marker."""
+    found = set(descendants([pid]))
+    if start_time(pid) is not None:
+        found.add(pid)
+    if task:
+        found.update(pid for pid, value in marks(TASK_MARKER) if value == task)
+    found.discard(os.getpid())
+    return sorted(found)

@@ -1,0 +1,286 @@
+"""The agent: serves one manager's requests on this host, and ends all that it started when the manager has gone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pwd
+import signal
+import socket
+import struct
+import sys
+import traceback
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+
+from .guardian import KEEP_FILE, clean
+from .loop import Loop
+from .processes import AGENT_MARKER, Ending, descendants, marks, parent_of, send_signal, start_time, tree_of
+from .session import Channel, Session
+
+SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
+_FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
+_SWEEP_DELAY = 0.5
+
+# request -> (module, function); modules are imported when they are first needed, which keeps the start short
+_HANDLERS: Dict[str, Tuple[str, str]] = {
+    "run": ("commands", "run"),
+    "setup": ("commands", "setup"),
+    "call": ("functions", "call"),
+    "packages": ("functions", "packages"),
+    "interpreters": ("functions", "interpreters"),
+    "info": ("host_info", "info"),
+    "ports": ("ports", "free"),
+    "nonce": ("ports", "nonce"),
+    "mkdir": ("paths", "mkdir"),
+    "mkdtemp": ("paths", "mkdtemp"),
+    "remove": ("paths", "remove"),
+    "expand": ("paths", "expanded"),
+    "service": ("services", "service"),
+}
+
+
+class Agent:
+    """Holds what the agent has started.
+
+    Attributes:
+        loop: The reactor.
+        directory: The agent's private directory; everything temporary lives in it.
+        identity: The agent's name, which its processes carry in their environment.
+    """
+
+    def __init__(self, directory: str, guardian: int, listener: socket.socket) -> None:
+        self.loop = Loop()
+        self.directory = directory
+        self.identity = identity()
+        self._listener = listener
+        self._guardian = guardian
+        self._session: Optional[Session] = None
+        self._waiting: List[socket.socket] = []
+        self._ending = False
+        self._orderly = False
+        self._heard = False
+        listener.setblocking(False)
+        self.loop.add_reader(listener.fileno(), self._accept)
+        self.loop.add_reader(guardian, self._orphaned)  # it becomes readable only when the guardian has died
+        self.loop.call_later(_FIRST_SESSION_LIMIT, lambda: self._session or self.end())
+        self.loop.call_later(SILENCE_LIMIT, self._look)
+
+    def run(self) -> bool:
+        """Serve until the manager has gone; returns whether it said so."""
+        try:
+            self.loop.run()
+        except Exception:
+            if self._session is not None:
+                Channel(self._session, 0, {}).event(crash=traceback.format_exc())
+                self._session.flush_and_close()
+            raise
+        return self._orderly
+
+    # --- who is there --------------------------------------------------------------------------
+    def _accept(self) -> None:
+        try:
+            connection = self._listener.accept()[0]
+        except OSError:
+            return
+        connection.setblocking(True)
+        try:
+            purpose, fds = _receive(connection)
+        except OSError:
+            connection.close()
+            return
+        if purpose == b"bulk" and fds:
+            self._serve_bulk(connection, fds)
+        elif purpose == b"session" and self._session is None and len(fds) == 2:
+            # The session's own process ends when this socket does: keep it as long as the agent lives.
+            self._waiting.append(connection)
+            self._session = Session(self, fds[0], fds[1])
+            Channel(self._session, 0, {}).event(**self._hello())
+            self.loop.call_later(_SWEEP_DELAY, sweep)
+        else:
+            connection.close()
+
+    def _hello(self) -> Dict[str, Any]:
+        user = pwd.getpwuid(os.getuid()) if _known_user() else None
+        return {
+            "python": list(sys.version_info[:3]),
+            "executable": sys.executable,
+            "pid": os.getpid(),
+            "uid": os.getuid(),
+            "user": user.pw_name if user else str(os.getuid()),
+            "home": os.path.expanduser("~"),
+            "shell": user.pw_shell if user else "/bin/sh",
+            "hostname": socket.gethostname(),
+            "directory": self.directory,
+            "identity": self.identity,
+            "platform": sys.platform,
+            "boot_id": _read("/proc/sys/kernel/random/boot_id"),
+            "machine_id": _read("/etc/machine-id"),
+            "network": _link("/proc/self/ns/net"),
+            "path": os.environ.get("PATH", ""),
+        }
+
+    def _serve_bulk(self, connection: socket.socket, fds: List[int]) -> None:
+        """Have a process of its own serve copies on the streams of another ssh session."""
+        from . import files
+
+        pid = os.fork()
+        if pid == 0:
+            _become_plain()
+            status = 1
+            try:
+                os.setsid()
+                _close_all_but(fds)
+                files.serve(fds[0], fds[-1])
+                status = 0
+            finally:
+                os._exit(status)
+        for fd in fds:
+            os.close(fd)
+        self.loop.on_exit(pid, lambda _: connection.close())
+
+    # --- requests ------------------------------------------------------------------------------
+    def handle(self, channel: Channel) -> None:
+        """Start the work that a request asks for."""
+        operation = str(channel.params.get("op"))
+        try:
+            if operation == "keep":
+                self._keep(channel)
+            elif operation == "stop":
+                self._stop(channel)
+            elif operation == "ping":
+                channel.result()
+            elif operation in _HANDLERS:
+                module, function = _HANDLERS[operation]
+                getattr(importlib.import_module("." + module, __package__), function)(channel)
+            else:
+                channel.fail("value", "unknown request {!r}".format(operation))
+        except OSError as error:
+            text = "{}: {}".format(error.strerror or error, error.filename) if error.filename else str(error)
+            channel.fail("os", text, errno=error.errno, path=error.filename)
+        except Exception as error:  # noqa: BLE001  (one broken request must not end the others)
+            channel.fail("internal", "{}: {}".format(type(error).__name__, error), traceback=traceback.format_exc())
+
+    def _keep(self, channel: Channel) -> None:
+        """Remember what is to be ended and removed if the manager dies (asked of the keeper only)."""
+        path = os.path.join(self.directory, KEEP_FILE)
+        with open(path + ".new", "w") as file:
+            json.dump({"pids": channel.params.get("pids") or [], "paths": channel.params.get("paths") or []}, file)
+        os.rename(path + ".new", path)
+        channel.result()
+
+    def _stop(self, channel: Channel) -> None:
+        self._orderly = True
+
+        def told() -> None:
+            channel.result()
+            if self._session is not None:
+                self._session.flush_and_close()
+
+        self.end(told)
+
+    # --- the end -------------------------------------------------------------------------------
+    def heard(self) -> None:
+        """Note that the manager is alive."""
+        self._heard = True
+
+    def _look(self) -> None:
+        if not self._heard:
+            self.end()
+        self._heard = False
+        self.loop.call_later(SILENCE_LIMIT, self._look)
+
+    def session_ended(self, session: Session, error: Optional[Exception]) -> None:
+        """Handle the end of the manager's stream."""
+        self.end()
+
+    def _orphaned(self) -> None:
+        self.loop.remove_reader(self._guardian)
+        self.end(lambda: clean(self.directory))
+
+    def end(self, then: Optional[Callable[[], Any]] = None) -> None:
+        """End everything that was started, call `then`, and stop."""
+        if self._ending:
+            return
+        self._ending = True
+
+        def ended() -> None:
+            if then is not None:
+                then()
+            if self._session is not None:
+                self._session.close()
+            for connection in self._waiting:
+                connection.close()
+            self.loop.stop()
+
+        Ending(self.loop, self._alive, ended)
+
+    def _alive(self) -> List[int]:
+        """Return all that descends from the agent, or was adopted by its guardian."""
+        me = os.getpid()
+        guardian = parent_of(me)
+        roots = [me, guardian] if guardian and guardian != 1 else [me]
+        return [pid for pid in descendants(roots) if pid != me]
+
+
+def identity() -> str:
+    """Return a name for this process that no other has, as long as the machine runs."""
+    return "{}-{}-{}".format(_link("/proc/self/ns/pid"), os.getpid(), start_time(os.getpid()))
+
+
+def sweep() -> None:
+    """End what an earlier agent left that was killed together with its guardian."""
+    space = _link("/proc/self/ns/pid")
+    for pid, mark in marks(AGENT_MARKER):
+        here, agent, started = (mark.rsplit("-", 2) + ["", ""])[:3]
+        # Numbers of another pid namespace (a container's, seen from outside) say nothing here.
+        if here == space and agent.isdigit() and str(start_time(int(agent))) != started:
+            send_signal(tree_of(pid, ""), signal.SIGKILL)
+
+
+def _known_user() -> bool:
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return True
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _receive(connection: socket.socket) -> Tuple[bytes, List[int]]:
+    """Read the word that says what for, and the descriptors that come along."""
+    connection.settimeout(5.0)
+    data, ancillary, _, _ = connection.recvmsg(64, socket.CMSG_SPACE(4 * 4))
+    fds: List[int] = []
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.extend(struct.unpack("{}i".format(len(payload) // 4), payload[: len(payload) // 4 * 4]))
+    connection.settimeout(None)
+    return data, fds
+
+
+def _become_plain() -> None:
+    """Undo in a forked child what the reactor set up."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _close_all_but(kept: Iterable[int]) -> None:
+    edges = sorted(set(kept) | {0, 1, 2})
+    for low, high in zip(edges, edges[1:] + [4096]):
+        os.closerange(low + 1, high)

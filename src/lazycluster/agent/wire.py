@@ -1,0 +1,81 @@
+"""The frames that manager and agent exchange; used on both sides.
+
+A frame is a header (payload length, channel, kind) and a payload. The manager opens a channel with a REQUEST; the
+agent ends it with exactly one RESULT. The agent's program is always sent by the manager that talks to it, so the two
+never differ in version and the format carries none.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any, Iterator, Tuple
+
+HEADER = struct.Struct("!IIB")
+MAX_PAYLOAD = 256 * 1024
+WINDOW = 4 * 1024 * 1024  # bytes of INPUT or OUTPUT that may be under way on a channel before they are consumed
+CREDIT_UNIT = WINDOW // 4  # consumed bytes are reported in portions of this size
+
+# manager to agent
+REQUEST, INPUT, INPUT_END, CONTROL = 1, 2, 3, 4
+# both ways
+CREDIT = 8
+# agent to manager
+STDOUT, STDERR, OUTPUT, EVENT, RESULT = 16, 17, 18, 19, 20
+
+_KINDS = frozenset((REQUEST, INPUT, INPUT_END, CONTROL, CREDIT, STDOUT, STDERR, OUTPUT, EVENT, RESULT))
+
+
+class ProtocolError(Exception):
+    """The bytes that arrived are not frames."""
+
+
+def frame(channel: int, kind: int, payload: bytes = b"") -> bytes:
+    """Return one frame as bytes."""
+    return HEADER.pack(len(payload), channel, kind) + payload
+
+
+def json_frame(channel: int, kind: int, message: Any) -> bytes:
+    """Return one frame whose payload is JSON. Lone surrogates (undecodable file names) survive the round trip."""
+    return frame(channel, kind, json.dumps(message, separators=(",", ":")).encode("ascii"))
+
+
+def loads(payload: bytes) -> Any:
+    """Decode a JSON payload."""
+    try:
+        return json.loads(payload)
+    except ValueError as error:
+        raise ProtocolError("a message is not JSON: {}".format(error)) from None
+
+
+class Decoder:
+    """Cuts a stream of bytes into frames.
+
+    JSON frames may be as long as `limit`; they hold environments and lists of paths.
+    """
+
+    def __init__(self, limit: int = 64 * 1024 * 1024) -> None:
+        self._buffer = bytearray()
+        self._limit = limit
+
+    def feed(self, data: bytes) -> Iterator[Tuple[int, int, bytes]]:
+        """Yield (channel, kind, payload) for each frame that `data` completes.
+
+        Raises:
+            ProtocolError: The stream holds something else than frames.
+        """
+        buffer = self._buffer
+        buffer += data
+        position, end, head = 0, len(buffer), HEADER.size
+        try:
+            while end - position >= head:
+                length, channel, kind = HEADER.unpack_from(buffer, position)
+                if kind not in _KINDS or length > self._limit:
+                    raise ProtocolError("not a frame: {!r}".format(bytes(buffer[position : position + 64])))
+                if end - position - head < length:
+                    break
+                start = position + head
+                position = start + length
+                yield channel, kind, bytes(memoryview(buffer)[start:position])
+        finally:
+            del buffer[:position]

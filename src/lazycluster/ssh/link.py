@@ -1,0 +1,288 @@
+"""Frames to and from one agent, and the channels that they belong to: the manager's side of `agent/wire.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from lazycluster.agent import wire
+from lazycluster.exceptions import AgentError, ConnectionLostError
+
+_READ_SIZE = 256 * 1024
+_HIGH_WATER = 1024 * 1024
+
+logger = logging.getLogger("lazycluster")
+
+Bytes = Callable[[bytes], Any]
+Event = Callable[[dict[str, Any]], Any]
+
+
+class Channel:
+    """The manager's side of one request, which the agent answers with output, events and one result."""
+
+    def __init__(
+        self,
+        link: AgentLink,
+        number: int,
+        stdout: Bytes | None,
+        stderr: Bytes | None,
+        output: Bytes | None,
+        event: Event | None,
+    ) -> None:
+        self._link = link
+        self._number = number
+        self._sinks = {wire.STDOUT: stdout, wire.STDERR: stderr, wire.OUTPUT: output}
+        self._event = event
+        self._credit = wire.WINDOW
+        self._more_credit = asyncio.Event()
+        self._done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+    async def result(self) -> dict[str, Any]:
+        """Wait for the end and return the fields of the result.
+
+        Raises:
+            AgentError: If the agent answered with an error.
+            ConnectionLostError: If the connection ended before the answer came.
+        """
+        message = await asyncio.shield(self._done)
+        if message.get("ok"):
+            return message
+        evidence = {key: value for key, value in message.items() if key not in ("ok", "error", "message")}
+        raise AgentError(self._link.host, str(message.get("error")), str(message.get("message")), evidence)
+
+    async def send(self, data: bytes | memoryview) -> None:
+        """Send input, no faster than it is consumed. What comes after the channel's end is dropped."""
+        view = memoryview(data)
+        while view and not self._done.done():
+            if not self._credit:
+                self._more_credit.clear()
+                await self._more_credit.wait()
+                continue
+            part = view[: min(self._credit, wire.MAX_PAYLOAD)]
+            self._credit -= len(part)
+            view = view[len(part) :]
+            await self._link.send(wire.frame(self._number, wire.INPUT, bytes(part)))
+
+    async def send_end(self) -> None:
+        """Say that no more input comes."""
+        if not self._done.done():
+            await self._link.send(wire.frame(self._number, wire.INPUT_END))
+
+    def control(self, **message: Any) -> None:
+        """Say something about the work, e.g. ``signal="TERM"``."""
+        if not self._done.done():
+            self._link.send_soon(wire.json_frame(self._number, wire.CONTROL, message))
+
+    def close(self) -> None:
+        """Drop the channel; the agent ends the work. Does nothing after the result has come."""
+        if not self._done.done():
+            self._link.send_soon(wire.json_frame(self._number, wire.CONTROL, {"abandon": True}))
+            self._link.forget(self._number)
+            self._done.cancel()
+            self._more_credit.set()
+
+    def received(self, kind: int, payload: bytes) -> None:
+        """Handle one frame from the agent."""
+        if kind == wire.RESULT:
+            self._link.forget(self._number)
+            if not self._done.done():
+                self._done.set_result(wire.loads(payload))
+            self._more_credit.set()
+        elif kind == wire.CREDIT:
+            self._credit += int.from_bytes(payload, "big")
+            self._more_credit.set()
+        elif kind == wire.EVENT:
+            if self._event is not None:
+                self._event(wire.loads(payload))
+        else:
+            sink = self._sinks.get(kind)
+            if sink is not None:
+                sink(payload)
+
+    def fail(self, error: Exception) -> None:
+        """End the channel because the link has gone."""
+        if not self._done.done():
+            self._done.set_exception(error)
+            self._done.exception()  # whoever waits gets it; that nobody does is no error
+        self._more_credit.set()
+
+
+class AgentLink:
+    """The streams to and from one agent. Lives on the loop's thread.
+
+    Args:
+        host: The host, for messages.
+        fd_in: What the agent says is read here.
+        fd_out: What the agent is told is written here. The link owns both and closes them.
+        on_lost: Called once when the streams end, with the error if there was one.
+        early: What was already read of the agent's stream.
+    """
+
+    def __init__(
+        self, host: str, fd_in: int, fd_out: int, on_lost: Callable[[Exception | None], Any], early: bytes = b""
+    ) -> None:
+        self.host = host
+        self.hello: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._in, self._out = fd_in, fd_out
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._decoder = wire.Decoder()
+        self._channels: dict[int, Channel] = {}
+        self._next = 1
+        self._queue: deque[memoryview] = deque()
+        self._queued = 0
+        self._writing = False
+        self._room = asyncio.Event()
+        self._room.set()
+        self._lost_error: ConnectionLostError | None = None
+        os.set_blocking(fd_in, False)
+        os.set_blocking(fd_out, False)
+        self._loop.add_reader(fd_in, self._readable)
+        if early:
+            self._loop.call_soon(self._feed, early)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the streams are there."""
+        return self._lost_error is None
+
+    def open_channel(
+        self,
+        op: str,
+        params: dict[str, Any],
+        stdout: Bytes | None = None,
+        stderr: Bytes | None = None,
+        output: Bytes | None = None,
+        event: Event | None = None,
+    ) -> Channel:
+        """Send a request; its answers go to the functions given, on the loop's thread.
+
+        Raises:
+            ConnectionLostError: If the link has ended.
+        """
+        if self._lost_error is not None:
+            raise ConnectionLostError(self.host, self._lost_error.detail)
+        number = self._next
+        self._next += 1
+        channel = Channel(self, number, stdout, stderr, output, event)
+        self._channels[number] = channel
+        self.send_soon(wire.json_frame(number, wire.REQUEST, {**params, "op": op}))
+        return channel
+
+    def forget(self, number: int) -> None:
+        """Let a channel go that has ended."""
+        self._channels.pop(number, None)
+
+    # --- out -----------------------------------------------------------------------------------
+    def send_soon(self, data: bytes) -> None:
+        """Queue a frame, however much waits already; for short ones."""
+        if self._lost_error is None:
+            self._queue.append(memoryview(data))
+            self._queued += len(data)
+            if not self._writing:
+                self._flush()
+
+    async def send(self, data: bytes) -> None:
+        """Queue a frame once there is room for it."""
+        while self._queued > _HIGH_WATER and self._lost_error is None:
+            self._room.clear()
+            await self._room.wait()
+        self.send_soon(data)
+
+    def _flush(self) -> None:
+        try:
+            while self._queue:
+                batch = [self._queue[i] for i in range(min(len(self._queue), 64))]
+                self._written(os.writev(self._out, batch))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.lost(error)
+            return
+        if self._queued <= _HIGH_WATER // 2:
+            self._room.set()
+        waiting = bool(self._queue)
+        if waiting != self._writing:
+            self._writing = waiting
+            if waiting:
+                self._loop.add_writer(self._out, self._flush)
+            else:
+                self._loop.remove_writer(self._out)
+
+    def _written(self, count: int) -> None:
+        self._queued -= count
+        while count:
+            first = self._queue[0]
+            if count < len(first):
+                self._queue[0] = first[count:]
+                return
+            count -= len(first)
+            self._queue.popleft()
+
+    # --- in ------------------------------------------------------------------------------------
+    def _readable(self) -> None:
+        try:
+            data = os.read(self._in, _READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.lost(error)
+            return
+        if data:
+            self._feed(data)
+        else:
+            self.lost(None)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            for number, kind, payload in self._decoder.feed(data):
+                self._dispatch(number, kind, payload)
+        except wire.ProtocolError as error:
+            self.lost(error)
+
+    def _dispatch(self, number: int, kind: int, payload: bytes) -> None:
+        channel = self._channels.get(number)
+        if channel is not None:
+            try:
+                channel.received(kind, payload)
+            except wire.ProtocolError:
+                raise
+            except Exception:
+                logger.exception("%s: what a request was answered could not be handled", self.host)
+        elif number == 0 and kind == wire.EVENT:
+            message = wire.loads(payload)
+            if "crash" in message:
+                logger.error("%s: the agent has crashed:\n%s", self.host, message["crash"])
+            elif not self.hello.done():
+                self.hello.set_result(message)
+
+    # --- end -----------------------------------------------------------------------------------
+    def lost(self, error: Exception | None) -> None:
+        """End the link: close its streams, fail what waits."""
+        if self._lost_error is not None:
+            return
+        self._lost_error = ConnectionLostError(self.host, str(error) if error else "the host closed it")
+        self._loop.remove_reader(self._in)
+        if self._writing:
+            self._loop.remove_writer(self._out)
+        for fd in {self._in, self._out}:
+            os.close(fd)
+        self._queue.clear()
+        self._queued = 0
+        self._room.set()
+        self._on_lost(error)
+
+    def fail_channels(self, detail: str) -> None:
+        """Tell everyone who waits that the link has gone, and why."""
+        if not self.hello.done():
+            self.hello.set_exception(ConnectionLostError(self.host, detail))
+            self.hello.exception()
+        for channel in list(self._channels.values()):
+            channel.fail(ConnectionLostError(self.host, detail))
+        self._channels.clear()
+        if self._lost_error is not None:
+            self._lost_error = ConnectionLostError(self.host, detail)

@@ -1,0 +1,59 @@
+"""Agents on the manager's own machine: for a runtime without ssh, and the keeper."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+import sys
+
+from lazycluster.exceptions import InvalidRuntimeError
+
+from .connection import Connection, StartError
+from .process import WatchedProcess
+from .program import new_marker, stub
+
+_DEADLINE = 20.0
+
+
+class LocalConnection(Connection):
+    """An agent as a plain subprocess of the manager.
+
+    Args:
+        host: The name that it goes by.
+        python: The interpreter that runs the agent; the manager's own by default.
+    """
+
+    local = True
+
+    def __init__(self, host: str = "localhost", python: str | None = None) -> None:
+        super().__init__(host)
+        self._python = python or sys.executable
+
+    async def open(self) -> None:
+        """Start the agent."""
+        self.state = "connecting"
+        marker = new_marker()
+        try:
+            process = WatchedProcess([self._python, "-ISc", stub(marker)])
+            self._process = process
+            await asyncio.wait_for(self._bring_up(process, marker), _DEADLINE)
+        except BaseException as error:
+            self.state = "closed"
+            await self._hang_up()
+            if isinstance(error, (StartError, asyncio.TimeoutError, OSError)):
+                said = self._process.errors if self._process else str(error)
+                raise InvalidRuntimeError(self.host, "python", f"no agent can be started: {said}") from None
+            raise
+        self._opened()
+
+    async def bulk(self) -> socket.socket:
+        """Return a stream to a new process that copies files."""
+        self.check()
+        ours, theirs = socket.socketpair()
+        with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
+            agent.connect(os.path.join(self.hello.directory, "agent.sock"))
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", theirs.fileno(), theirs.fileno()))]
+            agent.sendmsg([b"bulk"], rights)
+        return ours

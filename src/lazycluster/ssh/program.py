@@ -1,0 +1,69 @@
+"""The agent as text: what is sent to a host, and the one command that its login shell is given."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import shlex
+import zlib
+from importlib import resources
+
+OLDEST_PYTHON = (3, 8)
+
+# Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
+_STUB = (
+    "import os,sys,zlib;n=bytes([10]);"
+    'os.write(1,n+b"lazy"+b"{marker} %d.%d.%d"%sys.version_info[:3]+n);'
+    "i=sys.stdin.buffer;"
+    "exec(zlib.decompress(i.read(int(i.readline()))))"
+)
+_BULK = (
+    "import socket,struct;s=socket.socket(1);s.connect({path});"
+    's.sendmsg([b"bulk"],[(1,1,struct.pack("2i",0,1))]);'
+    "import os;os.close(0);os.close(1);s.recv(1)"
+)
+
+
+def new_marker() -> str:
+    """Return what the stub prints when Python has started; nothing else on the host can know it beforehand."""
+    return secrets.token_hex(8)
+
+
+def expected(marker: str) -> bytes:
+    """Return what to look for in the output: the stub puts it together, so an echo of the command does not match."""
+    return b"\nlazy" + marker.encode() + b" "
+
+
+def stub(marker: str) -> str:
+    """Return the program that reads the agent from its standard input."""
+    return _STUB.format(marker=marker)
+
+
+def remote_command(python: str, marker: str) -> str:
+    """Return the line for the login shell; it works in bash, dash, zsh, fish and tcsh."""
+    return f"exec {_quoted(python)} -ISc '{stub(marker)}'"
+
+
+def bulk_command(python: str, socket_path: str) -> str:
+    """Return the line by which a further session hands its streams to the agent."""
+    path = ",".join(str(byte) for byte in socket_path.encode())
+    return f"exec {_quoted(python)} -ISc '{_BULK.format(path=f'bytes([{path}])')}'"
+
+
+def _quoted(python: str) -> str:
+    if python.startswith("~/"):
+        return "~/" + shlex.quote(python[2:])
+    return shlex.quote(python)
+
+
+@functools.lru_cache(maxsize=2)
+def payload(local: bool = False) -> bytes:
+    """Return what the stub reads: a line with the length, and the agent's program, compressed."""
+    sources = {
+        entry.name[:-3]: entry.read_text(encoding="utf-8")
+        for entry in sorted(resources.files("lazycluster.agent").iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".py") and entry.name not in ("__init__.py", "bootstrap.py")
+    }
+    bootstrap = resources.files("lazycluster.agent").joinpath("bootstrap.py").read_text(encoding="utf-8")
+    program = zlib.compress(f"{bootstrap}\nmain({sources!r}, {local!r})\n".encode(), 6)
+    return b"%d\n%s" % (len(program), program)
