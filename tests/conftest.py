@@ -1,0 +1,184 @@
+"""Fixtures for all tests: throw-away SSH hosts, and the check that every test leaves everything clean."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import leaks
+import pytest
+from sshhosts import Hosts, HostsUnavailableError, procfs, require_namespaces
+from sshhosts.loopback import LoopbackHosts
+
+_HERE = Path(__file__).parent
+_CLONE_NEWNET = 0x40000000
+_MARKER = f"LAZYCLUSTER_TEST_RUN={os.getpid()}"
+_DIRECTORY_MARKERS = ("unit", "integration", "faults")
+
+_own_network = False
+_temporary = Path()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give this run a network namespace and a directory for temporary files of its own, before anything uses either."""
+    global _own_network, _temporary
+    for name in _DIRECTORY_MARKERS:
+        config.addinivalue_line("markers", f"{name}: the tests in tests/{name}")
+    config.addinivalue_line("markers", "keeps(what): the test leaves something behind on purpose: 'hosts', 'manager'")
+    _own_network = _enter_network_namespace()
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    # Short: the paths of control sockets are limited.
+    _temporary = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
+    name, value = _MARKER.split("=")
+    os.environ.update({"TMPDIR": str(_temporary), name: value})
+    tempfile.tempdir = str(_temporary)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the directory for temporary files."""
+    tempfile.tempdir = None
+    shutil.rmtree(_temporary, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the directory that they are in."""
+    for item in items:
+        with contextlib.suppress(ValueError):
+            folder = item.path.relative_to(_HERE).parts[0]
+            if folder in _DIRECTORY_MARKERS:
+                item.add_marker(folder)
+
+
+def _enter_network_namespace() -> bool:
+    wanted = os.environ.get("LAZYCLUSTER_TEST_NETWORK", "own") == "own"
+    if not wanted or sys.platform != "linux" or os.geteuid() != 0 or threading.active_count() > 1:
+        return False
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
+        return False
+    subprocess.run(["ip", "link", "set", "dev", "lo", "up"], check=True)
+    return True
+
+
+def _skip(reason: HostsUnavailableError) -> None:
+    if os.environ.get("LAZYCLUSTER_TEST_NEED_HOSTS"):
+        pytest.fail(str(reason))
+    pytest.skip(str(reason))
+
+
+def _check_hosts(pool: Hosts | LoopbackHosts, request: pytest.FixtureRequest) -> None:
+    marker = request.node.get_closest_marker("keeps")
+    if marker is not None and "hosts" in marker.args:
+        return
+    left = leaks.settle(lambda: [entry for host in pool.all for entry in host.leftovers()])
+    if left:
+        for host in pool.all:
+            if host.pid:
+                host.clear()
+        pytest.fail("left behind on the hosts:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _clean_manager(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail when a test leaves a process, a thread, a listening port or a temporary file on the manager."""
+    thorough = request.node.get_closest_marker("unit") is None
+    manager = leaks.Manager(_temporary, _MARKER, thorough, _own_network).remember()
+    yield
+    marker = request.node.get_closest_marker("keeps")
+    if marker is not None and "manager" in marker.args:
+        return
+    left = leaks.settle(manager.leftovers)
+    if left:
+        leaks.remove(_temporary)
+        for process in procfs.with_variable(_MARKER):
+            if process.pid != os.getpid():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+        pytest.fail("left behind on the manager:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def _pools() -> Iterator[dict[str, Hosts | LoopbackHosts]]:
+    pools: dict[str, Hosts | LoopbackHosts] = {}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def hosts(_pools: dict[str, Hosts | LoopbackHosts], request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Three SSH hosts, kept from test to test unless a test has changed them; nothing may be left on them after the test."""
+    pool = _pools.get("default")
+    if pool is None:
+        pool = _pools["default"] = _three_hosts()
+    yield pool
+    try:
+        _check_hosts(pool, request)
+    finally:
+        if any(host.changed for host in pool.all):
+            pool.close()
+            del _pools["default"]
+
+
+def _three_hosts() -> Hosts | LoopbackHosts:
+    try:
+        require_namespaces()
+        return Hosts(3).start()
+    except HostsUnavailableError as reason:
+        if os.environ.get("LAZYCLUSTER_TEST_NEED_HOSTS"):
+            pytest.fail(str(reason))
+    try:
+        return LoopbackHosts(3).start()
+    except HostsUnavailableError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def module_hosts(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Three SSH hosts for one module, for fixtures that last as long; checked at the module's end."""
+    pool = _three_hosts()
+    try:
+        yield pool
+        _check_hosts(pool, request)
+    finally:
+        pool.close()
+
+
+@pytest.fixture
+def make_hosts(request: pytest.FixtureRequest) -> Iterator[Callable[..., Hosts]]:
+    """A function that makes hosts with namespaces of their own: ``make_hosts(2, bastion=True)``; see ``sshhosts.Options``."""
+    made: list[Hosts] = []
+
+    def make(count: int = 1, **options: Any) -> Hosts:
+        try:
+            require_namespaces()
+        except HostsUnavailableError as reason:
+            _skip(reason)
+        try:
+            made.append(Hosts(count, **options).start())
+        except HostsUnavailableError as reason:
+            pytest.skip(str(reason))
+        return made[-1]
+
+    try:
+        yield make
+        for pool in made:
+            _check_hosts(pool, request)
+    finally:
+        for pool in made:
+            pool.close()
+
+
+@pytest.fixture
+def ssh_config(hosts: Hosts) -> str:
+    """Path of the ssh config that names the three hosts ``host1``, ``host2``, ``host3``."""
+    return hosts.config_file

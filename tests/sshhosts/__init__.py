@@ -1,0 +1,24 @@
+"""Throw-away SSH hosts for tests, the demo, the benchmarks, and anyone who wants to try.
+
+Each host is a real OpenSSH server in namespaces of its own: address, loopback, ports, hostname, processes, /tmp and home.
+
+    with Hosts(3) as hosts:
+        subprocess.run(["ssh", "-F", hosts.config_file, "host1", "hostname"])
+"""
+
+from sshhosts.hosts import LIVE, Host, Hosts, make_keys, remove_stale, require_namespaces
+from sshhosts.options import PASSWORD, HostsFailedError, HostsUnavailableError, Options, find_python
+
+__all__ = [
+    "LIVE",
+    "PASSWORD",
+    "Host",
+    "Hosts",
+    "HostsFailedError",
+    "HostsUnavailableError",
+    "Options",
+    "find_python",
+    "make_keys",
+    "remove_stale",
+    "require_namespaces",
+]

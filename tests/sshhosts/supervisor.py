@@ -1,0 +1,389 @@
+"""The process that holds throw-away hosts: run as a script by ``sshhosts.hosts``, as root, standard library only.
+
+It reads one JSON description of the hosts from its standard input, makes them, answers with one JSON line, and then serves
+requests (one JSON line each) until its input ends or it is told to terminate. Every host is a process of its own namespaces whose
+death signal is tied to this process, so that nothing survives it, however it ends.
+"""
+
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+PR_SET_PDEATHSIG = 1
+
+START_DEADLINE = 20.0  # seconds for all hosts together, on a busy machine
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result, what):
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def mount(source, target, kind=None, flags=0, data=None):
+    arguments = [value.encode() if isinstance(value, str) else value for value in (source, target, kind, data)]
+    check(libc.mount(arguments[0], arguments[1], arguments[2], ctypes.c_ulong(flags), arguments[3]), f"mount {target}")
+
+
+def unshare(flags):
+    check(libc.unshare(flags), "unshare")
+
+
+def ip_batch(lines, netns=None):
+    """Run several ``ip`` commands in one process, in another network namespace where one is given (a file descriptor)."""
+    enter = None if netns is None else lambda: check(libc.setns(netns, CLONE_NEWNET), "setns")
+    outcome = subprocess.run(
+        ["ip", "-batch", "-"],
+        input="\n".join(lines) + "\n",
+        text=True,
+        capture_output=True,
+        preexec_fn=enter,
+        check=False,
+    )
+    if outcome.returncode != 0:
+        raise OSError(f"ip failed: {outcome.stderr.strip() or outcome.stdout.strip()}; the commands were: {lines}")
+
+
+def write(path, text, mode=0o644, owner=None):
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
+        file.write(text)
+    if owner is not None:
+        os.chown(path, *owner)
+
+
+class Host:
+    """One host: the process that becomes its first one, and how it is wired."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.pid = 0
+        self.go = -1
+
+    def fork(self, own_pid_namespace):
+        """Start the first process of the host; it waits for its network before it starts sshd."""
+        read, write_end = os.pipe()
+        unshare(CLONE_NEWPID)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(write_end)
+                init(self.spec, read)
+            except BaseException as error:  # noqa: BLE001 - the only way to tell the parent is the log
+                os.write(2, f"host {self.spec['name']}: {error!r}\n".encode())
+            finally:
+                os._exit(1)
+        # Children of this process must be ordinary again until the next host.
+        check(libc.setns(own_pid_namespace, CLONE_NEWPID), "setns")
+        os.close(read)
+        self.pid, self.go = pid, write_end
+
+    def unshared(self):
+        """Whether the host's first process has its own network namespace already."""
+        try:
+            return os.readlink(f"/proc/{self.pid}/ns/net") != os.readlink("/proc/self/ns/net")
+        except FileNotFoundError:
+            self.raise_if_ended()
+            return False
+
+    def raise_if_ended(self):
+        """Raise when the first process has ended."""
+        if os.waitpid(self.pid, os.WNOHANG)[0]:
+            raise ChildProcessError(f"host {self.spec['name']} ended while it started")
+
+    def links(self):
+        """``ip`` commands that join the host to its bridges, to be run in the switch's namespace."""
+        lines = []
+        for number, interface in enumerate(self.spec["interfaces"]):
+            port = f"{self.spec['name'][:10]}-{number}"
+            lines.append(f"link add name {port} type veth peer name eth{number} netns {self.pid}")
+            lines.append(f"link set dev {port} master {interface['bridge']}")
+            lines.append(f"link set dev {port} up")
+        return lines
+
+    def release(self):
+        os.write(self.go, b"1")
+        os.close(self.go)
+
+    def listening(self):
+        """Whether sshd listens; raises when the first process has ended."""
+        wanted = f":{self.spec['port']:04X} "
+        try:
+            with open(f"/proc/{self.pid}/net/tcp") as table:
+                if any(wanted in line and " 0A " in line for line in table):
+                    return True
+        except OSError:
+            pass
+        self.raise_if_ended()
+        return False
+
+
+def init(spec, go):
+    """The life of a host's first process."""
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()
+    unshare(CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC)
+    hostname = spec["hostname"].encode()
+    check(libc.sethostname(hostname, len(hostname)), "sethostname")
+    furnish(spec)
+    if not os.read(go, 1):
+        return
+    os.close(go)
+    lines = ["link set dev lo up"]
+    for number, interface in enumerate(spec["interfaces"]):
+        lines.append(f"addr add {interface['address']}/24 dev eth{number}")
+        lines.append(f"link set dev eth{number} up")
+    ip_batch(lines)
+    subprocess.Popen(
+        [spec["sshd"], "-D", "-f", "/run/host/sshd_config", "-E", "/run/host/sshd.log"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(null, number)
+    os.closerange(3, 1024)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            signal.pause()
+
+
+def furnish(spec):
+    """Give the host file systems of its own: /tmp, /run, homes, accounts; the rest is the machine's, read only."""
+    mount("none", "/", flags=MS_REC | MS_PRIVATE)
+    kept = [(path, os.open(path, os.O_PATH)) for path in spec["visible"] if os.path.exists(path)]
+    if spec["shared_home"]:
+        shared = os.open(spec["shared_home"], os.O_PATH)
+    mount("none", "/", flags=MS_REMOUNT | MS_BIND | MS_RDONLY)
+    for path, options in spec["tmpfs"].items():
+        if os.path.isdir(path):
+            mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, options)
+    for path, descriptor in kept:
+        if not any(path == hidden or path.startswith(hidden + "/") for hidden in spec["tmpfs"]):
+            continue
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            os.makedirs(path, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write(path, "")
+        mount(f"/proc/self/fd/{descriptor}", path, flags=MS_BIND)
+        os.close(descriptor)
+    for path in spec["hidden"]:
+        if os.path.isdir(path):
+            mount("tmpfs", path, "tmpfs", MS_RDONLY, "mode=0755")
+    mount("proc", "/proc", "proc")
+    os.makedirs("/run/sshd", 0o755)
+    os.makedirs("/run/host", 0o755)
+    for name, (mode, text) in spec["files"].items():
+        write(f"/run/host/{name}", text, mode)
+    for name in ("passwd", "group", "shadow", "hosts"):
+        if os.path.exists(f"/etc/{name}"):
+            mount(f"/run/host/{name}", f"/etc/{name}", flags=MS_BIND)
+    if spec["tools"]:
+        link_tools("/run/host/bin")
+    for user in spec["users"]:
+        home = user["home"]
+        owner = (user["uid"], user["gid"])
+        os.makedirs(home, 0o700, exist_ok=True)
+        if spec["shared_home"] and user["shares"]:
+            mount(f"/proc/self/fd/{shared}", home, flags=MS_BIND)
+            mount("none", home, flags=MS_REMOUNT | MS_BIND)
+        elif user["home_options"]:
+            mount("tmpfs", home, "tmpfs", MS_NOSUID | MS_NODEV, user["home_options"])
+        os.chown(home, *owner)
+        for name, text in user["files"].items():
+            path = os.path.join(home, name)
+            parent = os.path.dirname(path)
+            while not os.path.isdir(parent):
+                os.makedirs(parent)
+            write(path, text, 0o644, owner)
+            while parent != home:
+                os.chown(parent, *owner)
+                parent = os.path.dirname(parent)
+
+
+def link_tools(folder):
+    """A directory of links to the machine's programs, without any Python, for a host that has none on its PATH."""
+    os.makedirs(folder)
+    for source in ("/bin", "/usr/bin"):
+        for entry in os.scandir(source):
+            if not entry.name.startswith(("python", "pypy", "pydoc")) and not os.path.lexists(f"{folder}/{entry.name}"):
+                os.symlink(entry.path, f"{folder}/{entry.name}")
+
+
+class Supervisor:
+    def __init__(self, spec):
+        self.spec = spec
+        self.hosts = {}
+        self.manager_netns = os.open("/proc/self/ns/net", os.O_RDONLY)
+        self.own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
+        self.manager_port = ""
+        self.subnet = 0
+
+    def make_switch(self):
+        """A namespace for the bridges, and the manager's port on the first of them."""
+        unshare(CLONE_NEWNET)
+        lines = ["link set dev lo up"]
+        for bridge in self.spec["bridges"]:
+            lines += [f"link add name {bridge} type bridge forward_delay 0", f"link set dev {bridge} up"]
+        ip_batch(lines)
+        if not self.spec["bridges"]:
+            return
+        pid = self.spec["manager_pid"]
+        for number in range(250):
+            self.manager_port = f"lzhosts{number}"
+            add = f"link add name manager type veth peer name {self.manager_port} netns {pid}"
+            try:
+                ip_batch([add])
+            except OSError as error:
+                if "exists" not in str(error):
+                    raise
+                continue
+            self.subnet = number
+            break
+        else:
+            raise OSError("no free subnet in 198.18.0.0/16: too many sets of hosts are up (scripts/hosts status)")
+        ip_batch([f"link set dev manager master {self.spec['bridges'][0]}", "link set dev manager up"])
+        ip_batch(
+            [f"addr add 198.18.{number}.1/24 dev {self.manager_port}", f"link set dev {self.manager_port} up"],
+            self.manager_netns,
+        )
+
+    def start(self, specs):
+        hosts = [Host(self.complete(spec)) for spec in specs]
+        for host in hosts:
+            host.fork(self.own_pid_namespace)
+            self.hosts[host.spec["name"]] = host
+        deadline = time.monotonic() + START_DEADLINE
+        wait_for(lambda: all(host.unshared() for host in hosts), deadline, "the hosts' namespaces")
+        lines = [line for host in hosts for line in host.links()]
+        if lines:
+            ip_batch(lines)
+        for host in hosts:
+            host.release()
+        waiting = set(hosts)
+
+        def all_listen():
+            waiting.difference_update([host for host in waiting if host.listening()])
+            return not waiting
+
+        wait_for(all_listen, deadline, "the hosts' sshd")
+        return {
+            "hosts": {host.spec["name"]: host.pid for host in hosts},
+            "subnet": self.subnet,
+            "interface": self.manager_port,
+            "pid": os.getpid(),
+        }
+
+    def complete(self, spec):
+        for interface in spec["interfaces"]:
+            interface["address"] = interface["address"].replace("SUBNET", str(self.subnet))
+        mode, text = spec["files"]["hosts"]
+        spec["files"]["hosts"] = (mode, text.replace("SUBNET", str(self.subnet)))
+        return spec
+
+    def stop(self, name):
+        """Power a host off: first its network, so that it says good-bye to no one, then all its processes."""
+        host = self.hosts.pop(name)
+        present = [f"{name[:10]}-{number}" for number in range(len(host.spec["interfaces"]))]
+        ip_batch([f"link set dev {port} down" for port in present])
+        os.kill(host.pid, signal.SIGKILL)
+        os.waitpid(host.pid, 0)
+        # Deleted by hand: the kernel deletes interfaces of dead namespaces some time later, and the name is needed again.
+        ip_batch([f"link del dev {port}" for port in present])
+        return {}
+
+    def serve(self, keep):
+        """Answer requests until the input ends (``keep``: until a signal comes)."""
+        buffer = b""
+        sources = [] if keep else [0]
+        while True:
+            if not select.select(sources, [], [])[0]:
+                continue
+            data = os.read(0, 65536)
+            if not data:
+                return
+            buffer += data
+            while b"\n" in buffer:
+                line, buffer = buffer.split(b"\n", 1)
+                answer(self.handle, json.loads(line))
+
+    def handle(self, request):
+        if "stop" in request:
+            return self.stop(request["stop"])
+        return self.start(request["start"])
+
+    def close(self):
+        for host in self.hosts.values():
+            try:
+                os.kill(host.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        for host in self.hosts.values():
+            try:
+                os.waitpid(host.pid, 0)
+            except ChildProcessError:
+                continue
+        if self.manager_port:
+            subprocess.run(["ip", "link", "del", "dev", "manager"], capture_output=True, check=False)
+        shutil.rmtree(self.spec["directory"], ignore_errors=True)
+
+
+def wait_for(condition, deadline, what):
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} were not there within {START_DEADLINE:.0f} s")
+        time.sleep(0.002)
+
+
+def answer(handler, request):
+    try:
+        reply = handler(request)
+    except (OSError, KeyError) as error:
+        reply = {"error": f"{type(error).__name__}: {error}"}
+    say(reply)
+
+
+def say(reply):
+    os.write(1, json.dumps(reply).encode() + b"\n")
+
+
+def main():
+    keep = "--keep" in sys.argv
+    with open(0, closefd=False) as source:
+        spec = json.loads(source.readline())
+    os.setsid()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    supervisor = Supervisor(spec)
+    try:
+        supervisor.make_switch()
+        answer(lambda request: supervisor.start(request["hosts"]), spec)
+        supervisor.serve(keep)
+    except OSError as error:
+        say({"error": f"{type(error).__name__}: {error}"})
+    finally:
+        supervisor.close()
+
+
+if __name__ == "__main__":
+    main()
