@@ -247,7 +247,6 @@ _OVERRIDES = (
     "GatewayPorts=no",
     # Prompts come to us, and are answered or declined there: so an error can say what was asked.
     "BatchMode=no",
-    "NumberOfPasswordPrompts=1",
     # Without it 64 clients at once may rewrite the same known_hosts, and "ask" would ask.
     "UpdateHostKeys=no",
     "VisualHostKey=no",
@@ -265,6 +264,8 @@ def ssh_argv(
     control_path: str,
     remote_command: str,
     version: tuple[int, int],
+    *,
+    ask: bool = False,
 ) -> list[str]:
     """Return the command line of the one ssh process of a host, a multiplexing master.
 
@@ -273,6 +274,7 @@ def ssh_argv(
         control_path: Where the master listens: absolute, of at most ``MAX_CONTROL_PATH`` bytes.
         remote_command: What the host's login shell is to run.
         version: The client's version, see :func:`ssh_version`.
+        ask: Whether a person answers its questions, and may mistype.
 
     Returns:
         The command line. It holds no secret.
@@ -287,7 +289,7 @@ def ssh_argv(
         argv += ["-F", settings.config_file]
     argv += ["-M", "-S", control_path.replace("%", "%%"), "-T"]
     # ssh takes the first value that it sees for an option: ours stand before the user's.
-    for option in _options(settings, version):
+    for option in _options(settings, version, ask):
         argv += ["-o", option]
     if settings.user is not None:
         argv += ["-l", settings.user]
@@ -300,11 +302,12 @@ def ssh_argv(
     return [*argv, "--", settings.target, remote_command]
 
 
-def _options(settings: Settings, version: tuple[int, int]) -> list[str]:
+def _options(settings: Settings, version: tuple[int, int], ask: bool) -> list[str]:
     options = list(_OVERRIDES)
     for since, names in _OVERRIDES_SINCE:
         if version >= since:
             options += names
+    options.append(f"NumberOfPasswordPrompts={3 if ask else 1}")
     options.append(f"ConnectTimeout={math.ceil(settings.timeout)}")
     if settings.key_filename:
         options.append("IdentitiesOnly=yes")
