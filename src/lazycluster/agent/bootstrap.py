@@ -90,12 +90,13 @@ def main(sources: Dict[str, str], local: bool) -> None:
         _forget_streams()
     guardian.become_subreaper()
     watched, held = os.pipe()  # `held` stays open in the guardian only: its end tells the agent
+    me = os.getpid()
     agent = os.fork()
     if agent == 0:
         os.close(held)
         if local:
             _forget_streams()
-        _serve(directory, watched, listener)
+        _serve(directory, listener, me, watched)
     os.close(watched)
     listener.close()
     if local:
@@ -105,11 +106,11 @@ def main(sources: Dict[str, str], local: bool) -> None:
     os._exit(0)
 
 
-def _serve(directory: str, guardian: int, listener: socket.socket) -> None:
+def _serve(directory: str, listener: socket.socket, guardian: int, alive: int) -> None:
     status = 1
     try:
         server = importlib.import_module(PACKAGE + ".server")
-        status = 0 if server.Agent(directory, guardian, listener).run() else 3
+        status = 0 if server.Agent(directory, listener, guardian, alive).run() else 3
     finally:
         os._exit(status)
 

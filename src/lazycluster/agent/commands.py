@@ -39,7 +39,7 @@ def marked_environment(channel: Channel, env: Dict[str, str], task: str = "") ->
     """Add the markers by which processes are found again."""
     env[AGENT_MARKER] = channel.agent.identity
     if task:
-        env[TASK_MARKER] = task
+        env[TASK_MARKER] = "{}:{}".format(channel.agent.identity, task)
     return env
 
 
@@ -84,6 +84,7 @@ class Process:
         finally:
             for fd in {out_write, err_write, in_read}:
                 os.close(fd)
+        self._started = start_time(self.pid)
         self.input = Feed(channel, in_write) if has_input else None
         self.pumps = [Pump(channel, out_read, self.on_stdout, self._maybe_over)]
         if not merge:
@@ -130,12 +131,8 @@ class Process:
     def end(self) -> None:
         """End the process and all that it started."""
         if self.ending is None:
-            pid, started = self.pid, start_time(self.pid)
             self.ending = Ending(
-                self.channel.loop,
-                # The number may belong to somebody else by the time of the next look.
-                lambda: tree_of(pid if start_time(pid) == started else 0, self.task),
-                self._ended,
+                self.channel.loop, lambda: tree_of(self.pid, self._started, self.task), self._ended
             )
 
     def _ended(self) -> None:

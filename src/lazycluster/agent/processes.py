@@ -56,12 +56,15 @@ def start_time(pid: int) -> Optional[int]:
 
 
 def descendants(roots: Iterable[int]) -> List[int]:
-    """Return the living descendants of `roots`, children before grandchildren, without the roots."""
+    """Return the living descendants of `roots`, children before grandchildren, without the roots.
+
+    Of process 0 or 1 everything descends: those are never roots.
+    """
     children: Dict[int, List[int]] = {}
     for pid, parent in parents().items():
         children.setdefault(parent, []).append(pid)
     found: List[int] = []
-    queue = list(roots)
+    queue = [pid for pid in roots if pid > 1]
     while queue:
         below = children.get(queue.pop(0), [])
         found.extend(below)
@@ -236,12 +239,17 @@ class Ending:
         self._loop.call_later(self._LOOK_EVERY, self._step)
 
 
-def tree_of(pid: int, task: str) -> List[int]:
-    """Return what belongs to a task: its first process, its descendants, and whatever carries its marker."""
-    found = set(descendants([pid]))
-    if start_time(pid) is not None:
-        found.add(pid)
+def tree_of(pid: int, started: Optional[int], task: str) -> List[int]:
+    """Return what belongs to a task: its first process, its descendants, and whatever carries its marker.
+
+    Args:
+        pid: The first process.
+        started: When it started; if the number belongs to another process by now, only the marker counts.
+        task: The value of the marker, "" for none.
+    """
+    found = set()
+    if started is not None and start_time(pid) == started:
+        found = {pid, *descendants([pid])}
     if task:
-        found.update(pid for pid, value in marks(TASK_MARKER) if value == task)
-    found.discard(os.getpid())
-    return sorted(found)
+        found.update(other for other, value in marks(TASK_MARKER) if value == task)
+    return sorted(found - {os.getpid(), 0, 1})

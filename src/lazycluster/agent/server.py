@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
-from .processes import AGENT_MARKER, Ending, descendants, marks, parent_of, send_signal, start_time, tree_of
+from .processes import AGENT_MARKER, Ending, descendants, marks, send_signal, start_time, tree_of
 from .session import Channel, Session
 
 SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
@@ -49,12 +49,13 @@ class Agent:
         identity: The agent's name, which its processes carry in their environment.
     """
 
-    def __init__(self, directory: str, guardian: int, listener: socket.socket) -> None:
+    def __init__(self, directory: str, listener: socket.socket, guardian: int, alive: int) -> None:
         self.loop = Loop()
         self.directory = directory
         self.identity = identity()
         self._listener = listener
         self._guardian = guardian
+        self._alive_fd = alive
         self._session: Optional[Session] = None
         self._waiting: List[socket.socket] = []
         self._ending = False
@@ -62,7 +63,7 @@ class Agent:
         self._heard = False
         listener.setblocking(False)
         self.loop.add_reader(listener.fileno(), self._accept)
-        self.loop.add_reader(guardian, self._orphaned)  # it becomes readable only when the guardian has died
+        self.loop.add_reader(alive, self._orphaned)  # it becomes readable only when the guardian has died
         self.loop.call_later(_FIRST_SESSION_LIMIT, lambda: self._session or self.end())
         self.loop.call_later(SILENCE_LIMIT, self._look)
 
@@ -195,7 +196,7 @@ class Agent:
         self.end()
 
     def _orphaned(self) -> None:
-        self.loop.remove_reader(self._guardian)
+        self.loop.remove_reader(self._alive_fd)
         self.end(lambda: clean(self.directory))
 
     def end(self, then: Optional[Callable[[], Any]] = None) -> None:
@@ -218,9 +219,11 @@ class Agent:
     def _alive(self) -> List[int]:
         """Return all that descends from the agent, or was adopted by its guardian."""
         me = os.getpid()
-        guardian = parent_of(me)
-        roots = [me, guardian] if guardian and guardian != 1 else [me]
-        return [pid for pid in descendants(roots) if pid != me]
+        if os.getppid() == self._guardian:
+            return [pid for pid in descendants([me, self._guardian]) if pid != me]
+        # Whoever adopted us has other children, too; what was not adopted by us is found by its mark.
+        left = {pid for pid, mark in marks(AGENT_MARKER) if mark == self.identity}
+        return sorted(left.union(descendants([me])) - {me})
 
 
 def identity() -> str:
@@ -235,7 +238,7 @@ def sweep() -> None:
         here, agent, started = (mark.rsplit("-", 2) + ["", ""])[:3]
         # Numbers of another pid namespace (a container's, seen from outside) say nothing here.
         if here == space and agent.isdigit() and str(start_time(int(agent))) != started:
-            send_signal(tree_of(pid, ""), signal.SIGKILL)
+            send_signal(tree_of(pid, start_time(pid), ""), signal.SIGKILL)
 
 
 def _known_user() -> bool:
@@ -269,6 +272,8 @@ def _receive(connection: socket.socket) -> Tuple[bytes, List[int]]:
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.extend(struct.unpack("{}i".format(len(payload) // 4), payload[: len(payload) // 4 * 4]))
+    for fd in fds:
+        os.set_inheritable(fd, False)  # unlike all other descriptors, received ones are inheritable
     connection.settimeout(None)
     return data, fds
 
