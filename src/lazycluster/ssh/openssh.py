@@ -1,0 +1,181 @@
+"""The connection to a host over ssh: one OpenSSH client process, a multiplexing master, whose session is the agent's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import random
+import signal
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
+
+from . import workspace
+from .config import Settings, ssh_argv, ssh_version
+from .connection import Connection, StartError
+from .errors import classify, is_retryable
+from .handshakes import limiter
+from .mux import Mux, MuxError
+from .process import WatchedProcess
+from .program import bulk_command, new_marker, remote_command
+
+ATTEMPTS = 6
+_START_MARGIN = 15.0  # seconds beyond the ssh time-out for the login shell and Python on a loaded host
+_ASK_LIMIT = 180.0  # seconds for a person to answer ssh's questions
+
+_numbers = itertools.count(1)
+
+
+class SshConnection(Connection):
+    """The connection to a host over ssh.
+
+    Args:
+        host: The host, as `ssh` takes it.
+        connection_kwargs: See `Settings`.
+        python: The interpreter that runs the agent, as the host's login shell finds it.
+        ask: Whether a person may be asked on the terminal for passwords and the like.
+
+    Raises:
+        ValueError, TypeError: If the host or the settings are not valid.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        connection_kwargs: Mapping[str, Any] | None = None,
+        *,
+        python: str | None = None,
+        ask: bool = False,
+    ) -> None:
+        super().__init__(host)
+        self.settings = Settings.parse(host, connection_kwargs)
+        self._python = python or "python3"
+        self._ask = ask
+        self._space: workspace.Workspace | None = None
+        self._mux: Mux | None = None
+        self._name = ""
+        self._sessions: set[asyncio.Task[int]] = set()
+
+    @property
+    def mux(self) -> Mux:
+        """The control socket of the ssh process."""
+        self.check()
+        assert self._mux is not None
+        return self._mux
+
+    async def open(self) -> None:
+        """Connect, trying again when the host or its jump host drops the handshake because it has too many."""
+        self.state = "connecting"
+        try:
+            self._space = await workspace.acquire()
+            for attempt in range(ATTEMPTS):
+                try:
+                    await self._attempt()
+                    break
+                except InvalidRuntimeError as error:
+                    if not is_retryable(error) or attempt == ATTEMPTS - 1:
+                        raise
+                await asyncio.sleep(random.uniform(0.5, 1.0) * 0.25 * 2**attempt)  # noqa: S311
+        except BaseException as error:
+            self.state = "closed"
+            await self._release()
+            if isinstance(error, OSError):
+                raise InvalidRuntimeError(self.host, "ssh", str(error)) from error
+            raise
+        self._opened()
+
+    async def _attempt(self) -> None:
+        space = self._space
+        assert space is not None
+        self._name = f"{next(_numbers)}"
+        control = os.path.join(space.directory, self._name)
+        marker = new_marker()
+        version = await asyncio.to_thread(ssh_version) if not ssh_version.cache_info().currsize else ssh_version()
+        argv = ssh_argv(self.settings, control, remote_command(self._python, marker), version, ask=self._ask)
+        space.prompter.register(self._name, self.settings, self._ask)
+        deadline = _ASK_LIMIT if self._ask else self.settings.timeout + _START_MARGIN
+        process: WatchedProcess | None = None
+        try:
+            async with limiter(self.settings):
+                process = WatchedProcess(argv, space.prompter.env(self._name))
+                self._process = process
+                space.watch(process.pid)
+                space.prompter.started(self._name, process.pid)
+                await asyncio.wait_for(self._bring_up(process, marker), deadline)
+        except BaseException as error:
+            if process is not None:
+                process.signal(signal.SIGTERM)
+            await self._hang_up()
+            if isinstance(error, (StartError, asyncio.TimeoutError)):
+                raise self._failure(error, process) from None
+            raise
+        finally:
+            if self._hello is None:
+                self._forget_attempt()
+        self._mux = Mux(control)
+
+    def _forget_attempt(self) -> None:
+        if self._space is not None and self._name:
+            if self._process is not None:
+                self._space.unwatch(self._process.pid)
+            self._space.prompter.forget(self._name)
+
+    def _failure(self, error: Exception, process: WatchedProcess | None) -> InvalidRuntimeError:
+        assert self._space is not None
+        said = process.errors if process is not None else ""
+        asked = self._space.prompter.asked(self._name)
+        answered = self._space.prompter.answered(self._name)
+        if isinstance(error, StartError):
+            phase, output, status = "ended", error.output, error.status
+        else:
+            phase, output, status = "timeout", self._noise, None
+        return classify(
+            self.settings,
+            said,
+            status,
+            asked=asked,
+            answered=answered,
+            output=output,
+            phase=phase,
+            python=self._python,
+        )
+
+    async def bulk(self) -> socket.socket:
+        """Return a stream to a new process that copies files: a further session on the same connection."""
+        mux = self.mux
+        ours, theirs = socket.socketpair()
+        with theirs, open(os.devnull, "wb") as null:
+            command = bulk_command(self.hello.executable, os.path.join(self.hello.directory, "agent.sock"))
+            try:
+                session = await mux.new_session(command, theirs.fileno(), theirs.fileno(), null.fileno())
+            except MuxError as error:
+                ours.close()
+                raise ConnectionLostError(self.host, f"no further session for copying files: {error}") from error
+        # The session must be held until the command on the host has ended, which it does when our end is closed.
+        task = asyncio.ensure_future(session.wait())
+        self._sessions.add(task)
+        task.add_done_callback(self._sessions.discard)
+        return ours
+
+    async def _release(self) -> None:
+        self._forget_attempt()
+        for task in self._sessions:
+            task.cancel()
+        if self._mux is not None:
+            with contextlib.suppress(Exception):
+                await self._mux.aclose()
+        space, self._space = self._space, None
+        if space is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(space.directory, self._name))
+            await space.release()
+
+    async def _hang_up(self) -> None:
+        if self._process is not None and self._hello is not None:
+            # It would wait for forwarded connections that are still open; the agent has ended, nothing is lost.
+            self._process.signal(signal.SIGTERM)
+        await super()._hang_up()

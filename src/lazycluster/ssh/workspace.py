@@ -1,0 +1,121 @@
+"""What all connections of a manager process share: a private directory, the answers to ssh's questions, the keeper.
+
+The keeper is an agent on the manager's own machine. It runs the masters of clusters, and when the manager dies, in
+whatever way, it ends those and the ssh processes, and removes the private directory. All of it exists only as long
+as something uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .local import LocalConnection
+from .prompts import Prompter
+
+_LONGEST = 50  # bytes of the directory's path, so that those of the sockets in it stay short enough
+
+
+class Workspace:
+    """The shared things of one manager process; see the module. For the event loop's thread only."""
+
+    def __init__(self) -> None:
+        self.prompter = Prompter()
+        self.keeper = LocalConnection("localhost")
+        self.directory = ""
+        self._users = 0
+        self._started: asyncio.Task[None] | None = None
+        self._kept: dict[int, int] = {}
+        self._telling: asyncio.Task[None] | None = None
+
+    async def acquire(self) -> None:
+        """Begin to use the workspace; starts it for the first user."""
+        self._users += 1
+        if self._started is None:
+            self._started = asyncio.ensure_future(self._start())
+        try:
+            await asyncio.shield(self._started)
+        except BaseException:
+            await self.release()
+            raise
+
+    async def _start(self) -> None:
+        self.directory = private_directory()
+        try:
+            await asyncio.gather(self.prompter.start(self.directory), self.keeper.open())
+            await self._tell()
+        except BaseException:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    async def release(self) -> None:
+        """End the use; the last one ends the keeper and removes the directory."""
+        self._users -= 1
+        if self._users:
+            return
+        if _spaces.get(asyncio.get_running_loop()) is self:
+            del _spaces[asyncio.get_running_loop()]  # whoever comes now gets a new one
+        if self._started is not None:
+            await asyncio.wait([self._started])
+        if self._telling is not None:
+            await asyncio.wait([self._telling])
+        await self.prompter.close()
+        await self.keeper.close()
+        if self.directory:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def watch(self, pid: int) -> None:
+        """Have a process ended when the manager dies."""
+        with contextlib.suppress(OSError, IndexError):
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            self._kept[pid] = int(fields[19])
+            self._tell_soon()
+
+    def unwatch(self, pid: int) -> None:
+        """Stop having an eye on a process."""
+        if self._kept.pop(pid, None) is not None:
+            self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        # One message for all that changes in this round of the loop: 64 hosts connect at once.
+        if self._telling is None and self.keeper.state == "open":
+            self._telling = asyncio.ensure_future(self._tell_once())
+
+    async def _tell_once(self) -> None:
+        await asyncio.sleep(0)
+        self._telling = None
+        with contextlib.suppress(Exception):  # the keeper's end is noticed by whoever depends on it
+            await self._tell()
+
+    async def _tell(self) -> None:
+        await self.keeper.request("keep", pids=[list(pair) for pair in self._kept.items()], paths=[self.directory])
+
+
+_spaces: dict[asyncio.AbstractEventLoop, Workspace] = {}
+
+
+async def acquire() -> Workspace:
+    """Return the workspace of this process, to be released after use."""
+    loop = asyncio.get_running_loop()
+    space = _spaces.get(loop)
+    if space is None:
+        space = _spaces[loop] = Workspace()
+    await space.acquire()
+    return space
+
+
+def private_directory() -> str:
+    """Make a directory for this user only, with a path short enough for sockets."""
+    places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp"]
+    errors = []
+    for place in places:
+        try:
+            if place and len(os.fsencode(place)) <= _LONGEST:
+                return tempfile.mkdtemp(prefix="lazycluster-", dir=place)
+        except OSError as error:
+            errors.append(str(error))
+    raise OSError("no private directory for the connections' sockets can be made: " + "; ".join(errors))
