@@ -1,0 +1,298 @@
+"""Services: programs that run until they are ended, watched, and started again when they die."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, cast
+
+from .commands import Process, environment, outcome
+from .processes import Ending, tree_of
+
+if TYPE_CHECKING:
+    from .loop import Loop
+    from .session import Channel
+
+_HELD = 512 * 1024  # bytes of output that wait for a manager that is slow; what is older is dropped
+_TAIL = 8 * 1024  # bytes of output that are told with the end of the process
+_LONGEST_LINE = 256 * 1024
+_PATIENCE = 3.0  # seconds from the request to end until the service is killed
+_BACKOFF, _LONGEST_BACKOFF = 0.25, 30.0
+_WINDOW = 300.0  # seconds within which restarts are counted
+SCRATCH = "LAZYCLUSTER_SCRATCH"  # the variable with the service's own directory, which is removed when it ends
+
+_BOOT = "import sys;sys.path[:]=[p for p in sys.path if p]+[sys.argv.pop(1)];from {} import main;main()"
+
+
+class _Outlet:
+    """Stands between a service and the channel: takes output at any time, so that the service never waits."""
+
+    def __init__(self, channel: "Channel") -> None:
+        self.loop: "Loop" = channel.loop
+        self.open = True
+        self.writable = True
+        self.on_input: Callable[[bytes], Any] = lambda _: None
+        self.on_input_end: Callable[[], Any] = lambda: None
+        self.consumed: Callable[[int], Any] = lambda _: None
+        self.tail: Deque[bytes] = deque(maxlen=1000)
+        self._channel = channel
+        self._held: Deque[Tuple[bool, bytes]] = deque()
+        self._held_size = 0
+        self._dropped = 0
+        channel.on_drain = self.flush
+
+    def put(self, is_error: bool, data: bytes) -> None:
+        """Take output."""
+        self.tail.append(data[-_TAIL:])
+        while sum(map(len, self.tail)) - len(self.tail[0]) >= _TAIL:
+            self.tail.popleft()
+        self._held.append((is_error, data))
+        self._held_size += len(data)
+        self.flush()
+        while self._held_size > _HELD:
+            dropped = len(self._held.popleft()[1])
+            self._held_size -= dropped
+            self._dropped += dropped
+
+    def flush(self) -> None:
+        """Send on what waits."""
+        if self._dropped and self._channel.writable:
+            text = "\n[lazycluster: {} bytes of output were dropped here, they came faster than they were taken]\n"
+            self._channel.stderr(text.format(self._dropped).encode())
+            self._dropped = 0
+        while self._held and self._channel.writable:
+            is_error, data = self._held.popleft()
+            self._held_size -= len(data)
+            (self._channel.stderr if is_error else self._channel.stdout)(data)
+
+    def last_words(self) -> str:
+        """Return the end of the output."""
+        return b"".join(self.tail).decode("utf-8", "replace")[-_TAIL:]
+
+
+class _Run(Process):
+    """The process of a service, from one start to its end."""
+
+    def __init__(self, service: "_Service", argv: List[str], env: Dict[str, str], cwd: str) -> None:
+        self._service = service
+        self._line = b""
+        super().__init__(cast("Channel", service.outlet), argv, env, cwd, True, False)
+
+    def on_stdout(self, data: bytes) -> None:
+        lines = (self._line + data).split(b"\n")
+        self._line = lines.pop()
+        plain = b"".join(line + b"\n" for line in lines if not self._service.heard(line))
+        if len(self._line) > _LONGEST_LINE:
+            plain, self._line = plain + self._line, b""
+        if plain:
+            self._service.outlet.put(False, plain)
+
+    def on_stderr(self, data: bytes) -> None:
+        self._service.outlet.put(True, data)
+
+    def on_over(self, status: int) -> None:
+        if self._line:
+            self._service.outlet.put(False, self._line)
+        self._service.over(status)
+
+    def stop(self, patience: float) -> None:
+        """End the process and all that it started, also when it has ended itself."""
+        if self.ending is None:
+            self.ending = Ending(
+                self.channel.loop,
+                lambda: tree_of(self.pid, self._started, self.task),
+                self._ended,
+                ((signal.SIGTERM, patience), (signal.SIGKILL, 1.0)),
+            )
+
+
+class _Service:
+    """A supervised program: its process, what it is fed, and what is told about it."""
+
+    def __init__(self, channel: "Channel") -> None:
+        params = channel.params
+        self.channel = channel
+        self.outlet = _Outlet(channel)
+        self._task = "{}.{}".format(params.get("task") or "service", os.urandom(6).hex())
+        self._marker = (params.get("marker") or "").encode()
+        self._ready_text = (params.get("ready") or "").encode()
+        self._limit = int(params.get("restarts") or 0)
+        self._patience = float(params.get("patience") or _PATIENCE)
+        self._cwd = os.path.join(os.path.expanduser("~"), params.get("cwd") or "")
+        self._restarts: List[float] = []
+        self._count = 0
+        self._kept: List[bytes] = []
+        self._input_ended = False
+        self._ending = False
+        self._was_ready = self._is_ready = False
+        self._waiting: Optional[Any] = None
+        self._run: Optional[_Run] = None
+        self.directory = tempfile.mkdtemp(prefix="service-", dir=channel.agent.directory)
+        self._env = dict(environment(channel, self._task), **{SCRATCH: self._make("scratch")})
+        self._argv = self._arguments(params)
+        channel.on_input = self._on_input
+        channel.on_input_end = self._on_input_end
+        channel.on_control = self._on_control
+        channel.on_abandon = self.end
+
+    def _make(self, name: str) -> str:
+        path = os.path.join(self.directory, name)
+        os.mkdir(path, 0o700)
+        return path
+
+    def _arguments(self, params: Dict[str, Any]) -> List[str]:
+        if params.get("argv"):
+            return [str(part) for part in params["argv"]]
+        source = params["source"]  # {"package": name, "module": name, "files": {file name: text}}
+        folder = self._make("program")
+        os.mkdir(os.path.join(folder, source["package"]))
+        for name, text in source["files"].items():
+            with open(os.path.join(folder, source["package"], os.path.basename(name)), "w", encoding="utf-8") as file:
+                file.write(text)
+        boot = _BOOT.format(source["package"] + "." + source["module"])
+        return [params.get("python") or sys.executable, "-c", boot, folder]
+
+    # --- running -------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Start the program, and feed it."""
+        self._waiting = None
+        self._is_ready = False
+        self.outlet.tail.clear()
+        try:
+            self._run = _Run(self, self._argv, self._env, self._cwd)
+        except OSError as error:
+            name = self._cwd if not os.path.isdir(self._cwd) else self._argv[0]
+            self._fail("os", "{}: {}".format(error.strerror, name), {"exit": None, "signal": None})
+            return
+        self._tell("starting", pid=self._run.pid)
+        for data in self._kept:
+            self._run.channel.on_input(data)
+        if self._input_ended:
+            self._run.channel.on_input_end()
+        if not self._marker and not self._ready_text:
+            self._ready({})
+
+    def _tell(self, state: str, **fields: Any) -> None:
+        self.channel.event(state=state, restarts=self._count, **fields)
+
+    def _ready(self, detail: Dict[str, Any]) -> None:
+        if not self._is_ready and self._run is not None:
+            self._is_ready = self._was_ready = True
+            self._tell("ready", pid=self._run.pid, detail=detail)
+
+    def heard(self, line: bytes) -> bool:
+        """Look at a line of output; returns whether it was meant for us, and is no output."""
+        # Other processes of the service write to the same pipe: there may be half a line of theirs before the marker.
+        before, marker, text = line.partition(self._marker) if self._marker else (line, b"", b"")
+        if marker:
+            try:
+                message = json.loads(text)
+                event = message.pop("event")
+            except (ValueError, KeyError, AttributeError):
+                return False
+            if before:
+                self.outlet.put(False, before + b"\n")
+            if event == "ready":
+                self._ready(message)
+            else:
+                self._tell("message", event=event, detail=message)
+            return True
+        if self._ready_text and self._ready_text in line:
+            self._ready({})
+        return False
+
+    # --- input and control ---------------------------------------------------------------------
+    def _on_input(self, data: bytes) -> None:
+        self._kept.append(data)
+        self.channel.consumed(len(data))
+        if self._run is not None:
+            self._run.channel.on_input(data)
+
+    def _on_input_end(self) -> None:
+        self._input_ended = True
+        if self._run is not None:
+            self._run.channel.on_input_end()
+
+    def _on_control(self, message: Dict[str, Any]) -> None:
+        if message.get("forget"):  # what comes from now on is what it is fed when it is started again
+            self._kept.clear()
+        name = message.get("signal")
+        if name == "END":
+            self.end()
+        elif name and self._run is not None:
+            self._run.signal(str(name))
+
+    # --- the end -------------------------------------------------------------------------------
+    def over(self, status: int) -> None:
+        """Handle the end of the process: all is over, or it is started again."""
+        run, self._run = self._run, None
+        ended = outcome(status)
+        fields = dict(ended, pid=run.pid if run else None, output=self.outlet.last_words())
+        self._tell("exited", **fields)
+        if self._ending:
+            self._finish(lambda: self.channel.result(restarts=self._count, **ended))
+        elif ended["exit"] == 0 and self._was_ready:
+            self._clear_up(lambda: self._finish(lambda: self.channel.result(restarts=self._count, **ended)))
+        elif not self._was_ready:
+            self._clear_up(lambda: self._fail("service", "it ended before it was ready", ended))
+        else:
+            self._clear_up(lambda: self._again(ended))
+
+    def _clear_up(self, then: Callable[[], Any]) -> None:
+        """End what the process left behind before anything else happens: it may hold ports or files."""
+        stages = ((signal.SIGTERM, 0.5), (signal.SIGKILL, 1.0))
+        Ending(self.channel.loop, lambda: tree_of(0, None, self._task), then, stages)
+
+    def _again(self, ended: Dict[str, Optional[int]]) -> None:
+        if self._ending:
+            self._finish(lambda: self.channel.result(restarts=self._count, **ended))
+            return
+        now = time.monotonic()
+        self._restarts = [moment for moment in self._restarts if now - moment < _WINDOW]
+        if len(self._restarts) >= self._limit:
+            text = "it ended again after {} restarts within {:g} s".format(len(self._restarts), _WINDOW)
+            self._fail("service", text if self._limit else "it ended", ended)
+            return
+        delay = min(_LONGEST_BACKOFF, _BACKOFF * 2 ** len(self._restarts))
+        self._restarts.append(now)
+        self._count += 1
+        self._tell("restarting", delay=delay)
+        self._waiting = self.channel.loop.call_later(delay, self.start)
+
+    def end(self) -> None:
+        """End the service in stages."""
+        if self._ending:
+            return
+        self._ending = True
+        if self._run is not None:
+            self._run.stop(self._patience)
+        elif self._waiting is not None:
+            self._waiting.cancel()
+            self._finish(lambda: self.channel.result(restarts=self._count, exit=None, signal=None))
+
+    def _fail(self, kind: str, message: str, ended: Dict[str, Optional[int]]) -> None:
+        fields = dict(ended, output=self.outlet.last_words(), ready=self._was_ready)
+        self._tell("failed", **fields)
+        self._finish(lambda: self.channel.fail(kind, message, restarts=self._count, **fields))
+
+    def _finish(self, tell: Callable[[], Any]) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.outlet.flush()
+        tell()
+
+
+def service(channel: "Channel") -> None:
+    """Handle the request `service`: run a program until the manager ends it, and start it again when it dies.
+
+    It is asked for as `argv`, or as `source` (a small package of modules, one of which has a `main`) for `python`.
+    INPUT goes to its standard input and is kept, to be fed again at a restart. It is ready when it prints a line with
+    the text `ready`, or a line of `marker` and a JSON object {"event": "ready", ...}; with neither, at once. It is
+    started again, at most `restarts` times in a while, if it was ready once and ends with anything but status 0.
+    """
+    _Service(channel).start()
