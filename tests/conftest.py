@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import leaks
 import pytest
+
+import leaks
 from sshhosts import Hosts, HostsUnavailableError, procfs, require_namespaces
 from sshhosts.loopback import LoopbackHosts
 
@@ -116,7 +117,7 @@ def _pools() -> Iterator[dict[str, Hosts | LoopbackHosts]]:
 
 @pytest.fixture
 def hosts(_pools: dict[str, Hosts | LoopbackHosts], request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Three SSH hosts, kept from test to test unless a test has changed them; nothing may be left on them after the test."""
+    """Three SSH hosts, kept from test to test unless a test has changed them; nothing may be left on them."""
     pool = _pools.get("default")
     if pool is None:
         pool = _pools["default"] = _three_hosts()
@@ -155,7 +156,7 @@ def module_hosts(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture
 def make_hosts(request: pytest.FixtureRequest) -> Iterator[Callable[..., Hosts]]:
-    """A function that makes hosts with namespaces of their own: ``make_hosts(2, bastion=True)``; see ``sshhosts.Options``."""
+    """A function that makes hosts of any kind: ``make_hosts(2, bastion=True)``; see ``sshhosts.Options``."""
     made: list[Hosts] = []
 
     def make(count: int = 1, **options: Any) -> Hosts:

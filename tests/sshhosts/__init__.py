@@ -1,6 +1,6 @@
 """Throw-away SSH hosts for tests, the demo, the benchmarks, and anyone who wants to try.
 
-Each host is a real OpenSSH server in namespaces of its own: address, loopback, ports, hostname, processes, /tmp and home.
+Each host is a real OpenSSH server in namespaces of its own: address, loopback, ports, hostname, processes, /tmp, home.
 
     with Hosts(3) as hosts:
         subprocess.run(["ssh", "-F", hosts.config_file, "host1", "hostname"])

@@ -133,7 +133,7 @@ class Host:
                     yield f"{folder}/{name}"
 
     def leftovers(self) -> list[str]:
-        """All that a well-behaved user of the host has cleaned up: processes, sessions, listening ports, temporary files."""
+        """All that a well-behaved user has cleaned up: processes, sessions, listening ports, temporary files."""
         if not self.pid:
             return []
         found = [f"{self.name}: process {process}" for process in self.processes()]

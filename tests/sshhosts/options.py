@@ -56,8 +56,8 @@ class Options:
     """What the hosts of one set have in common.
 
     Attributes:
-        python: ``None`` for the interpreter that runs this, ``"3.8"`` for one of that version (pyenv or PATH), a path, or ``"none"``
-            for hosts without any ``python3`` on their PATH.
+        python: ``None`` for the interpreter that runs this, ``"3.8"`` for one of that version (pyenv or PATH), a path,
+            or ``"none"`` for hosts without any ``python3`` on their PATH.
         shell: Login shell of the user: bash, dash, zsh, fish, tcsh, or a path.
         user: Account that the ssh config names: ``lazy``, ``root``, or another one that is made.
         bastion: The hosts are reachable through the host ``bastion`` only.

@@ -63,7 +63,7 @@ def processes_of_namespaces() -> dict[str, list[Process]]:
     found: dict[str, list[Process]] = {}
     for pid in pids():
         identity = namespace(pid)
-        # A zombie has no namespaces any more; its parent, which reaps it, lies in the same one, and is not our business.
+        # A zombie has no namespaces any more: it is its parent that is looked for.
         if identity and (described := process(pid)):
             found.setdefault(identity, []).append(described)
     return found

@@ -1,8 +1,8 @@
 """The process that holds throw-away hosts: run as a script by ``sshhosts.hosts``, as root, standard library only.
 
-It reads one JSON description of the hosts from its standard input, makes them, answers with one JSON line, and then serves
-requests (one JSON line each) until its input ends or it is told to terminate. Every host is a process of its own namespaces whose
-death signal is tied to this process, so that nothing survives it, however it ends.
+It reads one JSON description of the hosts from its standard input, makes them, answers with one JSON line, and then
+serves requests (one JSON line each) until its input ends or it is told to terminate. The first process of every host
+dies with this process, and all others of the host with the first, so that nothing survives, however this one ends.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def unshare(flags):
 
 
 def ip_batch(lines, netns=None):
-    """Run several ``ip`` commands in one process, in another network namespace where one is given (a file descriptor)."""
+    """Run several ``ip`` commands in one process, in the network namespace ``netns`` (a file descriptor) if given."""
     enter = None if netns is None else lambda: check(libc.setns(netns, CLONE_NEWNET), "setns")
     outcome = subprocess.run(
         ["ip", "-batch", "-"],
@@ -58,11 +58,9 @@ def ip_batch(lines, netns=None):
         raise OSError(f"ip failed: {outcome.stderr.strip() or outcome.stdout.strip()}; the commands were: {lines}")
 
 
-def write(path, text, mode=0o644, owner=None):
+def write(path, text, mode=0o644):
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
         file.write(text)
-    if owner is not None:
-        os.chown(path, *owner)
 
 
 class Host:
@@ -109,7 +107,10 @@ class Host:
         lines = []
         for number, interface in enumerate(self.spec["interfaces"]):
             port = f"{self.spec['name'][:10]}-{number}"
-            lines.append(f"link add name {port} type veth peer name eth{number} netns {self.pid}")
+            # From the address, so that a host that comes back is found under what its neighbours remember.
+            mac = "02:4c:" + ":".join(f"{int(part):02x}" for part in interface["address"].split("."))
+            peer = f"peer name eth{number} address {mac} netns {self.pid}"
+            lines.append(f"link add name {port} type veth {peer}")
             lines.append(f"link set dev {port} master {interface['bridge']}")
             lines.append(f"link set dev {port} up")
         return lines
@@ -149,7 +150,7 @@ def init(spec, go):
         lines.append(f"addr add {interface['address']}/24 dev eth{number}")
         lines.append(f"link set dev eth{number} up")
     ip_batch(lines)
-    subprocess.Popen(
+    sshd = subprocess.Popen(
         [spec["sshd"], "-D", "-f", "/run/host/sshd_config", "-E", "/run/host/sshd.log"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -157,39 +158,42 @@ def init(spec, go):
         env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
     )
     null = os.open(os.devnull, os.O_RDWR)
-    for number in range(3):
-        os.dup2(null, number)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
     os.closerange(3, 1024)
+    reap(sshd.pid)
+
+
+def reap(sshd):
+    """Do what a first process does. An sshd that ends before it has listened ends the host, and says why."""
     while True:
         try:
-            os.wait()
+            ended, _ = os.wait()
         except ChildProcessError:
             signal.pause()
+            continue
+        if ended == sshd:
+            with open("/run/host/sshd.log") as log:
+                said = log.read()
+            if "Server listening" not in said:
+                raise OSError(f"sshd did not start: {said.strip()}")
 
 
 def furnish(spec):
     """Give the host file systems of its own: /tmp, /run, homes, accounts; the rest is the machine's, read only."""
     mount("none", "/", flags=MS_REC | MS_PRIVATE)
-    kept = [(path, os.open(path, os.O_PATH)) for path in spec["visible"] if os.path.exists(path)]
-    if spec["shared_home"]:
-        shared = os.open(spec["shared_home"], os.O_PATH)
+    masked = [path for path in spec["tmpfs"] if os.path.isdir(path)]
+    kept = [path for path in spec["visible"] if is_below(path, masked) and os.path.isdir(path)]
+    # Opened before they are hidden, and before anything is read only.
+    descriptors = {path: os.open(path, os.O_PATH) for path in [*kept, *filter(None, [spec["shared_home"]])]}
     mount("none", "/", flags=MS_REMOUNT | MS_BIND | MS_RDONLY)
-    for path, options in spec["tmpfs"].items():
-        if os.path.isdir(path):
-            mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, options)
-    for path, descriptor in kept:
-        if not any(path == hidden or path.startswith(hidden + "/") for hidden in spec["tmpfs"]):
-            continue
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            os.makedirs(path, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write(path, "")
-        mount(f"/proc/self/fd/{descriptor}", path, flags=MS_BIND)
-        os.close(descriptor)
-    for path in spec["hidden"]:
-        if os.path.isdir(path):
-            mount("tmpfs", path, "tmpfs", MS_RDONLY, "mode=0755")
+    for path in masked:
+        mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, spec["tmpfs"][path])
+    for path in kept:
+        os.makedirs(path, exist_ok=True)
+        mount(f"/proc/self/fd/{descriptors[path]}", path, flags=MS_BIND)
+    for path in filter(os.path.isdir, spec["hidden"]):
+        mount("tmpfs", path, "tmpfs", MS_RDONLY, "mode=0755")
     mount("proc", "/proc", "proc")
     os.makedirs("/run/sshd", 0o755)
     os.makedirs("/run/host", 0o755)
@@ -201,24 +205,30 @@ def furnish(spec):
     if spec["tools"]:
         link_tools("/run/host/bin")
     for user in spec["users"]:
-        home = user["home"]
-        owner = (user["uid"], user["gid"])
-        os.makedirs(home, 0o700, exist_ok=True)
-        if spec["shared_home"] and user["shares"]:
-            mount(f"/proc/self/fd/{shared}", home, flags=MS_BIND)
-            mount("none", home, flags=MS_REMOUNT | MS_BIND)
-        elif user["home_options"]:
-            mount("tmpfs", home, "tmpfs", MS_NOSUID | MS_NODEV, user["home_options"])
-        os.chown(home, *owner)
-        for name, text in user["files"].items():
-            path = os.path.join(home, name)
-            parent = os.path.dirname(path)
-            while not os.path.isdir(parent):
-                os.makedirs(parent)
-            write(path, text, 0o644, owner)
-            while parent != home:
-                os.chown(parent, *owner)
-                parent = os.path.dirname(parent)
+        make_home(user, descriptors.get(spec["shared_home"]) if user["shares"] else None)
+
+
+def is_below(path, folders):
+    return any(path == folder or path.startswith(folder + "/") for folder in folders)
+
+
+def make_home(user, shared):
+    """Make a home directory: a file system of its own, or the one that hosts share (a file descriptor)."""
+    home, owner = user["home"], (user["uid"], user["gid"])
+    os.makedirs(home, 0o700, exist_ok=True)
+    if shared is not None:
+        mount(f"/proc/self/fd/{shared}", home, flags=MS_BIND)
+        mount("none", home, flags=MS_REMOUNT | MS_BIND)
+    elif user["home_options"]:
+        mount("tmpfs", home, "tmpfs", MS_NOSUID | MS_NODEV, user["home_options"])
+    os.chown(home, *owner)
+    for name, text in user["files"].items():
+        path = os.path.join(home, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write(path, text)
+    for folder, _, names in os.walk(home) if user["files"] else ():
+        for path in [folder, *(os.path.join(folder, name) for name in names)]:
+            os.chown(path, *owner, follow_symlinks=False)
 
 
 def link_tools(folder):
@@ -308,7 +318,7 @@ class Supervisor:
         ip_batch([f"link set dev {port} down" for port in present])
         os.kill(host.pid, signal.SIGKILL)
         os.waitpid(host.pid, 0)
-        # Deleted by hand: the kernel deletes interfaces of dead namespaces some time later, and the name is needed again.
+        # By hand: the kernel deletes interfaces of dead namespaces some time later, and the name may be needed.
         ip_batch([f"link del dev {port}" for port in present])
         return {}
 
