@@ -115,7 +115,7 @@ def classify(
     Returns:
         The error, to be raised.
     """
-    case = _Case(settings, said, status, asked, answered, output, phase, python)
+    case = _Case(settings, said.replace("\r", ""), status, asked, answered, output, phase, python)
     for rule in _RULES:
         error = rule(case)
         if error is not None:
@@ -124,7 +124,10 @@ def classify(
 
 
 def _config(case: _Case) -> InvalidRuntimeError | None:
-    if found := case.find(r"^(?P<file>/\S.*?|command-line):? line (?P<line>\d+): (?P<what>.*)$"):
+    # A shell, of a ProxyCommand or of the host, speaks of lines in much the same way.
+    terminating = case.find(r"^(?P<file>.*?):? terminating, \d+ bad configuration")
+    name = re.escape(terminating["file"]) if terminating else "command-line"
+    if found := case.find(rf"^(?P<file>{name}):? line (?P<line>\d+): (?P<what>.*)$"):
         if found["file"] == "command-line":
             hint = "correct ssh_options in connection_kwargs"
         else:
@@ -132,7 +135,7 @@ def _config(case: _Case) -> InvalidRuntimeError | None:
         return case.error("config", f"{found['file']}, line {found['line']}: {found['what']}", hint)
     if found := case.find(r"^Bad owner or permissions on (.*)$"):
         return case.error("config", found[0], f"chmod go-w {found[1]}, and make sure that the file is yours")
-    if case.find(r"^(Can't open user config file|jumphost loop|.*: terminating, \d+ bad configuration)"):
+    if case.find(r"^(Can't open user config file|jumphost loop)") or terminating:
         return case.error("config", case.evidence, "correct the ssh configuration")
     return None
 

@@ -95,6 +95,9 @@ class Forward:
         return self.connect_host, self.connect_port
 
 
+_detached: set[asyncio.Future[int]] = set()
+
+
 class Session:
     """A command on the host, on the connection of a master, with descriptors of ours as its stdio."""
 
@@ -117,6 +120,13 @@ class Session:
             return 255
         finally:
             self.close()
+
+    def detach(self) -> None:
+        """Leave the session to itself: it ends when the command does, or when nobody holds its descriptors."""
+        # The master ends a session whose client has gone: so there must be one for as long as it lasts.
+        task = asyncio.ensure_future(self.wait())
+        _detached.add(task)
+        task.add_done_callback(_detached.discard)
 
     def close(self) -> None:
         """Give the session up: the master closes its ends of the descriptors, and the command sees end of file."""
@@ -205,9 +215,35 @@ class Mux:
         Raises:
             MuxError: If the host refuses, e.g. because of its ``MaxSessions``, or the master does not answer.
         """
+        no_escape = 0xFFFFFFFF
+        body = ("", 0, 0, 0, 0, no_escape, "", command)
+        return await self._passenger(Request.NEW_SESSION, body, (stdin, stdout, stderr))
+
+    async def connect(self, port: int, stdin: int, stdout: int, host: str = LOOPBACK) -> Session:
+        """Connect to a port as the host sees it, without a port that listens here.
+
+        Args:
+            port: The port.
+            stdin: A descriptor that is read for what is to be sent; it and the other are duplicated.
+            stdout: A descriptor that what is received is written to.
+            host: The address that the host is to connect to.
+
+        Returns:
+            What ends the connection.
+
+        Raises:
+            MuxError: If the host cannot or must not connect, or the master does not answer.
+        """
+        return await self._passenger(Request.NEW_STREAM, ("", host, port), (stdin, stdout))
+
+    async def aclose(self) -> None:
+        """Wait until nothing is under way in the background."""
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    async def _passenger(self, request: Request, body: tuple[int | str, ...], descriptors: Sequence[int]) -> Session:
         client = await self._connect()
         try:
-            return await asyncio.wait_for(self._start(client, command, (stdin, stdout, stderr)), self.timeout)
+            return await asyncio.wait_for(self._start(client, request, body, descriptors), self.timeout)
         except _GONE as error:
             client.close()
             raise self._lost(error) from error
@@ -215,14 +251,11 @@ class Mux:
             client.close()
             raise
 
-    async def aclose(self) -> None:
-        """Wait until nothing is under way in the background."""
-        await asyncio.gather(*self._background, return_exceptions=True)
-
-    async def _start(self, client: Client, command: str, descriptors: tuple[int, int, int]) -> Session:
+    async def _start(
+        self, client: Client, request: Request, body: tuple[int | str, ...], descriptors: Sequence[int]
+    ) -> Session:
         number = next(self._ids)
-        no_escape = 0xFFFFFFFF
-        await client.send(pack(Request.NEW_SESSION, number, "", 0, 0, 0, 0, no_escape, "", command))
+        await client.send(pack(request, number, *body))
         for descriptor in descriptors:
             await client.send_descriptor(descriptor)
         while True:
@@ -232,7 +265,8 @@ class Mux:
             if kind == Reply.SESSION_OPENED:
                 return Session(client, reader.u32())
             if kind in (Reply.FAILURE, Reply.DENIED):
-                raise MuxError(f"the host refused one more session (its MaxSessions?): {reader.text()}")
+                hint = " (its MaxSessions?)" if request is Request.NEW_SESSION else ""
+                raise MuxError(f"the host refused{hint}: {reader.text()}")
 
     def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)

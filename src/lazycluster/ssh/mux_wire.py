@@ -24,6 +24,7 @@ class Request(IntEnum):
     TERMINATE = 0x10000005
     OPEN_FORWARD = 0x10000006
     CLOSE_FORWARD = 0x10000007
+    NEW_STREAM = 0x10000008
 
 
 class Reply(IntEnum):
@@ -114,10 +115,10 @@ class Client:
 
     async def _writable(self) -> None:
         loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        loop.add_writer(self._socket, lambda: ready.done() or ready.set_result(None))
+        ready = asyncio.Event()
+        loop.add_writer(self._socket, ready.set)
         try:
-            await ready
+            await ready.wait()
         finally:
             loop.remove_writer(self._socket)
 

@@ -1,0 +1,153 @@
+"""Opening tunnels on one connection, and saying why one is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+
+from lazycluster.exceptions import LazyclusterError, PortInUseError, TunnelError
+
+from .connection import Connection
+from .handles import MANAGER, Outcome, Tunnel, TunnelRequest, close_tunnels
+from .mux import LOOPBACK, MuxError
+from .probes import can_connect, mux_of, reaches, same_network
+from .relay import Relay
+
+__all__ = ["open_on"]
+
+
+async def open_on(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
+    """Open tunnels of one connection; none stays open if this is cancelled.
+
+    Args:
+        connection: The connection.
+        requests: What is wanted of it.
+
+    Returns:
+        For each the tunnel, or why there is none.
+    """
+    outcomes: list[Outcome] = []
+    try:
+        connection.check()
+        alike = any(request.local_port == request.remote_port for request in requests)
+        shared = connection.local or (alike and await same_network(connection))
+        rest = []
+        for request in requests:
+            if shared and request.local_port == request.remote_port:
+                outcomes.append(Tunnel(request, None, by_ssh=False))
+            elif connection.local:
+                outcomes.append(await _relay(request))
+            else:
+                outcomes.append(TunnelError("not requested"))
+                rest.append(len(outcomes) - 1)
+        forwarded = await _forward(connection, [requests[index] for index in rest]) if rest else []
+    except LazyclusterError as error:
+        await close_tunnels(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
+        return [error] * len(requests)
+    except asyncio.CancelledError:
+        await close_tunnels(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
+        raise
+    for index, outcome in zip(rest, forwarded, strict=True):
+        outcomes[index] = outcome
+    return outcomes
+
+
+async def _relay(request: TunnelRequest) -> Outcome:
+    forward = request.forward
+    relay = Relay(forward.connect_port)
+    try:
+        await relay.listen(forward.listen_port)
+    except OSError as error:
+        return _not_here(forward.listen_port, error)
+    request.connection.at_close.append(relay.stop)
+    return Tunnel(request, relay.close, by_ssh=False)
+
+
+async def _forward(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
+    outcomes: dict[int, Outcome] = {}
+    await _check_remote(connection, requests, outcomes)
+    await _check_local(connection, requests, outcomes)
+    rest = [index for index in range(len(requests)) if index not in outcomes]
+    results = await mux_of(connection).open_forwards([requests[index].forward for index in rest])
+    opened = {
+        index: Tunnel(requests[index], None, by_ssh=True)
+        for index, result in zip(rest, results, strict=True)
+        if not isinstance(result, MuxError)
+    }
+    outcomes.update(opened)
+    try:
+        for index, result in zip(rest, results, strict=True):
+            if isinstance(result, MuxError):
+                outcomes[index] = await _refused(requests[index], result)
+    except BaseException:
+        await close_tunnels(opened.values())
+        raise
+    return [outcomes[index] for index in range(len(requests))]
+
+
+async def _check_remote(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
+    """Ask the host for the ports: its sshd does not say why it refuses one."""
+    listening = {i: request.remote_port for i, request in enumerate(requests) if request.kind == "to_runtime"}
+    if not listening:
+        return
+    answer = await connection.request("ports", ports=sorted(set(listening.values())))
+    free, denied = set(answer["free"]), set(answer.get("denied", ()))
+    for index, port in listening.items():
+        if port in denied:
+            outcomes[index] = _privileged(port, connection.host)
+        elif port not in free:
+            outcomes[index] = PortInUseError(port, connection.host)
+
+
+async def _check_local(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
+    """Find out whether the host's sshd carries connections: a forwarding that it forbids listens nevertheless."""
+    wanted = [index for index, request in enumerate(requests) if request.kind == "from_runtime"]
+    if not wanted or await can_connect(connection):
+        return
+    for index in wanted:
+        port = requests[index].remote_port
+        if not await reaches(connection, port):  # PermitOpen may allow this very port
+            outcomes[index] = TunnelError(
+                f"{connection.host}: port {port} cannot be exposed from the host, its sshd refuses to connect to it: "
+                "AllowTcpForwarding, PermitOpen or DisableForwarding in its sshd_config (or an option of your key in "
+                "authorized_keys) must allow it"
+            )
+
+
+async def _refused(request: TunnelRequest, error: MuxError) -> LazyclusterError:
+    connection = request.connection
+    if not error.refused:
+        return TunnelError(f"{connection.host}: {error}")
+    if request.kind == "from_runtime":
+        return _why_not_here(request.local_port, error)
+    port = request.remote_port
+    if port not in (await connection.request("ports", ports=[port]))["free"]:
+        return PortInUseError(port, connection.host)
+    return TunnelError(
+        f"{connection.host}: port {port} is free there, but its sshd refuses to listen on it: AllowTcpForwarding, "
+        "PermitListen or DisableForwarding in its sshd_config (or an option of your key in authorized_keys) must allow "
+        "it"
+    )
+
+
+def _why_not_here(port: int, error: MuxError) -> LazyclusterError:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((LOOPBACK, port))
+    except OSError as why:
+        return _not_here(port, why)
+    return TunnelError(f"ssh does not listen on port {port} of the manager: {error}")
+
+
+def _not_here(port: int, error: OSError) -> LazyclusterError:
+    if error.errno == errno.EADDRINUSE:
+        return PortInUseError(port, MANAGER)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return _privileged(port, MANAGER)
+    return TunnelError(f"nothing can listen on port {port} of the manager: {error}")
+
+
+def _privileged(port: int, host: str) -> TunnelError:
+    return TunnelError(f"port {port} is privileged on {host}: use one above 1023")

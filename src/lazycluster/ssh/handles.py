@@ -1,0 +1,131 @@
+"""Tunnels as handles: what is wanted, what is open, and how it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+from lazycluster import _loop
+from lazycluster.exceptions import LazyclusterError
+
+from .connection import Connection
+from .mux import Direction, Forward
+from .probes import mux_of
+
+__all__ = ["MANAGER", "Outcome", "Tunnel", "TunnelRequest", "check_port", "close_tunnels"]
+
+MANAGER = "localhost"
+Kind = Literal["to_runtime", "from_runtime"]
+
+
+def check_port(port: object, what: str = "port") -> int:
+    """Return a port if it is one.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is not between 1 and 65535.
+    """
+    if isinstance(port, bool) or not isinstance(port, int):
+        raise TypeError(f"{what} must be an integer, not {type(port).__name__} ({port!r})")
+    if not 0 < port < 65536:
+        raise ValueError(f"{what} must be between 1 and 65535, not {port}")
+    return port
+
+
+@dataclass(frozen=True)
+class TunnelRequest:
+    """A tunnel that is wanted.
+
+    Attributes:
+        connection: The connection to the host.
+        kind: ``to_runtime``: the manager's ``local_port`` can be reached on the host at ``remote_port``;
+            ``from_runtime``: the host's ``remote_port`` can be reached on the manager at ``local_port``.
+        local_port: A port of the manager.
+        remote_port: A port of the host.
+    """
+
+    connection: Connection
+    kind: Kind
+    local_port: int
+    remote_port: int
+
+    def __post_init__(self) -> None:
+        check_port(self.local_port, "local_port")
+        check_port(self.remote_port, "runtime_port")
+
+    @property
+    def forward(self) -> Forward:
+        """What ssh is asked for."""
+        if self.kind == "to_runtime":
+            return Forward(Direction.REMOTE, self.remote_port, self.local_port)
+        return Forward(Direction.LOCAL, self.local_port, self.remote_port)
+
+
+class Tunnel:
+    """An open tunnel. Closing it, or the connection, ends it; ``with`` closes it at the end of the block.
+
+    Attributes:
+        host: The host at the other end.
+        direction: ``to_runtime`` if it listens on the host, ``from_runtime`` if it listens on the manager.
+        local_port: The manager's port.
+        remote_port: The host's port.
+    """
+
+    def __init__(self, request: TunnelRequest, undo: Callable[[], Awaitable[None]] | None, *, by_ssh: bool) -> None:
+        self.host = request.connection.host
+        self.direction: Kind = request.kind
+        self.local_port = request.local_port
+        self.remote_port = request.remote_port
+        self._request = request
+        self._undo = undo
+        self._by_ssh = by_ssh
+        self._closed = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it carries connections."""
+        return not self._closed and self._request.connection.state == "open"
+
+    def close(self) -> None:
+        """Stop listening. Doing it again does nothing."""
+        if not self._closed:
+            _loop.run(self.aclose())
+
+    async def aclose(self) -> None:
+        """Stop listening; for the event loop's thread."""
+        await close_tunnels([self])
+
+    def __enter__(self) -> Tunnel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "open" if self.is_open else "closed"
+        arrow = "->" if self.direction == "from_runtime" else "<-"
+        return f"<Tunnel {MANAGER}:{self.local_port} {arrow} {self.host}:{self.remote_port} {state}>"
+
+
+Outcome = Tunnel | LazyclusterError
+
+
+async def close_tunnels(tunnels: Iterable[Tunnel]) -> None:
+    """Close tunnels, those of a connection at once."""
+    per_connection: dict[Connection, list[Forward]] = {}
+    others: list[Awaitable[None]] = []
+    for tunnel in tunnels:
+        if tunnel._closed:
+            continue
+        tunnel._closed = True
+        if tunnel._by_ssh and tunnel._request.connection.state == "open":
+            per_connection.setdefault(tunnel._request.connection, []).append(tunnel._request.forward)
+        if tunnel._undo is not None:
+            others.append(tunnel._undo())
+    closing = [mux_of(connection).close_forwards(forwards) for connection, forwards in per_connection.items()]
+    await asyncio.gather(*closing, *others)
