@@ -107,7 +107,9 @@ def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
     """
     if in_loop():
         coroutine.close()
-        raise RuntimeError("called from the event-loop thread of lazycluster (e.g. in a callback): it would wait for itself")
+        raise RuntimeError(
+            "called from the event-loop thread of lazycluster (e.g. in a callback): it would wait for itself"
+        )
     future = submit(coroutine)
     try:
         return future.result(timeout)

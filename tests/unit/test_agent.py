@@ -87,7 +87,7 @@ def test_argv_arrives_unchanged() -> None:
 
 
 def test_environment_values_are_not_interpreted() -> None:
-    value = "it's $HOME \"`x`\"\nsecond line äöü"
+    value = 'it\'s $HOME "`x`"\nsecond line äöü'
 
     async def body(connection: LocalConnection) -> bytes:
         return (await run(connection, 'printf %s "$VALUE"', env={"VALUE": value}))[1]

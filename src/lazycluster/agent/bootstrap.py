@@ -6,28 +6,36 @@ written to the host's disk.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
+import _socket as socket  # the module proper takes as long to import as all others together
 import os
-import socket
 import struct
 import sys
-import tempfile
-from typing import Any, Dict, List, Optional
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from types import CodeType
+    from typing import Any, Dict, List, Optional
 
 PACKAGE = "lazycluster_agent"
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the agent's modules from memory, each compiled when it is first needed."""
+class _Finder:
+    """Imports the agent's modules from memory, each compiled when it is first needed.
 
-    def __init__(self, sources: Dict[str, str]) -> None:
+    It has the methods of finder and loader without their base classes, which would take longer to import than Python
+    takes to start.
+    """
+
+    def __init__(self, sources: Dict[str, str], codes: Dict[str, CodeType]) -> None:
         self._sources = sources
+        self._codes = codes
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Optional[ModuleSpec]:
         package, _, module = name.rpartition(".")
         if name == PACKAGE or (package == PACKAGE and module in self._sources):
-            return importlib.util.spec_from_loader(name, self, is_package=name == PACKAGE)
+            return ModuleSpec(name, self, is_package=name == PACKAGE)  # type: ignore[arg-type]
         return None
 
     def create_module(self, spec: Any) -> None:
@@ -36,11 +44,17 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: Any) -> None:
         if module.__name__ != PACKAGE:
             name = module.__name__.rpartition(".")[2]
-            exec(compile(self._sources[name], "<lazycluster agent: {}.py>".format(name), "exec"), module.__dict__)
+            code = self._codes.get(name) or compile(self._sources[name], file_name(name), "exec", dont_inherit=True)
+            exec(code, module.__dict__)
 
     def get_source(self, name: str) -> Optional[str]:
         """Return a module's source, for tracebacks and for what is started from it."""
         return self._sources.get(name.rpartition(".")[2])
+
+
+def file_name(module: str) -> str:
+    """Return what stands for a module's file in tracebacks."""
+    return "<lazycluster agent: {}.py>".format(module)
 
 
 def private_directory() -> str:
@@ -53,7 +67,9 @@ def private_directory() -> str:
     for place in places[1:] + places[:1]:
         try:
             if place and len(place) < 60:
-                return tempfile.mkdtemp(prefix="lazycluster-", dir=place)
+                path = os.path.join(place, "lazycluster-" + os.urandom(6).hex())
+                os.mkdir(path, 0o700)
+                return path
         except OSError as error:
             errors.append("{}: {}".format(place, error.strerror))
     raise OSError("no temporary directory can be made: " + "; ".join(errors))
@@ -68,14 +84,14 @@ def hand_over(path: str, fds: List[int], purpose: bytes) -> socket.socket:
     return connection
 
 
-def main(sources: Dict[str, str], local: bool) -> None:
+def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> None:
     """Start guardian and agent and hand the agent this session's streams.
 
     Over ssh they become daemons, and this process stays as long as the agent does: sshd watches it. As a plain
     subprocess of the manager (`local`), this process is the guardian itself.
     """
-    sys.meta_path.insert(0, _Finder(sources))
-    guardian = importlib.import_module(PACKAGE + ".guardian")
+    sys.meta_path.insert(0, _Finder(sources, codes))
+    guardian = import_module(PACKAGE + ".guardian")
     directory = private_directory()
     path = os.path.join(directory, "agent.sock")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -109,7 +125,7 @@ def main(sources: Dict[str, str], local: bool) -> None:
 def _serve(directory: str, listener: socket.socket, guardian: int, alive: int) -> None:
     status = 1
     try:
-        server = importlib.import_module(PACKAGE + ".server")
+        server = import_module(PACKAGE + ".server")
         status = 0 if server.Agent(directory, listener, guardian, alive).run() else 3
     finally:
         os._exit(status)

@@ -6,10 +6,14 @@ import os
 import pwd
 import signal
 from collections import deque
-from typing import Any, Deque, Dict, List, Optional
 
-from .processes import AGENT_MARKER, TASK_MARKER, Ending, Pump, pipe, spawn, start_time, tree_of
-from .session import Channel
+from .processes import AGENT_MARKER, TASK_MARKER, Ending, Pump, pipe, send_signal, spawn, start_time, tree_of
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Deque, Dict, List, Optional
+
+    from .session import Channel
 
 
 def login_shell() -> str:
@@ -123,17 +127,12 @@ class Process:
         if name == "END":
             self.end()
         elif self.status is None:
-            try:
-                os.killpg(self.pid, getattr(signal, "SIG" + name))
-            except (ProcessLookupError, PermissionError):
-                pass
+            send_signal([-self.pid], getattr(signal, "SIG" + name))
 
     def end(self) -> None:
         """End the process and all that it started."""
         if self.ending is None:
-            self.ending = Ending(
-                self.channel.loop, lambda: tree_of(self.pid, self._started, self.task), self._ended
-            )
+            self.ending = Ending(self.channel.loop, lambda: tree_of(self.pid, self._started, self.task), self._ended)
 
     def _ended(self) -> None:
         self.ending = None

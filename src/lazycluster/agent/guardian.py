@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
-from typing import Any, Dict, Iterable, List, Optional
 
 from .processes import descendants, parent_of, send_signal, start_time
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Dict, Iterable, List, Optional
 
 KEEP_FILE = "keep.json"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -92,7 +94,7 @@ def clean(directory: str) -> None:
         kept = {}
     _end_foreign([(int(pid), int(started)) for pid, started in kept.get("pids", [])])
     remove(kept.get("paths", []))
-    shutil.rmtree(directory, ignore_errors=True)
+    remove([directory])
 
 
 def _end_foreign(processes: Iterable[Any]) -> None:
@@ -111,6 +113,8 @@ def _end_foreign(processes: Iterable[Any]) -> None:
 
 def remove(paths: Iterable[str]) -> None:
     """Remove files and directories; what is not there is no error."""
+    import shutil  # here and not above: the start of the agent does not wait for it
+
     for path in paths:
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)

@@ -12,9 +12,12 @@ import selectors
 import signal
 import time
 from collections import deque
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
-Callback = Callable[[], Any]
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+
+    Callback = Callable[[], Any]
 
 
 class Timer:

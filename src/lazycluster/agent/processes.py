@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+
     from .loop import Loop
     from .session import Channel
 
@@ -75,7 +77,7 @@ def descendants(roots: Iterable[int]) -> List[int]:
 def marks(marker: str) -> List[Tuple[int, str]]:
     """Return (pid, value) of the processes that were started with `marker` in their environment."""
     prefix = os.fsencode(marker + "=")
-    found = []
+    found: List[Tuple[int, str]] = []
     for pid in parents():
         try:
             with open("/proc/{}/environ".format(pid), "rb") as file:
@@ -87,7 +89,7 @@ def marks(marker: str) -> List[Tuple[int, str]]:
 
 
 def send_signal(pids: Iterable[int], number: int) -> None:
-    """Send a signal to each process; those that have gone are passed over."""
+    """Send a signal to each process (a negative number is a process group); those that have gone are passed over."""
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -97,7 +99,13 @@ def send_signal(pids: Iterable[int], number: int) -> None:
 
 # --- starting ------------------------------------------------------------------------------------
 def spawn(
-    argv: Sequence[str], env: Mapping[str, str], cwd: str, stdin: int, stdout: int, stderr: int, extra: Sequence[int] = ()
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    cwd: str,
+    stdin: int,
+    stdout: int,
+    stderr: int,
+    extra: Sequence[int] = (),
 ) -> int:
     """Start a program in a session of its own and return its pid.
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import _socket as socket  # the module proper takes as long to import as all others together
 import json
 import os
 import pwd
 import signal
-import socket
 import struct
 import sys
-import traceback
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from importlib import import_module
 
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .processes import AGENT_MARKER, Ending, descendants, marks, send_signal, start_time, tree_of
 from .session import Channel, Session
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
@@ -64,7 +66,7 @@ class Agent:
         listener.setblocking(False)
         self.loop.add_reader(listener.fileno(), self._accept)
         self.loop.add_reader(alive, self._orphaned)  # it becomes readable only when the guardian has died
-        self.loop.call_later(_FIRST_SESSION_LIMIT, lambda: self._session or self.end())
+        self.loop.call_later(_FIRST_SESSION_LIMIT, self._look_for_session)
         self.loop.call_later(SILENCE_LIMIT, self._look)
 
     def run(self) -> bool:
@@ -73,7 +75,7 @@ class Agent:
             self.loop.run()
         except Exception:
             if self._session is not None:
-                Channel(self._session, 0, {}).event(crash=traceback.format_exc())
+                Channel(self._session, 0, {}).event(crash=_traceback())
                 self._session.flush_and_close()
             raise
         return self._orderly
@@ -81,7 +83,7 @@ class Agent:
     # --- who is there --------------------------------------------------------------------------
     def _accept(self) -> None:
         try:
-            connection = self._listener.accept()[0]
+            connection = socket.socket(fileno=self._listener._accept()[0])  # type: ignore[attr-defined]
         except OSError:
             return
         connection.setblocking(True)
@@ -111,7 +113,7 @@ class Agent:
             "user": user.pw_name if user else str(os.getuid()),
             "home": os.path.expanduser("~"),
             "shell": user.pw_shell if user else "/bin/sh",
-            "hostname": socket.gethostname(),
+            "hostname": os.uname().nodename,
             "directory": self.directory,
             "identity": self.identity,
             "platform": sys.platform,
@@ -153,14 +155,14 @@ class Agent:
                 channel.result()
             elif operation in _HANDLERS:
                 module, function = _HANDLERS[operation]
-                getattr(importlib.import_module("." + module, __package__), function)(channel)
+                getattr(import_module("." + module, __package__), function)(channel)
             else:
                 channel.fail("value", "unknown request {!r}".format(operation))
         except OSError as error:
             text = "{}: {}".format(error.strerror or error, error.filename) if error.filename else str(error)
             channel.fail("os", text, errno=error.errno, path=error.filename)
         except Exception as error:  # noqa: BLE001  (one broken request must not end the others)
-            channel.fail("internal", "{}: {}".format(type(error).__name__, error), traceback=traceback.format_exc())
+            channel.fail("internal", "{}: {}".format(type(error).__name__, error), traceback=_traceback())
 
     def _keep(self, channel: Channel) -> None:
         """Remember what is to be ended and removed if the manager dies (asked of the keeper only)."""
@@ -184,6 +186,10 @@ class Agent:
     def heard(self) -> None:
         """Note that the manager is alive."""
         self._heard = True
+
+    def _look_for_session(self) -> None:
+        if self._session is None:
+            self.end()
 
     def _look(self) -> None:
         if not self._heard:
@@ -239,6 +245,12 @@ def sweep() -> None:
         # Numbers of another pid namespace (a container's, seen from outside) say nothing here.
         if here == space and agent.isdigit() and str(start_time(int(agent))) != started:
             send_signal(tree_of(pid, start_time(pid), ""), signal.SIGKILL)
+
+
+def _traceback() -> str:
+    import traceback
+
+    return traceback.format_exc()
 
 
 def _known_user() -> bool:

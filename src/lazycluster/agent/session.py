@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Optional
 
 from . import wire
 
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    from typing import Any, Callable, Deque, Dict, Optional
+
     from .loop import Loop
     from .server import Agent
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any, Iterator, Tuple
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Iterator, Tuple
 
 HEADER = struct.Struct("!IIB")
 MAX_PAYLOAD = 256 * 1024

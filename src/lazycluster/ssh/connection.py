@@ -101,7 +101,7 @@ class Connection(abc.ABC):
     async def bulk(self) -> socket.socket:
         """Return a blocking stream to a new process on the host that copies files; closing it ends that process."""
 
-    async def _release(self) -> None:
+    async def _release(self) -> None:  # noqa: B027  (most have nothing)
         """Let go of what `open` took, after the process has ended."""
 
     # --- the agent -----------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class Connection(abc.ABC):
         fd_in, fd_out = process.take_streams()
         try:
             os.set_blocking(fd_in, False)
-            version, rest = await self._read_mark(fd_in, expected(marker), process)
+            version, tag, rest = await self._read_mark(fd_in, expected(marker), process)
             if version < OLDEST_PYTHON:
                 text = ".".join(map(str, version))
                 oldest = ".".join(map(str, OLDEST_PYTHON))
@@ -175,20 +175,18 @@ class Connection(abc.ABC):
             os.close(fd_out)
             raise
         self._link = AgentLink(self.host, fd_in, fd_out, self._ended, rest)
-        self._link.send_soon(payload(self.local))
+        self._link.send_soon(payload(self.local, tag))
         try:
             self._hello = Hello.parse(await self._link.hello)
         except ConnectionLostError:
             status = await process.exited if process.exited.done() else None
             raise StartError("the agent did not start", status) from None
 
-    async def _read_mark(
-        self, fd: int, mark: bytes, process: WatchedProcess
-    ) -> tuple[tuple[int, ...], bytes]:
-        """Read until the mark's line; returns the version that it tells, and what came after it."""
+    async def _read_mark(self, fd: int, mark: bytes, process: WatchedProcess) -> tuple[tuple[int, ...], str, bytes]:
+        """Read until the mark's line; returns the version and the cache tag that it tells, and what came after."""
         loop = asyncio.get_running_loop()
         seen = bytearray()
-        found: asyncio.Future[tuple[tuple[int, ...], bytes]] = loop.create_future()
+        found: asyncio.Future[tuple[tuple[int, ...], str, bytes]] = loop.create_future()
 
         def readable() -> None:
             try:
@@ -202,8 +200,9 @@ class Connection(abc.ABC):
             end = seen.find(b"\n", start + len(mark)) if start >= 0 else -1
             if end >= 0:
                 loop.remove_reader(fd)
-                version = tuple(int(part) for part in seen[start + len(mark) : end].split(b"."))
-                found.set_result((version, bytes(seen[end + 1 :])))
+                numbers, _, tag = seen[start + len(mark) : end].decode("ascii", "replace").partition(" ")
+                version = tuple(int(part) for part in numbers.split("."))
+                found.set_result((version, tag, bytes(seen[end + 1 :])))
             elif not data or len(seen) > _NOISE_LIMIT:
                 loop.remove_reader(fd)
                 found.set_exception(StartError("", None))

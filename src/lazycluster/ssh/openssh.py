@@ -1,4 +1,4 @@
-"""The connection to a host over ssh: one OpenSSH client process, a multiplexing master, whose session is the agent's."""
+"""The connection to a host over ssh: one OpenSSH client process, a multiplexing master that runs the agent."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import random
 import signal
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
@@ -79,7 +80,7 @@ class SshConnection(Connection):
                 except InvalidRuntimeError as error:
                     if not is_retryable(error) or attempt == ATTEMPTS - 1:
                         raise
-                await asyncio.sleep(random.uniform(0.5, 1.0) * 0.25 * 2**attempt)  # noqa: S311
+                await asyncio.sleep(random.uniform(0.5, 1.0) * 0.25 * 2**attempt)
         except BaseException as error:
             self.state = "closed"
             await self._release()
@@ -148,7 +149,7 @@ class SshConnection(Connection):
         """Return a stream to a new process that copies files: a further session on the same connection."""
         mux = self.mux
         ours, theirs = socket.socketpair()
-        with theirs, open(os.devnull, "wb") as null:
+        with theirs, Path(os.devnull).open("wb") as null:
             command = bulk_command(self.hello.executable, os.path.join(self.hello.directory, "agent.sock"))
             try:
                 session = await mux.new_session(command, theirs.fileno(), theirs.fileno(), null.fileno())
@@ -171,7 +172,7 @@ class SshConnection(Connection):
         space, self._space = self._space, None
         if space is not None:
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(space.directory, self._name))
+                Path(space.directory, self._name).unlink()
             await space.release()
 
     async def _hang_up(self) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
+import marshal
 import secrets
 import shlex
+import sys
 import zlib
 from importlib import resources
 
+from lazycluster.agent.bootstrap import file_name
+
 OLDEST_PYTHON = (3, 8)
+_CORE = ("guardian", "loop", "processes", "server", "session", "wire")  # what each start of an agent imports
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
 _STUB = (
-    "import os,sys,zlib;n=bytes([10]);"
-    'os.write(1,n+b"lazy"+b"{marker} %d.%d.%d"%sys.version_info[:3]+n);'
+    "import os,sys,zlib,marshal;n=bytes([10]);"
+    'os.write(1,n+b"lazy"+b"{marker} %d.%d.%d"%sys.version_info[:3]+b" "+sys.implementation.cache_tag.encode()+n);'
     "i=sys.stdin.buffer;"
-    "exec(zlib.decompress(i.read(int(i.readline()))))"
+    "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
 )
 _BULK = (
     "import socket,struct;s=socket.socket(1);s.connect({path});"
@@ -56,14 +61,25 @@ def _quoted(python: str) -> str:
     return shlex.quote(python)
 
 
-@functools.lru_cache(maxsize=2)
-def payload(local: bool = False) -> bytes:
-    """Return what the stub reads: a line with the length, and the agent's program, compressed."""
+@functools.lru_cache(maxsize=4)
+def payload(local: bool, cache_tag: str) -> bytes:
+    """Return what the stub reads: a line with the length, and the agent's program, compressed.
+
+    Args:
+        local: Whether the agent is a plain subprocess of the manager.
+        cache_tag: The host's `sys.implementation.cache_tag`. If it is ours, what every start needs is sent compiled,
+            which saves the host a third of its part.
+    """
     sources = {
         entry.name[:-3]: entry.read_text(encoding="utf-8")
         for entry in sorted(resources.files("lazycluster.agent").iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".py") and entry.name not in ("__init__.py", "bootstrap.py")
+        if entry.name.endswith(".py") and entry.name != "__init__.py"
     }
-    bootstrap = resources.files("lazycluster.agent").joinpath("bootstrap.py").read_text(encoding="utf-8")
-    program = zlib.compress(f"{bootstrap}\nmain({sources!r}, {local!r})\n".encode(), 6)
-    return b"%d\n%s" % (len(program), program)
+    bootstrap = sources.pop("bootstrap")
+    if cache_tag == sys.implementation.cache_tag:
+        codes = {name: compile(sources[name], file_name(name), "exec", dont_inherit=True) for name in _CORE}
+        program = marshal.dumps((compile(bootstrap, file_name("bootstrap"), "exec"), (sources, codes, local)))
+    else:
+        program = marshal.dumps((bootstrap, (sources, {}, local)), 2)  # version 2: any Python reads it
+    packed = zlib.compress(program, 6)
+    return b"%d\n%s" % (len(packed), packed)
