@@ -316,7 +316,7 @@ def _options(settings: Settings, version: tuple[int, int], ask: bool) -> list[st
     options += settings.ssh_options
     given = {option.partition("=")[0].lower() for option in settings.ssh_options}
     # The user's configuration does not count here: without these a dead link hangs for ever.
-    for name, value in (("ServerAliveInterval", 3), ("ServerAliveCountMax", 3)):
+    for name, value in (("ServerAliveInterval", 2), ("ServerAliveCountMax", 4)):
         if name.lower() not in given:
             options.append(f"{name}={value}")
     return options

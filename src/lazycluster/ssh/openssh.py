@@ -25,7 +25,7 @@ from .process import WatchedProcess
 from .program import bulk_command, new_marker, remote_command
 
 ATTEMPTS = 6
-_START_MARGIN = 15.0  # seconds beyond the ssh time-out for the login shell and Python on a loaded host
+_START_MARGIN = 15.0  # at most so many seconds beyond the time-out, for the login shell and Python on a loaded host
 _ASK_LIMIT = 180.0  # seconds for a person to answer ssh's questions
 
 _numbers = itertools.count(1)
@@ -98,7 +98,7 @@ class SshConnection(Connection):
         version = await asyncio.to_thread(ssh_version) if not ssh_version.cache_info().currsize else ssh_version()
         argv = ssh_argv(self.settings, control, remote_command(self._python, marker), version, ask=self._ask)
         space.prompter.register(self._name, self.settings, self._ask)
-        deadline = _ASK_LIMIT if self._ask else self.settings.timeout + _START_MARGIN
+        deadline = _ASK_LIMIT if self._ask else self.settings.timeout + min(2 * self.settings.timeout, _START_MARGIN)
         process: WatchedProcess | None = None
         try:
             async with limiter(self.settings):
