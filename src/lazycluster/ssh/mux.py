@@ -95,11 +95,11 @@ class Forward:
         return self.connect_host, self.connect_port
 
 
-_detached: set[asyncio.Future[int]] = set()
-
-
 class Session:
-    """A command on the host, on the connection of a master, with descriptors of ours as its stdio."""
+    """A command on the host, on the connection of a master, with descriptors of ours as its stdio.
+
+    It must be held as long as it lasts: the master ends a session whose client has gone.
+    """
 
     def __init__(self, client: Client, session_id: int) -> None:
         self._client = client
@@ -120,13 +120,6 @@ class Session:
             return 255
         finally:
             self.close()
-
-    def detach(self) -> None:
-        """Leave the session to itself: it ends when the command does, or when nobody holds its descriptors."""
-        # The master ends a session whose client has gone: so there must be one for as long as it lasts.
-        task = asyncio.ensure_future(self.wait())
-        _detached.add(task)
-        task.add_done_callback(_detached.discard)
 
     def close(self) -> None:
         """Give the session up: the master closes its ends of the descriptors, and the command sees end of file."""

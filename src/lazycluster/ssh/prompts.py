@@ -108,9 +108,9 @@ class Prompter:
 
     def started(self, connection_id: str, pid: int) -> None:
         """Say which process the connection's ssh is: only it, and no ssh to a jump host, is told the password."""
-        future = self._askers[connection_id].pid
-        if not future.done():
-            future.set_result(pid)
+        asker = self._askers.get(connection_id)
+        if asker is not None and not asker.pid.done():
+            asker.pid.set_result(pid)
 
     def asked(self, connection_id: str) -> list[str]:
         """Return what was asked and not answered, in order."""

@@ -1,0 +1,127 @@
+"""Reading the hosts of an ssh configuration."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lazycluster.ssh.config import Settings
+from lazycluster.ssh.handshakes import HandshakeLimiter, jump_key
+from lazycluster.ssh.hosts import configured_hosts
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="config"):
+        path = tmp_path / name
+        path.write_text(text.replace("{here}", str(tmp_path)))
+        return path
+
+    return write
+
+
+def names(path):
+    return [host.name for host in configured_hosts(path) if not host.skipped]
+
+
+def why(path):
+    return {host.name: host.skipped for host in configured_hosts(path) if host.skipped}
+
+
+def test_names_in_all_ways_to_write_them(write):
+    path = write("# one\nHost a b\n HostName 1.2.3.4\nhost=c\nHOST = \"d\" 'e' # f\nHost a\n\tHost g\n")
+    assert names(path) == ["a", "b", "c", "d", "e", "g"]
+    first = configured_hosts(path)[0]
+    assert (first.hostname, first.place) == ("1.2.3.4", f"{path}:2")
+
+
+def test_patterns_services_and_hostile_names_are_skipped_with_the_reason(write):
+    path = write('Host *.org w? !x y\nHost github.com\n User git\nHost -evil "a b"\nHost z\n')
+    assert names(path) == ["y", "z"]
+    reasons = why(path)
+    assert "pattern" in reasons["*.org"]
+    assert "pattern" in reasons["w?"]
+    assert "pattern" in reasons["!x"]
+    assert "git" in reasons["github.com"]
+    assert "-" in reasons["-evil"]
+    assert "' '" in reasons["a b"]
+
+
+def test_the_first_value_of_all_blocks_counts(write):
+    path = write("Host a\n User me\nHost a b c !b\n User git\nHost b\nHost *\n User git\n")
+    assert names(path) == ["a"]
+
+
+def test_jump_hosts_are_skipped(write):
+    path = write(
+        "Host w1 w2\n ProxyJump me@gate:22,ssh://second\nHost gate second third fourth byname\n"
+        "Host w3\n ProxyCommand ssh -q -W %h:%p third\nHost *.inner\n ProxyJump fourth\n"
+        "Host byname\n HostName 10.0.0.9\nMatch user x\n ProxyJump 10.0.0.9\nHost w4\n ProxyJump none\n"
+    )
+    assert names(path) == ["w1", "w2", "w3", "w4"]
+    assert "w1 w2" in why(path)["gate"]
+
+
+def test_includes(write, tmp_path, caplog):
+    write("Host i1\n", "a.conf")
+    write("Host i2 other\n User git\n", "b.conf")
+    (tmp_path / "folder").mkdir()
+    path = write(
+        "Include {here}/a.* {here}/none\nHost i2\n Include {here}/b.conf\nMatch all\nInclude {here}/folder\n"
+        'Match exec "false"\n Include {here}/b.conf\nHost last\n'
+    )
+    assert names(path) == ["i1", "last"]
+    assert list(why(path)) == ["i2"]
+    assert "folder" in caplog.text
+
+
+def test_endless_includes_end(write, caplog):
+    path = write("Host a\nHost *\nInclude {here}/config\n")
+    assert names(path) == ["a"]
+    assert "nested too deeply" in caplog.text
+
+
+def test_a_file_that_is_not_there(tmp_path, caplog):
+    assert configured_hosts(tmp_path / "none") == []
+    assert "not read" in caplog.text
+    assert configured_hosts("none") == []
+
+
+def test_what_stands_between(write):
+    path = write(
+        "Host w1 w2\n ProxyJump me@gate\nHost gate\n ProxyJump outer\nHost w3\n ProxyCommand ssh -W %h:%p gate\n"
+        "Host w4\n ProxyCommand connect %h %p\nHost w5\n ProxyJump none\n"
+    )
+
+    def key(host, **kwargs):
+        return asyncio.run(jump_key(Settings.parse(host, {"config_file": str(path), **kwargs})))
+
+    assert key("w1") == key("w2") == {"gate", "outer"}
+    assert key("w3") == {"gate"}
+    assert key("w4") == {"connect %h %p"}
+    assert key("w5") == key("elsewhere") == key("w1", proxy_jump="none") == frozenset()
+    assert key("x", proxy_jump="a,u@B:2") == {"a", "b"}
+    assert key("x", ssh_options={"ProxyCommand": "ssh -W %h:%p far"}) == {"far"}
+    assert asyncio.run(jump_key(Settings.parse("w1", {"config_file": "none"}))) == frozenset()
+
+
+def test_handshakes_are_limited_per_jump_host():
+    async def main():
+        limiter = HandshakeLimiter(per_jump_host=2, at_once=5)
+        now, most = {"j": 0, "": 0}, {"j": 0, "": 0}
+
+        async def connect(kind):
+            settings = Settings.parse("host", {"config_file": "none", **({"proxy_jump": kind} if kind else {})})
+            async with limiter.slot(settings):
+                now[kind] += 1
+                most[kind] = max(most[kind], now[kind])
+                await asyncio.sleep(0.001)
+                now[kind] -= 1
+
+        await asyncio.gather(*(connect(kind) for kind in ("j", "") for _ in range(10)))
+        return most
+
+    most = asyncio.run(main())
+    assert most["j"] == 2
+    assert 2 < most[""] <= 5
