@@ -1,0 +1,81 @@
+"""What is installed: the Python interpreters of a host, and the packages of one of them. Runs in a zygote's child.
+
+Its imports are in the functions: every zygote loads this module, and few are ever asked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+_CONDA = ("miniconda3", "anaconda3", "miniforge3", "mambaforge")
+_PROBE = "import sys; print(*sys.version_info[:3])"
+_PROBE_LIMIT = 5.0  # seconds
+
+
+def answer(request: Dict[str, Any]) -> Dict[str, Any]:
+    """Answer a question; `kind` says which."""
+    if request["kind"] == "packages":
+        return packages(request["names"])
+    return {"interpreters": [{"path": path, "version": version} for path, version in interpreters()]}
+
+
+def packages(names: Sequence[str]) -> Dict[str, Any]:
+    """Return the versions of packages without importing them; None for one that is not installed."""
+    from importlib import metadata
+
+    found: Dict[str, Optional[str]] = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return {"version": list(sys.version_info[:3]), "executable": sys.executable, "packages": found}
+
+
+def interpreters() -> Iterator[Tuple[str, List[int]]]:
+    """Yield (path, version) of each interpreter, those on the PATH first."""
+    import glob
+    import re
+
+    seen: Set[str] = set()
+    for directory in _places():
+        for path in sorted(glob.glob(directory + "/python3*"), key=lambda name: (len(name), name)):
+            real = os.path.realpath(path)
+            # What pyenv puts on the PATH is a script that starts one of those that are found anyway.
+            if real in seen or not re.match(r".*/python3(\.\d+)?$", path) or "/shims/" in path:
+                continue
+            seen.add(real)
+            version = _version(path)
+            if version is not None:
+                yield path, version
+
+
+def _places() -> List[str]:
+    import glob
+
+    home = os.path.expanduser("~")
+    places = [glob.escape(part) for part in os.environ.get("PATH", "").split(os.pathsep) if part]
+    places += ["/usr/bin", "/usr/local/bin", "/opt/*/bin", "/opt/conda/envs/*/bin"]
+    home = glob.escape(home)
+    for conda in _CONDA:
+        places += ["{}/{}/bin".format(home, conda), "{}/{}/envs/*/bin".format(home, conda)]
+    return places + [
+        home + "/.local/bin",
+        home + "/.pyenv/versions/*/bin",
+        home + "/.local/share/uv/python/*/bin",
+    ]
+
+
+def _version(path: str) -> Optional[List[int]]:
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            [path, "-ISc", _PROBE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_PROBE_LIMIT
+        )
+        version = [int(part) for part in done.stdout.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return version if done.returncode == 0 and len(version) == 3 else None

@@ -1,0 +1,500 @@
+"""The agent's side of the zygotes: starting them, choosing one for a call, warming and ending them."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from collections import deque
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Optional, Set, Tuple
+
+from .processes import send_signal, spawn
+
+if TYPE_CHECKING:
+    from .loop import Loop
+    from .server import Agent
+
+PARTS = ("zygote", "localmodules", "interpreters", "callee")
+MOST_INTERPRETERS = 4  # interpreters (with an environment) for which zygotes are kept
+START_LIMIT = 30.0  # seconds for an interpreter to start
+WARM_LIMIT = 60.0  # seconds for imports; calls that wait for them then do without
+WARM_DELAY = 0.05  # seconds after a call that imported something, so that a burst of calls leads to one attempt
+_HEAD = struct.Struct("!I")
+_CAN_WARM = os.path.isdir("/proc/self/task")  # else it cannot be known whether a fork is safe
+_ERROR_SIZE = 4000
+
+_STUB = """
+import sys, os
+sys.version_info >= (3, 8) or sys.exit("Python %d.%d is too old: 3.8 or newer is needed" % sys.version_info[:2])
+import json
+def read(n):
+    data = b""
+    while len(data) < n:
+        part = os.read(0, n - len(data))
+        part or os._exit(0)
+        data += part
+    return data
+sources = json.loads(read(int(read(10))))
+space = {"__name__": "lazycluster.agent.zygote"}
+exec(compile(sources["zygote"], "<lazycluster zygote>", "exec"), space)
+space["main"](sources)
+"""
+
+Report = Callable[[Dict[str, Any]], Any]
+
+
+def _program() -> bytes:
+    """Return the text of the modules that an interpreter needs to become a zygote, as the stub reads it."""
+    sources = {}
+    for name in PARTS:
+        spec: Any = importlib.util.find_spec("{}.{}".format(__package__, name))
+        sources[name] = spec.loader.get_source(spec.name)
+    data = json.dumps(sources).encode("ascii")
+    return b"%10d%s" % (len(data), data)
+
+
+class Zygote:
+    """The connection to one zygote.
+
+    Args:
+        loop: The reactor.
+        control: Our end of its socket.
+        on_message: Is called with each message that does not belong to a call.
+        on_end: Is called when it has gone.
+    """
+
+    def __init__(self, loop: "Loop", control: socket.socket, on_message: Report, on_end: Callable[[], Any]) -> None:
+        self.pid = 0
+        self.reports: Dict[int, Report] = {}  # number of a call -> who wants to know of its process
+        self.ended = False
+        self._loop, self._control = loop, control
+        self._on_message, self._on_end = on_message, on_end
+        self._received = bytearray()
+        self._queue: Deque[Tuple[bytes, List[int]]] = deque()
+        self._writing = False
+        self._retired = False
+        control.setblocking(False)
+        loop.add_reader(control.fileno(), self._readable)
+
+    # --- to the zygote -------------------------------------------------------------------------
+    def tell(self, message: Dict[str, Any], fds: Iterable[int] = ()) -> None:
+        """Send a message and descriptors; ours are closed when they have been sent."""
+        handed = list(fds)
+        message["fds"] = len(handed)
+        data = json.dumps(message).encode("ascii")
+        self.write(_HEAD.pack(len(data)) + data, handed)
+
+    def write(self, data: bytes, fds: Iterable[int] = ()) -> None:
+        """Send bytes as they are."""
+        self._queue.append((data, list(fds)))
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._queue and not self.ended:
+                data, fds = self._queue[0]
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("{}i".format(len(fds)), *fds))] if fds else []
+                count = self._control.sendmsg([data], rights)
+                for fd in fds:
+                    os.close(fd)
+                self._queue.popleft()
+                if count < len(data):
+                    self._queue.appendleft((data[count:], []))
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._gone()
+            return
+        self._watch(bool(self._queue) and not self.ended)
+
+    def _watch(self, wanted: bool) -> None:
+        if wanted != self._writing:
+            self._writing = wanted
+            if wanted:
+                self._loop.add_writer(self._control.fileno(), self._flush)
+            else:
+                self._loop.remove_writer(self._control.fileno())
+
+    # --- from the zygote -----------------------------------------------------------------------
+    def _readable(self) -> None:
+        try:
+            data = self._control.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._gone()
+            return
+        self._received += data
+        while len(self._received) >= _HEAD.size:
+            end = _HEAD.size + _HEAD.unpack_from(self._received)[0]
+            if len(self._received) < end:
+                return
+            message = json.loads(bytes(self._received[_HEAD.size : end]))
+            del self._received[:end]
+            self._dispatch(message)
+
+    def _dispatch(self, message: Dict[str, Any]) -> None:
+        if "id" not in message:
+            self._on_message(message)
+            return
+        report = self.reports.get(message["id"])
+        if "status" in message:
+            self.reports.pop(message["id"], None)
+        if report is not None:
+            report(message)
+        if self._retired and not self.reports:
+            self.close()
+
+    def _gone(self) -> None:
+        if not self.ended:
+            self.close()
+            self._on_end()
+            for report in list(self.reports.values()):
+                report({"status": None})
+            self.reports.clear()
+
+    # --- the end -------------------------------------------------------------------------------
+    def retire(self) -> None:
+        """End it when the calls that it has forked are over."""
+        self._retired = True
+        if not self.reports:
+            self.close()
+
+    def close(self) -> None:
+        """End it now."""
+        if not self.ended:
+            self._watch(False)
+            self.ended = True
+            self._loop.remove_reader(self._control.fileno())
+            self._control.close()
+            for _, fds in self._queue:
+                for fd in fds:
+                    os.close(fd)
+            self._queue.clear()
+
+    def kill(self) -> None:
+        """End it even if it does not listen."""
+        if self.pid and not self.ended:
+            send_signal([self.pid], signal.SIGKILL)
+        self.close()
+
+
+class Interpreter:
+    """One interpreter with one environment: its clean zygote, and perhaps a warmed one.
+
+    Calls are forked from the warmed zygote where that does no harm. The clean one is what warmed ones are made of, and
+    what is left if importing cannot be done safely beforehand.
+
+    Args:
+        agent: The agent.
+        python: The interpreter.
+        env: The whole environment of its processes.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, agent: "Agent", python: str, env: Dict[str, str]) -> None:
+        self.loop = agent.loop
+        self.facts: Dict[str, Any] = {}  # version and executable, when it has started
+        self.error = ""  # why it does not work
+        self._waiting: List[Callable[[], Any]] = []
+        self._library = ""
+        self._calls = 0
+        self._warmed: Optional[Zygote] = None
+        self._have: Set[str] = set()  # what the warmed zygote has imported
+        self._stamps: List[Tuple[str, int]] = []
+        self._bad: Set[str] = set()  # what must not be imported before a fork, or cannot be
+        self._candidate: Optional[Zygote] = None
+        self._wanted: List[str] = []
+        self._asked: Set[str] = set()
+        self._warm_limit: Any = None
+        self._warm_waiting: List[Callable[[], Any]] = []
+        self._timer: Any = None
+        self._said = bytearray()
+        ours, theirs = socket.socketpair()
+        errors, their_errors = os.pipe()
+        os.set_blocking(errors, False)
+        try:
+            pid = spawn([python, "-c", _STUB], env, agent.directory, theirs.fileno(), their_errors, their_errors)
+        except BaseException:
+            ours.close()
+            os.close(errors)
+            raise
+        finally:
+            theirs.close()
+            os.close(their_errors)
+        self._errors = errors
+        self.loop.add_reader(errors, self._read_errors)
+        self.clean = Zygote(self.loop, ours, self._on_message, self._on_end)
+        self.clean.pid = pid
+        self.clean.write(_program())
+        self._limit = self.loop.call_later(START_LIMIT, self._too_slow)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way or waits."""
+        return bool(self._calls or self._waiting or self._warm_waiting)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it can be used no more."""
+        return self.clean.ended
+
+    # --- the start -----------------------------------------------------------------------------
+    def when_ready(self, then: Callable[[], Any]) -> None:
+        """Call `then` when it has started, or has failed to (see `error`)."""
+        if self.facts or self.error:
+            then()
+        else:
+            self._waiting.append(then)
+
+    def _on_message(self, message: Dict[str, Any]) -> None:
+        if "library" in message:
+            self.error = message.get("error", "")
+            return
+        self.facts = {"version": message["version"], "executable": message["executable"]}
+        self._limit.cancel()
+        self._settle()
+
+    def _on_end(self) -> None:
+        self._read_errors()
+        said = self._said.decode("utf-8", "replace").strip()
+        self.error = said or "it ended without a word"
+        self._settle()
+        self.close()
+
+    def _too_slow(self) -> None:
+        self.error = "it did not start within {:.0f} s".format(START_LIMIT)
+        self._settle()
+        self.close()
+
+    def _settle(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for then in waiting:
+            then()
+
+    def _read_errors(self) -> None:
+        while self._errors >= 0:
+            try:
+                data = os.read(self._errors, 65536)
+            except BlockingIOError:
+                return
+            self._said += data
+            del self._said[:-_ERROR_SIZE]
+            if not data:
+                self.loop.remove_reader(self._errors)
+                os.close(self._errors)
+                self._errors = -1
+
+    # --- calls ---------------------------------------------------------------------------------
+    def give_library(self, digest: str, data: bytes) -> None:
+        """Have the pickling library imported, once."""
+        if self._library != digest:
+            self._library = digest
+            self.clean.write(_HEAD.pack(len(data)) + data)
+
+    def prepare(self, imports: Iterable[str], then: Callable[[], Any]) -> None:
+        """Call `then` when a call that will import these modules had best be forked.
+
+        The first such call waits until the warmed zygote has imported them: doing it there takes no longer than in the
+        call's own process, and the next calls find it done.
+        """
+        self._check_stamps()
+        missing = [name for name in imports if name not in self._have and name not in self._bad]
+        under_way = self._candidate is not None
+        if not missing or not _CAN_WARM or (under_way and not self._asked.issuperset(missing)):
+            self.note(missing)
+            then()
+            return
+        self._warm_waiting.append(then)
+        if not under_way:
+            self._wanted.extend(missing)
+            self._make_candidate()
+
+    def fork(self, message: Dict[str, Any], fds: List[int], fresh: bool, report: Report) -> None:
+        """Fork a process and hand it descriptors.
+
+        Args:
+            message: What it is told.
+            fds: The descriptors, closed on our side.
+            fresh: Whether it must not find anything imported.
+            report: Is called with its pid, and with its wait status (None if that is unknown).
+        """
+        zygote = self.clean if fresh or self._warmed is None else self._warmed
+        number = next(self._numbers)
+        self._calls += 1
+
+        def on_report(said: Dict[str, Any]) -> None:
+            if "status" in said:
+                self._calls -= 1
+            report(said)
+
+        zygote.reports[number] = on_report
+        zygote.tell(dict(message, id=number), fds)
+        if zygote.ended:  # it died just now: nobody reports
+            zygote.reports.pop(number, None)
+            self._calls -= 1
+            report({"status": None})
+
+    # --- warming -------------------------------------------------------------------------------
+    def note(self, imported: Iterable[str]) -> None:
+        """Learn what a call imported; soon a zygote will have it imported already."""
+        fresh = [name for name in imported if name not in self._have and name not in self._bad]
+        fresh = [name for name in fresh if name not in self._wanted]
+        if fresh and _CAN_WARM:
+            self._wanted.extend(fresh)
+            if self._timer is None:
+                self._timer = self.loop.call_later(WARM_DELAY, self._warm_later)
+
+    def _warm_later(self) -> None:
+        self._timer = None
+        if self._candidate is None:
+            self._make_candidate()
+
+    def _make_candidate(self) -> None:
+        names = [name for name in self._wanted if name not in self._bad and name not in self._have]
+        source = self.clean if self._warmed is None else self._warmed
+        if source.ended or not names:
+            self._warm_settled()
+            return
+        self._asked = set(names)
+        ours, theirs = socket.socketpair()
+        number = next(self._numbers)
+        candidate = Zygote(self.loop, ours, self._on_candidate, self._candidate_ended)
+        self._candidate = candidate
+
+        def report(said: Dict[str, Any]) -> None:
+            candidate.pid = said.get("pid", 0)
+            source.reports.pop(number, None)  # it outlives what it was forked from
+
+        source.reports[number] = report
+        self._warm_limit = self.loop.call_later(WARM_LIMIT, self._candidate_fails)
+        source.tell({"id": number, "warm": names}, [theirs.detach()])
+
+    def _on_candidate(self, message: Dict[str, Any]) -> None:
+        candidate = self._candidate
+        if candidate is None:
+            return
+        if "unsafe" in message:
+            self._bad.add(message["unsafe"])
+            self._drop_candidate()
+            self._make_candidate()
+            return
+        self._warm_limit.cancel()
+        self._candidate = None
+        if self._warmed is not None:
+            self._warmed.retire()
+        self._warmed = candidate
+        self._have.update(message["modules"])
+        self._bad |= self._asked - self._have
+        self._stamps = [(path, stamp) for path, stamp in message["stamps"]]
+        self._warm_settled()
+        self._make_candidate()  # more may have been wanted meanwhile
+
+    def _candidate_ended(self) -> None:
+        """Handle the end of a zygote that crashed while importing, or of the warmed one."""
+        if self._warmed is not None and self._warmed.ended:
+            self._forget_warmed()
+        if self._candidate is not None and self._candidate.ended:
+            self._candidate_fails()
+
+    def _candidate_fails(self) -> None:
+        self._bad |= self._asked - self._have
+        self._drop_candidate()
+        self._make_candidate()
+
+    def _drop_candidate(self) -> None:
+        if self._candidate is not None:
+            self._warm_limit.cancel()
+            self._candidate.kill()
+            self._candidate = None
+
+    def _warm_settled(self) -> None:
+        waiting, self._warm_waiting = self._warm_waiting, []
+        for then in waiting:
+            then()
+
+    def _check_stamps(self) -> None:
+        """Drop the warmed zygote if something was installed since it imported its modules."""
+        for path, stamp in self._stamps if self._warmed is not None else ():
+            try:
+                same = os.stat(path).st_mtime_ns == stamp
+            except OSError:
+                same = False
+            if not same:
+                self._forget_warmed()
+                return
+
+    def _forget_warmed(self) -> None:
+        if self._warmed is not None:
+            self._warmed.retire()
+        self._warmed = None
+        self._have, self._bad = set(), set()
+        self._wanted = []
+
+    # --- the end -------------------------------------------------------------------------------
+    def close(self) -> None:
+        """End its zygotes."""
+        self._limit.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._candidate is not None:
+            self._drop_candidate()
+        self._warm_settled()
+        self._forget_warmed()
+        if self.facts:
+            self.clean.retire()
+        else:
+            self.clean.kill()
+        if self._errors >= 0:
+            self.loop.remove_reader(self._errors)
+            os.close(self._errors)
+            self._errors = -1
+
+
+class Zygotes:
+    """The interpreters that the agent keeps, the one used longest ago first."""
+
+    def __init__(self, agent: "Agent") -> None:
+        self._agent = agent
+        self._kept: Dict[Tuple[str, FrozenSet[Tuple[str, str]]], Interpreter] = {}
+        self.libraries: Dict[str, bytes] = {}  # digest -> the message that has a zygote import it
+
+    def get(self, python: Optional[str], env: Dict[str, str]) -> Interpreter:
+        """Return an interpreter with an environment, starting it if need be.
+
+        Args:
+            python: A path or a name on the PATH of `env`; by default `python3`.
+            env: The whole environment.
+
+        Raises:
+            OSError: It cannot be started.
+        """
+        python = python or "python3"
+        key = (python, frozenset(env.items()))
+        found = self._kept.pop(key, None)
+        if found is None or found.ended or found.error:
+            self._make_room()
+            found = Interpreter(self._agent, os.path.expanduser(python), env)
+        self._kept[key] = found
+        return found
+
+    def own(self, env: Dict[str, str]) -> Interpreter:
+        """Return the interpreter that the agent itself runs on."""
+        return self.get(sys.executable or None, env)
+
+    def _make_room(self) -> None:
+        for key, interpreter in list(self._kept.items()):
+            if interpreter.ended or (len(self._kept) >= MOST_INTERPRETERS and not interpreter.busy):
+                interpreter.close()
+                del self._kept[key]

@@ -1,0 +1,320 @@
+"""Functions on a host, from the manager's side: what is sent, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import hashlib
+import io
+import linecache
+import pickle
+import pkgutil
+import re
+import signal as signals
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from lazycluster.exceptions import AgentError
+from lazycluster.ssh.connection import Connection
+
+from .pickling import PickledCall, dump_call
+
+END_PATIENCE = 5.0  # seconds that a cancelled call gets to end on the host
+_SMALL = 1024 * 1024  # bytes of a result that is unpickled on the loop's thread
+_FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in .*)?$')
+
+_libraries: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
+_interpreters: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended.
+
+    Attributes:
+        status: "returned", "raised", "exited" or "killed".
+        value: What the function returned.
+        exception: What it raised, if that could be sent; its traceback is in `traceback`.
+        type_name: The name of the exception's class.
+        message: The exception's text.
+        traceback: The traceback on the host, as text.
+        phase: What the host was doing: "load" (importing what the call needs), "run", or "result" (pickling it).
+        exit: The exit status of its process, if it ended without an outcome.
+        signal: The signal that ended it.
+    """
+
+    status: str
+    value: Any = None
+    exception: BaseException | None = None
+    type_name: str = ""
+    message: str = ""
+    traceback: str = ""
+    phase: str = ""
+    exit: int | None = None
+    signal: int | None = None
+
+    def describe(self, name: str) -> str:
+        """Return a message for the user about a call that returned nothing.
+
+        Args:
+            name: What the function is called.
+        """
+        if self.status == "exited":
+            return f"{name}() ended its process with exit status {self.exit} and returned nothing"
+        if self.status == "killed":
+            return f"{name}() was ended by {_signal_name(self.signal)}" + (
+                "; the host may have run out of memory" if self.signal == signals.SIGKILL else ""
+            )
+        headline = f"{self.type_name}: {self.message}" if self.message else self.type_name
+        start = {"load": f"{name}() could not be loaded on the host: ", "result": ""}.get(self.phase, f"{name}() raised ")
+        text = start + headline
+        if self.phase == "load" and self.type_name == "ModuleNotFoundError":
+            text += ". Next step: install it on the host, or choose another interpreter with python="
+        if self.traceback:
+            text += f"\nTraceback on the host:\n{self.traceback.rstrip()}"
+        return text
+
+
+async def call(
+    connection: Connection,
+    function: Callable[..., Any] | PickledCall,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    python: str | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str = "",
+    task: str = "",
+    stdout: Callable[[bytes], Any] | None = None,
+    stderr: Callable[[bytes], Any] | None = None,
+    event: Callable[[dict[str, Any]], Any] | None = None,
+) -> Outcome:
+    """Call a function in a process of its own on a host.
+
+    Args:
+        connection: The host.
+        function: The function; or a call that was pickled before (best done outside the loop's thread, and once for
+            many hosts), which then has its arguments already.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        python: The interpreter on the host: a path, a name on the PATH, or "auto"; by default `python3`.
+        env: What to add to the host's environment.
+        cwd: The working directory; relative to the home directory.
+        task: The name that all its processes carry.
+        stdout: Is called with what it prints, as it comes.
+        stderr: The same for standard error.
+        event: Is called with {"pid": ...} when its process is there.
+
+    Returns:
+        How it ended. When the coroutine is cancelled, the process and all its descendants are ended first.
+
+    Raises:
+        TypeError: If the call cannot be pickled.
+        AgentError: If it could not be started: the kind is "python", "mismatch" or "os".
+        ConnectionLostError: If the connection ended.
+    """
+    pickled = function if isinstance(function, PickledCall) else dump_call(function, args, kwargs)
+    variables = dict(env or {})
+    if python == "auto":
+        python = await resolve_auto(connection, variables)
+    params = {
+        "python": python,
+        "env": variables,
+        "cwd": cwd,
+        "task": task,
+        "name": pickled.name,
+        "imports": list(pickled.imports),
+        "fresh": pickled.fresh,
+        "version": list(sys.version_info[:3]),
+        **_library_for(connection),
+    }
+    received: list[bytes] = []
+    channel = connection.channel("call", params, stdout=stdout, stderr=stderr, output=received.append, event=event)
+    try:
+        for part in pickled.parts:
+            await channel.send(part)
+        await channel.send_end()
+        result = await channel.result()
+    except asyncio.CancelledError:
+        channel.control(signal="END")
+        try:
+            await asyncio.wait_for(channel.result(), END_PATIENCE)
+        except (AgentError, asyncio.TimeoutError):
+            channel.close()
+        raise
+    return await _outcome(result, received)
+
+
+async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
+    """Return the host's interpreter of the manager's minor version.
+
+    Raises:
+        AgentError: If it has none; the message names those that it has.
+    """
+    known = _interpreters.get(connection)
+    if known is not None:
+        return known
+    wanted = list(sys.version_info[:2])
+    found = (await connection.request("interpreters", env=dict(env)))["interpreters"]
+    for one in found:
+        if one["version"][:2] == wanted:
+            _interpreters[connection] = one["path"]
+            return str(one["path"])
+    names = ", ".join(f"{one['path']} ({'.'.join(map(str, one['version']))})" for one in found) or "none"
+    version = ".".join(map(str, wanted))
+    raise AgentError(
+        connection.host,
+        "mismatch",
+        f"no Python {version}, which runs on this side, was found on the host; it has: {names}. "
+        f"Next step: install Python {version} there, or name it with python=\"/path/to/python{version}\"",
+        {"interpreters": found},
+    )
+
+
+# --- the pickling library -------------------------------------------------------------------------
+def _library_for(connection: Connection) -> dict[str, Any]:
+    """Return what to tell the host about the pickling library: its digest; at first also its sources."""
+    digest, sources = _library()
+    if _libraries.get(connection) == digest:
+        return {"library": digest}
+    _libraries[connection] = digest
+    return {"library": digest, "sources": sources}
+
+
+@functools.cache
+def _library() -> tuple[str, dict[str, tuple[str, bool, str]]]:
+    root = resources.files("cloudpickle")
+    sources = {}
+    for name in ["__init__", *(module.name for module in pkgutil.iter_modules([str(root)]))]:
+        text = root.joinpath(f"{name}.py").read_text(encoding="utf-8")
+        full = "cloudpickle" if name == "__init__" else f"cloudpickle.{name}"
+        sources[full] = (text, name == "__init__", f"<cloudpickle of the manager>/{name}.py")
+    return hashlib.sha256(repr(sources).encode()).hexdigest(), sources
+
+
+# --- what comes back ------------------------------------------------------------------------------
+class _Received(io.RawIOBase):
+    """Reads from the parts in which a result arrived, and lets each go when it was read."""
+
+    def __init__(self, parts: list[bytes]) -> None:
+        self._parts = list(reversed(parts))
+        self._offset = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._parts:
+            return 0
+        part = self._parts[-1]
+        count = min(len(buffer), len(part) - self._offset)
+        buffer[:count] = memoryview(part)[self._offset : self._offset + count]
+        self._offset += count
+        if self._offset == len(part):
+            self._parts.pop()
+            self._offset = 0
+        return count
+
+
+class _ImportNeededError(Exception):
+    pass
+
+
+class _QuickUnpickler(pickle.Unpickler):
+    """Refuses to import anything, which could take long."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module not in sys.modules:
+            raise _ImportNeededError
+        return super().find_class(module, name)
+
+
+@functools.cache
+def _executor() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="lazycluster-results")
+
+
+def _load(parts: list[bytes], quick: bool) -> Any:
+    file = io.BufferedReader(_Received(parts), 128 * 1024)
+    return (_QuickUnpickler if quick else pickle.Unpickler)(file).load()
+
+
+async def _load_anywhere(parts: list[bytes]) -> Any:
+    """Unpickle: small things at once, large ones and those that import something in a thread, to keep the loop free."""
+    if sum(map(len, parts)) <= _SMALL:
+        try:
+            return _load(parts, True)
+        except _ImportNeededError:
+            pass
+    return await asyncio.get_running_loop().run_in_executor(_executor(), _load, parts, False)
+
+
+async def _outcome(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
+    status = result["status"]
+    if status in ("exited", "killed"):
+        return Outcome(status, exit=result.get("exit"), signal=result.get("signal"))
+    try:
+        value = await _load_anywhere(parts)
+    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
+        text = f"the result came, but cannot be unpickled here: {type(error).__name__}: {error}"
+        return Outcome("raised", exception=error, type_name=type(error).__qualname__, message=text, phase="result")
+    if status == "returned":
+        return Outcome("returned", value=value)
+    return await _raised(value, result.get("phase", ""))
+
+
+async def _raised(told: Mapping[str, Any], phase: str) -> Outcome:
+    exception: BaseException | None = None
+    message = told["message"]
+    if told["exception"] is not None:
+        try:
+            loaded = await _load_anywhere([told["exception"]])
+            exception = loaded if isinstance(loaded, BaseException) else None
+        except Exception:  # noqa: BLE001  (its text has to do)
+            exception = None
+    if phase == "result":
+        kind = told["result_type"].removeprefix("builtins.")
+        return Outcome(
+            "raised",
+            exception=exception,
+            type_name=told["type"],
+            message=f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
+            + (", for instance a list of its items" if "generator" in kind else ""),
+            phase=phase,
+        )
+    return Outcome(
+        "raised",
+        exception=exception,
+        type_name=told["type"],
+        message=message,
+        traceback=_with_lines(told["traceback"]),
+        phase=phase,
+    )
+
+
+def _with_lines(text: str) -> str:
+    """Add to a traceback the lines of code that only the manager has."""
+    lines = text.splitlines()
+    found = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        found.append(line)
+        match = _FRAME.match(line)
+        if match and not following.startswith("    "):
+            code = linecache.getline(match["file"], int(match["line"])).strip()
+            if code:
+                found.append(f"    {code}")
+    return "\n".join(found)
+
+
+def _signal_name(number: int | None) -> str:
+    if number is None:
+        return "an unknown cause (the process that it was forked from has gone)"
+    try:
+        return signals.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

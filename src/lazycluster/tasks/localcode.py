@@ -1,0 +1,202 @@
+"""Local modules: those that are neither installed nor part of the standard library, so that no host has them."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import importlib.machinery
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from lazycluster.agent.localmodules import Source
+
+_INSTALLED = {"site-packages", "dist-packages"}
+_STANDARD = tuple(
+    {os.path.realpath(path) + os.sep for path in map(sysconfig.get_path, ("stdlib", "platstdlib")) if path}
+)
+_EXTENSIONS = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+# Ours and the pickling library are on the host in the manager's version, or not at all.
+_NEVER = {"lazycluster", "cloudpickle"}
+
+
+class Import(NamedTuple):
+    """An import statement in compiled code."""
+
+    name: str
+    level: int
+    names: tuple[str, ...]
+
+
+# --- which modules are local ----------------------------------------------------------------------
+def is_local(module: types.ModuleType) -> bool:
+    """Tell whether a module must be sent along, because no host can have it."""
+    name = module.__name__
+    if name == "__main__":
+        return True
+    root = name.partition(".")[0]
+    if root in _NEVER:
+        return False
+    file = getattr(module, "__file__", None)
+    if isinstance(file, str):
+        return is_local_file(file)
+    spec = getattr(module, "__spec__", None)
+    if getattr(spec, "origin", None) in ("built-in", "frozen"):
+        return False
+    paths = [path for path in getattr(module, "__path__", ()) if isinstance(path, str)]
+    if paths:
+        return any(is_local_file(path) for path in paths)
+    # Made by a program, not found by an import: it belongs to what made it.
+    parent = sys.modules.get(root)
+    return spec is None if parent is None or parent is module else is_local(parent)
+
+
+@functools.lru_cache(maxsize=8192)
+def is_local_file(path: str) -> bool:
+    """Tell whether a module from this file is local. Compiled ones are not: they cannot be sent."""
+    if path.endswith(_EXTENSIONS) or path.startswith("<frozen"):
+        return False
+    real = os.path.realpath(path)
+    return not _INSTALLED.intersection(real.split(os.sep)) and not real.startswith(_STANDARD)
+
+
+def identity(module: types.ModuleType) -> tuple[str, bool, str]:
+    """Return what the host needs to know of a module: name, whether it is a package, file name."""
+    return module.__name__, hasattr(module, "__path__"), getattr(module, "__file__", None) or ""
+
+
+# --- what code refers to --------------------------------------------------------------------------
+@functools.lru_cache(maxsize=2048)
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """Return the names that code (and what is defined in it) may look up in modules, also by `getattr`."""
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= names_in(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            found.add(constant)
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=2048)
+def imports_in(code: types.CodeType) -> tuple[Import, ...]:
+    """Return the import statements in code and in what is defined in it."""
+    found = []
+    if any(dis.opname[operation] == "IMPORT_NAME" for operation in code.co_code[::2]):
+        recent: list[Any] = [None, None]
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "IMPORT_NAME":
+                level, names = recent
+                found.append(Import(instruction.argval, level or 0, tuple(names or ())))
+            recent = [recent[1], instruction.argval]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found.extend(imports_in(constant))
+    return tuple(found)
+
+
+def absolute_names(statement: Import, package: str) -> list[str]:
+    """Return the modules that an import statement may mean: the one it names, then those that `from` may name."""
+    name = statement.name
+    if statement.level:
+        base = package.rsplit(".", statement.level - 1)[0] if statement.level > 1 else package
+        name = f"{base}.{name}" if name else base
+    if not name:
+        return []
+    return [name, *(f"{name}.{attribute}" for attribute in statement.names if attribute != "*")]
+
+
+# --- sources --------------------------------------------------------------------------------------
+def sources_of(names: Iterable[str]) -> dict[str, Source]:
+    """Return the sources of local modules, of their packages and of all local ones that they import."""
+    found: dict[str, Source] = {}
+    seen: set[str] = set()
+    queue = list(names)
+    while queue:
+        name = queue.pop()
+        if name in seen or name == "__main__":
+            continue
+        seen.add(name)
+        source = source_of(name)
+        if source is None:
+            continue
+        found[name] = source
+        package = name if source[1] else name.rpartition(".")[0]
+        queue.extend(_parents(name))
+        for statement in _imports_of_text(source[0], source[2]):
+            queue.extend(absolute_names(statement, package))
+    return found
+
+
+def source_of(name: str) -> Source | None:
+    """Return the source of a local module, whether it has been imported or not; None if there is none."""
+    module = sys.modules.get(name)
+    if module is not None:
+        if not isinstance(module, types.ModuleType) or not is_local(module):
+            return None
+        spec = getattr(module, "__spec__", None)
+    else:
+        spec = find_local(name)
+    if spec is None:
+        return None
+    is_package = spec.submodule_search_locations is not None
+    if spec.origin is None or not os.path.isabs(spec.origin):
+        return ("", True, "") if is_package else None
+    try:
+        stamp = os.stat(spec.origin).st_mtime_ns
+    except OSError:
+        stamp = 0  # inside an archive
+    text = _text(spec.loader, spec.name, spec.origin, stamp)
+    return None if text is None else (text, is_package, spec.origin)
+
+
+@functools.lru_cache(maxsize=1024)
+def _text(loader: Any, name: str, origin: str, stamp: int) -> str | None:
+    try:
+        text: str | None = loader.get_source(name)
+    except (AttributeError, ImportError, OSError, UnicodeError, SyntaxError):
+        return None
+    return text
+
+
+@functools.lru_cache(maxsize=1024)
+def _imports_of_text(text: str, filename: str) -> tuple[Import, ...]:
+    try:
+        return imports_in(compile(text, filename, "exec", dont_inherit=True))
+    except (SyntaxError, ValueError):
+        return ()
+
+
+def find_local(name: str) -> importlib.machinery.ModuleSpec | None:
+    """Find a local module that has not been imported, without importing its package."""
+    path: list[str] | None = None
+    spec = None
+    for end in [*_parents(name), name]:
+        known = sys.modules.get(end)
+        spec = getattr(known, "__spec__", None) if known is not None else _find_spec(end, path)
+        if spec is None:
+            return None
+        path = list(spec.submodule_search_locations or ())
+    if spec is None or spec.origin in ("built-in", "frozen"):
+        return None
+    files = [spec.origin] if spec.origin else path or []
+    return spec if any(is_local_file(file) for file in files) else None
+
+
+def _find_spec(name: str, path: list[str] | None) -> importlib.machinery.ModuleSpec | None:
+    for finder in sys.meta_path:
+        try:
+            spec = finder.find_spec(name, path)
+        except (AttributeError, ImportError, OSError, ValueError):
+            continue
+        if spec is not None:
+            return spec
+    return None
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

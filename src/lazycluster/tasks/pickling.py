@@ -1,0 +1,313 @@
+"""Calls as bytes: a function with all the local code that it reaches, and its arguments.
+
+Functions and classes of local modules (see `localcode`) go by value, and on the host they are the members of modules of
+the same names that exist in memory only: so a module's functions share its globals there, `import helpers` in a
+function finds it, and what comes back is an instance of the manager's own class. What cannot go by value (a module's
+lock, say) makes the modules concerned go as sources, which the host runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import io
+import pickle
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+from cloudpickle import cloudpickle as internals
+
+from lazycluster.agent import localmodules
+from lazycluster.agent.callee import Chunks
+
+from . import localcode
+
+_PROTOCOL = 5
+_CACHED = type(functools.lru_cache(maxsize=1)(abs))
+_PLAIN = (int, str, float, bool, bytes, complex, type(None))
+_CODE = (types.FunctionType, type, types.ModuleType, _CACHED)
+# A function that uses these may do so to set up what it imports then: it must not find that imported already.
+_SETS_UP = frozenset(("environ", "putenv", "unsetenv", "meta_path"))
+
+
+@dataclass(frozen=True)
+class PickledCall:
+    """A call, ready to be sent to any number of hosts.
+
+    Attributes:
+        name: What the function is called, for messages.
+        parts: The bytes, in order.
+        size: How many they are.
+        imports: The installed modules that it will import, as far as can be seen.
+        fresh: Whether its process must not find anything imported.
+    """
+
+    name: str
+    parts: tuple[bytes, ...]
+    size: int
+    imports: tuple[str, ...] = ()
+    fresh: bool = False
+
+
+def dump_call(function: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> PickledCall:
+    """Pickle a call; later changes of its arguments do not matter any more.
+
+    Args:
+        function: Anything that can be called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        TypeError: If something cannot be sent; the message says what, and where it was found.
+    """
+    if not callable(function):
+        raise TypeError(f"{function!r} is not a function")
+    named = dict(kwargs or {})
+    try:
+        return _dump(function, tuple(args), named, by_source=False)
+    except Exception as error:  # noqa: BLE001  (any error of any __reduce__)
+        first = error
+    try:
+        return _dump(function, tuple(args), named, by_source=True)
+    except Exception:  # noqa: BLE001
+        from .culprits import explain
+
+        raise TypeError(explain(function, tuple(args), named, first)) from first
+
+
+def name_of(function: Any) -> str:
+    """Return what to call a function in messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return str(name).replace("<locals>.", "")
+
+
+def _dump(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], by_source: bool) -> PickledCall:
+    file = _Snapshot()
+    pickler = CallPickler(file, by_source)
+    pickler.dump((function, args, kwargs))
+    while pickler.pending:
+        pending, pickler.pending = pickler.pending, {}
+        pickler.dump([(sys.modules[name], attributes) for name, attributes in pending.items()])
+    pickler.dump(None)
+    sources = pickle.dumps(localcode.sources_of(pickler.needed), _PROTOCOL)
+    parts = (sources, *file.parts)
+    imports = tuple(name for name in pickler.imports if name.partition(".")[0] not in ("builtins", "cloudpickle"))
+    return PickledCall(name_of(function), parts, sum(map(len, parts)), imports, pickler.fresh)
+
+
+class _Snapshot(Chunks):
+    """Keeps copies: the arguments may change while the bytes are on their way."""
+
+    def write(self, data: Any) -> int:
+        part = data if isinstance(data, bytes) else bytes(data.raw() if isinstance(data, pickle.PickleBuffer) else data)
+        self.parts.append(part)
+        return len(part)
+
+
+class _Globals:
+    """Stands for the namespace of a local module in a pickle."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self.module = module
+
+
+class CallPickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles by value whatever belongs to local modules, and notes what they need.
+
+    Args:
+        file: Where to write.
+        by_source: Whether local modules are imported from their sources on the host, where they have any.
+
+    Attributes:
+        pending: By module: the members that it must have on the host, not yet written.
+        needed: The local modules whose sources go along.
+        imports: The installed modules that are referred to.
+        fresh: Whether the process must not find anything imported.
+    """
+
+    def __init__(self, file: Any, by_source: bool = False) -> None:
+        super().__init__(file, protocol=_PROTOCOL)
+        self.pending: dict[str, dict[str, Any]] = {}
+        self.needed: set[str] = set()
+        self.imports: dict[str, None] = {}
+        self.fresh = False
+        self._by_source = by_source
+        self._shipped: set[tuple[str, str]] = set()
+        self._read: set[int] = set()
+
+    # --- what to do with an object -------------------------------------------------------------
+    def reducer_override(self, obj: Any) -> Any:
+        """Decide how an object is pickled."""
+        kind = type(obj)
+        if kind is types.FunctionType or isinstance(obj, type):
+            return self._reduce_code(obj)
+        if kind is _Globals:
+            return self._reduce_globals(obj.module)
+        if isinstance(obj, types.ModuleType):
+            return self._reduce_module(obj)
+        if kind is _CACHED and self._home(obj) is not None:
+            parameters = obj.cache_parameters()
+            self._offer(obj)
+            return localmodules.cached_function, (obj.__wrapped__, parameters["maxsize"], parameters["typed"])
+        if kind is typing.TypeVar and self._home(obj) is not None:
+            return internals._make_typevar, internals._decompose_typevar(obj)
+        if isinstance(obj, io.IOBase) and not isinstance(obj, (io.BytesIO, io.StringIO)):
+            if obj not in (sys.stdout, sys.stderr):
+                raise pickle.PicklingError("an open file cannot be sent")
+        return super().reducer_override(obj)
+
+    def _reduce_code(self, obj: Any) -> Any:
+        home = self._home(obj)
+        if home is None:
+            self._note_import(getattr(obj, "__module__", None))
+            return super().reducer_override(obj)
+        if self._from_source(home) and _is_member(home, obj):
+            return NotImplemented  # by name
+        self._offer(obj)
+        if isinstance(obj, type):
+            return internals._dynamic_class_reduce(obj)
+        return self._dynamic_function_reduce(obj)
+
+    def _dynamic_function_reduce(self, func: types.FunctionType) -> Any:
+        module = sys.modules.get(func.__globals__.get("__name__", ""))
+        if module is not None and vars(module) is func.__globals__ and localcode.is_local(module):
+            self.globals_ref.setdefault(id(func.__globals__), _Globals(module))
+        self._look_into(func)
+        return super()._dynamic_function_reduce(func)
+
+    def _reduce_globals(self, module: types.ModuleType) -> Any:
+        if self._from_source(module):
+            return localmodules.imported_globals, (module.__name__,)
+        return localmodules.module_globals, localcode.identity(module)
+
+    def _reduce_module(self, module: types.ModuleType) -> Any:
+        if not localcode.is_local(module) or sys.modules.get(module.__name__) is not module:
+            self._note_import(module.__name__)
+            return super().reducer_override(module)
+        if self._from_source(module):
+            return importlib.import_module, (module.__name__,)
+        return localmodules.local_module, localcode.identity(module)
+
+    # --- modules -------------------------------------------------------------------------------
+    def _home(self, obj: Any) -> types.ModuleType | None:
+        """Return the local module that an object belongs to."""
+        name = getattr(obj, "__module__", None)
+        module = sys.modules.get(name) if isinstance(name, str) else None
+        return module if isinstance(module, types.ModuleType) and localcode.is_local(module) else None
+
+    def _from_source(self, module: types.ModuleType) -> bool:
+        """Note that a local module is needed, and tell whether it is to be imported from its source."""
+        name = module.__name__
+        if name == "__main__":
+            return False
+        self.needed.add(name)
+        return self._by_source and localcode.source_of(name) is not None
+
+    def _note_import(self, name: Any) -> None:
+        if isinstance(name, str):
+            self.imports.setdefault(name)
+
+    def _offer(self, obj: Any) -> None:
+        """Let what is a member of its module here be so on the host, where others may look for it."""
+        module = self._home(obj)
+        if module is not None and _is_member(module, obj) and "." not in obj.__qualname__:
+            self._ship(module, obj.__qualname__, obj)
+
+    def _ship(self, module: types.ModuleType, name: str, value: Any) -> None:
+        if self._from_source(module) or (module.__name__, name) in self._shipped:
+            return
+        self._shipped.add((module.__name__, name))
+        if isinstance(value, (*_PLAIN, *_CODE)) or localcode.source_of(module.__name__) is None or _can_be_sent(value):
+            self.pending.setdefault(module.__name__, {})[name] = value
+
+    # --- what a function refers to -------------------------------------------------------------
+    def _look_into(self, func: types.FunctionType) -> None:
+        """Find the modules that a function uses, and what of them."""
+        code = func.__code__
+        if id(code) in self._read:
+            return
+        self._read.add(id(code))
+        names = localcode.names_in(code)
+        if _SETS_UP & names or {"sys", "path"} <= names:
+            self.fresh = True
+        if code.co_flags & inspect.CO_COROUTINE:
+            self._note_import("asyncio")
+        seen: set[str] = set()
+        for value in [func.__globals__.get(name) for name in names] + [_content(cell) for cell in func.__closure__ or ()]:
+            if isinstance(value, types.ModuleType):
+                self._use(value, names, seen)
+        package = func.__globals__.get("__package__") or ""
+        for statement in localcode.imports_in(code):
+            module, *members = localcode.absolute_names(statement, package) or [""]
+            if module and self._import(module, names, seen):
+                for name in members:
+                    self._import(name, names, seen)
+            else:
+                for name in set(members).intersection(sys.modules):
+                    self._note_import(name)
+
+    def _use(self, module: types.ModuleType, names: frozenset[str], seen: set[str]) -> None:
+        """Ship those members of a local module that a function which uses it may mean."""
+        if module.__name__ in seen or not localcode.is_local(module) or sys.modules.get(module.__name__) is not module:
+            return
+        seen.add(module.__name__)
+        members = vars(module)
+        for name in names.intersection(members):
+            value = members[name]
+            self._ship(module, name, value)
+            if isinstance(value, types.ModuleType):
+                self._use(value, names, seen)
+
+    def _import(self, name: str, names: frozenset[str], seen: set[str]) -> bool:
+        """Handle a module that a function imports; returns whether it is a local one."""
+        module = sys.modules.get(name)
+        if module is None:
+            if localcode.find_local(name) is None:
+                self._note_import(name)
+                return False
+            self.needed.add(name)
+        elif isinstance(module, types.ModuleType):
+            if not localcode.is_local(module):
+                self._note_import(name)
+                return False
+            if not self._from_source(module):
+                if (name, "") not in self._shipped:
+                    self._shipped.add((name, ""))
+                    self.pending.setdefault(name, {})
+                self._use(module, names, seen)
+        return True
+
+
+def _is_member(module: types.ModuleType, obj: Any) -> bool:
+    found: Any = module
+    for part in str(getattr(obj, "__qualname__", "")).split("."):
+        found = vars(found).get(part) if hasattr(found, "__dict__") else None
+    return found is obj
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+class _Nowhere:
+    def write(self, data: Any) -> int:
+        return 0
+
+
+def _can_be_sent(value: Any) -> bool:
+    try:
+        CallPickler(_Nowhere()).dump(value)
+    except Exception:  # noqa: BLE001  (any error of any __reduce__)
+        return False
+    return True
