@@ -1,0 +1,83 @@
+"""Connecting: 32 hosts at once, directly and behind one bastion, beside plain ssh and tools made for this."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from harness import Row, in_turns, seconds, settings, ssh_hosts
+
+from lazycluster import RuntimeGroup, RuntimeTask
+
+COUNT = 32
+
+
+def plain_ssh(hosts: Any) -> None:
+    command = ["ssh", "-F", str(hosts.config_file)]
+    running = [subprocess.Popen([*command, name, "true"]) for name in hosts.names]
+    assert [process.wait() for process in running] == [0] * len(running)
+
+
+def lazycluster(hosts: Any) -> None:
+    with RuntimeGroup(hosts=list(hosts.names), connection_kwargs=settings(hosts)) as group:
+        group.execute_task(RuntimeTask("true").run_command("true"), broadcast=True)
+        group.join()
+
+
+def clustershell(hosts: Any) -> None:
+    from ClusterShell.Task import task_self
+
+    task = task_self()
+    task.set_info("fanout", COUNT)
+    task.set_info("ssh_options", f"-F {hosts.config_file}")
+    worker = task.shell("true", nodes=",".join(hosts.names))
+    task.resume()
+    assert worker.task.max_retcode() == 0
+
+
+def fabric(hosts: Any) -> None:
+    from fabric import Config, Connection
+    from fabric.group import ThreadingGroup
+
+    config = Config(runtime_ssh_path=str(hosts.config_file))
+    group = ThreadingGroup.from_connections([Connection(name, config=config) for name in hosts.names])
+    with contextlib.closing(group):
+        group.run("true", hide=True)
+
+
+def parallel_ssh(hosts: Any) -> None:
+    from pssh.clients import ParallelSSHClient
+
+    key = str(hosts.key_file)
+    client = ParallelSSHClient([host.address for host in hosts], user=hosts[0].user, pkey=key, pool_size=COUNT)
+    client.join(client.run_command("true"))
+
+
+def rows() -> Iterator[Row]:
+    peers = {"ClusterShell": clustershell, "Fabric ThreadingGroup": fabric, "parallel-ssh": parallel_ssh}
+    with ssh_hosts(COUNT) as hosts:
+        usable = {}
+        for name, work in peers.items():
+            try:
+                work(hosts)
+                usable[name] = work
+            except Exception as error:
+                print(f"   ({name} left out: {type(error).__name__}: {error})")
+        contenders = {"ours": lazycluster, "ssh": plain_ssh, **usable}
+        medians = in_turns(5, **{name: lambda work=work: work(hosts) for name, work in contenders.items()})
+    what = f"connect {COUNT} hosts, run true on each"
+    ours, ssh = medians.pop("ours"), medians.pop("ssh")
+    yield Row(what, ours, "s", "<= 1.4 x", f"{COUNT} x ssh at once", ssh, ours <= 1.4 * ssh)
+    for name, theirs in medians.items():
+        yield Row(what, ours, "s", "", name, theirs)
+    with ssh_hosts(COUNT, bastion=True) as hosts:
+        took = seconds(lambda: lazycluster(hosts))
+    yield Row(f"{COUNT} hosts behind one bastion, MaxStartups default", took, "s", "all connected", met=True)
+    command = [sys.executable, "-c", "import lazycluster"]
+    bare = [sys.executable, "-c", "pass"]
+    times = in_turns(9, ours=lambda: subprocess.run(command, check=True), bare=lambda: subprocess.run(bare, check=True))
+    took = (times["ours"] - times["bare"]) * 1000
+    yield Row("import lazycluster", took, "ms", "<= 150 ms", met=took <= 150)

@@ -1,0 +1,76 @@
+"""What the benchmarks share: hosts, repeated measurement in turns, and the table."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from sshhosts import Hosts  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: our median and a peer's, from the same run.
+
+    Attributes:
+        what: What was done.
+        ours: Our figure.
+        unit: Its unit.
+        target: What it should be, in words.
+        peer: Who did the same, "" if nobody.
+        theirs: The peer's figure.
+        met: Whether the target holds; None if there is none.
+        note: Anything else to know.
+    """
+
+    what: str
+    ours: float
+    unit: str
+    target: str = ""
+    peer: str = ""
+    theirs: float | None = None
+    met: bool | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        theirs = f"{self.theirs:.3g} {self.unit}" if self.theirs is not None else ""
+        ratio = f"{self.ours / self.theirs:.2f} x" if self.theirs else ""
+        verdict = {True: "met", False: "MISSED", None: ""}[self.met]
+        cells = (f"{self.what:<52}", f"{self.ours:>8.3g} {self.unit:<6}", f"{self.peer:<26}", f"{theirs:>14}")
+        return "  ".join((*cells, f"{ratio:>8}", f"{self.target:<22}", verdict, self.note)).rstrip()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return how long something takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turns(repeat: int, **contenders: Callable[[], Any]) -> dict[str, float]:
+    """Run all contenders in turns, so that a noisy moment meets all; returns the median seconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeat):
+        for name, work in contenders.items():
+            times[name].append(seconds(work))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextmanager
+def ssh_hosts(count: int, **options: Any) -> Iterator[Hosts]:
+    """Bring up throw-away hosts."""
+    with Hosts(count, **options) as hosts:
+        yield hosts
+
+
+def settings(hosts: Hosts) -> dict[str, str]:
+    """Return the connection_kwargs for hosts."""
+    return {"config_file": str(hosts.config_file)}
