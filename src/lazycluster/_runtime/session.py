@@ -1,0 +1,320 @@
+"""A runtime's hold on a host: the connection, the environment that its set-up left, and its working directory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lazycluster import _loop
+from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
+from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.openssh import SshConnection
+from lazycluster.tasks.execution import Context
+from lazycluster.tasks.variables import checked_variables
+
+__all__ = ["ANSWER_LIMIT", "HostSpec", "Lease", "Session"]
+
+T = TypeVar("T")
+
+ANSWER_LIMIT = 30.0
+"""Seconds that a host gets to answer a question."""
+
+_SETUP_LIMIT = 300.0  # seconds: set-up lines may fetch something
+_POSIX_SHELLS = ("bash", "zsh", "sh", "dash", "ksh", "ash")
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What a user says of a host, checked when it is made.
+
+    Attributes:
+        host: Its name, as `ssh` takes it.
+        working_dir: A directory there, made if it is missing; None: a temporary one, removed at the end.
+        connection_kwargs: See :class:`lazycluster.ssh.config.Settings`.
+        python: The interpreter: a path, a name, or ``auto`` for one of the manager's minor version.
+        setup: Shell lines whose environment is used for everything that runs there.
+        env: Environment variables.
+        shell: The shell for commands.
+        local: The manager's own machine, without ssh.
+        ask: Whether a person may be asked for a password and the like.
+    """
+
+    host: str
+    working_dir: str | None = None
+    connection_kwargs: Mapping[str, Any] | None = None
+    python: str | None = None
+    setup: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    shell: str | None = None
+    local: bool = False
+    ask: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.setup, Sequence) and not isinstance(self.setup, str):
+            object.__setattr__(self, "setup", "\n".join(self.setup))
+        if isinstance(self.working_dir, os.PathLike):
+            object.__setattr__(self, "working_dir", os.fspath(self.working_dir))
+        for name in ("working_dir", "python", "setup", "shell"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{self.host}: {name} must be a string, not {type(value).__name__}")
+            if value is not None and (not value.strip() or "\0" in value):
+                raise ValueError(f"{self.host}: {name} is empty or contains a null character")
+        object.__setattr__(self, "env", checked_variables(self.env))
+
+    def connection(self) -> Connection:
+        """Return a connection that is not open yet."""
+        if self.local:
+            return LocalConnection(self.host)
+        # An interpreter that is named by its path serves for the agent, too: the host may have no other.
+        python = self.python if self.python and self.python.startswith("/") and not self.setup else None
+        return SshConnection(self.host, self.connection_kwargs, python=python, ask=self.ask)
+
+
+class Lease:
+    """A connection that several sessions use; the last one closes it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._users = 0
+
+    def take(self) -> Lease:
+        """Begin to use it."""
+        self._users += 1
+        return self
+
+    async def give_back(self) -> None:
+        """End the use."""
+        self._users -= 1
+        if self._users <= 0:
+            await self.connection.close()
+
+
+class Session:
+    """What a runtime knows and holds of its host. Make one with :meth:`open`.
+
+    Attributes:
+        spec: What the user said.
+        connection: The open connection.
+        base_env: The whole environment that the set-up left, else empty.
+        python: The interpreter for functions, None for ``python3`` as the environment finds it.
+        working_dir: The absolute path of the working directory.
+        state: ``open`` or ``closed``.
+    """
+
+    def __init__(self, spec: HostSpec, lease: Lease) -> None:
+        self.spec = spec
+        self.lease = lease.take()
+        self.connection = lease.connection
+        self.base_env: dict[str, str] = {}
+        self.python = spec.python
+        self.working_dir = ""
+        self.temporary: list[str] = []
+        self.state = "open"
+        self._owner = os.getpid()
+        self._released = False
+        self._let_go_done = {"done": False}
+        # A runtime that nobody refers to any more lets go of its host; not at exit, where one hook does it for all.
+        weakref.finalize(self, _let_go, lease, self._owner, self._let_go_done).atexit = False
+
+    @classmethod
+    async def open(cls, spec: HostSpec, lease: Lease | None = None) -> Session:
+        """Connect, run the set-up, find the interpreter, make the working directory.
+
+        Args:
+            spec: What the user said of the host.
+            lease: An open connection to the host, where there is one.
+
+        Raises:
+            InvalidRuntimeError: If the host cannot be used, with the reason.
+        """
+        if lease is None:
+            connection = spec.connection()
+            await connection.open()
+            lease = Lease(connection)
+        session = cls(spec, lease)
+        try:
+            await session._prepare()
+        except BaseException as error:
+            await session.close()
+            if isinstance(error, (AgentError, ConnectionLostError)):
+                raise InvalidRuntimeError(spec.host, "lost", str(error)) from error
+            raise
+        return session
+
+    async def _prepare(self) -> None:
+        if self.spec.setup is not None:
+            self.base_env = await self._run_setup(self.spec.setup)
+        if self.spec.python == "auto":
+            self.python = await self._matching_python()
+        elif self.spec.python is not None:
+            await self._check_python(self.spec.python)
+        self.working_dir = await self._make_working_dir()
+
+    async def _run_setup(self, script: str) -> dict[str, str]:
+        shell = self.spec.shell if os.path.basename(self.spec.shell or "") in _POSIX_SHELLS else None
+        try:
+            request = self.connection.request("setup", script=script, shell=shell, env=dict(self.spec.env))
+            answer = await asyncio.wait_for(request, _SETUP_LIMIT)
+        except AgentError as error:
+            output = str(error.evidence.get("output", "")).strip()
+            raise InvalidRuntimeError(
+                self.spec.host,
+                "setup",
+                f"{error.message}\n{output}" if output else error.message,
+                "run the setup lines on the host by hand",
+            ) from error
+        except asyncio.TimeoutError:
+            detail = f"the setup lines have not ended within {_SETUP_LIMIT:g} s"
+            raise InvalidRuntimeError(self.spec.host, "setup", detail, "make them shorter; they get no input") from None
+        return dict(answer["env"])
+
+    async def _matching_python(self) -> str:
+        wanted = list(sys.version_info[:2])
+        answer = await self._ask("interpreters", env=self.base_env)
+        found = [(entry["path"], entry["version"]) for entry in answer["interpreters"]]
+        for path, version in found:
+            if list(version[:2]) == wanted:
+                return str(path)
+        have = ", ".join(f"{'.'.join(map(str, version))} ({path})" for path, version in found) or "none"
+        manager = ".".join(map(str, wanted))
+        raise InvalidRuntimeError(
+            self.spec.host,
+            "python",
+            f"no Python {manager}, the manager's version, was found; the host has: {have}",
+            f'install Python {manager} there, name its path with python="...", or activate it with setup="..."',
+        )
+
+    async def _check_python(self, python: str) -> None:
+        try:
+            await self._ask("packages", python=python, env={**self.base_env, **self.spec.env}, names=[])
+        except AgentError as error:
+            hint = 'name the path of an interpreter on the host, or use python="auto"'
+            raise InvalidRuntimeError(self.spec.host, "python", error.message, hint) from error
+
+    async def _make_working_dir(self) -> str:
+        if self.spec.working_dir is None:
+            answer = await self._ask("mkdtemp")
+            self.temporary.append(answer["path"])
+            return str(answer["path"])
+        try:
+            answer = await self._ask("mkdir", path=self.spec.working_dir, env={**self.base_env, **self.spec.env})
+        except AgentError as error:
+            raise self._no_working_dir(error.message) from error
+        if not answer.get("writable", True):
+            raise self._no_working_dir(f"{answer['path']} is not writable")
+        return str(answer["path"])
+
+    def _no_working_dir(self, why: str) -> InvalidRuntimeError:
+        return InvalidRuntimeError(
+            self.spec.host,
+            "working_dir",
+            f"the working directory {self.spec.working_dir} cannot be used: {why}",
+            "choose another working_dir, or none for a temporary one",
+        )
+
+    async def _ask(self, op: str, **params: Any) -> dict[str, Any]:
+        try:
+            return await asyncio.wait_for(self.connection.request(op, **params), ANSWER_LIMIT)
+        except asyncio.TimeoutError:
+            detail = f"no answer to {op!r} within {ANSWER_LIMIT:g} s"
+            raise InvalidRuntimeError(self.spec.host, "timeout", detail, "see how busy the host is") from None
+
+    # --- use -----------------------------------------------------------------------------------
+    @property
+    def host(self) -> str:
+        """The host as the user named it."""
+        return self.spec.host
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What two names of one account on one machine have in common."""
+        hello = self.connection.hello
+        return hello.boot_id, hello.machine_id, hello.hostname, hello.network, hello.uid
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the process that connected, not a forked child of it."""
+        return os.getpid() == self._owner
+
+    def check(self) -> None:
+        """Raise an error if the runtime cannot be used (any more, or in this process)."""
+        if self.state == "closed" and self.is_ours:
+            raise LazyclusterError(f"{self.host}: the runtime was closed (cleanup() was called); make a new one")
+        self.connection.check()
+
+    def context(self, variables: Mapping[str, Any], working_dir_name: str) -> Context:
+        """Return where and how tasks are carried out.
+
+        Args:
+            variables: The runtime's environment variables.
+            working_dir_name: The variable that tells the working directory.
+        """
+        env = {**self.base_env, working_dir_name: self.working_dir, **checked_variables(variables)}
+        return Context(self.host, self.connection, self.working_dir, env, self.python, self.spec.shell)
+
+    async def ask(self, op: str, **params: Any) -> dict[str, Any]:
+        """Ask the host something, under a deadline.
+
+        Raises:
+            AgentError: If the host answers with an error.
+            LazyclusterError: If it does not answer in time, or the runtime cannot be used.
+        """
+        self.check()
+        try:
+            return await asyncio.wait_for(self.connection.request(op, **params), ANSWER_LIMIT)
+        except asyncio.TimeoutError:
+            raise LazyclusterError(f"{self.host}: no answer to {op!r} within {ANSWER_LIMIT:g} s") from None
+
+    async def capture(self, context: Context, **command: Any) -> tuple[int, str]:
+        """Run a short command under a deadline.
+
+        Args:
+            context: Where.
+            **command: ``command`` or ``argv``, and ``shell``.
+
+        Returns:
+            Its exit status (negative: a signal) and what it printed.
+        """
+        self.check()
+        output = bytearray()
+        params = {"shell": context.shell, "cwd": context.cwd, "env": dict(context.env), "merge": True, **command}
+        channel = self.connection.channel("run", params, stdout=output.extend)
+        try:
+            result = await asyncio.wait_for(channel.result(), ANSWER_LIMIT)
+        except asyncio.TimeoutError:
+            what = command.get("command") or command.get("argv")
+            raise LazyclusterError(f"{self.host}: not ended within {ANSWER_LIMIT:g} s: {what}") from None
+        finally:
+            channel.close()
+        status = -result["signal"] if result.get("signal") else result.get("exit") or 0
+        return status, output.decode("utf-8", "replace")
+
+    # --- end -----------------------------------------------------------------------------------
+    async def close(self) -> None:
+        """Remove temporary directories and let go of the connection. Doing it again does nothing."""
+        if self._released:
+            return
+        self._released = True
+        self.state = "closed"
+        self._let_go_done["done"] = True
+        if self.connection.state == "open" and self.lease._users > 1:  # else they go with the agent
+            for path in self.temporary:
+                with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
+                    await asyncio.wait_for(self.connection.request("remove", path=path), ANSWER_LIMIT)
+        self.temporary.clear()
+        await self.lease.give_back()
+
+
+def _let_go(lease: Lease, owner: int, token: dict[str, bool]) -> None:
+    """Close the connection of a session that was garbage-collected."""
+    if not token["done"] and owner == os.getpid():
+        token["done"] = True
+        _loop.submit(lease.give_back())

@@ -1,0 +1,516 @@
+"""Runtimes: hosts on which tasks are executed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lazycluster import _lifetime, _loop
+from lazycluster._runtime.ledger import Ledger, join_all
+from lazycluster._runtime.questions import HostQuestions
+from lazycluster._runtime.session import HostSpec, Session
+from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.tunnels import check_port, close_tunnels, open_from_runtime, open_to_runtime
+from lazycluster.tasks.execution import Context, settled
+from lazycluster.tasks.handles import ProcessHandle
+from lazycluster.tasks.task import RuntimeTask
+from lazycluster.tasks.variables import checked_variables
+
+if TYPE_CHECKING:
+    from lazycluster.tasks.pickling import PickledCall
+
+__all__ = ["LocalRuntime", "Runtime", "RuntimeTask"]
+
+R = TypeVar("R", bound="Runtime")
+
+_END_LIMIT = 25.0  # seconds for the tasks of a runtime to end
+
+
+class Runtime(HostQuestions):
+    """A host that can be reached with `ssh`, on which tasks are executed.
+
+    Making one connects to the host and checks it, under a deadline. Everything that it starts there ends with
+    :meth:`cleanup`, at the end of a ``with`` block, or when the manager's process ends, however it does. It may be
+    used from several threads, and inside a running event loop, but not in a forked child, and it cannot be pickled.
+
+    Args:
+        host: As `ssh` takes it: an alias of your ssh configuration, a name, ``user@host`` or ``user@host:port``.
+        working_dir: A directory on the host, made if it is missing and kept; ``~`` and environment variables are
+            understood. By default a temporary directory, which is removed at the end. Tasks find its path in the
+            environment variable :attr:`WORKING_DIR_ENV_VAR_NAME`.
+        connection_kwargs: How to reach the host, beyond what your ssh configuration says: ``user``, ``port``,
+            ``key_filename``, ``password``, ``passphrase``, ``timeout`` (seconds), ``config_file``, ``proxy_jump``,
+            ``host_keys`` (``"strict"`` or ``"accept-new"``), ``ssh_options``.
+        python: The interpreter on the host: a path, a name, or ``"auto"`` for one of the manager's minor version.
+            By default ``python3``, as the environment there finds it.
+        setup: Shell lines that are run once, e.g. ``"conda activate ml"``; the environment that they leave is used for
+            commands, functions and workers.
+        env: Environment variables, see :attr:`env_variables`.
+        shell: The shell for commands, by default the user's own.
+
+    Attributes:
+        WORKING_DIR_ENV_VAR_NAME: The environment variable that tells tasks the working directory.
+
+    Raises:
+        InvalidRuntimeError: If the host cannot be used; its ``reason`` says what kind of failure it is.
+        TypeError, ValueError: If an argument makes no sense.
+
+    Examples:
+        >>> with Runtime("host-1") as runtime:                                      # doctest: +SKIP
+        ...     task = RuntimeTask("hello").run_command("echo Hello from $(hostname)")
+        ...     runtime.execute_task(task, execute_async=False)
+        ...     print(task.execution_log[0])
+        ...     print(runtime.call(sum, [1, 2, 3]))
+        Hello from host-1
+        6
+    """
+
+    WORKING_DIR_ENV_VAR_NAME = "WORKING_DIR"
+
+    def __init__(
+        self,
+        host: str,
+        working_dir: str | None = None,
+        connection_kwargs: Mapping[str, Any] | None = None,
+        *,
+        python: str | None = None,
+        setup: str | None = None,
+        env: Mapping[str, Any] | None = None,
+        shell: str | None = None,
+    ) -> None:
+        spec = HostSpec(host, working_dir, connection_kwargs, python, setup, env or {}, shell, ask=_may_ask())
+        self._begin(_loop.run(Session.open(spec)))
+
+    def _begin(self, session: Session) -> None:
+        self._session = session
+        self._ledger = Ledger()
+        self._env = dict(session.spec.env)
+        self._info = None
+        self._info_lock = threading.Lock()
+        _lifetime.register(self)
+
+    @classmethod
+    def from_session(cls: type[R], session: Session) -> R:
+        """Return a runtime on a host that is connected already; for the layers above."""
+        runtime = cls.__new__(cls)
+        runtime._begin(session)
+        return runtime
+
+    # --- what it is ----------------------------------------------------------------------------
+    @property
+    def host(self) -> str:
+        """The host, as it was named when the runtime was made."""
+        return self._session.host
+
+    @property
+    def working_dir(self) -> str:
+        """The absolute path of the working directory on the host."""
+        return self._session.working_dir
+
+    @property
+    def class_name(self) -> str:
+        """The name of the class."""
+        return type(self).__name__
+
+    @property
+    def connection(self) -> Connection:
+        """The connection to the host; for the layers above."""
+        return self._session.connection
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What two runtimes have in common that are the same account on the same machine under two names."""
+        return self._session.identity
+
+    @property
+    def env_variables(self) -> dict[str, str]:
+        """Environment variables for the tasks that are started from now on."""
+        return self._env
+
+    @env_variables.setter
+    def env_variables(self, env_variables: Mapping[str, Any]) -> None:
+        self._env = checked_variables(env_variables)
+
+    def add_env_variables(self, env_variables: Mapping[str, Any]) -> None:
+        """Add environment variables, or give new values to those that exist.
+
+        Args:
+            env_variables: Names and values; numbers and paths are turned into text.
+
+        Raises:
+            TypeError, ValueError: If a name or value cannot be used.
+        """
+        self._env.update(checked_variables(env_variables))
+
+    def task_context(self) -> Context:
+        """Return where and how tasks are carried out: directory, environment, interpreter; for the layers above."""
+        self._session.check()
+        return self._session.context(self._env, self.WORKING_DIR_ENV_VAR_NAME)
+
+    # --- tasks ---------------------------------------------------------------------------------
+    def execute_task(
+        self, task: RuntimeTask, execute_async: bool = True, omit_on_join: bool = False, debug: bool = False
+    ) -> RuntimeTask:
+        """Execute a task on the host.
+
+        Args:
+            task: The task.
+            execute_async: Return at once; else wait for its end.
+            omit_on_join: Have :meth:`join` pass it over, e.g. for a service that runs until it is cancelled.
+            debug: Print what the steps print to standard output as it comes, each line with its host. Else it is
+                logged with level debug after each step.
+
+        Returns:
+            The task that holds this execution: the one given, or a fresh copy if that has been executed before.
+
+        Raises:
+            TaskExecutionError: If it is waited for and a step failed.
+            ValueError: If the task has no steps.
+            LazyclusterError: If the runtime cannot be used any more.
+        """
+        started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug)
+        if not execute_async:
+            started._finish_sync()
+        return started
+
+    def start_task(
+        self,
+        task: RuntimeTask,
+        *,
+        omit_on_join: bool = False,
+        debug: bool = False,
+        calls: Sequence[PickledCall | Exception | None] | None = None,
+        gate: asyncio.Lock | None = None,
+    ) -> RuntimeTask:
+        """Start a task, see :meth:`execute_task`; for the layers above, which may share work between hosts."""
+        if not isinstance(task, RuntimeTask):
+            raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
+        context = self.task_context()
+        started = task._launch(context, omit_on_join=omit_on_join, debug=debug, calls=calls, gate=gate)
+        self._ledger.add_task(started)
+        return started
+
+    def execute_function(
+        self, function: Callable[..., Any], execute_async: bool = False, debug: bool = False, **func_kwargs: Any
+    ) -> RuntimeTask:
+        """Call a Python function on the host, in a process of its own.
+
+        :meth:`call` returns the result itself, and takes arguments of any name.
+
+        Args:
+            function: The function, see :meth:`RuntimeTask.run_function`.
+            execute_async: Return at once; else wait for the end.
+            debug: See :meth:`execute_task`.
+            **func_kwargs: The arguments of the function.
+
+        Returns:
+            The task that was made for it; what the function returned is its :meth:`~RuntimeTask.result`.
+
+        Raises:
+            TaskExecutionError: If it is waited for and fails; the function's own exception is its ``__cause__``.
+        """
+        name = getattr(function, "__name__", None) or "function"
+        return self.execute_task(RuntimeTask(name).call(function, **func_kwargs), execute_async, debug=debug)
+
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a Python function on the host and return what it returns.
+
+        Args:
+            function: The function, see :meth:`RuntimeTask.run_function`.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What the function returned.
+
+        Raises:
+            TaskExecutionError: If it fails; the function's own exception is its ``__cause__``.
+
+        Examples:
+            >>> runtime.call(pow, 2, 10)        # doctest: +SKIP
+            1024
+        """
+        name = getattr(function, "__name__", None) or "function"
+        task = RuntimeTask(name).call(function, *args, **kwargs)._launch(self.task_context())
+        key = self._ledger.add_task(task)
+        try:
+            task._finish_sync()
+            return task.result()
+        finally:
+            # Nobody has a name for this task, and its result may be large.
+            self._ledger.forget(key)
+
+    def send_file(
+        self, local_path: str | os.PathLike[str], remote_path: str | None = None, execute_async: bool = False
+    ) -> RuntimeTask:
+        """Copy a file or folder from the manager to the host, see :meth:`RuntimeTask.send_file`.
+
+        Args:
+            local_path: On this machine.
+            remote_path: On the host, by default under the same name in the working directory.
+            execute_async: Return at once; else wait for the end.
+
+        Returns:
+            The task that was made for it.
+
+        Raises:
+            ValueError: If a path is empty.
+            TaskExecutionError: If it is waited for and fails.
+        """
+        return self.execute_task(RuntimeTask("send-file").send_file(local_path, remote_path), execute_async)
+
+    def get_file(
+        self, remote_path: str, local_path: str | os.PathLike[str] | None = None, execute_async: bool = False
+    ) -> RuntimeTask:
+        """Copy a file or folder from the host to the manager, see :meth:`RuntimeTask.get_file`.
+
+        Args:
+            remote_path: On the host.
+            local_path: On this machine, by default under the same name in the current directory.
+            execute_async: Return at once; else wait for the end.
+
+        Returns:
+            The task that was made for it.
+
+        Raises:
+            ValueError: If a path is empty.
+            TaskExecutionError: If it is waited for and fails.
+        """
+        return self.execute_task(RuntimeTask("get-file").get_file(remote_path, local_path), execute_async)
+
+    @property
+    def tasks(self) -> list[RuntimeTask]:
+        """The tasks that were started here, in that order, until :meth:`clear_tasks`."""
+        return self._ledger.tasks
+
+    @property
+    def function_returns(self) -> Generator[Any, None, None]:
+        """What the functions of all tasks returned, in the order in which the tasks were started; waits for them.
+
+        Raises:
+            TaskExecutionError: If a task failed, when the generator comes to it and no join has raised it before.
+        """
+        return (value for task in self.tasks for value in task.function_returns)
+
+    def execution_log(self, task_name: str) -> list[str]:
+        """Return what each step of a task printed; of the last one, where several had that name. Waits for it.
+
+        Args:
+            task_name: The name of the task.
+
+        Raises:
+            ValueError: If no task of that name was started here.
+        """
+        for task in reversed(self.tasks):
+            if task.name == task_name:
+                return task.execution_log
+        known = ", ".join(sorted({task.name for task in self.tasks})) or "none"
+        raise ValueError(f"{self.host}: there is no task named {task_name!r}; there are: {known}")
+
+    def print_log(self) -> None:
+        """Print what each step of each task printed."""
+        for task in self.tasks:
+            task.print_log()
+
+    def clear_tasks(self) -> None:
+        """Forget all tasks that have ended. Those that still run are kept, so that :meth:`join` waits for them."""
+        self._ledger.clear_tasks()
+
+    def join(self) -> None:
+        """Wait for the end of all tasks, except those started with ``omit_on_join``.
+
+        Raises:
+            TaskExecutionError: If one failed, and no join has raised it before.
+            GroupTaskError: If several failed; it holds all of their errors.
+        """
+        join_all(self.tasks)
+
+    # --- ports ---------------------------------------------------------------------------------
+    def expose_port_to_runtime(self, local_port: int, runtime_port: int | Iterable[int] | None = None) -> str:
+        """Make a port of the manager reachable on the host, on its loopback.
+
+        Args:
+            local_port: The port on this machine.
+            runtime_port: The port on the host, or several, of which the first free one is taken. By default
+                ``local_port``.
+
+        Returns:
+            A key for :meth:`get_process` and :meth:`stop_process`.
+
+        Raises:
+            PortInUseError: If the port on the host is taken.
+            NoPortsLeftError: If several were given and none is free.
+            TunnelError: If the host does not allow it.
+        """
+        check_port(local_port, "local_port")
+        return self._ledger.add_exposure(self._wait(open_to_runtime(self.connection, local_port, runtime_port)))
+
+    def expose_port_from_runtime(self, runtime_port: int, local_port: int | Iterable[int] | None = None) -> str:
+        """Make a port of the host reachable on the manager, on its loopback.
+
+        Args:
+            runtime_port: The port on the host.
+            local_port: The port on this machine, or several, of which the first free one is taken. By default
+                ``runtime_port``.
+
+        Returns:
+            A key for :meth:`get_process` and :meth:`stop_process`.
+
+        Raises:
+            PortInUseError: If the port on this machine is taken.
+            NoPortsLeftError: If several were given and none is free.
+            TunnelError: If the host does not allow it.
+        """
+        check_port(runtime_port, "runtime_port")
+        return self._ledger.add_exposure(self._wait(open_from_runtime(self.connection, runtime_port, local_port)))
+
+    # --- processes -----------------------------------------------------------------------------
+    @property
+    def task_processes(self) -> list[ProcessHandle]:
+        """Handles of the tasks, which behave like :class:`multiprocessing.Process`."""
+        return [process for key, process in self._ledger.processes().items() if self._ledger.is_task(key)]
+
+    @property
+    def alive_process_count(self) -> int:
+        """How many tasks run and ports are exposed."""
+        return len(self.get_processes(only_alive=True))
+
+    @property
+    def alive_task_process_count(self) -> int:
+        """How many tasks run."""
+        return self._ledger.running
+
+    @property
+    def started_task_count(self) -> int:
+        """How many tasks were started here since the beginning."""
+        return self._ledger.started
+
+    def get_processes(self, only_alive: bool = False) -> dict[str, ProcessHandle]:
+        """Return handles of all tasks and port exposures by their keys.
+
+        Args:
+            only_alive: Only those that have not ended.
+        """
+        processes = self._ledger.processes()
+        return {key: process for key, process in processes.items() if not only_alive or process.is_alive()}
+
+    def get_process(self, key: str) -> ProcessHandle:
+        """Return the handle of a task or port exposure.
+
+        Args:
+            key: Its key.
+
+        Raises:
+            ValueError: If there is none with this key.
+        """
+        try:
+            return self._ledger.processes()[key]
+        except KeyError:
+            raise ValueError(f"{self.host}: there is no process with the key {key!r}") from None
+
+    def is_runtime_task_process(self, process_key: str) -> bool:
+        """Whether a key is that of a task of this runtime."""
+        return self._ledger.is_task(process_key)
+
+    def is_port_exposure_process(self, process_key: str) -> bool:
+        """Whether a key is that of a port exposure of this runtime."""
+        return self._ledger.is_exposure(process_key)
+
+    def stop_process(self, key: str) -> None:
+        """End a task or a port exposure, and wait until it has ended.
+
+        Args:
+            key: Its key.
+
+        Raises:
+            ValueError: If there is none with this key.
+        """
+        process = self.get_process(key)
+        process.terminate()
+        process.join(_END_LIMIT)
+
+    # --- end -----------------------------------------------------------------------------------
+    def cleanup(self) -> None:
+        """End all tasks and port exposures, remove temporary directories, and disconnect.
+
+        Results of tasks stay readable. Doing it again does nothing. Errors that nobody has asked for are logged.
+        """
+        if self._session.is_ours:
+            _loop.run(self.cleanup_soon())
+
+    async def cleanup_soon(self) -> None:
+        """Do what :meth:`cleanup` does; for the layers above, on the loop."""
+        self._session.state = "closed"
+        await close_tunnels(exposure.tunnel for exposure in self._ledger.exposures)
+        ending = self._ledger.end_tasks()
+        if ending:
+            await asyncio.wait([asyncio.ensure_future(settled(future)) for future in ending], timeout=_END_LIMIT)
+        await self._session.close()
+        self._ledger.report()
+
+    def __enter__(self: R) -> R:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cleanup()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            f"{self.host}: a {self.class_name} is a live connection and cannot be copied or sent elsewhere; "
+            "hand on the host's name instead"
+        )
+
+    def __copy__(self) -> Runtime:
+        self.__reduce__()
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{self.class_name} {self.host!r} {self.connection.state}>"
+
+
+class LocalRuntime(Runtime):
+    """This very machine as a runtime, without ssh: for those who have no host yet, and for tests.
+
+    Args:
+        working_dir: See :class:`Runtime`.
+        python: See :class:`Runtime`; by default the manager's own interpreter.
+        setup: See :class:`Runtime`.
+        env: See :class:`Runtime`.
+        shell: See :class:`Runtime`.
+        host: The name that it goes by.
+
+    Examples:
+        >>> with LocalRuntime() as runtime:        # doctest: +SKIP
+        ...     print(runtime.call(sum, [1, 2, 3]))
+        6
+    """
+
+    def __init__(
+        self,
+        working_dir: str | None = None,
+        *,
+        python: str | None = None,
+        setup: str | None = None,
+        env: Mapping[str, Any] | None = None,
+        shell: str | None = None,
+        host: str = "localhost",
+    ) -> None:
+        own = sys.executable if python is None and setup is None else python
+        spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, local=True)
+        self._begin(_loop.run(Session.open(spec)))
+
+
+def _may_ask() -> bool:
+    """Whether a person sits at a terminal who can be asked for a password."""
+    try:
+        return sys.stdin.isatty() and sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
+

@@ -1,0 +1,1 @@
+"""Tasks: their steps, how those are carried out, and what comes out."""

@@ -1,0 +1,322 @@
+"""One execution of a task on one host, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lazycluster import _loop
+from lazycluster.exceptions import LazyclusterError, TaskExecutionError
+
+from .output import TaskLog
+from .perform import Work, perform, prepare
+from .steps import Step, StepResult
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.connection import Connection
+
+    from .pickling import PickledCall
+
+__all__ = ["Context", "Execution", "settled"]
+
+_logger = logging.getLogger("lazycluster")
+
+_CLEANUP_LIMIT = 30.0  # seconds for a cancelled execution to end what it started
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and how the steps of a task are carried out.
+
+    Attributes:
+        host: The host as the user named it.
+        connection: The connection to it.
+        cwd: The working directory there.
+        env: What is added to the host's environment.
+        python: The interpreter for functions; None: the one that the agent finds.
+        shell: The shell for commands; None: the user's own.
+    """
+
+    host: str
+    connection: Connection
+    cwd: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    python: str | None = None
+    shell: str | None = None
+
+
+class TaskFuture(concurrent.futures.Future[Any]):
+    """The future of an execution; whoever asks it for the result has seen the error."""
+
+    def __init__(self, execution: Execution) -> None:
+        super().__init__()
+        self._execution = execution
+
+    def running(self) -> bool:
+        """Whether the task is being executed."""
+        return self._execution.status == "running"
+
+    def cancel(self) -> bool:
+        """Ask for the end of the task; the future is done when everything that it started has ended."""
+        return self._execution.cancel()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the result, see :meth:`concurrent.futures.Future.result`."""
+        self._execution.check_waiting()
+        result = super().result(timeout)
+        self._execution.asked = True
+        return result
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end and return the error, see :meth:`concurrent.futures.Future.exception`."""
+        self._execution.check_waiting()
+        error = super().exception(timeout)
+        self._execution.asked = True
+        return error
+
+    def settle(self, value: Any, error: BaseException | None, cancelled: bool) -> None:
+        """Set what came out, once."""
+        if cancelled:
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        elif error is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(value)
+
+
+class Execution:
+    """One execution of a task.
+
+    Args:
+        name: The task's name.
+        steps: What to do.
+        context: Where and how.
+        env: The task's own environment variables.
+        debug: Whether output is printed live.
+        omit_on_join: Whether a join of the runtime passes it over.
+        calls: The pickled calls of its functions, from :func:`~lazycluster.tasks.perform.prepare`.
+        gate: Held while files are sent, where hosts share a file system.
+
+    Attributes:
+        status: ``pending``, ``running``, ``done``, ``failed`` or ``cancelled``.
+        future: Done at the end.
+        results: What came out of each step that has ended, the failed one included.
+        error: Why it failed.
+        asked: Whether somebody has asked for the error.
+        raised: Whether `join` has raised the error.
+        exitcode: None until its end, then 0, 1 or what a failed process ended with.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        steps: Sequence[Step],
+        context: Context,
+        env: Mapping[str, str],
+        *,
+        debug: bool = False,
+        omit_on_join: bool = False,
+        calls: Sequence[PickledCall | Exception | None] | None = None,
+        gate: asyncio.Lock | None = None,
+    ) -> None:
+        self.name = name
+        self.steps = tuple(steps)
+        self.context = context
+        self.omit_on_join = omit_on_join
+        self.status = "pending"
+        self.results: list[StepResult] = []
+        self.error: TaskExecutionError | None = None
+        self.asked = False
+        self.raised = False
+        self.exitcode: int | None = None
+        self.future = TaskFuture(self)
+        self._env = {**context.env, **env}
+        self._log = TaskLog(context.host, name, debug)
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._killing = False
+        self._inner: concurrent.futures.Future[None] | None = None
+        self.work = Work(
+            task=name,
+            marker=uuid.uuid4().hex,
+            write=self._log.write,
+            calls=list(prepare(self.steps) if calls is None else calls),
+            gate=gate,
+        )
+
+    @property
+    def log_file(self) -> str | None:
+        """The path of the log file, None if it cannot be written."""
+        return str(self._log.path) if self._log.path is not None else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self.future.done()
+
+    def start(self) -> Execution:
+        """Begin; returns itself."""
+        self.context.connection.check()
+        self._inner = _loop.submit(self._run())
+        return self
+
+    # --- on the loop ---------------------------------------------------------------------------
+    async def _run(self) -> None:
+        try:
+            self.status = "running"
+            for index, step in enumerate(self.steps):
+                await self._step(index, step)
+        except asyncio.CancelledError:
+            self._finish("cancelled", -9 if self._killing else -15)
+        except TaskExecutionError as error:
+            self._finish("failed", error.exit_status or 1, error)
+        else:
+            self._finish("done", 0)
+
+    async def _step(self, index: int, step: Step) -> None:
+        result = StepResult()
+        try:
+            result = await perform(index, step, self.context, self._env, self.work)
+        except TaskExecutionError as error:
+            self.work.pid = None
+            result = StepResult(self._log.end_step(step.label), error.exit_status)
+            raise _complete(error, self, index, step, result.output) from error.__cause__
+        except asyncio.CancelledError:
+            result = StepResult(self._log.end_step(step.label))
+            raise
+        else:
+            self.work.pid = None
+            result = StepResult(
+                self._log.end_step(step.label), result.exit_status, result.value, result.has_value
+            )
+        finally:
+            self.results.append(result)
+
+    def _finish(self, status: str, exitcode: int, error: TaskExecutionError | None = None) -> None:
+        self._log.close()
+        self.error, self.exitcode = error, exitcode
+        self.status = status
+        values = [result.value for result in self.results if result.has_value]
+        self.future.settle(values[-1] if values else None, error, status == "cancelled")
+
+    # --- from any thread -----------------------------------------------------------------------
+    def check_waiting(self) -> None:
+        """Raise an error where waiting would last for ever."""
+        if self.future.done():
+            return
+        if os.getpid() != self._owner:
+            raise LazyclusterError(
+                f"task {self.name!r} runs for the process {self._owner}; a forked child cannot wait for it"
+            )
+        if _loop.in_loop():
+            raise LazyclusterError(
+                f"task {self.name!r} cannot be waited for in a callback of the library: it would never end"
+            )
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end.
+
+        Args:
+            timeout: Seconds; None: as long as it takes.
+
+        Returns:
+            Whether it has ended.
+        """
+        self.check_waiting()
+        return bool(concurrent.futures.wait([self.future], timeout).done)
+
+    def wait_or_cancel(self) -> None:
+        """Wait for the end; if the wait is interrupted (Ctrl-C), the execution is ended, too."""
+        try:
+            self.wait()
+        except BaseException:
+            self.cancel()
+            concurrent.futures.wait([self.future], _CLEANUP_LIMIT)
+            raise
+
+    def cancel(self, kill: bool = False) -> bool:
+        """Ask for the end of all that it runs.
+
+        Args:
+            kill: Do not let it clean up.
+
+        Returns:
+            Whether it was still to be ended.
+        """
+        with self._lock:
+            if self.future.done() or self._inner is None:
+                return False
+            self._killing = self._killing or kill
+            if kill and self.work.kill is not None:
+                _loop.get_loop().call_soon_threadsafe(self.work.kill)
+            return self._inner.cancel()
+
+    def raise_once(self) -> None:
+        """Raise the error if there is one and `join` has not raised it yet."""
+        with self._lock:
+            error = None if self.raised else self.error
+            self.raised = self.asked = True
+        if error is not None:
+            raise error
+
+    def report(self) -> None:
+        """Log the error if nobody has asked for it."""
+        if self.error is not None and not self.asked:
+            self.asked = True
+            _logger.error("a task failed, and nobody asked for its result:\n%s", self.error)
+
+    def __del__(self) -> None:
+        # An execution whose constructor failed has no error yet.
+        if getattr(self, "error", None) is not None and os.getpid() == self._owner:
+            self.report()
+
+
+async def settled(future: concurrent.futures.Future[Any]) -> None:
+    """Wait until a future is done, without asking it what came out, as :func:`asyncio.wrap_future` would."""
+    over = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(over.set))
+    await over.wait()
+
+
+def _complete(
+    error: TaskExecutionError, execution: Execution, index: int, step: Step, output: str
+) -> TaskExecutionError:
+    """Return the error with all that is known only here."""
+    host, name = execution.context.host, execution.name
+    lines = [f"{host}: task {name!r}, step {index + 1} of {len(execution.steps)} failed: {_short(step.label)}"]
+    lines.append(f"  {error.message}")
+    shown = output.strip()
+    if shown and shown not in error.message:
+        end = "\n".join(shown.splitlines()[-_SHOWN_LINES:])[-_SHOWN:]
+        lines += ["  The end of its output:", *(f"    {line}" for line in end.splitlines())]
+    log_file = execution.log_file
+    if shown and log_file:
+        lines.append(f"  All of its output: {log_file}")
+    return TaskExecutionError(
+        "\n".join(lines),
+        host=host,
+        task=name,
+        step=index,
+        what=step.label,
+        exit_status=error.exit_status,
+        output=output,
+        log_file=log_file if shown else None,
+    )
+
+
+_SHOWN_LINES = 20
+_SHOWN = 4000
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split("\n"))
+    return line if len(line) <= 200 else line[:197] + "..."

@@ -1,0 +1,204 @@
+"""How each kind of step is carried out on a host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lazycluster.exceptions import LazyclusterError, TaskExecutionError
+
+from . import fetched
+from .steps import GetFile, RunCommand, RunFunction, SendFile, Step, StepResult
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.link import Channel
+
+    from .execution import Context
+    from .pickling import PickledCall
+
+__all__ = ["Work", "perform", "prepare"]
+
+_END_LIMIT = 20.0  # seconds that the host gets to end a command in stages
+
+
+@dataclass
+class Work:
+    """What is going on in an execution, and where its output goes.
+
+    Attributes:
+        task: The task's name.
+        marker: What its processes on the host carry in their environment.
+        write: Takes output.
+        pid: The process on the host that does the present step, if one does.
+        kill: Kills that process at once; to be called on the loop.
+        calls: For each step the pickled call of its function, if it is one, or why there is none.
+        gate: Held while files are sent, where hosts share a file system: so only the first of them sends.
+    """
+
+    task: str
+    marker: str
+    write: Callable[[bytes], Any]
+    pid: int | None = None
+    kill: Callable[[], Any] | None = None
+    calls: list[PickledCall | Exception | None] = field(default_factory=list)
+    gate: asyncio.Lock | None = None
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """Take what the host tells of the process."""
+        if "pid" in event:
+            self.pid = event["pid"]
+
+
+def prepare(steps: Sequence[Step]) -> list[PickledCall | Exception | None]:
+    """Pickle the calls of functions: in the caller's thread, since it may take long, and once for many hosts.
+
+    Args:
+        steps: The steps of a task.
+
+    Returns:
+        For each step the pickled call, why it cannot be pickled, or None if it is no function.
+    """
+    return [_pickled(step) if isinstance(step, RunFunction) else None for step in steps]
+
+
+def _pickled(step: RunFunction) -> PickledCall | Exception:
+    from .pickling import dump_call
+
+    try:
+        return dump_call(step.function, step.args, step.kwargs)
+    except Exception as error:  # noqa: BLE001 - whatever the user's objects raise is the step's failure, raised in its turn
+        return error
+
+
+async def perform(index: int, step: Step, context: Context, env: Mapping[str, str], work: Work) -> StepResult:
+    """Carry out one step.
+
+    Args:
+        index: Which step of its task it is.
+        step: What to do.
+        context: Where.
+        env: What is added to the host's environment.
+        work: Where output goes.
+
+    Returns:
+        What came out; its output has gone to `work` alone.
+
+    Raises:
+        TaskExecutionError: If it failed; the message says why, and nothing of where.
+    """
+    try:
+        if isinstance(step, RunCommand):
+            return await _run_command(step, context, env, work)
+        if isinstance(step, RunFunction):
+            return await _run_function(index, step, context, env, work)
+        if isinstance(step, SendFile):
+            return await _send_file(step, context, env, work)
+        return await _get_file(step, context, env, work)
+    except TaskExecutionError:
+        raise
+    except (LazyclusterError, OSError, ValueError, TypeError) as error:
+        raise TaskExecutionError(str(error) or type(error).__name__) from error
+    except Exception as error:
+        raise TaskExecutionError(f"{type(error).__name__}: {error}") from error
+    finally:
+        work.kill = None
+
+
+async def _run_command(step: RunCommand, context: Context, env: Mapping[str, str], work: Work) -> StepResult:
+    params = {
+        "command": step.command,
+        "shell": step.shell or context.shell,
+        "cwd": context.cwd,
+        "env": dict(env),
+        "task": work.marker,
+        # One stream, so that errors stand where they belong.
+        "merge": True,
+    }
+    channel = context.connection.channel("run", params, stdout=work.write, event=work.on_event)
+    work.kill = lambda: channel.control(signal="KILL")
+    try:
+        result = await channel.result()
+    except asyncio.CancelledError:
+        await _end(channel)
+        raise
+    return StepResult(exit_status=_checked(result.get("exit"), result.get("signal")))
+
+
+async def _end(channel: Channel) -> None:
+    channel.control(signal="END")
+    try:
+        with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
+            await asyncio.wait_for(channel.result(), _END_LIMIT)
+    finally:
+        channel.close()
+
+
+def _checked(status: int | None, number: int | None) -> int:
+    if number:
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = str(number)
+        hint = "; the host may have run out of memory" if name == "SIGKILL" else ""
+        raise TaskExecutionError(f"it was ended by the signal {name}{hint}", exit_status=-number)
+    if status:
+        raise TaskExecutionError(f"exit status {status}{_HINTS.get(status, '')}", exit_status=status)
+    return 0
+
+
+_HINTS = {
+    126: " (found, but not executable)",
+    127: " (command not found: install it, name its full path, or extend PATH with setup= or env_variables)",
+    137: " (killed, as when the memory is used up)",
+}
+
+
+async def _run_function(
+    index: int, step: RunFunction, context: Context, env: Mapping[str, str], work: Work
+) -> StepResult:
+    from . import functions
+
+    pickled, work.calls[index] = work.calls[index], None  # it may be large, and is not needed again
+    if isinstance(pickled, Exception):
+        raise pickled
+    outcome = await functions.call(
+        context.connection,
+        pickled or step.function,
+        python=context.python,
+        env=dict(env),
+        cwd=context.cwd,
+        task=work.marker,
+        stdout=work.write,
+        stderr=work.write,
+        event=work.on_event,
+    )
+    if outcome.status == "returned":
+        return StepResult(exit_status=0, value=outcome.value, has_value=True)
+    status = -outcome.signal if outcome.signal else outcome.exit
+    message = outcome.describe(step.label.removesuffix("()"))
+    raise TaskExecutionError(message, exit_status=status) from outcome.exception
+
+
+async def _send_file(step: SendFile, context: Context, env: Mapping[str, str], work: Work) -> StepResult:
+    from lazycluster.ssh import transfer
+
+    async with work.gate or contextlib.nullcontext():
+        result = await transfer.send(
+            context.connection, step.local_path, step.remote_path, cwd=context.cwd, env=dict(env)
+        )
+    work.write(f"{result}\n".encode())
+    return StepResult()
+
+
+async def _get_file(step: GetFile, context: Context, env: Mapping[str, str], work: Work) -> StepResult:
+    from lazycluster.ssh import transfer
+
+    target = step.target()
+    with fetched.claimed(target, context.host):
+        result = await transfer.get(context.connection, step.remote_path, target, cwd=context.cwd, env=dict(env))
+    work.write(f"{result}\n".encode())
+    return StepResult()
