@@ -156,7 +156,8 @@ class _Service:
             with open(os.path.join(folder, source["package"], os.path.basename(name)), "w", encoding="utf-8") as file:
                 file.write(text)
         boot = _BOOT.format(source["package"] + "." + source["module"])
-        return [params.get("python") or sys.executable, "-c", boot, folder]
+        python = params.get("python") or shutil.which("python3", path=self._env.get("PATH")) or sys.executable
+        return [python, "-c", boot, folder]
 
     # --- running -------------------------------------------------------------------------------
     def start(self) -> None:

@@ -1,0 +1,123 @@
+"""Certificates of one cluster: made in memory, for that cluster only."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+_LIFETIME = datetime.timedelta(days=365)
+_CLOCKS_DIFFER = datetime.timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A certificate and its key, as PEM text. The key is in no `repr`."""
+
+    certificate: str
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What the parties of one cluster know each other by.
+
+    Whoever is to take part needs an identity that was signed by the cluster's own authority, whose key is forgotten
+    as soon as all identities are made.
+
+    Attributes:
+        authority: The certificate of the authority.
+        scheduler: The scheduler's identity.
+        worker: The workers' identity.
+        client: The clients' identity.
+    """
+
+    authority: str
+    scheduler: Identity
+    worker: Identity
+    client: Identity
+
+    def for_role(self, role: str) -> dict[str, Any]:
+        """Return the arguments of `distributed.Security` for the process of one role, which gets its own key only."""
+        identity: Identity = getattr(self, role)
+        arguments: dict[str, Any] = {"require_encryption": True, "tls_ca_file": self.authority}
+        # A task may ask its worker for a client (`get_client`, `worker_client`), which uses the worker's security.
+        for name in {role, "client"}:
+            arguments[f"tls_{name}_cert"] = identity.certificate
+            arguments[f"tls_{name}_key"] = identity.key
+        return arguments
+
+
+def make_credentials() -> Credentials:
+    """Make the credentials of one cluster.
+
+    Raises:
+        ModuleNotFoundError: If the package `cryptography` is not installed.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _name("lazycluster authority")
+    certificate = (
+        _builder(name, name, key)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    identities = {role: _identity(role, certificate, key) for role in ("scheduler", "worker", "client")}
+    return Credentials(_pem(certificate), **identities)
+
+
+def _identity(role: str, issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey) -> Identity:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        _builder(_name(f"lazycluster {role}"), issuer.subject, key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(names, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+        .sign(issuer_key, hashes.SHA256())
+    )
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    return Identity(_pem(certificate), text)
+
+
+def _name(text: str) -> x509.Name:
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    from cryptography import x509
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCKS_DIFFER)
+        .not_valid_after(now + _LIFETIME)
+    )
+
+
+def _pem(certificate: x509.Certificate) -> str:
+    from cryptography.hazmat.primitives import serialization
+
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()

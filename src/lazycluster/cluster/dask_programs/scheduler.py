@@ -1,0 +1,46 @@
+"""The scheduler of a Dask cluster, as a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import common
+
+
+def main() -> None:
+    """Run until asked to end, or until a client ends the cluster."""
+    import distributed  # noqa: F401  (this takes a second, in which the manager gets ready to send the settings)
+
+    common.run(_serve)
+
+
+async def _serve(settings: dict[str, Any]) -> None:
+    from distributed import Scheduler, Security
+
+    from .dashboards import Dashboard
+
+    ports, prefix = settings["ports"], settings["prefix"]
+    stop = common.stop_signal()
+    scheduler = Scheduler(
+        host=common.LOOPBACK,
+        port=ports["master"],
+        protocol=settings["protocol"],
+        security=Security(**settings["security"]),
+        dashboard=False,
+        dashboard_address=f"{common.LOOPBACK}:{ports['dashboard']}",
+        http_prefix="/" + prefix,
+        **settings["options"],
+    )
+    Dashboard(scheduler, "distributed.dashboard.scheduler", prefix)
+    try:
+        await scheduler
+    except OSError:
+        await scheduler.close()
+        raise common.PortTakenError(ports["master"]) from None
+    try:
+        if scheduler.http_server.port != ports["dashboard"]:  # distributed takes another one with a warning
+            raise common.PortTakenError(ports["dashboard"])
+        common.emit("ready", address=scheduler.address)
+        await common.first(scheduler.finished(), stop.wait())
+    finally:
+        await scheduler.close()

@@ -1,0 +1,145 @@
+"""A worker of a Dask cluster, as a program: a nanny, and the worker process that it watches."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import threading
+from typing import Any
+
+from . import common
+
+# As distributed's own nanny has it; to have an effect it must be set before numpy is imported, which here is early.
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def main() -> None:
+    """Run until asked to end, or until a client ends the cluster."""
+    common.emit("versions", python=list(sys.version_info[:3]), executable=sys.executable, packages=common.versions())
+    for name in _ONE_THREAD:
+        os.environ.setdefault(name, "1")
+    # Imported while the scheduler starts; the settings come when it answers.
+    from . import worker_process
+
+    forked = serve_forks()
+    worker_process.configure(forked)
+    common.run(_serve)
+
+
+def serve_forks() -> bool:
+    """Have multiprocessing's fork server run in a copy of this process, in which everything is imported already.
+
+    The nanny's worker process would otherwise be a new interpreter, which imports all of distributed again: this
+    halves the time of a start, and makes a restart of the worker a matter of milliseconds.
+
+    Returns:
+        Whether that can be done; only a process with one thread may be copied.
+    """
+    from multiprocessing import forkserver, resource_tracker, util
+
+    if threading.active_count() != 1 or not hasattr(util, "spawnv_passfds"):
+        return False
+    os.register_at_fork(after_in_child=_reseed)
+    resource_tracker.ensure_running()
+    started = util.spawnv_passfds
+    util.spawnv_passfds = _fork_instead  # type: ignore[assignment]  # the fork server's own way to start, minus the new interpreter
+    try:
+        forkserver.set_forkserver_preload([])
+        forkserver.ensure_running()
+    finally:
+        util.spawnv_passfds = started
+    return True
+
+
+def _reseed() -> None:
+    # The module `random` does this itself. Two workers that draw the same numbers would be a nasty surprise.
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def _fork_instead(path: Any, arguments: list[Any], kept: Any) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        program = os.fsdecode(arguments[arguments.index("-c") + 1])
+        edges = sorted({0, 1, 2, *kept})
+        for low, high in zip(edges, [*edges[1:], 1 << 20], strict=True):
+            os.closerange(low + 1, high)
+        exec(program, {"__name__": "__main__"})
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 0
+    finally:
+        os._exit(status)
+
+
+async def _serve(settings: dict[str, Any]) -> None:
+    from distributed import Nanny, Security
+
+    from .worker_process import PagedWorker
+
+    ports = settings["ports"]
+    stop = common.stop_signal()
+    nanny = Nanny(
+        settings["scheduler"],
+        host=common.LOOPBACK,
+        port=ports["nanny"],
+        worker_port=ports["worker"],
+        worker_class=PagedWorker,
+        protocol=settings["protocol"],
+        security=Security(**settings["security"]),
+        name=settings["name"],
+        nthreads=settings["nthreads"] or max(1, _cores() // settings["siblings"]),
+        memory_limit=settings["memory_limit"] if settings["memory_limit"] != "auto" else _share(settings["siblings"]),
+        resources=settings["resources"],
+        local_directory=settings["local_directory"] or os.environ["LAZYCLUSTER_SCRATCH"],
+        dashboard_address=f"{common.LOOPBACK}:{ports['dashboard']}",
+        http_prefix="/" + settings["prefix"],
+        **settings["options"],
+    )
+    starting = _start(nanny, ports)
+    try:
+        await common.first(starting, stop.wait())
+        if not stop.is_set():
+            common.emit("ready", address=nanny.worker_address, nanny=nanny.address, name=nanny.name)
+            await common.first(nanny.finished(), stop.wait())
+    finally:
+        await nanny.close(timeout=2)
+
+
+async def _start(nanny: Any, ports: dict[str, int]) -> None:
+    try:
+        await nanny
+    except Exception as error:
+        seen: BaseException | None = error
+        while seen is not None:
+            if isinstance(seen, common.PortTakenError):
+                raise seen from None
+            if isinstance(seen, OSError) and seen.errno == errno.EADDRINUSE:
+                raise common.PortTakenError(ports["worker"]) from None
+            seen = seen.__cause__ or seen.__context__
+        raise
+    if nanny.worker_address is None:
+        raise SystemExit("the worker process did not start")
+
+
+def _cores() -> int:
+    from dask.system import CPU_COUNT
+
+    return int(CPU_COUNT)
+
+
+def _share(siblings: int) -> float | str:
+    """Return this worker's part of the memory, which it shares with the other workers on the host."""
+    if siblings == 1:
+        return "auto"
+    with contextlib.suppress(ImportError):
+        from distributed.system import MEMORY_LIMIT
+
+        return float(MEMORY_LIMIT // siblings)
+    return "auto"

@@ -1,0 +1,32 @@
+"""What runs in a worker process. Imported by the nanny's program before it is copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask
+import distributed
+from distributed import Worker
+
+from .common import PortTakenError
+from .dashboards import Dashboard
+
+
+def configure(forked: bool) -> None:
+    """Choose how the nanny makes the worker process."""
+    if forked:
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+        # Else distributed imports pandas and others into the nanny, to have them imported in its fork server.
+        distributed.utils._forkserver_preload_set = True
+
+
+class PagedWorker(Worker):  # type: ignore[misc]
+    """A worker whose dashboard has a secret path, and is imported when it is first looked at."""
+
+    def start_http_server(self, *arguments: Any, **options: Any) -> None:
+        """Start the HTTP server, on the port that the settings name and no other."""
+        super().start_http_server(*arguments, **options)
+        wanted = int(str(self._dashboard_address).rpartition(":")[2])
+        if self.http_server.port != wanted:
+            raise PortTakenError(wanted)
+        Dashboard(self, "distributed.dashboard.worker", self._http_prefix.strip("/"))

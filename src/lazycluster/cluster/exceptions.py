@@ -1,0 +1,105 @@
+"""The errors of clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lazycluster.exceptions import LazyclusterError
+
+__all__ = [
+    "ClusterError",
+    "ClusterStartError",
+    "MasterStartError",
+    "ServiceError",
+    "VersionMismatchError",
+    "WorkerStartError",
+]
+
+
+class ClusterError(LazyclusterError):
+    """Base class of the errors of clusters."""
+
+
+class ServiceError(ClusterError):
+    """A process of a cluster ended, or did not get ready.
+
+    Attributes:
+        name: The name of the process.
+        host: Where it ran.
+        problem: What happened.
+        exit_status: Its exit status; negative: the signal that ended it; None if it did not end.
+        output: The end of what it printed.
+        log_file: The file with all that it printed, or None.
+        hint: The next step, if there is one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        host: str,
+        problem: str,
+        *,
+        exit_status: int | None = None,
+        output: str = "",
+        log_file: str | None = None,
+        hint: str = "",
+    ) -> None:
+        self.name = name
+        self.host = host
+        self.problem = problem
+        self.exit_status = exit_status
+        self.output = output.strip()
+        self.log_file = log_file
+        self.hint = hint
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        ended = ""
+        if self.exit_status is not None:
+            how = f"exit status {self.exit_status}" if self.exit_status >= 0 else f"signal {-self.exit_status}"
+            ended = f" ({how})"
+        lines = [f"{self.host}: {self.name}: {self.problem}{ended}"]
+        if self.output:
+            lines += ["  The end of its output:", *(f"  | {line}" for line in self.output.splitlines()[-25:])]
+        if self.log_file:
+            lines.append(f"  All of it: {self.log_file}")
+        if self.hint:
+            lines.append(f"  Next step: {self.hint}")
+        return "\n".join(lines)
+
+
+class MasterStartError(ServiceError):
+    """The master of a cluster did not start."""
+
+    def __init__(self, problem: str = "the master did not start", host: str = "localhost", **evidence: object) -> None:
+        name = str(evidence.pop("name", "master"))
+        super().__init__(name, host, problem, **evidence)  # type: ignore[arg-type]
+
+
+class WorkerStartError(ServiceError):
+    """A worker of a cluster did not start."""
+
+
+class ClusterStartError(ClusterError):
+    """Several parts of a cluster did not start.
+
+    Attributes:
+        errors: One error for each.
+    """
+
+    def __init__(self, errors: Sequence[BaseException]) -> None:
+        self.errors = list(errors)
+        text = "\n\n".join(str(error) for error in self.errors)
+        super().__init__(f"{len(self.errors)} parts of the cluster did not start:\n\n{text}")
+
+
+class VersionMismatchError(ClusterError):
+    """The software on hosts does not match the manager's.
+
+    Attributes:
+        hosts: The hosts that do not match.
+    """
+
+    def __init__(self, message: str, hosts: Sequence[str]) -> None:
+        self.hosts = list(hosts)
+        super().__init__(message)

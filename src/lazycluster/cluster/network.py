@@ -1,0 +1,195 @@
+"""Ports of a cluster: which are used, and the tunnels that make them the same everywhere.
+
+A party that listens on a port of its host's loopback interface is reached by the others under the same loopback
+address and port: so it may tell its address to anybody, as engines do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoPortsLeftError
+from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, close_tunnels, open_tunnels
+
+from .places import Place
+
+_AT_ONCE = 48  # candidates that are looked at beyond those that are needed
+
+
+class Reach(Enum):
+    """Who is to reach a port of a worker."""
+
+    MANAGER = "manager"
+    EVERYBODY = "everybody"
+
+
+@dataclass(frozen=True)
+class PortUse:
+    """A port that each worker of an engine listens on.
+
+    Attributes:
+        name: What it is for.
+        reach: Who connects to it.
+    """
+
+    name: str
+    reach: Reach
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A worker's port.
+
+    Attributes:
+        place: Where it listens.
+        port: The port.
+        reach: Who is to reach it.
+    """
+
+    place: Place
+    port: int
+    reach: Reach
+
+
+# Ports that clusters of this process have chosen: between the choice and the moment when something listens, another
+# cluster that is started at the same time must not choose them, too.
+_chosen: set[int] = set()
+_lock = threading.Lock()
+
+
+class PortSupply:
+    """Ports that may be used, in the order in which they are tried. Each is handed out once.
+
+    Args:
+        ports: The ports.
+    """
+
+    def __init__(self, ports: Iterable[int]) -> None:
+        self._left = list(dict.fromkeys(ports))
+        self._mine: set[int] = set()
+
+    @property
+    def left(self) -> list[int]:
+        """The ports that were not used."""
+        return list(self._left)
+
+    async def take(self, count: int, connections: Sequence[Connection]) -> list[int]:
+        """Return ports that are free on all hosts.
+
+        Raises:
+            NoPortsLeftError: If there are not enough.
+        """
+        found: list[int] = []
+        tried: set[int] = set()
+        while len(found) < count:
+            batch = [port for port in self._left if port not in tried][: count - len(found) + _AT_ONCE]
+            if not batch:
+                raise NoPortsLeftError(
+                    f"{count} ports are needed that are free on all hosts and on the manager, but of the "
+                    f"{len(self._left)} that may be used only {len(found)} are. Next step: pass more with ports="
+                )
+            tried.update(batch)
+            free = await free_everywhere(batch, connections)
+            found += list(self._reserve(free, count - len(found)))
+        self._left = [port for port in self._left if port not in self._mine]
+        return found
+
+    def _reserve(self, ports: Iterable[int], count: int) -> Iterator[int]:
+        with _lock:
+            usable = [port for port in ports if port not in _chosen][:count]
+            _chosen.update(usable)
+        self._mine.update(usable)
+        yield from usable
+
+    def release(self) -> None:
+        """Let other clusters use the ports."""
+        with _lock:
+            _chosen.difference_update(self._mine)
+        self._mine.clear()
+
+
+async def free_everywhere(ports: Sequence[int], connections: Sequence[Connection]) -> list[int]:
+    """Return those ports that are free on all hosts; a host that cannot be asked has no say."""
+
+    async def ask(connection: Connection) -> set[int]:
+        try:
+            return set((await connection.request("ports", ports=list(ports)))["free"])
+        except ConnectionLostError:
+            return set(ports)
+
+    answers = await asyncio.gather(*(ask(connection) for connection in connections))
+    return [port for port in ports if all(port in answer for answer in answers)]
+
+
+class Network:
+    """The tunnels of one cluster."""
+
+    def __init__(self) -> None:
+        self._tunnels: dict[int, list[Tunnel]] = {}
+
+    async def share_master(self, port: int, places: Iterable[Place]) -> dict[str, LazyclusterError]:
+        """Make a port of the manager reachable on hosts.
+
+        Returns:
+            Why it is not, for the hosts where it is not.
+        """
+        wanted = _one_per_network([place for place in places if not self._leads(port, place)])
+        outcomes = await open_tunnels([TunnelRequest(place.connection, "to_runtime", port, port) for place in wanted])
+        self._tunnels.setdefault(port, []).extend(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
+        return {
+            place.host: outcome
+            for place, outcome in zip(wanted, outcomes, strict=True)
+            if isinstance(outcome, LazyclusterError)
+        }
+
+    def _leads(self, port: int, place: Place) -> bool:
+        return any(tunnel.host == place.host and tunnel.is_open for tunnel in self._tunnels.get(port, []))
+
+    async def open(
+        self, listeners: Sequence[Listener], places: Sequence[Place]
+    ) -> dict[int, tuple[str, LazyclusterError]]:
+        """Make ports of workers reachable.
+
+        Args:
+            listeners: The ports.
+            places: All hosts of the cluster.
+
+        Returns:
+            For each port that failed the host where, and why. No tunnel of it is left.
+        """
+        requests: list[TunnelRequest] = []
+        for listener in listeners:
+            port, home = listener.port, listener.place
+            requests.append(TunnelRequest(home.connection, "from_runtime", port, port))
+            if listener.reach is Reach.EVERYBODY:
+                away = [place for place in places if place.network != home.network]
+                requests += [
+                    TunnelRequest(place.connection, "to_runtime", port, port) for place in _one_per_network(away)
+                ]
+        failed: dict[int, tuple[str, LazyclusterError]] = {}
+        for request, outcome in zip(requests, await open_tunnels(requests), strict=True):
+            if isinstance(outcome, Tunnel):
+                self._tunnels.setdefault(request.local_port, []).append(outcome)
+            elif not isinstance(outcome, ConnectionLostError):
+                failed.setdefault(request.local_port, (request.connection.host, outcome))
+        for port in failed:
+            await self.close(port)
+        return failed
+
+    async def close(self, port: int | None = None) -> None:
+        """Close the tunnels of a port, or all."""
+        ports = list(self._tunnels) if port is None else [port]
+        tunnels = [tunnel for number in ports for tunnel in self._tunnels.pop(number, [])]
+        with contextlib.suppress(LazyclusterError):  # a connection that has gone took its tunnels along
+            await close_tunnels(tunnels)
+
+
+def _one_per_network(places: Iterable[Place]) -> list[Place]:
+    """Return one place of those that share their ports (two names of one machine)."""
+    return list({place.network: place for place in reversed(list(places))}.values())

@@ -1,0 +1,62 @@
+"""Where the processes of a cluster may run: the hosts of a group, as the launchers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lazycluster.exceptions import LazyclusterError
+
+if TYPE_CHECKING:
+    from lazycluster.runtime_mgmt import RuntimeGroup
+    from lazycluster.ssh.connection import Connection
+
+MANAGER = "localhost"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A host and what holds there for every process.
+
+    Attributes:
+        host: The host, as the user named it.
+        connection: The connection to it.
+        python: The interpreter to be used; None for the one that the environment finds.
+        env: Environment variables beside the host's own.
+        cwd: The working directory.
+        problem: Why nothing can run there, None if it can.
+    """
+
+    host: str
+    connection: Connection
+    python: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    cwd: str = ""
+    problem: LazyclusterError | None = None
+
+    @property
+    def network(self) -> tuple[str, str]:
+        """What two hosts have in common exactly if a port of one is a port of the other."""
+        hello = self.connection.hello
+        if not (hello.boot_id and hello.network):
+            return (self.host, "")
+        return (hello.boot_id, hello.network)
+
+
+def places_of(group: RuntimeGroup) -> list[Place]:
+    """Return the places of a group's runtimes, in the group's order, those with a problem included."""
+    places = []
+    for runtime in group.runtimes:
+        try:
+            context = runtime.task_context()
+        except LazyclusterError as error:
+            places.append(Place(runtime.host, runtime.connection, problem=error))
+        else:
+            places.append(Place(context.host, context.connection, context.python, dict(context.env), context.cwd))
+    return places
+
+
+def usable(places: Sequence[Place]) -> list[Place]:
+    """Return those places where something can run."""
+    return [place for place in places if place.problem is None]

@@ -1,0 +1,429 @@
+"""The contracts of clusters, and what all clusters share.
+
+How a master and the workers are started is the strategy of a `MasterLauncher` and a `WorkerLauncher`; own ones may be
+passed to every cluster. The launchers of the engines that come with the library build on those in `launchers`.
+"""
+
+from __future__ import annotations
+
+import abc
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lazycluster import _lifetime, _loop
+from lazycluster.exceptions import LazyclusterError, NoRuntimesError
+
+from .exceptions import ClusterError
+from .network import Listener, Network, Reach
+from .places import places_of, usable
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+    from .process import MasterProcess
+
+__all__ = ["MasterLauncher", "MasterWorkerCluster", "RuntimeCluster", "WorkerLauncher"]
+
+T = TypeVar("T")
+AnyCluster = TypeVar("AnyCluster", bound="RuntimeCluster")
+logger = logging.getLogger("lazycluster")
+
+
+class MasterLauncher(abc.ABC):
+    """The strategy of starting the master of a cluster.
+
+    A subclass implements :meth:`start`, which sets ``self._port`` and ``self._process``.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+    """
+
+    def __init__(self, runtime_group: RuntimeGroup) -> None:
+        self._group = runtime_group
+        self._port: int | None = None
+        self._process: Popen[bytes] | MasterProcess | None = None
+
+    @property
+    def port(self) -> int | None:
+        """The port of the master; None if it was not started yet."""
+        return self._port
+
+    @property
+    def process(self) -> Popen[bytes] | MasterProcess | None:
+        """The process of the master, with the interface of `subprocess.Popen`; None if it was not started yet."""
+        return self._process
+
+    @abc.abstractmethod
+    def start(self, ports: list[int] | int, timeout: int = 3, debug: bool = False) -> list[int]:
+        """Start the master.
+
+        Args:
+            ports: The port of the master; or a list, of which the first port is taken that is free on the manager and
+                in the group.
+            timeout: Seconds until it must be there.
+            debug: Whether its output is printed as it comes.
+
+        Returns:
+            The ports of the list that are left; an empty list if a single port was given.
+
+        Raises:
+            PortInUseError: If a single port was given, and it is not free on the manager and on all hosts.
+            NoPortsLeftError: If no port of the list is free.
+            MasterStartError: If it was not there in time.
+        """
+
+    def cleanup(self) -> None:
+        """Release all resources. Doing it again does nothing."""
+        self._port = self._process = None
+
+
+class WorkerLauncher(abc.ABC):
+    """The strategy of starting the workers of a cluster.
+
+    A subclass implements :meth:`start`, which enters the ports of the workers in ``self._ports_per_host``.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+    """
+
+    def __init__(self, runtime_group: RuntimeGroup) -> None:
+        self._group = runtime_group
+        self._ports_per_host: dict[str, list[int]] = {}
+        self._worker_tunnels = Network()
+        self._tunnelled: set[tuple[str, int]] = set()
+
+    @property
+    def ports_per_host(self) -> dict[str, list[int]]:
+        """The ports where workers can be reached, by host."""
+        return self._ports_per_host
+
+    @abc.abstractmethod
+    def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
+        """Start workers in the group.
+
+        Args:
+            worker_count: How many.
+            master_port: The port of the master.
+            ports: Ports that may be used; only those are that are free.
+            debug: Whether the output of the workers is printed as it comes.
+
+        Returns:
+            The ports that are left.
+
+        Raises:
+            NoPortsLeftError: If not enough ports are free.
+        """
+
+    def setup_worker_ssh_tunnels(self) -> None:
+        """Make the ports of all workers reachable at the same loopback address on the manager and on all hosts.
+
+        To be called where workers talk to each other. Ports that were made reachable before are passed over.
+
+        Raises:
+            ValueError: If a host in ``ports_per_host`` is not in the group.
+            PortInUseError: If a port is taken on the manager or on a host.
+            TunnelError: If a host does not allow it.
+        """
+        _loop.run(self._setup_worker_tunnels())
+
+    async def _setup_worker_tunnels(self) -> None:
+        places = usable(places_of(self._group))
+        by_host = {place.host: place for place in places}
+        new = [
+            (host, port)
+            for host, ports in self._ports_per_host.items()
+            for port in ports
+            if (host, port) not in self._tunnelled
+        ]
+        for host, _ in new:
+            if host not in by_host:
+                raise ValueError(f"{host} is not a host of the group; it has: {', '.join(by_host)}")
+        listeners = [Listener(by_host[host], port, Reach.EVERYBODY) for host, port in new]
+        failed = await self._worker_tunnels.open(listeners, places)
+        self._tunnelled.update((host, port) for host, port in new if port not in failed)
+        for _, error in failed.values():
+            raise error
+
+    def cleanup(self) -> None:
+        """Release all resources. Doing it again does nothing."""
+        _loop.run(self._worker_tunnels.close())
+        self._tunnelled.clear()
+        self._ports_per_host.clear()
+
+
+class RuntimeCluster(abc.ABC):
+    """Base of all clusters. It is cleaned up at the end of a ``with`` block, and at the end of the interpreter."""
+
+    @abc.abstractmethod
+    def cleanup(self) -> None:
+        """End the cluster and release all resources. Doing it again does nothing."""
+
+    def __enter__(self: AnyCluster) -> AnyCluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cleanup()
+
+
+class MasterWorkerCluster(RuntimeCluster):
+    """Base of clusters with a master and workers.
+
+    Args:
+        runtime_group: The hosts that can be used.
+        ports: The ports that may be used; by default those from ``DEFAULT_PORT_RANGE_START`` up to, and without,
+            ``DEFAULT_PORT_RANGE_END``.
+        master_launcher: How the master is started: a `MasterLauncher`, or a class of it; by default the engine's own.
+        worker_launcher: How the workers are started: a `WorkerLauncher`, or a class of it; by default the engine's own.
+        min_workers: How many workers must be there for a start to succeed; by default all that were asked for.
+
+    Raises:
+        ValueError: If an argument makes no sense.
+
+    Examples:
+        >>> cluster = MyCluster(RuntimeManager().create_group())              # doctest: +SKIP
+        >>> cluster.start()                                                   # doctest: +SKIP
+
+        With launchers of your own:
+
+        >>> cluster = MyCluster(group, None, MyMasterLauncher(group), MyWorkerLauncher)    # doctest: +SKIP
+    """
+
+    DEFAULT_MASTER_PORT = 24786
+    """Outside the ranges from which systems take ports for outgoing connections, like all default ports here."""
+    DEFAULT_PORT_RANGE_START = 25000
+    DEFAULT_PORT_RANGE_END = 28000
+
+    _workers_talk = True
+    """Whether the workers of this engine connect to each other."""
+
+    def __init__(
+        self,
+        runtime_group: RuntimeGroup,
+        ports: list[int] | None = None,
+        master_launcher: MasterLauncher | type[MasterLauncher] | None = None,
+        worker_launcher: WorkerLauncher | type[WorkerLauncher] | None = None,
+        *,
+        min_workers: int | None = None,
+    ) -> None:
+        if min_workers is not None and min_workers < 1:
+            raise ValueError(f"min_workers must be at least 1, not {min_workers}")
+        self._group = runtime_group
+        self._all_ports = _checked_ports(ports, self.DEFAULT_PORT_RANGE_START, self.DEFAULT_PORT_RANGE_END)
+        self._ports = list(self._all_ports)
+        self._min_workers = min_workers
+        self._state = "created"
+        self._lock = threading.RLock()
+        self._master_launcher = _launcher(master_launcher, runtime_group) or self._default_master_launcher()
+        self._worker_launcher = _launcher(worker_launcher, runtime_group) or self._default_worker_launcher()
+        self._connect_launchers()
+        _lifetime.register(self)
+
+    # --- what an engine states -----------------------------------------------------------------
+    def _default_master_launcher(self) -> MasterLauncher:
+        raise ValueError(f"{type(self).__name__} has no master launcher of its own: pass one as master_launcher=")
+
+    def _default_worker_launcher(self) -> WorkerLauncher:
+        raise ValueError(f"{type(self).__name__} has no worker launcher of its own: pass one as worker_launcher=")
+
+    def _connect_launchers(self) -> None:
+        """Tell the launchers what they share; called once both are there."""
+        from .launchers import ServiceMasterLauncher, ServiceWorkerLauncher
+
+        master, worker = self._master_launcher, self._worker_launcher
+        if isinstance(master, ServiceMasterLauncher):
+            master.spare_ports = list(self._all_ports)
+        if isinstance(worker, ServiceWorkerLauncher):
+            worker.min_workers = self._min_workers
+            if isinstance(master, ServiceMasterLauncher):
+                master.network = worker.network
+
+    # --- documented ----------------------------------------------------------------------------
+    @property
+    def master_port(self) -> int | None:
+        """The port of the master; None if it was not started yet."""
+        return self._master_launcher.port
+
+    @property
+    def runtime_group(self) -> RuntimeGroup:
+        """The group whose hosts are used."""
+        return self._group
+
+    def start(self, worker_count: int | None = None, master_port: int | None = None, debug: bool = False) -> None:
+        """Start the master and the workers. If that fails, nothing of it is left.
+
+        Args:
+            worker_count: How many workers; by default one per host.
+            master_port: The port of the master; by default ``DEFAULT_MASTER_PORT``, or another one if it is taken.
+            debug: Whether all output is printed as it comes, each line with its host.
+
+        Raises:
+            ClusterError: If a part does not start; the message has its own output.
+            PortInUseError: If the given master port is taken.
+            NoPortsLeftError: If too few ports are free.
+        """
+        with self._lock:
+            self._check_not("running", "starting")
+            self._state = "starting"
+        try:
+            self._prepare(self._count(worker_count), debug)
+            self.start_master(master_port, debug=debug)
+            self.start_workers(worker_count, debug=debug)
+        except BaseException:
+            self._undo()
+            raise
+
+    def start_master(self, master_port: int | None = None, timeout: int = 3, debug: bool = False) -> None:
+        """Start the master.
+
+        Args:
+            master_port: Its port; by default ``DEFAULT_MASTER_PORT``, or another one if that is not free on the
+                manager and in the group.
+            timeout: Seconds until it must be there. With the default, a master that is alive may take longer, up to a
+                limit of the engine's own: on a loaded machine, some need more than 3 s to import what they are made of.
+            debug: Whether its output is printed as it comes.
+
+        Raises:
+            PortInUseError: If the given port is taken.
+            NoPortsLeftError: If no port is free.
+            MasterStartError: If it was not there in time.
+        """
+        self._count(None)
+        if self.master_port is not None:
+            raise ClusterError(f"the master runs already, on port {self.master_port}")
+        if master_port is None:
+            ports = [port for port in self._ports if port != self.DEFAULT_MASTER_PORT]
+            left = _call(self._master_launcher.start, [self.DEFAULT_MASTER_PORT, *ports], timeout, debug=debug)
+            self._ports = [port for port in left if port in set(self._ports)]
+        else:
+            _call(self._master_launcher.start, master_port, timeout, debug=debug)
+        taken = self.master_port
+        self._ports = [port for port in self._ports if port != taken]
+        self._state = "starting"
+
+    def start_workers(self, count: int | None = None, debug: bool = False) -> None:
+        """Start workers; may be called again for more of them.
+
+        Args:
+            count: How many; by default one per host.
+            debug: Whether their output is printed as it comes, each line with its host.
+
+        Raises:
+            ClusterError: If the master was not started, or a worker does not start; the message has its output.
+            NoPortsLeftError: If too few ports are free.
+        """
+        count = self._count(count)
+        port = self.master_port
+        if port is None:
+            raise ClusterError("the master was not started: call start(), or start_master() first")
+        custom = self._is_custom(self._worker_launcher)
+        if custom:
+            self._share_with_custom_workers(port)
+        self._ports = list(_call(self._worker_launcher.start, count, port, list(self._ports), debug=debug))
+        if custom and self._workers_talk:
+            self._worker_launcher.setup_worker_ssh_tunnels()
+        self._state = "running"
+
+    def print_log(self) -> None:
+        """Print the logs of the group's tasks, and what master and workers printed."""
+        self._group.print_log()
+        for launcher in (self._master_launcher, self._worker_launcher):
+            for service in getattr(launcher, "services", []):
+                print(f"--- {service.label} on {service.place.host} ({service.log_file})")  # noqa: T201
+                print(service.last_output(1 << 20))  # noqa: T201
+
+    def cleanup(self) -> None:
+        """End the workers, the master and the tunnels. Doing it again does nothing.
+
+        Raises:
+            ClusterError: If a launcher's own clean-up fails; the others are cleaned up nevertheless.
+        """
+        with self._lock:
+            if self._state == "closing":
+                return
+            self._state = "closing"
+        errors: list[Exception] = []
+        try:
+            for launcher in (self._worker_launcher, self._master_launcher):
+                try:
+                    launcher.cleanup()
+                except Exception as error:  # noqa: BLE001 - whatever a custom launcher does, the rest must be ended
+                    errors.append(error)
+        finally:
+            self._ports = list(self._all_ports)
+            self._state = "closed"
+        if errors:
+            raise ClusterError("cleaning up: " + "; ".join(str(error) for error in errors)) from errors[0]
+
+    # --- shared --------------------------------------------------------------------------------
+    def _undo(self) -> None:
+        try:
+            self.cleanup()
+        except LazyclusterError as error:  # what is being raised already is the cause that the user needs
+            logger.error("%s", error)
+        self._state = "failed"
+
+    def _check_not(self, *states: str) -> None:
+        if self._state in states:
+            raise ClusterError(f"the cluster is {self._state}: end it with cleanup() before it is started again")
+
+    def _count(self, count: int | None) -> int:
+        if self._group.runtime_count == 0:
+            raise NoRuntimesError("the group has no runtime: a cluster needs at least one host")
+        if count is None:
+            return self._group.runtime_count
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"the number of workers must be an integer of at least 1, not {count!r}")
+        if self._min_workers is not None and self._min_workers > count:
+            raise ValueError(f"min_workers is {self._min_workers}, but only {count} workers are asked for")
+        return count
+
+    @staticmethod
+    def _is_custom(launcher: MasterLauncher | WorkerLauncher) -> bool:
+        from .launchers import ServiceMasterLauncher, ServiceWorkerLauncher
+
+        return not isinstance(launcher, (ServiceMasterLauncher, ServiceWorkerLauncher))
+
+    def _prepare(self, count: int, debug: bool) -> None:
+        """Have everything begin that takes long and depends on nothing else."""
+        from .launchers import ServiceMasterLauncher, ServiceWorkerLauncher, prepare
+
+        master, worker = self._master_launcher, self._worker_launcher
+        if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
+            _loop.run(prepare(master, worker, count, debug))
+
+    def _share_with_custom_workers(self, port: int) -> None:
+        try:
+            self._group.expose_port_to_runtimes(port)
+        except LazyclusterError as error:
+            logger.warning("the master's port %d is not exposed to all hosts: %s", port, error)
+
+
+def _launcher(given: Any, group: RuntimeGroup) -> Any:
+    """Return a launcher from what was passed: one, or a class of it."""
+    return given(group) if isinstance(given, type) else given
+
+
+def _checked_ports(ports: Sequence[int] | None, start: int, end: int) -> list[int]:
+    if ports is None:
+        return list(range(start, end))
+    from lazycluster.ssh.tunnels import check_port
+
+    checked = list(dict.fromkeys(check_port(port, "ports") for port in ports))
+    if not checked:
+        raise ValueError("ports is an empty list: a cluster needs ports; leave it out for the default ones")
+    return checked
+
+
+def _call(function: Callable[..., T], *arguments: Any, debug: bool) -> T:
+    """Call a launcher's method with `debug`, if it takes that: launchers of earlier documents do not."""
+    parameters = inspect.signature(function).parameters
+    takes = "debug" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return function(*arguments, debug=debug) if takes else function(*arguments)

@@ -1,0 +1,292 @@
+"""A supervised process, as the manager sees it: command, readiness, restarts, logs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lazycluster.exceptions import AgentError, LazyclusterError
+from lazycluster.utils import new_log_file_path
+
+from .exceptions import ServiceError
+from .places import Place
+
+logger = logging.getLogger("lazycluster")
+
+State = Literal["new", "starting", "ready", "restarting", "ended", "failed"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A program that is sent as text: modules of one directory, which import nothing but each other.
+
+    Attributes:
+        directory: The directory with the modules.
+        module: The module whose function ``main`` is called.
+        package: The name of the package that they form where they run.
+    """
+
+    directory: Path
+    module: str
+    package: str
+
+    def message(self) -> dict[str, Any]:
+        """Return it as the agent wants it."""
+        files = {path.name: path.read_text("utf-8") for path in sorted(self.directory.glob("*.py"))}
+        return {"package": self.package, "module": self.module, "files": files}
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is to run, and how one knows that it is ready.
+
+    Attributes:
+        name: What it is called in messages.
+        argv: The program and its arguments; or
+        source: our own program, for the place's Python.
+        env: Environment variables, which those of the place override.
+        marker: The start of the lines by which our own programs talk to the manager.
+        ready: A text in a line of output that says that it is ready. With neither, it is ready when it runs.
+        restarts: How often it is started again, within minutes, when it dies after it was ready.
+        patience: Seconds from the request to end until it is killed.
+    """
+
+    name: str
+    argv: tuple[str, ...] = ()
+    source: Source | None = None
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    marker: str = ""
+    ready: str = ""
+    restarts: int = 0
+    patience: float = 3.0
+
+
+class Service:
+    """One process on one host. For the event loop's thread, unless said otherwise.
+
+    Attributes:
+        program: What runs.
+        place: Where.
+        label: The name of this very process.
+        state: ``new``, ``starting``, ``ready``, ``restarting``, ``ended`` (as it was asked to) or ``failed``.
+        pid: Its process id there, once it was started.
+        restarts: How often it was started again.
+        exit_status: Its exit status at its last end; negative: the signal.
+        log_file: The file with all that it printed.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        place: Place,
+        label: str,
+        *,
+        debug: bool = False,
+        on_change: Callable[[Service], Any] | None = None,
+    ) -> None:
+        self.program = program
+        self.place = place
+        self.label = label
+        self.state: State = "new"
+        self.pid: int | None = None
+        self.restarts = 0
+        self.exit_status: int | None = None
+        self.detail: dict[str, Any] = {}
+        self.log_file = new_log_file_path(place.host, label)
+        self.error: ServiceError | None = None
+        self._debug = debug
+        self._on_change = on_change
+        self._tail = ""
+        self._log: io.FileIO | None = None
+        self._channel: Any = None
+        self._messages: deque[tuple[str, dict[str, Any]]] = deque()
+        self._news = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    # --- starting ------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Have it started; what becomes of it is told by `message` and `state`.
+
+        Raises:
+            LazyclusterError: If the connection cannot be used.
+        """
+        program, place = self.program, self.place
+        params: dict[str, Any] = {
+            "env": {**program.env, **place.env},
+            "cwd": place.cwd,
+            "task": self.label,
+            "marker": program.marker,
+            "ready": program.ready,
+            "restarts": program.restarts,
+            "patience": program.patience,
+        }
+        if program.source is not None:
+            params |= {"source": program.source.message(), "python": place.python}
+        else:
+            params["argv"] = list(program.argv)
+        self._log = io.FileIO(os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+        try:
+            self._channel = place.connection.channel(
+                "service", params, stdout=self._on_output, stderr=self._on_output, event=self._on_event
+            )
+        except BaseException:
+            self._close_log()
+            raise
+        self.state = "starting"
+        self._watching = asyncio.ensure_future(self._watch())
+
+    async def send(self, settings: Any) -> None:
+        """Send a line of JSON to its standard input; from now on it is fed this one when it is started again."""
+        self._channel.control(forget=True)
+        await self._channel.send(json.dumps(settings).encode() + b"\n")
+
+    async def message(self) -> tuple[str, dict[str, Any]]:
+        """Return what it says next: ("ready", {...}) or an event of its own.
+
+        Raises:
+            ServiceError: If it has ended instead.
+        """
+        while not self._messages:
+            if self.error is not None:
+                raise self.error
+            if self.state == "ended":
+                raise self._failure("it was ended")
+            self._news.clear()
+            await self._news.wait()
+        return self._messages.popleft()
+
+    async def wait_for(self, wanted: str) -> dict[str, Any]:
+        """Wait for one message; others are dropped.
+
+        Raises:
+            ServiceError: If it ends instead.
+        """
+        while True:
+            name, fields = await self.message()
+            if name == wanted:
+                return fields
+
+    # --- what the agent says -------------------------------------------------------------------
+    def _on_output(self, data: bytes) -> None:
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # the disk is full: the service is not to suffer from that
+                self._log.write(data)
+        if self._debug:
+            text = (self._tail + data.decode("utf-8", "replace")).split("\n")
+            self._tail = text.pop()
+            for line in text:
+                print(f"[{self.place.host}] {line}", file=sys.stdout, flush=True)  # noqa: T201
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        state = event["state"]
+        self.restarts = event.get("restarts", self.restarts)
+        if state == "message":
+            self._say(event["event"], event["detail"])
+        elif state == "ready":
+            self.state, self.detail = "ready", event["detail"]
+            self._say("ready", self.detail)
+            self._changed()
+        elif state == "starting":
+            self.pid, self.state = event["pid"], "starting"
+        elif state == "exited":
+            self.exit_status = _status(event)
+        elif state == "restarting":
+            self.state = "restarting"
+            logger.warning("%s: %s has ended (%s), and is started again", self.place.host, self.label, self._how())
+            self._changed()
+
+    def _how(self) -> str:
+        status = self.exit_status
+        if status is None:
+            return "nobody knows how"
+        return f"exit status {status}" if status >= 0 else f"signal {-status}"
+
+    def _say(self, name: str, fields: dict[str, Any]) -> None:
+        if len(self._messages) < 100:  # nobody reads them any more once it is ready
+            self._messages.append((name, fields))
+        self._news.set()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self)
+
+    # --- its end -------------------------------------------------------------------------------
+    async def _watch(self) -> None:
+        was_ready = False
+        try:
+            result = await self._channel.result()
+            self.exit_status = _status(result)
+            self.state = "ended"
+        except AgentError as error:
+            self.exit_status = _status(error.evidence)
+            was_ready = bool(error.evidence.get("ready"))
+            self.error = self._failure(error.message, str(error.evidence.get("output", "")))
+        except LazyclusterError as error:
+            was_ready = self.state in ("ready", "restarting")
+            self.error = self._failure(str(error))
+        finally:
+            self._close_log()
+        if self.error is not None:
+            self.state = "failed"
+            if was_ready and not self._stopping:
+                logger.error("%s", self.error)
+        self._news.set()
+        self._changed()
+
+    def _failure(self, problem: str, output: str = "") -> ServiceError:
+        return ServiceError(
+            self.label,
+            self.place.host,
+            problem,
+            exit_status=self.exit_status,
+            output=output,
+            log_file=str(self.log_file),
+        )
+
+    def last_output(self, limit: int = 4000) -> str:
+        """Return the end of what it printed. May be called from any thread."""
+        with contextlib.suppress(OSError), self.log_file.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
+            return file.read().decode("utf-8", "replace")
+        return ""
+
+    def not_ready(self, seconds: float, hint: str = "") -> ServiceError:
+        """Return the error that says that it was not ready in time."""
+        error = self._failure(f"it was not ready within {seconds:g} s", self.last_output())
+        return ServiceError(
+            error.name, error.host, error.problem, output=error.output, log_file=error.log_file, hint=hint
+        )
+
+    def signal(self, name: str) -> None:
+        """Send it a signal, e.g. ``TERM``; ``END`` ends it with all that it started."""
+        if self._channel is not None:
+            self._channel.control(signal=name)
+
+    async def stop(self) -> None:
+        """End it in stages, and wait until it has gone. Doing it again does nothing."""
+        self._stopping = True
+        if self._watching is not None:
+            self.signal("END")
+            await asyncio.shield(self._watching)
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+def _status(fields: Mapping[str, Any]) -> int | None:
+    if fields.get("signal") is not None:
+        return -int(fields["signal"])
+    return fields.get("exit")
