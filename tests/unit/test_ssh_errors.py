@@ -10,6 +10,7 @@ from lazycluster.ssh.errors import classify, is_retryable
 PROXY_ENDED = (
     "kex_exchange_identification: Connection closed by remote host\r\nConnection closed by UNKNOWN port 65535\r\n"
 )
+FORWARDING = "stdio forwarding failed\r\n" + PROXY_ENDED
 CHANGED = """\
 @@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@\r
 @    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\r
@@ -60,11 +61,11 @@ def told(said, status=255, kwargs=None, **more):
         # on the way
         ("ssh: connect to host gate port 22: Connection refused\r\n" + PROXY_ENDED, "refused", "at the jump host"),
         ("me@gate: Permission denied (publickey).\r\n" + PROXY_ENDED, "auth", "at the jump host"),
-        ("channel 0: open failed: connect failed: Connection refused\r\nstdio forwarding failed\r\n" + PROXY_ENDED,
+        ("channel 0: open failed: connect failed: Connection refused\r\n" + FORWARDING,
          "refused", "the jump host cannot connect to it"),
-        ("channel 0: open failed: administratively prohibited: open failed\r\nstdio forwarding failed\r\n" + PROXY_ENDED,
+        ("channel 0: open failed: administratively prohibited: open failed\r\n" + FORWARDING,
          "unreachable", "AllowTcpForwarding"),
-        ("channel 0: open failed: connect failed: Name or service not known\r\nstdio forwarding failed\r\n" + PROXY_ENDED,
+        ("channel 0: open failed: connect failed: Name or service not known\r\n" + FORWARDING,
          "dns", "jump host"),
         ("/bin/bash: line 1: exec: nosuch: not found\r\n" + PROXY_ENDED, "proxy", "nosuch"),
         (PROXY_ENDED, "dropped", "jump host"),

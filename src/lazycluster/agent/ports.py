@@ -70,6 +70,7 @@ def nonce(channel: Channel) -> None:
                 connection.sendall(secret.encode())
             except OSError:
                 return
+        close()
 
     loop.add_reader(listener.fileno(), accept)
     timer = loop.call_later(_NONCE_LIMIT, close)

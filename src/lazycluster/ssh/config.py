@@ -44,7 +44,8 @@ class Settings:
         target: The name that ssh is given: an alias of the configuration, a name or an address.
         user: The account on the host.
         port: The port of the host's ssh server.
-        key_filename: Files with private keys. If given, no other key is offered.
+        key_filename: Files with private keys. They are offered first, then those that the configuration names for the
+            host; keys that only an agent holds are not.
         password: The account's password; never shown.
         passphrase: What unlocks the private key; never shown.
         timeout: Seconds until a host that does not answer is given up.

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import weakref
-from collections.abc import Callable, Coroutine, MutableMapping
+from collections.abc import Callable, Coroutine, Hashable, MutableMapping
 from typing import Any
 
 from lazycluster.exceptions import TunnelError
@@ -14,11 +14,12 @@ from lazycluster.exceptions import TunnelError
 from .connection import Connection
 from .mux import LOOPBACK, Mux, MuxError
 
-__all__ = ["can_connect", "mux_of", "reaches", "same_network"]
+__all__ = ["can_connect", "mux_of", "network_of", "reaches", "same_network"]
 
 _TIMEOUT = 10.0
 _DIRECT_TIMEOUT = 1.0  # whatever else listens on that port of the manager may stay silent
 
+_Answer = Coroutine[Any, Any, bool]
 _Cache = MutableMapping[Connection, "asyncio.Task[bool]"]
 _shared: _Cache = weakref.WeakKeyDictionary()
 _connects: _Cache = weakref.WeakKeyDictionary()
@@ -30,6 +31,13 @@ def mux_of(connection: Connection) -> Mux:
     if not isinstance(mux, Mux):
         raise TunnelError(f"{connection.host}: is not connected through ssh")
     return mux
+
+
+def network_of(connection: Connection) -> Hashable:
+    """Return what is equal for two connections that lead into one network: two names of one machine."""
+    hello = connection.hello
+    # Containers of one machine share its boot id, but each has a network with a number of its own.
+    return (hello.boot_id, hello.network) if hello.boot_id and hello.network else id(connection)
 
 
 async def same_network(connection: Connection) -> bool:
@@ -64,9 +72,7 @@ async def reaches(connection: Connection, port: int) -> bool:
         return True
 
 
-async def _once(
-    cache: _Cache, connection: Connection, probe: Callable[[Connection], Coroutine[Any, Any, bool]]
-) -> bool:
+async def _once(cache: _Cache, connection: Connection, probe: Callable[[Connection], _Answer]) -> bool:
     task = cache.get(connection)
     if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
         task = cache[connection] = asyncio.ensure_future(probe(connection))
@@ -75,27 +81,38 @@ async def _once(
 
 async def _is_same_network(connection: Connection) -> bool:
     answer = await connection.request("nonce")
-    expected = answer["nonce"].encode()
+    port, expected = answer["port"], answer["nonce"].encode()
     with contextlib.suppress(OSError, asyncio.TimeoutError):
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(LOOPBACK, answer["port"]), _DIRECT_TIMEOUT)
-        return bool(await _read(reader, writer, len(expected), _DIRECT_TIMEOUT) == expected)
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(LOOPBACK, port), _DIRECT_TIMEOUT)
+        if await _read(reader, writer, len(expected), _DIRECT_TIMEOUT) == expected:
+            return True
+    if connection not in _connects:
+        # The listener on the host is still there, and goes when it has been connected to.
+        _connects[connection] = asyncio.ensure_future(_delivers(connection, port, expected))
+        await asyncio.wait([_connects[connection]])
     return False
 
 
 async def _carries(connection: Connection) -> bool:
     answer = await connection.request("nonce")
-    expected = answer["nonce"].encode()
+    return await _delivers(connection, answer["port"], answer["nonce"].encode())
+
+
+async def _delivers(connection: Connection, port: int, expected: bytes) -> bool:
     ours, theirs = socket.socketpair()
     try:
         with theirs:
-            session = await mux_of(connection).connect(answer["port"], theirs.fileno(), theirs.fileno())
+            session = await mux_of(connection).connect(port, theirs.fileno(), theirs.fileno())
     except MuxError as error:
         ours.close()
         if error.refused:
             return False
         raise
-    reader, writer = await asyncio.open_connection(sock=ours)
+    except BaseException:
+        ours.close()
+        raise
     try:
+        reader, writer = await asyncio.open_connection(sock=ours)
         return bool(await _read(reader, writer, len(expected), _TIMEOUT) == expected)
     finally:
         session.close()

@@ -13,7 +13,7 @@ from lazycluster.exceptions import NoPortsLeftError, PortInUseError, TunnelError
 from .connection import Connection
 from .forwarding import open_on
 from .handles import Outcome, Tunnel, TunnelRequest, check_port, close_tunnels
-from .probes import same_network
+from .probes import network_of, same_network
 
 __all__ = [
     "Tunnel",
@@ -96,17 +96,24 @@ async def open_to_runtimes(
     """
     check_port(local_port, "local_port")
     candidates, choice = _candidates(ports, local_port, "runtime_port")
+    # Of several names of one machine, one tunnel serves all.
+    first = list({network_of(connection): connection for connection in reversed(connections)}.values())
     tried = 0
     while tried < len(candidates):
         part = candidates[tried : tried + _ASKED_AT_ONCE]
         tried += len(part)
-        for port in await _free_on_all(connections, part, local_port) if choice else part:
-            requests = [TunnelRequest(connection, "to_runtime", local_port, port) for connection in connections]
+        for port in await _free_on_all(first, part, local_port) if choice else part:
+            requests = [TunnelRequest(connection, "to_runtime", local_port, port) for connection in first]
             tunnels = await _all_or_none(requests, choice)
             if tunnels is not None:
-                return tunnels
+                opened = dict(zip(first, tunnels, strict=True))
+                return [opened.get(c) or _shared(c, local_port, port) for c in connections]
     hosts = ", ".join(connection.host for connection in connections)
     raise NoPortsLeftError(f"none of the {len(candidates)} ports that may be used is free on {hosts}")
+
+
+def _shared(connection: Connection, local_port: int, port: int) -> Tunnel:
+    return Tunnel(TunnelRequest(connection, "to_runtime", local_port, port), None, by_ssh=False)
 
 
 async def open_to_runtime(connection: Connection, local_port: int, runtime_port: Ports | None = None) -> Tunnel:

@@ -1,0 +1,178 @@
+"""Every way in which a host cannot be reached, with real servers: the reason, and what is said."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lazycluster import _loop
+from lazycluster.exceptions import InvalidRuntimeError
+from lazycluster.ssh.openssh import SshConnection
+from sshhosts import PASSWORD
+
+
+def failure(host, **kwargs):
+    connection = SshConnection(host, kwargs)
+    with pytest.raises(InvalidRuntimeError) as caught:
+        _loop.run(connection.open(), 60)
+    assert caught.value.host == host
+    assert caught.value.hint
+    assert str(caught.value).startswith(f"{host}: ")
+    return caught.value
+
+
+def opens(host, **kwargs):
+    connection = SshConnection(host, kwargs)
+    _loop.run(connection.open(), 60)
+    _loop.run(connection.close(), 60)
+
+
+def changed(hosts, tmp_path, **options):
+    """Write the hosts' configuration without its keys and its policy, and with other options."""
+    path = tmp_path / "config"
+    text = re.sub(r"(?m)^\s*(IdentityFile|StrictHostKeyChecking)\b.*\n", "", Path(hosts.config_file).read_text())
+    path.write_text("Host *\n" + "".join(f"  {key} {value}\n" for key, value in options.items()) + text)
+    return str(path)
+
+
+@pytest.fixture
+def key(tmp_path):
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "sesame", "-f", str(tmp_path / "key")], check=True)
+    return str(tmp_path / "key")
+
+
+def test_unknown_host():
+    assert failure("no-such-host.invalid", config_file="none").reason == "dns"
+
+
+def test_refused(hosts):
+    error = failure("127.0.0.1:1", config_file="none")
+    assert error.reason == "refused"
+    assert "127.0.0.1 port 1" in str(error)
+
+
+def test_a_server_that_says_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        error = failure(f"127.0.0.1:{silent.getsockname()[1]}", config_file="none", timeout=1)
+    assert error.reason == "timeout"
+    assert time.monotonic() - start < 5
+
+
+def test_a_server_that_drops_the_first_connects():
+    """A full sshd does so; the connect is tried again."""
+    seen = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            for _ in range(6):
+                connection, _ = server.accept()
+                seen.append(connection.close())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        error = failure(f"127.0.0.1:{server.getsockname()[1]}", config_file="none")
+        thread.join(10)
+    assert error.reason == "dropped"
+    assert len(seen) == 6
+
+
+def test_host_keys(hosts, tmp_path):
+    key = re.search(r"IdentityFile (\S+)", Path(hosts.config_file).read_text())[1].strip('"')
+
+    def config(**options):
+        return changed(hosts, tmp_path, IdentityFile=key, **options)
+
+    error = failure("host1", config_file=config(UserKnownHostsFile="/dev/null", GlobalKnownHostsFile="/dev/null"))
+    assert error.reason == "host_key"
+    assert re.search(r"is unknown \(\w+, SHA256:", str(error))
+    known = tmp_path / "known"
+    path = config(UserKnownHostsFile=known, GlobalKnownHostsFile="/dev/null")
+    assert failure("host1", config_file=path, host_keys="strict").reason == "host_key"
+    opens("host1", config_file=path, host_keys="accept-new")
+    other = tmp_path / "other"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(other)], check=True)
+    kind, text = other.with_suffix(".pub").read_text().split()[:2]
+    lines = [f"{line.split()[0]} {kind} {text}" for line in known.read_text().splitlines()]
+    known.write_text("\n".join(lines) + "\n")
+    error = failure("host1", config_file=path, host_keys="accept-new")
+    assert error.reason == "host_key"
+    for words in ("CHANGED", "SHA256:", f'ssh-keygen -f "{known}" -R'):
+        assert words in str(error)
+
+
+def test_no_key_is_accepted(hosts, key, tmp_path):
+    error = failure("host1", config_file=changed(hosts, tmp_path), key_filename=key, passphrase="sesame")
+    assert error.reason == "auth"
+    assert "publickey" in str(error)
+    assert "sesame" not in str(error)
+
+
+def test_a_locked_key(make_hosts, key, tmp_path):
+    hosts = make_hosts(1)
+    config = changed(hosts, tmp_path)
+    hosts[0].authorize(Path(key + ".pub").read_text())
+    error = failure("host1", config_file=config, key_filename=key)
+    assert error.reason == "auth"
+    assert "ssh would have asked: Enter passphrase for key" in str(error)
+    assert failure("host1", config_file=config, key_filename=key, passphrase="no").reason == "auth"
+    opens("host1", config_file=config, key_filename=key, passphrase="sesame")
+
+
+def test_passwords(make_hosts):
+    hosts = make_hosts(1, password=True)
+    error = failure("host1", config_file=hosts.config_file)
+    assert error.reason == "auth"
+    assert "ssh would have asked" in str(error)
+    assert "Failed password" not in hosts[0].log()
+    error = failure("host1", config_file=hosts.config_file, password="wrong one")
+    assert "the password was not accepted" in str(error)
+    assert "wrong one" not in str(error)
+    opens("host1", config_file=hosts.config_file, password=PASSWORD)
+
+
+def test_configuration(hosts, tmp_path):
+    path = tmp_path / "config"
+    path.write_text("Host x\n\n  Fooo bar\n")
+    error = failure("host1", config_file=str(path))
+    assert error.reason == "config"
+    assert f"{path}, line 3" in str(error)
+    assert failure("host1", config_file="none", ssh_options={"Fooo": "bar"}).reason == "config"
+
+
+def test_python(hosts):
+    connection = SshConnection("host1", {"config_file": hosts.config_file}, python="/no/such/python3")
+    with pytest.raises(InvalidRuntimeError) as caught:
+        _loop.run(connection.open(), 60)
+    assert caught.value.reason == "python"
+    assert "/no/such/python3" in str(caught.value)
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash", "zsh", "fish", "tcsh"])
+def test_no_python_in_any_shell(make_hosts, shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    hosts = make_hosts(1, python="none", shell=shell)
+    assert failure("host1", config_file=hosts.config_file).reason == "python"
+
+
+def test_an_account_that_may_not_log_in(make_hosts):
+    hosts = make_hosts(1, shell="/usr/sbin/nologin")
+    error = failure("host1", config_file=hosts.config_file)
+    assert error.reason == "shell"
+    assert "not available" in str(error)
+
+
+def test_on_the_way(make_hosts):
+    hosts = make_hosts(1, bastion=True, bastion_sshd={"AllowTcpForwarding": "no"})
+    error = failure("host1", config_file=hosts.config_file)
+    assert error.reason == "unreachable"
+    assert "AllowTcpForwarding" in str(error)
+    assert "jump host" in str(error)

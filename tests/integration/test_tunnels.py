@@ -1,0 +1,250 @@
+"""Tunnels on real hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import pickle
+import re
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from lazycluster import _loop
+from lazycluster.exceptions import NoPortsLeftError, PortInUseError, TunnelError
+from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh.probes import can_connect, network_of, same_network
+from lazycluster.ssh.tunnels import (
+    Tunnel,
+    TunnelRequest,
+    check_port,
+    close_tunnels,
+    open_from_runtime,
+    open_to_runtime,
+    open_to_runtimes,
+    open_tunnels,
+)
+
+
+@contextlib.contextmanager
+def connected(hosts, *names):
+    connections = [SshConnection(name, {"config_file": hosts.config_file}) for name in names]
+
+    async def each(what):
+        await asyncio.gather(*(getattr(connection, what)() for connection in connections))
+
+    _loop.run(each("open"), 60)
+    try:
+        yield connections
+    finally:
+        _loop.run(each("close"), 60)
+
+
+@contextlib.contextmanager
+def service(text=b"hello", port=0):
+    def serve(reader, writer):
+        writer.write(text)
+        writer.close()
+
+    async def start():
+        return await asyncio.start_server(serve, "127.0.0.1", port)
+
+    async def stop():
+        server.close()
+
+    server = _loop.run(start(), 10)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        _loop.run(stop(), 10)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def read(port):
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        return connection.makefile("rb").read()
+
+
+def on_host(host, port):
+    code = f"import socket; s = socket.create_connection(('127.0.0.1', {port}), 5); print(s.recv(99).decode())"
+    return host.run(f'python3 -c "{code}"').stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("port", "error"), [(True, TypeError), ("80", TypeError), (0, ValueError), (65536, ValueError)]
+)
+def test_ports_are_checked(port, error):
+    with pytest.raises(error, match="port"):
+        check_port(port)
+
+
+def test_there_and_back(hosts):
+    with connected(hosts, "host1", "host2") as (one, two), service() as port:
+        assert not _loop.run(same_network(one))
+        assert _loop.run(can_connect(one))
+        with _loop.run(open_to_runtime(one, port)) as there:
+            assert (there.host, there.direction, there.local_port, there.remote_port) == (
+                "host1",
+                "to_runtime",
+                port,
+                port,
+            )
+            assert there.is_open
+            assert on_host(hosts[0], port) == "hello"
+            here = free_port()
+            with _loop.run(open_from_runtime(one, port, here)) as back:
+                assert read(here) == b"hello"
+                assert "open" in repr(back)
+                with _loop.run(open_to_runtime(two, back.local_port, 23456)):
+                    assert on_host(hosts[1], 23456) == "hello"
+            back.close()
+            assert not back.is_open
+            assert "closed" in repr(back)
+            with pytest.raises(ConnectionRefusedError):
+                read(here)
+        assert hosts[0].listening_ports() == hosts[1].listening_ports() == []
+
+
+def test_taken_ports(hosts):
+    with connected(hosts, "host1", "host2") as (one, two), service() as port:
+        with _loop.run(open_to_runtime(one, port, 24000)):
+            with pytest.raises(PortInUseError) as caught:
+                _loop.run(open_to_runtime(one, port, 24000))
+            assert (caught.value.port, caught.value.host) == (24000, "host1")
+            with pytest.raises(PortInUseError):
+                _loop.run(open_to_runtimes([two, one], port, 24000))
+            assert hosts[1].listening_ports() == []
+            with pytest.raises(NoPortsLeftError, match="host1"):
+                _loop.run(open_to_runtime(one, port, [24000]))
+            tunnels = _loop.run(open_to_runtimes([one, two], port, range(24000, 24010)))
+            assert [tunnel.remote_port for tunnel in tunnels] == [24001, 24001]
+            _loop.run(close_tunnels(tunnels))
+            with socket.create_server(("127.0.0.1", 0)) as blocker:
+                taken = blocker.getsockname()[1]
+                with pytest.raises(PortInUseError) as caught:
+                    _loop.run(open_from_runtime(one, 24000, taken))
+                assert (caught.value.port, caught.value.host) == (taken, "localhost")
+                free = free_port()
+                with _loop.run(open_from_runtime(one, 24000, [taken, free])) as tunnel:
+                    assert tunnel.local_port == free
+                    assert read(free) == b"hello"
+                with pytest.raises(NoPortsLeftError):
+                    _loop.run(open_from_runtime(one, 24000, [taken]))
+        with pytest.raises(NoPortsLeftError, match="empty"):
+            _loop.run(open_to_runtime(one, port, []))
+        with pytest.raises(TunnelError, match="privileged on host1"):
+            _loop.run(open_to_runtime(one, port, 80))
+
+
+def test_forbidden_forwarding_is_named(make_hosts):
+    hosts = make_hosts(1, forwarding=False)
+    with connected(hosts, "host1") as (one,), service() as port:
+        assert not _loop.run(can_connect(one))
+        with pytest.raises(TunnelError, match=r"host1.*AllowTcpForwarding, PermitListen"):
+            _loop.run(open_to_runtime(one, port, 24000))
+        with pytest.raises(TunnelError, match=r"host1.*AllowTcpForwarding, PermitOpen"):
+            _loop.run(open_from_runtime(one, 24000))
+        assert 24000 not in hosts[0].listening_ports()
+
+
+def test_one_permitted_port_is_enough(make_hosts):
+    hosts = make_hosts(1, sshd={"PermitOpen": "127.0.0.1:24000", "PermitListen": "127.0.0.1:24000"})
+    with connected(hosts, "host1") as (one,), service() as port:
+        with pytest.raises(TunnelError, match="PermitListen"):
+            _loop.run(open_to_runtime(one, port, 24001))
+        here = free_port()
+        with _loop.run(open_to_runtime(one, port, 24000)), _loop.run(open_from_runtime(one, 24000, here)):
+            assert read(here) == b"hello"
+
+
+def test_gateway_ports_of_the_user_do_not_matter(make_hosts):
+    hosts = make_hosts(1, ssh_config=("GatewayPorts yes", "LocalForward 23999 localhost:1"))
+    with connected(hosts, "host1") as (one,), service() as port, _loop.run(open_to_runtime(one, port, 24000)):
+        here = free_port()
+        with _loop.run(open_from_runtime(one, 24000, here)):
+            assert read(here) == b"hello"
+            lines = Path("/proc/net/tcp").read_text().splitlines()
+            listening = [line.split()[1] for line in lines if line.split()[3] == "0A"]
+            assert f"0100007F:{here:04X}" in listening
+            assert f"00000000:{here:04X}" not in listening
+            assert all(int(address.split(":")[1], 16) != 23999 for address in listening)
+
+
+def test_a_connection_that_ends_takes_its_tunnels_along(hosts):
+    with service() as port:
+        with connected(hosts, "host1") as (one,):
+            tunnel = _loop.run(open_to_runtime(one, port, 24000))
+            assert tunnel.is_open
+        assert not tunnel.is_open
+        tunnel.close()
+        assert hosts[0].listening_ports() == []
+
+
+def test_a_mesh_at_once(hosts):
+    with connected(hosts, "host1", "host2", "host3") as connections, service() as port:
+        start = time.perf_counter()
+        requests = [TunnelRequest(c, "to_runtime", port, 21000 + n) for c in connections for n in range(100)]
+        requests.append(TunnelRequest(connections[0], "to_runtime", port, 80))
+        outcomes = _loop.run(open_tunnels(requests))
+        assert time.perf_counter() - start < 10
+        assert [isinstance(outcome, Tunnel) for outcome in outcomes] == [True] * 300 + [False]
+        assert on_host(hosts[2], 21099) == "hello"
+        _loop.run(close_tunnels(outcomes[:-1]))
+        assert [host.listening_ports() for host in hosts] == [[], [], []]
+
+
+def test_two_names_of_one_machine(hosts, tmp_path):
+    config = tmp_path / "config"
+    text = Path(hosts.config_file).read_text()
+    config.write_text(re.sub(r"(?m)^Host host1\b", "Host host1 alias", text))
+    connections = [SshConnection(name, {"config_file": str(config)}) for name in ("host1", "alias", "host2")]
+
+    async def main(port):
+        await asyncio.gather(*(connection.open() for connection in connections))
+        try:
+            assert network_of(connections[0]) == network_of(connections[1]) != network_of(connections[2])
+            tunnels = await open_to_runtimes(connections, port, [24000, 24001])
+            assert [tunnel.remote_port for tunnel in tunnels] == [24000] * 3
+            await close_tunnels(tunnels)
+        finally:
+            await asyncio.gather(*(connection.close() for connection in connections))
+
+    with service() as port:
+        _loop.run(main(port), 60)
+
+
+def test_without_ssh_the_same_port_needs_nothing_and_another_is_relayed():
+    connection = LocalConnection()
+    _loop.run(connection.open(), 30)
+    try:
+        with service() as port:
+            assert _loop.run(same_network(connection))
+            with _loop.run(open_to_runtime(connection, port)) as same:
+                assert (same.remote_port, same.is_open) == (port, True)
+            assert read(port) == b"hello"
+            other = free_port()
+            with _loop.run(open_from_runtime(connection, port, [other])) as relayed:
+                assert relayed.local_port == other
+                assert read(other) == b"hello"
+                with pytest.raises(PortInUseError):
+                    _loop.run(open_from_runtime(connection, port, other))
+            with pytest.raises(ConnectionRefusedError):
+                read(other)
+            left_open = _loop.run(open_to_runtime(connection, port, free_port()))
+    finally:
+        _loop.run(connection.close(), 30)
+    assert not left_open.is_open
+    with pytest.raises(ConnectionRefusedError):
+        read(left_open.remote_port)
+
+
+def test_errors_can_be_pickled():
+    for error in (PortInUseError(5, "h"), TunnelError("x"), NoPortsLeftError("y")):
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
