@@ -1,0 +1,116 @@
+"""Copies of files and folders: the process on the host that serves them, and what source and destination mean."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+from typing import Any, Dict, Mapping, NoReturn, Optional, Tuple
+
+from .expand import absolute, expand, home
+from .receiver import Receiver
+from .sender import Sender, what_is
+from .stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
+
+
+def serve(incoming: int, outgoing: int) -> None:
+    """Do the copies that are asked for, one after the other, until the stream ends.
+
+    Unfinished files are removed when it ends in the middle of a copy, and when this process is told to end.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, _end)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    stream = Stream(incoming, outgoing)
+    try:
+        while True:
+            if stream.header() != REQUEST:
+                return
+            try:
+                handle(stream, stream.message())
+            except CopyError:
+                pass  # the manager knows it
+    except StreamClosedError:
+        return
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def handle(stream: Stream, request: Dict[str, Any]) -> None:
+    """Do one copy."""
+    env: Mapping[str, str] = request.get("env") or {}
+    cwd = raw(request.get("cwd") or "")
+    path = None if request.get("path") is None else raw(request["path"])
+    if request["op"] == "send":
+        Receiver(stream, lambda folder, name: destination(path, cwd, env, folder, name), Tally()).run()
+    else:
+        Sender(stream, lambda: source(path or b"", cwd, env), Tally()).run()
+
+
+def source(path: bytes, cwd: bytes, env: Mapping[str, str]) -> Tuple[bytes, bytes]:
+    """Return the path of what is to be sent, and its name. What exists as it is written is taken as it is written."""
+    directory = os.path.join(home(env), expand(cwd, env))
+    found = os.path.join(directory, path)
+    if not os.path.lexists(found):
+        found = os.path.join(directory, expand(path, env))
+    name = os.path.basename(found.rstrip(b"/"))
+    if name in (b"", b".", b".."):
+        name = os.path.basename(os.path.realpath(found))
+    return found, name
+
+
+def destination(
+    path: Optional[bytes], cwd: bytes, env: Mapping[str, str], folder: bool, name: bytes
+) -> Tuple[bytes, Optional[bytes], bool]:
+    """Make the directory that a copy goes to.
+
+    Args:
+        path: As the user wrote it; None: the name of the source, in `cwd`.
+        cwd: What it is relative to.
+        env: Variables that may stand in it.
+        folder: Whether a folder is copied.
+        name: The name of the source.
+
+    Returns:
+        The directory; the name that a file gets in it, None for a folder; whether the directory was made.
+    """
+    whole = absolute(path or b"", cwd, env)
+    if not path or whole.endswith(b"/") or (not folder and os.path.isdir(whole)):
+        if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+            raise CopyError(name, "is no name for what is copied: give the whole destination", errno.EINVAL)
+        whole = os.path.join(whole, name)
+    if folder:
+        return whole, None, make_directories(whole)
+    directory, last = os.path.split(whole)
+    if last in (b".", b".."):
+        raise CopyError(whole, "is no name for a file", errno.EISDIR)
+    make_directories(directory)
+    return directory, last, False
+
+
+def make_directories(path: bytes) -> bool:
+    """Make a directory and those above it; return whether it was not there."""
+    try:
+        os.mkdir(path)
+        return True
+    except FileNotFoundError:
+        above = os.path.dirname(path.rstrip(b"/"))
+        if above in (b"", path):
+            raise CopyError(path, "does not exist", errno.ENOENT) from None
+        make_directories(above)
+        return make_directories(path)
+    except OSError as error:
+        # The system may name other reasons than its existence (read-only, no permission) for one that is there.
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            if os.path.islink(path):
+                raise CopyError(path, "is a symbolic link to nothing", errno.ENOENT) from error
+            raise CopyError.of(path, error) from error
+        if not stat.S_ISDIR(mode):
+            kind = "a file" if stat.S_ISREG(mode) else what_is(mode)
+            raise CopyError(path, "is {}, not a folder".format(kind), errno.ENOTDIR) from error
+        return False

@@ -1,0 +1,307 @@
+"""The receiving side of a copy, on the host and on the manager. It does not trust the other side."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import time
+import zlib
+from collections import deque
+from typing import Any, Callable, Deque, List, NamedTuple, Optional, Tuple
+
+from .sender import COMPARE, NOT_WANTED, WANTED, digest, identity, what_is
+from .stream import (
+    ABORT,
+    DATA,
+    DONE,
+    END,
+    ENTRIES,
+    ERROR,
+    LAST,
+    LISTED,
+    NEED,
+    READY,
+    SAME,
+    START,
+    SUMMARY,
+    CopyError,
+    Stream,
+    StreamClosedError,
+    Tally,
+    raw,
+    text,
+)
+from .tree import PartFile, Tree
+
+_SECOND = 10**9
+_PLACE = Callable[[bool, bytes], Tuple[bytes, Optional[bytes], bool]]
+
+
+class _Wanted(NamedTuple):
+    name: bytes
+    size: int
+
+
+class Receiver:
+    """Receives a file or folder.
+
+    Args:
+        stream: Where from.
+        place: Told whether it is a folder, and its name, makes the directory that it goes to; returns its path, the
+            name that a file gets in it, and whether the directory was made for this copy.
+        tally: Counts what is done.
+    """
+
+    def __init__(self, stream: Stream, place: _PLACE, tally: Tally) -> None:
+        self._stream = stream
+        self._place = place
+        self._tally = tally
+        self._tree: Optional[Tree] = None
+        self._file_name: Optional[bytes] = None
+        self._made = False
+        self._wanted: Deque[_Wanted] = deque()
+        self._part: Optional[PartFile] = None
+        self._checksum = self._size = 0
+        self._clocks_apart = 0
+
+    def run(self) -> bytes:
+        """Receive everything; return the path of the file or folder.
+
+        Raises:
+            CopyError: If something cannot be written here or read there; what was there before is untouched.
+            StreamClosedError: If the sender is gone.
+        """
+        try:
+            try:
+                path = self._receive()
+                self._stream.put_json(DONE, {"path": text(path)})
+            finally:
+                self._release()
+        except CopyError as error:
+            if not error.remote:
+                self._stream.put_json(ERROR, error.message_to_send())
+                self._stream.skip_until(ABORT)
+            self._stream.put_json(DONE, {})
+            self._flush()
+            raise
+        self._flush()
+        return path
+
+    def _flush(self) -> None:
+        try:
+            self._stream.flush()
+        except StreamClosedError:
+            pass  # what the copy has come to is known here; the next use of the stream tells that it is gone
+
+    def _release(self) -> None:
+        if self._part is not None:
+            self._part.discard()
+        if self._tree is not None:
+            try:
+                self._tree.settle()
+            except (CopyError, OSError):
+                pass  # an error is being told already: without one, they have been settled before
+            self._tree.close()
+
+    def _receive(self) -> bytes:
+        frames = {ENTRIES: self._entries, DATA: self._data, LAST: self._last, SAME: self._same, LISTED: self._listed}
+        stream = self._stream
+        while True:
+            kind = stream.header()
+            if kind == ABORT:
+                raise CopyError.received(stream.message())
+            if kind == END and self._tree is not None:
+                left_out = stream.message(list)
+                if self._wanted:
+                    raise StreamClosedError("it has ended too early")
+                self._tally.left_out += [str(line) for line in left_out[:1000]]
+                self._tree.settle()
+                return self._tree.whole(self._file_name or b"")
+            try:
+                if kind == START and self._tree is None:
+                    self._start()
+                elif kind in frames and self._tree is not None:
+                    frames[kind]()
+                else:
+                    raise StreamClosedError("an unexpected frame ({})".format(kind))
+            except (TypeError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
+                raise StreamClosedError("a frame that makes no sense: {}".format(error)) from error
+
+    # --- the frames ----------------------------------------------------------------------------
+    def _start(self) -> None:
+        message = self._stream.message()
+        self._clocks_apart = time.time_ns() - int(message["now"])
+        path, self._file_name, self._made = self._place(bool(message["folder"]), raw(message["name"]))
+        try:
+            self._tree = Tree(path)
+        except OSError as error:
+            raise CopyError.of(path, error) from error
+        self._stream.put_json(READY, {"identity": identity(os.fstat(self._tree.root))})
+
+    def _listed(self) -> None:
+        self._tally.total = int(self._stream.message(int))
+
+    def _entries(self) -> None:
+        self._between_files()
+        answer = bytearray()
+        for entry in self._stream.message(list):
+            kind, name, mtime = entry[0], raw(entry[1]), _within_64_bits(entry[2])
+            if self._file_name is not None:
+                # Whatever a single file is called there, it has one name here.
+                kind, name = "f", self._file_name
+            try:
+                self._entry(kind, name, mtime, entry, answer)
+            except OSError as error:
+                raise CopyError.of(self._tree_there().whole(name), error) from error
+        self._stream.put(NEED, bytes(answer))
+
+    def _entry(self, kind: str, name: bytes, mtime: int, entry: List[Any], answer: bytearray) -> None:
+        tree = self._tree_there()
+        if kind == "f":
+            size = int(entry[4])
+            need = self._need(name, size, mtime, int(entry[3]))
+            if need[0] == NOT_WANTED:
+                self._tally.moved(size)
+                self._tally.file(False)
+            else:
+                self._wanted.append(_Wanted(name, size))
+            answer += need
+        elif kind == "l":
+            tree.link(name, raw(entry[3]), mtime)
+        elif kind != "d":
+            raise CopyError(tree.whole(name), "is refused: neither file, folder nor link")
+        elif name:
+            tree.folder(name, int(entry[3]), mtime)
+        elif self._made:
+            tree.settle_root(int(entry[3]), mtime)
+
+    def _data(self) -> None:
+        if self._part is None:
+            self._begin()
+        part = self._part
+        if part is None:
+            return
+        for piece in self._stream.pieces():
+            self._checksum = zlib.crc32(piece, self._checksum)
+            self._size += len(piece)
+            self._tally.moved(len(piece))
+            try:
+                part.write(piece)
+            except OSError as error:
+                raise self._failed(error) from error
+
+    def _last(self) -> None:
+        size, checksum, mode, mtime = SUMMARY.unpack(self._stream.payload())
+        if self._part is None:
+            self._begin()
+        part, name = self._part, self._tree_there().whole(self._wanted[0].name)
+        if (self._size, self._checksum) != (size, checksum):
+            raise CopyError(name, "was damaged on the way: {} bytes instead of {}, or others".format(self._size, size))
+        if part is not None:
+            try:
+                part.complete(mode, mtime)
+            except OSError as error:
+                raise self._failed(error) from error
+        self._part = None
+        self._wanted.popleft()
+        self._tally.file(True)
+
+    def _same(self) -> None:
+        self._between_files()
+        size, _, mode, mtime = SUMMARY.unpack(self._stream.payload())
+        try:
+            directory, last = self._tree_there().parent(self._wanted[0].name)
+            fd = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+            try:
+                os.fchmod(fd, mode & 0o777)
+                # This also sets the time of the last change to now: the time when both were known to be equal.
+                os.utime(fd, ns=(mtime, mtime))
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._wanted.popleft()
+        self._tally.moved(size)
+        self._tally.file(False)
+
+    # --- files ---------------------------------------------------------------------------------
+    def _begin(self) -> None:
+        name = self._wanted[0].name
+        self._checksum = self._size = 0
+        try:
+            tree = self._tree_there()
+            directory, last = tree.parent(name)
+            self._part = PartFile(directory, last, tree.unnamed)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> CopyError:
+        return CopyError.of(self._tree_there().whole(self._wanted[0].name), error)
+
+    def _between_files(self) -> None:
+        if self._part is not None:
+            raise StreamClosedError("a frame in the middle of a file")
+
+    def _tree_there(self) -> Tree:
+        if self._tree is None:
+            raise StreamClosedError("an unexpected frame")
+        return self._tree
+
+    def _need(self, name: bytes, size: int, mtime: int, mode: int) -> bytes:
+        """Return whether a file is wanted, and the digest if that depends on it."""
+        tree = self._tree_there()
+        directory, last = tree.parent(name)
+        try:
+            there = os.stat(last, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return bytes([WANTED])
+        if stat.S_ISLNK(there.st_mode):
+            try:
+                target = os.stat(last, dir_fd=directory).st_mode
+            except OSError:
+                target = stat.S_IFREG
+            if stat.S_ISREG(target) or stat.S_ISDIR(target):
+                return bytes([WANTED])
+            raise CopyError(tree.whole(name), "is a link to {}; it is not replaced".format(what_is(target)))
+        if stat.S_ISDIR(there.st_mode):
+            raise CopyError(tree.whole(name), "is a folder here and a file there", errno.EISDIR)
+        if not stat.S_ISREG(there.st_mode):
+            raise CopyError(tree.whole(name), "is {}; it is not replaced".format(what_is(there.st_mode)))
+        alike = there.st_size == size and self._time_alike(there, mtime)
+        if not alike:
+            return bytes([WANTED])
+        if alike == COMPARE:
+            return self._with_digest(directory, last)
+        if stat.S_IMODE(there.st_mode) != mode & 0o777:
+            os.chmod(last, mode & 0o777, dir_fd=directory)
+        return bytes([NOT_WANTED])
+
+    def _time_alike(self, there: os.stat_result, mtime: int) -> int:
+        """Return 0 if the times differ, COMPARE if they are equal but prove nothing, else 3."""
+        if there.st_mtime_ns != mtime:
+            # File systems that keep less than nanoseconds.
+            coarse = next((unit for unit in (2 * _SECOND, _SECOND, 1000, 100) if there.st_mtime_ns % unit == 0), 1)
+            return COMPARE if coarse > 1 and there.st_mtime_ns == mtime - mtime % coarse else 0
+        # The copy was made (its change time, in the sender's clock) so soon after the file was last written that it may
+        # have been written again in the same tick of its file system's clock.
+        tick = 2 * _SECOND if mtime % _SECOND == 0 else _SECOND // 10
+        return COMPARE if there.st_ctime_ns - self._clocks_apart - mtime < tick else 3
+
+    def _with_digest(self, directory: int, name: bytes) -> bytes:
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        except PermissionError:
+            return bytes([WANTED])
+        try:
+            return bytes([COMPARE]) + digest(fd)
+        finally:
+            os.close(fd)
+
+
+def _within_64_bits(value: Any) -> int:
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("a time of {}".format(number))
+    return number

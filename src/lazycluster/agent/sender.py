@@ -1,0 +1,271 @@
+"""The sending side of a copy, on the host and on the manager."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+import zlib
+from collections import deque
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, Union
+
+from .stream import (
+    ABORT,
+    BATCH,
+    DATA,
+    DONE,
+    END,
+    ENTRIES,
+    ERROR,
+    LAST,
+    LISTED,
+    NEED,
+    READY,
+    SAME,
+    START,
+    SUMMARY,
+    WINDOW,
+    CopyError,
+    Stream,
+    StreamClosedError,
+    Tally,
+    text,
+)
+
+DIGEST_SIZE = 16
+WANTED, NOT_WANTED, COMPARE = 1, 0, 2
+
+_MOST_LEFT_OUT = 100
+_SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+# Path and size.
+_File = Tuple[bytes, int]
+
+
+def what_is(mode: int) -> str:
+    """Return what a file of a mode is, in words."""
+    return _SPECIAL.get(stat.S_IFMT(mode), "neither file nor folder")
+
+
+def digest(fd: int) -> bytes:
+    """Return the digest of an open file."""
+    from hashlib import blake2b
+
+    state = blake2b(digest_size=DIGEST_SIZE)
+    block = memoryview(bytearray(256 * 1024))
+    while True:
+        count = os.readv(fd, [block])
+        if not count:
+            return state.digest()
+        state.update(block[:count])
+
+
+def identity(inode: os.stat_result) -> List[Any]:
+    """Return what makes a directory the same one, also across containers of one machine."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+    except OSError:
+        boot = os.uname().nodename
+    return [boot, inode.st_dev, inode.st_ino]
+
+
+class Sender:
+    """Sends a file or folder.
+
+    Args:
+        stream: Where to.
+        find: Returns the source's path, and the name that it goes by if the destination gives none.
+        tally: Counts what is done.
+    """
+
+    def __init__(self, stream: Stream, find: Callable[[], Tuple[bytes, bytes]], tally: Tally) -> None:
+        self._stream = stream
+        self._find = find
+        self._tally = tally
+        self._answers: Deque[bytes] = deque()
+        self._ready: Optional[Dict[str, Any]] = None
+        self._done: Optional[Dict[str, Any]] = None
+        self._listed = 0
+
+    def run(self) -> Dict[str, Any]:
+        """Send everything; return what the receiver says of it.
+
+        Raises:
+            CopyError: If something cannot be read here or written there.
+            StreamClosedError: If the receiver is gone.
+        """
+        try:
+            return self._copy()
+        except CopyError as error:
+            self._stream.put_json(ABORT, {} if error.remote else error.message_to_send())
+            if self._done is None:
+                self._stream.skip_until(DONE)
+            raise
+
+    def _copy(self) -> Dict[str, Any]:
+        path, name = self._find()
+        try:
+            # A link that is named is followed; those inside a folder are sent as links.
+            source = os.stat(path)
+        except OSError as error:
+            if os.path.islink(path):
+                raise CopyError(path, "a symbolic link to nothing", error.errno) from error
+            raise CopyError.of(path, error) from error
+        folder = stat.S_ISDIR(source.st_mode)
+        if not folder and not stat.S_ISREG(source.st_mode):
+            raise CopyError(path, "is {}, not a file or folder".format(what_is(source.st_mode)))
+        self._stream.put_json(START, {"folder": folder, "name": text(name), "now": time.time_ns()})
+        waiting: Deque[List[_File]] = deque()
+        for entries, files in self._batches(path, source, folder):
+            self._stream.put_json(ENTRIES, entries)
+            waiting.append(files)
+            if len(waiting) == WINDOW:
+                self._answer(waiting.popleft())
+        self._stream.put_json(LISTED, self._listed)
+        self._tally.total = self._listed
+        while waiting:
+            self._answer(waiting.popleft())
+        self._stream.put_json(END, self._tally.left_out)
+        while self._done is None:
+            self._take()
+        return self._done
+
+    # --- what there is -------------------------------------------------------------------------
+    def _batches(
+        self, path: bytes, source: os.stat_result, folder: bool
+    ) -> Iterator[Tuple[List[List[Any]], List[_File]]]:
+        entries: List[List[Any]] = []
+        files: List[_File] = []
+        for entry, where in self._folder(path, source) if folder else [(_entry(b"", source), os.path.realpath(path))]:
+            entries.append(entry)
+            if entry[0] == "f":
+                files.append((where, entry[4]))
+                self._listed += entry[4]
+            if len(entries) == BATCH:
+                yield entries, files
+                entries, files = [], []
+        if entries:
+            yield entries, files
+
+    def _folder(self, root: bytes, inode: os.stat_result) -> Iterator[Tuple[List[Any], bytes]]:
+        while self._ready is None:
+            self._take()
+        destination = self._ready.get("identity")
+        here = identity(inode)[0]
+        pending = [(root, b"", inode)]
+        while pending:
+            path, relative, inode = pending.pop()
+            if [here, inode.st_dev, inode.st_ino] == destination:
+                if not relative:
+                    raise CopyError(path, "is the destination, too: a folder cannot be copied onto itself")
+                raise CopyError(path, "is the destination: a folder cannot be copied into itself")
+            yield _entry(relative, inode), path
+            prefix = relative + b"/" if relative else b""
+            try:
+                with os.scandir(path) as found:
+                    for child in found:
+                        seen = self._child(child, prefix + child.name)
+                        if isinstance(seen, list):
+                            yield seen, child.path
+                        elif seen is not None:
+                            pending.append((child.path, prefix + child.name, seen))
+            except OSError as error:
+                raise CopyError.of(path, error) from error
+
+    def _child(self, child: "os.DirEntry[bytes]", name: bytes) -> Union[List[Any], os.stat_result, None]:
+        """Return an entry, or the inode of a folder; nothing for what has just been removed or cannot be sent."""
+        try:
+            inode = child.stat(follow_symlinks=False)
+            if stat.S_ISDIR(inode.st_mode):
+                return inode
+            if stat.S_ISREG(inode.st_mode):
+                return _entry(name, inode)
+            if stat.S_ISLNK(inode.st_mode):
+                return ["l", text(name), inode.st_mtime_ns, text(os.readlink(child.path))]
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CopyError.of(child.path, error) from error
+        if len(self._tally.left_out) < _MOST_LEFT_OUT:
+            self._tally.left_out.append("{} is {}".format(text(child.path), what_is(inode.st_mode)))
+        return None
+
+    # --- what is wanted ------------------------------------------------------------------------
+    def _take(self) -> None:
+        """Read one frame of the receiver."""
+        kind = self._stream.header()
+        if kind == NEED:
+            self._answers.append(self._stream.payload())
+        elif kind == READY:
+            self._ready = self._stream.message()
+        elif kind == ERROR:
+            raise CopyError.received(self._stream.message())
+        elif kind == DONE:
+            self._done = self._stream.message()
+        else:
+            raise StreamClosedError("an unexpected frame ({})".format(kind))
+
+    def _answer(self, files: List[_File]) -> None:
+        """Send of a batch what the receiver wants."""
+        while not self._answers:
+            self._take()
+        needs = self._answers.popleft()
+        at = 0
+        for path, size in files:
+            need = needs[at] if at < len(needs) else NOT_WANTED
+            at += 1
+            if need == COMPARE:
+                theirs = needs[at : at + DIGEST_SIZE]
+                at += DIGEST_SIZE
+            if need == NOT_WANTED:
+                self._tally.moved(size)
+                self._tally.file(False)
+                continue
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    self._send_file(fd, path, theirs if need == COMPARE else None)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                raise CopyError.of(path, error) from error
+
+    def _send_file(self, fd: int, path: bytes, theirs: Optional[bytes]) -> None:
+        before = os.fstat(fd)
+        if not stat.S_ISREG(before.st_mode):
+            raise CopyError(path, "was replaced by something that is no file while it was being sent")
+        same = theirs is not None and digest(fd) == theirs
+        checksum = 0
+        if same:
+            self._tally.moved(before.st_size)
+        else:
+            os.lseek(fd, 0, os.SEEK_SET)
+            checksum = self._send_data(fd, before.st_size)
+        after = os.fstat(fd)
+        if after.st_size != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
+            raise CopyError(path, "changed while it was being sent")
+        summary = SUMMARY.pack(before.st_size, checksum, stat.S_IMODE(before.st_mode), before.st_mtime_ns)
+        self._stream.put(SAME if same else LAST, summary)
+        self._tally.file(not same)
+
+    def _send_data(self, fd: int, left: int) -> int:
+        stream = self._stream
+        checksum = 0
+        while left:
+            room = stream.room(left)
+            count = os.readv(fd, [room])
+            if not count:
+                break
+            checksum = zlib.crc32(room[:count], checksum)
+            stream.fill(DATA, count)
+            left -= count
+            self._tally.moved(count)
+            while stream.readable():
+                self._take()
+        return checksum
+
+
+def _entry(name: bytes, inode: os.stat_result) -> List[Any]:
+    kind = "d" if stat.S_ISDIR(inode.st_mode) else "f"
+    return [kind, text(name), inode.st_mtime_ns, stat.S_IMODE(inode.st_mode), inode.st_size]

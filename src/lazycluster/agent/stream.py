@@ -1,0 +1,255 @@
+"""The frames in which files travel, over a pair of blocking descriptors. Used on the host and on the manager.
+
+A copy has a sender and a receiver; the manager asks for it and is one of the two:
+
+    manager   REQUEST                 which copy
+    sender    START                   file or folder, its name
+    receiver  READY                   the destination exists
+    sender    ENTRIES                 a batch of what there is: folders, links, files with size and time
+    receiver  NEED                    per file of the batch: wanted, not wanted, or only if its digest differs
+    sender    DATA* LAST | SAME       the wanted files in their order; LAST carries size and checksum
+    sender    LISTED, END             all is listed (sizes are known); all is sent
+    receiver  DONE                    the last frame of every copy
+    receiver  ERROR, sender ABORT     what fails is told by a frame, ABORT follows an ERROR, DONE an ABORT
+
+Several batches are under way at once, so nothing waits for a round trip per file. The frames towards the sender are
+small enough to fit into the buffers of a pipe together, so the two never wait for each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import struct
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT = range(1, 14)
+
+#: How many entries a batch has, and how many batches may be unanswered: the answers must fit into 64 KiB.
+BATCH = 768
+WINDOW = 4
+
+#: What LAST carries: size, checksum, mode, modification time in nanoseconds.
+SUMMARY = struct.Struct("!QIIq")
+
+_HEADER = struct.Struct("!BI")
+_OUT = 256 * 1024
+_IN = 1024 * 1024
+_SMALL = 64 * 1024
+_LARGEST = 32 * 1024 * 1024
+_REPORT_EVERY = 0.1
+
+
+class StreamClosedError(Exception):
+    """The other side is gone, or says what makes no sense: nothing more can be told to it."""
+
+
+class CopyError(Exception):
+    """A file cannot be copied.
+
+    Attributes:
+        path: The whole path of what it is about.
+        errno: The number of the system's error, or None.
+        message: What is wrong.
+        remote: It was the other side that found it.
+    """
+
+    def __init__(self, path: bytes, message: str, errno: Optional[int] = None, remote: bool = False) -> None:
+        self.path = path
+        self.message = message
+        self.errno = errno
+        self.remote = remote
+        super().__init__("{}: {}".format(text(path), message))
+
+    @classmethod
+    def of(cls, path: bytes, error: OSError) -> "CopyError":
+        """Return the error of the system about a path."""
+        return cls(path, error.strerror or str(error), error.errno)
+
+    @classmethod
+    def received(cls, message: Dict[str, Any]) -> "CopyError":
+        """Return the error that the other side has told."""
+        number = message.get("errno")
+        path = raw(str(message.get("path", "")))[:8192]
+        return cls(path, str(message.get("message"))[:2000], number if isinstance(number, int) else None, remote=True)
+
+    def message_to_send(self) -> Dict[str, Any]:
+        """Return what the other side is told."""
+        return {"path": text(self.path), "message": self.message, "errno": self.errno}
+
+
+def text(path: bytes) -> str:
+    """Return a path as text from which `raw` gets it back, whatever its encoding and the locale are."""
+    return path.decode("utf-8", "surrogateescape")
+
+
+def raw(path: str) -> bytes:
+    """Return the path of a text."""
+    return str.encode(path, "utf-8", "surrogateescape")
+
+
+class Tally:
+    """What a copy has done so far.
+
+    Attributes:
+        files: Files that are dealt with.
+        bytes: Their bytes, whether they had to be sent or not.
+        total: The bytes of all files, None until all are listed.
+        sent: Files that were sent.
+        skipped: Files that were there already.
+        left_out: Names of what is neither file, folder nor link, and why.
+    """
+
+    def __init__(self, report: Optional[Callable[[int, Optional[int], int], object]] = None) -> None:
+        self.files = self.bytes = self.sent = self.skipped = 0
+        self.total: Optional[int] = None
+        self.left_out: List[str] = []
+        self._report = report
+        self._next = 0.0
+
+    def moved(self, count: int) -> None:
+        """Count bytes."""
+        self.bytes += count
+        if self._report is not None and time.monotonic() >= self._next:
+            self._next = time.monotonic() + _REPORT_EVERY
+            self._report(self.bytes, self.total, self.files)
+
+    def file(self, sent: bool) -> None:
+        """Count a file that is done."""
+        self.files += 1
+        self.sent += sent
+        self.skipped += not sent
+
+    def finish(self) -> None:
+        """Report the end."""
+        if self._report is not None:
+            self._report(self.bytes, self.bytes, self.files)
+
+
+class Stream:
+    """Frames over blocking descriptors; both ways have one buffer, which is all the memory that a copy takes.
+
+    Args:
+        incoming: Descriptor to read from.
+        outgoing: Descriptor to write to; may be the same.
+    """
+
+    def __init__(self, incoming: int, outgoing: int) -> None:
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._poll = select.poll()
+        self._poll.register(incoming, select.POLLIN)
+        self._in = memoryview(bytearray(_IN))
+        self._start = self._end = self._unread = 0
+        self._out = memoryview(bytearray(_OUT))
+        self._filled = 0
+        self.received = False
+        for fd in (incoming, outgoing):
+            os.set_blocking(fd, True)
+
+    # --- writing -------------------------------------------------------------------------------
+    def put(self, kind: int, payload: bytes = b"") -> None:
+        """Write a frame, at the latest before the next read that has to wait."""
+        if self._filled + _HEADER.size + len(payload) > _OUT:
+            self.flush()
+        if _HEADER.size + len(payload) > _OUT:
+            self._write(memoryview(_HEADER.pack(kind, len(payload)) + payload))
+            return
+        _HEADER.pack_into(self._out, self._filled, kind, len(payload))
+        start = self._filled + _HEADER.size
+        self._filled = start + len(payload)
+        self._out[start : self._filled] = payload
+
+    def put_json(self, kind: int, message: Any) -> None:
+        """Write a frame with a message."""
+        self.put(kind, json.dumps(message, separators=(",", ":")).encode("ascii"))
+
+    def room(self, wanted: int) -> memoryview:
+        """Return where to put the payload of the next frame: at most `wanted` bytes, which `fill` then sends."""
+        if _OUT - self._filled - _HEADER.size < min(wanted, _SMALL):
+            self.flush()
+        start = self._filled + _HEADER.size
+        return self._out[start : start + wanted]
+
+    def fill(self, kind: int, length: int) -> None:
+        """Send what was put into `room`."""
+        _HEADER.pack_into(self._out, self._filled, kind, length)
+        self._filled += _HEADER.size + length
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        filled, self._filled = self._filled, 0
+        if filled:
+            self._write(self._out[:filled])
+
+    def _write(self, data: memoryview) -> None:
+        try:
+            while data:
+                data = data[os.write(self._outgoing, data) :]
+        except OSError as error:
+            raise StreamClosedError(error.strerror) from error
+
+    # --- reading -------------------------------------------------------------------------------
+    def readable(self) -> bool:
+        """Whether there is something to read."""
+        return self._start < self._end or bool(self._poll.poll(0))
+
+    def header(self) -> int:
+        """Wait for a frame; return its kind. What was not read of the frame before is skipped."""
+        for _ in self.pieces():
+            pass
+        while self._end - self._start < _HEADER.size:
+            self._read()
+        kind: int
+        kind, self._unread = _HEADER.unpack_from(self._in, self._start)
+        self._start += _HEADER.size
+        return kind
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Return the payload piece by piece, as it comes; each is valid until the next is asked for."""
+        while self._unread:
+            if self._start == self._end:
+                self._read()
+            start, self._start = self._start, min(self._end, self._start + self._unread)
+            self._unread -= self._start - start
+            yield self._in[start : self._start]
+
+    def payload(self) -> bytes:
+        """Return the payload."""
+        if self._unread > _LARGEST:
+            raise StreamClosedError("a frame of {} bytes makes no sense".format(self._unread))
+        return b"".join(bytes(piece) for piece in self.pieces())
+
+    def message(self, kind: type = dict) -> Any:
+        """Return the payload as a message of the kind that is expected."""
+        try:
+            message = json.loads(self.payload().decode("ascii"))
+        except ValueError as error:
+            raise StreamClosedError("a frame that makes no sense: {}".format(error)) from error
+        if not isinstance(message, kind):
+            raise StreamClosedError("a frame that makes no sense: {} expected".format(kind.__name__))
+        return message
+
+    def skip_until(self, wanted: int) -> None:
+        """Forget all frames up to one of a kind, and that one."""
+        while self.header() != wanted:
+            pass
+
+    def _read(self) -> None:
+        self.flush()
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end == _IN:
+            rest = bytes(self._in[self._start : self._end])
+            self._start, self._end = 0, len(rest)
+            self._in[: len(rest)] = rest
+        try:
+            count = os.readv(self._incoming, [self._in[self._end :]])
+        except OSError as error:
+            raise StreamClosedError(error.strerror) from error
+        if not count:
+            raise StreamClosedError("it has ended")
+        self.received = True
+        self._end += count

@@ -1,0 +1,363 @@
+"""Copies of files and folders between the manager and a host.
+
+The work is done by the same code on both sides (`lazycluster.agent`), over streams of their own, so that a large copy
+does not stand in the way of the agent's messages. On the manager a copy takes a thread while it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lazycluster.agent.files import destination, source
+from lazycluster.agent.receiver import Receiver
+from lazycluster.agent.sender import Sender
+from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
+from lazycluster.exceptions import LazyclusterError
+
+__all__ = ["TransferError", "TransferResult", "get", "send"]
+
+#: Copies at once, on all connections together: more do not make it faster.
+AT_ONCE = 8
+
+#: How long a cancelled copy is waited for, in seconds.
+_PATIENCE = 10.0
+
+Progress = Callable[[int, "int | None", int], object]
+
+_HINTS = {
+    errno.EACCES: "check the permissions of the path and of the directories above it, for the user that copies",
+    errno.EPERM: "check who owns the path, and what the file system allows",
+    errno.ENOSPC: "free some space there, or choose another destination; what was there before is unchanged",
+    errno.EDQUOT: "free some space there, or choose another destination; what was there before is unchanged",
+    errno.ENOENT: "check the path; relative ones start at the working directory on a host, at the current one here",
+    errno.ENOTDIR: "remove or rename what is in the way, or choose another destination",
+    errno.EISDIR: "remove or rename what is in the way, or choose another destination",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EROFS: "choose a destination that can be written to",
+}
+
+
+class HostConnection(Protocol):
+    """What a copy needs of a connection."""
+
+    host: str
+    at_close: list[Callable[[], Any]]
+    on_lost: list[Callable[[str], Any]]
+
+    def check(self) -> None:
+        """Raise an error if the connection cannot be used."""
+
+    async def bulk(self) -> socket.socket:
+        """Return a stream to a new process on the host that copies files."""
+
+
+class TransferError(LazyclusterError, OSError):
+    """A file or folder could not be copied. What was at the destination is unchanged, or completely replaced.
+
+    Attributes:
+        host: The host that was copied to or from.
+        side: Where it failed: ``manager``, or the host.
+        path: The path that it is about, as it is called on that side.
+        errno: The number of the system's error there, or None.
+        strerror: What is wrong.
+        hint: The next step.
+    """
+
+    def __init__(self, host: str, side: str, path: str, errno: int | None, strerror: str, hint: str = "") -> None:
+        LazyclusterError.__init__(self, host, side, path, errno, strerror, hint)
+        self.host = host
+        self.side = side
+        self.path = path
+        self.errno = errno
+        self.strerror = strerror
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = "the manager" if self.side == "manager" else self.side
+        # Names may hold anything: what a terminal cannot show is shown escaped.
+        path = self.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        path = path if path.isprintable() else repr(path)
+        message = f"{self.host}: cannot copy: {path} on {where}: {self.strerror}"
+        return f"{message}\n  Next step: {self.hint}" if self.hint else message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.side, self.path, self.errno, self.strerror, self.hint)
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """What a copy has done.
+
+    Attributes:
+        path: The path of the file or folder on the receiving side.
+        files: How many files the copy consists of.
+        bytes: Their bytes.
+        sent: How many of the files were sent.
+        skipped: How many of them were there already, unchanged.
+        seconds: How long it took.
+        left_out: What is neither file, folder nor link, with its kind: it is not copied.
+    """
+
+    path: str
+    files: int
+    bytes: int
+    sent: int
+    skipped: int
+    seconds: float
+    left_out: tuple[str, ...] = ()
+
+
+async def send(
+    connection: HostConnection,
+    local_path: str | os.PathLike[str],
+    remote_path: str | os.PathLike[str] | None = None,
+    *,
+    cwd: str,
+    env: Mapping[str, str],
+    progress: Progress | None = None,
+) -> TransferResult:
+    """Copy a file or folder to a host, with permissions, times and symbolic links. Unchanged files are not sent.
+
+    Args:
+        connection: The host.
+        local_path: File or folder; `~` and variables are expanded. A link is followed, one in a folder is kept.
+        remote_path: Where to; None: the same name in `cwd`. A file goes into a directory that exists, or if this ends
+            with a slash. A folder is merged into one that exists; with a slash at the end it goes into it.
+        cwd: Directory on the host that a relative `remote_path` starts at; made if it does not exist.
+        env: Variables that may stand in `remote_path`, beside those of the host.
+        progress: Called from another thread with the bytes done, the bytes in all (None while they are not known) and
+            the files done.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: If `local_path` is empty.
+        TransferError: If something cannot be read or written.
+        ConnectionLostError: If the connection has ended.
+    """
+    local = _local(local_path, "local_path")
+    request = {"op": "send", "path": _remote(remote_path), "cwd": cwd, "env": dict(env)}
+    here = os.getcwdb()
+
+    def copy(stream: Stream, tally: Tally) -> str:
+        sender = Sender(stream, lambda: source(local, here, {}), tally)
+        return str(sender.run().get("path", ""))
+
+    return await _Copy(connection, request, copy, os.fspath(local_path), progress).run()
+
+
+async def get(
+    connection: HostConnection,
+    remote_path: str | os.PathLike[str],
+    local_path: str | os.PathLike[str] | None = None,
+    *,
+    cwd: str,
+    env: Mapping[str, str],
+    progress: Progress | None = None,
+) -> TransferResult:
+    """Copy a file or folder from a host: `send` in the other direction.
+
+    Args:
+        connection: The host.
+        remote_path: File or folder on the host.
+        local_path: Where to; None: the same name in the current directory. See `send`.
+        cwd: Directory on the host that a relative `remote_path` starts at.
+        env: Variables that may stand in `remote_path`, beside those of the host.
+        progress: See `send`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: If `remote_path` is empty.
+        TransferError: If something cannot be read or written.
+        ConnectionLostError: If the connection has ended.
+    """
+    remote = _remote(remote_path)
+    if not remote:
+        raise ValueError("remote_path is empty: name the file or folder on the host")
+    local = None if local_path is None else _local(local_path, "local_path")
+    request = {"op": "get", "path": remote, "cwd": cwd, "env": dict(env)}
+    here = os.getcwdb()
+    asked = os.path.basename(raw(remote).rstrip(b"/"))
+
+    def place(folder: bool, name: bytes) -> tuple[bytes, bytes | None, bool]:
+        # The host chooses a name only where the path that was asked for has none.
+        plain = asked not in (b"", b".", b"..") and b"$" not in asked and not asked.startswith(b"~")
+        return destination(local, here, {}, folder, asked if plain else name)
+
+    def copy(stream: Stream, tally: Tally) -> str:
+        return os.fsdecode(Receiver(stream, place, tally).run())
+
+    return await _Copy(connection, request, copy, remote, progress).run()
+
+
+def _local(path: str | os.PathLike[str], name: str) -> bytes:
+    if not os.fspath(path):
+        raise ValueError(f"{name} is empty: name a file or folder")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"{name} holds a null character: {path!r}")
+    return os.fsencode(path)
+
+
+def _remote(path: str | os.PathLike[str] | None) -> str | None:
+    if path is not None and "\0" in os.fspath(path):
+        raise ValueError(f"remote_path holds a null character: {path!r}")
+    return None if path is None else os.fspath(path)
+
+
+class _Pool:
+    """The streams of one connection that wait for the next copy."""
+
+    def __init__(self, connection: HostConnection) -> None:
+        self._idle: list[socket.socket] = []
+        self._busy: set[socket.socket] = set()
+        connection.at_close.append(self.close)
+        connection.on_lost.append(lambda _: self.close())
+
+    async def take(self, connection: HostConnection) -> tuple[socket.socket, bool]:
+        """Return a stream, and whether it has been used before."""
+        while self._idle:
+            sock = self._idle.pop()
+            # It says nothing while it is idle: what can be read is its end.
+            waiting = select.poll()
+            waiting.register(sock, select.POLLIN)
+            if not waiting.poll(0):
+                self._busy.add(sock)
+                return sock, True
+            sock.close()
+        sock = await connection.bulk()
+        self._busy.add(sock)
+        return sock, False
+
+    def give_back(self, sock: socket.socket, usable: bool) -> None:
+        """Keep a stream for the next copy, or close it."""
+        if sock in self._busy and usable:
+            self._idle.append(sock)
+        else:
+            sock.close()
+        self._busy.discard(sock)
+
+    def close(self) -> None:
+        """Close the idle streams; those in use end, and are closed by who uses them."""
+        while self._idle:
+            self._idle.pop().close()
+        for sock in self._busy:
+            _hang_up(sock)
+        self._busy.clear()
+
+
+_pools: weakref.WeakKeyDictionary[HostConnection, _Pool] = weakref.WeakKeyDictionary()
+_limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Copy:
+    """One copy, from the side of the event loop."""
+
+    connection: HostConnection
+    request: dict[str, Any]
+    copy: Callable[[Stream, Tally], str]
+    path: str
+    progress: Progress | None
+
+    async def run(self) -> TransferResult:
+        limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
+        async with limit:
+            began = time.monotonic()
+            while True:
+                self.connection.check()
+                pool = _pools.get(self.connection) or _pools.setdefault(self.connection, _Pool(self.connection))
+                sock, used = await pool.take(self.connection)
+                work = _Work(self, sock)
+                try:
+                    await work.run()
+                finally:
+                    if work.ended.is_set():  # else a thread that cannot be ended still has it
+                        pool.give_back(sock, work.usable)
+                if work.error is None:
+                    break
+                if isinstance(work.error, StreamClosedError) and used and not work.answered:
+                    continue  # the process on the host had ended while it was idle
+                raise self._explained(work.error) from work.error
+        tally = work.tally
+        return TransferResult(
+            work.path, tally.files, tally.bytes, tally.sent, tally.skipped, time.monotonic() - began,
+            tuple(tally.left_out),
+        )  # fmt: skip
+
+    def _explained(self, error: BaseException) -> BaseException:
+        host = self.connection.host
+        if isinstance(error, CopyError):
+            side = host if error.remote else "manager"
+            path = os.fsdecode(error.path)
+            return TransferError(host, side, path, error.errno, error.message, _HINTS.get(error.errno or 0, ""))
+        if isinstance(error, StreamClosedError):
+            self.connection.check()
+            return TransferError(
+                host, host, self.path, None, f"the process that copies files on the host is gone: {error}",
+                "what was there before is unchanged; copy it again",
+            )  # fmt: skip
+        return error
+
+
+class _Work:
+    """One attempt at a copy, in a thread of its own."""
+
+    def __init__(self, copy: _Copy, sock: socket.socket) -> None:
+        self._copy = copy
+        self._sock = sock
+        self.ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.tally = Tally(copy.progress)
+        self.error: BaseException | None = None
+        self.path = ""
+        self.answered = False
+        self.usable = False
+
+    async def run(self) -> None:
+        """Have it done; a cancelled one is ended and cleaned up on both sides before this returns."""
+        threading.Thread(target=self._work, name=f"copy {self._copy.connection.host}", daemon=True).start()
+        try:
+            await self.ended.wait()
+        except asyncio.CancelledError:
+            _hang_up(self._sock)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.ended.wait(), _PATIENCE)
+            self.usable = False
+            raise
+
+    def _work(self) -> None:
+        try:
+            stream = Stream(self._sock.fileno(), self._sock.fileno())
+            try:
+                stream.put_json(REQUEST, self._copy.request)
+                self.path = self._copy.copy(stream, self.tally)
+                self.tally.finish()
+                self.usable = True
+            except CopyError as error:
+                self.usable = True
+                self.error = error
+            finally:
+                self.answered = stream.received
+        except BaseException as error:  # noqa: BLE001  (raised where the copy is waited for)
+            self.error = error
+        with contextlib.suppress(RuntimeError):  # the event loop has been closed
+            self._loop.call_soon_threadsafe(self.ended.set)
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,778 @@
+"""Copies against a real process of the agent's code on a stream, without ssh."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import pickle
+import random
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lazycluster.agent
+from lazycluster.agent import stream as frames
+from lazycluster.agent import tree
+from lazycluster.agent.expand import absolute, expand
+from lazycluster.agent.files import destination
+from lazycluster.agent.receiver import Receiver
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError
+from lazycluster.ssh.transfer import TransferError, TransferResult, get, send
+
+AGENT = Path(lazycluster.agent.__file__).parent
+SERVE = "import sys; sys.path.insert(0, sys.argv[1]); from agent.files import serve; serve(0, 1)"
+
+
+def old_python() -> str | None:
+    found = sorted(Path.home().glob(".pyenv/versions/3.8.*/bin/python3"))
+    return str(found[0]) if found else None
+
+
+class FakeConnection:
+    """What a connection offers to copies; the host is a process here."""
+
+    host = "host1"
+
+    def __init__(self, python: str = sys.executable, pipes: bool = False, unnamed: bool = True) -> None:
+        self.at_close: list = []
+        self.on_lost: list = []
+        self.state = "open"
+        self.processes: list[subprocess.Popen] = []
+        self._python = python
+        self._pipes = pipes
+        self._code = SERVE if unnamed else SERVE.replace("; serve", "; import agent.tree as t; t._UNNAMED = 0; serve")
+
+    def check(self) -> None:
+        if self.state != "open":
+            raise ConnectionLostError(self.host)
+
+    async def bulk(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        command = [self._python, "-IS", "-c", self._code, str(AGENT.parent)]
+        with theirs:
+            if self._pipes:
+                command = ["sh", "-c", 'cat | "$0" "$@" | cat', *command]
+            self.processes.append(
+                subprocess.Popen(command, stdin=theirs, stdout=theirs, start_new_session=True, close_fds=True)
+            )
+        return ours
+
+    def close(self) -> None:
+        for call in self.at_close:
+            call()
+        for process in self.processes:
+            process.wait(5)
+
+
+@pytest.fixture(params=["now", "3.8", "pipes", "named"])
+def any_host(request):
+    python = sys.executable
+    if request.param == "3.8":
+        python = old_python()
+        if python is None:
+            pytest.skip("no Python 3.8 here")
+    connection = FakeConnection(python, request.param == "pipes", request.param != "named")
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def host():
+    connection = FakeConnection()
+    yield connection
+    connection.close()
+
+
+def run(work, timeout=60):
+    return asyncio.run(asyncio.wait_for(work, timeout))
+
+
+def do_send(host, local, remote=None, cwd="", env=None, **more) -> TransferResult:
+    return run(send(host, local, remote, cwd=str(cwd), env=env or {}, **more))
+
+
+def do_get(host, remote, local=None, cwd="", env=None, **more) -> TransferResult:
+    return run(get(host, remote, local, cwd=str(cwd), env=env or {}, **more))
+
+
+def state(path) -> dict:
+    """All that a copy keeps."""
+    found = {}
+    path = os.fsencode(path)
+    for folder, folders, files in os.walk(path):
+        for name in [b"", *folders, *files]:
+            entry = os.path.join(folder, name) if name else folder
+            inode = os.lstat(entry)
+            content: object = None
+            if stat.S_ISLNK(inode.st_mode):
+                content = os.readlink(entry)
+            elif stat.S_ISREG(inode.st_mode):
+                content = hashlib.sha256(Path(os.fsdecode(entry)).read_bytes()).digest()
+            mode = 0 if stat.S_ISLNK(inode.st_mode) else inode.st_mode
+            found[os.path.relpath(entry, path)] = (stat.S_IFMT(inode.st_mode), mode, inode.st_mtime_ns, content)
+    return found
+
+
+def age(path, seconds=100.0):
+    """Make a file look as if it had been there for long, so that its size and time tell whether it has changed."""
+    then = time.time_ns() - int(seconds * 10**9) + 123_456
+    os.utime(path, ns=(then, then))
+
+
+def make_tree(root: Path) -> Path:
+    names = ["plain", "with space", "quo'te\"", "new\nline", "ünïcode ☃", "-dash", "$HOME", "~", "a" * 255, "b.part"]
+    (root / "sub dir" / "empty").mkdir(parents=True)
+    (root / "nested" / "deep" / "er").mkdir(parents=True)
+    for i, name in enumerate(names):
+        (root / name).write_bytes(os.urandom(i * 1000))
+        (root / "nested" / "deep" / name).write_text(name)
+        (root / name).chmod([0o644, 0o600, 0o755, 0o444, 0o640][i % 5])
+        age(root / name, 1000 + i)
+    raw = os.path.join(os.fsencode(root), b"not utf-8 \xff\xfe")
+    os.mkdir(raw)
+    Path(os.fsdecode(os.path.join(raw, b"\x80"))).write_bytes(b"x")
+    (root / "empty file").touch()
+    (root / "big").write_bytes(os.urandom(3_000_001))
+    (root / "link").symlink_to("plain")
+    (root / "dangling").symlink_to("nowhere/at all")
+    (root / "to folder").symlink_to("nested")
+    os.symlink(b"target \xff", os.path.join(os.fsencode(root), b"raw link \xff"))
+    (root / "read only").mkdir()
+    (root / "read only" / "file").write_text("x")
+    (root / "read only").chmod(0o555)
+    age(root / "sub dir")
+    age(root)
+    return root
+
+
+# --- both ways -------------------------------------------------------------------------------------
+def test_folder_both_ways(any_host, tmp_path):
+    source = make_tree(tmp_path / "source")
+    result = do_send(any_host, source, "remote", cwd=tmp_path)
+    assert result.path == str(tmp_path / "remote")
+    assert state(tmp_path / "remote") == state(source)
+    back = do_get(any_host, "remote", str(tmp_path / "back"), cwd=tmp_path)
+    assert state(tmp_path / "back") == state(source)
+    assert (back.files, back.bytes, back.sent, back.skipped) == (result.files, result.bytes, result.files, 0)
+    assert len(any_host.processes) == 1
+
+
+def test_again_sends_only_what_has_changed(any_host, tmp_path):
+    source = make_tree(tmp_path / "source")
+    first = do_send(any_host, source, tmp_path / "there")
+    again = do_send(any_host, source, tmp_path / "there")
+    assert (again.sent, again.skipped, again.bytes) == (0, first.files, first.bytes)
+    (source / "plain").write_text("changed")
+    (source / "with space").chmod(0o700)
+    (source / "link").unlink()
+    (source / "link").symlink_to("elsewhere")
+    (source / "read only").chmod(0o755)
+    (source / "read only" / "new").write_text("new")
+    (source / "read only").chmod(0o555)
+    again = do_send(any_host, source, tmp_path / "there")
+    assert again.sent == 2
+    then, now = state(source), state(tmp_path / "there")
+    # The folder itself was there before: its own mode and time are left alone.
+    assert {**now, b".": None} == {**then, b".": None}
+    assert do_get(any_host, str(tmp_path / "there"), str(source)).sent == 0
+
+
+def test_written_again_in_the_same_instant_is_noticed(host, tmp_path):
+    source = tmp_path / "file"
+    source.write_text("one")
+    inode = source.stat()
+    do_send(host, source, tmp_path / "there")
+    source.write_text("two")
+    os.utime(source, ns=(inode.st_mtime_ns, inode.st_mtime_ns))
+    assert do_send(host, source, tmp_path / "there").sent == 1
+    assert (tmp_path / "there").read_text() == "two"
+
+
+def test_folder_is_merged(host, tmp_path):
+    source, there = tmp_path / "source", tmp_path / "there"
+    for folder in (source, there):
+        (folder / "sub").mkdir(parents=True)
+    (source / "sub" / "new").write_text("new")
+    (there / "sub" / "old").write_text("old")
+    there.chmod(0o700)
+    do_send(host, source, there)
+    assert sorted(os.listdir(there / "sub")) == ["new", "old"]
+    assert stat.S_IMODE(there.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_trees(host, tmp_path, seed):
+    dice = random.Random(seed)
+    folders = [tmp_path / "source"]
+    folders[0].mkdir()
+    for i in range(900):
+        path = dice.choice(folders) / f"{i}{dice.choice('äß ☃$*')}"
+        kind = dice.random()
+        if kind < 0.1:
+            path.mkdir(mode=dice.choice([0o700, 0o755, 0o500]))
+            folders.append(path)
+        elif kind < 0.2:
+            path.symlink_to(dice.choice(["..", "/etc/passwd", str(i), "x/y"]))
+        else:
+            path.write_bytes(dice.randbytes(int(2 ** dice.uniform(0, 16))))
+            path.chmod(dice.choice([0o400, 0o644, 0o000, 0o751]))
+    do_send(host, tmp_path / "source", tmp_path / "there")
+    assert state(tmp_path / "there") == state(tmp_path / "source")
+    do_get(host, str(tmp_path / "there"), tmp_path / "back")
+    assert state(tmp_path / "back") == state(tmp_path / "source")
+
+
+# --- what source and destination mean --------------------------------------------------------------
+def test_where_a_file_goes(host, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "file.txt"
+    source.write_text("x")
+    work = tmp_path / "not" / "yet"
+    cases = {
+        None: "not/yet/file.txt",
+        "other": "not/yet/other",
+        "new/": "not/yet/new/file.txt",
+        "new": "not/yet/new/file.txt",
+        "deep/er/name": "not/yet/deep/er/name",
+        str(tmp_path / "abs"): "abs",
+        "~/home": "home/home",
+        "$WHERE/x": "in the env/x",
+        "${WHERE}/y": "in the env/y",
+        "$UNDEFINED_HERE": "not/yet/$UNDEFINED_HERE",
+        "~": "home/file.txt",
+        "../up": "not/up",
+    }
+    (tmp_path / "home").mkdir()
+    env = {"HOME": str(tmp_path / "home"), "WHERE": str(tmp_path / "in the env")}
+    for remote, wanted in cases.items():
+        result = do_send(host, "file.txt", remote, cwd=work, env=env)
+        assert (tmp_path / wanted).read_text() == "x", remote
+        assert os.path.samefile(result.path, tmp_path / wanted)
+
+
+def test_where_a_folder_goes(host, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").touch()
+    work = tmp_path / "work"
+    for remote, wanted in {None: "folder/x", "a/b": "a/b/x", "a/": "a/folder/x", "./": "folder/x"}.items():
+        do_send(host, "folder/", remote, cwd=work)
+        assert (work / wanted).exists(), remote
+
+
+def test_where_what_is_fetched_goes(host, tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    (there / "folder").mkdir(parents=True)
+    (there / "folder" / "x").write_text("x")
+    (there / "$name").write_text("literal")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HERE", "in")
+    assert do_get(host, "folder/x", cwd=there).path == str(here / "x")
+    assert do_get(host, "folder", cwd=there).path == str(here / "folder")
+    assert do_get(host, "folder/x", "$HERE/", cwd=there).path == str(here / "in" / "x")
+    assert do_get(host, "$name", cwd=there, env={"name": "folder/x"}).path == str(here / "$name")
+    assert do_get(host, "$F", cwd=there, env={"F": "folder/x"}).path == str(here / "x")
+    assert do_get(host, ".", "all/", cwd=there).path == str(here / "all" / "there")
+    assert (here / "$name").read_text() == "literal"
+
+
+def test_links_that_are_named_are_followed(host, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    do_send(host, tmp_path / "link", tmp_path / "there")
+    assert not (tmp_path / "there").is_symlink()
+    assert (tmp_path / "there").read_text() == "x"
+
+
+def test_expand():
+    env = {"HOME": "/h", "A": "/a b", "T": "~"}
+    assert expand(b"~/x", env) == b"/h/x"
+    assert expand(b"$A/${A}$", env) == b"/a b//a b$"
+    assert expand(b"$T/\xff", env) == b"~/\xff"
+    assert expand(b"~root", {}) == os.path.expanduser(b"~root")
+    assert expand(b"~nobody-of-that-name/x", {}) == b"~nobody-of-that-name/x"
+    assert absolute(b"x", b"~/w", env) == b"/h/w/x"
+    assert absolute(b"x", b"", env) == b"/h/x"
+
+
+# --- errors ----------------------------------------------------------------------------------------
+def fails(call, *args, **more) -> TransferError:
+    with pytest.raises(TransferError) as caught:
+        call(*args, **more)
+    assert isinstance(caught.value, LazyclusterError) and isinstance(caught.value, OSError)
+    assert "host1" in str(caught.value)
+    return caught.value
+
+
+def test_missing_source(host, tmp_path):
+    error = fails(do_send, host, tmp_path / "missing", tmp_path / "there")
+    assert (error.errno, error.side, error.path) == (errno.ENOENT, "manager", str(tmp_path / "missing"))
+    error = fails(do_get, host, "missing", tmp_path / "there", cwd=tmp_path)
+    assert (error.errno, error.side, error.path) == (errno.ENOENT, "host1", str(tmp_path / "missing"))
+    assert "Next step" in str(error)
+    (tmp_path / "dangling").symlink_to("nothing")
+    assert "link to nothing" in str(fails(do_send, host, tmp_path / "dangling", tmp_path / "there"))
+    assert sorted(os.listdir(tmp_path)) == ["dangling"]
+    assert len(host.processes) == 1
+
+
+def test_what_is_in_the_way(host, tmp_path):
+    (tmp_path / "file").write_text("file")
+    (tmp_path / "folder" / "file").mkdir(parents=True)
+    assert fails(do_send, host, tmp_path / "file", tmp_path / "folder").errno == errno.EISDIR
+    assert fails(do_send, host, tmp_path / "folder", tmp_path / "file").errno == errno.ENOTDIR
+    assert fails(do_get, host, str(tmp_path / "file"), tmp_path / "file" / "x").errno == errno.ENOTDIR
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("other")
+    error = fails(do_send, host, tmp_path / "folder", tmp_path / "other")
+    assert (error.errno, error.path) == (errno.ENOTDIR, str(tmp_path / "other" / "file"))
+    assert fails(do_send, host, tmp_path / "other", tmp_path / "folder").errno == errno.EISDIR
+    assert (tmp_path / "other" / "file").read_text() == "other"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "file").symlink_to("/tmp")
+    assert "symbolic link" in str(fails(do_send, host, tmp_path / "folder", tmp_path / "linked"))
+
+
+def test_name_too_long(host, tmp_path):
+    (tmp_path / "file").write_text("x")
+    error = fails(do_send, host, tmp_path / "file", "n" * 256, cwd=tmp_path)
+    assert (error.errno, error.side) == (errno.ENAMETOOLONG, "host1")
+    assert do_send(host, tmp_path / "file", "n" * 255, cwd=tmp_path).sent == 1
+
+
+def test_empty_and_impossible_names(host, tmp_path):
+    for bad in ("", "a\0b"):
+        with pytest.raises(ValueError, match="_path"):
+            do_send(host, bad)
+        with pytest.raises(ValueError, match="_path"):
+            do_get(host, bad)
+    (tmp_path / "file").touch()
+    assert fails(do_send, host, tmp_path / "file", "x/..", cwd=tmp_path).errno in (errno.EISDIR, errno.ENOENT)
+
+
+def test_special_files(host, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "named pipe" in str(fails(do_send, host, tmp_path / "pipe", tmp_path / "there"))
+    assert "device" in str(fails(do_get, host, "/dev/zero", tmp_path / "there"))
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    (tmp_path / "folder" / "file").write_text("x")
+    for call, source in ((do_send, tmp_path / "folder"), (do_get, str(tmp_path / "folder"))):
+        result = call(host, source, tmp_path / "there")
+        assert result.left_out == (f"{tmp_path}/folder/pipe is a named pipe",)
+        assert os.listdir(tmp_path / "there") == ["file"]
+    # They are not replaced, either, not even through a link.
+    assert "not replaced" in str(fails(do_send, host, tmp_path / "folder" / "file", tmp_path / "pipe"))
+    (tmp_path / "null").symlink_to("/dev/null")
+    assert "not replaced" in str(fails(do_send, host, tmp_path / "folder" / "file", tmp_path / "null"))
+
+
+def test_not_into_itself(host, tmp_path):
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    assert "into itself" in str(fails(do_send, host, tmp_path / "folder", tmp_path / "folder" / "sub" / "copy"))
+    assert "onto itself" in str(fails(do_send, host, tmp_path / "folder", tmp_path / "folder"))
+    (tmp_path / "file").write_text("x")
+    assert do_send(host, tmp_path / "file", tmp_path / "file").sent == 0
+    assert (tmp_path / "file").read_text() == "x"
+
+
+class Nobody(FakeConnection):
+    """The host's process runs as another user."""
+
+    async def bulk(self):
+        become = "import os, hashlib; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
+        self._code = SERVE.replace("serve(0", become + "serve(0")
+        return await super().bulk()
+
+
+@pytest.fixture
+def nobody():
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    connection = Nobody()
+    yield connection
+    connection.close()
+
+
+def test_no_permission(nobody, tmp_path):
+    host = nobody
+    (tmp_path / "file").write_text("secret")
+    (tmp_path / "file").chmod(0o600)
+    (tmp_path / "mine").mkdir(mode=0o755)
+    (tmp_path / "mine" / "file").write_text("before")
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 5 != 5 and str(folder).startswith("/tmp/"):
+            folder.chmod(0o755)
+    error = fails(do_get, host, str(tmp_path / "file"), tmp_path / "there")
+    assert (error.errno, error.side, error.path) == (errno.EACCES, "host1", str(tmp_path / "file"))
+    error = fails(do_send, host, tmp_path / "file", tmp_path / "mine" / "file")
+    assert (error.errno, error.side, error.path) == (errno.EACCES, "host1", str(tmp_path / "mine" / "file"))
+    assert "permissions" in error.hint
+    assert fails(do_send, host, tmp_path / "file", tmp_path / "mine" / "new" / "x").errno == errno.EACCES
+    assert (tmp_path / "mine" / "file").read_text() == "before"
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    libc = ctypes.CDLL(None, use_errno=True)
+    path = tmp_path / "disk"
+    path.mkdir()
+    if libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, b"size=1m") != 0:
+        pytest.skip("needs root, to mount a small disk")
+    yield path
+    libc.umount2(os.fsencode(path), 2)
+
+
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_disk_full(tmp_path, small_disk, unnamed):
+    host = FakeConnection(unnamed=unnamed)
+    (tmp_path / "big").write_bytes(os.urandom(30_000_000))
+    (small_disk / "big").write_text("before")
+    error = fails(do_send, host, tmp_path / "big", small_disk)
+    assert (error.errno, error.side, error.path) == (errno.ENOSPC, "host1", str(small_disk / "big"))
+    error = fails(do_get, host, str(tmp_path / "big"), small_disk)
+    assert (error.errno, error.side) == (errno.ENOSPC, "manager")
+    assert (small_disk / "big").read_text() == "before"
+    assert os.listdir(small_disk) == ["big"]
+    assert os.statvfs(small_disk).f_bfree > 250
+    # The stream is still good.
+    assert do_send(host, tmp_path / "big", tmp_path / "copy").sent == 1
+    assert len(host.processes) == 1
+    host.close()
+
+
+def test_source_that_changes(host, tmp_path):
+    source = tmp_path / "file"
+    source.write_bytes(bytes(20_000_000))
+
+    def grow(done, total, files):
+        with source.open("ab") as file:
+            file.write(b"x")
+
+    error = fails(do_send, host, source, tmp_path / "there", progress=grow)
+    assert "changed while it was being sent" in str(error)
+
+    def shrink(done, total, files):
+        os.truncate(source, 100)
+
+    source.write_bytes(bytes(20_000_000))
+    assert "changed" in str(fails(do_send, host, source, tmp_path / "there", progress=shrink))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_errors_survive_pickling():
+    error = pickle.loads(pickle.dumps(TransferError("h", "manager", "/x\n\udcff", 28, "No space left", "free some")))
+    assert (error.errno, error.strerror, error.path) == (28, "No space left", "/x\n\udcff")
+    str(error).encode()
+
+
+def test_progress(host, tmp_path):
+    seen: list[tuple] = []
+    make_tree(tmp_path / "source")
+    result = do_send(host, tmp_path / "source", tmp_path / "there", progress=lambda *args: seen.append(args))
+    assert seen[-1] == (result.bytes, result.bytes, result.files)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+
+
+# --- interruptions ---------------------------------------------------------------------------------
+@pytest.fixture
+def endless(tmp_path):
+    """A large file that takes no space, and a destination with a file of that name."""
+    source = tmp_path / "from" / "file"
+    source.parent.mkdir()
+    with source.open("wb") as file:
+        file.truncate(200 * 10**9)
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "file").write_text("before")
+    return source
+
+
+def slow(sock: socket.socket) -> None:
+    """Let little be on its way, so that a copy is surely in its middle."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
+
+
+async def in_the_middle(host, copying, seen: asyncio.Event):
+    task = asyncio.ensure_future(copying)
+    waiting = asyncio.ensure_future(seen.wait())
+    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return task
+
+
+def copying(host, way, source, target, seen, loop):
+    def progress(done, total, files):
+        if done > 1_000_000:
+            loop.call_soon_threadsafe(seen.set)
+
+    if way == "send":
+        return send(host, source, target, cwd="", env={}, progress=progress)
+    return get(host, str(source), target, cwd="", env={}, progress=progress)
+
+
+def settled(check, patience=5.0) -> bool:
+    deadline = time.monotonic() + patience
+    while not check():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.mark.parametrize("unnamed", [True, False])
+@pytest.mark.parametrize("way", ["send", "get"])
+@pytest.mark.parametrize("how", ["cancel", "kill", "terminate", "close"])
+def test_interrupted(tmp_path, endless, way, how, unnamed, monkeypatch):
+    host = FakeConnection(unnamed=unnamed)
+    if not unnamed:
+        monkeypatch.setattr(tree, "_UNNAMED", 0)
+    target = tmp_path / "to" / "file"
+
+    async def work():
+        seen = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        task = await in_the_middle(host, copying(host, way, endless, target, seen, loop), seen)
+        assert not task.done()
+        if how == "cancel":
+            task.cancel()
+        elif how == "close":
+            for call in host.at_close:
+                call()
+        else:
+            host.processes[0].send_signal(signal.SIGKILL if how == "kill" else signal.SIGTERM)
+        with pytest.raises(asyncio.CancelledError if how == "cancel" else TransferError):
+            await task
+
+    run(work())
+    # The process that served it ends, without anybody having to wait for a signal.
+    host.processes[0].wait(5)
+    left = ["file"]
+    if not unnamed and way == "send" and how == "kill":
+        # Only SIGKILL of the receiver, where the file system does not know files without names, leaves something.
+        left = sorted(os.listdir(target.parent))
+        assert len(left) == 2 and left[0].startswith(".file.lazycluster-") and left[0].endswith(".part")
+    assert settled(lambda: sorted(os.listdir(target.parent)) == left)
+    assert target.read_text() == "before"
+    host.close()
+
+
+def test_unfinished_files_are_private(tmp_path, endless):
+    host = FakeConnection(unnamed=False)
+
+    async def work():
+        seen = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        task = await in_the_middle(host, copying(host, "send", endless, tmp_path / "to/new", seen, loop), seen)
+        (part,) = set(os.listdir(tmp_path / "to")) - {"file"}
+        assert stat.S_IMODE((tmp_path / "to" / part).stat().st_mode) == 0o600
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(work())
+    host.close()
+
+
+def test_stream_that_ended_while_idle_is_replaced(host, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for _ in range(2):
+        do_send(host, tmp_path / "file", tmp_path / "there")
+        host.processes[-1].kill()
+        host.processes[-1].wait()
+    assert len(host.processes) == 2
+
+
+def test_lost_connection(host, tmp_path):
+    (tmp_path / "file").write_text("x")
+    do_send(host, tmp_path / "file", tmp_path / "there")
+    host.state = "lost"
+    for call in host.on_lost:
+        call("no answer")
+    host.processes[0].wait(5)
+    with pytest.raises(ConnectionLostError):
+        do_send(host, tmp_path / "file", tmp_path / "there")
+
+
+def test_many_at_once(host, tmp_path):
+    (tmp_path / "file").write_bytes(os.urandom(500_000))
+
+    async def work():
+        await asyncio.gather(
+            *(send(host, tmp_path / "file", str(tmp_path / f"to{i}"), cwd="", env={}) for i in range(30))
+        )
+
+    run(work())
+    assert len(host.processes) <= 8
+    assert {(tmp_path / f"to{i}").read_bytes() for i in range(30)} == {(tmp_path / "file").read_bytes()}
+
+
+# --- a host that means harm ------------------------------------------------------------------------
+class Hostile:
+    """Sends what it likes to a receiver of the manager."""
+
+    def __init__(self, root: Path, folder: bool = True) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.root = root
+        self.send(frames.START, {"folder": folder, "name": "x", "now": time.time_ns()})
+
+    def send(self, kind: int, payload) -> None:
+        import json
+
+        data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+        self.theirs.sendall(struct.pack("!BI", kind, len(data)) + data)
+
+    def file(self, name: str, content: bytes = b"evil") -> None:
+        import zlib
+
+        self.send(frames.ENTRIES, [["f", name, 1, 0o4755, len(content)]])
+        self.send(frames.DATA, content)
+        self.send(frames.LAST, frames.SUMMARY.pack(len(content), zlib.crc32(content), 0o4755, 1))
+
+    def outcome(self) -> Exception | None:
+        self.send(frames.END, [])
+        self.send(frames.ABORT, {})
+        self.theirs.shutdown(socket.SHUT_WR)
+        receiver = Receiver(
+            frames.Stream(self.ours.fileno(), self.ours.fileno()),
+            lambda folder, name: destination(os.fsencode(self.root), b"/", {}, folder, name),
+            frames.Tally(),
+        )
+        with contextlib.closing(self.ours), contextlib.closing(self.theirs):
+            try:
+                receiver.run()
+            except (frames.CopyError, frames.StreamClosedError) as error:
+                return error
+        return None
+
+
+@pytest.fixture
+def inside(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("mine")
+    yield tmp_path / "inside"
+    assert os.listdir(tmp_path / "outside") == ["file"]
+    assert (tmp_path / "outside" / "file").read_text() == "mine"
+    assert stat.S_IMODE((tmp_path / "outside").stat().st_mode) == 0o755
+    assert set(os.listdir(tmp_path)) <= {"inside", "outside"}
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside/file", "/outside/file", "..", ".", "", "a/../../outside/file", "a//b", "x\0y", "sub/.."]
+)
+def test_names_that_lead_out_are_refused(inside, name):
+    hostile = Hostile(inside)
+    hostile.send(frames.ENTRIES, [["d", "a", 1, 0o755, 0], ["d", "sub", 1, 0o755, 0]])
+    hostile.file(name)
+    assert "refused" in str(hostile.outcome())
+
+
+@pytest.mark.parametrize("made_before", [True, False])
+def test_nothing_is_written_through_links(inside, made_before):
+    hostile = Hostile(inside)
+    if made_before:
+        inside.mkdir()
+        (inside / "way").symlink_to("../outside")
+    else:
+        hostile.send(frames.ENTRIES, [["l", "way", 1, "../outside"]])
+    hostile.file("way/new")
+    assert "refused" in str(hostile.outcome())
+
+
+def test_a_folder_that_is_a_link_is_refused(inside):
+    hostile = Hostile(inside)
+    hostile.send(frames.ENTRIES, [["l", "way", 1, "../outside"], ["d", "way", 1, 0o777, 0]])
+    assert "symbolic link" in str(hostile.outcome())
+
+
+def test_a_file_replaces_a_link_and_does_not_follow_it(inside):
+    hostile = Hostile(inside)
+    hostile.send(frames.ENTRIES, [["l", "file", 1, "../outside/file"]])
+    hostile.file("file")
+    assert hostile.outcome() is None
+    assert (inside / "file").read_bytes() == b"evil"
+    # Never a program that runs as its owner.
+    assert stat.S_IMODE((inside / "file").stat().st_mode) == 0o755
+
+
+def test_one_file_stays_one_file(inside):
+    inside.mkdir()
+    hostile = Hostile(inside / "wanted", folder=False)
+    hostile.file("../../outside/file")
+    assert hostile.outcome() is None
+    assert os.listdir(inside) == ["wanted"]
+
+
+@pytest.mark.parametrize("name", ["../outside/file", "..", "", "/etc/passwd"])
+def test_name_that_the_host_chooses(tmp_path, name):
+    with pytest.raises(frames.CopyError):
+        destination(None, os.fsencode(tmp_path), {}, False, os.fsencode(name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (frames.ENTRIES, [[]]),
+        (frames.ENTRIES, {"a": 1}),
+        (frames.ENTRIES, [["f", "x", 10**30, 0, 1]]),
+        (frames.ENTRIES, [["f", "x", "soon", 0, 1]]),
+        (frames.ENTRIES, [["c", "x", 1, 0, 1]]),
+        (frames.ENTRIES, [["f", 7, 1, 0, 1]]),
+        (frames.ENTRIES, b"\xff"),
+        (frames.DATA, b"x"),
+        (frames.LAST, b"x"),
+        (frames.SAME, frames.SUMMARY.pack(1, 1, 1, 1)),
+        (frames.START, {}),
+        (frames.NEED, b"x"),
+        (99, b""),
+    ],
+)
+def test_nonsense_is_an_error(inside, kind, payload):
+    hostile = Hostile(inside)
+    hostile.send(kind, payload)
+    assert hostile.outcome() is not None
+
+
+def test_damage_is_noticed(inside):
+    hostile = Hostile(inside)
+    hostile.send(frames.ENTRIES, [["f", "x", 1, 0o644, 4]])
+    hostile.send(frames.DATA, b"1234")
+    hostile.send(frames.LAST, frames.SUMMARY.pack(4, 12345, 0o644, 1))
+    assert "damaged" in str(hostile.outcome())
+    assert os.listdir(inside) == []
+
+
+def test_memory_stays_small(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from agent.files import serve; serve(0, 1); "
+        "print([line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line][0], file=sys.stderr)"
+    )
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, "-IS", "-c", code, str(AGENT.parent)], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE
+    )
+    theirs.close()
+    connection = FakeConnection()
+
+    async def bulk():
+        return ours
+
+    connection.bulk = bulk
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(300_000_000)
+    do_send(connection, tmp_path / "big", tmp_path / "there")
+    connection.close()
+    _, said = process.communicate(timeout=10)
+    assert int(said) < 30_000  # KiB
