@@ -24,6 +24,8 @@ from sshhosts.loopback import LoopbackHosts
 _HERE = Path(__file__).parent
 _CLONE_NEWNET = 0x40000000
 _MARKER = f"LAZYCLUSTER_TEST_RUN={os.getpid()}"
+# The default key exchange costs a tenth of a second of CPU for every login, and it is not what is tested.
+_QUICK = {"KexAlgorithms": "curve25519-sha256"}
 _DIRECTORY_MARKERS = ("unit", "integration", "faults")
 
 _own_network = False
@@ -133,7 +135,7 @@ def hosts(_pools: dict[str, Hosts | LoopbackHosts], request: pytest.FixtureReque
 def _three_hosts() -> Hosts | LoopbackHosts:
     try:
         require_namespaces()
-        return Hosts(3).start()
+        return Hosts(3, sshd=_QUICK).start()
     except HostsUnavailableError as reason:
         if os.environ.get("LAZYCLUSTER_TEST_NEED_HOSTS"):
             pytest.fail(str(reason))
@@ -164,6 +166,8 @@ def make_hosts(request: pytest.FixtureRequest) -> Iterator[Callable[..., Hosts]]
             require_namespaces()
         except HostsUnavailableError as reason:
             _skip(reason)
+        options["sshd"] = {**_QUICK, **options.get("sshd", {})}
+        options["bastion_sshd"] = {**_QUICK, **options.get("bastion_sshd", {})}
         try:
             made.append(Hosts(count, **options).start())
         except HostsUnavailableError as reason:

@@ -72,6 +72,18 @@ def test_power_and_cable(make_hosts):
     assert ssh(hosts, "host2", "hostname") == "host2"
 
 
+def test_narrow_link(make_hosts):
+    hosts = make_hosts(1)
+    try:
+        hosts[0].slow(rate="8mbit")
+    except HostsUnavailableError as reason:
+        pytest.skip(str(reason))
+    start = time.monotonic()
+    client = ["ssh", "-F", hosts.config_file, "host1", "cat > /dev/null"]
+    subprocess.run(client, input=bytes(1_000_000), check=True)
+    assert time.monotonic() - start > 0.7
+
+
 def test_slow_link(make_hosts):
     hosts = make_hosts(1)
     try:

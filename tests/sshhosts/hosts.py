@@ -474,7 +474,8 @@ def remove_stale() -> None:
     for directory in Path("/tmp").glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError, ValueError):
             pid = int((directory / "supervisor.pid").read_text())
-            if not os.path.exists(f"/proc/{pid}"):
+            found = procfs.process(pid)
+            if found is None or found.state == "Z":
                 shutil.rmtree(directory, ignore_errors=True)
 
 
