@@ -6,7 +6,8 @@ Each host is a real OpenSSH server in namespaces of its own: address, loopback, 
         subprocess.run(["ssh", "-F", hosts.config_file, "host1", "hostname"])
 """
 
-from sshhosts.hosts import LIVE, Host, Hosts, make_keys, remove_stale, require_namespaces
+from sshhosts.host import Host
+from sshhosts.hosts import LIVE, Hosts, make_keys, remove_stale, require_namespaces
 from sshhosts.options import PASSWORD, HostsFailedError, HostsUnavailableError, Options, find_python
 
 __all__ = [

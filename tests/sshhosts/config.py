@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sshhosts.options import PASSWORD_HASH, Options, private_parents, visible_paths
 
 if TYPE_CHECKING:
-    from sshhosts.hosts import Host
+    from sshhosts.host import Host
 
 _ACCOUNTS = {"lazy": 1000, "mallory": 1001}
 
