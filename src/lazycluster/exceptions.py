@@ -14,6 +14,7 @@ __all__ = [
     "ConnectionLostError",
     "GroupTaskError",
     "InvalidRuntimeError",
+    "InvalidRuntimesError",
     "LazyclusterError",
     "NoPortsLeftError",
     "NoRuntimesDetectedError",
@@ -55,6 +56,26 @@ class InvalidRuntimeError(LazyclusterError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.host, self.reason, self.detail, self.hint)
+
+
+class InvalidRuntimesError(InvalidRuntimeError):
+    """Several hosts cannot be used as runtimes.
+
+    Attributes:
+        errors: One error per host.
+        reason: What they have in common, else ``several``.
+    """
+
+    def __init__(self, errors: Sequence[InvalidRuntimeError]) -> None:
+        self.errors = list(errors)
+        reasons = {error.reason for error in self.errors}
+        hosts = ", ".join(error.host for error in self.errors)
+        detail = "\n".join(str(error) for error in self.errors)
+        hint = 'leave them out, or go on without them with on_unreachable="skip"'
+        super().__init__(hosts, reasons.pop() if len(reasons) == 1 else "several", detail, hint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.errors,)
 
 
 class ConnectionLostError(LazyclusterError):
@@ -100,7 +121,7 @@ class TaskExecutionError(LazyclusterError):
         task: The name of the task.
         step: The index of the step, from 0.
         what: The command line, the function's name or the file of the step.
-        exit_status: The exit status of a command or a function's process; negative: the signal that ended it; else None.
+        exit_status: The exit status of a command or a function's process; negative: the signal that ended it.
         output: The end of what the step printed.
         log_file: The file with all that it printed, or None.
     """
@@ -126,6 +147,16 @@ class TaskExecutionError(LazyclusterError):
         self.output = output
         self.log_file = log_file
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _task_error, (type(self), dict(self.__dict__))
+
+
+def _task_error(cls: type[TaskExecutionError], values: dict[str, Any]) -> TaskExecutionError:
+    error = cls.__new__(cls, values["message"])
+    Exception.__init__(error, values["message"])
+    error.__dict__.update(values)
+    return error
 
 
 class GroupTaskError(TaskExecutionError):

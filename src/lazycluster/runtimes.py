@@ -15,7 +15,7 @@ from lazycluster._runtime.ledger import Ledger, join_all
 from lazycluster._runtime.questions import HostQuestions
 from lazycluster._runtime.session import HostSpec, Session
 from lazycluster.ssh.connection import Connection
-from lazycluster.ssh.tunnels import check_port, close_tunnels, open_from_runtime, open_to_runtime
+from lazycluster.ssh.tunnels import Tunnel, check_port, close_tunnels, open_from_runtime, open_to_runtime
 from lazycluster.tasks.execution import Context, settled
 from lazycluster.tasks.handles import ProcessHandle
 from lazycluster.tasks.task import RuntimeTask
@@ -113,6 +113,11 @@ class Runtime(HostQuestions):
         return self._session.working_dir
 
     @property
+    def has_temporary_working_dir(self) -> bool:
+        """Whether the working directory was made for this runtime alone, and is removed at the end."""
+        return self._session.spec.working_dir is None
+
+    @property
     def class_name(self) -> str:
         """The name of the class."""
         return type(self).__name__
@@ -121,6 +126,11 @@ class Runtime(HostQuestions):
     def connection(self) -> Connection:
         """The connection to the host; for the layers above."""
         return self._session.connection
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the process that made the runtime, not a forked child of it."""
+        return self._session.is_ours
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -369,6 +379,10 @@ class Runtime(HostQuestions):
         check_port(runtime_port, "runtime_port")
         return self._ledger.add_exposure(self._wait(open_from_runtime(self.connection, runtime_port, local_port)))
 
+    def note_exposure(self, tunnel: Tunnel) -> str:
+        """Take over a tunnel that was opened for this runtime, and return its key; for the layers above."""
+        return self._ledger.add_exposure(tunnel)
+
     # --- processes -----------------------------------------------------------------------------
     @property
     def task_processes(self) -> list[ProcessHandle]:
@@ -440,7 +454,7 @@ class Runtime(HostQuestions):
 
         Results of tasks stay readable. Doing it again does nothing. Errors that nobody has asked for are logged.
         """
-        if self._session.is_ours:
+        if self.is_ours:
             _loop.run(self.cleanup_soon())
 
     async def cleanup_soon(self) -> None:
@@ -513,4 +527,3 @@ def _may_ask() -> bool:
         return sys.stdin.isatty() and sys.stderr.isatty()
     except (AttributeError, ValueError):
         return False
-

@@ -80,6 +80,18 @@ class HostQuestions:
     def _ask(self, op: str, **params: Any) -> dict[str, Any]:
         return self._wait(self._session.ask(op, **params))
 
+    async def ask(self, op: str, **params: Any) -> dict[str, Any]:
+        """Ask the agent of the host something, under a deadline; for the layers above, on the loop.
+
+        Args:
+            op: The request.
+            **params: Its parameters.
+
+        Raises:
+            AgentError: If the answer is an error.
+        """
+        return await self._session.ask(op, **params)
+
     # --- the machine ---------------------------------------------------------------------------
     @property
     def info(self) -> dict[str, Any]:
@@ -88,13 +100,15 @@ class HostQuestions:
         A new dictionary with ``os``, ``cpu_cores`` and ``memory`` (bytes; what the host's control groups allow),
         ``python_version``, ``gpus``, and more: load, free memory, disk.
         """
-        future = self._begin_info()
-        return dict(future.result(ANSWER_LIMIT + 5))
+        return dict(self.fill_info_buffer().result(ANSWER_LIMIT + 5))
 
-    def _begin_info(self) -> concurrent.futures.Future[dict[str, Any]]:
+    def fill_info_buffer(self) -> concurrent.futures.Future[dict[str, Any]]:
+        """Ask for :attr:`info` unless it was asked before, without waiting for the answer."""
         with self._info_lock:
-            failed = self._info is not None and self._info.done() and (
-                self._info.cancelled() or self._info.exception() is not None
+            failed = (
+                self._info is not None
+                and self._info.done()
+                and (self._info.cancelled() or self._info.exception() is not None)
             )
             if self._info is None or failed:
                 self._session.check()

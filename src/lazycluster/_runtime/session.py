@@ -125,23 +125,29 @@ class Session:
         weakref.finalize(self, _let_go, lease, self._owner, self._let_go_done).atexit = False
 
     @classmethod
-    async def open(cls, spec: HostSpec, lease: Lease | None = None) -> Session:
+    async def open(cls, spec: HostSpec, like: Session | None = None) -> Session:
         """Connect, run the set-up, find the interpreter, make the working directory.
 
         Args:
             spec: What the user said of the host.
-            lease: An open connection to the host, where there is one.
+            like: A session on the same host whose connection, environment and interpreter are to be shared.
 
         Raises:
             InvalidRuntimeError: If the host cannot be used, with the reason.
         """
-        if lease is None:
+        if like is None:
             connection = spec.connection()
             await connection.open()
-            lease = Lease(connection)
-        session = cls(spec, lease)
+            session = cls(spec, Lease(connection))
+        else:
+            like.check()
+            session = cls(spec, like.lease)
         try:
-            await session._prepare()
+            if like is None:
+                await session._prepare()
+            else:
+                session.base_env, session.python = like.base_env, like.python
+            session.working_dir = await session._make_working_dir()
         except BaseException as error:
             await session.close()
             if isinstance(error, (AgentError, ConnectionLostError)):
@@ -156,7 +162,6 @@ class Session:
             self.python = await self._matching_python()
         elif self.spec.python is not None:
             await self._check_python(self.spec.python)
-        self.working_dir = await self._make_working_dir()
 
     async def _run_setup(self, script: str) -> dict[str, str]:
         shell = self.spec.shell if os.path.basename(self.spec.shell or "") in _POSIX_SHELLS else None

@@ -194,9 +194,7 @@ class Execution:
             raise
         else:
             self.work.pid = None
-            result = StepResult(
-                self._log.end_step(step.label), result.exit_status, result.value, result.has_value
-            )
+            result = StepResult(self._log.end_step(step.label), result.exit_status, result.value, result.has_value)
         finally:
             self.results.append(result)
 

@@ -16,6 +16,7 @@ from .steps import GetFile, RunCommand, RunFunction, SendFile, Step, StepResult
 
 if TYPE_CHECKING:
     from lazycluster.ssh.link import Channel
+    from lazycluster.ssh.transfer import TransferResult
 
     from .execution import Context
     from .pickling import PickledCall
@@ -190,15 +191,26 @@ async def _send_file(step: SendFile, context: Context, env: Mapping[str, str], w
         result = await transfer.send(
             context.connection, step.local_path, step.remote_path, cwd=context.cwd, env=dict(env)
         )
-    work.write(f"{result}\n".encode())
+    work.write(_summary("sent", step.local_path, f"{context.host}:{result.path}", result))
     return StepResult()
 
 
 async def _get_file(step: GetFile, context: Context, env: Mapping[str, str], work: Work) -> StepResult:
     from lazycluster.ssh import transfer
 
-    target = step.target()
-    with fetched.claimed(target, context.host):
-        result = await transfer.get(context.connection, step.remote_path, target, cwd=context.cwd, env=dict(env))
-    work.write(f"{result}\n".encode())
+    with fetched.claimed(step.target(), context.host):
+        result = await transfer.get(
+            context.connection, step.remote_path, step.local_path, cwd=context.cwd, env=dict(env)
+        )
+    work.write(_summary("got", f"{context.host}:{step.remote_path}", result.path, result))
     return StepResult()
+
+
+def _summary(verb: str, source: str, target: str, result: TransferResult) -> bytes:
+    files = f"{result.files} file" + ("s" if result.files != 1 else "")
+    text = f"{verb} {source} as {target}: {files}, {result.bytes} bytes"
+    if result.skipped:
+        text += f"; {result.skipped} of them were there already, unchanged"
+    for left_out in result.left_out:
+        text += f"\nnot copied: {left_out}"
+    return f"{text}\n".encode("utf-8", "backslashreplace")

@@ -58,11 +58,11 @@ class GetFile:
         return f"get {self.remote_path}"
 
     def target(self) -> str:
-        """Return the path on the manager that is written."""
+        """Return the path on the manager that is written, as far as it can be told without asking the host."""
         name = PurePath(self.remote_path).name or "file"
         if self.local_path is None:
             return str(Path(name).absolute())
-        local = Path(self.local_path).expanduser().absolute()
+        local = Path(os.path.expandvars(self.local_path)).expanduser().absolute()
         return str(local / name if self.local_path.endswith("/") or local.is_dir() else local)
 
 

@@ -82,11 +82,26 @@ class RuntimeTask:
 
     def _add(self, step: Step) -> RuntimeTask:
         with self._lock:
-            if self._execution is not None and not self._execution.is_over:
-                raise LazyclusterError(
-                    f"task {self.name!r} is being executed: a step added now would never be carried out"
-                )
+            self._refuse_while_running()
             self._steps.append(step)
+        return self
+
+    def _refuse_while_running(self) -> None:
+        if self._execution is not None and not self._execution.is_over:
+            raise LazyclusterError(f"task {self.name!r} is being executed: a step added now would never be carried out")
+
+    def replace_steps(self, steps: Sequence[Step]) -> RuntimeTask:
+        """Take other steps instead of the present ones; for the layers above.
+
+        Args:
+            steps: The new ones.
+
+        Returns:
+            The task itself.
+        """
+        with self._lock:
+            self._refuse_while_running()
+            self._steps = list(steps)
         return self
 
     def send_file(self, local_path: str | os.PathLike[str], remote_path: str | None = None) -> RuntimeTask:
@@ -378,10 +393,10 @@ class RuntimeTask:
             self._execution.report()
 
     # --- copies --------------------------------------------------------------------------------
-    def _copy(self, steps: list[Step] | None = None) -> RuntimeTask:
+    def _copy(self) -> RuntimeTask:
         copy = type(self).__new__(type(self))
         RuntimeTask.__init__(copy, self.name)
-        copy._steps = list(self._steps if steps is None else steps)
+        copy._steps = list(self._steps)
         copy._env = dict(self._env)
         return copy
 
