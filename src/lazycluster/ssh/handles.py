@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -127,5 +128,14 @@ async def close_tunnels(tunnels: Iterable[Tunnel]) -> None:
             per_connection.setdefault(tunnel._request.connection, []).append(tunnel._request.forward)
         if tunnel._undo is not None:
             others.append(tunnel._undo())
-    closing = [mux_of(connection).close_forwards(forwards) for connection, forwards in per_connection.items()]
+    closing = [_close_on(connection, forwards) for connection, forwards in per_connection.items()]
     await asyncio.gather(*closing, *others)
+
+
+async def _close_on(connection: Connection, forwards: list[Forward]) -> None:
+    with contextlib.suppress(LazyclusterError):  # a connection that has ended took its tunnels along
+        await mux_of(connection).close_forwards(forwards)
+        if any(forward.direction is Direction.REMOTE for forward in forwards):
+            # ssh says "ok" when it has asked the host, without waiting. The host's sshd takes things in order: once
+            # the agent behind it has answered, the listeners are closed.
+            await connection.request("ping")

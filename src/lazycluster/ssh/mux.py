@@ -182,7 +182,9 @@ class Mux:
             raise
 
     async def close_forwards(self, forwards: Sequence[Forward]) -> list[MuxError | None]:
-        """Close forwardings: their ports no longer listen, but connections through them go on.
+        """Close forwardings: connections through them go on, but their ports no longer listen.
+
+        ssh does not wait for the host: a port on the host may still listen for a round trip's time.
 
         Args:
             forwards: What to close, exactly as it was opened (with port 0 where the host chose).
