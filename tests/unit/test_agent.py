@@ -65,11 +65,11 @@ def carrying(text: str) -> list[int]:
 def test_command_output_and_status() -> None:
     async def body(connection: LocalConnection) -> None:
         assert await run(connection, "echo out; echo err >&2; exit 3") == (
-            {"exit": 3, "signal": None, "ok": True},
+            {"exit": 3, "signal": None},
             b"out\n",
             b"err\n",
         )
-        assert (await run(connection, "kill -9 $$"))[0] == {"exit": None, "signal": 9, "ok": True}
+        assert (await run(connection, "kill -9 $$"))[0] == {"exit": None, "signal": 9}
         assert (await run(connection, "echo a; echo b >&2", merge=True))[1] == b"a\nb\n"
         assert (await run(connection, "cat"))[1] == b""  # no input: it ends at once
 
@@ -114,7 +114,7 @@ def test_unknown_and_broken_requests_harm_nothing() -> None:
             await connection.request("nonsense")
         with pytest.raises(AgentError, match="KeyError"):
             await connection.request("ports")
-        assert await connection.request("ping") == {"ok": True}
+        assert await connection.request("ping") == {}
 
     with_agent(body)
 

@@ -210,7 +210,7 @@ class Ending:
 
     Args:
         loop: The reactor.
-        find: Returns those that still live.
+        find: Returns those that still live, parents before children: so a parent does not react to a child's end.
         on_end: Is called when none is left.
         stages: (signal, seconds until the next stage) in order; the last is repeated until none is left.
     """
@@ -231,14 +231,14 @@ class Ending:
         self._step()
 
     def _step(self) -> None:
-        alive = set(self._find())
+        alive = list(self._find())
         if not alive:
             self._on_end()
             return
         number, patience = self._stages[0]
         # Repeated for those that appeared since, and for ever in the last stage: a process may fork while it is ended.
-        send_signal(alive if number == signal.SIGKILL else alive - self._told, number)
-        self._told |= alive
+        send_signal(alive if number == signal.SIGKILL else [pid for pid in alive if pid not in self._told], number)
+        self._told.update(alive)
         self._waited += self._LOOK_EVERY
         if self._waited >= patience and len(self._stages) > 1:
             del self._stages[0]
@@ -248,16 +248,16 @@ class Ending:
 
 
 def tree_of(pid: int, started: Optional[int], task: str) -> List[int]:
-    """Return what belongs to a task: its first process, its descendants, and whatever carries its marker.
+    """Return what belongs to a task: its first process, its descendants, and whatever carries its marker, in this order.
 
     Args:
         pid: The first process.
         started: When it started; if the number belongs to another process by now, only the marker counts.
         task: The value of the marker, "" for none.
     """
-    found = set()
+    found: List[int] = []
     if started is not None and start_time(pid) == started:
-        found = {pid, *descendants([pid])}
+        found = [pid, *descendants([pid])]
     if task:
-        found.update(other for other, value in marks(TASK_MARKER) if value == task)
-    return sorted(found - {os.getpid(), 0, 1})
+        found += [other for other, value in marks(TASK_MARKER) if value == task and other not in found]
+    return [pid for pid in found if pid not in (os.getpid(), 0, 1)]

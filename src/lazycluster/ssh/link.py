@@ -49,9 +49,9 @@ class Channel:
             ConnectionLostError: If the connection ended before the answer came.
         """
         message = await asyncio.shield(self._done)
-        if message.get("ok"):
+        if message.pop("ok", False):
             return message
-        evidence = {key: value for key, value in message.items() if key not in ("ok", "error", "message")}
+        evidence = {key: value for key, value in message.items() if key not in ("error", "message")}
         raise AgentError(self._link.host, str(message.get("error")), str(message.get("message")), evidence)
 
     async def send(self, data: bytes | memoryview) -> None:
@@ -65,7 +65,7 @@ class Channel:
             part = view[: min(self._credit, wire.MAX_PAYLOAD)]
             self._credit -= len(part)
             view = view[len(part) :]
-            await self._link.send(wire.frame(self._number, wire.INPUT, bytes(part)))
+            await self._link.send(wire.HEADER.pack(len(part), self._number, wire.INPUT), part)
 
     async def send_end(self) -> None:
         """Say that no more input comes."""
@@ -178,20 +178,20 @@ class AgentLink:
         self._channels.pop(number, None)
 
     # --- out -----------------------------------------------------------------------------------
-    def send_soon(self, data: bytes) -> None:
+    def send_soon(self, *parts: bytes | memoryview) -> None:
         """Queue a frame, however much waits already; for short ones."""
         if self._lost_error is None:
-            self._queue.append(memoryview(data))
-            self._queued += len(data)
+            self._queue.extend(memoryview(part) for part in parts)
+            self._queued += sum(map(len, parts))
             if not self._writing:
                 self._flush()
 
-    async def send(self, data: bytes) -> None:
-        """Queue a frame once there is room for it."""
+    async def send(self, *parts: bytes | memoryview) -> None:
+        """Queue a frame, which may be in parts, once there is room for it."""
         while self._queued > _HIGH_WATER and self._lost_error is None:
             self._room.clear()
             await self._room.wait()
-        self.send_soon(data)
+        self.send_soon(*parts)
 
     def _flush(self) -> None:
         try:

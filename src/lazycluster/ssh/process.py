@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
 _TAIL = 16 * 1024
+_PIPE_SIZE = 1024 * 1024
 
 
 class WatchedProcess:
@@ -50,6 +52,9 @@ class WatchedProcess:
         """Return the descriptors of its output and its input; from now on they are the caller's to close."""
         assert self._popen.stdin and self._popen.stdout
         streams = os.dup(self._popen.stdout.fileno()), os.dup(self._popen.stdin.fileno())
+        for stream in streams:
+            with contextlib.suppress(OSError, AttributeError):  # no Linux, or the user's limit for pipes is used up
+                fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
         self._close_streams()
         return streams
 
