@@ -248,7 +248,7 @@ class Ending:
 
 
 def tree_of(pid: int, started: Optional[int], task: str) -> List[int]:
-    """Return what belongs to a task: its first process, its descendants, and whatever carries its marker, in this order.
+    """Return what belongs to a task: its first process, its descendants, then whatever carries its marker.
 
     Args:
         pid: The first process.
