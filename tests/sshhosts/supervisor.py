@@ -5,7 +5,6 @@ serves requests (one JSON line each) until its input ends or it is told to termi
 dies with this process, and all others of the host with the first, so that nothing survives, however this one ends.
 """
 
-import ctypes
 import json
 import os
 import select
@@ -15,28 +14,18 @@ import subprocess
 import sys
 import time
 
+# It runs isolated (-I), which leaves its own directory out.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from furniture import check, furnish, libc
+
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 PR_SET_PDEATHSIG = 1
 
 START_DEADLINE = 20.0  # seconds for all hosts together, on a busy machine
-
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def check(result, what):
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-
-
-def mount(source, target, kind=None, flags=0, data=None):
-    arguments = [value.encode() if isinstance(value, str) else value for value in (source, target, kind, data)]
-    check(libc.mount(arguments[0], arguments[1], arguments[2], ctypes.c_ulong(flags), arguments[3]), f"mount {target}")
 
 
 def unshare(flags):
@@ -58,9 +47,8 @@ def ip_batch(lines, netns=None):
         raise OSError(f"ip failed: {outcome.stderr.strip() or outcome.stdout.strip()}; the commands were: {lines}")
 
 
-def write(path, text, mode=0o644):
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
-        file.write(text)
+def mac_of(address):
+    return "02:4c:" + ":".join(f"{int(part):02x}" for part in address.split("."))
 
 
 class Host:
@@ -107,13 +95,21 @@ class Host:
         lines = []
         for number, interface in enumerate(self.spec["interfaces"]):
             port = f"{self.spec['name'][:10]}-{number}"
-            # From the address, so that a host that comes back is found under what its neighbours remember.
-            mac = "02:4c:" + ":".join(f"{int(part):02x}" for part in interface["address"].split("."))
+            mac = mac_of(interface["address"])
             peer = f"peer name eth{number} address {mac} netns {self.pid}"
             lines.append(f"link add name {port} type veth {peer}")
             lines.append(f"link set dev {port} master {interface['bridge']}")
             lines.append(f"link set dev {port} up")
         return lines
+
+    def neighbours(self, interface):
+        """``ip`` commands that make the host known to the manager, whose port is given.
+
+        Nobody is asked for the host's address on the wire then: one that is off is a time-out, as behind any
+        router, and one that is back is found at once.
+        """
+        front = [entry["address"] for entry in self.spec["interfaces"] if entry["bridge"] == "front"]
+        return [f"neigh replace {address} lladdr {mac_of(address)} dev {interface} nud permanent" for address in front]
 
     def release(self):
         os.write(self.go, b"1")
@@ -179,67 +175,6 @@ def reap(sshd):
                 raise OSError(f"sshd did not start: {said.strip()}")
 
 
-def furnish(spec):
-    """Give the host file systems of its own: /tmp, /run, homes, accounts; the rest is the machine's, read only."""
-    mount("none", "/", flags=MS_REC | MS_PRIVATE)
-    masked = [path for path in spec["tmpfs"] if os.path.isdir(path)]
-    kept = [path for path in spec["visible"] if is_below(path, masked) and os.path.isdir(path)]
-    # Opened before they are hidden, and before anything is read only.
-    descriptors = {path: os.open(path, os.O_PATH) for path in [*kept, *filter(None, [spec["shared_home"]])]}
-    mount("none", "/", flags=MS_REMOUNT | MS_BIND | MS_RDONLY)
-    for path in masked:
-        mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, spec["tmpfs"][path])
-    for path in kept:
-        os.makedirs(path, exist_ok=True)
-        mount(f"/proc/self/fd/{descriptors[path]}", path, flags=MS_BIND)
-    for path in filter(os.path.isdir, spec["hidden"]):
-        mount("tmpfs", path, "tmpfs", MS_RDONLY, "mode=0755")
-    mount("proc", "/proc", "proc")
-    os.makedirs("/run/sshd", 0o755)
-    os.makedirs("/run/host", 0o755)
-    for name, (mode, text) in spec["files"].items():
-        write(f"/run/host/{name}", text, mode)
-    for name in ("passwd", "group", "shadow", "hosts"):
-        if os.path.exists(f"/etc/{name}"):
-            mount(f"/run/host/{name}", f"/etc/{name}", flags=MS_BIND)
-    if spec["tools"]:
-        link_tools("/run/host/bin")
-    for user in spec["users"]:
-        make_home(user, descriptors.get(spec["shared_home"]) if user["shares"] else None)
-
-
-def is_below(path, folders):
-    return any(path == folder or path.startswith(folder + "/") for folder in folders)
-
-
-def make_home(user, shared):
-    """Make a home directory: a file system of its own, or the one that hosts share (a file descriptor)."""
-    home, owner = user["home"], (user["uid"], user["gid"])
-    os.makedirs(home, 0o700, exist_ok=True)
-    if shared is not None:
-        mount(f"/proc/self/fd/{shared}", home, flags=MS_BIND)
-        mount("none", home, flags=MS_REMOUNT | MS_BIND)
-    elif user["home_options"]:
-        mount("tmpfs", home, "tmpfs", MS_NOSUID | MS_NODEV, user["home_options"])
-    os.chown(home, *owner)
-    for name, text in user["files"].items():
-        path = os.path.join(home, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write(path, text)
-    for folder, _, names in os.walk(home) if user["files"] else ():
-        for path in [folder, *(os.path.join(folder, name) for name in names)]:
-            os.chown(path, *owner, follow_symlinks=False)
-
-
-def link_tools(folder):
-    """A directory of links to the machine's programs, without any Python, for a host that has none on its PATH."""
-    os.makedirs(folder)
-    for source in ("/bin", "/usr/bin"):
-        for entry in os.scandir(source):
-            if not entry.name.startswith(("python", "pypy", "pydoc")) and not os.path.lexists(f"{folder}/{entry.name}"):
-                os.symlink(entry.path, f"{folder}/{entry.name}")
-
-
 class Supervisor:
     def __init__(self, spec):
         self.spec = spec
@@ -256,8 +191,6 @@ class Supervisor:
         for bridge in self.spec["bridges"]:
             lines += [f"link add name {bridge} type bridge forward_delay 0", f"link set dev {bridge} up"]
         ip_batch(lines)
-        if not self.spec["bridges"]:
-            return
         pid = self.spec["manager_pid"]
         for number in range(250):
             self.manager_port = f"lzhosts{number}"
@@ -286,8 +219,10 @@ class Supervisor:
         deadline = time.monotonic() + START_DEADLINE
         wait_for(lambda: all(host.unshared() for host in hosts), deadline, "the hosts' namespaces")
         lines = [line for host in hosts for line in host.links()]
-        if lines:
-            ip_batch(lines)
+        ip_batch(lines)
+        known = [line for host in hosts for line in host.neighbours(self.manager_port)]
+        if known:
+            ip_batch(known, self.manager_netns)
         for host in hosts:
             host.release()
         waiting = set(hosts)
@@ -314,12 +249,10 @@ class Supervisor:
     def stop(self, name):
         """Power a host off: first its network, so that it says good-bye to no one, then all its processes."""
         host = self.hosts.pop(name)
-        present = [f"{name[:10]}-{number}" for number in range(len(host.spec["interfaces"]))]
-        ip_batch([f"link set dev {port} down" for port in present])
+        # Deleted rather than put down: left alone, the kernel deletes them some time later, and the names may be needed.
+        ip_batch([f"link del dev {name[:10]}-{number}" for number in range(len(host.spec["interfaces"]))])
         os.kill(host.pid, signal.SIGKILL)
         os.waitpid(host.pid, 0)
-        # By hand: the kernel deletes interfaces of dead namespaces some time later, and the name may be needed.
-        ip_batch([f"link del dev {port}" for port in present])
         return {}
 
     def serve(self, keep):
