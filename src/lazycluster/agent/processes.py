@@ -216,6 +216,7 @@ class Ending:
     """
 
     _LOOK_EVERY = 0.02
+    _SPARED = 25  # looks; see `_victims`
 
     def __init__(
         self,
@@ -228,6 +229,7 @@ class Ending:
         self._stages = list(stages)
         self._told: Set[int] = set()
         self._waited = 0.0
+        self._spared = 0
         self._step()
 
     def _step(self) -> None:
@@ -237,7 +239,8 @@ class Ending:
             return
         number, patience = self._stages[0]
         # Repeated for those that appeared since, and for ever in the last stage: a process may fork while it is ended.
-        send_signal(alive if number == signal.SIGKILL else [pid for pid in alive if pid not in self._told], number)
+        new = [pid for pid in alive if pid not in self._told]
+        send_signal(self._victims(alive) if number == signal.SIGKILL else new, number)
         self._told.update(alive)
         self._waited += self._LOOK_EVERY
         if self._waited >= patience and len(self._stages) > 1:
@@ -245,6 +248,22 @@ class Ending:
             self._told.clear()
             self._waited = 0.0
         self._loop.call_later(self._LOOK_EVERY, self._step)
+
+    def _victims(self, alive: List[int]) -> List[int]:
+        """Return those to be killed: multiprocessing's tracker last, since it removes what the others leave in /dev/shm."""
+        others = [pid for pid in alive if not _is_tracker(pid)]
+        if others:
+            return others
+        self._spared += 1
+        return alive if self._spared > self._SPARED else []
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        with open("/proc/{}/cmdline".format(pid), "rb") as file:
+            return b"multiprocessing.resource_tracker" in file.read()
+    except OSError:
+        return False
 
 
 def tree_of(pid: int, started: Optional[int], task: str) -> List[int]:

@@ -6,11 +6,13 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
 import threading
 from typing import Any
 
 from . import common
 
+_LONGEST_DIRECTORY = 75  # characters, so that the path of a socket in it is short enough
 # As distributed's own nanny has it; to have an effect it must be set before numpy is imported, which here is early.
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -44,12 +46,16 @@ def serve_forks() -> bool:
     os.register_at_fork(after_in_child=_reseed)
     resource_tracker.ensure_running()
     started = util.spawnv_passfds
-    util.spawnv_passfds = _fork_instead  # type: ignore[assignment]  # the fork server's own way to start, minus the new interpreter
+    if len(os.environ["LAZYCLUSTER_SCRATCH"]) < _LONGEST_DIRECTORY:
+        tempfile.tempdir = os.environ["LAZYCLUSTER_SCRATCH"]  # for the socket; it is removed whatever happens
+    # This is how the fork server is started; the only thing that changes is that no new interpreter is.
+    util.spawnv_passfds = _fork_instead  # type: ignore[assignment]
     try:
         forkserver.set_forkserver_preload([])
         forkserver.ensure_running()
     finally:
         util.spawnv_passfds = started
+        tempfile.tempdir = None
     return True
 
 
@@ -65,6 +71,7 @@ def _fork_instead(path: Any, arguments: list[Any], kept: Any) -> int:
     if pid:
         return pid
     status = 1
+    tempfile.tempdir = None
     try:
         program = os.fsdecode(arguments[arguments.index("-c") + 1])
         edges = sorted({0, 1, 2, *kept})
