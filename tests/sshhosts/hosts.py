@@ -23,7 +23,7 @@ from sshhosts.options import HostsFailedError, HostsUnavailableError, Options
 CHECKOUT = Path(__file__).resolve().parents[2]
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _DEADLINE = 30.0  # seconds, for anything that the supervisor is asked
-_PREFIX = "lazycluster-hosts-"
+_PREFIX = "lzhosts-"
 
 LIVE: weakref.WeakSet[Hosts] = weakref.WeakSet()
 

@@ -249,7 +249,7 @@ class Supervisor:
     def stop(self, name):
         """Power a host off: first its network, so that it says good-bye to no one, then all its processes."""
         host = self.hosts.pop(name)
-        # Deleted rather than put down: left alone, the kernel deletes them some time later, and the names may be needed.
+        # Deleted, not put down: the kernel would delete them some time later, and the names may be needed.
         ip_batch([f"link del dev {name[:10]}-{number}" for number in range(len(host.spec["interfaces"]))])
         os.kill(host.pid, signal.SIGKILL)
         os.waitpid(host.pid, 0)
