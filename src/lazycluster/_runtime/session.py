@@ -263,7 +263,7 @@ class Session:
             working_dir_name: The variable that tells the working directory.
         """
         env = {**self.base_env, working_dir_name: self.working_dir, **checked_variables(variables)}
-        return Context(self.host, self.connection, self.working_dir, env, self.python, self.spec.shell)
+        return Context(self.host, self.connection, self.working_dir, env, self.python, self.spec.shell, self)
 
     async def ask(self, op: str, **params: Any) -> dict[str, Any]:
         """Ask the host something, under a deadline.

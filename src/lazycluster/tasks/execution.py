@@ -9,7 +9,7 @@ import os
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
@@ -42,6 +42,7 @@ class Context:
         env: What is added to the host's environment.
         python: The interpreter for functions; None: the one that the agent finds.
         shell: The shell for commands; None: the user's own.
+        keeper: What must live as long as something is carried out, for the connection to stay.
     """
 
     host: str
@@ -50,6 +51,7 @@ class Context:
     env: Mapping[str, str] = field(default_factory=dict)
     python: str | None = None
     shell: str | None = None
+    keeper: object = field(default=None, repr=False, compare=False)
 
 
 class TaskFuture(concurrent.futures.Future[Any]):
@@ -70,16 +72,18 @@ class TaskFuture(concurrent.futures.Future[Any]):
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the result, see :meth:`concurrent.futures.Future.result`."""
         self._execution.check_waiting()
-        result = super().result(timeout)
-        self._execution.asked = True
-        return result
+        try:
+            return super().result(timeout)
+        finally:
+            self._execution.asked = self._execution.asked or self.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the end and return the error, see :meth:`concurrent.futures.Future.exception`."""
         self._execution.check_waiting()
-        error = super().exception(timeout)
-        self._execution.asked = True
-        return error
+        try:
+            return super().exception(timeout)
+        finally:
+            self._execution.asked = self._execution.asked or self.done()
 
     def settle(self, value: Any, error: BaseException | None, cancelled: bool) -> None:
         """Set what came out, once."""
@@ -129,7 +133,8 @@ class Execution:
     ) -> None:
         self.name = name
         self.steps = tuple(steps)
-        self.context = context
+        self.context = replace(context, keeper=None)
+        self._keeper = context.keeper
         self.omit_on_join = omit_on_join
         self.status = "pending"
         self.results: list[StepResult] = []
@@ -200,6 +205,7 @@ class Execution:
 
     def _finish(self, status: str, exitcode: int, error: TaskExecutionError | None = None) -> None:
         self._log.close()
+        self._keeper = None
         self.error, self.exitcode = error, exitcode
         self.status = status
         values = [result.value for result in self.results if result.has_value]
