@@ -7,14 +7,19 @@ import os
 import signal
 import socket
 import struct
-from typing import Any, Callable, Dict, List, Optional
 
 from .commands import Feed, environment, outcome
 from .paths import expand
-from .processes import Ending, Pump, pipe, start_time, tree_of
-from .session import Channel
+from .processes import Ending, Pump, descendants, pipe, start_time, tree_of
 from .wire import MAX_PAYLOAD
-from .zygotes import Interpreter, Zygotes
+from .zygotes import Zygotes
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, List, Optional
+
+    from .session import Channel
+    from .zygotes import Interpreter
 
 LINGER = 0.05  # seconds for which output is awaited that a process left to others when it ended
 _HEAD = struct.Struct("!I")
@@ -126,6 +131,8 @@ class Work:
         self._message = message
         self._task = message.get("task") or ""
         self._pid = 0
+        self._started: Optional[int] = None
+        self._seen_pids: Dict[int, int] = {}
         self._status: Optional[int] = None
         self._gone = False  # whether the process has ended
         self._over = False
@@ -135,7 +142,10 @@ class Work:
         self._early: List[bytes] = []  # input that came before the process was there
         self._printed = 0
         self._seen = -1
-        self._out, self._err, self._answer, self._feed = None, None, None, None  # type: Any
+        self._out: Any = None
+        self._err: Any = None
+        self._answer: Any = None
+        self._feed: Any = None
         channel.on_input = self._early.append
         channel.on_control = lambda said: self.signal(str(said.get("signal", "END")))
         channel.on_abandon = self.end
@@ -191,6 +201,8 @@ class Work:
 
     # --- the end -------------------------------------------------------------------------------
     def _maybe_over(self) -> None:
+        if self._ending is not None:
+            return  # a call that is being ended is over when nothing is left of it
         if self._out is None or not (self._out.ended and self._err.ended and self._answer.ended):
             return
         if self._gone or self._answer.complete:
@@ -198,7 +210,7 @@ class Work:
 
     def _await_rest(self) -> None:
         """Wait for what the process wrote before it ended, though children of it may hold its streams open."""
-        if self._over:
+        if self._over or self._ending is not None:
             return
         loop = self._channel.loop
         moved = self._printed + self._answer.count
@@ -248,13 +260,17 @@ class Work:
         """End the process and all that it started."""
         self._wanted_end = True
         if self._pid and self._ending is None and not self._over:
-            pid, started = self._pid, self._started
-            self._ending = Ending(
-                self._channel.loop,
-                # The number may belong to somebody else by the time of the next look.
-                lambda: tree_of(pid if start_time(pid) == started else 0, self._task),
-                self._ended,
-            )
+            self._ending = Ending(self._channel.loop, self._tree, self._ended)
+
+    def _tree(self) -> List[int]:
+        """Return the processes of the call that live, children that lost their parents meanwhile included.
+
+        Those that were forked and run no other program show the environment of the zygote: no marker tells them.
+        """
+        living = [pid for pid, started in self._seen_pids.items() if start_time(pid) == started]
+        found = {*living, *descendants(living), *tree_of(self._pid, self._started, self._task)}
+        self._seen_pids = {pid: started for pid, started in ((pid, start_time(pid)) for pid in found) if started}
+        return list(self._seen_pids)
 
     def _ended(self) -> None:
         self._ending = None
