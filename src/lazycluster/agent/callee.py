@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 import types
-from typing import Any, BinaryIO, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import IO, Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from . import interpreters, localmodules
 
@@ -49,11 +49,20 @@ class Chunks:
         return view.nbytes
 
 
+class _Unpickler(pickle.Unpickler):
+    """Finds our own modules without importing the package that they are of on the manager, which no host has."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == localmodules.__name__:
+            return getattr(localmodules, name)
+        return super().find_class(module, name)
+
+
 # --- the call and its outcome ---------------------------------------------------------------------
-def load_call(file: BinaryIO) -> Tuple[Callable[..., Any], Sequence[Any], Dict[str, Any]]:
+def load_call(file: IO[bytes]) -> Tuple[Callable[..., Any], Sequence[Any], Dict[str, Any]]:
     """Read a call from its stream of pickles."""
     localmodules.install(pickle.load(file))
-    unpickler = pickle.Unpickler(file)
+    unpickler = _Unpickler(file)
     function, args, kwargs = unpickler.load()
     for portion in iter(unpickler.load, None):
         for module, attributes in portion:
@@ -93,7 +102,8 @@ def describe_error(error: BaseException, known: Dict[Any, str]) -> Dict[str, Any
     except Exception:  # noqa: BLE001  (the text has to do then)
         pickled = None
     kind = type(error)
-    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else kind.__module__ + "." + kind.__qualname__
+    plain = kind.__module__ in ("builtins", "__main__")
+    name = kind.__qualname__ if plain else kind.__module__ + "." + kind.__qualname__
     return {"type": name, "message": text, "traceback": format_error(error), "exception": pickled}
 
 
@@ -108,7 +118,7 @@ def format_error(error: BaseException) -> str:
         return "".join(traceback.format_tb(frame)) + type(error).__qualname__
 
 
-def run_call(file: BinaryIO) -> Tuple[Dict[str, Any], Chunks]:
+def run_call(file: Any) -> Tuple[Dict[str, Any], Chunks]:
     """Run a pickled call.
 
     Returns:
@@ -123,7 +133,7 @@ def run_call(file: BinaryIO) -> Tuple[Dict[str, Any], Chunks]:
     value: Any = None
     try:
         function, args, kwargs = load_call(file)
-        known.update(sys.modules["cloudpickle.cloudpickle"]._DYNAMIC_CLASS_TRACKER_BY_CLASS)  # type: ignore[attr-defined]
+        known.update(sys.modules["cloudpickle.cloudpickle"]._DYNAMIC_CLASS_TRACKER_BY_CLASS)
         phase = "run"
         value = function(*args, **kwargs)
         if inspect.iscoroutine(value):
@@ -173,6 +183,8 @@ def main(fd: int, request: Dict[str, Any]) -> int:
         status = _exit_status(error)
     connection.close()
     _finish()
+    for target in (1, 2):
+        os.close(target)  # the agent need not wait until the memory is given back, too
     return status
 
 
@@ -191,7 +203,7 @@ def _prepare(request: Dict[str, Any]) -> None:
     sys.path.append(request["cwd"])  # at the end: a file there never hides an installed module
     if "numpy.random" in sys.modules:
         # It was imported before the fork: without this all calls would draw the same numbers.
-        sys.modules["numpy.random"].seed()  # type: ignore[attr-defined]
+        sys.modules["numpy.random"].seed()
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write(_OOM_SCORE)
@@ -201,7 +213,7 @@ def _prepare(request: Dict[str, Any]) -> None:
 
 def _open_streams() -> None:
     for target, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        raw: Any = open(target, mode + "b", closefd=False)
+        raw: Any = open(target, mode + "b", closefd=False)  # noqa: SIM115
         stream = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=mode == "w")
         setattr(sys, name, stream)
         setattr(sys, "__{}__".format(name), stream)

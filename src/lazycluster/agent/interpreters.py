@@ -10,7 +10,7 @@ import sys
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 _CONDA = ("miniconda3", "anaconda3", "miniforge3", "mambaforge")
-_PROBE = "import sys; print(*sys.version_info[:3])"
+_PROBE = "import sys; print(*sys.version_info[:3]); print(sys.prefix)"
 _PROBE_LIMIT = 5.0  # seconds
 
 
@@ -39,16 +39,17 @@ def interpreters() -> Iterator[Tuple[str, List[int]]]:
     import glob
     import re
 
-    seen: Set[str] = set()
+    seen: Set[Tuple[str, ...]] = set()
     for directory in _places():
         for path in sorted(glob.glob(directory + "/python3*"), key=lambda name: (len(name), name)):
-            real = os.path.realpath(path)
+            file = (os.path.realpath(directory), os.path.realpath(path))
             # What pyenv puts on the PATH is a script that starts one of those that are found anyway.
-            if real in seen or not re.match(r".*/python3(\.\d+)?$", path) or "/shims/" in path:
+            if file in seen or not re.match(r".*/python3(\.\d+)?$", path) or "/shims/" in path:
                 continue
-            seen.add(real)
-            version = _version(path)
-            if version is not None:
+            seen.add(file)
+            version, prefix = _version(path)
+            if version and (prefix,) not in seen:  # the same program is another interpreter in another environment
+                seen.add((prefix,))
                 yield path, version
 
 
@@ -68,14 +69,15 @@ def _places() -> List[str]:
     ]
 
 
-def _version(path: str) -> Optional[List[int]]:
+def _version(path: str) -> Tuple[List[int], str]:
+    """Return version and prefix of an interpreter; no version if it does not work."""
     import subprocess
 
     try:
         done = subprocess.run(
-            [path, "-ISc", _PROBE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_PROBE_LIMIT
+            [path, "-Ic", _PROBE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_PROBE_LIMIT
         )
-        version = [int(part) for part in done.stdout.split()]
+        numbers, _, prefix = done.stdout.decode("utf-8", "replace").strip().partition("\n")
+        return [int(part) for part in numbers.split()], prefix
     except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-    return version if done.returncode == 0 and len(version) == 3 else None
+        return [], ""

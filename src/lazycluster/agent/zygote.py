@@ -1,8 +1,8 @@
 """A small process that functions are forked from, run by the interpreter that the functions want.
 
-The agent sends the text of this module and of those in `PARTS` to an interpreter and talks to it over its standard input, a
-unix socket. For each call it hands over descriptors, and a child does the rest: so a call begins with a fork (about
-a millisecond) and not with a new interpreter, and whatever it does to its process harms nothing else.
+The agent sends the text of this module and of those in `PARTS` to an interpreter and talks to it over its standard
+input, a unix socket. For each call it hands over descriptors, and a child does the rest: so a call begins with a fork
+(about a millisecond) and not with a new interpreter, and whatever it does to its process harms nothing else.
 
 A zygote has one thread and has imported next to nothing. On request it makes a *warmed* one of itself: a child that
 imports modules which calls need, and then serves calls in the same way.

@@ -1,189 +1,28 @@
-"""The agent's side of the zygotes: starting them, choosing one for a call, warming and ending them."""
+"""The interpreters that functions run on: starting their zygotes, choosing one for a call, warming and ending them."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
 import os
-import signal
 import socket
-import struct
 import sys
-from collections import deque
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Optional, Set, Tuple
 
-from .processes import send_signal, spawn
+from .processes import spawn
+from .zygotelink import HEAD, STUB, Zygote, program
 
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from .loop import Loop
-    from .server import Agent
+    from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Optional, Set, Tuple
 
-PARTS = ("zygote", "localmodules", "interpreters", "callee")
+    from .server import Agent
+    from .zygotelink import Report
+
 MOST_INTERPRETERS = 4  # interpreters (with an environment) for which zygotes are kept
 START_LIMIT = 30.0  # seconds for an interpreter to start
 WARM_LIMIT = 60.0  # seconds for imports; calls that wait for them then do without
 WARM_DELAY = 0.05  # seconds after a call that imported something, so that a burst of calls leads to one attempt
-_HEAD = struct.Struct("!I")
 _CAN_WARM = os.path.isdir("/proc/self/task")  # else it cannot be known whether a fork is safe
 _ERROR_SIZE = 4000
-
-_STUB = """
-import sys, os
-sys.version_info >= (3, 8) or sys.exit("Python %d.%d is too old: 3.8 or newer is needed" % sys.version_info[:2])
-import json
-def read(n):
-    data = b""
-    while len(data) < n:
-        part = os.read(0, n - len(data))
-        part or os._exit(0)
-        data += part
-    return data
-sources = json.loads(read(int(read(10))))
-space = {"__name__": "lazycluster.agent.zygote"}
-exec(compile(sources["zygote"], "<lazycluster zygote>", "exec"), space)
-space["main"](sources)
-"""
-
-Report = Callable[[Dict[str, Any]], Any]
-
-
-def _program() -> bytes:
-    """Return the text of the modules that an interpreter needs to become a zygote, as the stub reads it."""
-    sources = {}
-    for name in PARTS:
-        spec: Any = importlib.util.find_spec("{}.{}".format(__package__, name))
-        sources[name] = spec.loader.get_source(spec.name)
-    data = json.dumps(sources).encode("ascii")
-    return b"%10d%s" % (len(data), data)
-
-
-class Zygote:
-    """The connection to one zygote.
-
-    Args:
-        loop: The reactor.
-        control: Our end of its socket.
-        on_message: Is called with each message that does not belong to a call.
-        on_end: Is called when it has gone.
-    """
-
-    def __init__(self, loop: "Loop", control: socket.socket, on_message: Report, on_end: Callable[[], Any]) -> None:
-        self.pid = 0
-        self.reports: Dict[int, Report] = {}  # number of a call -> who wants to know of its process
-        self.ended = False
-        self._loop, self._control = loop, control
-        self._on_message, self._on_end = on_message, on_end
-        self._received = bytearray()
-        self._queue: Deque[Tuple[bytes, List[int]]] = deque()
-        self._writing = False
-        self._retired = False
-        control.setblocking(False)
-        loop.add_reader(control.fileno(), self._readable)
-
-    # --- to the zygote -------------------------------------------------------------------------
-    def tell(self, message: Dict[str, Any], fds: Iterable[int] = ()) -> None:
-        """Send a message and descriptors; ours are closed when they have been sent."""
-        handed = list(fds)
-        message["fds"] = len(handed)
-        data = json.dumps(message).encode("ascii")
-        self.write(_HEAD.pack(len(data)) + data, handed)
-
-    def write(self, data: bytes, fds: Iterable[int] = ()) -> None:
-        """Send bytes as they are."""
-        self._queue.append((data, list(fds)))
-        self._flush()
-
-    def _flush(self) -> None:
-        try:
-            while self._queue and not self.ended:
-                data, fds = self._queue[0]
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("{}i".format(len(fds)), *fds))] if fds else []
-                count = self._control.sendmsg([data], rights)
-                for fd in fds:
-                    os.close(fd)
-                self._queue.popleft()
-                if count < len(data):
-                    self._queue.appendleft((data[count:], []))
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._gone()
-            return
-        self._watch(bool(self._queue) and not self.ended)
-
-    def _watch(self, wanted: bool) -> None:
-        if wanted != self._writing:
-            self._writing = wanted
-            if wanted:
-                self._loop.add_writer(self._control.fileno(), self._flush)
-            else:
-                self._loop.remove_writer(self._control.fileno())
-
-    # --- from the zygote -----------------------------------------------------------------------
-    def _readable(self) -> None:
-        try:
-            data = self._control.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._gone()
-            return
-        self._received += data
-        while len(self._received) >= _HEAD.size:
-            end = _HEAD.size + _HEAD.unpack_from(self._received)[0]
-            if len(self._received) < end:
-                return
-            message = json.loads(bytes(self._received[_HEAD.size : end]))
-            del self._received[:end]
-            self._dispatch(message)
-
-    def _dispatch(self, message: Dict[str, Any]) -> None:
-        if "id" not in message:
-            self._on_message(message)
-            return
-        report = self.reports.get(message["id"])
-        if "status" in message:
-            self.reports.pop(message["id"], None)
-        if report is not None:
-            report(message)
-        if self._retired and not self.reports:
-            self.close()
-
-    def _gone(self) -> None:
-        if not self.ended:
-            self.close()
-            self._on_end()
-            for report in list(self.reports.values()):
-                report({"status": None})
-            self.reports.clear()
-
-    # --- the end -------------------------------------------------------------------------------
-    def retire(self) -> None:
-        """End it when the calls that it has forked are over."""
-        self._retired = True
-        if not self.reports:
-            self.close()
-
-    def close(self) -> None:
-        """End it now."""
-        if not self.ended:
-            self._watch(False)
-            self.ended = True
-            self._loop.remove_reader(self._control.fileno())
-            self._control.close()
-            for _, fds in self._queue:
-                for fd in fds:
-                    os.close(fd)
-            self._queue.clear()
-
-    def kill(self) -> None:
-        """End it even if it does not listen."""
-        if self.pid and not self.ended:
-            send_signal([self.pid], signal.SIGKILL)
-        self.close()
 
 
 class Interpreter:
@@ -225,7 +64,7 @@ class Interpreter:
         errors, their_errors = os.pipe()
         os.set_blocking(errors, False)
         try:
-            pid = spawn([python, "-c", _STUB], env, agent.directory, theirs.fileno(), their_errors, their_errors)
+            pid = spawn([python, "-c", STUB], env, agent.directory, theirs.fileno(), their_errors, their_errors)
         except BaseException:
             ours.close()
             os.close(errors)
@@ -237,8 +76,8 @@ class Interpreter:
         self.loop.add_reader(errors, self._read_errors)
         self.clean = Zygote(self.loop, ours, self._on_message, self._on_end)
         self.clean.pid = pid
-        self.clean.write(_program())
         self._limit = self.loop.call_later(START_LIMIT, self._too_slow)
+        self.clean.write(program())
 
     @property
     def busy(self) -> bool:
@@ -301,7 +140,7 @@ class Interpreter:
         """Have the pickling library imported, once."""
         if self._library != digest:
             self._library = digest
-            self.clean.write(_HEAD.pack(len(data)) + data)
+            self.clean.write(HEAD.pack(len(data)) + data)
 
     def prepare(self, imports: Iterable[str], then: Callable[[], Any]) -> None:
         """Call `then` when a call that will import these modules had best be forked.

@@ -14,9 +14,9 @@ _DEEPEST = 12
 _MOST_PARTS = 200  # of one container; what is beyond is not looked at
 
 _HINTS = (
-    (("lock", "RLock", "Condition", "Semaphore", "Event"), "make it in the function: it means nothing to another process"),
+    (("lock", "RLock", "Condition", "Semaphore", "Event"), "make it in the function: no other process can use it"),
     (("generator", "async_generator", "map", "filter", "zip"), "pass a list of its items"),
-    (("TextIOWrapper", "BufferedReader", "BufferedWriter", "FileIO"), "pass the path, and open the file in the function"),
+    (("TextIOWrapper", "BufferedReader", "BufferedWriter", "FileIO"), "pass the path, and open it in the function"),
     (("socket", "SSLSocket"), "pass the address, and connect in the function"),
     (("coroutine",), "pass the async function itself"),
     (("Thread", "Process", "Popen"), "start it in the function"),
@@ -38,24 +38,24 @@ def explain(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], err
         error: What pickling the call as a whole raised.
     """
     name = name_of(function)
-    parts = [(f"argument {position + 1} of {name}()", value) for position, value in enumerate(args)]
-    parts += [(f"argument {key!r} of {name}()", value) for key, value in kwargs.items()]
-    parts += [(f"function {name}()", function)]
-    for what, value in parts:
+    parts = [(f"argument {position + 1} of {name}()", "it", value) for position, value in enumerate(args)]
+    parts += [(f"argument {key!r} of {name}()", key, value) for key, value in kwargs.items()]
+    parts += [(f"the function {name}()", "its", function)]
+    for what, short, value in parts:
         found = find(value)
         if found is not None:
-            return _message(what, *found)
+            return _message(what, short, *found)
     return f"the call of {name}() cannot be sent to a host: {error}"
 
 
 def find(value: Any) -> tuple[str, Any, Exception] | None:
-    """Return the innermost part of a value that cannot be pickled: where it is, the part, the error; None if all can."""
+    """Return the innermost part that cannot be pickled: where it is, the part, the error; None if all can."""
     error = _failure(value)
     if error is None:
         return None
     where, seen = "", {id(value)}
     for _ in range(_DEEPEST):
-        inner = _failing_part(value, seen)
+        inner = None if _hint(value) else _failing_part(value, seen)
         if inner is None:
             break
         path, value, error = inner
@@ -126,11 +126,13 @@ def _failure(value: Any) -> Exception | None:
     return None
 
 
-def _message(what: str, where: str, value: Any, error: Exception) -> str:
+def _hint(value: Any) -> str:
+    return next((hint for kinds, hint in _HINTS if type(value).__name__ in kinds), "")
+
+
+def _message(what: str, short: str, where: str, value: Any, error: Exception) -> str:
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    text = f"{what} cannot be sent to a host: {what.split(' of ')[0] if where else 'it'}{where} is a {name} ({error})"
-    for kinds, hint in _HINTS:
-        if kind.__name__ in kinds:
-            return f"{text}. Next step: {hint}"
-    return text
+    text = f"{what} cannot be sent to a host: {short + where if where else 'it'} is a {name} ({error})"
+    hint = _hint(value)
+    return f"{text}. Next step: {hint}" if hint else text

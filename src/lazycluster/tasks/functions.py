@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import io
@@ -29,7 +30,7 @@ _SMALL = 1024 * 1024  # bytes of a result that is unpickled on the loop's thread
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in .*)?$')
 
 _libraries: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
-_interpreters: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
+_interpreters: weakref.WeakKeyDictionary[Connection, dict[str, str]] = weakref.WeakKeyDictionary()  # by PATH
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Outcome:
                 "; the host may have run out of memory" if self.signal == signals.SIGKILL else ""
             )
         headline = f"{self.type_name}: {self.message}" if self.message else self.type_name
-        start = {"load": f"{name}() could not be loaded on the host: ", "result": ""}.get(self.phase, f"{name}() raised ")
+        starts = {"load": f"{name}() could not be loaded on the host: ", "result": ""}
+        start = starts.get(self.phase, f"{name}() raised ")
         text = start + headline
         if self.phase == "load" and self.type_name == "ModuleNotFoundError":
             text += ". Next step: install it on the host, or choose another interpreter with python="
@@ -151,20 +153,26 @@ async def call(
 
 
 async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
-    """Return the host's interpreter of the manager's minor version.
+    """Return the host's interpreter of the manager's minor version: `python3` if it is one, else the first that is.
 
     Raises:
         AgentError: If it has none; the message names those that it has.
     """
-    known = _interpreters.get(connection)
-    if known is not None:
-        return known
+    known = _interpreters.setdefault(connection, {})
+    path = env.get("PATH", "")
+    if path in known:
+        return known[path]
     wanted = list(sys.version_info[:2])
+    with contextlib.suppress(AgentError):
+        usual = await connection.request("packages", python="python3", env=dict(env), names=[])
+        if usual["version"][:2] == wanted:
+            known[path] = "python3"
+            return "python3"
     found = (await connection.request("interpreters", env=dict(env)))["interpreters"]
     for one in found:
         if one["version"][:2] == wanted:
-            _interpreters[connection] = one["path"]
-            return str(one["path"])
+            known[path] = str(one["path"])
+            return known[path]
     names = ", ".join(f"{one['path']} ({'.'.join(map(str, one['version']))})" for one in found) or "none"
     version = ".".join(map(str, wanted))
     raise AgentError(

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lazycluster.agent.localmodules import Source
@@ -60,7 +61,7 @@ def is_local_file(path: str) -> bool:
     if path.endswith(_EXTENSIONS) or path.startswith("<frozen"):
         return False
     real = os.path.realpath(path)
-    return not _INSTALLED.intersection(real.split(os.sep)) and not real.startswith(_STANDARD)
+    return not _INSTALLED.intersection(Path(real).parts) and not real.startswith(_STANDARD)
 
 
 def identity(module: types.ModuleType) -> tuple[str, bool, str]:
@@ -143,10 +144,10 @@ def source_of(name: str) -> Source | None:
     if spec is None:
         return None
     is_package = spec.submodule_search_locations is not None
-    if spec.origin is None or not os.path.isabs(spec.origin):
+    if spec.origin is None or not Path(spec.origin).is_absolute():
         return ("", True, "") if is_package else None
     try:
-        stamp = os.stat(spec.origin).st_mtime_ns
+        stamp = Path(spec.origin).stat().st_mtime_ns
     except OSError:
         stamp = 0  # inside an archive
     text = _text(spec.loader, spec.name, spec.origin, stamp)

@@ -29,6 +29,7 @@ from lazycluster.agent.callee import Chunks
 from . import localcode
 
 _PROTOCOL = 5
+_OWN = ("builtins", "cloudpickle", "lazycluster")  # what the process of a call has in any case, or never
 _CACHED = type(functools.lru_cache(maxsize=1)(abs))
 _PLAIN = (int, str, float, bool, bytes, complex, type(None))
 _CODE = (types.FunctionType, type, types.ModuleType, _CACHED)
@@ -55,7 +56,9 @@ class PickledCall:
     fresh: bool = False
 
 
-def dump_call(function: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> PickledCall:
+def dump_call(
+    function: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> PickledCall:
     """Pickle a call; later changes of its arguments do not matter any more.
 
     Args:
@@ -99,7 +102,7 @@ def _dump(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], by_sourc
     pickler.dump(None)
     sources = pickle.dumps(localcode.sources_of(pickler.needed), _PROTOCOL)
     parts = (sources, *file.parts)
-    imports = tuple(name for name in pickler.imports if name.partition(".")[0] not in ("builtins", "cloudpickle"))
+    imports = tuple(name for name in pickler.imports if name.partition(".")[0] not in _OWN)
     return PickledCall(name_of(function), parts, sum(map(len, parts)), imports, pickler.fresh)
 
 
@@ -107,7 +110,9 @@ class _Snapshot(Chunks):
     """Keeps copies: the arguments may change while the bytes are on their way."""
 
     def write(self, data: Any) -> int:
-        part = data if isinstance(data, bytes) else bytes(data.raw() if isinstance(data, pickle.PickleBuffer) else data)
+        if isinstance(data, pickle.PickleBuffer):
+            data = data.raw()  # the bytes as they lie in memory, whatever the order of dimensions
+        part = data if isinstance(data, bytes) else bytes(data)
         self.parts.append(part)
         return len(part)
 
@@ -159,9 +164,9 @@ class CallPickler(cloudpickle.Pickler):  # type: ignore[misc]
             return localmodules.cached_function, (obj.__wrapped__, parameters["maxsize"], parameters["typed"])
         if kind is typing.TypeVar and self._home(obj) is not None:
             return internals._make_typevar, internals._decompose_typevar(obj)
-        if isinstance(obj, io.IOBase) and not isinstance(obj, (io.BytesIO, io.StringIO)):
-            if obj not in (sys.stdout, sys.stderr):
-                raise pickle.PicklingError("an open file cannot be sent")
+        in_memory = isinstance(obj, (io.BytesIO, io.StringIO))
+        if isinstance(obj, io.IOBase) and not in_memory and obj is not sys.stdout and obj is not sys.stderr:
+            raise pickle.PicklingError("an open file cannot be sent")
         return super().reducer_override(obj)
 
     def _reduce_code(self, obj: Any) -> Any:
@@ -241,7 +246,9 @@ class CallPickler(cloudpickle.Pickler):  # type: ignore[misc]
         if code.co_flags & inspect.CO_COROUTINE:
             self._note_import("asyncio")
         seen: set[str] = set()
-        for value in [func.__globals__.get(name) for name in names] + [_content(cell) for cell in func.__closure__ or ()]:
+        values = [func.__globals__.get(name) for name in names]
+        values += [_content(cell) for cell in func.__closure__ or ()]
+        for value in values:
             if isinstance(value, types.ModuleType):
                 self._use(value, names, seen)
         package = func.__globals__.get("__package__") or ""
