@@ -250,7 +250,7 @@ class Ending:
         self._loop.call_later(self._LOOK_EVERY, self._step)
 
     def _victims(self, alive: List[int]) -> List[int]:
-        """Return those to be killed: multiprocessing's tracker last, since it removes what the others leave in /dev/shm."""
+        """Return those to be killed: multiprocessing's tracker last, since it removes what others leave in /dev/shm."""
         others = [pid for pid in alive if not _is_tracker(pid)]
         if others:
             return others

@@ -253,7 +253,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
                     raise place.problem
                 service.start()
             except LazyclusterError as error:
-                self._failed[name] = error
+                self._failed[name] = WorkerStartError(service.label, place.host, str(error))
             else:
                 self._prepared.append(Worker(name, place, siblings, service))
         self._check_failures()

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -84,8 +85,21 @@ def run(serve: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]) -> None:
             asyncio.run(serve(settings))
         except PortTakenError as error:
             emit("port_taken", port=error.port)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the manager shows the end of what is printed
+            cause = root_of(error)
+            traceback.print_exception(type(cause), cause, cause.__traceback__, chain=False)
+            raise SystemExit(1) from None
         else:
             return
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Return the first cause of an error: distributed wraps it in several that say only that something failed."""
+    while True:
+        deeper = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if deeper is None:
+            return error
+        error = deeper
 
 
 def stop_signal() -> asyncio.Event:

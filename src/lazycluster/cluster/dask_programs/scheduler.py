@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from . import common
@@ -15,12 +16,14 @@ def main() -> None:
 
 
 async def _serve(settings: dict[str, Any]) -> None:
+    import dask
     from distributed import Scheduler, Security
 
     from .dashboards import Dashboard
 
     ports, prefix = settings["ports"], settings["prefix"]
     stop = common.stop_signal()
+    dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     scheduler = Scheduler(
         host=common.LOOPBACK,
         port=ports["master"],

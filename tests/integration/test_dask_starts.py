@@ -1,0 +1,387 @@
+"""Starts and ends of a Dask cluster: those that fail, those that are interrupted, those that are unusual."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("distributed")
+pytest.importorskip("cryptography")
+
+from cluster_groups import Group, local_group, ssh_group
+from distributed import Client, Status
+
+from lazycluster.cluster import MasterLauncher, WorkerLauncher
+from lazycluster.cluster.dask_cluster import DaskCluster, LocalMasterLauncher, RoundRobinLauncher
+from lazycluster.cluster.exceptions import (
+    ClusterError,
+    MasterStartError,
+    VersionMismatchError,
+)
+from lazycluster.exceptions import NoPortsLeftError, PortInUseError
+from sshhosts import procfs
+
+pytestmark = [
+    # distributed leaves these to the garbage collector when comms are torn down.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    with local_group(2) as group:
+        yield group
+
+
+def _programs() -> list[int]:
+    """The programs of clusters of this test run; others may be running theirs."""
+    run = "LAZYCLUSTER_TEST_RUN=" + os.environ["LAZYCLUSTER_TEST_RUN"]
+    return [process.pid for process in procfs.with_variable(run) if "lazycluster_dask" in process.command]
+
+
+def _command_line(pid: str) -> bytes:
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@contextlib.contextmanager
+def _taken(port: int) -> Iterator[None]:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(1)
+        yield
+
+
+def test_the_life_of_a_cluster(group: Group, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = DaskCluster(group, nthreads=1, memory_limit="500 MB", resources={"lanes": 2})
+    assert cluster.status is Status.created
+    assert cluster.master_port is None
+    with pytest.raises(ClusterError, match=r"call start\(\)"):
+        cluster.get_client()
+    cluster.start(worker_count=3)
+    assert cluster.status is Status.running
+    assert cluster.master_port == DaskCluster.DEFAULT_MASTER_PORT
+    with pytest.raises(ClusterError, match="cleanup"):
+        cluster.start()
+    process = cluster._master_launcher.process
+    assert process is not None
+    assert process.poll() is None
+    os.kill(process.pid, 0)
+    with cluster.get_client(timeout=10) as client:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        assert sorted(info["name"] for info in workers) == ["local0-0", "local0-1", "local1-0"]
+        assert {info["nthreads"] for info in workers} == {1}
+        assert {info["memory_limit"] for info in workers} == {500_000_000}
+        assert {str(info["resources"]) for info in workers} == {"{'lanes': 2}"}
+    cluster.print_log()
+    assert group.printed == 1
+    assert "Registered to" in capsys.readouterr().out
+    cluster.cleanup()
+    cluster.cleanup()
+    assert cluster.status is Status.closed
+    assert process.wait(1) == 0
+    assert cluster.master_port is None
+    assert _programs() == []
+    with pytest.raises(ClusterError, match="was ended"):
+        cluster.get_client()
+
+
+def test_a_client_of_the_cluster_itself_can_shut_it_down(group: Group) -> None:
+    cluster = DaskCluster(group)
+    cluster.start(worker_count=1)
+    client = Client(cluster)
+    assert client.submit(lambda: 4).result(timeout=20) == 4
+    client.shutdown()
+    assert cluster.status is Status.closed
+    assert _programs() == []
+
+
+def test_no_secret_is_in_sight(group: Group) -> None:
+    with DaskCluster(group) as cluster:
+        cluster.start(worker_count=1)
+        secret = cluster.dashboard_link.split("/")[3].encode()
+        seen = [_command_line(pid) for pid in os.listdir("/proc") if pid.isdigit()]
+        environments = [Path("/proc", str(pid), "environ").read_bytes() for pid in _programs()]
+        assert environments
+        for text in [*seen, *environments, repr(cluster).encode(), repr(vars(cluster)).encode()]:
+            assert b"PRIVATE KEY" not in text
+            assert secret not in text
+
+
+def test_it_can_be_started_anew(group: Group) -> None:
+    cluster = DaskCluster(group)
+    for _ in range(2):
+        cluster.start(worker_count=1)
+        with cluster.get_client(timeout=10) as client:
+            assert client.submit(lambda: 4).result(timeout=20) == 4
+        cluster.cleanup()
+
+
+# --- ports ---------------------------------------------------------------------------------------
+def test_a_given_port_that_is_taken_is_an_error(group: Group) -> None:
+    with _taken(23456), DaskCluster(group) as cluster:
+        with pytest.raises(PortInUseError) as caught:
+            cluster.start(master_port=23456)
+        assert caught.value.port == 23456
+    assert _programs() == []
+
+
+def test_the_default_port_gives_way_if_it_is_taken(group: Group) -> None:
+    with _taken(DaskCluster.DEFAULT_MASTER_PORT), _taken(25000), DaskCluster(group) as cluster:
+        cluster.start_master()
+        assert cluster.master_port == 25001
+
+
+def test_too_few_ports(group: Group) -> None:
+    with DaskCluster(group, ports=[23000, 23001, 23002]) as cluster, pytest.raises(NoPortsLeftError, match="ports="):
+        cluster.start()
+    assert _programs() == []
+    with pytest.raises(ValueError, match="between 1 and 65535"):
+        DaskCluster(group, ports=[70000])
+
+
+def test_ports_taken_between_check_and_use(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lazycluster.cluster import network
+
+    async def blind(ports: Any, connections: Any) -> list[int]:
+        return list(ports)
+
+    monkeypatch.setattr(network, "free_everywhere", blind)
+    with _taken(DaskCluster.DEFAULT_MASTER_PORT), _taken(25001), _taken(25005), DaskCluster(group) as cluster:
+        cluster.start()
+        with cluster.get_client(timeout=10) as client:
+            assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
+            assert client.submit(lambda: 4).result(timeout=20) == 4
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+def test_a_worker_that_cannot_start_is_an_error_with_its_own_output(group: Group) -> None:
+    began = time.monotonic()
+    cluster = DaskCluster(group, worker_options={"preload": ["no_such_module_anywhere"]})
+    with cluster, pytest.raises(ClusterError) as caught:
+        cluster.start()
+    assert "no_such_module_anywhere" in str(caught.value)
+    assert "local0" in str(caught.value)
+    assert time.monotonic() - began < 30
+    assert _programs() == []
+
+
+def test_a_scheduler_that_cannot_start_is_an_error_with_its_own_output(group: Group) -> None:
+    cluster = DaskCluster(group, scheduler_options={"no_such_option": 1})
+    with cluster, pytest.raises(MasterStartError) as caught:
+        cluster.start_master()
+    assert "no_such_option" in caught.value.output
+    assert caught.value.exit_status == 1
+    assert Path(str(caught.value.log_file)).exists()
+
+
+def test_a_short_time_out_is_honoured(group: Group) -> None:
+    with DaskCluster(group) as cluster, pytest.raises(MasterStartError, match="not ready within"):
+        cluster.start_master(timeout=0.05)  # type: ignore[arg-type]
+    assert _programs() == []
+
+
+def test_workers_need_a_master(group: Group) -> None:
+    with DaskCluster(group) as cluster, pytest.raises(ClusterError, match="start_master"):
+        cluster.start_workers()
+
+
+@pytest.fixture
+def bare_python(tmp_path: Path) -> str:
+    """An interpreter of the manager's version without any package."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    return str(tmp_path / "bare" / "bin" / "python")
+
+
+def test_dask_missing_on_a_host_is_an_error_with_a_table(bare_python: str) -> None:
+    with local_group(1, python=bare_python) as group, DaskCluster(group) as cluster:
+        with pytest.raises(VersionMismatchError) as caught:
+            cluster.start()
+        assert caught.value.hosts == ["local0"]
+        assert f"{bare_python} -m pip install dask==" in str(caught.value)
+        assert cluster.master_port is None
+
+
+def test_other_versions_can_be_accepted(group: Group, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    from lazycluster.cluster import dask_versions
+
+    monkeypatch.setattr(dask_versions.common, "versions", lambda: {"dask": "1.0", "distributed": "1.0"})
+    with DaskCluster(group) as cluster, pytest.raises(VersionMismatchError, match=r"manager +3\.\d+ +1\.0"):
+        cluster.start()
+    with DaskCluster(group, check_versions="warn") as cluster:
+        cluster.start(worker_count=1)
+    assert "does not match" in caplog.text
+
+
+def test_missing_packages_on_the_manager_are_named(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lazycluster.cluster import dask_versions
+
+    monkeypatch.setattr(dask_versions.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ClusterError, match=r"pip install 'lazycluster\[dask\]'"):
+        DaskCluster(group)
+
+
+def test_a_dead_host_and_min_workers(make_hosts: Any) -> None:
+    hosts = make_hosts(2)
+    with ssh_group(hosts) as group:
+        hosts[1].power_off()
+        deadline = time.monotonic() + 30
+        while group.runtimes[1].connection.state == "open" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with DaskCluster(group) as cluster, pytest.raises(ClusterError, match="host2"):
+            cluster.start()
+        with DaskCluster(group, min_workers=1) as cluster:
+            cluster.start()
+            with cluster.get_client(timeout=10) as client:
+                assert [i["name"] for i in client.scheduler_info(n_workers=-1)["workers"].values()] == ["host1-0"]
+
+
+# --- interruptions -------------------------------------------------------------------------------
+_MANAGER = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from cluster_groups import connect, local_group
+    from lazycluster.cluster.dask_cluster import DaskCluster
+    group = connect({config!r}, {names!r})
+    cluster = DaskCluster(group)
+    print("connected", flush=True)
+    cluster.start()
+    client = cluster.get_client(timeout=20)
+    print(client.submit(sum, [1, 2]).result(), flush=True)
+    futures = client.map(lambda n: bytes(200_000) * (n % 7), range(100_000), pure=False)
+    sys.stdin.read()
+"""
+
+
+def _manager(hosts: Any) -> subprocess.Popen[str]:
+    names = [host.name for host in hosts]
+    text = textwrap.dedent(_MANAGER).format(tests=str(Path(__file__).parent), config=hosts.config_file, names=names)
+    return subprocess.Popen(
+        [sys.executable, "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_nothing_is_left_when_the_manager_is_killed(module_hosts: Any) -> None:
+    with _manager(module_hosts) as manager:
+        assert manager.stdout is not None
+        assert manager.stdout.readline() == "connected\n"
+        assert manager.stdout.readline() == "3\n"
+        time.sleep(0.5)  # traffic in the tunnels
+        manager.kill()
+        manager.communicate()
+    deadline = time.monotonic() + 5
+    while (left := [entry for host in module_hosts.all for entry in host.leftovers()]) or (left := _programs()):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("after", [0.1, 0.8, 2.0, 4.0])
+def test_ctrl_c_during_a_start(module_hosts: Any, after: float) -> None:
+    with _manager(module_hosts) as manager:
+        assert manager.stdout is not None
+        assert manager.stdout.readline() == "connected\n"
+        time.sleep(after)  # any moment will do
+        manager.send_signal(signal.SIGINT)
+        _, errors = manager.communicate(timeout=60)
+        assert "KeyboardInterrupt" in errors
+    assert [entry for host in module_hosts.all for entry in host.leftovers()] == []
+    assert _programs() == []
+
+
+# --- launchers -----------------------------------------------------------------------------------
+class OwnMaster(MasterLauncher):
+    """Implements what the documents name, and nothing else; of the earlier documents, so without `debug`."""
+
+    def start(self, ports: Any, timeout: int = 3) -> list[int]:  # type: ignore[override]
+        self._port = ports if isinstance(ports, int) else ports.pop(0)
+        command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--no-dashboard"]
+        self._process = subprocess.Popen(
+            [*command, "--port", str(self._port), "--dashboard-address", "127.0.0.1:0"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)):
+                break
+            assert self._process.poll() is None
+            time.sleep(0.05)
+        return ports if isinstance(ports, list) else []
+
+    def cleanup(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        super().cleanup()
+
+
+class OwnWorkers(WorkerLauncher):
+    """One worker, started by hand."""
+
+    def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
+        port = ports.pop(0)
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://127.0.0.1:{master_port}", "--no-nanny"]
+        more = ["--no-dashboard", "--host", "127.0.0.1", "--worker-port", str(port), "--nthreads", "1"]
+        self._worker = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._ports_per_host["local0"] = [port]
+        return ports
+
+    def cleanup(self) -> None:
+        self._worker.terminate()
+        self._worker.wait()
+        super().cleanup()
+
+
+@pytest.fixture
+def _scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASK_TEMPORARY_DIRECTORY", str(tmp_path))  # distributed leaves a directory behind
+
+
+@pytest.mark.usefixtures("_scratch")
+def test_launchers_with_only_the_documented_methods(group: Group) -> None:
+    with DaskCluster(group, None, OwnMaster(group), OwnWorkers) as cluster:  # type: ignore[abstract,arg-type]
+        cluster.start(worker_count=1)
+        assert cluster.scheduler_address == f"tcp://127.0.0.1:{cluster.master_port}"
+        with cluster.get_client(timeout=20) as client:
+            client.wait_for_workers(1, timeout=30)
+            assert client.submit(lambda: 4).result(timeout=20) == 4
+
+
+@pytest.mark.usefixtures("_scratch")
+def test_our_workers_with_a_scheduler_of_your_own(group: Group) -> None:
+    with DaskCluster(group, None, OwnMaster(group)) as cluster:  # type: ignore[abstract]
+        cluster.start(worker_count=1)
+        with cluster.get_client(timeout=20) as client:
+            assert client.submit(lambda: 4).result(timeout=20) == 4
+
+
+def test_our_own_launchers_passed_as_the_documents_do(group: Group) -> None:
+    with DaskCluster(group, None, LocalMasterLauncher(group), RoundRobinLauncher) as cluster:
+        cluster.start(worker_count=1)
+        assert cluster.scheduler_address.startswith("tls://")
+        with cluster.get_client(timeout=20) as client:
+            assert client.submit(lambda: 4).result(timeout=20) == 4
+
+
+def test_output_is_printed_live(group: Group, capsys: pytest.CaptureFixture[str]) -> None:
+    with DaskCluster(group) as cluster:
+        cluster.start(worker_count=1, debug=True)
+        text = capsys.readouterr().out
+    assert "[local0] " in text
+    assert "[localhost] " in text
+
+
