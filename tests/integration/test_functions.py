@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import platform
+import resource
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ import pytest
 from lazycluster import _loop
 from lazycluster.exceptions import AgentError, ConnectionLostError
 from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.openssh import SshConnection
 from lazycluster.tasks import functions
 from lazycluster.tasks.functions import Outcome
 
@@ -289,6 +291,40 @@ def test_several_interpreters_and_environments() -> None:
         return found
 
     assert with_connection(work) == [str(i) for i in range(7)]
+
+
+def test_more_at_once_than_there_are_descriptors() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+
+        async def work(connection: LocalConnection) -> list[Any]:
+            outcomes = await asyncio.gather(
+                *[functions.call(connection, time.sleep, (0.5,), python=HERE) for _ in range(40)],
+                connection.request("info"),
+            )
+            return [outcome.status for outcome in outcomes[:-1]]
+
+        assert with_connection(work) == ["returned"] * 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_on_a_host(hosts: Any) -> None:
+    async def work() -> list[Outcome]:
+        connection = SshConnection(hosts.names[0], {"config_file": hosts.config_file})
+        await connection.open()
+        try:
+            calls: list[tuple[Any, Any]] = [(platform.node, ""), (len, b"x" * 20_000_000), (lambda n: b"y" * n, 9_000_000)]
+            return [
+                await functions.call(connection, function, (arg,) if arg else (), python=HERE) for function, arg in calls
+            ]
+        finally:
+            await connection.close()
+
+    outcomes = _loop.run(work(), timeout=60)
+    assert [outcome.value for outcome in outcomes[:2]] == [hosts.names[0], 20_000_000]
+    assert len(outcomes[2].value) == 9_000_000
 
 
 def test_end_of_the_connection() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 LINGER = 0.05  # seconds for which output is awaited that a process left to others when it ended
 _HEAD = struct.Struct("!I")
+_RESERVE = 64  # descriptors that are left to other requests, and to the next steps of this one
 
 
 class Answer:
@@ -112,6 +114,9 @@ class Work:
         on_done: Is called with the fields of the result when it is over.
     """
 
+    _running = 0  # those that hold descriptors
+    _parked: List["Work"] = []  # those for which there were none left
+
     def __init__(
         self,
         channel: Channel,
@@ -123,6 +128,7 @@ class Work:
         self._message = message
         self._task = message.get("task") or ""
         self._pid = 0
+        self._failed = ""  # why it could not be forked
         self._started: Optional[int] = None
         self._seen_pids: Dict[int, int] = {}
         self._status: Optional[int] = None
@@ -144,15 +150,19 @@ class Work:
         channel.on_drain = self._resume
 
     def start(self) -> None:
-        """Have it forked."""
+        """Have it forked, now or when there are descriptors for it."""
         if self._wanted_end:
             self._finish()
             return
         channel = self._channel
-        out, their_out = pipe()
-        err, their_err = pipe()
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
+        try:
+            out, their_out, err, their_err, ours, theirs = _streams()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE) and Work._running:
+                Work._parked.append(self)
+                return
+            raise
+        Work._running += 1
         self._out = Pump(channel, out, self._stdout, self._maybe_over)
         self._err = Pump(channel, err, self._stderr, self._maybe_over)
         # Two descriptors of one socket: what is written ends before what is read.
@@ -174,6 +184,7 @@ class Work:
 
     def _report(self, said: Dict[str, Any]) -> None:
         if "status" in said:
+            self._failed = said.get("failed", "")
             self._gone = True
             self._status = said["status"]
             self._maybe_over()
@@ -218,9 +229,7 @@ class Work:
         self._over = True
         if self._linger is not None:
             self._linger.cancel()
-        for source in (self._out, self._err, self._answer, self._feed):
-            if source is not None:
-                source.close()
+        self._release()
         fields: Dict[str, Any] = {"exit": None, "signal": None}
         if self._status is not None:
             fields = outcome(self._status)
@@ -230,9 +239,21 @@ class Work:
             description = dict(self._answer.description or {})
             self._interpreter.note(description.pop("imported", ()))
             fields.update(description)
+        elif self._failed:
+            fields.update(status="failed", message="no process can be started on the host: " + self._failed)
         else:
             fields["status"] = "exited" if fields["exit"] is not None else "killed"
         self._on_done(fields)
+
+    def _release(self) -> None:
+        for source in (self._out, self._err, self._answer, self._feed):
+            if source is not None:
+                source.close()
+        if self._out is not None:
+            Work._running -= 1
+            parked, Work._parked = Work._parked[:1], Work._parked[1:]
+            for work in parked:
+                self._channel.loop.call_soon(work.start)
 
     # --- signals -------------------------------------------------------------------------------
     def signal(self, name: str) -> None:
@@ -268,3 +289,20 @@ class Work:
         self._ending = None
         if self._gone:
             self._finish()
+
+
+def _streams() -> Any:
+    """Return the ends of two pipes and of a socket pair: out, theirs, err, theirs, ours, theirs."""
+    fds: List[int] = []
+    try:
+        fds += pipe()
+        fds += pipe()
+        ours, theirs = socket.socketpair()
+        if max(fds) > os.sysconf("SC_OPEN_MAX") - _RESERVE:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    except OSError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    ours.setblocking(False)
+    return (*fds, ours, theirs)

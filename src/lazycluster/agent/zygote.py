@@ -140,7 +140,13 @@ class Zygote:
             return
         count = message["fds"]
         fds, self._fds = self._fds[:count], self._fds[count:]
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, or no memory
+            for fd in fds:
+                os.close(fd)
+            self.tell(id=message["id"], status=None, failed=error.strerror)
+            return
         if pid == 0:
             self._forked()
             if "warm" in message:
