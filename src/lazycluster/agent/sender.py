@@ -36,6 +36,7 @@ DIGEST_SIZE = 16
 WANTED, NOT_WANTED, COMPARE = 1, 0, 2
 
 _MOST_LEFT_OUT = 100
+_FIRST_BATCH = 48
 _SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 # Path and size.
@@ -119,8 +120,9 @@ class Sender:
         waiting: Deque[List[_File]] = deque()
         for entries, files in self._batches(path, source, folder):
             self._stream.put_json(ENTRIES, entries)
+            self._stream.flush()
             waiting.append(files)
-            if len(waiting) == WINDOW:
+            while len(waiting) == WINDOW or (waiting and self._stream.readable()):
                 self._answer(waiting.popleft())
         self._stream.put_json(LISTED, self._listed)
         self._tally.total = self._listed
@@ -137,14 +139,17 @@ class Sender:
     ) -> Iterator[Tuple[List[List[Any]], List[_File]]]:
         entries: List[List[Any]] = []
         files: List[_File] = []
+        # The first ones are small, so that the other side has something to do soon.
+        most = _FIRST_BATCH
         for entry, where in self._folder(path, source) if folder else [(_entry(b"", source), os.path.realpath(path))]:
             entries.append(entry)
             if entry[0] == "f":
                 files.append((where, entry[4]))
                 self._listed += entry[4]
-            if len(entries) == BATCH:
+            if len(entries) == most:
                 yield entries, files
                 entries, files = [], []
+                most = min(BATCH, most * 2)
         if entries:
             yield entries, files
 

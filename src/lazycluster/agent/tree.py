@@ -13,6 +13,7 @@ from .stream import CopyError
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNNAMED: int = getattr(os, "O_TMPFILE", 0)
 _FULL = 0o777
+_NO_NAMES = (b"", b".", b"..")
 
 
 def part_name(name: bytes) -> bytes:
@@ -114,6 +115,7 @@ class Tree:
     def __init__(self, root: bytes) -> None:
         self.path = root
         self._open: List[Tuple[bytes, int]] = [(b"", os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))]
+        self._latest: Optional[bytes] = None
         self._made: List[Tuple[bytes, int, int]] = []
         self.unnamed = has_unnamed_files(self.root)
 
@@ -137,10 +139,14 @@ class Tree:
         Raises:
             CopyError: If the name leads out of the tree.
         """
+        folder_of, _, last = name.rpartition(b"/")
+        if folder_of == self._latest and last not in _NO_NAMES and b"\0" not in last and name[:1] != b"/":
+            return self._open[-1][1], last
         parts = name.split(b"/")
-        if any(part in (b"", b".", b"..") for part in parts) or b"\0" in name:
+        if any(part in _NO_NAMES for part in parts) or b"\0" in name:
             raise CopyError(self.whole(name), "is refused: such a name could lead out of the destination")
         folders = parts[:-1]
+        self._latest = None
         depth = 0
         while depth < len(folders) and depth + 1 < len(self._open) and self._open[depth + 1][0] == folders[depth]:
             depth += 1
@@ -148,7 +154,8 @@ class Tree:
             os.close(self._open.pop()[1])
         for folder in folders[depth:]:
             self._open.append((folder, self._enter(self._open[-1][1], folder, name)))
-        return self._open[-1][1], parts[-1]
+        self._latest = folder_of
+        return self._open[-1][1], last
 
     def _enter(self, directory: int, folder: bytes, name: bytes) -> int:
         try:
