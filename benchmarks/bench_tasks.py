@@ -30,7 +30,9 @@ def memory() -> float:
 
 def children() -> list[str]:
     out = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
-    return [line.split()[0] for line in out.stdout.splitlines() if not line.startswith("ps ") and "sshhosts" not in line]
+    return [
+        line.split()[0] for line in out.stdout.splitlines() if not line.startswith("ps ") and "sshhosts" not in line
+    ]
 
 
 def gateway(hosts: Any) -> Any:
@@ -68,9 +70,7 @@ def warm(runtime: Runtime, remote: Any) -> Iterator[Row]:
         assert len(echo.receive()) == SIZE
 
     runtime.call(use_numpy)
-    times = in_turns(
-        31, command=command, trivial=trivial, numpy=lambda: runtime.call(use_numpy), execnet=round_trip
-    )
+    times = in_turns(31, command=command, trivial=trivial, numpy=lambda: runtime.call(use_numpy), execnet=round_trip)
     times = {name: value * 1000 for name, value in times.items()}
     yield Row('warm run_command("true")', times["command"], "ms", "<= 5 ms", met=times["command"] <= 5)
     yield Row(

@@ -15,8 +15,25 @@ from harness import Row, in_turns, settings, ssh_hosts
 from lazycluster import Runtime
 
 SIZE = 400_000_000
-SERVE = "import socket\ns = socket.create_server(('127.0.0.1', {port}))\nwhile True:\n c = s.accept()[0]\n while c.recv(1 << 20): pass\n c.sendall(b'x'); c.close()"
-FILL = "import socket\nc = socket.create_connection(('127.0.0.1', {port}))\nb = bytes(1 << 20)\nfor _ in range({count}): c.sendall(b)\nc.shutdown(1); c.recv(1)"
+SERVE = """
+import socket
+server = socket.create_server(("127.0.0.1", {port}))
+while True:
+    client = server.accept()[0]
+    while client.recv(1 << 20):
+        pass
+    client.sendall(b"x")
+    client.close()
+"""
+FILL = """
+import socket
+client = socket.create_connection(("127.0.0.1", {port}))
+block = bytes(1 << 20)
+for _ in range({count}):
+    client.sendall(block)
+client.shutdown(1)
+client.recv(1)
+"""
 
 
 def push(port: int) -> None:
@@ -64,14 +81,18 @@ def rows() -> Iterator[Row]:
         server = subprocess.Popen(hosts[0].inside(["python3", "-c", SERVE.format(port=7001)]))
         ours = runtime.expose_port_from_runtime(7001, 7101)
         back = runtime.expose_port_to_runtime(here, 7201)
-        fill = ["python3", "-c", FILL.format(port="{port}", count=SIZE >> 20)]
 
         def pull(port: int) -> None:
-            subprocess.run(hosts[0].inside([word.replace("{port}", str(port)) for word in fill]), check=True)
+            program = FILL.format(port=port, count=SIZE >> 20)
+            subprocess.run(hosts[0].inside(["python3", "-c", program]), check=True)
 
         with plain(hosts, "-L", "7102:127.0.0.1:7001", "-R", f"7202:127.0.0.1:{here}"):
             times = in_turns(
-                5, to_ours=lambda: push(7101), to_ssh=lambda: push(7102), ours=lambda: pull(7201), ssh=lambda: pull(7202)
+                5,
+                to_ours=lambda: push(7101),
+                to_ssh=lambda: push(7102),
+                ours=lambda: pull(7201),
+                ssh=lambda: pull(7202),
             )
         server.kill()
         server.wait()

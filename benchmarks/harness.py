@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from sshhosts import Hosts  # noqa: E402
+from sshhosts import Hosts
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/run.py [tasks connect files tunnels dask ...]   (all by default)
 
-Needs root (for throw-away hosts) and what `pip install --group bench` brings. The machine's noise is in all figures; the
-ratios of one run say more than the seconds.
+Needs root (for throw-away hosts) and what `pip install --group bench` brings. The machine's noise is in all figures:
+the ratios of one run say more than the seconds.
 """
 
 from __future__ import annotations

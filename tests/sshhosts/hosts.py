@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sshhosts import procfs
 from sshhosts.config import client_config, host_spec
 from sshhosts.host import Host
 from sshhosts.options import HostsFailedError, HostsUnavailableError, Options
@@ -164,10 +164,10 @@ class Hosts(Sequence[Host]):
         # -I -S: it needs nothing but the standard library, and starts in half the time.
         command = [sys.executable, "-I", "-S", str(_SUPERVISOR), *(["--keep"] if self._keep else [])]
         with (self.directory / "supervisor.log").open("wb") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)  # the supervisor inherits it: it is held as long as that one lives
             self._supervisor = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, cwd="/"
             )
-        (self.directory / "supervisor.pid").write_text(str(self._supervisor.pid))
         return self.request(description)
 
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -257,13 +257,14 @@ def require_namespaces() -> None:
 
 
 def remove_stale() -> None:
-    """Remove directories of hosts whose supervisor is gone, as after a power cut."""
+    """Remove directories of hosts whose supervisor is gone, as after a power cut.
+
+    A process id would not do: whoever owns the others may live in another pid namespace.
+    """
     for directory in Path("/tmp").glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError, ValueError):
-            pid = int((directory / "supervisor.pid").read_text())
-            found = procfs.process(pid)
-            if found is None or found.state == "Z":
-                shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError), (directory / "supervisor.log").open("rb") as log:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _tools_environment() -> dict[str, str]:
