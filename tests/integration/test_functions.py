@@ -315,9 +315,10 @@ def test_on_a_host(hosts: Any) -> None:
         connection = SshConnection(hosts.names[0], {"config_file": hosts.config_file})
         await connection.open()
         try:
-            calls: list[tuple[Any, Any]] = [(platform.node, ""), (len, b"x" * 20_000_000), (lambda n: b"y" * n, 9_000_000)]
+            letters = lambda n: b"y" * n  # noqa: E731
+            calls: list[Any] = [(platform.node, []), (len, [b"x" * 20_000_000]), (letters, [9_000_000])]
             return [
-                await functions.call(connection, function, (arg,) if arg else (), python=HERE) for function, arg in calls
+                await functions.call(connection, function, arguments, python=HERE) for function, arguments in calls
             ]
         finally:
             await connection.close()
