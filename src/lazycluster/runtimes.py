@@ -6,18 +6,16 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _lifetime, _loop
+from lazycluster._runtime.belongings import Belongings
 from lazycluster._runtime.ledger import Ledger, join_all
-from lazycluster._runtime.questions import HostQuestions
 from lazycluster._runtime.session import HostSpec, Session
-from lazycluster.ssh.connection import Connection
-from lazycluster.ssh.tunnels import Tunnel, check_port, close_tunnels, open_from_runtime, open_to_runtime
+from lazycluster.ssh.tunnels import close_tunnels
 from lazycluster.tasks.execution import Context, settled
-from lazycluster.tasks.handles import ProcessHandle
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.tasks.variables import checked_variables
 
@@ -28,10 +26,10 @@ __all__ = ["LocalRuntime", "Runtime", "RuntimeTask"]
 
 R = TypeVar("R", bound="Runtime")
 
-_END_LIMIT = 25.0  # seconds for the tasks of a runtime to end
+_END_LIMIT = 25.0  # seconds for all tasks of a runtime to end
 
 
-class Runtime(HostQuestions):
+class Runtime(Belongings):
     """A host that can be reached with `ssh`, on which tasks are executed.
 
     Making one connects to the host and checks it, under a deadline. Everything that it starts there ends with
@@ -103,39 +101,9 @@ class Runtime(HostQuestions):
 
     # --- what it is ----------------------------------------------------------------------------
     @property
-    def host(self) -> str:
-        """The host, as it was named when the runtime was made."""
-        return self._session.host
-
-    @property
-    def working_dir(self) -> str:
-        """The absolute path of the working directory on the host."""
-        return self._session.working_dir
-
-    @property
-    def has_temporary_working_dir(self) -> bool:
-        """Whether the working directory was made for this runtime alone, and is removed at the end."""
-        return self._session.spec.working_dir is None
-
-    @property
     def class_name(self) -> str:
         """The name of the class."""
         return type(self).__name__
-
-    @property
-    def connection(self) -> Connection:
-        """The connection to the host; for the layers above."""
-        return self._session.connection
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether this is the process that made the runtime, not a forked child of it."""
-        return self._session.is_ours
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """What two runtimes have in common that are the same account on the same machine under two names."""
-        return self._session.identity
 
     @property
     def env_variables(self) -> dict[str, str]:
@@ -339,114 +307,6 @@ class Runtime(HostQuestions):
             GroupTaskError: If several failed; it holds all of their errors.
         """
         join_all(self.tasks)
-
-    # --- ports ---------------------------------------------------------------------------------
-    def expose_port_to_runtime(self, local_port: int, runtime_port: int | Iterable[int] | None = None) -> str:
-        """Make a port of the manager reachable on the host, on its loopback.
-
-        Args:
-            local_port: The port on this machine.
-            runtime_port: The port on the host, or several, of which the first free one is taken. By default
-                ``local_port``.
-
-        Returns:
-            A key for :meth:`get_process` and :meth:`stop_process`.
-
-        Raises:
-            PortInUseError: If the port on the host is taken.
-            NoPortsLeftError: If several were given and none is free.
-            TunnelError: If the host does not allow it.
-        """
-        check_port(local_port, "local_port")
-        return self._ledger.add_exposure(self._wait(open_to_runtime(self.connection, local_port, runtime_port)))
-
-    def expose_port_from_runtime(self, runtime_port: int, local_port: int | Iterable[int] | None = None) -> str:
-        """Make a port of the host reachable on the manager, on its loopback.
-
-        Args:
-            runtime_port: The port on the host.
-            local_port: The port on this machine, or several, of which the first free one is taken. By default
-                ``runtime_port``.
-
-        Returns:
-            A key for :meth:`get_process` and :meth:`stop_process`.
-
-        Raises:
-            PortInUseError: If the port on this machine is taken.
-            NoPortsLeftError: If several were given and none is free.
-            TunnelError: If the host does not allow it.
-        """
-        check_port(runtime_port, "runtime_port")
-        return self._ledger.add_exposure(self._wait(open_from_runtime(self.connection, runtime_port, local_port)))
-
-    def note_exposure(self, tunnel: Tunnel) -> str:
-        """Take over a tunnel that was opened for this runtime, and return its key; for the layers above."""
-        return self._ledger.add_exposure(tunnel)
-
-    # --- processes -----------------------------------------------------------------------------
-    @property
-    def task_processes(self) -> list[ProcessHandle]:
-        """Handles of the tasks, which behave like :class:`multiprocessing.Process`."""
-        return [process for key, process in self._ledger.processes().items() if self._ledger.is_task(key)]
-
-    @property
-    def alive_process_count(self) -> int:
-        """How many tasks run and ports are exposed."""
-        return len(self.get_processes(only_alive=True))
-
-    @property
-    def alive_task_process_count(self) -> int:
-        """How many tasks run."""
-        return self._ledger.running
-
-    @property
-    def started_task_count(self) -> int:
-        """How many tasks were started here since the beginning."""
-        return self._ledger.started
-
-    def get_processes(self, only_alive: bool = False) -> dict[str, ProcessHandle]:
-        """Return handles of all tasks and port exposures by their keys.
-
-        Args:
-            only_alive: Only those that have not ended.
-        """
-        processes = self._ledger.processes()
-        return {key: process for key, process in processes.items() if not only_alive or process.is_alive()}
-
-    def get_process(self, key: str) -> ProcessHandle:
-        """Return the handle of a task or port exposure.
-
-        Args:
-            key: Its key.
-
-        Raises:
-            ValueError: If there is none with this key.
-        """
-        try:
-            return self._ledger.processes()[key]
-        except KeyError:
-            raise ValueError(f"{self.host}: there is no process with the key {key!r}") from None
-
-    def is_runtime_task_process(self, process_key: str) -> bool:
-        """Whether a key is that of a task of this runtime."""
-        return self._ledger.is_task(process_key)
-
-    def is_port_exposure_process(self, process_key: str) -> bool:
-        """Whether a key is that of a port exposure of this runtime."""
-        return self._ledger.is_exposure(process_key)
-
-    def stop_process(self, key: str) -> None:
-        """End a task or a port exposure, and wait until it has ended.
-
-        Args:
-            key: Its key.
-
-        Raises:
-            ValueError: If there is none with this key.
-        """
-        process = self.get_process(key)
-        process.terminate()
-        process.join(_END_LIMIT)
 
     # --- end -----------------------------------------------------------------------------------
     def cleanup(self) -> None:

@@ -128,7 +128,7 @@ def test_a_working_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_setup_lines_leave_their_environment() -> None:
-    with LocalRuntime(setup="export A=\"one\ntwo\" PATH=/some/where:$PATH; echo noise", env={"B": "$b'\""}) as runtime:
+    with LocalRuntime(setup='export A="one\ntwo" PATH=/some/where:$PATH; echo noise', env={"B": "$b'\""}) as runtime:
         task = RuntimeTask().run_command('printf "%s|%s" "$A" "$B"').call(os.getenv, "A")
         task.env_variables = {"B": "task"}
         runtime.execute_task(task, execute_async=False)
@@ -152,7 +152,7 @@ def test_the_interpreter(tmp_path: Path) -> None:
 
 
 def test_environment_variables(local: LocalRuntime) -> None:
-    value = "it's \"$HOME\" `x`\nünï"
+    value = 'it\'s "$HOME" `x`\nünï'
     local.env_variables = {"A": value, "N": 1}
     local.add_env_variables({"N": 2})
     assert local.env_variables == {"A": value, "N": "2"}
@@ -346,7 +346,7 @@ def test_futures(local: LocalRuntime) -> None:
 
 def test_waiting_with_a_limit(local: LocalRuntime) -> None:
     task = started(local)
-    with pytest.raises(TimeoutError, match="0.01 s"):
+    with pytest.raises(TimeoutError, match=r"0\.01 s"):
         task.join(0.01)
     with pytest.raises(TimeoutError):
         task.result(timeout=0.01)

@@ -215,9 +215,7 @@ def test_a_standard_output_that_cannot_show_it_is_no_error(monkeypatch: pytest.M
     log.write(b"more\n")
 
 
-def test_a_log_that_cannot_be_written_does_not_stop_the_work(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_log_that_cannot_be_written_does_not_stop_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     Environment.main_directory = str(tmp_path / "file" / "below")
     log = TaskLog("host", "task", debug=False)

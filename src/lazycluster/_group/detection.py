@@ -131,7 +131,7 @@ async def select(sessions: Sequence[Session], wanted: Filter) -> list[Session]:
 async def _why_not(session: Session, wanted: Filter) -> str | None:
     try:
         info = await session.ask("info", gpus=wanted.gpu_required) if wanted.needs_info else {}
-        return await why_not(session, session.context({}, Runtime.WORKING_DIR_ENV_VAR_NAME), info, wanted)
+        return await why_not(session, session.context(session.spec.env, Runtime.WORKING_DIR_ENV_VAR_NAME), info, wanted)
     except LazyclusterError as error:
         return str(error)
 

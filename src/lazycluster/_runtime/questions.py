@@ -65,6 +65,31 @@ class HostQuestions:
     _info: concurrent.futures.Future[dict[str, Any]] | None
     _info_lock: threading.Lock
 
+    @property
+    def host(self) -> str:
+        """The host, as it was named when the runtime was made."""
+        return self._session.host
+
+    @property
+    def working_dir(self) -> str:
+        """The absolute path of the working directory on the host."""
+        return self._session.working_dir
+
+    @property
+    def has_temporary_working_dir(self) -> bool:
+        """Whether the working directory was made for this runtime alone, and is removed at the end."""
+        return self._session.spec.working_dir is None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the process that made the runtime, not a forked child of it."""
+        return self._session.is_ours
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What two runtimes have in common that are the same account on the same machine under two names."""
+        return self._session.identity
+
     def task_context(self) -> Context:
         """Return where and how tasks are carried out; for the layers above."""
         raise NotImplementedError

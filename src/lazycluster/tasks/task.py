@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
-import os
+import copy
 import sys
-import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
 from .execution import Context, Execution
 from .handles import TaskProcess
-from .steps import GetFile, RunCommand, RunFunction, SendFile, Step
+from .recipe import Recipe
+from .steps import Step
 from .variables import checked_variables
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RuntimeTask"]
 
-_numbers = itertools.count(1)
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled task to end what it started
 
 
@@ -40,7 +38,7 @@ class Executor(Protocol):
         """Execute a task."""
 
 
-class RuntimeTask:
+class RuntimeTask(Recipe):
     """Steps that are carried out one after the other on a host: copy files, run commands and Python functions.
 
     A task is written down with methods that return the task itself, and is then executed by a
@@ -64,135 +62,12 @@ class RuntimeTask:
     """
 
     def __init__(self, name: str | None = None) -> None:
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"the name of a task must be a string, not {type(name).__name__}")
-        if name == "":
-            raise ValueError("the name of a task is empty")
-        self.name = name or f"task-{next(_numbers)}"
-        self._steps: list[Step] = []
-        self._env: dict[str, str] = {}
+        super().__init__(name)
         self._execution: Execution | None = None
-        self._lock = threading.Lock()
-
-    # --- writing it down -----------------------------------------------------------------------
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """The steps, as frozen dataclasses."""
-        return tuple(self._steps)
-
-    def _add(self, step: Step) -> RuntimeTask:
-        with self._lock:
-            self._refuse_while_running()
-            self._steps.append(step)
-        return self
 
     def _refuse_while_running(self) -> None:
         if self._execution is not None and not self._execution.is_over:
             raise LazyclusterError(f"task {self.name!r} is being executed: a step added now would never be carried out")
-
-    def replace_steps(self, steps: Sequence[Step]) -> RuntimeTask:
-        """Take other steps instead of the present ones; for the layers above.
-
-        Args:
-            steps: The new ones.
-
-        Returns:
-            The task itself.
-        """
-        with self._lock:
-            self._refuse_while_running()
-            self._steps = list(steps)
-        return self
-
-    def send_file(self, local_path: str | os.PathLike[str], remote_path: str | None = None) -> RuntimeTask:
-        """Add a step that copies a file or folder from the manager to the host.
-
-        Args:
-            local_path: The file or folder on this machine.
-            remote_path: Where it goes on the host: relative to the working directory, with ``~`` and environment
-                variables as in a shell. By default it keeps its name, in the working directory.
-
-        Returns:
-            The task itself.
-
-        Raises:
-            ValueError: If a path is empty.
-        """
-        return self._add(SendFile(local_path, remote_path))  # type: ignore[arg-type]
-
-    def get_file(self, remote_path: str, local_path: str | os.PathLike[str] | None = None) -> RuntimeTask:
-        """Add a step that copies a file or folder from the host to the manager.
-
-        Args:
-            remote_path: The file or folder on the host, see :meth:`send_file`.
-            local_path: Where it goes on this machine; an existing directory, or a path that ends with ``/``, takes it
-                under its own name. By default it keeps its name, in the current directory.
-
-        Returns:
-            The task itself.
-
-        Raises:
-            ValueError: If a path is empty.
-        """
-        return self._add(GetFile(remote_path, local_path))  # type: ignore[arg-type]
-
-    def run_command(self, command: str, shell: str | None = None) -> RuntimeTask:
-        """Add a step that runs a line of shell, without a terminal or input, in the working directory.
-
-        It is over when the shell has exited and its output has ended. It fails if the exit status is not 0.
-
-        Args:
-            command: The line.
-            shell: Another shell than the user's own, e.g. ``bash``.
-
-        Returns:
-            The task itself.
-
-        Raises:
-            ValueError: If the command is empty.
-        """
-        return self._add(RunCommand(command, shell))
-
-    def run_function(self, function: Callable[..., Any], **func_kwargs: Any) -> RuntimeTask:
-        """Add a step that calls a Python function on the host, in a process of its own.
-
-        The function may be a lambda, a closure, or stand in a notebook or a local module; the host needs the
-        manager's minor version of Python, and the packages that the function imports. What it returns is found in
-        :attr:`function_returns` and :meth:`result`.
-
-        Args:
-            function: The function; it may be asynchronous.
-            **func_kwargs: Its arguments. For arguments of other kinds or names see :meth:`call`.
-
-        Returns:
-            The task itself.
-
-        Raises:
-            TypeError: If it cannot be called.
-        """
-        return self._add(RunFunction(function, (), func_kwargs))
-
-    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> RuntimeTask:
-        """Add a step that calls a Python function with any arguments, else as :meth:`run_function`.
-
-        Args:
-            function: The function.
-            *args: Its positional arguments.
-            **kwargs: Its keyword arguments, whatever their names.
-
-        Returns:
-            The task itself.
-        """
-        return self._add(RunFunction(function, args, kwargs))
-
-    @property
-    def env_variables(self) -> dict[str, str]:
-        """Environment variables of this task, which come on top of those of the runtime."""
-        return self._env
-
-    @env_variables.setter
-    def env_variables(self, env_variables: Mapping[str, Any]) -> None:
-        self._env = checked_variables(env_variables)
 
     # --- executing it --------------------------------------------------------------------------
     def execute(self, connection: Executor | Connection, debug: bool = False) -> RuntimeTask:
@@ -243,7 +118,7 @@ class RuntimeTask:
                 )
                 self._execution = execution.start()
                 return self
-        return self._copy()._launch(context, debug=debug, omit_on_join=omit_on_join, calls=calls, gate=gate)
+        return copy.copy(self)._launch(context, debug=debug, omit_on_join=omit_on_join, calls=calls, gate=gate)
 
     def _finish_sync(self) -> None:
         """Wait for the end and raise what went wrong; an interrupted wait ends the execution."""
@@ -392,31 +267,6 @@ class RuntimeTask:
             self._execution.wait(_CLEANUP_LIMIT)
             self._execution.report()
 
-    # --- copies --------------------------------------------------------------------------------
-    def _copy(self) -> RuntimeTask:
-        copy = type(self).__new__(type(self))
-        RuntimeTask.__init__(copy, self.name)
-        copy._steps = list(self._steps)
-        copy._env = dict(self._env)
-        return copy
-
-    def __copy__(self) -> RuntimeTask:
-        return self._copy()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeTask:
-        """Return a fresh task with the same steps, which has not been executed."""
-        return self._copy()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (type(self), self.name, self.steps, self._env)
-
     def __repr__(self) -> str:
         where = f" on {self.host}" if self.host else ""
         return f"<RuntimeTask {self.name!r}: {len(self._steps)} steps, {self.status}{where}>"
-
-
-def _rebuilt(cls: type[RuntimeTask], name: str, steps: tuple[Step, ...], env: dict[str, str]) -> RuntimeTask:
-    task = cls.__new__(cls)
-    RuntimeTask.__init__(task, name)
-    task._steps, task._env = list(steps), dict(env)
-    return task

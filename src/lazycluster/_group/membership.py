@@ -1,0 +1,157 @@
+"""Which runtimes a group has, and what is said of all of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from lazycluster.exceptions import LazyclusterError
+from lazycluster.runtimes import Runtime
+
+from .members import Members, connect, warn_of_aliases
+from .settings import Common
+from .tables import INFO_HEAD, info_row, print_list, print_table
+
+__all__ = ["Membership"]
+
+
+class Membership:
+    """The part of a group that knows its members."""
+
+    _members: Members
+    _common: Common
+    _lock: threading.RLock
+    _unreachable: dict[str, str]
+
+    # --- members -------------------------------------------------------------------------------
+    @property
+    def hosts(self) -> list[str]:
+        """The hosts."""
+        return self._members.hosts
+
+    @property
+    def runtimes(self) -> list[Runtime]:
+        """The runtimes, in the order in which they were added."""
+        return self._members.all
+
+    @property
+    def runtime_count(self) -> int:
+        """How many runtimes there are."""
+        return len(self._members.all)
+
+    @property
+    def unreachable_hosts(self) -> dict[str, str]:
+        """The hosts that were skipped, each with the reason."""
+        return dict(self._unreachable)
+
+    def contains_runtime(self, host: str) -> bool:
+        """Check whether a host is in the group.
+
+        Args:
+            host: The host.
+        """
+        return host in self._members
+
+    def get_runtime(self, host: str | None = None) -> Runtime:
+        """Return a runtime.
+
+        Args:
+            host: Its host; by default the one that executes the fewest tasks is returned.
+
+        Raises:
+            ValueError: If the host is not in the group.
+        """
+        return self._members.least_busy() if host is None else self._members.get(host)
+
+    def get_runtimes(
+        self, include_hosts: str | list[str] | None = None, exclude_hosts: str | list[str] | None = None
+    ) -> dict[str, Runtime]:
+        """Return some of the runtimes by host.
+
+        Args:
+            include_hosts: Only these; by default all.
+            exclude_hosts: All but these.
+
+        Raises:
+            ValueError: If both are given, or a host is not in the group.
+        """
+        return self._members.some(include_hosts, exclude_hosts)
+
+    def add_runtime(self, host: str | None = None, runtime: Runtime | None = None) -> None:
+        """Add a runtime.
+
+        Args:
+            host: A host that is connected now, with what was said when the group was made.
+            runtime: Or a runtime that exists already.
+
+        Raises:
+            ValueError: If not exactly one of them is given, or the host is in the group already.
+            InvalidRuntimeError: If the host cannot be used.
+        """
+        if (host is None) == (runtime is None):
+            raise ValueError("either host or runtime must be given, and not both")
+        if host is not None:
+            self._members.refuse_duplicate(host)
+            runtime = connect([host], self._common, "raise")[0][0]
+        assert runtime is not None
+        with self._lock:
+            self._members.add(runtime)
+        warn_of_aliases(self.runtimes)
+
+    def remove_runtime(self, host: str) -> Runtime:
+        """Remove a runtime from the group. It is not cleaned up: that is now for who holds it.
+
+        Args:
+            host: Its host.
+
+        Returns:
+            The runtime.
+
+        Raises:
+            ValueError: If it is not in the group.
+            LazyclusterError: If it executes tasks.
+        """
+        with self._lock:
+            busy = self._members.get(host).alive_task_process_count
+            if busy:
+                raise LazyclusterError(
+                    f"{host} executes {busy} tasks and cannot be removed: wait for them with join(), or cancel them"
+                )
+            return self._members.remove(host)
+
+    # --- environment variables -----------------------------------------------------------------
+    def set_env_variables(self, env_variables: Mapping[str, Any]) -> None:
+        """Set the environment variables of tasks, instead of the present ones.
+
+        Args:
+            env_variables: Names and values.
+        """
+        for runtime in self.runtimes:
+            runtime.env_variables = dict(env_variables)
+
+    def add_env_variables(self, env_variables: Mapping[str, Any]) -> None:
+        """Add environment variables, or give new values to those that exist.
+
+        Args:
+            env_variables: Names and values.
+        """
+        for runtime in self.runtimes:
+            runtime.add_env_variables(env_variables)
+
+    # --- information ---------------------------------------------------------------------------
+    def fill_runtime_info_buffers_async(self) -> None:
+        """Have all runtimes ask their hosts for their :attr:`Runtime.info`, without waiting for the answers."""
+        for runtime in self.runtimes:
+            runtime.fill_info_buffer()
+
+    def print_hosts(self) -> None:
+        """Print the hosts."""
+        print_list("Hosts of the group", dict.fromkeys(self.hosts, ""))
+        if self._unreachable:
+            print_list("Skipped hosts", self._unreachable)
+
+    def print_runtime_info(self) -> None:
+        """Print what machines the hosts are, as a table."""
+        self.fill_runtime_info_buffers_async()
+        print_table(INFO_HEAD, [info_row(runtime.host, runtime.info) for runtime in self.runtimes])
