@@ -1,0 +1,261 @@
+"""Services: started, fed, watched, started again, ended; on an agent without ssh."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import _loop
+from lazycluster.cluster.exceptions import ServiceError
+from lazycluster.cluster.places import Place
+from lazycluster.cluster.process import MasterProcess
+from lazycluster.cluster.services import Program, Service, Source
+from lazycluster.ssh.local import LocalConnection
+from lazycluster.utils import Environment
+
+MARKER = "@@"
+
+
+@pytest.fixture(autouse=True)
+def _logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Environment, "main_directory", str(tmp_path / "main"))
+
+
+def _run(work: Callable[[LocalConnection], Awaitable[Any]]) -> Any:
+    async def main() -> Any:
+        connection = LocalConnection()
+        await connection.open()
+        try:
+            return await work(connection)
+        finally:
+            await connection.close()
+
+    return _loop.run(main(), 60)
+
+
+def _source(tmp_path: Path, text: str) -> Source:
+    folder = tmp_path / "program"
+    folder.mkdir(exist_ok=True)
+    (folder / "__init__.py").touch()
+    start = "import json, os, sys\n"
+    start += "def say(event, **more):\n    print('@@' + json.dumps({'event': event, **more}), flush=True)\n"
+    (folder / "app.py").write_text(start + "def main():\n" + textwrap.indent(textwrap.dedent(text), "    "))
+    return Source(folder, "app", "some_program")
+
+
+def _service(connection: LocalConnection, source: Source | None = None, **options: Any) -> Service:
+    program = Program("thing", source=source, marker=MARKER if source else "", **options)
+    return Service(program, Place("here", connection, sys.executable), "thing 1")
+
+
+async def _state(service: Service, *states: str) -> None:
+    deadline = time.monotonic() + 20
+    while service.state not in states:
+        assert time.monotonic() < deadline, service.state
+        await asyncio.sleep(0.01)
+
+
+def test_it_is_fed_gets_ready_and_ends(tmp_path: Path) -> None:
+    source = _source(
+        tmp_path,
+        """
+        line = sys.stdin.readline()
+        say("hello", path=sys.path[-1], scratch=os.environ["LAZYCLUSTER_SCRATCH"])
+        print("working on", line.strip())
+        say("ready", got=json.loads(line))
+        sys.stdin.read()
+        """,
+    )
+
+    async def work(connection: LocalConnection) -> None:
+        service = _service(connection, source)
+        service.start()
+        await service.send({"a": [1, "ü"]})
+        hello = await service.wait_for("hello")
+        assert Path(hello["scratch"]).is_dir()
+        assert await service.wait_for("ready") == {"got": {"a": [1, "ü"]}}
+        assert service.state == "ready"
+        os.kill(service.pid or 0, 0)
+        await service.stop()
+        await service.stop()
+        assert service.state == "ended"
+        assert service.exit_status == -15
+        assert not Path(hello["scratch"]).exists()
+        assert service.last_output() == 'working on {"a": [1, "\\u00fc"]}\n'
+        assert service.log_file.stat().st_mode & 0o077 == 0
+
+    _run(work)
+
+
+def test_it_is_started_again_with_what_it_was_told_last(tmp_path: Path) -> None:
+    source = _source(
+        tmp_path,
+        """
+        say("ready", got=json.loads(sys.stdin.readline()))
+        sys.stdin.readline()
+        os.kill(os.getpid(), 9)
+        """,
+    )
+
+    async def work(connection: LocalConnection) -> None:
+        service = _service(connection, source, restarts=1)
+        service.start()
+        await service.send("first")
+        assert await service.wait_for("ready") == {"got": "first"}
+        await service.send("second")
+        assert await service.wait_for("ready") == {"got": "second"}
+        assert service.restarts == 1
+        assert service.exit_status == -9
+        await service.send("third")
+        await _state(service, "failed")
+        assert service.error is not None
+        assert "after 1 restarts" in service.error.problem
+        assert service.error.exit_status == -9
+
+    _run(work)
+
+
+def test_an_end_before_it_is_ready_is_final_and_tells_why(tmp_path: Path) -> None:
+    source = _source(tmp_path, "print('no luck', flush=True)\nsys.exit(3)\n")
+
+    async def work(connection: LocalConnection) -> None:
+        service = _service(connection, source, restarts=5)
+        service.start()
+        with pytest.raises(ServiceError) as caught:
+            await service.wait_for("ready")
+        assert caught.value.exit_status == 3
+        assert caught.value.output == "no luck"
+        assert caught.value.host == "here"
+        assert service.restarts == 0
+        assert "no luck" in str(caught.value)
+        assert str(service.log_file) in str(caught.value)
+
+    _run(work)
+
+
+def test_an_end_with_status_0_is_no_failure() -> None:
+    async def work(connection: LocalConnection) -> None:
+        service = _service(connection, argv=("true",), restarts=5)
+        service.start()
+        await _state(service, "ended")
+        assert service.exit_status == 0
+        assert service.restarts == 0
+
+    _run(work)
+
+
+def test_a_program_that_is_not_there() -> None:
+    async def work(connection: LocalConnection) -> None:
+        service = _service(connection, argv=("/no/such/program",))
+        service.start()
+        with pytest.raises(ServiceError, match="/no/such/program"):
+            await service.message()
+
+    _run(work)
+
+
+def test_readiness_is_a_text_in_its_output() -> None:
+    async def work(connection: LocalConnection) -> None:
+        script = "echo begin; echo now it is READY, yes; exec sleep 60"
+        service = _service(connection, argv=("sh", "-c", script), ready="READY")
+        service.start()
+        await service.wait_for("ready")
+        assert service.last_output() == "begin\nnow it is READY, yes\n"
+        await service.stop()
+
+    _run(work)
+
+
+def test_all_that_it_started_ends_with_it(tmp_path: Path) -> None:
+    script = "trap '' TERM; (setsid sleep 1234.5 &); sleep 1234.5 & echo READY; wait; wait; sleep 1234.5"
+
+    async def work(connection: LocalConnection) -> None:
+        service = _service(connection, argv=("sh", "-c", script), ready="READY", patience=0.2)
+        service.start()
+        await service.wait_for("ready")
+        await service.stop()
+        assert service.exit_status == -9
+        found = subprocess.run(["pgrep", "-f", "sleep 1234.5"], capture_output=True, text=True, check=False).stdout
+        assert found == ""
+
+    _run(work)
+
+
+def test_a_service_never_waits_for_a_slow_manager(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    script = f"yes 0123456789abcdef | head -c 20000000; echo; echo READY; touch '{done}'; exec sleep 60"
+
+    async def work(connection: LocalConnection) -> int:
+        service = _service(connection, argv=("sh", "-c", script), ready="READY")
+        service.start()
+        deadline = time.monotonic() + 50
+        while not done.exists():  # the whole manager stands still meanwhile, and that is the point
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        await service.wait_for("ready")
+        text = service.log_file.read_bytes()
+        assert text.endswith(b"READY\n")
+        assert b"bytes of output were dropped here" in text
+        await service.stop()
+        return len(text)
+
+    assert _run(work) < 20_000_000
+
+
+def test_output_without_newlines_and_with_any_bytes(tmp_path: Path) -> None:
+    script = "head -c 3000000 /dev/zero; printf '\\377@@not json\\n'; exec sleep 60"
+
+    async def work(connection: LocalConnection) -> None:
+        program = Program("thing", argv=("sh", "-c", script), marker=MARKER)
+        service = Service(program, Place("here", connection), "thing 1")
+        service.start()
+        deadline = time.monotonic() + 20
+        while service.log_file.stat().st_size < 3_000_012 and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        assert service.log_file.read_bytes() == bytes(3_000_000) + b"\xff@@not json\n"
+        await service.stop()
+
+    _run(work)
+
+
+def test_the_agent_ends_its_services(tmp_path: Path) -> None:
+    async def work(connection: LocalConnection) -> Service:
+        service = _service(connection, argv=("sleep", "60"))
+        service.start()
+        await _state(service, "ready")
+        return service
+
+    service = _run(work)
+    assert service.state in ("failed", "ended")
+    with pytest.raises(ProcessLookupError):
+        os.kill(service.pid, 0)
+
+
+def test_the_interface_of_a_process() -> None:
+    sent: list[str] = []
+    process = MasterProcess(["master"], 42, sent.append)
+    assert process.poll() is None
+    assert process.args == ["master"]
+    assert process.stdin is process.stdout is process.stderr is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.01)
+    process.terminate()
+    process.kill()
+    process.send_signal(2)
+    assert sent == ["TERM", "KILL", "INT"]
+    process.ended(-9)
+    process.ended(0)
+    process.kill()
+    assert sent == ["TERM", "KILL", "INT"]
+    assert process.wait() == process.poll() == process.returncode == -9
+    with process:
+        pass
