@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 from sshhosts import Hosts
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "model_search.py"
 
 
 def main() -> int:
