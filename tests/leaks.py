@@ -17,7 +17,7 @@ from sshhosts import LIVE, procfs
 PATIENCE = 5.0
 
 #: Threads that live as long as the process that first needed them: the library's event loop, and those of distributed.
-LASTING_THREADS = ("lazycluster", "IO loop", "Profile", "Dask-", "TCP-Executor", "asyncio_", "AsyncProcess")
+LASTING_THREADS = ("IO loop", "Profile", "Dask-", "TCP-Executor", "asyncio_", "AsyncProcess")
 
 _LASTING_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
@@ -75,7 +75,7 @@ class Manager:
 
 
 def _is_brief(thread: threading.Thread) -> bool:
-    return not thread.name.startswith(LASTING_THREADS) and thread is not threading.main_thread()
+    return thread.name != "lazycluster" and not thread.name.startswith(LASTING_THREADS) and thread is not threading.main_thread()
 
 
 def settle(leftovers: Callable[[], list[str]]) -> list[str]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import threading
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -129,3 +130,32 @@ def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
 
 def _wait_for_cleanup(future: concurrent.futures.Future[Any]) -> None:
     concurrent.futures.wait([future], timeout=30)
+
+
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call something that blocks in a thread of its own, which ends with it.
+
+    `asyncio.to_thread` keeps its threads for the rest of the process.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(cast("T", result))
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = function(*args)
+        except BaseException as caught:  # noqa: BLE001  (it is raised where it is waited for)
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop has gone with the process
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name=f"lazycluster {function.__name__}", daemon=True).start()
+    return await done

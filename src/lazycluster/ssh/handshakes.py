@@ -15,6 +15,8 @@ import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from lazycluster import _loop
+
 from .config import Settings, parse_destination
 from .hosts import SYSTEM_CONFIG, config_lines, hops_of_command, user_config
 
@@ -66,7 +68,7 @@ async def jump_key(settings: Settings) -> frozenset[str]:
         return _proxy(own[0])
     if settings.proxy_jump:
         hops = _hops(settings.proxy_jump)
-    elif await asyncio.to_thread(_mentions_proxy, settings.config_file):
+    elif await _loop.in_thread(_mentions_proxy, settings.config_file):
         hops = await _configured_hops(settings)
     else:
         return frozenset()
@@ -115,7 +117,7 @@ async def resolve(settings: Settings) -> dict[str, str]:
     Returns:
         The first value of each option, by its name in small letters; empty if ssh cannot say.
     """
-    return await asyncio.to_thread(_resolve, settings.target, settings.user, settings.port, settings.config_file)
+    return await _loop.in_thread(_resolve, settings.target, settings.user, settings.port, settings.config_file)
 
 
 @functools.lru_cache(maxsize=4096)

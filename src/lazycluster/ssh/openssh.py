@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lazycluster import _loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 
 from . import workspace
@@ -95,7 +96,7 @@ class SshConnection(Connection):
         self._name = f"{next(_numbers)}"
         control = os.path.join(space.directory, self._name)
         marker = new_marker()
-        version = await asyncio.to_thread(ssh_version) if not ssh_version.cache_info().currsize else ssh_version()
+        version = ssh_version() if ssh_version.cache_info().currsize else await _loop.in_thread(ssh_version)
         argv = ssh_argv(self.settings, control, remote_command(self._python, marker), version, ask=self._ask)
         space.prompter.register(self._name, self.settings, self._ask)
         deadline = _ASK_LIMIT if self._ask else self.settings.timeout + min(2 * self.settings.timeout, _START_MARGIN)

@@ -27,8 +27,9 @@ from lazycluster.exceptions import LazyclusterError
 
 __all__ = ["TransferError", "TransferResult", "get", "send"]
 
-#: Copies at once, on all connections together: more do not make it faster.
+#: Copies at once, on all connections together and on one: more do not make it faster, and sshd limits its sessions.
 AT_ONCE = 8
+AT_ONCE_PER_HOST = 2
 
 #: How long a cancelled copy is waited for, in seconds.
 _PATIENCE = 10.0
@@ -224,23 +225,35 @@ class _Pool:
     def __init__(self, connection: HostConnection) -> None:
         self._idle: list[socket.socket] = []
         self._busy: set[socket.socket] = set()
+        self._returned = asyncio.Event()
+        self.slots = asyncio.Semaphore(AT_ONCE_PER_HOST)
         connection.at_close.append(self.close)
         connection.on_lost.append(lambda _: self.close())
 
     async def take(self, connection: HostConnection) -> tuple[socket.socket, bool]:
         """Return a stream, and whether it has been used before."""
-        while self._idle:
-            sock = self._idle.pop()
-            # It says nothing while it is idle: what can be read is its end.
-            waiting = select.poll()
-            waiting.register(sock, select.POLLIN)
-            if not waiting.poll(0):
+        while True:
+            while self._idle:
+                sock = self._idle.pop()
+                # It says nothing while it is idle: what can be read is its end.
+                waiting = select.poll()
+                waiting.register(sock, select.POLLIN)
+                if not waiting.poll(0):
+                    self._busy.add(sock)
+                    return sock, True
+                sock.close()
+            try:
+                sock = await connection.bulk()
+            except LazyclusterError:
+                # The host may allow fewer sessions than we would like: then wait for one.
+                connection.check()
+                if not self._busy:
+                    raise
+                self._returned.clear()
+                await self._returned.wait()
+            else:
                 self._busy.add(sock)
-                return sock, True
-            sock.close()
-        sock = await connection.bulk()
-        self._busy.add(sock)
-        return sock, False
+                return sock, False
 
     def give_back(self, sock: socket.socket, usable: bool) -> None:
         """Keep a stream for the next copy, or close it."""
@@ -249,6 +262,7 @@ class _Pool:
         else:
             sock.close()
         self._busy.discard(sock)
+        self._returned.set()
 
     def close(self) -> None:
         """Close the idle streams; those in use end, and are closed by who uses them."""
@@ -274,29 +288,35 @@ class _Copy:
     progress: Progress | None
 
     async def run(self) -> TransferResult:
+        self.connection.check()
+        pool = _pools.get(self.connection)
+        if pool is None:
+            pool = _pools[self.connection] = _Pool(self.connection)
         limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
-        async with limit:
+        async with pool.slots, limit:
             began = time.monotonic()
-            while True:
-                self.connection.check()
-                pool = _pools.get(self.connection) or _pools.setdefault(self.connection, _Pool(self.connection))
-                sock, used = await pool.take(self.connection)
-                work = _Work(self, sock)
-                try:
-                    await work.run()
-                finally:
-                    if work.ended.is_set():  # else a thread that cannot be ended still has it
-                        pool.give_back(sock, work.usable)
-                if work.error is None:
-                    break
-                if isinstance(work.error, StreamClosedError) and used and not work.answered:
-                    continue  # the process on the host had ended while it was idle
-                raise self._explained(work.error) from work.error
+            work = await self._attempt(pool)
         tally = work.tally
         return TransferResult(
             work.path, tally.files, tally.bytes, tally.sent, tally.skipped, time.monotonic() - began,
             tuple(tally.left_out),
         )  # fmt: skip
+
+    async def _attempt(self, pool: _Pool) -> _Work:
+        while True:
+            self.connection.check()
+            sock, used = await pool.take(self.connection)
+            work = _Work(self, sock)
+            try:
+                await work.run()
+            finally:
+                if work.ended.is_set():  # else a thread that cannot be ended still has it
+                    pool.give_back(sock, work.usable)
+            if work.error is None:
+                return work
+            if not (isinstance(work.error, StreamClosedError) and used and not work.answered):
+                raise self._explained(work.error) from work.error
+            # The process on the host had ended while it was idle.
 
     def _explained(self, error: BaseException) -> BaseException:
         host = self.connection.host

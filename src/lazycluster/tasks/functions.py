@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from lazycluster import _loop
 from lazycluster.exceptions import AgentError
 from lazycluster.ssh.connection import Connection
 
@@ -242,11 +242,6 @@ class _QuickUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-@functools.cache
-def _executor() -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="lazycluster-results")
-
-
 def _load(parts: list[bytes], quick: bool) -> Any:
     file = io.BufferedReader(_Received(parts), 128 * 1024)
     return (_QuickUnpickler if quick else pickle.Unpickler)(file).load()
@@ -259,7 +254,7 @@ async def _load_anywhere(parts: list[bytes]) -> Any:
             return _load(parts, True)
         except _ImportNeededError:
             pass
-    return await asyncio.get_running_loop().run_in_executor(_executor(), _load, parts, False)
+    return await _loop.in_thread(_load, parts, False)
 
 
 async def _outcome(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
