@@ -75,7 +75,8 @@ class Manager:
 
 
 def _is_brief(thread: threading.Thread) -> bool:
-    return thread.name != "lazycluster" and not thread.name.startswith(LASTING_THREADS) and thread is not threading.main_thread()
+    lasting = thread.name == "lazycluster" or thread.name.startswith(LASTING_THREADS)
+    return not lasting and thread is not threading.main_thread()
 
 
 def settle(leftovers: Callable[[], list[str]]) -> list[str]:
