@@ -19,8 +19,9 @@ import pytest
 pytest.importorskip("distributed")
 pytest.importorskip("cryptography")
 
-from cluster_groups import Group, ssh_group
+from cluster_groups import ssh_group
 
+from lazycluster import RuntimeGroup
 from lazycluster.cluster.dask_cluster import DaskCluster
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this module
@@ -33,13 +34,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def group(module_hosts: Any) -> Iterator[Group]:
+def group(module_hosts: Any) -> Iterator[RuntimeGroup]:
     with ssh_group(module_hosts) as group:
         yield group
 
 
 @pytest.fixture(scope="module")
-def cluster(group: Group) -> Iterator[DaskCluster]:
+def cluster(group: RuntimeGroup) -> Iterator[DaskCluster]:
     with DaskCluster(group) as cluster:
         cluster.start()
         yield cluster
@@ -135,7 +136,7 @@ def test_a_killed_worker_comes_back(client: Any) -> None:
     assert client.submit(lambda: 7, workers=[info["name"]], pure=False).result(timeout=20) == 7
 
 
-def test_a_killed_nanny_comes_back(client: Any, cluster: DaskCluster, group: Group) -> None:
+def test_a_killed_nanny_comes_back(client: Any, cluster: DaskCluster, group: RuntimeGroup) -> None:
     worker = cluster._worker_launcher.workers[1]
     old = worker.service.pid
     group.runtimes[1].call(os.kill, old, signal.SIGKILL)
@@ -189,7 +190,7 @@ def test_no_port_talks_to_strangers(client: Any, cluster: DaskCluster) -> None:
         assert not _accepts(port, stranger)
 
 
-def test_two_clusters_on_the_same_hosts(group: Group, client: Any) -> None:
+def test_two_clusters_on_the_same_hosts(group: RuntimeGroup, client: Any) -> None:
     with DaskCluster(group) as other:
         other.start(worker_count=2)
         with other.get_client(timeout=10) as second:
@@ -199,7 +200,7 @@ def test_two_clusters_on_the_same_hosts(group: Group, client: Any) -> None:
 
 
 @pytest.mark.keeps("manager")  # its tunnels last as long as the cluster
-def test_more_workers_can_be_started(group: Group, cluster: DaskCluster, client: Any) -> None:
+def test_more_workers_can_be_started(group: RuntimeGroup, cluster: DaskCluster, client: Any) -> None:
     cluster.start_workers(1)
     client.wait_for_workers(4, timeout=20)
     assert "host1-1" in _workers(client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lazycluster.exceptions import LazyclusterError
 
@@ -18,6 +19,17 @@ __all__ = [
 
 class ClusterError(LazyclusterError):
     """Base class of the errors of clusters."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, vars(self))
+
+
+def _restore(kind: type[ClusterError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> ClusterError:
+    """Return an error as it was when it was pickled, whatever its constructor takes."""
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(attributes)
+    return error
 
 
 class ServiceError(ClusterError):

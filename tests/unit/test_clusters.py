@@ -1,0 +1,232 @@
+"""The contracts of clusters, with launchers that start nothing."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from lazycluster import _loop
+from lazycluster.cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
+from lazycluster.cluster import network as networks
+from lazycluster.cluster.exceptions import ClusterError, ClusterStartError, MasterStartError, WorkerStartError
+from lazycluster.cluster.network import PortSupply
+from lazycluster.exceptions import NoPortsLeftError, NoRuntimesError, PortInUseError
+
+
+class Group:
+    """As much of a group as these tests need."""
+
+    def __init__(self, count: int = 3) -> None:
+        self.runtime_count = count
+        self.runtimes: list[Any] = []
+        self.exposed: list[int] = []
+
+    def print_log(self) -> None:
+        print("the group's log")
+
+    def expose_port_to_runtimes(self, port: int) -> None:
+        self.exposed.append(port)
+
+
+class Master(MasterLauncher):
+    def start(self, ports: Any, timeout: int = 3, debug: bool = False) -> list[int]:
+        self.asked = (ports, timeout, debug)
+        if isinstance(ports, int):
+            self._port = ports
+            return []
+        self._port = ports[0]
+        return list(ports[1:])
+
+
+class OldMaster(MasterLauncher):
+    def start(self, ports: Any, timeout: int = 3) -> list[int]:  # type: ignore[override]
+        self._port = ports if isinstance(ports, int) else ports[0]
+        return []
+
+
+class Workers(WorkerLauncher):
+    cleaned = 0
+
+    def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
+        self.asked = (worker_count, master_port, list(ports), debug)
+        return ports[worker_count:]
+
+    def cleanup(self) -> None:
+        self.cleaned += 1
+        super().cleanup()
+
+
+class BrokenWorkers(Workers):
+    def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
+        raise NoPortsLeftError("none")
+
+
+def _cluster(*arguments: Any, group: Any = None, **options: Any) -> Any:
+    return MasterWorkerCluster(group or Group(), *arguments, **options)
+
+
+def test_master_and_workers_are_started_with_what_is_documented() -> None:
+    group = Group()
+    with _cluster([1000, 1001, 1002, 1003, 1004], Master(group), Workers(group), group=group) as cluster:
+        assert cluster.master_port is None
+        cluster.start()
+        default = cluster.DEFAULT_MASTER_PORT
+        assert cluster._master_launcher.asked == ([default, 1000, 1001, 1002, 1003, 1004], 3, False)
+        assert cluster.master_port == default
+        assert cluster._worker_launcher.asked == (3, default, [1000, 1001, 1002, 1003, 1004], False)
+        assert cluster._ports == [1003, 1004]
+        assert cluster.runtime_group is group
+        assert group.exposed == [default]
+
+
+def test_a_given_port_is_passed_on_as_it_is() -> None:
+    with _cluster([1000, 1001, 1002], Master, Workers) as cluster:
+        cluster.start(2, 1001, True)
+        assert cluster._master_launcher.asked == (1001, 3, True)
+        assert cluster._worker_launcher.asked == (2, 1001, [1000, 1002], True)
+
+
+def test_launchers_of_earlier_documents_take_no_debug() -> None:
+    with _cluster(None, OldMaster, Workers) as cluster:
+        cluster.start(debug=True)
+        assert cluster.master_port == cluster.DEFAULT_MASTER_PORT
+
+
+def test_a_start_that_fails_is_undone() -> None:
+    with _cluster(None, Master, BrokenWorkers) as cluster:
+        with pytest.raises(NoPortsLeftError):
+            cluster.start()
+        assert cluster._worker_launcher.cleaned == 1
+        assert cluster.master_port is None
+        cluster._worker_launcher = Workers(Group())
+        cluster.start()
+
+
+def test_arguments_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="min_workers"):
+        _cluster(None, Master, Workers, min_workers=0)
+    with pytest.raises(ValueError, match="master_launcher="):
+        _cluster()
+    with pytest.raises(ValueError, match="empty"):
+        _cluster([], Master, Workers)
+    with pytest.raises(ValueError, match="65535"):
+        _cluster([0], Master, Workers)
+    with _cluster(None, Master, Workers, min_workers=3) as cluster:
+        for count in (0, -1, True, 1.5):
+            with pytest.raises(ValueError, match="at least 1"):
+                cluster.start(count)
+        with pytest.raises(ValueError, match="only 2 workers"):
+            cluster.start(2)
+    with _cluster(None, Master, Workers, group=Group(0)) as cluster, pytest.raises(NoRuntimesError):
+        cluster.start()
+
+
+def test_the_order_of_calls() -> None:
+    with _cluster(None, Master, Workers) as cluster:
+        with pytest.raises(ClusterError, match="start_master"):
+            cluster.start_workers()
+        cluster.start_master()
+        with pytest.raises(ClusterError, match="runs already"):
+            cluster.start_master()
+        cluster.start_workers(1)
+        cluster.start_workers(1)
+        with pytest.raises(ClusterError, match="cleanup"):
+            cluster.start()
+
+
+def test_cleanup_goes_on_after_an_error() -> None:
+    class Stubborn(Workers):
+        def cleanup(self) -> None:
+            raise RuntimeError("will not")
+
+    cluster = _cluster(None, Master, Stubborn)
+    cluster.start()
+    with pytest.raises(ClusterError, match="will not"):
+        cluster.cleanup()
+    assert cluster.master_port is None
+
+
+def test_default_ports_are_those_that_nobody_takes_by_chance() -> None:
+    ports = range(MasterWorkerCluster.DEFAULT_PORT_RANGE_START, MasterWorkerCluster.DEFAULT_PORT_RANGE_END)
+    assert not set(ports) & set(range(32768, 61000))
+    assert MasterWorkerCluster.DEFAULT_MASTER_PORT not in ports
+    assert min(ports) > 1024
+
+
+# --- ports ---------------------------------------------------------------------------------------
+@pytest.fixture
+def _free(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    taken: set[int] = set()
+
+    async def free_everywhere(ports: Any, connections: Any) -> list[int]:
+        return [port for port in ports if port not in taken]
+
+    monkeypatch.setattr(networks, "free_everywhere", free_everywhere)
+    return taken
+
+
+def _take(supply: PortSupply, count: int) -> list[int]:
+    return _loop.run(supply.take(count, []))
+
+
+def test_ports_are_handed_out_once(_free: set[int]) -> None:
+    _free.update({2, 3})
+    supply = PortSupply([1, 1, 2, 3, 4, 5])
+    assert _take(supply, 2) == [1, 4]
+    assert supply.left == [2, 3, 5]
+    other = PortSupply([4, 5])
+    with pytest.raises(NoPortsLeftError, match="2 ports are needed"):
+        _take(other, 2)
+    supply.release()
+    other.release()
+    assert _take(other, 2) == [4, 5]
+    other.release()
+
+
+def test_many_ports_are_asked_for_in_batches(_free: set[int]) -> None:
+    _free.update(range(1, 200))
+    supply = PortSupply(range(1, 400))
+    assert _take(supply, 3) == [200, 201, 202]
+    supply.release()
+
+
+# --- errors --------------------------------------------------------------------------------------
+def test_errors_tell_what_happened_and_where() -> None:
+    error = WorkerStartError("worker-1", "host", "it ended", exit_status=-9, output="a\nb\n", log_file="/x", hint="do")
+    assert str(error).splitlines() == [
+        "host: worker-1: it ended (signal 9)",
+        "  The end of its output:",
+        "  | a",
+        "  | b",
+        "  All of it: /x",
+        "  Next step: do",
+    ]
+    assert "2 parts" in str(ClusterStartError([error, PortInUseError(5)]))
+    assert MasterStartError().host == "localhost"
+    assert "exit status 3" in str(MasterStartError("gone", exit_status=3))
+
+
+def test_errors_can_be_pickled() -> None:
+    for error in (
+        WorkerStartError("worker-1", "host", "it ended", exit_status=1, output="x"),
+        MasterStartError("gone", "host", exit_status=3, name="scheduler"),
+        ClusterStartError([PortInUseError(5)]),
+    ):
+        copy = pickle.loads(pickle.dumps(error))
+        assert str(copy) == str(error)
+        assert type(copy) is type(error)
+
+
+def test_certificates_are_for_one_cluster_only() -> None:
+    pytest.importorskip("cryptography")
+    from lazycluster.cluster.certificates import make_credentials
+
+    first, second = make_credentials(), make_credentials()
+    assert first.authority != second.authority
+    assert "PRIVATE" not in repr(first)
+    worker = first.for_role("worker")
+    assert worker["require_encryption"] is True
+    assert "tls_scheduler_key" not in worker
+    assert worker["tls_client_key"] == worker["tls_worker_key"]
