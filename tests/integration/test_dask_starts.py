@@ -111,6 +111,19 @@ def test_a_client_of_the_cluster_itself_can_shut_it_down(group: RuntimeGroup) ->
     assert _programs() == []
 
 
+def test_a_scheduler_that_is_killed_is_noticed(group: RuntimeGroup, caplog: pytest.LogCaptureFixture) -> None:
+    with DaskCluster(group) as cluster:
+        cluster.start(worker_count=1)
+        process = cluster._master_launcher.process
+        assert process is not None
+        process.kill()
+        assert process.wait(10) == -signal.SIGKILL
+        assert cluster.status is Status.failed
+        with pytest.raises(ClusterError, match="scheduler has ended"):
+            cluster.get_client()
+    assert "dask-scheduler" in caplog.text
+
+
 def test_no_secret_is_in_sight(group: RuntimeGroup) -> None:
     with DaskCluster(group) as cluster:
         cluster.start(worker_count=1)

@@ -299,11 +299,20 @@ class DaskCluster(MasterWorkerCluster):
         """What the cluster does, in distributed's own words."""
         from distributed import Status
 
+        if self._state == "running" and self._scheduler_status() is not None:
+            return Status.failed if self._scheduler_status() else Status.closed
         return Status[self._state]  # the same words, on purpose
+
+    def _scheduler_status(self) -> int | None:
+        process = self._master_launcher.process
+        return process.poll() if process is not None else None
 
     def _check_running(self) -> None:
         if self._state in ("running", "starting") and self.master_port is not None:
-            return
+            status = self._scheduler_status()
+            if status is None:
+                return
+            raise ClusterError(f"the scheduler has ended (status {status}): call cleanup(), then start()")
         how = {"created": "was not started: call start()", "failed": "did not start"}
         raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it anew')}")
 
