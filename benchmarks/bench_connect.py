@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,8 +78,19 @@ def rows() -> Iterator[Row]:
     with ssh_hosts(COUNT, bastion=True) as hosts:
         took = seconds(lambda: lazycluster(hosts))
     yield Row(f"{COUNT} hosts behind one bastion, MaxStartups default", took, "s", "all connected", met=True)
-    command = [sys.executable, "-c", "import lazycluster"]
-    bare = [sys.executable, "-c", "pass"]
-    times = in_turns(9, ours=lambda: subprocess.run(command, check=True), bare=lambda: subprocess.run(bare, check=True))
+    yield importing()
+
+
+def importing() -> Row:
+    """Time the import as an installed package has it, with compiled modules."""
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
+
+        def python(program: str) -> None:
+            subprocess.run([sys.executable, "-c", program], check=True, env=env)
+
+        python("import lazycluster")
+        times = in_turns(9, ours=lambda: python("import lazycluster"), bare=lambda: python("pass"))
     took = (times["ours"] - times["bare"]) * 1000
-    yield Row("import lazycluster", took, "ms", "<= 150 ms", met=took <= 150)
+    return Row("import lazycluster", took, "ms", "<= 150 ms", met=took <= 150)

@@ -79,8 +79,8 @@ def plain(hosts: Any, *forward: str) -> Iterator[None]:
 def rows() -> Iterator[Row]:
     with ssh_hosts(1) as hosts, Runtime(hosts.names[0], connection_kwargs=settings(hosts)) as runtime, sink() as here:
         server = subprocess.Popen(hosts[0].inside(["python3", "-c", SERVE.format(port=7001)]))
-        ours = runtime.expose_port_from_runtime(7001, 7101)
-        back = runtime.expose_port_to_runtime(here, 7201)
+        runtime.expose_port_from_runtime(7001, 7101)
+        runtime.expose_port_to_runtime(here, 7201)
 
         def pull(port: int) -> None:
             program = FILL.format(port=port, count=SIZE >> 20)
@@ -96,7 +96,6 @@ def rows() -> Iterator[Row]:
             )
         server.kill()
         server.wait()
-    assert (ours, back) == (7101, 7201)
     for what, mine, theirs, peer in (
         ("bytes to a host through an exposed port", "to_ours", "to_ssh", "ssh -L"),
         ("bytes from a host through an exposed port", "ours", "ssh", "ssh -R"),
