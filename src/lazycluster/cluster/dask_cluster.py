@@ -19,10 +19,11 @@ from .certificates import Credentials, make_credentials
 from .dask_programs import common
 from .dask_versions import check_manager, check_workers
 from .exceptions import ClusterError
-from .launchers import ServiceMasterLauncher, ServiceWorkerLauncher, Worker
+from .launchers import ServiceMasterLauncher
 from .network import PortUse, Reach
 from .runtime_cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
 from .services import Program, Source
+from .workers import ServiceWorkerLauncher, Worker
 
 if TYPE_CHECKING:
     from distributed import Client, Security, Status
@@ -358,5 +359,3 @@ class _Closed:
     def __await__(self) -> Generator[Any, None, None]:
         if self._ending is not None:
             yield from asyncio.shield(self._ending).__await__()
-
-

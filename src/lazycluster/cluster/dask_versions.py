@@ -11,7 +11,7 @@ from typing import Any
 
 from .dask_programs import common
 from .exceptions import ClusterError, ServiceError, VersionMismatchError, WorkerStartError
-from .launchers import Worker
+from .workers import Worker
 
 logger = logging.getLogger("lazycluster")
 

@@ -1,176 +1,34 @@
 """The contracts of clusters, and what all clusters share.
 
 How a master and the workers are started is the strategy of a `MasterLauncher` and a `WorkerLauncher`; own ones may be
-passed to every cluster. The launchers of the engines that come with the library build on those in `launchers`.
+passed to every cluster. The launchers of the engines that come with the library build on those in `launchers` and
+`workers`: an engine states its programs, ports and settings.
 """
 
 from __future__ import annotations
 
-import abc
 import inspect
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _lifetime, _loop
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 
+from .contracts import MasterLauncher, RuntimeCluster, WorkerLauncher
 from .exceptions import ClusterError
-from .network import Listener, Network, Reach
-from .places import places_of, usable
+from .launchers import ServiceMasterLauncher, prepare
+from .workers import ServiceWorkerLauncher
 
 if TYPE_CHECKING:
-    from subprocess import Popen
-
     from lazycluster.runtime_mgmt import RuntimeGroup
 
-    from .process import MasterProcess
 
 __all__ = ["MasterLauncher", "MasterWorkerCluster", "RuntimeCluster", "WorkerLauncher"]
 
 T = TypeVar("T")
-AnyCluster = TypeVar("AnyCluster", bound="RuntimeCluster")
 logger = logging.getLogger("lazycluster")
-
-
-class MasterLauncher(abc.ABC):
-    """The strategy of starting the master of a cluster.
-
-    A subclass implements :meth:`start`, which sets ``self._port`` and ``self._process``.
-
-    Args:
-        runtime_group: The group where the workers will be started.
-    """
-
-    def __init__(self, runtime_group: RuntimeGroup) -> None:
-        self._group = runtime_group
-        self._port: int | None = None
-        self._process: Popen[bytes] | MasterProcess | None = None
-
-    @property
-    def port(self) -> int | None:
-        """The port of the master; None if it was not started yet."""
-        return self._port
-
-    @property
-    def process(self) -> Popen[bytes] | MasterProcess | None:
-        """The process of the master, with the interface of `subprocess.Popen`; None if it was not started yet."""
-        return self._process
-
-    @abc.abstractmethod
-    def start(self, ports: list[int] | int, timeout: int = 3, debug: bool = False) -> list[int]:
-        """Start the master.
-
-        Args:
-            ports: The port of the master; or a list, of which the first port is taken that is free on the manager and
-                in the group.
-            timeout: Seconds until it must be there.
-            debug: Whether its output is printed as it comes.
-
-        Returns:
-            The ports of the list that are left; an empty list if a single port was given.
-
-        Raises:
-            PortInUseError: If a single port was given, and it is not free on the manager and on all hosts.
-            NoPortsLeftError: If no port of the list is free.
-            MasterStartError: If it was not there in time.
-        """
-
-    def cleanup(self) -> None:
-        """Release all resources. Doing it again does nothing."""
-        self._port = self._process = None
-
-
-class WorkerLauncher(abc.ABC):
-    """The strategy of starting the workers of a cluster.
-
-    A subclass implements :meth:`start`, which enters the ports of the workers in ``self._ports_per_host``.
-
-    Args:
-        runtime_group: The group where the workers will be started.
-    """
-
-    def __init__(self, runtime_group: RuntimeGroup) -> None:
-        self._group = runtime_group
-        self._ports_per_host: dict[str, list[int]] = {}
-        self._worker_tunnels = Network()
-        self._tunnelled: set[tuple[str, int]] = set()
-
-    @property
-    def ports_per_host(self) -> dict[str, list[int]]:
-        """The ports where workers can be reached, by host."""
-        return self._ports_per_host
-
-    @abc.abstractmethod
-    def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
-        """Start workers in the group.
-
-        Args:
-            worker_count: How many.
-            master_port: The port of the master.
-            ports: Ports that may be used; only those are that are free.
-            debug: Whether the output of the workers is printed as it comes.
-
-        Returns:
-            The ports that are left.
-
-        Raises:
-            NoPortsLeftError: If not enough ports are free.
-        """
-
-    def setup_worker_ssh_tunnels(self) -> None:
-        """Make the ports of all workers reachable at the same loopback address on the manager and on all hosts.
-
-        To be called where workers talk to each other. Ports that were made reachable before are passed over.
-
-        Raises:
-            ValueError: If a host in ``ports_per_host`` is not in the group.
-            PortInUseError: If a port is taken on the manager or on a host.
-            TunnelError: If a host does not allow it.
-        """
-        _loop.run(self._setup_worker_tunnels())
-
-    async def _setup_worker_tunnels(self) -> None:
-        places = usable(places_of(self._group))
-        by_host = {place.host: place for place in places}
-        new = [
-            (host, port)
-            for host, ports in self._ports_per_host.items()
-            for port in ports
-            if (host, port) not in self._tunnelled
-        ]
-        for host, _ in new:
-            if host not in by_host:
-                raise ValueError(f"{host} is not a host of the group; it has: {', '.join(by_host)}")
-        listeners = [Listener(by_host[host], port, Reach.EVERYBODY) for host, port in new]
-        failed = await self._worker_tunnels.open(listeners, places)
-        self._tunnelled.update((host, port) for host, port in new if port not in failed)
-        for _, error in failed.values():
-            raise error
-
-    def cleanup(self) -> None:
-        """Release all resources. Doing it again does nothing."""
-        _loop.run(self._worker_tunnels.close())
-        self._tunnelled.clear()
-        self._ports_per_host.clear()
-
-
-class RuntimeCluster(abc.ABC):
-    """Base of all clusters. It is cleaned up at the end of a ``with`` block, and at the end of the interpreter."""
-
-    @abc.abstractmethod
-    def cleanup(self) -> None:
-        """End the cluster and release all resources. Doing it again does nothing."""
-
-    def __enter__(self: AnyCluster) -> AnyCluster:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.cleanup()
 
 
 class MasterWorkerCluster(RuntimeCluster):
@@ -235,8 +93,6 @@ class MasterWorkerCluster(RuntimeCluster):
 
     def _connect_launchers(self) -> None:
         """Tell the launchers what they share; called once both are there."""
-        from .launchers import ServiceMasterLauncher, ServiceWorkerLauncher
-
         master, worker = self._master_launcher, self._worker_launcher
         if isinstance(master, ServiceMasterLauncher):
             master.spare_ports = list(self._all_ports)
@@ -387,14 +243,10 @@ class MasterWorkerCluster(RuntimeCluster):
 
     @staticmethod
     def _is_custom(launcher: MasterLauncher | WorkerLauncher) -> bool:
-        from .launchers import ServiceMasterLauncher, ServiceWorkerLauncher
-
         return not isinstance(launcher, (ServiceMasterLauncher, ServiceWorkerLauncher))
 
     def _prepare(self, count: int, debug: bool) -> None:
         """Have everything begin that takes long and depends on nothing else."""
-        from .launchers import ServiceMasterLauncher, ServiceWorkerLauncher, prepare
-
         master, worker = self._master_launcher, self._worker_launcher
         if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
             _loop.run(prepare(master, worker, count, debug))

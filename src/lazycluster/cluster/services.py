@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,12 @@ from typing import Any, Literal
 from lazycluster.exceptions import AgentError, LazyclusterError
 from lazycluster.utils import new_log_file_path
 
-from .exceptions import ServiceError
+from .exceptions import MasterStartError, ServiceError
 from .places import Place
 
 logger = logging.getLogger("lazycluster")
+
+_STOP_LIMIT = 15.0
 
 State = Literal["new", "starting", "ready", "restarting", "ended", "failed"]
 
@@ -290,3 +292,39 @@ def _status(fields: Mapping[str, Any]) -> int | None:
     if fields.get("signal") is not None:
         return -int(fields["signal"])
     return fields.get("exit")
+
+
+async def ready_or_port_taken(service: Service) -> tuple[str, dict[str, Any]]:
+    """Wait until a service is ready, or needs other ports.
+
+    Raises:
+        ServiceError: If it ends instead.
+    """
+    while True:
+        name, fields = await service.message()
+        if name in ("ready", "port_taken"):
+            return name, fields
+
+
+async def stop_all(services: Sequence[Service]) -> None:
+    """End services, all at once."""
+
+    async def stop(service: Service) -> None:
+        # A host that does not answer ends the service itself when it notices that the manager has gone.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(service.stop(), _STOP_LIMIT)
+
+    await asyncio.gather(*(stop(service) for service in services))
+
+
+def as_kind(kind: type[Any], error: ServiceError) -> Any:
+    """Return an error as one of a more specific kind."""
+    evidence = {
+        "exit_status": error.exit_status,
+        "output": error.output,
+        "log_file": error.log_file,
+        "hint": error.hint,
+    }
+    if kind is MasterStartError:
+        return MasterStartError(error.problem, error.host, name=error.name, **evidence)
+    return kind(error.name, error.host, error.problem, **evidence)

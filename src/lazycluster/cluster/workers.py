@@ -1,0 +1,270 @@
+"""A launcher for workers that are services: supervised processes on the hosts, with ports and tunnels of their own."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lazycluster import _loop
+from lazycluster.exceptions import LazyclusterError, NoPortsLeftError, PortInUseError
+from lazycluster.ssh import workspace
+
+from .contracts import WorkerLauncher
+from .exceptions import ClusterStartError, ServiceError, WorkerStartError
+from .network import Listener, Network, PortSupply, PortUse
+from .places import Place, places_of, usable
+from .progress import Progress
+from .services import Program, Service, as_kind, ready_or_port_taken, stop_all
+
+if TYPE_CHECKING:
+    from lazycluster.runtime_mgmt import RuntimeGroup
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["ServiceWorkerLauncher", "Worker"]
+
+_PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
+_SETTLE = 1.0  # seconds that the other workers get to fail, too, after one has failed
+
+
+@dataclass
+class Worker:
+    """A worker that is to be, or is there.
+
+    Attributes:
+        name: Its name, unique in the cluster.
+        place: Where it runs.
+        siblings: How many workers the cluster has on this host.
+        service: Its process.
+        ports: Its ports, by what they are for.
+    """
+
+    name: str
+    place: Place
+    siblings: int
+    service: Service
+    ports: dict[str, int] = field(default_factory=dict)
+
+
+class ServiceWorkerLauncher(WorkerLauncher):
+    """Starts workers as supervised services on the hosts, in turn (round robin)."""
+
+    START_LIMIT: ClassVar[float] = 180.0
+    """Seconds within which all workers must be there."""
+    port_uses: ClassVar[tuple[PortUse, ...]] = ()
+    """The ports that each worker listens on. The first is the one in ``ports_per_host``."""
+
+    def __init__(self, runtime_group: RuntimeGroup) -> None:
+        super().__init__(runtime_group)
+        self.network = Network()
+        self.min_workers: int | None = None
+        self.workers: list[Worker] = []
+        self._prepared: list[Worker] = []
+        self._failed: dict[str, LazyclusterError] = {}
+        self._numbers: dict[str, int] = {}
+        self._supplies: list[PortSupply] = []
+
+    # --- what an engine states -----------------------------------------------------------------
+    @abc.abstractmethod
+    def program(self, place: Place) -> Program:
+        """Return what is to run on a host."""
+
+    @abc.abstractmethod
+    def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
+        """Return what the program of one worker is told."""
+
+    async def greet(self, workers: Sequence[Worker]) -> None:
+        """Check what the programs say before they get their settings; raise an error to give up."""
+
+    # --- shared --------------------------------------------------------------------------------
+    @property
+    def services(self) -> list[Service]:
+        """The services of the workers."""
+        return [worker.service for worker in [*self.workers, *self._prepared]]
+
+    async def prepare(self, count: int, debug: bool) -> None:
+        """Start the processes, which wait for their settings, and check them."""
+        places = places_of(self._group)
+        homes = [places[index % len(places)] for index in range(count)]
+        existing = [worker.place.host for worker in self.workers]
+        self._failed.clear()
+        for place in homes:
+            siblings = sum(home is place for home in homes) + existing.count(place.host)
+            number = self._numbers[place.host] = self._numbers.get(place.host, -1) + 1
+            name = f"{place.host}-{number}"
+            program = self.program(place)
+            service = Service(program, place, f"{program.name} {name}", debug=debug)
+            try:
+                if place.problem is not None:
+                    raise place.problem
+                service.start()
+            except LazyclusterError as error:
+                self._failed[name] = WorkerStartError(service.label, place.host, str(error))
+            else:
+                self._prepared.append(Worker(name, place, siblings, service))
+        self._check_failures()
+        await self.greet(list(self._prepared))
+
+    def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
+        """See `WorkerLauncher.start`."""
+        try:
+            return _loop.run(self._start(worker_count, master_port, list(ports), debug))
+        except BaseException:
+            _loop.run(self._drop_prepared())
+            raise
+
+    async def _start(self, count: int, master_port: int, ports: list[int], debug: bool) -> list[int]:
+        if len(self._prepared) + len(self._failed) != count:
+            await self._drop_prepared()
+            await self.prepare(count, debug)
+        supply = PortSupply(ports)
+        self._supplies.append(supply)
+        places = usable(places_of(self._group))
+        await self._share_master(master_port, places)
+        await self._give_ports(self._prepared, supply, places)
+        async with Progress("workers are there", count) as progress:
+            await self._bring_up_all(master_port, supply, places, progress)
+        for worker in self._prepared:
+            if self.port_uses:
+                listening = self._ports_per_host.setdefault(worker.place.host, [])
+                listening.append(worker.ports[self.port_uses[0].name])
+                self._tunnelled.add((worker.place.host, listening[-1]))
+        self.workers += self._prepared
+        self._prepared = []
+        return supply.left
+
+    async def _share_master(self, port: int, places: Sequence[Place]) -> None:
+        homes = {worker.place.host for worker in self._prepared}
+        failed = await self.network.share_master(port, places)
+        for worker in list(self._prepared):
+            error = failed.get(worker.place.host)
+            if error is not None and worker.place.host in homes:
+                await self._give_up(worker, error)
+        self._check_failures()
+
+    async def _give_ports(self, workers: Sequence[Worker], supply: PortSupply, places: Sequence[Place]) -> None:
+        """Choose ports for workers and make them reachable."""
+        waiting = list(workers) if self.port_uses else []
+        keeper = await workspace.acquire()
+        try:
+            connections = [keeper.keeper, *(place.connection for place in places)]
+            for _ in range(_PORT_ROUNDS):
+                if not waiting:
+                    return
+                waiting = await self._one_round(waiting, supply, places, connections)
+        finally:
+            await keeper.release()
+        raise NoPortsLeftError("every port that was chosen for a worker was taken before it was used")
+
+    async def _one_round(
+        self, workers: list[Worker], supply: PortSupply, places: Sequence[Place], connections: Sequence[Connection]
+    ) -> list[Worker]:
+        """Try ports for some workers; returns those that need other ones."""
+        width = len(self.port_uses)
+        numbers = await supply.take(width * len(workers), connections)
+        listeners = []
+        for index, worker in enumerate(workers):
+            worker.ports = dict(
+                zip((use.name for use in self.port_uses), numbers[index * width : (index + 1) * width], strict=True)
+            )
+            listeners += [Listener(worker.place, worker.ports[use.name], use.reach) for use in self.port_uses]
+        failed = await self.network.open(listeners, places)
+        again = []
+        for worker in workers:
+            errors = [failed[port][1] for port in worker.ports.values() if port in failed]
+            if errors:
+                for port in worker.ports.values():
+                    await self.network.close(port)
+                if not all(isinstance(error, PortInUseError) for error in errors):
+                    raise next(error for error in errors if not isinstance(error, PortInUseError))
+                again.append(worker)
+        return again
+
+    # --- bringing them up ----------------------------------------------------------------------
+    async def _bring_up_all(
+        self, master_port: int, supply: PortSupply, places: Sequence[Place], progress: Progress
+    ) -> None:
+        tasks = {
+            asyncio.ensure_future(self._bring_up(worker, master_port, supply, places)): worker
+            for worker in self._prepared
+        }
+        pending: set[asyncio.Task[None]] = set(tasks)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.START_LIMIT
+        try:
+            while pending and (left := deadline - loop.time()) > 0:
+                done, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    error = task.exception()
+                    if error is None:
+                        progress.advance()
+                    elif isinstance(error, LazyclusterError):
+                        await self._give_up(tasks[task], error)
+                    else:
+                        raise error
+                if not self._enough():
+                    deadline = min(deadline, loop.time() + _SETTLE)
+            for task in pending:
+                error = tasks[task].service.not_ready(self.START_LIMIT)
+                if self._enough() or not self._failed:
+                    await self._give_up(tasks[task], as_kind(WorkerStartError, error))
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+        self._check_failures()
+
+    async def _bring_up(self, worker: Worker, master_port: int, supply: PortSupply, places: Sequence[Place]) -> None:
+        try:
+            for _ in range(_PORT_ROUNDS):
+                await worker.service.send(self.settings(worker, master_port))
+                name, _fields = await ready_or_port_taken(worker.service)
+                if name == "ready":
+                    return
+                for port in worker.ports.values():
+                    await self.network.close(port)
+                await self._give_ports([worker], supply, places)
+        except ServiceError as error:
+            raise as_kind(WorkerStartError, error) from None
+        raise WorkerStartError(worker.name, worker.place.host, "all ports that were tried were taken")
+
+    async def _give_up(self, worker: Worker, error: LazyclusterError) -> None:
+        self._failed[worker.name] = error
+        self._prepared.remove(worker)
+        await stop_all([worker.service])
+        for port in worker.ports.values():
+            await self.network.close(port)
+
+    def _enough(self) -> bool:
+        wanted = len(self._prepared) + len(self._failed)
+        return len(self._prepared) >= min(wanted, self.min_workers or wanted)
+
+    def _check_failures(self) -> None:
+        if not self._enough():
+            errors = list(self._failed.values())
+            raise errors[0] if len(errors) == 1 else ClusterStartError(errors)
+
+    # --- the end -------------------------------------------------------------------------------
+    async def _drop_prepared(self) -> None:
+        dropped, self._prepared = self._prepared, []
+        await stop_all([worker.service for worker in dropped])
+        for worker in dropped:
+            for port in worker.ports.values():
+                await self.network.close(port)
+
+    async def _stop(self) -> None:
+        services = self.services
+        self.workers, self._prepared = [], []
+        await stop_all(services)
+        await self.network.close()
+        for supply in self._supplies:
+            supply.release()
+        self._supplies.clear()
+
+    def cleanup(self) -> None:
+        """End the workers. Doing it again does nothing."""
+        _loop.run(self._stop())
+        self._numbers.clear()
+        super().cleanup()
