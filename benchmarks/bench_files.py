@@ -130,8 +130,8 @@ def to_many(folder: Path, hosts: Any, options: list[str], made: list[SshConnecti
     )
     clear(source, *there)
     yield Row(
-        f"{EACH // 10**6} MB to {HOSTS} hosts at once", times["ours"], "s", "<= 1 x", f"{HOSTS} scp, warm", times["scp"],
-        times["ours"] <= times["scp"],
+        f"{EACH // 10**6} MB to {HOSTS} hosts at once", times["ours"], "s", "<= 1 x", f"{HOSTS} scp, warm",
+        times["scp"], times["ours"] <= times["scp"],
     )  # fmt: skip
 
 

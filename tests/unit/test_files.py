@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ctypes
 import errno
-import hashlib
 import os
 import pickle
 import random
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import lazycluster.agent
+from filetrees import make_tree, state
 from lazycluster.agent import stream as frames
 from lazycluster.agent import tree
 from lazycluster.agent.expand import absolute, expand
@@ -106,56 +106,6 @@ def do_get(host, remote, local=None, cwd="", env=None, **more) -> TransferResult
     return run(get(host, remote, local, cwd=str(cwd), env=env or {}, **more))
 
 
-def state(path) -> dict:
-    """All that a copy keeps."""
-    found = {}
-    path = os.fsencode(path)
-    for folder, folders, files in os.walk(path):
-        for name in [b"", *folders, *files]:
-            entry = os.path.join(folder, name) if name else folder
-            inode = os.lstat(entry)
-            content: object = None
-            if stat.S_ISLNK(inode.st_mode):
-                content = os.readlink(entry)
-            elif stat.S_ISREG(inode.st_mode):
-                content = hashlib.sha256(Path(os.fsdecode(entry)).read_bytes()).digest()
-            mode = 0 if stat.S_ISLNK(inode.st_mode) else inode.st_mode
-            found[os.path.relpath(entry, path)] = (stat.S_IFMT(inode.st_mode), mode, inode.st_mtime_ns, content)
-    return found
-
-
-def age(path, seconds=100.0):
-    """Make a file look as if it had been there for long, so that its size and time tell whether it has changed."""
-    then = time.time_ns() - int(seconds * 10**9) + 123_456
-    os.utime(path, ns=(then, then))
-
-
-def make_tree(root: Path) -> Path:
-    names = ["plain", "with space", "quo'te\"", "new\nline", "ünïcode ☃", "-dash", "$HOME", "~", "a" * 255, "b.part"]
-    (root / "sub dir" / "empty").mkdir(parents=True)
-    (root / "nested" / "deep" / "er").mkdir(parents=True)
-    for i, name in enumerate(names):
-        (root / name).write_bytes(os.urandom(i * 1000))
-        (root / "nested" / "deep" / name).write_text(name)
-        (root / name).chmod([0o644, 0o600, 0o755, 0o444, 0o640][i % 5])
-        age(root / name, 1000 + i)
-    raw = os.path.join(os.fsencode(root), b"not utf-8 \xff\xfe")
-    os.mkdir(raw)
-    Path(os.fsdecode(os.path.join(raw, b"\x80"))).write_bytes(b"x")
-    (root / "empty file").touch()
-    (root / "big").write_bytes(os.urandom(3_000_001))
-    (root / "link").symlink_to("plain")
-    (root / "dangling").symlink_to("nowhere/at all")
-    (root / "to folder").symlink_to("nested")
-    os.symlink(b"target \xff", os.path.join(os.fsencode(root), b"raw link \xff"))
-    (root / "read only").mkdir()
-    (root / "read only" / "file").write_text("x")
-    (root / "read only").chmod(0o555)
-    age(root / "sub dir")
-    age(root)
-    return root
-
-
 # --- both ways -------------------------------------------------------------------------------------
 def test_folder_both_ways(any_host, tmp_path):
     source = make_tree(tmp_path / "source")
@@ -173,6 +123,7 @@ def test_again_sends_only_what_has_changed(any_host, tmp_path):
     first = do_send(any_host, source, tmp_path / "there")
     again = do_send(any_host, source, tmp_path / "there")
     assert (again.sent, again.skipped, again.bytes) == (0, first.files, first.bytes)
+    assert state(tmp_path / "there") == state(source)
     (source / "plain").write_text("changed")
     (source / "with space").chmod(0o700)
     (source / "link").unlink()
@@ -191,10 +142,12 @@ def test_again_sends_only_what_has_changed(any_host, tmp_path):
 def test_written_again_in_the_same_instant_is_noticed(host, tmp_path):
     source = tmp_path / "file"
     source.write_text("one")
-    inode = source.stat()
+    # No clock can be trusted to be that much finer than the writes: a little ahead is in the same instant for sure.
+    instant = time.time_ns() + 5 * 10**9
+    os.utime(source, ns=(instant, instant))
     do_send(host, source, tmp_path / "there")
     source.write_text("two")
-    os.utime(source, ns=(inode.st_mtime_ns, inode.st_mtime_ns))
+    os.utime(source, ns=(instant, instant))
     assert do_send(host, source, tmp_path / "there").sent == 1
     assert (tmp_path / "there").read_text() == "two"
 
@@ -615,8 +568,32 @@ def test_many_at_once(host, tmp_path):
         )
 
     run(work())
-    assert len(host.processes) <= 8
+    assert len(host.processes) <= 2
     assert {(tmp_path / f"to{i}").read_bytes() for i in range(30)} == {(tmp_path / "file").read_bytes()}
+
+
+def test_host_that_allows_one_session_only(host, tmp_path):
+    (tmp_path / "file").write_bytes(os.urandom(500_000))
+    whole = host.bulk
+
+    async def bulk():
+        if host.processes:
+            raise ConnectionLostError(host.host, "no further session")
+        return await whole()
+
+    host.bulk = bulk
+
+    async def work():
+        await asyncio.gather(
+            *(send(host, tmp_path / "file", str(tmp_path / f"to{i}"), cwd="", env={}) for i in range(5))
+        )
+
+        host.processes[0].kill()
+        host.processes[0].wait()
+        with pytest.raises(ConnectionLostError):
+            await send(host, tmp_path / "file", str(tmp_path / "to"), cwd="", env={})
+
+    run(work())
 
 
 # --- a host that means harm ------------------------------------------------------------------------

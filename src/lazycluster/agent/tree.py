@@ -117,12 +117,19 @@ class Tree:
         self._open: List[Tuple[bytes, int]] = [(b"", os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))]
         self._latest: Optional[bytes] = None
         self._made: List[Tuple[bytes, int, int]] = []
-        self.unnamed = has_unnamed_files(self.root)
+        self._unnamed: Optional[bool] = None
 
     @property
     def root(self) -> int:
         """Descriptor of the directory itself."""
         return self._open[0][1]
+
+    @property
+    def unnamed(self) -> bool:
+        """Whether files without a name can be made in it."""
+        if self._unnamed is None:
+            self._unnamed = has_unnamed_files(self.root)
+        return self._unnamed
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -177,9 +184,7 @@ class Tree:
             there = os.stat(last, dir_fd=directory, follow_symlinks=False)
             if not stat.S_ISDIR(there.st_mode):
                 kind = "a symbolic link" if stat.S_ISLNK(there.st_mode) else "a file"
-                raise CopyError(
-                    self.whole(name), "is {} here and a folder there".format(kind), errno.ENOTDIR
-                ) from None
+                raise CopyError(self.whole(name), "is {} here and a folder there".format(kind), errno.ENOTDIR) from None
             if there.st_mode & 0o700 != 0o700 and there.st_uid == os.geteuid():
                 fd = self._enter(directory, last, name)
                 try:

@@ -10,14 +10,13 @@ import asyncio
 import contextlib
 import errno
 import os
-import select
 import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from lazycluster.agent.files import destination, source
 from lazycluster.agent.receiver import Receiver
@@ -25,11 +24,12 @@ from lazycluster.agent.sender import Sender
 from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
 from lazycluster.exceptions import LazyclusterError
 
+from .streams import HostConnection, Pool, hang_up
+
 __all__ = ["TransferError", "TransferResult", "get", "send"]
 
-#: Copies at once, on all connections together and on one: more do not make it faster, and sshd limits its sessions.
+#: Copies at once, on all connections together: more do not make it faster.
 AT_ONCE = 8
-AT_ONCE_PER_HOST = 2
 
 #: How long a cancelled copy is waited for, in seconds.
 _PATIENCE = 10.0
@@ -47,20 +47,6 @@ _HINTS = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EROFS: "choose a destination that can be written to",
 }
-
-
-class HostConnection(Protocol):
-    """What a copy needs of a connection."""
-
-    host: str
-    at_close: list[Callable[[], Any]]
-    on_lost: list[Callable[[str], Any]]
-
-    def check(self) -> None:
-        """Raise an error if the connection cannot be used."""
-
-    async def bulk(self) -> socket.socket:
-        """Return a stream to a new process on the host that copies files."""
 
 
 class TransferError(LazyclusterError, OSError):
@@ -219,61 +205,7 @@ def _remote(path: str | os.PathLike[str] | None) -> str | None:
     return None if path is None else os.fspath(path)
 
 
-class _Pool:
-    """The streams of one connection that wait for the next copy."""
-
-    def __init__(self, connection: HostConnection) -> None:
-        self._idle: list[socket.socket] = []
-        self._busy: set[socket.socket] = set()
-        self._returned = asyncio.Event()
-        self.slots = asyncio.Semaphore(AT_ONCE_PER_HOST)
-        connection.at_close.append(self.close)
-        connection.on_lost.append(lambda _: self.close())
-
-    async def take(self, connection: HostConnection) -> tuple[socket.socket, bool]:
-        """Return a stream, and whether it has been used before."""
-        while True:
-            while self._idle:
-                sock = self._idle.pop()
-                # It says nothing while it is idle: what can be read is its end.
-                waiting = select.poll()
-                waiting.register(sock, select.POLLIN)
-                if not waiting.poll(0):
-                    self._busy.add(sock)
-                    return sock, True
-                sock.close()
-            try:
-                sock = await connection.bulk()
-            except LazyclusterError:
-                # The host may allow fewer sessions than we would like: then wait for one.
-                connection.check()
-                if not self._busy:
-                    raise
-                self._returned.clear()
-                await self._returned.wait()
-            else:
-                self._busy.add(sock)
-                return sock, False
-
-    def give_back(self, sock: socket.socket, usable: bool) -> None:
-        """Keep a stream for the next copy, or close it."""
-        if sock in self._busy and usable:
-            self._idle.append(sock)
-        else:
-            sock.close()
-        self._busy.discard(sock)
-        self._returned.set()
-
-    def close(self) -> None:
-        """Close the idle streams; those in use end, and are closed by who uses them."""
-        while self._idle:
-            self._idle.pop().close()
-        for sock in self._busy:
-            _hang_up(sock)
-        self._busy.clear()
-
-
-_pools: weakref.WeakKeyDictionary[HostConnection, _Pool] = weakref.WeakKeyDictionary()
+_pools: weakref.WeakKeyDictionary[HostConnection, Pool] = weakref.WeakKeyDictionary()
 _limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
 
@@ -291,7 +223,7 @@ class _Copy:
         self.connection.check()
         pool = _pools.get(self.connection)
         if pool is None:
-            pool = _pools[self.connection] = _Pool(self.connection)
+            pool = _pools[self.connection] = Pool(self.connection)
         limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
         async with pool.slots, limit:
             began = time.monotonic()
@@ -302,7 +234,7 @@ class _Copy:
             tuple(tally.left_out),
         )  # fmt: skip
 
-    async def _attempt(self, pool: _Pool) -> _Work:
+    async def _attempt(self, pool: Pool) -> _Work:
         while True:
             self.connection.check()
             sock, used = await pool.take(self.connection)
@@ -353,7 +285,7 @@ class _Work:
         try:
             await self.ended.wait()
         except asyncio.CancelledError:
-            _hang_up(self._sock)
+            hang_up(self._sock)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.ended.wait(), _PATIENCE)
             self.usable = False
@@ -376,8 +308,3 @@ class _Work:
             self.error = error
         with contextlib.suppress(RuntimeError):  # the event loop has been closed
             self._loop.call_soon_threadsafe(self.ended.set)
-
-
-def _hang_up(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
