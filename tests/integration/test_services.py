@@ -202,8 +202,9 @@ def test_a_service_never_waits_for_a_slow_manager(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         await service.wait_for("ready")
-        text = service.log_file.read_bytes()
-        assert text.endswith(b"READY\n")
+        while not (text := service.log_file.read_bytes()).endswith(b"READY\n"):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
         assert b"bytes of output were dropped here" in text
         await service.stop()
         return len(text)

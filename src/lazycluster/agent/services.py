@@ -87,11 +87,21 @@ class _Run(Process):
     def on_stdout(self, data: bytes) -> None:
         lines = (self._line + data).split(b"\n")
         self._line = lines.pop()
-        plain = b"".join(line + b"\n" for line in lines if not self._service.heard(line))
+        plain = bytearray()
+        for line in lines:
+            if self._service.concerns(line):
+                self._put(plain)  # so that what it says does not overtake what it printed before
+                plain = bytearray() if self._service.heard(line) else bytearray(line + b"\n")
+            else:
+                plain += line + b"\n"
         if len(self._line) > _LONGEST_LINE:
-            plain, self._line = plain + self._line, b""
-        if plain:
-            self._service.outlet.put(False, plain)
+            plain += self._line
+            self._line = b""
+        self._put(plain)
+
+    def _put(self, data: bytearray) -> None:
+        if data:
+            self._service.outlet.put(False, bytes(data))
 
     def on_stderr(self, data: bytes) -> None:
         self._service.outlet.put(True, data)
@@ -187,8 +197,12 @@ class _Service:
             self._is_ready = self._was_ready = True
             self._tell("ready", pid=self._run.pid, detail=detail)
 
+    def concerns(self, line: bytes) -> bool:
+        """Whether a line of output may be meant for us."""
+        return any(text and text in line for text in (self._marker, self._ready_text))
+
     def heard(self, line: bytes) -> bool:
-        """Look at a line of output; returns whether it was meant for us, and is no output."""
+        """Look at a line of output; returns whether nothing is left to be done about it."""
         # Other processes of the service write to the same pipe: there may be half a line of theirs before the marker.
         before, marker, text = line.partition(self._marker) if self._marker else (line, b"", b"")
         if marker:
@@ -205,7 +219,9 @@ class _Service:
                 self._tell("message", event=event, detail=message)
             return True
         if self._ready_text and self._ready_text in line:
+            self.outlet.put(False, line + b"\n")
             self._ready({})
+            return True
         return False
 
     # --- input and control ---------------------------------------------------------------------
