@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
-from typing import Mapping
 
+from .expand import absolute
 from .session import Channel
-
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
-
-
-def expand(path: str, cwd: str, env: Mapping[str, str]) -> str:
-    """Return an absolute path: `~`, `~user`, `$NAME` and `${NAME}` as in a shell, relative to `cwd`.
-
-    A variable that is not set stays as it is, since a dollar sign may stand in a file's name.
-    """
-
-    def value(match: "re.Match[str]") -> str:
-        name = match.group(1) or match.group(2)
-        return env.get(name, os.environ.get(name, match.group(0)))
-
-    path = _VARIABLE.sub(value, path)
-    home = env.get("HOME") or os.path.expanduser("~")
-    if path == "~" or path.startswith("~/"):
-        path = home + path[1:]
-    return os.path.normpath(os.path.join(home, cwd, os.path.expanduser(path)))
 
 
 def _path(channel: Channel) -> str:
     params = channel.params
-    return expand(params["path"], params.get("cwd") or "", params.get("env") or {})
+    path, cwd = os.fsencode(params["path"]), os.fsencode(params.get("cwd") or "")
+    return os.fsdecode(os.path.abspath(absolute(path, cwd, params.get("env") or {})))
 
 
 def mkdir(channel: Channel) -> None:

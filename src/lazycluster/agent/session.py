@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import deque
 
 from . import wire
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Deque, Dict, Optional
+    from typing import Any, Callable, Dict, Optional
 
     from .loop import Loop
     from .server import Agent
@@ -104,11 +103,9 @@ class Session:
     def __init__(self, agent: "Agent", fd_in: int, fd_out: int) -> None:
         self.agent = agent
         self.channels: Dict[int, Channel] = {}
-        self.queued = 0
-        self.orderly = False  # whether the manager said that it is going
         self._in, self._out = fd_in, fd_out
         self._decoder = wire.Decoder()
-        self._queue: Deque[memoryview] = deque()
+        self._outbox = wire.Outbox()
         self._writing = False
         self._closed = False
         os.set_blocking(fd_in, False)
@@ -116,42 +113,32 @@ class Session:
         agent.loop.add_reader(fd_in, self._readable)
 
     # --- out -----------------------------------------------------------------------------------
+    @property
+    def queued(self) -> int:
+        """The bytes that wait for the manager to take them."""
+        return self._outbox.size
+
     def send(self, data: bytes) -> None:
         """Queue a frame and write what can be written at once."""
         if self._closed:
             return
-        self._queue.append(memoryview(data))
-        self.queued += len(data)
+        self._outbox.put(data)
         if not self._writing:
             self._flush()
 
     def _flush(self) -> None:
         try:
-            while self._queue:
-                batch = [self._queue[i] for i in range(min(len(self._queue), 64))]
-                self._written(os.writev(self._out, batch))
-        except BlockingIOError:
-            pass
+            self._outbox.write(self._out)
         except OSError as error:
             self._lost(error)
             return
-        waiting = bool(self._queue)
+        waiting = self._outbox.size > 0
         if waiting != self._writing:
             self._writing = waiting
             if waiting:
                 self.agent.loop.add_writer(self._out, self._drain)
             else:
                 self.agent.loop.remove_writer(self._out)
-
-    def _written(self, count: int) -> None:
-        self.queued -= count
-        while count:
-            first = self._queue[0]
-            if count < len(first):
-                self._queue[0] = first[count:]
-                return
-            count -= len(first)
-            self._queue.popleft()
 
     def _drain(self) -> None:
         before = self.queued
@@ -230,8 +217,7 @@ class Session:
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
-        self._queue.clear()
-        self.queued = 0
+        self._outbox.clear()
         for channel in list(self.channels.values()):
             channel.open = False
             channel.on_abandon()

@@ -8,11 +8,13 @@ never differ in version and the format carries none.
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections import deque
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Iterator, Tuple
+    from typing import Any, Deque, Iterator, Tuple, Union
 
 HEADER = struct.Struct("!IIB")
 MAX_PAYLOAD = 256 * 1024
@@ -82,3 +84,50 @@ class Decoder:
                 yield channel, kind, bytes(memoryview(buffer)[start:position])
         finally:
             del buffer[:position]
+
+
+class Outbox:
+    """Bytes that wait to be written to a non-blocking descriptor.
+
+    Attributes:
+        size: How many wait.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._parts: Deque[memoryview] = deque()
+
+    def put(self, *parts: Union[bytes, memoryview]) -> None:
+        """Add bytes."""
+        for part in parts:
+            if part:
+                self._parts.append(memoryview(part))
+                self.size += len(part)
+
+    def write(self, fd: int) -> None:
+        """Write as much as is taken at once.
+
+        Raises:
+            OSError: Nobody reads any more.
+        """
+        try:
+            while self._parts:
+                batch = [self._parts[i] for i in range(min(len(self._parts), 64))]
+                self._written(os.writev(fd, batch))
+        except BlockingIOError:
+            pass
+
+    def _written(self, count: int) -> None:
+        self.size -= count
+        while count:
+            first = self._parts[0]
+            if count < len(first):
+                self._parts[0] = first[count:]
+                return
+            count -= len(first)
+            self._parts.popleft()
+
+    def clear(self) -> None:
+        """Drop what waits."""
+        self._parts.clear()
+        self.size = 0

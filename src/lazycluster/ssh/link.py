@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -133,8 +132,7 @@ class AgentLink:
         self._decoder = wire.Decoder()
         self._channels: dict[int, Channel] = {}
         self._next = 1
-        self._queue: deque[memoryview] = deque()
-        self._queued = 0
+        self._outbox = wire.Outbox()
         self._writing = False
         self._room = asyncio.Event()
         self._room.set()
@@ -181,47 +179,32 @@ class AgentLink:
     def send_soon(self, *parts: bytes | memoryview) -> None:
         """Queue a frame, however much waits already; for short ones."""
         if self._lost_error is None:
-            self._queue.extend(memoryview(part) for part in parts)
-            self._queued += sum(map(len, parts))
+            self._outbox.put(*parts)
             if not self._writing:
                 self._flush()
 
     async def send(self, *parts: bytes | memoryview) -> None:
         """Queue a frame, which may be in parts, once there is room for it."""
-        while self._queued > _HIGH_WATER and self._lost_error is None:
+        while self._outbox.size > _HIGH_WATER and self._lost_error is None:
             self._room.clear()
             await self._room.wait()
         self.send_soon(*parts)
 
     def _flush(self) -> None:
         try:
-            while self._queue:
-                batch = [self._queue[i] for i in range(min(len(self._queue), 64))]
-                self._written(os.writev(self._out, batch))
-        except BlockingIOError:
-            pass
+            self._outbox.write(self._out)
         except OSError as error:
             self.lost(error)
             return
-        if self._queued <= _HIGH_WATER // 2:
+        if self._outbox.size <= _HIGH_WATER // 2:
             self._room.set()
-        waiting = bool(self._queue)
+        waiting = self._outbox.size > 0
         if waiting != self._writing:
             self._writing = waiting
             if waiting:
                 self._loop.add_writer(self._out, self._flush)
             else:
                 self._loop.remove_writer(self._out)
-
-    def _written(self, count: int) -> None:
-        self._queued -= count
-        while count:
-            first = self._queue[0]
-            if count < len(first):
-                self._queue[0] = first[count:]
-                return
-            count -= len(first)
-            self._queue.popleft()
 
     # --- in ------------------------------------------------------------------------------------
     def _readable(self) -> None:
@@ -271,8 +254,7 @@ class AgentLink:
             self._loop.remove_writer(self._out)
         for fd in {self._in, self._out}:
             os.close(fd)
-        self._queue.clear()
-        self._queued = 0
+        self._outbox.clear()
         self._room.set()
         self._on_lost(error)
 
