@@ -36,8 +36,9 @@ class InvalidRuntimeError(LazyclusterError):
     Attributes:
         host: The host as the user named it.
         reason: What kind of failure it is, for programs: one of ``dns``, ``refused``, ``unreachable``, ``timeout``,
-            ``dropped`` (the handshake, by a busy server), ``proxy`` (what stands between), ``host_key``, ``auth``, ``config``, ``ssh`` (no usable ssh client), ``python``, ``shell``, ``protocol``,
-            ``lost``, ``setup``, ``working_dir``.
+            ``dropped`` (the handshake, by a busy server), ``proxy`` (what stands between), ``host_key``, ``auth``,
+            ``config``, ``ssh`` (no usable ssh client), ``python``, ``shell``, ``protocol``, ``lost``, ``setup``,
+            ``working_dir``.
         detail: What was seen, e.g. the last lines that ssh printed.
         hint: The next step.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from .commands import environment
-from .paths import expand
+from .paths import meant
 from .work import Work
 from .zygotes import Zygotes
 
@@ -41,7 +41,7 @@ def call(channel: Channel) -> None:
         return
     message = {
         "kind": "call",
-        "cwd": expand(params.get("cwd") or "", "", env),
+        "cwd": meant(params.get("cwd") or "", "", env),
         "task": params.get("task") or "",
         "name": params.get("name") or "",
     }

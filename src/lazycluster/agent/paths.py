@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from typing import Mapping
 
 from .expand import absolute
 from .session import Channel
 
 
+def meant(path: str, cwd: str, env: Mapping[str, str]) -> str:
+    """Return the absolute path that is meant: see `expand.absolute`."""
+    return os.fsdecode(os.path.abspath(absolute(os.fsencode(path), os.fsencode(cwd), env)))
+
+
 def _path(channel: Channel) -> str:
     params = channel.params
-    path, cwd = os.fsencode(params["path"]), os.fsencode(params.get("cwd") or "")
-    return os.fsdecode(os.path.abspath(absolute(path, cwd, params.get("env") or {})))
+    return meant(params["path"], params.get("cwd") or "", params.get("env") or {})
 
 
 def mkdir(channel: Channel) -> None:
