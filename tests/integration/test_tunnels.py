@@ -177,6 +177,23 @@ def test_gateway_ports_of_the_user_do_not_matter(make_hosts):
             assert all(int(address.split(":")[1], 16) != 23999 for address in listening)
 
 
+def test_a_host_that_makes_every_tunnel_public_is_refused(make_hosts):
+    hosts = make_hosts(1, sshd={"GatewayPorts": "yes"})
+    with connected(hosts, "host1") as (one,), service() as port:
+        requests = [TunnelRequest(one, "to_runtime", port, remote) for remote in (24000, 24001)]
+        outcomes = _loop.run(open_tunnels([*requests, TunnelRequest(one, "from_runtime", free_port(), 22)]))
+        assert [type(outcome) for outcome in outcomes] == [TunnelError, TunnelError, Tunnel]
+        assert re.search(r"host1: port 24000 .* GatewayPorts", str(outcomes[0]))
+        assert hosts[0].listening_ports() == []
+        outcomes[2].close()
+
+
+def test_a_host_that_lets_the_client_choose_the_address_is_as_good_as_any(make_hosts):
+    hosts = make_hosts(1, sshd={"GatewayPorts": "clientspecified"})
+    with connected(hosts, "host1") as (one,), service() as port, _loop.run(open_to_runtime(one, port, 24000)):
+        assert on_host(hosts[0], 24000) == "hello"
+
+
 def test_a_connection_that_ends_takes_its_tunnels_along(hosts):
     with service() as port:
         with connected(hosts, "host1") as (one,):

@@ -10,6 +10,7 @@ from typing import List, Optional
 from .session import Channel
 
 _NONCE_LIMIT = 10.0
+_ELSEWHERE = "127.0.0.2"  # an address of every Linux host, that nobody who means 127.0.0.1 listens on
 
 
 def is_free(port: int) -> Optional[int]:
@@ -40,6 +41,23 @@ def free(channel: Channel) -> None:
         elif why in (errno.EACCES, errno.EPERM):
             denied.append(port)
     channel.result(free=found, denied=denied)
+
+
+def exposed(channel: Channel) -> None:
+    """Handle the request `exposed`: tell on which of some ports somebody listens for the whole network.
+
+    They are known to have been free on all addresses, until something was asked to listen on 127.0.0.1 only.
+    """
+    found: List[int] = []
+    for port in channel.params["ports"]:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((_ELSEWHERE, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    found.append(port)
+    channel.result(exposed=found)
 
 
 def nonce(channel: Channel) -> None:

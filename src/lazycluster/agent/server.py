@@ -34,6 +34,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "info": ("host_info", "info"),
     "ports": ("ports", "free"),
     "nonce": ("ports", "nonce"),
+    "exposed": ("ports", "exposed"),
     "mkdir": ("paths", "mkdir"),
     "mkdtemp": ("paths", "mkdtemp"),
     "remove": ("paths", "remove"),

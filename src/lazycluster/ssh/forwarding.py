@@ -80,6 +80,7 @@ async def _forward(connection: Connection, requests: list[TunnelRequest]) -> lis
         for index, result in zip(rest, results, strict=True):
             if isinstance(result, MuxError):
                 outcomes[index] = await _refused(requests[index], result)
+        await _check_exposed(connection, opened, outcomes)
     except BaseException:
         await close_tunnels(opened.values())
         raise
@@ -113,6 +114,21 @@ async def _check_local(connection: Connection, requests: list[TunnelRequest], ou
                 "AllowTcpForwarding, PermitOpen or DisableForwarding in its sshd_config (or an option of your key in "
                 "authorized_keys) must allow it"
             )
+
+
+async def _check_exposed(connection: Connection, opened: dict[int, Tunnel], outcomes: dict[int, Outcome]) -> None:
+    """Close what the host's sshd opened to its whole network, whatever address it was asked for."""
+    listening = {tunnel.remote_port: index for index, tunnel in opened.items() if tunnel.direction == "to_runtime"}
+    if not listening:
+        return
+    exposed = (await connection.request("exposed", ports=list(listening)))["exposed"]
+    await close_tunnels(opened[listening[port]] for port in exposed)
+    for port in exposed:
+        outcomes[listening[port]] = TunnelError(
+            f"{connection.host}: port {port} would be open to the host's whole network, and was closed again: its sshd "
+            "makes every forwarded port public; GatewayPorts in its sshd_config must be no (the default) or "
+            "clientspecified"
+        )
 
 
 async def _refused(request: TunnelRequest, error: MuxError) -> LazyclusterError:
