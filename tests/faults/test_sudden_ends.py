@@ -1,0 +1,230 @@
+"""The manager is killed with SIGKILL, in the middle of anything: within 5 s nothing is left, there or here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import leaks
+from sshhosts import procfs
+
+_PATIENCE = 60.0  # seconds until the manager is in the middle of its work, on a loaded machine
+_CLUSTER_PORT = 24786
+_RECEIVED, _SENT = 1, 9  # columns of /proc/net/dev
+
+
+def _until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.01)
+
+
+def _born(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+class Victim:
+    """A manager at work, with directories of its own for all that it may leave behind.
+
+    Attributes:
+        folder: Where it finds and puts files.
+        process: The manager's process.
+    """
+
+    def __init__(self, work: str, hosts: Any) -> None:
+        # Short: the paths of control sockets are limited.
+        self._hosts = hosts
+        self._private = Path(tempfile.mkdtemp())
+        self.folder = Path(tempfile.mkdtemp())
+        self._state = Path(tempfile.mkdtemp())
+        self._work = work
+        self._marker = f"LAZYCLUSTER_TEST_VICTIM={self._private}"
+
+    def __enter__(self) -> Victim:
+        self._ports = set(procfs.listening_ports("self"))
+        environment = {
+            **os.environ,
+            "TMPDIR": str(self._private),
+            "XDG_RUNTIME_DIR": str(self._private),
+            "XDG_STATE_HOME": str(self._state),
+            "LAZYCLUSTER_TEST_VICTIM": str(self._private),
+        }
+        script = Path(__file__).with_name("victims.py")
+        arguments = [sys.executable, str(script), self._work, self._hosts.config_file, str(self.folder)]
+        self.process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        for folder in (self._private, self.folder, self._state):
+            subprocess.run(["rm", "-rf", folder], check=True)
+
+    def said(self) -> str:
+        """Wait for what it says."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        assert line, "it ended before it was killed"
+        return line
+
+    def kill(self) -> None:
+        """Kill it, and make sure that nothing is left five seconds later, on the hosts and here."""
+        descendants = {found.pid: _born(found.pid) for found in procfs.descendants(self.process.pid)}
+        assert any("ssh" in (found.command) for found in procfs.descendants(self.process.pid))
+        assert list(self._private.iterdir())
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        left = leaks.settle(lambda: [*self._left_here(descendants), *self._left_there()])
+        assert not left, "\n".join(left)
+
+    def _left_there(self) -> Iterator[str]:
+        for host in self._hosts.all:
+            yield from host.leftovers()
+
+    def _left_here(self, descendants: dict[int, str]) -> Iterator[str]:
+        for pid, born in descendants.items():
+            if born and _born(pid) == born:
+                yield f"manager: process {procfs.process(pid)}"
+        for process in procfs.with_variable(self._marker):
+            yield f"manager: process {process}"
+        for port in set(procfs.listening_ports("self")) - self._ports:
+            yield f"manager: listening port {port}"
+        for path in self._private.iterdir():
+            yield f"manager: {path}"
+
+
+def _commands(host: Any) -> str:
+    return "\n".join(process.command for process in host.processes())
+
+
+def test_during_tasks(hosts: Any) -> None:
+    with Victim("tasks", hosts) as victim:
+        assert victim.said() == "working"
+        for host in hosts:
+            for seconds in (7001, 7002, 7004, 7005):
+                _until(lambda host=host, wanted=f"sleep {seconds}": wanted in _commands(host), f"sleep {seconds}")
+            assert [entry for entry in host.tmp_entries() if "lazycluster" in entry]
+        victim.kill()
+
+
+def _huge(path: Path) -> None:
+    """Make a file that takes a while to copy, and no space."""
+    with path.open("wb") as file:
+        file.truncate(1 << 34)
+    path.chmod(0o644)
+
+
+@pytest.fixture
+def copies(hosts: Any) -> Iterator[Path]:
+    """A directory of the first host, for copies; the others' are as empty."""
+    made = [host.path("~/copies") for host in hosts]
+    for path in made:
+        path.mkdir()
+        path.chmod(0o777)
+    yield made[0]
+    for path in made:
+        subprocess.run(["rm", "-r", path], check=True)
+
+
+def _moving(hosts: Any, column: int) -> Callable[[], bool]:
+    """Whether the hosts have moved more bytes over their network than connecting takes."""
+    tables = [Path(f"/proc/{host.pid}/net/dev") for host in hosts]
+
+    def count() -> int:
+        lines = [line for table in tables for line in table.read_text().splitlines() if "eth" in line]
+        return sum(int(line.split()[column]) for line in lines)
+
+    before = count()
+    return lambda: count() - before > 20_000_000
+
+
+def test_while_files_are_sent(hosts: Any, copies: Path) -> None:
+    with Victim("send", hosts) as victim:
+        _huge(victim.folder / "huge")
+        moving = _moving(hosts, _RECEIVED)
+        assert victim.said() == "working"
+        _until(moving, "the copy to begin")
+        victim.kill()
+        assert not leaks.settle(lambda: [str(p) for host in hosts for p in host.path("~/copies").iterdir()])
+        assert [path.name for path in victim.folder.iterdir()] == ["huge"]
+
+
+def test_while_a_file_is_fetched(hosts: Any, copies: Path) -> None:
+    _huge(copies / "huge")
+    with Victim("get", hosts) as victim:
+        (victim.folder / "copies").mkdir()
+        moving = _moving(hosts, _SENT)
+        assert victim.said() == "working"
+        _until(moving, "the copy to begin")
+        victim.kill()
+        assert list((victim.folder / "copies").iterdir()) == []
+
+
+def _pour(connection: socket.socket) -> None:
+    with connection, contextlib.suppress(OSError):
+        while True:
+            connection.sendall(bytes(1 << 16))
+
+
+def test_with_others_traffic_in_the_tunnels(hosts: Any) -> None:
+    """What others do with exposed ports must not keep ssh alive, which by itself waits for its connections to end."""
+    with socket.create_server(("127.0.0.1", 0)) as server, Victim("tunnels", hosts) as victim:
+        (victim.folder / "port").write_text(str(server.getsockname()[1]))
+        assert victim.said() == "working"
+        # manager -> host2 -> manager; one end pours, the other drinks, until the tunnel ends
+        client = socket.create_connection(("127.0.0.1", 24101))
+        source = threading.Thread(target=_pour, args=[server.accept()[0]])
+        source.start()
+        drink = hosts[0].inside(
+            'python3 -c \'import socket; s = socket.create_connection(("127.0.0.1", 24100)); '
+            'print(len(s.recv(1)), flush=True); [None for _ in iter(lambda: s.recv(65536), b"")]\''
+        )
+        with subprocess.Popen(drink, stdout=subprocess.PIPE) as guest, client:
+            other = threading.Thread(target=_pour, args=[server.accept()[0]])
+            other.start()
+            assert guest.stdout is not None
+            assert guest.stdout.readline() == b"1\n"
+            assert client.recv(1)
+            victim.kill()
+            with contextlib.suppress(OSError):
+                while client.recv(1 << 16):
+                    pass
+        source.join()
+        other.join()
+
+
+@pytest.mark.parametrize("stage", ["programs", "scheduler", "tunnels"])
+def test_while_a_cluster_starts(hosts: Any, stage: str) -> None:
+    pytest.importorskip("distributed")
+    stages: dict[str, Callable[[], Any]] = {
+        "programs": lambda: "dask" in _commands(hosts[0]) or "worker" in _commands(hosts[0]),
+        "scheduler": lambda: _CLUSTER_PORT in procfs.listening_ports("self"),
+        "tunnels": lambda: len(hosts[2].listening_ports()) > 2,
+    }
+    with Victim("start", hosts) as victim:
+        assert victim.said() == "working"
+        _until(stages[stage], stage)
+        victim.kill()
+
+
+def test_with_a_cluster_and_traffic_in_its_tunnels(hosts: Any) -> None:
+    pytest.importorskip("distributed")
+    with Victim("cluster", hosts) as victim:
+        assert victim.said() == "working"
+        _until(_moving(hosts, _SENT), "traffic")
+        victim.kill()
