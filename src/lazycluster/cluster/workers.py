@@ -78,6 +78,9 @@ class ServiceWorkerLauncher(WorkerLauncher):
     async def greet(self, workers: Sequence[Worker]) -> None:
         """Check what the programs say before they get their settings; raise an error to give up."""
 
+    def changed(self, service: Service) -> None:
+        """Take note that the state of a worker's process has changed. For the event loop's thread."""
+
     # --- shared --------------------------------------------------------------------------------
     @property
     def services(self) -> list[Service]:
@@ -95,7 +98,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
             number = self._numbers[place.host] = self._numbers.get(place.host, -1) + 1
             name = f"{place.host}-{number}"
             program = self.program(place)
-            service = Service(program, place, f"{program.name} {name}", debug=debug)
+            service = Service(program, place, f"{program.name} {name}", debug=debug, on_change=self.changed)
             try:
                 if place.problem is not None:
                     raise place.problem

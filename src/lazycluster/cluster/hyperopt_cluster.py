@@ -1,0 +1,328 @@
+"""A Hyperopt cluster on the hosts of a group: https://hyperopt.github.io/hyperopt.
+
+The trials are in a database on the manager; workers on the hosts take them from there, through the connections that
+the runtimes have anyway. The database listens on the loopback interface only, on both sides, and asks for a password
+that is made for the one cluster: hyperopt unpickles what it finds there, so whoever can write to it could run
+anything on the hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .exceptions import ClusterError
+from .hyperopt_masters import (
+    PACKAGE,
+    PROGRAMS,
+    EmbeddedMongoLauncher,
+    HyperoptSettings,
+    LocalMongoLauncher,
+    default_launcher,
+    make_directory,
+)
+from .hyperopt_programs import compat, messages, trials
+from .runtime_cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
+from .services import Program, Service, Source
+from .versions import Software
+from .workers import ServiceWorkerLauncher, Worker
+
+if TYPE_CHECKING:
+    from hyperopt.mongoexp import MongoTrials
+
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+    from .places import Place
+
+__all__ = ["EmbeddedMongoLauncher", "HyperoptCluster", "LocalMongoLauncher", "RoundRobinLauncher"]
+
+logger = logging.getLogger("lazycluster")
+
+CheckVersions = Literal["error", "warn", "ignore"]
+
+_SOFTWARE = Software("HyperoptCluster", "hyperopt", ("hyperopt", "pymongo"), ("hyperopt", "cloudpickle"))
+_ANSWER_LIMIT = 5000  # milliseconds
+
+
+class RoundRobinLauncher(ServiceWorkerLauncher):
+    """Starts Hyperopt workers on the hosts in turn, each of them supervised.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+        dbname: The name of the database.
+        poll_interval: Seconds between two looks of an idle worker for a trial, at most.
+
+    Raises:
+        ValueError: If the name is empty, or the interval is not a positive number.
+    """
+
+    RESTARTS = 20
+    """How often a worker that dies is started again within minutes. An objective does not make it die."""
+
+    def __init__(self, runtime_group: RuntimeGroup, dbname: str, poll_interval: float) -> None:
+        super().__init__(runtime_group)
+        self.hyperopt = HyperoptSettings(dbname=checked_name(dbname), poll_interval=checked_interval(poll_interval))
+        self._putting_back: list[threading.Thread] = []
+        self._master: int | None = None
+
+    def program(self, place: Place) -> Program:
+        """The program of a worker."""
+        source = Source(PROGRAMS, "worker", PACKAGE)
+        return Program("hyperopt-worker", source=source, marker=messages.MARKER, restarts=self.RESTARTS)
+
+    async def greet(self, workers: Sequence[Worker]) -> None:
+        """Check the software of the hosts, before anything listens."""
+        await _SOFTWARE.check_workers(workers, self.hyperopt.check_versions, messages.versions())
+
+    def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
+        """What a worker is told."""
+        shared = self.hyperopt
+        special = {"name": worker.name, "poll_interval": shared.poll_interval, "exp_key": shared.exp_key}
+        return {**shared.login(master_port), **special}
+
+    def start(
+        self, worker_count: int, master_port: int, ports: list[int] | None = None, debug: bool = True
+    ) -> list[int]:
+        """Start workers in the group.
+
+        Args:
+            worker_count: How many.
+            master_port: The port of the database.
+            ports: Without use: workers listen on no port.
+            debug: Whether the output of the workers is printed as it comes.
+
+        Returns:
+            `ports`, as they were given.
+
+        Raises:
+            ClusterError: If a worker does not start; the message has its output.
+        """
+        self._master = master_port
+        return super().start(worker_count, master_port, list(ports or []), debug)
+
+    # --- workers that have gone for good -------------------------------------------------------
+    def changed(self, service: Service) -> None:
+        """Put the trial of a worker that is not started again back into the queue. For the event loop's thread."""
+        if service.state != "failed" or self._master is None:
+            return
+        for worker in [*self.workers, *self._prepared]:
+            if worker.service is service:
+                arguments = (worker.name, self._master)
+                thread = threading.Thread(
+                    target=self._put_back, args=arguments, name="lazycluster-put-back", daemon=True
+                )
+                self._putting_back.append(thread)
+                thread.start()
+
+    def _put_back(self, name: str, port: int) -> None:
+        from pymongo.errors import PyMongoError
+
+        try:
+            with database(self.hyperopt, port) as found:
+                number = trials.put_back(found.jobs, name, f"the worker {name} has gone")
+        except PyMongoError as error:
+            logger.error("the trials of %s could not be put back: %s", name, error)
+        else:
+            logger.warning("%s has gone; %d of its trials are put back into the queue", name, number)
+
+    def cleanup(self) -> None:
+        """End the workers. Doing it again does nothing."""
+        self._master = None  # what ends from now on ends because it is to
+        for thread in self._putting_back:
+            thread.join()
+        self._putting_back.clear()
+        super().cleanup()
+
+
+@contextlib.contextmanager
+def database(settings: HyperoptSettings, port: int) -> Iterator[Any]:
+    """Connect to the database of a cluster, for a moment."""
+    from pymongo import MongoClient
+
+    url = settings.url(port, "mongodb") + "?authSource=admin"
+    client: Any = MongoClient(url, serverSelectionTimeoutMS=_ANSWER_LIMIT, directConnection=True)
+    try:
+        yield client[settings.dbname]
+    finally:
+        client.close()
+
+
+def checked_name(name: str) -> str:
+    """Return the name of a database.
+
+    Raises:
+        ValueError: If it cannot be one.
+    """
+    if not isinstance(name, str) or not name or len(name) > 63 or set(name) & set('/\\. "$*<>:|?@#%\0'):
+        raise ValueError(f'dbname must be a name of at most 63 characters without /\\. "$*<>:|?@#%, not {name!r}')
+    return name
+
+
+def checked_interval(interval: float) -> float:
+    """Return an interval in seconds.
+
+    Raises:
+        ValueError: If it cannot be one.
+    """
+    if isinstance(interval, bool) or not isinstance(interval, (int, float)) or not 0 < interval < 3600:
+        raise ValueError(f"the poll interval must be a positive number of seconds, not {interval!r}")
+    return float(interval)
+
+
+class HyperoptCluster(MasterWorkerCluster):
+    """A Hyperopt cluster. The number of workers defaults to the number of runtimes in the group.
+
+    An objective that raises, or ends its process, costs that one trial, which is then in the state ``ERROR``, with a
+    traceback. A trial whose worker was killed, or whose host has gone, is put back and evaluated by another one, up to
+    three times. Trials survive the manager: start a cluster on the same `dbpath`, and call `fmin` with the same
+    ``exp_key`` and a higher ``max_evals``.
+
+    Args:
+        runtime_group: The hosts that can be used.
+        master_launcher: How the database is started: a `MasterLauncher`, or a class of it; by default
+            `LocalMongoLauncher` if there is a `mongod`, else `EmbeddedMongoLauncher`. The launcher that has made the
+            files in `dbpath` goes before.
+        worker_launcher: How the workers are started: a `WorkerLauncher`, or a class of it; by default
+            `RoundRobinLauncher`.
+        dbpath: The directory of the database, made if it is missing; by default ``mongodb`` in
+            `Environment.main_directory`.
+        dbname: The name of the database.
+        worker_poll_intervall: Seconds between two looks of an idle worker for a trial, at most.
+        exp_key: The only search whose trials the workers take; by default all.
+        min_workers: How many workers must be there for a start to succeed; by default all.
+        check_versions: What happens if Python, hyperopt or cloudpickle of a host do not match the manager's:
+            ``error``, ``warn`` or ``ignore``.
+
+    Raises:
+        ClusterError: If hyperopt or PyMongo is not installed here.
+        PermissionError: If `dbpath` does not exist, and may not be made.
+        ValueError: If an argument makes no sense.
+
+    Examples:
+        >>> with HyperoptCluster(RuntimeGroup(hosts=["host-1", "host-2"])) as cluster:          # doctest: +SKIP
+        ...     cluster.start()
+        ...     trials = MongoTrials(cluster.mongo_trial_url, exp_key="first")
+        ...     best = fmin(lambda x: x * x, hp.uniform("x", -1, 1), tpe.suggest, 100, trials=trials, max_queue_len=4)
+    """
+
+    DEFAULT_MASTER_PORT = 27017
+    _workers_talk = False
+
+    def __init__(
+        self,
+        runtime_group: RuntimeGroup,
+        master_launcher: MasterLauncher | type[MasterLauncher] | None = None,
+        worker_launcher: WorkerLauncher | type[WorkerLauncher] | None = None,
+        dbpath: str | None = None,
+        dbname: str = "hyperopt",
+        worker_poll_intervall: float = 0.1,
+        *,
+        exp_key: str | None = None,
+        min_workers: int | None = None,
+        check_versions: CheckVersions = "error",
+    ) -> None:
+        if check_versions not in ("error", "warn", "ignore"):
+            raise ValueError(f"check_versions must be 'error', 'warn' or 'ignore', not {check_versions!r}")
+        self._hyperopt = HyperoptSettings(
+            dbname=checked_name(dbname),
+            poll_interval=checked_interval(worker_poll_intervall),
+            exp_key=exp_key,
+            check_versions=check_versions,
+        )
+        if dbpath is not None:
+            self._hyperopt.dbpath = Path(dbpath).expanduser().absolute()
+        _SOFTWARE.check_manager()
+        compat.load()
+        make_directory(self._hyperopt.dbpath)
+        if isinstance(worker_launcher, type) and issubclass(worker_launcher, RoundRobinLauncher):
+            worker_launcher = worker_launcher(runtime_group, dbname, worker_poll_intervall)
+        super().__init__(runtime_group, None, master_launcher, worker_launcher, min_workers=min_workers)
+
+    def _default_master_launcher(self) -> MasterLauncher:
+        return default_launcher(self._hyperopt.dbpath)(self._group)
+
+    def _default_worker_launcher(self) -> WorkerLauncher:
+        return RoundRobinLauncher(self._group, self._hyperopt.dbname, self._hyperopt.poll_interval)
+
+    def _connect_launchers(self) -> None:
+        super()._connect_launchers()
+        for launcher in (self._master_launcher, self._worker_launcher):
+            if hasattr(launcher, "hyperopt"):
+                launcher.hyperopt = self._hyperopt
+
+    # --- documented ----------------------------------------------------------------------------
+    @property
+    def dbname(self) -> str:
+        """The name of the database."""
+        return self._hyperopt.dbname
+
+    @property
+    def dbpath(self) -> str:
+        """The directory of the database."""
+        return str(self._hyperopt.dbpath)
+
+    @property
+    def mongo_url(self) -> str:
+        """The address of the database as hyperopt writes it: ``mongo://user:password@host:port/dbname``.
+
+        It has the password: do not print it.
+        """
+        return self._hyperopt.url(self._port())
+
+    @property
+    def mongo_trial_url(self) -> str:
+        """The address of the trials, which `MongoTrials` takes. It has the password: do not print it."""
+        return f"{self.mongo_url}/jobs"
+
+    @property
+    def pymongo_url(self) -> str:
+        """The address of the database for `pymongo.MongoClient`. It has the password: do not print it."""
+        return self._hyperopt.url(self._port(), "mongodb") + "?authSource=admin"
+
+    def start_master(self, master_port: int | None = None, timeout: int = 3, debug: bool = False) -> None:
+        """Start the database. Trials that an earlier cluster left unfinished are put back into the queue.
+
+        See `MasterWorkerCluster.start_master`.
+        """
+        super().start_master(master_port, timeout, debug)
+        if hasattr(self._master_launcher, "hyperopt"):
+            with database(self._hyperopt, self._port()) as found:
+                found.jobs.create_index([("state", 1), ("exp_key", 1)])
+                # hyperopt takes numbers for trials from here; it waits for a second if it is the first to do so.
+                found.job_ids.update_one({"a": 0}, {"$setOnInsert": {"last_id": 0}}, upsert=True)
+                number = trials.put_back(found.jobs, None, "the cluster was ended")
+            if number:
+                logger.info("%d unfinished trials are put back into the queue", number)
+
+    # --- for searches --------------------------------------------------------------------------
+    def trials(self, exp_key: str | None = None) -> MongoTrials:
+        """Return the trials of a search, for `fmin`.
+
+        Args:
+            exp_key: The name of the search; None: all searches in this database.
+
+        Raises:
+            ClusterError: If the cluster does not run.
+        """
+        return compat.load().MongoTrials(self.mongo_trial_url, exp_key=exp_key)
+
+    def _port(self) -> int:
+        if self.master_port is None:
+            raise ClusterError("the database does not run: call start(), or start_master() first")
+        return self.master_port
+
+    # --- the end -------------------------------------------------------------------------------
+    def cleanup(self) -> None:
+        """End the workers, the database and the tunnels; the trials stay on the disk. Doing it again does nothing."""
+        port = self.master_port
+        if port is not None:
+            compat.close_clients(port)
+        super().cleanup()
+
+    def __repr__(self) -> str:
+        workers = len(getattr(self._worker_launcher, "workers", []))
+        return f"<HyperoptCluster {self._state}, port {self.master_port}, {workers} workers, {self.dbpath}>"

@@ -1,0 +1,205 @@
+"""The database of a Hyperopt cluster, on the manager: our own small server, or the user's `mongod`."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lazycluster.utils import Environment
+
+from .exceptions import ClusterError
+from .hyperopt_programs import messages
+from .launchers import ServiceMasterLauncher
+from .process import MasterProcess
+from .services import Program, Service, Source
+
+if TYPE_CHECKING:
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+__all__ = ["EmbeddedMongoLauncher", "HyperoptSettings", "LocalMongoLauncher"]
+
+_CLUSTER = Path(__file__).parent
+PROGRAMS = _CLUSTER / "hyperopt_programs"
+PACKAGE = "lazycluster_hyperopt"
+_SERVER = _CLUSTER.parent / "mongo"
+_OURS, _THEIRS = "lazycluster-mongo.sqlite", "WiredTiger"
+_PASSWORD = "lazycluster-password"
+
+
+@dataclass
+class HyperoptSettings:
+    """What the parts of one cluster have in common.
+
+    Attributes:
+        dbpath: The directory of the database.
+        dbname: The name of the database.
+        poll_interval: Seconds between two looks of an idle worker for a trial, at most.
+        exp_key: The only search whose trials the workers take; None: all.
+        check_versions: What happens if a host's software does not match.
+        user: Who logs in. hyperopt looks for this one, and no other, in the database ``admin``.
+        password: The password, made anew for each cluster.
+    """
+
+    dbpath: Path = field(default_factory=lambda: Path(Environment.main_directory) / "mongodb")
+    dbname: str = "hyperopt"
+    poll_interval: float = 0.1
+    exp_key: str | None = None
+    check_versions: str = "error"
+    user: str = "hyperopt"
+    password: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+
+    def url(self, port: int, scheme: str = "mongo") -> str:
+        """Return the address of the database, password included."""
+        return f"{scheme}://{self.user}:{self.password}@{messages.LOOPBACK}:{port}/{self.dbname}"
+
+    def login(self, port: int) -> dict[str, Any]:
+        """Return what our own programs log in with."""
+        return {"port": port, "dbname": self.dbname, "user": self.user, "password": self.password}
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory of a database if it is missing; only its owner can read it.
+
+    Raises:
+        PermissionError: If that is not allowed.
+        OSError: If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"the directory of the database cannot be made: {path}") from None
+
+
+def default_launcher(dbpath: Path) -> type[EmbeddedMongoLauncher | LocalMongoLauncher]:
+    """Return the launcher for a directory: the one that made its files, else `mongod` where there is one."""
+    if (dbpath / _OURS).exists():
+        return EmbeddedMongoLauncher
+    if (dbpath / _THEIRS).exists() or shutil.which("mongod"):
+        return LocalMongoLauncher
+    return EmbeddedMongoLauncher
+
+
+class _DatabaseLauncher(ServiceMasterLauncher):
+    """What the launchers of databases share."""
+
+    RESTARTS = 5
+    """How often a database that dies is started again within minutes, on the same port; workers wait for it."""
+
+    def __init__(self, runtime_group: RuntimeGroup) -> None:
+        super().__init__(runtime_group)
+        self.hyperopt = HyperoptSettings()
+
+    def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
+        """What the database is told."""
+        shared = self.hyperopt
+        return {"ports": dict(ports), "dbpath": str(shared.dbpath), "user": shared.user, "password": shared.password}
+
+    def start(self, ports: list[int] | int, timeout: int = 0, debug: bool = False) -> list[int]:
+        """Start the database.
+
+        Args:
+            ports: Its port; or a list, of which the first port is taken that is free on the manager and in the group.
+            timeout: Seconds until it must be there; 0, or the 3 of `MasterWorkerCluster.start_master`: as soon as it
+                answers, up to a limit of our own.
+            debug: Whether its output is printed as it comes.
+
+        Returns:
+            The ports of the list that are left; an empty list if a single port was given.
+
+        Raises:
+            PortInUseError: If a single port was given, and it is not free on the manager and on all hosts.
+            NoPortsLeftError: If no port of the list is free.
+            MasterStartError: If it was not there in time; the message has the end of its output.
+        """
+        return super().start(ports, timeout or 3, debug)
+
+    def _changed(self, service: Service) -> None:
+        super()._changed(service)
+        if service.state == "ready" and isinstance(self._process, MasterProcess) and service.pid is not None:
+            self._process.pid = service.pid  # it was started again
+
+    def _refuse(self, name: str, maker: str) -> None:
+        if (self.hyperopt.dbpath / name).exists():
+            raise ClusterError(
+                f"{self.hyperopt.dbpath} has a database of {maker}. Next step: use {maker}, or another dbpath"
+            )
+
+
+class EmbeddedMongoLauncher(_DatabaseLauncher):
+    """Starts our own server on the manager: as much of a MongoDB as hyperopt needs; see `lazycluster.mongo`.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+    """
+
+    def program(self) -> Program:
+        """The program of the server."""
+        self._refuse(_THEIRS, "mongod")
+        make_directory(self.hyperopt.dbpath)
+        source = Source(_SERVER, "program", "lazycluster_mongo")
+        return Program("hyperopt-database", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=5.0)
+
+
+class LocalMongoLauncher(_DatabaseLauncher):
+    """Starts the user's own `mongod` on the manager: on loopback only, with a password.
+
+    It is watched by a small program, which makes the user and ends with it. The password is kept in the directory of
+    the database, where only the owner can read it, since the database remembers it, too.
+
+    This was tried with a stand-in for `mongod` only, not with a real one.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+    """
+
+    def program(self) -> Program:
+        """The program that watches `mongod`."""
+        self._refuse(_OURS, "lazycluster's own server")
+        if shutil.which("mongod") is None:
+            raise ClusterError(
+                "there is no mongod on the PATH. Next step: install MongoDB, or leave the launcher out to use "
+                "lazycluster's own server (EmbeddedMongoLauncher)"
+            )
+        make_directory(self.hyperopt.dbpath)
+        self.hyperopt.password = _kept_password(self.hyperopt.dbpath / _PASSWORD, self.hyperopt.password)
+        source = Source(PROGRAMS, "mongod", PACKAGE)
+        return Program("mongod", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=10.0)
+
+    def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
+        """What the watching program is told."""
+        return {**super().settings(ports), "argv": self._argv(ports["master"])}
+
+    def _argv(self, port: int) -> list[str]:
+        return [
+            *("mongod", "--dbpath", str(self.hyperopt.dbpath), "--bind_ip", messages.LOOPBACK),
+            *("--port", str(port), "--auth", "--nounixsocket"),
+        ]
+
+    def get_mongod_start_cmd(self) -> str:
+        """Return the shell command that starts `mongod`. It stays in the foreground, so that it can be watched."""
+        return shlex.join(self._argv(self.port or 27017))
+
+    def get_mongod_stop_cmd(self) -> str:
+        """Return the shell command that stops the `mongod` of the database's directory."""
+        return shlex.join(["mongod", "--dbpath", str(self.hyperopt.dbpath), "--shutdown"])
+
+
+def _kept_password(path: Path, new: str) -> str:
+    """Return the password that is kept in a file; the new one if there is none yet."""
+    try:
+        with open(path, "x", encoding="ascii", opener=_private) as file:
+            file.write(new)
+    except FileExistsError:
+        return path.read_text("ascii").strip()
+    return new
+
+
+def _private(path: str, flags: int) -> int:
+    import os
+
+    return os.open(path, flags, 0o600)

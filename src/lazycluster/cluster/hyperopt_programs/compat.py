@@ -1,0 +1,200 @@
+"""What hyperopt needs to work with PyMongo 4, and a few things beyond that it should have had anyway.
+
+`hyperopt.mongoexp` calls methods that PyMongo 4 has removed, though hyperopt asks for PyMongo 4. They are given back
+here, as hyperopt uses them, to PyMongo's own classes; where PyMongo still has them (PyMongo 3) nothing is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_PATIENCE = 60.0  # seconds that a write waits for a server that is being started again
+_clients: weakref.WeakSet[Any] = weakref.WeakSet()
+_loaded = False
+
+
+def load() -> Any:
+    """Import `hyperopt.mongoexp`, made to work. Doing it again does nothing.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: If hyperopt or PyMongo is not installed.
+    """
+    global _loaded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # hyperopt's own imports are deprecated ones
+        import pymongo  # noqa: F401  (hyperopt swallows the error that says it is missing)
+        from hyperopt import base, mongoexp
+    if not _loaded:
+        _loaded = True
+        _give_back_methods()
+        mongoexp.connection_with_tunnel = functools.partial(_connect, mongoexp.connection_with_tunnel)
+        _take_numpy_booleans(base, mongoexp)
+    return mongoexp
+
+
+# --- PyMongo -------------------------------------------------------------------------------------
+def _give_back_methods() -> None:
+    from pymongo.collection import Collection
+    from pymongo.cursor import Cursor
+
+    methods: dict[str, Callable[..., Any]] = {
+        "find_and_modify": find_and_modify,
+        "insert": insert,
+        "update": update,
+        "remove": remove,
+        "count": count,
+    }
+    for name, method in methods.items():
+        if not hasattr(Collection, name):
+            setattr(Collection, name, method)
+    if not hasattr(Cursor, "count"):
+        Cursor.count = _count_of_cursor  # type: ignore[attr-defined]
+
+
+def patient(write: Callable[[], T]) -> T:
+    """Do a write that may be repeated, also while the server is being started again.
+
+    Args:
+        write: The write, which may have been carried out though its answer was lost.
+    """
+    from pymongo.errors import ConnectionFailure
+
+    deadline = time.monotonic() + _PATIENCE
+    pause = 0.05
+    while True:
+        try:
+            return write()
+        except ConnectionFailure:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+def find_and_modify(
+    self: Any, query: Any, update: Any, upsert: bool = False, sort: Any = None, new: bool = False, **_: Any
+) -> Any:
+    """Change one document and return it, or what it was."""
+    return self.find_one_and_update(query, update, upsert=upsert, sort=sort, return_document=new)
+
+
+def insert(self: Any, document: Any, **_: Any) -> Any:
+    """Insert a document, or several; returns the id, or a list of them."""
+    from bson import ObjectId
+    from pymongo.errors import DuplicateKeyError
+
+    if not isinstance(document, dict):
+        return [insert(self, one) for one in document]
+    document.setdefault("_id", ObjectId())
+    repeated = False
+
+    def write() -> None:
+        nonlocal repeated
+        try:
+            self.insert_one(document)
+        except DuplicateKeyError:
+            if not repeated:  # else the first attempt was carried out, and only its answer was lost
+                raise
+        finally:
+            repeated = True
+
+    patient(write)
+    return document["_id"]
+
+
+def update(self: Any, query: Any, changes: Any, upsert: bool = False, multi: bool = False, **_: Any) -> Any:
+    """Change one document, or all that fulfil a condition."""
+    if not any(name.startswith("$") for name in changes):
+        return self.replace_one(query, changes, upsert=upsert).raw_result
+    change = self.update_many if multi else self.update_one
+    result = patient(lambda: change(query, changes, upsert=upsert))
+    return result.raw_result
+
+
+def remove(self: Any, condition: Any = None, multi: bool = True, **_: Any) -> Any:
+    """Delete documents: those that fulfil a condition, or the one with an id."""
+    if condition is not None and not isinstance(condition, dict):
+        condition = {"_id": condition}
+    elif condition and "_id" in condition:
+        condition = {"_id": condition["_id"]}  # hyperopt passes what is left of a document
+    delete = self.delete_many if multi else self.delete_one
+    return delete(condition or {}).raw_result
+
+
+def count(self: Any, filter: Any = None, **_: Any) -> int:
+    """Return the number of documents that fulfil a condition."""
+    return int(self.count_documents(filter or {}))
+
+
+def _count_of_cursor(self: Any, with_limit_and_skip: bool = False) -> int:
+    # The attribute has been there since PyMongo 2; it is the only place where a cursor knows what was asked for.
+    conditions = getattr(self, "_spec", None)
+    if conditions is None:
+        conditions = getattr(self, "_Cursor__spec", {})
+    return int(self.collection.count_documents(conditions))
+
+
+# --- hyperopt ------------------------------------------------------------------------------------
+def _connect(
+    original: Callable[..., Any],
+    dbname: str,
+    host: str = "localhost",
+    auth_dbname: str | None = None,
+    port: int = 27017,
+    ssh: bool = False,
+    user: str | None = "hyperopt",
+    pw: str | None = None,
+) -> tuple[Any, Any]:
+    """Connect as hyperopt does, but log in the way that PyMongo 4 still has."""
+    from bson import SON
+    from hyperopt import mongoexp
+    from pymongo import MongoClient
+
+    if ssh or not user:
+        client, tunnel = original(dbname, host, auth_dbname, port, ssh, user, pw)
+    else:
+        client, tunnel = (
+            MongoClient(
+                host,
+                port,
+                document_class=SON,
+                w=1,
+                journal=True,
+                username=user,
+                password=pw or mongoexp.read_pw(),
+                authSource=auth_dbname or ("admin" if user == "hyperopt" else dbname),
+            ),
+            None,
+        )
+    _clients.add(client)
+    return client, tunnel
+
+
+def close_clients(port: int) -> None:
+    """Close what hyperopt has connected to a server on this machine, which is about to end."""
+    for client in list(_clients):
+        if any(number == port for _, number in client._topology_settings.seeds):
+            client.close()
+            _clients.discard(client)
+
+
+def _take_numpy_booleans(base: Any, mongoexp: Any) -> None:
+    """Have results with numpy's own booleans taken as results with booleans."""
+    import numpy
+
+    original = base.SONify
+
+    def sonify(arg: Any, memo: Any = None) -> Any:
+        return original(bool(arg) if isinstance(arg, numpy.bool_) else arg, memo)
+
+    base.SONify = mongoexp.SONify = sonify

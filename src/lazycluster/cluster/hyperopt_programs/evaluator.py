@@ -1,0 +1,128 @@
+"""Takes trials from the database and evaluates them with hyperopt's own worker."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import compat, messages, trials
+
+mongoexp = compat.load()
+from pymongo.errors import ConnectionFailure  # noqa: E402  (compat says first what is missing)
+
+_SOON = 0.005  # seconds; after a trial the next one usually comes at once
+_URL = "MONGO_CONNECTION_URL"
+
+
+class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
+    """hyperopt's queue, for one worker process. Taking a trial waits until there is one.
+
+    Attributes:
+        current: The trial that was taken last.
+    """
+
+    current: Any = None
+    owner: tuple[str, str] = ("", "")
+    poll_interval = 0.1
+
+    def create_indexes(self) -> None:
+        """Do nothing: the manager has made them, and this is called for each trial."""
+
+    def reserve(self, host_id: Any, cond: Any = None, exp_key: str | None = None) -> Any:
+        """Take a trial, and wait for one if there is none."""
+        query: dict[str, Any] = {"owner": None, "state": trials.NEW}
+        if exp_key is not None:
+            query["exp_key"] = exp_key
+        pause = _SOON
+        while True:
+            try:
+                self.current = self._take(query)
+            except ConnectionFailure:
+                # It may have been carried out, and only its answer was lost.
+                self.current = compat.patient(self._mine)
+            if self.current is not None:
+                return self.current
+            time.sleep(pause * random.uniform(0.8, 1.0))
+            pause = min(2 * pause, self.poll_interval)
+
+    def _take(self, query: dict[str, Any]) -> Any:
+        moment = trials.now()
+        booking = {"owner": list(self.owner), "book_time": moment, "refresh_time": moment, "state": trials.RUNNING}
+        return self.jobs.find_one_and_update(query, {"$set": booking}, return_document=True)
+
+    def _mine(self) -> Any:
+        return self.jobs.find_one({"owner": self.owner[1], "state": trials.RUNNING})
+
+
+def connect(settings: dict[str, Any]) -> tuple[Jobs, str]:
+    """Return the queue and its address."""
+    login = f"{settings['user']}:{settings['password']}@" if settings["user"] else ""
+    url = f"mongo://{login}{messages.LOOPBACK}:{settings['port']}/{settings['dbname']}"
+    jobs = Jobs.new_from_connection_str(url + "/jobs")
+    jobs.poll_interval = settings["poll_interval"]
+    return jobs, url
+
+
+def serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: int) -> NoReturn:
+    """Evaluate trials for ever.
+
+    Args:
+        settings: What the manager said.
+        owner: The name of this process, which no other one has.
+        left: Whose trials are to be put back first, why, and whether they have failed for good.
+        writing: Where to say that everything is ready.
+    """
+    jobs, url = connect(settings)
+    jobs.owner = (settings["name"], owner)
+    os.environ[_URL] = url  # for the user's code; it was in no environment that `ps` shows
+    compat.patient(lambda: trials.put_back(jobs.jobs, left["owner"], left["reason"], left["final"]))
+    root = Path(os.environ["LAZYCLUSTER_SCRATCH"], "trials")
+    worker = mongoexp.MongoWorker(jobs, settings["poll_interval"], exp_key=settings["exp_key"], logfilename=None)
+    messages.emit("ready", name=settings["name"])
+    os.write(writing, b"r")
+    os.close(writing)
+    while True:
+        _clear(root)
+        _evaluate_one(worker, jobs, owner)
+
+
+def _clear(root: Path) -> None:
+    """Remove what trials wrote into their scratch directories; the next one gets an empty place."""
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(exist_ok=True)
+    os.chdir(root)
+
+
+def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
+    jobs.current = None
+    try:
+        worker.run_one(owner, erase_created_workdir=True)
+    except ConnectionFailure:
+        traceback.print_exc()
+        # Not the objective's fault: the trial is evaluated again.
+        compat.patient(lambda: trials.put_back(jobs.jobs, owner, "the connection to the database broke"))
+    except BaseException as raised:  # noqa: BLE001 - an objective that ends its interpreter has failed like any other
+        error = raised
+        text = traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        trial = jobs.current
+        if trial is not None:
+            compat.patient(lambda: trials.fail(jobs.jobs, trial, owner, error, text))
+            _remove_scratch(trial)
+
+
+def _remove_scratch(trial: Any) -> None:
+    """Remove the directory of a trial that failed: hyperopt does so only for those that succeed."""
+    parent = trial["misc"].get("workdir")
+    if parent:
+        path = Path(parent).expanduser().absolute() / str(trial["_id"])
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            path.with_name(path.name + ".inuse").unlink()

@@ -1,0 +1,65 @@
+"""Trials whose worker has gone: back into the queue, a few times."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+NEW, RUNNING, DONE, ERROR = 0, 1, 2, 3  # as in hyperopt.base
+MOST_ATTEMPTS = 3
+"""How often a trial is put back before it counts as failed: it may be what kills the workers."""
+
+
+def now() -> datetime.datetime:
+    """Return the time as hyperopt stores it: UTC, without a time zone, to the millisecond."""
+    moment = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+
+def put_back(jobs: Any, owner: str | None, reason: str, final: bool = False) -> int:
+    """Put trials that nobody works on any more back into the queue.
+
+    Their version is increased, by which the server refuses whatever their old owner may still want to write.
+
+    Args:
+        jobs: The collection of trials.
+        owner: Whose trials: the name of a worker, or of one of its processes; None: everybody's.
+        reason: What happened.
+        final: Whether they have failed, and are not tried again.
+
+    Returns:
+        How many there were.
+    """
+    query: dict[str, Any] = {"state": RUNNING}
+    if owner is not None:
+        query["owner"] = owner
+    changed = 0
+    for trial in list(jobs.find(query, projection=["version", "attempts"])):
+        guard = {"_id": trial["_id"], "version": trial["version"], "state": RUNNING}
+        # That the manager was ended is no trial's fault.
+        attempts = trial.get("attempts", 0) + (owner is not None)
+        if final or attempts > MOST_ATTEMPTS:
+            text = reason if final else f"{reason}; this was attempt {attempts}"
+            changes = {"state": ERROR, "error": ["WorkerDied", text], "refresh_time": now()}
+        else:
+            changes = {"state": NEW, "owner": None, "book_time": None, "attempts": attempts}
+        result = jobs.update_one(guard, {"$set": changes, "$inc": {"version": 1}})
+        changed += result.modified_count
+    return changed
+
+
+def fail(jobs: Any, trial: Any, owner: str, error: BaseException, traceback: str) -> None:
+    """Note that a trial has failed, with its traceback, unless it is somebody else's by now."""
+    text = [type(error).__name__, str(error)]
+    changes = {
+        "state": ERROR,
+        "error": [_encodable(part) for part in text],
+        "traceback": _encodable(traceback),
+        "refresh_time": now(),
+    }
+    guard = {"_id": trial["_id"], "owner": owner, "state": {"$in": [RUNNING, ERROR]}}
+    jobs.update_one(guard, {"$set": changes, "$inc": {"version": 1}})
+
+
+def _encodable(text: str, most: int = 100_000) -> str:
+    return text[-most:].encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")

@@ -1,0 +1,125 @@
+"""Whether the software on the hosts matches the manager's, found out before anything is started."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .exceptions import ClusterError, ServiceError, VersionMismatchError, WorkerStartError
+from .workers import Worker
+
+logger = logging.getLogger("lazycluster")
+
+_LIMIT = 60.0  # seconds
+_PYTHON = "python"
+
+
+@dataclass(frozen=True)
+class Software:
+    """What an engine needs.
+
+    Attributes:
+        engine: The name of the cluster's class, for messages.
+        extra: The extra of this package that installs it.
+        needed: Packages without which nothing works.
+        same: Packages whose versions must be the same everywhere.
+    """
+
+    engine: str
+    extra: str
+    needed: tuple[str, ...]
+    same: tuple[str, ...]
+
+    def check_manager(self) -> None:
+        """Make sure that the manager has what it takes.
+
+        Raises:
+            ClusterError: If it has not.
+        """
+        missing = [name for name in self.needed if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ClusterError(
+                f"{', '.join(missing)} cannot be imported here, on the manager ({sys.executable}).\n"
+                f"  Next step: {sys.executable} -m pip install 'lazycluster[{self.extra}]'"
+            )
+
+    async def check_workers(self, workers: Sequence[Worker], policy: str, here: dict[str, str | None]) -> None:
+        """Compare what the programs of workers say of their hosts' software with the manager's.
+
+        Args:
+            workers: The workers, whose programs say ``versions`` first.
+            policy: What happens on a difference: ``error``, ``warn`` or ``ignore``. What is missing is an error always.
+            here: The manager's versions.
+
+        Raises:
+            WorkerStartError: If one did not say anything.
+            VersionMismatchError: If a host does not match.
+        """
+        manager = self._row({_PYTHON: list(sys.version_info[:3]), "packages": here})
+        hosts: dict[str, dict[str, str]] = {}
+        executables: dict[str, str] = {}
+        for worker, fields in zip(workers, await _greetings(workers), strict=True):
+            hosts[worker.place.host] = self._row(fields)
+            executables[worker.place.host] = str(fields["executable"])
+        unusable = {host for host, row in hosts.items() if any(row[name] == "-" for name in self.needed)}
+        differing = [host for host, row in hosts.items() if host in unusable or self._differs(row, manager)]
+        if not differing or (policy == "ignore" and not unusable):
+            return
+        table = _table([("manager", manager), *hosts.items()])
+        steps = [self._step(host, hosts[host], manager, executables[host]) for host in differing]
+        what = f"the software of {', '.join(differing)} does not match the manager's (- is missing):"
+        ignore = f'  {self.engine}(..., check_versions="warn"), if you know better'
+        message = "\n".join([what, *table, "Next step, one of:", *steps, ignore])
+        if policy == "error" or unusable:
+            raise VersionMismatchError(message, differing)
+        logger.warning("%s", message)
+
+    def _row(self, fields: dict[str, Any]) -> dict[str, str]:
+        names = dict.fromkeys((*self.needed, *self.same))
+        packages = {name: fields["packages"].get(name) or "-" for name in names}
+        return {_PYTHON: ".".join(map(str, fields[_PYTHON][:2])), **packages}
+
+    def _differs(self, row: dict[str, str], manager: dict[str, str]) -> bool:
+        return any(row[name] != manager[name] for name in (_PYTHON, *self.same))
+
+    def _step(self, host: str, row: dict[str, str], manager: dict[str, str], executable: str) -> str:
+        if row[_PYTHON] != manager[_PYTHON]:
+            choose = f'choose a Python {manager[_PYTHON]} with python="auto", or with setup="..."'
+            return f"  {host}: uses {executable}; {choose}"
+        wanted = [
+            f"{name}=={manager[name]}"
+            for name in row
+            if name != _PYTHON and (row[name] == "-" or (name in self.same and row[name] != manager[name]))
+        ]
+        return f"  {host}: {executable} -m pip install {' '.join(wanted)}"
+
+
+async def _greetings(workers: Sequence[Worker]) -> list[dict[str, Any]]:
+    try:
+        waits = (worker.service.wait_for("versions") for worker in workers)
+        return list(await asyncio.wait_for(asyncio.gather(*waits), _LIMIT))
+    except ServiceError as error:
+        raise WorkerStartError(
+            error.name,
+            error.host,
+            error.problem,
+            exit_status=error.exit_status,
+            output=error.output,
+            log_file=error.log_file,
+        ) from None
+    except asyncio.TimeoutError:
+        raise ClusterError(f"the hosts did not tell their versions within {_LIMIT:g} s") from None
+
+
+def _table(entries: list[tuple[str, dict[str, str]]]) -> list[str]:
+    names = list(entries[0][1])
+    rows = [["", *names], *([host, *(row[name] for name in names)] for host, row in entries)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
