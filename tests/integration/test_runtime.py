@@ -368,6 +368,17 @@ def test_cancelling_ends_the_whole_tree(local: LocalRuntime) -> None:
     assert subprocess.run(["pgrep", "-f", "sleep 30[0]"], capture_output=True).stdout == b""
 
 
+def test_cancelling_at_any_moment(local: LocalRuntime) -> None:
+    for number in range(40):
+        task = local.execute_task(RuntimeTask().run_command("sleep 100"))
+        time.sleep(number * 0.0002)
+        assert task.cancel()
+        task.join(20)
+        assert task.status == "cancelled"
+        with pytest.raises(concurrent.futures.CancelledError):
+            task.result(0)
+
+
 def test_handles_behave_like_processes(local: LocalRuntime) -> None:
     task = started(local)
     (handle,) = local.task_processes

@@ -171,6 +171,7 @@ class Execution:
         """Begin; returns itself."""
         self.context.connection.check()
         self._inner = _loop.submit(self._run())
+        self._inner.add_done_callback(self._make_sure)
         return self
 
     # --- on the loop ---------------------------------------------------------------------------
@@ -185,6 +186,16 @@ class Execution:
             self._finish("failed", error.exit_status or 1, error)
         else:
             self._finish("done", 0)
+
+    def _ran(self, inner: concurrent.futures.Future[None]) -> None:
+        # A coroutine that is cancelled before its first line runs none of them, its clean-up neither.
+        if self.future.done():
+            return
+        error = None if inner.cancelled() else inner.exception()
+        if error is None:
+            self._finish("cancelled", -9 if self._killing else -15)
+        else:
+            self._finish("failed", 1, TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}"))
 
     async def _step(self, index: int, step: Step) -> None:
         result = StepResult()
@@ -202,6 +213,18 @@ class Execution:
             result = StepResult(self._log.end_step(step.label), result.exit_status, result.value, result.has_value)
         finally:
             self.results.append(result)
+
+    def _make_sure(self, inner: concurrent.futures.Future[None]) -> None:
+        """Finish what did not do so itself: a coroutine that is cancelled before its first step never runs."""
+        if self.future.done():
+            return
+        error = None if inner.cancelled() else inner.exception()
+        if error is None:
+            self._finish("cancelled", -9 if self._killing else -15)
+        else:
+            failure = TaskExecutionError(f"{self.context.host}: task {self.name!r} failed: {error!r}")
+            failure.__cause__ = error
+            self._finish("failed", 1, failure)
 
     def _finish(self, status: str, exitcode: int, error: TaskExecutionError | None = None) -> None:
         self._log.close()
