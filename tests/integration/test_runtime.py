@@ -128,7 +128,8 @@ def test_a_working_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_setup_lines_leave_their_environment() -> None:
-    with LocalRuntime(setup='export A="one\ntwo" PATH=/some/where:$PATH; echo noise', env={"B": "$b'\""}) as runtime:
+    setup = 'export A="one\ntwo" PATH=/some/where:$PATH; echo noise'
+    with LocalRuntime(setup=setup, env={"B": "$b'\""}, python=sys.executable) as runtime:
         task = RuntimeTask().run_command('printf "%s|%s" "$A" "$B"').call(os.getenv, "A")
         task.env_variables = {"B": "task"}
         runtime.execute_task(task, execute_async=False)
