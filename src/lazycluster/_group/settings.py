@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,7 +61,7 @@ def host_names(settings: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Common:
-    """What holds for all hosts, unless the settings of a host say otherwise.
+    """What holds for all hosts, unless the settings of a host say otherwise; what may be secret is in no `repr`.
 
     Attributes:
         working_dir, connection_kwargs, python, setup, env, shell: See :class:`lazycluster.Runtime`.
@@ -70,12 +70,12 @@ class Common:
     """
 
     working_dir: str | None = None
-    connection_kwargs: Mapping[str, Any] | None = None
+    connection_kwargs: Mapping[str, Any] | None = field(default=None, repr=False)
     python: str | None = None
     setup: str | None = None
-    env: Mapping[str, Any] | None = None
+    env: Mapping[str, Any] | None = field(default=None, repr=False)
     shell: str | None = None
-    settings: PerHost | None = None
+    settings: PerHost | None = field(default=None, repr=False)
     ask: bool = False
 
     def spec(self, host: str) -> HostSpec:

@@ -32,7 +32,7 @@ _POSIX_SHELLS = ("bash", "zsh", "sh", "dash", "ksh", "ash")
 
 @dataclass(frozen=True)
 class HostSpec:
-    """What a user says of a host, checked when it is made.
+    """What a user says of a host, checked when it is made; what may be secret is in no `repr`.
 
     Attributes:
         host: Its name, as `ssh` takes it.
@@ -48,10 +48,10 @@ class HostSpec:
 
     host: str
     working_dir: str | None = None
-    connection_kwargs: Mapping[str, Any] | None = None
+    connection_kwargs: Mapping[str, Any] | None = field(default=None, repr=False)
     python: str | None = None
     setup: str | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     shell: str | None = None
     local: bool = False
     ask: bool = False
