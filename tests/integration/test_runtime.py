@@ -651,6 +651,7 @@ def test_a_runtime_is_not_copied(local: LocalRuntime) -> None:
         local.call(lambda: local.host)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_is_told(local: LocalRuntime) -> None:
     task = started(local)
     read, write = os.pipe()
