@@ -9,19 +9,18 @@ import os
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
+from .context import Context
 from .output import TaskLog
 from .perform import Work, perform, prepare
 from .steps import Step, StepResult
 
 if TYPE_CHECKING:
-    from lazycluster.ssh.connection import Connection
-
     from .pickling import PickledCall
 
 __all__ = ["Context", "Execution", "settled"]
@@ -29,29 +28,6 @@ __all__ = ["Context", "Execution", "settled"]
 _logger = logging.getLogger("lazycluster")
 
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled execution to end what it started
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where and how the steps of a task are carried out.
-
-    Attributes:
-        host: The host as the user named it.
-        connection: The connection to it.
-        cwd: The working directory there.
-        env: What is added to the host's environment.
-        python: The interpreter for functions; None: the one that the agent finds.
-        shell: The shell for commands; None: the user's own.
-        keeper: What must live as long as something is carried out, for the connection to stay.
-    """
-
-    host: str
-    connection: Connection
-    cwd: str
-    env: Mapping[str, str] = field(default_factory=dict)
-    python: str | None = None
-    shell: str | None = None
-    keeper: object = field(default=None, repr=False, compare=False)
 
 
 class TaskFuture(concurrent.futures.Future[Any]):
@@ -263,6 +239,11 @@ class Execution:
     def wait_or_cancel(self) -> None:
         """Wait for the end; if the wait is interrupted (Ctrl-C), the execution is ended, too."""
         try:
+            self.check_waiting()
+        except LazyclusterError:
+            self.cancel()
+            raise
+        try:
             self.wait()
         except BaseException:
             self.cancel()
@@ -279,7 +260,7 @@ class Execution:
             Whether it was still to be ended.
         """
         with self._lock:
-            if self.future.done() or self._inner is None:
+            if self.future.done() or self._inner is None or os.getpid() != self._owner:
                 return False
             self._killing = self._killing or kill
             if kill and self.work.kill is not None:

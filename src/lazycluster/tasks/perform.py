@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lazycluster.ssh.link import Channel
     from lazycluster.ssh.transfer import TransferResult
 
-    from .execution import Context
+    from .context import Context
     from .pickling import PickledCall
 
 __all__ = ["Work", "perform", "prepare"]

@@ -1,0 +1,35 @@
+"""Where and how tasks are carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["Context"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and how the steps of a task are carried out.
+
+    Attributes:
+        host: The host as the user named it.
+        connection: The connection to it.
+        cwd: The working directory there.
+        env: What is added to the host's environment.
+        python: The interpreter for functions; None: the one that the agent finds.
+        shell: The shell for commands; None: the user's own.
+        keeper: What must live as long as something is carried out, for the connection to stay.
+    """
+
+    host: str
+    connection: Connection
+    cwd: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    python: str | None = None
+    shell: str | None = None
+    keeper: object = field(default=None, repr=False, compare=False)
