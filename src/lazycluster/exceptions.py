@@ -72,7 +72,7 @@ class InvalidRuntimesError(InvalidRuntimeError):
         reasons = {error.reason for error in self.errors}
         hosts = ", ".join(error.host for error in self.errors)
         detail = "\n".join(str(error) for error in self.errors)
-        hint = 'leave them out, or go on without them with on_unreachable="skip"'
+        hint = 'leave them out, or have RuntimeGroup go on without them with on_unreachable="skip"'
         super().__init__(hosts, reasons.pop() if len(reasons) == 1 else "several", detail, hint)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -85,7 +85,8 @@ class ConnectionLostError(LazyclusterError):
     def __init__(self, host: str, detail: str = "") -> None:
         self.host = host
         self.detail = detail
-        super().__init__(f"{host}: the connection was lost" + (f": {detail}" if detail else ""))
+        message = f"{host}: the connection was lost" + (f": {detail}" if detail else "")
+        super().__init__(f"{message}\n  Next step: see that the host is up and reachable, then connect to it anew")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.host, self.detail)
@@ -198,7 +199,9 @@ class PortInUseError(LazyclusterError):
         self.port = port
         self.host = host
         self.detail = detail
-        super().__init__(f"port {port} is already in use on {host}" + (f": {detail}" if detail else ""))
+        where = "this machine (the manager)" if host == "localhost" else host
+        message = f"port {port} is already in use on {where}" + (f": {detail}" if detail else "")
+        super().__init__(f"{message}\n  Next step: name another port, or a list of ports to choose from")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.port, self.host, self.detail)

@@ -47,7 +47,7 @@ class Runtime(Belongings):
         python: The interpreter on the host: a path, a name, or ``"auto"`` for one of the manager's minor version.
             By default ``python3``, as the environment there finds it.
         setup: Shell lines that are run once, e.g. ``"conda activate ml"``; the environment that they leave is used for
-            commands, functions and workers.
+            commands, functions and workers. A line that fails is an error, unless ``|| true`` follows it.
         env: Environment variables, see :attr:`env_variables`.
         shell: The shell for commands, by default the user's own.
 

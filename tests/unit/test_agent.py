@@ -237,7 +237,7 @@ def test_setup_environment(tmp_path: Path) -> None:
         env = (await connection.request("setup", script=script, cwd=str(tmp_path)))["env"]
         assert env["A"] == "x\ny"
         assert "B" not in env
-        with pytest.raises(AgentError, match="exit': 7") as caught:
+        with pytest.raises(AgentError, match="exit status 7") as caught:
             await connection.request("setup", script="echo this is why; exit 7")
         assert "this is why" in caught.value.evidence["output"]
 

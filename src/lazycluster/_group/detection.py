@@ -11,7 +11,13 @@ from lazycluster import _loop
 from lazycluster._runtime.filters import Filter, why_not
 from lazycluster._runtime.questions import listed
 from lazycluster._runtime.session import Session
-from lazycluster.exceptions import LazyclusterError, NoRuntimesDetectedError, NoRuntimesError
+from lazycluster.exceptions import (
+    InvalidRuntimeError,
+    InvalidRuntimesError,
+    LazyclusterError,
+    NoRuntimesDetectedError,
+    NoRuntimesError,
+)
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.hosts import configured_hosts
 
@@ -149,5 +155,6 @@ async def open_again(sessions: Sequence[Session], common: Common) -> list[Sessio
     good = [item for item in opened if isinstance(item, Session)]
     if errors:
         await close_all(good)
-        raise errors[0]
+        unusable = [error for error in errors if isinstance(error, InvalidRuntimeError)]
+        raise InvalidRuntimesError(unusable) if len(unusable) == len(errors) > 1 else errors[0]
     return good

@@ -113,8 +113,7 @@ class RuntimeManager:
             NoRuntimesError: If no host meets the conditions; says why for each.
             InvalidRuntimeError: If the working directory cannot be made on one of them.
         """
-        if self._closed:
-            raise LazyclusterError("the RuntimeManager was closed (cleanup() was called); make a new one")
+        self._check_open()
         wanted = Filter(gpu_required, min_memory, min_cpu_cores, installed_executables, filter_commands)
         hosts = choose_hosts(self.hosts, self._inactive, include_hosts, exclude_hosts)
         if not hosts:
@@ -138,6 +137,7 @@ class RuntimeManager:
 
     def print_runtime_info(self) -> None:
         """Print what machines the hosts are, and the names of the inactive ones."""
+        self._check_open()
         answers = _loop.run(self._infos())
         print_table(INFO_HEAD, [info_row(host, info) for host, info in zip(self._sessions, answers, strict=True)])
         if self._inactive:
@@ -148,6 +148,10 @@ class RuntimeManager:
             *(session.ask("info") for session in self._sessions.values()), return_exceptions=True
         )
         return [{"os": str(a)} if isinstance(a, BaseException) else a for a in answers]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LazyclusterError("the RuntimeManager was closed (cleanup() was called); make a new one")
 
     def cleanup(self) -> None:
         """Let go of the connections; those that groups use stay until their own clean-up."""

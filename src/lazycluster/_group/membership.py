@@ -23,6 +23,7 @@ class Membership:
     _common: Common
     _lock: threading.RLock
     _unreachable: dict[str, str]
+    _closed: bool
 
     # --- members -------------------------------------------------------------------------------
     @property
@@ -78,6 +79,10 @@ class Membership:
         """
         return self._members.some(include_hosts, exclude_hosts)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LazyclusterError("the group was closed (cleanup() was called); make a new one")
+
     def add_runtime(self, host: str | None = None, runtime: Runtime | None = None) -> None:
         """Add a runtime.
 
@@ -88,7 +93,9 @@ class Membership:
         Raises:
             ValueError: If not exactly one of them is given, or the host is in the group already.
             InvalidRuntimeError: If the host cannot be used.
+            LazyclusterError: If the group has been cleaned up.
         """
+        self._check_open()
         if (host is None) == (runtime is None):
             raise ValueError("either host or runtime must be given, and not both")
         if host is not None:

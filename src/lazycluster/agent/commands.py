@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 import signal
 from collections import deque
 
@@ -11,7 +12,7 @@ from .processes import AGENT_MARKER, TASK_MARKER, Ending, Pump, pipe, send_signa
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Deque, Dict, List, Optional
+    from typing import Any, Deque, Dict, List, Optional, Tuple
 
     from .session import Channel
 
@@ -232,15 +233,28 @@ def run(channel: Channel) -> None:
 def setup(channel: Channel) -> None:
     """Handle the request `setup`: run shell lines once, and tell the environment that they leave."""
     params = channel.params
+    shell = params.get("shell") or ("bash" if shutil.which("bash") else "sh")
+    name = os.path.basename(shell)
+    if name in ("csh", "tcsh", "fish"):
+        channel.fail("value", "the set-up lines need a POSIX shell (bash, zsh, sh), not {}".format(shell))
+        return
     read, write = os.pipe()
     os.set_blocking(read, False)
     # The descriptor is handed down by number, since the lines may use standard output for themselves.
-    script = "{}\nenv -0 >&{} || exit\n".format(params["script"], write)
-    argv = [params.get("shell") or "bash", "-c", script]
-    if os.path.basename(argv[0]) in ("csh", "tcsh", "fish"):
-        channel.fail("value", "the set-up lines need a POSIX shell (bash, zsh, sh), not {}".format(argv[0]))
-        return
+    script = "{}\n{}\nenv -0 >&{} || exit\n".format(*_checking(name, params["script"]), write)
+    argv = [shell, "-c", script]
     _Setup(channel, argv, environment(channel), params.get("cwd") or os.path.expanduser("~"), read, write)
+
+
+def _checking(shell: str, script: str) -> Tuple[str, str]:
+    """Return what makes a shell end when a line fails, before the lines and after them.
+
+    Only the lines themselves count: what they source (`.bashrc`, a virtual environment's `activate`) is not written
+    for `set -e`. In shells other than bash, which cannot tell the two apart, the last line counts.
+    """
+    if shell == "bash":
+        return "trap 'case ${#BASH_SOURCE[@]} in 0) exit $? ;; esac' ERR\n" + script, "trap - ERR"
+    return script, "[ $? -eq 0 ] || exit"
 
 
 class _Setup(Process):
@@ -270,8 +284,16 @@ class _Setup(Process):
         ended = outcome(status)
         output = b"".join(self._output).decode("utf-8", "replace")[-4000:]
         if ended["exit"] != 0 or not self._result:
-            self.channel.fail("setup", "the set-up lines ended with {}".format(ended), output=output)
+            self.channel.fail("setup", _why(ended), output=output)
             return
         pairs = (os.fsdecode(entry).partition("=") for entry in bytes(self._result).split(b"\0") if entry)
         hidden = (AGENT_MARKER, TASK_MARKER, "_", "SHLVL", "PWD", "OLDPWD")
         self.channel.result(env={name: value for name, _, value in pairs if name not in hidden}, output=output)
+
+
+def _why(ended: Dict[str, Any]) -> str:
+    if ended["signal"]:
+        return "the set-up lines were ended by the signal {}".format(ended["signal"])
+    if ended["exit"]:
+        return "the set-up lines failed with exit status {}".format(ended["exit"])
+    return "the set-up lines ended the shell: leave out the exit"

@@ -24,6 +24,9 @@ def _path(channel: Channel) -> str:
 def mkdir(channel: Channel) -> None:
     """Handle the request `mkdir`: make a directory and its parents."""
     path = _path(channel)
+    if os.path.lexists(path) and not os.path.isdir(path):
+        channel.fail("os", "not a directory: {}".format(path))
+        return
     created = not os.path.isdir(path)
     os.makedirs(path, exist_ok=True)
     channel.result(path=path, created=created, writable=os.access(path, os.W_OK | os.X_OK))

@@ -319,6 +319,8 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
     if case.printed or case.evidence:
         detail += f": {case.printed or case.evidence}"
     hint = "is the account allowed to log in, and do the start-up files of its shell leave the shell alone?"
+    if case.python != "python3":
+        hint = f"is {case.python} a Python interpreter? If so: {hint}"
     return case.error("shell", detail, hint)
 
 

@@ -133,6 +133,9 @@ def _hint(value: Any) -> str:
 def _message(what: str, short: str, where: str, value: Any, error: Exception) -> str:
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    text = f"{what} cannot be sent to a host: {short + where if where else 'it'} is a {name} ({error})"
+    # "its global variable 'lock'", but "it (an item)"
+    place = where.replace("(", "", 1).replace(")", "", 1) if short == "its" else where
+    part = short + place if place else "it"
+    text = f"{what} cannot be sent to a host: {part} is a {name} ({error})"
     hint = _hint(value)
     return f"{text}. Next step: {hint}" if hint else text
