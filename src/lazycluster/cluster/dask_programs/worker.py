@@ -44,6 +44,8 @@ def serve_forks() -> bool:
     if threading.active_count() != 1 or not hasattr(util, "spawnv_passfds"):
         return False
     os.register_at_fork(after_in_child=_reseed)
+    # Python before 3.9.16, 3.10.9 and 3.11.1 lets every user of the host connect to the fork server otherwise.
+    util.abstract_sockets_supported = False
     resource_tracker.ensure_running()
     started = util.spawnv_passfds
     if len(os.environ["LAZYCLUSTER_SCRATCH"]) < _LONGEST_DIRECTORY:

@@ -1,0 +1,225 @@
+"""What others can do with a running cluster: those on the network, and other users of the same machines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("distributed")
+pytest.importorskip("cryptography")
+
+from lazycluster import Environment, RuntimeGroup
+from lazycluster.cluster.certificates import Identity, make_credentials
+from lazycluster.cluster.dask_cluster import DaskCluster
+from lazycluster.exceptions import LazyclusterError
+from sshhosts import PASSWORD, procfs
+
+pytestmark = [
+    # distributed leaves these to the garbage collector when comms are torn down.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+_STRANGER = Path(__file__).with_name("stranger.py").read_text()
+_NOBODY = 65534
+_LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("state")
+    before = Environment.main_directory
+    Environment.set_main_directory(folder)
+    yield folder
+    Environment.set_main_directory(before)
+
+
+@pytest.fixture(scope="module")
+def cluster(module_hosts: Any, logs: Path) -> Iterator[DaskCluster]:
+    """A cluster on the first two of three hosts; the third is a stranger on the same network."""
+    options = {"config_file": module_hosts.config_file}
+    with RuntimeGroup(hosts=module_hosts.names[:2], connection_kwargs=options, python=sys.executable) as group:
+        for runtime in group.runtimes:
+            runtime.create_tempdir()
+        with DaskCluster(group) as cluster:
+            cluster.start()
+            with cluster.get_client(timeout=30) as client:
+                assert client.submit(sum, [1, 2]).result(timeout=30) == 3
+                yield cluster
+
+
+def _secrets(cluster: DaskCluster) -> list[str]:
+    credentials = cluster._dask.credentials
+    identities = (credentials.scheduler, credentials.worker, credentials.client)
+    # The middle of a key: how its lines are broken does not matter.
+    return [cluster._dask.prefix, *(identity.key.splitlines()[2][:40] for identity in identities)]
+
+
+def _as_json(identity: Identity) -> dict[str, str]:
+    return {"certificate": identity.certificate, "key": identity.key}
+
+
+def _attempts(addresses: Any, **more: Any) -> str:
+    identities = {"no certificate": None, "another cluster's": _as_json(make_credentials().client)}
+    return json.dumps({"addresses": addresses, "identities": identities, **more})
+
+
+def _loopback(ports: list[int]) -> list[tuple[str, int]]:
+    return [("127.0.0.1", port) for port in ports]
+
+
+def _on_host(host: Any, account: str, attempts: str) -> list[str]:
+    uid = {"root": 0, "lazy": 1000, "mallory": 1001}[account]
+    found = host.run([sys.executable, "-c", _STRANGER, str(uid)], input=attempts, timeout=100)
+    return list(json.loads(found.stdout))
+
+
+def _here(uid: int, attempts: str) -> list[str]:
+    arguments = [sys.executable, "-c", _STRANGER, str(uid)]
+    found = subprocess.run(arguments, input=attempts, timeout=100, check=True, stdout=subprocess.PIPE, text=True)
+    return list(json.loads(found.stdout))
+
+
+def _below(folder: Path) -> list[Path]:
+    return [folder, *folder.rglob("*")]
+
+
+def _private(host: Any) -> list[str]:
+    """All that the library has on a host, as the host names it."""
+    root = Path(f"/proc/{host.pid}/root")
+    return ["/" + str(path.relative_to(root)) for entry in host.tmp_entries() for path in _below(root / entry[1:])]
+
+
+def test_those_who_belong_are_answered(cluster: DaskCluster, module_hosts: Any) -> None:
+    """What the other tests rely on: the same attempts succeed with a certificate of the cluster."""
+    workers = cluster._worker_launcher.workers
+    ports = [cluster.master_port, *(worker.ports[use] for worker in workers for use in ("worker", "nanny"))]
+    identity = {"ours": _as_json(cluster._dask.credentials.client)}
+    attempts = json.dumps({"addresses": _loopback(ports), "identities": identity, "ways": ["ours"]})
+    found = _here(os.getuid(), attempts)
+    assert {int(re.split("[: ]", line)[1]) for line in found} == set(ports)
+    prefix = f"{cluster._dask.prefix}/status"
+    dashboard = int(cluster.dashboard_link.split("/")[2].split(":")[1])
+    found = _here(_NOBODY, json.dumps({"addresses": _loopback([dashboard]), "identities": {}, "ways": [prefix]}))
+    assert "HTTP/1.1 200" in found[0] or "HTTP/1.1 302" in found[0]
+
+
+def test_nothing_can_be_reached_over_the_network(cluster: DaskCluster, module_hosts: Any) -> None:
+    inside, stranger = module_hosts[:2], module_hosts[2]
+    addresses = [(module_hosts.manager_address, port) for port in procfs.listening_ports("self")]
+    addresses += [(host.address, port) for host in inside for port in host.listening_ports()]
+    assert len(addresses) > 15
+    found = _on_host(stranger, "root", json.dumps({"addresses": addresses, "identities": {}, "ways": ["connect"]}))
+    assert found == []
+    sshd = [(inside[0].address, inside[0].port)]
+    found = _on_host(stranger, "root", json.dumps({"addresses": sshd, "identities": {}, "ways": ["connect"]}))
+    assert len(found) == 1  # so whoever listens is found in this way
+
+
+def test_all_listen_on_loopback(cluster: DaskCluster, module_hosts: Any) -> None:
+    for pid, allowed in (("self", set()), *((host.pid, {host.port}) for host in module_hosts[:2])):
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                address, port = line.split()[1].split(":")
+                if line.split()[3] == "0A" and int(port, 16) not in allowed:
+                    assert address in _LOOPBACK, line
+
+
+def test_another_user_of_a_host_is_refused(cluster: DaskCluster, module_hosts: Any) -> None:
+    for host in module_hosts[:2]:
+        ports, paths = host.listening_ports(), _private(host)
+        assert len(ports) >= 4
+        assert any(path.endswith("agent.sock") for path in paths)
+        attempts = _attempts(_loopback(ports), paths=paths, secrets=_secrets(cluster))
+        found = _on_host(host, "mallory", attempts)
+        # That a directory is there cannot be hidden; what is in it is.
+        top = {f"{entry} can be seen" for entry in host.tmp_entries()}
+        assert set(found) - top == set()
+
+
+def test_another_user_of_the_manager_is_refused(cluster: DaskCluster) -> None:
+    ports = procfs.listening_ports("self")
+    assert len(ports) >= 8
+    folder = Path(cluster._group.runtimes[0].connection._space.directory)
+    keeper = Path(cluster._master_launcher._service.place.connection.hello.directory)
+    paths = [str(path) for top in (folder, keeper) for path in _below(top)]
+    assert {"askpass.sock", "agent.sock"} <= {os.path.basename(path) for path in paths}
+    found = _here(_NOBODY, _attempts(_loopback(ports), paths=paths, secrets=_secrets(cluster)))
+    assert set(found) - {f"{top} can be seen" for top in (folder, keeper)} == set()
+
+
+def test_sockets_without_a_file_are_nobodys(cluster: DaskCluster, module_hosts: Any) -> None:
+    """Abstract sockets have no permissions: whoever is on the machine could connect to them."""
+    for pid in ("self", *(host.pid for host in module_hosts[:2])):
+        names = [line.split()[-1] for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]]
+        assert [name for name in names if name.startswith("@")] == []
+
+
+def _environments(hosts: Any) -> Iterator[tuple[str, bytes]]:
+    ours = {os.getpid(), *(host.pid for host in hosts), *(hosts.supervisor_pid,)}
+    for pid in set(procfs.pids()) - ours:
+        for name in ("cmdline", "environ"):
+            with contextlib.suppress(OSError):
+                yield f"/proc/{pid}/{name}", Path(f"/proc/{pid}/{name}").read_bytes()
+
+
+def test_secrets_are_in_memory_only(cluster: DaskCluster, module_hosts: Any, logs: Path, capsys: Any) -> None:
+    cluster.print_log()
+    seen = dict(_environments(module_hosts))
+    seen["print_log"] = capsys.readouterr().out.encode()
+    assert b"Registered to" in seen["print_log"]
+    seen |= {str(path): path.read_bytes() for path in logs.rglob("*") if path.is_file()}
+    for host in module_hosts[:2]:
+        for path in _private(host):
+            with contextlib.suppress(OSError):
+                seen[f"{host.name}:{path}"] = Path(f"/proc/{host.pid}/root{path}").read_bytes()
+    for thing in (cluster, cluster._group, *cluster._group.runtimes, cluster._dask, cluster._dask.credentials):
+        seen[f"repr of {type(thing).__name__}"] = f"{thing!r} {thing}".encode()
+    for thing in (cluster, cluster._master_launcher, cluster._worker_launcher):
+        seen[f"vars of {type(thing).__name__}"] = repr(vars(thing)).encode()
+    secrets = _secrets(cluster)
+    assert [(where, secret[:4]) for where, text in seen.items() for secret in secrets if secret.encode() in text] == []
+
+
+def test_logs_are_for_their_owner(cluster: DaskCluster, logs: Path) -> None:
+    files = [path for path in logs.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE((logs / "logs").stat().st_mode) == 0o700
+
+
+def test_a_password_is_in_memory_only(make_hosts: Any, tmp_path: Path) -> None:
+    hosts = make_hosts(1, password=True)
+    options = {"config_file": hosts.config_file, "password": PASSWORD, "passphrase": "a phrase that passes"}
+    with RuntimeGroup(hosts=["host1"], connection_kwargs=options, python=sys.executable) as group:
+        runtime = group.runtimes[0]
+        runtime.call(os.getpid)
+        seen = dict(_environments(hosts))
+        things = (group, runtime, runtime.connection, runtime.connection.settings, vars(runtime), vars(group))
+        seen |= {f"repr of {type(thing).__name__}": repr(thing).encode() for thing in things}
+        for path in _below(Path(runtime.connection._space.directory)):
+            if path.is_file():
+                seen[str(path)] = path.read_bytes()
+    for secret in (PASSWORD, "a phrase that passes"):
+        assert [where for where, text in seen.items() if secret.encode() in text] == []
+
+
+def test_a_cluster_is_not_made_public_by_its_hosts(make_hosts: Any) -> None:
+    hosts = make_hosts(2, sshd={"GatewayPorts": "yes"})
+    options = {"config_file": hosts.config_file}
+    with RuntimeGroup(hosts=hosts.names, connection_kwargs=options, python=sys.executable) as group:
+        with DaskCluster(group) as cluster, pytest.raises(LazyclusterError, match="GatewayPorts") as caught:
+            cluster.start()
+        assert "host1" in str(caught.value)
+        assert [port for host in hosts for port in host.listening_ports()] == []
