@@ -29,7 +29,7 @@ class Context:
     host: str
     connection: Connection
     cwd: str
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)  # it may hold secrets
     python: str | None = None
     shell: str | None = None
     keeper: object = field(default=None, repr=False, compare=False)
