@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -34,13 +38,72 @@ def failure(**arguments):
 
 
 # --- tasks -----------------------------------------------------------------------------------------
-def test_cancelled_before_it_has_begun(local):
-    for _ in range(5):
-        task = local.execute_task(RuntimeTask("never").run_command("sleep 100"))
-        task.cancel()
-        task.join(10)
-        assert task.status == "cancelled"
-    assert local.alive_task_process_count == 0
+def memory():
+    """Return how many bytes this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_gigabyte_of_output_without_a_newline(local):
+    before = most = memory()
+    task = local.execute_task(RuntimeTask("much").run_command("head -c 1000000000 /dev/zero"))
+    while concurrent.futures.wait([task.future], 0.05).not_done:
+        most = max(most, memory())
+    (entry,) = task.execution_log
+    log = Path(task.execution_log_file_path)
+    size = log.stat().st_size
+    log.unlink()
+    assert size == 1_000_000_000
+    assert len(entry) < 1_100_000
+    assert most - before < 60_000_000
+
+
+def test_the_log_says_why_a_step_failed(local, capsys):
+    task = local.execute_task(RuntimeTask("copy").run_command("echo first").get_file("/no/such/file"))
+    with pytest.raises(TaskExecutionError):
+        task.join()
+    task.print_log()
+    printed = capsys.readouterr().out
+    assert "first" in printed
+    assert "No such file or directory" in printed
+
+
+def test_a_task_whose_directory_has_gone(local):
+    local.execute_task(RuntimeTask().run_command("rmdir $PWD"), execute_async=False)
+    for use in (lambda: local.call(len, ""), lambda: RuntimeTask().run_command("true").execute(local)):
+        with pytest.raises(TaskExecutionError, match=r"the working directory .* cannot be used: No such file"):
+            use()
+
+
+def test_a_forked_child_ends_nothing(local):
+    task = local.execute_task(RuntimeTask().run_command("sleep 100"))
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(write, repr(task.cancel()).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(read, 100) == b"False"
+    assert task.status in ("pending", "running")
+    os.close(read)
+    os.close(write)
+
+
+def test_tasks_as_futures_of_an_event_loop(hosts):
+    async def use():
+        with RuntimeGroup(hosts=["host1", "host2"], **kwargs(hosts)) as group:
+            task = RuntimeTask("both").run_command("hostname").call(len, "abc")
+            tasks = group.execute_task(task, broadcast=True)
+            results = await asyncio.gather(*(asyncio.wrap_future(task.future) for task in tasks))
+            endless = group.execute_task(RuntimeTask("endless").run_command("sleep 100"))
+            waiting = asyncio.wrap_future(endless.future)
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            await asyncio.sleep(0)  # the cancellation is handed on by a callback
+            endless.join(20)
+            return results, endless.status
+
+    assert asyncio.run(use()) == ([3, 3], "cancelled")
 
 
 def test_a_callback_of_the_library_is_not_the_place_to_wait(local):
@@ -110,6 +173,11 @@ def test_a_working_directory_that_no_host_can_make(hosts):
             manager.create_group(include_hosts=["host1", "host2"], working_dir="/proc/no/where")
         assert [error.host for error in caught.value.errors] == ["host1", "host2"]
         assert caught.value.reason == "working_dir"
+
+
+def test_settings_with_patterns_only():
+    with pytest.raises(ValueError, match=r"only patterns \(gpu-\*\): give hosts, too"):
+        RuntimeGroup(settings={"gpu-*": {"user": "me"}})
 
 
 def test_a_closed_group_takes_no_more_hosts(hosts):

@@ -87,6 +87,8 @@ class RuntimeGroup(Membership):
         per_host = read_settings(settings)
         if hosts is None and runtimes is None and per_host:
             hosts = host_names(per_host)
+            if not hosts:
+                raise ValueError(f"the settings name no host, only patterns ({', '.join(per_host)}): give hosts, too")
         if (runtimes is None) == (hosts is None):
             raise ValueError("either runtimes or hosts must be given, and not both")
         self._common = Common(working_dir, connection_kwargs, python, setup, env, shell, per_host)

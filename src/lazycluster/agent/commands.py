@@ -221,8 +221,11 @@ def run(channel: Channel) -> None:
         )
     except OSError as error:
         # Which of the two is missing cannot be told from the error alone.
-        name = cwd if not os.path.isdir(cwd) else argv[0]
-        channel.fail("os", "{}: {}".format(error.strerror, name), errno=error.errno, path=name)
+        if os.path.isdir(cwd):
+            name, message = argv[0], "{}: {}".format(error.strerror, argv[0])
+        else:
+            name, message = cwd, "the working directory {} cannot be used: {}".format(cwd, error.strerror)
+        channel.fail("os", message, errno=error.errno, path=name)
         return
     channel.on_control = lambda message: command.signal(str(message.get("signal", "END")))
     channel.on_abandon = command.end

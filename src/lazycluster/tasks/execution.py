@@ -147,7 +147,7 @@ class Execution:
         """Begin; returns itself."""
         self.context.connection.check()
         self._inner = _loop.submit(self._run())
-        self._inner.add_done_callback(self._make_sure)
+        self._inner.add_done_callback(self._ran)
         return self
 
     # --- on the loop ---------------------------------------------------------------------------
@@ -189,18 +189,6 @@ class Execution:
             result = StepResult(self._log.end_step(step.label), result.exit_status, result.value, result.has_value)
         finally:
             self.results.append(result)
-
-    def _make_sure(self, inner: concurrent.futures.Future[None]) -> None:
-        """Finish what did not do so itself: a coroutine that is cancelled before its first step never runs."""
-        if self.future.done():
-            return
-        error = None if inner.cancelled() else inner.exception()
-        if error is None:
-            self._finish("cancelled", -9 if self._killing else -15)
-        else:
-            failure = TaskExecutionError(f"{self.context.host}: task {self.name!r} failed: {error!r}")
-            failure.__cause__ = error
-            self._finish("failed", 1, failure)
 
     def _finish(self, status: str, exitcode: int, error: TaskExecutionError | None = None) -> None:
         self._log.close()

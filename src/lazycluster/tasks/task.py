@@ -255,6 +255,9 @@ class RuntimeTask(Recipe):
         lines = [f"--- task {self.name} on {self.host or 'no host yet'}: {self.status}"]
         for number, (step, output) in enumerate(zip(self._ran(), entries, strict=False), 1):
             lines += [f"[{number}] {step.label}", output.rstrip("\n")]
+        if self.exception is not None:
+            # The first line of the message says which step it is, the second why; the rest is its output again.
+            lines.append(str(self.exception).splitlines()[:2][-1].strip())
         sys.stdout.write("\n".join(line for line in lines if line) + "\n")
 
     def _ran(self) -> tuple[Step, ...]:
