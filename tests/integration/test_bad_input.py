@@ -180,6 +180,26 @@ def test_settings_with_patterns_only():
         RuntimeGroup(settings={"gpu-*": {"user": "me"}})
 
 
+def test_environment_variables_that_are_none(hosts):
+    with RuntimeGroup(hosts=["host1"], **kwargs(hosts)) as group:
+        for use in (group.set_env_variables, group.add_env_variables):
+            with pytest.raises(TypeError, match="must be a dictionary, not str"):
+                use("A=1")
+
+
+def test_a_lost_host_is_given_no_more_tasks(make_hosts):
+    hosts = make_hosts(2)
+    with RuntimeGroup(hosts=["host1", "host2"], **kwargs(hosts)) as group:
+        lost = group.execute_task(RuntimeTask("lost").run_command("sleep 100"), host="host1")
+        hosts[0].run("pkill -9 -u lazy sshd")
+        with pytest.raises(TaskExecutionError, match=r"(?s)host1: the connection was lost.*Next step"):
+            lost.join()
+        for _ in range(3):
+            assert group.execute_task(RuntimeTask().call(os.getpid), execute_async=False).host == "host2"
+        with pytest.raises(LazyclusterError, match="host1: the connection was lost"):
+            group.execute_task(RuntimeTask().call(os.getpid), host="host1")
+
+
 def test_a_closed_group_takes_no_more_hosts(hosts):
     group = RuntimeGroup(hosts=["host1"], **kwargs(hosts))
     group.cleanup()

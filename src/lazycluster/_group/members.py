@@ -149,9 +149,13 @@ class Members:
     def least_busy(self) -> Runtime:
         """Return the runtime that executes the fewest tasks; of several, the one that was given the fewest so far.
 
+        A host that was lost executes none, and would be given all.
+
         Raises:
             NoRuntimesError: If there is none.
         """
         if not self._runtimes:
             raise NoRuntimesError("the group is empty: add a runtime with add_runtime()")
-        return min(self.all, key=lambda runtime: (runtime.alive_task_process_count, runtime.started_task_count))
+        usable = [runtime for runtime in self.all if runtime.connection.state == "open"]
+        candidates = usable or self.all
+        return min(candidates, key=lambda runtime: (runtime.alive_task_process_count, runtime.started_task_count))

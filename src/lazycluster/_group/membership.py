@@ -135,7 +135,7 @@ class Membership:
             env_variables: Names and values.
         """
         for runtime in self.runtimes:
-            runtime.env_variables = dict(env_variables)
+            runtime.env_variables = env_variables
 
     def add_env_variables(self, env_variables: Mapping[str, Any]) -> None:
         """Add environment variables, or give new values to those that exist.
