@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import posixpath
-import uuid
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +79,7 @@ async def _probe(
     runtimes: Sequence[Runtime], places: Sequence[tuple[str, int] | None], indexes: Sequence[int]
 ) -> list[int]:
     """Return those of the runtimes that see a directory which the first of them makes."""
-    name = _PROBE.format(uuid.uuid4().hex)
+    name = _PROBE.format(secrets.token_hex(16))
 
     async def sees(index: int) -> bool:
         place = places[index]

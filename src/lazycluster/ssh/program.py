@@ -8,9 +8,9 @@ import secrets
 import shlex
 import sys
 import zlib
-from importlib import resources
+from pathlib import Path
 
-from lazycluster.agent.bootstrap import file_name
+from lazycluster.agent import bootstrap
 
 OLDEST_PYTHON = (3, 8)
 _CORE = ("guardian", "loop", "processes", "server", "session", "wire")  # what each start of an agent imports
@@ -71,15 +71,17 @@ def payload(local: bool, cache_tag: str) -> bytes:
             which saves the host a third of its part.
     """
     sources = {
-        entry.name[:-3]: entry.read_text(encoding="utf-8")
-        for entry in sorted(resources.files("lazycluster.agent").iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".py") and entry.name != "__init__.py"
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted(Path(bootstrap.__file__).parent.glob("*.py"))
+        if path.name != "__init__.py"
     }
-    bootstrap = sources.pop("bootstrap")
+    start = sources.pop("bootstrap")
     if cache_tag == sys.implementation.cache_tag:
-        codes = {name: compile(sources[name], file_name(name), "exec", dont_inherit=True) for name in _CORE}
-        program = marshal.dumps((compile(bootstrap, file_name("bootstrap"), "exec"), (sources, codes, local)))
+        codes = {name: compile(sources[name], bootstrap.file_name(name), "exec", dont_inherit=True) for name in _CORE}
+        program = marshal.dumps(
+            (compile(start, bootstrap.file_name("bootstrap"), "exec", dont_inherit=True), (sources, codes, local))
+        )
     else:
-        program = marshal.dumps((bootstrap, (sources, {}, local)), 2)  # version 2: any Python reads it
+        program = marshal.dumps((start, (sources, {}, local)), 2)  # version 2: any Python reads it
     packed = zlib.compress(program, 6)
     return b"%d\n%s" % (len(packed), packed)

@@ -6,8 +6,8 @@ import asyncio
 import concurrent.futures
 import logging
 import os
+import secrets
 import threading
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -127,7 +127,7 @@ class Execution:
         self._inner: concurrent.futures.Future[None] | None = None
         self.work = Work(
             task=name,
-            marker=uuid.uuid4().hex,
+            marker=secrets.token_hex(16),
             write=self._log.write,
             calls=list(prepare(self.steps) if calls is None else calls),
             gate=gate,

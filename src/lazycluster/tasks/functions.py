@@ -179,7 +179,7 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
         connection.host,
         "mismatch",
         f"no Python {version}, which runs on this side, was found on the host; it has: {names}. "
-        f"Next step: install Python {version} there, or name it with python=\"/path/to/python{version}\"",
+        f'Next step: install Python {version} there, or name it with python="/path/to/python{version}"',
         {"interpreters": found},
     )
 
