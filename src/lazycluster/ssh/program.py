@@ -9,6 +9,7 @@ import shlex
 import sys
 import zlib
 from pathlib import Path
+from types import CodeType
 
 from lazycluster.agent import bootstrap
 
@@ -77,11 +78,13 @@ def payload(local: bool, cache_tag: str) -> bytes:
     }
     start = sources.pop("bootstrap")
     if cache_tag == sys.implementation.cache_tag:
-        codes = {name: compile(sources[name], bootstrap.file_name(name), "exec", dont_inherit=True) for name in _CORE}
-        program = marshal.dumps(
-            (compile(start, bootstrap.file_name("bootstrap"), "exec", dont_inherit=True), (sources, codes, local))
-        )
+        codes = {name: _compiled(name, sources[name]) for name in _CORE}
+        program = marshal.dumps((_compiled("bootstrap", start), (sources, codes, local)))
     else:
         program = marshal.dumps((start, (sources, {}, local)), 2)  # version 2: any Python reads it
     packed = zlib.compress(program, 6)
     return b"%d\n%s" % (len(packed), packed)
+
+
+def _compiled(module: str, source: str) -> CodeType:
+    return compile(source, bootstrap.file_name(module), "exec", dont_inherit=True)

@@ -16,8 +16,10 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any
+
+import cloudpickle
 
 from lazycluster import _loop
 from lazycluster.exceptions import AgentError
@@ -196,10 +198,10 @@ def _library_for(connection: Connection) -> dict[str, Any]:
 
 @functools.cache
 def _library() -> tuple[str, dict[str, tuple[str, bool, str]]]:
-    root = resources.files("cloudpickle")
+    root = Path(cloudpickle.__file__).parent
     sources = {}
     for name in ["__init__", *(module.name for module in pkgutil.iter_modules([str(root)]))]:
-        text = root.joinpath(f"{name}.py").read_text(encoding="utf-8")
+        text = (root / f"{name}.py").read_text(encoding="utf-8")
         full = "cloudpickle" if name == "__init__" else f"cloudpickle.{name}"
         sources[full] = (text, name == "__init__", f"<cloudpickle of the manager>/{name}.py")
     return hashlib.sha256(repr(sources).encode()).hexdigest(), sources
