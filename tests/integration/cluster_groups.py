@@ -12,7 +12,8 @@ from lazycluster.runtimes import LocalRuntime
 
 
 def connect(config_file: str, names: list[str], **options: Any) -> RuntimeGroup:
-    return RuntimeGroup(hosts=names, connection_kwargs={"config_file": config_file}, python=sys.executable, **options)
+    options.setdefault("python", sys.executable)
+    return RuntimeGroup(hosts=names, connection_kwargs={"config_file": config_file}, **options)
 
 
 @contextlib.contextmanager

@@ -7,16 +7,18 @@ here, as hyperopt uses them, to PyMongo's own classes; where PyMongo still has t
 from __future__ import annotations
 
 import functools
+import os
+import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_PATIENCE = 60.0  # seconds that a write waits for a server that is being started again
-_clients: weakref.WeakSet[Any] = weakref.WeakSet()
+_PATIENCE = 60.0  # seconds that one waits for a server that is being started again
+_clients: dict[tuple[Any, ...], Any] = {}
+_connecting = threading.Lock()
 _loaded = False
 
 
@@ -38,6 +40,7 @@ def load() -> Any:
         _loaded = True
         _give_back_methods()
         mongoexp.connection_with_tunnel = functools.partial(_connect, mongoexp.connection_with_tunnel)
+        _make_patient(mongoexp.MongoTrials)
         _take_numpy_booleans(base, mongoexp)
     return mongoexp
 
@@ -61,11 +64,11 @@ def _give_back_methods() -> None:
         Cursor.count = _count_of_cursor  # type: ignore[attr-defined]
 
 
-def patient(write: Callable[[], T]) -> T:
-    """Do a write that may be repeated, also while the server is being started again.
+def patient(action: Callable[[], T]) -> T:
+    """Do something that may be repeated, also while the server is being started again.
 
     Args:
-        write: The write, which may have been carried out though its answer was lost.
+        action: What to do. It may have been carried out though its answer was lost.
     """
     from pymongo.errors import ConnectionFailure
 
@@ -73,7 +76,7 @@ def patient(write: Callable[[], T]) -> T:
     pause = 0.05
     while True:
         try:
-            return write()
+            return action()
         except ConnectionFailure:
             if time.monotonic() > deadline:
                 raise
@@ -155,37 +158,46 @@ def _connect(
     user: str | None = "hyperopt",
     pw: str | None = None,
 ) -> tuple[Any, Any]:
-    """Connect as hyperopt does, but log in the way that PyMongo 4 still has."""
+    """Connect as hyperopt does, but log in the way that PyMongo 4 still has.
+
+    All trials of a database share one client, which is safe: nothing in hyperopt would ever close it.
+    """
+    if ssh or not user:
+        connected: tuple[Any, Any] = original(dbname, host, auth_dbname, port, ssh, user, pw)
+        return connected
     from bson import SON
     from hyperopt import mongoexp
     from pymongo import MongoClient
 
-    if ssh or not user:
-        client, tunnel = original(dbname, host, auth_dbname, port, ssh, user, pw)
-    else:
-        client, tunnel = (
-            MongoClient(
-                host,
-                port,
-                document_class=SON,
-                w=1,
-                journal=True,
-                username=user,
-                password=pw or mongoexp.read_pw(),
-                authSource=auth_dbname or ("admin" if user == "hyperopt" else dbname),
-            ),
-            None,
-        )
-    _clients.add(client)
-    return client, tunnel
+    password = pw or mongoexp.read_pw()
+    source = auth_dbname or ("admin" if user == "hyperopt" else dbname)
+    key = (os.getpid(), host, port, user, password, source)
+    with _connecting:
+        if key not in _clients:
+            login: dict[str, Any] = {"username": user, "password": password, "authSource": source}
+            _clients[key] = MongoClient(host, port, document_class=SON, w=1, journal=True, **login)
+        return _clients[key], None
 
 
 def close_clients(port: int) -> None:
-    """Close what hyperopt has connected to a server on this machine, which is about to end."""
-    for client in list(_clients):
-        if any(number == port for _, number in client._topology_settings.seeds):
-            client.close()
-            _clients.discard(client)
+    """Close what is connected to a server on this machine, which is about to end."""
+    with _connecting:
+        for key in [key for key in _clients if key[0] == os.getpid() and key[2] == port]:
+            _clients.pop(key).close()
+
+
+def _make_patient(trials: Any) -> None:
+    """Have a search wait for a server that is being started again: PyMongo tries only twice, and both at once."""
+    for name in ("refresh_tids", "count_by_state_unsynced", "new_trial_ids"):
+        setattr(trials, name, _patiently(getattr(trials, name)))
+
+
+def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return patient(lambda: method(*arguments, **options))
+
+    return call
 
 
 def _take_numpy_booleans(base: Any, mongoexp: Any) -> None:

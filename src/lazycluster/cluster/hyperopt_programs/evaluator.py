@@ -35,6 +35,12 @@ class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
     def create_indexes(self) -> None:
         """Do nothing: the manager has made them, and this is called for each trial."""
 
+    def update(self, doc: Any, dct: Any, *arguments: Any, **options: Any) -> Any:
+        """Change a trial; the text of an error may have characters that cannot be stored as they are."""
+        if "error" in dct:
+            dct = {**dct, "error": [trials.encodable(str(part)) for part in dct["error"]]}
+        return super().update(doc, dct, *arguments, **options)
+
     def reserve(self, host_id: Any, cond: Any = None, exp_key: str | None = None) -> Any:
         """Take a trial, and wait for one if there is none."""
         query: dict[str, Any] = {"owner": None, "state": trials.NEW}

@@ -53,13 +53,14 @@ def fail(jobs: Any, trial: Any, owner: str, error: BaseException, traceback: str
     text = [type(error).__name__, str(error)]
     changes = {
         "state": ERROR,
-        "error": [_encodable(part) for part in text],
-        "traceback": _encodable(traceback),
+        "error": [encodable(part) for part in text],
+        "traceback": encodable(traceback),
         "refresh_time": now(),
     }
     guard = {"_id": trial["_id"], "owner": owner, "state": {"$in": [RUNNING, ERROR]}}
     jobs.update_one(guard, {"$set": changes, "$inc": {"version": 1}})
 
 
-def _encodable(text: str, most: int = 100_000) -> str:
+def encodable(text: str, most: int = 100_000) -> str:
+    """Return the end of a text with what BSON cannot hold written out."""
     return text[-most:].encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")

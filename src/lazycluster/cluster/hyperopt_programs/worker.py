@@ -6,6 +6,8 @@ that ends its process costs one trial and a few milliseconds, and whoever evalua
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import secrets
 import signal
@@ -17,6 +19,7 @@ from . import messages
 # To have an effect these must be set before numpy is imported. Several workers share the host's cores.
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # A program that crashes would do so again; one that was killed was killed by somebody.
+_PR_SET_PDEATHSIG = 1
 _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGSYS}
 
 
@@ -51,10 +54,11 @@ def _run(settings: dict[str, Any], owner: str, left: dict[str, Any]) -> tuple[in
         How it ended (negative: by which signal), and whether it ever was ready.
     """
     reading, writing = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _evaluate(settings, owner, left, writing)
+        _evaluate(settings, owner, left, writing, parent)
     os.close(writing)
 
     def end(number: int, frame: Any) -> None:
@@ -69,9 +73,10 @@ def _run(settings: dict[str, Any], owner: str, left: dict[str, Any]) -> tuple[in
     return os.waitstatus_to_exitcode(status), ready
 
 
-def _evaluate(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: int) -> NoReturn:
+def _evaluate(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: int, parent: int) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
+    _die_with(parent)
     status = 1
     try:
         from . import evaluator
@@ -85,6 +90,14 @@ def _evaluate(settings: dict[str, Any], owner: str, left: dict[str, Any], writin
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _die_with(parent: int) -> None:
+    """Have this process killed when the one that watches it dies, however it dies."""
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _how(status: int) -> str:

@@ -1,0 +1,325 @@
+"""A Hyperopt cluster on real SSH hosts: searches end with the right result, whatever objectives and hosts do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+pytest.importorskip("hyperopt")
+pytest.importorskip("pymongo")
+
+import pymongo
+from cluster_groups import connect, local_group, ssh_group
+
+from lazycluster.cluster.exceptions import ClusterError, MasterStartError, VersionMismatchError
+from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+from lazycluster.runtime_mgmt import RuntimeGroup
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this module
+
+pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")  # by hyperopt
+
+NEW, RUNNING, DONE, ERROR = range(4)
+
+
+@pytest.fixture(scope="module")
+def group(module_hosts: Any, tmp_path_factory: Any) -> Iterator[RuntimeGroup]:
+    with ssh_group(module_hosts) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def cluster(group: RuntimeGroup, tmp_path_factory: Any) -> Iterator[HyperoptCluster]:
+    with HyperoptCluster(group, dbpath=str(tmp_path_factory.mktemp("search") / "db")) as cluster:
+        cluster.start()
+        cluster.trials()  # the connection is kept, and with it PyMongo's threads
+        yield cluster
+
+
+def _search(cluster: HyperoptCluster, objective: Callable[[float], Any], key: str, evals: int = 12) -> list[Any]:
+    """Run a search; returns the documents of its trials."""
+    import numpy
+    from hyperopt import fmin, hp, rand
+
+    trials = cluster.trials(key)
+    fmin(
+        objective,
+        hp.uniform("x", -10, 10),
+        algo=rand.suggest,
+        max_evals=evals,
+        max_queue_len=evals,
+        trials=trials,
+        rstate=numpy.random.default_rng(3),
+        show_progressbar=False,
+        return_argmin=False,
+    )
+    return list(trials.handle.jobs.find({"exp_key": key}).sort("tid", 1))
+
+
+def _states(documents: list[Any]) -> dict[int, int]:
+    return dict(Counter(document["state"] for document in documents))
+
+
+def test_a_search_on_three_hosts(cluster: HyperoptCluster, group: RuntimeGroup) -> None:
+    import numpy
+    from hyperopt import STATUS_OK, fmin, hp, tpe
+    from hyperopt.mongoexp import MongoTrials
+
+    def objective(x: float) -> dict[str, Any]:
+        time.sleep(0.02)
+        Path("of this trial").write_text("x")
+        host = os.uname().nodename
+        return {
+            "loss": (x - 1) ** 2,
+            "status": STATUS_OK,
+            "exact": numpy.bool_(x > 0),
+            "host": host,
+            "data": Path(os.environ["WORKING_DIR"], "data.txt").read_text(),
+            "url": os.environ["MONGO_CONNECTION_URL"],
+            "before": os.listdir(".."),
+        }
+
+    for runtime in group.runtimes:
+        runtime.call(lambda: Path(os.environ["WORKING_DIR"], "data.txt").write_text("found"))
+    trials = MongoTrials(cluster.mongo_trial_url, exp_key="first")
+    options = {"algo": tpe.suggest, "max_queue_len": 10, "show_progressbar": False}
+    best = fmin(objective, hp.uniform("x", -5, 5), max_evals=30, trials=trials, **options)
+    assert abs(best["x"] - 1) < 1.5
+    assert len(trials.trials) == 30
+    assert _states(trials.trials) == {DONE: 30}
+    results = trials.results
+    assert len({result["host"] for result in results}) == 3
+    assert {result["data"] for result in results} == {"found"}
+    assert {result["url"] for result in results} == {cluster.mongo_url}
+    assert all(len(result["before"]) == 2 for result in results)  # the directory of the trial, and hyperopt's mark
+    assert all(isinstance(result["exact"], (bool, int)) for result in results)
+
+
+def test_an_objective_that_fails_costs_its_trial_only(cluster: HyperoptCluster) -> None:
+    def objective(x: float) -> float:
+        if x < -5:
+            raise ValueError("much too small \udc80 ä")
+        if -5 < x < -2:
+            os._exit(7)
+        if -2 < x < 0:
+            sys.exit("enough")
+        if 0 < x < 2:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return x
+
+    before = [worker.service.pid for worker in cluster._worker_launcher.workers]
+    documents = _search(cluster, objective, "failing", 30)
+    assert _states(documents).keys() == {DONE, ERROR}
+    causes: dict[str, set[str]] = {"ValueError": set(), "WorkerDied": set(), "SystemExit": set()}
+    for document in documents:
+        x = document["misc"]["vals"]["x"][0]
+        assert document["state"] == (ERROR if x < 2 else DONE)
+        if x < 2:
+            causes[document["error"][0]].add(document["error"][1])
+            assert "in objective" in document.get("traceback", "in objective")
+    assert causes == {
+        "ValueError": {"much too small \\udc80 ä"},
+        "WorkerDied": {f"the objective ended its process ({how})" for how in ("exit status 7", "signal SIGSEGV")},
+        "SystemExit": {"enough"},
+    }
+    assert [worker.service.pid for worker in cluster._worker_launcher.workers] == before
+
+
+def test_a_trial_whose_worker_was_killed_is_evaluated_again(cluster: HyperoptCluster, group: RuntimeGroup) -> None:
+    def objective(x: float) -> float:
+        mark = Path(os.environ["WORKING_DIR"], f"seen-{x}")
+        if x < 0 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    documents = _search(cluster, objective, "killed", 10)
+    assert _states(documents) == {DONE: 10}
+    again = {document["misc"]["vals"]["x"][0] < 0: document.get("attempts", 0) for document in documents}
+    assert again[True] >= 1
+    assert again[False] == 0
+
+
+def test_a_trial_that_kills_its_workers_is_given_up(cluster: HyperoptCluster) -> None:
+    def objective(x: float) -> float:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    (document,) = _search(cluster, objective, "killer", 1)
+    assert document["state"] == ERROR
+    assert document["error"][1].endswith("this was attempt 4")
+
+
+def test_a_whole_worker_is_killed(cluster: HyperoptCluster, group: RuntimeGroup) -> None:
+    def objective(x: float) -> float:
+        mark = Path(os.environ["WORKING_DIR"], "killed once")
+        if not mark.exists() and os.uname().nodename == victim:
+            mark.touch()
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(30)
+        return x
+
+    victim = group.runtimes[0].call(lambda: os.uname().nodename)
+    worker = cluster._worker_launcher.workers[0]
+    documents = _search(cluster, objective, "worker", 15)
+    assert _states(documents) == {DONE: 15}
+    assert worker.service.restarts == 1
+
+
+@pytest.mark.keeps("manager")  # the server that was started in its place
+def test_the_server_is_killed_in_the_middle(cluster: HyperoptCluster) -> None:
+    def objective(x: float) -> float:
+        time.sleep(0.05)
+        return x
+
+    process = cluster._master_launcher.process
+    assert process is not None
+    old = process.pid
+    killer = _later(1.0, process.kill)
+    documents = _search(cluster, objective, "server", 40)
+    killer.join()
+    assert _states(documents) == {DONE: 40}
+    assert process.pid != old
+    assert process.poll() is None
+
+
+def _later(seconds: float, action: Callable[[], None]) -> Any:
+    import threading
+
+    timer = threading.Timer(seconds, action)
+    timer.start()
+    return timer
+
+
+def test_two_searches_at_once(cluster: HyperoptCluster) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(_search, cluster, lambda x: x, "one of two", 8)
+        second = pool.submit(_search, cluster, lambda x: -x, "two of two", 9)
+    assert _states(first.result()) == {DONE: 8}
+    assert _states(second.result()) == {DONE: 9}
+    losses = [document["result"]["loss"] == -document["misc"]["vals"]["x"][0] for document in second.result()]
+    assert all(losses)
+
+
+def test_the_password_is_nowhere_to_be_seen(cluster: HyperoptCluster, group: RuntimeGroup) -> None:
+    secret = cluster._hyperopt.password
+    assert len(secret) > 20
+    assert secret in cluster.mongo_url
+
+    def command_lines() -> str:
+        texts = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    texts.append((entry / "cmdline").read_bytes().decode("utf-8", "replace"))
+                except OSError:
+                    continue
+        return "\n".join(texts)
+
+    assert secret not in command_lines()
+    for runtime in group.runtimes:
+        assert secret not in runtime.call(command_lines)
+    assert secret not in repr(cluster) + repr(vars(cluster)) + repr(cluster._master_launcher)
+    launchers = (cluster._master_launcher, cluster._worker_launcher)
+    logs = [service.log_file for launcher in launchers for service in launcher.services]
+    assert logs
+    assert not any(secret in log.read_text(errors="replace") for log in logs)
+
+
+def test_the_database_is_for_its_owner_only(cluster: HyperoptCluster, group: RuntimeGroup) -> None:
+    port = cluster.master_port
+    directory = Path(cluster.dbpath)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in directory.iterdir())
+    stranger: Any = pymongo.MongoClient("127.0.0.1", port, serverSelectionTimeoutMS=3000)
+    guesser: Any = pymongo.MongoClient("127.0.0.1", port, username="hyperopt", password="guess")
+    try:
+        for client in (stranger, guesser):
+            with pytest.raises(pymongo.errors.OperationFailure, match=r"(?i)auth"):
+                client[cluster.dbname].jobs.find_one()
+    finally:
+        stranger.close()
+        guesser.close()
+
+    def listening(port: int) -> list[str]:
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return [line[1] for line in lines if line[3] == "0A" and int(line[1].split(":")[1], 16) == port]
+
+    for place in (listening, *(lambda port, r=runtime: r.call(listening, port) for runtime in group.runtimes)):
+        assert [address.split(":")[0] for address in place(port)] == ["0100007F"]
+    assert not Path("/proc/net/tcp6").exists() or f":{port:04X} " not in Path("/proc/net/tcp6").read_text()
+
+
+def test_a_second_cluster_cannot_use_the_same_files(cluster: HyperoptCluster, group: RuntimeGroup) -> None:
+    with HyperoptCluster(group, dbpath=cluster.dbpath) as other, pytest.raises(MasterStartError, match="locked by"):
+        other.start_master()
+
+
+def test_a_search_is_resumed(tmp_path: Path) -> None:
+    counted = lambda x: x * x  # noqa: E731
+    for evals in (5, 9):
+        with local_group(1) as group, HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
+            cluster.start()
+            if evals == 5:
+                # What a manager that was killed leaves behind: a trial that nobody works on.
+                _search(cluster, counted, "resumed", evals)
+                jobs = cluster.trials("resumed").handle.jobs
+                jobs.update_one({"tid": 2}, {"$set": {"state": RUNNING, "owner": ["gone-0", "gone-0#1"]}})
+            else:
+                documents = _search(cluster, counted, "resumed", evals)
+    assert _states(documents) == {DONE: 9}
+    assert len({document["tid"] for document in documents}) == 9
+    with pytest.raises(ClusterError, match="does not run"):
+        cluster.mongo_url  # noqa: B018
+
+
+def test_a_host_is_powered_off(make_hosts: Callable[..., Any], tmp_path: Path) -> None:
+    hosts = make_hosts(2)
+
+    def objective(x: float) -> float:
+        mark = Path(os.environ["WORKING_DIR"], "stuck")
+        if os.uname().nodename == victim:
+            mark.touch()
+            time.sleep(60)
+        time.sleep(0.02)
+        return x
+
+    with ssh_group(hosts) as group, HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
+        cluster.start()
+        victim = group.runtimes[1].call(lambda: os.uname().nodename)
+        stuck = group.runtimes[1].call(lambda: os.environ["WORKING_DIR"]) + "/stuck"
+        off = _later(0, lambda: _power_off_when(group.runtimes[1], stuck, list(hosts)[1]))
+        documents = _search(cluster, objective, "off", 8)
+        off.join()
+        assert _states(documents) == {DONE: 8}
+        assert sum(document.get("attempts", 0) for document in documents) == 1
+
+
+def _power_off_when(runtime: Any, path: str, host: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not runtime.call(os.path.exists, path):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    host.power_off()
+
+
+def test_missing_software_is_an_error_before_anything_starts(hosts: Any, tmp_path: Path) -> None:
+    with (
+        connect(hosts.config_file, ["host1"], python="/usr/bin/python3") as group,
+        HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster,
+    ):
+        with pytest.raises(VersionMismatchError, match=r"pip install .*hyperopt=="):
+            cluster.start()
+        assert cluster.master_port is None
