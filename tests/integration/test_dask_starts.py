@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("distributed")
 pytest.importorskip("cryptography")
 
-from cluster_groups import local_group, ssh_group
+from cluster_groups import connect, local_group, ssh_group
 from distributed import Client, Status
 
 from lazycluster import RuntimeGroup
@@ -264,6 +264,101 @@ def test_a_dead_host_and_min_workers(make_hosts: Any) -> None:
                 assert [i["name"] for i in client.scheduler_info(n_workers=-1)["workers"].values()] == ["host1-0"]
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"memory_limit": "4 pineapples"}, "4 pineapples"),
+        ({"resources": {"GPU": "one"}}, "GPU"),
+        ({"nthreads": 0}, "nthreads"),
+        ({"nthreads": True}, "nthreads"),
+        ({"min_workers": 0}, "min_workers"),
+        ({"check_versions": "no"}, "check_versions"),
+        ({"ports": []}, "ports"),
+    ],
+)
+def test_options_that_make_no_sense(group: RuntimeGroup, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        DaskCluster(group, **options)
+
+
+def test_more_workers_wanted_than_asked_for(group: RuntimeGroup) -> None:
+    with DaskCluster(group, min_workers=3) as cluster, pytest.raises(ValueError, match="min_workers is 3, but only 2"):
+        cluster.start()
+    assert _programs() == []
+
+
+def test_a_host_that_is_lost_while_the_cluster_runs(make_hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    hosts = make_hosts(3)
+    with ssh_group(hosts) as group, DaskCluster(group) as cluster:
+        cluster.start()
+        with cluster.get_client(timeout=20) as client:
+            futures = client.map(lambda number: number * 2, range(60), pure=False)
+            hosts[2].power_off()
+            futures += client.map(lambda number: number * 2, range(60), pure=False)
+            assert sum(client.gather(futures)) == 2 * sum(range(0, 120, 2))
+            deadline = time.monotonic() + 60
+            while "2 workers" not in repr(cluster) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert "2 workers" in repr(cluster)
+            said = [record for record in caplog.records if record.levelname == "ERROR" and "host3" in record.message]
+            assert "the connection was lost" in said[0].message
+            assert cluster.status is Status.running
+            cluster.start_workers(2)  # on those that are left
+            assert client.submit(sum, [1, 2]).result(timeout=30) == 3
+
+
+def test_two_names_of_one_machine(make_hosts: Any, tmp_path: Path) -> None:
+    hosts = make_hosts(2)
+    config = Path(hosts.config_file).read_text()
+    block = next(block for block in config.split("\n\n") if block.startswith("Host host1\n"))
+    (tmp_path / "config").write_text(config + "\n" + block.replace("Host host1", "Host alias") + "\n")
+    with connect(str(tmp_path / "config"), ["host1", "alias", "host2"]) as group, DaskCluster(group) as cluster:
+        cluster.start()
+        with cluster.get_client(timeout=20) as client:
+            part = client.submit(bytes, 300_000, workers=["alias-0"], pure=False)
+            assert client.submit(len, part, workers=["host2-0"], pure=False).result(timeout=30) == 300_000
+            part = client.submit(bytes, 300_000, workers=["host2-0"], pure=False)
+            assert client.submit(len, part, workers=["host1-0"], pure=False).result(timeout=30) == 300_000
+
+
+def test_what_tasks_print_is_in_the_log_at_once(group: RuntimeGroup, capsys: pytest.CaptureFixture[str]) -> None:
+    with DaskCluster(group) as cluster:
+        cluster.start(worker_count=1)
+        with cluster.get_client(timeout=20) as client:
+            client.submit(lambda: print("printed by a task"), pure=False).result(timeout=20)
+            deadline = time.monotonic() + 20
+            while "printed by a task" not in capsys.readouterr().out:
+                assert time.monotonic() < deadline
+                cluster.print_log()
+
+
+def test_an_environment_that_set_up_lines_make(hosts: Any) -> None:
+    lines = f"export PATH={Path(sys.executable).parent}:$PATH\nexport GREETING='hello there'"
+    options = {"config_file": hosts.config_file}
+    group = RuntimeGroup(hosts=["host1"], connection_kwargs=options, setup=lines, env={"OWN": "1"})
+    with group, DaskCluster(group) as cluster:
+        cluster.start()
+        with cluster.get_client(timeout=20) as client:
+            seen = client.submit(lambda: (os.environ["GREETING"], os.environ["OWN"])).result(timeout=20)
+    assert seen == ("hello there", "1")
+
+
+def test_a_python_is_found_by_itself(make_hosts: Any) -> None:
+    hosts = make_hosts(1, python="3.8", path=(str(Path(sys.executable).parent), sys.base_prefix))
+    options = {"config_file": hosts.config_file}
+    with RuntimeGroup(hosts=["host1"], connection_kwargs=options, python="/usr/bin/python3") as group:
+        with DaskCluster(group, check_versions="warn") as cluster, pytest.raises(VersionMismatchError) as caught:
+            cluster.start()
+        assert "check_versions" not in str(caught.value)  # it would not help: there is no dask
+    with (
+        RuntimeGroup(hosts=["host1"], connection_kwargs=options, python="auto") as group,
+        DaskCluster(group) as cluster,
+    ):
+        cluster.start()
+        with cluster.get_client(timeout=20) as client:
+            assert client.submit(lambda: sys.version_info[:2]).result(timeout=20) == sys.version_info[:2]
+
+
 # --- interruptions -------------------------------------------------------------------------------
 _MANAGER = """
     import sys
@@ -396,5 +491,3 @@ def test_output_is_printed_live(group: RuntimeGroup, capsys: pytest.CaptureFixtu
         text = capsys.readouterr().out
     assert "[local0] " in text
     assert "[localhost] " in text
-
-

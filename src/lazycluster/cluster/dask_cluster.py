@@ -238,6 +238,7 @@ class DaskCluster(MasterWorkerCluster):
         self._security: Security | None = None
         super().__init__(runtime_group, ports, master_launcher, worker_launcher, min_workers=min_workers)
         check_manager(self._dask.secure)
+        _check_options(memory_limit, resources)
 
     def _default_master_launcher(self) -> MasterLauncher:
         return LocalMasterLauncher(self._group)
@@ -346,8 +347,23 @@ class DaskCluster(MasterWorkerCluster):
         yield
 
     def __repr__(self) -> str:
-        workers = len(getattr(self._worker_launcher, "workers", []))
+        services = getattr(self._worker_launcher, "services", [])
+        workers = sum(service.state == "ready" for service in services)
         return f"<DaskCluster {self._state}, port {self.master_port}, {workers} workers>"
+
+
+def _check_options(memory_limit: object, resources: Mapping[str, object] | None) -> None:
+    """Refuse what every worker would stumble over, some seconds later."""
+    if isinstance(memory_limit, str) and memory_limit != "auto":
+        from dask.utils import parse_bytes
+
+        try:
+            parse_bytes(memory_limit)
+        except ValueError:
+            raise ValueError(f"memory_limit must be a size such as '4 GiB', not {memory_limit!r}") from None
+    for name, amount in (resources or {}).items():
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+            raise ValueError(f"resources: the amount of {name!r} must be a number, not {amount!r}")
 
 
 class _Closed:

@@ -65,7 +65,7 @@ async def check_workers(workers: Sequence[Worker], policy: str, limit: float) ->
     unusable = [host for host, (versions, _) in hosts.items() if any(versions[name] == "-" for name in _NEEDED)]
     if not differing or (policy == "ignore" and not unusable):
         return
-    message = _message(manager, hosts, differing)
+    message = _message(manager, hosts, differing, acceptable=not unusable)
     if policy == "error" or unusable:
         raise VersionMismatchError(message, list(differing))
     logger.warning("%s", message)
@@ -77,7 +77,7 @@ def _versions(fields: dict[str, Any]) -> dict[str, str]:
     return {"python": ".".join(map(str, fields["python"][:2])), **versions}
 
 
-def _message(manager: dict[str, str], hosts: _Software, differing: _Software) -> str:
+def _message(manager: dict[str, str], hosts: _Software, differing: _Software, *, acceptable: bool) -> str:
     rows = [["", *_COMPARED], ["manager", *(manager[name] for name in _COMPARED)]]
     for host, (versions, _) in hosts.items():
         cells = [versions[name] + (" <" if versions[name] != manager[name] else "") for name in _COMPARED]
@@ -90,15 +90,17 @@ def _message(manager: dict[str, str], hosts: _Software, differing: _Software) ->
         if versions["python"] != manager["python"]:
             choose = f'choose a Python {manager["python"]} with python="auto", or with setup="..."'
             steps.append(f"  {host}: uses {executable}; {choose}")
+            continue  # what this one lacks does not matter
         wanted = [f"{name}=={manager[name]}" for name in _COMPARED[1:] if versions[name] != manager[name]]
         if wanted:
             steps.append(f"  {host}: {executable} -m pip install {' '.join(wanted)}")
+    if acceptable:
+        steps.append('  DaskCluster(..., check_versions="warn"), if you know better')
     return "\n".join(
         [
             f"the software of {', '.join(differing)} does not match the manager's (- is missing, < differs):",
             *table,
-            "Next step, one of:",
+            "Next step, one of:" if acceptable else "Next step:",
             *steps,
-            '  DaskCluster(..., check_versions="warn"), if you know better',
         ]
     )

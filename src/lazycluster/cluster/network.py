@@ -139,17 +139,18 @@ class Network:
         Returns:
             Why it is not, for the hosts where it is not.
         """
-        wanted = _one_per_network([place for place in places if not self._leads(port, place)])
+        places = list(places)
+        open_to = {tunnel.host for tunnel in self._tunnels.get(port, []) if tunnel.is_open}
+        reached = {place.network for place in places if place.host in open_to}
+        wanted = _one_per_network([place for place in places if place.network not in reached])
         outcomes = await open_tunnels([TunnelRequest(place.connection, "to_runtime", port, port) for place in wanted])
         self._tunnels.setdefault(port, []).extend(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
-        return {
-            place.host: outcome
+        failed = {
+            place.network: outcome
             for place, outcome in zip(wanted, outcomes, strict=True)
             if isinstance(outcome, LazyclusterError)
         }
-
-    def _leads(self, port: int, place: Place) -> bool:
-        return any(tunnel.host == place.host and tunnel.is_open for tunnel in self._tunnels.get(port, []))
+        return {place.host: failed[place.network] for place in places if place.network in failed}
 
     async def open(
         self, listeners: Sequence[Listener], places: Sequence[Place]

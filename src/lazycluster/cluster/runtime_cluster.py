@@ -234,7 +234,7 @@ class MasterWorkerCluster(RuntimeCluster):
         if self._group.runtime_count == 0:
             raise NoRuntimesError("the group has no runtime: a cluster needs at least one host")
         if count is None:
-            return int(self._group.runtime_count)
+            count = int(self._group.runtime_count)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"the number of workers must be an integer of at least 1, not {count!r}")
         if self._min_workers is not None and self._min_workers > count:

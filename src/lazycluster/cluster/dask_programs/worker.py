@@ -20,6 +20,8 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def main() -> None:
     """Run until asked to end, or until a client ends the cluster."""
     common.emit("versions", python=list(sys.version_info[:3]), executable=sys.executable, packages=common.versions())
+    # What tasks print is to be in the log when they print it; the worker process gets these streams, too.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for name in _ONE_THREAD:
         os.environ.setdefault(name, "1")
     # Imported while the scheduler starts; the settings come when it answers.
@@ -45,7 +47,7 @@ def serve_forks() -> bool:
         return False
     os.register_at_fork(after_in_child=_reseed)
     # Python before 3.9.16, 3.10.9 and 3.11.1 lets every user of the host connect to the fork server otherwise.
-    util.abstract_sockets_supported = False
+    util.abstract_sockets_supported = False  # type: ignore[misc]
     resource_tracker.ensure_running()
     started = util.spawnv_passfds
     if len(os.environ["LAZYCLUSTER_SCRATCH"]) < _LONGEST_DIRECTORY:
