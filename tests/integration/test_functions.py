@@ -317,9 +317,7 @@ def test_on_a_host(hosts: Any) -> None:
         try:
             letters = lambda n: b"y" * n  # noqa: E731
             calls: list[Any] = [(platform.node, []), (len, [b"x" * 20_000_000]), (letters, [9_000_000])]
-            return [
-                await functions.call(connection, function, arguments, python=HERE) for function, arguments in calls
-            ]
+            return [await functions.call(connection, function, arguments, python=HERE) for function, arguments in calls]
         finally:
             await connection.close()
 

@@ -159,6 +159,7 @@ def test_exit(host: DirectZygote, code: Any, status: int, text: str) -> None:
 def test_hard_exit_and_signals(host: DirectZygote) -> None:
     assert os.WEXITSTATUS(host.run(dump_call(os._exit, (5,)))[4]) == 5
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
+
         def end(number: int = number) -> None:
             os.kill(os.getpid(), number)
 
