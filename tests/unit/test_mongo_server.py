@@ -1,0 +1,201 @@
+"""The small MongoDB server as a program, spoken to with PyMongo and with sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pymongo")
+
+import gridfs
+from bson import encode
+from pymongo import MongoClient
+from pymongo.errors import ConnectionFailure, OperationFailure
+
+_PASSWORD = "a-secret_of-32-characters"
+_HEADER = struct.Struct("<iiii")
+
+
+class Server:
+    """The program, in a process of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.port = 0
+        self.clients: list[Any] = []
+        self.start()
+
+    def start(self) -> None:
+        code = "from lazycluster.mongo.program import main; main()"
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
+        settings = {"ports": {"master": self.port}, "dbpath": str(self.path), "user": "me", "password": _PASSWORD}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(settings) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        self.port = json.loads(line.partition(" ")[2])["port"]
+
+    def client(self, password: str | None = _PASSWORD, **options: Any) -> Any:
+        login = {} if password is None else {"username": "me", "password": password, "authSource": "admin"}
+        self.clients.append(MongoClient("127.0.0.1", self.port, serverSelectionTimeoutMS=5000, **login, **options))
+        return self.clients[-1]
+
+    def socket(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        status = self.process.wait(10)
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        return status
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path / "db")
+    yield server
+    for client in server.clients:
+        client.close()
+    if server.process.poll() is None:
+        assert server.end(signal.SIGTERM) == 0
+
+
+def test_what_was_acknowledged_survives_its_death(server: Server) -> None:
+    acknowledged: list[int] = []
+
+    def write(number: int) -> None:
+        collection = server.client().db.c
+        with contextlib.suppress(ConnectionFailure):
+            for value in range(number * 100_000, number * 100_000 + 10_000):
+                collection.insert_one({"_id": value})
+                acknowledged.append(value)
+
+    with ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, number) for number in range(4)]
+        while len(acknowledged) < 100:
+            time.sleep(0.01)
+        assert server.end(signal.SIGKILL) == -signal.SIGKILL
+        for writer in writers:
+            writer.result()
+    server.start()
+    found = {document["_id"] for document in server.client().db.c.find()}
+    assert set(acknowledged) <= found
+    assert len(found) <= len(acknowledged) + 4
+
+
+def test_only_the_owner_can_read_it(server: Server) -> None:
+    assert stat.S_IMODE(server.path.stat().st_mode) == 0o700
+    server.client().db.c.insert_one({})
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in server.path.iterdir())
+    for password in (None, "wrong"):
+        client = server.client(password)
+        with pytest.raises(OperationFailure) as caught:
+            client.db.c.find_one()
+        assert caught.value.code in (13, 18)
+        assert client.admin.command("ping")["ok"] if password is None else True
+
+
+def test_no_trial_is_given_to_two(server: Server) -> None:
+    server.client().db.jobs.insert_many([{"_id": number, "state": 0} for number in range(200)])
+
+    def take(_: int) -> list[int]:
+        jobs = server.client().db.jobs
+        mine = []
+        while (job := jobs.find_one_and_update({"state": 0}, {"$set": {"state": 1}})) is not None:
+            mine.append(job["_id"])
+        return mine
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = [number for mine in pool.map(take, range(8)) for number in mine]
+    assert sorted(taken) == list(range(200))
+
+
+def test_files(server: Server) -> None:
+    files = gridfs.GridFS(server.client().db)
+    blob = random.Random(1).randbytes(700_000)
+    number = files.put(blob, filename="domain", exp_key="one", encoding="utf-8")
+    assert files.list() == ["domain"]
+    assert files.exists(filename="domain", exp_key="one")
+    assert not files.exists(filename="domain", exp_key="two")
+    assert files.get_last_version(filename="domain", exp_key="one").read() == blob
+    files.delete(number)
+    assert files.list() == []
+
+
+def _message(body: bytes, operation: int = 2013, length: int | None = None) -> bytes:
+    return _HEADER.pack(length or 16 + len(body), 1, 0, operation) + body
+
+
+def test_nobody_is_harmed_by_those_who_talk_nonsense(server: Server) -> None:
+    collection = server.client().db.c
+    collection.insert_one({"_id": 1})
+    hello = b"\0\0\0\0\0" + encode({"hello": 1, "$db": "admin"})
+    nonsense = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        _message(hello, length=-5),
+        _message(hello, length=3),
+        _message(hello, length=2**31 - 1),
+        _message(hello, operation=2012),
+        _message(hello[:20]),
+        _message(b"\0\0\0\0\x07" + hello[5:]),
+        _message(b"\xff\xff\0\0" + hello[4:]),
+        _message(b"\0\0\0\0\1\xff\xff\xff\x7fdocuments\0"),
+        _message(hello + hello[4:]),
+        _message(b"\0\0\0\0db.c\0" + b"\0" * 8 + encode({}), operation=2004),
+        os.urandom(2000),
+    ]
+    for data in nonsense:
+        with server.socket() as stranger:
+            stranger.sendall(data)
+            stranger.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1000) == b""
+    assert collection.find_one() == {"_id": 1}
+
+
+def test_slow_and_silent_clients(server: Server) -> None:
+    collection = server.client().db.c
+    collection.insert_many([{"_id": number, "x": b"x" * 1_000_000} for number in range(20)])
+    with server.socket() as silent, server.socket() as slow:
+        hello = _message(b"\0\0\0\0\0" + encode({"hello": 1, "$db": "admin"}))
+        for byte in hello[:-1]:
+            slow.send(bytes([byte]))
+        began = time.monotonic()
+        assert collection.count_documents({}) == 20
+        assert time.monotonic() - began < 2
+        slow.send(hello[-1:])
+        assert b"maxWireVersion" in slow.recv(4000)
+        # One that asks again and again and never reads; what it would be sent must not pile up.
+        silent.settimeout(1)
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
+            for _ in range(100_000):
+                silent.sendall(hello * 10)
+        assert collection.find_one({"_id": 3}, {"_id": 1}) == {"_id": 3}
+        resident = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        assert resident < 150_000_000
+    assert len(list(collection.find())) == 20
+
+
+def test_unacknowledged_writes(server: Server) -> None:
+    collection = server.client(w=0).db.c
+    collection.insert_one({"_id": 1})
+    assert collection.find_one() == {"_id": 1}
