@@ -26,6 +26,7 @@ from .hyperopt_masters import (
     make_directory,
 )
 from .hyperopt_programs import compat, messages, trials
+from .hyperopt_progress import SearchProgress, progress_of
 from .runtime_cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
 from .services import Program, Service, Source
 from .versions import Software
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from .places import Place
 
-__all__ = ["EmbeddedMongoLauncher", "HyperoptCluster", "LocalMongoLauncher", "RoundRobinLauncher"]
+__all__ = ["EmbeddedMongoLauncher", "HyperoptCluster", "LocalMongoLauncher", "RoundRobinLauncher", "SearchProgress"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -309,6 +310,18 @@ class HyperoptCluster(MasterWorkerCluster):
             ClusterError: If the cluster does not run.
         """
         return compat.load().MongoTrials(self.mongo_trial_url, exp_key=exp_key)
+
+    def progress(self, exp_key: str | None = None) -> SearchProgress:
+        """Return how far a search is, also while `fmin` runs in another thread or process.
+
+        Args:
+            exp_key: The name of the search; None: all searches in this database.
+
+        Raises:
+            ClusterError: If the cluster does not run.
+        """
+        with database(self._hyperopt, self._port()) as found:
+            return progress_of(found.jobs, exp_key)
 
     def _port(self) -> int:
         if self.master_port is None:

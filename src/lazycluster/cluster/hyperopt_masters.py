@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster.utils import Environment
 
-from .exceptions import ClusterError
+from .exceptions import MasterStartError
 from .hyperopt_programs import messages
 from .launchers import ServiceMasterLauncher
 from .process import MasterProcess
@@ -123,11 +123,10 @@ class _DatabaseLauncher(ServiceMasterLauncher):
         if service.state == "ready" and isinstance(self._process, MasterProcess) and service.pid is not None:
             self._process.pid = service.pid  # it was started again
 
-    def _refuse(self, name: str, maker: str) -> None:
-        if (self.hyperopt.dbpath / name).exists():
-            raise ClusterError(
-                f"{self.hyperopt.dbpath} has a database of {maker}. Next step: use {maker}, or another dbpath"
-            )
+    def _refuse(self, name: str, file: str, maker: str) -> None:
+        if (self.hyperopt.dbpath / file).exists():
+            problem = f"{self.hyperopt.dbpath} has a database of {maker}"
+            raise MasterStartError(problem, name=name, hint=f"use {maker}, or another dbpath")
 
 
 class EmbeddedMongoLauncher(_DatabaseLauncher):
@@ -139,7 +138,7 @@ class EmbeddedMongoLauncher(_DatabaseLauncher):
 
     def program(self) -> Program:
         """The program of the server."""
-        self._refuse(_THEIRS, "mongod")
+        self._refuse("hyperopt-database", _THEIRS, "mongod")
         make_directory(self.hyperopt.dbpath)
         source = Source(_SERVER, "program", "lazycluster_mongo")
         return Program("hyperopt-database", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=5.0)
@@ -159,11 +158,12 @@ class LocalMongoLauncher(_DatabaseLauncher):
 
     def program(self) -> Program:
         """The program that watches `mongod`."""
-        self._refuse(_OURS, "lazycluster's own server")
+        self._refuse("mongod", _OURS, "EmbeddedMongoLauncher")
         if shutil.which("mongod") is None:
-            raise ClusterError(
-                "there is no mongod on the PATH. Next step: install MongoDB, or leave the launcher out to use "
-                "lazycluster's own server (EmbeddedMongoLauncher)"
+            raise MasterStartError(
+                "it is not on the PATH",
+                name="mongod",
+                hint="install MongoDB, or leave the launcher out to use lazycluster's own server",
             )
         make_directory(self.hyperopt.dbpath)
         self.hyperopt.password = _kept_password(self.hyperopt.dbpath / _PASSWORD, self.hyperopt.password)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -11,6 +13,7 @@ from typing import Any
 
 from . import messages
 
+_PR_SET_PDEATHSIG = 1
 _STEP = 0.05  # seconds between two looks at a program that says nothing when it is ready
 _ANSWER_LIMIT = 2000  # milliseconds
 
@@ -26,7 +29,7 @@ def main() -> None:
         if _is_free(port):
             break
         messages.emit("port_taken", port=port)
-    process = subprocess.Popen(settings["argv"], stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(settings["argv"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: process.terminate())
     _wait_until_it_answers(process, port)
@@ -34,6 +37,12 @@ def main() -> None:
     messages.emit("ready", port=port, mongod=process.pid)
     status = process.wait()
     raise SystemExit(status if status >= 0 else 128 - status)
+
+
+def _die_with_parent() -> None:
+    # The files are safe: MongoDB has a journal. A `mongod` that nobody watches would keep them locked.
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _is_free(port: int) -> bool:

@@ -1,0 +1,62 @@
+"""Stands in for `mongod`, which cannot be had everywhere: our own server with mongod's options, and its way of users.
+
+As `mongod --auth` does, it lets who comes from the same machine make the first user, and nobody else do anything then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from lazycluster.mongo.engine import Engine, Session
+from lazycluster.mongo.scram import Credentials
+from lazycluster.mongo.server import Server
+from lazycluster.mongo.store import Store
+
+
+class StandIn(Engine):
+    def __init__(self, store: Store, users: Path) -> None:
+        self.users = users
+        super().__init__(store, self._known())
+
+    def _known(self) -> Credentials:
+        known = json.loads(self.users.read_text()) if self.users.exists() else {"user": "", "pwd": ""}
+        return Credentials.of(known["user"], known["pwd"])
+
+    def run(self, session: Session, command: dict[str, Any]) -> dict[str, Any]:
+        if "createUser" in command and not self.users.exists():
+            self.users.write_text(json.dumps({"user": command["createUser"], "pwd": command["pwd"]}))
+            self._credentials = self._known()
+            return {"ok": 1.0}
+        return super().run(session, command)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("--dbpath", "--bind_ip", "--port"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--auth", action="store_true", required=True)
+    parser.add_argument("--nounixsocket", action="store_true")
+    options = parser.parse_args()
+    assert options.bind_ip == "127.0.0.1"
+    path = Path(options.dbpath)
+    if (path / "mongod.lock").exists():
+        sys.exit("DBPathInUse: Unable to lock the lock file; another mongod instance is running")
+    (path / "WiredTiger").touch()
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    store = Store(str(path / "stand-in"))
+    server = Server(StandIn(store, path / "users.json"), True)
+    await server.listen(int(options.port))
+    await stop.wait()
+    await server.close()
+    store.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,130 @@
+"""The two databases of Hyperopt clusters: what they start, and hyperopt's own tests against ours."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hyperopt")
+pytest.importorskip("pymongo")
+
+from cluster_groups import local_group
+from pymongo import MongoClient
+from pymongo.errors import OperationFailure
+
+from lazycluster import RuntimeGroup
+from lazycluster.cluster.exceptions import MasterStartError
+from lazycluster.cluster.hyperopt_cluster import EmbeddedMongoLauncher, HyperoptCluster, LocalMongoLauncher
+
+pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")  # by hyperopt
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[RuntimeGroup]:
+    with local_group(1) as group:
+        yield group
+
+
+def _program(folder: Path, monkeypatch: pytest.MonkeyPatch, *command: str) -> None:
+    folder.mkdir()
+    (folder / "mongod").write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    (folder / "mongod").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_mongod_is_used_where_there_is_one(
+    group: RuntimeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(HyperoptCluster(group, dbpath=str(tmp_path / "a"))._master_launcher, EmbeddedMongoLauncher)
+    _program(tmp_path / "bin", monkeypatch, sys.executable, str(Path(__file__).with_name("stand_in_mongod.py")))
+    passwords = set()
+    for attempt in range(2):  # the second time the user exists
+        with HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
+            launcher = cluster._master_launcher
+            assert isinstance(launcher, LocalMongoLauncher)
+            cluster.start_master()
+            command = shlex.split(launcher.get_mongod_start_cmd())
+            assert command[:3] == ["mongod", "--dbpath", str(tmp_path / "db")]
+            assert {"--auth", "--bind_ip", "127.0.0.1", str(cluster.master_port)} < set(command)
+            assert "--fork" not in command
+            passwords.add(cluster._hyperopt.password)
+            assert stat.S_IMODE((tmp_path / "db" / "lazycluster-password").stat().st_mode) == 0o600
+            stranger: MongoClient = MongoClient("127.0.0.1", cluster.master_port)  # type: ignore[type-arg]
+            with stranger, pytest.raises(OperationFailure, match="requires authentication"):
+                stranger.db.c.find_one()
+            jobs = cluster.trials("one").handle.jobs
+            assert jobs.count_documents({"x": 1}) == attempt
+            jobs.insert_one({"x": 1})
+            assert launcher.process is not None
+            assert launcher.process.poll() is None
+        assert launcher.process is None
+    assert len(passwords) == 1
+    assert launcher.get_mongod_stop_cmd() == f"mongod --dbpath {tmp_path}/db --shutdown"
+    with pytest.raises(MasterStartError, match="database of mongod"):
+        HyperoptCluster(group, EmbeddedMongoLauncher, dbpath=str(tmp_path / "db")).start_master()
+
+
+def test_mongod_that_does_not_start(group: RuntimeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HyperoptCluster(group, LocalMongoLauncher, dbpath=str(tmp_path / "db")) as cluster:
+        with pytest.raises(MasterStartError, match="not on the PATH"):
+            cluster.start_master()
+        _program(tmp_path / "bin", monkeypatch, sys.executable, str(Path(__file__).with_name("stand_in_mongod.py")))
+        (tmp_path / "db" / "mongod.lock").touch()
+        with pytest.raises(MasterStartError, match=r"DBPathInUse: Unable to lock(.|\n)*mongod has ended with status 1"):
+            cluster.start_master()
+        assert cluster.master_port is None
+
+
+def test_directories_that_cannot_be_used(group: RuntimeGroup, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        HyperoptCluster(group, dbpath=str(tmp_path / "file" / "db"))
+    (tmp_path / "lazycluster-mongo.sqlite").write_bytes(b"no database" * 100)
+    with (
+        HyperoptCluster(group, dbpath=str(tmp_path)) as cluster,
+        pytest.raises(MasterStartError, match="file is not a database"),
+    ):
+        cluster.start_master()
+
+
+@pytest.mark.parametrize(
+    "options", [{"dbname": ""}, {"dbname": "a/b"}, {"worker_poll_intervall": 0}, {"min_workers": 0}]
+)
+def test_arguments_that_make_no_sense(group: RuntimeGroup, tmp_path: Path, options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        HyperoptCluster(group, dbpath=str(tmp_path), **options)  # type: ignore[arg-type]
+
+
+def test_hyperopts_own_tests(tmp_path: Path) -> None:
+    """They start a program named mongod, on a port and in a directory of their own."""
+    import hyperopt
+
+    tests = Path(hyperopt.__file__).parent / "tests" / "integration" / "test_mongoexp.py"
+    if not tests.exists():
+        pytest.skip("this hyperopt has no tests")
+    server = shlex.join([sys.executable, "-m", "lazycluster.mongo"])
+    (tmp_path / "mongod").write_text(f'#!/bin/sh\nexec {server} "$@"\n')
+    (tmp_path / "mongod").chmod(0o755)
+    (tmp_path / "compat_plugin.py").write_text(
+        "from lazycluster.cluster.hyperopt_programs import compat\n\ncompat.load()\n"
+    )
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "compat_plugin", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, f"--rootdir={tmp_path}", str(tests)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "12 passed" in done.stdout
