@@ -9,10 +9,26 @@ from . import wire
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Optional
+    from typing import Any, Callable, Dict, Optional, Protocol
 
     from .loop import Loop
-    from .server import Agent
+
+    class Owner(Protocol):
+        """What a session needs of the agent."""
+
+        loop: Loop
+        directory: str
+        identity: str
+
+        def handle(self, channel: "Channel") -> None:
+            """Start the work that a request asks for."""
+
+        def heard(self) -> None:
+            """Note that the manager is alive."""
+
+        def session_ended(self, session: "Session", error: Optional[Exception]) -> None:
+            """Handle the end of the manager's stream."""
+
 
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024  # bytes queued for the manager above which sources are not read
@@ -37,7 +53,7 @@ class Channel:
 
     def __init__(self, session: "Session", number: int, params: Dict[str, Any]) -> None:
         self.params = params
-        self.agent: "Agent" = session.agent
+        self.agent: "Owner" = session.agent
         self.loop: "Loop" = session.agent.loop
         self.open = True
         self.on_input: Callable[[bytes], Any] = _nothing
@@ -100,7 +116,7 @@ class Channel:
 class Session:
     """The streams to and from one manager."""
 
-    def __init__(self, agent: "Agent", fd_in: int, fd_out: int) -> None:
+    def __init__(self, agent: "Owner", fd_in: int, fd_out: int) -> None:
         self.agent = agent
         self.channels: Dict[int, Channel] = {}
         self._in, self._out = fd_in, fd_out

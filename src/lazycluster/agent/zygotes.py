@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Optional, Set, Tuple
 
-    from .server import Agent
+    from .session import Owner
     from .zygotelink import Report
 
 MOST_INTERPRETERS = 4  # interpreters (with an environment) for which zygotes are kept
@@ -42,7 +42,7 @@ class Interpreter:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, agent: "Agent", python: str, env: Dict[str, str]) -> None:
+    def __init__(self, agent: "Owner", python: str, env: Dict[str, str]) -> None:
         self.loop = agent.loop
         self.facts: Dict[str, Any] = {}  # version and executable, when it has started
         self.error = ""  # why it does not work
@@ -304,7 +304,7 @@ class Interpreter:
 class Zygotes:
     """The interpreters that the agent keeps, the one used longest ago first."""
 
-    def __init__(self, agent: "Agent") -> None:
+    def __init__(self, agent: "Owner") -> None:
         self._agent = agent
         self._kept: Dict[Tuple[str, FrozenSet[Tuple[str, str]]], Interpreter] = {}
         self.libraries: Dict[str, bytes] = {}  # digest -> the message that has a zygote import it
