@@ -9,9 +9,10 @@ import pwd
 import signal
 import struct
 import sys
+import time
 from importlib import import_module
 
-from .guardian import KEEP_FILE, clean
+from .guardian import KEEP_FILE, clean, remove
 from .loop import Loop
 from .processes import AGENT_MARKER, Ending, descendants, marks, send_signal, start_time, tree_of
 from .session import Channel, Session
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
 _SWEEP_DELAY = 0.5
+_YOUNG = 10.0
 
 # request -> (module, function); modules are imported when they are first needed, which keeps the start short
 _HANDLERS: Dict[str, Tuple[str, str]] = {
@@ -100,7 +102,7 @@ class Agent:
             self._waiting.append(connection)
             self._session = Session(self, fds[0], fds[1])
             Channel(self._session, 0, {}).event(**self._hello())
-            self.loop.call_later(_SWEEP_DELAY, sweep)
+            self.loop.call_later(_SWEEP_DELAY, self._sweep)
         else:
             connection.close()
 
@@ -188,6 +190,10 @@ class Agent:
         """Note that the manager is alive."""
         self._heard = True
 
+    def _sweep(self) -> None:
+        end_orphans()
+        remove(abandoned(self.directory))
+
     def _look_for_session(self) -> None:
         if self._session is None:
             self.end()
@@ -238,7 +244,7 @@ def identity() -> str:
     return "{}-{}-{}".format(_link("/proc/self/ns/pid"), os.getpid(), start_time(os.getpid()))
 
 
-def sweep() -> None:
+def end_orphans() -> None:
     """End what an earlier agent left that was killed together with its guardian."""
     space = _link("/proc/self/ns/pid")
     for pid, mark in marks(AGENT_MARKER):
@@ -246,6 +252,36 @@ def sweep() -> None:
         # Numbers of another pid namespace (a container's, seen from outside) say nothing here.
         if here == space and agent.isdigit() and str(start_time(int(agent))) != started:
             send_signal(tree_of(pid, start_time(pid), ""), signal.SIGKILL)
+
+
+def abandoned(own: str) -> List[str]:
+    """Return the private directories of this user's agents, beside our own, that nobody serves any more."""
+    place, name = os.path.split(own)
+    prefix = name.rpartition("-")[0] + "-"
+    found = []
+    for name in os.listdir(place):
+        path = os.path.join(place, name)
+        listener = os.path.join(path, "agent.sock")
+        try:
+            inode = os.lstat(path)
+            # A new one is left alone: its agent may be about to listen.
+            mine = name.startswith(prefix) and inode.st_uid == os.getuid() and inode.st_mtime < time.time() - _YOUNG
+            if mine and os.path.exists(listener) and not _answers(listener):
+                found.append(path)
+        except OSError:
+            continue
+    return found
+
+
+def _answers(path: str) -> bool:
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        return False
+    finally:
+        probe.close()
+    return True
 
 
 def _traceback() -> str:
