@@ -30,11 +30,12 @@ _DIRECTORY_MARKERS = ("unit", "integration", "faults")
 
 _own_network = False
 _temporary = Path()
+_state = Path()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give this run a network namespace and a directory for temporary files of its own, before anything uses either."""
-    global _own_network, _temporary
+    global _own_network, _temporary, _state
     for name in _DIRECTORY_MARKERS:
         config.addinivalue_line("markers", f"{name}: the tests in tests/{name}")
     config.addinivalue_line("markers", "keeps(what): the test leaves something behind on purpose: 'hosts', 'manager'")
@@ -42,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     # Short: the paths of control sockets are limited.
     _temporary = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
+    # What the library logs stays out of the home directory of whoever runs the tests.
+    _state = Path(tempfile.mkdtemp(prefix="lt-state-", dir="/tmp"))
+    os.environ["XDG_STATE_HOME"] = str(_state)
     name, value = _MARKER.split("=")
     os.environ.update({"TMPDIR": str(_temporary), name: value})
     tempfile.tempdir = str(_temporary)
@@ -51,6 +55,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the directory for temporary files."""
     tempfile.tempdir = None
     shutil.rmtree(_temporary, ignore_errors=True)
+    shutil.rmtree(_state, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
