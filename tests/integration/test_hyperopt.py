@@ -97,6 +97,11 @@ def test_a_search_on_three_hosts(cluster: HyperoptCluster, group: RuntimeGroup) 
     assert abs(best["x"] - 1) < 1.5
     assert len(trials.trials) == 30
     assert _states(trials.trials) == {DONE: 30}
+    progress = cluster.progress("first")
+    assert (progress.done, progress.running, progress.waiting, progress.failed) == (30, 0, 0, 0)
+    assert progress.best_loss == min(trials.losses())
+    assert sorted(progress.per_worker) == ["host1-0", "host2-0", "host3-0"]
+    assert "30 done" in str(progress)
     results = trials.results
     assert len({result["host"] for result in results}) == 3
     assert {result["data"] for result in results} == {"found"}

@@ -102,6 +102,7 @@ def test_filters(people: Database, conditions: Any, ids: list[int], indexed: boo
         for name in ("age", "tags", "name", "at.b"):
             people("createIndexes", "c", indexes=[{"key": {name: 1}, "name": name}])
     assert sorted(people.ids(conditions)) == ids
+    assert people("count", "c", query=conditions)["n"] == len(ids)
 
 
 def test_sorting_skipping_limiting_projecting(people: Database) -> None:

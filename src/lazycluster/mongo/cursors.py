@@ -15,7 +15,7 @@ from .store import Store
 Document = dict[str, Any]
 
 _FIRST = 101  # documents, as MongoDB has it
-_BATCH = 12 * 1024 * 1024  # bytes
+_BATCH = 4 * 1024 * 1024  # bytes
 _IDLE = 600.0  # seconds
 _MOST = 500
 

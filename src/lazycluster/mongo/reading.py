@@ -127,10 +127,17 @@ def _kill_cursors(engine: Engine, command: Document) -> Document:
 
 def _number_of(engine: Engine, space: str, conditions: Any, skip: int, limit: int) -> int:
     collection = engine.store.collections.get(space)
-    if not conditions and collection is not None and not skip and not limit:
-        return collection.count()
+    if collection is not None and not skip and not limit:
+        known = collection.count_of(_checked(conditions)) if conditions else collection.count()
+        if known is not None:
+            return known
     found = matching(engine, space, conditions)
     return sum(1 for _ in itertools.islice(found, skip, skip + limit if limit else _MOST_ROWS))
+
+
+def _checked(conditions: Any) -> Any:
+    compile_filter(conditions)
+    return conditions
 
 
 def _count(engine: Engine, command: Document) -> Document:

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import codec
 from .errors import CommandError
-from .query import equalities
+from .query import equalities, operators
 from .values import find, order
 
 FILE = "lazycluster-mongo.sqlite"
@@ -137,7 +137,7 @@ class Collection:
                 continue
             prefixes, used = [b""], 0
             for name in index.fields:
-                if name not in exact or len(prefixes) * len(exact[name]) > _ENOUGH:
+                if name not in exact or not exact[name] or len(prefixes) * len(exact[name]) > _ENOUGH:
                     break
                 prefixes, used = [prefix + key for prefix in prefixes for key in exact[name]], used + 1
             if used:
@@ -152,6 +152,24 @@ class Collection:
             "SELECT count(*) FROM (SELECT 1 FROM entries WHERE indexed = ? AND key >= ? AND key < ? LIMIT ?)",
             (index.id, prefix, prefix + b"\xff", _ENOUGH),
         ).fetchone()
+        return int(row[0])
+
+    def count_of(self, conditions: Mapping[str, Any]) -> int | None:
+        """Return how many documents fulfil conditions, if an index alone can tell."""
+        exact = equalities(conditions)
+        plain = all(
+            name in exact and (not operators(wanted) or len(wanted) == 1) for name, wanted in conditions.items()
+        )
+        best = self._best(exact) if plain and "_id" not in exact else None
+        if best is None or not set(exact) <= set(best[0].fields[: len(exact)]):
+            return None
+        index, prefixes = best
+        # A document with a list has several entries, so it may be under several of the keys.
+        spans = " UNION ".join(
+            ["SELECT document FROM entries WHERE indexed = ? AND key >= ? AND key < ?"] * len(prefixes)
+        )
+        values = [value for prefix in prefixes for value in (index.id, prefix, prefix + b"\xff")]
+        row = self._sql.execute(f"SELECT count(DISTINCT document) FROM ({spans})", values).fetchone()
         return int(row[0])
 
     def body(self, row: int) -> bytes | None:
