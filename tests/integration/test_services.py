@@ -260,3 +260,28 @@ def test_the_interface_of_a_process() -> None:
     assert process.wait() == process.poll() == process.returncode == -9
     with process:
         pass
+
+
+def test_a_service_is_over_with_its_process_whoever_holds_its_output(tmp_path: Path) -> None:
+    source = _source(
+        tmp_path,
+        """
+        import subprocess
+        subprocess.Popen(["sleep", "100"])
+        say("ready")
+        sys.stdin.readline()
+        print("last words", flush=True)
+        os._exit(7)
+        """,
+    )
+
+    async def work(connection: LocalConnection) -> None:
+        service = _service(connection, source)
+        service.start()
+        await service.wait_for("ready")
+        await service.send("go")
+        await _state(service, "failed")
+        assert service.exit_status == 7
+        assert service.last_output() == "last words\n"
+
+    _run(work)

@@ -139,6 +139,7 @@ class Process:
         self.ending = None
         # Whatever still holds the pipes is none of ours (it cleared its environment and left the tree).
         for pump in self.pumps:
+            pump.drain()
             pump.close()
         self._maybe_over()
 

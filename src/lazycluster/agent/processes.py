@@ -195,6 +195,17 @@ class Pump:
         self._reading = False
         self._channel.loop.remove_reader(self._fd)
 
+    def drain(self) -> None:
+        """Take what is there, without waiting for more."""
+        while not self.ended:
+            try:
+                data = os.read(self._fd, _READ_SIZE)
+            except BlockingIOError:
+                return
+            if not data:
+                return
+            self._emit(data)
+
     def close(self) -> None:
         """Stop reading."""
         if not self.ended:

@@ -111,6 +111,11 @@ class _Run(Process):
             self._service.outlet.put(False, self._line)
         self._service.over(status)
 
+    def _exited(self, status: int) -> None:
+        super()._exited(status)
+        if not all(pump.ended for pump in self.pumps):
+            self.stop(self._service.patience)  # what it left behind may hold its output, and its ports, for ever
+
     def stop(self, patience: float) -> None:
         """End the process and all that it started, also when it has ended itself."""
         if self.ending is None:
@@ -133,7 +138,7 @@ class _Service:
         self._marker = (params.get("marker") or "").encode()
         self._ready_text = (params.get("ready") or "").encode()
         self._limit = int(params.get("restarts") or 0)
-        self._patience = float(params.get("patience") or _PATIENCE)
+        self.patience = float(params.get("patience") or _PATIENCE)
         self._cwd = os.path.join(os.path.expanduser("~"), params.get("cwd") or "")
         self._restarts: List[float] = []
         self._count = 0
@@ -288,7 +293,7 @@ class _Service:
             return
         self._ending = True
         if self._run is not None:
-            self._run.stop(self._patience)
+            self._run.stop(self.patience)
         elif self._waiting is not None:
             self._waiting.cancel()
             self._finish(lambda: self.channel.result(restarts=self._count, exit=None, signal=None))
