@@ -344,7 +344,7 @@ def test_an_environment_that_set_up_lines_make(hosts: Any) -> None:
 
 
 def test_a_python_is_found_by_itself(make_hosts: Any) -> None:
-    hosts = make_hosts(1, python="3.8", path=(str(Path(sys.executable).parent), sys.base_prefix))
+    hosts = make_hosts(1, python="3.8", path=(str(Path(sys.executable).parent), sys.prefix, sys.base_prefix))
     options = {"config_file": hosts.config_file}
     with RuntimeGroup(hosts=["host1"], connection_kwargs=options, python="/usr/bin/python3") as group:
         with DaskCluster(group, check_versions="warn") as cluster, pytest.raises(VersionMismatchError) as caught:
