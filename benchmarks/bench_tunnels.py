@@ -65,11 +65,24 @@ def sink() -> Iterator[int]:
         server.shutdown(socket.SHUT_RDWR)
 
 
+def until_listening(port: int) -> None:
+    """Wait until a port here takes connections."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def plain(hosts: Any, *forward: str) -> Iterator[None]:
     process = subprocess.Popen(["ssh", "-F", str(hosts.config_file), "-N", *forward, hosts.names[0]])
     try:
-        time.sleep(1.5)
+        until_listening(7102)
         yield
     finally:
         process.terminate()
