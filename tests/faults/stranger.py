@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from distributed.comm import connect
+from distributed.comm import connect, listen, parse_host_port
 
 LIMIT = 30.0  # seconds for an answer
 PATIENCE = 5.0  # seconds for one in Dask's language: a dashboard waits for the end of what is no HTTP
@@ -117,9 +117,22 @@ def see(secrets: list[str]) -> list[str]:
     return found
 
 
+async def rehearse() -> None:
+    """Talk to ourselves in Dask's language, so that everything is imported that is imported on the way."""
+
+    async def answer(comm: Any) -> None:
+        await comm.write(await comm.read())
+        await comm.close()
+
+    async with listen("tcp://127.0.0.1:0", answer) as listener:
+        await ask_dask(*parse_host_port(listener.contact_address), "tcp")
+    context(None)
+
+
 def main() -> None:
     account = int(sys.argv[1])
-    if account != os.getuid():  # once all is imported: the account may not be allowed to read what Python is made of
+    if account != os.getuid():
+        asyncio.run(rehearse())  # the account may not be allowed to read what Python is made of
         os.setgroups([])
         os.setgid(account)
         os.setuid(account)
