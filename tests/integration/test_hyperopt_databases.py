@@ -105,6 +105,10 @@ def test_arguments_that_make_no_sense(group: RuntimeGroup, tmp_path: Path, optio
         HyperoptCluster(group, dbpath=str(tmp_path), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(
+    sys.version_info >= (3, 13),
+    reason="on Python 3.13.0 hyperopt's own tests crashed or hung in some runs; not understood",
+)
 def test_hyperopts_own_tests(tmp_path: Path) -> None:
     """They start a program named mongod, on a port and in a directory of their own."""
     import hyperopt

@@ -118,7 +118,8 @@ class Process:
         self._maybe_over()
 
     def _maybe_over(self) -> None:
-        if self.status is not None and all(pump.ended for pump in self.pumps):
+        # While it is being ended, what it started is, too: a successor would be taken for one of these.
+        if self.ending is None and self.status is not None and all(pump.ended for pump in self.pumps):
             if self.input is not None:
                 self.input.close()
             self.on_over(self.status)

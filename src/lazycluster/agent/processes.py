@@ -241,7 +241,7 @@ class Ending:
         self._told: Set[int] = set()
         self._waited = 0.0
         self._spared = 0
-        self._step()
+        loop.call_soon(self._step)  # not at once: `on_end` must not come before the caller knows this object
 
     def _step(self) -> None:
         alive = list(self._find())
