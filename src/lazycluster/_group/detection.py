@@ -136,8 +136,11 @@ async def select(sessions: Sequence[Session], wanted: Filter) -> list[Session]:
 
 async def _why_not(session: Session, wanted: Filter) -> str | None:
     try:
-        info = await session.ask("info", gpus=wanted.gpu_required) if wanted.needs_info else {}
-        return await why_not(session, session.context(session.spec.env, Runtime.WORKING_DIR_ENV_VAR_NAME), info, wanted)
+        context = session.context(session.spec.env, Runtime.WORKING_DIR_ENV_VAR_NAME)
+        info = {}
+        if wanted.needs_info:
+            info = await session.ask("info", gpus=wanted.gpu_required, env=dict(context.env))
+        return await why_not(session, context, info, wanted)
     except LazyclusterError as error:
         return str(error)
 

@@ -82,7 +82,8 @@ async def why_not(session: Session, context: Context, info: Mapping[str, Any], w
 
 def _machine(info: Mapping[str, Any], wanted: Filter) -> str | None:
     if wanted.gpu_required and not info.get("gpus"):
-        return "gpu_required: it has no GPU"
+        problem = info.get("gpu_problem")
+        return f"gpu_required: it has no GPU ({problem})" if problem else "gpu_required: it has no GPU"
     if wanted.min_memory is not None:
         memory = int(info.get("memory") or 0) // (1024 * 1024)
         if memory < wanted.min_memory:

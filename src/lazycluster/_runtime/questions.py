@@ -123,7 +123,8 @@ class HostQuestions:
         """What is known of the host; asked once, see :meth:`refresh_info`.
 
         A new dictionary with ``os``, ``cpu_cores`` and ``memory`` (bytes; what the host's control groups allow),
-        ``python_version``, ``gpus``, and more: load, free memory, disk.
+        ``python_version``, ``gpus`` (those that ``CUDA_VISIBLE_DEVICES`` allows; if there is none, ``gpu_problem``
+        says why), and more: load, free memory, disk.
         """
         return dict(self.fill_info_buffer().result(ANSWER_LIMIT + 5))
 
@@ -137,7 +138,7 @@ class HostQuestions:
             )
             if self._info is None or failed:
                 self._session.check()
-                self._info = _loop.submit(self._session.ask("info"))
+                self._info = _loop.submit(self._session.ask("info", env=dict(self.task_context().env)))
             return self._info
 
     def refresh_info(self) -> dict[str, Any]:
@@ -234,7 +235,8 @@ class HostQuestions:
         """Return why the host does not meet conditions, None if it does; for the layers above, on the loop."""
         info: dict[str, Any] = {}
         if wanted.needs_info:
-            info = await self._session.ask("info", gpus=wanted.gpu_required)
+            env = dict(self.task_context().env)
+            info = await self._session.ask("info", gpus=wanted.gpu_required, env=env)
         return await why_not(self._session, self.task_context(), info, wanted)
 
     # --- ports ---------------------------------------------------------------------------------

@@ -9,22 +9,25 @@ import socket
 import sys
 from typing import Any, Dict, List, Optional
 
-from .commands import Process, environment
+from .commands import environment
+from .gpus import survey
 from .session import Channel
 
-_GPU_FIELDS = ("index", "name", "uuid", "memory.total", "memory.used", "utilization.gpu", "driver_version")
-_GPU_LIMIT = 10.0
 _UNLIMITED = 1 << 60  # control groups of version 1 say a number near 2**63 for "no limit"
 
 
 def info(channel: Channel) -> None:
     """Handle the request `info`."""
     facts = gather()
-    env = environment(channel)
-    if channel.params.get("gpus", True) and shutil.which("nvidia-smi", path=env.get("PATH")):
-        _GpuQuery(channel, env, facts)
-    else:
-        channel.result(**dict(facts, gpus=[]))
+    if not channel.params.get("gpus", True):
+        channel.result(**dict(facts, gpus=[], gpu_problem=""))
+        return
+    survey(
+        channel,
+        environment(channel),
+        False,
+        lambda gpus, problem: channel.result(**dict(facts, gpus=gpus, gpu_problem=problem)),
+    )
 
 
 def gather() -> Dict[str, Any]:
@@ -105,43 +108,6 @@ def _groups(root: str, controller: str) -> List[str]:
     # In a container the path is often the host's, which cannot be seen: the mount itself is the group then.
     parts = [part for part in path.split("/") if part and part != ".."]
     return [os.path.join(mount, *parts[:count]) for count in range(len(parts), -1, -1)]
-
-
-class _GpuQuery(Process):
-    """Asks nvidia-smi, whose answer completes the facts; a driver that does not answer is not waited for long."""
-
-    def __init__(self, channel: Channel, env: Dict[str, str], facts: Dict[str, Any]) -> None:
-        self._facts = facts
-        self._text = bytearray()
-        argv = ["nvidia-smi", "--query-gpu=" + ",".join(_GPU_FIELDS), "--format=csv,noheader,nounits"]
-        super().__init__(channel, argv, env, "/", False, False)
-        self._timer = channel.loop.call_later(_GPU_LIMIT, self.end)
-        channel.on_abandon = self.end
-
-    def on_stdout(self, data: bytes) -> None:
-        self._text += data
-
-    def on_stderr(self, data: bytes) -> None:
-        pass
-
-    def on_over(self, status: int) -> None:
-        self._timer.cancel()
-        gpus = parse_gpus(self._text.decode("utf-8", "replace")) if status == 0 else []
-        self.channel.result(**dict(self._facts, gpus=gpus))
-
-
-def parse_gpus(text: str) -> List[Dict[str, Any]]:
-    """Return one dictionary per line of nvidia-smi's answer; memory in MB, utilization in percent."""
-    names = ("index", "name", "uuid", "memory", "memory_used", "utilization", "driver_version")
-    gpus = []
-    for line in text.splitlines():
-        values = [value.strip() for value in line.split(",")]
-        if len(values) == len(names):
-            gpu: Dict[str, Any] = dict(zip(names, values))
-            for name in ("index", "memory", "memory_used", "utilization"):
-                gpu[name] = int(float(gpu[name])) if gpu[name].replace(".", "", 1).isdigit() else None
-            gpus.append(gpu)
-    return gpus
 
 
 def _os_name() -> str:

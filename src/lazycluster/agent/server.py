@@ -34,6 +34,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "packages": ("functions", "packages"),
     "interpreters": ("functions", "interpreters"),
     "info": ("host_info", "info"),
+    "gpus": ("gpus", "gpus"),
     "ports": ("ports", "free"),
     "nonce": ("ports", "nonce"),
     "exposed": ("ports", "exposed"),

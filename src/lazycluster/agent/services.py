@@ -12,6 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, cast
 
+from . import gpus
 from .commands import Process, environment, outcome
 from .processes import Ending, tree_of
 
@@ -147,6 +148,8 @@ class _Service:
         self._ending = False
         self._was_ready = self._is_ready = False
         self._waiting: Optional[Any] = None
+        self._share: Optional[gpus.Share] = None
+        self._gpus = gpus.wanted(params)
         self._run: Optional[_Run] = None
         self.directory = tempfile.mkdtemp(prefix="service-", dir=channel.agent.directory)
         self._env = dict(environment(channel, self._task), **{SCRATCH: self._make("scratch")})
@@ -175,6 +178,23 @@ class _Service:
         return [python, "-c", boot, folder]
 
     # --- running -------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Start the program, once it has the GPUs that it needs: it keeps them when it is started again."""
+        if self._gpus is None:
+            self.start()
+            return
+        count, idle = self._gpus
+        owner = self.channel.params.get("task") or "a service"
+        self._waiting = gpus.take(self.channel, self._env, owner, count, 1, idle, self._given)
+
+    def _given(self, shares: List[gpus.Share], problem: str) -> None:
+        if problem:
+            self._fail("gpu", problem, {"exit": None, "signal": None})
+            return
+        self._share = shares[0]
+        self._env.update(self._share.variables)
+        self.start()
+
     def start(self) -> None:
         """Start the program, and feed it."""
         self._waiting = None
@@ -186,7 +206,7 @@ class _Service:
             name = self._cwd if not os.path.isdir(self._cwd) else self._argv[0]
             self._fail("os", "{}: {}".format(error.strerror, name), {"exit": None, "signal": None})
             return
-        self._tell("starting", pid=self._run.pid)
+        self._tell("starting", pid=self._run.pid, gpus=self._share.gpus if self._share else [])
         for data in self._kept:
             self._run.channel.on_input(data)
         if self._input_ended:
@@ -304,6 +324,8 @@ class _Service:
         self._finish(lambda: self.channel.fail(kind, message, restarts=self._count, **fields))
 
     def _finish(self, tell: Callable[[], Any]) -> None:
+        if self._share is not None:
+            self._share.release()
         shutil.rmtree(self.directory, ignore_errors=True)
         self.outlet.flush()
         tell()
@@ -316,5 +338,8 @@ def service(channel: "Channel") -> None:
     INPUT goes to its standard input and is kept, to be fed again at a restart. It is ready when it prints a line with
     the text `ready`, or a line of `marker` and a JSON object {"event": "ready", ...}; with neither, at once. It is
     started again, at most `restarts` times in a while, if it was ready once and ends with anything but status 0.
+
+    With `gpus`, e.g. {"count": 1, "idle": true}, it gets as many GPUs for itself, of those that others do not use; if
+    the host has too few, it is the error "gpu".
     """
-    _Service(channel).start()
+    _Service(channel).begin()

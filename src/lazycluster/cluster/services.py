@@ -61,6 +61,8 @@ class Program:
         ready: A text in a line of output that says that it is ready. With neither, it is ready when it runs.
         restarts: How often it is started again, within minutes, when it dies after it was ready.
         patience: Seconds from the request to end until it is killed.
+        gpus: How many GPUs of the host it gets for itself; the host says CUDA_VISIBLE_DEVICES.
+        idle_gpus: Whether GPUs that others use are left alone.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Program:
     ready: str = ""
     restarts: int = 0
     patience: float = 3.0
+    gpus: int = 0
+    idle_gpus: bool = False
 
 
 class Service:
@@ -84,6 +88,7 @@ class Service:
         pid: Its process id there, once it was started.
         restarts: How often it was started again.
         exit_status: Its exit status at its last end; negative: the signal.
+        gpus: What is known of the GPUs that it was given.
         log_file: The file with all that it printed.
     """
 
@@ -103,6 +108,7 @@ class Service:
         self.pid: int | None = None
         self.restarts = 0
         self.exit_status: int | None = None
+        self.gpus: list[dict[str, Any]] = []
         self.detail: dict[str, Any] = {}
         self.log_file = new_log_file_path(place.host, label)
         self.error: ServiceError | None = None
@@ -133,6 +139,8 @@ class Service:
             "restarts": program.restarts,
             "patience": program.patience,
         }
+        if program.gpus:
+            params["gpus"] = {"count": program.gpus, "idle": program.idle_gpus}
         if program.source is not None:
             params |= {"source": program.source.message(), "python": place.python}
         else:
@@ -200,7 +208,7 @@ class Service:
             self._say("ready", self.detail)
             self._changed()
         elif state == "starting":
-            self.pid, self.state = event["pid"], "starting"
+            self.pid, self.state, self.gpus = event["pid"], "starting", event["gpus"]
         elif state == "exited":
             self.exit_status = _status(event)
         elif state == "restarting":
