@@ -36,6 +36,10 @@ _state = Path()
 def pytest_configure(config: pytest.Config) -> None:
     """Give this run a network namespace and a directory for temporary files of its own, before anything uses either."""
     global _own_network, _temporary, _state
+    # Whoever starts the tests in the background may have these ignored, and children would inherit that.
+    for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, action)
     for name in _DIRECTORY_MARKERS:
         config.addinivalue_line("markers", f"{name}: the tests in tests/{name}")
     config.addinivalue_line("markers", "keeps(what): the test leaves something behind on purpose: 'hosts', 'manager'")

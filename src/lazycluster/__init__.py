@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# Loaded when they are first used: the command line is to print its help at once.
 _HOMES = {
     "Environment": "utils",
     "LocalRuntime": "runtimes",
@@ -43,3 +44,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# The command line is to print its help at once, so it loads them when it needs them. Everywhere else they are there
+# from the start, also for tools that look at a namespace without asking for its names.
+if not (sys.argv and os.path.basename(sys.argv[0]) == "lazycluster"):
+    for _name in _HOMES:
+        __getattr__(_name)
