@@ -376,3 +376,29 @@ def test_loop_run_cancels_and_waits_for_cleanup() -> None:
             _loop.run(coroutine)
 
     _loop.run(nested())
+
+
+def test_whoever_watches_a_connection_is_told_of_its_states() -> None:
+    told: list[tuple[str, bool]] = []
+
+    async def whole() -> None:
+        connection = LocalConnection()
+        connection.on_state(lambda state, why: told.append((state, bool(why))))
+        forget = connection.on_state(lambda state, why: pytest.fail("it was forgotten"))
+        forget()
+        forget()
+
+        def broken(state: str, why: str) -> None:
+            raise ValueError("its own fault")
+
+        connection.on_state(broken)
+        await connection.open()
+        lost = asyncio.Event()
+        connection.on_lost.append(lambda _: lost.set())
+        os.kill(connection.hello.pid, signal.SIGKILL)
+        await lost.wait()
+        assert connection.why
+        await connection.close()
+
+    _loop.run(whole(), timeout=60)
+    assert told == [("connecting", False), ("open", False), ("interrupted", True), ("lost", True), ("closed", False)]

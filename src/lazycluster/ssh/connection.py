@@ -5,17 +5,22 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
 
 from .link import AgentLink, Bytes, Channel, Event
 from .process import WatchedProcess
 from .program import OLDEST_PYTHON, expected, payload
+
+State = Literal["new", "connecting", "open", "interrupted", "lost", "closed"]
+
+logger = logging.getLogger("lazycluster")
 
 HEARTBEAT = 20.0  # seconds; the agent ends everything after it has heard nothing for 15 of these
 STOP_PATIENCE = 6.0  # seconds that the agent gets to end what it started
@@ -50,6 +55,9 @@ class Hello:
         return cls(**values)
 
 
+StateCallback = Callable[[State, str], Any]
+
+
 class StartError(Exception):
     """The agent did not start.
 
@@ -69,7 +77,8 @@ class Connection(abc.ABC):
 
     Attributes:
         host: The host as the user named it.
-        state: ``new``, ``connecting``, ``open``, ``closed`` or ``lost``.
+        why: Why it is in its state, where that is not what was asked for: what interrupted it, or how it was lost.
+        generation: Which agent it leads to: it grows when the host has lost the one before, and all that this one ran.
         on_lost: Called when the connection is lost (not when it is closed), with the reason.
     """
 
@@ -77,7 +86,10 @@ class Connection(abc.ABC):
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.state = "new"
+        self.why = ""
+        self.generation = 0
+        self._state: State = "new"
+        self._state_callbacks: list[StateCallback] = []
         self.on_lost: list[Callable[[str], Any]] = []
         self._owner = os.getpid()
         self._process: WatchedProcess | None = None
@@ -87,6 +99,39 @@ class Connection(abc.ABC):
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
         self.at_close: list[Callable[[], Any]] = []
+
+    @property
+    def state(self) -> State:
+        """What it is: ``new``, ``connecting``, ``open``, ``interrupted``, ``lost`` or ``closed``.
+
+        An interrupted one can be used: what runs goes on, and what is asked for is answered when the host can be
+        reached again. It becomes ``open`` then, or ``lost`` if that takes too long. May be read from any thread.
+        """
+        return self._state
+
+    def on_state(self, callback: StateCallback) -> Callable[[], None]:
+        """Have a function called with the new state and the reason (or "") whenever the state changes, on the loop.
+
+        Returns:
+            What ends that; calling it again does nothing.
+        """
+        self._state_callbacks.append(callback)
+
+        def forget() -> None:
+            with contextlib.suppress(ValueError):
+                self._state_callbacks.remove(callback)
+
+        return forget
+
+    def _become(self, state: State, why: str = "") -> None:
+        if state == self._state:
+            return
+        self._state, self.why = state, why
+        for callback in list(self._state_callbacks):
+            try:
+                callback(state, why)
+            except Exception:
+                logger.exception("%s: whoever watches the connection failed", self.host)
 
     # --- what the kinds of connection differ in ------------------------------------------------
     @abc.abstractmethod
@@ -121,7 +166,7 @@ class Connection(abc.ABC):
             )
         if self.state == "lost":
             raise ConnectionLostError(self.host, self._why())
-        if self.state != "open":
+        if self.state not in ("open", "interrupted"):
             raise LazyclusterError(f"{self.host}: the runtime was closed (cleanup() was called); make a new one")
 
     def channel(
@@ -223,7 +268,7 @@ class Connection(abc.ABC):
     _noise = ""
 
     def _opened(self) -> None:
-        self.state = "open"
+        self._become("open")
         self._beat()
 
     def _beat(self) -> None:
@@ -237,7 +282,7 @@ class Connection(abc.ABC):
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         if self.state == "open":
-            self.state = "lost"
+            self._become("interrupted", str(error) if error else "the host closed it")
             self._gone = asyncio.get_running_loop().create_task(self._lost())
         elif self._link is not None:
             self._link.fail_channels(self._why() if self.state == "lost" else "the connection was closed")
@@ -245,6 +290,7 @@ class Connection(abc.ABC):
     async def _lost(self) -> None:
         assert self._process is not None and self._link is not None
         await self._process.end()  # it usually has ended; its last words are the reason
+        self._become("lost", self._why())
         self._link.fail_channels(self._why())
         for tell in list(self.on_lost):
             tell(self._why())
@@ -266,9 +312,10 @@ class Connection(abc.ABC):
     async def _close(self) -> None:
         if self._gone is not None:
             await self._gone
-            self.state = "closed"
+            self._become("closed")
             return
-        was_open, self.state = self.state == "open", "closed"
+        was_open = self.state == "open"
+        self._become("closed")
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         for call in self.at_close:

@@ -33,14 +33,14 @@ class LocalConnection(Connection):
 
     async def open(self) -> None:
         """Start the agent."""
-        self.state = "connecting"
+        self._become("connecting")
         marker = new_marker()
         try:
             process = WatchedProcess([self._python, "-ISc", stub(marker)])
             self._process = process
             await asyncio.wait_for(self._bring_up(process, marker), _DEADLINE)
         except BaseException as error:
-            self.state = "closed"
+            self._become("closed")
             await self._hang_up()
             if isinstance(error, (StartError, asyncio.TimeoutError, OSError)):
                 said = self._process.errors if self._process else str(error)

@@ -71,7 +71,7 @@ class SshConnection(Connection):
 
     async def open(self) -> None:
         """Connect, trying again when the host or its jump host drops the handshake because it has too many."""
-        self.state = "connecting"
+        self._become("connecting")
         try:
             self._space = await workspace.acquire()
             for attempt in range(ATTEMPTS):
@@ -83,7 +83,7 @@ class SshConnection(Connection):
                         raise
                 await asyncio.sleep(random.uniform(0.5, 1.0) * 0.25 * 2**attempt)
         except BaseException as error:
-            self.state = "closed"
+            self._become("closed")
             await self._release()
             if isinstance(error, OSError):
                 raise InvalidRuntimeError(self.host, "ssh", str(error)) from error
