@@ -6,6 +6,7 @@ output, ...), and its message ends with the next step where there is one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,27 @@ __all__ = [
 ]
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text of a host as it can be shown: what would steer a terminal, or hide a part of it, is escaped."""
+    return _CONTROL.sub(_escaped, text.replace("\r\n", "\n"))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    number = ord(found.group())
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
 class LazyclusterError(Exception):
-    """Base class of all errors of the library."""
+    """Base class of all errors of the library.
+
+    Their messages hold what hosts say; shown as text, they hold no control characters but line breaks and tabs.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InvalidRuntimeError(LazyclusterError):

@@ -9,12 +9,14 @@ import errno
 import os
 import pickle
 import random
+import select
 import signal
 import socket
 import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -236,6 +238,7 @@ def test_where_what_is_fetched_goes(host, tmp_path, monkeypatch):
     assert do_get(host, "folder", cwd=there).path == str(here / "folder")
     assert do_get(host, "folder/x", "$HERE/", cwd=there).path == str(here / "in" / "x")
     assert do_get(host, "$name", cwd=there, env={"name": "folder/x"}).path == str(here / "$name")
+    (here / "x").unlink()
     assert do_get(host, "$F", cwd=there, env={"F": "folder/x"}).path == str(here / "x")
     assert do_get(host, ".", "all/", cwd=there).path == str(here / "all" / "there")
     assert (here / "$name").read_text() == "literal"
@@ -597,19 +600,40 @@ def test_host_that_allows_one_session_only(host, tmp_path):
 
 
 # --- a host that means harm ------------------------------------------------------------------------
+@contextlib.contextmanager
+def draining(sock):
+    """Take what comes, so that whoever answers does not wait."""
+    stop = threading.Event()
+
+    def drain():
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        while not stop.is_set():
+            if poll.poll(20) and not sock.recv(1 << 16):
+                return
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 class Hostile:
     """Sends what it likes to a receiver of the manager."""
 
     def __init__(self, root: Path, folder: bool = True) -> None:
-        self.ours, self.theirs = socket.socketpair()
         self.root = root
+        self.script = bytearray()
         self.send(frames.START, {"folder": folder, "name": "x", "now": time.time_ns()})
 
     def send(self, kind: int, payload) -> None:
         import json
 
         data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        self.theirs.sendall(struct.pack("!BI", kind, len(data)) + data)
+        self.script += struct.pack("!BI", kind, len(data)) + data
 
     def file(self, name: str, content: bytes = b"evil") -> None:
         import zlib
@@ -621,18 +645,28 @@ class Hostile:
     def outcome(self) -> Exception | None:
         self.send(frames.END, [])
         self.send(frames.ABORT, {})
-        self.theirs.shutdown(socket.SHUT_WR)
+        ours, theirs = socket.socketpair()
         receiver = Receiver(
-            frames.Stream(self.ours.fileno(), self.ours.fileno()),
+            frames.Stream(ours.fileno(), ours.fileno()),
             lambda folder, name: destination(os.fsencode(self.root), b"/", {}, folder, name),
             frames.Tally(),
         )
-        with contextlib.closing(self.ours), contextlib.closing(self.theirs):
+        telling = threading.Thread(target=self._tell, args=[theirs])
+        with theirs, draining(theirs):
+            telling.start()
             try:
                 receiver.run()
             except (frames.CopyError, frames.StreamClosedError) as error:
                 return error
+            finally:
+                ours.close()
+                telling.join()
         return None
+
+    def _tell(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it is not listened to any more
+            sock.sendall(self.script)
+            sock.shutdown(socket.SHUT_WR)
 
 
 @pytest.fixture
@@ -696,6 +730,76 @@ def test_one_file_stays_one_file(inside):
 def test_name_that_the_host_chooses(tmp_path, name):
     with pytest.raises(frames.CopyError):
         destination(None, os.fsencode(tmp_path), {}, False, os.fsencode(name))
+
+
+@pytest.mark.parametrize("name", [".bashrc", ".ssh", "there"])
+@pytest.mark.parametrize("local", [None, "{}/"])
+def test_a_name_that_the_host_chooses_is_new_and_not_hidden(host, tmp_path, monkeypatch, name, local):
+    """What `$F` is called is the host's word: it may not name what is there already, or what runs at login."""
+    (tmp_path / "there" / name).mkdir(parents=True)
+    (tmp_path / "there" / name / "file").write_text("evil")
+    (tmp_path / "here" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    error = fails(
+        do_get, host, "$F", local and local.format(tmp_path / "here"), cwd=tmp_path / "there", env={"F": name}
+    )
+    assert "the choice of the other side" in str(error)
+    assert os.listdir(tmp_path / "here") == ["there"]
+    assert do_get(host, "$F", "named", cwd=tmp_path / "there", env={"F": name}).sent == 1
+
+
+def test_batches_that_nobody_answered_are_limited(inside):
+    hostile = Hostile(inside)
+    files = [["f", f"{i}", 1, 0o644, 1] for i in range(frames.BATCH)]
+    for _ in range(frames.WINDOW + 2):
+        hostile.send(frames.ENTRIES, files)
+    assert "more files at once" in str(hostile.outcome())
+
+
+def test_a_batch_is_limited(inside):
+    hostile = Hostile(inside)
+    hostile.send(frames.ENTRIES, [["l", "x", 1, "y"]] * (frames.BATCH + 1))
+    assert "more files at once" in str(hostile.outcome())
+
+
+def test_the_same_folder_again_and_again_takes_no_memory(inside):
+    import tracemalloc
+
+    hostile = Hostile(inside)
+    for _ in range(3):
+        hostile.send(frames.ENTRIES, [["d", "a", 1, 0o755, 0]] * frames.BATCH)
+    tracemalloc.start()
+    assert hostile.outcome() is None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3_000_000
+    assert os.listdir(inside) == ["a"]
+
+
+def test_folders_have_a_depth(inside):
+    hostile = Hostile(inside)
+    deep = "/".join(["d"] * 250)
+    hostile.file(deep)
+    assert "in each other" in str(hostile.outcome())
+
+
+@pytest.mark.parametrize("payload", [b"[" * 200_000, b'{"a":' * 100_000])
+def test_nested_messages_are_refused(inside, payload):
+    hostile = Hostile(inside)
+    hostile.send(frames.ENTRIES, payload)
+    assert "no sense" in str(hostile.outcome())
+    assert os.listdir(inside) == []
+
+
+def test_a_frame_that_is_too_long_is_refused_before_it_comes(inside):
+    hostile = Hostile(inside)
+    hostile.script += struct.pack("!BI", frames.ENTRIES, 2**32 - 1)
+    assert "makes no sense" in str(hostile.outcome())
+
+
+def test_what_the_host_says_of_an_error_does_not_steer_the_terminal():
+    error = TransferError("host1", "host1", "/x\x1b[2J", 5, "no\x1b]0;title\x07")
+    assert "\x1b" not in str(error) and "\x07" not in str(error)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
 import os
+import stat
 import struct
 import sys
 from importlib import import_module
@@ -63,16 +64,26 @@ def private_directory() -> str:
     The path of a socket in it must be short, so the usual places come before the user's own TMPDIR.
     """
     errors = []
-    places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp", "/dev/shm"]
+    places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp", "/dev/shm"]  # noqa: S108
     for place in places[1:] + places[:1]:
         try:
-            if place and len(place) < 60:
+            if place and len(place) < 60 and is_safe(place):
                 path = os.path.join(place, "lazycluster-" + os.urandom(6).hex())
                 os.mkdir(path, 0o700)
                 return path
         except OSError as error:
             errors.append("{}: {}".format(place, error.strerror))
     raise OSError("no temporary directory can be made: " + "; ".join(errors))
+
+
+def is_safe(place: str) -> bool:
+    """Whether nobody else can rename or replace what this user makes in a directory."""
+    inode = os.stat(place)
+    if inode.st_mode & stat.S_ISVTX:
+        return True
+    if inode.st_uid in (0, os.getuid()) and not inode.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return True
+    raise OSError(1, "others could replace what is made in it")
 
 
 def hand_over(path: str, fds: List[int], purpose: bytes) -> socket.socket:

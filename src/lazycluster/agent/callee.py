@@ -61,7 +61,7 @@ class _Unpickler(pickle.Unpickler):
 # --- the call and its outcome ---------------------------------------------------------------------
 def load_call(file: IO[bytes]) -> Tuple[Callable[..., Any], Sequence[Any], Dict[str, Any]]:
     """Read a call from its stream of pickles."""
-    localmodules.install(pickle.load(file))
+    localmodules.install(pickle.load(file))  # noqa: S301
     unpickler = _Unpickler(file)
     function, args, kwargs = unpickler.load()
     for portion in iter(unpickler.load, None):

@@ -63,7 +63,7 @@ def source(path: bytes, cwd: bytes, env: Mapping[str, str]) -> Tuple[bytes, byte
 
 
 def destination(
-    path: Optional[bytes], cwd: bytes, env: Mapping[str, str], folder: bool, name: bytes
+    path: Optional[bytes], cwd: bytes, env: Mapping[str, str], folder: bool, name: bytes, chosen: bool = False
 ) -> Tuple[bytes, Optional[bytes], bool]:
     """Make the directory that a copy goes to.
 
@@ -73,6 +73,7 @@ def destination(
         env: Variables that may stand in it.
         folder: Whether a folder is copied.
         name: The name of the source.
+        chosen: Whether it is the other side that has chosen the name: then it must be a new one, and no hidden one.
 
     Returns:
         The directory; the name that a file gets in it, None for a folder; whether the directory was made.
@@ -82,6 +83,10 @@ def destination(
         if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
             raise CopyError(name, "is no name for what is copied: give the whole destination", errno.EINVAL)
         whole = os.path.join(whole, name)
+        if chosen and (name.startswith(b".") or os.path.lexists(whole)):
+            what = "is hidden" if name.startswith(b".") else "exists already"
+            text = "{}, and the name is the choice of the other side: give the whole destination".format(what)
+            raise CopyError(whole, text, errno.EEXIST)
     if folder:
         return whole, None, make_directories(whole)
     directory, last = os.path.split(whole)

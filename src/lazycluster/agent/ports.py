@@ -15,7 +15,7 @@ _ELSEWHERE = "127.0.0.2"  # an address of every Linux host, that nobody who mean
 
 def is_free(port: int) -> Optional[int]:
     """Return None if a service could listen on the port now, else the errno that tells why not."""
-    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::1")):
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::1")):  # noqa: S104
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             # As servers do, so that connections which just ended (TIME_WAIT) do not count as taken.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

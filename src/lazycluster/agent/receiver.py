@@ -14,6 +14,7 @@ from typing import Any, Callable, Deque, List, NamedTuple, Optional, Tuple
 from .sender import COMPARE, NOT_WANTED, WANTED, digest, identity, what_is
 from .stream import (
     ABORT,
+    BATCH,
     DATA,
     DONE,
     END,
@@ -26,6 +27,7 @@ from .stream import (
     SAME,
     START,
     SUMMARY,
+    WINDOW,
     CopyError,
     Stream,
     StreamClosedError,
@@ -146,7 +148,11 @@ class Receiver:
     def _entries(self) -> None:
         self._between_files()
         answer = bytearray()
-        for entry in self._stream.message(list):
+        entries = self._stream.message(list)
+        # A sender that waits for answers, as it should, has no more than these open.
+        if len(entries) > BATCH or len(self._wanted) > WINDOW * BATCH:
+            raise StreamClosedError("more files at once than make sense")
+        for entry in entries:
             kind, name, mtime = entry[0], raw(entry[1]), _within_64_bits(entry[2])
             if self._file_name is not None:
                 # Whatever a single file is called there, it has one name here.

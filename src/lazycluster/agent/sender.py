@@ -12,6 +12,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, 
 from .stream import (
     ABORT,
     BATCH,
+    BATCH_TEXT,
     DATA,
     DONE,
     END,
@@ -141,14 +142,16 @@ class Sender:
         files: List[_File] = []
         # The first ones are small, so that the other side has something to do soon.
         most = _FIRST_BATCH
+        length = 0
         for entry, where in self._folder(path, source) if folder else [(_entry(b"", source), os.path.realpath(path))]:
             entries.append(entry)
             if entry[0] == "f":
                 files.append((where, entry[4]))
                 self._listed += entry[4]
-            if len(entries) == most:
+            length += len(entry[1]) + (len(entry[3]) if entry[0] == "l" else 0)
+            if len(entries) == most or length > BATCH_TEXT:
                 yield entries, files
-                entries, files = [], []
+                entries, files, length = [], [], 0
                 most = min(BATCH, most * 2)
         if entries:
             yield entries, files

@@ -31,6 +31,8 @@ REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR
 #: How many entries a batch has, and how many batches may be unanswered: the answers must fit into 64 KiB.
 BATCH = 768
 WINDOW = 4
+#: How many characters the names of a batch may have together before it is sent.
+BATCH_TEXT = 512 * 1024
 
 #: What LAST carries: size, checksum, mode, modification time in nanoseconds.
 SUMMARY = struct.Struct("!QIIq")
@@ -41,7 +43,7 @@ _IN = 1024 * 1024
 _PIPE = 1024 * 1024
 _F_SETPIPE_SZ = 1031
 _SMALL = 64 * 1024
-_LARGEST = 32 * 1024 * 1024
+_LARGEST = 8 * 1024 * 1024  # a batch whose names are all escaped
 _REPORT_EVERY = 0.1
 
 
@@ -235,7 +237,7 @@ class Stream:
         """Return the payload as a message of the kind that is expected."""
         try:
             message = json.loads(self.payload().decode("ascii"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StreamClosedError("a frame that makes no sense: {}".format(error)) from error
         if not isinstance(message, kind):
             raise StreamClosedError("a frame that makes no sense: {} expected".format(kind.__name__))

@@ -6,7 +6,7 @@ import binascii
 import errno
 import os
 import stat
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from .stream import CopyError
 
@@ -14,6 +14,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNNAMED: int = getattr(os, "O_TMPFILE", 0)
 _FULL = 0o777
 _NO_NAMES = (b"", b".", b"..")
+_DEEPEST = 200  # folders in each other: each holds a descriptor, and a path of the system has 4096 bytes in all
 
 
 def part_name(name: bytes) -> bytes:
@@ -116,7 +117,7 @@ class Tree:
         self.path = root
         self._open: List[Tuple[bytes, int]] = [(b"", os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))]
         self._latest: Optional[bytes] = None
-        self._made: List[Tuple[bytes, int, int]] = []
+        self._made: Dict[bytes, Tuple[int, int]] = {}
         self._unnamed: Optional[bool] = None
 
     @property
@@ -153,6 +154,8 @@ class Tree:
         if any(part in _NO_NAMES for part in parts) or b"\0" in name:
             raise CopyError(self.whole(name), "is refused: such a name could lead out of the destination")
         folders = parts[:-1]
+        if len(folders) > _DEEPEST:
+            raise CopyError(self.whole(name), "is refused: more than {} folders in each other".format(_DEEPEST))
         self._latest = None
         depth = 0
         while depth < len(folders) and depth + 1 < len(self._open) and self._open[depth + 1][0] == folders[depth]:
@@ -191,7 +194,7 @@ class Tree:
                     os.fchmod(fd, stat.S_IMODE(there.st_mode) | 0o700)
                 finally:
                     os.close(fd)
-        self._made.append((name, mode, mtime))
+        self._made[name] = mode, mtime
 
     def link(self, name: bytes, target: bytes, mtime: int) -> None:
         """Make a symbolic link; one that is there, or a file, is replaced."""
@@ -218,7 +221,7 @@ class Tree:
     def settle(self) -> None:
         """Give the folders their modes and times, innermost first. What a folder has beside (setgid) it keeps."""
         while self._made:
-            name, mode, mtime = self._made.pop()
+            name, (mode, mtime) = self._made.popitem()
             try:
                 self._settle(name, mode, mtime)
             except OSError as error:
@@ -241,4 +244,4 @@ class Tree:
 
     def settle_root(self, mode: int, mtime: int) -> None:
         """Have `settle` treat the directory itself, too: it was made for this copy."""
-        self._made.append((b"", mode, mtime))
+        self._made[b""] = mode, mtime

@@ -14,10 +14,12 @@ from collections import deque
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Deque, Iterator, Tuple, Union
+    from typing import Any, Deque, Dict, Iterator, Tuple, Union
 
 HEADER = struct.Struct("!IIB")
 MAX_PAYLOAD = 256 * 1024
+MAX_BYTES = 1024 * 1024  # what a frame of bytes may hold when it comes; what is sent is less
+FROM_AGENT = 8 * 1024 * 1024  # what a message of an agent may hold: the longest tell an environment
 WINDOW = 4 * 1024 * 1024  # bytes of INPUT or OUTPUT that may be under way on a channel before they are consumed
 CREDIT_UNIT = WINDOW // 4  # consumed bytes are reported in portions of this size
 
@@ -28,7 +30,8 @@ CREDIT = 8
 # agent to manager
 STDOUT, STDERR, OUTPUT, EVENT, RESULT = 16, 17, 18, 19, 20
 
-_KINDS = frozenset((REQUEST, INPUT, INPUT_END, CONTROL, CREDIT, STDOUT, STDERR, OUTPUT, EVENT, RESULT))
+_MESSAGES = frozenset((REQUEST, CONTROL, EVENT, RESULT))
+_KINDS = _MESSAGES | {INPUT, INPUT_END, CREDIT, STDOUT, STDERR, OUTPUT}
 
 
 class ProtocolError(Exception):
@@ -45,18 +48,26 @@ def json_frame(channel: int, kind: int, message: Any) -> bytes:
     return frame(channel, kind, json.dumps(message, separators=(",", ":")).encode("ascii"))
 
 
-def loads(payload: bytes) -> Any:
-    """Decode a JSON payload."""
+def loads(payload: bytes) -> Dict[str, Any]:
+    """Decode a message, which is a JSON object.
+
+    Raises:
+        ProtocolError: It is something else.
+    """
     try:
-        return json.loads(payload)
-    except ValueError as error:
+        message = json.loads(payload)
+    except (ValueError, RecursionError) as error:
         raise ProtocolError("a message is not JSON: {}".format(error)) from None
+    if not isinstance(message, dict):
+        raise ProtocolError("a message is not an object, but {!r:.60}".format(message))
+    return message
 
 
 class Decoder:
     """Cuts a stream of bytes into frames.
 
-    JSON frames may be as long as `limit`; they hold environments and lists of paths.
+    Args:
+        limit: The longest message that is taken, in bytes; those of a manager hold programs and environments.
     """
 
     def __init__(self, limit: int = 64 * 1024 * 1024) -> None:
@@ -75,7 +86,7 @@ class Decoder:
         try:
             while end - position >= head:
                 length, channel, kind = HEADER.unpack_from(buffer, position)
-                if kind not in _KINDS or length > self._limit:
+                if kind not in _KINDS or length > (self._limit if kind in _MESSAGES else MAX_BYTES):
                     raise ProtocolError("not a frame: {!r}".format(bytes(buffer[position : position + 64])))
                 if end - position - head < length:
                     break

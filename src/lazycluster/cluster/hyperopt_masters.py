@@ -28,7 +28,7 @@ PROGRAMS = _CLUSTER / "hyperopt_programs"
 PACKAGE = "lazycluster_hyperopt"
 _SERVER = _CLUSTER.parent / "mongo"
 _OURS, _THEIRS = "lazycluster-mongo.sqlite", "WiredTiger"
-_PASSWORD = "lazycluster-password"
+_PASSWORD = "lazycluster-password"  # noqa: S105  (a file's name)
 
 
 @dataclass

@@ -169,7 +169,7 @@ class Collection:
             ["SELECT document FROM entries WHERE indexed = ? AND key >= ? AND key < ?"] * len(prefixes)
         )
         values = [value for prefix in prefixes for value in (index.id, prefix, prefix + b"\xff")]
-        row = self._sql.execute(f"SELECT count(DISTINCT document) FROM ({spans})", values).fetchone()
+        row = self._sql.execute(f"SELECT count(DISTINCT document) FROM ({spans})", values).fetchone()  # noqa: S608
         return int(row[0])
 
     def body(self, row: int) -> bytes | None:

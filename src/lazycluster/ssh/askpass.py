@@ -14,7 +14,7 @@ import socket
 import sys
 
 SOCKET = "LAZYCLUSTER_ASKPASS_SOCKET"
-TOKEN = "LAZYCLUSTER_ASKPASS_TOKEN"
+TOKEN = "LAZYCLUSTER_ASKPASS_TOKEN"  # noqa: S105  (a variable's name)
 TIMEOUT = 600.0
 
 

@@ -49,10 +49,18 @@ class Hello:
 
     @classmethod
     def parse(cls, message: dict[str, Any]) -> Hello:
-        """Make one from the agent's message."""
-        values = {field.name: message[field.name] for field in fields(cls)}
-        values["python"] = tuple(values["python"])
-        return cls(**values)
+        """Make one from the agent's message.
+
+        Raises:
+            ValueError: If it makes no sense.
+        """
+        kinds = {"python": list, "pid": int, "uid": int}
+        values: dict[str, Any] = {field.name: message.get(field.name) for field in fields(cls)}
+        wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
+        python = [part for part in message.get("python") or () if isinstance(part, int)]
+        if wrong or len(python) != 3:
+            raise ValueError(f"the agent says of its host what makes no sense: {', '.join(wrong or ['python'])}")
+        return cls(**{**values, "python": tuple(python)})
 
 
 StateCallback = Callable[[State, str], Any]
@@ -223,6 +231,8 @@ class Connection(abc.ABC):
         self._link.send_soon(payload(self.local, tag))
         try:
             self._hello = Hello.parse(await self._link.hello)
+        except ValueError as error:
+            raise InvalidRuntimeError(self.host, "protocol", str(error)) from None
         except ConnectionLostError:
             status = await process.exited if process.exited.done() else None
             raise StartError("the agent did not start", status) from None
@@ -246,7 +256,7 @@ class Connection(abc.ABC):
             if end >= 0:
                 loop.remove_reader(fd)
                 numbers, _, tag = seen[start + len(mark) : end].decode("ascii", "replace").partition(" ")
-                version = tuple(int(part) for part in numbers.split("."))
+                version = tuple(int(part) for part in numbers.split(".") if part.isdigit())
                 found.set_result((version, tag, bytes(seen[end + 1 :])))
             elif not data or len(seen) > _NOISE_LIMIT:
                 loop.remove_reader(fd)

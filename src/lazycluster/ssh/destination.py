@@ -52,6 +52,8 @@ def parse_destination(text: str) -> Destination:
         raise ValueError(f"{text!r} is not a host: its name begins with '-', which ssh would take for an option")
     if found := _HOSTILE.search(name):
         raise ValueError(f"{text!r} is not a host: its name contains {found.group()!r}")
+    if not name.isprintable():
+        raise ValueError(f"{text!r} is not a host: its name contains characters that cannot be seen")
     return Destination(user or None, name, port)
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from lazycluster.agent import wire
-from lazycluster.exceptions import AgentError, ConnectionLostError
+from lazycluster.exceptions import AgentError, ConnectionLostError, printable
 
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024
+_CRASH = 16 * 1024  # characters of an agent's traceback that are logged
 
 logger = logging.getLogger("lazycluster")
 
@@ -87,12 +88,13 @@ class Channel:
     def received(self, kind: int, payload: bytes) -> None:
         """Handle one frame from the agent."""
         if kind == wire.RESULT:
+            message = wire.loads(payload)  # what is no result leaves the channel to the end of the link
             self._link.forget(self._number)
             if not self._done.done():
-                self._done.set_result(wire.loads(payload))
+                self._done.set_result(message)
             self._more_credit.set()
         elif kind == wire.CREDIT:
-            self._credit += int.from_bytes(payload, "big")
+            self._credit += int.from_bytes(payload[:4], "big")
             self._more_credit.set()
         elif kind == wire.EVENT:
             if self._event is not None:
@@ -129,7 +131,7 @@ class AgentLink:
         self._in, self._out = fd_in, fd_out
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
-        self._decoder = wire.Decoder()
+        self._decoder = wire.Decoder(wire.FROM_AGENT)
         self._channels: dict[int, Channel] = {}
         self._next = 1
         self._outbox = wire.Outbox()
@@ -239,7 +241,7 @@ class AgentLink:
         elif number == 0 and kind == wire.EVENT:
             message = wire.loads(payload)
             if "crash" in message:
-                logger.error("%s: the agent has crashed:\n%s", self.host, message["crash"])
+                logger.error("%s: the agent has crashed:\n%s", self.host, printable(str(message["crash"])[-_CRASH:]))
             elif not self.hello.done():
                 self.hello.set_result(message)
 

@@ -22,7 +22,7 @@ from lazycluster.agent.files import destination, source
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
 from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
-from lazycluster.exceptions import LazyclusterError
+from lazycluster.exceptions import LazyclusterError, printable
 
 from .streams import HostConnection, Pool, hang_up
 
@@ -75,7 +75,7 @@ class TransferError(LazyclusterError, OSError):
         # Names may hold anything: what a terminal cannot show is shown escaped.
         path = self.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         path = path if path.isprintable() else repr(path)
-        message = f"{self.host}: cannot copy: {path} on {where}: {self.strerror}"
+        message = f"{self.host}: cannot copy: {path} on {where}: {printable(str(self.strerror))}"
         return f"{message}\n  Next step: {self.hint}" if self.hint else message
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -183,7 +183,7 @@ async def get(
     def place(folder: bool, name: bytes) -> tuple[bytes, bytes | None, bool]:
         # The host chooses a name only where the path that was asked for has none.
         plain = asked not in (b"", b".", b"..") and b"$" not in asked and not asked.startswith(b"~")
-        return destination(local, here, {}, folder, asked if plain else name)
+        return destination(local, here, {}, folder, asked if plain else name, chosen=not plain and name != asked)
 
     def copy(stream: Stream, tally: Tally) -> str:
         return os.fsdecode(Receiver(stream, place, tally).run())

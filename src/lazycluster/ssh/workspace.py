@@ -14,6 +14,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from lazycluster.agent.bootstrap import is_safe
+
 from .local import LocalConnection
 from .prompts import Prompter
 
@@ -110,11 +112,11 @@ async def acquire() -> Workspace:
 
 def private_directory() -> str:
     """Make a directory for this user only, with a path short enough for sockets."""
-    places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp"]
+    places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp"]  # noqa: S108
     errors = []
     for place in places:
         try:
-            if place and len(os.fsencode(place)) <= _LONGEST:
+            if place and len(os.fsencode(place)) <= _LONGEST and is_safe(place):
                 return tempfile.mkdtemp(prefix="lazycluster-", dir=place)
         except OSError as error:
             errors.append(str(error))
