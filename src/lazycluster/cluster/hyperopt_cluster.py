@@ -8,170 +8,28 @@ anything on the hosts.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from .exceptions import ClusterError
-from .hyperopt_masters import (
-    PACKAGE,
-    PROGRAMS,
-    EmbeddedMongoLauncher,
-    HyperoptSettings,
-    LocalMongoLauncher,
-    default_launcher,
-    make_directory,
-)
-from .hyperopt_programs import compat, messages, trials
+from .hyperopt_masters import EmbeddedMongoLauncher, LocalMongoLauncher, default_launcher
+from .hyperopt_programs import compat, trials
 from .hyperopt_progress import SearchProgress, progress_of
+from .hyperopt_settings import HyperoptSettings, checked_name, checked_seconds, database, make_directory
+from .hyperopt_workers import SOFTWARE, RoundRobinLauncher
 from .runtime_cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
-from .services import Program, Service, Source
-from .versions import Software
-from .workers import ServiceWorkerLauncher, Worker
 
 if TYPE_CHECKING:
     from hyperopt.mongoexp import MongoTrials
 
     from lazycluster.runtime_mgmt import RuntimeGroup
 
-    from .places import Place
-
 __all__ = ["EmbeddedMongoLauncher", "HyperoptCluster", "LocalMongoLauncher", "RoundRobinLauncher", "SearchProgress"]
 
 logger = logging.getLogger("lazycluster")
 
 CheckVersions = Literal["error", "warn", "ignore"]
-
-_SOFTWARE = Software("HyperoptCluster", "hyperopt", ("hyperopt", "pymongo"), ("hyperopt", "cloudpickle"))
-_ANSWER_LIMIT = 5000  # milliseconds
-
-
-class RoundRobinLauncher(ServiceWorkerLauncher):
-    """Starts Hyperopt workers on the hosts in turn, each of them supervised.
-
-    Args:
-        runtime_group: The group where the workers will be started.
-        dbname: The name of the database.
-        poll_interval: Seconds between two looks of an idle worker for a trial, at most.
-
-    Raises:
-        ValueError: If the name is empty, or the interval is not a positive number.
-    """
-
-    RESTARTS = 20
-    """How often a worker that dies is started again within minutes. An objective does not make it die."""
-
-    def __init__(self, runtime_group: RuntimeGroup, dbname: str, poll_interval: float) -> None:
-        super().__init__(runtime_group)
-        self.hyperopt = HyperoptSettings(dbname=checked_name(dbname), poll_interval=checked_interval(poll_interval))
-        self._putting_back: list[threading.Thread] = []
-        self._master: int | None = None
-
-    def program(self, place: Place) -> Program:
-        """The program of a worker."""
-        source = Source(PROGRAMS, "worker", PACKAGE)
-        return Program("hyperopt-worker", source=source, marker=messages.MARKER, restarts=self.RESTARTS)
-
-    async def greet(self, workers: Sequence[Worker]) -> None:
-        """Check the software of the hosts, before anything listens."""
-        await _SOFTWARE.check_workers(workers, self.hyperopt.check_versions, messages.versions())
-
-    def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
-        """What a worker is told."""
-        shared = self.hyperopt
-        special = {"name": worker.name, "poll_interval": shared.poll_interval, "exp_key": shared.exp_key}
-        return {**shared.login(master_port), **special}
-
-    def start(
-        self, worker_count: int, master_port: int, ports: list[int] | None = None, debug: bool = True
-    ) -> list[int]:
-        """Start workers in the group.
-
-        Args:
-            worker_count: How many.
-            master_port: The port of the database.
-            ports: Without use: workers listen on no port.
-            debug: Whether the output of the workers is printed as it comes.
-
-        Returns:
-            `ports`, as they were given.
-
-        Raises:
-            ClusterError: If a worker does not start; the message has its output.
-        """
-        self._master = master_port
-        return super().start(worker_count, master_port, list(ports or []), debug)
-
-    # --- workers that have gone for good -------------------------------------------------------
-    def changed(self, service: Service) -> None:
-        """Put the trial of a worker that is not started again back into the queue. For the event loop's thread."""
-        if service.state != "failed" or self._master is None:
-            return
-        for worker in [*self.workers, *self._prepared]:
-            if worker.service is service:
-                arguments = (worker.name, self._master)
-                thread = threading.Thread(
-                    target=self._put_back, args=arguments, name="lazycluster-put-back", daemon=True
-                )
-                self._putting_back.append(thread)
-                thread.start()
-
-    def _put_back(self, name: str, port: int) -> None:
-        from pymongo.errors import PyMongoError
-
-        try:
-            with database(self.hyperopt, port) as found:
-                number = trials.put_back(found.jobs, name, f"the worker {name} has gone")
-        except PyMongoError as error:
-            logger.error("the trials of %s could not be put back: %s", name, error)
-        else:
-            logger.warning("%s has gone; %d of its trials are put back into the queue", name, number)
-
-    def cleanup(self) -> None:
-        """End the workers. Doing it again does nothing."""
-        self._master = None  # what ends from now on ends because it is to
-        for thread in self._putting_back:
-            thread.join()
-        self._putting_back.clear()
-        super().cleanup()
-
-
-@contextlib.contextmanager
-def database(settings: HyperoptSettings, port: int) -> Iterator[Any]:
-    """Connect to the database of a cluster, for a moment."""
-    from pymongo import MongoClient
-
-    url = settings.url(port, "mongodb") + "?authSource=admin"
-    client: Any = MongoClient(url, serverSelectionTimeoutMS=_ANSWER_LIMIT, directConnection=True)
-    try:
-        yield client[settings.dbname]
-    finally:
-        client.close()
-
-
-def checked_name(name: str) -> str:
-    """Return the name of a database.
-
-    Raises:
-        ValueError: If it cannot be one.
-    """
-    if not isinstance(name, str) or not name or len(name) > 63 or set(name) & set('/\\. "$*<>:|?@#%\0'):
-        raise ValueError(f'dbname must be a name of at most 63 characters without /\\. "$*<>:|?@#%, not {name!r}')
-    return name
-
-
-def checked_interval(interval: float) -> float:
-    """Return an interval in seconds.
-
-    Raises:
-        ValueError: If it cannot be one.
-    """
-    if isinstance(interval, bool) or not isinstance(interval, (int, float)) or not 0 < interval < 3600:
-        raise ValueError(f"the poll interval must be a positive number of seconds, not {interval!r}")
-    return float(interval)
 
 
 class HyperoptCluster(MasterWorkerCluster):
@@ -194,6 +52,7 @@ class HyperoptCluster(MasterWorkerCluster):
         dbname: The name of the database.
         worker_poll_intervall: Seconds between two looks of an idle worker for a trial, at most.
         exp_key: The only search whose trials the workers take; by default all.
+        lease: Seconds after which the trial of a worker that is not heard of any more is put back.
         min_workers: How many workers must be there for a start to succeed; by default all.
         check_versions: What happens if Python, hyperopt or cloudpickle of a host do not match the manager's:
             ``error``, ``warn`` or ``ignore``.
@@ -223,6 +82,7 @@ class HyperoptCluster(MasterWorkerCluster):
         worker_poll_intervall: float = 0.1,
         *,
         exp_key: str | None = None,
+        lease: float = 30.0,
         min_workers: int | None = None,
         check_versions: CheckVersions = "error",
     ) -> None:
@@ -230,14 +90,16 @@ class HyperoptCluster(MasterWorkerCluster):
             raise ValueError(f"check_versions must be 'error', 'warn' or 'ignore', not {check_versions!r}")
         self._hyperopt = HyperoptSettings(
             dbname=checked_name(dbname),
-            poll_interval=checked_interval(worker_poll_intervall),
+            poll_interval=checked_seconds(worker_poll_intervall, "the poll interval"),
             exp_key=exp_key,
             check_versions=check_versions,
+            lease=checked_seconds(lease, "lease"),
         )
         if dbpath is not None:
             self._hyperopt.dbpath = Path(dbpath).expanduser().absolute()
-        _SOFTWARE.check_manager()
+        SOFTWARE.check_manager()
         compat.load()
+        compat.no_workers = ClusterError
         make_directory(self._hyperopt.dbpath)
         if isinstance(worker_launcher, type) and issubclass(worker_launcher, RoundRobinLauncher):
             worker_launcher = worker_launcher(runtime_group, dbname, worker_poll_intervall)
@@ -295,6 +157,7 @@ class HyperoptCluster(MasterWorkerCluster):
                 found.jobs.create_index([("state", 1), ("exp_key", 1)])
                 # hyperopt takes numbers for trials from here; it waits for a second if it is the first to do so.
                 found.job_ids.update_one({"a": 0}, {"$setOnInsert": {"last_id": 0}}, upsert=True)
+                compat.tell_problem(found, None)
                 number = trials.put_back(found.jobs, None, "the cluster was ended")
             if number:
                 logger.info("%d unfinished trials are put back into the queue", number)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazycluster.utils import Environment
-
 from .exceptions import MasterStartError
 from .hyperopt_programs import messages
+from .hyperopt_settings import HyperoptSettings, make_directory
 from .launchers import ServiceMasterLauncher
 from .process import MasterProcess
 from .services import Program, Service, Source
@@ -21,58 +18,15 @@ from .services import Program, Service, Source
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
 
-__all__ = ["EmbeddedMongoLauncher", "HyperoptSettings", "LocalMongoLauncher"]
+__all__ = ["EmbeddedMongoLauncher", "LocalMongoLauncher"]
 
 _CLUSTER = Path(__file__).parent
 PROGRAMS = _CLUSTER / "hyperopt_programs"
 PACKAGE = "lazycluster_hyperopt"
+SHARED = (_CLUSTER.parent / "agent" / "localmodules.py",)
 _SERVER = _CLUSTER.parent / "mongo"
 _OURS, _THEIRS = "lazycluster-mongo.sqlite", "WiredTiger"
 _PASSWORD = "lazycluster-password"  # noqa: S105  (a file's name)
-
-
-@dataclass
-class HyperoptSettings:
-    """What the parts of one cluster have in common.
-
-    Attributes:
-        dbpath: The directory of the database.
-        dbname: The name of the database.
-        poll_interval: Seconds between two looks of an idle worker for a trial, at most.
-        exp_key: The only search whose trials the workers take; None: all.
-        check_versions: What happens if a host's software does not match.
-        user: Who logs in. hyperopt looks for this one, and no other, in the database ``admin``.
-        password: The password, made anew for each cluster.
-    """
-
-    dbpath: Path = field(default_factory=lambda: Path(Environment.main_directory) / "mongodb")
-    dbname: str = "hyperopt"
-    poll_interval: float = 0.1
-    exp_key: str | None = None
-    check_versions: str = "error"
-    user: str = "hyperopt"
-    password: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
-
-    def url(self, port: int, scheme: str = "mongo") -> str:
-        """Return the address of the database, password included."""
-        return f"{scheme}://{self.user}:{self.password}@{messages.LOOPBACK}:{port}/{self.dbname}"
-
-    def login(self, port: int) -> dict[str, Any]:
-        """Return what our own programs log in with."""
-        return {"port": port, "dbname": self.dbname, "user": self.user, "password": self.password}
-
-
-def make_directory(path: Path) -> None:
-    """Make the directory of a database if it is missing; only its owner can read it.
-
-    Raises:
-        PermissionError: If that is not allowed.
-        OSError: If it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except PermissionError as error:
-        raise PermissionError(error.errno, f"the directory of the database cannot be made: {path}") from None
 
 
 def default_launcher(dbpath: Path) -> type[EmbeddedMongoLauncher | LocalMongoLauncher]:

@@ -36,15 +36,17 @@ class Source:
         directory: The directory with the modules.
         module: The module whose function ``main`` is called.
         package: The name of the package that they form where they run.
+        shared: Modules from elsewhere that become part of the package.
     """
 
     directory: Path
     module: str
     package: str
+    shared: tuple[Path, ...] = ()
 
     def message(self) -> dict[str, Any]:
         """Return it as the agent wants it."""
-        files = {path.name: path.read_text("utf-8") for path in sorted(self.directory.glob("*.py"))}
+        files = {path.name: path.read_text("utf-8") for path in [*sorted(self.directory.glob("*.py")), *self.shared]}
         return {"package": self.package, "module": self.module, "files": files}
 
 

@@ -20,6 +20,9 @@ _PATIENCE = 60.0  # seconds that one waits for a server that is being started ag
 _clients: dict[tuple[Any, ...], Any] = {}
 _connecting = threading.Lock()
 _loaded = False
+_DONE = 2  # as in hyperopt.base
+no_workers: Callable[[str], Exception] = RuntimeError
+"""The error of a search whose trials nobody will evaluate."""
 
 
 def load() -> Any:
@@ -41,6 +44,7 @@ def load() -> Any:
         _give_back_methods()
         mongoexp.connection_with_tunnel = functools.partial(_connect, mongoexp.connection_with_tunnel)
         _make_patient(mongoexp.MongoTrials)
+        _make_watchful(mongoexp.MongoTrials)
         _take_numpy_booleans(base, mongoexp)
     return mongoexp
 
@@ -198,6 +202,33 @@ def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
         return patient(lambda: method(*arguments, **options))
 
     return call
+
+
+def _make_watchful(trials: Any) -> None:
+    """Have a search end with an error when nobody is left who could evaluate its trials."""
+    counted = trials.count_by_state_unsynced
+
+    @functools.wraps(counted)
+    def count_by_state_unsynced(self: Any, arg: Any) -> Any:
+        number = counted(self, arg)
+        problem = told_problem(self.handle.db) if number and arg != _DONE else None
+        if problem:
+            raise no_workers(problem)
+        return number
+
+    trials.count_by_state_unsynced = count_by_state_unsynced
+
+
+def tell_problem(database: Any, problem: str | None) -> None:
+    """Note why no trial will be evaluated any more; None: because they are, all is well."""
+    database.lazycluster.update_one({"_id": "workers"}, {"$set": {"problem": problem}}, upsert=True)
+
+
+def told_problem(database: Any) -> str | None:
+    """Return why no trial will be evaluated any more, None if they are."""
+    found = patient(lambda: database.lazycluster.find_one({"_id": "workers"})) or {}
+    problem: str | None = found.get("problem")
+    return problem
 
 
 def _take_numpy_booleans(base: Any, mongoexp: Any) -> None:

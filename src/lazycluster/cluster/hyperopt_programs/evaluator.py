@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shutil
 import sys
 import time
 import traceback
+import types
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import compat, messages, trials
+from . import compat, messages, objectives, trials
 
 mongoexp = compat.load()
 from pymongo.errors import ConnectionFailure  # noqa: E402  (compat says first what is missing)
 
 _SOON = 0.005  # seconds; after a trial the next one usually comes at once
 _URL = "MONGO_CONNECTION_URL"
+
+
+mongoexp.pickler = types.SimpleNamespace(loads=objectives.loads, dump=mongoexp.pickler.dump)
+
+
+class TrialLostError(Exception):
+    """A trial is not ours any more."""
 
 
 class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
@@ -35,11 +44,26 @@ class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
     def create_indexes(self) -> None:
         """Do nothing: the manager has made them, and this is called for each trial."""
 
-    def update(self, doc: Any, dct: Any, *arguments: Any, **options: Any) -> Any:
-        """Change a trial; the text of an error may have characters that cannot be stored as they are."""
-        if "error" in dct:
+    def update(self, doc: Any, dct: Any, collection: Any = None, do_sanity_checks: bool = True) -> Any:
+        """Change a trial; the server refuses it if the trial was put back, and is somebody else's by now.
+
+        Raises:
+            TrialLostError: If so.
+        """
+        if "error" in dct:  # its text may have characters that cannot be stored as they are
             dct = {**dct, "error": [trials.encodable(str(part)) for part in dct["error"]]}
-        return super().update(doc, dct, *arguments, **options)
+        if self.current is None or doc.get("_id") != self.current["_id"]:
+            return super().update(doc, dct, collection, do_sanity_checks)
+        version = doc["version"] + 1
+        changes = {**copy.deepcopy({name: dct[name] for name in dct if name != "_id"}), "version": version}
+        mine = {"_id": doc["_id"], "owner": self.owner[1]}
+        query = {**mine, "version": doc["version"]}
+        result = compat.patient(lambda: self.jobs.update_one(query, {"$set": changes}))
+        # Else it may have been carried out, and only the answer to a first attempt was lost.
+        if not result.matched_count and not self.jobs.find_one({**mine, "version": version}, projection=["_id"]):
+            raise TrialLostError(f"trial {doc['tid']} was put back: this worker was not heard of for too long")
+        doc.update(changes)
+        return doc
 
     def reserve(self, host_id: Any, cond: Any = None, exp_key: str | None = None) -> Any:
         """Take a trial, and wait for one if there is none."""
@@ -61,6 +85,7 @@ class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
     def _take(self, query: dict[str, Any]) -> Any:
         moment = trials.now()
         booking = {"owner": list(self.owner), "book_time": moment, "refresh_time": moment, "state": trials.RUNNING}
+        booking["lease"] = 0
         return self.jobs.find_one_and_update(query, {"$set": booking}, return_document=True)
 
     def _mine(self) -> Any:
@@ -83,7 +108,7 @@ def serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: i
         settings: What the manager said.
         owner: The name of this process, which no other one has.
         left: Whose trials are to be put back first, why, and whether they have failed for good.
-        writing: Where to say that everything is ready.
+        writing: Where to say that everything is ready, and if the database cannot be reached any more.
     """
     jobs, url = connect(settings)
     jobs.owner = (settings["name"], owner)
@@ -92,11 +117,14 @@ def serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: i
     root = Path(os.environ["LAZYCLUSTER_SCRATCH"], "trials")
     worker = mongoexp.MongoWorker(jobs, settings["poll_interval"], exp_key=settings["exp_key"], logfilename=None)
     messages.emit("ready", name=settings["name"])
-    os.write(writing, b"r")
-    os.close(writing)
-    while True:
-        _clear(root)
-        _evaluate_one(worker, jobs, owner)
+    os.write(writing, messages.READY)
+    try:
+        while True:
+            _clear(root)
+            _evaluate_one(worker, jobs, owner)
+    except ConnectionFailure:
+        os.write(writing, messages.CUT_OFF)
+        raise
 
 
 def _clear(root: Path) -> None:
@@ -114,12 +142,15 @@ def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
         traceback.print_exc()
         # Not the objective's fault: the trial is evaluated again.
         compat.patient(lambda: trials.put_back(jobs.jobs, owner, "the connection to the database broke"))
+    except TrialLostError as lost:
+        print(f"lazycluster: {lost}", file=sys.stderr, flush=True)  # noqa: T201
+        _remove_scratch(jobs.current)
     except BaseException as raised:  # noqa: BLE001 - an objective that ends its interpreter has failed like any other
         error = raised
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)  # noqa: T201
-        trial = jobs.current
-        if trial is not None:
+        if jobs.current is not None:
+            trial = jobs.current
             compat.patient(lambda: trials.fail(jobs.jobs, trial, owner, error, text))
             _remove_scratch(trial)
 

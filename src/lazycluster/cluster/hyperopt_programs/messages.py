@@ -9,6 +9,7 @@ from typing import Any
 
 MARKER = "\x1elazycluster "
 LOOPBACK = "127.0.0.1"
+READY, CUT_OFF = b"r", b"c"  # what the process that evaluates trials says to the one that watches it
 PACKAGES = ("hyperopt", "pymongo", "cloudpickle", "numpy")
 
 

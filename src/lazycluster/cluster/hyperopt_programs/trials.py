@@ -8,6 +8,9 @@ from typing import Any
 NEW, RUNNING, DONE, ERROR = 0, 1, 2, 3  # as in hyperopt.base
 MOST_ATTEMPTS = 3
 """How often a trial is put back before it counts as failed: it may be what kills the workers."""
+BEATS = 6
+"""How often a lease is renewed, and looked at, within the time that it lasts."""
+_KEPT = ["version", "attempts"]
 
 
 def now() -> datetime.datetime:
@@ -19,7 +22,7 @@ def now() -> datetime.datetime:
 def put_back(jobs: Any, owner: str | None, reason: str, final: bool = False) -> int:
     """Put trials that nobody works on any more back into the queue.
 
-    Their version is increased, by which the server refuses whatever their old owner may still want to write.
+    They have no owner then: the server refuses whatever the old one may still want to write.
 
     Args:
         jobs: The collection of trials.
@@ -33,19 +36,30 @@ def put_back(jobs: Any, owner: str | None, reason: str, final: bool = False) -> 
     query: dict[str, Any] = {"state": RUNNING}
     if owner is not None:
         query["owner"] = owner
-    changed = 0
-    for trial in list(jobs.find(query, projection=["version", "attempts"])):
-        guard = {"_id": trial["_id"], "version": trial["version"], "state": RUNNING}
-        # That the manager was ended is no trial's fault.
-        attempts = trial.get("attempts", 0) + (owner is not None)
-        if final or attempts > MOST_ATTEMPTS:
-            text = reason if final else f"{reason}; this was attempt {attempts}"
-            changes = {"state": ERROR, "error": ["WorkerDied", text], "refresh_time": now()}
-        else:
-            changes = {"state": NEW, "owner": None, "book_time": None, "attempts": attempts}
-        result = jobs.update_one(guard, {"$set": changes, "$inc": {"version": 1}})
-        changed += result.modified_count
-    return changed
+    # That the manager was ended is no trial's fault.
+    counts = owner is not None
+    return sum(_put_back(jobs, trial, {}, reason, final, counts) for trial in list(jobs.find(query, projection=_KEPT)))
+
+
+def leased(jobs: Any) -> list[Any]:
+    """Return what the leases of all trials that are being evaluated look like."""
+    return list(jobs.find({"state": RUNNING, "lease": {"$exists": True}}, projection=[*_KEPT, "owner", "lease"]))
+
+
+def expire(jobs: Any, trial: Any, reason: str) -> bool:
+    """Put a trial back whose lease has ended, unless it was renewed meanwhile; tells whether it was not."""
+    return _put_back(jobs, trial, {"lease": trial["lease"]}, reason, False, True)
+
+
+def _put_back(jobs: Any, trial: Any, guard: dict[str, Any], reason: str, final: bool, counts: bool) -> bool:
+    guard = {"_id": trial["_id"], "version": trial["version"], "state": RUNNING, **guard}
+    attempts = trial.get("attempts", 0) + counts
+    if final or attempts > MOST_ATTEMPTS:
+        text = reason if final else f"{reason}; this was attempt {attempts}"
+        changes = {"state": ERROR, "error": ["WorkerDied", text], "refresh_time": now()}
+    else:
+        changes = {"state": NEW, "owner": None, "book_time": None, "attempts": attempts}
+    return bool(jobs.update_one(guard, {"$set": changes, "$inc": {"version": 1}}).modified_count)
 
 
 def fail(jobs: Any, trial: Any, owner: str, error: BaseException, traceback: str) -> None:

@@ -1,0 +1,102 @@
+"""What the parts of a Hyperopt cluster have in common, and how they get at its database."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lazycluster.utils import Environment
+
+from .hyperopt_programs import messages
+
+_ANSWER_LIMIT = 5000  # milliseconds
+
+
+@dataclass
+class HyperoptSettings:
+    """What the parts of one cluster have in common.
+
+    Attributes:
+        dbpath: The directory of the database.
+        dbname: The name of the database.
+        poll_interval: Seconds between two looks of an idle worker for a trial, at most.
+        exp_key: The only search whose trials the workers take; None: all.
+        check_versions: What happens if a host's software does not match.
+        lease: Seconds without a sign of life after which the trials of a worker are put back.
+        user: Who logs in. hyperopt looks for this one, and no other, in the database ``admin``.
+        password: The password, made anew for each cluster.
+    """
+
+    dbpath: Path = field(default_factory=lambda: Path(Environment.main_directory) / "mongodb")
+    dbname: str = "hyperopt"
+    poll_interval: float = 0.1
+    exp_key: str | None = None
+    check_versions: str = "error"
+    lease: float = 30.0
+    user: str = "hyperopt"
+    password: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+
+    def url(self, port: int, scheme: str = "mongo") -> str:
+        """Return the address of the database, password included."""
+        return f"{scheme}://{self.user}:{self.password}@{messages.LOOPBACK}:{port}/{self.dbname}"
+
+    def login(self, port: int) -> dict[str, Any]:
+        """Return what our own programs log in with."""
+        return {"port": port, "dbname": self.dbname, "user": self.user, "password": self.password}
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory of a database if it is missing; only its owner can read it.
+
+    Raises:
+        PermissionError: If that is not allowed.
+        OSError: If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"the directory of the database cannot be made: {path}") from None
+
+
+def checked_name(name: str) -> str:
+    """Return the name of a database.
+
+    Raises:
+        ValueError: If it cannot be one.
+    """
+    if not isinstance(name, str) or not name or len(name) > 63 or set(name) & set('/\\. "$*<>:|?@#%\0'):
+        raise ValueError(f'dbname must be a name of at most 63 characters without /\\. "$*<>:|?@#%, not {name!r}')
+    return name
+
+
+def checked_seconds(interval: float, what: str) -> float:
+    """Return a time in seconds.
+
+    Raises:
+        ValueError: If it cannot be one.
+    """
+    if isinstance(interval, bool) or not isinstance(interval, (int, float)) or not 0 < interval < 3600:
+        raise ValueError(f"{what} must be a positive number of seconds, not {interval!r}")
+    return float(interval)
+
+
+def connect(settings: HyperoptSettings, port: int) -> Any:
+    """Return a client of the database of a cluster, to be closed."""
+    from pymongo import MongoClient
+
+    url = settings.url(port, "mongodb") + "?authSource=admin"
+    return MongoClient(url, serverSelectionTimeoutMS=_ANSWER_LIMIT, directConnection=True)
+
+
+@contextlib.contextmanager
+def database(settings: HyperoptSettings, port: int) -> Iterator[Any]:
+    """Connect to the database of a cluster, for a moment."""
+    client = connect(settings, port)
+    try:
+        yield client[settings.dbname]
+    finally:
+        client.close()
