@@ -293,36 +293,6 @@ def test_a_search_is_resumed(tmp_path: Path) -> None:
         cluster.mongo_url  # noqa: B018
 
 
-def test_a_host_is_powered_off(make_hosts: Callable[..., Any], tmp_path: Path) -> None:
-    hosts = make_hosts(2)
-
-    def objective(x: float) -> float:
-        mark = Path(os.environ["WORKING_DIR"], "stuck")
-        if os.uname().nodename == victim:
-            mark.touch()
-            time.sleep(60)
-        time.sleep(0.02)
-        return x
-
-    with ssh_group(hosts) as group, HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
-        cluster.start()
-        victim = group.runtimes[1].call(lambda: os.uname().nodename)
-        stuck = group.runtimes[1].call(lambda: os.environ["WORKING_DIR"]) + "/stuck"
-        off = _later(0, lambda: _power_off_when(group.runtimes[1], stuck, list(hosts)[1]))
-        documents = _search(cluster, objective, "off", 8)
-        off.join()
-        assert _states(documents) == {DONE: 8}
-        assert sum(document.get("attempts", 0) for document in documents) == 1
-
-
-def _power_off_when(runtime: Any, path: str, host: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not runtime.call(os.path.exists, path):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    host.power_off()
-
-
 def test_missing_software_is_an_error_before_anything_starts(hosts: Any, tmp_path: Path) -> None:
     with (
         connect(hosts.config_file, ["host1"], python="/usr/bin/python3") as group,

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .hyperopt_programs import trials
+from .hyperopt_programs import compat, trials
 
 _WANTED = ["state", "owner", "book_time", "refresh_time", "result.loss", "result.status"]
 
@@ -23,6 +23,7 @@ class SearchProgress:
         best_loss: The smallest loss so far, None if there is none.
         per_minute: Trials that ended per minute, from the first one's start to the last one's end.
         per_worker: Trials that ended, by worker.
+        problem: Why no trial is evaluated any more, None if they are.
     """
 
     done: int
@@ -32,12 +33,13 @@ class SearchProgress:
     best_loss: float | None
     per_minute: float
     per_worker: dict[str, int]
+    problem: str | None = None
 
     def __str__(self) -> str:
         best = "" if self.best_loss is None else f", best loss {self.best_loss:g}"
         return (
             f"{self.done} done, {self.running} running, {self.waiting} waiting, {self.failed} failed{best}, "
-            f"{self.per_minute:.1f} per minute"
+            f"{self.per_minute:.1f} per minute" + (f"; {self.problem}" if self.problem else "")
         )
 
 
@@ -72,4 +74,5 @@ def progress_of(jobs: Any, exp_key: str | None) -> SearchProgress:
         min(losses, default=None),
         60 * len(times) / max(seconds, 0.001) if times else 0.0,
         dict(workers),
+        compat.told_problem(jobs.database),
     )

@@ -45,6 +45,7 @@ def load() -> Any:
         mongoexp.connection_with_tunnel = functools.partial(_connect, mongoexp.connection_with_tunnel)
         _make_patient(mongoexp.MongoTrials)
         _make_watchful(mongoexp.MongoTrials)
+        _keep_attachments_readable(mongoexp.MongoTrials)
         _take_numpy_booleans(base, mongoexp)
     return mongoexp
 
@@ -229,6 +230,40 @@ def told_problem(database: Any) -> str | None:
     found = patient(lambda: database.lazycluster.find_one({"_id": "workers"})) or {}
     problem: str | None = found.get("problem")
     return problem
+
+
+def _keep_attachments_readable(trials: Any) -> None:
+    """Have an attachment replaced without a moment in which there is none.
+
+    A search that is resumed replaces the objective while workers evaluate what was left of it.
+    """
+    from gridfs.errors import CorruptGridFile
+
+    original = trials.attachments.fget
+
+    def attachments(self: Any) -> Any:
+        found = original(self)
+        files = self.handle.gfs
+        query = {"exp_key": self._exp_key} if self._exp_key else {}
+        get = type(found).__getitem__
+
+        def getitem(self: Any, name: str) -> Any:
+            try:
+                return get(self, name)
+            except CorruptGridFile:  # it was being replaced
+                return get(self, name)
+
+        def setitem(self: Any, name: str, value: Any) -> None:
+            old = [file._id for file in files.find({"filename": name, **query})]
+            files.put(value, filename=name, encoding="utf-8", **query)
+            for number in old:
+                files.delete(number)
+
+        kind = type(found)  # hyperopt makes one each time
+        kind.__getitem__, kind.__setitem__ = getitem, setitem
+        return found
+
+    trials.attachments = property(attachments)
 
 
 def _take_numpy_booleans(base: Any, mongoexp: Any) -> None:
