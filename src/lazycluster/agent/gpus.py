@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from .session import Channel
 
     Survey = Callable[[List[Dict[str, Any]], str], Any]
+    _Key = Tuple[Optional[str], ...]
 
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 BUSY_MEMORY = 512  # MB; a driver, or a desktop, needs less for itself
 _LIMIT = 20.0  # seconds for all that is asked; without its persistence mode, a driver starts anew each time
+_FRESH = 2.0  # seconds for which an answer holds: the steps of one start ask the same
 _MOST = 1 << 20  # bytes of an answer
 _FIELDS = "index,name,uuid,memory.total,memory.used,utilization.gpu,driver_version"
 _NAMES = ("index", "name", "uuid", "memory", "memory_used", "utilization", "driver_version")
@@ -41,7 +43,8 @@ class _State:
 
     def __init__(self) -> None:
         self.owners: Dict[str, str] = {}  # a GPU's identity -> who was given it
-        self.surveys: Dict[Tuple[Optional[str], ...], _Survey] = {}
+        self.surveys: Dict[_Key, _Survey] = {}
+        self.answers: Dict[_Key, Tuple[float, List[Dict[str, Any]], str]] = {}
         self.stuck: List[_Program] = []  # calls of nvidia-smi that do not even end when they are killed
 
 
@@ -97,9 +100,9 @@ class _Program(Process):
 class _Survey:
     """One look at the GPUs of the host, for all who ask meanwhile."""
 
-    def __init__(self, state: _State, loop: Loop, env: Dict[str, str], users: bool, forget: Callable[[], Any]) -> None:
+    def __init__(self, state: _State, loop: Loop, env: Dict[str, str], users: bool, key: _Key) -> None:
         self.waiting: List[Survey] = []
-        self._state, self._loop, self._env, self._users, self._forget = state, loop, env, users, forget
+        self._state, self._loop, self._env, self._users, self._key = state, loop, env, users, key
         self._deadline = time.monotonic() + _LIMIT
         self._gpus: List[Dict[str, Any]] = []
 
@@ -152,10 +155,10 @@ class _Survey:
         self._done("" if status == 0 else "who uses the GPUs cannot be told: " + _why(status, text))
 
     def _done(self, problem: str) -> None:
-        self._forget()
         gpus, unusable = visible(self._gpus, self._env.get(VISIBLE))
-        if unusable and not problem:
-            problem = unusable
+        problem = problem or unusable
+        del self._state.surveys[self._key]
+        self._state.answers[self._key] = time.monotonic(), gpus, problem
         waiting, self.waiting = self.waiting, []
         for then in waiting:
             then([dict(gpu) for gpu in gpus], problem)
@@ -254,13 +257,15 @@ def survey(channel: Channel, env: Dict[str, str], users: bool, then: Survey) -> 
     """
     state = _state_of(channel)
     key = (env.get("PATH"), env.get(VISIBLE), "users" if users else None)
-    known = state.surveys.get(key)
-    if known is None:
-        known = state.surveys[key] = _Survey(state, channel.loop, env, users, lambda: state.surveys.pop(key, None))
-        known.waiting.append(then)
-        known.start()
+    when, gpus, problem = state.answers.get(key, (-_FRESH, [], ""))
+    if time.monotonic() - when < _FRESH:
+        then([dict(gpu) for gpu in gpus], problem)
+    elif key in state.surveys:
+        state.surveys[key].waiting.append(then)
     else:
-        known.waiting.append(then)
+        started = state.surveys[key] = _Survey(state, channel.loop, env, users, key)
+        started.waiting.append(then)
+        started.start()
 
 
 # --- who gets which ------------------------------------------------------------------------------
@@ -284,6 +289,7 @@ class Share:
         """Let others have them. Doing it again does nothing."""
         for gpu in self.gpus:
             self._state.owners.pop(_identity(gpu), None)
+        self._state.answers.clear()  # that they were busy is not true any more
         self.gpus = []
 
 

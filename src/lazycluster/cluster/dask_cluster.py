@@ -164,9 +164,10 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             "security": dask.security("worker"),
             "name": worker.name,
             "siblings": worker.siblings,
-            "nthreads": dask.nthreads,
+            # Tasks that share a GPU share its memory: as elsewhere in Dask's world, there is one at a time.
+            "nthreads": dask.nthreads or (1 if self.gpus else None),
             "memory_limit": dask.memory_limit,
-            "resources": dict(dask.resources) if dask.resources else None,
+            "resources": dict(dask.resources) if dask.resources else {"GPU": self.gpus.count} if self.gpus else None,
             "local_directory": dask.local_directory,
             "options": dict(dask.worker_options),
         }
@@ -193,6 +194,10 @@ class DaskCluster(MasterWorkerCluster):
             ``error``, ``warn`` or ``ignore``.
         worker_options: Further options of `distributed.Nanny`; what JSON cannot hold is not possible.
         scheduler_options: Further options of `distributed.Scheduler`.
+        gpus_per_worker: How many GPUs of its host each worker gets for itself: ``CUDA_VISIBLE_DEVICES`` is set, by
+            default each has one thread and the resource ``{"GPU": gpus_per_worker}``. Then there is by default one
+            worker for each GPU, and hosts without GPUs get none.
+        idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
 
     Raises:
         ClusterError: If dask, distributed or cryptography is not installed here.
@@ -221,6 +226,8 @@ class DaskCluster(MasterWorkerCluster):
         check_versions: CheckVersions = "error",
         worker_options: Mapping[str, Any] | None = None,
         scheduler_options: Mapping[str, Any] | None = None,
+        gpus_per_worker: int | None = None,
+        idle_gpus: bool = False,
     ) -> None:
         if check_versions not in ("error", "warn", "ignore"):
             raise ValueError(f"check_versions must be 'error', 'warn' or 'ignore', not {check_versions!r}")
@@ -236,7 +243,15 @@ class DaskCluster(MasterWorkerCluster):
             check_versions,
         )
         self._security: Security | None = None
-        super().__init__(runtime_group, ports, master_launcher, worker_launcher, min_workers=min_workers)
+        super().__init__(
+            runtime_group,
+            ports,
+            master_launcher,
+            worker_launcher,
+            min_workers=min_workers,
+            gpus_per_worker=gpus_per_worker,
+            idle_gpus=idle_gpus,
+        )
         check_manager(self._dask.secure)
         _check_options(memory_limit, resources)
 

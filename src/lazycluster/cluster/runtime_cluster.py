@@ -19,6 +19,7 @@ from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from .contracts import MasterLauncher, RuntimeCluster, WorkerLauncher
 from .exceptions import ClusterError
 from .launchers import ServiceMasterLauncher, prepare
+from .placement import Gpus
 from .workers import ServiceWorkerLauncher
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ class MasterWorkerCluster(RuntimeCluster):
         master_launcher: How the master is started: a `MasterLauncher`, or a class of it; by default the engine's own.
         worker_launcher: How the workers are started: a `WorkerLauncher`, or a class of it; by default the engine's own.
         min_workers: How many workers must be there for a start to succeed; by default all that were asked for.
+        gpus_per_worker: How many GPUs of its host each worker gets for itself (``CUDA_VISIBLE_DEVICES``). Then there is
+            by default one worker for each of them, and hosts without GPUs get none.
+        idle_gpus: Whether GPUs are left alone that others use.
 
     Raises:
         ValueError: If an argument makes no sense.
@@ -70,13 +74,18 @@ class MasterWorkerCluster(RuntimeCluster):
         worker_launcher: WorkerLauncher | type[WorkerLauncher] | None = None,
         *,
         min_workers: int | None = None,
+        gpus_per_worker: int | None = None,
+        idle_gpus: bool = False,
     ) -> None:
         if min_workers is not None and min_workers < 1:
             raise ValueError(f"min_workers must be at least 1, not {min_workers}")
+        if idle_gpus and gpus_per_worker is None:
+            raise ValueError("idle_gpus says which GPUs may be used: say how many with gpus_per_worker, too")
         self._group = runtime_group
         self._all_ports = _checked_ports(ports, self.DEFAULT_PORT_RANGE_START, self.DEFAULT_PORT_RANGE_END)
         self._ports = list(self._all_ports)
         self._min_workers = min_workers
+        self._gpus = None if gpus_per_worker is None else Gpus(gpus_per_worker, idle_gpus)
         self._state = "created"
         self._lock = threading.RLock()
         self._master_launcher = _launcher(master_launcher, runtime_group) or self._default_master_launcher()
@@ -98,8 +107,11 @@ class MasterWorkerCluster(RuntimeCluster):
             master.spare_ports = list(self._all_ports)
         if isinstance(worker, ServiceWorkerLauncher):
             worker.min_workers = self._min_workers
+            worker.gpus = self._gpus or worker.gpus
             if isinstance(master, ServiceMasterLauncher):
                 master.network = worker.network
+        elif self._gpus is not None:
+            raise ValueError("gpus_per_worker needs a launcher that builds on ServiceWorkerLauncher")
 
     # --- documented ----------------------------------------------------------------------------
     @property
@@ -116,7 +128,7 @@ class MasterWorkerCluster(RuntimeCluster):
         """Start the master and the workers. If that fails, nothing of it is left.
 
         Args:
-            worker_count: How many workers; by default one per host.
+            worker_count: How many workers; by default one per host, or one per GPU with `gpus_per_worker`.
             master_port: The port of the master; by default ``DEFAULT_MASTER_PORT``, or another one if it is taken.
             debug: Whether all output is printed as it comes, each line with its host.
 
@@ -129,9 +141,10 @@ class MasterWorkerCluster(RuntimeCluster):
             self._check_not("running", "starting")
             self._state = "starting"
         try:
-            self._prepare(self._count(worker_count), debug)
+            count = self._count(worker_count)
+            self._prepare(count, debug)
             self.start_master(master_port, debug=debug)
-            self.start_workers(worker_count, debug=debug)
+            self.start_workers(count, debug=debug)
         except BaseException:
             self._undo()
             raise
@@ -151,7 +164,7 @@ class MasterWorkerCluster(RuntimeCluster):
             NoPortsLeftError: If no port is free.
             MasterStartError: If it was not there in time.
         """
-        self._count(None)
+        self._check_hosts()
         if self.master_port is not None:
             raise ClusterError(f"the master runs already, on port {self.master_port}")
         if master_port is None:
@@ -168,7 +181,7 @@ class MasterWorkerCluster(RuntimeCluster):
         """Start workers; may be called again for more of them.
 
         Args:
-            count: How many; by default one per host.
+            count: How many; by default one per host, or one per GPU that is free with `gpus_per_worker`.
             debug: Whether their output is printed as it comes, each line with its host.
 
         Raises:
@@ -230,11 +243,18 @@ class MasterWorkerCluster(RuntimeCluster):
         if self._state in states:
             raise ClusterError(f"the cluster is {self._state}: end it with cleanup() before it is started again")
 
-    def _count(self, count: int | None) -> int:
+    def _check_hosts(self) -> None:
         if self._group.runtime_count == 0:
             raise NoRuntimesError("the group has no runtime: a cluster needs at least one host")
+
+    def _count(self, count: int | None) -> int:
+        self._check_hosts()
         if count is None:
-            count = int(self._group.runtime_count)
+            launcher = self._worker_launcher
+            if isinstance(launcher, ServiceWorkerLauncher):
+                count = launcher.default_count()
+            else:
+                count = int(self._group.runtime_count)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"the number of workers must be an integer of at least 1, not {count!r}")
         if self._min_workers is not None and self._min_workers > count:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lazycluster import _loop
@@ -15,6 +16,7 @@ from lazycluster.ssh import workspace
 from .contracts import WorkerLauncher
 from .exceptions import ClusterStartError, ServiceError, WorkerStartError
 from .network import Listener, Network, PortSupply, PortUse
+from .placement import Gpus, in_turn, rooms
 from .places import Place, places_of, usable
 from .progress import Progress
 from .services import Program, Service, as_kind, ready_or_port_taken, stop_all
@@ -60,6 +62,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
         super().__init__(runtime_group)
         self.network = Network()
         self.min_workers: int | None = None
+        self.gpus: Gpus | None = None
         self.workers: list[Worker] = []
         self._prepared: list[Worker] = []
         self._failed: dict[str, LazyclusterError] = {}
@@ -87,17 +90,28 @@ class ServiceWorkerLauncher(WorkerLauncher):
         """The services of the workers."""
         return [worker.service for worker in [*self.workers, *self._prepared]]
 
+    def default_count(self) -> int:
+        """Return how many workers are started if nobody says: one per host, or as many as the GPUs suffice for."""
+        if self.gpus is None:
+            return len(self._group.runtimes)
+        return sum(_loop.run(rooms(places_of(self._group), self.gpus, self._per_host())).values())
+
+    def _per_host(self) -> Counter[str]:
+        return Counter(worker.place.host for worker in self.workers)
+
     async def prepare(self, count: int, debug: bool) -> None:
         """Start the processes, which wait for their settings, and check them."""
-        places = places_of(self._group)
-        homes = [places[index % len(places)] for index in range(count)]
-        existing = [worker.place.host for worker in self.workers]
+        places, existing = places_of(self._group), self._per_host()
+        room = None if self.gpus is None else await rooms(places, self.gpus, existing)
+        homes = in_turn(places, count, existing, room)
         self._failed.clear()
         for place in homes:
-            siblings = sum(home is place for home in homes) + existing.count(place.host)
+            siblings = homes.count(place) + existing[place.host]
             number = self._numbers[place.host] = self._numbers.get(place.host, -1) + 1
             name = f"{place.host}-{number}"
             program = self.program(place)
+            if self.gpus is not None:
+                program = replace(program, gpus=self.gpus.count, idle_gpus=self.gpus.idle)
             service = Service(program, place, f"{program.name} {name}", debug=debug, on_change=self.changed)
             try:
                 if place.problem is not None:
