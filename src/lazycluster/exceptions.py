@@ -6,6 +6,7 @@ output, ...), and its message ends with the next step where there is one.
 
 from __future__ import annotations
 
+import concurrent.futures
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ __all__ = [
     "AgentError",
     "ConnectionLostError",
     "GroupTaskError",
+    "HostsLostError",
     "InvalidRuntimeError",
     "InvalidRuntimesError",
     "LazyclusterError",
@@ -22,8 +24,10 @@ __all__ = [
     "NoRuntimesError",
     "PathCreationError",
     "PortInUseError",
+    "RemoteTraceback",
     "TaskExecutionError",
     "TunnelError",
+    "WorkerLostError",
 ]
 
 
@@ -193,6 +197,70 @@ class GroupTaskError(TaskExecutionError):
         hosts = ", ".join(str(getattr(error, "host", "?")) for error in self.errors)
         text = "\n\n".join(str(error) for error in self.errors)
         super().__init__(f"{len(self.errors)} tasks failed, on {hosts}:\n\n{text}", host=hosts)
+
+
+class RemoteTraceback(LazyclusterError):  # noqa: N818  (it is what an exception is shown with, not an error)
+    """Where on which host a function raised: the ``__cause__`` of the exception that came from there.
+
+    Attributes:
+        host: The host.
+        pid: The process.
+        traceback: The traceback there, as text.
+    """
+
+    def __init__(self, host: str, pid: int, traceback: str) -> None:
+        self.host = host
+        self.pid = pid
+        self.traceback = traceback
+        super().__init__(f"on {host}, in the process {pid}:\n{traceback.rstrip()}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.pid, self.traceback)
+
+
+class WorkerLostError(LazyclusterError, concurrent.futures.BrokenExecutor):
+    """A call was given up, since its worker or host died under it, each time that it was tried.
+
+    Attributes:
+        call: The call.
+        host: The host of the last try.
+        hosts: The hosts of all tries.
+        pid: The last worker's process, None if the whole host was lost.
+        exit_status: What that ended with; negative: the signal that ended it; None if the host was lost.
+        output: The end of what the workers of that host had printed.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        call: str = "",
+        host: str = "",
+        hosts: Sequence[str] = (),
+        pid: int | None = None,
+        exit_status: int | None = None,
+        output: str = "",
+    ) -> None:
+        self.message = message
+        self.call = call
+        self.host = host
+        self.hosts = list(hosts)
+        self.pid = pid
+        self.exit_status = exit_status
+        self.output = output
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {name: value for name, value in self.__dict__.items() if name != "message"}
+        return _lost_error, (type(self), self.message, values)
+
+
+class HostsLostError(WorkerLostError):
+    """No host is left to run a call on."""
+
+
+def _lost_error(cls: type[WorkerLostError], message: str, values: dict[str, Any]) -> WorkerLostError:
+    return cls(message, **values)
 
 
 class NoRuntimesDetectedError(LazyclusterError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -22,11 +23,12 @@ from .members import Members, connect, warn_of_aliases
 from .membership import Membership
 from .ports import expose_from_one, expose_to_all, free_everywhere
 from .settings import Common, PerHost, host_names, read_settings
+from .spreading import Spreading
 
 __all__ = ["RuntimeGroup"]
 
 
-class RuntimeGroup(Membership):
+class RuntimeGroup(Membership, Spreading):
     """Runtimes that belong together: most methods do on all of them, at once, what :class:`Runtime` does on one.
 
     Two names of one account on one machine may both be members; a warning is logged, ports are exposed there once, and
@@ -96,6 +98,8 @@ class RuntimeGroup(Membership):
         self._tasks: list[RuntimeTask] = []
         self._unreachable: dict[str, str] = {}
         self._closed = False
+        self._executors = weakref.WeakSet()
+        self._kept = None
         if hosts is not None:
             runtimes, self._unreachable = connect(_distinct(hosts), self._common, on_unreachable)
         assert runtimes is not None
@@ -344,6 +348,7 @@ class RuntimeGroup(Membership):
             self._closed = True
             ours = [runtime for runtime in self.runtimes if runtime.is_ours]
             if ours:
+                self._end_executors()
                 _loop.run(_clean_up(ours))
 
     def __enter__(self) -> RuntimeGroup:

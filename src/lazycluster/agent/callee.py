@@ -30,6 +30,7 @@ _OOM_SCORE = "400"  # when memory runs out, the system shall take the function, 
 _STANDARD = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = {"site-packages", "dist-packages"}
 _MOST_MODULES = 4000
+_OURS = (__name__, __name__.rpartition(".")[0] + ".poolworker")
 
 
 class Chunks:
@@ -110,7 +111,7 @@ def describe_error(error: BaseException, known: Dict[Any, str]) -> Dict[str, Any
 def format_error(error: BaseException) -> str:
     """Return the traceback without our own frames."""
     frame = error.__traceback__
-    while frame is not None and frame.tb_frame.f_globals is globals():
+    while frame is not None and frame.tb_frame.f_globals.get("__name__") in _OURS:
         frame = frame.tb_next
     try:
         return "".join(traceback.format_exception(type(error), error, frame))
@@ -167,7 +168,7 @@ def main(fd: int, request: Dict[str, Any]) -> int:
         return 0
     before = set(sys.modules)
     try:
-        _prepare(request)
+        prepare(request)
     except OSError as error:
         text = "the working directory {} cannot be used: {}".format(error.filename, error.strerror)
         _send(connection, {"status": "failed", "message": text, "path": error.filename}, Chunks())
@@ -182,13 +183,13 @@ def main(fd: int, request: Dict[str, Any]) -> int:
     except SystemExit as error:
         status = _exit_status(error)
     connection.close()
-    _finish()
+    finish()
     for target in (1, 2):
         os.close(target)  # the agent need not wait until the memory is given back, too
     return status
 
 
-def _prepare(request: Dict[str, Any]) -> None:
+def prepare(request: Dict[str, Any]) -> None:
     """Make this process look like one that was started for the function."""
     gc.enable()
     main_module = types.ModuleType("__main__")
@@ -257,7 +258,7 @@ def _flush() -> None:
             continue  # closed or replaced by the function
 
 
-def _finish() -> None:
+def finish() -> None:
     """Do what an interpreter does at its end: wait for threads, run exit handlers, flush."""
     import atexit
 

@@ -11,7 +11,7 @@ from .zygotes import Zygotes
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Dict, List, Optional
+    from typing import Any, Callable, Dict, List, Optional
 
     from .session import Channel
     from .zygotes import Interpreter
@@ -27,6 +27,31 @@ def zygotes_of(channel: Channel) -> Zygotes:
 def call(channel: Channel) -> None:
     """Handle the request `call`: a pickled function, whose outcome is the channel's OUTPUT."""
     params = channel.params
+    env = environment(channel)
+    message = {
+        "kind": "call",
+        "cwd": meant(params.get("cwd") or "", "", env),
+        "task": params.get("task") or "",
+        "name": params.get("name") or "",
+    }
+    with_interpreter(
+        channel,
+        env,
+        lambda interpreter: Work(channel, interpreter, message, lambda fields: _called(channel, fields)).start,
+    )
+
+
+def with_interpreter(
+    channel: Channel, env: Dict[str, str], prepared: Callable[[Interpreter], Callable[[], Any]]
+) -> None:
+    """Get the interpreter that a request for functions names ready, with what they will import; or fail the request.
+
+    Args:
+        channel: The request.
+        env: The whole environment of its processes.
+        prepared: Is called with the interpreter at once; what it returns, when that is ready.
+    """
+    params = channel.params
     zygotes = zygotes_of(channel)
     digest = params["library"]
     if params.get("sources"):
@@ -35,28 +60,22 @@ def call(channel: Channel) -> None:
     if library is None:
         channel.fail("value", "the pickling library was not sent")
         return
-    env = environment(channel)
     interpreter = _interpreter(channel, zygotes, env)
     if interpreter is None:
         return
-    message = {
-        "kind": "call",
-        "cwd": meant(params.get("cwd") or "", "", env),
-        "task": params.get("task") or "",
-        "name": params.get("name") or "",
-    }
-    work = Work(channel, interpreter, message, lambda fields: _called(channel, fields))
+    chosen = interpreter
+    start = prepared(chosen)
 
     def ready() -> None:
-        if interpreter.error:
-            _fail_start(channel, params.get("python"), interpreter.error)
-        elif interpreter.facts["version"][:2] != params["version"][:2]:
-            _mismatch(channel, zygotes, interpreter, env)
+        if chosen.error:
+            _fail_start(channel, params.get("python"), chosen.error)
+        elif chosen.facts["version"][:2] != params["version"][:2]:
+            _mismatch(channel, zygotes, chosen, env)
         else:
-            interpreter.give_library(digest, library or b"")
-            interpreter.prepare([] if params.get("fresh") else params.get("imports") or [], work.start)
+            chosen.give_library(digest, library or b"")
+            chosen.prepare([] if params.get("fresh") else params.get("imports") or [], start)
 
-    interpreter.when_ready(ready)
+    chosen.when_ready(ready)
 
 
 def _called(channel: Channel, fields: Dict[str, Any]) -> None:

@@ -138,6 +138,14 @@ def cached_function(function: Callable[..., Any], maxsize: Optional[int], typed:
     return functools.lru_cache(maxsize, typed)(function)
 
 
+shared_objects: Dict[int, Any] = {}  # a worker of a pool puts in this place what knows where to get them
+
+
+def shared(number: int) -> Any:
+    """Return a large object that several calls have in common."""
+    return shared_objects[number]
+
+
 def tracked_class(identity: str) -> Any:
     """Return the class that went from the manager to a host and comes back."""
     library: Any = importlib.import_module("cloudpickle.cloudpickle")

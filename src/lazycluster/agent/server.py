@@ -43,6 +43,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "remove": ("paths", "remove"),
     "expand": ("paths", "expanded"),
     "service": ("services", "service"),
+    "pool": ("pools", "pool"),
 }
 
 

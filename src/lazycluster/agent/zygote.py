@@ -24,6 +24,7 @@ from typing import Any, Dict, List, Tuple
 
 HEAD = struct.Struct("!I")  # before each message: its length
 PARTS = ("localmodules", "interpreters", "callee")  # the modules that the children run, each needing those before
+POOL_PARTS = ("poolwire", "poolworker")  # those that only workers of pools run: loaded when the first is wanted
 _PACKAGE = "lazycluster.agent"  # they have the same names as on the manager, since pickles refer to them
 _READ_SIZE = 64 * 1024
 _ROOM_FOR_FDS = 64
@@ -34,30 +35,36 @@ class UnsafeError(Exception):
 
 
 def main(sources: Dict[str, str]) -> None:
-    """Serve the agent until it closes the connection; `sources` holds the text of each of `PARTS`."""
+    """Serve the agent until it closes the connection; `sources` holds the text of each of the parts."""
     control = socket.socket(fileno=os.dup(0))
     for fd in (0, 1):
         _point_to_null(fd)
     if sys.path[:1] == [""]:
         del sys.path[0]  # the directory that the process happens to be in
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    _load_parts(sources)
-    zygote = Zygote(control)
+    _load_parts(sources, PARTS)
+    zygote = Zygote(control, {name: sources[name] for name in POOL_PARTS if name in sources})
     _point_to_null(2)  # until here it is the agent's, who shows it if the start fails
     zygote.tell(ready=True, version=list(sys.version_info[:3]), executable=sys.executable)
     zygote.serve()
 
 
-def _load_parts(sources: Dict[str, str]) -> None:
+def _load_parts(sources: Dict[str, str], names: Tuple[str, ...]) -> None:
+    installed = sys.modules.get(_PACKAGE)
     package = types.ModuleType(_PACKAGE)
     sys.modules[_PACKAGE] = package
     for name in PARTS:
+        if name not in names:
+            setattr(package, name, _part(name))
+    for name in names:
         module = types.ModuleType("{}.{}".format(_PACKAGE, name))
         module.__package__ = _PACKAGE
         sys.modules[module.__name__] = module
         setattr(package, name, module)
         exec(compile(sources[name], "<lazycluster {}>".format(name), "exec"), module.__dict__)
     del sys.modules[_PACKAGE]  # there may be an installed one
+    if installed is not None:
+        sys.modules[_PACKAGE] = installed
 
 
 class Zygote:
@@ -65,10 +72,12 @@ class Zygote:
 
     Args:
         control: The connection to the agent.
+        pool_sources: The text of each of `POOL_PARTS`.
     """
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, pool_sources: Dict[str, str]) -> None:
         self._control = control
+        self._pool_sources = pool_sources
         self._received = bytearray()
         self._fds: List[int] = []
         self._children: Dict[int, int] = {}  # pid -> number of the call
@@ -140,6 +149,10 @@ class Zygote:
             return
         count = message["fds"]
         fds, self._fds = self._fds[:count], self._fds[count:]
+        if message.get("kind") == "pool" and self._pool_sources:
+            _load_parts(self._pool_sources, POOL_PARTS)
+            self._pool_sources = {}
+            gc.freeze()
         try:
             pid = os.fork()
         except OSError as error:  # too many processes, or no memory
@@ -152,7 +165,7 @@ class Zygote:
             if "warm" in message:
                 self._become_warmed(socket.socket(fileno=fds[0]), message["warm"])
             else:
-                self._call(message, (fds[0], fds[1], fds[2]))
+                self._call(message, fds)
             return
         self._children[pid] = message["id"]
         for fd in fds:
@@ -181,14 +194,17 @@ class Zygote:
         self._received.clear()
         self._children.clear()
 
-    def _call(self, message: Dict[str, Any], fds: Tuple[int, int, int]) -> None:
+    def _call(self, message: Dict[str, Any], fds: List[int]) -> None:
         status = 70
         try:
             for fd, target in ((fds[0], 1), (fds[1], 2)):
                 os.dup2(fd, target)
                 os.close(fd)
             os.set_inheritable(fds[2], False)
-            status = _part("callee").main(fds[2], message)
+            if message.get("kind") == "pool":
+                status = _part("poolworker").main(fds[2:], message)
+            else:
+                status = _part("callee").main(fds[2], message)
         finally:
             os._exit(status)
 

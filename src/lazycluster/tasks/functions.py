@@ -135,7 +135,7 @@ async def call(
         "imports": list(pickled.imports),
         "fresh": pickled.fresh,
         "version": list(sys.version_info[:3]),
-        **_library_for(connection),
+        **library_for(connection),
     }
     received: list[bytes] = []
     channel = connection.channel("call", params, stdout=stdout, stderr=stderr, output=received.append, event=event)
@@ -187,7 +187,7 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
 
 
 # --- the pickling library -------------------------------------------------------------------------
-def _library_for(connection: Connection) -> dict[str, Any]:
+def library_for(connection: Connection) -> dict[str, Any]:
     """Return what to tell the host about the pickling library: its digest; at first also its sources."""
     digest, sources = _library()
     if _libraries.get(connection) == digest:
@@ -244,7 +244,8 @@ class _QuickUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _load(parts: list[bytes], quick: bool) -> Any:
+def load_parts(parts: list[bytes], quick: bool) -> Any:
+    """Unpickle what came in parts; they are let go on the way. If `quick`, nothing is imported."""
     file = io.BufferedReader(_Received(parts), 128 * 1024)
     return (_QuickUnpickler if quick else pickle.Unpickler)(file).load()
 
@@ -253,10 +254,10 @@ async def _load_anywhere(parts: list[bytes]) -> Any:
     """Unpickle: small things at once, large ones and those that import something in a thread, to keep the loop free."""
     if sum(map(len, parts)) <= _SMALL:
         try:
-            return _load(parts, True)
+            return load_parts(parts, True)
         except _ImportNeededError:
             pass
-    return await _loop.in_thread(_load, parts, False)
+    return await _loop.in_thread(load_parts, parts, False)
 
 
 async def _outcome(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
@@ -297,12 +298,12 @@ async def _raised(told: Mapping[str, Any], phase: str) -> Outcome:
         exception=exception,
         type_name=told["type"],
         message=message,
-        traceback=_with_lines(told["traceback"]),
+        traceback=with_lines(told["traceback"]),
         phase=phase,
     )
 
 
-def _with_lines(text: str) -> str:
+def with_lines(text: str) -> str:
     """Add to a traceback the lines of code that only the manager has."""
     lines = text.splitlines()
     found = []

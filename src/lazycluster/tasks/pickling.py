@@ -93,23 +93,18 @@ def name_of(function: Any) -> str:
 
 
 def _dump(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], by_source: bool) -> PickledCall:
-    file = _Snapshot()
+    file = Snapshot()
     pickler = CallPickler(file, by_source)
     pickler.dump((function, args, kwargs))
-    while pickler.pending:
-        pending, pickler.pending = pickler.pending, {}
-        pickler.dump([(sys.modules[name], attributes) for name, attributes in pending.items()])
-    pickler.dump(None)
-    sources = pickle.dumps(localcode.sources_of(pickler.needed), _PROTOCOL)
-    parts = (sources, *file.parts)
-    imports = tuple(name for name in pickler.imports if name.partition(".")[0] not in _OWN)
-    return PickledCall(name_of(function), parts, sum(map(len, parts)), imports, pickler.fresh)
+    parts = (pickler.dump_rest(), *file.parts)
+    return PickledCall(name_of(function), parts, sum(map(len, parts)), pickler.installed(), pickler.fresh)
 
 
-class _Snapshot(Chunks):
+class Snapshot(Chunks):
     """Keeps copies: the arguments may change while the bytes are on their way."""
 
     def write(self, data: Any) -> int:
+        """Take a part."""
         if isinstance(data, pickle.PickleBuffer):
             data = data.raw()  # the bytes as they lie in memory, whatever the order of dimensions
         part = data if isinstance(data, bytes) else bytes(data)
@@ -130,6 +125,7 @@ class CallPickler(cloudpickle.Pickler):  # type: ignore[misc]
     Args:
         file: Where to write.
         by_source: Whether local modules are imported from their sources on the host, where they have any.
+        buffer_callback: Takes large buffers, which then are not written, see :class:`pickle.Pickler`.
 
     Attributes:
         pending: By module: the members that it must have on the host, not yet written.
@@ -138,8 +134,10 @@ class CallPickler(cloudpickle.Pickler):  # type: ignore[misc]
         fresh: Whether the process must not find anything imported.
     """
 
-    def __init__(self, file: Any, by_source: bool = False) -> None:
-        super().__init__(file, protocol=_PROTOCOL)
+    def __init__(
+        self, file: Any, by_source: bool = False, buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None
+    ) -> None:
+        super().__init__(file, protocol=_PROTOCOL, buffer_callback=buffer_callback)
         self.pending: dict[str, dict[str, Any]] = {}
         self.needed: set[str] = set()
         self.imports: dict[str, None] = {}
@@ -147,6 +145,18 @@ class CallPickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._by_source = by_source
         self._shipped: set[tuple[str, str]] = set()
         self._read: set[int] = set()
+
+    def dump_rest(self) -> bytes:
+        """Write what local modules must hold, after an object was dumped; returns their sources, which go before it."""
+        while self.pending:
+            pending, self.pending = self.pending, {}
+            self.dump([(sys.modules[name], attributes) for name, attributes in pending.items()])
+        self.dump(None)
+        return pickle.dumps(localcode.sources_of(self.needed), _PROTOCOL)
+
+    def installed(self) -> tuple[str, ...]:
+        """Return the installed modules that the host will import for what was dumped."""
+        return tuple(name for name in self.imports if name.partition(".")[0] not in _OWN)
 
     # --- what to do with an object -------------------------------------------------------------
     def reducer_override(self, obj: Any) -> Any:

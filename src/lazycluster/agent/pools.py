@@ -1,0 +1,427 @@
+"""Pools: worker processes that stay, and take calls from a queue that they have in common.
+
+The queue is a socket that all workers read from: whoever is free takes the next chunk, and the agent is not asked.
+What each has taken stands on a board that they share with the agent; so it is known what a worker that died was doing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections import deque
+
+from . import host_info
+from .commands import environment, marked_environment
+from .functions import with_interpreter
+from .hands import Hand
+from .paths import meant
+from .poolwire import (
+    BACK,
+    BLOB,
+    CANCEL,
+    DROP,
+    GIVEN,
+    GONE,
+    LARGE,
+    RECORD,
+    SLOT,
+    SLOT_SIZE,
+    SMALL,
+)
+from .processes import Ending, Pump, descendants, pipe, start_time, tree_of
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Deque, Dict, List, Optional, Set, Tuple
+
+    from .session import Channel
+    from .zygotes import Interpreter
+
+    Waiting = Tuple[int, bytes, int]  # number, record, descriptor of what is too large for the queue or -1
+
+_THREAD_LIMITS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+_MOST_WORKERS = 4096
+_STILLBORN = 3  # workers in a row that end before they are ready, after which there is no point in more
+_LEAVE_LIMIT = 5.0  # seconds that idle workers get to run their exit handlers
+_FORK_WAIT = 0.02
+_LOOK_AGAIN = 1.0
+_TAIL = 4000
+
+
+def pool(channel: Channel) -> None:
+    """Handle the request `pool`: see `poolwire` for what INPUT and OUTPUT are."""
+    params = channel.params
+    cores = host_info.cpu_cores()
+    most = params.get("workers") or cores
+    if not isinstance(most, int) or not 0 < most <= _MOST_WORKERS:
+        channel.fail("value", "a host can have 1 to {} workers, not {!r}".format(_MOST_WORKERS, most))
+        return
+    task = params.get("task") or ""
+    env = environment(channel)
+    for name in _THREAD_LIMITS:
+        env.setdefault(name, str(max(1, cores // most)))
+    message = {
+        "kind": "pool",
+        "cwd": meant(params.get("cwd") or "", "", env),
+        "task": marked_environment(channel, {}, task).get("LAZYCLUSTER_TASK", ""),
+        "name": params.get("name") or "",
+        "initializer": params.get("initializer") or 0,
+    }
+
+    def begin(interpreter: Interpreter) -> None:
+        if channel.open:
+            try:
+                Pool(channel, interpreter, message, most)
+            except OSError as error:
+                channel.fail("os", "no pool can be made: {}".format(error.strerror), errno=error.errno)
+
+    with_interpreter(channel, env, lambda interpreter: lambda: begin(interpreter))
+
+
+def nameless_file(name: str, directory: str) -> int:
+    """Return the descriptor of a file that nobody else can find: in memory if possible."""
+    try:
+        return os.memfd_create(name, os.MFD_CLOEXEC)
+    except (AttributeError, OSError):
+        path = os.path.join(directory, "pool-" + os.urandom(8).hex())
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.unlink(path)
+        return fd
+
+
+class Pool:
+    """The workers of one pool on this host.
+
+    Args:
+        channel: The request.
+        interpreter: Where they are forked.
+        message: What each is told.
+        most: How many there may be; each is started when it is needed.
+    """
+
+    def __init__(self, channel: Channel, interpreter: Interpreter, message: Dict[str, Any], most: int) -> None:
+        import mmap
+
+        self.channel, self._interpreter, self._message, self._most = channel, interpreter, message, most
+        self._hands: Dict[int, Hand] = {}  # by slot
+        self._count = 0
+        self._stillborn = 0
+        self._blobs: Dict[int, int] = {}
+        self._waiting: Deque[Waiting] = deque()  # not in the queue yet
+        self._sent: Dict[int, None] = {}  # in the queue or being run, in that order
+        self._suspects: Set[int] = set()
+        self._rest = b""
+        self._filling: Optional[List[Any]] = None  # record, descriptor, bytes to come
+        self._closing = False
+        self._ending: Optional[Ending] = None
+        self._seen: Dict[int, int] = {}
+        self._watching = False
+        self._tail = bytearray()
+        directory = channel.agent.directory
+        self._board_fd = nameless_file("board", directory)
+        os.ftruncate(self._board_fd, SLOT_SIZE * most)
+        self.board = mmap.mmap(self._board_fd, 0)
+        self._queue, self._taken = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._queue.setblocking(False)
+        out, self._out = pipe()
+        self._pump = Pump(channel, out, self._print, lambda: None)
+        channel.on_input = self._input
+        channel.on_input_end = self._close
+        channel.on_control = lambda _: self.end()
+        channel.on_abandon = self.end
+        channel.on_drain = self._resume
+        channel.event(ready=True, workers=most)  # they are started with the first calls
+
+    def _over(self) -> bool:
+        return self._closing or self._ending is not None
+
+    def _print(self, data: bytes) -> None:
+        self._tail += data
+        del self._tail[:-_TAIL]
+        self.channel.stdout(data)
+
+    def _resume(self) -> None:
+        self._pump.resume()
+        for hand in list(self._hands.values()):
+            hand.resume()
+
+    # --- what the manager sends ----------------------------------------------------------------
+    def _input(self, data: bytes) -> None:
+        # At once: how much may be under way is the manager's concern, who knows how large each is.
+        self.channel.consumed(len(data))
+        if self._over():
+            return
+        try:
+            self._take(self._rest + data if self._rest else data)
+        except OSError as error:  # no memory or no descriptors for what is large
+            self.fail("os", "what was sent cannot be kept: {}".format(error.strerror), errno=error.errno)
+
+    def _take(self, data: bytes) -> None:
+        view, position, end = memoryview(data), 0, len(data)
+        while position < end:
+            if self._filling is not None:
+                position += self._fill(view[position:])
+                continue
+            if end - position < RECORD.size:
+                break
+            kind, blob, number, _, count, size = RECORD.unpack_from(data, position)
+            stop = position + RECORD.size + size
+            if kind == BLOB or size > SMALL:
+                large = bytes(view[position : position + RECORD.size])
+                self._filling = [large, nameless_file("pool", self.channel.agent.directory), size]
+                position += RECORD.size
+                continue
+            if stop > end:
+                break
+            self._handle(kind, blob, number, count, bytes(view[position:stop]))
+            position = stop
+        self._rest = bytes(view[position:])
+        self._push()
+
+    def _handle(self, kind: int, blob: int, number: int, count: int, record: bytes) -> None:
+        if kind == DROP:
+            fd = self._blobs.pop(blob, -1)
+            if fd >= 0:
+                os.close(fd)
+        elif kind == CANCEL:
+            self._cancel(number)
+        elif kind == BACK:
+            self._give_back(count)
+        else:
+            self._waiting.append((number, record, -1))
+
+    def _fill(self, view: memoryview) -> int:
+        """Put bytes into a descriptor; returns how many."""
+        record, fd, left = self._filling or (b"", -1, 0)
+        part = view[:left]
+        while part:
+            part = part[os.write(fd, part) :]
+        taken = min(left, len(view))
+        if taken < left:
+            self._filling = [record, fd, left - taken]
+            return taken
+        self._filling = None
+        kind, blob, number, first, count, size = RECORD.unpack(record)
+        if kind == BLOB:
+            self._blobs[blob] = fd
+        else:
+            self._waiting.append((number, RECORD.pack(kind | LARGE, blob, number, first, count, size), fd))
+        return taken
+
+    # --- the queue -----------------------------------------------------------------------------
+    def _push(self) -> None:
+        """Fill the queue as far as it goes, and have enough workers."""
+        try:
+            while self._waiting and not self._over():
+                number, record, fd = self._waiting[0]
+                if fd < 0:
+                    self._queue.send(record)
+                else:
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+                    self._queue.sendmsg([record], rights)
+                    os.close(fd)
+                self._waiting.popleft()
+                self._sent[number] = None
+        except BlockingIOError:
+            pass
+        self._watch(bool(self._waiting) and not self._over())
+        self._hire()
+
+    def _watch(self, wanted: bool) -> None:
+        if wanted != self._watching:
+            self._watching = wanted
+            if wanted:
+                self.channel.loop.add_writer(self._queue.fileno(), self._push)
+            else:
+                self.channel.loop.remove_writer(self._queue.fileno())
+
+    def _take_back(self) -> List[Waiting]:
+        """Empty the queue; what workers have taken is not in it any more."""
+        found: List[Waiting] = []
+        while True:
+            try:
+                record, ancillary, _, _ = self._taken.recvmsg(
+                    RECORD.size + SMALL, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT
+                )
+            except BlockingIOError:
+                return found
+            if not record:
+                return found
+            fd = struct.unpack("i", ancillary[0][2])[0] if ancillary else -1
+            if fd >= 0:
+                os.set_inheritable(fd, False)
+            number = RECORD.unpack_from(record)[2]
+            self._sent.pop(number, None)
+            found.append((number, record, fd))
+
+    def _give_back(self, count: int) -> None:
+        """Return chunks that no worker has begun to the manager, the last ones first."""
+        unbegun = [*self._take_back(), *self._waiting]
+        kept = max(0, len(unbegun) - count)
+        self._waiting = deque(unbegun[:kept])
+        for _, _, fd in unbegun[kept:]:
+            if fd >= 0:
+                os.close(fd)
+        self.channel.event(back=[number for number, _, _ in unbegun[kept:]])
+
+    def _cancel(self, number: int) -> None:
+        unbegun = [*self._take_back(), *self._waiting]
+        self._waiting = deque(item for item in unbegun if item[0] != number)
+        for other, _, fd in unbegun:
+            if other == number and fd >= 0:
+                os.close(fd)
+        for hand in list(self._hands.values()):
+            if hand.chunk()[0] == number and number in self._sent:
+                hand.end()
+
+    # --- the workers ---------------------------------------------------------------------------
+    def _hire(self) -> None:
+        wanted = min(self._most, len(self._sent) + len(self._waiting))
+        while len(self._hands) < wanted and not self._over():
+            slot = next(slot for slot in range(self._most) if slot not in self._hands)
+            SLOT.pack_into(self.board, slot * SLOT_SIZE, 0, 0)
+            try:
+                fds = [os.dup(fd) for fd in (self._out, self._out, self._taken.fileno(), self._board_fd)]
+                self._count += 1
+                hand = self._hands[slot] = Hand(self, self._count, slot)
+            except OSError as error:
+                self._no_more(error.strerror or str(error))
+                return
+            hand.start(self._interpreter, dict(self._message, slot=slot), fds)
+
+    def _no_more(self, why: str) -> None:
+        """Go on with the workers that there are, if there are any."""
+        if not self._hands:
+            self.fail("os", "no process can be started on the host: {}".format(why))
+        self._most = max(1, len(self._hands))
+
+    def finished(self, number: int) -> None:
+        """Note that the answer to a chunk has come as a whole."""
+        self._sent.pop(number, None)
+        self._suspects.discard(number)
+
+    def is_ready(self) -> None:
+        """Note that a worker can be used."""
+        self._stillborn = 0
+
+    def give(self, hand: Hand, blob: int) -> None:
+        """Hand a blob to a worker."""
+        fd = self._blobs.get(blob, -1)
+        if fd < 0:
+            hand.say(GIVEN.pack(blob, GONE), [])
+        else:
+            hand.say(GIVEN.pack(blob, os.fstat(fd).st_size), [fd])
+
+    def gone(self, hand: Hand, fields: Dict[str, Any]) -> None:
+        """Handle the end of a worker."""
+        self._hands.pop(hand.slot, None)
+        number, index = hand.chunk()
+        if self._ending is not None:
+            return
+        if self._closing:
+            self._maybe_closed()
+            return
+        self._pump.drain()
+        fields["output"] = self._tail.decode("utf-8", "replace")
+        if number in self._sent:
+            del self._sent[number]
+            self.channel.event(died=fields, number=number, at=index, innocent=hand.ending)
+        elif not hand.ending:
+            self._lost_worker(hand, fields)
+        self._push()
+
+    def _lost_worker(self, hand: Hand, fields: Dict[str, Any]) -> None:
+        """Handle the end of a worker that had nothing to do, or had not yet said what."""
+        if fields.get("failed"):
+            self._no_more(fields["failed"])
+            return
+        if not hand.ready:
+            self._stillborn += 1
+            if self._stillborn >= _STILLBORN:
+                self.fail("worker", "the workers end before they can do anything", **fields)
+                return
+        self.channel.loop.call_later(_LOOK_AGAIN, self._look_for_lost)
+
+    def _look_for_lost(self) -> None:
+        """Find chunks that nobody has: their worker died after it took them, before it could note that.
+
+        One that is missing twice is lost; once, it may just have been taken, or its answer be on its way.
+        """
+        if self._over():
+            return
+        if not self.channel.writable:
+            self.channel.loop.call_later(_LOOK_AGAIN, self._look_for_lost)
+            return
+        self._waiting.extendleft(reversed(self._take_back()))
+        held = {hand.chunk()[0] for hand in self._hands.values()}
+        missing = {number for number in self._sent if number not in held}
+        for number in missing & self._suspects:
+            del self._sent[number]
+            self.channel.event(died={"exit": None, "signal": None, "pid": 0}, number=number, at=0, innocent=True)
+        self._suspects = missing - self._suspects
+        if self._suspects:
+            self.channel.loop.call_later(_LOOK_AGAIN, self._look_for_lost)
+        self._push()
+
+    # --- the end -------------------------------------------------------------------------------
+    def fail(self, error: str, message: str, **evidence: Any) -> None:
+        """End the pool with an error."""
+        self.channel.fail(error, message, **evidence)
+        self.end()
+
+    def _close(self) -> None:
+        """Let the workers leave: the manager has nothing more for them."""
+        if self._over():
+            return
+        self._closing = True
+        self._watch(False)
+        self._queue.close()
+        self._maybe_closed()
+        if self._closing and self._hands:
+            self.channel.loop.call_later(_LEAVE_LIMIT, self.end)
+
+    def _maybe_closed(self) -> None:
+        if not self._hands:
+            self.end()
+
+    def end(self) -> None:
+        """End the workers and all that they started."""
+        if self._ending is not None:
+            return
+        self._watch(False)
+        self._queue.close()
+        self._ending = Ending(self.channel.loop, self._tree, self._ended)
+
+    def _tree(self) -> List[int]:
+        living = [pid for pid, started in self._seen.items() if start_time(pid) == started]
+        pids = [hand.pid for hand in self._hands.values() if hand.pid and hand.started == start_time(hand.pid)]
+        found = {*living, *pids, *descendants({*living, *pids}), *tree_of(0, None, self._message["task"])}
+        self._seen = {pid: started for pid, started in ((pid, start_time(pid)) for pid in found) if started}
+        return list(self._seen)
+
+    def _ended(self) -> None:
+        if self._pump.ended:
+            return
+        if any(not hand.pid for hand in self._hands.values()):  # one that is just being forked
+            self.channel.loop.call_later(_FORK_WAIT, lambda: Ending(self.channel.loop, self._tree, self._ended))
+            return
+        for hand in list(self._hands.values()):
+            hand.close()
+        self._hands.clear()
+        self._pump.drain()
+        self._pump.close()
+        waiting = [fd for _, _, fd in self._waiting if fd >= 0]
+        filling = [self._filling[1]] if self._filling is not None else []
+        for fd in [*waiting, *filling, *self._blobs.values(), self._out, self._board_fd]:
+            os.close(fd)
+        self._taken.close()
+        self.board.close()
+        self.channel.result()

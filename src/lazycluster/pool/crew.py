@@ -1,0 +1,383 @@
+"""The workers of one host: what is given to them, and what they answer. Lives on the loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import secrets
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lazycluster.agent.poolwire import (
+    ANSWER,
+    BACK,
+    BLOB,
+    BROKEN,
+    CANCEL,
+    DROP,
+    MIXED,
+    RECORD,
+    RETURNED,
+    UNFIT,
+    WORKER,
+)
+from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
+from lazycluster.tasks.functions import library_for, resolve_auto
+
+from .chunks import Answer, Chunk
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.link import Channel
+    from lazycluster.tasks.context import Context
+
+    from .blobs import Blob, Blobs
+    from .packing import Packed
+
+__all__ = ["Crew", "Plan"]
+
+_logger = logging.getLogger("lazycluster")
+
+LOOKAHEAD = 0.025  # seconds of work that a host has in stock, so that its workers need not wait for the link
+_MOST_STOCK = 1024  # chunks
+_BYTES_AHEAD = 32 * 1024 * 1024  # of arguments, or of results to come, beyond what the workers need at once
+_JOINED = 128 * 1024
+_SMOOTH = 0.2
+_CLOSE_LIMIT = 15.0  # seconds that a host gets to end its workers
+
+
+class Owner(Protocol):
+    """What a crew needs of the dealer."""
+
+    blobs: Blobs
+
+    def deal_soon(self) -> None:
+        """Have more dealt: there is room."""
+
+    def died(self, crew: Crew, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
+        """Handle the death of a worker under a call."""
+
+    def returned(self, chunks: list[Chunk]) -> None:
+        """Take chunks back that were not begun."""
+
+    def unfit(self, crew: Crew, told: list[bytes]) -> None:
+        """Handle a failed initializer."""
+
+    def lost(self, crew: Crew, error: LazyclusterError) -> None:
+        """Handle the end of a crew that was not asked for."""
+
+
+class Plan:
+    """What the workers of a pool are like on each host.
+
+    Attributes:
+        workers: How many, None for as many as the host has cores.
+        initializer: What each calls first.
+        gpus_per_call: How many GPUs each has for itself.
+        debug: Whether what they print is printed here.
+    """
+
+    def __init__(self, workers: int | None, initializer: Blob | None, debug: bool) -> None:
+        self.workers = workers
+        self.initializer = initializer
+        self.debug = debug
+
+
+class Crew:
+    """The workers of one host.
+
+    Args:
+        owner: Who deals.
+        context: The host, and how functions are run there.
+        plan: What the workers are like.
+
+    Attributes:
+        host: The host.
+        workers: How many there are; 0 until that is known.
+        in_flight: The chunks that the host has, by number, in the order in which they were given.
+        duration: Seconds that a chunk takes, None until one has been answered.
+        asked_back: Whether it was asked to give chunks back.
+        over: Whether it has ended.
+    """
+
+    def __init__(self, owner: Owner, context: Context, plan: Plan) -> None:
+        self.host = context.host
+        self.workers = 0
+        self.in_flight: dict[int, Chunk] = {}
+        self.duration: float | None = None
+        self.asked_back = False
+        self.over = False
+        self._owner, self._context, self._plan = owner, context, plan
+        self._next = 1
+        self._channel: Channel | None = None
+        self._streams: dict[int, _Stream] = {}
+        self._out: list[bytes] = []
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._has: set[int] = set()  # blobs
+        self._bytes = 0
+        self._result_size = 0.0
+        self._ended = asyncio.Event()
+        self._lines = _Lines(context.host, plan.debug)
+
+    # --- its life ------------------------------------------------------------------------------
+    async def run(self, packed: Packed | None) -> None:
+        """Have workers on the host until it is closed; `packed` is the function that they will call first."""
+        error: LazyclusterError | None = None
+        sender: asyncio.Task[None] | None = None
+        try:
+            self._channel = await self._open(packed)
+            sender = asyncio.ensure_future(self._send())
+            await self._channel.result()
+            if not self._closing:
+                error = ConnectionLostError(self.host, "its workers were ended")
+        except LazyclusterError as caught:
+            error = caught
+        except Exception as caught:  # a fault of ours must not let anybody wait for ever
+            _logger.exception("%s: the pool has failed", self.host)
+            error = AgentError(self.host, "internal", f"{type(caught).__name__}: {caught}")
+        finally:
+            self.over = True
+            self._ended.set()
+            if sender is not None:
+                sender.cancel()
+        if error is not None and not self._closing:
+            self._owner.lost(self, error)
+
+    async def _open(self, packed: Packed | None) -> Channel:
+        context, plan = self._context, self._plan
+        python = context.python
+        if python == "auto":
+            python = await resolve_auto(context.connection, context.env)
+        params = {
+            "python": python,
+            "env": dict(context.env),
+            "cwd": context.cwd,
+            "task": secrets.token_hex(16),
+            "name": "pool",
+            "workers": plan.workers,
+            "imports": list(packed.imports) if packed else [],
+            "fresh": packed.fresh if packed else False,
+            "initializer": plan.initializer.number if plan.initializer else 0,
+            "version": list(sys.version_info[:3]),
+            **library_for(context.connection),
+        }
+        return context.connection.channel(
+            "pool", params, stdout=self._lines.feed, output=self._output, event=self._event
+        )
+
+    async def close(self, kill: bool) -> None:
+        """End the workers.
+
+        Args:
+            kill: Whatever they do; else they are idle, and run their exit handlers.
+        """
+        self._closing = True
+        channel = self._channel
+        if channel is not None and not self.over:
+            try:
+                if not self.workers:
+                    channel.close()  # it has not begun
+                elif kill:
+                    channel.control(signal="END")
+                else:
+                    await channel.send_end()
+                await asyncio.wait_for(self._ended.wait(), _CLOSE_LIMIT)
+            except asyncio.TimeoutError:
+                channel.close()
+            except LazyclusterError:
+                pass  # the host has gone, and all with it
+        self._lines.close()
+
+    # --- what it is given ----------------------------------------------------------------------
+    @property
+    def room(self) -> int:
+        """How many more chunks it should be given now."""
+        if self.over or not self.workers:
+            return 0
+        return self._capacity() - len(self.in_flight)
+
+    def _capacity(self) -> int:
+        workers = self.workers
+        if self.duration is None:
+            ahead = workers
+        else:
+            ahead = min(_MOST_STOCK, math.ceil(workers * LOOKAHEAD / max(self.duration, 1e-5)))
+        large = self._bytes > _BYTES_AHEAD or self._result_size * (workers + ahead) > _BYTES_AHEAD
+        return workers if large else workers + ahead
+
+    def give(self, chunk: Chunk) -> None:
+        """Give the host a chunk; it is sent with the next `flush`."""
+        chunk.number = number = self._next
+        self._next += 1
+        packed = chunk.packed
+        self._bytes += packed.size
+        if self._plan.initializer is not None:
+            self._provide(self._plan.initializer.number)
+        self._provide(chunk.blob)
+        for blob in chunk.shared:
+            self._provide(blob)
+        self.in_flight[number] = chunk
+        self._out.append(RECORD.pack(packed.kind, chunk.blob, number, chunk.first, chunk.count, packed.size))
+        self._out.extend(packed.parts)
+
+    def _provide(self, blob: int) -> None:
+        if blob and blob not in self._has:
+            self._has.add(blob)
+            packed = self._owner.blobs[blob].packed
+            self._out.append(RECORD.pack(BLOB, blob, 0, 0, 0, packed.size))
+            self._out.extend(packed.parts)
+
+    def drop(self, blob: int) -> None:
+        """Let the host forget a blob."""
+        if blob in self._has:
+            self._has.discard(blob)
+            self._out.append(RECORD.pack(DROP, blob, 0, 0, 0, 0))
+
+    def cancel(self, chunk: Chunk) -> None:
+        """End a chunk; nothing will be heard of it."""
+        if self.in_flight.get(chunk.number) is chunk:
+            self._forget(chunk.number)
+            self._out.append(RECORD.pack(CANCEL, 0, chunk.number, 0, 0, 0))
+
+    def ask_back(self, count: int) -> None:
+        """Ask for chunks that were not begun."""
+        self.asked_back = True
+        self._out.append(RECORD.pack(BACK, 0, 0, 0, count, 0))
+
+    def flush(self) -> None:
+        """Send what was given."""
+        if self._out:
+            self._wake.set()
+
+    async def _send(self) -> None:
+        channel = self._channel
+        assert channel is not None
+        with contextlib.suppress(LazyclusterError):  # that the host is lost, `run` is told, too
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                out, self._out = self._out, []
+                if sum(map(len, out)) <= _JOINED:
+                    await channel.send(b"".join(out))
+                    continue
+                for part in out:
+                    await channel.send(part)
+
+    def _forget(self, number: int) -> Chunk | None:
+        chunk = self.in_flight.pop(number, None)
+        if chunk is not None:
+            self._bytes -= chunk.packed.size
+        return chunk
+
+    def take_all(self) -> list[Chunk]:
+        """Return what it has, and forget it."""
+        chunks = list(self.in_flight.values())
+        self.in_flight.clear()
+        self._bytes = 0
+        return chunks
+
+    # --- what it says --------------------------------------------------------------------------
+    def _event(self, message: dict[str, Any]) -> None:
+        if message.get("ready"):
+            self.workers = message["workers"]
+            self._owner.deal_soon()
+        elif "died" in message:
+            chunk = self._forget(message["number"])
+            if chunk is not None and message["innocent"]:
+                self._owner.returned([chunk])
+            elif chunk is not None:
+                self._owner.died(self, chunk, message["at"], message["died"])
+        elif "back" in message:
+            self.asked_back = False
+            found = [self._forget(number) for number in message["back"]]
+            self._owner.returned([chunk for chunk in found if chunk is not None])
+
+    def _output(self, data: bytes) -> None:
+        number = WORKER.unpack_from(data)[0]
+        stream = self._streams.get(number)
+        if stream is None:
+            stream = self._streams[number] = _Stream(self._answer)
+        stream.feed(data, WORKER.size)
+
+    def _answer(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
+        if kind in (RETURNED, MIXED, BROKEN):
+            chunk = self._forget(number)
+            if chunk is None:
+                return  # it is wanted no more
+            before = self.duration
+            self.duration = elapsed if before is None else before + _SMOOTH * (elapsed - before)
+            self._result_size += _SMOOTH * (size - self._result_size)
+            chunk.sink.settle(chunk, Answer(kind, parts, size, self.host))
+            self._owner.deal_soon()
+        elif kind == UNFIT:
+            self._owner.unfit(self, parts)
+
+
+class _Stream:
+    """Cuts what one worker says into answers."""
+
+    __slots__ = ("_answer", "_head", "_left", "_parts", "_rest")
+
+    def __init__(self, answer: Callable[[int, int, float, list[bytes], int], None]) -> None:
+        self._answer = answer
+        self._rest = b""
+        self._head: tuple[int, int, float, int] | None = None
+        self._parts: list[bytes] = []
+        self._left = 0
+
+    def feed(self, data: bytes, position: int) -> None:
+        """Take a piece."""
+        if self._rest:
+            data, position, self._rest = self._rest + data[position:], 0, b""
+        end = len(data)
+        while True:
+            if self._head is None:
+                if end - position < ANSWER.size:
+                    self._rest = data[position:]
+                    return
+                self._head = ANSWER.unpack_from(data, position)
+                self._left = self._head[3]
+                position += ANSWER.size
+            part = data[position : position + self._left]
+            position += len(part)
+            self._left -= len(part)
+            self._parts.append(part)
+            if self._left:
+                return
+            kind, number, elapsed, size = self._head
+            parts, self._parts, self._head = self._parts, [], None
+            self._answer(kind, number, elapsed, parts, size)
+
+
+class _Lines:
+    """What the workers of a host print, line by line: printed here with the host's name, or logged."""
+
+    def __init__(self, host: str, live: bool) -> None:
+        self._host = host
+        self._live = live
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take a piece."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _JOINED:
+            lines.append(self._rest)
+            self._rest = b""
+        for line in lines:
+            self._show(line)
+
+    def _show(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace")
+        if self._live:
+            sys.stdout.write(f"[{self._host}] {text}\n")
+        else:
+            _logger.debug("%s: %s", self._host, text)
+
+    def close(self) -> None:
+        """Show what is left."""
+        if self._rest:
+            self._show(self._rest)
+            self._rest = b""

@@ -1,0 +1,287 @@
+"""Who gets what: chunks wait in one line, and go to the hosts as these have room. Lives on the loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal as signals
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lazycluster import _loop
+from lazycluster.exceptions import ConnectionLostError, HostsLostError, LazyclusterError, WorkerLostError
+
+from .blobs import Blobs
+from .chunks import Answer, Chunk, Failure
+from .crew import LOOKAHEAD, Crew, Plan
+from .outcomes import read
+
+if TYPE_CHECKING:
+    from lazycluster.tasks.context import Context
+
+    from .packing import Packed
+
+__all__ = ["Dealer"]
+
+_logger = logging.getLogger("lazycluster")
+
+MOST_DEATHS = 3  # workers or hosts that may die under a call before it is given up
+_WORTH_MOVING = 2 * LOOKAHEAD  # seconds of work that a chunk must be to be taken from one host for another
+
+
+class Dealer:
+    """Gives chunks to the workers of some hosts.
+
+    Args:
+        contexts: The hosts, and how functions are run on each.
+        plans: What the workers are like, per host.
+        blobs: What several calls need.
+
+    Attributes:
+        error: Why nothing can be run any more, None while it can.
+    """
+
+    def __init__(self, contexts: Sequence[Context], plans: Sequence[Plan], blobs: Blobs) -> None:
+        self.blobs = blobs
+        self.error: BaseException | None = None
+        self._crews: list[Crew] = []
+        self._contexts, self._plans = contexts, plans
+        self._inbox: deque[Chunk] = deque()
+        self._cancels: deque[Chunk] = deque()
+        self._releases: deque[int] = deque()
+        self._pending: deque[Chunk] = deque()
+        self._lock = threading.Lock()
+        self._scheduled = False
+        self._sweeping = False
+        self._dealing = False
+        self._loop = _loop.get_loop()
+        self._runs: list[asyncio.Task[None]] = []
+        self._lost: dict[str, str] = {}
+        self._closed = False
+
+    # --- from any thread -----------------------------------------------------------------------
+    def start(self, packed: Packed | None) -> None:
+        """Start workers on all hosts, without waiting; `packed` is what they will call first."""
+        self._loop.call_soon_threadsafe(self._start, packed)
+
+    def submit(self, chunk: Chunk) -> None:
+        """Have a chunk run."""
+        self._inbox.append(chunk)
+        self._poke()
+
+    def cancel(self, chunks: Iterable[Chunk]) -> None:
+        """Have chunks forgotten, and ended where they run; nothing more is heard of them."""
+        for chunk in chunks:
+            chunk.cancelled = True
+            self._cancels.append(chunk)
+        self._poke()
+
+    def release(self, blobs: Iterable[int]) -> None:
+        """Note that blobs have one user less each; not before what was submitted and cancelled until now is handled."""
+        self._releases.extend(blobs)
+        self._poke()
+
+    def sweep(self) -> None:
+        """Drop what waits and is not wanted any more."""
+        self._sweeping = True
+        self._poke()
+
+    def _poke(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon_threadsafe(self._poked)
+
+    # --- on the loop ---------------------------------------------------------------------------
+    def _start(self, packed: Packed | None) -> None:
+        if self._closed:
+            return
+        self._crews = [Crew(self, context, plan) for context, plan in zip(self._contexts, self._plans, strict=True)]
+        self._runs = [asyncio.ensure_future(crew.run(packed)) for crew in self._crews]
+
+    def _poked(self) -> None:
+        self._scheduled = False  # first: what comes from now on pokes again
+        while self._inbox:
+            self._pending.append(self._inbox.popleft())
+        while self._cancels:
+            chunk = self._cancels.popleft()
+            for crew in self._crews:
+                crew.cancel(chunk)
+        if self._sweeping:
+            self._sweeping = False
+            self._pending = deque(chunk for chunk in self._pending if chunk.sink.wanted(chunk))
+        while self._releases:
+            self.blobs.release(self._releases.popleft())
+        self._deal()
+
+    def deal_soon(self) -> None:
+        """Deal after all that is to be handled in this round of the loop."""
+        if not self._dealing:
+            self._dealing = True
+            self._loop.call_soon(self._deal)
+
+    def _deal(self) -> None:
+        self._dealing = False
+        if self.error is not None:
+            self._fail_pending(self.error)
+            return
+        crews = [crew for crew in self._crews if crew.room > 0]
+        while self._pending and crews:
+            chunk = self._pending.popleft()
+            if chunk.cancelled or not chunk.sink.begins(chunk):
+                continue
+            # The one that has the least to do for its size; not where the call has done harm already, if possible.
+            crew = min(crews, key=lambda crew: (crew.host in chunk.touched, len(crew.in_flight) / crew.workers))
+            crew.give(chunk)
+            if crew.room <= 0:
+                crews.remove(crew)
+        if not self._pending:
+            self._balance()
+        dropped, self.blobs.dropped = self.blobs.dropped, []
+        for crew in self._crews:
+            for blob in dropped:
+                crew.drop(blob)
+            crew.flush()
+
+    def _balance(self) -> None:
+        """Have hosts whose workers are busy give back what they have in stock while others have nothing to do."""
+        idle = sum(max(0, crew.workers - len(crew.in_flight)) for crew in self._crews if not crew.over)
+        if not idle:
+            return
+        for crew in sorted(self._crews, key=lambda crew: len(crew.in_flight) - crew.workers, reverse=True):
+            stock = len(crew.in_flight) - crew.workers
+            if stock <= 0 or idle <= 0:
+                return
+            if crew.over or crew.asked_back or (crew.duration is not None and crew.duration < _WORTH_MOVING):
+                continue
+            count = min(idle, stock)
+            idle -= count
+            crew.ask_back(count)
+
+    # --- what crews tell -----------------------------------------------------------------------
+    def returned(self, chunks: list[Chunk]) -> None:
+        """Take chunks back that were not begun, or whose worker was ended for another's sake."""
+        self._pending.extendleft(reversed([chunk for chunk in chunks if not chunk.cancelled]))
+        self.deal_soon()
+
+    def died(self, crew: Crew, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
+        """Have a call tried again that a worker died under, and those beside it."""
+        index = min(max(index, chunk.first), chunk.first + chunk.count - 1)
+        before = chunk.part(chunk.first, index - chunk.first)
+        after = chunk.part(index + 1, chunk.first + chunk.count - index - 1)
+        guilty = self._blamed(chunk.part(index, 1), crew.host)
+        again = [part for part in (before, after) if part.count]
+        name = guilty.sink.name(guilty, index)
+        _logger.warning("%s: a worker has %s under %s", crew.host, _how(fields), name)
+        if guilty.deaths >= MOST_DEATHS:
+            guilty.sink.settle(guilty, Failure(_given_up(guilty, name, crew.host, fields)))
+        else:
+            again.insert(1 if before.count else 0, guilty)
+        self.returned(again)
+
+    @staticmethod
+    def _blamed(chunk: Chunk, host: str) -> Chunk:
+        chunk.deaths += 1
+        chunk.touched = (*chunk.touched, host)
+        return chunk
+
+    def unfit(self, crew: Crew, told: list[bytes]) -> None:
+        """Give up: workers cannot be initialised."""
+        error = read(Answer(0, told, 0, crew.host), 0, 1, lambda _: "the initializer")[0][1]
+        self._break(error if isinstance(error, BaseException) else LazyclusterError(str(error)))
+
+    def lost(self, crew: Crew, error: LazyclusterError) -> None:
+        """Have what a host had run by the others."""
+        if self._closed:
+            return
+        if not isinstance(error, ConnectionLostError):
+            self._break(error)
+            return
+        self._lost[crew.host] = str(error).partition("\n")[0]
+        chunks = crew.take_all()
+        again = []
+        for position, chunk in enumerate(chunks):
+            # Those that its workers had, as far as is known here; the others were in stock.
+            if position < crew.workers:
+                self._blamed(chunk, crew.host)
+            if chunk.deaths < MOST_DEATHS:
+                again.append(chunk)
+                continue
+            name = chunk.sink.name(chunk, chunk.first)
+            chunk.sink.settle(chunk, Failure(_given_up(chunk, name, crew.host, None)))
+        left = [other.host for other in self._crews if not other.over]
+        if left:
+            _logger.warning("%s: %d calls are run elsewhere: %s", crew.host, len(again), error)
+            self.returned(again)
+            return
+        self._pending.extendleft(reversed(again))
+        reasons = "\n".join(f"  {reason}" for reason in self._lost.values())
+        self._break(
+            HostsLostError(
+                f"no host is left to run calls on:\n{reasons}\n  Next step: see that the hosts are up, connect anew",
+                hosts=list(self._lost),
+                host=crew.host,
+            )
+        )
+
+    def _break(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error = error
+        for crew in self._crews:
+            self._pending.extend(crew.take_all())
+            if not crew.over:
+                asyncio.ensure_future(crew.close(kill=True))  # noqa: RUF006  (it is waited for in `close`)
+        self._fail_pending(self.error)
+
+    def _fail_pending(self, error: BaseException) -> None:
+        while self._pending:
+            chunk = self._pending.popleft()
+            if not chunk.cancelled and chunk.sink.begins(chunk):
+                chunk.sink.settle(chunk, Failure(error))
+
+    # --- the end -------------------------------------------------------------------------------
+    async def close(self, kill: bool) -> None:
+        """End the workers.
+
+        Args:
+            kill: Whatever they do; what was not answered is settled as cancelled by who asks for this.
+        """
+        self._closed = True
+        await asyncio.gather(*(crew.close(kill) for crew in self._crews))
+        for run in self._runs:
+            if not run.done():
+                run.cancel()
+        await asyncio.gather(*self._runs, return_exceptions=True)
+
+
+def _how(fields: dict[str, Any]) -> str:
+    number = fields.get("signal")
+    if number:
+        try:
+            name = signals.Signals(number).name
+        except ValueError:
+            name = f"signal {number}"
+        hint = ": the host may have run out of memory" if number == signals.SIGKILL else ""
+        return f"been ended by {name}{hint}"
+    return f"ended with exit status {fields.get('exit')}"
+
+
+def _given_up(chunk: Chunk, name: str, host: str, fields: dict[str, Any] | None) -> WorkerLostError:
+    others = chunk.touched[:-1]
+    if fields is None:
+        text = f"{host}: the host was lost"
+        pid = status = None
+        output = ""
+    else:
+        text = f"{host}: the worker process {fields.get('pid')} has {_how(fields)}"
+        pid, output = fields.get("pid"), str(fields.get("output", ""))
+        status = -fields["signal"] if fields.get("signal") else fields.get("exit")
+    text += f" while it ran {name}"
+    if others:
+        text += f", which had been tried {len(others)} times before with the same end, on {', '.join(others)}"
+    if output.strip():
+        lines = "\n".join(f"    {line}" for line in output.strip().splitlines()[-20:])
+        text += f"\n  The end of what the workers of {host} printed:\n{lines}"
+    text += "\n  Next step: see what the call needs (memory, for the most part), or run it alone with call()"
+    return WorkerLostError(text, call=name, host=host, hosts=chunk.touched, pid=pid, exit_status=status, output=output)

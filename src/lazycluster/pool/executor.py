@@ -1,0 +1,355 @@
+"""`GroupExecutor`: the hosts of a group as one executor of `concurrent.futures`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lazycluster import _lifetime, _loop
+from lazycluster.exceptions import LazyclusterError
+from lazycluster.tasks.pickling import name_of
+
+from .blobs import Blobs, Sharing
+from .chunks import Answer, Chunk, Failure
+from .crew import Plan
+from .dealer import Dealer
+from .mapping import MapRun, checked
+from .outcomes import call_name, read
+from .packing import Packed, pack, pack_calls
+from .sizes import worker_counts
+
+if TYPE_CHECKING:
+    from lazycluster.runtimes import Runtime
+
+__all__ = ["GroupExecutor"]
+
+T = TypeVar("T")
+
+_END_LIMIT = 30.0  # seconds for all workers to end
+
+
+class GroupExecutor(concurrent.futures.Executor):
+    """Runs calls on all hosts of a group, in worker processes that stay: a :class:`concurrent.futures.Executor`.
+
+    :meth:`RuntimeGroup.executor` makes one. Each host takes as many calls as its workers can do; what a host that is
+    lost had is run by the others. The function and its arguments travel as with :meth:`Runtime.call`: local modules go
+    along; what is bound into the function (``partial(f, data)``), and each large NumPy array, goes to each host once.
+
+    Args:
+        runtimes: The hosts.
+        max_workers: Worker processes in all; by default as many on each host as it has cores.
+        initializer: Is called in each worker before anything else.
+        initargs: Its arguments.
+        workers_per_host: Instead of `max_workers`: how many on each host, or on single ones by their names.
+        debug: Print what the calls print as it comes, each line with its host. Else it is logged with level debug.
+
+    Raises:
+        TypeError, ValueError: If an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        runtimes: Sequence[Runtime],
+        max_workers: int | None = None,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        workers_per_host: int | Mapping[str, int] | None = None,
+        debug: bool = False,
+    ) -> None:
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        counts = worker_counts(runtimes, max_workers, workers_per_host)
+        runtimes = [runtime for runtime in runtimes if counts[runtime.host] != 0]
+        self.hosts = [runtime.host for runtime in runtimes]
+        self._blobs = Blobs()
+        first = None
+        if initializer is not None:
+            first = self._blobs.take(pack(functools.partial(initializer, *initargs)))
+        plans = [Plan(counts[host], first, debug) for host in self.hosts]
+        self._dealer = Dealer([runtime.task_context() for runtime in runtimes], plans, self._blobs)
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._started = False
+        self._shut_down = False
+        self._ended = False
+        self._runs: weakref.WeakSet[MapRun] = weakref.WeakSet()
+        self._futures = _Futures(self._dealer)
+        _lifetime.register(self)
+
+    @property
+    def usable(self) -> bool:
+        """Whether calls can be run."""
+        return not self._shut_down and self._dealer.error is None and os.getpid() == self._owner
+
+    # --- running -------------------------------------------------------------------------------
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
+        """Have a function called on one of the hosts.
+
+        Args:
+            fn: The function.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            The future of the call. What cannot be sent is its exception.
+
+        Raises:
+            RuntimeError: If the executor was shut down.
+            LazyclusterError: If no host is left, or the workers cannot be started.
+        """
+        if not callable(fn):
+            raise TypeError(f"{fn!r} is not a function")
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        sharing = Sharing(self._blobs)
+        try:
+            packed = pack(fn)
+            calls = pack_calls(fn, [args], kwargs or None, sharing.share)
+        except TypeError as error:
+            with self._lock:
+                self._check()
+            future.set_exception(error)
+            return future
+        with self._lock:
+            self._begin(packed)
+            blob = self._blobs.take(packed).number
+            self._futures.add(future, name_of(fn), Chunk(calls, 0, 1, blob, sharing.taken(), self._futures))
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        ordered: bool = True,
+    ) -> Iterator[T]:
+        """Call a function with each item, on all hosts.
+
+        Args:
+            fn: The function.
+            *iterables: Their items are the arguments, as with :func:`map`.
+            timeout: Seconds from now within which each result must come.
+            chunksize: Calls that go to a worker together: many for calls that take less than a millisecond.
+            buffersize: Items that are taken beyond the results that were handed on, at most. By default as many as
+                keep the hosts busy; so iterables may be endless, and results large.
+            ordered: Whether results come in the order of the items, or as they are there.
+
+        Returns:
+            An iterator over the results. Closing it ends what still runs.
+
+        Raises:
+            TypeError: If the function cannot be sent; when iterating, what an argument or result cannot be.
+            TimeoutError: When iterating, if a result does not come in time.
+            WorkerLostError: When iterating, if workers or hosts have died under a call each time that it was tried.
+        """
+        if not callable(fn):
+            raise TypeError(f"{fn!r} is not a function")
+        checked(timeout, chunksize, buffersize)
+        packed = pack(fn)
+        with self._lock:
+            self._begin(packed)
+            run = MapRun(
+                self._dealer,
+                fn,
+                packed,
+                iterables,
+                timeout=timeout,
+                chunksize=chunksize,
+                buffersize=buffersize,
+                ordered=ordered,
+            )
+            self._runs.add(run)
+        run.fill()
+        return run.results()
+
+    def _begin(self, packed: Packed) -> None:
+        self._check()
+        if not self._started:
+            self._started = True
+            self._dealer.start(packed)
+
+    def _check(self) -> None:
+        if os.getpid() != self._owner:
+            raise LazyclusterError(
+                f"this executor belongs to the process {self._owner}; a forked child cannot use it. Make a new one"
+            )
+        if self._shut_down:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if self._dealer.error is not None:
+            raise self._dealer.error
+
+    # --- the end -------------------------------------------------------------------------------
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls, and end the workers when they are done. Doing it again does nothing.
+
+        Args:
+            wait: Return when all is over; else at once.
+            cancel_futures: Cancel what was not begun.
+        """
+        with self._lock:
+            self._shut_down = True
+        if os.getpid() != self._owner:
+            return
+        if cancel_futures:
+            self._futures.cancel_waiting()
+        if wait:
+            self._end()
+        elif not self._ended:
+            threading.Thread(target=self._end, name="lazycluster shutdown", daemon=True).start()
+
+    def _end(self) -> None:
+        try:
+            self._futures.wait()
+            for run in list(self._runs):
+                run.wait()
+        except BaseException:
+            self.cleanup()
+            raise
+        self._finish(kill=False)
+
+    def cleanup(self) -> None:
+        """End the workers at once, whatever they do; futures that are not done are cancelled. Again: nothing."""
+        with self._lock:
+            self._shut_down = True
+        if os.getpid() == self._owner:
+            self._finish(kill=True)
+
+    def _finish(self, kill: bool) -> None:
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+        try:
+            if self._started:
+                _loop.run(self._dealer.close(kill), _END_LIMIT)
+        finally:
+            self._futures.close()
+            for run in list(self._runs):
+                run.abandon()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.shutdown(wait=True)
+        else:
+            self.cleanup()
+
+    def __repr__(self) -> str:
+        state = "shut down" if self._shut_down else "open"
+        return f"<GroupExecutor on {', '.join(self.hosts)}: {state}>"
+
+
+class _Futures:
+    """The futures of an executor. They are settled in a thread of its own: their callbacks may do anything.
+
+    Args:
+        dealer: Who has the calls run.
+    """
+
+    def __init__(self, dealer: Dealer) -> None:
+        self._dealer = dealer
+        self._lock = threading.Condition()
+        self._open: dict[Chunk, tuple[concurrent.futures.Future[Any], str]] = {}
+        self._arrived: queue.SimpleQueue[tuple[Chunk, Answer | Failure] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def add(self, future: concurrent.futures.Future[Any], name: str, chunk: Chunk) -> None:
+        """Have a chunk run whose result is a future's."""
+        chunk.key = chunk
+        with self._lock:
+            self._open[chunk] = future, name
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._settle_all, name="lazycluster futures", daemon=True)
+                self._thread.start()
+        self._dealer.submit(chunk)
+
+    # --- a sink, on the loop's thread ----------------------------------------------------------
+    def name(self, chunk: Chunk, call: int) -> str:
+        """Return what to call a call in messages."""
+        entry = self._open.get(chunk.key)
+        return call_name(entry[1] if entry else "a call", chunk.packed, call)
+
+    def wanted(self, chunk: Chunk) -> bool:
+        """Tell whether a future that waits was not cancelled."""
+        entry = self._open.get(chunk.key)
+        if entry is None or not entry[0].cancelled():
+            return entry is not None
+        entry[0].set_running_or_notify_cancel()
+        self._forget(chunk)
+        return False
+
+    def begins(self, chunk: Chunk) -> bool:
+        """Learn that a chunk is given to a host; a future that was cancelled before is over then."""
+        entry = self._open.get(chunk.key)
+        if entry is None:
+            return False
+        if entry[0].running():
+            return True
+        if entry[0].set_running_or_notify_cancel():
+            return True
+        self._forget(chunk)
+        return False
+
+    def settle(self, chunk: Chunk, outcome: Answer | Failure) -> None:
+        """Take what came out of a chunk."""
+        self._arrived.put((chunk, outcome))
+
+    # --- in its own thread ---------------------------------------------------------------------
+    def _settle_all(self) -> None:
+        for chunk, outcome in iter(self._arrived.get, None):
+            entry = self._open.get(chunk.key)
+            if entry is not None:
+                future, name = entry
+                good, value = read(outcome, 0, 1, lambda _, name=name: f"{name}()")[0]  # type: ignore[misc]
+                if good:
+                    future.set_result(value)
+                else:
+                    future.set_exception(value)
+                del future, value, entry
+                self._forget(chunk)
+            del chunk, outcome
+
+    def _forget(self, chunk: Chunk) -> None:
+        with self._lock:
+            if self._open.pop(chunk.key, None) is None:
+                return
+            if not self._open:
+                self._lock.notify_all()
+        self._dealer.release([chunk.blob, *chunk.shared])
+
+    # --- the end -------------------------------------------------------------------------------
+    def cancel_waiting(self) -> None:
+        """Cancel the futures whose calls were not given to a host."""
+        with self._lock:
+            futures = [future for future, _ in self._open.values()]
+        for future in futures:
+            future.cancel()
+        self._dealer.sweep()
+
+    def wait(self) -> None:
+        """Wait until all are done."""
+        with self._lock:
+            self._lock.wait_for(lambda: not self._open)
+
+    def close(self) -> None:
+        """Cancel what is not done, and end the thread."""
+        with self._lock:
+            entries, self._open = list(self._open.items()), {}
+        for _, (future, _) in entries:
+            if not future.done() and not future.cancel():
+                future.set_exception(concurrent.futures.CancelledError())
+            elif future.cancelled():
+                future.set_running_or_notify_cancel()
+        self._arrived.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()

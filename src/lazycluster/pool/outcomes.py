@@ -1,0 +1,102 @@
+"""What came out of calls: reading the answers of workers."""
+
+from __future__ import annotations
+
+import pickle
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+from lazycluster.agent.poolwire import BROKEN, CHUNK, RETURNED
+from lazycluster.exceptions import RemoteTraceback, TaskExecutionError
+from lazycluster.tasks.functions import Outcome, load_parts, with_lines
+
+from .chunks import Answer, Failure
+from .packing import PackedCalls
+
+__all__ = ["call_name", "described", "read"]
+
+_SHORT = 4096  # bytes of arguments that are shown
+
+Results = list[tuple[bool, Any]]
+
+
+def read(outcome: Answer | Failure, first: int, count: int, name: Callable[[int], str]) -> Results:
+    """Return for each call of a chunk whether it returned, and what it returned or raised.
+
+    Args:
+        outcome: What came.
+        first: The first call of the chunk.
+        count: How many it has.
+        name: Returns what to call one in messages.
+    """
+    if isinstance(outcome, Failure):
+        return [(False, outcome.error)] * count
+    try:
+        content = pickle.loads(outcome.parts[0]) if len(outcome.parts) == 1 else load_parts(outcome.parts, False)
+    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
+        return [(False, _unreadable(error, outcome.host, name(first)))] * count
+    if outcome.kind == RETURNED:
+        return [(True, value) for value in content]
+    if outcome.kind == BROKEN:
+        return [(False, described(content, outcome.host, name(first + index))) for index in range(count)]
+    return [_one(good, data, outcome.host, name(first + index)) for index, (good, data) in enumerate(content)]
+
+
+def _one(good: bool, data: bytes, host: str, name: str) -> tuple[bool, Any]:
+    try:
+        content = pickle.loads(data)
+    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
+        return False, _unreadable(error, host, name)
+    return (True, content[0]) if good else (False, described(content, host, name))
+
+
+def _unreadable(error: Exception, host: str, name: str) -> TaskExecutionError:
+    text = f"{host}: the result of {name} came, but cannot be unpickled here: {type(error).__name__}: {error}"
+    wrapped = TaskExecutionError(text, host=host, what=name)
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def call_name(function: str, packed: PackedCalls, call: int) -> str:
+    """Return what to call a call in messages: the function with the arguments, if these are short."""
+    if packed.kind == CHUNK and packed.size <= _SHORT:
+        try:
+            calls, kwargs = pickle.loads(b"".join(packed.parts))
+            shown = [reprlib.repr(argument) for argument in calls[call]]
+            shown += [f"{name}={reprlib.repr(value)}" for name, value in (kwargs or {}).items()]
+        except Exception:  # noqa: BLE001  (any error of any __repr__; and large arrays are not in there)
+            return f"{function}()"
+        return f"{function}({', '.join(shown)})"
+    return f"{function}()"
+
+
+def described(told: dict[str, Any], host: str, name: str) -> BaseException:
+    """Return what to raise for an error that a worker has told of.
+
+    Args:
+        told: What it said.
+        host: Where.
+        name: The call.
+    """
+    exception: BaseException | None = None
+    if told["exception"] is not None:
+        try:
+            loaded = pickle.loads(told["exception"])
+            exception = loaded if isinstance(loaded, BaseException) else None
+        except Exception:  # noqa: BLE001  (its text has to do)
+            exception = None
+    phase = told.get("phase", "run")
+    traceback = with_lines(told["traceback"])
+    if exception is not None and phase == "run":
+        exception.__cause__ = RemoteTraceback(host, told.get("pid", 0), traceback)
+        return exception
+    message = told["message"]
+    if phase == "result":
+        kind = told["result_type"].removeprefix("builtins.")
+        message = f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
+        traceback = ""
+    outcome = Outcome("raised", type_name=told["type"], message=message, traceback=traceback, phase=phase)
+    error = TaskExecutionError(f"{host}: {outcome.describe(name.partition('(')[0])}", host=host, what=name)
+    error.__cause__ = exception
+    return error

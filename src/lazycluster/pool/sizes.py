@@ -1,0 +1,58 @@
+"""How many workers each host gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lazycluster.exceptions import NoRuntimesError
+
+if TYPE_CHECKING:
+    from lazycluster.runtimes import Runtime
+
+__all__ = ["worker_counts"]
+
+
+def worker_counts(
+    runtimes: Sequence[Runtime], max_workers: int | None, per_host: int | Mapping[str, int] | None
+) -> dict[str, int | None]:
+    """Return how many workers each host gets; None: as many as it has cores.
+
+    Args:
+        runtimes: The hosts.
+        max_workers: How many in all. They are spread by how many cores each host has.
+        per_host: How many on each, or on single hosts by their names.
+
+    Raises:
+        TypeError, ValueError: If an argument makes no sense.
+        NoRuntimesError: If there is no host.
+    """
+    if not runtimes:
+        raise NoRuntimesError("the group is empty: add a runtime with add_runtime()")
+    hosts = [runtime.host for runtime in runtimes]
+    if max_workers is not None:
+        if per_host is not None:
+            raise ValueError("either max_workers or workers_per_host can be given, not both")
+        return _spread({runtime.host: int(runtime.info["cpu_cores"]) for runtime in runtimes}, _checked(max_workers))
+    if isinstance(per_host, Mapping):
+        unknown = [host for host in per_host if host not in hosts]
+        if unknown:
+            raise ValueError(f"workers_per_host: {unknown[0]!r} is not in the group; its hosts are: {', '.join(hosts)}")
+        return {host: _checked(per_host[host]) if host in per_host else None for host in hosts}
+    return dict.fromkeys(hosts, None if per_host is None else _checked(per_host))
+
+
+def _spread(cores: Mapping[str, int], count: int) -> dict[str, int | None]:
+    counts = dict.fromkeys(cores, 0)
+    for _ in range(count):
+        host = min(cores, key=lambda host: (counts[host] + 1) / cores[host])
+        counts[host] += 1
+    return {**counts}
+
+
+def _checked(count: int) -> int:
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"a number of workers must be an integer, not {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"a number of workers must be >= 1, not {count}")
+    return count
