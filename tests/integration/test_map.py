@@ -1,0 +1,374 @@
+"""Calls spread over hosts with `RuntimeGroup.map`, on this machine and on real hosts."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import LocalRuntime, RuntimeGroup
+from lazycluster.exceptions import (
+    AgentError,
+    HostsLostError,
+    LazyclusterError,
+    RemoteTraceback,
+    TaskExecutionError,
+    WorkerLostError,
+)
+from sshhosts import procfs
+
+
+@pytest.fixture
+def group() -> Iterator[RuntimeGroup]:
+    """Two runtimes on this machine."""
+    with RuntimeGroup([LocalRuntime(host="one"), LocalRuntime(host="two")]) as group:
+        yield group
+
+
+@pytest.fixture
+def host_group(hosts: Any) -> Iterator[RuntimeGroup]:
+    kwargs = {"config_file": hosts.config_file}
+    with RuntimeGroup(hosts=hosts.names, connection_kwargs=kwargs, python="auto") as group:
+        yield group
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+class Point:
+    def __init__(self, x: int) -> None:
+        self.x = x
+
+
+def until(condition: Any, what: str, patience: float = 20.0) -> None:
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.01)
+
+
+# --- what comes back ---------------------------------------------------------------------------------
+def test_results_in_order_whatever_the_chunks_are(group: RuntimeGroup) -> None:
+    expected = [square(x) for x in range(500)]
+    assert list(group.map(square, range(500))) == expected
+    assert list(group.map(square, range(500), chunksize=7)) == expected
+    assert list(group.map(square, range(500), chunksize=7, buffersize=20)) == expected
+    assert sorted(group.map(square, range(500), chunksize=3, ordered=False)) == expected
+    assert list(group.map(pow, range(5), itertools.repeat(2))) == [0, 1, 4, 9, 16]
+    assert list(group.map(square, [])) == []
+
+
+def test_workers_stay_and_know_local_classes(group: RuntimeGroup) -> None:
+    def moved(point: Point) -> tuple[Point, int]:
+        return Point(point.x + 1), os.getpid()
+
+    first = list(group.map(moved, [Point(x) for x in range(8)]))
+    assert [point.x for point, _ in first] == list(range(1, 9))
+    assert all(type(point) is Point for point, _ in first)
+    again = {pid for _, pid in group.map(moved, [Point(0)] * 8)}
+    assert again & {pid for _, pid in first}
+
+
+def test_closures_coroutines_and_what_is_bound(group: RuntimeGroup) -> None:
+    table = {"a": 1}
+
+    async def look(table: dict[str, int], key: str) -> int:
+        return table[key]
+
+    assert list(group.map(functools.partial(look, table), ["a", "a"])) == [1, 1]
+
+
+def test_large_objects_are_mapped_not_copied(group: RuntimeGroup) -> None:
+    np = pytest.importorskip("numpy")
+    big = np.arange(3_000_000, dtype=float)
+
+    def use(data: Any, index: int) -> tuple[float, bool]:
+        data[index] += 1  # its own copy of that page, as if it were its own array
+        return float(data[index]), Path("/proc/self/maps").read_text().count("memfd:pool") > 0
+
+    assert set(group.map(functools.partial(use, big), range(6))) == {(x + 1.0, True) for x in range(6)}
+    assert list(group.map(use, [big] * 3, [7, 8, 9])) == [(8.0, True), (9.0, True), (10.0, True)]
+    assert big[7] == 7.0
+    sent = [array.sum() for array in group.map(lambda x: np.full(400_000, x), range(5))]
+    assert sent == [400_000 * x for x in range(5)]
+
+
+def test_what_is_changed_between_items_is_sent_as_it_was(group: RuntimeGroup) -> None:
+    np = pytest.importorskip("numpy")
+
+    def frames() -> Iterator[Any]:
+        frame = np.zeros(200_000)
+        for value in range(6):
+            frame[:] = value
+            yield frame
+
+    assert list(group.map(lambda frame: float(frame[-1]), frames())) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_what_calls_print_is_shown_with_the_host(group: RuntimeGroup, capsys: pytest.CaptureFixture[str]) -> None:
+    with group.executor(debug=True) as executor:
+        assert list(executor.map(print, ["hello"])) == [None]
+    assert capsys.readouterr().out in ("[one] hello\n", "[two] hello\n")
+
+
+def test_each_worker_has_its_share_of_the_cores(group: RuntimeGroup) -> None:
+    def limits() -> tuple[str | None, int]:
+        return os.environ.get("OMP_NUM_THREADS"), len(os.sched_getaffinity(0))
+
+    with group.executor(workers_per_host=1) as executor:
+        threads, cores = executor.submit(limits).result()
+    assert threads is not None
+    assert 1 <= int(threads) <= cores
+
+
+# --- endless, slow, large ----------------------------------------------------------------------------
+def test_an_endless_iterable_is_taken_as_it_is_needed(group: RuntimeGroup) -> None:
+    taken = itertools.count()
+    results = group.map(square, taken, buffersize=10)
+    assert [next(results) for _ in range(50)] == [square(x) for x in range(50)]
+    assert next(taken) <= 60
+    results.close()
+    results = group.map(square, itertools.count())
+    assert list(itertools.islice(results, 5000)) == [square(x) for x in range(5000)]
+    results.close()
+
+
+def test_a_slow_host_does_not_hold_up_the_rest(group: RuntimeGroup) -> None:
+    def where(x: int) -> str:
+        host = os.environ["NAME_OF_HOST"]
+        time.sleep(0.2 if host == "one" else 0.01)
+        return host
+
+    for name in group.hosts:
+        group.get_runtime(name).add_env_variables({"NAME_OF_HOST": name})
+    with group.executor(workers_per_host=1) as executor:
+        counts = list(executor.map(where, range(60)))
+    assert counts.count("two") > 4 * counts.count("one")
+
+
+def test_what_a_busy_host_has_in_stock_goes_to_one_that_is_idle(group: RuntimeGroup, tmp_path: Path) -> None:
+    def first_waits(x: int) -> int:
+        path = Path(str(tmp_path), "go")
+        if x == 0:
+            while not path.exists():
+                time.sleep(0.01)
+        elif x == 7:
+            path.touch()
+        return x
+
+    # If one of them stood behind the first, it would never come to an end.
+    with group.executor(workers_per_host=1) as executor:
+        assert list(executor.map(first_waits, range(8), timeout=30)) == list(range(8))
+
+
+# --- errors --------------------------------------------------------------------------------------------
+def test_the_functions_own_exception_with_its_traceback_there(group: RuntimeGroup) -> None:
+    def fails(x: int) -> int:
+        if x == 3:
+            raise LookupError("three")
+        return x
+
+    for chunksize in (1, 10):
+        results = group.map(fails, range(6), chunksize=chunksize)
+        assert [next(results) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(LookupError, match="three") as caught:
+            next(results)
+        cause = caught.value.__cause__
+        assert isinstance(cause, RemoteTraceback)
+        assert cause.host in group.hosts
+        assert 'raise LookupError("three")' in str(cause)
+        assert "poolworker" not in str(cause)
+
+
+def test_what_cannot_be_sent_harms_only_its_own_call(group: RuntimeGroup) -> None:
+    def echo(x: Any) -> Any:
+        return (item for item in ()) if x == "generator" else x
+
+    results = group.map(echo, [1, threading.Lock(), 3], chunksize=3)
+    assert next(results) == 1
+    with pytest.raises(TypeError, match=r"argument 1 of .*echo\(\)"):
+        next(results)
+    results = group.map(echo, [1, "generator", 3], chunksize=3)
+    assert next(results) == 1
+    with pytest.raises(TaskExecutionError, match="a generator, cannot be sent back"):
+        next(results)
+    with pytest.raises(TypeError, match="cannot be sent"):
+        group.map(threading.Lock().acquire, [1])
+    assert list(group.map(echo, [1, 2])) == [1, 2]
+
+
+def test_what_a_host_does_not_have_is_named(group: RuntimeGroup) -> None:
+    def needs() -> None:
+        import a_module_that_no_host_has  # noqa: F401
+
+    with group.executor() as executor, pytest.raises(ModuleNotFoundError, match="a_module_that_no_host_has"):
+        executor.submit(needs).result()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"chunksize": 0}, ValueError),
+        ({"chunksize": 1.5}, TypeError),
+        ({"buffersize": 0}, ValueError),
+        ({"timeout": "soon"}, TypeError),
+    ],
+)
+def test_bad_arguments(group: RuntimeGroup, options: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        group.map(square, [1], **options)
+    with pytest.raises(TypeError, match="not a function"):
+        group.map("square", [1])  # type: ignore[arg-type]
+
+
+def test_a_worker_that_dies_costs_a_retry_and_a_call_that_kills_is_named(group: RuntimeGroup, tmp_path: Path) -> None:
+    marker = str(tmp_path / "died")
+
+    def dies_once(x: int) -> int:
+        if x == 7 and not os.path.exists(marker):
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    assert list(group.map(dies_once, range(40), chunksize=5)) == list(range(40))
+
+    def kills(x: int) -> int:
+        if x == 7:
+            print("I am about to die", flush=True)
+            os._exit(3)
+        return x
+
+    results = group.map(kills, range(40), chunksize=5)
+    assert [next(results) for _ in range(7)] == list(range(7))
+    with pytest.raises(WorkerLostError, match=r"exit status 3 while it ran .*kills\(7\) \(item 7\)") as caught:
+        next(results)
+    error = caught.value
+    assert len(error.hosts) == 3
+    assert error.host in group.hosts
+    assert error.exit_status == 3
+    assert isinstance(error.pid, int)
+    assert "I am about to die" in error.output
+    assert list(group.map(square, range(10))) == [square(x) for x in range(10)]
+
+
+def test_another_python_is_refused_as_for_single_functions() -> None:
+    other = next(
+        (
+            path
+            for path in sorted((Path.home() / ".pyenv" / "versions").glob("3.*/bin/python3"))
+            if not path.parts[-3].startswith(".".join(platform.python_version_tuple()[:2]))
+        ),
+        None,
+    )
+    if other is None:
+        pytest.skip("there is no Python of another version here")
+    with RuntimeGroup([LocalRuntime(python=str(other))]) as group:
+        with pytest.raises(AgentError, match="needs the same minor version"):
+            list(group.map(square, [1, 2]))
+        with pytest.raises(AgentError, match="needs the same minor version"):
+            list(group.map(square, [1, 2]))
+
+
+# --- ending ----------------------------------------------------------------------------------------------
+def test_closing_the_iterator_ends_what_runs(group: RuntimeGroup, tmp_path: Path) -> None:
+    def runs_long(x: int) -> int:
+        if x:
+            Path(str(tmp_path), str(os.getpid())).touch()
+            time.sleep(600)
+        return x
+
+    results = group.map(runs_long, range(3))
+    assert next(results) == 0
+    until(lambda: len(os.listdir(tmp_path)) == 2, "two calls that run")
+    results.close()
+    until(lambda: not any(procfs.process(int(pid)) for pid in os.listdir(tmp_path)), "their end")
+    assert list(group.map(square, range(8))) == [square(x) for x in range(8)]
+
+
+def test_a_timeout_ends_what_runs(group: RuntimeGroup) -> None:
+    results = group.map(time.sleep, [0, 600], timeout=1)
+    assert next(results) is None
+    with pytest.raises(TimeoutError, match=r"sleep.*1 s"):
+        next(results)
+
+
+def test_what_workers_started_ends_with_them(tmp_path: Path) -> None:
+    def starts(x: int) -> int:
+        import subprocess
+
+        return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+
+    with RuntimeGroup([LocalRuntime()]) as group:
+        pids = list(group.map(starts, range(3)))
+        assert all(procfs.process(pid) for pid in pids)
+    assert not any(procfs.process(pid) for pid in pids)
+
+
+def test_a_group_that_was_cleaned_up_maps_no_more() -> None:
+    group = RuntimeGroup([LocalRuntime()])
+    results = group.map(time.sleep, [0, 600])
+    next(results)
+    group.cleanup()
+    with pytest.raises((LazyclusterError, concurrent_cancelled())):
+        next(results)
+    with pytest.raises(LazyclusterError, match="closed"):
+        group.map(square, [1])
+
+
+def concurrent_cancelled() -> type[BaseException]:
+    import concurrent.futures
+
+    return concurrent.futures.CancelledError
+
+
+# --- real hosts ------------------------------------------------------------------------------------------
+def test_hosts_take_part_as_they_can(host_group: RuntimeGroup) -> None:
+    def where(x: int) -> tuple[int, str]:
+        time.sleep(0.02)
+        return x, os.uname().nodename
+
+    results = list(host_group.map(where, range(60)))
+    assert [x for x, _ in results] == list(range(60))
+    assert len({host for _, host in results}) == 3
+
+
+@pytest.mark.keeps("hosts")
+def test_a_host_that_is_lost_in_the_middle_loses_nothing(make_hosts: Any, caplog: Any) -> None:
+    hosts = make_hosts(3)
+    kwargs = {"config_file": hosts.config_file}
+
+    def slow(x: int) -> int:
+        time.sleep(0.05)
+        return x * x
+
+    with RuntimeGroup(hosts=hosts.names, connection_kwargs=kwargs, python="auto") as group:
+        results = group.map(slow, range(120))
+        got = [next(results) for _ in range(10)]
+        hosts[1].power_off()
+        got += results
+        assert got == [x * x for x in range(120)]
+        assert "run elsewhere" in caplog.text
+
+
+@pytest.mark.keeps("manager", "hosts")
+def test_when_no_host_is_left_what_was_lost_is_named(group: RuntimeGroup) -> None:
+    results = group.map(lambda x: time.sleep(0.05), itertools.count())
+    next(results)
+    for runtime in group.runtimes:
+        os.kill(runtime.connection.hello.pid, signal.SIGKILL)
+    with pytest.raises(HostsLostError, match="no host is left") as caught:
+        for _ in range(10_000):
+            next(results)
+    assert sorted(caught.value.hosts) == ["one", "two"]
+    with pytest.raises(LazyclusterError, match="lost"):
+        group.map(square, [1])
