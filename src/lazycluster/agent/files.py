@@ -47,7 +47,8 @@ def handle(stream: Stream, request: Dict[str, Any]) -> None:
     if request["op"] == "send":
         Receiver(stream, lambda folder, name: destination(path, cwd, env, folder, name), Tally()).run()
     else:
-        Sender(stream, lambda: source(path or b"", cwd, env), Tally()).run()
+        exclude = [raw(pattern) for pattern in request.get("exclude") or ()]
+        Sender(stream, lambda: source(path or b"", cwd, env), Tally(), exclude).run()
 
 
 def source(path: bytes, cwd: bytes, env: Mapping[str, str]) -> Tuple[bytes, bytes]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import stat
 import time
 import zlib
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from .stream import (
     ABORT,
@@ -79,9 +80,13 @@ class Sender:
         stream: Where to.
         find: Returns the source's path, and the name that it goes by if the destination gives none.
         tally: Counts what is done.
+        exclude: Patterns of what is left out of a folder: of names, or with a slash in it of paths below the folder.
     """
 
-    def __init__(self, stream: Stream, find: Callable[[], Tuple[bytes, bytes]], tally: Tally) -> None:
+    def __init__(
+        self, stream: Stream, find: Callable[[], Tuple[bytes, bytes]], tally: Tally, exclude: Sequence[bytes] = ()
+    ) -> None:
+        self._exclude = [pattern.strip(b"/") for pattern in exclude]
         self._stream = stream
         self._find = find
         self._tally = tally
@@ -183,6 +188,8 @@ class Sender:
 
     def _child(self, child: "os.DirEntry[bytes]", name: bytes) -> Union[List[Any], os.stat_result, None]:
         """Return an entry, or the inode of a folder; nothing for what has just been removed or cannot be sent."""
+        if any(fnmatch.fnmatchcase(name if b"/" in p else child.name, p) for p in self._exclude):
+            return None
         try:
             inode = child.stat(follow_symlinks=False)
             if stat.S_ISDIR(inode.st_mode):

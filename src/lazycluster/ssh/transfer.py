@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,7 @@ async def send(
     cwd: str,
     env: Mapping[str, str],
     progress: Progress | None = None,
+    exclude: Sequence[str] = (),
 ) -> TransferResult:
     """Copy a file or folder to a host, with permissions, times and symbolic links. Unchanged files are not sent.
 
@@ -125,6 +126,7 @@ async def send(
         env: Variables that may stand in `remote_path`, beside those of the host.
         progress: Called from another thread with the bytes done, the bytes in all (None while they are not known) and
             the files done.
+        exclude: What to leave out of a folder: patterns of names, or with a slash in it of paths below the folder.
 
     Returns:
         What was done.
@@ -139,7 +141,7 @@ async def send(
     here = os.getcwdb()
 
     def copy(stream: Stream, tally: Tally) -> str:
-        sender = Sender(stream, lambda: source(local, here, {}), tally)
+        sender = Sender(stream, lambda: source(local, here, {}), tally, [os.fsencode(name) for name in exclude])
         return str(sender.run().get("path", ""))
 
     return await _Copy(connection, request, copy, os.fspath(local_path), progress).run()
@@ -153,6 +155,7 @@ async def get(
     cwd: str,
     env: Mapping[str, str],
     progress: Progress | None = None,
+    exclude: Sequence[str] = (),
 ) -> TransferResult:
     """Copy a file or folder from a host: `send` in the other direction.
 
@@ -163,6 +166,7 @@ async def get(
         cwd: Directory on the host that a relative `remote_path` starts at.
         env: Variables that may stand in `remote_path`, beside those of the host.
         progress: See `send`.
+        exclude: See `send`.
 
     Returns:
         What was done.
@@ -176,7 +180,7 @@ async def get(
     if not remote:
         raise ValueError("remote_path is empty: name the file or folder on the host")
     local = None if local_path is None else _local(local_path, "local_path")
-    request = {"op": "get", "path": remote, "cwd": cwd, "env": dict(env)}
+    request = {"op": "get", "path": remote, "cwd": cwd, "env": dict(env), "exclude": list(exclude)}
     here = os.getcwdb()
     asked = os.path.basename(raw(remote).rstrip(b"/"))
 

@@ -1,0 +1,131 @@
+"""The command line's entry point: its commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from lazycluster import __version__
+
+from .errors import FAILED, INTERRUPTED, USAGE, OutputGoneError, report
+
+__all__ = ["cli", "main"]
+
+# Name -> module and what it does in a line. Nothing is imported to show the list.
+_COMMANDS = {
+    "list-runtimes": ("runtimes:list_runtimes", "Show the hosts: which answer, and what machines they are."),
+    "add-runtime": ("configuration:add_runtime", "Add a host to the ssh configuration."),
+    "delete-runtime": ("configuration:delete_runtime", "Remove a host from the ssh configuration."),
+    "doctor": ("doctor:doctor", "Check step by step what a host needs to be usable, and how to mend it."),
+    "run": ("run:run", "Run a command or a Python script on many hosts at once."),
+    "put": ("copy:put", "Copy files and folders to hosts."),
+    "get": ("copy:get", "Copy files and folders from hosts."),
+    "forward": ("ports:forward", "Make a port of a host reachable here, until Ctrl-C."),
+    "expose": ("ports:expose", "Make a port of this machine reachable on hosts, until Ctrl-C."),
+}
+
+
+class _Commands(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(f"lazycluster.cli.commands.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" See '{ctx.command_path} --help'."
+            raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", prog_name="lazycluster", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Log what is done, and show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """From a list of SSH hosts to commands, files, ports and clusters on them.
+
+    The hosts are those of your ssh configuration (~/.ssh/config); anything that 'ssh HOST' accepts works, too. They
+    need an SSH server and python3, nothing else, and nothing stays on them.
+
+    \b
+    Examples:
+      lazycluster list-runtimes -l
+      lazycluster doctor node1
+      lazycluster run -w 'node[1-3]' -- uptime
+      lazycluster put -w @all data.csv /tmp/
+
+    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted; 'run' has more, see 'lazycluster run --help'.
+    """
+    if debug:
+        import logging
+
+        logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def main() -> None:
+    """Run the command line, and exit with its status."""
+    debug = "--debug" in sys.argv[1:]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _terminate)
+    try:
+        status = cli.main(standalone_mode=False, prog_name="lazycluster")
+    except click.exceptions.Exit as end:
+        status = end.exit_code
+    except click.ClickException as error:
+        error.show()
+        status = USAGE if isinstance(error, click.UsageError) else FAILED
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write("\nInterrupted.\n")
+        status = INTERRUPTED
+    except OutputGoneError:
+        _end_by_pipe()
+    except Exception as error:  # noqa: BLE001 - an error's place is on the screen, its traceback in --debug
+        status = report(error, debug)
+    _flush()
+    sys.exit(_status(status))
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """End as Ctrl-C would: first what runs on the hosts."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def _status(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _end_by_pipe()
+
+
+def _end_by_pipe() -> None:
+    """End as a program that SIGPIPE ended: whoever reads our output has had enough of it."""
+    # What is still to be written has no reader: without this the interpreter would complain at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(128 + signal.SIGPIPE)

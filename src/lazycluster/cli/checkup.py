@@ -1,0 +1,274 @@
+"""What makes a host usable, checked step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from lazycluster import _loop
+from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
+
+from .machines import megabytes
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.openssh import SshConnection
+
+__all__ = ["STEPS", "Checkup", "Step"]
+
+STEPS = (
+    "configuration",
+    "name",
+    "port",
+    "host key",
+    "authentication",
+    "login shell",
+    "Python",
+    "forwarding",
+    "temporary files",
+    "clock",
+    "packages",
+)
+
+# What kind of failure means that which step failed; those before it went well.
+_FAILED_STEP = {
+    "config": "configuration",
+    "ssh": "configuration",
+    "dns": "name",
+    "refused": "port",
+    "unreachable": "port",
+    "dropped": "port",
+    "proxy": "port",
+    "host_key": "host key",
+    "auth": "authentication",
+    "shell": "login shell",
+    "protocol": "login shell",
+    "lost": "login shell",
+    "python": "Python",
+}
+_PACKAGES = ("cloudpickle", "dask", "distributed", "hyperopt", "pymongo", "numpy", "pandas")
+_CLOCK_LIMIT = 5.0  # seconds
+_LITTLE_SPACE = 100 * 1024 * 1024
+_LIMIT = 30.0
+_ASK_HOST = """
+import json, os, sys, time
+now = time.time()
+place = os.statvfs(sys.argv[1])
+print(json.dumps([now, place.f_bavail * place.f_frsize, place.f_files == 0 or place.f_favail, bool(place.f_flag & 8)]))
+"""
+
+
+@dataclass
+class Step:
+    """A step on the way to a usable host.
+
+    Attributes:
+        name: What is checked, one of `STEPS`.
+        state: ``ok``, ``failed``, ``differs`` (it matters for some uses only), ``not reached``.
+        detail: What was seen.
+        mend: How to mend it.
+    """
+
+    name: str
+    state: str = "not reached"
+    detail: str = ""
+    mend: str = ""
+
+
+@dataclass
+class Checkup:
+    """The steps of one host.
+
+    Attributes:
+        host: The host.
+        steps: In order, see `STEPS`.
+    """
+
+    host: str
+    steps: list[Step] = field(default_factory=lambda: [Step(name) for name in STEPS])
+
+    @property
+    def usable(self) -> bool:
+        """Whether no step failed."""
+        return not any(step.state in ("failed", "not reached") for step in self.steps)
+
+    def _set(self, name: str, state: str, detail: str = "", mend: str = "") -> None:
+        step = self.steps[STEPS.index(name)]
+        step.state, step.detail, step.mend = state, detail, mend
+
+    async def run(self, connection: SshConnection) -> None:
+        """Check one step after the other. The connection is closed in the end."""
+        way = await _loop.in_thread(_way, connection)
+        probing = asyncio.ensure_future(_loop.in_thread(_probe, way))
+        try:
+            await connection.open()
+        except InvalidRuntimeError as error:
+            self._failed(error, way, await probing)
+        else:
+            self._reached(connection, way, await probing)
+            for check in (self._forwarding, self._files_and_clock, self._packages):
+                await check(connection)
+        finally:
+            await connection.close()
+
+    # --- up to the agent -----------------------------------------------------------------------
+    def _failed(self, error: InvalidRuntimeError, way: dict[str, str], probe: _Probe) -> None:
+        failed = _FAILED_STEP.get(error.reason, "authentication" if probe.banner else "port")
+        details = self._details(way, probe)
+        for name in STEPS[: STEPS.index(failed)]:
+            self._set(name, "ok", details.get(name, ""))
+        self._set(failed, "failed", error.detail or str(error), error.hint)
+
+    def _details(self, way: dict[str, str], probe: _Probe) -> dict[str, str]:
+        through = way.get("proxyjump") or way.get("proxycommand")
+        port = f"{way.get('port', '22')}" + (f", {probe.banner}" if probe.banner else "")
+        return {
+            "configuration": f"{way.get('user', '')}@{way.get('hostname', self.host)}",
+            "name": f"looked up by {through}" if through else probe.address,
+            "port": f"{port}, through {through}" if through else port,
+        }
+
+    def _reached(self, connection: SshConnection, way: dict[str, str], probe: _Probe) -> None:
+        hello = connection.hello
+        details = {
+            **self._details(way, probe),
+            "host key": "known",
+            "authentication": f"as {hello.user}",
+            "login shell": hello.shell,
+            "Python": f"{'.'.join(map(str, hello.python))} ({hello.executable})",
+        }
+        for name in STEPS[: STEPS.index("forwarding")]:
+            self._set(name, "ok", details.get(name, ""))
+
+    # --- on the host ---------------------------------------------------------------------------
+    async def _forwarding(self, connection: SshConnection) -> None:
+        from lazycluster.ssh.probes import can_connect, same_network
+        from lazycluster.ssh.tunnels import close_tunnels, open_to_runtime
+
+        mend = "set 'AllowTcpForwarding yes' in the host's sshd_config, or ask its administrator"
+        try:
+            if await asyncio.wait_for(same_network(connection), _LIMIT):
+                self._set("forwarding", "ok", "not needed: it is this machine's network")
+                return
+            if not await asyncio.wait_for(can_connect(connection), _LIMIT):
+                self._set("forwarding", "failed", "the host's sshd refuses connections to its ports", mend)
+                return
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                opening = open_to_runtime(connection, server.getsockname()[1], range(20000, 20100))
+                await close_tunnels([await asyncio.wait_for(opening, _LIMIT)])
+            self._set("forwarding", "ok", "both ways")
+        except (LazyclusterError, OSError, asyncio.TimeoutError) as error:
+            self._set("forwarding", "failed", str(error) or "no answer", mend)
+
+    async def _files_and_clock(self, connection: SshConnection) -> None:
+        output = bytearray()
+        hello = connection.hello
+        argv = [hello.executable, "-c", _ASK_HOST, hello.directory]
+        before = time.time()
+        channel = connection.channel("run", {"argv": argv, "merge": True}, stdout=output.extend)
+        try:
+            await asyncio.wait_for(channel.result(), _LIMIT)
+            now, space, inodes, noexec = json.loads(output)
+        except (LazyclusterError, asyncio.TimeoutError, ValueError) as error:
+            said = output.decode(errors="replace").strip() or str(error)
+            self._set("temporary files", "failed", said, "see what is wrong with the host's temporary directory")
+            return
+        finally:
+            channel.close()
+        free = f"{hello.directory.rpartition('/')[0]}, {megabytes(space)} free" + (", noexec" if noexec else "")
+        if space < _LITTLE_SPACE or not inodes:
+            self._set("temporary files", "failed", free, "make some space there")
+        else:
+            self._set("temporary files", "ok", free)
+        after = time.time()
+        ahead = now - (before + after) / 2
+        if abs(ahead) > _CLOCK_LIMIT + (after - before) / 2:
+            off = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+            self._set("clock", "failed", off, "set the clocks by NTP, e.g. 'timedatectl set-ntp true'")
+        else:
+            self._set("clock", "ok", f"within {max(0.1, abs(ahead)):.1f} s of this machine's")
+
+    async def _packages(self, connection: SshConnection) -> None:
+        try:
+            request = connection.request("packages", python="python3", env={}, names=list(_PACKAGES))
+            answer = await asyncio.wait_for(request, _LIMIT)
+        except (LazyclusterError, asyncio.TimeoutError) as error:
+            self._set("packages", "differs", str(error) or "no answer")
+            return
+        version = answer["version"]
+        if tuple(version[:2]) != sys.version_info[:2]:
+            here, there = ".".join(map(str, sys.version_info[:2])), ".".join(map(str, version[:3]))
+            self._set(
+                "packages",
+                "differs",
+                f"Python {there} there, {here} here: commands and files work, functions and clusters do not",
+                f'choose a Python {here} with python="auto", or python="/path/to/python{here}"',
+            )
+            return
+        differing = _differing(answer["packages"])
+        if differing:
+            missing = " ".join(f"{name}=={here}" for name, here, _ in differing)
+            shown = ", ".join(f"{name} {there or 'missing'} ({here} here)" for name, here, there in differing)
+            self._set("packages", "differs", shown, f"{answer['executable']} -m pip install {missing}")
+        else:
+            self._set("packages", "ok", "as here: " + (", ".join(_installed()) or "none needed"))
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _differing(theirs: dict[str, str | None]) -> Sequence[tuple[str, str, str | None]]:
+    ours = _installed()
+    return [(name, version, theirs.get(name)) for name, version in ours.items() if theirs.get(name) != version]
+
+
+@dataclass
+class _Probe:
+    """What can be seen of a host from outside, without ssh."""
+
+    address: str = ""
+    banner: str = ""
+
+
+def _way(connection: SshConnection) -> dict[str, str]:
+    """Return what ssh makes of the configuration for a host."""
+    settings = connection.settings
+    argv = ["ssh", *(["-F", settings.config_file] if settings.config_file else []), "-G"]
+    if settings.user:
+        argv += ["-l", settings.user]
+    if settings.port:
+        argv += ["-p", str(settings.port)]
+    try:
+        done = subprocess.run(
+            [*argv, "--", settings.target], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return dict(line.partition(" ")[::2] for line in done.stdout.decode(errors="replace").splitlines())
+
+
+def _probe(way: dict[str, str]) -> _Probe:
+    probe = _Probe()
+    if way.get("proxyjump", "none") != "none" or way.get("proxycommand", "none") != "none" or "hostname" not in way:
+        return probe
+    try:
+        with socket.create_connection((way["hostname"], int(way.get("port", 22))), timeout=5) as sock:
+            probe.address = sock.getpeername()[0]
+            probe.banner = sock.recv(255).decode(errors="replace").partition("\n")[0].strip().removeprefix("SSH-2.0-")
+    except OSError:
+        pass  # ssh says better what is wrong
+    return probe

@@ -1,0 +1,145 @@
+"""``lazycluster add-runtime`` and ``delete-runtime``: the hosts of the ssh configuration."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lazycluster.cli.targets import Targets, complete_hosts, how_to_connect
+
+if TYPE_CHECKING:
+    from lazycluster.cli.fanout import Outcome
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["add_runtime", "delete_runtime"]
+
+_config = click.option(
+    "--config", type=click.Path(dir_okay=False), metavar="FILE", help="Change this instead of ~/.ssh/config."
+)
+_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
+
+
+@click.command()
+@_config
+@click.option("--id_file", "--id-file", metavar="FILE", help="The private key for it.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="A further option of ssh_config.")
+@click.option("--copy-id", is_flag=True, help="Install your public key there; asks for the password.")
+@click.option("--check", is_flag=True, help="Connect, and say whether the host can be used.")
+@click.option(
+    "--accept-new-host-key", is_flag=True, help="Take the host's key without asking, if it was never seen before."
+)
+@click.argument("name")
+@click.argument("host", metavar="[USER@]HOST[:PORT]")
+def add_runtime(
+    name: str, host: str, config: str | None, id_file: str | None, options: tuple[str, ...], copy_id: bool,
+    check: bool, accept_new_host_key: bool,
+) -> int:  # fmt: skip
+    """Add a host to the ssh configuration, under a NAME.
+
+    All that the file holds stays as it is; a copy of it is kept beside it. If something about the new entry is wrong,
+    nothing is changed.
+
+    \b
+    Examples:
+      lazycluster add-runtime gpu-a me@gpu-a.lab.org
+      lazycluster add-runtime node1 root@192.0.2.7:2222 --id_file ~/.ssh/lab --copy-id --check
+      lazycluster add-runtime node2 10.0.0.2 --option ProxyJump=gateway
+    """
+    from lazycluster.ssh.config_file import add_host
+    from lazycluster.ssh.destination import parse_destination
+
+    user, hostname, port = parse_destination(host)
+    entries = {"HostName": hostname}
+    if user is not None:
+        entries["User"] = user
+    if port is not None:
+        entries["Port"] = str(port)
+    if id_file is not None:
+        if "%" not in id_file and not os.access(Path(id_file).expanduser(), os.R_OK):
+            raise click.UsageError(f"there is no readable key {id_file}")
+        entries["IdentityFile"] = id_file if id_file.startswith(("~", "%")) else str(Path(id_file).absolute())
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise click.UsageError(f"--option {option}: write it as KEY=VALUE")
+        entries[key.strip()] = value.strip()
+    public = _public_key(id_file) if copy_id else None
+    path = add_host(name, entries, config)
+    click.echo(f"{name} was added to {path}.")
+    if public is not None:
+        _copy_id(name, config, public, accept_new_host_key)
+    if check or accept_new_host_key:
+        return _check(name, config, accept_new_host_key)
+    if not copy_id:
+        click.echo(f"Next step: see that it can be used: lazycluster doctor {name}")
+    return 0
+
+
+@click.command()
+@_config
+@click.argument("name", shell_complete=complete_hosts)
+def delete_runtime(name: str, config: str | None) -> None:
+    """Remove a host from the ssh configuration.
+
+    Of a line that names several hosts only the name is removed. A copy of the file is kept beside it.
+
+    \b
+    Example:
+      lazycluster delete-runtime gpu-a
+    """
+    from lazycluster.ssh.config_file import BACKUP, remove_host
+
+    path = remove_host(name, config)
+    click.echo(f"{name} was removed from {path}; what it was before is in {path.name}{BACKUP}.")
+
+
+def _public_key(id_file: str | None) -> Path:
+    folder = Path("~/.ssh").expanduser()
+    candidates = [Path(id_file + ".pub").expanduser()] if id_file else [folder / f"{name}.pub" for name in _KEYS]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    where = str(candidates[0]) if id_file else str(folder)
+    raise click.UsageError(
+        f"there is no public key in {where}. Make a pair of keys first: ssh-keygen -t ed25519"
+        + (f" -f {id_file}" if id_file else "")
+    )
+
+
+def _copy_id(name: str, config: str | None, key: Path, accept: bool) -> None:
+    program = shutil.which("ssh-copy-id")
+    if program is None:
+        raise click.ClickException("ssh-copy-id is not installed; it comes with the OpenSSH client")
+    argv = [program, "-i", str(key)]
+    if config is not None:
+        argv += ["-F", config]
+    if accept:
+        argv += ["-o", "StrictHostKeyChecking=accept-new"]
+    # It talks to the person at the terminal itself: the fingerprint of a new host, the password.
+    if subprocess.run([*argv, "--", name], check=False).returncode != 0:
+        raise click.ClickException(f"the key was not installed on {name}; it is in the configuration all the same")
+
+
+def _check(name: str, config: str | None, accept: bool) -> int:
+    from lazycluster import _loop
+    from lazycluster.cli.console import person_is_there
+    from lazycluster.cli.errors import show_error
+    from lazycluster.cli.fanout import Outcome, everywhere
+
+    async def work(connection: Connection) -> Outcome:
+        version = ".".join(map(str, connection.hello.python))
+        click.echo(f"{name} can be used: {connection.hello.user}@{connection.hello.hostname}, Python {version}.")
+        return Outcome(name)
+
+    chosen = Targets([name], settings=how_to_connect(config, None, accept), ask=person_is_there())
+    (outcome,) = _loop.run(everywhere(chosen, work))
+    if outcome.error:
+        show_error(
+            f"{name}: {outcome.error}\n  It is in the configuration all the same; see also: lazycluster doctor {name}"
+        )
+    return outcome.status

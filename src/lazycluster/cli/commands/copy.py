@@ -1,0 +1,139 @@
+"""``lazycluster put`` and ``lazycluster get``: files and folders to and from many hosts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lazycluster.cli.targets import host_options, targets
+
+if TYPE_CHECKING:
+    from lazycluster.cli.copying import Copying
+    from lazycluster.cli.fanout import Outcome
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["get", "put"]
+
+_fanout = click.option(
+    "--fanout", type=click.IntRange(1), default=64, metavar="N", help="On how many hosts at once (64)."
+)
+_exclude = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out what has such a name, or path below the folder: '*.pyc', 'data/raw'.",
+)
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing of what went well.")
+
+
+@click.command()
+@host_options
+@_exclude
+@_fanout
+@_quiet
+@click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
+def put(
+    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+    connect_timeout: float | None, accept_new_host_key: bool, exclude: tuple[str, ...], fanout: int, quiet: bool,
+    sources: tuple[str, ...],
+) -> int:  # fmt: skip
+    """Copy files and folders to hosts.
+
+    DEST is relative to the home directory. A directory that exists, or a name that ends with '/', takes each SRC
+    under its own name. What is there already, unchanged, is not sent again; a file is replaced when it is complete.
+
+    \b
+    Examples:
+      lazycluster put -w 'node[1-4]' train.py data/ work/
+      lazycluster put -w @all --exclude '*.pyc' --exclude .git . project/
+
+    Exit status: 0 if all is on all hosts, 255 if a host was not reached, else 1.
+    """
+    *paths, destination = _with_destination(sources)
+    for path in paths:
+        if not os.path.lexists(Path(path).expanduser()):
+            raise click.UsageError(f"there is no file or folder {path}")
+    if len(paths) > 1 and not destination.endswith("/"):
+        destination += "/"
+
+    async def send(connection: Connection, copying: Copying) -> None:
+        from lazycluster.ssh import transfer
+
+        for path in paths:
+            progress = copying.progress(connection.host)
+            result = await transfer.send(
+                connection, path, destination, cwd=connection.hello.home, env={}, progress=progress, exclude=exclude
+            )
+            copying.add(connection.host, result)
+
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
+    return _copy(chosen, send, fanout, quiet)
+
+
+@click.command()
+@host_options
+@_exclude
+@_fanout
+@_quiet
+@click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
+def get(
+    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+    connect_timeout: float | None, accept_new_host_key: bool, exclude: tuple[str, ...], fanout: int, quiet: bool,
+    sources: tuple[str, ...],
+) -> int:  # fmt: skip
+    """Copy files and folders from hosts, into DEST/HOST/.
+
+    SRC is relative to the home directory on the hosts; '~' and variables are those there.
+
+    \b
+    Examples:
+      lazycluster get -w 'node[1-4]' results.csv collected/        -> collected/node1/results.csv, ...
+      lazycluster get -w gpu-a --exclude '*.tmp' runs/42 .
+
+    Exit status: 0 if all is here, 255 if a host was not reached, else 1.
+    """
+    *paths, destination = _with_destination(sources)
+    base = Path(destination).expanduser()
+    if base.exists() and not base.is_dir():
+        raise click.UsageError(f"{destination} is a file: name a directory, which takes one per host")
+
+    async def fetch(connection: Connection, copying: Copying) -> None:
+        from lazycluster.ssh import transfer
+
+        folder = base / connection.host.replace("/", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            progress = copying.progress(connection.host)
+            result = await transfer.get(
+                connection, path, f"{folder}/", cwd=connection.hello.home, env={}, progress=progress, exclude=exclude
+            )
+            copying.add(connection.host, result)
+
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
+    return _copy(chosen, fetch, fanout, quiet)
+
+
+def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
+    if len(sources) < 2:
+        raise click.UsageError("name what to copy and where to: SRC... DEST")
+    if not all(sources):
+        raise click.UsageError("a path is empty")
+    return sources
+
+
+def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool) -> int:
+    from lazycluster import _loop
+    from lazycluster.cli.copying import Copying
+    from lazycluster.cli.fanout import Outcome, everywhere, exit_status
+
+    with Copying(chosen.names, quiet) as copying:
+
+        async def work(connection: Connection) -> Outcome:
+            await copy(connection, copying)
+            return Outcome(connection.host)
+
+        outcomes = _loop.run(everywhere(chosen, work, fanout, copying.done))
+    return exit_status(outcomes, chosen.everyone)

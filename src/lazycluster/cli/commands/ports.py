@@ -1,0 +1,120 @@
+"""``lazycluster forward`` and ``lazycluster expose``: ports through the ssh connection, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lazycluster.cli.targets import Targets, complete_hosts, connection_options, host_options, how_to_connect, targets
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["expose", "forward"]
+
+
+@click.command()
+@connection_options
+@click.argument("host", shell_complete=complete_hosts)
+@click.argument("ports", metavar="[LOCAL:]REMOTE", nargs=-1, required=True)
+def forward(
+    host: str, ports: tuple[str, ...], config: str | None, connect_timeout: float | None, accept_new_host_key: bool
+) -> None:
+    """Make ports of a host reachable on this machine, until Ctrl-C.
+
+    They listen on this machine's loopback only. Without LOCAL the same port is taken, or the next free one.
+
+    \b
+    Examples:
+      lazycluster forward gpu-a 8888               a notebook there, at http://localhost:8888
+      lazycluster forward gpu-a 9000:8787 6006
+    """
+    from lazycluster import _loop
+    from lazycluster.cli.console import person_is_there
+
+    pairs = [_pair(text) for text in ports]
+    chosen = Targets(
+        [host], settings=how_to_connect(config, connect_timeout, accept_new_host_key), ask=person_is_there()
+    )
+    _loop.run(_forward(chosen.connection(host), pairs))
+
+
+@click.command()
+@host_options
+@click.argument("ports", metavar="LOCAL[:REMOTE]", nargs=-1, required=True)
+def expose(
+    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+    connect_timeout: float | None, accept_new_host_key: bool, ports: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Make ports of this machine reachable on hosts, until Ctrl-C.
+
+    They listen on the hosts' loopback only: other users of these hosts can reach it, so the service must ask for a
+    password. Without REMOTE it is the same port there.
+
+    \b
+    Examples:
+      lazycluster expose -w 'node[1-4]' 5432       a database of this machine, at localhost:5432 on each host
+      lazycluster expose -w gpu-a 3128:8080
+    """
+    from lazycluster import _loop
+
+    pairs = [(first or last, last) for first, last in map(_pair, ports)]
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
+    _loop.run(_expose(chosen, pairs))
+
+
+def _pair(text: str) -> tuple[int | None, int]:
+    found = re.fullmatch(r"(?:(\d{1,5}):)?(\d{1,5})", text)
+    numbers = [int(number) if number else None for number in found.groups()] if found else []
+    if not numbers or any(number is not None and not 0 < number < 65536 for number in numbers):
+        raise click.BadParameter(f"{text!r} is no port (8888), and no pair of ports (9000:8888) from 1 to 65535")
+    first, last = numbers
+    assert last is not None
+    return first, last
+
+
+async def _forward(connection: Connection, pairs: list[tuple[int | None, int]]) -> None:
+    from lazycluster.ssh.tunnels import open_from_runtime
+
+    await connection.open()
+    try:
+        for local, remote in pairs:
+            wanted = local if local is not None else [remote, *range(max(remote, 1024) + 1, min(remote + 100, 65536))]
+            tunnel = await open_from_runtime(connection, remote, wanted)
+            click.echo(f"localhost:{tunnel.local_port} -> {connection.host}:{remote}")
+        await _until_it_is_lost([connection])
+    finally:
+        await connection.close()
+
+
+async def _expose(chosen: Targets, pairs: list[tuple[int, int]]) -> None:
+    from lazycluster.cli.fanout import open_all
+    from lazycluster.ssh.tunnels import open_to_runtimes
+
+    connections = await open_all(chosen)
+    try:
+        for local, remote in pairs:
+            await open_to_runtimes(connections, local, remote)
+            for connection in connections:
+                click.echo(f"{connection.host}:{remote} -> localhost:{local}")
+        await _until_it_is_lost(connections)
+    finally:
+        await asyncio.gather(*(connection.close() for connection in connections), return_exceptions=True)
+
+
+async def _until_it_is_lost(connections: list[Connection]) -> None:
+    from lazycluster.exceptions import ConnectionLostError
+
+    click.echo("Until Ctrl-C.", err=True)
+    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def fail(connection: Connection, why: str) -> None:
+        if not lost.done():
+            lost.set_exception(ConnectionLostError(connection.host, why))
+
+    for connection in connections:
+        connection.on_lost.append(lambda why, connection=connection: fail(connection, why))  # type: ignore[misc]
+    await lost

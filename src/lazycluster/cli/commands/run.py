@@ -1,0 +1,151 @@
+"""``lazycluster run``: a command on many hosts at once."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lazycluster.cli.targets import host_options, targets
+
+if TYPE_CHECKING:
+    from lazycluster.cli.fanout import Outcome
+    from lazycluster.cli.feeding import SharedInput
+    from lazycluster.cli.printing import Printer
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["run"]
+
+
+@click.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
+@host_options
+@click.option("--cwd", metavar="DIR", help="The directory on the hosts, by default the home directory.")
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="An environment variable for the command.")
+@click.option(
+    "--timeout", type=click.FloatRange(0.1), metavar="SECONDS", help="End the command on a host after so long."
+)
+@click.option("--fanout", type=click.IntRange(1), default=64, metavar="N", help="On how many hosts at once (64).")
+@click.option("--stdin", "use_stdin", is_flag=True, help="Give the command this one's standard input, on every host.")
+@click.option(
+    "--python",
+    "script",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="SCRIPT",
+    help="Run this local Python script there; what follows -- are its arguments.",
+)
+@click.option("--interpreter", default="python3", metavar="PYTHON", help="The Python for --python (python3).")
+@click.option("--gather", is_flag=True, help="Show the output at the end, that of hosts with the same output once.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
+@click.option("-N", "--no-label", is_flag=True, help="Print lines without the host's name.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def run(
+    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+    connect_timeout: float | None, accept_new_host_key: bool, cwd: str | None, env: tuple[str, ...],
+    timeout: float | None, fanout: int, use_stdin: bool, script: str | None, interpreter: str, gather: bool,
+    as_json: bool, no_label: bool, command: tuple[str, ...],
+) -> int:  # fmt: skip
+    """Run a command on many hosts at once.
+
+    One argument is a line for the user's shell there, so quote it; several are a program and its arguments, which
+    arrive unchanged. Lines come as they are printed, with the host's name before them.
+
+    \b
+    Examples:
+      lazycluster run -w 'node[1-4]' -- uptime
+      lazycluster run -w @all --gather -- 'cat /etc/os-release | head -1'
+      lazycluster run -w gpu-a --env EPOCHS=3 --python train.py -- --fast
+      tar c data | lazycluster run -w 'node[1-4]' --stdin -- tar x -C /tmp
+
+    Exit status: the highest of the hosts'; 255 if one was not reached, 124 after --timeout, 130 after Ctrl-C.
+    """
+    from lazycluster.cli.fanout import everywhere, exit_status
+    from lazycluster.cli.feeding import SharedInput
+    from lazycluster.cli.printing import printer
+
+    if not command and script is None:
+        raise click.UsageError("no command is given: lazycluster run -w HOSTS -- COMMAND")
+    if use_stdin and (hosts == ("-",) or getattr(hostfile, "name", "") == "<stdin>"):
+        raise click.UsageError("standard input cannot hold both the hosts and the command's input")
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
+    request: dict[str, Any] = {"env": _variables(env), "cwd": cwd, "input": use_stdin, "merge": gather and not as_json}
+    if script is None:
+        request.update({"command": command[0]} if len(command) == 1 else {"argv": list(command)})
+    out = printer("json" if as_json else "gather" if gather else "lines", chosen.names, not no_label)
+
+    async def work() -> list[Outcome]:
+        source = SharedInput() if use_stdin else None
+        job = _Job(request, out, timeout, source, script, interpreter, command)
+        try:
+            return await everywhere(chosen, job.on_host, fanout, out.done)
+        finally:
+            if source is not None:
+                source.close()
+
+    outcomes = out.during(work())
+    out.finish(outcomes)
+    if chosen.everyone and all(outcome.kind == "unreachable" for outcome in outcomes):
+        click.echo("No host was reached.", err=True)
+    return exit_status(outcomes, chosen.everyone)
+
+
+def _variables(pairs: tuple[str, ...]) -> dict[str, str]:
+    variables = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--env")
+        variables[name] = value
+    return variables
+
+
+class _Job:
+    """The command, on one host after another or at once."""
+
+    def __init__(
+        self, request: dict[str, Any], out: Printer, timeout: float | None, source: SharedInput | None,
+        script: str | None, interpreter: str, arguments: tuple[str, ...],
+    ) -> None:  # fmt: skip
+        self._request, self._out, self._timeout, self._source = request, out, timeout, source
+        self._script, self._interpreter, self._arguments = script, interpreter, arguments
+
+    async def on_host(self, connection: Connection) -> Outcome:
+        from lazycluster.cli.fanout import Outcome
+        from lazycluster.exceptions import AgentError
+
+        host = connection.host
+        request = dict(self._request)
+        if self._script is not None:
+            request["argv"] = [self._interpreter, await self._send_script(connection), *self._arguments]
+        channel = connection.channel(
+            "run",
+            request,
+            stdout=lambda data: self._out.output(host, data),
+            stderr=lambda data: self._out.errors(host, data),
+        )
+        feeding = asyncio.ensure_future(self._source.feed(channel)) if self._source is not None else None
+        late = False
+        try:
+            result = asyncio.ensure_future(channel.result())
+            done, _ = await asyncio.wait([result], timeout=self._timeout)
+            if not done:
+                late = True
+                channel.control(signal="END")
+            ended = await result
+        except AgentError as error:
+            return Outcome(host, 127 if error.kind == "os" else 1, error.message, "error")
+        finally:
+            if feeding is not None:
+                feeding.cancel()
+            channel.close()
+        if late:
+            return Outcome(host, 124, f"ended after {self._timeout:g} s", "timeout")
+        return Outcome(host, 128 + ended["signal"] if ended.get("signal") else int(ended.get("exit") or 0))
+
+    async def _send_script(self, connection: Connection) -> str:
+        from lazycluster.ssh import transfer
+
+        folder = str((await connection.request("mkdtemp"))["path"])
+        assert self._script is not None
+        sent = await transfer.send(connection, self._script, folder + "/", cwd=folder, env={})
+        return sent.path

@@ -1,0 +1,151 @@
+"""``lazycluster list-runtimes``: which hosts can be used, and what machines they are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lazycluster.cli.console import is_terminal, output, printable
+from lazycluster.cli.targets import Targets, host_options, targets
+
+if TYPE_CHECKING:
+    from lazycluster.cli.fanout import Outcome
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["list_runtimes"]
+
+# Column -> its width; that of the names depends on them.
+_SHORT = {"state": 8, "latency": 8}
+_LONG = {"os": 12, "cores": 5, "load": 5, "memory": 9, "disk": 9, "python": 7, "gpus": 0}
+_RIGHT = ("latency", "cores", "load", "memory", "disk")
+_WIDE = 100  # columns of a terminal that all of these fit in
+
+
+@click.command()
+@host_options
+@click.option("-l", "--long", is_flag=True, help="Show what machines they are, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--watch", is_flag=True, help="Stay, and show their present state, until Ctrl-C.")
+def list_runtimes(
+    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+    connect_timeout: float | None, accept_new_host_key: bool, long: bool, as_json: bool, watch: bool,
+) -> int:  # fmt: skip
+    """Show the hosts of the ssh configuration: which can be used, and why others cannot.
+
+    A host appears as soon as it answers. The latency is that of a message to the host and back, on a connection that
+    is open. What is shown with -l as memory and disk is used/total.
+
+    \b
+    Examples:
+      lazycluster list-runtimes
+      lazycluster list-runtimes -l -w 'gpu-*'
+      lazycluster list-runtimes -l --watch
+      lazycluster list-runtimes --json | jq -r '.[] | select(.state=="active").host'
+
+    Exit status: 0 if at least one host can be used, and all that were named; else 255.
+    """
+    from lazycluster.cli.fanout import exit_status
+
+    if watch and as_json:
+        raise click.UsageError("--watch and --json exclude each other")
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
+    if watch:
+        from lazycluster.cli.watching import watch as watch_hosts
+
+        return watch_hosts(chosen, long)
+    listing = _Json(chosen) if as_json else _Listing(chosen, long)
+    outcomes = listing.run()
+    if any(outcome.kind == "done" for outcome in outcomes):
+        return exit_status(outcomes, chosen.everyone)
+    return 255
+
+
+class _Listing:
+    """Rows that are printed as they come."""
+
+    def __init__(self, chosen: Targets, long: bool) -> None:
+        self._targets = chosen
+        self._long = long
+        self._columns = {"host": max(4, *map(len, chosen.names)), **_SHORT, **(_LONG if long else {})}
+        if long and is_terminal() and output().width < _WIDE:
+            del self._columns["latency"]
+        self.infos: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> list[Outcome]:
+        from lazycluster import _loop
+        from lazycluster.cli.fanout import everywhere
+
+        output().print(self._line({name: name.upper() for name in self._columns}), style="bold", soft_wrap=True)
+        outcomes = _loop.run(everywhere(self._targets, self._ask, on_done=self.show))
+        self.finish(outcomes)
+        return outcomes
+
+    async def _ask(self, connection: Connection) -> Outcome:
+        from lazycluster.cli.fanout import Outcome
+
+        started = time.perf_counter()
+        await asyncio.wait_for(connection.request("ping"), 30)
+        info = {"latency": time.perf_counter() - started}
+        if self._long:
+            info.update(await asyncio.wait_for(connection.request("info"), 30))
+        self.infos[connection.host] = info
+        return Outcome(connection.host)
+
+    def show(self, outcome: Outcome) -> None:
+        """Print the row of a host."""
+        from rich.text import Text
+
+        from lazycluster.cli.machines import cells
+
+        row = {"host": outcome.host, "state": "active" if outcome.kind == "done" else "inactive"}
+        if outcome.kind == "done":
+            info = self.infos[outcome.host]
+            row["latency"] = f"{info['latency'] * 1000:.1f} ms"
+            row.update(cells(info) if self._long else {})
+        text = Text(self._line(row), style="" if outcome.kind == "done" else "dim")
+        output().print(text, soft_wrap=True)
+
+    def _line(self, row: dict[str, str]) -> str:
+        padded = [
+            row.get(name, "").rjust(width) if name in _RIGHT else row.get(name, "").ljust(width)
+            for name, width in self._columns.items()
+        ]
+        return "  ".join(padded).rstrip()
+
+    def finish(self, outcomes: list[Outcome]) -> None:
+        """Say why hosts cannot be used."""
+        bad = [outcome for outcome in outcomes if outcome.kind != "done"]
+        if bad:
+            output().print("\nInactive:", style="bold")
+        for outcome in bad:
+            first, *rest = printable(outcome.error).split("\n")
+            output().print(f"  {outcome.host}: {first}", markup=False, soft_wrap=True)
+            for line in rest:
+                style = "cyan" if "Next step:" in line else None
+                output().print(f"    {line.strip()}", markup=False, soft_wrap=True, style=style)
+
+
+class _Json(_Listing):
+    """One document at the end."""
+
+    def __init__(self, chosen: Targets) -> None:
+        super().__init__(chosen, True)
+
+    def run(self) -> list[Outcome]:
+        from lazycluster import _loop
+        from lazycluster.cli.fanout import everywhere
+
+        outcomes = _loop.run(everywhere(self._targets, self._ask))
+        document = []
+        for outcome in outcomes:
+            active = outcome.kind == "done"
+            entry: dict[str, Any] = {"host": outcome.host, "state": "active" if active else "inactive"}
+            entry.update(self.infos.get(outcome.host, {}) if active else {"reason": outcome.error})
+            document.append(entry)
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        return outcomes

@@ -1,0 +1,46 @@
+"""Where things are printed: plain when it is not a terminal, or `NO_COLOR` is set."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import zlib
+
+from rich.console import Console
+
+__all__ = ["errors", "host_style", "is_terminal", "output", "printable"]
+
+# Readable on dark and on light, and none that says good or bad.
+_STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_blue")
+
+
+@functools.cache
+def output() -> Console:
+    """Return standard output."""
+    return Console(highlight=False)
+
+
+@functools.cache
+def errors() -> Console:
+    """Return standard error."""
+    return Console(stderr=True, highlight=False)
+
+
+def is_terminal() -> bool:
+    """Whether standard output is a terminal."""
+    return output().is_terminal
+
+
+def host_style(host: str) -> str:
+    """Return the colour of a host, always the same."""
+    return _STYLES[zlib.crc32(host.encode()) % len(_STYLES)]
+
+
+def printable(text: str) -> str:
+    """Return a text without what would control a terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+
+def person_is_there() -> bool:
+    """Whether a person can be asked something."""
+    return sys.stdin.isatty() and sys.stderr.isatty()

@@ -1,0 +1,55 @@
+"""Exit statuses, and errors as they are shown to a person."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["FAILED", "INTERRUPTED", "TIMED_OUT", "UNREACHABLE", "USAGE", "OutputGoneError", "report", "show_error"]
+
+FAILED = 1
+USAGE = 2
+TIMED_OUT = 124  # as timeout(1)
+INTERRUPTED = 130  # as a shell says of a program that Ctrl-C ended
+UNREACHABLE = 255  # as ssh
+
+
+class OutputGoneError(Exception):
+    """Nobody reads the output any more. Not a BrokenPipeError: click makes an exit status of 1 of that."""
+
+
+def show_error(text: str) -> None:
+    """Print an error to standard error; the first word of the cause and of the next step stand out on a terminal."""
+    from .console import errors
+
+    head, _, rest = text.partition("\n")
+    out = errors()
+    out.print("[bold red]error:[/] ", end="")
+    out.print(head, markup=False, highlight=False, soft_wrap=True)
+    for line in rest.splitlines():
+        step = line.strip().startswith("Next step:")
+        out.print(line, markup=False, highlight=False, soft_wrap=True, style="cyan" if step else None)
+
+
+def report(error: Exception, debug: bool) -> int:
+    """Show an error that ended the command.
+
+    Args:
+        error: The error.
+        debug: Whether to show where it comes from.
+
+    Returns:
+        The exit status.
+    """
+    from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
+
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, (LazyclusterError, OSError, ValueError, TypeError)):
+        show_error(str(error) or type(error).__name__)
+    else:
+        show_error(f"{type(error).__name__}: {error}")
+        if not debug:
+            sys.stderr.write("This is a bug of lazycluster: please report it with the output of --debug.\n")
+    return UNREACHABLE if isinstance(error, InvalidRuntimeError) else FAILED

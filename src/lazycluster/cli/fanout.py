@@ -1,0 +1,137 @@
+"""The same work on many hosts at once, each on its own: a host that is down, silent or slow holds up no other."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
+from lazycluster.ssh.connection import Connection
+
+from .errors import FAILED, TIMED_OUT, UNREACHABLE
+from .targets import Targets
+
+__all__ = ["FANOUT", "Outcome", "everywhere", "exit_status", "open_all"]
+
+FANOUT = 64
+
+
+@dataclass
+class Outcome:
+    """How the work on a host ended.
+
+    Attributes:
+        host: The host.
+        status: The exit status, as a shell has it: 128 and more for a signal.
+        error: Why there is none, with the next step; empty if the work ended by itself.
+        kind: ``done``, ``unreachable``, ``timeout`` or ``error``.
+        seconds: How long it took, connecting included.
+    """
+
+    host: str
+    status: int = 0
+    error: str = ""
+    kind: str = "done"
+    seconds: float = 0.0
+
+
+Work = Callable[[Connection], Awaitable[Outcome]]
+
+
+async def everywhere(
+    targets: Targets,
+    work: Work,
+    fanout: int = FANOUT,
+    on_done: Callable[[Outcome], Any] = lambda outcome: None,
+) -> list[Outcome]:
+    """Connect hosts and do something on each.
+
+    If it is cancelled, the work ends on all hosts before this does.
+
+    Args:
+        targets: The hosts.
+        work: What to do on one that is connected; it is disconnected afterwards.
+        fanout: On how many at once.
+        on_done: Called with the outcome of a host as soon as it is there.
+
+    Returns:
+        The outcomes, in the order of the hosts.
+    """
+    slots = asyncio.Semaphore(fanout)
+
+    async def one(name: str) -> Outcome:
+        async with slots:
+            started = time.monotonic()
+            outcome = await _on_host(targets, name, work)
+            outcome.seconds = time.monotonic() - started
+        on_done(outcome)
+        return outcome
+
+    tasks = [asyncio.ensure_future(one(name)) for name in targets.names]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def _on_host(targets: Targets, name: str, work: Work) -> Outcome:
+    connection = None
+    try:
+        connection = targets.connection(name)
+        await connection.open()
+        return await work(connection)
+    except InvalidRuntimeError as error:
+        return Outcome(name, UNREACHABLE, _without_host(str(error), name), "unreachable")
+    except ConnectionLostError as error:
+        return Outcome(name, UNREACHABLE, _without_host(str(error), name), "unreachable")
+    except (LazyclusterError, OSError, ValueError, TypeError) as error:
+        return Outcome(name, FAILED, _without_host(str(error), name), "error")
+    finally:
+        if connection is not None:
+            await connection.close()
+
+
+def _without_host(text: str, host: str) -> str:
+    return text.removeprefix(f"{host}: ")
+
+
+def exit_status(outcomes: Sequence[Outcome], everyone: bool = False) -> int:
+    """Return the exit status of a command from those of its hosts.
+
+    Args:
+        outcomes: How it ended on each host.
+        everyone: Whether hosts that cannot be reached were not asked for by name, so do not count.
+
+    Returns:
+        255 if a host was not reached, else 124 if one took too long, else the highest of all.
+    """
+    counted = [o for o in outcomes if not (everyone and o.kind == "unreachable")]
+    if not counted or any(o.kind == "unreachable" for o in counted):
+        return UNREACHABLE
+    if any(o.kind == "timeout" for o in counted):
+        return TIMED_OUT
+    return max(o.status for o in counted)
+
+
+async def open_all(targets: Targets) -> list[Connection]:
+    """Connect all hosts at once; with ``@all`` those that can be reached.
+
+    Raises:
+        InvalidRuntimeError: If one that was named cannot be reached, or none.
+    """
+    connections = [targets.connection(name) for name in targets.names]
+    try:
+        errors = await asyncio.gather(*(c.open() for c in connections), return_exceptions=True)
+        failed = [error for error in errors if isinstance(error, BaseException)]
+        if failed and (not targets.everyone or len(failed) == len(connections)):
+            raise failed[0]
+    except BaseException:
+        await asyncio.gather(*(c.close() for c in connections), return_exceptions=True)
+        raise
+    return [c for c, error in zip(connections, errors, strict=True) if error is None]

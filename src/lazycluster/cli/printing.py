@@ -1,0 +1,251 @@
+"""The output of commands on many hosts: line by line, gathered, or as JSON."""
+
+from __future__ import annotations
+
+import abc
+import concurrent.futures
+import json
+import sys
+import threading
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from lazycluster import _loop
+
+from .console import errors, host_style, output, printable
+from .errors import OutputGoneError
+from .fanout import Outcome
+from .hostsets import fold
+
+__all__ = ["Printer", "printer"]
+
+T = TypeVar("T")
+
+_QUEUED = 4 * 1024 * 1024  # bytes; then the hosts are not listened to until they are printed
+_LONGEST_LINE = 64 * 1024
+_KEPT = 64 * 1024 * 1024  # bytes of a host's output that are kept for the end
+
+
+def printer(kind: str, hosts: Sequence[str], label: bool) -> Printer:
+    """Return what prints: ``lines``, ``gather`` or ``json``."""
+    if kind == "json":
+        return _Json()
+    return _Gathered() if kind == "gather" else _Lines(hosts, label)
+
+
+class Printer(abc.ABC):
+    """Takes output on the loop's thread, and prints it on the main thread, which Ctrl-C and SIGPIPE reach."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[Any, bytes]] = deque()
+        self._size = 0
+        self._closed = False
+        self._change = threading.Condition()
+
+    # --- on the loop's thread ------------------------------------------------------------------
+    @abc.abstractmethod
+    def output(self, host: str, data: bytes) -> None:
+        """Take what a command wrote to its standard output."""
+
+    @abc.abstractmethod
+    def errors(self, host: str, data: bytes) -> None:
+        """Take what a command wrote to its standard error."""
+
+    @abc.abstractmethod
+    def done(self, outcome: Outcome) -> None:
+        """Take the end of a host's work."""
+
+    def put(self, stream: Any, data: bytes) -> None:
+        """Have something printed; waits while too much is still to be printed, which holds the hosts back."""
+        with self._change:
+            self._change.wait_for(lambda: self._size < _QUEUED or self._closed)
+            if not self._closed:
+                self._queue.append((stream, data))
+                self._size += len(data)
+                self._change.notify_all()
+
+    # --- on the main thread --------------------------------------------------------------------
+    def during(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something on the loop, and print meanwhile what comes.
+
+        Raises:
+            OutputGoneError: If nobody reads it any more; the work was ended.
+            KeyboardInterrupt: Likewise.
+        """
+        future = _loop.submit(work)
+        future.add_done_callback(lambda _: self._wake())
+        try:
+            while self._print_some(future):
+                pass
+        except BaseException as error:
+            with self._change:
+                self._closed = True
+                self._change.notify_all()
+            future.cancel()
+            concurrent.futures.wait([future], timeout=30)
+            if isinstance(error, BrokenPipeError):
+                raise OutputGoneError from None
+            raise
+        return future.result()
+
+    def _wake(self) -> None:
+        with self._change:
+            self._change.notify_all()
+
+    def _print_some(self, future: concurrent.futures.Future[Any]) -> bool:
+        with self._change:
+            self._change.wait_for(lambda: self._queue or future.done())
+            items, self._size = list(self._queue), 0
+            self._queue.clear()
+            self._change.notify_all()
+        for stream, data in items:
+            stream.buffer.write(data)
+        for stream in {id(stream): stream for stream, _ in items}.values():
+            stream.flush()
+        return bool(items) or not future.done()
+
+    def finish(self, outcomes: Sequence[Outcome]) -> None:  # noqa: B027  (what comes at once needs none)
+        """Print what is left for the end."""
+
+
+def _told(outcome: Outcome) -> str:
+    """Return what is said of a host whose work did not end well, else nothing."""
+    if outcome.error:
+        return outcome.error
+    if outcome.status > 128:
+        return f"ended by signal {outcome.status - 128}"
+    return f"exit status {outcome.status}" if outcome.status else ""
+
+
+def _say(outcome: Outcome) -> None:
+    told = _told(outcome)
+    if told:
+        out = errors()
+        first, *rest = printable(told).split("\n")
+        out.print(f"[bold red]{outcome.host}:[/]", end=" ", soft_wrap=True)
+        out.print(first, markup=False, soft_wrap=True, style="red" if outcome.error else None)
+        for line in rest:
+            out.print(line, markup=False, soft_wrap=True, style="cyan" if "Next step:" in line else None)
+
+
+class _Lines(Printer):
+    """Each line as it comes, with its host."""
+
+    def __init__(self, hosts: Sequence[str], label: bool) -> None:
+        super().__init__()
+        self._label = label
+        self._width = max(map(len, hosts), default=0)
+        self._partial: dict[tuple[str, str], bytes] = {}
+        self._labels: dict[tuple[str, str], bytes] = {}
+
+    def output(self, host: str, data: bytes) -> None:
+        self._take(host, "stdout", data)
+
+    def errors(self, host: str, data: bytes) -> None:
+        self._take(host, "stderr", data)
+
+    def _take(self, host: str, name: str, data: bytes) -> None:
+        *lines, rest = (self._partial.get((host, name), b"") + data).split(b"\n")
+        if len(rest) > _LONGEST_LINE:
+            lines.append(rest)
+            rest = b""
+        self._partial[host, name] = rest
+        if lines:
+            label = self._label_of(host, name)
+            self.put(getattr(sys, name), b"".join(label + line + b"\n" for line in lines))
+
+    def _label_of(self, host: str, name: str) -> bytes:
+        if not self._label:
+            return b""
+        if (host, name) not in self._labels:
+            console = output() if name == "stdout" else errors()
+            text = f"{host}: "
+            if console.is_terminal:
+                # The ends of the names stand below each other; a pipe gets them without spaces.
+                with console.capture() as styled:
+                    console.print(host.rjust(self._width), style=host_style(host), end=": ", markup=False)
+                text = styled.get()
+            self._labels[host, name] = text.encode("utf-8", "surrogateescape")
+        return self._labels[host, name]
+
+    def done(self, outcome: Outcome) -> None:
+        for name in ("stdout", "stderr"):
+            if rest := self._partial.pop((outcome.host, name), b""):
+                self.put(getattr(sys, name), self._label_of(outcome.host, name) + rest + b"\n")
+        if told := _told(outcome):
+            label = self._label_of(outcome.host, "stderr") or f"{outcome.host}: ".encode()
+            lines = printable(told).encode("utf-8", "surrogateescape").split(b"\n")
+            self.put(sys.stderr, b"".join(label + line + b"\n" for line in lines))
+
+
+class _Kept(Printer):
+    """What keeps the output until the end; of a host that prints very much, the beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[tuple[str, str], bytearray] = {}
+        self._cut: set[str] = set()
+
+    def output(self, host: str, data: bytes) -> None:
+        self._keep(host, "stdout", data)
+
+    def errors(self, host: str, data: bytes) -> None:
+        self._keep(host, "stderr", data)
+
+    def _keep(self, host: str, name: str, data: bytes) -> None:
+        kept = self._kept.setdefault((host, name), bytearray())
+        room = _KEPT - len(kept)
+        kept += data[:room]
+        if len(data) > room:
+            self._cut.add(host)
+
+    def done(self, outcome: Outcome) -> None:
+        pass
+
+    def _of(self, host: str, name: str) -> bytes:
+        return bytes(self._kept.get((host, name), b""))
+
+
+class _Gathered(_Kept):
+    """The output of each host at the end; hosts that printed the same together."""
+
+    def finish(self, outcomes: Sequence[Outcome]) -> None:
+        groups: dict[tuple[bytes, str], list[str]] = {}
+        for outcome in outcomes:
+            text = self._of(outcome.host, "stdout")
+            if outcome.host in self._cut:
+                text += f"\n[more than {_KEPT // 1024**2} MB: the rest is left out]\n".encode()
+            if text or not _told(outcome):
+                groups.setdefault((text, _told(outcome) if outcome.kind == "done" else ""), []).append(outcome.host)
+        console = output()
+        for (text, told), hosts in groups.items():
+            names = fold(hosts) + (f" ({len(hosts)} hosts)" if len(hosts) > 1 else "") + (f": {told}" if told else "")
+            console.print(f"── {names}", style="bold", markup=False, soft_wrap=True)
+            sys.stdout.flush()
+            sys.stdout.buffer.write(text if text.endswith(b"\n") or not text else text + b"\n")
+            sys.stdout.buffer.flush()
+        shown = {host for hosts in groups.values() for host in hosts}
+        for outcome in outcomes:
+            if outcome.host not in shown or outcome.kind != "done":
+                _say(outcome)
+
+
+class _Json(_Kept):
+    """One document at the end."""
+
+    def finish(self, outcomes: Sequence[Outcome]) -> None:
+        document = [
+            {
+                "host": outcome.host,
+                "status": outcome.status,
+                "state": outcome.kind,
+                "error": outcome.error or None,
+                "stdout": self._of(outcome.host, "stdout").decode("utf-8", "replace"),
+                "stderr": self._of(outcome.host, "stderr").decode("utf-8", "replace"),
+                "truncated": outcome.host in self._cut,
+                "seconds": round(outcome.seconds, 3),
+            }
+            for outcome in outcomes
+        ]
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")

@@ -1,0 +1,199 @@
+"""Which hosts a command is for, and how they are reached: the options that many commands share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import hostsets
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["Targets", "complete_hosts", "connection_options", "host_options", "how_to_connect", "targets"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The hosts of a command.
+
+    Attributes:
+        names: As ssh takes them.
+        everyone: Whether all hosts of the configuration were meant: those that do not answer are left out with a word.
+        settings: How they are reached, see :class:`lazycluster.ssh.config.Settings`.
+        ask: Whether a person may be asked for passwords.
+    """
+
+    names: list[str]
+    everyone: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    ask: bool = False
+
+    def connection(self, name: str) -> Connection:
+        """Return a connection to one of them that is not open yet."""
+        from lazycluster.ssh.openssh import SshConnection
+
+        return SshConnection(name, self.settings, ask=self.ask)
+
+
+def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the names of hosts for a shell, also after a comma."""
+    head, comma, last = incomplete.rpartition(",")
+    known = [*_configured(ctx.params.get("config")), hostsets.ALL]
+    return [head + comma + name for name in known if name.startswith(last)]
+
+
+def _configured(config: str | None) -> list[str]:
+    from lazycluster.ssh.hosts import configured_hosts
+
+    return [host.name for host in configured_hosts(config) if not host.skipped]
+
+
+def connection_options(command: F) -> F:
+    """Add the options that say how hosts are reached."""
+    for option in (
+        click.option(
+            "--accept-new-host-key",
+            is_flag=True,
+            help="Take the key of a host that was never seen before. A key that has changed is always refused.",
+        ),
+        click.option(
+            "--connect-timeout",
+            type=click.FloatRange(0.1, 86400),
+            metavar="SECONDS",
+            help="Give up a host that has not answered after so long (20).",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(exists=True, dir_okay=False),
+            metavar="FILE",
+            help="Read this instead of ~/.ssh/config.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def host_options(command: F) -> F:
+    """Add the options that name hosts, and those that say how they are reached."""
+    command = connection_options(command)
+    for option in (
+        click.option(
+            "--hostfile", type=click.File(), metavar="FILE", help="Read hosts from a file ('-': standard input)."
+        ),
+        click.option("-x", "--exclude-hosts", multiple=True, metavar="HOSTS", help="Leave these out."),
+        click.option(
+            "-w",
+            "--hosts",
+            multiple=True,
+            metavar="HOSTS",
+            shell_complete=complete_hosts,
+            help="The hosts: names, sets such as 'node[01-12]', patterns such as 'gpu-*', commas between; "
+            "@all: all active hosts of the ssh configuration.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def how_to_connect(config: str | None, connect_timeout: float | None, accept_new_host_key: bool) -> dict[str, Any]:
+    """Return the settings of connections that the options ask for."""
+    settings: dict[str, Any] = {}
+    if config is not None:
+        settings["config_file"] = config
+    if connect_timeout is not None:
+        settings["timeout"] = connect_timeout
+    if accept_new_host_key:
+        settings["host_keys"] = "accept-new"
+    return settings
+
+
+def targets(
+    hosts: Sequence[str],
+    exclude_hosts: Sequence[str],
+    hostfile: Any,
+    config: str | None,
+    connect_timeout: float | None,
+    accept_new_host_key: bool,
+    *,
+    default: str | None = None,
+) -> Targets:
+    """Return the hosts that the options name.
+
+    Args:
+        hosts: The values of ``-w``.
+        exclude_hosts: Those of ``-x``.
+        hostfile: A file with hosts, or None.
+        config: The ssh configuration, by default the user's.
+        connect_timeout: In seconds.
+        accept_new_host_key: Whether new hosts are taken.
+        default: What is meant when no host is named; if there is nothing, a person is asked.
+
+    Raises:
+        click.UsageError: If no host is named, or what is named makes no sense.
+    """
+    from .console import person_is_there
+
+    try:
+        named = [name for value in hosts for name in _read(value)]
+        if hostfile is not None:
+            named += hostsets.from_lines(hostfile.read())
+        if not hosts and hostfile is None:
+            named = hostsets.expand(default if default is not None else _ask(config))
+        known = _configured(config) if any(_is_pattern(name) for name in named) or exclude_hosts else []
+        left_out = set(hostsets.match([n for v in exclude_hosts for n in hostsets.expand(v)], known))
+        names = [name for name in hostsets.match(named, known) if name not in left_out]
+    except hostsets.HostSetError as error:
+        raise click.UsageError(str(error)) from None
+    except UnicodeDecodeError:
+        raise click.UsageError("the file with the hosts is no text") from None
+    if not names:
+        raise click.UsageError(_no_hosts(config, named))
+    settings = how_to_connect(config, connect_timeout, accept_new_host_key)
+    everyone = hostsets.ALL in named
+    return Targets(names, everyone, settings, ask=person_is_there())
+
+
+def _read(value: str) -> list[str]:
+    if value == "-":
+        return hostsets.from_lines(sys.stdin.read())
+    if value.startswith("^"):
+        try:
+            return hostsets.from_lines(Path(value[1:]).expanduser().read_text())
+        except OSError as error:
+            raise click.UsageError(f"the hosts cannot be read from {value[1:]}: {error.strerror}") from None
+    return hostsets.expand(value)
+
+
+def _is_pattern(name: str) -> bool:
+    return name.startswith("@") or bool(set(name) & set("*?["))
+
+
+def _no_hosts(config: str | None, named: Sequence[str]) -> str:
+    if named and named != [hostsets.ALL]:
+        return "no host is left: all that are named are excluded"
+    where = config or "~/.ssh/config"
+    return (
+        f"{where} names no hosts. Add one with 'lazycluster add-runtime NAME [USER@]HOST', or name some with -w HOSTS"
+    )
+
+
+def _ask(config: str | None) -> str:
+    from .console import person_is_there
+
+    known = _configured(config)
+    if not person_is_there():
+        have = f" (the ssh configuration has {hostsets.fold(known)})" if known else ""
+        raise click.UsageError(f"no hosts are named: use -w HOSTS, or -w @all for all active ones{have}")
+    if not known:
+        raise click.UsageError(_no_hosts(config, []))
+    click.echo(f"Hosts of the ssh configuration: {hostsets.fold(known)}", err=True)
+    answer: str = click.prompt("On which hosts (@all for all)", err=True)
+    return answer

@@ -1,0 +1,254 @@
+"""The command line against real hosts: what is printed, and with which exit status it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def start(hosts: Any, command: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-m", "lazycluster", command, "--config", str(hosts.config_file), *arguments]
+    options.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def lazycluster(hosts: Any, *arguments: str, given: str | None = None) -> tuple[int, str, str]:
+    process = start(hosts, *arguments, stdin=subprocess.DEVNULL if given is None else subprocess.PIPE)
+    out, err = process.communicate(given, timeout=60)
+    return process.returncode, out, err
+
+
+def lines(text: str) -> list[str]:
+    return sorted(text.splitlines())
+
+
+# --- run -------------------------------------------------------------------------------------------
+def test_lines_with_their_hosts(hosts: Any) -> None:
+    status, out, err = lazycluster(hosts, "run", "-w", "host[1-3]", "-x", "host2", "--", "echo a; printf b; echo c >&2")
+    assert status == 0
+    assert lines(out) == ["host1: a", "host1: b", "host3: a", "host3: b"]
+    assert lines(err) == ["host1: c", "host3: c"]
+
+
+def test_arguments_arrive_unchanged(hosts: Any) -> None:
+    words = ["a b", "*", "$HOME", "'", '"', "", "-x", "\n"]
+    status, out, _ = lazycluster(hosts, "run", "-w", "host1", "-N", "--", "printf", "[%s]", *words)
+    assert (status, out) == (0, "".join(f"[{word}]" for word in words) + "\n")
+
+
+def test_exit_statuses(hosts: Any) -> None:
+    status, _, err = lazycluster(hosts, "run", "-w", "@all", "--", "exit ${HOSTNAME#host}")
+    assert status == 3
+    assert lines(err) == ["host1: exit status 1", "host2: exit status 2", "host3: exit status 3"]
+    status, out, err = lazycluster(hosts, "run", "-w", "host1,nowhere.invalid", "--", "echo here")
+    assert (status, out) == (255, "host1: here\n")
+    assert "nowhere.invalid: not usable as a runtime (dns)" in err
+    status, _, err = lazycluster(hosts, "run", "-w", "host1", "--timeout", "0.5", "--", "sleep 100")
+    assert (status, err) == (124, "host1: ended after 0.5 s\n")
+    status, _, err = lazycluster(hosts, "run", "-w", "host1", "--", "no-such-program", "x")
+    assert status == 127
+    assert "no-such-program" in err
+
+
+def test_an_unreachable_host_is_no_error_for_all(make_hosts: Any) -> None:
+    hosts = make_hosts(2)
+    hosts[1].power_off()
+    status, out, err = lazycluster(hosts, "run", "-w", "@all", "--connect-timeout", "3", "--", "echo up")
+    assert (status, out) == (0, "host1: up\n")
+    assert err.startswith("host2: not usable as a runtime")
+
+
+def test_gathered(hosts: Any) -> None:
+    status, out, _ = lazycluster(
+        hosts, "run", "-w", "@all", "--gather", "--", "echo same; [ $HOSTNAME != host2 ] || echo 2"
+    )
+    assert status == 0
+    assert out == "── host[1,3] (2 hosts)\nsame\n── host2\nsame\n2\n"
+
+
+def test_json(hosts: Any) -> None:
+    status, out, err = lazycluster(hosts, "run", "-w", "host[1-2]", "--json", "--", "echo out; echo err >&2; exit 4")
+    found = json.loads(out)
+    assert (status, err) == (4, "")
+    assert [entry["host"] for entry in found] == ["host1", "host2"]
+    assert {(e["status"], e["state"], e["stdout"], e["stderr"]) for e in found} == {(4, "done", "out\n", "err\n")}
+
+
+def test_standard_input_goes_to_all(hosts: Any) -> None:
+    data = "".join(f"line {number}\n" for number in range(200_000))
+    status, out, _ = lazycluster(hosts, "run", "-w", "@all", "--stdin", "--", "wc -c", given=data)
+    assert (status, lines(out)) == (0, [f"host{n}: {len(data)}" for n in (1, 2, 3)])
+    status, out, _ = lazycluster(hosts, "run", "-w", "host1", "--", "cat; echo end", given="not for it")
+    assert (status, out) == (0, "host1: end\n")
+
+
+def test_hosts_from_standard_input_and_a_file(hosts: Any, tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("host1 # the first\nhost[2-3]\n")
+    for option in (("-w", "-"), ("--hostfile", "-")):
+        status, out, _ = lazycluster(hosts, "run", *option, "--", "hostname", given=file.read_text())
+        assert (status, lines(out)) == (0, ["host1: host1", "host2: host2", "host3: host3"])
+    status, out, _ = lazycluster(hosts, "run", "--hostfile", str(file), "-x", "host[1-2]", "--", "hostname")
+    assert (status, out) == (0, "host3: host3\n")
+
+
+def test_a_script(hosts: Any, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys\nprint(sys.argv[1:], os.environ['MODE'], os.getcwd())\nsys.exit(5)\n")
+    status, out, _ = lazycluster(
+        hosts, "run", "-w", "host1", "--env", "MODE=fast", "--cwd", "/", "--python", str(script), "--", "--a", "b c"
+    )
+    assert (status, out) == (5, "host1: ['--a', 'b c'] fast /\n")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_everywhere(hosts: Any, number: signal.Signals, status: int) -> None:
+    process = start(hosts, "run", "-w", "@all", "--", "echo $HOSTNAME; exec sleep 600")
+    assert process.stdout
+    assert sorted(process.stdout.readline() for _ in range(3)) == ["host1: host1\n", "host2: host2\n", "host3: host3\n"]
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == status
+
+
+def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
+    process = start(hosts, "run", "-w", "@all", "--", "yes")
+    assert process.stdout
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=30) == 128 + signal.SIGPIPE
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--", "ls"), "no hosts are named: use -w HOSTS"),
+        (("run", "-w", "host1"), "no command is given"),
+        (("run", "-w", "x*", "--", "ls"), r"no host of the ssh configuration fits 'x*'; there are: host[1-3]"),
+        (("run", "-w", "host[3-1]", "--", "ls"), "empty range"),
+        (("run", "-w", "host1", "-x", "host1", "--", "ls"), "no host is left"),
+        (("run", "-w", "host1", "--env", "A", "--", "ls"), "'A' is not NAME=VALUE"),
+        (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "not in the range"),
+        (("put", "-w", "host1", "nothing-here", "x"), "there is no file or folder nothing-here"),
+        (("put", "-w", "host1", "x"), "SRC... DEST"),
+        (("forward", "host1", "99999"), "is no port"),
+        (("expose", "-w", "host1", "a:b"), "is no port"),
+        (("list-runtimes", "--watch", "--json"), "exclude each other"),
+    ],
+)
+def test_wrong_usage(hosts: Any, arguments: tuple[str, ...], message: str) -> None:
+    status, out, err = lazycluster(hosts, *arguments)
+    assert (status, out) == (2, "")
+    assert message in " ".join(err.split())
+
+
+def test_a_host_that_is_an_option(hosts: Any) -> None:
+    status, _, err = lazycluster(hosts, "run", "-w", "-oProxyCommand=touch /tmp/owned", "--", "ls")
+    assert status != 0
+    assert "begins with '-'" in err
+
+
+# --- files -----------------------------------------------------------------------------------------
+def test_files_there_and_back(hosts: Any, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "keep.txt").write_text("x" * 1000)
+    (tree / "sub" / "leave.pyc").write_text("y")
+    (tree / "sub" / "deep.txt").write_text("z")
+    status, out, _ = lazycluster(
+        hosts, "put", "-w", "host[1-2]", "--exclude", "*.pyc", str(tree), str(tree / "keep.txt"), "in"
+    )
+    assert status == 0
+    assert [line.partition(" in ")[0] for line in lines(out)] == ["host1: 3 files, 2.0K", "host2: 3 files, 2.0K"]
+    status, out, _ = lazycluster(hosts, "run", "-w", "host1", "-N", "--", "cd in && find . -type f | sort")
+    assert out.split() == ["./keep.txt", "./tree/keep.txt", "./tree/sub/deep.txt"]
+    back = tmp_path / "back"
+    status, _, _ = lazycluster(hosts, "get", "-w", "host[1-2]", "--exclude", "tree/sub", "in", str(back))
+    assert status == 0
+    found = sorted(str(path.relative_to(back)) for path in back.rglob("*") if path.is_file())
+    assert found == [f"host{n}/in/{name}" for n in (1, 2) for name in ("keep.txt", "tree/keep.txt")]
+    status, _, err = lazycluster(hosts, "get", "-w", "host1", "missing", str(back))
+    assert status == 1
+    assert "missing" in err
+    lazycluster(hosts, "run", "-w", "host[1-2]", "--", "rm -r in")
+
+
+# --- hosts -----------------------------------------------------------------------------------------
+def test_list_runtimes(make_hosts: Any) -> None:
+    hosts = make_hosts(2)
+    hosts[1].power_off()
+    status, out, _ = lazycluster(hosts, "list-runtimes", "-l", "--connect-timeout", "3")
+    assert status == 0
+    head, *rows = out.splitlines()
+    assert head.split() == ["HOST", "STATE", "LATENCY", "OS", "CORES", "LOAD", "MEMORY", "DISK", "PYTHON", "GPUS"]
+    assert rows[0].split()[:2] == ["host1", "active"]
+    assert rows[1].split() == ["host2", "inactive"]
+    assert "Next step" in out
+    status, out, _ = lazycluster(hosts, "list-runtimes", "--json", "--connect-timeout", "3", "-w", "host[1-2]")
+    first, second = json.loads(out)
+    assert status == 255
+    assert first["state"] == "active"
+    assert first["cpu_cores"] >= 1
+    assert second["state"] == "inactive"
+    assert second["reason"]
+
+
+def test_doctor(make_hosts: Any) -> None:
+    hosts = make_hosts(1)
+    status, out, _ = lazycluster(hosts, "doctor", "--json", "host1")
+    (found,) = json.loads(out)
+    states = {step["name"]: step["state"] for step in found["steps"]}
+    assert {states[name] for name in states if name != "packages"} == {"ok"}
+    assert status == 0
+    status, out, _ = lazycluster(hosts, "doctor", "nowhere.invalid")
+    assert status == 1
+    steps = [line.split()[:2] for line in out.splitlines() if "not known" in line or "port " in line]
+    assert steps == [["name", "failed"], ["port", "not"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "failed"),
+    [({"forwarding": False}, "forwarding"), ({"python": "none"}, "Python"), ({"password": True}, "authentication")],
+)
+def test_doctor_finds_what_is_wrong(make_hosts: Any, options: dict[str, Any], failed: str) -> None:
+    hosts = make_hosts(1, **options)
+    status, out, _ = lazycluster(hosts, "doctor", "--json", "host1")
+    (found,) = json.loads(out)
+    assert status == 1
+    assert [step["name"] for step in found["steps"] if step["state"] == "failed"] == [failed]
+    assert next(step["mend"] for step in found["steps"] if step["name"] == failed)
+
+
+# --- ports -----------------------------------------------------------------------------------------
+def test_forward_until_ctrl_c(hosts: Any) -> None:
+    import socket
+
+    process = start(hosts, "forward", "host1", "22")
+    assert process.stdout
+    line = process.stdout.readline()
+    port = int(line.partition(" ")[0].rpartition(":")[2])
+    assert line == f"localhost:{port} -> host1:22\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        assert sock.recv(4) == b"SSH-"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
+def test_help_of_each_command() -> None:
+    from lazycluster.cli.app import cli
+
+    for name in cli.list_commands(None):  # type: ignore[arg-type]
+        argv = [sys.executable, "-m", "lazycluster", name, "--help"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        assert "Example" in done.stdout, name
+        assert len(done.stdout.splitlines()) <= 50, name
