@@ -24,7 +24,7 @@ def dumps(domain: Any, protocol: int | None = None) -> bytes:
         TypeError: If something cannot be sent; the message says what, and where it was found.
     """
     call = dump_call(domain.evaluate)
-    if not pickle.loads(call.parts[0]):  # no local module is needed; every worker of hyperopt can read this
+    if not pickle.loads(call.parts[0]):  # no local module is needed; every worker of hyperopt can read this  # noqa: S301
         plain: bytes = cloudpickle.dumps(domain)
         return plain
     return objectives.MAGIC + b"".join(call.parts)

@@ -33,7 +33,7 @@ def read(outcome: Answer | Failure, first: int, count: int, name: Callable[[int]
     if isinstance(outcome, Failure):
         return [(False, outcome.error)] * count
     try:
-        content = pickle.loads(outcome.parts[0]) if len(outcome.parts) == 1 else load_parts(outcome.parts, False)
+        content = pickle.loads(outcome.parts[0]) if len(outcome.parts) == 1 else load_parts(outcome.parts, False)  # noqa: S301
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
         return [(False, _unreadable(error, outcome.host, name(first)))] * count
     if outcome.kind == RETURNED:
@@ -45,7 +45,7 @@ def read(outcome: Answer | Failure, first: int, count: int, name: Callable[[int]
 
 def _one(good: bool, data: bytes, host: str, name: str) -> tuple[bool, Any]:
     try:
-        content = pickle.loads(data)
+        content = pickle.loads(data)  # noqa: S301
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
         return False, _unreadable(error, host, name)
     return (True, content[0]) if good else (False, described(content, host, name))
@@ -62,7 +62,7 @@ def call_name(function: str, packed: PackedCalls, call: int) -> str:
     """Return what to call a call in messages: the function with the arguments, if these are short."""
     if packed.kind == CHUNK and packed.size <= _SHORT:
         try:
-            calls, kwargs = pickle.loads(b"".join(packed.parts))
+            calls, kwargs = pickle.loads(b"".join(packed.parts))  # noqa: S301
             shown = [reprlib.repr(argument) for argument in calls[call]]
             shown += [f"{name}={reprlib.repr(value)}" for name, value in (kwargs or {}).items()]
         except Exception:  # noqa: BLE001  (any error of any __repr__; and large arrays are not in there)
@@ -82,7 +82,7 @@ def described(told: dict[str, Any], host: str, name: str) -> BaseException:
     exception: BaseException | None = None
     if told["exception"] is not None:
         try:
-            loaded = pickle.loads(told["exception"])
+            loaded = pickle.loads(told["exception"])  # noqa: S301
             exception = loaded if isinstance(loaded, BaseException) else None
         except Exception:  # noqa: BLE001  (its text has to do)
             exception = None

@@ -23,9 +23,9 @@ class _Unpickler(pickle.Unpickler):
 def loads(data: bytes) -> Any:
     """Return what was pickled."""
     if not data.startswith(MAGIC):
-        return pickle.loads(data)
+        return pickle.loads(data)  # noqa: S301
     file = io.BytesIO(data[len(MAGIC) :])
-    _localmodules().install(pickle.load(file))
+    _localmodules().install(pickle.load(file))  # noqa: S301
     unpickler = _Unpickler(file)
     evaluate, _, _ = unpickler.load()
     for portion in iter(unpickler.load, None):
