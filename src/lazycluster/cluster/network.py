@@ -15,6 +15,7 @@ from enum import Enum
 
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoPortsLeftError
 from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, close_tunnels, open_tunnels
 
 from .places import Place
@@ -107,11 +108,17 @@ class PortSupply:
         self._mine.update(usable)
         yield from usable
 
-    def release(self) -> None:
-        """Let other clusters use the ports."""
+    @property
+    def in_use(self) -> bool:
+        """Whether ports were taken that are not released yet."""
+        return bool(self._mine)
+
+    def release(self, ports: Iterable[int] | None = None) -> None:
+        """Let other clusters use some ports, or all."""
+        released = self._mine & set(self._mine if ports is None else ports)
         with _lock:
-            _chosen.difference_update(self._mine)
-        self._mine.clear()
+            _chosen.difference_update(released)
+        self._mine -= released
 
 
 async def free_everywhere(ports: Sequence[int], connections: Sequence[Connection]) -> list[int]:
@@ -182,6 +189,40 @@ class Network:
         for port in failed:
             await self.close(port)
         return failed
+
+    async def extend(self, listeners: Sequence[Listener], places: Sequence[Place]) -> dict[str, LazyclusterError]:
+        """Make ports of workers that are open already reachable on hosts that are new.
+
+        Returns:
+            Why they are not, for the hosts where they are not.
+        """
+        requests = []
+        for listener in listeners:
+            if listener.reach is Reach.EVERYBODY:
+                open_to = {tunnel.network for tunnel in self._tunnels.get(listener.port, []) if tunnel.is_open}
+                new = [place for place in places if network_of(place.connection) not in open_to]
+                requests += [
+                    TunnelRequest(place.connection, "to_runtime", listener.port, listener.port)
+                    for place in _one_per_network(new)
+                    if place.network != listener.place.network
+                ]
+        failed: dict[tuple[str, str], LazyclusterError] = {}
+        for request, outcome in zip(requests, await open_tunnels(requests), strict=True):
+            if isinstance(outcome, Tunnel):
+                self._tunnels.setdefault(request.local_port, []).append(outcome)
+            else:
+                home = next(place for place in places if place.connection is request.connection)
+                failed.setdefault(home.network, outcome)
+        return {place.host: failed[place.network] for place in places if place.network in failed}
+
+    async def keep(self, connections: Iterable[Connection]) -> None:
+        """Close the tunnels that lead to other hosts than these."""
+        networks = {network_of(connection) for connection in connections}
+        gone = [tunnel for tunnels in self._tunnels.values() for tunnel in tunnels if tunnel.network not in networks]
+        for port, tunnels in self._tunnels.items():
+            self._tunnels[port] = [tunnel for tunnel in tunnels if tunnel not in gone]
+        with contextlib.suppress(LazyclusterError):
+            await close_tunnels(gone)
 
     async def close(self, port: int | None = None) -> None:
         """Close the tunnels of a port, or all."""

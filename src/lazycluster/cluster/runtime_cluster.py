@@ -88,6 +88,7 @@ class MasterWorkerCluster(RuntimeCluster):
         self._gpus = None if gpus_per_worker is None else Gpus(gpus_per_worker, idle_gpus)
         self._state = "created"
         self._lock = threading.RLock()
+        self._changing = threading.RLock()  # held while workers are started or leave: one change at a time
         self._master_launcher = _launcher(master_launcher, runtime_group) or self._default_master_launcher()
         self._worker_launcher = _launcher(worker_launcher, runtime_group) or self._default_worker_launcher()
         self._connect_launchers()
@@ -140,14 +141,15 @@ class MasterWorkerCluster(RuntimeCluster):
         with self._lock:
             self._check_not("running", "starting")
             self._state = "starting"
-        try:
-            count = self._count(worker_count)
-            self._prepare(count, debug)
-            self.start_master(master_port, debug=debug)
-            self.start_workers(count, debug=debug)
-        except BaseException:
-            self._undo()
-            raise
+        with self._changing:
+            try:
+                count = self._count(worker_count)
+                self._prepare(count, debug)
+                self.start_master(master_port, debug=debug)
+                self.start_workers(count, debug=debug)
+            except BaseException:
+                self._undo()
+                raise
 
     def start_master(self, master_port: int | None = None, timeout: int = 3, debug: bool = False) -> None:
         """Start the master.
@@ -188,17 +190,18 @@ class MasterWorkerCluster(RuntimeCluster):
             ClusterError: If the master was not started, or a worker does not start; the message has its output.
             NoPortsLeftError: If too few ports are free.
         """
-        count = self._count(count)
-        port = self.master_port
-        if port is None:
-            raise ClusterError("the master was not started: call start(), or start_master() first")
-        custom = self._is_custom(self._worker_launcher)
-        if custom:
-            self._share_with_custom_workers(port)
-        self._ports = list(_call(self._worker_launcher.start, count, port, list(self._ports), debug=debug))
-        if custom and self._workers_talk:
-            self._worker_launcher.setup_worker_ssh_tunnels()
-        self._state = "running"
+        with self._changing:
+            count = self._count(count)
+            port = self.master_port
+            if port is None:
+                raise ClusterError("the master was not started: call start(), or start_master() first")
+            custom = self._is_custom(self._worker_launcher)
+            if custom:
+                self._share_with_custom_workers(port)
+            self._ports = list(_call(self._worker_launcher.start, count, port, list(self._ports), debug=debug))
+            if custom and self._workers_talk:
+                self._worker_launcher.setup_worker_ssh_tunnels()
+            self._state = "running"
 
     def print_log(self) -> None:
         """Print the logs of the group's tasks, and what master and workers printed."""

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections import Counter
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lazycluster import _loop
 from lazycluster.exceptions import LazyclusterError, NoPortsLeftError, PortInUseError
 from lazycluster.ssh import workspace
 
-from .contracts import WorkerLauncher
-from .exceptions import ClusterStartError, ServiceError, WorkerStartError
-from .network import Listener, Network, PortSupply, PortUse
+from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
+from .network import Listener, PortSupply, PortUse
 from .placement import Gpus, in_turn, rooms
 from .places import Place, places_of, usable
 from .progress import Progress
-from .services import Program, Service, as_kind, ready_or_port_taken, stop_all
+from .services import Program, Service, as_kind, ready_or_port_taken
+from .staff import Staff, Worker
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -27,30 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ServiceWorkerLauncher", "Worker"]
 
+logger = logging.getLogger("lazycluster")
+
 _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
 _SETTLE = 1.0  # seconds that the other workers get to fail, too, after one has failed
 
 
-@dataclass
-class Worker:
-    """A worker that is to be, or is there.
-
-    Attributes:
-        name: Its name, unique in the cluster.
-        place: Where it runs.
-        siblings: How many workers the cluster has on this host.
-        service: Its process.
-        ports: Its ports, by what they are for.
-    """
-
-    name: str
-    place: Place
-    siblings: int
-    service: Service
-    ports: dict[str, int] = field(default_factory=dict)
-
-
-class ServiceWorkerLauncher(WorkerLauncher):
+class ServiceWorkerLauncher(Staff):
     """Starts workers as supervised services on the hosts, in turn (round robin)."""
 
     START_LIMIT: ClassVar[float] = 180.0
@@ -60,14 +43,10 @@ class ServiceWorkerLauncher(WorkerLauncher):
 
     def __init__(self, runtime_group: RuntimeGroup) -> None:
         super().__init__(runtime_group)
-        self.network = Network()
         self.min_workers: int | None = None
         self.gpus: Gpus | None = None
-        self.workers: list[Worker] = []
-        self._prepared: list[Worker] = []
+        self._needed: int | None = None  # how many of those that are being started must be there in the end
         self._failed: dict[str, LazyclusterError] = {}
-        self._numbers: dict[str, int] = {}
-        self._supplies: list[PortSupply] = []
 
     # --- what an engine states -----------------------------------------------------------------
     @abc.abstractmethod
@@ -85,23 +64,15 @@ class ServiceWorkerLauncher(WorkerLauncher):
         """Take note that the state of a worker's process has changed. For the event loop's thread."""
 
     # --- shared --------------------------------------------------------------------------------
-    @property
-    def services(self) -> list[Service]:
-        """The services of the workers."""
-        return [worker.service for worker in [*self.workers, *self._prepared]]
-
     def default_count(self) -> int:
         """Return how many workers are started if nobody says: one per host, or as many as the GPUs suffice for."""
         if self.gpus is None:
             return len(self._group.runtimes)
         return sum(_loop.run(rooms(places_of(self._group), self.gpus, self._per_host())).values())
 
-    def _per_host(self) -> Counter[str]:
-        return Counter(worker.place.host for worker in self.workers)
-
-    async def prepare(self, count: int, debug: bool) -> None:
+    async def prepare(self, count: int, debug: bool, places: Sequence[Place] | None = None) -> None:
         """Start the processes, which wait for their settings, and check them."""
-        places, existing = places_of(self._group), self._per_host()
+        places, existing = places or places_of(self._group), self._per_host()
         room = None if self.gpus is None else await rooms(places, self.gpus, existing)
         homes = in_turn(places, count, existing, room)
         self._failed.clear()
@@ -122,15 +93,59 @@ class ServiceWorkerLauncher(WorkerLauncher):
             else:
                 self._prepared.append(Worker(name, place, siblings, service))
         self._check_failures()
-        await self.greet(list(self._prepared))
+        if self._prepared:
+            await self.greet(list(self._prepared))
 
     def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
         """See `WorkerLauncher.start`."""
+        return self.run(self._start_or_undo(worker_count, master_port, list(ports), debug))
+
+    async def _start_or_undo(self, count: int, master_port: int, ports: list[int], debug: bool) -> list[int]:
         try:
-            return _loop.run(self._start(worker_count, master_port, list(ports), debug))
+            return await self._start(count, master_port, ports, debug)
         except BaseException:
-            _loop.run(self._drop_prepared())
+            await self._drop_prepared()
             raise
+
+    async def scale(self, count: int, master_port: int, ports: list[int]) -> None:
+        """Start workers, or have some leave, until there are `count` on the present hosts of the group.
+
+        Raises:
+            ClusterError: If some did not start, or cannot leave. What could be done is done.
+        """
+        await self.forget_gone()
+        places = places_of(self._group)
+        here = [place.connection for place in places]
+        staying = [worker for worker in self.workers if worker.place.connection in here]
+        leaving = [worker for worker in self.workers if worker not in staying]
+        errors: list[LazyclusterError] = []
+        if len(staying) < count:
+            errors += await self._recruit(count - len(staying), master_port, ports)
+        elif len(staying) > count:
+            leaving += await self.expendable(staying, len(staying) - count)
+        try:
+            await self.leave(leaving)
+        except ClusterError as error:
+            errors.append(error)
+        await self.network.keep([place.connection for place in [*places, *(w.place for w in self.workers)]])
+        if errors:
+            raise errors[0] if len(errors) == 1 else ClusterError("\n\n".join(map(str, errors)))
+
+    async def _recruit(self, count: int, master_port: int, ports: list[int]) -> list[LazyclusterError]:
+        """Start workers where that is possible; returns why some did not start."""
+        places = places_of(self._group)
+        for place in places:
+            if place.problem is not None:
+                logger.warning("%s: gets no worker: %s", place.host, place.problem)
+        if not usable(places):
+            raise ClusterError("no host of the group can be used at present:\n" + "\n".join(_problems(places)))
+        self._needed = 0
+        try:
+            await self.prepare(count, False, usable(places))
+            await self._start_or_undo(count, master_port, ports, False)
+        finally:
+            self._needed = None
+        return list(self._failed.values())
 
     async def _start(self, count: int, master_port: int, ports: list[int], debug: bool) -> list[int]:
         if len(self._prepared) + len(self._failed) != count:
@@ -139,7 +154,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
         supply = PortSupply(ports)
         self._supplies.append(supply)
         places = usable(places_of(self._group))
-        await self._share_master(master_port, places)
+        await self._introduce(master_port, places)
         await self._give_ports(self._prepared, supply, places)
         async with Progress("workers are there", count) as progress:
             await self._bring_up_all(master_port, supply, places, progress)
@@ -150,14 +165,23 @@ class ServiceWorkerLauncher(WorkerLauncher):
                 self._tunnelled.add((worker.place.host, listening[-1]))
         self.workers += self._prepared
         self._prepared = []
+        if self._needed is None:
+            for error in self._failed.values():  # there are enough without them
+                logger.error("%s", error)
         return supply.left
 
-    async def _share_master(self, port: int, places: Sequence[Place]) -> None:
-        homes = {worker.place.host for worker in self._prepared}
+    async def _introduce(self, port: int, places: Sequence[Place]) -> None:
+        """Make the master, and the workers that are there, reachable on hosts that are new."""
         failed = await self.network.share_master(port, places)
+        present = [
+            Listener(worker.place, worker.ports[use.name], use.reach)
+            for worker in self.workers
+            for use in self.port_uses
+        ]
+        failed = {**await self.network.extend(present, places), **failed}
         for worker in list(self._prepared):
             error = failed.get(worker.place.host)
-            if error is not None and worker.place.host in homes:
+            if error is not None:
                 await self._give_up(worker, error)
         self._check_failures()
 
@@ -250,38 +274,18 @@ class ServiceWorkerLauncher(WorkerLauncher):
     async def _give_up(self, worker: Worker, error: LazyclusterError) -> None:
         self._failed[worker.name] = error
         self._prepared.remove(worker)
-        await stop_all([worker.service])
-        for port in worker.ports.values():
-            await self.network.close(port)
+        await self._clear([worker])
 
     def _enough(self) -> bool:
         wanted = len(self._prepared) + len(self._failed)
-        return len(self._prepared) >= min(wanted, self.min_workers or wanted)
+        needed = (self.min_workers or wanted) if self._needed is None else self._needed
+        return len(self._prepared) >= min(wanted, needed)
 
     def _check_failures(self) -> None:
         if not self._enough():
             errors = list(self._failed.values())
             raise errors[0] if len(errors) == 1 else ClusterStartError(errors)
 
-    # --- the end -------------------------------------------------------------------------------
-    async def _drop_prepared(self) -> None:
-        dropped, self._prepared = self._prepared, []
-        await stop_all([worker.service for worker in dropped])
-        for worker in dropped:
-            for port in worker.ports.values():
-                await self.network.close(port)
 
-    async def _stop(self) -> None:
-        services = self.services
-        self.workers, self._prepared = [], []
-        await stop_all(services)
-        await self.network.close()
-        for supply in self._supplies:
-            supply.release()
-        self._supplies.clear()
-
-    def cleanup(self) -> None:
-        """End the workers. Doing it again does nothing."""
-        _loop.run(self._stop())
-        self._numbers.clear()
-        super().cleanup()
+def _problems(places: Sequence[Place]) -> list[str]:
+    return [f"  {place.host}: {place.problem}" for place in places if place.problem is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -14,7 +14,7 @@ from lazycluster.exceptions import LazyclusterError
 
 from .connection import Connection
 from .mux import Direction, Forward
-from .probes import mux_of
+from .probes import mux_of, network_of
 
 __all__ = ["MANAGER", "Outcome", "Tunnel", "TunnelRequest", "check_port", "close_tunnels"]
 
@@ -89,6 +89,11 @@ class Tunnel:
     def is_open(self) -> bool:
         """Whether it carries connections."""
         return not self._closed and self._request.connection.state == "open"
+
+    @property
+    def network(self) -> Hashable:
+        """What is equal for two tunnels that lead to one machine."""
+        return network_of(self._request.connection)
 
     def close(self) -> None:
         """Stop listening. Doing it again does nothing."""

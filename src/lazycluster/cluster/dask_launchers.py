@@ -1,0 +1,182 @@
+"""What a Dask cluster is made of: its settings, and how its scheduler and its workers are started."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import dask_scaling
+from .certificates import Credentials, make_credentials
+from .dask_programs import common
+from .dask_versions import check_workers
+from .launchers import ServiceMasterLauncher
+from .network import PortUse, Reach
+from .services import Program, Source
+from .workers import ServiceWorkerLauncher, Worker
+
+if TYPE_CHECKING:
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+    from .places import Place
+
+__all__ = ["CheckVersions", "DaskSettings", "LocalMasterLauncher", "RoundRobinLauncher"]
+
+CheckVersions = Literal["error", "warn", "ignore"]
+
+_PROGRAMS = Path(__file__).with_name("dask_programs")
+_PACKAGE = "lazycluster_dask"
+_GREETING_LIMIT = 60.0
+# What distributed's nanny sets before it starts a worker process; ours is a copy of a process that must have it before.
+_BEFORE_START = {"MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONHASHSEED": "6640"}
+
+
+@dataclass
+class DaskSettings:
+    """What the parts of one cluster have in common.
+
+    Attributes:
+        nthreads: Threads per worker; None: the host's cores, divided by its workers.
+        memory_limit: Memory per worker, as distributed takes it; ``auto``: the host's, divided by its workers.
+        resources: Abstract resources of each worker.
+        local_directory: Where workers write what does not fit in memory; None: a directory that is removed at the end.
+        worker_options: Further options of `distributed.Nanny`.
+        scheduler_options: Further options of `distributed.Scheduler`.
+        check_versions: What happens if a host's software does not match.
+        secure: Whether connections are encrypted and authenticated.
+    """
+
+    nthreads: int | None = None
+    memory_limit: str | int | float | None = "auto"
+    resources: Mapping[str, float] | None = None
+    local_directory: str | None = None
+    worker_options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    check_versions: CheckVersions = "error"
+    secure: bool = True
+    prefix: str = field(default_factory=lambda: secrets.token_urlsafe(18), repr=False)
+    _credentials: Credentials | None = field(default=None, repr=False)
+
+    @property
+    def credentials(self) -> Credentials:
+        """The certificates of the cluster, made when they are first needed."""
+        if self._credentials is None:
+            self._credentials = make_credentials()
+        return self._credentials
+
+    @property
+    def protocol(self) -> str:
+        """How addresses begin."""
+        return "tls" if self.secure else "tcp"
+
+    def security(self, role: str) -> dict[str, Any]:
+        """Return the arguments of `distributed.Security` for a role."""
+        return self.credentials.for_role(role) if self.secure else {"require_encryption": False}
+
+    def address(self, port: int) -> str:
+        """Return the address of a port."""
+        return f"{self.protocol}://{common.LOOPBACK}:{port}"
+
+    def access(self, port: int) -> tuple[str, dict[str, Any]]:
+        """Return the scheduler's address, and how one connects to it; not before distributed was imported."""
+        from distributed import Security
+
+        return self.address(port), Security(**self.security("client")).get_connection_args("client")
+
+    def forget(self) -> None:
+        """Forget the secrets; a cluster that is started anew has others."""
+        self._credentials = None
+        self.prefix = secrets.token_urlsafe(18)
+
+
+class LocalMasterLauncher(ServiceMasterLauncher):
+    """Starts the scheduler on the manager.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+    """
+
+    extra_ports = ("dashboard",)
+
+    def __init__(self, runtime_group: RuntimeGroup) -> None:
+        super().__init__(runtime_group)
+        self.dask = DaskSettings()
+
+    def program(self) -> Program:
+        """The program of the scheduler."""
+        return Program("dask-scheduler", source=Source(_PROGRAMS, "scheduler", _PACKAGE), marker=common.MARKER)
+
+    def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
+        """What the scheduler is told."""
+        return {
+            "ports": dict(ports),
+            "prefix": self.dask.prefix,
+            "protocol": self.dask.protocol,
+            "security": self.dask.security("scheduler"),
+            "options": dict(self.dask.scheduler_options),
+        }
+
+
+class RoundRobinLauncher(ServiceWorkerLauncher):
+    """Starts Dask workers on the hosts in turn. Each has a nanny, which is supervised in turn.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+    """
+
+    port_uses = (
+        PortUse("worker", Reach.EVERYBODY),
+        PortUse("nanny", Reach.MANAGER),
+        PortUse("dashboard", Reach.MANAGER),
+    )
+    RESTARTS = 5
+    """How often a nanny that dies is started again within minutes. A nanny starts its own worker again as it likes."""
+
+    def __init__(self, runtime_group: RuntimeGroup) -> None:
+        super().__init__(runtime_group)
+        self.dask = DaskSettings()
+        self._master = 0
+
+    def program(self, place: Place) -> Program:
+        """The program of a worker."""
+        source = Source(_PROGRAMS, "worker", _PACKAGE)
+        return Program(
+            "dask-worker", source=source, env=_BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
+        )
+
+    async def greet(self, workers: Sequence[Worker]) -> None:
+        """Check the software of the hosts, before anything listens."""
+        await check_workers(workers, self.dask.check_versions, _GREETING_LIMIT)
+
+    async def dismiss(self, workers: Sequence[Worker]) -> dict[str, str]:
+        """Have the scheduler retire workers."""
+        return await dask_scaling.dismiss(*self.dask.access(self._master), workers)
+
+    async def expendable(self, workers: Sequence[Worker], count: int) -> list[Worker]:
+        """Return those that have nothing to do, and hold the least; before them those that are not even there."""
+        absent = [worker for worker in workers if worker.service.state != "ready"][:count]
+        present = [worker for worker in workers if worker not in absent]
+        wanted = count - len(absent)
+        spared = await dask_scaling.expendable(*self.dask.access(self._master), present, wanted) if wanted else []
+        return [*absent, *(await super().expendable(present, wanted) if spared is None else spared)]
+
+    def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
+        """What a worker is told."""
+        dask, self._master = self.dask, master_port
+        return {
+            "ports": worker.ports,
+            "scheduler": dask.address(master_port),
+            "prefix": dask.prefix,
+            "protocol": dask.protocol,
+            "security": dask.security("worker"),
+            "name": worker.name,
+            "siblings": worker.siblings,
+            # Tasks that share a GPU share its memory: as elsewhere in Dask's world, there is one at a time.
+            "nthreads": dask.nthreads or (1 if self.gpus else None),
+            "memory_limit": dask.memory_limit,
+            "resources": dict(dask.resources) if dask.resources else {"GPU": self.gpus.count} if self.gpus else None,
+            "local_directory": dask.local_directory,
+            "options": dict(dask.worker_options),
+        }
