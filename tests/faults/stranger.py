@@ -1,8 +1,9 @@
 """What somebody tries who has no business in a cluster: ``python -c TEXT_OF_THIS_FILE ACCOUNT < attempts``.
 
 Standard input holds JSON: ``addresses`` ([host, port] each), ``identities`` (by name: authority, certificate and key as
-text, or None for TLS without any), ``paths`` to get at, ``secrets`` to look for. The answer is JSON, too: all that
-worked. An address is asked in plain, by HTTP, and in Dask's own language with each identity.
+text, or None for TLS without any), ``paths`` to get at, ``secrets`` to look for, ``ways`` if not all are tried. The answer
+is JSON, too: all that worked. An address is asked in plain, by HTTP, and in Dask's own language with each
+identity; with the way ``mongo`` as a database, ``mongo USER PASSWORD`` with a login.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pymongo
 from distributed.comm import connect, listen, parse_host_port
+from pymongo.errors import PyMongoError
 
 LIMIT = 30.0  # seconds for an answer
 PATIENCE = 5.0  # seconds for one in Dask's language: a dashboard waits for the end of what is no HTTP
@@ -59,11 +62,33 @@ async def ask_raw(host: str, port: int, text: bytes) -> str:
     return "" if refused else repr(answer)
 
 
+def ask_mongo(host: str, port: int, *login: str) -> str:
+    """Try to read, write and rule a database; returns what could be done."""
+    options = dict(zip(("username", "password"), login, strict=False))
+    done = []
+    with pymongo.MongoClient(host, port, serverSelectionTimeoutMS=2000, directConnection=True, **options) as client:
+        database = client["strange"]
+        for what, work in (
+            ("list", client.list_database_names),
+            ("read", database.jobs.find_one),
+            ("write", lambda: database.jobs.insert_one({})),
+            ("delete", lambda: client.drop_database("strange")),
+            ("add a user", lambda: client.admin.command("createUser", "strange", pwd="x", roles=["root"])),
+            ("end", lambda: client.admin.command("shutdown")),
+        ):
+            with contextlib.suppress(PyMongoError):
+                work()
+                done.append(what)
+    return ", ".join(done)
+
+
 async def attempt(host: str, port: int, way: str, identities: dict[str, Any]) -> str:
     if way == "connect":
         _, writer = await asyncio.open_connection(host, port)
         writer.close()
         return "is open"
+    if way.startswith("mongo"):
+        return await asyncio.to_thread(ask_mongo, host, port, *way.split()[1:])
     if way == "plain":
         return await ask_dask(host, port, "tcp")
     if way in identities:
@@ -126,6 +151,8 @@ async def rehearse() -> None:
 
     async with listen("tcp://127.0.0.1:0", answer) as listener:
         await ask_dask(*parse_host_port(listener.contact_address), "tcp")
+    import pymongo.synchronous.auth  # noqa: F401  (as soon as it logs in)
+
     context(None)
 
 

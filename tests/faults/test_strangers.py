@@ -7,7 +7,6 @@ import json
 import os
 import re
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ import pytest
 
 pytest.importorskip("distributed")
 pytest.importorskip("cryptography")
+
+from knocking import NOBODY, below, here, loopback, on_host, private
 
 from lazycluster import Environment, RuntimeGroup
 from lazycluster.cluster.certificates import Identity, make_credentials
@@ -30,8 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-_STRANGER = Path(__file__).with_name("stranger.py").read_text()
-_NOBODY = 65534
 _LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
 
@@ -74,43 +73,17 @@ def _attempts(addresses: Any, **more: Any) -> str:
     return json.dumps({"addresses": addresses, "identities": identities, **more})
 
 
-def _loopback(ports: list[int]) -> list[tuple[str, int]]:
-    return [("127.0.0.1", port) for port in ports]
-
-
-def _on_host(host: Any, account: str, attempts: str) -> list[str]:
-    uid = {"root": 0, "lazy": 1000, "mallory": 1001}[account]
-    found = host.run([sys.executable, "-c", _STRANGER, str(uid)], input=attempts, timeout=100)
-    return list(json.loads(found.stdout))
-
-
-def _here(uid: int, attempts: str) -> list[str]:
-    arguments = [sys.executable, "-c", _STRANGER, str(uid)]
-    found = subprocess.run(arguments, input=attempts, timeout=100, check=True, stdout=subprocess.PIPE, text=True)
-    return list(json.loads(found.stdout))
-
-
-def _below(folder: Path) -> list[Path]:
-    return [folder, *folder.rglob("*")]
-
-
-def _private(host: Any) -> list[str]:
-    """All that the library has on a host, as the host names it."""
-    root = Path(f"/proc/{host.pid}/root")
-    return ["/" + str(path.relative_to(root)) for entry in host.tmp_entries() for path in _below(root / entry[1:])]
-
-
 def test_those_who_belong_are_answered(cluster: DaskCluster, module_hosts: Any) -> None:
     """What the other tests rely on: the same attempts succeed with a certificate of the cluster."""
     workers = cluster._worker_launcher.workers
     ports = [cluster.master_port, *(worker.ports[use] for worker in workers for use in ("worker", "nanny"))]
     identity = {"ours": _as_json(cluster._dask.credentials.client)}
-    attempts = json.dumps({"addresses": _loopback(ports), "identities": identity, "ways": ["ours"]})
-    found = _here(os.getuid(), attempts)
+    attempts = json.dumps({"addresses": loopback(ports), "identities": identity, "ways": ["ours"]})
+    found = here(os.getuid(), attempts)
     assert {int(re.split("[: ]", line)[1]) for line in found} == set(ports)
     prefix = f"{cluster._dask.prefix}/status"
     dashboard = int(cluster.dashboard_link.split("/")[2].split(":")[1])
-    found = _here(_NOBODY, json.dumps({"addresses": _loopback([dashboard]), "identities": {}, "ways": [prefix]}))
+    found = here(NOBODY, json.dumps({"addresses": loopback([dashboard]), "identities": {}, "ways": [prefix]}))
     assert "HTTP/1.1 200" in found[0] or "HTTP/1.1 302" in found[0]
 
 
@@ -119,14 +92,14 @@ def test_nothing_can_be_reached_over_the_network(cluster: DaskCluster, module_ho
     addresses = [(module_hosts.manager_address, port) for port in procfs.listening_ports("self")]
     addresses += [(host.address, port) for host in inside for port in host.listening_ports()]
     assert len(addresses) > 15
-    found = _on_host(stranger, "root", json.dumps({"addresses": addresses, "identities": {}, "ways": ["connect"]}))
+    found = on_host(stranger, "root", json.dumps({"addresses": addresses, "identities": {}, "ways": ["connect"]}))
     assert found == []
     sshd = [(inside[0].address, inside[0].port)]
-    found = _on_host(stranger, "root", json.dumps({"addresses": sshd, "identities": {}, "ways": ["connect"]}))
+    found = on_host(stranger, "root", json.dumps({"addresses": sshd, "identities": {}, "ways": ["connect"]}))
     assert len(found) == 1  # so whoever listens is found in this way
 
 
-def test_all_listen_on_loopback(cluster: DaskCluster, module_hosts: Any) -> None:
+def test_all_listen_onloopback(cluster: DaskCluster, module_hosts: Any) -> None:
     for pid, allowed in (("self", set()), *((host.pid, {host.port}) for host in module_hosts[:2])):
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
@@ -137,11 +110,11 @@ def test_all_listen_on_loopback(cluster: DaskCluster, module_hosts: Any) -> None
 
 def test_another_user_of_a_host_is_refused(cluster: DaskCluster, module_hosts: Any) -> None:
     for host in module_hosts[:2]:
-        ports, paths = host.listening_ports(), _private(host)
+        ports, paths = host.listening_ports(), private(host)
         assert len(ports) >= 4
         assert any(path.endswith("agent.sock") for path in paths)
-        attempts = _attempts(_loopback(ports), paths=paths, secrets=_secrets(cluster))
-        found = _on_host(host, "mallory", attempts)
+        attempts = _attempts(loopback(ports), paths=paths, secrets=_secrets(cluster))
+        found = on_host(host, "mallory", attempts)
         # That a directory is there cannot be hidden; what is in it is.
         top = {f"{entry} can be seen" for entry in host.tmp_entries()}
         assert set(found) - top == set()
@@ -152,9 +125,9 @@ def test_another_user_of_the_manager_is_refused(cluster: DaskCluster) -> None:
     assert len(ports) >= 8
     folder = Path(cluster._group.runtimes[0].connection._space.directory)
     keeper = Path(cluster._master_launcher._service.place.connection.hello.directory)
-    paths = [str(path) for top in (folder, keeper) for path in _below(top)]
+    paths = [str(path) for top in (folder, keeper) for path in below(top)]
     assert {"askpass.sock", "agent.sock"} <= {os.path.basename(path) for path in paths}
-    found = _here(_NOBODY, _attempts(_loopback(ports), paths=paths, secrets=_secrets(cluster)))
+    found = here(NOBODY, _attempts(loopback(ports), paths=paths, secrets=_secrets(cluster)))
     assert set(found) - {f"{top} can be seen" for top in (folder, keeper)} == set()
 
 
@@ -180,7 +153,7 @@ def test_secrets_are_in_memory_only(cluster: DaskCluster, module_hosts: Any, log
     assert b"Registered to" in seen["print_log"]
     seen |= {str(path): path.read_bytes() for path in logs.rglob("*") if path.is_file()}
     for host in module_hosts[:2]:
-        for path in _private(host):
+        for path in private(host):
             with contextlib.suppress(OSError):
                 seen[f"{host.name}:{path}"] = Path(f"/proc/{host.pid}/root{path}").read_bytes()
     for thing in (cluster, cluster._group, *cluster._group.runtimes, cluster._dask, cluster._dask.credentials):
@@ -208,7 +181,7 @@ def test_a_password_is_in_memory_only(make_hosts: Any, tmp_path: Path) -> None:
         seen = dict(_environments(hosts))
         things = (group, runtime, runtime.connection, runtime.connection.settings, vars(runtime), vars(group))
         seen |= {f"repr of {type(thing).__name__}": repr(thing).encode() for thing in things}
-        for path in _below(Path(runtime.connection._space.directory)):
+        for path in below(Path(runtime.connection._space.directory)):
             if path.is_file():
                 seen[str(path)] = path.read_bytes()
     for secret in (PASSWORD, "a phrase that passes"):

@@ -11,11 +11,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from victims import connect, noted
 
 import leaks
 from sshhosts import procfs
@@ -228,3 +230,44 @@ def test_with_a_cluster_and_traffic_in_its_tunnels(hosts: Any) -> None:
         assert victim.said() == "working"
         _until(_moving(hosts, _SENT), "traffic")
         victim.kill()
+
+
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
+def test_while_a_search_runs_which_is_resumed(hosts: Any) -> None:
+    pytest.importorskip("hyperopt")
+    with Victim("search", hosts) as victim:
+        assert victim.said() == "working"
+        victim.kill()
+        try:
+            with connect(hosts.config_file) as group:
+                _check_that_it_is_resumed(hosts, group, str(victim.folder / "db"))
+        finally:
+            for host in hosts:
+                host.path("~/evaluated").unlink(missing_ok=True)
+
+
+def _check_that_it_is_resumed(hosts: Any, group: Any, dbpath: str) -> None:
+    from hyperopt import fmin, hp, rand
+
+    from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+
+    with HyperoptCluster(group, dbpath=dbpath) as cluster:
+        cluster.start_master()
+        trials = cluster.trials("search")
+        before = {document["tid"]: document for document in trials.trials if document["state"] == 2}
+        assert len(before) >= 6
+        assert cluster.progress("search").running == 0
+        wanted = len(trials.trials) + 5  # some of them wait to be evaluated
+        cluster.start_workers()
+        options: dict[str, Any] = {"trials": trials, "max_queue_len": 4, "show_progressbar": False}
+        best = fmin(noted, hp.uniform("x", 0, 1), rand.suggest, wanted, **options)
+        after = {document["tid"]: document for document in trials.trials}
+        assert len(trials.trials) == len(after) == wanted
+        assert {document["state"] for document in after.values()} == {2}
+        assert {tid: after[tid] for tid in before} == before
+        assert best["x"] == min(trials.losses())
+    times = Counter(line for host in hosts for line in host.path("~/evaluated").read_text().split())
+    assert set(times) == {str(loss) for loss in trials.losses()}
+    # What was just evaluated when the manager was killed, and could not be written any more, is evaluated again.
+    finished = {str(document["result"]["loss"]) for document in before.values()}
+    assert [line for line in finished if times[line] > 1] == []

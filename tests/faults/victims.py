@@ -99,8 +99,38 @@ def join(*parts: bytes) -> bytes:
     return b"".join(parts)
 
 
+def search(group: RuntimeGroup, folder: Path) -> None:
+    """A search for the smallest number, which goes on."""
+    from hyperopt import fmin, hp, rand
+
+    from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+
+    running = HyperoptCluster(group, dbpath=str(folder / "db"))
+    running.start()
+    trials = running.trials("search")
+
+    def tell() -> None:
+        while running.progress("search").done < 6:
+            threading.Event().wait(0.05)
+        say("working")
+
+    threading.Thread(target=tell, daemon=True).start()
+    space = hp.uniform("x", 0, 1)
+    fmin(noted, space, rand.suggest, 1000, trials=trials, max_queue_len=4, show_progressbar=False)
+
+
+def noted(x: float) -> float:
+    """Evaluate, and note on the host that it was done."""
+    import time
+
+    time.sleep(0.2)
+    with Path("~/evaluated").expanduser().open("a") as file:
+        file.write(f"{x}\n")
+    return x
+
+
 WORKS: dict[str, Callable[[RuntimeGroup, Path], Any]] = {
-    work.__name__: work for work in (tasks, send, get, tunnels, start, cluster)
+    work.__name__: work for work in (tasks, send, get, tunnels, start, cluster, search)
 }
 
 

@@ -143,6 +143,37 @@ def test_an_objective_that_fails_costs_its_trial_only(cluster: HyperoptCluster) 
     assert [worker.service.pid for worker in cluster._worker_launcher.workers] == before
 
 
+def test_a_search_as_a_picture(cluster: HyperoptCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = cluster.trials("seen").handle.jobs
+    results = [(3.0, "ok"), (1.0, "ok"), (float("nan"), "ok"), (0.0, "fail"), (None, "ok"), (2.0, "ok")]
+    jobs.insert_many(
+        {"tid": tid, "exp_key": "seen", "state": DONE, "result": {"loss": loss, "status": status}}
+        for tid, (loss, status) in enumerate(results, 100)
+    )
+    jobs.insert_one({"tid": 99, "exp_key": "seen", "state": ERROR, "result": {"status": "new"}})
+    figure = cluster.plot("seen", tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    losses, best, failed = figure.axes[0].collections
+    assert losses.get_offsets().tolist() == [[2, 3.0], [3, 1.0], [7, 2.0]]
+    assert best.get_offsets().tolist() == [[3, 1.0]]
+    assert failed.get_offsets().tolist() == [[1, 0.0]]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        "loss",
+        "best so far: 1, trial 3",
+        "failed (1)",
+    ]
+    progress = cluster.progress("seen")
+    assert (progress.done, progress.failed, progress.best_loss) == (6, 1, 1.0)
+    cluster.plot("of nothing", tmp_path / "nothing.svg")
+    assert "no trial has ended yet" in (tmp_path / "nothing.svg").read_text()
+    for name in [name for name in sys.modules if name.endswith("hyperopt_plot")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ClusterError, match=r"matplotlib(.|\n)*Next step: pip install"):
+        cluster.plot("seen")
+
+
 def test_a_trial_whose_worker_was_killed_is_evaluated_again(cluster: HyperoptCluster, group: RuntimeGroup) -> None:
     def objective(x: float) -> float:
         mark = Path(os.environ["WORKING_DIR"], f"seen-{x}")

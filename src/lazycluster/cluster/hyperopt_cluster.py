@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from lazycluster.runtime_mgmt import RuntimeGroup
 
+    from .hyperopt_plot import LossPlot
+
 __all__ = ["EmbeddedMongoLauncher", "HyperoptCluster", "LocalMongoLauncher", "RoundRobinLauncher", "SearchProgress"]
 
 logger = logging.getLogger("lazycluster")
@@ -185,6 +187,24 @@ class HyperoptCluster(MasterWorkerCluster):
         """
         with database(self._hyperopt, self._port()) as found:
             return progress_of(found.jobs, exp_key)
+
+    def plot(self, exp_key: str | None = None, path: str | Path | None = None) -> LossPlot:
+        """Return a picture of a search: the losses of its trials, and the best one so far.
+
+        Args:
+            exp_key: The name of the search; None: all searches in this database.
+            path: Where to write it, too, e.g. ``losses.png`` or ``losses.svg``.
+
+        Returns:
+            A `matplotlib.figure.Figure`, which a notebook shows if it is the result of a cell.
+
+        Raises:
+            ClusterError: If the cluster does not run, or matplotlib is not installed here.
+        """
+        from .hyperopt_plot import plot_losses
+
+        with database(self._hyperopt, self._port()) as found:
+            return plot_losses(found.jobs, exp_key, path)
 
     def _port(self) -> int:
         if self.master_port is None:
