@@ -170,6 +170,20 @@ def test_find_and_modify(people: Database) -> None:
     assert reply["value"]["a"] == 0
 
 
+def test_an_index_follows_what_is_changed(db: Database) -> None:
+    db("createIndexes", "c", indexes=[{"key": {"k": 1, "x": 1}, "name": "k"}, {"key": {"k": 1}, "name": "less"}])
+    db("insert", "c", documents=[{"_id": 1, "k": 1, "x": None}])
+    for value in (True, 1.5, "1", None, [1, 2], [1, True], {"a": 1}, {"a": True}, math.nan, 1):
+        db("update", "c", updates=[{"q": {"_id": 1}, "u": {"$set": {"k": value}}}])
+        assert [document["_id"] for document in db.find({"k": value})] == [1]
+        others = {"_id": {"$ne": 1}, "k": {"$in": [1, True, "1", 1.5, None, 2]}}
+        assert db.find(others) == []
+    assert db.find({"k": 1, "x": None}) == [{"_id": 1, "k": 1, "x": None}]
+    assert db("update", "c", updates=[{"q": {"_id": 1}, "u": {"$unset": {"x": 1}}}])["nModified"] == 1
+    assert db.find({"k": 1, "x": None}) == [{"_id": 1, "k": 1}]
+    assert db.find({"k": True}) == []
+
+
 def test_unique_indexes(db: Database) -> None:
     assert db("createIndexes", "c", indexes=[{"key": {"k": 1}, "name": "k_1", "unique": True}])["ok"]
     assert db("insert", "c", documents=[{"_id": 1, "k": 1}, {"_id": 2, "k": 1.0}, {"_id": 3, "k": 2}])["n"] == 1

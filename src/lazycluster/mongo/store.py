@@ -70,6 +70,10 @@ class Index:
         """Whether no two documents may have the same values."""
         return bool(self.spec.get("unique"))
 
+    def same(self, old: Document, new: Document) -> bool:
+        """Tell whether two documents surely have the same keys, without making these."""
+        return all(_same(list(find(old, name)), list(find(new, name))) for name in self.fields)
+
     def keys(self, document: Document) -> set[bytes]:
         """Return the keys of a document: several if it has lists."""
         if self.spec.get("sparse") and not any(name in document for name in self.fields):
@@ -78,6 +82,17 @@ class Index:
         if sum(len(part) > 1 for part in parts) > 1:
             raise CommandError(171, f"cannot index parallel arrays: {', '.join(self.fields)}")
         return {b"".join(key) for key in itertools.product(*parts)}
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    # Python takes True for 1, also within lists and documents; MongoDB does not.
+    pairs = zip(some, others, strict=False)
+    plain = all(type(one) is type(other) and not isinstance(one, (dict, list)) for one, other in pairs)
+    return plain and some == others
+
+
+def _says_more(one: tuple[int, Index, list[bytes]], other: tuple[int, Index, list[bytes]]) -> bool:
+    return set(one[1].fields[: one[0]]) > set(other[1].fields[: other[0]])
 
 
 def _keys_of(document: Document, path: str) -> set[bytes]:
@@ -131,7 +146,7 @@ class Collection:
 
     def _best(self, exact: Mapping[str, list[bytes]]) -> tuple[Index, list[bytes]] | None:
         """Return the index that leads to the fewest documents, and where to look in it."""
-        best: tuple[tuple[int, int], Index, list[bytes]] | None = None
+        usable: list[tuple[int, Index, list[bytes]]] = []
         for index in self.indexes:
             if index.spec.get("sparse"):
                 continue
@@ -141,11 +156,14 @@ class Collection:
                     break
                 prefixes, used = [prefix + key for prefix in prefixes for key in exact[name]], used + 1
             if used:
-                # Of two that lead to very many documents, the one that says more about them.
-                cost = sum(self._size(index, prefix) for prefix in prefixes), -used
-                if best is None or cost < best[0]:
-                    best = cost, index, prefixes
-        return best[1:] if best is not None else None
+                usable.append((used, index, prefixes))
+        # One that says all that another one says, and more, is better whatever is in them: that need not be counted.
+        usable = [one for one in usable if not any(_says_more(other, one) for other in usable)]
+        if len(usable) < 2:
+            return usable[0][1:] if usable else None
+        # Of two that lead to very many documents, the one that says more about them.
+        _, index, prefixes = min(usable, key=lambda one: (sum(self._size(one[1], key) for key in one[2]), -one[0]))
+        return index, prefixes
 
     def _size(self, index: Index, prefix: bytes) -> int:
         row = self._sql.execute(
@@ -214,8 +232,9 @@ class Collection:
             CommandError: If an index does not allow it.
         """
         codec.check_size(body)
-        after = {index.id: index.keys(new) for index in self.indexes}
-        before = {index.id: index.keys(old) for index in self.indexes}
+        touched = [index for index in self.indexes if not index.same(old, new)]
+        after = {index.id: index.keys(new) for index in touched}
+        before = {index.id: index.keys(old) for index in touched}
         changed = {number: keys - before[number] for number, keys in after.items()}
         self._check_unique(new, changed, row)
         self._sql.execute("UPDATE documents SET body = ? WHERE id = ?", (body, row))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import random
 import shutil
@@ -17,13 +18,12 @@ from typing import Any, NoReturn
 from . import compat, messages, objectives, trials
 
 mongoexp = compat.load()
-from pymongo.errors import ConnectionFailure  # noqa: E402  (compat says first what is missing)
+from gridfs import GridFS  # noqa: E402  (compat says first what is missing)
+from pymongo.errors import ConnectionFailure  # noqa: E402
 
 _SOON = 0.005  # seconds; after a trial the next one usually comes at once
 _URL = "MONGO_CONNECTION_URL"
-
-
-mongoexp.pickler = types.SimpleNamespace(loads=objectives.loads, dump=mongoexp.pickler.dump)
+_DOMAIN = "FMinIter_Domain"  # the name of the attachment with the objective
 
 
 class TrialLostError(Exception):
@@ -35,11 +35,18 @@ class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
 
     Attributes:
         current: The trial that was taken last.
+        evaluated: Whether its objective has returned: what is written from then on is written in one piece, at the end.
     """
 
     current: Any = None
+    evaluated = False
     owner: tuple[str, str] = ("", "")
     poll_interval = 0.1
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.gfs = _Files(self.db, collection="fs")
+        self._held: dict[str, Any] = {}
 
     def create_indexes(self) -> None:
         """Do nothing: the manager has made them, and this is called for each trial."""
@@ -54,8 +61,12 @@ class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
             dct = {**dct, "error": [trials.encodable(str(part)) for part in dct["error"]]}
         if self.current is None or doc.get("_id") != self.current["_id"]:
             return super().update(doc, dct, collection, do_sanity_checks)
+        self._held.update(copy.deepcopy({name: dct[name] for name in dct if name != "_id"}))
+        doc.update(self._held)
+        if self.evaluated and "state" not in dct:
+            return doc
         version = doc["version"] + 1
-        changes = {**copy.deepcopy({name: dct[name] for name in dct if name != "_id"}), "version": version}
+        changes, self._held = {**self._held, "version": version}, {}
         mine = {"_id": doc["_id"], "owner": self.owner[1]}
         query = {**mine, "version": doc["version"]}
         result = compat.patient(lambda: self.jobs.update_one(query, {"$set": changes}))
@@ -67,6 +78,7 @@ class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
 
     def reserve(self, host_id: Any, cond: Any = None, exp_key: str | None = None) -> Any:
         """Take a trial, and wait for one if there is none."""
+        self.evaluated, self._held = False, {}
         query: dict[str, Any] = {"owner": None, "state": trials.NEW}
         if exp_key is not None:
             query["exp_key"] = exp_key
@@ -92,6 +104,34 @@ class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
         return self.jobs.find_one({"owner": self.owner[1], "state": trials.RUNNING})
 
 
+class _Files(GridFS):
+    """hyperopt's files. The objective, which may be large, is not fetched again as long as it is the same."""
+
+    _kept: tuple[Any, bytes] | None = None
+
+    def get_version(self, filename: Any = None, version: Any = -1, session: Any = None, **query: Any) -> Any:
+        """Return a file, open for reading."""
+        found = super().get_version(filename, version, session, **query)
+        if filename != _DOMAIN:
+            return found
+        if self._kept is None or self._kept[0] != found._id:
+            self._kept = (found._id, found.read())
+        return io.BytesIO(self._kept[1])
+
+
+class _Domain:
+    """What is to be evaluated; tells the queue when it was."""
+
+    def __init__(self, domain: Any, jobs: Jobs) -> None:
+        self._domain = domain
+        self._jobs = jobs
+
+    def evaluate(self, *arguments: Any, **options: Any) -> Any:
+        result = self._domain.evaluate(*arguments, **options)
+        self._jobs.evaluated = True
+        return result
+
+
 def connect(settings: dict[str, Any]) -> tuple[Jobs, str]:
     """Return the queue and its address."""
     login = f"{settings['user']}:{settings['password']}@" if settings["user"] else ""
@@ -112,6 +152,7 @@ def serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: i
     """
     jobs, url = connect(settings)
     jobs.owner = (settings["name"], owner)
+    mongoexp.pickler = types.SimpleNamespace(loads=lambda data: _Domain(objectives.loads(data), jobs))
     os.environ[_URL] = url  # for the user's code; it was in no environment that `ps` shows
     compat.patient(lambda: trials.put_back(jobs.jobs, left["owner"], left["reason"], left["final"]))
     root = Path(os.environ["LAZYCLUSTER_SCRATCH"], "trials")
