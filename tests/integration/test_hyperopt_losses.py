@@ -164,9 +164,9 @@ def test_a_search_ends_with_an_error_when_no_worker_is_left(tmp_path: Path) -> N
             time.sleep(60)
         return x
 
-    with local_group(2) as group, HyperoptCluster(group, None, _NoRestarts, dbpath=str(tmp_path / "db")) as cluster:
+    with local_group(1) as group, HyperoptCluster(group, None, _NoRestarts, dbpath=str(tmp_path / "db")) as cluster:
         cluster.start()
-        with pytest.raises(ClusterError, match=r"no worker is left .*(local0-0: .*local1-0: )(.|\n)*same dbpath"):
+        with pytest.raises(ClusterError, match=r"no worker is left .*local0-0: (.|\n)*same dbpath"):
             _search(cluster, objective, "all gone", 5)
         trials = cluster.trials("all gone")
         assert Counter(document["state"] for document in _documents(trials)) == {NEW: 5}
