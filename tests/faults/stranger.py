@@ -1,8 +1,8 @@
 """What somebody tries who has no business in a cluster: ``python -c TEXT_OF_THIS_FILE ACCOUNT < attempts``.
 
 Standard input holds JSON: ``addresses`` ([host, port] each), ``identities`` (by name: authority, certificate and key as
-text, or None for TLS without any), ``paths`` to get at, ``secrets`` to look for, ``ways`` if not all are tried. The answer
-is JSON, too: all that worked. An address is asked in plain, by HTTP, and in Dask's own language with each
+text, or None for TLS without any), ``paths`` to get at, ``secrets`` to look for, ``ways`` if not all are. The answer is
+JSON, too: all that worked. An address is asked in plain, by HTTP, and in Dask's own language with each
 identity; with the way ``mongo`` as a database, ``mongo USER PASSWORD`` with a login.
 """
 
