@@ -31,7 +31,8 @@ def test_destinations(text, parts):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "-oProxyCommand=x", "me@-x", "-x@host", "a b", "a\n", "a\x00b", "a;b", "$(x)", "`x`", "@host", "me@",
+        "", "-oProxyCommand=x", "me@-oProxyCommand=x", "ssh://-oProxyCommand=x", "a\x1b[2J", "a\u202eb", "a\x9b",
+        "me@-x", "-x@host", "a b", "a\n", "a\x00b", "a;b", "$(x)", "`x`", "@host", "me@",
         "host:", "host:0", "host:65536", "host:http", "[::1", "[::1]x", "ssh://", "*", "a?",
     ],
 )  # fmt: skip
