@@ -83,3 +83,5 @@ def check_user(where: str, user: str) -> None:
         raise ValueError(f"{where!r}: a user's name cannot begin with '-'")
     if found := _HOSTILE_USER.search(user):
         raise ValueError(f"{where!r}: a user's name cannot contain {found.group()!r}")
+    if not user.isprintable():
+        raise ValueError(f"{where!r}: a user's name cannot contain characters that cannot be seen")
