@@ -9,9 +9,11 @@ loopback under a secret path, which `DaskCluster.dashboard_link` has.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from . import connection_file
 from .dask_launchers import CheckVersions, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
 from .dask_programs import common
 from .dask_scaling import ElasticCluster
@@ -139,6 +141,38 @@ class DaskCluster(ElasticCluster):
 
         self._check_running()
         return Client(self, timeout=timeout)
+
+    @staticmethod
+    def connect(path: str | os.PathLike[str], timeout: float = 10) -> Client:
+        """Return a client of a cluster that another process of this user has started.
+
+        Args:
+            path: The file that `write_connection_file` or ``lazycluster start dask --connection-file`` has written.
+            timeout: Seconds until it must be connected.
+
+        Raises:
+            ClusterError: If the file is not there, is not this user's own, or its cluster does not answer.
+
+        Examples:
+            >>> client = DaskCluster.connect("cluster.json")        # doctest: +SKIP
+        """
+        from distributed import Client, Security
+
+        found = connection_file.read(path, DaskCluster.__name__)
+        try:
+            return Client(found["scheduler"], security=Security(**found["security"]), timeout=timeout)
+        except (OSError, TimeoutError) as error:
+            raise ClusterError(
+                f"the cluster of {path} does not answer: {error}\n"
+                f"  Next step: see whether the process {found['manager']}, which started it, still runs"
+            ) from error
+
+    def _connection(self) -> dict[str, Any]:
+        return {
+            "scheduler": self.scheduler_address,
+            "security": self._dask.security("client"),
+            "dashboard": self.dashboard_link,
+        }
 
     @property
     def scheduler_address(self) -> str:

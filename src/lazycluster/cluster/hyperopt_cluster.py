@@ -9,9 +9,11 @@ anything on the hosts.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from . import connection_file
 from .exceptions import ClusterError
 from .hyperopt_masters import EmbeddedMongoLauncher, LocalMongoLauncher, default_launcher
 from .hyperopt_programs import compat, trials
@@ -175,6 +177,23 @@ class HyperoptCluster(MasterWorkerCluster):
             ClusterError: If the cluster does not run.
         """
         return compat.load().MongoTrials(self.mongo_trial_url, exp_key=exp_key)
+
+    @staticmethod
+    def connect(path: str | os.PathLike[str], exp_key: str | None = None) -> MongoTrials:
+        """Return the trials of a cluster that another process of this user has started, for `fmin`.
+
+        Args:
+            path: The file that `write_connection_file` or ``lazycluster start hyperopt --connection-file`` has written.
+            exp_key: The name of the search; None: all searches in this database.
+
+        Raises:
+            ClusterError: If the file is not there, or is not this user's own.
+        """
+        found = connection_file.read(path, HyperoptCluster.__name__)
+        return compat.load().MongoTrials(found["mongo_trial_url"], exp_key=exp_key)
+
+    def _connection(self) -> dict[str, Any]:
+        return {"mongo_trial_url": self.mongo_trial_url}
 
     def progress(self, exp_key: str | None = None) -> SearchProgress:
         """Return how far a search is, also while `fmin` runs in another thread or process.

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _lifetime, _loop
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 
+from . import connection_file
 from .contracts import MasterLauncher, RuntimeCluster, WorkerLauncher
 from .exceptions import ClusterError
 from .launchers import ServiceMasterLauncher, prepare
@@ -87,6 +90,7 @@ class MasterWorkerCluster(RuntimeCluster):
         self._min_workers = min_workers
         self._gpus = None if gpus_per_worker is None else Gpus(gpus_per_worker, idle_gpus)
         self._state = "created"
+        self._connection_files: list[Path] = []
         self._lock = threading.RLock()
         self._changing = threading.RLock()  # held while workers are started or leave: one change at a time
         self._master_launcher = _launcher(master_launcher, runtime_group) or self._default_master_launcher()
@@ -203,6 +207,29 @@ class MasterWorkerCluster(RuntimeCluster):
                 self._worker_launcher.setup_worker_ssh_tunnels()
             self._state = "running"
 
+    def write_connection_file(self, path: str | os.PathLike[str]) -> Path:
+        """Write a file from which other processes of this user connect, with ``connect(path)`` of the cluster's class.
+
+        It holds the secrets of the cluster, so only its owner can read it. It is removed when the cluster ends.
+
+        Args:
+            path: Where; what is there is replaced.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            ClusterError: If the cluster does not run, or its engine knows no such file.
+            OSError: If it cannot be written.
+        """
+        file = connection_file.write(path, type(self).__name__, self._connection())
+        self._connection_files.append(file)
+        return file
+
+    def _connection(self) -> dict[str, Any]:
+        """Return what another process needs to connect, as JSON can hold it."""
+        raise ClusterError(f"{type(self).__name__} has no connection files")
+
     def print_log(self) -> None:
         """Print the logs of the group's tasks, and what master and workers printed."""
         self._group.print_log()
@@ -222,6 +249,8 @@ class MasterWorkerCluster(RuntimeCluster):
                 return
             self._state = "closing"
         errors: list[Exception] = []
+        while self._connection_files:
+            connection_file.remove(self._connection_files.pop())
         try:
             for launcher in (self._worker_launcher, self._master_launcher):
                 try:
