@@ -14,6 +14,7 @@ from typing import Any
 __all__ = [
     "AgentError",
     "ConnectionLostError",
+    "EnvironmentBuildError",
     "GroupTaskError",
     "HostsLostError",
     "InvalidRuntimeError",
@@ -301,3 +302,31 @@ class NoPortsLeftError(LazyclusterError):
 
 class PathCreationError(LazyclusterError):
     """A directory or file could not be created on a host."""
+
+
+class EnvironmentBuildError(LazyclusterError):
+    """The environment that a host should have cannot be made, or cannot be used.
+
+    Attributes:
+        host: The host; ``manager`` if it failed on this machine, before any host was concerned.
+        problem: What is wrong.
+        package: The package that it is about, if it is about one.
+        hint: The next step.
+        output: The end of what the installer printed.
+    """
+
+    def __init__(self, host: str, problem: str, package: str = "", hint: str = "", output: str = "") -> None:
+        self.host = host
+        self.problem = problem
+        self.package = package
+        self.hint = hint
+        self.output = output.strip()
+        lines = [f"{host}: no environment: {problem}"]
+        if self.output:
+            lines += [f"    {line}" for line in self.output.splitlines()[-15:]]
+        if hint:
+            lines.append(f"  Next step: {hint}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.problem, self.package, self.hint, self.output)

@@ -44,6 +44,8 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "expand": ("paths", "expanded"),
     "service": ("services", "service"),
     "pool": ("pools", "pool"),
+    "environment": ("environments", "environment"),
+    "reachable": ("functions", "reachable"),
 }
 
 

@@ -1,0 +1,436 @@
+"""Python environments that the manager makes on the host: where they are, who uses them, and which may go.
+
+Below one root there are `envs/<id>` (the environments), `envs/<id>.build` and `envs/<id>.use` (locks, which end with
+whoever holds them), `wheels/<sha256>` (packages that were sent), `uv` and `cache` (the installer and what it unpacked).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+
+from .paths import meant
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+    from .session import Channel
+
+MANIFEST = "lazycluster.json"
+_WAIT = 0.1  # seconds between two tries for a lock that somebody else has
+_ST_NOEXEC = 8
+
+_used: Dict[str, int] = {}  # environment -> descriptor whose lock says that it is in use, as long as this agent lives
+
+
+def environment(channel: Channel) -> None:
+    """Handle the request `environment`; `action` says what."""
+    action = str(channel.params.get("action"))
+    handler = _ACTIONS.get(action)
+    if handler is None:
+        channel.fail("value", "unknown action {!r}".format(action))
+    else:
+        handler(channel)
+
+
+def _root(channel: Channel) -> str:
+    return meant(channel.params.get("root") or "~/.cache/lazycluster", "", {})
+
+
+# --- what is there -------------------------------------------------------------------------------
+def facts() -> Dict[str, Any]:
+    """Return what decides which packages fit."""
+    try:
+        libc = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+    except (AttributeError, ValueError, OSError):
+        libc = []
+    return {"system": sys.platform, "machine": os.uname().machine, "libc": libc or ["musl", ""]}
+
+
+def _facts(channel: Channel) -> None:
+    channel.result(root=_root(channel), **facts())
+
+
+def _find(channel: Channel) -> None:
+    prefix = _prefix(channel)
+    problem = use(prefix)
+    if problem is None:
+        channel.result(found=True, prefix=prefix)
+    else:
+        channel.result(found=False, prefix=prefix, problem=problem)
+
+
+def _prefix(channel: Channel) -> str:
+    name = str(channel.params["id"])
+    if not name or not name.replace("-", "").isalnum():
+        raise ValueError("not the name of an environment: {!r}".format(name))
+    return os.path.join(_root(channel), "envs", name)
+
+
+def use(prefix: str) -> Optional[str]:
+    """Mark an environment as in use until this agent ends; returns why it cannot be used, None if it can."""
+    if not os.path.isdir(prefix):
+        return "missing"
+    if prefix not in _used:
+        fd = _lock(prefix + ".use", fcntl.LOCK_SH)
+        if fd is None:
+            return "being removed"
+        _used[prefix] = fd
+    problem = damage(prefix)
+    if problem is None:
+        try:
+            os.utime(prefix + ".use")  # the time of the last use
+        except OSError:
+            pass
+        return None
+    os.close(_used.pop(prefix))
+    return problem
+
+
+def damage(prefix: str) -> Optional[str]:
+    """Return what is wrong with an environment, as far as that can be seen quickly."""
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return "missing"
+    python = os.path.join(prefix, "bin", "python")
+    if not os.access(python, os.X_OK):
+        return "its interpreter {} has gone".format(os.path.realpath(python))
+    if listing(prefix) != manifest.get("listing"):
+        return "its packages were changed"
+    return None
+
+
+def listing(prefix: str) -> List[Any]:
+    """Return what lies in the directories of packages, in short."""
+    import zlib
+
+    found: List[Any] = []
+    lib = os.path.join(prefix, "lib")
+    for name in sorted(os.listdir(lib)) if os.path.isdir(lib) else ():
+        try:
+            names = sorted(entry for entry in os.listdir(os.path.join(lib, name, "site-packages")))
+        except OSError:
+            continue
+        names = [entry for entry in names if entry != "__pycache__"]
+        found.append([name, len(names), zlib.crc32("\n".join(names).encode("utf-8", "surrogateescape"))])
+    return found
+
+
+def read_manifest(prefix: str) -> Optional[Dict[str, Any]]:
+    """Return what is said of a complete environment, None if it is not one."""
+    try:
+        with open(os.path.join(prefix, MANIFEST), encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _lock(path: str, kind: int) -> Optional[int]:
+    """Return a descriptor that holds a lock, None if somebody else has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return None
+        raise
+    return fd
+
+
+# --- making one ----------------------------------------------------------------------------------
+def _build(channel: Channel) -> None:
+    _Build(channel, _root(channel), _prefix(channel))
+
+
+class _Build:
+    """Holds the lock of an environment, and the directory in which it is made, until the manager says that it is done.
+
+    Whatever ends the channel before ends this, too, and removes what there is.
+    """
+
+    def __init__(self, channel: Channel, root: str, prefix: str) -> None:
+        self._channel, self._root, self._prefix = channel, root, prefix
+        self._directory = ""
+        self._lock: Optional[int] = None
+        self._timer: Any = None
+        self._told = False
+        channel.on_abandon = self._abandon
+        channel.on_control = self._control
+        try:
+            os.makedirs(os.path.dirname(prefix), mode=0o700, exist_ok=True)
+            if getattr(os.statvfs(root), "f_flag", 0) & _ST_NOEXEC:
+                channel.fail("noexec", "{} is on a file system from which nothing can be run (noexec)".format(root))
+                return
+            self._try()
+        except OSError as error:
+            channel.fail("os", "{}: {}".format(error.strerror, error.filename or root), errno=error.errno)
+
+    def _try(self) -> None:
+        self._timer = None
+        self._lock = _lock(self._prefix + ".build", fcntl.LOCK_EX)
+        if self._lock is None:
+            if not self._told:
+                self._told = True
+                self._channel.event(state="waiting")
+            self._timer = self._channel.loop.call_later(_WAIT, self._again)
+            return
+        problem = use(self._prefix)
+        if problem is None:
+            self._release()
+            self._channel.result(found=True, prefix=self._prefix)
+            return
+        import tempfile
+
+        envs, name = os.path.split(self._prefix)
+        remove_unfinished(envs, name)
+        self._directory = tempfile.mkdtemp(prefix=".{}-".format(name), dir=envs)
+        self._channel.event(
+            state="building", directory=self._directory, problem=problem, free=shutil.disk_usage(envs).free
+        )
+
+    def _again(self) -> None:
+        try:
+            self._try()
+        except OSError as error:
+            self._fail(error)
+
+    def _control(self, message: Dict[str, Any]) -> None:
+        if "finish" not in message or not self._directory:
+            return
+        try:
+            self._finish(message["finish"])
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self._abandon()
+        self._channel.fail("os", "{}: {}".format(error.strerror, error.filename), errno=error.errno)
+
+    def _finish(self, manifest: Dict[str, Any]) -> None:
+        made, self._directory = self._directory, ""
+        manifest.update(listing=listing(made), size=size_of(made), made=time.time())
+        try:
+            with open(os.path.join(made, MANIFEST), "w", encoding="utf-8") as file:
+                json.dump(manifest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(made, 0o755)
+            old = ""
+            if os.path.lexists(self._prefix):
+                old = made + ".old"
+                os.rename(self._prefix, old)
+            os.rename(made, self._prefix)
+        except OSError:
+            _remove(made)
+            raise
+        if old:
+            _remove(old)
+        problem = use(self._prefix)
+        self._release()
+        if problem is None:
+            self._channel.result(found=False, prefix=self._prefix)
+        else:
+            self._channel.fail("damaged", problem)
+
+    def _abandon(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._directory:
+            _remove(self._directory)
+            self._directory = ""
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def remove_unfinished(envs: str, name: str) -> None:
+    """Remove what builds of an environment have left that were killed; the caller holds its lock."""
+    for entry in os.listdir(envs):
+        if entry.startswith(".{}-".format(name)):
+            _remove(os.path.join(envs, entry))
+
+
+def _remove(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+# --- packages that are sent ----------------------------------------------------------------------
+def _wheels(channel: Channel) -> None:
+    """Tell which packages have to be sent."""
+    place = os.path.join(_root(channel), "wheels")
+    missing = []
+    for folder, name, size in channel.params["wheels"]:
+        path = os.path.join(place, folder, name)
+        try:
+            there = os.stat(path).st_size == size
+        except OSError:
+            there = False
+        if there:
+            os.utime(path[: -len(name)])  # the time of the last use; the file's own is what the installer looks at
+        else:
+            missing.append(folder)
+    channel.result(missing=missing, directory=place)
+
+
+# --- keeping -------------------------------------------------------------------------------------
+def size_of(path: str) -> int:
+    """Return the bytes that a directory takes on the disk; what has several names is counted once."""
+    total = 0
+    seen = set()
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                inode = os.lstat(os.path.join(folder, name))
+            except OSError:
+                continue
+            if inode.st_ino not in seen:
+                seen.add(inode.st_ino)
+                total += inode.st_blocks * 512
+    return total
+
+
+def kept(root: str) -> Iterator[Tuple[str, Dict[str, Any], float]]:
+    """Yield (name, what is said of it, time of the last use) of each environment."""
+    envs = os.path.join(root, "envs")
+    for name in sorted(os.listdir(envs)) if os.path.isdir(envs) else ():
+        prefix = os.path.join(envs, name)
+        if name.startswith(".") or not os.path.isdir(prefix):
+            continue
+        try:
+            last = os.stat(prefix + ".use").st_mtime
+        except OSError:
+            last = os.stat(prefix).st_mtime
+        yield name, read_manifest(prefix) or {}, last
+
+
+def _list(channel: Channel) -> None:
+    root = _root(channel)
+    found = []
+    for name, manifest, last in kept(root):
+        prefix = os.path.join(root, "envs", name)
+        found.append(
+            {
+                "id": name,
+                "path": prefix,
+                "size": manifest.get("size"),
+                "made": manifest.get("made"),
+                "last_used": last,
+                "in_use": _is_used(prefix),
+                "python": manifest.get("python"),
+                "source": manifest.get("source"),
+                "packages": manifest.get("packages", {}),
+                "problem": damage(prefix),
+            }
+        )
+    parts = {part: size_of(os.path.join(root, part)) for part in ("wheels", "cache", "uv")}
+    channel.result(root=root, environments=found, now=time.time(), **parts)
+
+
+def _is_used(prefix: str) -> bool:
+    fd = _lock(prefix + ".use", fcntl.LOCK_EX)
+    if fd is None:
+        return True
+    os.close(fd)
+    return False
+
+
+def remove(root: str, name: str) -> bool:
+    """Remove an environment, unless it is in use; returns whether it has gone."""
+    prefix = os.path.join(root, "envs", name)
+    building = _lock(prefix + ".build", fcntl.LOCK_EX)
+    if building is None:
+        return False
+    try:
+        using = _lock(prefix + ".use", fcntl.LOCK_EX)
+        if using is None:
+            return False
+        try:
+            aside = os.path.join(root, "envs", ".{}-removed".format(name))
+            _remove(aside)
+            if os.path.isdir(prefix):
+                os.rename(prefix, aside)  # what is half removed must not be found
+            remove_unfinished(os.path.join(root, "envs"), name)
+        finally:
+            os.close(using)
+    finally:
+        os.close(building)
+    return True
+
+
+def _remove_some(channel: Channel) -> None:
+    root = _root(channel)
+    known = {name for name, _, _ in kept(root)}
+    removed, in_use, unknown = [], [], []
+    for name in channel.params["ids"]:
+        if name not in known:
+            unknown.append(name)
+        elif remove(root, name):
+            removed.append(name)
+        else:
+            in_use.append(name)
+    channel.result(removed=removed, in_use=in_use, unknown=unknown)
+
+
+def _prune(channel: Channel) -> None:
+    """Remove environments, those used longest ago first, until all together is small enough."""
+    root = _root(channel)
+    limit, age = channel.params.get("limit"), channel.params.get("age")
+    envs = os.path.join(root, "envs")
+    before = size_of(root)
+    for entry in os.listdir(envs) if os.path.isdir(envs) else ():
+        if entry.startswith("."):  # left by a build that was killed, unless one is under way
+            name = entry[1:].rpartition("-")[0]
+            fd = _lock(os.path.join(envs, name + ".build"), fcntl.LOCK_EX)
+            if fd is not None:
+                _remove(os.path.join(envs, entry))
+                os.close(fd)
+    removed, in_use = [], []
+    now = time.time()
+    for name, _, last in sorted(kept(root), key=lambda found: found[2]):
+        old = age is not None and now - last > age
+        if not old and (limit is None or size_of(root) <= limit):
+            continue
+        (removed if remove(root, name) else in_use).append(name)
+        # What only this environment had stays in the cache of the installer, where nothing counts its users.
+        if limit is not None and size_of(root) > limit:
+            _remove_unshared(os.path.join(root, "cache", "archive-v0"))
+    if limit is not None and size_of(root) > limit:
+        _remove_oldest(os.path.join(root, "wheels"), lambda: size_of(root) > limit)
+    channel.result(removed=removed, in_use=in_use, before=before, after=size_of(root))
+
+
+def _remove_unshared(place: str) -> None:
+    for name in os.listdir(place) if os.path.isdir(place) else ():
+        path = os.path.join(place, name)
+        if all(os.lstat(os.path.join(folder, n)).st_nlink < 2 for folder, _, names in os.walk(path) for n in names):
+            _remove(path)
+
+
+def _remove_oldest(place: str, wanted: Callable[[], bool]) -> None:
+    paths = [os.path.join(place, name) for name in os.listdir(place)] if os.path.isdir(place) else []
+    for path in sorted(paths, key=lambda path: os.stat(path).st_mtime):
+        if not wanted():
+            return
+        _remove(path)
+
+
+_ACTIONS: Dict[str, Callable[[Channel], None]] = {
+    "facts": _facts,
+    "find": _find,
+    "build": _build,
+    "wheels": _wheels,
+    "list": _list,
+    "remove": _remove_some,
+    "prune": _prune,
+}

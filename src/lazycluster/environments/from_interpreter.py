@@ -1,0 +1,183 @@
+"""What is installed for the interpreter that runs this, as requirements."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from .spec import normalized
+
+__all__ = ["Installed", "installed", "requirements"]
+
+_logger = logging.getLogger("lazycluster")
+
+DEFAULT_EXCLUDE = frozenset(
+    normalized(name)
+    for name in (
+        # what runs on the manager only
+        "lazycluster jupyter jupyterlab notebook ipython ipykernel ipywidgets nbconvert jupyter-client jupyter-server "
+        "jupyterlab-server nbclassic voila jupytext spyder "
+        # linters, type checkers, formatters
+        "ruff mypy pyright basedpyright flake8 pylint black isort autopep8 yapf bandit pycodestyle pydocstyle pyflakes "
+        # tests and releases
+        "pytest pytest-timeout pytest-xdist pytest-cov pytest-asyncio pytest-mock coverage tox nox hypothesis "
+        "pre-commit twine build hatch bump2version sphinx mkdocs "
+        # installers
+        "pip uv setuptools wheel pipx poetry pipenv virtualenv pip-tools"
+    ).split()
+)
+_DIRECTORY = re.compile(r"^(?P<name>.+)-(?P<version>[^-]+)\.dist-info$")
+_REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*)")
+_OF_AN_EXTRA = re.compile(r"\bextra\s*==")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A distribution that is installed here.
+
+    Attributes:
+        name: Its name.
+        version: Its version.
+        path: The directory with its metadata.
+        origin: Where it comes from if that is not an index: a directory's path, or a URL.
+    """
+
+    name: str
+    version: str
+    path: str
+    origin: str = ""
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it comes from a directory of this machine."""
+        return self.origin.startswith("/")
+
+
+def installed() -> list[Installed]:
+    """Return what is installed for this interpreter, in the order of names; of several the first that is imported."""
+    found: dict[str, Installed] = {}
+    for folder in dict.fromkeys(os.path.abspath(path) for path in sys.path):
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            continue
+        for name in names:
+            one = _read(folder, name) if name.endswith((".dist-info", ".egg-info", ".egg-link")) else None
+            if one is not None:
+                found.setdefault(normalized(one.name), one)
+    return sorted(found.values(), key=lambda one: normalized(one.name))
+
+
+def _read(folder: str, entry: str) -> Installed | None:
+    path = os.path.join(folder, entry)
+    if entry.endswith(".egg-link"):  # an editable install of old; its metadata is found through sys.path
+        return None
+    if entry.endswith(".egg-info"):
+        return _read_egg(folder, path)
+    match = _DIRECTORY.match(entry)
+    if match is None:
+        return None
+    return Installed(match["name"], match["version"], path, _origin(path))
+
+
+def _read_egg(folder: str, path: str) -> Installed | None:
+    try:
+        about = metadata.Distribution.at(path).metadata
+        name, version = about["Name"], about["Version"]
+    except (OSError, KeyError, ValueError):
+        return None
+    if not name or not version:
+        return None
+    inside = {"site-packages", "dist-packages"} & set(Path(folder).parts)
+    return Installed(name, version, path, "" if inside else _project_of(folder))
+
+
+def _project_of(folder: str) -> str:
+    for candidate in (Path(folder), Path(folder).parent):
+        if (candidate / "setup.py").exists() or (candidate / "pyproject.toml").exists():
+            return str(candidate)
+    return folder
+
+
+def _origin(path: str) -> str:
+    """Return where a distribution comes from, if not from an index (PEP 610)."""
+    try:
+        with open(os.path.join(path, "direct_url.json"), encoding="utf-8") as file:
+            told = json.load(file)
+    except (OSError, ValueError):
+        return ""
+    url = str(told.get("url", ""))
+    if "vcs_info" in told:
+        vcs = told["vcs_info"]
+        folder = f"#subdirectory={told['subdirectory']}" if told.get("subdirectory") else ""
+        return f"{vcs['vcs']}+{url}@{vcs.get('commit_id', vcs.get('requested_revision', ''))}{folder}"
+    parts = urlsplit(url)
+    if parts.scheme == "file" and "dir_info" in told:
+        return unquote(parts.path)
+    return url
+
+
+# --- which of them are wanted ---------------------------------------------------------------------
+def requirements(exclude: Sequence[str] | None) -> list[Installed]:
+    """Return what is installed, without what is excluded and what only that needs.
+
+    Args:
+        exclude: Names, beside the tools of `DEFAULT_EXCLUDE`; an empty list for nothing at all.
+    """
+    everything = installed()
+    named = frozenset(normalized(name) for name in exclude or ())
+    unwanted = frozenset() if exclude is not None and not named else DEFAULT_EXCLUDE | named
+    kept = _without(tuple(everything), unwanted) if unwanted else everything
+    if len(kept) < len(everything):
+        names = {one.name for one in kept}
+        left_out = ", ".join(one.name for one in everything if one.name not in names)
+        _logger.info('environment="manager" leaves out: %s (exclude=[] leaves out nothing)', left_out)
+    return list(kept)
+
+
+@functools.lru_cache(maxsize=8)
+def _without(everything: tuple[Installed, ...], unwanted: frozenset[str]) -> tuple[Installed, ...]:
+    """Remove packages, and those that nothing else needs; what is needed by one that stays, stays."""
+    by_name = {normalized(one.name): one for one in everything}
+    needs = {name: _needs(one.path) & by_name.keys() for name, one in by_name.items()}
+    needed = {other for name, others in needs.items() for other in others if other != name}
+    roots = [name for name in by_name if name not in needed and name not in unwanted]
+    reached = _closure(roots, needs)
+    # Packages that need each other in a circle have no root.
+    rest = by_name.keys() - reached - _closure([name for name in by_name if name in unwanted], needs)
+    reached |= _closure(rest, needs)
+    return tuple(one for name, one in by_name.items() if name in reached)
+
+
+def _closure(names: Iterable[str], needs: dict[str, set[str]]) -> set[str]:
+    reached: set[str] = set()
+    queue = list(names)
+    while queue:
+        name = queue.pop()
+        if name not in reached:
+            reached.add(name)
+            queue.extend(needs[name])
+    return reached
+
+
+def _needs(path: str) -> set[str]:
+    """Return the names that a distribution requires, in whatever circumstances but as an extra."""
+    found = set()
+    try:
+        lines = metadata.Distribution.at(path).requires or []
+    except (OSError, ValueError):
+        return set()
+    for line in lines:
+        match = _REQUIREMENT.match(line)
+        if match and not _OF_AN_EXTRA.search(line):
+            found.add(normalized(match[1]))
+    return found

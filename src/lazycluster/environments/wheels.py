@@ -1,0 +1,305 @@
+"""Packages as wheels on the manager: fetched from an index, or built from what is here."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import functools
+import hashlib
+import http.client
+import os
+import shutil
+import ssl
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from lazycluster import _loop
+from lazycluster.exceptions import EnvironmentBuildError
+from lazycluster.utils import private_directory
+
+from .index import IndexSettings, bare
+from .plan import Locked, Target, Wheel
+from .uv import MANAGER, run_uv
+
+__all__ = ["digest_of", "provide"]
+
+AT_ONCE = 8
+"""Downloads at once."""
+
+_TIMEOUT = 30.0  # seconds without a byte
+_TRIES = 3
+_CHUNK = 256 * 1024
+# What is in the directory of a project, but in none of its wheels.
+_NOT_SOURCE = frozenset(
+    ".git .hg .svn __pycache__ .venv venv .tox .nox .mypy_cache .ruff_cache .pytest_cache .idea .vscode node_modules "
+    "build dist .eggs".split()
+)
+_MOST_FILES = 20000
+
+_running: dict[tuple[str, str], asyncio.Task[Wheel]] = {}
+_slots: asyncio.Semaphore | None = None
+
+
+# --- what it is -----------------------------------------------------------------------------------
+def digest_of(locked: Locked) -> str:
+    """Return what tells the content of a package from others, without building or fetching it."""
+    if locked.directory:
+        return tree_digest(Path(locked.directory))
+    parts = urlsplit(locked.url)
+    if parts.scheme == "file" and not locked.sha256:
+        return _file_digest(Path(unquote(parts.path)))
+    return locked.sha256 or locked.vcs or bare(locked.url)
+
+
+def tree_digest(directory: Path) -> str:
+    """Return what tells the files of a project from others.
+
+    Raises:
+        EnvironmentBuildError: If it cannot be read, or is no project.
+    """
+    try:
+        files = list(_sources(directory))
+    except OSError as error:
+        raise EnvironmentBuildError(MANAGER, f"{directory} cannot be read: {error}", directory.name) from error
+    if len(files) > _MOST_FILES:
+        raise EnvironmentBuildError(
+            MANAGER,
+            f"{directory} has more than {_MOST_FILES} files: too many for a package",
+            directory.name,
+            "keep data outside of the directory of the package, or install the package from a wheel",
+        )
+    stamps = []
+    for name, path in files:
+        inode = path.lstat()
+        stamps.append((name, str(path), inode.st_mtime_ns, inode.st_size))
+    return _content_digest(tuple(stamps))
+
+
+def _sources(directory: Path) -> Iterator[tuple[str, Path]]:
+    if not any((directory / name).is_file() for name in ("pyproject.toml", "setup.py", "setup.cfg")):
+        raise EnvironmentBuildError(
+            MANAGER, f"{directory} is no package: it has neither pyproject.toml nor setup.py", directory.name,
+            "correct the path",
+        )  # fmt: skip
+    for folder, folders, names in os.walk(directory):
+        folders[:] = sorted(
+            name for name in folders if name not in _NOT_SOURCE and not name.endswith((".egg-info", ".dist-info"))
+        )
+        if "pyvenv.cfg" in names:
+            folders[:] = []
+            continue
+        for name in sorted(names):
+            path = Path(folder) / name
+            if not name.endswith((".pyc", ".pyo", ".swp", "~")) and path.is_file():
+                yield str(path.relative_to(directory)), path
+
+
+@functools.lru_cache(maxsize=64)
+def _content_digest(stamps: tuple[tuple[str, str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for name, path, _, size in stamps:
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with contextlib.suppress(OSError):
+            digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return _digest_of_file(file.fileno())
+    except OSError as error:
+        raise EnvironmentBuildError(MANAGER, f"{path} cannot be read: {error.strerror}", path.name) from error
+
+
+def _digest_of_file(descriptor: int) -> str:
+    digest = hashlib.sha256()
+    while data := os.read(descriptor, _CHUNK):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+# --- as a wheel -----------------------------------------------------------------------------------
+async def provide(locked: Locked, digest: str, target: Target, settings: IndexSettings) -> Wheel:
+    """Return a package as a wheel on this machine; what was fetched or built before is used again.
+
+    Args:
+        locked: The package.
+        digest: What `digest_of` says of it.
+        target: What it has to fit.
+        settings: Where packages come from.
+
+    Raises:
+        EnvironmentBuildError: If it cannot be fetched or built, or does not fit.
+    """
+    key = (digest, "" if locked.is_wheel else target.version)
+    task = _running.get(key)
+    if task is None:
+        task = _running[key] = asyncio.ensure_future(_provide(locked, digest, target, settings))
+        task.add_done_callback(lambda _: _running.pop(key, None))
+    wheel = await asyncio.shield(task)
+    if not locked.is_wheel and not target.accepts(wheel.path.name):
+        raise EnvironmentBuildError(
+            MANAGER,
+            f"{locked.label} was built on the manager as {wheel.path.name}, which does not fit {target}",
+            locked.name,
+            f"publish a wheel of {locked.name} for that platform, or exclude it",
+        )
+    return wheel
+
+
+async def _provide(locked: Locked, digest: str, target: Target, settings: IndexSettings) -> Wheel:
+    global _slots
+    if _slots is None:
+        _slots = asyncio.Semaphore(AT_ONCE)
+    store = private_directory("environments", "wheels") / hashlib.sha256(digest.encode()).hexdigest()[:32]
+    if not locked.is_wheel:
+        store = store.with_name(f"{store.name}-{target.version}")
+    path = _there(store)
+    if path is None:
+        async with _slots:
+            path = await _make(locked, target, settings, store)
+    os.utime(store)  # the time of the last use
+    sha256 = locked.sha256 if locked.is_wheel and locked.sha256 else await _loop.in_thread(_file_digest, path)
+    return Wheel(locked.name, locked.version or path.name.split("-")[1], path, sha256)
+
+
+def _there(store: Path) -> Path | None:
+    return next(iter(store.glob("*.whl")), None)
+
+
+async def _make(locked: Locked, target: Target, settings: IndexSettings, store: Path) -> Path:
+    made = Path(tempfile.mkdtemp(prefix=f".{store.name[:8]}-", dir=store.parent))
+    try:
+        if locked.directory:
+            await _build(Path(locked.directory), locked, target, settings, made)
+        elif locked.vcs:
+            await _build_repository(locked, target, settings, made)
+        else:
+            source = await _loop.in_thread(_fetch, locked, settings, made)
+            if not locked.is_wheel:
+                await _build(source, locked, target, settings, made)
+                source.unlink()
+        path = _there(made)
+        if path is None:
+            raise EnvironmentBuildError(MANAGER, f"building {locked.label} gave no wheel", locked.name)
+        for other in [other for other in made.iterdir() if other != path]:
+            shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink()
+        with contextlib.suppress(OSError):  # another process was faster
+            made.rename(store)
+        return _there(store) or path
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+async def _build(source: Path, locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
+    arguments = ["build", "--wheel", "--quiet", "--no-create-gitignore", "--out-dir", str(made)]
+    arguments += ["--python", target.version, str(source)]
+    await run_uv(arguments, settings, cwd=made, what=f"building {locked.label}")
+
+
+async def _build_repository(locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
+    kind, _, rest = locked.vcs.partition("+")
+    if kind != "git":
+        raise EnvironmentBuildError(
+            MANAGER, f"{locked.label} comes from a {kind} repository, only git is supported", locked.name,
+            f"install {locked.name} from a wheel, or exclude it",
+        )  # fmt: skip
+    where, _, fragment = rest.partition("#")
+    url, _, commit = where.rpartition("@")
+    checkout = made / "checkout"
+    await _git(locked, ["clone", "--quiet", "--no-checkout", "--", url, str(checkout)])
+    await _git(locked, ["-C", str(checkout), "checkout", "--quiet", commit, "--"])
+    folder = fragment.partition("subdirectory=")[2].partition("&")[0]
+    await _build(checkout / folder, locked, target, settings, made)
+
+
+async def _git(locked: Locked, arguments: list[str]) -> None:
+    env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        process = await asyncio.create_subprocess_exec(
+            "git", *arguments, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+    except OSError as error:
+        raise EnvironmentBuildError(
+            MANAGER, f"{locked.label} comes from a repository, and git cannot be run: {error}", locked.name,
+            "install git here",
+        ) from error  # fmt: skip
+    output = (await process.communicate())[0].decode("utf-8", "replace")
+    if process.returncode != 0:
+        raise EnvironmentBuildError(
+            MANAGER, f"the repository of {locked.label} cannot be fetched", locked.name,
+            "check that you can clone it here without being asked anything", output,
+        )  # fmt: skip
+
+
+# --- fetching -------------------------------------------------------------------------------------
+def _fetch(locked: Locked, settings: IndexSettings, made: Path) -> Path:
+    """Fetch a file, and check its hash; for a thread."""
+    parts = urlsplit(locked.url)
+    path = made / (locked.filename or "file")
+    if parts.scheme == "file":
+        try:
+            shutil.copyfile(unquote(parts.path), path)
+        except OSError as error:
+            raise EnvironmentBuildError(MANAGER, f"{locked.label}: {error}", locked.name) from error
+    else:
+        _download(locked, settings, path)
+    if locked.sha256 and _file_digest(path) != locked.sha256:
+        raise EnvironmentBuildError(
+            MANAGER,
+            f"the hash of {locked.label} is wrong: {bare(locked.url)} is not the file that the index told of",
+            locked.name,
+            "try again; if it stays like that, do not trust this index",
+        )
+    return path
+
+
+def _download(locked: Locked, settings: IndexSettings, path: Path) -> None:
+    error: Exception | None = None
+    for _ in range(_TRIES):
+        try:
+            with _open(locked.url, settings) as answer, path.open("wb") as file:
+                shutil.copyfileobj(answer, file, _CHUNK)
+                wanted = answer.headers.get("Content-Length")
+                if wanted is None or file.tell() == int(wanted):
+                    return
+            error = EOFError(f"only {path.stat().st_size} of {wanted} bytes came")
+        except urllib.error.HTTPError as refused:
+            refused.close()
+            error = refused
+            if refused.code < 500:
+                break
+        except (OSError, http.client.HTTPException) as failed:
+            if path.exists() and getattr(failed, "errno", None) in (28, 122):
+                raise EnvironmentBuildError(
+                    MANAGER, f"{locked.label}: the disk of the manager is full", locked.name, "free some space there"
+                ) from failed
+            error = failed
+    raise EnvironmentBuildError(
+        MANAGER,
+        f"{locked.label} cannot be fetched from {urlsplit(bare(locked.url)).netloc}: {error}",
+        locked.name,
+        "check the network and the index in the configuration of pip or uv on the manager",
+    ) from error
+
+
+def _open(url: str, settings: IndexSettings) -> http.client.HTTPResponse:
+    request = urllib.request.Request(bare(url), headers={"User-Agent": "lazycluster"})
+    login = settings.credentials(url)
+    if login is not None:
+        request.add_unredirected_header(
+            "Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode("ascii")
+        )
+    return urllib.request.urlopen(request, timeout=_TIMEOUT, context=_context(settings.ca_file))  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=4)
+def _context(ca_file: str | None) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=ca_file)
