@@ -8,12 +8,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lazycluster.environments.spec import EnvironmentSpec
     from lazycluster.runtime_mgmt import RuntimeGroup, RuntimeManager
     from lazycluster.runtimes import LocalRuntime, Runtime, RuntimeTask
     from lazycluster.utils import Environment
 
 __all__ = [
     "Environment",
+    "EnvironmentSpec",
     "LocalRuntime",
     "Runtime",
     "RuntimeGroup",
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Environment": "utils",
+    "EnvironmentSpec": "environments.spec",
     "LocalRuntime": "runtimes",
     "Runtime": "runtimes",
     "RuntimeGroup": "runtime_mgmt",

@@ -15,6 +15,7 @@ __all__ = [
     "AgentError",
     "ConnectionLostError",
     "EnvironmentBuildError",
+    "EnvironmentsBuildError",
     "GroupTaskError",
     "HostsLostError",
     "InvalidRuntimeError",
@@ -330,3 +331,21 @@ class EnvironmentBuildError(LazyclusterError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.host, self.problem, self.package, self.hint, self.output)
+
+
+class EnvironmentsBuildError(EnvironmentBuildError):
+    """The environment cannot be made on several hosts.
+
+    Attributes:
+        errors: One error per host.
+    """
+
+    def __init__(self, errors: Sequence[EnvironmentBuildError]) -> None:
+        self.errors = list(errors)
+        hosts = ", ".join(error.host for error in self.errors)
+        text = "\n".join(str(error) for error in self.errors)
+        packages = {error.package for error in self.errors}
+        super().__init__(hosts, f"for each:\n{text}", packages.pop() if len(packages) == 1 else "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.errors,)

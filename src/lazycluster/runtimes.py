@@ -50,6 +50,10 @@ class Runtime(Belongings):
             commands, functions and workers. A line that fails is an error, unless ``|| true`` follows it.
         env: Environment variables, see :attr:`env_variables`.
         shell: The shell for commands, by default the user's own.
+        environment: The Python environment in which functions, commands and workers run; made on the host when it is
+            first needed, or by :meth:`prepare`: ``"manager"`` for what is installed here, a list of requirements, a
+            ``requirements.txt``, ``pyproject.toml``, ``uv.lock`` or ``pylock.toml`` of this machine, the path of an
+            environment on the host, or an :class:`~lazycluster.EnvironmentSpec`.
 
     Attributes:
         WORKING_DIR_ENV_VAR_NAME: The environment variable that tells tasks the working directory.
@@ -80,8 +84,11 @@ class Runtime(Belongings):
         setup: str | None = None,
         env: Mapping[str, Any] | None = None,
         shell: str | None = None,
+        environment: Any = None,
     ) -> None:
-        spec = HostSpec(host, working_dir, connection_kwargs, python, setup, env or {}, shell, ask=_may_ask())
+        spec = HostSpec(
+            host, working_dir, connection_kwargs, python, setup, env or {}, shell, False, _may_ask(), environment
+        )
         self._begin(_loop.run(Session.open(spec)))
 
     def _begin(self, session: Session) -> None:
@@ -359,6 +366,7 @@ class LocalRuntime(Runtime):
         env: See :class:`Runtime`.
         shell: See :class:`Runtime`.
         host: The name that it goes by.
+        environment: See :class:`Runtime`.
 
     Examples:
         >>> with LocalRuntime() as runtime:        # doctest: +SKIP
@@ -375,9 +383,10 @@ class LocalRuntime(Runtime):
         env: Mapping[str, Any] | None = None,
         shell: str | None = None,
         host: str = "localhost",
+        environment: Any = None,
     ) -> None:
         own = sys.executable if python is None and setup is None else python
-        spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, local=True)
+        spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, True, environment=environment)
         self._begin(_loop.run(Session.open(spec)))
 
 

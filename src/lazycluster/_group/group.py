@@ -43,10 +43,11 @@ class RuntimeGroup(Membership, Spreading):
         setup: See :class:`Runtime`.
         env: See :class:`Runtime`.
         shell: See :class:`Runtime`.
+        environment: See :class:`Runtime`; made on all hosts at once.
         settings: What holds for single hosts: a dictionary such as ``{"host-1": {"user": "me", "python": "auto"}}``,
             or the path of a TOML file with a table for each host. Keys are those of `connection_kwargs` and
-            ``working_dir``, ``python``, ``setup``, ``env``, ``shell``; a name may be a pattern such as ``"gpu-*"``.
-            Without `hosts`, the hosts that it names are the group.
+            ``working_dir``, ``python``, ``setup``, ``env``, ``shell``, ``environment``; a name may be a pattern such as
+            ``"gpu-*"``. Without `hosts`, the hosts that it names are the group.
         on_unreachable: ``"raise"`` if all hosts must be usable, or ``"skip"`` to go on without the others, see
             :attr:`unreachable_hosts`.
 
@@ -81,6 +82,7 @@ class RuntimeGroup(Membership, Spreading):
         setup: str | None = None,
         env: Mapping[str, Any] | None = None,
         shell: str | None = None,
+        environment: Any = None,
         settings: PerHost | str | os.PathLike[str] | None = None,
         on_unreachable: str = "raise",
     ) -> None:
@@ -93,7 +95,9 @@ class RuntimeGroup(Membership, Spreading):
                 raise ValueError(f"the settings name no host, only patterns ({', '.join(per_host)}): give hosts, too")
         if (runtimes is None) == (hosts is None):
             raise ValueError("either runtimes or hosts must be given, and not both")
-        self._common = Common(working_dir, connection_kwargs, python, setup, env, shell, per_host)
+        self._common = Common(
+            working_dir, connection_kwargs, python, setup, env, shell, per_host, environment=environment
+        )
         self._lock = threading.RLock()
         self._tasks: list[RuntimeTask] = []
         self._unreachable: dict[str, str] = {}

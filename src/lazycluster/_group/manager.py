@@ -40,6 +40,7 @@ class RuntimeManager:
         python: Likewise.
         setup: Likewise.
         env: Likewise.
+        environment: Likewise; groups may have others.
         settings: Per host, see :class:`lazycluster.RuntimeGroup`.
 
     Raises:
@@ -59,13 +60,19 @@ class RuntimeManager:
         python: str | None = None,
         setup: str | None = None,
         env: Mapping[str, Any] | None = None,
+        environment: Any = None,
         settings: PerHost | str | os.PathLike[str] | None = None,
     ) -> None:
         kwargs = dict(connection_kwargs or {})
         if config_file is not None:
             kwargs["config_file"] = os.fspath(config_file)
         self._common = Common(
-            connection_kwargs=kwargs, python=python, setup=setup, env=env, settings=read_settings(settings)
+            connection_kwargs=kwargs,
+            python=python,
+            setup=setup,
+            env=env,
+            settings=read_settings(settings),
+            environment=environment,
         )
         self._sessions, self._inactive = detect(self._common, kwargs.get("config_file"))
         self._closed = False
@@ -91,6 +98,7 @@ class RuntimeManager:
         installed_executables: str | list[str] | None = None,
         filter_commands: str | list[str] | None = None,
         working_dir: str | None = None,
+        environment: Any = None,
     ) -> RuntimeGroup:
         """Make a group of all hosts that can be used, or of some of them.
 
@@ -103,6 +111,7 @@ class RuntimeManager:
             installed_executables: Only hosts on which these programs are found.
             filter_commands: Only hosts on which each of these shell commands prints ``true``.
             working_dir: See :class:`lazycluster.Runtime`.
+            environment: See :class:`lazycluster.Runtime`.
 
         Returns:
             The group. Its runtimes have working directories and tasks of their own, also if another group has the
@@ -119,11 +128,16 @@ class RuntimeManager:
         if not hosts:
             what = f"include_hosts={include_hosts!r}" if include_hosts else f"exclude_hosts={exclude_hosts!r}"
             raise NoRuntimesError(f"{what} leaves no host; there are: {', '.join(self.hosts)}")
-        return _loop.run(self._create(hosts, wanted, working_dir))
+        return _loop.run(self._create(hosts, wanted, working_dir, environment))
 
-    async def _create(self, hosts: list[str], wanted: Filter, working_dir: str | None) -> RuntimeGroup:
+    async def _create(
+        self, hosts: list[str], wanted: Filter, working_dir: str | None, environment: Any
+    ) -> RuntimeGroup:
+        common = dataclasses.replace(self._common, working_dir=working_dir)
+        if environment is not None:
+            common = dataclasses.replace(common, environment=environment)
         chosen = await select([self._sessions[host] for host in hosts], wanted)
-        sessions = await open_again(chosen, dataclasses.replace(self._common, working_dir=working_dir))
+        sessions = await open_again(chosen, common)
         return RuntimeGroup([Runtime.from_session(session) for session in sessions])
 
     def print_hosts(self) -> None:

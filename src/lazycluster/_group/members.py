@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 
 from lazycluster import _loop
 from lazycluster._runtime.questions import listed
 from lazycluster._runtime.session import Session
-from lazycluster.exceptions import InvalidRuntimeError, InvalidRuntimesError, NoRuntimesError
+from lazycluster.exceptions import (
+    EnvironmentBuildError,
+    EnvironmentsBuildError,
+    InvalidRuntimeError,
+    InvalidRuntimesError,
+    NoRuntimesError,
+)
 from lazycluster.runtimes import Runtime
 
 from .connecting import Connected, close_all, connect_all
 from .settings import Common
 
-__all__ = ["Members", "connect", "warn_of_aliases"]
+__all__ = ["Members", "connect", "prepare_all", "warn_of_aliases"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -52,6 +59,21 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
 
 def _close(connected: Iterable[Connected]) -> None:
     _loop.run(close_all([item for item in connected if not isinstance(item, InvalidRuntimeError)]))
+
+
+async def prepare_all(runtimes: Sequence[Runtime], refresh: bool = False) -> None:
+    """Make the Python environments of some runtimes, all at once.
+
+    Raises:
+        EnvironmentBuildError: If one cannot be made; if there are several, it holds all of their errors.
+    """
+    made = await asyncio.gather(*(runtime.prepare_soon(refresh) for runtime in runtimes), return_exceptions=True)
+    errors = [error for error in made if isinstance(error, BaseException)]
+    builds = [error for error in errors if isinstance(error, EnvironmentBuildError)]
+    if len(builds) == len(errors) > 1:
+        raise EnvironmentsBuildError(builds)
+    if errors:
+        raise errors[0]
 
 
 def warn_of_aliases(runtimes: Iterable[Runtime]) -> None:

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from lazycluster import _loop
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.runtimes import Runtime
 
-from .members import Members, connect, warn_of_aliases
+from .members import Members, connect, prepare_all, warn_of_aliases
 from .settings import Common
 from .tables import INFO_HEAD, info_row, print_list, print_table
 
@@ -126,6 +127,19 @@ class Membership:
                     f"{host} executes {busy} tasks and cannot be removed: wait for them with join(), or cancel them"
                 )
             return self._members.remove(host)
+
+    # --- the Python environment ----------------------------------------------------------------
+    def prepare(self, refresh: bool = False) -> None:
+        """Make the Python environment on all hosts at once, see :meth:`Runtime.prepare`.
+
+        Args:
+            refresh: Take the newest versions that are allowed, whatever was found before.
+
+        Raises:
+            EnvironmentBuildError: If it cannot be made on a host; if there are several, it holds all of their errors.
+        """
+        self._check_open()
+        _loop.run(prepare_all(self.runtimes, refresh))
 
     # --- environment variables -----------------------------------------------------------------
     def set_env_variables(self, env_variables: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ _logger = logging.getLogger("lazycluster")
 
 PerHost: TypeAlias = Mapping[str, Mapping[str, Any]]
 
-_OWN = ("working_dir", "python", "setup", "env", "shell")
+_OWN = ("working_dir", "python", "setup", "env", "shell", "environment")
 
 
 def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str, dict[str, Any]]:
@@ -64,7 +64,7 @@ class Common:
     """What holds for all hosts, unless the settings of a host say otherwise; what may be secret is in no `repr`.
 
     Attributes:
-        working_dir, connection_kwargs, python, setup, env, shell: See :class:`lazycluster.Runtime`.
+        working_dir, connection_kwargs, python, setup, env, shell, environment: See :class:`lazycluster.Runtime`.
         settings: Per host or pattern such as ``gpu-*``, from :func:`read_settings`; what comes later wins.
         ask: Whether a person may be asked.
     """
@@ -77,6 +77,7 @@ class Common:
     shell: str | None = None
     settings: PerHost | None = field(default=None, repr=False)
     ask: bool = False
+    environment: Any = None
 
     def spec(self, host: str) -> HostSpec:
         """Return what holds for a host.

@@ -26,6 +26,33 @@ class Belongings(HostQuestions):
         """The connection to the host; for the layers above."""
         return self._session.connection
 
+    # --- the Python environment ----------------------------------------------------------------
+    def prepare(self, refresh: bool = False) -> None:
+        """Make the Python environment on the host now, instead of when it is first needed.
+
+        Packages from directories of this machine that have changed are built and sent anew.
+
+        Args:
+            refresh: Take the newest versions that are allowed, whatever was found before.
+
+        Raises:
+            EnvironmentBuildError: If it cannot be made; the message has the package concerned and the next step.
+        """
+        self._wait(self.prepare_soon(refresh))
+
+    async def prepare_soon(self, refresh: bool = False) -> None:
+        """Do what :meth:`prepare` does; for the layers above, on the loop."""
+        self._session.check()
+        if self._session.environment is not None:
+            await self._session.environment.ready(again=True, refresh=refresh)
+
+    @property
+    def environment_path(self) -> str | None:
+        """The directory of the Python environment on the host; None if there is none, or it was not made yet."""
+        environment = self._session.environment
+        active = environment.active if environment is not None else None
+        return active.prefix or None if active is not None else None
+
     # --- ports ---------------------------------------------------------------------------------
     def expose_port_to_runtime(self, local_port: int, runtime_port: int | Iterable[int] | None = None) -> str:
         """Make a port of the manager reachable on the host, on its loopback.

@@ -8,8 +8,8 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _loop
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
@@ -18,6 +18,9 @@ from lazycluster.ssh.local import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.tasks.execution import Context
 from lazycluster.tasks.variables import checked_variables
+
+if TYPE_CHECKING:
+    from lazycluster.environments.activation import HostEnvironment
 
 __all__ = ["ANSWER_LIMIT", "HostSpec", "Lease", "Session"]
 
@@ -44,6 +47,7 @@ class HostSpec:
         shell: The shell for commands.
         local: The manager's own machine, without ssh.
         ask: Whether a person may be asked for a password and the like.
+        environment: The Python environment there, see :class:`lazycluster.environments.EnvironmentSpec`.
     """
 
     host: str
@@ -55,8 +59,13 @@ class HostSpec:
     shell: str | None = None
     local: bool = False
     ask: bool = False
+    environment: Any = None
 
     def __post_init__(self) -> None:
+        if self.environment is not None:
+            from lazycluster.environments.spec import EnvironmentSpec
+
+            object.__setattr__(self, "environment", EnvironmentSpec.of(self.environment))
         if isinstance(self.setup, Sequence) and not isinstance(self.setup, str):
             object.__setattr__(self, "setup", "\n".join(self.setup))
         if isinstance(self.working_dir, os.PathLike):
@@ -106,6 +115,7 @@ class Session:
         base_env: The whole environment that the set-up left, else empty.
         python: The interpreter for functions, None for ``python3`` as the environment finds it.
         working_dir: The absolute path of the working directory.
+        environment: The Python environment, made when it is first needed.
         state: ``open`` or ``closed``.
     """
 
@@ -117,6 +127,7 @@ class Session:
         self.python = spec.python
         self.working_dir = ""
         self.temporary: list[str] = []
+        self.environment: HostEnvironment | None = None
         self.state = "open"
         self._owner = os.getpid()
         self._released = False
@@ -148,6 +159,7 @@ class Session:
             else:
                 session.base_env, session.python = like.base_env, like.python
             session.working_dir = await session._make_working_dir()
+            session._choose_environment()
         except BaseException as error:
             await session.close()
             if isinstance(error, (AgentError, ConnectionLostError)):
@@ -162,6 +174,16 @@ class Session:
             self.python = await self._matching_python()
         elif self.spec.python is not None:
             await self._check_python(self.spec.python)
+
+    def _choose_environment(self) -> None:
+        if self.spec.environment is None:
+            return
+        from lazycluster.environments.activation import HostEnvironment, Place
+
+        # A path is the interpreter that the environment is made with; a LocalRuntime names the manager's own anyway.
+        named = self.python if self.python and self.python.startswith(("/", "~")) else None
+        env = {**self.base_env, **self.spec.env}
+        self.environment = HostEnvironment(Place(self.host, self.connection, env, named), self.spec.environment)
 
     async def _run_setup(self, script: str) -> dict[str, str]:
         shell = self.spec.shell if os.path.basename(self.spec.shell or "") in _POSIX_SHELLS else None
@@ -263,7 +285,12 @@ class Session:
             working_dir_name: The variable that tells the working directory.
         """
         env = {**self.base_env, working_dir_name: self.working_dir, **checked_variables(variables)}
-        return Context(self.host, self.connection, self.working_dir, env, self.python, self.spec.shell, self)
+        context = Context(self.host, self.connection, self.working_dir, env, self.python, self.spec.shell, self)
+        if self.environment is None:
+            return context
+        if self.environment.active is not None:
+            return self.environment.active.apply(context)
+        return replace(context, prepare=self.environment.applied)
 
     async def ask(self, op: str, **params: Any) -> dict[str, Any]:
         """Ask the host something, under a deadline.

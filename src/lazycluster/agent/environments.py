@@ -165,7 +165,8 @@ class _Build:
         channel.on_abandon = self._abandon
         channel.on_control = self._control
         try:
-            os.makedirs(os.path.dirname(prefix), mode=0o700, exist_ok=True)
+            for path in (root, os.path.dirname(prefix)):
+                os.makedirs(path, mode=0o700, exist_ok=True)
             if getattr(os.statvfs(root), "f_flag", 0) & _ST_NOEXEC:
                 channel.fail("noexec", "{} is on a file system from which nothing can be run (noexec)".format(root))
                 return
@@ -222,7 +223,6 @@ class _Build:
                 json.dump(manifest, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(made, 0o755)
             old = ""
             if os.path.lexists(self._prefix):
                 old = made + ".old"
@@ -395,7 +395,8 @@ def _prune(channel: Channel) -> None:
             if fd is not None:
                 _remove(os.path.join(envs, entry))
                 os.close(fd)
-    removed, in_use = [], []
+    removed: List[str] = []
+    in_use: List[str] = []
     now = time.time()
     for name, _, last in sorted(kept(root), key=lambda found: found[2]):
         old = age is not None and now - last > age

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lazycluster.exceptions import LazyclusterError
@@ -54,6 +55,19 @@ def places_of(group: RuntimeGroup) -> list[Place]:
             places.append(Place(runtime.host, runtime.connection, problem=error))
         else:
             places.append(Place(context.host, context.connection, context.python, dict(context.env), context.cwd))
+    return places
+
+
+async def prepared_places(group: RuntimeGroup) -> list[Place]:
+    """Return the places of a group's runtimes once the Python environments there are made, all at once."""
+    made = await asyncio.gather(*(runtime.prepare_soon() for runtime in group.runtimes), return_exceptions=True)
+    places = places_of(group)
+    for index, error in enumerate(made):
+        if isinstance(error, LazyclusterError):
+            if places[index].problem is None:
+                places[index] = replace(places[index], problem=error)
+        elif isinstance(error, BaseException):
+            raise error
     return places
 
 

@@ -16,7 +16,7 @@ from lazycluster.ssh import workspace
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
 from .network import Listener, PortSupply, PortUse
 from .placement import Gpus, in_turn, rooms
-from .places import Place, places_of, usable
+from .places import Place, places_of, prepared_places, usable
 from .progress import Progress
 from .services import Program, Service, as_kind, ready_or_port_taken
 from .staff import Staff, Worker
@@ -72,7 +72,7 @@ class ServiceWorkerLauncher(Staff):
 
     async def prepare(self, count: int, debug: bool, places: Sequence[Place] | None = None) -> None:
         """Start the processes, which wait for their settings, and check them."""
-        places, existing = places or places_of(self._group), self._per_host()
+        places, existing = places or await prepared_places(self._group), self._per_host()
         room = None if self.gpus is None else await rooms(places, self.gpus, existing)
         homes = in_turn(places, count, existing, room)
         self._failed.clear()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,21 +19,17 @@ __all__ = ["Installed", "installed", "requirements"]
 
 _logger = logging.getLogger("lazycluster")
 
-DEFAULT_EXCLUDE = frozenset(
-    normalized(name)
-    for name in (
-        # what runs on the manager only
-        "lazycluster jupyter jupyterlab notebook ipython ipykernel ipywidgets nbconvert jupyter-client jupyter-server "
-        "jupyterlab-server nbclassic voila jupytext spyder "
-        # linters, type checkers, formatters
-        "ruff mypy pyright basedpyright flake8 pylint black isort autopep8 yapf bandit pycodestyle pydocstyle pyflakes "
-        # tests and releases
-        "pytest pytest-timeout pytest-xdist pytest-cov pytest-asyncio pytest-mock coverage tox nox hypothesis "
-        "pre-commit twine build hatch bump2version sphinx mkdocs "
-        # installers
-        "pip uv setuptools wheel pipx poetry pipenv virtualenv pip-tools"
-    ).split()
-)
+_TOOLS = """
+    lazycluster jupyter jupyterlab notebook ipython ipykernel ipywidgets nbconvert jupyter-client jupyter-server
+    jupyterlab-server nbclassic voila jupytext spyder
+    ruff mypy pyright basedpyright flake8 pylint black isort autopep8 yapf bandit pycodestyle pydocstyle pyflakes
+    pytest pytest-timeout pytest-xdist pytest-cov pytest-asyncio pytest-mock coverage tox nox hypothesis
+    pre-commit twine build hatch bump2version sphinx mkdocs
+    pip uv setuptools wheel pipx poetry pipenv virtualenv pip-tools
+"""
+DEFAULT_EXCLUDE = frozenset(_TOOLS.split())
+"""What only the manager needs: notebooks, linters, test runners, what makes releases and what installs."""
+
 _DIRECTORY = re.compile(r"^(?P<name>.+)-(?P<version>[^-]+)\.dist-info$")
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*)")
 _OF_AN_EXTRA = re.compile(r"\bextra\s*==")
@@ -65,20 +60,20 @@ class Installed:
 def installed() -> list[Installed]:
     """Return what is installed for this interpreter, in the order of names; of several the first that is imported."""
     found: dict[str, Installed] = {}
-    for folder in dict.fromkeys(os.path.abspath(path) for path in sys.path):
+    for folder in dict.fromkeys(Path(path).absolute() for path in sys.path):
         try:
-            names = os.listdir(folder)
+            names = [path.name for path in folder.iterdir()]
         except OSError:
             continue
         for name in names:
-            one = _read(folder, name) if name.endswith((".dist-info", ".egg-info", ".egg-link")) else None
+            one = _read(str(folder), name) if name.endswith((".dist-info", ".egg-info", ".egg-link")) else None
             if one is not None:
                 found.setdefault(normalized(one.name), one)
     return sorted(found.values(), key=lambda one: normalized(one.name))
 
 
 def _read(folder: str, entry: str) -> Installed | None:
-    path = os.path.join(folder, entry)
+    path = f"{folder}/{entry}"
     if entry.endswith(".egg-link"):  # an editable install of old; its metadata is found through sys.path
         return None
     if entry.endswith(".egg-info"):
@@ -111,8 +106,7 @@ def _project_of(folder: str) -> str:
 def _origin(path: str) -> str:
     """Return where a distribution comes from, if not from an index (PEP 610)."""
     try:
-        with open(os.path.join(path, "direct_url.json"), encoding="utf-8") as file:
-            told = json.load(file)
+        told = json.loads(Path(path, "direct_url.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     url = str(told.get("url", ""))

@@ -117,7 +117,7 @@ def _of_manager(spec: EnvironmentSpec) -> _Question:
         if not one.origin:
             question.lines.append(f"{one.name}=={one.version}")
         elif one.is_directory:
-            if not os.path.isdir(one.origin):
+            if not Path(one.origin).is_dir():
                 raise EnvironmentBuildError(
                     MANAGER,
                     f"{one.name} was installed from {one.origin}, which does not exist any more",

@@ -35,10 +35,8 @@ _TIMEOUT = 30.0  # seconds without a byte
 _TRIES = 3
 _CHUNK = 256 * 1024
 # What is in the directory of a project, but in none of its wheels.
-_NOT_SOURCE = frozenset(
-    ".git .hg .svn __pycache__ .venv venv .tox .nox .mypy_cache .ruff_cache .pytest_cache .idea .vscode node_modules "
-    "build dist .eggs".split()
-)
+_NOT_SOURCE = {".git", ".hg", ".svn", "__pycache__", ".venv", "venv", ".tox", ".nox", ".mypy_cache", ".ruff_cache"}
+_NOT_SOURCE |= {".pytest_cache", ".idea", ".vscode", "node_modules", "build", "dist", ".eggs"}
 _MOST_FILES = 20000
 
 _running: dict[tuple[str, str], asyncio.Task[Wheel]] = {}
@@ -291,13 +289,16 @@ def _download(locked: Locked, settings: IndexSettings, path: Path) -> None:
 
 
 def _open(url: str, settings: IndexSettings) -> http.client.HTTPResponse:
-    request = urllib.request.Request(bare(url), headers={"User-Agent": "lazycluster"})
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise OSError(f"{urlsplit(url).scheme} addresses are not supported")
+    request = urllib.request.Request(bare(url), headers={"User-Agent": "lazycluster"})  # noqa: S310  (checked above)
     login = settings.credentials(url)
     if login is not None:
         request.add_unredirected_header(
             "Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode("ascii")
         )
-    return urllib.request.urlopen(request, timeout=_TIMEOUT, context=_context(settings.ca_file))  # type: ignore[no-any-return]
+    context = _context(settings.ca_file)
+    return urllib.request.urlopen(request, timeout=_TIMEOUT, context=context)  # type: ignore[no-any-return]  # noqa: S310
 
 
 @functools.lru_cache(maxsize=4)

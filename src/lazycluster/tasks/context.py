@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ class Context:
         python: The interpreter for functions; None: the one that the agent finds.
         shell: The shell for commands; None: the user's own.
         keeper: What must live as long as something is carried out, for the connection to stay.
+        prepare: What makes the Python environment that functions, commands and workers need, and returns the context
+            in it; None if there is nothing to be made. See :meth:`prepared`.
     """
 
     host: str
@@ -33,3 +35,8 @@ class Context:
     python: str | None = None
     shell: str | None = None
     keeper: object = field(default=None, repr=False, compare=False)
+    prepare: Callable[[Context], Awaitable[Context]] | None = field(default=None, repr=False, compare=False)
+
+    async def prepared(self) -> Context:
+        """Return the context in which something can be run, once all is there that this needs."""
+        return self if self.prepare is None else await self.prepare(self)

@@ -154,6 +154,7 @@ class Execution:
     async def _run(self) -> None:
         try:
             self.status = "running"
+            await self._prepare()
             for index, step in enumerate(self.steps):
                 await self._step(index, step)
         except asyncio.CancelledError:
@@ -172,6 +173,20 @@ class Execution:
             self._finish("cancelled", -9 if self._killing else -15)
         else:
             self._finish("failed", 1, TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}"))
+
+    async def _prepare(self) -> None:
+        if self.context.prepare is None:
+            return
+        # The runtime's own variables are among those of the context; the task's count more.
+        own = {name: value for name, value in self._env.items() if self.context.env.get(name) != value}
+        try:
+            self.context = await replace(self.context, env={**self.context.env, **own}).prepared()
+        except LazyclusterError as error:
+            host = self.context.host
+            raise TaskExecutionError(
+                f"{host}: task {self.name!r} was not begun: {error}", host=host, task=self.name
+            ) from error
+        self._env = dict(self.context.env)
 
     async def _step(self, index: int, step: Step) -> None:
         result = StepResult()

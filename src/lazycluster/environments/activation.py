@@ -1,0 +1,175 @@
+"""The environment of one runtime: made when it is first needed, and then part of all that runs there."""
+
+from __future__ import annotations
+
+import asyncio
+import posixpath
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lazycluster.exceptions import AgentError, EnvironmentBuildError
+
+from .index import read_settings
+from .making import Maker, Place
+from .plan import Plan, Target
+from .resolving import resolve
+from .spec import EnvironmentSpec
+from .wheels import digest_of
+
+if TYPE_CHECKING:
+    from lazycluster.tasks.context import Context
+
+__all__ = ["Activation", "HostEnvironment", "Place"]
+
+_LIMIT = 60.0
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What makes processes run in an environment.
+
+    Attributes:
+        prefix: The environment's directory; empty for an interpreter that is in none.
+        python: Its interpreter.
+        conda: Whether it is one of conda.
+    """
+
+    prefix: str
+    python: str
+    conda: bool = False
+
+    def variables(self, env: Mapping[str, str], path: str) -> dict[str, str]:
+        """Return environment variables with those of the environment.
+
+        Args:
+            env: The variables that hold without it.
+            path: The host's own PATH.
+        """
+        if not self.prefix:
+            return dict(env)
+        name = "CONDA_PREFIX" if self.conda else "VIRTUAL_ENV"
+        rest = env.get("PATH", path)
+        return {**env, "PATH": f"{self.prefix}/bin:{rest}" if rest else f"{self.prefix}/bin", name: self.prefix}
+
+    def apply(self, context: Context) -> Context:
+        """Return where and how tasks are carried out, in the environment."""
+        env = self.variables(context.env, context.connection.hello.path)
+        return replace(context, env=env, python=self.python, prepare=None)
+
+
+class HostEnvironment:
+    """The environment of one runtime. For the event loop's thread.
+
+    Args:
+        place: The host.
+        spec: What the user asked for.
+
+    Attributes:
+        active: What it is, once it was found or made.
+    """
+
+    def __init__(self, place: Place, spec: EnvironmentSpec) -> None:
+        self.spec = spec
+        self.active: Activation | None = None
+        self._place = place
+        self._running: asyncio.Task[Activation] | None = None
+        self._waiting = 0
+
+    async def ready(self, *, again: bool = False, refresh: bool = False) -> Activation:
+        """Return it, and find or make it before if need be; all who ask at once wait for the same.
+
+        Args:
+            again: Look whether packages from this machine have changed meanwhile.
+            refresh: Find the newest versions that are allowed, whatever was found before.
+
+        Raises:
+            EnvironmentBuildError: If it cannot be made.
+        """
+        if self.active is not None and not again and not refresh:
+            return self.active
+        if self._running is None or self._running.done():
+            self._running = asyncio.ensure_future(self._prepare(refresh))
+        running = self._running
+        self._waiting += 1
+        try:
+            self.active = await asyncio.shield(running)
+        except asyncio.CancelledError:
+            if self._waiting == 1 and not running.done():  # nobody else wants it
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+            raise
+        finally:
+            self._waiting -= 1
+        return self.active
+
+    async def applied(self, context: Context) -> Context:
+        """Return a context in the environment, which is made before if need be."""
+        return (await self.ready()).apply(context)
+
+    async def _prepare(self, refresh: bool) -> Activation:
+        try:
+            if self.spec.kind == "path":
+                return await self._existing()
+            plan = await self._plan(refresh)
+            settings = read_settings()
+            prefix = await Maker(self._place, self.spec, plan, settings).find_or_make()
+        except AgentError as error:
+            raise EnvironmentBuildError(self._place.host, error.message) from error
+        except asyncio.TimeoutError:
+            raise EnvironmentBuildError(
+                self._place.host, "the host does not answer", "", "see how busy it is, and try again"
+            ) from None
+        except EnvironmentBuildError as error:
+            raise self._of_this_host(error) from error.__cause__
+        return Activation(prefix, f"{prefix}/bin/python")
+
+    def _of_this_host(self, error: EnvironmentBuildError) -> EnvironmentBuildError:
+        """Return an error that names the host for which something failed on the manager."""
+        if error.host == self._place.host:
+            return error
+        return EnvironmentBuildError(
+            self._place.host, f"on the {error.host}: {error.problem}", error.package, error.hint, error.output
+        )
+
+    async def _plan(self, refresh: bool) -> Plan:
+        wanted = self.spec.python
+        python = (3, int(wanted[2:])) if wanted else sys.version_info[:2]
+        target = Target.of(python, await self._place.ask("facts", root=self.spec.cache_dir))
+        packages = await resolve(self.spec, target, read_settings(), refresh)
+        return Plan(target, tuple(packages), tuple(digest_of(locked) for locked in packages), str(self.spec))
+
+    async def _existing(self) -> Activation:
+        """Check an environment or interpreter that is on the host already."""
+        path, host = str(self.spec.source), self._place.host
+        request = self._place.connection.request("expand", path=path, env=dict(self._place.env))
+        found = await asyncio.wait_for(request, _LIMIT)
+        real = str(found["path"])
+        hint = "name a virtual environment, a conda environment or an interpreter that is on the host"
+        if found["directory"] is None:
+            raise EnvironmentBuildError(host, f"there is no {real} on the host", "", hint)
+        python = f"{real}/bin/python" if found["directory"] else real
+        try:
+            answer = await self._place.connection.request(
+                "packages", python=python, env=dict(self._place.env), names=[]
+            )
+        except AgentError as error:
+            raise EnvironmentBuildError(host, f"{real} cannot be used: {error.message}", "", hint) from error
+        self._check_version(real, answer["version"])
+        if not found["directory"]:
+            return await self._of_interpreter(real)
+        conda = await asyncio.wait_for(self._place.connection.request("expand", path=f"{real}/conda-meta"), _LIMIT)
+        return Activation(real, python, bool(conda["directory"]))
+
+    def _check_version(self, path: str, version: list[int]) -> None:
+        wanted = self.spec.python
+        if wanted is not None and version[:2] != [3, int(wanted[2:])]:
+            shown = ".".join(map(str, version))
+            raise EnvironmentBuildError(self._place.host, f"{path} has Python {shown}, not {wanted}", "python")
+
+    async def _of_interpreter(self, python: str) -> Activation:
+        prefix = posixpath.dirname(posixpath.dirname(python))
+        request = self._place.connection.request("expand", path=f"{prefix}/pyvenv.cfg")
+        found = await asyncio.wait_for(request, _LIMIT)
+        return Activation(prefix if found["directory"] is False else "", python)

@@ -1,0 +1,347 @@
+"""An environment on one host: found there, or made."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from lazycluster.exceptions import AgentError, EnvironmentBuildError
+from lazycluster.ssh import transfer
+
+from .index import IndexSettings, hide
+from .interpreters import base_interpreter
+from .plan import Plan, Wheel
+from .problems import explained
+from .spec import EnvironmentSpec, normalized
+from .uv import uv_version
+from .uv_binaries import send_uv
+from .wheels import provide
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["Maker", "Place"]
+
+logger = logging.getLogger("lazycluster")
+
+_ANSWER_LIMIT = 60.0  # seconds for a question
+_INSTALL_LIMIT = 3600.0  # seconds for an installation
+_LOCK_NAME = "pylock.lazycluster.toml"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_PROGRESS = 10.0  # seconds between two lines that say how far it is
+
+
+@dataclass(frozen=True)
+class Place:
+    """A host, and what holds there.
+
+    Attributes:
+        host: The host as the user named it.
+        connection: The connection to it.
+        env: The environment that the user's set-up left.
+        python: The interpreter that the user named, if it is a path.
+    """
+
+    host: str
+    connection: Connection
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    python: str | None = None
+
+    async def ask(self, action: str, **params: Any) -> dict[str, Any]:
+        """Ask the agent about environments."""
+        request = self.connection.request("environment", action=action, **params)
+        return await asyncio.wait_for(request, _ANSWER_LIMIT)
+
+    async def run(self, argv: Sequence[str], env: Mapping[str, str], what: str) -> str:
+        """Run a program there, and return what it printed.
+
+        Raises:
+            EnvironmentBuildError: If it fails.
+        """
+        output = bytearray()
+        params = {"argv": list(argv), "cwd": "/", "env": {**self.env, **env}, "merge": True}
+        channel = self.connection.channel("run", params, stdout=output.extend)
+        try:
+            result = await asyncio.wait_for(channel.result(), _INSTALL_LIMIT)
+        except AgentError as error:
+            raise EnvironmentBuildError(self.host, f"{what}: {error.message}") from error
+        except asyncio.TimeoutError:
+            said = hide(output.decode("utf-8", "replace"))
+            raise EnvironmentBuildError(
+                self.host, f"{what} takes more than {_INSTALL_LIMIT:g} s", output=said
+            ) from None
+        except BaseException:
+            channel.control(signal="END")
+            raise
+        finally:
+            channel.close()
+        said = hide(output.decode("utf-8", "replace"))
+        if result.get("exit") != 0:
+            if result.get("signal"):
+                said += f"\nended by signal {result['signal']}"
+            raise explained(self.host, what, said)
+        return said
+
+
+class Maker:
+    """Makes an environment on a host.
+
+    Args:
+        place: The host.
+        spec: What the user asked for.
+        plan: What that is.
+        settings: Where packages come from.
+    """
+
+    def __init__(self, place: Place, spec: EnvironmentSpec, plan: Plan, settings: IndexSettings) -> None:
+        self._place, self._spec, self._plan, self._settings = place, spec, plan, settings
+        self._host = place.host
+        self._root = ""
+        self._began = time.monotonic()
+
+    async def find_or_make(self) -> str:
+        """Return the path of the environment on the host.
+
+        Raises:
+            EnvironmentBuildError: If it cannot be made.
+        """
+        params = {"root": self._spec.cache_dir, "id": self._plan.id}
+        found = await self._place.ask("find", **params)
+        if found["found"]:
+            return str(found["prefix"])
+        self._say("making the environment %s for %s: %d packages", self._plan.id, self._spec, len(self._plan.packages))
+        prefix = await self._make(params)
+        self._say("the environment %s is there after %.1f s", self._plan.id, time.monotonic() - self._began)
+        if self._spec.size_limit is not None:
+            await self._place.ask("prune", root=self._spec.cache_dir, limit=self._spec.size_limit)
+        return prefix
+
+    def _say(self, text: str, *values: Any) -> None:
+        logger.info("%s: " + text, self._host, *values)
+
+    async def _make(self, params: dict[str, Any]) -> str:
+        """Make it under the host's lock; whatever interrupts this leaves nothing that could be taken for complete."""
+        began: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["state"] == "waiting":
+                self._say("somebody else makes the same environment; waiting")
+            elif not began.done():
+                began.set_result(event)
+
+        channel = self._place.connection.channel("environment", {"action": "build", **params}, event=on_event)
+        ended = asyncio.ensure_future(channel.result())
+        try:
+            await asyncio.wait([began, ended], return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                event = began.result()
+                if event["problem"] != "missing":
+                    logger.warning("%s: %s is damaged, and made anew: %s", self._host, self._plan.id, event["problem"])
+                manifest = await self._fill(event["directory"])
+                channel.control(finish=manifest)
+            return str((await ended)["prefix"])
+        except AgentError as error:
+            raise self._refused(error) from error
+        except transfer.TransferError as error:
+            raise EnvironmentBuildError(self._host, str(error), "", error.hint) from error
+        finally:
+            if not ended.done():
+                channel.close()
+                ended.cancel()
+            await asyncio.gather(ended, return_exceptions=True)
+
+    def _refused(self, error: AgentError) -> EnvironmentBuildError:
+        hint = 'choose another directory: EnvironmentSpec(..., cache_dir="/path/on/the/host")'
+        if error.kind == "os" and error.evidence.get("errno") in (28, 122):
+            hint = "free some space there, or " + hint
+        return EnvironmentBuildError(self._host, error.message, "", hint)
+
+    # --- what goes into it ---------------------------------------------------------------------
+    async def _fill(self, directory: str) -> dict[str, Any]:
+        """Make the environment in a directory, and check it; returns what is to be said of it."""
+        self._root = directory.rpartition("/envs/")[0]
+        uv, python = await asyncio.gather(
+            send_uv(self._place, self._plan.target, self._root, self._settings),
+            base_interpreter(self._place, self._plan.target, self._root, self._settings),
+        )
+        env = {
+            "UV_CACHE_DIR": f"{self._root}/cache",
+            "UV_NO_CONFIG": "1",
+            "UV_PYTHON_DOWNLOADS": "never",
+            "UV_NO_PROGRESS": "1",
+            "UV_LINK_MODE": "hardlink",
+            "NO_COLOR": "1",
+        }
+        argv = [
+            uv,
+            "venv",
+            "--quiet",
+            "--allow-existing",
+            "--relocatable",
+            "--no-project",
+            "--python",
+            python,
+            directory,
+        ]
+        await self._place.run(argv, env, f"making an environment with {python}")
+        if self._plan.packages:
+            await self._install(uv, directory, env)
+        packages = await self._verify(uv, directory, env)
+        return {
+            "python": python,
+            "source": str(self._spec),
+            "packages": packages,
+            "uv": await uv_version(),
+            "target": str(self._plan.target),
+        }
+
+    async def _install(self, uv: str, directory: str, env: Mapping[str, str]) -> None:
+        direct = await self._has_network()
+        if direct:
+            try:
+                await self._install_by(uv, directory, env, direct=True)
+                return
+            except EnvironmentBuildError as error:
+                if self._spec.network == "host":
+                    raise
+                self._say("cannot get packages by itself; the manager sends them: %s", error.problem)
+        await self._install_by(uv, directory, env, direct=False)
+
+    async def _install_by(self, uv: str, directory: str, env: Mapping[str, str], *, direct: bool) -> None:
+        wheels = await self._send_wheels([not direct or locked.is_local for locked in self._plan.packages])
+        lock = pylock(self._plan, wheels, f"{self._root}/wheels")
+        where = f"{directory}/{_LOCK_NAME}"
+        write = ["/bin/sh", "-c", 'umask 077; printf "%s" "$1" > "$2"', "sh", lock, where]
+        await self._place.run(write, {}, "writing the list of packages")
+        argv = [uv, "pip", "install", "--quiet", "--no-deps", "--python", f"{directory}/bin/python", "-r", where]
+        if direct:
+            # What may be secret is in the environment of this one process.
+            env = {**env, **self._direct_env()}
+            self._say("gets %d packages by itself", len(self._plan.packages) - len(wheels))
+        else:
+            argv += ["--offline", "--no-index"]
+        await self._place.run(argv, env, f"installing {len(self._plan.packages)} packages")
+
+    def _direct_env(self) -> dict[str, str]:
+        remote = [url for url in self._settings.urls if urlsplit(url).scheme in ("http", "https")]
+        env = {"UV_SYSTEM_CERTS": "1"}
+        if remote:
+            env["UV_INDEX"] = " ".join(remote)
+        return env
+
+    async def _has_network(self) -> bool:
+        """Whether the host gets packages by itself."""
+        urls = {locked.url for locked in self._plan.packages if not locked.is_local}
+        if self._spec.network == "manager" or not urls:
+            return False
+        if self._spec.network == "host":
+            return True
+        addresses = sorted({_address(url) for url in urls})
+        if any(host in _LOOPBACK for host, _ in addresses):  # the manager's own, which means another machine there
+            return False
+        answer = await asyncio.wait_for(
+            self._place.connection.request("reachable", addresses=[list(pair) for pair in addresses]), _ANSWER_LIMIT
+        )
+        return {(host, port) for host, port in answer["reachable"]} == set(addresses)
+
+    # --- packages that the manager sends -------------------------------------------------------
+    async def _send_wheels(self, wanted: Sequence[bool]) -> dict[str, Wheel]:
+        """Send packages, each as soon as it is here; returns the wheels by name."""
+        chosen = [
+            (locked, digest)
+            for locked, digest, want in zip(self._plan.packages, self._plan.digests, wanted, strict=True)
+            if want
+        ]
+        progress = _Progress(self._host, len(chosen))
+        wheels: dict[str, Wheel] = {}
+
+        async def one(locked: Any, digest: str) -> None:
+            wheel = await provide(locked, digest, self._plan.target, self._settings)
+            size = wheel.path.stat().st_size
+            params = {"root": self._spec.cache_dir, "wheels": [[wheel.folder, wheel.path.name, size]]}
+            answer = await self._place.ask("wheels", **params)
+            if answer["missing"]:
+                target = f"{answer['directory']}/{wheel.folder}/{wheel.path.name}"
+                await transfer.send(self._place.connection, wheel.path, target, cwd="", env={})
+                progress.sent(size)
+            wheels[locked.name] = wheel
+            progress.advance()
+
+        tasks = [asyncio.ensure_future(one(locked, digest)) for locked, digest in chosen]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return wheels
+
+    async def _verify(self, uv: str, directory: str, env: Mapping[str, str]) -> dict[str, str]:
+        """Check that the interpreter runs, and that what is installed is what was planned."""
+        python = f"{directory}/bin/python"
+        await self._place.run([python, "-Ic", "pass"], {}, f"running {python}")
+        text = await self._place.run([uv, "pip", "freeze", "--quiet", "--python", python], env, "checking the packages")
+        found = dict(line.split("==", 1) for line in text.splitlines() if "==" in line)
+        missing = {locked.name for locked in self._plan.packages} - found.keys()
+        there = {normalized(name) for name in found}
+        missing = {name for name in missing if normalized(name) not in there}
+        if missing:
+            names = ", ".join(sorted(missing))
+            raise EnvironmentBuildError(
+                self._host, f"the installer reported success, but these packages are not there: {names}", names,
+                "remove the cache directory on the host, and try again",
+            )  # fmt: skip
+        return found
+
+
+class _Progress:
+    """Says now and then how far the packages are."""
+
+    def __init__(self, host: str, total: int) -> None:
+        self._host, self._total = host, total
+        self._done = self._bytes = 0
+        self._told = time.monotonic()
+
+    def sent(self, size: int) -> None:
+        """Note that bytes went to the host."""
+        self._bytes += size
+
+    def advance(self) -> None:
+        """Note that a package is there."""
+        self._done += 1
+        if time.monotonic() - self._told > _PROGRESS or (self._done == self._total and self._bytes):
+            self._told = time.monotonic()
+            text = "%s: %d of %d packages are there, %.1f MB were sent"
+            logger.info(text, self._host, self._done, self._total, self._bytes / 1e6)
+
+
+def pylock(plan: Plan, wheels: Mapping[str, Wheel], directory: str) -> str:
+    """Return the packages as a lock file (PEP 751); those that were sent by their paths, others by their addresses."""
+    lines = ['lock-version = "1.0"', 'created-by = "lazycluster"', f'requires-python = ">={plan.target.version}"']
+    for locked in plan.packages:
+        wheel = wheels.get(locked.name)
+        if wheel is not None:
+            where = f"path = {_quoted(f'{directory}/{wheel.folder}/{wheel.path.name}')}"
+            version, sha256 = wheel.version, wheel.sha256
+        else:
+            where, version, sha256 = f"url = {_quoted(locked.url)}", locked.version, locked.sha256
+        hashes = f"hashes = {{ sha256 = {_quoted(sha256)} }}" if sha256 else "hashes = {}"
+        lines += ["", "[[packages]]", f"name = {_quoted(locked.name)}", f"version = {_quoted(version)}"]
+        lines.append(f"wheels = [{{ {where}, {hashes} }}]")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a basic string of TOML."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
