@@ -59,7 +59,9 @@ def make_project(folder: Path, name: str, body: str, requires: tuple[str, ...] =
         f'[project]\nname = "{name}"\nversion = "1.0"\ndependencies = {list(requires)}\n'
         '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     )
-    (project / "backend.py").write_text(_BACKEND.format(helper=str(Path(__file__).parent), name=name, requires=requires))
+    (project / "backend.py").write_text(
+        _BACKEND.format(helper=str(Path(__file__).parent), name=name, requires=requires)
+    )
     return project
 
 
@@ -119,49 +121,51 @@ class Index:
         return "<html><body>" + "\n".join(links) + "</body></html>" if links else None
 
 
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    index: Index
+
+    def do_GET(self) -> None:
+        index = self.index
+        index.requests.append(self.path)
+        wanted = "Basic " + base64.b64encode(index.login.encode()).decode()
+        if index.login and self.headers.get("Authorization", "") != wanted:
+            self.answer(401, b"", {"WWW-Authenticate": 'Basic realm="index"'})
+        elif self.path.startswith("/files/"):
+            self.serve_file(index.folder / self.path.removeprefix("/files/"))
+        else:
+            page = index.page(self.path.removeprefix("/simple/").strip("/"))
+            self.answer(200 if page else 404, (page or "").encode(), {"Content-Type": "text/html"})
+
+    def serve_file(self, path: Path) -> None:
+        if not path.is_file():
+            self.answer(404, b"")
+            return
+        data = path.read_bytes()
+        self.answer(200, data + b"broken" if path.name in self.index.broken else data)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
 @contextmanager
 def serve(folder: Path, **options: str) -> Iterator[Index]:
     """Serve an index until the end of the block."""
     folder.mkdir(parents=True, exist_ok=True)
     index = Index(folder, **options)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            index.requests.append(self.path)
-            given = self.headers.get("Authorization", "")
-            if index.login and given != "Basic " + base64.b64encode(index.login.encode()).decode():
-                self.answer(401, b"", {"WWW-Authenticate": 'Basic realm="index"'})
-            elif self.path.startswith("/files/"):
-                self.serve_file(self.path.removeprefix("/files/"))
-            else:
-                page = index.page(self.path.removeprefix("/simple/").strip("/"))
-                self.answer(200 if page else 404, (page or "").encode(), {"Content-Type": "text/html"})
-
-        def serve_file(self, name: str) -> None:
-            path = index.folder / name
-            if not path.is_file():
-                self.answer(404, b"")
-                return
-            data = path.read_bytes()
-            self.answer(200, data + b"broken" if name in index.broken else data)
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    handler = type("Handler", (_Handler,), {"index": index})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     index.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

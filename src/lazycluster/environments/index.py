@@ -114,6 +114,9 @@ def _named(entry: Mapping[str, Any], env: Mapping[str, str]) -> str:
 
 
 def _uv_files(env: Mapping[str, str]) -> Iterable[dict[str, Any]]:
+    if env.get("UV_CONFIG_FILE") or env.get("UV_NO_CONFIG"):
+        yield from _toml(Path(env.get("UV_CONFIG_FILE", "")))
+        return
     config = Path(env.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     for path in (config / "uv/uv.toml", Path("/etc/xdg/uv/uv.toml"), Path("/etc/uv/uv.toml")):
         yield from _toml(path)
