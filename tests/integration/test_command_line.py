@@ -252,3 +252,10 @@ def test_help_of_each_command() -> None:
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
         assert "Example" in done.stdout, name
         assert len(done.stdout.splitlines()) <= 50, name
+
+
+def test_demo(hosts: Any) -> None:
+    status, out, err = lazycluster(hosts, "demo", "dask", "-w", "host[1-2]")
+    assert (status, err) == (0, "")
+    assert "host2: Linux" in out
+    assert "pi is about 3.14" in out

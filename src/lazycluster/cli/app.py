@@ -18,6 +18,7 @@ __all__ = ["cli", "main"]
 
 # Name -> module and what it does in a line. Nothing is imported to show the list.
 _COMMANDS = {
+    "demo": ("demo:demo", "Show what it does, on this machine or on your hosts."),
     "list-runtimes": ("runtimes:list_runtimes", "Show the hosts: which answer, and what machines they are."),
     "add-runtime": ("configuration:add_runtime", "Add a host to the ssh configuration."),
     "delete-runtime": ("configuration:delete_runtime", "Remove a host from the ssh configuration."),
