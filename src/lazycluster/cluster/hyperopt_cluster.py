@@ -60,6 +60,8 @@ class HyperoptCluster(MasterWorkerCluster):
         min_workers: How many workers must be there for a start to succeed; by default all.
         check_versions: What happens if Python, hyperopt or cloudpickle of a host do not match the manager's:
             ``error``, ``warn`` or ``ignore``.
+        gpus_per_worker: How many GPUs of its host each worker gets for itself, see `MasterWorkerCluster`.
+        idle_gpus: Whether GPUs are left alone that others use.
 
     Raises:
         ClusterError: If hyperopt or PyMongo is not installed here.
@@ -89,6 +91,8 @@ class HyperoptCluster(MasterWorkerCluster):
         lease: float = 30.0,
         min_workers: int | None = None,
         check_versions: CheckVersions = "error",
+        gpus_per_worker: int | None = None,
+        idle_gpus: bool = False,
     ) -> None:
         if check_versions not in ("error", "warn", "ignore"):
             raise ValueError(f"check_versions must be 'error', 'warn' or 'ignore', not {check_versions!r}")
@@ -107,7 +111,15 @@ class HyperoptCluster(MasterWorkerCluster):
         make_directory(self._hyperopt.dbpath)
         if isinstance(worker_launcher, type) and issubclass(worker_launcher, RoundRobinLauncher):
             worker_launcher = worker_launcher(runtime_group, dbname, worker_poll_intervall)
-        super().__init__(runtime_group, None, master_launcher, worker_launcher, min_workers=min_workers)
+        super().__init__(
+            runtime_group,
+            None,
+            master_launcher,
+            worker_launcher,
+            min_workers=min_workers,
+            gpus_per_worker=gpus_per_worker,
+            idle_gpus=idle_gpus,
+        )
 
     def _default_master_launcher(self) -> MasterLauncher:
         return default_launcher(self._hyperopt.dbpath)(self._group)

@@ -1,0 +1,101 @@
+"""What the workers of a Hyperopt cluster give to objectives: GPUs, modules of the user's own, an empty directory."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("hyperopt")
+pytest.importorskip("pymongo")
+
+import fakegpus
+from lazycluster import LocalRuntime, RuntimeGroup
+from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+
+pytestmark = [  # by hyperopt
+    pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Setting the shape on a NumPy array:DeprecationWarning"),
+]
+
+_OBJECTIVE = """
+import os
+from pathlib import Path
+
+import scales
+from scales import shifted
+
+def objective(x):
+    found = sorted(os.listdir())
+    Path("written").write_text("x")
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MONGO_CONNECTION_URL")
+    told = {"x": x, "found": found, "cwd": os.getcwd(), **{name: os.environ.get(name) for name in names}}
+    return {"loss": shifted(x) * scales.FACTOR, "status": "ok", **told}
+
+def broken(x):
+    Path("written").write_text("x")
+    raise scales.OwnError(x)
+"""
+_SCALES = """
+FACTOR = 1.0
+
+class OwnError(Exception):
+    pass
+
+def shifted(x):
+    return x + 1000
+"""
+
+
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A module that no host has, which needs another one."""
+    (tmp_path / "search.py").write_text(_OBJECTIVE)
+    (tmp_path / "scales.py").write_text(_SCALES)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("search")
+    for name in ("search", "scales"):
+        sys.modules.pop(name, None)
+
+
+def _run(cluster: HyperoptCluster, objective: Any, key: str) -> Any:
+    from hyperopt import fmin, hp, rand
+
+    options: dict[str, Any] = {"show_progressbar": False, "return_argmin": False}
+    trials = cluster.trials(key)
+    fmin(objective, hp.uniform("x", 0, 1), rand.suggest, 8, max_queue_len=8, trials=trials, **options)
+    return trials
+
+
+def test_what_an_objective_finds(tmp_path: Path, search: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["scales"], "FACTOR", 2.0)  # as somebody does who tries things in a notebook
+    smi = fakegpus.stand_in(tmp_path / "smi", 2)
+    runtime = LocalRuntime(host="here", env={"PATH": f"{smi}:{os.environ['PATH']}"})
+    with (
+        RuntimeGroup([runtime]) as group,
+        HyperoptCluster(group, dbpath=str(tmp_path / "db"), gpus_per_worker=1) as cluster,
+    ):
+        cluster.start()
+        trials = _run(cluster, search.objective, "found")
+        results = trials.results
+        assert [result["loss"] for result in results] == [2 * (result["x"] + 1000) for result in results]
+        assert {result["CUDA_VISIBLE_DEVICES"] for result in results} == {"0", "1"}
+        assert {result["OMP_NUM_THREADS"] for result in results} == {"1"}
+        assert {result["MONGO_CONNECTION_URL"] for result in results} == {cluster.mongo_url}
+        assert {tuple(result["found"]) for result in results} == {()}
+        failed = list(_run(cluster, search.broken, "broken").handle.jobs.find({"exp_key": "broken"}))
+        assert {document["error"][0] for document in failed} == {"OwnError"}
+        assert "search.py" in failed[0]["traceback"]
+        # Nothing of it is left, neither of the trials that succeeded nor of those that failed.
+        scratch = {Path(result["cwd"]).parent for result in results}
+        assert [path for folder in scratch for path in folder.iterdir()] == []
+        assert len(scratch) == 2
+        with pytest.raises(ClusterError, match="0 more workers"):
+            cluster.start_workers(1)
