@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,12 +35,14 @@ jobs = MongoClient("127.0.0.1", port, username="me", password=password, authSour
 jobs.find_one()
 print("there", flush=True)
 sys.stdin.readline()
+begin = time.process_time()
 for number in range(count):
     job = jobs.find_one_and_update(
         {"state": 0, "owner": None}, {"$set": {"state": 1, "owner": ["me", sys.argv[4]]}}, return_document=True
     )
     done = {"state": 2, "version": 1, "result": {"loss": 0.5, "status": "ok"}}
     assert jobs.update_one({"_id": job["_id"], "version": 0}, {"$set": done}).modified_count == 1
+print(time.process_time() - begin)
 """
 
 
@@ -79,6 +82,11 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition(f"{what}:")[2].split()[0]) / 1024
 
+    def processor(self) -> float:
+        """Return how many seconds of a processor the server has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def end(self) -> None:
         self.process.terminate()
         self.process.communicate()
@@ -117,8 +125,8 @@ def _indexes(jobs: Any) -> None:
         jobs.create_index(keys)
 
 
-def _reserve_and_finish(found: Server, each: int) -> float:
-    """Return how many trials per second many clients take and finish."""
+def _reserve_and_finish(found: Server, each: int) -> tuple[float, str]:
+    """Return how many trials per second many clients take and finish, and who needed how much of the processor."""
     with found.client() as client:
         _indexes(client.db.jobs)
         client.db.jobs.insert_many(_job(number, 0) for number in range(CLIENTS * each))
@@ -129,16 +137,21 @@ def _reserve_and_finish(found: Server, each: int) -> float:
         assert one.stdout is not None
         one.stdout.readline()
 
+    spent: list[float] = []
+
     def go() -> None:
         for one in clients:
             assert one.stdin is not None
             one.stdin.write(b"go\n")
             one.stdin.flush()
         for one in clients:
-            one.communicate()
+            spent.append(float(one.communicate()[0]))
             assert one.returncode == 0
 
-    return CLIENTS * each / seconds(go)
+    before, count = found.processor(), CLIENTS * each
+    rate = count / seconds(go)
+    server, all_clients = (1000 * used / count for used in (found.processor() - before, sum(spent)))
+    return rate, f"processor per trial: server {server:.2f} ms, clients {all_clients:.2f} ms"
 
 
 def _database() -> Iterator[Row]:
@@ -156,8 +169,9 @@ def _database() -> Iterator[Row]:
     figure = statistics.median(started)
     yield Row("database: until it answers", figure, "s", "<= 0.3 s", met=figure <= 0.3)
     with server() as found:
-        figure = _reserve_and_finish(found, 200)
-        yield Row(f"{CLIENTS} clients take and finish trials", figure, "/s", ">= 1000 /s", met=figure >= 1000)
+        figure, note = _reserve_and_finish(found, 200)
+        what = f"{CLIENTS} clients take and finish trials"
+        yield Row(what, figure, "/s", ">= 1000 /s", met=figure >= 1000, note=note)
     with server() as found:
         with found.client() as client:
             jobs = client.bench.jobs

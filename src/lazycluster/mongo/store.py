@@ -96,6 +96,8 @@ def _says_more(one: tuple[int, Index, list[bytes]], other: tuple[int, Index, lis
 
 
 def _keys_of(document: Document, path: str) -> set[bytes]:
+    if "." not in path and not isinstance(value := document.get(path), list):
+        return {order(value)}  # the usual case, in which many a search spends its time
     keys: set[bytes] = set()
     for value in find(document, path):
         keys.add(order(value))
@@ -358,6 +360,7 @@ class Store:
         self.sql.execute("PRAGMA journal_mode = WAL")
         self.sql.execute("PRAGMA synchronous = FULL")
         self.sql.execute("PRAGMA cache_size = -8000")
+        self.sql.execute("PRAGMA wal_autocheckpoint = 4000")  # what is changed again meanwhile is copied once
         version = self.sql.execute("PRAGMA user_version").fetchone()[0]
         if version > _VERSION:
             raise sqlite3.DatabaseError(f"it is of version {version}; this program knows {_VERSION}")
