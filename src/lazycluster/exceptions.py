@@ -16,6 +16,7 @@ __all__ = [
     "ConnectionLostError",
     "EnvironmentBuildError",
     "EnvironmentsBuildError",
+    "ForwardingForbiddenError",
     "GroupTaskError",
     "HostsLostError",
     "InvalidRuntimeError",
@@ -275,6 +276,26 @@ class NoRuntimesError(LazyclusterError):
 
 class TunnelError(LazyclusterError):
     """A port could not be forwarded, for another reason than a port in use."""
+
+
+class ForwardingForbiddenError(TunnelError):
+    """A port could not be forwarded since the host's sshd does not allow it.
+
+    Attributes:
+        host: The host.
+        problem: What it does not allow.
+    """
+
+    def __init__(self, host: str, problem: str) -> None:
+        self.host = host
+        self.problem = problem
+        super().__init__(
+            f"{host}: {problem}\n  Next step: have that changed; or, if it is not forbidden on purpose, have the ports "
+            'carried by our agent there: connection_kwargs={"relay": "agent"}'
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.problem)
 
 
 class PortInUseError(LazyclusterError):

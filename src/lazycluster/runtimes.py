@@ -43,7 +43,8 @@ class Runtime(Belongings):
             environment variable :attr:`WORKING_DIR_ENV_VAR_NAME`.
         connection_kwargs: How to reach the host, beyond what your ssh configuration says: ``user``, ``port``,
             ``key_filename``, ``password``, ``passphrase``, ``timeout`` (seconds), ``config_file``, ``proxy_jump``,
-            ``host_keys`` (``"strict"`` or ``"accept-new"``), ``ssh_options``.
+            ``host_keys`` (``"strict"`` or ``"accept-new"``), ``ssh_options``, ``relay`` (``"agent"``: ports are carried
+            by the agent where the host's sshd forbids to forward them).
         python: The interpreter on the host: a path, a name, or ``"auto"`` for one of the manager's minor version.
             By default ``python3``, as the environment there finds it.
         setup: Shell lines that are run once, e.g. ``"conda activate ml"``; the environment that they leave is used for

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lazycluster import _loop
-from lazycluster.exceptions import NoPortsLeftError, PortInUseError, TunnelError
+from lazycluster.exceptions import ForwardingForbiddenError, NoPortsLeftError, PortInUseError, TunnelError
 from lazycluster.ssh.local import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.ssh.probes import can_connect, network_of, same_network
@@ -182,7 +182,7 @@ def test_a_host_that_makes_every_tunnel_public_is_refused(make_hosts):
     with connected(hosts, "host1") as (one,), service() as port:
         requests = [TunnelRequest(one, "to_runtime", port, remote) for remote in (24000, 24001)]
         outcomes = _loop.run(open_tunnels([*requests, TunnelRequest(one, "from_runtime", free_port(), 22)]))
-        assert [type(outcome) for outcome in outcomes] == [TunnelError, TunnelError, Tunnel]
+        assert [type(outcome) for outcome in outcomes] == [ForwardingForbiddenError, ForwardingForbiddenError, Tunnel]
         assert re.search(r"host1: port 24000 .* GatewayPorts", str(outcomes[0]))
         assert hosts[0].listening_ports() == []
         outcomes[2].close()

@@ -43,6 +43,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "remove": ("paths", "remove"),
     "expand": ("paths", "expanded"),
     "service": ("services", "service"),
+    "relay": ("relay", "relay"),
     "pool": ("pools", "pool"),
     "environment": ("environments", "environment"),
     "reachable": ("functions", "reachable"),

@@ -53,6 +53,8 @@ class Settings:
         proxy_jump: Hosts to go through, separated by commas; ``none`` for a direct connection.
         host_keys: ``strict`` takes known host keys only, ``accept-new`` also those of hosts never seen before.
         ssh_options: Further options of ``ssh_config``, each as ``Key=Value``.
+        relay: ``agent``: where the host's sshd forbids to forward ports, they are carried by our agent there, over a
+            further session. Whoever forbade it may have meant that. None: it is an error.
     """
 
     host: str
@@ -67,6 +69,7 @@ class Settings:
     proxy_jump: str | None = None
     host_keys: str | None = None
     ssh_options: tuple[str, ...] = ()
+    relay: str | None = None
 
     @classmethod
     def parse(cls, host: str, connection_kwargs: Mapping[str, Any] | None = None) -> Settings:
@@ -196,6 +199,14 @@ def _host_keys(what: str, value: Any) -> str:
     return value
 
 
+def _relay(what: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be a string, not {type(value).__name__}")
+    if value != "agent":
+        raise ValueError(f"{what} must be 'agent', not {value!r}")
+    return value
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "user": _user,
     "port": _port,
@@ -207,6 +218,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "proxy_jump": _proxy_jump,
     "host_keys": _host_keys,
     "ssh_options": check_options,
+    "relay": _relay,
 }
 
 assert set(_CHECKS) == {f.name for f in fields(Settings)} - {"host", "target"}

@@ -6,8 +6,9 @@ import asyncio
 import errno
 import socket
 
-from lazycluster.exceptions import LazyclusterError, PortInUseError, TunnelError
+from lazycluster.exceptions import ForwardingForbiddenError, LazyclusterError, PortInUseError, TunnelError
 
+from . import agentrelay
 from .connection import Connection
 from .handles import MANAGER, Outcome, Tunnel, TunnelRequest, close_tunnels
 from .mux import LOOPBACK, MuxError
@@ -65,6 +66,25 @@ async def _relay(request: TunnelRequest) -> Outcome:
 
 
 async def _forward(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
+    outcomes = await _forward_by_ssh(connection, requests)
+    forbidden = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, ForwardingForbiddenError)]
+    if forbidden and agentrelay.is_asked_for(connection):
+        relay = agentrelay.relay_of(connection)
+        opening = [asyncio.ensure_future(relay.open(requests[index])) for index in forbidden]
+        try:
+            relayed = await asyncio.gather(*opening)
+        except BaseException:
+            for task in opening:
+                task.cancel()
+            opened = [*outcomes, *await asyncio.gather(*opening, return_exceptions=True)]
+            await close_tunnels(outcome for outcome in opened if isinstance(outcome, Tunnel))
+            raise
+        for index, outcome in zip(forbidden, relayed, strict=True):
+            outcomes[index] = outcome
+    return outcomes
+
+
+async def _forward_by_ssh(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
     outcomes: dict[int, Outcome] = {}
     await _check_remote(connection, requests, outcomes)
     await _check_local(connection, requests, outcomes)
@@ -109,10 +129,11 @@ async def _check_local(connection: Connection, requests: list[TunnelRequest], ou
     for index in wanted:
         port = requests[index].remote_port
         if not await reaches(connection, port):  # PermitOpen may allow this very port
-            outcomes[index] = TunnelError(
-                f"{connection.host}: port {port} cannot be exposed from the host, its sshd refuses to connect to it: "
-                "AllowTcpForwarding, PermitOpen or DisableForwarding in its sshd_config (or an option of your key in "
-                "authorized_keys) must allow it"
+            outcomes[index] = ForwardingForbiddenError(
+                connection.host,
+                f"port {port} cannot be exposed from the host, its sshd refuses to connect to it: AllowTcpForwarding, "
+                "PermitOpen or DisableForwarding in its sshd_config (or an option of your key in authorized_keys) must "
+                "allow it",
             )
 
 
@@ -124,10 +145,10 @@ async def _check_exposed(connection: Connection, opened: dict[int, Tunnel], outc
     exposed = (await connection.request("exposed", ports=list(listening)))["exposed"]
     await close_tunnels(opened[listening[port]] for port in exposed)
     for port in exposed:
-        outcomes[listening[port]] = TunnelError(
-            f"{connection.host}: port {port} would be open to the host's whole network, and was closed again: its sshd "
-            "makes every forwarded port public; GatewayPorts in its sshd_config must be no (the default) or "
-            "clientspecified"
+        outcomes[listening[port]] = ForwardingForbiddenError(
+            connection.host,
+            f"port {port} would be open to the host's whole network, and was closed again: its sshd makes every "
+            "forwarded port public; GatewayPorts in its sshd_config must be no (the default) or clientspecified",
         )
 
 
@@ -140,10 +161,10 @@ async def _refused(request: TunnelRequest, error: MuxError) -> LazyclusterError:
     port = request.remote_port
     if port not in (await connection.request("ports", ports=[port]))["free"]:
         return PortInUseError(port, connection.host)
-    return TunnelError(
-        f"{connection.host}: port {port} is free there, but its sshd refuses to listen on it: AllowTcpForwarding, "
-        "PermitListen or DisableForwarding in its sshd_config (or an option of your key in authorized_keys) must allow "
-        "it"
+    return ForwardingForbiddenError(
+        connection.host,
+        f"port {port} is free there, but its sshd refuses to listen on it: AllowTcpForwarding, PermitListen or "
+        "DisableForwarding in its sshd_config (or an option of your key in authorized_keys) must allow it",
     )
 
 

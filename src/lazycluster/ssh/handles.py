@@ -73,6 +73,7 @@ class Tunnel:
         direction: ``to_runtime`` if it listens on the host, ``from_runtime`` if it listens on the manager.
         local_port: The manager's port.
         remote_port: The host's port.
+        request: What was wanted.
     """
 
     def __init__(self, request: TunnelRequest, undo: Callable[[], Awaitable[None]] | None, *, by_ssh: bool) -> None:
@@ -80,7 +81,7 @@ class Tunnel:
         self.direction: Kind = request.kind
         self.local_port = request.local_port
         self.remote_port = request.remote_port
-        self._request = request
+        self.request = request
         self._undo = undo
         self._by_ssh = by_ssh
         self._closed = False
@@ -88,12 +89,16 @@ class Tunnel:
     @property
     def is_open(self) -> bool:
         """Whether it carries connections."""
-        return not self._closed and self._request.connection.state == "open"
+        return not self._closed and self.request.connection.state == "open"
 
     @property
     def network(self) -> Hashable:
         """What is equal for two tunnels that lead to one machine."""
-        return network_of(self._request.connection)
+        return network_of(self.request.connection)
+
+    def gone(self) -> None:
+        """Note that what carried it has ended."""
+        self._closed = True
 
     def close(self) -> None:
         """Stop listening. Doing it again does nothing."""
@@ -129,8 +134,8 @@ async def close_tunnels(tunnels: Iterable[Tunnel]) -> None:
         if tunnel._closed:
             continue
         tunnel._closed = True
-        if tunnel._by_ssh and tunnel._request.connection.state == "open":
-            per_connection.setdefault(tunnel._request.connection, []).append(tunnel._request.forward)
+        if tunnel._by_ssh and tunnel.request.connection.state == "open":
+            per_connection.setdefault(tunnel.request.connection, []).append(tunnel.request.forward)
         if tunnel._undo is not None:
             others.append(tunnel._undo())
     closing = [_close_on(connection, forwards) for connection, forwards in per_connection.items()]
