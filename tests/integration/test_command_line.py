@@ -259,3 +259,11 @@ def test_demo(hosts: Any) -> None:
     assert (status, err) == (0, "")
     assert "host2: Linux" in out
     assert "pi is about 3.14" in out
+
+
+def test_help_needs_nothing_heavy() -> None:
+    program = "import sys; sys.argv[0] = 'lazycluster'; import lazycluster.cli.commands.{}; print(*sys.modules)"
+    for name in ("run", "runtimes", "doctor", "ports", "copy", "configuration", "demo"):
+        argv = [sys.executable, "-c", program.format(name)]
+        loaded = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
+        assert not {"asyncio", "rich", "cloudpickle", "lazycluster.runtimes"} & set(loaded), name

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["errors", "host_style", "is_terminal", "output", "printable"]
 
@@ -17,12 +19,16 @@ _STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_b
 @functools.cache
 def output() -> Console:
     """Return standard output."""
+    from rich.console import Console  # the help needs none of it
+
     return Console(highlight=False)
 
 
 @functools.cache
 def errors() -> Console:
     """Return standard error."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from dataclasses import asdict
@@ -49,12 +48,15 @@ def doctor(
 
 
 async def _check_all(chosen: Targets, silent: bool) -> list[Checkup]:
+    import asyncio
+
     from lazycluster.cli.checkup import Checkup
     from lazycluster.ssh.openssh import SshConnection
 
     slots = asyncio.Semaphore(32)
 
     async def check(name: str) -> Checkup:
+
         async with slots:
             checkup = Checkup(name)
             connection = chosen.connection(name)

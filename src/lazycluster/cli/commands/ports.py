@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +90,8 @@ async def _forward(connection: Connection, pairs: list[tuple[int | None, int]]) 
 
 
 async def _expose(chosen: Targets, pairs: list[tuple[int, int]]) -> None:
+    import asyncio
+
     from lazycluster.cli.fanout import open_all
     from lazycluster.ssh.tunnels import open_to_runtimes
 
@@ -106,6 +107,8 @@ async def _expose(chosen: Targets, pairs: list[tuple[int, int]]) -> None:
 
 
 async def _until_it_is_lost(connections: list[Connection]) -> None:
+    import asyncio
+
     from lazycluster.exceptions import ConnectionLostError
 
     click.echo("Until Ctrl-C.", err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -110,6 +109,8 @@ class _Job:
         self._script, self._interpreter, self._arguments = script, interpreter, arguments
 
     async def on_host(self, connection: Connection) -> Outcome:
+        import asyncio
+
         from lazycluster.cli.fanout import Outcome
         from lazycluster.exceptions import AgentError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
@@ -86,6 +85,8 @@ class _Listing:
         return outcomes
 
     async def _ask(self, connection: Connection) -> Outcome:
+        import asyncio
+
         from lazycluster.cli.fanout import Outcome
 
         started = time.perf_counter()
