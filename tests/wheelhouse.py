@@ -6,6 +6,7 @@ import base64
 import hashlib
 import http.server
 import io
+import os
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,12 @@ def make_wheel(
     requires: tuple[str, ...] = (),
     tag: str = "py3-none-any",
     scripts: Mapping[str, str] | None = None,
+    ballast: int = 0,
 ) -> Path:
-    """Write a wheel; by default with one module of the package's name that has the version."""
+    """Write a wheel; by default with one module of the package's name that has the version.
+
+    `ballast` bytes that cannot be compressed make it large.
+    """
     module = name.replace("-", "_")
     info = f"{module}-{version}.dist-info"
     content = dict(files or {f"{module}.py": f"VERSION = {version!r}\n\n\ndef main():\n    print(VERSION)\n"})
@@ -41,6 +46,8 @@ def make_wheel(
     with zipfile.ZipFile(data, "w") as archive:
         for inner, text in content.items():
             archive.writestr(zipfile.ZipInfo(inner, (2020, 1, 1, 0, 0, 0)), text)
+        if ballast:
+            archive.writestr(f"{module}.bin", os.urandom(ballast))
     path.write_bytes(data.getvalue())
     return path
 
@@ -93,6 +100,8 @@ class Index:
         login: ``name:password`` that it asks for.
         broken: Names of files that are served with another content than the index says.
         requests: The paths that were asked for.
+        gate: While it is cleared, files are not served.
+        waiting: Is set when a file waits for that.
     """
 
     folder: Path
@@ -100,6 +109,8 @@ class Index:
     broken: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     port: int = 0
+    gate: threading.Event = field(default_factory=threading.Event)
+    waiting: threading.Event = field(default_factory=threading.Event)
 
     @property
     def url(self) -> str:
@@ -141,6 +152,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not path.is_file():
             self.answer(404, b"")
             return
+        if not self.index.gate.is_set():
+            self.index.waiting.set()
+            self.index.gate.wait(30)
         data = path.read_bytes()
         self.answer(200, data + b"broken" if path.name in self.index.broken else data)
 
@@ -164,6 +178,7 @@ def serve(folder: Path, **options: str) -> Iterator[Index]:
     """Serve an index until the end of the block."""
     folder.mkdir(parents=True, exist_ok=True)
     index = Index(folder, **options)
+    index.gate.set()
     handler = type("Handler", (_Handler,), {"index": index})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
@@ -173,6 +188,7 @@ def serve(folder: Path, **options: str) -> Iterator[Index]:
     try:
         yield index
     finally:
+        index.gate.set()
         server.shutdown()
         server.server_close()
         thread.join()

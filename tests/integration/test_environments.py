@@ -6,7 +6,6 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,11 @@ import pytest
 
 from lazycluster import EnvironmentSpec, LocalRuntime, Runtime, RuntimeGroup, RuntimeTask
 from lazycluster.exceptions import EnvironmentBuildError, TaskExecutionError
-from wheelhouse import Index, make_project, serve
+from wheelhouse import Index, make_project
 
 pytest.importorskip("uv")
 
 _ROOT = "~/.cache/lazycluster"
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
-    """An index that the manager's uv is configured to use, and nothing else."""
-    config = tmp_path / "uv.toml"
-    config.write_text("")
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv-cache"))
-    monkeypatch.setenv("UV_CONFIG_FILE", str(config))
-    for name in ("UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_INDEX_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve(tmp_path / "index") as served:
-        monkeypatch.setenv("UV_DEFAULT_INDEX", served.url)
-        yield served
 
 
 def _connect(host: Any, environment: Any, **options: Any) -> Runtime:
@@ -46,7 +30,7 @@ def _version(name: str) -> Any:
     return importlib.import_module(name).VERSION
 
 
-def _envs(host: Any, user: str | None = None) -> list[str]:
+def _envs(host: Any) -> list[str]:
     folder = host.path(f"{_ROOT}/envs")
     return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
@@ -210,3 +194,101 @@ def test_an_environment_that_is_on_the_host_is_used(make_hosts: Any) -> None:
     gone = pytest.raises(EnvironmentBuildError, match="there is no /home/lazy/nothing/there on the host")
     with _connect(host, "~/nothing/there") as runtime, gone:
         runtime.prepare()
+
+
+@pytest.mark.parametrize("options", [{"forwarding": False}, {"bastion": True}], ids=["no forwarding", "bastion"])
+def test_however_the_host_is_reached(make_hosts: Any, index: Index, options: dict[str, Any]) -> None:
+    index.add("alpha")
+    with _connect(make_hosts(1, **options)[0], ["alpha"]) as runtime:
+        assert runtime.call(_version, "alpha") == "1.0"
+
+
+def test_hosts_that_share_a_home_make_it_once(make_hosts: Any, index: Index, caplog: pytest.LogCaptureFixture) -> None:
+    index.add("alpha")
+    hosts = make_hosts(3, shared_home=True)
+    caplog.set_level("INFO", "lazycluster")
+    with RuntimeGroup(
+        hosts=list(hosts.names), connection_kwargs={"config_file": hosts.config_file}, environment=["alpha"]
+    ) as group:
+        assert group.call(_version, "alpha") == dict.fromkeys(hosts.names, "1.0")
+    assert sum("were sent" in line for line in caplog.messages) == 1
+    assert len(_envs(hosts[0])) == 1
+
+
+def test_a_host_that_has_the_network_uses_it(make_hosts: Any, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.add("alpha")
+    index.add("beta")
+    host = make_hosts(1)[0]
+    index.login = "me:s3cret-token"
+    monkeypatch.setenv("UV_DEFAULT_INDEX", index.url)
+    with _connect(host, None) as plain:
+        plain.expose_port_to_runtime(index.port)  # the host can reach the index now, as if it were its own
+        for environment in (["alpha"], ["alpha", "beta"]):
+            spec = EnvironmentSpec(environment, network="host")
+            with _connect(host, spec) as runtime:
+                assert runtime.call(_version, "alpha") == "1.0"
+    assert not host.path(f"{_ROOT}/wheels").exists()
+    assert "s3cret" not in _everything(host)
+
+
+def test_what_is_installed_here_is_there(
+    make_hosts: Any, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for what is installed: from an index, editable, excluded, and a plain module."""
+    for name in ("alpha", "beta", "ruff", "only-for-ruff"):
+        index.add(name, requires=("only-for-ruff",) if name == "ruff" else ())
+    project = make_project(tmp_path, "mine", "VERSION = 'first'\n\n\ndef version():\n    return VERSION\n", ("beta",))
+    site = tmp_path / "site-packages"
+    install = [sys.executable, "-m", "uv", "pip", "install", "-q", "--target", site, "alpha", "ruff", "-e", project]
+    subprocess.run([*install, "--no-deps"], check=True)
+    subprocess.run([*install[:8], "beta", "only-for-ruff"], check=True)
+    (tmp_path / "plain.py").write_text("VALUE = 1\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(site), str(project / "src"), *_standard_library()])
+    host = make_hosts(1)[0]
+
+    def values() -> tuple[Any, ...]:
+        import mine
+        import plain
+
+        return plain.VALUE, mine.version(), importlib.util.find_spec("ruff")
+
+    with _connect(host, "manager") as runtime:
+        assert runtime.call(values) == (1, "first", None)
+        assert runtime.call(_version, "beta") == "1.0"
+        task = RuntimeTask().run_command("python -c 'import mine; print(mine.VERSION)'")
+        assert runtime.execute_task(task, execute_async=False).execution_log == ["first\n"]
+        (tmp_path / "plain.py").write_text("VALUE = 22\n")
+        (project / "src/mine/__init__.py").write_text("VERSION = 'second'\n\n\ndef version():\n    return VERSION\n")
+        assert runtime.call(values) == (22, "second", None)
+        runtime.prepare()
+        again = runtime.execute_task(task, execute_async=False)
+        assert again.execution_log == ["second\n"]
+
+
+def _standard_library() -> list[str]:
+    return [path for path in sys.path if "site-packages" not in path]
+
+
+def test_they_are_listed_and_removed_unless_in_use(make_hosts: Any, index: Index) -> None:
+    for name in ("alpha", "beta", "gamma"):
+        index.add(name, ballast=200_000)
+    hosts = make_hosts(1)
+    kwargs = {"config_file": hosts.config_file}
+    for name in ("alpha", "beta"):
+        with _connect(hosts[0], [name]) as runtime:
+            runtime.prepare()
+    with RuntimeGroup(hosts=["host1"], connection_kwargs=kwargs, environment=["gamma"]) as group:
+        group.prepare()
+        store = group.list_environments()["host1"]
+        assert [one.source for one in store.environments if one.in_use] == ["[gamma]"]
+        by_source = {one.source: one for one in store.environments}
+        assert by_source["[alpha]"].packages == {"alpha": "1.0"}
+        assert store.size > by_source["[alpha]"].size > 200_000
+        used = by_source["[gamma]"].id
+        told = group.remove_environments([by_source["[alpha]"].id, used, "py399-none"])["host1"]
+        assert (told.removed, told.in_use, told.unknown) == ((by_source["[alpha]"].id,), (used,), ("py399-none",))
+        pruned = group.prune_environments(size_limit=0)["host1"]
+        assert pruned.removed == (by_source["[beta]"].id,)
+        assert pruned.in_use == (used,)
+        assert group.call(_version, "gamma") == {"host1": "1.0"}
+    assert _envs(hosts[0]) == [used]

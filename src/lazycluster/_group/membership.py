@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from lazycluster import _loop
+from lazycluster._runtime.questions import listed
+from lazycluster.environments.keeping import Host, Removal, Store, list_on, on_all, prune_on, remove_on
+from lazycluster.environments.spec import ROOT
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.runtimes import Runtime
 
@@ -15,6 +18,8 @@ from .settings import Common
 from .tables import INFO_HEAD, info_row, print_list, print_table
 
 __all__ = ["Membership"]
+
+T = TypeVar("T")
 
 
 class Membership:
@@ -140,6 +145,40 @@ class Membership:
         """
         self._check_open()
         _loop.run(prepare_all(self.runtimes, refresh))
+
+    def list_environments(self, cache_dir: str = ROOT) -> dict[str, Store]:
+        """Return the Python environments that the hosts keep, with sizes, age and last use, by host.
+
+        Args:
+            cache_dir: Where they are kept, see :class:`~lazycluster.EnvironmentSpec`.
+        """
+        return self._on_stores(lambda host: list_on(host, cache_dir))
+
+    def remove_environments(self, ids: str | Iterable[str], cache_dir: str = ROOT) -> dict[str, Removal]:
+        """Remove Python environments from the hosts; those in use stay.
+
+        Args:
+            ids: Their names, which are the same on all hosts.
+            cache_dir: See :meth:`list_environments`.
+        """
+        names = listed(ids)
+        return self._on_stores(lambda host: remove_on(host, names, cache_dir))
+
+    def prune_environments(
+        self, size_limit: int | None = None, unused_for: float | None = None, cache_dir: str = ROOT
+    ) -> dict[str, Removal]:
+        """Remove what was used longest ago, and what broken builds left; never an environment in use.
+
+        Args:
+            size_limit: Until environments and packages together take no more bytes than this on a host.
+            unused_for: All that was not used for so many seconds.
+            cache_dir: See :meth:`list_environments`.
+        """
+        return self._on_stores(lambda host: prune_on(host, size_limit, unused_for, cache_dir))
+
+    def _on_stores(self, work: Callable[[Host], Awaitable[T]]) -> dict[str, T]:
+        self._check_open()
+        return _loop.run(on_all([runtime.connection for runtime in self.runtimes], work))
 
     # --- environment variables -----------------------------------------------------------------
     def set_env_variables(self, env_variables: Mapping[str, Any]) -> None:

@@ -333,8 +333,7 @@ def _list(channel: Channel) -> None:
                 "problem": damage(prefix),
             }
         )
-    parts = {part: size_of(os.path.join(root, part)) for part in ("wheels", "cache", "uv")}
-    channel.result(root=root, environments=found, now=time.time(), **parts)
+    channel.result(root=root, environments=found, now=time.time(), size=size_of(root))
 
 
 def _is_used(prefix: str) -> bool:

@@ -111,6 +111,7 @@ def _mismatch(channel: Channel, zygotes: Zygotes, interpreter: Interpreter, env:
             step = 'choose {} with python="{}" or python="auto"'.format(_dotted(wanted[:2]), fitting[0])
         else:
             step = "install Python {} on the host, or use the host's version on this side".format(_dotted(wanted[:2]))
+        step += '; or have the packages of this side there, too: environment="manager"'
         channel.fail(
             "mismatch",
             "Python {} on this side, but {} on the host ({}): a function needs the same minor version on both. "

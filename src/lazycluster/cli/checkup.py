@@ -209,14 +209,16 @@ class Checkup:
                 "packages",
                 "differs",
                 f"Python {there} there, {here} here: commands and files work, functions and clusters do not",
-                f'choose a Python {here} with python="auto", or python="/path/to/python{here}"',
+                f'environment="manager" brings Python {here} and the packages of this side there; or choose a Python '
+                f'{here} with python="auto", or python="/path/to/python{here}"',
             )
             return
         differing = _differing(answer["packages"])
         if differing:
             missing = " ".join(f"{name}=={here}" for name, here, _ in differing)
             shown = ", ".join(f"{name} {there or 'missing'} ({here} here)" for name, here, there in differing)
-            self._set("packages", "differs", shown, f"{answer['executable']} -m pip install {missing}")
+            mend = f'environment="manager", or {answer["executable"]} -m pip install {missing}'
+            self._set("packages", "differs", shown, mend)
         else:
             self._set("packages", "ok", "as here: " + (", ".join(_installed()) or "none needed"))
 

@@ -100,7 +100,8 @@ def _message(manager: dict[str, str], hosts: _Software, differing: _Software, *,
         [
             f"the software of {', '.join(differing)} does not match the manager's (- is missing, < differs):",
             *table,
-            "Next step, one of:" if acceptable else "Next step:",
+            "Next step, one of:",
+            '  have the manager\'s packages on all hosts: RuntimeGroup(..., environment="manager")',
             *steps,
         ]
     )

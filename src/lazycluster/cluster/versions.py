@@ -74,7 +74,8 @@ class Software:
         steps = [self._step(host, hosts[host], manager, executables[host]) for host in differing]
         what = f"the software of {', '.join(differing)} does not match the manager's (- is missing):"
         ignore = f'  {self.engine}(..., check_versions="warn"), if you know better'
-        message = "\n".join([what, *table, "Next step, one of:", *steps, ignore])
+        same = '  have the manager\'s packages on all hosts: RuntimeGroup(..., environment="manager")'
+        message = "\n".join([what, *table, "Next step, one of:", same, *steps, ignore])
         if policy == "error" or unusable:
             raise VersionMismatchError(message, differing)
         logger.warning("%s", message)

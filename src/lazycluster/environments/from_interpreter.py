@@ -134,8 +134,14 @@ def requirements(exclude: Sequence[str] | None) -> list[Installed]:
     if len(kept) < len(everything):
         names = {one.name for one in kept}
         left_out = ", ".join(one.name for one in everything if one.name not in names)
-        _logger.info('environment="manager" leaves out: %s (exclude=[] leaves out nothing)', left_out)
+        _tell('environment="manager" leaves out: %s (exclude=[] leaves out nothing)', left_out)
     return list(kept)
+
+
+@functools.lru_cache(maxsize=8)
+def _tell(text: str, names: str) -> None:
+    """Log it once, however many hosts are concerned."""
+    _logger.info(text, names)
 
 
 @functools.lru_cache(maxsize=8)

@@ -78,7 +78,10 @@ class Outcome:
         start = starts.get(self.phase, f"{name}() raised ")
         text = start + headline
         if self.phase == "load" and self.type_name == "ModuleNotFoundError":
-            text += ". Next step: install it on the host, or choose another interpreter with python="
+            text += (
+                '. Next step: have the manager\'s packages on the host with environment="manager", install it there, '
+                "or choose another interpreter with python="
+            )
         if self.traceback:
             text += f"\nTraceback on the host:\n{self.traceback.rstrip()}"
         return text

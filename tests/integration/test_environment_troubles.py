@@ -1,0 +1,220 @@
+"""What goes wrong with Python environments: a clear error, and never a half one in use."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import EnvironmentSpec, Runtime
+from lazycluster.exceptions import EnvironmentBuildError, LazyclusterError
+from wheelhouse import Index
+
+pytest.importorskip("uv")
+
+
+def _connect(host: Any, environment: Any, **options: Any) -> Runtime:
+    return Runtime(
+        host.name, connection_kwargs={"config_file": host._pool.config_file}, environment=environment, **options
+    )
+
+
+def _version(name: str) -> Any:
+    return importlib.import_module(name).VERSION
+
+
+def _refused(host: Any, environment: Any, *parts: str) -> EnvironmentBuildError:
+    """Ask for an environment; it must fail with an error that names the host and all of some texts."""
+    with _connect(host, environment) as runtime:
+        with pytest.raises(EnvironmentBuildError) as caught:
+            runtime.prepare()
+        assert runtime.environment_path is None
+    for part in (host.name, *parts):
+        assert part in str(caught.value)
+    assert "Next step:" in str(caught.value)
+    assert _complete(host) == []
+    return caught.value
+
+
+def _complete(host: Any) -> list[str]:
+    """The environments that are there, and whatever else lies beside them."""
+    folder = host.path("~/.cache/lazycluster/envs")
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _prefix(host: Any) -> Path:
+    (name,) = _complete(host)
+    return Path(host.path(f"~/.cache/lazycluster/envs/{name}"))
+
+
+def test_what_cannot_be_resolved_is_explained(make_hosts: Any, index: Index, tmp_path: Path) -> None:
+    index.add("alpha", requires=("beta<2",))
+    index.add("beta", "1.0")
+    index.add("beta", "2.0")
+    index.add("windows-only", tag="cp39-cp39-win_amd64")
+    host = make_hosts(1)[0]
+    assert _refused(host, ["no-such-package"], "no-such-package").package == "no-such-package"
+    assert _refused(host, ["beta==7"], "beta==7").package == "beta"
+    _refused(host, ["alpha", "beta==2.0"], "alpha", "beta")
+    _refused(host, ["windows-only"], "windows-only")
+    _refused(host, ["this is no requirement!"], "this is no requirement!")
+    _refused(host, [str(tmp_path)], str(tmp_path))
+
+
+def test_no_python_that_fits(make_hosts: Any, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.add("alpha")
+    monkeypatch.setenv("UV_PYTHON_INSTALL_MIRROR", index.url)
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    version = "3.99"
+    _refused(make_hosts(1)[0], EnvironmentSpec(["alpha"], python=version), f"no Python {version}", "the host has: 3.")
+
+
+def test_a_wheel_that_is_not_what_the_index_says(make_hosts: Any, index: Index) -> None:
+    index.broken.add(index.add("alpha").name)
+    host = make_hosts(1)[0]
+    with pytest.raises(EnvironmentBuildError, match="hash of alpha") as caught, _connect(host, ["alpha"]) as runtime:
+        runtime.prepare()
+    assert caught.value.package == "alpha"
+    assert _complete(host) == []
+
+
+def test_an_index_that_cannot_be_reached(make_hosts: Any, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://me:s3cret@127.0.0.1:9/simple/")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    error = _refused(make_hosts(1)[0], ["alpha"], "the index cannot be reached")
+    assert "s3cret" not in str(error)
+
+
+def test_places_that_cannot_be_used(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    host = make_hosts(1)[0]
+    host.run("mkdir /home/lazy/plain && mount -t tmpfs -o noexec,mode=0777 tmpfs /home/lazy/plain")
+    _refused(host, EnvironmentSpec(["alpha"], cache_dir="/home/lazy/plain/cache"), "noexec", "cache_dir")
+    _refused(host, EnvironmentSpec(["alpha"], cache_dir="/usr/share/cache"), "/usr/share/cache", "cache_dir")
+    host.run("touch ~/file", user=host.user)
+    _refused(host, EnvironmentSpec(["alpha"], cache_dir="~/file"), "file", "cache_dir")
+
+
+def test_a_disk_that_is_full(make_hosts: Any, index: Index) -> None:
+    index.add("alpha", ballast=30_000_000)
+    size = Path(importlib.import_module("uv").find_uv_bin()).stat().st_size
+    for room in (40, 15):  # while it is installed; while it is sent
+        host = make_hosts(1, home_size=str(size + room * 1_000_000))[0]
+        _refused(host, ["alpha"], "space")
+
+
+def test_one_that_is_damaged_is_made_anew(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    host = make_hosts(1)[0]
+    damages: list[Callable[[Path], Any]] = [
+        lambda prefix: (prefix / "lazycluster.json").unlink(),
+        lambda prefix: (prefix / "lazycluster.json").write_text("{"),
+        lambda prefix: next(prefix.glob("lib/*/site-packages/alpha.py")).unlink(),
+        lambda prefix: ((prefix / "bin/python").unlink(), (prefix / "bin/python").symlink_to("/gone/python")),
+    ]
+    for damage in damages:
+        with _connect(host, ["alpha"]) as runtime:
+            runtime.prepare()
+        damage(_prefix(host))
+        with _connect(host, ["alpha"]) as runtime:
+            assert runtime.call(_version, "alpha") == "1.0"
+
+
+def test_two_managers_at_once(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    host = make_hosts(1)[0]
+    with _connect(host, ["alpha"]) as first, _connect(host, ["alpha"]) as second, ThreadPoolExecutor(2) as threads:
+        for result in [threads.submit(one.call, _version, "alpha") for one in (first, second)]:
+            assert result.result(60) == "1.0"
+        assert first.environment_path == second.environment_path
+    assert len(_complete(host)) == 1
+
+
+def _begun(index: Index) -> None:
+    assert index.waiting.wait(60)
+
+
+def test_a_link_that_is_lost_while_it_is_made(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    host = make_hosts(1)[0]
+    with _connect(host, ["alpha"]) as runtime:
+        runtime.call(int)  # resolved
+    host.run("rm -rf ~/.cache/lazycluster", user=host.user)
+    index.add("beta")
+    index.gate.clear()
+    with _connect(host, ["alpha", "beta"]) as runtime, ThreadPoolExecutor(1) as thread:
+        future = thread.submit(runtime.prepare)
+        _begun(index)
+        for session in host.sessions():
+            os.kill(session.pid, signal.SIGKILL)
+        index.gate.set()
+        with pytest.raises(LazyclusterError, match="host1"):
+            future.result(60)
+    with _connect(host, ["alpha", "beta"]) as runtime:
+        assert runtime.call(_version, "beta") == "1.0"
+    assert len(_complete(host)) == 1
+
+
+_VICTIM = """
+import sys
+from lazycluster import Runtime
+runtime = Runtime("host1", connection_kwargs={"config_file": sys.argv[1]}, environment=["alpha"])
+print("go", flush=True)
+runtime.prepare()
+"""
+
+
+def test_a_manager_that_is_killed_while_it_makes_one(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    host = make_hosts(1)[0]
+    with _connect(host, ["alpha"]) as runtime:
+        runtime.prepare()
+    host.run("rm -rf ~/.cache/lazycluster/envs ~/.cache/lazycluster/wheels", user=host.user)
+    # A file of the host's that nobody can finish: the installer waits for the lock of its cache.
+    holder = subprocess.Popen(
+        host.inside(f"flock {host.home}/.cache/lazycluster/cache/.lock cat", user=host.user), stdin=-1
+    )
+    try:
+        victim = subprocess.Popen([sys.executable, "-c", _VICTIM, host._pool.config_file], stdout=-1)
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == b"go\n"
+        _until(lambda: any("/uv" in process.command for process in host.processes()))
+        victim.kill()
+        victim.communicate()
+        _until(lambda: not any("/uv" in process.command for process in host.processes()))
+    finally:
+        holder.communicate(b"")
+    with _connect(host, ["alpha"]) as runtime:
+        assert runtime.call(_version, "alpha") == "1.0"
+    assert len(_complete(host)) == 1
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        threading.Event().wait(0.02)
+
+
+def test_clocks_that_are_years_off(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    index.add("beta")
+    host = make_hosts(1)[0]
+    for name in ("alpha", "beta"):
+        with _connect(host, [name]) as runtime:
+            runtime.prepare()
+    stamps = [path for path in host.path("~/.cache/lazycluster/envs").iterdir() if path.name.endswith(".use")]
+    for path, stamp in zip(stamps, (0, 4_000_000_000), strict=True):
+        os.utime(path, (stamp, stamp))
+    with _connect(host, ["alpha"]) as runtime:
+        assert runtime.call(_version, "alpha") == "1.0"
