@@ -13,7 +13,8 @@ from lazycluster.runtimes import LocalRuntime
 
 def connect(config_file: str, names: list[str], **options: Any) -> RuntimeGroup:
     options.setdefault("python", sys.executable)
-    return RuntimeGroup(hosts=names, connection_kwargs={"config_file": config_file}, **options)
+    settings = {"config_file": config_file, **options.pop("connection_kwargs", {})}
+    return RuntimeGroup(hosts=names, connection_kwargs=settings, **options)
 
 
 @contextlib.contextmanager

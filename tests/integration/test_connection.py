@@ -182,7 +182,7 @@ def test_lost_hosts_are_noticed(make_hosts: Make, failure: str) -> None:
         with pytest.raises(ConnectionLostError):
             await connection.request("ping")
 
-    with_connections(hosts, body)
+    with_connections(hosts, body, reconnect=2)
     if failure == "cut_off":
         hosts[0].restore()
         hosts[0].clear()

@@ -289,7 +289,7 @@ def test_more_workers_wanted_than_asked_for(group: RuntimeGroup) -> None:
 
 def test_a_host_that_is_lost_while_the_cluster_runs(make_hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
     hosts = make_hosts(3)
-    with ssh_group(hosts) as group, DaskCluster(group) as cluster:
+    with ssh_group(hosts, connection_kwargs={"reconnect": 2}) as group, DaskCluster(group) as cluster:
         cluster.start()
         with cluster.get_client(timeout=20) as client:
             futures = client.map(lambda number: number * 2, range(60), pure=False)

@@ -230,7 +230,7 @@ def test_interrupted(make_hosts: Any, tmp_path: Path, way: str, how: str) -> Non
             await task
         assert (caught.type is asyncio.CancelledError) == (how == "cancel")
 
-    over_ssh(hosts, body)
+    over_ssh(hosts, body, reconnect=2)
     assert os.listdir(here) == ["file"]
     if how != "power":
         assert settled(lambda: os.listdir(there) == ["file"])

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -134,6 +134,7 @@ class Session:
         self._let_go_done = {"done": False}
         # A runtime that nobody refers to any more lets go of its host; not at exit, where one hook does it for all.
         weakref.finalize(self, _let_go, lease, self._owner, self._let_go_done).atexit = False
+        self._renewal = _renewal(weakref.ref(self))
 
     @classmethod
     async def open(cls, spec: HostSpec, like: Session | None = None) -> Session:
@@ -160,12 +161,20 @@ class Session:
                 session.base_env, session.python = like.base_env, like.python
             session.working_dir = await session._make_working_dir()
             session._choose_environment()
+            session.connection.on_renewal.append(session._renewal)
         except BaseException as error:
             await session.close()
             if isinstance(error, (AgentError, ConnectionLostError)):
                 raise InvalidRuntimeError(spec.host, "lost", str(error)) from error
             raise
         return session
+
+    async def renew(self) -> None:
+        """Prepare the host once more: its agent has gone, with all that was prepared, and there is a new one."""
+        self.temporary.clear()
+        await self._prepare()
+        self.working_dir = await self._make_working_dir()
+        self._choose_environment()
 
     async def _prepare(self) -> None:
         if self.spec.setup is not None:
@@ -303,7 +312,9 @@ class Session:
         try:
             return await asyncio.wait_for(self.connection.request(op, **params), ANSWER_LIMIT)
         except asyncio.TimeoutError:
-            raise LazyclusterError(f"{self.host}: no answer to {op!r} within {ANSWER_LIMIT:g} s") from None
+            interrupted = f"; its link is interrupted: {self.connection.why}"
+            more = interrupted if self.connection.state == "interrupted" else ""
+            raise LazyclusterError(f"{self.host}: no answer to {op!r} within {ANSWER_LIMIT:g} s{more}") from None
 
     async def capture(self, context: Context, **command: Any) -> tuple[int, str]:
         """Run a short command under a deadline.
@@ -337,12 +348,23 @@ class Session:
         self._released = True
         self.state = "closed"
         self._let_go_done["done"] = True
+        with contextlib.suppress(ValueError):
+            self.connection.on_renewal.remove(self._renewal)
         if self.connection.state == "open" and self.lease._users > 1:  # else they go with the agent
             for path in self.temporary:
                 with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
                     await asyncio.wait_for(self.connection.request("remove", path=path), ANSWER_LIMIT)
         self.temporary.clear()
         await self.lease.give_back()
+
+
+def _renewal(reference: weakref.ref[Session]) -> Callable[[], Awaitable[None]]:
+    async def renew() -> None:
+        session = reference()
+        if session is not None:
+            await session.renew()
+
+    return renew
 
 
 def _let_go(lease: Lease, owner: int, token: dict[str, bool]) -> None:

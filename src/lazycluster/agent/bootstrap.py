@@ -123,7 +123,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
         os.close(held)
         if local:
             _forget_streams()
-        _serve(directory, listener, me, watched)
+        _serve(directory, listener, me, watched, local)
     os.close(watched)
     listener.close()
     if local:
@@ -133,11 +133,11 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     os._exit(0)
 
 
-def _serve(directory: str, listener: socket.socket, guardian: int, alive: int) -> None:
+def _serve(directory: str, listener: socket.socket, guardian: int, alive: int, local: bool) -> None:
     status = 1
     try:
         server = import_module(PACKAGE + ".server")
-        status = 0 if server.Agent(directory, listener, guardian, alive).run() else 3
+        status = 0 if server.Agent(directory, listener, guardian, alive, local).run() else 3
     finally:
         os._exit(status)
 

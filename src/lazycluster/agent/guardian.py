@@ -14,9 +14,10 @@ from .processes import descendants, parent_of, send_signal, start_time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Dict, Iterable, List, Optional
+    from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 KEEP_FILE = "keep.json"
+SSHD_FILE = "sshd"  # names the sshd that serves the manager now, if it is not the first
 _PR_SET_CHILD_SUBREAPER = 36
 _PATIENCE = 1.0
 
@@ -51,10 +52,20 @@ def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
             orderly = status == 0
             break
     end_descendants()
+    sshd, sshd_started = _present_sshd(directory) or (sshd, sshd_started)
     clean(directory)
     if sshd and not orderly and start_time(sshd) == sshd_started is not None:
         # ssh lingers while a forwarded connection is open; its manager has gone, so nobody else ends it.
         send_signal([sshd], signal.SIGTERM)
+
+
+def _present_sshd(directory: str) -> Optional[Tuple[int, int]]:
+    try:
+        with open(os.path.join(directory, SSHD_FILE)) as file:
+            pid, started = file.read().split()
+        return int(pid), int(started)
+    except (OSError, ValueError):
+        return None
 
 
 def end_descendants() -> None:

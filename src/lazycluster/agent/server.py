@@ -14,14 +14,16 @@ from importlib import import_module
 
 from .guardian import KEEP_FILE, clean, remove
 from .loop import Loop
+from .presence import Presence
 from .processes import AGENT_MARKER, Ending, descendants, marks, send_signal, start_time, tree_of
-from .session import Channel, Session
+from .session import Channel
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
-SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
+    from .session import Session
+
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
 _SWEEP_DELAY = 0.5
 _YOUNG = 10.0
@@ -57,34 +59,33 @@ class Agent:
         loop: The reactor.
         directory: The agent's private directory; everything temporary lives in it.
         identity: The agent's name, which its processes carry in their environment.
+        ending: Whether it is about to end.
     """
 
-    def __init__(self, directory: str, listener: socket.socket, guardian: int, alive: int) -> None:
+    def __init__(self, directory: str, listener: socket.socket, guardian: int, alive: int, local: bool) -> None:
         self.loop = Loop()
         self.directory = directory
         self.identity = identity()
         self._listener = listener
         self._guardian = guardian
         self._alive_fd = alive
-        self._session: Optional[Session] = None
-        self._waiting: List[socket.socket] = []
-        self._ending = False
+        self.ending = False
+        self._presence = Presence(self, local)
         self._orderly = False
-        self._heard = False
         listener.setblocking(False)
         self.loop.add_reader(listener.fileno(), self._accept)
         self.loop.add_reader(alive, self._orphaned)  # it becomes readable only when the guardian has died
         self.loop.call_later(_FIRST_SESSION_LIMIT, self._look_for_session)
-        self.loop.call_later(SILENCE_LIMIT, self._look)
 
     def run(self) -> bool:
         """Serve until the manager has gone; returns whether it said so."""
         try:
             self.loop.run()
         except Exception:
-            if self._session is not None:
-                Channel(self._session, 0, {}).event(crash=_traceback())
-                self._session.flush_and_close()
+            session = self._presence.session
+            if session is not None:
+                Channel(session, 0, {}).event(crash=_traceback())
+                session.flush_and_close()
             raise
         return self._orderly
 
@@ -102,12 +103,12 @@ class Agent:
             return
         if purpose == b"bulk" and fds:
             self._serve_bulk(connection, fds)
-        elif purpose == b"session" and self._session is None and len(fds) == 2:
-            # The session's own process ends when this socket does: keep it as long as the agent lives.
-            self._waiting.append(connection)
-            self._session = Session(self, fds[0], fds[1])
-            Channel(self._session, 0, {}).event(**self._hello())
+        elif purpose == b"session" and self._presence.session is None and len(fds) == 2:
+            session = self._presence.begin(connection, fds)
+            Channel(session, 0, {}).event(**self._hello())
             self.loop.call_later(_SWEEP_DELAY, self._sweep)
+        elif purpose == b"rejoin" and len(fds) == 2:
+            self._presence.rejoin(connection, fds)
         else:
             connection.close()
 
@@ -126,6 +127,7 @@ class Agent:
             "identity": self.identity,
             "platform": sys.platform,
             "boot_id": _read("/proc/sys/kernel/random/boot_id"),
+            "booted": start_time(1) or 0,
             "machine_id": _read("/etc/machine-id"),
             "network": _link("/proc/self/ns/net"),
             "path": os.environ.get("PATH", ""),
@@ -159,6 +161,8 @@ class Agent:
                 self._keep(channel)
             elif operation == "stop":
                 self._stop(channel)
+            elif operation == "session":
+                self._presence.agree(channel)
             elif operation == "ping":
                 channel.result()
             elif operation in _HANDLERS:
@@ -185,33 +189,27 @@ class Agent:
 
         def told() -> None:
             channel.result()
-            if self._session is not None:
-                self._session.flush_and_close()
+            if self._presence.session is not None:
+                self._presence.session.flush_and_close()
 
         self.end(told)
 
     # --- the end -------------------------------------------------------------------------------
     def heard(self) -> None:
         """Note that the manager is alive."""
-        self._heard = True
+        self._presence.heard()
+
+    def streams_ended(self, session: Session, error: Optional[Exception]) -> None:
+        """Handle the end of the manager's streams."""
+        self._presence.streams_ended(session, error)
 
     def _sweep(self) -> None:
         end_orphans()
         remove(abandoned(self.directory))
 
     def _look_for_session(self) -> None:
-        if self._session is None:
+        if self._presence.session is None:
             self.end()
-
-    def _look(self) -> None:
-        if not self._heard:
-            self.end()
-        self._heard = False
-        self.loop.call_later(SILENCE_LIMIT, self._look)
-
-    def session_ended(self, session: Session, error: Optional[Exception]) -> None:
-        """Handle the end of the manager's stream."""
-        self.end()
 
     def _orphaned(self) -> None:
         self.loop.remove_reader(self._alive_fd)
@@ -219,17 +217,14 @@ class Agent:
 
     def end(self, then: Optional[Callable[[], Any]] = None) -> None:
         """End everything that was started, call `then`, and stop."""
-        if self._ending:
+        if self.ending:
             return
-        self._ending = True
+        self.ending = True
 
         def ended() -> None:
             if then is not None:
                 then()
-            if self._session is not None:
-                self._session.close()
-            for connection in self._waiting:
-                connection.close()
+            self._presence.close()
             self.loop.stop()
 
         Ending(self.loop, self._alive, ended)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+import time
 
 from . import wire
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Optional, Protocol
 
     from .loop import Loop
+    from .spool import Spool
 
     class Owner(Protocol):
         """What a session needs of the agent."""
@@ -26,13 +29,15 @@ if TYPE_CHECKING:
         def heard(self) -> None:
             """Note that the manager is alive."""
 
-        def session_ended(self, session: "Session", error: Optional[Exception]) -> None:
-            """Handle the end of the manager's stream."""
+        def streams_ended(self, session: "Session", error: Optional[Exception]) -> None:
+            """Handle the end of the manager's streams, or that they hold something else than frames."""
 
 
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024  # bytes queued for the manager above which sources are not read
 _LOW_WATER = 256 * 1024
+_IN_MEMORY = 4 * 1024 * 1024  # bytes that wait in memory while the manager cannot be reached; the rest goes to a file
+_LAST_WORDS = 2.0  # seconds that the manager gets to take what is left at the end
 
 
 def _nothing(*_: Any) -> None:
@@ -68,7 +73,7 @@ class Channel:
     @property
     def writable(self) -> bool:
         """Whether more may be sent now; if not, stop reading the source until `on_drain` is called."""
-        return self._session.queued < _HIGH_WATER
+        return self._session.writable
 
     def _send(self, kind: int, payload: bytes) -> None:
         if self.open:
@@ -114,39 +119,121 @@ class Channel:
 
 
 class Session:
-    """The streams to and from one manager."""
+    """What is said to and by one manager, over streams that may be replaced.
 
-    def __init__(self, agent: "Owner", fd_in: int, fd_out: int) -> None:
+    Attributes:
+        agent: Whose it is.
+        channels: The open channels by their numbers.
+        silent: Whether nobody seems to listen, though the streams are there.
+    """
+
+    def __init__(self, agent: "Owner") -> None:
         self.agent = agent
         self.channels: Dict[int, Channel] = {}
-        self._in, self._out = fd_in, fd_out
+        self.silent = False
+        self._in = self._out = -1
+        self._muted = False
         self._decoder = wire.Decoder()
         self._outbox = wire.Outbox()
+        self._told = 0  # of how many bytes the manager knows that they have arrived
         self._writing = False
         self._closed = False
+
+    # --- streams -------------------------------------------------------------------------------
+    @property
+    def attached(self) -> bool:
+        """Whether there are streams."""
+        return self._in >= 0
+
+    @property
+    def received(self) -> int:
+        """How many bytes have come from the manager."""
+        return self._decoder.total
+
+    def attach(self, fd_in: int, fd_out: int) -> None:
+        """Go on with these streams, which this closes."""
         os.set_blocking(fd_in, False)
         os.set_blocking(fd_out, False)
-        agent.loop.add_reader(fd_in, self._readable)
+        self._in, self._out = fd_in, fd_out
+        self.silent = self._muted = False
+        self.agent.loop.add_reader(fd_in, self._readable)
+        self._flush()
+
+    def keep(self) -> None:
+        """From now on, keep what is sent until it has been acknowledged."""
+        self._outbox.keeps = True
+
+    def rewind(self, total: int) -> None:
+        """Have everything after the first `total` bytes sent again.
+
+        Raises:
+            ProtocolError: If that cannot be.
+        """
+        self._outbox.rewind(total)
+
+    def detach(self) -> None:
+        """Close the streams; what is sent waits for others."""
+        if not self.attached:
+            return
+        self.mute()
+        for fd in {self._in, self._out}:
+            try:
+                os.close(fd)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+        self._in = self._out = -1
+        self._drained()
+
+    def mute(self) -> None:
+        """Neither read nor write any more; the streams stay open, to be looked at."""
+        if not self._muted:
+            self._muted = True
+            self.agent.loop.remove_reader(self._in)
+            if self._writing:
+                self._writing = False
+                self.agent.loop.remove_writer(self._out)
+
+    def fall_silent(self) -> None:
+        """Do not count on the manager taking anything soon."""
+        self.silent = True
+        self._drained()
+
+    def out_is_broken(self) -> bool:
+        """Whether nobody can read what is sent."""
+        poll = select.poll()
+        poll.register(self._out, 0)
+        return bool(poll.poll(0))
 
     # --- out -----------------------------------------------------------------------------------
     @property
-    def queued(self) -> int:
-        """The bytes that wait for the manager to take them."""
-        return self._outbox.size
+    def writable(self) -> bool:
+        """Whether more should be sent now."""
+        box = self._outbox
+        if self.attached and not self.silent:
+            return box.size < _HIGH_WATER and box.held < wire.HELD
+        return box.size < _IN_MEMORY or not self._spool().full
+
+    def _spool(self) -> "Spool":
+        from .spool import Spool
+
+        if self._outbox.spool is None:
+            self._outbox.spool = Spool(self.agent.directory)
+        return self._outbox.spool  # type: ignore[return-value]
 
     def send(self, data: bytes) -> None:
         """Queue a frame and write what can be written at once."""
         if self._closed:
             return
         self._outbox.put(data)
-        if not self._writing:
+        if self.attached and not self._writing and not self._muted:
             self._flush()
 
     def _flush(self) -> None:
         try:
             self._outbox.write(self._out)
         except OSError as error:
-            self._lost(error)
+            self.agent.streams_ended(self, error)
             return
         waiting = self._outbox.size > 0
         if waiting != self._writing:
@@ -157,9 +244,13 @@ class Session:
                 self.agent.loop.remove_writer(self._out)
 
     def _drain(self) -> None:
-        before = self.queued
+        before = self._outbox.size
         self._flush()
-        if before >= _LOW_WATER > self.queued and not self._closed:
+        if before >= _LOW_WATER > self._outbox.size:
+            self._drained()
+
+    def _drained(self) -> None:
+        if not self._closed:
             for channel in list(self.channels.values()):
                 channel.on_drain()
 
@@ -170,23 +261,33 @@ class Session:
         except BlockingIOError:
             return
         except OSError as error:
-            self._lost(error)
+            self.agent.streams_ended(self, error)
             return
         if not data:
-            self._lost(None)
+            self.agent.streams_ended(self, None)
             return
         self.agent.heard()
         try:
             for number, kind, payload in self._decoder.feed(data):
                 self._dispatch(number, kind, payload)
         except wire.ProtocolError as error:
-            self._lost(error)
+            self.agent.streams_ended(self, error)
+            return
+        if self._outbox.keeps and self.received - self._told >= wire.ACK_UNIT:
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        self._told = self.received
+        self.send(wire.ack_frame(self._told))
 
     def _dispatch(self, number: int, kind: int, payload: bytes) -> None:
         if kind == wire.REQUEST:
             channel = Channel(self, number, wire.loads(payload))
             self.channels[number] = channel
             self.agent.handle(channel)
+            return
+        if kind == wire.ACK:
+            self._acknowledged(int.from_bytes(payload, "big"))
             return
         known = self.channels.get(number)
         if known is None:
@@ -198,6 +299,14 @@ class Session:
         elif kind == wire.CONTROL:
             self._control(number, known, wire.loads(payload))
 
+    def _acknowledged(self, total: int) -> None:
+        before = self._outbox.held
+        if self._outbox.keeps:
+            self._outbox.acknowledge(total)
+        self._acknowledge()  # it is the manager's heartbeat, too
+        if before >= wire.HELD > self._outbox.held:
+            self._drained()
+
     def _control(self, number: int, channel: Channel, message: Dict[str, Any]) -> None:
         if message.get("abandon"):
             channel.open = False
@@ -207,15 +316,18 @@ class Session:
             channel.on_control(message)
 
     # --- end -----------------------------------------------------------------------------------
-    def _lost(self, error: Optional[Exception]) -> None:
-        self.close()
-        self.agent.session_ended(self, error)
-
     def flush_and_close(self) -> None:
-        """Write what is queued, waiting for the reader, then close."""
-        if not self._closed:
-            os.set_blocking(self._out, True)
-            self._flush()
+        """Write what is queued, if the manager takes it soon, then close."""
+        deadline = time.monotonic() + _LAST_WORDS
+        poll = select.poll()
+        if self.attached:
+            poll.register(self._out, select.POLLOUT)
+        while self.attached and self._outbox.size and time.monotonic() < deadline:
+            poll.poll(50)
+            try:
+                self._outbox.write(self._out)
+            except OSError:
+                break
         self.close()
 
     def close(self) -> None:
@@ -223,16 +335,7 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        loop = self.agent.loop
-        loop.remove_reader(self._in)
-        if self._writing:
-            loop.remove_writer(self._out)
-        for fd in {self._in, self._out}:
-            try:
-                os.close(fd)
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
+        self.detach()
         self._outbox.clear()
         for channel in list(self.channels.values()):
             channel.open = False

@@ -14,7 +14,22 @@ from collections import deque
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Deque, Dict, Iterator, Tuple, Union
+    from typing import Any, Deque, Dict, Iterator, Optional, Protocol, Tuple, Union
+
+    class Spool(Protocol):
+        """What takes bytes where memory is not enough, and gives them back in order."""
+
+        size: int
+
+        def put(self, data: Union[bytes, memoryview]) -> None:
+            """Add bytes."""
+
+        def take(self) -> bytes:
+            """Return the next bytes, as many as it likes to."""
+
+        def close(self) -> None:
+            """Drop what is there."""
+
 
 HEADER = struct.Struct("!IIB")
 MAX_PAYLOAD = 256 * 1024
@@ -22,16 +37,19 @@ MAX_BYTES = 1024 * 1024  # what a frame of bytes may hold when it comes; what is
 FROM_AGENT = 8 * 1024 * 1024  # what a message of an agent may hold: the longest tell an environment
 WINDOW = 4 * 1024 * 1024  # bytes of INPUT or OUTPUT that may be under way on a channel before they are consumed
 CREDIT_UNIT = WINDOW // 4  # consumed bytes are reported in portions of this size
+HELD = 8 * 1024 * 1024  # bytes that may be written and not acknowledged; more than what ssh and its pipes take
+ACK_UNIT = 256 * 1024  # received bytes are acknowledged in portions of this size
+TOTAL_SIZE = 8  # bytes of a count of bytes
 
 # manager to agent
 REQUEST, INPUT, INPUT_END, CONTROL = 1, 2, 3, 4
 # both ways
-CREDIT = 8
+CREDIT, ACK = 8, 9
 # agent to manager
 STDOUT, STDERR, OUTPUT, EVENT, RESULT = 16, 17, 18, 19, 20
 
 _MESSAGES = frozenset((REQUEST, CONTROL, EVENT, RESULT))
-_KINDS = _MESSAGES | {INPUT, INPUT_END, CREDIT, STDOUT, STDERR, OUTPUT}
+_KINDS = _MESSAGES | {INPUT, INPUT_END, CREDIT, ACK, STDOUT, STDERR, OUTPUT}
 
 
 class ProtocolError(Exception):
@@ -46,6 +64,11 @@ def frame(channel: int, kind: int, payload: bytes = b"") -> bytes:
 def json_frame(channel: int, kind: int, message: Any) -> bytes:
     """Return one frame whose payload is JSON. Lone surrogates (undecodable file names) survive the round trip."""
     return frame(channel, kind, json.dumps(message, separators=(",", ":")).encode("ascii"))
+
+
+def ack_frame(total: int) -> bytes:
+    """Return the frame that says how many bytes have been received in all."""
+    return frame(0, ACK, total.to_bytes(TOTAL_SIZE, "big"))
 
 
 def loads(payload: bytes) -> Dict[str, Any]:
@@ -68,9 +91,13 @@ class Decoder:
 
     Args:
         limit: The longest message that is taken, in bytes; those of a manager hold programs and environments.
+
+    Attributes:
+        total: How many bytes it was fed.
     """
 
     def __init__(self, limit: int = 64 * 1024 * 1024) -> None:
+        self.total = 0
         self._buffer = bytearray()
         self._limit = limit
 
@@ -80,6 +107,7 @@ class Decoder:
         Raises:
             ProtocolError: The stream holds something else than frames.
         """
+        self.total += len(data)
         buffer = self._buffer
         buffer += data
         position, end, head = 0, len(buffer), HEADER.size
@@ -98,22 +126,35 @@ class Decoder:
 
 
 class Outbox:
-    """Bytes that wait to be written to a non-blocking descriptor.
+    """Bytes for a non-blocking descriptor: those that wait, and those that were written and may be needed again.
+
+    When it `keeps`, what is written is kept until the other side has acknowledged it: so another descriptor can take
+    over, and go on where that side's bytes end.
 
     Attributes:
         size: How many wait.
+        held: How many were written and not acknowledged.
+        done: How many were written and are not kept.
+        keeps: Whether it keeps what it writes.
+        spool: Takes what is added while there is one; a file, when memory is not enough.
     """
 
     def __init__(self) -> None:
-        self.size = 0
+        self.size = self.held = self.done = 0
+        self.keeps = False
+        self.spool: Optional[Spool] = None
         self._parts: Deque[memoryview] = deque()
+        self._written: Deque[memoryview] = deque()
 
     def put(self, *parts: Union[bytes, memoryview]) -> None:
         """Add bytes."""
         for part in parts:
             if part:
-                self._parts.append(memoryview(part))
                 self.size += len(part)
+                if self.spool is None:
+                    self._parts.append(memoryview(part))
+                else:
+                    self.spool.put(part)
 
     def write(self, fd: int) -> None:
         """Write as much as is taken at once.
@@ -122,23 +163,87 @@ class Outbox:
             OSError: Nobody reads any more.
         """
         try:
-            while self._parts:
+            while self.size:
+                if not self._parts:
+                    self._fetch()
                 batch = [self._parts[i] for i in range(min(len(self._parts), 64))]
-                self._written(os.writev(fd, batch))
+                self._advance(os.writev(fd, batch))
         except BlockingIOError:
             pass
 
-    def _written(self, count: int) -> None:
+    def _fetch(self) -> None:
+        assert self.spool is not None
+        self._parts.append(memoryview(self.spool.take()))
+        if not self.spool.size:
+            self.spool.close()
+            self.spool = None
+
+    def _advance(self, count: int) -> None:
         self.size -= count
+        keep = self._written.append if self.keeps else None
+        if keep is None:
+            self.done += count
+        else:
+            self.held += count
         while count:
             first = self._parts[0]
             if count < len(first):
+                if keep is not None:
+                    keep(first[:count])
                 self._parts[0] = first[count:]
                 return
             count -= len(first)
             self._parts.popleft()
+            if keep is not None:
+                keep(first)
+
+    def acknowledge(self, total: int) -> None:
+        """Let go of what has arrived: `total` bytes, from the first one on.
+
+        Raises:
+            ProtocolError: If so many were not sent.
+        """
+        count = max(0, total - self.done)
+        if count > self.held:
+            raise ProtocolError("{} bytes are acknowledged, of {}".format(total, self.done + self.held))
+        if not count:
+            return
+        self.done = total
+        self.held -= count
+        while count:
+            first = self._written[0]
+            if count < len(first):
+                self._written[0] = first[count:]
+                return
+            count -= len(first)
+            self._written.popleft()
+
+    def keep_nothing(self) -> None:
+        """Let go of what was written, and do not keep it from now on."""
+        self.keeps = False
+        self.done += self.held
+        self.held = 0
+        self._written.clear()
+
+    def rewind(self, total: int) -> None:
+        """Have everything after the first `total` bytes wait again: the descriptor that it was written to has gone.
+
+        Raises:
+            ProtocolError: If not all of it is there.
+        """
+        if total < self.done:
+            raise ProtocolError("{} bytes have arrived, but {} are not kept any more".format(total, self.done))
+        self.acknowledge(total)
+        self._parts.extendleft(reversed(self._written))
+        self._written.clear()
+        self.size += self.held
+        self.held = 0
 
     def clear(self) -> None:
-        """Drop what waits."""
+        """Drop everything."""
         self._parts.clear()
-        self.size = 0
+        self._written.clear()
+        self.size = self.held = 0
+        if self.spool is not None:
+            self.spool.close()
+            self.spool = None

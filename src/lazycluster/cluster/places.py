@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lazycluster.exceptions import LazyclusterError
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -51,6 +51,9 @@ def places_of(group: RuntimeGroup) -> list[Place]:
     for runtime in group.runtimes:
         try:
             context = runtime.task_context()
+            if runtime.connection.state == "interrupted":
+                # What has to be ready within some time cannot wait for as long as a link is given to come back.
+                raise ConnectionLostError(runtime.host, f"the link is interrupted: {runtime.connection.why}")
         except LazyclusterError as error:
             places.append(Place(runtime.host, runtime.connection, problem=error))
         else:

@@ -28,10 +28,17 @@ __all__ = ["MAX_CONTROL_PATH", "Destination", "Settings", "parse_destination", "
 DEFAULT_TIMEOUT = 20.0
 """Seconds until a host that does not answer is given up."""
 
+DEFAULT_LINK_TIMEOUT = 10.0
+"""Seconds within which it is noticed that a link has dropped."""
+
+DEFAULT_GRACE = 300.0
+"""Seconds for which a host waits for a manager whose link has dropped."""
+
 MAX_CONTROL_PATH = 80
 """ssh appends 17 characters to the path while it starts to listen, and a socket's path must stay below 104."""
 
 _OLDEST_SSH = (7, 6)
+_LONGEST_SPAN = 30 * 86400
 _HOST_KEYS = {"strict": "yes", "accept-new": "accept-new"}
 
 
@@ -55,6 +62,10 @@ class Settings:
         ssh_options: Further options of ``ssh_config``, each as ``Key=Value``.
         relay: ``agent``: where the host's sshd forbids to forward ports, they are carried by our agent there, over a
             further session. Whoever forbade it may have meant that. None: it is an error.
+        link_timeout: Seconds within which it is noticed that the link to the host has dropped.
+        grace: Seconds for which the host goes on with what runs there while the link is down, and keeps what comes out;
+            0 ends everything as soon as the link drops.
+        reconnect: Seconds for which a link that has dropped is tried again; None: as long as ``grace``.
     """
 
     host: str
@@ -70,6 +81,9 @@ class Settings:
     host_keys: str | None = None
     ssh_options: tuple[str, ...] = ()
     relay: str | None = None
+    link_timeout: float = DEFAULT_LINK_TIMEOUT
+    grace: float = DEFAULT_GRACE
+    reconnect: float | None = None
 
     @classmethod
     def parse(cls, host: str, connection_kwargs: Mapping[str, Any] | None = None) -> Settings:
@@ -141,6 +155,21 @@ def _timeout(what: str, value: Any) -> float:
         raise TypeError(f"{what} must be a number of seconds, not {type(value).__name__}")
     if not 0 < value <= 86400:
         raise ValueError(f"{what} must be more than 0 and at most 86400 seconds, not {value}")
+    return float(value)
+
+
+def _link_timeout(what: str, value: Any) -> float:
+    seconds = _timeout(what, value)
+    if seconds < 1:
+        raise ValueError(f"{what} must be at least 1 second, not {value}")
+    return seconds
+
+
+def _span(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{what} must be a number of seconds, not {type(value).__name__}")
+    if not 0 <= value <= _LONGEST_SPAN:
+        raise ValueError(f"{what} must be at least 0 and at most {_LONGEST_SPAN} seconds, not {value}")
     return float(value)
 
 
@@ -219,6 +248,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "host_keys": _host_keys,
     "ssh_options": check_options,
     "relay": _relay,
+    "link_timeout": _link_timeout,
+    "grace": _span,
+    "reconnect": _span,
 }
 
 assert set(_CHECKS) == {f.name for f in fields(Settings)} - {"host", "target"}
@@ -329,7 +361,9 @@ def _options(settings: Settings, version: tuple[int, int], ask: bool) -> list[st
     options += settings.ssh_options
     given = {option.partition("=")[0].lower() for option in settings.ssh_options}
     # The user's configuration does not count here: without these a dead link hangs for ever.
-    for name, value in (("ServerAliveInterval", 2), ("ServerAliveCountMax", 4)):
+    every = max(1, int(settings.link_timeout / 5))
+    count = max(1, int(settings.link_timeout / every) - 1)
+    for name, value in (("ServerAliveInterval", every), ("ServerAliveCountMax", count)):
         if name.lower() not in given:
             options.append(f"{name}={value}")
     return options

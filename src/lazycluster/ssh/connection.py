@@ -8,13 +8,15 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
 
 from .link import AgentLink, Bytes, Channel, Event
+from .mark import Mark, StartError, read_mark
+from .mux import Forward
 from .process import WatchedProcess
 from .program import OLDEST_PYTHON, expected, payload
 
@@ -22,9 +24,7 @@ State = Literal["new", "connecting", "open", "interrupted", "lost", "closed"]
 
 logger = logging.getLogger("lazycluster")
 
-HEARTBEAT = 20.0  # seconds; the agent ends everything after it has heard nothing for 15 of these
 STOP_PATIENCE = 6.0  # seconds that the agent gets to end what it started
-_NOISE_LIMIT = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Hello:
     identity: str
     platform: str
     boot_id: str
+    booted: int
     machine_id: str
     network: str
     path: str
@@ -54,7 +55,7 @@ class Hello:
         Raises:
             ValueError: If it makes no sense.
         """
-        kinds = {"python": list, "pid": int, "uid": int}
+        kinds = {"python": list, "pid": int, "uid": int, "booted": int}
         values: dict[str, Any] = {field.name: message.get(field.name) for field in fields(cls)}
         wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
         python = [part for part in message.get("python") or () if isinstance(part, int)]
@@ -66,20 +67,6 @@ class Hello:
 StateCallback = Callable[[State, str], Any]
 
 
-class StartError(Exception):
-    """The agent did not start.
-
-    Attributes:
-        output: What came instead of the agent's mark.
-        status: The exit status of the process, None if it still ran.
-    """
-
-    def __init__(self, output: str, status: int | None) -> None:
-        self.output = output
-        self.status = status
-        super().__init__(output)
-
-
 class Connection(abc.ABC):
     """The connection to one host. All methods are for the event loop's thread, unless they say otherwise.
 
@@ -88,6 +75,7 @@ class Connection(abc.ABC):
         why: Why it is in its state, where that is not what was asked for: what interrupted it, or how it was lost.
         generation: Which agent it leads to: it grows when the host has lost the one before, and all that this one ran.
         on_lost: Called when the connection is lost (not when it is closed), with the reason.
+        on_renewal: Awaited when a new agent has taken the place of a lost one, before the connection is open again.
     """
 
     local = False
@@ -99,11 +87,12 @@ class Connection(abc.ABC):
         self._state: State = "new"
         self._state_callbacks: list[StateCallback] = []
         self.on_lost: list[Callable[[str], Any]] = []
+        self.on_renewal: list[Callable[[], Awaitable[Any]]] = []
         self._owner = os.getpid()
         self._process: WatchedProcess | None = None
         self._link: AgentLink | None = None
         self._hello: Hello | None = None
-        self._heartbeat: asyncio.TimerHandle | None = None
+        self._noise = bytearray()
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
         self.at_close: list[Callable[[], Any]] = []
@@ -154,6 +143,9 @@ class Connection(abc.ABC):
     async def bulk(self) -> socket.socket:
         """Return a blocking stream to a new process on the host that copies files; closing it ends that process."""
 
+    def forget_forwards(self, forwards: Iterable[Forward]) -> None:  # noqa: B027  (most have none)
+        """Do not open these ports again when the link is back."""
+
     async def _release(self) -> None:  # noqa: B027  (most have nothing)
         """Let go of what `open` took, after the process has ended."""
 
@@ -173,7 +165,7 @@ class Connection(abc.ABC):
                 "Make a new Runtime in the child"
             )
         if self.state == "lost":
-            raise ConnectionLostError(self.host, self._why())
+            raise ConnectionLostError(self.host, self.why)
         if self.state not in ("open", "interrupted"):
             raise LazyclusterError(f"{self.host}: the runtime was closed (cleanup() was called); make a new one")
 
@@ -206,112 +198,103 @@ class Connection(abc.ABC):
             channel.close()
             raise
 
+    async def reached(self) -> None:
+        """Wait while the connection is interrupted.
+
+        Raises:
+            ConnectionLostError: If it is lost.
+        """
+        if self.state == "interrupted":
+            news = asyncio.Event()
+            forget = self.on_state(lambda *_: news.set())
+            try:
+                await news.wait()
+            finally:
+                forget()
+        self.check()
+
     # --- starting ------------------------------------------------------------------------------
     async def _bring_up(self, process: WatchedProcess, marker: str) -> None:
-        """Start the agent through a process whose output is a shell's, until the agent's mark."""
+        """Reach the agent through a process whose output is a shell's, until the mark; usually it has to be started."""
         self._process = process
+        self._noise.clear()
         fd_in, fd_out = process.take_streams()
         try:
             os.set_blocking(fd_in, False)
-            version, tag, rest = await self._read_mark(fd_in, expected(marker), process)
-            if version < OLDEST_PYTHON:
-                text = ".".join(map(str, version))
-                oldest = ".".join(map(str, OLDEST_PYTHON))
-                raise InvalidRuntimeError(
-                    self.host,
-                    "python",
-                    f"the host's Python is {text}, but {oldest} or newer is needed",
-                    f'name a newer one with python="/path/to/python{oldest}"',
-                )
+            os.set_blocking(fd_out, False)
+            mark = await read_mark(fd_in, expected(marker), process, self._noise)
+            if mark.kept:
+                await self._take_up(fd_in, fd_out, mark)
+                return
+            self._check_python(mark)
         except BaseException:
             os.close(fd_in)
             os.close(fd_out)
             raise
-        self._link = AgentLink(self.host, fd_in, fd_out, self._ended, rest)
-        self._link.send_soon(payload(self.local, tag))
+        await self._start_agent(fd_in, fd_out, mark)
+
+    def _check_python(self, mark: Mark) -> None:
+        if mark.version < OLDEST_PYTHON:
+            text = ".".join(map(str, mark.version))
+            oldest = ".".join(map(str, OLDEST_PYTHON))
+            raise InvalidRuntimeError(
+                self.host,
+                "python",
+                f"the host's Python is {text}, but {oldest} or newer is needed",
+                f'name a newer one with python="/path/to/python{oldest}"',
+            )
+
+    async def _start_agent(self, fd_in: int, fd_out: int, mark: Mark) -> None:
+        assert self._process is not None
+        link = AgentLink(self.host, fd_in, fd_out, lambda error: self._ended(link, error), mark.rest)
+        link.send_soon(payload(self.local, mark.tag))
         try:
-            self._hello = Hello.parse(await self._link.hello)
+            hello = Hello.parse(await link.hello)
         except ValueError as error:
+            link.lost("given up")
             raise InvalidRuntimeError(self.host, "protocol", str(error)) from None
         except ConnectionLostError:
-            status = await process.exited if process.exited.done() else None
+            status = await self._process.exited if self._process.exited.done() else None
             raise StartError("the agent did not start", status) from None
-
-    async def _read_mark(self, fd: int, mark: bytes, process: WatchedProcess) -> tuple[tuple[int, ...], str, bytes]:
-        """Read until the mark's line; returns the version and the cache tag that it tells, and what came after."""
-        loop = asyncio.get_running_loop()
-        seen = bytearray()
-        found: asyncio.Future[tuple[tuple[int, ...], str, bytes]] = loop.create_future()
-
-        def readable() -> None:
-            try:
-                data = os.read(fd, 65536)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            seen.extend(data)
-            start = seen.find(mark)
-            end = seen.find(b"\n", start + len(mark)) if start >= 0 else -1
-            if end >= 0:
-                loop.remove_reader(fd)
-                numbers, _, tag = seen[start + len(mark) : end].decode("ascii", "replace").partition(" ")
-                version = tuple(int(part) for part in numbers.split(".") if part.isdigit())
-                found.set_result((version, tag, bytes(seen[end + 1 :])))
-            elif not data or len(seen) > _NOISE_LIMIT:
-                loop.remove_reader(fd)
-                found.set_exception(StartError("", None))
-
-        loop.add_reader(fd, readable)
-        try:
-            return await found
-        except StartError:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(process.exited), 1.0)
-            status = process.exited.result() if process.exited.done() else None
-            raise StartError(seen[-4096:].decode("utf-8", "replace"), status) from None
-        except asyncio.CancelledError:
-            loop.remove_reader(fd)
-            self._noise = seen[-4096:].decode("utf-8", "replace")
+        except BaseException:
+            link.lost("given up")
             raise
+        self._link, self._hello = link, hello
+        self.generation += 1
 
-    _noise = ""
-
-    def _opened(self) -> None:
-        self._become("open")
-        self._beat()
-
-    def _beat(self) -> None:
-        if self._link is not None and self._link.is_open:
-            self._link.open_channel("ping", {})
-            self._heartbeat = asyncio.get_running_loop().call_later(HEARTBEAT, self._beat)
+    async def _take_up(self, fd_in: int, fd_out: int, mark: Mark) -> None:
+        """Go on with an agent that was there before."""
+        raise StartError("nobody was left there", None)
 
     # --- ending --------------------------------------------------------------------------------
-    def _ended(self, error: Exception | None) -> None:
-        """Handle the end of the agent's streams: find out why, then tell everyone who waits."""
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-        if self.state == "open":
+    def _ended(self, link: AgentLink, error: Exception | None) -> None:
+        """Handle the end of the agent's streams."""
+        if link is not self._link:
+            link.lost(str(error) if error else "the agent on the host has ended")
+        elif self.state in ("open", "interrupted"):
             self._become("interrupted", str(error) if error else "the host closed it")
-            self._gone = asyncio.get_running_loop().create_task(self._lost())
-        elif self._link is not None:
-            self._link.fail_channels(self._why() if self.state == "lost" else "the connection was closed")
+            self._gone = asyncio.get_running_loop().create_task(self._fail())
 
-    async def _lost(self) -> None:
-        assert self._process is not None and self._link is not None
-        await self._process.end()  # it usually has ended; its last words are the reason
-        self._become("lost", self._why())
-        self._link.fail_channels(self._why())
+    async def _fail(self) -> None:
+        await self._lost(await self._last_words())
+
+    async def _last_words(self) -> str:
+        """End the process, which usually has ended, and return what it says about that."""
+        assert self._process is not None
+        await self._process.end()
+        lines = [line.strip() for line in self._process.errors.splitlines()]
+        return "; ".join(line for line in lines[-3:] if line) or "the agent on the host has ended"
+
+    async def _lost(self, why: str) -> None:
+        """Tell everyone who waits that nothing more will come, and why."""
+        self._become("lost", why)
+        if self._link is not None:
+            self._link.lost(why)
         for tell in list(self.on_lost):
-            tell(self._why())
+            tell(why)
         for call in self.at_close:
             call()
         await self._release()
-
-    def _why(self) -> str:
-        lines = [line.strip() for line in (self._process.errors if self._process else "").splitlines()]
-        said = "; ".join(line for line in lines[-3:] if line)
-        return said or "the agent on the host has ended"
 
     async def close(self) -> None:
         """End everything on the host, then the connection. Doing it again does nothing."""
@@ -324,23 +307,22 @@ class Connection(abc.ABC):
             await self._gone
             self._become("closed")
             return
-        was_open = self.state == "open"
+        was_open = self.state in ("open", "interrupted")
         self._become("closed")
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
         for call in self.at_close:
             call()
-        link = self._link
-        if was_open and link is not None and link.is_open:
+        link, stopped = self._link, False
+        if was_open and link is not None and link.is_attached:
             with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
                 await asyncio.wait_for(link.open_channel("stop", {}).result(), STOP_PATIENCE)
-        await self._hang_up()
+                stopped = True
+        await self._hang_up(stopped)
         await self._release()
 
-    async def _hang_up(self) -> None:
+    async def _hang_up(self, stopped: bool = False) -> None:
+        """End the process, whether the agent has said that it ends or not."""
         if self._link is not None:
-            self._link.lost(None)
-            self._link.fail_channels("the connection was closed")
+            self._link.lost("the connection was closed")
         if self._process is not None:
             await self._process.end(self._patience())
 

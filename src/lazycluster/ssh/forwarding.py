@@ -30,7 +30,7 @@ async def open_on(connection: Connection, requests: list[TunnelRequest]) -> list
     """
     outcomes: list[Outcome] = []
     try:
-        connection.check()
+        await connection.reached()
         alike = any(request.local_port == request.remote_port for request in requests)
         shared = connection.local or (alike and await same_network(connection))
         rest = []

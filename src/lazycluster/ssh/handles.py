@@ -88,8 +88,8 @@ class Tunnel:
 
     @property
     def is_open(self) -> bool:
-        """Whether it carries connections."""
-        return not self._closed and self.request.connection.state == "open"
+        """Whether it carries connections, or will do so again when the link to the host is back."""
+        return not self._closed and self.request.connection.state in ("open", "interrupted")
 
     @property
     def network(self) -> Hashable:
@@ -134,7 +134,7 @@ async def close_tunnels(tunnels: Iterable[Tunnel]) -> None:
         if tunnel._closed:
             continue
         tunnel._closed = True
-        if tunnel._by_ssh and tunnel.request.connection.state == "open":
+        if tunnel._by_ssh and tunnel.request.connection.state in ("open", "interrupted"):
             per_connection.setdefault(tunnel.request.connection, []).append(tunnel.request.forward)
         if tunnel._undo is not None:
             others.append(tunnel._undo())
@@ -144,6 +144,9 @@ async def close_tunnels(tunnels: Iterable[Tunnel]) -> None:
 
 async def _close_on(connection: Connection, forwards: list[Forward]) -> None:
     with contextlib.suppress(LazyclusterError):  # a connection that has ended took its tunnels along
+        if connection.state == "interrupted":
+            connection.forget_forwards(forwards)
+            return
         await mux_of(connection).close_forwards(forwards)
         if any(forward.direction is Direction.REMOTE for forward in forwards):
             # ssh says "ok" when it has asked the host, without waiting. The host's sshd takes things in order: once

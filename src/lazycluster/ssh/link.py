@@ -113,25 +113,29 @@ class Channel:
 
 
 class AgentLink:
-    """The streams to and from one agent. Lives on the loop's thread.
+    """What is said to and by one agent, over streams that may be replaced. Lives on the loop's thread.
 
     Args:
         host: The host, for messages.
         fd_in: What the agent says is read here.
         fd_out: What the agent is told is written here. The link owns both and closes them.
-        on_lost: Called once when the streams end, with the error if there was one.
+        on_ended: Called when the streams have ended, with the error if there was one.
         early: What was already read of the agent's stream.
+
+    Attributes:
+        hello: What the agent says first.
+        heard: When something came from the agent, in the loop's time.
     """
 
     def __init__(
-        self, host: str, fd_in: int, fd_out: int, on_lost: Callable[[Exception | None], Any], early: bytes = b""
+        self, host: str, fd_in: int, fd_out: int, on_ended: Callable[[Exception | None], Any], early: bytes = b""
     ) -> None:
         self.host = host
         self.hello: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._in, self._out = fd_in, fd_out
-        self._on_lost = on_lost
+        self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
         self._decoder = wire.Decoder(wire.FROM_AGENT)
+        self._told = 0  # of how many bytes the agent knows that they have arrived
         self._channels: dict[int, Channel] = {}
         self._next = 1
         self._outbox = wire.Outbox()
@@ -139,15 +143,70 @@ class AgentLink:
         self._room = asyncio.Event()
         self._room.set()
         self._lost_error: ConnectionLostError | None = None
+        self._in = self._out = -1
+        self.attach(fd_in, fd_out)
+        if early:
+            self._loop.call_soon(self._feed, early)  # not at once: whoever is told must know this object
+
+    # --- streams -------------------------------------------------------------------------------
+    def attach(self, fd_in: int, fd_out: int, early: bytes = b"") -> None:
+        """Go on with these streams."""
+        self._in, self._out = fd_in, fd_out
         os.set_blocking(fd_in, False)
         os.set_blocking(fd_out, False)
+        self.heard = self._loop.time()
         self._loop.add_reader(fd_in, self._readable)
+        self._flush()
         if early:
-            self._loop.call_soon(self._feed, early)
+            self._feed(early)
+
+    def detach(self) -> None:
+        """Close the streams; what is to be sent waits for others."""
+        if not self.is_attached:
+            return
+        self._loop.remove_reader(self._in)
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._out)
+        for fd in {self._in, self._out}:
+            os.close(fd)
+        self._in = self._out = -1
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether there are streams."""
+        return self._in >= 0
+
+    @property
+    def received(self) -> int:
+        """How many bytes have come from the agent."""
+        return self._decoder.total
+
+    def begin(self) -> None:
+        """Count what is sent from here on, and keep it until the agent has it."""
+        self._outbox.done = 0
+        self._outbox.keeps = True
+
+    def keep_nothing(self) -> None:
+        """Do not keep what is sent: no other streams will come."""
+        self._outbox.keep_nothing()
+
+    def rewind(self, total: int) -> None:
+        """Have everything after the first `total` bytes sent again.
+
+        Raises:
+            ProtocolError: If that cannot be.
+        """
+        self._outbox.rewind(total)
+
+    def beat(self) -> None:
+        """Tell the agent that somebody is here, and what has arrived; it does the same."""
+        self._told = self.received
+        self.send_soon(wire.ack_frame(self._told))
 
     @property
     def is_open(self) -> bool:
-        """Whether the streams are there."""
+        """Whether it may be used."""
         return self._lost_error is None
 
     def open_channel(
@@ -182,23 +241,26 @@ class AgentLink:
         """Queue a frame, however much waits already; for short ones."""
         if self._lost_error is None:
             self._outbox.put(*parts)
-            if not self._writing:
+            if self.is_attached and not self._writing:
                 self._flush()
 
     async def send(self, *parts: bytes | memoryview) -> None:
         """Queue a frame, which may be in parts, once there is room for it."""
-        while self._outbox.size > _HIGH_WATER and self._lost_error is None:
+        while self._is_full() and self._lost_error is None:
             self._room.clear()
             await self._room.wait()
         self.send_soon(*parts)
+
+    def _is_full(self) -> bool:
+        return self._outbox.size > _HIGH_WATER or self._outbox.held > wire.HELD
 
     def _flush(self) -> None:
         try:
             self._outbox.write(self._out)
         except OSError as error:
-            self.lost(error)
+            self._ended(error)
             return
-        if self._outbox.size <= _HIGH_WATER // 2:
+        if self._outbox.size <= _HIGH_WATER // 2 and self._outbox.held <= wire.HELD:
             self._room.set()
         waiting = self._outbox.size > 0
         if waiting != self._writing:
@@ -215,19 +277,23 @@ class AgentLink:
         except BlockingIOError:
             return
         except OSError as error:
-            self.lost(error)
+            self._ended(error)
             return
         if data:
+            self.heard = self._loop.time()
             self._feed(data)
         else:
-            self.lost(None)
+            self._ended(None)
 
     def _feed(self, data: bytes) -> None:
         try:
             for number, kind, payload in self._decoder.feed(data):
                 self._dispatch(number, kind, payload)
         except wire.ProtocolError as error:
-            self.lost(error)
+            self._ended(error)
+            return
+        if self._outbox.keeps and self.received - self._told >= wire.ACK_UNIT:
+            self.beat()
 
     def _dispatch(self, number: int, kind: int, payload: bytes) -> None:
         channel = self._channels.get(number)
@@ -238,6 +304,11 @@ class AgentLink:
                 raise
             except Exception:
                 logger.exception("%s: what a request was answered could not be handled", self.host)
+        elif kind == wire.ACK:
+            if self._outbox.keeps:
+                self._outbox.acknowledge(int.from_bytes(payload[: wire.TOTAL_SIZE], "big"))
+            if not self._is_full():
+                self._room.set()
         elif number == 0 and kind == wire.EVENT:
             message = wire.loads(payload)
             if "crash" in message:
@@ -246,27 +317,19 @@ class AgentLink:
                 self.hello.set_result(message)
 
     # --- end -----------------------------------------------------------------------------------
-    def lost(self, error: Exception | None) -> None:
-        """End the link: close its streams, fail what waits."""
-        if self._lost_error is not None:
-            return
-        self._lost_error = ConnectionLostError(self.host, str(error) if error else "the host closed it")
-        self._loop.remove_reader(self._in)
-        if self._writing:
-            self._loop.remove_writer(self._out)
-        for fd in {self._in, self._out}:
-            os.close(fd)
-        self._outbox.clear()
-        self._room.set()
-        self._on_lost(error)
+    def _ended(self, error: Exception | None) -> None:
+        self.detach()
+        self._on_ended(error)
 
-    def fail_channels(self, detail: str) -> None:
-        """Tell everyone who waits that the link has gone, and why."""
+    def lost(self, detail: str) -> None:
+        """End the link: close its streams, tell everyone who waits that it has gone, and why."""
+        self.detach()
+        self._outbox.clear()
+        self._lost_error = ConnectionLostError(self.host, detail)
+        self._room.set()
         if not self.hello.done():
             self.hello.set_exception(ConnectionLostError(self.host, detail))
             self.hello.exception()
         for channel in list(self._channels.values()):
             channel.fail(ConnectionLostError(self.host, detail))
         self._channels.clear()
-        if self._lost_error is not None:
-            self._lost_error = ConnectionLostError(self.host, detail)

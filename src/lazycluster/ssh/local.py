@@ -10,7 +10,8 @@ import sys
 
 from lazycluster.exceptions import InvalidRuntimeError
 
-from .connection import Connection, StartError
+from .connection import Connection
+from .mark import StartError
 from .process import WatchedProcess
 from .program import new_marker, stub
 
@@ -46,7 +47,7 @@ class LocalConnection(Connection):
                 said = self._process.errors if self._process else str(error)
                 raise InvalidRuntimeError(self.host, "python", f"no agent can be started: {said}") from None
             raise
-        self._opened()
+        self._become("open")
 
     async def bulk(self) -> socket.socket:
         """Return a stream to a new process that copies files."""

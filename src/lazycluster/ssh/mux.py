@@ -141,8 +141,13 @@ class Mux:
         self._ids = itertools.count(1)
         self._slots = asyncio.Semaphore(_CLIENTS)
         self._background: set[asyncio.Future[Any]] = set()
-        self._open: set[tuple[Any, ...]] = set()
+        self._open: dict[tuple[Any, ...], Forward] = {}
         self._leads: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
+
+    @property
+    def forwards(self) -> list[Forward]:
+        """What is forwarded."""
+        return list(self._open.values())
 
     async def check(self) -> int:
         """Return the process id of the master.
@@ -279,14 +284,14 @@ class Mux:
         for index, forward in enumerate(forwards):
             # The master says "ok" to a forwarding that it has, and whoever closes it first closes it for both.
             if forward.key not in self._open:
-                self._open.add(forward.key)
+                self._open[forward.key] = forward
                 self._leads.setdefault(forward.key, []).append(forward.end)
                 fresh.append(index)
         answers = await self._ask_all(Request.OPEN_FORWARD, [forwards[index] for index in fresh])
         for index, answer in zip(fresh, answers, strict=True):
             results[index] = result = await self._opened(forwards[index], answer)
             if isinstance(result, MuxError):
-                self._open.discard(forwards[index].key)
+                self._open.pop(forwards[index].key, None)
         return results
 
     async def _opened(self, forward: Forward, answer: Answer) -> int | MuxError:
@@ -312,7 +317,7 @@ class Mux:
         for forward, answer in zip(forwards, await self._ask_all(Request.CLOSE_FORWARD, forwards), strict=True):
             results.append(error := _error(answer))
             if error is None:
-                self._open.discard(forward.key)
+                self._open.pop(forward.key, None)
                 leads = self._leads.get(forward.key, [])
                 del leads[:1]
                 if not leads:

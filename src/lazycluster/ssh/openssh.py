@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import random
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,26 @@ from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 
 from . import workspace
 from .config import Settings, ssh_argv, ssh_version
-from .connection import Connection, StartError
 from .errors import classify, is_retryable
 from .handshakes import limiter
-from .mux import Mux, MuxError
+from .mark import StartError, shown
+from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
-from .program import bulk_command, new_marker, remote_command
+from .program import bulk_command, new_marker, rejoin_command, remote_command
+from .returning import ReturningConnection
 
 ATTEMPTS = 6
 _START_MARGIN = 15.0  # at most so many seconds beyond the time-out, for the login shell and Python on a loaded host
 _ASK_LIMIT = 180.0  # seconds for a person to answer ssh's questions
 
+_PORTS_LIMIT = 5.0  # seconds within which ports can be had again that the link had before it dropped
+_PORTS_DELAY = 0.2
+
 _numbers = itertools.count(1)
+logger = logging.getLogger("lazycluster")
 
 
-class SshConnection(Connection):
+class SshConnection(ReturningConnection):
     """The connection to a host over ssh.
 
     Args:
@@ -53,12 +60,12 @@ class SshConnection(Connection):
         python: str | None = None,
         ask: bool = False,
     ) -> None:
-        super().__init__(host)
-        self.settings = Settings.parse(host, connection_kwargs)
+        super().__init__(Settings.parse(host, connection_kwargs))
         self._python = python or "python3"
         self._ask = ask
         self._space: workspace.Workspace | None = None
         self._mux: Mux | None = None
+        self._forwards: dict[Any, Forward] = {}  # while the link is down
         self._name = ""
         self._sessions: set[asyncio.Task[int]] = set()
 
@@ -66,7 +73,8 @@ class SshConnection(Connection):
     def mux(self) -> Mux:
         """The control socket of the ssh process."""
         self.check()
-        assert self._mux is not None
+        if self._mux is None:
+            raise ConnectionLostError(self.host, f"the link is interrupted: {self.why}")
         return self._mux
 
     async def open(self) -> None:
@@ -76,7 +84,7 @@ class SshConnection(Connection):
             self._space = await workspace.acquire()
             for attempt in range(ATTEMPTS):
                 try:
-                    await self._attempt()
+                    await self._attempt(self.settings.timeout)
                     break
                 except InvalidRuntimeError as error:
                     if not is_retryable(error) or attempt == ATTEMPTS - 1:
@@ -90,51 +98,59 @@ class SshConnection(Connection):
             raise
         self._opened()
 
-    async def _attempt(self) -> None:
+    async def _attempt(self, timeout: float) -> None:
         space = self._space
         assert space is not None
         self._name = f"{next(_numbers)}"
         control = os.path.join(space.directory, self._name)
         marker = new_marker()
         version = ssh_version() if ssh_version.cache_info().currsize else await _loop.in_thread(ssh_version)
-        argv = ssh_argv(self.settings, control, remote_command(self._python, marker), version, ask=self._ask)
-        space.prompter.register(self._name, self.settings, self._ask)
-        deadline = _ASK_LIMIT if self._ask else self.settings.timeout + min(2 * self.settings.timeout, _START_MARGIN)
+        settings = replace(self.settings, timeout=timeout)
+        argv = ssh_argv(settings, control, self._command(marker), version, ask=self._ask)
+        space.prompter.register(self._name, settings, self._ask)
+        deadline = _ASK_LIMIT if self._ask else timeout + min(2 * timeout, _START_MARGIN)
         process: WatchedProcess | None = None
         try:
-            async with limiter(self.settings):
-                process = WatchedProcess(argv, space.prompter.env(self._name))
-                self._process = process
+            async with limiter(settings):
+                self._process = process = WatchedProcess(argv, space.prompter.env(self._name))
                 space.watch(process.pid)
                 space.prompter.started(self._name, process.pid)
                 await asyncio.wait_for(self._bring_up(process, marker), deadline)
         except BaseException as error:
             if process is not None:
                 process.signal(signal.SIGTERM)
-            await self._hang_up()
-            if isinstance(error, (StartError, asyncio.TimeoutError)):
-                raise self._failure(error, process) from None
+                await process.end()
+            failure = self._failure(error, process)
+            self._forget_attempt()
+            if failure is not None:
+                raise failure from None
             raise
-        finally:
-            if self._hello is None:
-                self._forget_attempt()
         self._mux = Mux(control)
+
+    def _command(self, marker: str) -> str:
+        if self._hello is None:
+            return remote_command(self._python, marker)
+        return rejoin_command(self._python, marker, os.path.join(self.hello.directory, "agent.sock"))
 
     def _forget_attempt(self) -> None:
         if self._space is not None and self._name:
             if self._process is not None:
                 self._space.unwatch(self._process.pid)
             self._space.prompter.forget(self._name)
+            with contextlib.suppress(OSError):
+                Path(self._space.directory, self._name).unlink()
 
-    def _failure(self, error: Exception, process: WatchedProcess | None) -> InvalidRuntimeError:
+    def _failure(self, error: BaseException, process: WatchedProcess | None) -> InvalidRuntimeError | None:
         assert self._space is not None
         said = process.errors if process is not None else ""
         asked = self._space.prompter.asked(self._name)
         answered = self._space.prompter.answered(self._name)
         if isinstance(error, StartError):
             phase, output, status = "ended", error.output, error.status
+        elif isinstance(error, asyncio.TimeoutError):
+            phase, output, status = "timeout", shown(self._noise), None
         else:
-            phase, output, status = "timeout", self._noise, None
+            return None
         return classify(
             self.settings,
             said,
@@ -163,21 +179,47 @@ class SshConnection(Connection):
         task.add_done_callback(self._sessions.discard)
         return ours
 
-    async def _release(self) -> None:
+    async def _let_go(self) -> None:
         self._forget_attempt()
         for task in self._sessions:
             task.cancel()
         if self._mux is not None:
+            self._forwards.update({forward.key: forward for forward in self._mux.forwards})
             with contextlib.suppress(Exception):
                 await self._mux.aclose()
+            self._mux = None
+
+    async def _restore(self) -> None:
+        """Open the ports again that were forwarded."""
+        assert self._mux is not None
+        deadline = asyncio.get_running_loop().time() + _PORTS_LIMIT
+        while wanted := list(self._forwards.values()):
+            failed: list[tuple[Forward, MuxError]] = []
+            for forward, result in zip(wanted, await self._mux.open_forwards(wanted), strict=True):
+                if isinstance(result, MuxError):
+                    failed.append((forward, result))
+                elif self._forwards.pop(forward.key, None) is None:  # it was closed meanwhile
+                    await self._mux.close_forwards([forward])
+            if asyncio.get_running_loop().time() > deadline:
+                for forward, error in failed:
+                    self._forwards.pop(forward.key, None)
+                    logger.warning("%s: %s is not forwarded any more: %s", self.host, forward, error)
+            if failed:
+                await asyncio.sleep(_PORTS_DELAY)
+
+    def forget_forwards(self, forwards: Iterable[Forward]) -> None:
+        """Do not open these ports again when the link is back."""
+        for forward in forwards:
+            self._forwards.pop(forward.key, None)
+
+    async def _release(self) -> None:
+        await self._let_go()
         space, self._space = self._space, None
         if space is not None:
-            with contextlib.suppress(OSError):
-                Path(space.directory, self._name).unlink()
             await space.release()
 
-    async def _hang_up(self) -> None:
-        if self._process is not None and self._hello is not None:
+    async def _hang_up(self, stopped: bool = False) -> None:
+        if self._process is not None and self._hello is not None and stopped:
             # It would wait for forwarded connections that are still open; the agent has ended, nothing is lost.
             self._process.signal(signal.SIGTERM)
-        await super()._hang_up()
+        await super()._hang_up(stopped)

@@ -14,12 +14,23 @@ from types import CodeType
 from lazycluster.agent import bootstrap
 
 OLDEST_PYTHON = (3, 8)
-_CORE = ("guardian", "loop", "processes", "server", "session", "wire")  # what each start of an agent imports
+# What each start of an agent imports.
+_CORE = ("guardian", "logout", "loop", "presence", "processes", "server", "session", "wire")
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
 _STUB = (
     "import os,sys,zlib,marshal;n=bytes([10]);"
     'os.write(1,n+b"lazy"+b"{marker} %d.%d.%d"%sys.version_info[:3]+b" "+sys.implementation.cache_tag.encode()+n);'
+    "i=sys.stdin.buffer;"
+    "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
+)
+# The same on a host where an agent of this manager may wait: that one is given the streams.
+_REJOIN = (
+    "import os,sys,socket,struct,zlib,marshal;n=bytes([10]);s=socket.socket(1);k=s.connect_ex({path})==0;"
+    'k and s.sendmsg([b"rejoin"],[(1,1,struct.pack("2i",0,1))]);'
+    'os.write(1,n+b"lazy"+b"{marker} %d.%d.%d"%sys.version_info[:3]+b" "+sys.implementation.cache_tag.encode()'
+    '+(b" kept" if k else b" new")+n);'
+    "k and (os.close(0),os.close(1),s.recv(1),os._exit(0));"
     "i=sys.stdin.buffer;"
     "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
 )
@@ -50,10 +61,18 @@ def remote_command(python: str, marker: str) -> str:
     return f"exec {_quoted(python)} -ISc '{stub(marker)}'"
 
 
+def rejoin_command(python: str, marker: str, socket_path: str) -> str:
+    """Return the line that finds the agent again which listens on `socket_path`, or else starts a new one."""
+    return f"exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, path=_literal(socket_path))}'"
+
+
 def bulk_command(python: str, socket_path: str) -> str:
     """Return the line by which a further session hands its streams to the agent."""
-    path = ",".join(str(byte) for byte in socket_path.encode())
-    return f"exec {_quoted(python)} -ISc '{_BULK.format(path=f'bytes([{path}])')}'"
+    return f"exec {_quoted(python)} -ISc '{_BULK.format(path=_literal(socket_path))}'"
+
+
+def _literal(path: str) -> str:
+    return f"bytes([{','.join(str(byte) for byte in path.encode())}])"
 
 
 def _quoted(python: str) -> str:

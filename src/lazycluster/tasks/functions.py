@@ -23,7 +23,7 @@ import cloudpickle
 
 from lazycluster import _loop
 from lazycluster.exceptions import AgentError
-from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.connection import Connection, Hello
 
 from .pickling import PickledCall, dump_call
 
@@ -31,8 +31,9 @@ END_PATIENCE = 5.0  # seconds that a cancelled call gets to end on the host
 _SMALL = 1024 * 1024  # bytes of a result that is unpickled on the loop's thread
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in .*)?$')
 
-_libraries: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
-_interpreters: weakref.WeakKeyDictionary[Connection, dict[str, str]] = weakref.WeakKeyDictionary()  # by PATH
+# What is known of an agent ends with it; the connection may lead to another one later.
+_libraries: weakref.WeakKeyDictionary[Hello, str] = weakref.WeakKeyDictionary()
+_interpreters: weakref.WeakKeyDictionary[Hello, dict[str, str]] = weakref.WeakKeyDictionary()  # by PATH
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
     Raises:
         AgentError: If it has none; the message names those that it has.
     """
-    known = _interpreters.setdefault(connection, {})
+    known = _interpreters.setdefault(connection.hello, {})
     path = env.get("PATH", "")
     if path in known:
         return known[path]
@@ -193,9 +194,9 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
 def library_for(connection: Connection) -> dict[str, Any]:
     """Return what to tell the host about the pickling library: its digest; at first also its sources."""
     digest, sources = _library()
-    if _libraries.get(connection) == digest:
+    if _libraries.get(connection.hello) == digest:
         return {"library": digest}
-    _libraries[connection] = digest
+    _libraries[connection.hello] = digest
     return {"library": digest, "sources": sources}
 
 

@@ -1,0 +1,101 @@
+"""What comes of a host's login shell, until Python has started there and says so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass
+
+from .process import WatchedProcess
+
+__all__ = ["Mark", "StartError", "read_mark"]
+
+_NOISE_LIMIT = 1024 * 1024
+_SHOWN = 4096
+
+
+class StartError(Exception):
+    """The agent did not start.
+
+    Attributes:
+        output: What came instead of the agent's mark.
+        status: The exit status of the process, None if it still ran.
+    """
+
+    def __init__(self, output: str, status: int | None) -> None:
+        self.output = output
+        self.status = status
+        super().__init__(output)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What Python says when it has started on a host.
+
+    Attributes:
+        version: Its version.
+        tag: Its `sys.implementation.cache_tag`.
+        kept: Whether the streams lead to an agent that was there before.
+        rest: What came after.
+    """
+
+    version: tuple[int, ...]
+    tag: str
+    kept: bool
+    rest: bytes
+
+
+def shown(seen: bytes | bytearray) -> str:
+    """Return the end of what a login shell printed."""
+    return bytes(seen[-_SHOWN:]).decode("utf-8", "replace")
+
+
+async def read_mark(fd: int, mark: bytes, process: WatchedProcess, seen: bytearray) -> Mark:
+    """Read until the mark's line.
+
+    Args:
+        fd: Where from, non-blocking.
+        mark: How the line begins.
+        process: What is to print it.
+        seen: Takes all that came, for the error message if this is cancelled.
+
+    Raises:
+        StartError: If it does not come.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Mark] = loop.create_future()
+
+    def readable() -> None:
+        try:
+            data = os.read(fd, 65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        seen.extend(data)
+        start = seen.find(mark)
+        end = seen.find(b"\n", start + len(mark)) if start >= 0 else -1
+        if end >= 0:
+            loop.remove_reader(fd)
+            found.set_result(_parsed(bytes(seen[start + len(mark) : end]), bytes(seen[end + 1 :])))
+        elif not data or len(seen) > _NOISE_LIMIT:
+            loop.remove_reader(fd)
+            found.set_exception(StartError("", None))
+
+    loop.add_reader(fd, readable)
+    try:
+        return await found
+    except StartError:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(process.exited), 1.0)
+        status = process.exited.result() if process.exited.done() else None
+        raise StartError(shown(seen), status) from None
+    except asyncio.CancelledError:
+        loop.remove_reader(fd)
+        raise
+
+
+def _parsed(line: bytes, rest: bytes) -> Mark:
+    numbers, tag, *more = [*line.decode("ascii", "replace").split(), ""][:3]
+    return Mark(tuple(int(part) for part in numbers.split(".") if part.isdigit()), tag, more == ["kept"], rest)

@@ -1,0 +1,252 @@
+"""The link to a host drops while something runs there: it goes on, and nothing of it is lost or doubled."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lazycluster import Runtime, RuntimeTask
+from lazycluster.exceptions import ConnectionLostError, TaskExecutionError
+
+Make = Callable[..., Any]
+
+_PATIENCE = 40.0
+
+#: What prints numbered lines, as a program that works does; it takes two seconds.
+COUNT = "i=0; while [ $i -lt 200 ]; do i=$((i+1)); echo line $i; sleep 0.01; done"
+LINES = "".join(f"line {number}\n" for number in range(1, 201))
+
+
+def connect(hosts: Any, number: int = 0, **settings: Any) -> Runtime:
+    """Connect to a host whose link is watched closely."""
+    settings = {"config_file": hosts.config_file, "link_timeout": 2, "grace": 60, **settings}
+    return Runtime(hosts.names[number], connection_kwargs=settings)
+
+
+class States:
+    """What a connection says of itself."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.connection = runtime.connection
+        self.seen: list[str] = []
+        self._news = threading.Condition()
+        self.connection.on_state(self._told)
+
+    def _told(self, state: str, why: str) -> None:
+        with self._news:
+            self.seen.append(state)
+            self._news.notify_all()
+
+    def wait_for(self, *states: str) -> None:
+        """Wait until it has been in these, one after the other."""
+        wanted = list(states)
+        with self._news:
+            done = self._news.wait_for(lambda: self.seen[: len(wanted)] == wanted, _PATIENCE)
+        assert done, self.seen
+
+
+def ssh_of(runtime: Runtime) -> int:
+    """The ssh process of a runtime."""
+    process = runtime.connection._process
+    assert process is not None
+    return int(process.pid)
+
+
+def kill_ssh(host: Any, runtime: Runtime) -> None:
+    os.kill(ssh_of(runtime), signal.SIGKILL)
+
+
+def kill_sshd_session(host: Any, runtime: Runtime) -> None:
+    for found in host.sessions():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found.pid, signal.SIGKILL)
+
+
+def work(count: int) -> str:
+    for number in range(count):
+        print("step", number, flush=True)
+        time.sleep(0.02)
+    return "x" * 3_000_000
+
+
+@pytest.mark.parametrize("cut", [kill_ssh, kill_sshd_session])
+def test_a_command_and_a_function_go_on_without_their_link(hosts: Any, cut: Callable[..., None]) -> None:
+    with connect(hosts) as runtime:
+        states = States(runtime)
+        command = runtime.execute_task(RuntimeTask("count").run_command(COUNT))
+        function = runtime.execute_task(RuntimeTask("work").call(work, 100))
+        for _ in range(3):
+            states.seen.clear()
+            cut(hosts[0], runtime)
+            states.wait_for("interrupted", "open")
+        command.join()
+        assert command.execution_log == [LINES]
+        assert function.result() == "x" * 3_000_000
+        assert function.execution_log == ["".join(f"step {number}\n" for number in range(100))]
+        assert runtime.call(pow, 2, 10) == 1024
+        assert runtime.connection.generation == 1
+
+
+def _echo(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection = server.accept()[0]
+            with connection:
+                connection.sendall(connection.recv(100))
+
+
+def _asked(port: int) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(b"hello")
+        return client.recv(100)
+
+
+_ASK = (
+    "import socket, sys\ns = socket.create_connection(('127.0.0.1', int(sys.argv[1])), timeout=10)\n"
+    "s.sendall(b'hello')\nprint(s.recv(100).decode())"
+)
+
+
+def test_an_unplugged_host_goes_on_and_hands_everything_over(make_hosts: Make) -> None:
+    """More output than memory is meant for, and ports in both directions that come back as they were."""
+    hosts = make_hosts(1)
+    with connect(hosts) as runtime, socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=_echo, args=[server], daemon=True).start()
+        port = int(server.getsockname()[1])
+        there = runtime.expose_port_to_runtime(port, 24200)
+        back = runtime.expose_port_from_runtime(24200, 24201)
+        assert (there, back) and _asked(24201) == b"hello"
+        states = States(runtime)
+        # It prints as soon as the host is cut off, which it sees by the file.
+        large = "while [ ! -e go ]; do sleep 0.05; done; head -c 30000000 /dev/zero | tr '\\0' x; echo; echo end >&2"
+        command = runtime.execute_task(RuntimeTask("large").run_command(large))
+        began = time.monotonic()
+        hosts[0].cut_off()
+        hosts[0].run(f"touch {runtime.working_dir}/go")
+        states.wait_for("interrupted")
+        noticed = time.monotonic() - began
+        later = runtime.execute_task(RuntimeTask("later").call(pow, 2, 5))
+        _until(lambda: "head -c" not in str(hosts[0].processes()), "the command to have printed everything")
+        assert not command.future.done()
+        hosts[0].restore()
+        states.wait_for("interrupted", "open")
+        command.join()
+        log = command.execution_log_file_path
+        assert log
+        with open(log, "rb") as file:
+            assert hashlib.sha256(file.read()).digest() == hashlib.sha256(b"x" * 30_000_000 + b"\nend\n").digest()
+        assert later.result() == 32
+        assert runtime.connection.generation == 1
+        assert _asked(24201) == b"hello"
+        assert hosts[0].run(["python3", "-c", _ASK, "24200"]).stdout == "hello\n"
+        server.shutdown(socket.SHUT_RDWR)
+    assert noticed < 10
+
+
+def _until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.02)
+
+
+def test_a_host_that_lost_its_agent_says_so_and_can_be_used_again(hosts: Any) -> None:
+    with connect(hosts) as runtime:
+        states = States(runtime)
+        first = runtime.working_dir
+        assert runtime.call(os.getcwd) == first
+        task = runtime.execute_task(RuntimeTask("sleep").run_command("sleep 300"))
+        os.kill(_pid_here(hosts[0], runtime.connection.hello.pid), signal.SIGKILL)
+        with pytest.raises(TaskExecutionError, match="the agent on the host has ended, and with it what ran there"):
+            task.join()
+        states.wait_for("interrupted", "open")
+        assert runtime.connection.generation == 2
+        assert runtime.call(os.getcwd) == runtime.working_dir != first
+        assert runtime.execute_task(
+            RuntimeTask("x").run_command("echo $WORKING_DIR"), execute_async=False
+        ).execution_log == [f"{runtime.working_dir}\n"]
+
+
+def _pid_here(host: Any, inner: int) -> int:
+    return next(found.pid for found in host.processes() if found.inner_pid == inner)
+
+
+def test_a_host_that_was_restarted_says_so_and_can_be_used_again(make_hosts: Make) -> None:
+    hosts = make_hosts(1)
+    with connect(hosts) as runtime:
+        states = States(runtime)
+        task = runtime.execute_task(RuntimeTask("sleep").run_command("sleep 300"))
+        assert runtime.call(pow, 2, 3) == 8
+        hosts[0].power_off()
+        states.wait_for("interrupted")
+        hosts[0].power_on()
+        with pytest.raises(TaskExecutionError, match="the host was restarted; what ran on it is lost"):
+            task.join()
+        states.wait_for("interrupted", "open")
+        assert runtime.call(pow, 2, 4) == 16
+
+
+def test_after_the_grace_the_host_is_clean_and_the_manager_is_told(make_hosts: Make) -> None:
+    hosts = make_hosts(1)
+    with connect(hosts, grace=3, reconnect=60) as runtime:
+        states = States(runtime)
+        task = runtime.execute_task(RuntimeTask("sleep").run_command("sleep 300 & setsid sleep 300 & wait"))
+        _until(lambda: str(hosts[0].processes()).count("sleep 300") >= 2, "the command")
+        hosts[0].cut_off()
+        states.wait_for("interrupted")
+        _until(lambda: not hosts[0].processes(), "the host to be clean")
+        assert not hosts[0].tmp_entries()
+        hosts[0].restore()
+        with pytest.raises(TaskExecutionError, match="nobody came back to it in time"):
+            task.join()
+        states.wait_for("interrupted", "open")
+        assert runtime.call(pow, 2, 4) == 16
+
+
+def test_a_host_that_stays_away_is_lost(make_hosts: Make) -> None:
+    hosts = make_hosts(1)
+    with connect(hosts, reconnect=2, grace=2) as runtime:
+        states = States(runtime)
+        task = runtime.execute_task(RuntimeTask("sleep").run_command("sleep 300"))
+        assert runtime.call(pow, 2, 3) == 8
+        hosts[0].cut_off()
+        with pytest.raises(TaskExecutionError, match="could not be reached again within"):
+            task.join()
+        states.wait_for("interrupted", "lost")
+        with pytest.raises(ConnectionLostError):
+            runtime.call(pow, 2, 3)
+        _until(lambda: not hosts[0].processes(), "the host to be clean")
+        hosts[0].restore()
+
+
+def test_without_grace_everything_ends_with_the_link(hosts: Any) -> None:
+    with connect(hosts, grace=0) as runtime:
+        states = States(runtime)
+        task = runtime.execute_task(RuntimeTask("sleep").run_command("sleep 300"))
+        assert runtime.call(pow, 2, 3) == 8
+        kill_ssh(hosts[0], runtime)
+        with pytest.raises(TaskExecutionError, match="the connection was lost"):
+            task.join()
+        states.wait_for("interrupted", "lost")
+
+
+def test_a_runtime_can_be_left_while_its_link_is_down(make_hosts: Make, caplog: pytest.LogCaptureFixture) -> None:
+    hosts = make_hosts(1)
+    with connect(hosts, grace=3, reconnect=60) as runtime:
+        states = States(runtime)
+        runtime.execute_task(RuntimeTask("sleep").run_command("sleep 300"))
+        assert runtime.call(pow, 2, 3) == 8
+        hosts[0].cut_off()
+        states.wait_for("interrupted")
+    assert "could not be told to end" in caplog.text
+    _until(lambda: not hosts[0].processes(), "the host to be clean")
+    hosts[0].restore()
