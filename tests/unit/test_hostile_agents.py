@@ -45,7 +45,7 @@ async def linked() -> AsyncIterator[tuple[AgentLink, Host, list[Exception | None
 
     def on_lost(error: Exception | None) -> None:
         lost.append(error)
-        link.fail_channels(str(error or "gone"))
+        link.lost(str(error or "gone"))
 
     link = AgentLink("host1", ours_in, ours_out, on_lost)
     try:
@@ -53,7 +53,7 @@ async def linked() -> AsyncIterator[tuple[AgentLink, Host, list[Exception | None
     finally:
         os.close(theirs_out)
         os.close(theirs_in)
-        link.lost(None)
+        link.lost("the end of the test")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_errors_can_be_shown_whatever_is_in_them() -> None:
 _HELLO = {
     "python": [3, 11, 2], "executable": "/usr/bin/python3", "pid": 1, "uid": 0, "user": "u", "home": "/", "shell": "sh",
     "hostname": "h", "directory": "/tmp/x", "identity": "i", "platform": "linux", "boot_id": "", "machine_id": "",
-    "network": "", "path": "",
+    "network": "", "path": "", "booted": 0,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from . import common
 
 _LONGEST_DIRECTORY = 75  # characters, so that the path of a socket in it is short enough
+_CUT_OFF = "worker-handle-scheduler-connection-broken"  # what distributed calls it
 # As distributed's own nanny has it; to have an effect it must be set before numpy is imported, which here is early.
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -94,9 +95,18 @@ async def _serve(settings: dict[str, Any]) -> None:
 
     from .worker_process import PagedWorker
 
+    class LinkedNanny(Nanny):  # type: ignore[misc]
+        """Notes when the connection to the scheduler has broken: the worker is to be started again then."""
+
+        cut_off = False
+
+        async def close_gracefully(self, reason: str = "nanny-close-gracefully") -> None:
+            self.cut_off = self.cut_off or reason == _CUT_OFF
+            await super().close_gracefully(reason=reason)
+
     ports = settings["ports"]
     stop = common.stop_signal()
-    nanny = Nanny(
+    nanny = LinkedNanny(
         settings["scheduler"],
         host=common.LOOPBACK,
         port=ports["nanny"],
@@ -121,6 +131,8 @@ async def _serve(settings: dict[str, Any]) -> None:
             await common.first(nanny.finished(), stop.wait())
     finally:
         await nanny.close(timeout=2)
+    if nanny.cut_off and not stop.is_set():
+        raise SystemExit("the connection to the scheduler has broken")
 
 
 async def _start(nanny: Any, ports: dict[str, int]) -> None:

@@ -1,0 +1,97 @@
+"""Links drop while a cluster computes: its workers come back, and the result is right."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import RuntimeGroup
+
+_PATIENCE = 90.0
+
+
+def connect(hosts: Any, count: int) -> RuntimeGroup:
+    settings = {"config_file": hosts.config_file, "link_timeout": 2, "grace": 120}
+    return RuntimeGroup(hosts=hosts.names[:count], connection_kwargs=settings, python=sys.executable)
+
+
+def drop_link(group: RuntimeGroup, number: int) -> None:
+    process = group.runtimes[number].connection._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.05)
+
+
+def test_dask_finishes_and_its_workers_come_back(hosts: Any) -> None:
+    pytest.importorskip("distributed")
+    from lazycluster.cluster.dask_cluster import DaskCluster
+
+    def slow(number: int) -> int:
+        time.sleep(0.05)
+        return number * number
+
+    with connect(hosts, 2) as group, DaskCluster(group) as cluster:
+        cluster.start()
+        with cluster.get_client(timeout=30) as client:
+            futures = client.map(slow, range(100), pure=False)
+            until(lambda: futures[0].done(), "the first result")
+            drop_link(group, 0)
+            assert client.gather(futures) == [number * number for number in range(100)]
+            until(lambda: len(client.scheduler_info(n_workers=-1)["workers"]) == 2, "the worker to come back")
+            names = [worker["name"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+            there = [client.submit(os.getpid, workers=[name], pure=False) for name in names]
+            assert len(set(client.gather(there))) == 2
+            # What a worker holds can be had by the others, through ports that have come back, too.
+            parts = [client.submit(bytes, 500_000, workers=[name], pure=False) for name in names]
+            sums = [client.submit(lambda *some: sum(map(len, some)), *parts, workers=[name]) for name in names]
+            assert client.gather(sums) == [1_000_000, 1_000_000]
+
+
+def test_a_search_finishes(hosts: Any, tmp_path: Path) -> None:
+    pytest.importorskip("hyperopt")
+    from hyperopt import fmin, hp, rand
+
+    from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+
+    def objective(x: float) -> float:
+        time.sleep(0.1)
+        return x * x
+
+    with connect(hosts, 2) as group, HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
+        cluster.start()
+        trials = cluster.trials("links")
+        dropped = []
+
+        def drop(trials: Any, *_: Any) -> Any:
+            if len(trials.trials) > 3 and not dropped:
+                dropped.append(True)
+                drop_link(group, 0)
+            return False, []
+
+        best = fmin(
+            objective,
+            hp.uniform("x", -5, 5),
+            rand.suggest,
+            30,
+            trials=trials,
+            early_stop_fn=drop,
+            show_progressbar=False,
+        )
+        assert dropped
+        losses = trials.losses()
+        assert len(losses) == 30
+        assert None not in losses
+        assert abs(best["x"] ** 2 - min(losses)) < 1e-9
