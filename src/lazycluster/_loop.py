@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
+from . import _progress
+
 T = TypeVar("T")
 
 _lock = threading.Lock()
@@ -93,7 +95,7 @@ def _settle(future: _Future[T], task: asyncio.Task[T]) -> None:
 
 
 def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-    """Run a coroutine on the loop and wait for it, from any other thread.
+    """Run a coroutine on the loop and wait for it, from any other thread; a `Progress` in it is shown meanwhile.
 
     Args:
         coroutine: What to run.
@@ -111,9 +113,13 @@ def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         raise RuntimeError(
             "called from the event-loop thread of lazycluster (e.g. in a callback): it would wait for itself"
         )
-    future = submit(coroutine)
+    with _progress.shown() as board:
+        return _result(submit(coroutine), timeout, board)
+
+
+def _result(future: concurrent.futures.Future[T], timeout: float | None, board: _progress.Board) -> T:
     try:
-        return future.result(timeout)
+        return board.result(future, timeout)
     except concurrent.futures.TimeoutError:
         if future.done():
             raise  # the coroutine's own

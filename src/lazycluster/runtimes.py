@@ -10,10 +10,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lazycluster import _lifetime, _loop
+from lazycluster import _lifetime, _loop, _progress
 from lazycluster._runtime.belongings import Belongings
 from lazycluster._runtime.ledger import Ledger, join_all
-from lazycluster._runtime.session import HostSpec, Session
+from lazycluster._runtime.session import HostSpec, Session, connected, may_ask
 from lazycluster.ssh.tunnels import close_tunnels
 from lazycluster.tasks.execution import Context, settled
 from lazycluster.tasks.task import RuntimeTask
@@ -89,9 +89,11 @@ class Runtime(Belongings):
         environment: Any = None,
     ) -> None:
         spec = HostSpec(
-            host, working_dir, connection_kwargs, python, setup, env or {}, shell, False, _may_ask(), environment
+            host, working_dir, connection_kwargs, python, setup, env or {}, shell, False, may_ask(), environment
         )
-        self._begin(_loop.run(Session.open(spec)))
+        # A person who is asked something must see the question.
+        with _progress.shown(False if spec.ask else None):
+            self._begin(_loop.run(connected(spec)))
 
     def _begin(self, session: Session) -> None:
         self._session = session
@@ -391,12 +393,4 @@ class LocalRuntime(Runtime):
     ) -> None:
         own = sys.executable if python is None and setup is None else python
         spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, True, environment=environment)
-        self._begin(_loop.run(Session.open(spec)))
-
-
-def _may_ask() -> bool:
-    """Whether a person sits at a terminal who can be asked for a password."""
-    try:
-        return sys.stdin.isatty() and sys.stderr.isatty()
-    except (AttributeError, ValueError):
-        return False
+        self._begin(_loop.run(connected(spec)))

@@ -26,6 +26,9 @@ class Environment:
         main_directory: Where the library keeps log files and the like on this machine. By default
             ``$XDG_STATE_HOME/lazycluster``, or ``~/.local/state/lazycluster``. It is made when it is first needed, and
             only its owner can read it.
+        progress: Whether it is shown how far things are that take more than two seconds: connecting, copying, starting
+            a cluster. It is shown on a terminal and in a notebook, and never written to files. See also ``progress`` of
+            :class:`~lazycluster.RuntimeGroup` and :class:`~lazycluster.RuntimeManager`.
 
     Examples:
         >>> Environment.set_main_directory("/tmp/my-experiment")
@@ -36,6 +39,7 @@ class Environment:
     main_directory: str = str(
         Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()).absolute() / "lazycluster"
     )
+    progress: bool = True
 
     @classmethod
     def set_main_directory(cls, dir: str | os.PathLike[str]) -> None:

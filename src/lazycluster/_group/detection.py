@@ -7,7 +7,7 @@ import fnmatch
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from lazycluster import _loop
+from lazycluster import _loop, _progress
 from lazycluster._runtime.filters import Filter, why_not
 from lazycluster._runtime.questions import listed
 from lazycluster._runtime.session import Session
@@ -50,7 +50,8 @@ def detect(common: Common, config_file: str | os.PathLike[str] | None) -> tuple[
         else:
             names.append(host.name)
     specs = common.specs(names)
-    connected = _loop.run(connect_all(specs))
+    with _progress.shown(common.progress):
+        connected = _loop.run(connect_all(specs))
     sessions: dict[str, Session] = {}
     doubles = []
     for spec, item in zip(specs, connected, strict=True):

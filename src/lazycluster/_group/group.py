@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from lazycluster import _loop
+from lazycluster import _loop, _progress
 from lazycluster._runtime.ledger import join_all
 from lazycluster._runtime.questions import checked_ports, pick_port
 from lazycluster.runtimes import Runtime
@@ -19,7 +19,7 @@ from lazycluster.tasks.handles import ProcessHandle
 from lazycluster.tasks.task import RuntimeTask
 
 from .broadcast import start_on_all
-from .members import Members, connect, warn_of_aliases
+from .members import Members, connect, distinct, warn_of_aliases
 from .membership import Membership
 from .ports import expose_from_one, expose_to_all, free_everywhere
 from .settings import Common, PerHost, host_names, read_settings
@@ -50,6 +50,8 @@ class RuntimeGroup(Membership, Spreading):
             ``"gpu-*"``. Without `hosts`, the hosts that it names are the group.
         on_unreachable: ``"raise"`` if all hosts must be usable, or ``"skip"`` to go on without the others, see
             :attr:`unreachable_hosts`.
+        progress: Whether it is shown, on a terminal or in a notebook, how far things are that take more than two
+            seconds, in clusters on this group, too; by default as ``Environment.progress`` says.
 
     Raises:
         ValueError: If not exactly one of `runtimes` and `hosts` is given, a host is given twice, or there is none.
@@ -85,6 +87,7 @@ class RuntimeGroup(Membership, Spreading):
         environment: Any = None,
         settings: PerHost | str | os.PathLike[str] | None = None,
         on_unreachable: str = "raise",
+        progress: bool | None = None,
     ) -> None:
         if on_unreachable not in ("raise", "skip"):
             raise ValueError(f"on_unreachable must be 'raise' or 'skip', not {on_unreachable!r}")
@@ -96,7 +99,15 @@ class RuntimeGroup(Membership, Spreading):
         if (runtimes is None) == (hosts is None):
             raise ValueError("either runtimes or hosts must be given, and not both")
         self._common = Common(
-            working_dir, connection_kwargs, python, setup, env, shell, per_host, environment=environment
+            working_dir,
+            connection_kwargs,
+            python,
+            setup,
+            env,
+            shell,
+            per_host,
+            environment=environment,
+            progress=progress,
         )
         self._lock = threading.RLock()
         self._tasks: list[RuntimeTask] = []
@@ -105,7 +116,7 @@ class RuntimeGroup(Membership, Spreading):
         self._executors = weakref.WeakSet()
         self._kept = None
         if hosts is not None:
-            runtimes, self._unreachable = connect(_distinct(hosts), self._common, on_unreachable)
+            runtimes, self._unreachable = connect(distinct(hosts), self._common, on_unreachable)
         assert runtimes is not None
         if not runtimes:
             raise ValueError("a group needs at least one runtime")
@@ -142,16 +153,17 @@ class RuntimeGroup(Membership, Spreading):
         """
         if not isinstance(task, RuntimeTask):
             raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
-        if not broadcast:
-            return self._execute_on_one(task, host, execute_async, debug)
-        if host is not None:
+        if broadcast and host is not None:
             raise ValueError("either host or broadcast can be given, not both")
-        tasks = start_on_all(self.runtimes, task, debug)
-        with self._lock:
-            self._tasks += tasks
-        if not execute_async:
-            self._finish(tasks)
-        return tasks
+        with _progress.shown(self.progress):
+            if not broadcast:
+                return self._execute_on_one(task, host, execute_async, debug)
+            tasks = start_on_all(self.runtimes, task, debug)
+            with self._lock:
+                self._tasks += tasks
+            if not execute_async:
+                self._finish(tasks)
+            return tasks
 
     def _execute_on_one(self, task: RuntimeTask, host: str | None, execute_async: bool, debug: bool) -> RuntimeTask:
         with self._lock:  # so that two threads do not both see the same host as the least busy one
@@ -372,18 +384,6 @@ async def _clean_up(runtimes: list[Runtime]) -> None:
     errors = [result for result in results if isinstance(result, BaseException)]
     if errors:
         raise errors[0]
-
-
-def _distinct(hosts: Iterable[str]) -> list[str]:
-    if isinstance(hosts, str):
-        raise TypeError(f"hosts must be a list, e.g. [{hosts!r}]")
-    names = list(hosts)
-    if not names:
-        raise ValueError("a group needs at least one host")
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"the host {name!r} is given twice")
-    return names
 
 
 def _named(host: str) -> str:

@@ -42,6 +42,7 @@ class RuntimeManager:
         env: Likewise.
         environment: Likewise; groups may have others.
         settings: Per host, see :class:`lazycluster.RuntimeGroup`.
+        progress: Likewise, also for the groups.
 
     Raises:
         NoRuntimesDetectedError: If no host can be used; says why for each.
@@ -62,6 +63,7 @@ class RuntimeManager:
         env: Mapping[str, Any] | None = None,
         environment: Any = None,
         settings: PerHost | str | os.PathLike[str] | None = None,
+        progress: bool | None = None,
     ) -> None:
         kwargs = dict(connection_kwargs or {})
         if config_file is not None:
@@ -73,6 +75,7 @@ class RuntimeManager:
             env=env,
             settings=read_settings(settings),
             environment=environment,
+            progress=progress,
         )
         self._sessions, self._inactive = detect(self._common, kwargs.get("config_file"))
         self._closed = False
@@ -138,7 +141,7 @@ class RuntimeManager:
             common = dataclasses.replace(common, environment=environment)
         chosen = await select([self._sessions[host] for host in hosts], wanted)
         sessions = await open_again(chosen, common)
-        return RuntimeGroup([Runtime.from_session(session) for session in sessions])
+        return RuntimeGroup([Runtime.from_session(session) for session in sessions], progress=self._common.progress)
 
     def print_hosts(self) -> None:
         """Print the hosts that can be used, and the inactive ones with the reasons."""

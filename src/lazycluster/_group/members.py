@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 
-from lazycluster import _loop
+from lazycluster import _loop, _progress
 from lazycluster._runtime.questions import listed
 from lazycluster._runtime.session import Session
 from lazycluster.exceptions import (
@@ -42,7 +42,8 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
         NoRuntimesError: If all were skipped.
     """
     specs = common.specs(hosts)
-    connected = _loop.run(connect_all(specs))
+    with _progress.shown(common.progress):
+        connected = _loop.run(connect_all(specs))
     failed = {spec.host: item for spec, item in zip(specs, connected, strict=True) if not isinstance(item, Session)}
     if failed and on_unreachable == "raise":
         _close(connected)
@@ -55,6 +56,19 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
         reasons = "\n".join(f"  {error}" for error in failed.values())
         raise NoRuntimesError(f"none of the {len(specs)} hosts can be used:\n{reasons}")
     return [Runtime.from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
+
+
+def distinct(hosts: Iterable[str]) -> list[str]:
+    """Return hosts as a list; raises an error if there is none, or one twice."""
+    if isinstance(hosts, str):
+        raise TypeError(f"hosts must be a list, e.g. [{hosts!r}]")
+    names = list(hosts)
+    if not names:
+        raise ValueError("a group needs at least one host")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the host {name!r} is given twice")
+    return names
 
 
 def _close(connected: Iterable[Connected]) -> None:

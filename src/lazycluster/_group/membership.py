@@ -52,6 +52,11 @@ class Membership:
         """The hosts that were skipped, each with the reason."""
         return dict(self._unreachable)
 
+    @property
+    def progress(self) -> bool | None:
+        """Whether it is shown how far things are that take long; None: as ``Environment.progress`` says."""
+        return self._common.progress
+
     def contains_runtime(self, host: str) -> bool:
         """Check whether a host is in the group.
 

@@ -67,6 +67,7 @@ class Common:
         working_dir, connection_kwargs, python, setup, env, shell, environment: See :class:`lazycluster.Runtime`.
         settings: Per host or pattern such as ``gpu-*``, from :func:`read_settings`; what comes later wins.
         ask: Whether a person may be asked.
+        progress: Whether it is shown how far things are; None: as `Environment.progress` says.
     """
 
     working_dir: str | None = None
@@ -78,6 +79,7 @@ class Common:
     settings: PerHost | None = field(default=None, repr=False)
     ask: bool = False
     environment: Any = None
+    progress: bool | None = None
 
     def spec(self, host: str) -> HostSpec:
         """Return what holds for a host.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lazycluster.exceptions import GroupTaskError, TaskExecutionError
 from lazycluster.ssh.tunnels import Tunnel
+from lazycluster.tasks.execution import wait_for
 from lazycluster.tasks.handles import ProcessHandle, TaskProcess
 from lazycluster.tasks.task import RuntimeTask
 
@@ -152,9 +153,7 @@ def join_all(tasks: Sequence[RuntimeTask]) -> None:
     """
     executions = [task._started() for task in tasks]
     executions = [execution for execution in executions if not execution.omit_on_join]
-    for execution in executions:
-        execution.check_waiting()
-    concurrent.futures.wait([execution.future for execution in executions])
+    wait_for(executions)
     errors = []
     for execution in executions:
         try:

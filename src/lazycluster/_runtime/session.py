@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _loop
+from lazycluster._progress import Progress
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.local import LocalConnection
@@ -22,7 +23,7 @@ from lazycluster.tasks.variables import checked_variables
 if TYPE_CHECKING:
     from lazycluster.environments.activation import HostEnvironment
 
-__all__ = ["ANSWER_LIMIT", "HostSpec", "Lease", "Session"]
+__all__ = ["ANSWER_LIMIT", "HostSpec", "Lease", "Session", "connected", "may_ask"]
 
 T = TypeVar("T")
 
@@ -372,3 +373,17 @@ def _let_go(lease: Lease, owner: int, token: dict[str, bool]) -> None:
     if not token["done"] and owner == os.getpid():
         token["done"] = True
         _loop.submit(lease.give_back())
+
+
+async def connected(spec: HostSpec) -> Session:
+    """Return a session on one host; it is shown if that takes long."""
+    with Progress(f"Connecting {spec.host}"):
+        return await Session.open(spec)
+
+
+def may_ask() -> bool:
+    """Whether a person sits at a terminal who can be asked for a password."""
+    try:
+        return sys.stdin.isatty() and sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False

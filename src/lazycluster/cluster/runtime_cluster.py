@@ -7,15 +7,16 @@ passed to every cluster. The launchers of the engines that come with the library
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lazycluster import _lifetime, _loop
+from lazycluster import _lifetime, _loop, _progress
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 
 from . import connection_file
@@ -145,7 +146,7 @@ class MasterWorkerCluster(RuntimeCluster):
         with self._lock:
             self._check_not("running", "starting")
             self._state = "starting"
-        with self._changing:
+        with self._changing, self._shown(f"Starting the {type(self).__name__}"):
             try:
                 count = self._count(worker_count)
                 self._prepare(count, debug)
@@ -264,6 +265,12 @@ class MasterWorkerCluster(RuntimeCluster):
             raise ClusterError("cleaning up: " + "; ".join(str(error) for error in errors)) from errors[0]
 
     # --- shared --------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _shown(self, what: str) -> Iterator[None]:
+        """Show how far something is that takes long."""
+        with _progress.shown(getattr(self._group, "progress", None)), _progress.Progress(what):
+            yield
+
     def _undo(self) -> None:
         try:
             self.cleanup()

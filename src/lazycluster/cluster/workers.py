@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lazycluster import _loop
+from lazycluster._progress import Progress
 from lazycluster.exceptions import LazyclusterError, NoPortsLeftError, PortInUseError
 from lazycluster.ssh import workspace
 
@@ -17,7 +18,6 @@ from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerSta
 from .network import Listener, PortSupply, PortUse
 from .placement import Gpus, in_turn, rooms
 from .places import Place, places_of, prepared_places, usable
-from .progress import Progress
 from .services import Program, Service, as_kind, ready_or_port_taken
 from .staff import Staff, Worker
 
@@ -156,7 +156,8 @@ class ServiceWorkerLauncher(Staff):
         places = usable(places_of(self._group))
         await self._introduce(master_port, places)
         await self._give_ports(self._prepared, supply, places)
-        async with Progress("workers are there", count) as progress:
+        waiting = lambda: [w.name for w in self._prepared if w.service.state != "ready"]  # noqa: E731
+        with Progress("workers", count, waiting=waiting) as progress:
             await self._bring_up_all(master_port, supply, places, progress)
         for worker in self._prepared:
             if self.port_uses:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lazycluster import _loop
+from lazycluster import _loop, _progress
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
 from .context import Context
@@ -23,7 +23,7 @@ from .steps import Step, StepResult
 if TYPE_CHECKING:
     from .pickling import PickledCall
 
-__all__ = ["Context", "Execution", "settled"]
+__all__ = ["Context", "Execution", "settled", "wait_for"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -93,6 +93,7 @@ class Execution:
         asked: Whether somebody has asked for the error.
         raised: Whether `join` has raised the error.
         exitcode: None until its end, then 0, 1 or what a failed process ended with.
+        board: Where it says how far it is.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Execution:
         self.asked = False
         self.raised = False
         self.exitcode: int | None = None
+        self.board = _progress.present()
         self.future = TaskFuture(self)
         self._env = {**context.env, **env}
         self._log = TaskLog(context.host, name, debug)
@@ -146,7 +148,8 @@ class Execution:
     def start(self) -> Execution:
         """Begin; returns itself."""
         self.context.connection.check()
-        self._inner = _loop.submit(self._run())
+        with self.board.in_use():
+            self._inner = _loop.submit(self._run())
         self._inner.add_done_callback(self._ran)
         return self
 
@@ -236,8 +239,7 @@ class Execution:
         Returns:
             Whether it has ended.
         """
-        self.check_waiting()
-        return bool(concurrent.futures.wait([self.future], timeout).done)
+        return wait_for([self], timeout)
 
     def wait_or_cancel(self) -> None:
         """Wait for the end; if the wait is interrupted (Ctrl-C), the execution is ended, too."""
@@ -288,6 +290,26 @@ class Execution:
         # An execution whose constructor failed has no error yet.
         if getattr(self, "error", None) is not None and os.getpid() == self._owner:
             self.report()
+
+
+def wait_for(executions: Sequence[Execution], timeout: float | None = None) -> bool:
+    """Wait for the end of executions; meanwhile it is shown how far they are.
+
+    Args:
+        executions: What to wait for.
+        timeout: Seconds; None: as long as it takes.
+
+    Returns:
+        Whether all have ended.
+    """
+    for execution in executions:
+        execution.check_waiting()
+    boards = [execution.board for execution in executions]
+    board = _progress.Board(any(board.wanted for board in boards), boards)
+    try:
+        return board.wait([execution.future for execution in executions], timeout)
+    finally:
+        board.close()
 
 
 async def settled(future: concurrent.futures.Future[Any]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lazycluster._progress import Progress
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
 from . import fetched
@@ -187,10 +189,17 @@ async def _run_function(
 async def _send_file(step: SendFile, context: Context, env: Mapping[str, str], work: Work) -> StepResult:
     from lazycluster.ssh import transfer
 
-    async with work.gate or contextlib.nullcontext():
-        result = await transfer.send(
-            context.connection, step.local_path, step.remote_path, cwd=context.cwd, env=dict(env)
-        )
+    name = os.path.basename(os.fspath(step.local_path).rstrip("/"))
+    with Progress(f"Sending {name}", unit="B") as progress:
+        async with work.gate or contextlib.nullcontext():
+            result = await transfer.send(
+                context.connection,
+                step.local_path,
+                step.remote_path,
+                cwd=context.cwd,
+                env=dict(env),
+                progress=lambda done, total, _files: progress.set(done, total),
+            )
     work.write(_summary("sent", step.local_path, f"{context.host}:{result.path}", result))
     return StepResult()
 
@@ -198,9 +207,15 @@ async def _send_file(step: SendFile, context: Context, env: Mapping[str, str], w
 async def _get_file(step: GetFile, context: Context, env: Mapping[str, str], work: Work) -> StepResult:
     from lazycluster.ssh import transfer
 
-    with fetched.claimed(step.target(), context.host):
+    name = os.path.basename(step.remote_path.rstrip("/"))
+    with fetched.claimed(step.target(), context.host), Progress(f"Getting {name}", unit="B") as progress:
         result = await transfer.get(
-            context.connection, step.remote_path, step.local_path, cwd=context.cwd, env=dict(env)
+            context.connection,
+            step.remote_path,
+            step.local_path,
+            cwd=context.cwd,
+            env=dict(env),
+            progress=lambda done, total, _files: progress.set(done, total),
         )
     work.write(_summary("got", f"{context.host}:{step.remote_path}", result.path, result))
     return StepResult()
