@@ -7,13 +7,18 @@ import hashlib
 import os
 import signal
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import leaks
 from lazycluster import Runtime, RuntimeTask
 from lazycluster.exceptions import ConnectionLostError, TaskExecutionError
 
@@ -250,3 +255,165 @@ def test_a_runtime_can_be_left_while_its_link_is_down(make_hosts: Make, caplog: 
     assert "could not be told to end" in caplog.text
     _until(lambda: not hosts[0].processes(), "the host to be clean")
     hosts[0].restore()
+
+
+_SLEEPER = """
+    import hashlib, sys
+    from lazycluster import RuntimeGroup, RuntimeTask
+
+    def main():
+        settings = {{"config_file": {config!r}, "link_timeout": 2, "grace": 60}}
+        with RuntimeGroup(hosts={names!r}, connection_kwargs=settings, python=sys.executable) as group:
+            tasks = [group.execute_task(RuntimeTask("count").run_command({command!r}), host=host) for host in {names!r}]
+            later = [runtime.execute_task(RuntimeTask("call").call(bytes, 5_000_000)) for runtime in group.runtimes]
+            print("working", flush=True)
+            logs = [task.execution_log_file_path for task in tasks if task.join() is None]
+            print([hashlib.sha256(open(log, "rb").read()).hexdigest() for log in logs], flush=True)
+            print([len(task.result()) for task in later], flush=True)
+
+    main()
+"""
+
+
+def test_a_manager_that_sleeps_loses_nothing(hosts: Any) -> None:
+    """It is stopped for longer than its silence is taken for an interruption."""
+    command = f"{COUNT}; head -c 20000000 /dev/zero; touch ~/printed"
+    names = hosts.names[:2]
+    program = textwrap.dedent(_SLEEPER).format(config=hosts.config_file, names=names, command=command)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as manager:
+        assert manager.stdout is not None
+        assert manager.stdout.readline() == "working\n"
+        manager.send_signal(signal.SIGSTOP)
+        for host in hosts[:2]:
+            _until(host.path("~/printed").exists, "everything to be printed while the manager sleeps")
+        manager.send_signal(signal.SIGCONT)
+        expected = hashlib.sha256(LINES.encode() + bytes(20_000_000)).hexdigest()
+        assert manager.stdout.readline() == f"{[expected] * 2}\n"
+        assert manager.stdout.readline() == "[5000000, 5000000]\n"
+    assert manager.returncode == 0
+    for host in hosts[:2]:
+        host.path("~/printed").unlink()
+
+
+_ENDED = """
+    import os, signal, sys, threading
+    from lazycluster import RuntimeGroup, RuntimeTask
+
+    settings = {{"config_file": {config!r}, "link_timeout": 2, "grace": {grace}}}
+    group = RuntimeGroup(hosts={names!r}, connection_kwargs=settings, python=sys.executable)
+    group.expose_port_to_runtimes({port}, 24300)
+    task = RuntimeTask("x").run_command("nohup setsid sleep 7104 >/dev/null 2>&1 & sleep 7105")
+    group.execute_task(task, broadcast=True)
+    processes = [runtime.connection._process.pid for runtime in group.runtimes]
+    if {returned}:
+        back = [threading.Event() for _ in processes]
+        for runtime, event in zip(group.runtimes, back):
+            runtime.connection.on_state(lambda state, why, event=event: state == "open" and event.set())
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+        for event in back:
+            event.wait()
+    print(*[runtime.connection._process.pid for runtime in group.runtimes], flush=True)
+    threading.Event().wait()
+"""
+
+
+def _working(hosts: Any, server: socket.socket, grace: int, returned: bool) -> tuple[subprocess.Popen[str], list[int]]:
+    port = server.getsockname()[1]
+    names = [host.name for host in hosts]
+    program = textwrap.dedent(_ENDED).format(
+        config=hosts.config_file, names=names, port=port, grace=grace, returned=returned
+    )
+    manager = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert manager.stdout is not None
+    clients = [int(word) for word in manager.stdout.readline().split()]
+    for host in hosts:
+        _until(lambda host=host: str(host.processes()).count("sleep 710") >= 2, "the command")
+    return manager, clients
+
+
+def _clean(hosts: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while left := [entry for host in hosts for entry in host.leftovers()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.02)
+
+
+def test_hosts_are_clean_when_the_manager_is_killed_after_its_links_have_returned(hosts: Any) -> None:
+    """Also with a connection in a tunnel, which by itself keeps ssh alive."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        manager, _ = _working(hosts, server, 60, returned=True)
+        guest = hosts[0].inside(["python3", "-c", _HOLD, "24300"])
+        with subprocess.Popen(guest, stdout=subprocess.PIPE), server.accept()[0] as held:
+            manager.kill()
+            manager.communicate()
+            _clean(hosts, leaks.PATIENCE)
+            held.close()
+
+
+_HOLD = "import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1]))); s.recv(1)"
+
+
+def test_hosts_are_clean_after_the_grace_when_the_manager_is_killed_together_with_ssh(hosts: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        manager, clients = _working(hosts, server, 3, returned=False)
+        for pid in [*clients, manager.pid]:
+            os.kill(pid, signal.SIGKILL)
+        manager.communicate()
+        _clean(hosts, 3 + 1 + leaks.PATIENCE)
+
+
+def test_a_host_that_ends_everything_at_logout_gives_no_grace(
+    make_hosts: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    hosts = make_hosts(1, env={"XDG_SESSION_ID": "5"})
+    if not os.path.isdir("/etc/systemd"):
+        pytest.skip("needs a directory /etc/systemd to put another one in its place")
+    hosts[0].run("mkdir /tmp/systemd && echo KillUserProcesses=yes > /tmp/systemd/logind.conf")
+    hosts[0].run("mount --bind /tmp/systemd /etc/systemd")
+    caplog.set_level("INFO", "lazycluster")
+    with connect(hosts) as runtime:
+        states = States(runtime)
+        task = runtime.execute_task(RuntimeTask("sleep").run_command("sleep 300"))
+        assert runtime.call(pow, 2, 3) == 8
+        assert "KillUserProcesses=yes in /etc/systemd/logind.conf" in caplog.text
+        kill_ssh(hosts[0], runtime)
+        with pytest.raises(TaskExecutionError, match="the connection was lost"):
+            task.join()
+        states.wait_for("interrupted", "lost")
+    hosts[0].run("umount /etc/systemd && rm -r /tmp/systemd")
+
+
+def test_a_copy_goes_on_where_it_was(hosts: Any, tmp_path: Path) -> None:
+    """A file that is complete is not sent again, and every one arrives as it is."""
+    source, back = tmp_path / "source", tmp_path / "back"
+    source.mkdir()
+    sizes = [3_000_000] * 20 + [200_000_000]
+    for number, size in enumerate(sizes):
+        with (source / f"file{number:02}").open("wb") as file:
+            file.write(os.urandom(1000) * (size // 1000))
+    there = hosts[0].path("~/copied")
+    with connect(hosts) as runtime:
+        for task, partly in (
+            (RuntimeTask("send").send_file(str(source), "~/copied"), lambda: len(_files(there)) > 3),
+            (RuntimeTask("get").get_file("~/copied", str(back)), lambda: len(_files(back)) > 3),
+        ):
+            states = States(runtime)
+            running = runtime.execute_task(task)
+            _until(partly, "some of the files")
+            kill_ssh(hosts[0], runtime)
+            states.wait_for("interrupted", "open")
+            running.join()
+            assert "there already, unchanged" in running.execution_log[0]
+    for copied in (there, back):
+        assert {path.name: _digest(path) for path in copied.iterdir()} == {p.name: _digest(p) for p in source.iterdir()}
+    subprocess.run(["rm", "-r", there], check=True)
+
+
+def _files(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.exists() else []
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()

@@ -45,6 +45,10 @@ class FakeConnection:
     """What a connection offers to copies; the host is a process here."""
 
     host = "host1"
+    interruptions = 0
+
+    async def answering(self) -> None:
+        """The host always answers at once."""
 
     def __init__(self, python: str = sys.executable, pipes: bool = False, unnamed: bool = True) -> None:
         self.at_close: list = []

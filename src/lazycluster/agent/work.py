@@ -217,10 +217,12 @@ class Work:
             return
         loop = self._channel.loop
         moved = self._printed + self._answer.count
-        if moved == self._seen and (self._channel.writable or not self._channel.open):
+        taken = self._channel.writable or not self._channel.open
+        if moved == self._seen and taken:
             self._finish()
             return
-        self._seen = moved
+        # While nothing is taken nothing moves; from then on it gets the whole time again.
+        self._seen = moved if taken else -1
         self._linger = loop.call_later(LINGER, self._await_rest)
 
     def _finish(self) -> None:

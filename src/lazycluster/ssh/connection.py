@@ -73,6 +73,7 @@ class Connection(abc.ABC):
     Attributes:
         host: The host as the user named it.
         why: Why it is in its state, where that is not what was asked for: what interrupted it, or how it was lost.
+        interruptions: How often its link has dropped so far.
         generation: Which agent it leads to: it grows when the host has lost the one before, and all that this one ran.
         on_lost: Called when the connection is lost (not when it is closed), with the reason.
         on_renewal: Awaited when a new agent has taken the place of a lost one, before the connection is open again.
@@ -83,6 +84,7 @@ class Connection(abc.ABC):
     def __init__(self, host: str) -> None:
         self.host = host
         self.why = ""
+        self.interruptions = 0
         self.generation = 0
         self._state: State = "new"
         self._state_callbacks: list[StateCallback] = []
@@ -212,6 +214,16 @@ class Connection(abc.ABC):
             finally:
                 forget()
         self.check()
+
+    async def answering(self) -> None:
+        """Wait until the agent answers, over a link that may have to come back first.
+
+        Raises:
+            ConnectionLostError: If it does not.
+        """
+        with contextlib.suppress(ConnectionLostError):  # the one that was there, perhaps not its successor
+            await self.request("ping")
+        await self.reached()
 
     # --- starting ------------------------------------------------------------------------------
     async def _bring_up(self, process: WatchedProcess, marker: str) -> None:

@@ -137,6 +137,7 @@ class ReturningConnection(Connection, abc.ABC):
 
     def _interrupted(self, why: str) -> None:
         if self.state == "open":
+            self.interruptions += 1
             logger.warning("%s: the link is interrupted: %s", self.host, why)
         self._become("interrupted", why)
 

@@ -23,11 +23,15 @@ class HostConnection(Protocol):
     """What a copy needs of a connection."""
 
     host: str
+    interruptions: int
     at_close: list[Callable[[], Any]]
     on_lost: list[Callable[[str], Any]]
 
     def check(self) -> None:
         """Raise an error if the connection cannot be used."""
+
+    async def answering(self) -> None:
+        """Wait until the host answers, over a link that may have to come back first."""
 
     async def bulk(self) -> socket.socket:
         """Return a stream to a new process on the host that copies files."""

@@ -22,7 +22,7 @@ from lazycluster.agent.files import destination, source
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
 from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
-from lazycluster.exceptions import LazyclusterError, printable
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError, printable
 
 from .streams import HostConnection, Pool, hang_up
 
@@ -229,9 +229,18 @@ class _Copy:
         if pool is None:
             pool = _pools[self.connection] = Pool(self.connection)
         limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
-        async with pool.slots, limit:
-            began = time.monotonic()
-            work = await self._attempt(pool)
+        began = time.monotonic()
+        while True:
+            interruptions = self.connection.interruptions
+            try:
+                async with pool.slots, limit:
+                    work = await self._attempt(pool)
+                break
+            except (StreamClosedError, ConnectionLostError) as error:
+                # When a link that has dropped is back, the copy goes on with the files that are not there yet.
+                await self.connection.answering()
+                if self.connection.interruptions == interruptions:
+                    raise self._explained(error) from error
         tally = work.tally
         return TransferResult(
             work.path, tally.files, tally.bytes, tally.sent, tally.skipped, time.monotonic() - began,
@@ -250,8 +259,10 @@ class _Copy:
                     pool.give_back(sock, work.usable)
             if work.error is None:
                 return work
-            if not (isinstance(work.error, StreamClosedError) and used and not work.answered):
+            if not isinstance(work.error, StreamClosedError):
                 raise self._explained(work.error) from work.error
+            if not used or work.answered:
+                raise work.error
             # The process on the host had ended while it was idle.
 
     def _explained(self, error: BaseException) -> BaseException:
