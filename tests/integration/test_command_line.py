@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -242,6 +243,34 @@ def test_forward_until_ctrl_c(hosts: Any) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
+
+
+def test_cleanup(hosts: Any) -> None:
+    # It leaves the agent's processes alone that another manager uses.
+    other = start(hosts, "run", "-w", "host1", "--", "echo up; exec sleep 601")
+    assert other.stdout
+    assert other.stdout.readline() == "host1: up\n"
+    process = start(hosts, "run", "-w", "host1", "--", "echo up; exec sleep 600")
+    assert process.stdout
+    assert process.stdout.readline() == "host1: up\n"
+    (sleep,) = [found for found in hosts[0].processes() if found.command == "sleep 600"]
+    agent = sleep.parent
+    guardian = next(found.parent for found in hosts[0].processes() if found.pid == agent)
+    for pid, number in ((guardian, signal.SIGSTOP), (agent, signal.SIGKILL), (guardian, signal.SIGKILL)):
+        os.kill(pid, number)
+    process.kill()
+    process.communicate()
+    for folder in hosts[0].path("/tmp").glob("lazycluster-*"):
+        os.utime(folder, (0, 0))  # a young one is left alone: it may be about to be used
+    status, out, err = lazycluster(hosts, "cleanup", "-w", "host[1-2]")
+    assert (status, err) == (0, "")
+    assert "host1: ended the process" in out
+    assert "sleep 600" in out
+    assert "host1: removed /tmp/lazycluster-" in out
+    assert "host2: nothing was left" in out
+    assert [found.command for found in hosts[0].processes() if "sleep 60" in found.command] == ["sleep 601"]
+    other.send_signal(signal.SIGTERM)
+    other.communicate(timeout=30)
 
 
 def test_help_of_each_command() -> None:

@@ -9,13 +9,12 @@ import pwd
 import signal
 import struct
 import sys
-import time
 from importlib import import_module
 
-from .guardian import KEEP_FILE, clean, remove
+from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .presence import Presence
-from .processes import AGENT_MARKER, Ending, descendants, marks, send_signal, start_time, tree_of
+from .processes import AGENT_MARKER, Ending, descendants, marks, start_time
 from .session import Channel
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
 _SWEEP_DELAY = 0.5
-_YOUNG = 10.0
 
 # request -> (module, function); modules are imported when they are first needed, which keeps the start short
 _HANDLERS: Dict[str, Tuple[str, str]] = {
@@ -49,6 +47,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "pool": ("pools", "pool"),
     "environment": ("environments", "environment"),
     "reachable": ("functions", "reachable"),
+    "leftovers": ("leftovers", "leftovers"),
 }
 
 
@@ -204,8 +203,9 @@ class Agent:
         self._presence.streams_ended(session, error)
 
     def _sweep(self) -> None:
-        end_orphans()
-        remove(abandoned(self.directory))
+        from .leftovers import sweep
+
+        sweep(self.directory)
 
     def _look_for_session(self) -> None:
         if self._presence.session is None:
@@ -242,46 +242,6 @@ class Agent:
 def identity() -> str:
     """Return a name for this process that no other has, as long as the machine runs."""
     return "{}-{}-{}".format(_link("/proc/self/ns/pid"), os.getpid(), start_time(os.getpid()))
-
-
-def end_orphans() -> None:
-    """End what an earlier agent left that was killed together with its guardian."""
-    space = _link("/proc/self/ns/pid")
-    for pid, mark in marks(AGENT_MARKER):
-        here, agent, started = (mark.rsplit("-", 2) + ["", ""])[:3]
-        # Numbers of another pid namespace (a container's, seen from outside) say nothing here.
-        if here == space and agent.isdigit() and str(start_time(int(agent))) != started:
-            send_signal(tree_of(pid, start_time(pid), ""), signal.SIGKILL)
-
-
-def abandoned(own: str) -> List[str]:
-    """Return the private directories of this user's agents, beside our own, that nobody serves any more."""
-    place, name = os.path.split(own)
-    prefix = name.rpartition("-")[0] + "-"
-    found = []
-    for name in os.listdir(place):
-        path = os.path.join(place, name)
-        listener = os.path.join(path, "agent.sock")
-        try:
-            inode = os.lstat(path)
-            # A new one is left alone: its agent may be about to listen.
-            mine = name.startswith(prefix) and inode.st_uid == os.getuid() and inode.st_mtime < time.time() - _YOUNG
-            if mine and os.path.exists(listener) and not _answers(listener):
-                found.append(path)
-        except OSError:
-            continue
-    return found
-
-
-def _answers(path: str) -> bool:
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        probe.connect(path)
-    except ConnectionRefusedError:
-        return False
-    finally:
-        probe.close()
-    return True
 
 
 def _traceback() -> str:

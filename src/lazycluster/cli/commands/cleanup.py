@@ -1,0 +1,92 @@
+"""``lazycluster cleanup``: what was left behind by a crash."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lazycluster.cli.targets import host_options, targets
+
+if TYPE_CHECKING:
+    from lazycluster.cli.fanout import Outcome
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["cleanup"]
+
+
+@click.command()
+@host_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def cleanup(
+    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+    connect_timeout: float | None, accept_new_host_key: bool, as_json: bool,
+) -> int:  # fmt: skip
+    """Remove what was left on hosts and on this machine, and show what it was.
+
+    Nothing is left as a rule: this is for what a crash of the system has prevented from being cleaned up. Found are
+    processes and directories of this library that are your own, and that nobody uses any more. What a running
+    program of yours uses stays, as do environments and detached tasks, which are meant to stay.
+
+    \b
+    Examples:
+      lazycluster cleanup
+      lazycluster cleanup -w 'node[1-4]'
+
+    Exit status: 0 if all hosts were reached, also if nothing was found; else 255.
+    """
+    import json
+
+    from lazycluster import _loop
+    from lazycluster.cli.console import errors, output
+    from lazycluster.cli.fanout import everywhere, exit_status
+
+    found: dict[str, dict[str, Any]] = {}
+
+    async def work(connection: Connection) -> Outcome:
+        return await _clean(connection, found)
+
+    def tell(outcome: Outcome) -> None:
+        if outcome.error:
+            errors().print(f"{outcome.host}: {outcome.error}", markup=False, soft_wrap=True)
+        elif not as_json:
+            _show(outcome.host, found[outcome.host])
+
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
+    tell(_loop.run(_here(found)))
+    outcomes = _loop.run(everywhere(chosen, work, on_done=tell))
+    if as_json:
+        output().print_json(json.dumps(found))
+    return exit_status(outcomes, chosen.everyone)
+
+
+async def _here(found: dict[str, dict[str, Any]]) -> Outcome:
+    from lazycluster.ssh.local import LocalConnection
+
+    connection = LocalConnection("this machine")
+    await connection.open()
+    try:
+        return await _clean(connection, found)
+    finally:
+        await connection.close()
+
+
+async def _clean(connection: Connection, found: dict[str, dict[str, Any]]) -> Outcome:
+    import asyncio
+
+    from lazycluster.cli.fanout import Outcome
+
+    found[connection.host] = await asyncio.wait_for(connection.request("leftovers"), 60)
+    return Outcome(connection.host)
+
+
+def _show(host: str, left: dict[str, Any]) -> None:
+    from lazycluster.cli.console import output, printable
+
+    say = output().print
+    entries = [f"ended the process {process['pid']}: {process['command']}" for process in left["processes"]]
+    entries += [f"removed {path}" for path in left["directories"]]
+    if not entries:
+        say(f"{host}: nothing was left", markup=False)
+    for entry in entries:
+        say(f"{host}: {printable(entry)}", markup=False, soft_wrap=True)
