@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = [
     "AgentError",
+    "BrokenPoolError",
     "ConnectionLostError",
     "EnvironmentBuildError",
     "EnvironmentsBuildError",
@@ -221,7 +222,11 @@ class RemoteTraceback(LazyclusterError):  # noqa: N818  (it is what an exception
         return type(self), (self.host, self.pid, self.traceback)
 
 
-class WorkerLostError(LazyclusterError, concurrent.futures.BrokenExecutor):
+class BrokenPoolError(LazyclusterError, concurrent.futures.BrokenExecutor):
+    """The workers of an executor cannot run a call, or any."""
+
+
+class WorkerLostError(BrokenPoolError):
     """A call was given up, since its worker or host died under it, each time that it was tried.
 
     Attributes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -113,7 +112,7 @@ class RuntimeGroup(Membership, Spreading):
         self._tasks: list[RuntimeTask] = []
         self._unreachable: dict[str, str] = {}
         self._closed = False
-        self._executors = weakref.WeakSet()
+        self._executors = set()
         self._kept = None
         if hosts is not None:
             runtimes, self._unreachable = connect(distinct(hosts), self._common, on_unreachable)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +20,7 @@ class Spreading:
     """The part of a group that has calls run wherever there is room."""
 
     _lock: threading.RLock
-    _executors: weakref.WeakSet[GroupExecutor]
+    _executors: set[GroupExecutor]  # those that were not shut down
     _kept: tuple[list[Runtime], GroupExecutor] | None
 
     @property
@@ -110,6 +109,7 @@ class Spreading:
             self.runtimes, max_workers, initializer, initargs, workers_per_host=workers_per_host, debug=debug
         )
         self._executors.add(executor)
+        executor.at_end.append(self._executors.discard)
         return executor
 
     def _kept_executor(self) -> GroupExecutor:

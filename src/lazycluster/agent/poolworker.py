@@ -259,7 +259,7 @@ def _load_blob(mapped: mmap.mmap) -> Any:
 
 def _load_local(file: Any, unpickler: pickle.Unpickler) -> Any:
     """Read the sources of local modules, an object, and what modules hold, as `callee.load_call` does."""
-    localmodules.install(pickle.load(file))  # noqa: S301
+    localmodules.install(pickle.load(file))  # noqa: S301  (what the manager sends)
     value = unpickler.load()
     for portion in iter(unpickler.load, None):
         for module, attributes in portion:

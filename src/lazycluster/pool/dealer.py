@@ -11,12 +11,18 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
-from lazycluster.exceptions import ConnectionLostError, HostsLostError, LazyclusterError, WorkerLostError
+from lazycluster.exceptions import (
+    BrokenPoolError,
+    ConnectionLostError,
+    HostsLostError,
+    LazyclusterError,
+    WorkerLostError,
+)
 
 from .blobs import Blobs
-from .chunks import Answer, Chunk, Failure
+from .chunks import Chunk, Failure
 from .crew import LOOKAHEAD, Crew, Plan
-from .outcomes import read
+from .outcomes import initializer_error
 
 if TYPE_CHECKING:
     from lazycluster.tasks.context import Context
@@ -188,8 +194,10 @@ class Dealer:
 
     def unfit(self, crew: Crew, told: list[bytes]) -> None:
         """Give up: workers cannot be initialised."""
-        error = read(Answer(0, told, 0, crew.host), 0, 1, lambda _: "the initializer")[0][1]
-        self._break(error if isinstance(error, BaseException) else LazyclusterError(str(error)))
+        cause = initializer_error(told, crew.host)
+        error = BrokenPoolError(f"{crew.host}: the workers cannot be used, their initializer has failed: {cause}")
+        error.__cause__ = cause
+        self._break(error)
 
     def lost(self, crew: Crew, error: LazyclusterError) -> None:
         """Have what a host had run by the others."""

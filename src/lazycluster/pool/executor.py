@@ -23,6 +23,7 @@ from .dealer import Dealer
 from .mapping import MapRun, checked
 from .outcomes import call_name, read
 from .packing import Packed, pack, pack_calls
+from .sameness import Packer
 from .sizes import worker_counts
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class GroupExecutor(concurrent.futures.Executor):
         runtimes = [runtime for runtime in runtimes if counts[runtime.host] != 0]
         self.hosts = [runtime.host for runtime in runtimes]
         self._blobs = Blobs()
+        self._packer = Packer()
         first = None
         if initializer is not None:
             first = self._blobs.take(pack(functools.partial(initializer, *initargs)))
@@ -81,6 +83,7 @@ class GroupExecutor(concurrent.futures.Executor):
         self._shut_down = False
         self._ended = False
         self._runs: weakref.WeakSet[MapRun] = weakref.WeakSet()
+        self.at_end: list[Callable[[GroupExecutor], Any]] = []
         self._futures = _Futures(self._dealer)
         _lifetime.register(self)
 
@@ -110,7 +113,7 @@ class GroupExecutor(concurrent.futures.Executor):
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         sharing = Sharing(self._blobs)
         try:
-            packed = pack(fn)
+            packed = self._packer.pack(fn)
             calls = pack_calls(fn, [args], kwargs or None, sharing.share)
         except TypeError as error:
             with self._lock:
@@ -154,7 +157,7 @@ class GroupExecutor(concurrent.futures.Executor):
         if not callable(fn):
             raise TypeError(f"{fn!r} is not a function")
         checked(timeout, chunksize, buffersize)
-        packed = pack(fn)
+        packed = self._packer.pack(fn)
         with self._lock:
             self._begin(packed)
             run = MapRun(
@@ -235,6 +238,8 @@ class GroupExecutor(concurrent.futures.Executor):
             self._futures.close()
             for run in list(self._runs):
                 run.abandon()
+            for call in self.at_end:
+                call(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

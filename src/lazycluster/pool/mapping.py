@@ -53,7 +53,7 @@ class _Cell:
 
     def __init__(self, count: int, chunk: Chunk) -> None:
         self.left = count
-        self.results: list[tuple[bool, Any] | None] = [None] * count
+        self.results: list[tuple[bool, Any]] = [(False, None)] * count
         self.chunk = chunk
         self.size = chunk.packed.size
 
@@ -217,14 +217,13 @@ class MapRun:
         self._bytes -= cell.size
         if cell.chunk.shared:
             self._dealer.release(cell.chunk.shared)
-        for index, outcome in enumerate(cell.results):
-            assert outcome is not None
-            cell.results[index] = None  # the caller alone decides how long it lives
-            good, value = outcome
-            del outcome
+        results = cell.results[::-1]
+        cell.results.clear()
+        while results:  # nothing here holds a result that was handed on: the caller alone decides how long it lives
+            good, *box = results.pop()
             if not good:
-                raise value
-            yield value
+                raise box.pop()
+            yield box.pop()
 
     def _arrived_in_time(self) -> Arrived:
         if self._deadline is None:

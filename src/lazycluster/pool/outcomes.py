@@ -14,7 +14,7 @@ from lazycluster.tasks.functions import Outcome, load_parts, with_lines
 from .chunks import Answer, Failure
 from .packing import PackedCalls
 
-__all__ = ["call_name", "described", "read"]
+__all__ = ["call_name", "initializer_error", "read"]
 
 _SHORT = 4096  # bytes of arguments that are shown
 
@@ -33,22 +33,28 @@ def read(outcome: Answer | Failure, first: int, count: int, name: Callable[[int]
     if isinstance(outcome, Failure):
         return [(False, outcome.error)] * count
     try:
-        content = pickle.loads(outcome.parts[0]) if len(outcome.parts) == 1 else load_parts(outcome.parts, False)  # noqa: S301
+        content = _load(outcome.parts)
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
         return [(False, _unreadable(error, outcome.host, name(first)))] * count
     if outcome.kind == RETURNED:
         return [(True, value) for value in content]
     if outcome.kind == BROKEN:
-        return [(False, described(content, outcome.host, name(first + index))) for index in range(count)]
+        return [(False, _described(content, outcome.host, name(first + index))) for index in range(count)]
     return [_one(good, data, outcome.host, name(first + index)) for index, (good, data) in enumerate(content)]
+
+
+def _load(parts: list[bytes]) -> Any:
+    if len(parts) == 1:
+        return pickle.loads(parts[0])  # noqa: S301  (a host's results are unpickled: that is said to the user)
+    return load_parts(parts, False)
 
 
 def _one(good: bool, data: bytes, host: str, name: str) -> tuple[bool, Any]:
     try:
-        content = pickle.loads(data)  # noqa: S301
+        content = pickle.loads(data)  # noqa: S301  (a host's results are unpickled: that is said to the user)
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
         return False, _unreadable(error, host, name)
-    return (True, content[0]) if good else (False, described(content, host, name))
+    return (True, content[0]) if good else (False, _described(content, host, name))
 
 
 def _unreadable(error: Exception, host: str, name: str) -> TaskExecutionError:
@@ -58,11 +64,20 @@ def _unreadable(error: Exception, host: str, name: str) -> TaskExecutionError:
     return wrapped
 
 
+def initializer_error(parts: list[bytes], host: str) -> BaseException:
+    """Return what an initializer has raised."""
+    name = "the initializer"
+    try:
+        return _described(_load(parts), host, name)
+    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
+        return _unreadable(error, host, name)
+
+
 def call_name(function: str, packed: PackedCalls, call: int) -> str:
     """Return what to call a call in messages: the function with the arguments, if these are short."""
     if packed.kind == CHUNK and packed.size <= _SHORT:
         try:
-            calls, kwargs = pickle.loads(b"".join(packed.parts))  # noqa: S301
+            calls, kwargs = pickle.loads(b"".join(packed.parts))  # noqa: S301  (our own bytes)
             shown = [reprlib.repr(argument) for argument in calls[call]]
             shown += [f"{name}={reprlib.repr(value)}" for name, value in (kwargs or {}).items()]
         except Exception:  # noqa: BLE001  (any error of any __repr__; and large arrays are not in there)
@@ -71,7 +86,7 @@ def call_name(function: str, packed: PackedCalls, call: int) -> str:
     return f"{function}()"
 
 
-def described(told: dict[str, Any], host: str, name: str) -> BaseException:
+def _described(told: dict[str, Any], host: str, name: str) -> BaseException:
     """Return what to raise for an error that a worker has told of.
 
     Args:
@@ -82,7 +97,7 @@ def described(told: dict[str, Any], host: str, name: str) -> BaseException:
     exception: BaseException | None = None
     if told["exception"] is not None:
         try:
-            loaded = pickle.loads(told["exception"])  # noqa: S301
+            loaded = pickle.loads(told["exception"])  # noqa: S301  (likewise)
             exception = loaded if isinstance(loaded, BaseException) else None
         except Exception:  # noqa: BLE001  (its text has to do)
             exception = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import pickle
 import struct
@@ -14,12 +13,12 @@ from lazycluster.agent import localmodules
 from lazycluster.agent.poolwire import CHUNK, LOCAL_CHUNK
 from lazycluster.tasks.pickling import CallPickler, Snapshot, name_of
 
-__all__ = ["LARGE_ARRAY", "Packed", "PackedCalls", "Share", "pack", "pack_calls"]
+__all__ = ["LARGE_ARRAY", "PLAIN", "Packed", "PackedCalls", "Share", "pack", "pack_calls"]
 
 LARGE_ARRAY = 1024 * 1024  # bytes from which on an array is sent once to a host, for all calls that have it
 
 _PROTOCOL = 5
-_PLAIN = frozenset((int, str, float, bool, bytes, complex, type(None)))
+PLAIN = frozenset((int, str, float, bool, bytes, complex, type(None)))  # types whose values never change
 _LAYOUT = struct.Struct("!QI")
 _BUFFER = struct.Struct("!QQ")
 _ALIGNMENT = 64
@@ -142,7 +141,7 @@ def pack_calls(
     Raises:
         TypeError: If something cannot be sent; the message says what.
     """
-    if not kwargs and all(type(argument) in _PLAIN for arguments in calls for argument in arguments):
+    if not kwargs and all(type(argument) in PLAIN for arguments in calls for argument in arguments):
         data = pickle.dumps((calls, None), _PROTOCOL)
         return PackedCalls(CHUNK, (data,), len(data))
     try:
@@ -173,9 +172,3 @@ def _pack_calls(
     sources = pickler.dump_rest()
     parts = (sources, *file.parts)
     return PackedCalls(LOCAL_CHUNK, parts, sum(map(len, parts)))
-
-
-@functools.cache
-def nothing_to_share() -> Share:
-    """Return what shares nothing."""
-    return lambda array: None

@@ -33,7 +33,8 @@ def worker_counts(
     if max_workers is not None:
         if per_host is not None:
             raise ValueError("either max_workers or workers_per_host can be given, not both")
-        return _spread({runtime.host: int(runtime.info["cpu_cores"]) for runtime in runtimes}, _checked(max_workers))
+        count = _checked(max_workers, "max_workers")
+        return _spread(_cores(runtimes, count), count)
     if isinstance(per_host, Mapping):
         unknown = [host for host in per_host if host not in hosts]
         if unknown:
@@ -50,9 +51,18 @@ def _spread(cores: Mapping[str, int], count: int) -> dict[str, int | None]:
     return {**counts}
 
 
-def _checked(count: int) -> int:
+def _cores(runtimes: Sequence[Runtime], count: int) -> dict[str, int]:
+    """Return the cores of some hosts, asked at once; where there is one host only, they do not matter."""
+    if len(runtimes) > 1:
+        for runtime in runtimes:
+            runtime.fill_info_buffer()
+        return {runtime.host: int(runtime.info["cpu_cores"]) for runtime in runtimes}
+    return {runtimes[0].host: count}
+
+
+def _checked(count: int, name: str = "workers_per_host") -> int:
     if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"a number of workers must be an integer, not {type(count).__name__}")
+        raise TypeError(f"{name} must be an integer, not {type(count).__name__}")
     if count < 1:
-        raise ValueError(f"a number of workers must be >= 1, not {count}")
+        raise ValueError(f"{name} must be greater than 0, not {count}")
     return count

@@ -1,0 +1,241 @@
+"""`RuntimeGroup.executor`: CPython's own tests of executors, and what theirs do not have."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import LocalRuntime, RuntimeGroup
+from lazycluster.exceptions import BrokenPoolError, LazyclusterError, WorkerLostError
+from sshhosts import procfs
+
+cpython = pytest.importorskip("test.test_concurrent_futures", reason="Python's own tests are not installed")
+from test.test_concurrent_futures import executor as executor_tests  # noqa: E402
+from test.test_concurrent_futures import test_as_completed, test_init, test_shutdown, test_wait, util  # noqa: E402
+
+
+pytestmark = pytest.mark.keeps("manager")  # zygotes, for the group's life: `module_group` looks at its end
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_group() -> Iterator[RuntimeGroup]:
+    before = set(children())
+    with RuntimeGroup([LocalRuntime(host="one"), LocalRuntime(host="two")]) as group:
+        yield group
+    assert set(children()) <= before
+
+
+def children() -> list[int]:
+    return [process.pid for process in procfs.descendants(os.getpid())]
+
+
+class OnGroup(util.ExecutorMixin):
+    """What CPython's tests want to know of the executor that they test."""
+
+    group: RuntimeGroup
+
+    @pytest.fixture(autouse=True)
+    def _with_group(self, module_group: RuntimeGroup) -> None:
+        self.group = module_group
+
+    def executor_type(self, **options: Any) -> concurrent.futures.Executor:
+        executor = self.group.executor(**options)
+        executor.submit(int).result()  # the tests count on calls that begin at once
+        return executor
+
+
+class TestExecutor(OnGroup, executor_tests.ExecutorTest, util.BaseTestCase):
+    test_map_timeout = None  # takes 5 s; test_map.py has another
+
+
+class TestWait(OnGroup, test_wait.WaitTests, util.BaseTestCase):
+    pass
+
+
+class TestAsCompleted(OnGroup, test_as_completed.AsCompletedTests, util.BaseTestCase):
+    pass
+
+
+class TestShutdown(OnGroup, util.BaseTestCase):
+    # The others start interpreters in which the executor has another name.
+    test_run_after_shutdown = test_shutdown.ExecutorShutdownTest.test_run_after_shutdown
+    test_hang_issue12364 = test_shutdown.ExecutorShutdownTest.test_hang_issue12364
+    test_cancel_futures = test_shutdown.ExecutorShutdownTest.test_cancel_futures
+    test_hang_gh94440 = test_shutdown.ExecutorShutdownTest.test_hang_gh94440
+
+
+class TestInitializer(OnGroup, test_init.InitializerMixin, unittest.TestCase):
+    pass
+
+
+# --- beyond CPython's ------------------------------------------------------------------------------------
+@pytest.fixture
+def group(module_group: RuntimeGroup) -> RuntimeGroup:
+    return module_group
+
+
+def test_an_initializer_that_fails_breaks_the_executor(group: RuntimeGroup) -> None:
+    def fails(text: str) -> None:
+        raise LookupError(text)
+
+    with group.executor(initializer=fails, initargs=("not there",)) as executor:
+        futures = [executor.submit(abs, x) for x in range(5)]
+        for future in futures:
+            with pytest.raises(BrokenPoolError, match="initializer has failed: not there") as caught:
+                future.result()
+        assert isinstance(caught.value, concurrent.futures.BrokenExecutor)
+        assert isinstance(caught.value.__cause__, LookupError)
+        with pytest.raises(BrokenPoolError):
+            executor.submit(abs, 1)
+
+
+def test_workers_that_die_before_they_begin_are_not_started_for_ever(group: RuntimeGroup) -> None:
+    with (
+        group.executor(initializer=os._exit, initargs=(3,)) as executor,
+        pytest.raises(LazyclusterError, match="the workers end before they can do anything"),
+    ):
+        executor.submit(abs, 1).result()
+
+
+def test_a_dead_worker_is_a_broken_executor_for_its_call_only(group: RuntimeGroup) -> None:
+    with group.executor() as executor:
+        bad = executor.submit(os._exit, 7)
+        good = [executor.submit(pow, x, 2) for x in range(20)]
+        with pytest.raises(WorkerLostError, match=r"exit status 7 while it ran _exit\(7\)") as caught:
+            bad.result()
+        assert isinstance(caught.value, concurrent.futures.BrokenExecutor)
+        assert [future.result() for future in good] == [x * x for x in range(20)]
+
+
+def test_callbacks_may_use_the_library(group: RuntimeGroup) -> None:
+    answers: list[Any] = []
+    done = threading.Event()
+    with group.executor() as executor:
+
+        def callback(future: concurrent.futures.Future[int]) -> None:
+            answers.append(future.result())
+            answers.append(group.runtimes[0].call(abs, -3))
+            done.set()
+
+        executor.submit(abs, -2).add_done_callback(callback)
+        assert done.wait(20)
+    assert answers == [2, 3]
+
+
+def test_an_error_in_the_block_ends_what_runs(group: RuntimeGroup, tmp_path: Path) -> None:
+    def runs_long() -> None:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(600)
+
+    with pytest.raises(KeyError), group.executor() as executor:
+        futures = [executor.submit(runs_long) for _ in range(2)]
+        while len(os.listdir(tmp_path)) < 2:
+            time.sleep(0.01)
+        raise KeyError
+    assert not any(procfs.process(int(pid)) for pid in os.listdir(tmp_path))
+    for future in futures:
+        with pytest.raises(concurrent.futures.CancelledError):
+            future.result()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(abs, 1)
+
+
+def test_shutdown_without_waiting_lets_calls_finish(group: RuntimeGroup) -> None:
+    executor = group.executor()
+    future = executor.submit(lambda: time.sleep(0.3) or 5)
+    executor.shutdown(wait=False)
+    with pytest.raises(RuntimeError):
+        executor.submit(abs, 1)
+    assert future.result() == 5
+    executor.shutdown()
+
+
+def test_workers_are_as_many_as_was_said(group: RuntimeGroup) -> None:
+    def where(_: int) -> int:
+        time.sleep(0.05)
+        return os.getpid()
+
+    with group.executor(max_workers=3) as executor:
+        assert len(set(executor.map(where, range(20)))) == 3
+    with group.executor(workers_per_host={"one": 1, "two": 2}) as executor:
+        assert len(set(executor.map(where, range(20)))) == 3
+    with pytest.raises(ValueError, match="'three' is not in the group"):
+        group.executor(workers_per_host={"three": 1})
+    with pytest.raises(ValueError, match="not both"):
+        group.executor(3, workers_per_host=1)
+    with pytest.raises(TypeError, match="integer"):
+        group.executor(max_workers="3")  # type: ignore[arg-type]
+
+
+def test_functions_are_sent_as_they_are_at_the_moment(group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    with group.executor() as executor:
+        found = []
+        for value in (1, 1.0, True, "one"):
+            monkeypatch.setitem(globals(), "_setting", value)
+            found.append(executor.submit(_tell_setting).result())
+        assert found == [(1, "int"), (1.0, "float"), (True, "bool"), ("one", "str")]
+
+
+_setting: Any = 0
+
+
+def _tell_setting() -> tuple[Any, str]:
+    return _setting, type(_setting).__name__
+
+
+def test_a_forked_child_is_told_that_it_cannot_use_it(group: RuntimeGroup) -> None:
+    with group.executor() as executor:
+        executor.submit(abs, 1).result()
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                executor.submit(abs, 1)
+            except LazyclusterError as error:
+                os.write(write, str(error).encode())
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        os.close(write)
+        assert b"a forked child cannot use it" in os.read(read, 4096)
+        os.close(read)
+        assert executor.submit(abs, -1).result() == 1
+
+
+@pytest.mark.parametrize("work", ["list(group.map(wait, range(4)))", "group.executor().submit(wait, 1).result()"])
+def test_ctrl_c_ends_what_runs(tmp_path: Path, work: str) -> None:
+    program = f"""
+    import os, sys, time
+    from pathlib import Path
+    from lazycluster import LocalRuntime, RuntimeGroup
+
+    def wait(x):
+        Path({str(tmp_path)!r}, str(os.getpid())).touch()
+        time.sleep(600)
+
+    with RuntimeGroup([LocalRuntime()]) as group:
+        {work}
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not os.listdir(tmp_path):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in errors
+    assert not any(procfs.process(int(pid)) for pid in os.listdir(tmp_path))
