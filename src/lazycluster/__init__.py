@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lazycluster import _joblib
+
 if TYPE_CHECKING:
     from lazycluster.environments.spec import EnvironmentSpec
     from lazycluster.runtime_mgmt import RuntimeGroup, RuntimeManager
@@ -54,3 +56,6 @@ def __dir__() -> list[str]:
 if not (sys.argv and os.path.basename(sys.argv[0]) == "lazycluster"):
     for _name in _HOMES:
         __getattr__(_name)
+
+
+_joblib.announce()

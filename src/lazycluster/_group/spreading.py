@@ -68,7 +68,7 @@ class Spreading:
             >>> list(group.map(pow, range(4), range(4)))        # doctest: +SKIP
             [1, 1, 4, 27]
         """
-        return self._kept_executor().map(
+        return self.kept_executor().map(
             fn, *iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize, ordered=ordered
         )
 
@@ -112,8 +112,8 @@ class Spreading:
         executor.at_end.append(self._executors.discard)
         return executor
 
-    def _kept_executor(self) -> GroupExecutor:
-        """Return the executor of `map`, a new one if the group has changed or that one cannot be used any more."""
+    def kept_executor(self) -> GroupExecutor:
+        """Return the executor of `map`; a new one if the group has changed, or the last one cannot be used any more."""
         self._check_open()
         with self._lock:
             present = self.runtimes

@@ -14,6 +14,7 @@ import pickle
 import signal
 import socket
 import struct
+import sys
 import time
 import types
 from collections import OrderedDict
@@ -46,8 +47,8 @@ _BUFFER = struct.Struct("!QQ")  # of each buffer: where, how long
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == localmodules.__name__:  # the package that it is of on the manager is on no host
-            return getattr(localmodules, name)
+        if module in (localmodules.__name__, __name__):  # the package that they are of on the manager is on no host
+            return getattr(localmodules if module == localmodules.__name__ else sys.modules[__name__], name)
         return super().find_class(module, name)
 
 
@@ -86,17 +87,24 @@ class _ResultPickler:
 
 
 class _SharedObjects(Dict[int, Any]):
-    """The large objects that calls have in common, by number; those used last are kept."""
+    """The large objects that calls have in common, by number.
+
+    Each is made anew for each call, so that none sees what another one has changed, but from the same memory.
+    """
 
     def __init__(self, fetch: Callable[[int], Any]) -> None:
         super().__init__()
         self._fetch = fetch
+        self._fds: OrderedDict[int, int] = OrderedDict()
 
     def __missing__(self, number: int) -> Any:
-        value = self[number] = self._fetch(number)
-        while len(self) > _MOST_KEPT:
-            del self[next(iter(self))]
-        return value
+        fd = self._fds.pop(number, -1)
+        if fd < 0:
+            fd = self._fetch(number)
+            if len(self._fds) >= _MOST_KEPT:
+                os.close(self._fds.popitem(last=False)[1])
+        self._fds[number] = fd
+        return _load_blob(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY))
 
 
 class Worker:
@@ -223,20 +231,22 @@ class Worker:
             return _call
         found: Optional[Callable[..., Any]] = self._functions.get(blob)
         if found is None:
-            found = self._functions[blob] = self._fetch(blob)
+            mapped = _mapped(self._fetch(blob))
+            found = self._functions[blob] = self._results.load(lambda: _load_blob(mapped))
             while len(self._functions) > _MOST_KEPT:
                 self._functions.popitem(last=False)
         return found
 
-    def _fetch(self, blob: int) -> Any:
+    def _fetch(self, blob: int) -> int:
+        """Return the descriptor of a blob."""
         self._own.sendall(ANSWER.pack(NEED, blob, 0.0, 0))
         data, ancillary, _, _ = self._own.recvmsg(GIVEN.size, socket.CMSG_SPACE(4))
         if not data:
             raise EOFError("the pool has ended")
         if GIVEN.unpack(data)[1] == GONE:
             raise LookupError("what the call needs has been dropped on the host")
-        mapped = _mapped(struct.unpack("i", ancillary[0][2])[0])
-        return self._results.load(lambda: _load_blob(mapped))
+        fd: int = struct.unpack("i", ancillary[0][2])[0]
+        return fd
 
 
 def _mapped(fd: int) -> mmap.mmap:
@@ -270,6 +280,20 @@ def _load_local(file: Any, unpickler: pickle.Unpickler) -> Any:
 
 def _call(function: Callable[..., Any], args: Iterable[Any], kwargs: Dict[str, Any]) -> Any:
     return function(*args, **kwargs)
+
+
+def joblib_batch(
+    calls: Iterable[Tuple[Callable[..., Any], Tuple[Any, ...], Dict[str, Any]]], nested: bool
+) -> List[Any]:
+    """Run a batch of joblib's. Unless `nested`, what it wants to be parallel in turn stays in this process."""
+    try:
+        from joblib import parallel_config
+        from joblib.parallel import SequentialBackend, ThreadingBackend
+    except ImportError:  # the host does without
+        return [function(*args, **kwargs) for function, args, kwargs in calls]
+    inner = ThreadingBackend if nested else SequentialBackend
+    with parallel_config(backend=inner(nesting_level=1)):
+        return [function(*args, **kwargs) for function, args, kwargs in calls]
 
 
 def _awaited(value: Any) -> Any:

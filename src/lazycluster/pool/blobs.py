@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import threading
 import weakref
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 from .packing import Packed, pack
@@ -13,6 +16,8 @@ __all__ = ["Blob", "Blobs"]
 
 _KEPT = 256 * 1024 * 1024  # bytes of blobs that no call needs at the moment, kept for the next ones
 _KEPT_COUNT = 64
+_LARGE = 1024 * 1024  # bytes from which on an array is sent once to a host for all calls that have it
+_LARGE_IF_SAME = 16 * 1024  # likewise, if it needs not be read to know that it is the same
 
 
 class Blob:
@@ -61,6 +66,17 @@ class Blobs:
             self._use(blob)
             return blob
 
+    def take_array(self, array: Any) -> Blob:
+        """Return the blob of an array, with one more user; it is copied only if there is none yet."""
+        key = _digest_of(array)
+        with self._lock:
+            blob = self._by_digest.get(key) if key is not None else None
+            if blob is not None:
+                self._use(blob)
+                return blob
+        packed = pack(array)
+        return self.take(packed if key is None else replace(packed, digest=key))
+
     def use(self, number: int) -> None:
         """Note one more user."""
         with self._lock:
@@ -87,6 +103,16 @@ class Blobs:
                 self.dropped.append(old)
 
 
+def _digest_of(array: Any) -> bytes | None:
+    """Return what tells an array from others; None if its memory cannot be read as it is."""
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        return None
+    kind = repr((array.dtype.str, array.dtype.descr, array.shape, array.strides))
+    digest = hashlib.blake2b(kind.encode(), digest_size=20)
+    digest.update(pickle.PickleBuffer(array).raw())
+    return digest.digest()
+
+
 class Sharing:
     """Gives the large arrays in the arguments of a series of calls their blobs, which it uses until it is closed.
 
@@ -99,30 +125,32 @@ class Sharing:
     def __init__(self, blobs: Blobs, by_identity: bool = False) -> None:
         self._blobs = blobs
         self._by_identity = by_identity
+        self._large = _LARGE_IF_SAME if by_identity else _LARGE
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
-        self.used: list[int] = []
+        self._used: list[int] = []
 
     def share(self, array: Any) -> int | None:
-        """Return the number of an array's blob."""
+        """Return the number of an array's blob, None if it is too small for that."""
+        if array.nbytes < self._large:
+            return None
         known = self._known.get(id(array)) if self._by_identity else None
         if known is not None and known[0]() is array:
             number = known[1]
             self._blobs.use(number)
         else:
-            number = self._blobs.take(pack(array)).number
+            number = self._blobs.take_array(array).number
             if self._by_identity:
                 self._known[id(array)] = weakref.ref(array), number
                 self._blobs.use(number)  # as long as the series lasts
-        self.used.append(number)
+        self._used.append(number)
         return number
 
     def taken(self) -> tuple[int, ...]:
         """Return what was shared since the last time; whoever takes it releases it."""
-        used, self.used = self.used, []
+        used, self._used = self._used, []
         return tuple(used)
 
-    def close(self) -> None:
-        """Let go of the arrays that were remembered."""
-        for _, number in self._known.values():
-            self._blobs.release(number)
-        self._known.clear()
+    def close(self) -> list[int]:
+        """Return what was remembered; whoever takes it releases it."""
+        known, self._known = self._known, {}
+        return [number for _, number in known.values()]

@@ -70,6 +70,7 @@ class GroupExecutor(concurrent.futures.Executor):
         counts = worker_counts(runtimes, max_workers, workers_per_host)
         runtimes = [runtime for runtime in runtimes if counts[runtime.host] != 0]
         self.hosts = [runtime.host for runtime in runtimes]
+        self._counts = [(runtime, counts[runtime.host]) for runtime in runtimes]
         self._blobs = Blobs()
         self._packer = Packer()
         first = None
@@ -92,6 +93,15 @@ class GroupExecutor(concurrent.futures.Executor):
         """Whether calls can be run."""
         return not self._shut_down and self._dealer.error is None and os.getpid() == self._owner
 
+    @property
+    def worker_count(self) -> int:
+        """How many calls can run at once on the hosts that are there."""
+        return sum(
+            count or int(runtime.info["cpu_cores"])
+            for runtime, count in self._counts
+            if runtime.connection.state in ("open", "interrupted")
+        )
+
     # --- running -------------------------------------------------------------------------------
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
         """Have a function called on one of the hosts.
@@ -108,10 +118,16 @@ class GroupExecutor(concurrent.futures.Executor):
             RuntimeError: If the executor was shut down.
             LazyclusterError: If no host is left, or the workers cannot be started.
         """
+        return self.submit_shared(None, fn, *args, **kwargs)
+
+    def submit_shared(
+        self, sharing: Sharing | None, fn: Callable[..., T], /, *args: Any, **kwargs: Any
+    ) -> concurrent.futures.Future[T]:
+        """Do what `submit` does, for a series of calls whose arrays are shared, see :meth:`share`."""
         if not callable(fn):
             raise TypeError(f"{fn!r} is not a function")
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        sharing = Sharing(self._blobs)
+        sharing = sharing or Sharing(self._blobs)
         try:
             packed = self._packer.pack(fn)
             calls = pack_calls(fn, [args], kwargs or None, sharing.share)
@@ -125,6 +141,18 @@ class GroupExecutor(concurrent.futures.Executor):
             blob = self._blobs.take(packed).number
             self._futures.add(future, name_of(fn), Chunk(calls, 0, 1, blob, sharing.taken(), self._futures))
         return future
+
+    def share(self) -> Sharing:
+        """Begin a series of calls; arrays in their arguments must not be changed until it is over."""
+        return Sharing(self._blobs, by_identity=True)
+
+    def unshare(self, sharing: Sharing) -> None:
+        """End a series of calls."""
+        self._dealer.release(sharing.close())
+
+    def abort(self, futures: Iterable[concurrent.futures.Future[Any]]) -> None:
+        """Cancel futures, and end those of their calls that run."""
+        self._futures.abort(set(futures))
 
     def map(
         self,
@@ -316,7 +344,9 @@ class _Futures:
             if entry is not None:
                 future, name = entry
                 good, value = read(outcome, 0, 1, lambda _, name=name: f"{name}()")[0]  # type: ignore[misc]
-                if good:
+                if future.cancelled():
+                    future.set_running_or_notify_cancel()
+                elif good:
                     future.set_result(value)
                 else:
                     future.set_exception(value)
@@ -340,6 +370,15 @@ class _Futures:
         for future in futures:
             future.cancel()
         self._dealer.sweep()
+
+    def abort(self, futures: set[concurrent.futures.Future[Any]]) -> None:
+        """Cancel some futures, and end those of their calls that run."""
+        with self._lock:
+            entries = [(chunk, future) for chunk, (future, _) in self._open.items() if future in futures]
+        self._dealer.cancel([chunk for chunk, _ in entries])
+        for chunk, future in entries:
+            future.cancel()
+            self._arrived.put((chunk, Failure(concurrent.futures.CancelledError())))
 
     def wait(self) -> None:
         """Wait until all are done."""

@@ -13,9 +13,7 @@ from lazycluster.agent import localmodules
 from lazycluster.agent.poolwire import CHUNK, LOCAL_CHUNK
 from lazycluster.tasks.pickling import CallPickler, Snapshot, name_of
 
-__all__ = ["LARGE_ARRAY", "PLAIN", "Packed", "PackedCalls", "Share", "pack", "pack_calls"]
-
-LARGE_ARRAY = 1024 * 1024  # bytes from which on an array is sent once to a host, for all calls that have it
+__all__ = ["PLAIN", "Packed", "PackedCalls", "Share", "pack", "pack_calls"]
 
 _PROTOCOL = 5
 PLAIN = frozenset((int, str, float, bool, bytes, complex, type(None)))  # types whose values never change
@@ -68,19 +66,17 @@ class _SharingPickler(CallPickler):
         self._share = share
 
     def reducer_override(self, obj: Any) -> Any:
-        if is_large_array(obj):
+        if is_array(obj):
             number = self._share(obj)
             if number is not None:
                 return localmodules.shared, (number,)
         return super().reducer_override(obj)
 
 
-def is_large_array(obj: Any) -> bool:
-    """Tell whether something is a NumPy array that is worth being sent apart."""
+def is_array(obj: Any) -> bool:
+    """Tell whether something is a NumPy array that holds its values itself."""
     kind = type(obj)
-    if kind.__name__ != "ndarray" or kind.__module__ != "numpy":
-        return False
-    return bool(obj.nbytes >= LARGE_ARRAY and not obj.dtype.hasobject)
+    return kind.__name__ == "ndarray" and kind.__module__ == "numpy" and not obj.dtype.hasobject
 
 
 def pack(value: Any) -> Packed:

@@ -1,0 +1,153 @@
+"""joblib's backend: ``with joblib.parallel_config("lazycluster", group=group)``."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, SequentialBackend
+
+from lazycluster.agent.poolworker import joblib_batch
+
+from .blobs import Sharing
+
+if TYPE_CHECKING:
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+    from .executor import GroupExecutor
+
+__all__ = ["LazyclusterBackend"]
+
+
+class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
+    """Runs what joblib calls on the hosts of a group.
+
+    Large arrays go to each host once for all calls of one ``Parallel``. What these calls want to be parallel in turn
+    stays in their process.
+
+    Args:
+        group: The group.
+        nesting_level: Says joblib.
+        inner_max_num_threads: Is not supported: each worker has as many threads as its share of the host's cores.
+
+    Raises:
+        TypeError: If there is no group.
+    """
+
+    supports_retrieve_callback = True
+    supports_inner_max_num_threads = False
+    supports_sharedmem = False
+    uses_threads = False
+    default_n_jobs = -1
+    # A batch costs far less than with joblib's other backends, so batches may be short.
+    MIN_IDEAL_BATCH_DURATION = 0.05
+    MAX_IDEAL_BATCH_DURATION = 0.5
+
+    def __init__(
+        self,
+        group: RuntimeGroup | None = None,
+        nesting_level: int | None = None,
+        inner_max_num_threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        if not hasattr(group, "executor") or not hasattr(group, "runtimes"):
+            raise TypeError(
+                "the backend needs a group of hosts: joblib.parallel_config('lazycluster', group=RuntimeGroup(...))"
+            )
+        if options:
+            raise TypeError(f"the backend has no option {next(iter(options))!r}; it has: group")
+        super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
+        self._group: Any = group
+        self._executor: GroupExecutor | None = None
+        self._own: dict[int, GroupExecutor] = {}
+        self._sharing: Sharing | None = None
+        self._lock = threading.Lock()
+        self._futures: set[concurrent.futures.Future[Any]] = set()
+
+    # --- how many ------------------------------------------------------------------------------
+    def effective_n_jobs(self, n_jobs: int | None) -> int:
+        """Return how many calls can run at once.
+
+        Args:
+            n_jobs: What the caller asks for; negative numbers count from all workers of the group.
+
+        Raises:
+            ValueError: If it is 0.
+        """
+        if n_jobs == 0:
+            raise ValueError("n_jobs == 0 in Parallel has no meaning")
+        total: int = self._group.kept_executor().worker_count
+        if n_jobs is None:
+            return total
+        return min(n_jobs, total) if n_jobs > 0 else max(total + 1 + n_jobs, 1)
+
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **_: Any) -> int:
+        """Get ready for a ``Parallel``; returns how many calls it can have at once."""
+        self.parallel = parallel
+        count = self.effective_n_jobs(n_jobs)
+        kept: GroupExecutor = self._group.kept_executor()
+        if count == kept.worker_count:
+            self._executor = kept
+        else:
+            own = self._own.get(count)
+            if own is None or not own.usable:
+                own = self._own[count] = self._group.executor(max_workers=count)
+            self._executor = own
+        return count
+
+    def get_nested_backend(self) -> tuple[Any, int | None]:
+        """Return what ``Parallel`` uses in the calls: nothing more than their own process."""
+        return SequentialBackend(nesting_level=(self.nesting_level or 0) + 1), None
+
+    # --- running -------------------------------------------------------------------------------
+    def start_call(self) -> None:
+        """Begin a ``Parallel``."""
+        if self._executor is not None:
+            self._sharing = self._executor.share()
+
+    def stop_call(self) -> None:
+        """End a ``Parallel``."""
+        sharing, self._sharing = self._sharing, None
+        if sharing is not None and self._executor is not None:
+            self._executor.unshare(sharing)
+
+    def submit(self, func: Any, callback: Callable[[Any], Any] | None = None) -> concurrent.futures.Future[Any]:
+        """Have a batch of calls run.
+
+        Args:
+            func: The batch.
+            callback: Is called with the future when it is done.
+        """
+        assert self._executor is not None
+        calls = [(function, args, kwargs) for function, args, kwargs in func.items]
+        future = self._executor.submit_shared(self._sharing, joblib_batch, calls, False)
+        with self._lock:
+            self._futures.add(future)
+        future.add_done_callback(self._forget)
+        if callback is not None:
+            future.add_done_callback(callback)
+        return future
+
+    def apply_async(self, func: Any, callback: Callable[[Any], Any] | None = None) -> Any:
+        """Do what `submit` does, for older versions of joblib."""
+        return self.submit(func, callback)
+
+    def _forget(self, future: concurrent.futures.Future[Any]) -> None:
+        with self._lock:
+            self._futures.discard(future)
+
+    def retrieve_result_callback(self, out: concurrent.futures.Future[Any]) -> Any:
+        """Return the results of a batch that is done."""
+        return out.result()
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        """End what runs, since its results are wanted no more."""
+        with self._lock:
+            futures, self._futures = self._futures, set()
+        if self._executor is not None:
+            self._executor.abort(futures)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("joblib's backend for a group of hosts cannot be sent elsewhere")
