@@ -20,7 +20,15 @@ def announce() -> None:
 
 
 def _register(module: Any) -> None:
-    module.register_parallel_backend("lazycluster", _backend)
+    def register() -> None:
+        module.register_parallel_backend("lazycluster", _backend)
+
+    # Among the backends that joblib registers when they are named, as its own one for Dask, where it knows of such.
+    external = getattr(module, "EXTERNAL_BACKENDS", None)
+    if isinstance(external, dict):
+        external["lazycluster"] = register
+    else:
+        register()
 
 
 def _backend(**options: Any) -> Any:

@@ -21,7 +21,7 @@ class Spreading:
 
     _lock: threading.RLock
     _executors: set[GroupExecutor]  # those that were not shut down
-    _kept: tuple[list[Runtime], GroupExecutor] | None
+    _kept: tuple[tuple[list[Runtime], float | None, bool], GroupExecutor] | None
 
     @property
     def runtimes(self) -> list[Runtime]:
@@ -39,6 +39,8 @@ class Spreading:
         chunksize: int = 1,
         buffersize: int | None = None,
         ordered: bool = True,
+        gpus_per_call: float | None = None,
+        idle_gpus: bool = False,
     ) -> Iterator[T]:
         """Call a function with each item, spread over all cores of all hosts.
 
@@ -54,6 +56,8 @@ class Spreading:
             buffersize: Items that are taken beyond the results that were handed on, at most; by default as many as
                 keep the hosts busy.
             ordered: Whether results come in the order of the items, or as they are there.
+            gpus_per_call: How many GPUs each call has for itself, see :meth:`executor`.
+            idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
 
         Returns:
             An iterator over the results. Closing it ends what still runs.
@@ -68,7 +72,7 @@ class Spreading:
             >>> list(group.map(pow, range(4), range(4)))        # doctest: +SKIP
             [1, 1, 4, 27]
         """
-        return self.kept_executor().map(
+        return self.kept_executor(gpus_per_call, idle_gpus).map(
             fn, *iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize, ordered=ordered
         )
 
@@ -79,6 +83,8 @@ class Spreading:
         initargs: tuple[Any, ...] = (),
         *,
         workers_per_host: int | Mapping[str, int] | None = None,
+        gpus_per_call: float | None = None,
+        idle_gpus: bool = False,
         debug: bool = False,
     ) -> GroupExecutor:
         """Return the group as a :class:`concurrent.futures.Executor` with worker processes of its own on all hosts.
@@ -88,6 +94,10 @@ class Spreading:
             initializer: Is called in each worker before anything else.
             initargs: Its arguments.
             workers_per_host: Instead of `max_workers`: how many on each host, or on single ones by their names.
+            gpus_per_call: How many GPUs of its host each worker has for itself: ``CUDA_VISIBLE_DEVICES`` is set, and
+                there are as many workers as there are GPUs for. With 0.5 two workers share one. Hosts without are left
+                out, with a word in the log.
+            idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
             debug: Print what the calls print as it comes, each line with its host.
 
         Returns:
@@ -106,21 +116,28 @@ class Spreading:
         from lazycluster.pool.executor import GroupExecutor
 
         executor = GroupExecutor(
-            self.runtimes, max_workers, initializer, initargs, workers_per_host=workers_per_host, debug=debug
+            self.runtimes,
+            max_workers,
+            initializer,
+            initargs,
+            workers_per_host=workers_per_host,
+            gpus_per_call=gpus_per_call,
+            idle_gpus=idle_gpus,
+            debug=debug,
         )
         self._executors.add(executor)
         executor.at_end.append(self._executors.discard)
         return executor
 
-    def kept_executor(self) -> GroupExecutor:
+    def kept_executor(self, gpus_per_call: float | None = None, idle_gpus: bool = False) -> GroupExecutor:
         """Return the executor of `map`; a new one if the group has changed, or the last one cannot be used any more."""
         self._check_open()
         with self._lock:
-            present = self.runtimes
-            if self._kept is None or self._kept[0] != present or not self._kept[1].usable:
+            wanted = (self.runtimes, gpus_per_call, idle_gpus)
+            if self._kept is None or self._kept[0] != wanted or not self._kept[1].usable:
                 if self._kept is not None:
                     self._kept[1].shutdown(wait=False)
-                self._kept = present, self.executor()
+                self._kept = wanted, self.executor(gpus_per_call=gpus_per_call, idle_gpus=idle_gpus)
             return self._kept[1]
 
     def _end_executors(self) -> None:

@@ -42,7 +42,10 @@ def call(channel: Channel) -> None:
 
 
 def with_interpreter(
-    channel: Channel, env: Dict[str, str], prepared: Callable[[Interpreter], Callable[[], Any]]
+    channel: Channel,
+    env: Dict[str, str],
+    prepared: Callable[[Interpreter], Callable[[], Any]],
+    failed: Callable[[], Any] = lambda: None,
 ) -> None:
     """Get the interpreter that a request for functions names ready, with what they will import; or fail the request.
 
@@ -50,6 +53,7 @@ def with_interpreter(
         channel: The request.
         env: The whole environment of its processes.
         prepared: Is called with the interpreter at once; what it returns, when that is ready.
+        failed: Is called if the request has been failed.
     """
     params = channel.params
     zygotes = zygotes_of(channel)
@@ -59,9 +63,11 @@ def with_interpreter(
     library = zygotes.libraries.get(digest)
     if library is None:
         channel.fail("value", "the pickling library was not sent")
+        failed()
         return
     interpreter = _interpreter(channel, zygotes, env)
     if interpreter is None:
+        failed()
         return
     chosen = interpreter
     start = prepared(chosen)
@@ -69,8 +75,10 @@ def with_interpreter(
     def ready() -> None:
         if chosen.error:
             _fail_start(channel, params.get("python"), chosen.error)
+            failed()
         elif chosen.facts["version"][:2] != params["version"][:2]:
             _mismatch(channel, zygotes, chosen, env)
+            failed()
         else:
             chosen.give_library(digest, library or b"")
             chosen.prepare([] if params.get("fresh") else params.get("imports") or [], start)

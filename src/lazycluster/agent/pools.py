@@ -11,7 +11,7 @@ import socket
 import struct
 from collections import deque
 
-from . import host_info
+from . import gpus, host_info
 from .commands import environment, marked_environment
 from .functions import with_interpreter
 from .hands import Hand
@@ -29,11 +29,11 @@ from .poolwire import (
     SLOT_SIZE,
     SMALL,
 )
-from .processes import Ending, Pump, descendants, pipe, start_time, tree_of
+from .processes import TASK_MARKER, Ending, Pump, descendants, pipe, start_time, tree_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Deque, Dict, List, Optional, Set, Tuple
+    from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
     from .session import Channel
     from .zygotes import Interpreter
@@ -57,33 +57,62 @@ _TAIL = 4000
 
 
 def pool(channel: Channel) -> None:
-    """Handle the request `pool`: see `poolwire` for what INPUT and OUTPUT are."""
-    params = channel.params
-    cores = host_info.cpu_cores()
-    most = params.get("workers") or cores
-    if not isinstance(most, int) or not 0 < most <= _MOST_WORKERS:
+    """Handle the request `pool`: see `poolwire` for what INPUT and OUTPUT are.
+
+    With `gpus`, e.g. {"count": 1, "workers": 2, "idle": true}, there are as many workers as the host has shares of
+    `count` GPUs, times `workers` that share one; each sees its own only.
+    """
+    most = channel.params.get("workers")
+    if most is not None and (not isinstance(most, int) or not 0 < most <= _MOST_WORKERS):
         channel.fail("value", "a host can have 1 to {} workers, not {!r}".format(_MOST_WORKERS, most))
         return
+    wanted = gpus.wanted(channel.params)
+    if wanted is None:
+        _begin(channel, most or host_info.cpu_cores(), [], 1)
+        return
+    together = max(1, int(channel.params["gpus"].get("workers") or 1))
+    shares_wanted = None if most is None else -(-most // together)
+
+    def given(shares: List[gpus.Share], problem: str) -> None:
+        if problem:
+            channel.fail("gpu", problem)
+        else:
+            _begin(channel, min(most or _MOST_WORKERS, len(shares) * together), shares, together)
+
+    taking = gpus.take(channel, environment(channel), "a pool", wanted[0], shares_wanted, wanted[1], given)
+    channel.on_abandon = taking.cancel
+
+
+def _begin(channel: Channel, most: int, shares: List[gpus.Share], together: int) -> None:
+    params = channel.params
     task = params.get("task") or ""
     env = environment(channel)
     for name in _THREAD_LIMITS:
-        env.setdefault(name, str(max(1, cores // most)))
+        env.setdefault(name, str(max(1, host_info.cpu_cores() // most)))
     message = {
         "kind": "pool",
         "cwd": meant(params.get("cwd") or "", "", env),
-        "task": marked_environment(channel, {}, task).get("LAZYCLUSTER_TASK", ""),
+        "task": marked_environment(channel, {}, task).get(TASK_MARKER, ""),
         "name": params.get("name") or "",
         "initializer": params.get("initializer") or 0,
     }
 
-    def begin(interpreter: Interpreter) -> None:
-        if channel.open:
-            try:
-                Pool(channel, interpreter, message, most)
-            except OSError as error:
-                channel.fail("os", "no pool can be made: {}".format(error.strerror), errno=error.errno)
+    def release() -> None:
+        for share in shares:
+            share.release()
 
-    with_interpreter(channel, env, lambda interpreter: lambda: begin(interpreter))
+    def begin(interpreter: Interpreter) -> None:
+        try:
+            if channel.open:
+                variables = [shares[slot // together].variables for slot in range(most)] if shares else []
+                Pool(channel, interpreter, message, most, variables, release)
+                return
+        except OSError as error:
+            channel.fail("os", "no pool can be made: {}".format(error.strerror), errno=error.errno)
+        release()
+
+    channel.on_abandon = lambda: None
+    with_interpreter(channel, env, lambda interpreter: lambda: begin(interpreter), release)
 
 
 def nameless_file(name: str, directory: str) -> int:
@@ -105,12 +134,23 @@ class Pool:
         interpreter: Where they are forked.
         message: What each is told.
         most: How many there may be; each is started when it is needed.
+        variables: What each has in its environment, by its place on the board; none if that is nothing.
+        at_end: Is called at the end.
     """
 
-    def __init__(self, channel: Channel, interpreter: Interpreter, message: Dict[str, Any], most: int) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        interpreter: Interpreter,
+        message: Dict[str, Any],
+        most: int,
+        variables: List[Dict[str, str]],
+        at_end: Callable[[], Any],
+    ) -> None:
         import mmap
 
         self.channel, self._interpreter, self._message, self._most = channel, interpreter, message, most
+        self._variables, self._at_end = variables, at_end
         self._hands: Dict[int, Hand] = {}  # by slot
         self._count = 0
         self._stillborn = 0
@@ -295,7 +335,8 @@ class Pool:
             except OSError as error:
                 self._no_more(error.strerror or str(error))
                 return
-            hand.start(self._interpreter, dict(self._message, slot=slot), fds)
+            variables = self._variables[slot] if self._variables else {}
+            hand.start(self._interpreter, dict(self._message, slot=slot, variables=variables), fds)
 
     def _no_more(self, why: str) -> None:
         """Go on with the workers that there are, if there are any."""
@@ -424,4 +465,5 @@ class Pool:
             os.close(fd)
         self._taken.close()
         self.board.close()
+        self._at_end()
         self.channel.result()

@@ -28,6 +28,7 @@ POOL_PARTS = ("poolwire", "poolworker")  # those that only workers of pools run:
 _PACKAGE = "lazycluster.agent"  # they have the same names as on the manager, since pickles refer to them
 _READ_SIZE = 64 * 1024
 _ROOM_FOR_FDS = 64
+_REMADE = ("jemalloc_bg_thd",)  # threads that their library makes anew after a fork (pyarrow's allocator)
 
 
 class UnsafeError(Exception):
@@ -255,13 +256,25 @@ def _check_threads(name: str) -> None:
     """
     if len(sys._current_frames()) > 1:
         raise UnsafeError(name)
-    if len(os.listdir("/proc/self/task")) > 1:
+    if _threads() > 1:
         pid = os.fork()
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)
-        if len(os.listdir("/proc/self/task")) > 1:
+        if _threads() > 1:
             raise UnsafeError(name)
+
+
+def _threads() -> int:
+    """Return how many threads there are that a fork would miss."""
+    count = 0
+    for task in os.listdir("/proc/self/task"):
+        try:
+            with open("/proc/self/task/{}/comm".format(task)) as file:
+                count += file.read().strip() not in _REMADE
+        except OSError:
+            continue  # it has just ended
+    return count
 
 
 def _descriptors() -> List[Tuple[int, str]]:

@@ -53,6 +53,7 @@ class Interpreter:
         self._have: Set[str] = set()  # what the warmed zygote has imported
         self._stamps: List[Tuple[str, int]] = []
         self._bad: Set[str] = set()  # what must not be imported before a fork, or cannot be
+        self._unsafe: Set[str] = set()  # packages of which something must not be imported before a fork
         self._candidate: Optional[Zygote] = None
         self._wanted: List[str] = []
         self._asked: Set[str] = set()
@@ -149,7 +150,7 @@ class Interpreter:
         call's own process, and the next calls find it done.
         """
         self._check_stamps()
-        missing = [name for name in imports if name not in self._have and name not in self._bad]
+        missing = [name for name in imports if name not in self._have and not self._is_bad(name)]
         under_way = self._candidate is not None
         if not missing or not _CAN_WARM or (under_way and not self._asked.issuperset(missing)):
             self.note(missing)
@@ -188,7 +189,7 @@ class Interpreter:
     # --- warming -------------------------------------------------------------------------------
     def note(self, imported: Iterable[str]) -> None:
         """Learn what a call imported; soon a zygote will have it imported already."""
-        fresh = [name for name in imported if name not in self._have and name not in self._bad]
+        fresh = [name for name in imported if name not in self._have and not self._is_bad(name)]
         fresh = [name for name in fresh if name not in self._wanted]
         if fresh and _CAN_WARM:
             self._wanted.extend(fresh)
@@ -200,8 +201,11 @@ class Interpreter:
         if self._candidate is None:
             self._make_candidate()
 
+    def _is_bad(self, name: str) -> bool:
+        return name in self._bad or name.partition(".")[0] in self._unsafe
+
     def _make_candidate(self) -> None:
-        names = [name for name in self._wanted if name not in self._bad and name not in self._have]
+        names = [name for name in self._wanted if name not in self._have and not self._is_bad(name)]
         source = self.clean if self._warmed is None else self._warmed
         if source.ended or not names:
             self._warm_settled()
@@ -225,7 +229,10 @@ class Interpreter:
         if candidate is None:
             return
         if "unsafe" in message:
-            self._bad.add(message["unsafe"])
+            # The other modules of that package would most likely do the same, each after as long an import.
+            root = message["unsafe"].partition(".")[0]
+            self._unsafe.add(root)
+            self._bad.update(name for name in self._asked if name.partition(".")[0] == root)
             self._drop_candidate()
             self._make_candidate()
             return
@@ -278,7 +285,7 @@ class Interpreter:
         if self._warmed is not None:
             self._warmed.retire()
         self._warmed = None
-        self._have, self._bad = set(), set()
+        self._have, self._bad, self._unsafe = set(), set(), set()
         self._wanted = []
 
     # --- the end -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import logging
 import math
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lazycluster.agent.poolwire import (
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from lazycluster.tasks.context import Context
 
     from .blobs import Blob, Blobs
-    from .packing import Packed
 
 __all__ = ["Crew", "Plan"]
 
@@ -75,12 +74,15 @@ class Plan:
     Attributes:
         workers: How many, None for as many as the host has cores.
         initializer: What each calls first.
-        gpus_per_call: How many GPUs each has for itself.
+        gpus: What each has of the host's GPUs, as the agent's request `pool` takes it; None if it needs none.
         debug: Whether what they print is printed here.
     """
 
-    def __init__(self, workers: int | None, initializer: Blob | None, debug: bool) -> None:
+    def __init__(
+        self, workers: int | None, initializer: Blob | None, debug: bool, gpus: dict[str, Any] | None = None
+    ) -> None:
         self.workers = workers
+        self.gpus = gpus
         self.initializer = initializer
         self.debug = debug
 
@@ -123,12 +125,12 @@ class Crew:
         self._lines = _Lines(context.host, plan.debug)
 
     # --- its life ------------------------------------------------------------------------------
-    async def run(self, packed: Packed | None) -> None:
-        """Have workers on the host until it is closed; `packed` is the function that they will call first."""
+    async def run(self, imports: Sequence[str]) -> None:
+        """Have workers on the host until it is closed; `imports` are the modules that they will need first."""
         error: LazyclusterError | None = None
         sender: asyncio.Task[None] | None = None
         try:
-            self._channel = await self._open(packed)
+            self._channel = await self._open(imports)
             sender = asyncio.ensure_future(self._send())
             await self._channel.result()
             if not self._closing:
@@ -146,8 +148,8 @@ class Crew:
         if error is not None and not self._closing:
             self._owner.lost(self, error)
 
-    async def _open(self, packed: Packed | None) -> Channel:
-        context, plan = await self._context.prepared(), self._plan
+    async def _open(self, imports: Sequence[str]) -> Channel:
+        context, plan = self._context, self._plan
         python = context.python
         if python == "auto":
             python = await resolve_auto(context.connection, context.env)
@@ -158,8 +160,8 @@ class Crew:
             "task": secrets.token_hex(16),
             "name": "pool",
             "workers": plan.workers,
-            "imports": list(packed.imports) if packed else [],
-            "fresh": packed.fresh if packed else False,
+            "gpus": plan.gpus,
+            "imports": list(imports),
             "initializer": plan.initializer.number if plan.initializer else 0,
             "version": list(sys.version_info[:3]),
             **library_for(context.connection),

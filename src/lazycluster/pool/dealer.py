@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
 from lazycluster.exceptions import (
+    AgentError,
     BrokenPoolError,
     ConnectionLostError,
     HostsLostError,
@@ -27,7 +28,6 @@ from .outcomes import initializer_error
 if TYPE_CHECKING:
     from lazycluster.tasks.context import Context
 
-    from .packing import Packed
 
 __all__ = ["Dealer"]
 
@@ -68,9 +68,14 @@ class Dealer:
         self._closed = False
 
     # --- from any thread -----------------------------------------------------------------------
-    def start(self, packed: Packed | None) -> None:
-        """Start workers on all hosts, without waiting; `packed` is what they will call first."""
-        self._loop.call_soon_threadsafe(self._start, packed)
+    def start(self, imports: Sequence[str], fresh: bool) -> None:
+        """Start workers on all hosts, without waiting.
+
+        Args:
+            imports: The installed modules that the first calls need.
+            fresh: Whether nothing may be imported before these.
+        """
+        self._loop.call_soon_threadsafe(self._start, () if fresh else imports)
 
     def submit(self, chunk: Chunk) -> None:
         """Have a chunk run."""
@@ -100,11 +105,11 @@ class Dealer:
             self._loop.call_soon_threadsafe(self._poked)
 
     # --- on the loop ---------------------------------------------------------------------------
-    def _start(self, packed: Packed | None) -> None:
+    def _start(self, imports: Sequence[str]) -> None:
         if self._closed:
             return
         self._crews = [Crew(self, context, plan) for context, plan in zip(self._contexts, self._plans, strict=True)]
-        self._runs = [asyncio.ensure_future(crew.run(packed)) for crew in self._crews]
+        self._runs = [asyncio.ensure_future(crew.run(imports)) for crew in self._crews]
 
     def _poked(self) -> None:
         self._scheduled = False  # first: what comes from now on pokes again
@@ -203,6 +208,10 @@ class Dealer:
         """Have what a host had run by the others."""
         if self._closed:
             return
+        others = [other.host for other in self._crews if not other.over]
+        if isinstance(error, AgentError) and error.kind == "gpu" and others:
+            _logger.warning("left out: %s", error)
+            return
         if not isinstance(error, ConnectionLostError):
             self._break(error)
             return
@@ -218,8 +227,7 @@ class Dealer:
                 continue
             name = chunk.sink.name(chunk, chunk.first)
             chunk.sink.settle(chunk, Failure(_given_up(chunk, name, crew.host, None)))
-        left = [other.host for other in self._crews if not other.over]
-        if left:
+        if others:
             _logger.warning("%s: %d calls are run elsewhere: %s", crew.host, len(again), error)
             self.returned(again)
             return

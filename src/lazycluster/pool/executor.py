@@ -24,7 +24,7 @@ from .mapping import MapRun, checked
 from .outcomes import call_name, read
 from .packing import Packed, pack, pack_calls
 from .sameness import Packer
-from .sizes import worker_counts
+from .sizes import gpus_of, worker_counts
 
 if TYPE_CHECKING:
     from lazycluster.runtimes import Runtime
@@ -49,6 +49,9 @@ class GroupExecutor(concurrent.futures.Executor):
         initializer: Is called in each worker before anything else.
         initargs: Its arguments.
         workers_per_host: Instead of `max_workers`: how many on each host, or on single ones by their names.
+        gpus_per_call: How many GPUs of its host each worker has for itself: ``CUDA_VISIBLE_DEVICES`` is set, and there
+            are as many workers as there are GPUs for. With 0.5 two workers share one. Hosts without are left out.
+        idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
         debug: Print what the calls print as it comes, each line with its host. Else it is logged with level debug.
 
     Raises:
@@ -63,6 +66,8 @@ class GroupExecutor(concurrent.futures.Executor):
         initargs: tuple[Any, ...] = (),
         *,
         workers_per_host: int | Mapping[str, int] | None = None,
+        gpus_per_call: float | None = None,
+        idle_gpus: bool = False,
         debug: bool = False,
     ) -> None:
         if initializer is not None and not callable(initializer):
@@ -76,7 +81,8 @@ class GroupExecutor(concurrent.futures.Executor):
         first = None
         if initializer is not None:
             first = self._blobs.take(pack(functools.partial(initializer, *initargs)))
-        plans = [Plan(counts[host], first, debug) for host in self.hosts]
+        gpus = gpus_of(gpus_per_call, idle_gpus)
+        plans = [Plan(counts[host], first, debug, gpus) for host in self.hosts]
         self._dealer = Dealer([runtime.task_context() for runtime in runtimes], plans, self._blobs)
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -137,7 +143,7 @@ class GroupExecutor(concurrent.futures.Executor):
             future.set_exception(error)
             return future
         with self._lock:
-            self._begin(packed)
+            self._begin(packed, calls.imports)
             blob = self._blobs.take(packed).number
             self._futures.add(future, name_of(fn), Chunk(calls, 0, 1, blob, sharing.taken(), self._futures))
         return future
@@ -202,11 +208,11 @@ class GroupExecutor(concurrent.futures.Executor):
         run.fill()
         return run.results()
 
-    def _begin(self, packed: Packed) -> None:
+    def _begin(self, packed: Packed, imports: tuple[str, ...] = ()) -> None:
         self._check()
         if not self._started:
             self._started = True
-            self._dealer.start(packed)
+            self._dealer.start((*packed.imports, *imports), packed.fresh)
 
     def _check(self) -> None:
         if os.getpid() != self._owner:

@@ -53,11 +53,13 @@ class PackedCalls:
         kind: What kind of chunk they are.
         parts: The bytes, in order.
         size: How many they are.
+        imports: The installed modules that they need.
     """
 
     kind: int
     parts: tuple[bytes, ...]
     size: int
+    imports: tuple[str, ...] = ()
 
 
 class _SharingPickler(CallPickler):
@@ -164,7 +166,7 @@ def _pack_calls(
     pickler.dump((calls, kwargs))
     if not pickler.pending and not pickler.needed:
         parts = tuple(file.parts)
-        return PackedCalls(CHUNK, parts, sum(map(len, parts)))
+        return PackedCalls(CHUNK, parts, sum(map(len, parts)), pickler.installed())
     sources = pickler.dump_rest()
     parts = (sources, *file.parts)
-    return PackedCalls(LOCAL_CHUNK, parts, sum(map(len, parts)))
+    return PackedCalls(LOCAL_CHUNK, parts, sum(map(len, parts)), pickler.installed())

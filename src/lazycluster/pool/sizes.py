@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lazycluster.exceptions import NoRuntimesError
 
 if TYPE_CHECKING:
     from lazycluster.runtimes import Runtime
 
-__all__ = ["worker_counts"]
+__all__ = ["gpus_of", "worker_counts"]
 
 
 def worker_counts(
@@ -41,6 +41,29 @@ def worker_counts(
             raise ValueError(f"workers_per_host: {unknown[0]!r} is not in the group; its hosts are: {', '.join(hosts)}")
         return {host: _checked(per_host[host]) if host in per_host else None for host in hosts}
     return dict.fromkeys(hosts, None if per_host is None else _checked(per_host))
+
+
+def gpus_of(per_call: float | None, idle: bool) -> dict[str, Any] | None:
+    """Return what the agent is told of GPUs.
+
+    Args:
+        per_call: How many each worker has; of parts of one, a whole number must make one.
+        idle: Whether only those that nobody else uses.
+
+    Raises:
+        TypeError, ValueError: If it makes no sense.
+    """
+    if per_call is None:
+        if idle:
+            raise ValueError("idle_gpus says nothing without gpus_per_call: say how many")
+        return None
+    if isinstance(per_call, bool) or not isinstance(per_call, (int, float)):
+        raise TypeError(f"gpus_per_call must be a number, not {type(per_call).__name__}")
+    if 0 < per_call < 1 and abs(1 / per_call - round(1 / per_call)) < 1e-6:
+        return {"count": 1, "workers": round(1 / per_call), "idle": idle}
+    if per_call < 1 or per_call != int(per_call):
+        raise ValueError(f"gpus_per_call must be a whole number, or 1/2, 1/3, ... of one, not {per_call:g}")
+    return {"count": int(per_call), "workers": 1, "idle": idle}
 
 
 def _spread(cores: Mapping[str, int], count: int) -> dict[str, int | None]:
