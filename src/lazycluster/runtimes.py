@@ -21,6 +21,7 @@ from lazycluster.tasks.variables import checked_variables
 
 if TYPE_CHECKING:
     from lazycluster.tasks.pickling import PickledCall
+    from lazycluster.tasks.retrying import Retries
 
 __all__ = ["LocalRuntime", "Runtime", "RuntimeTask"]
 
@@ -175,12 +176,13 @@ class Runtime(Belongings):
         debug: bool = False,
         calls: Sequence[PickledCall | Exception | None] | None = None,
         gate: asyncio.Lock | None = None,
+        retries: Retries | None = None,
     ) -> RuntimeTask:
         """Start a task, see :meth:`execute_task`; for the layers above, which may share work between hosts."""
         if not isinstance(task, RuntimeTask):
             raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
         context = self.task_context()
-        started = task._launch(context, omit_on_join=omit_on_join, debug=debug, calls=calls, gate=gate)
+        started = task._launch(context, omit_on_join=omit_on_join, debug=debug, calls=calls, gate=gate, retries=retries)
         self._ledger.add_task(started)
         return started
 

@@ -18,7 +18,6 @@ import pytest
 from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.exceptions import (
     AgentError,
-    HostsLostError,
     LazyclusterError,
     RemoteTraceback,
     TaskExecutionError,
@@ -340,35 +339,3 @@ def test_hosts_take_part_as_they_can(host_group: RuntimeGroup) -> None:
     results = list(host_group.map(where, range(60)))
     assert [x for x, _ in results] == list(range(60))
     assert len({host for _, host in results}) == 3
-
-
-@pytest.mark.keeps("hosts")
-def test_a_host_that_is_lost_in_the_middle_loses_nothing(make_hosts: Any, caplog: Any) -> None:
-    hosts = make_hosts(3)
-    kwargs = {"config_file": hosts.config_file}
-
-    def slow(x: int) -> int:
-        time.sleep(0.05)
-        return x * x
-
-    with RuntimeGroup(hosts=hosts.names, connection_kwargs=kwargs, python="auto") as group:
-        results = group.map(slow, range(120))
-        got = [next(results) for _ in range(10)]
-        hosts[1].power_off()
-        got += results
-        assert got == [x * x for x in range(120)]
-        assert "run elsewhere" in caplog.text
-
-
-@pytest.mark.keeps("manager", "hosts")
-def test_when_no_host_is_left_what_was_lost_is_named(group: RuntimeGroup) -> None:
-    results = group.map(lambda x: time.sleep(0.05), itertools.count())
-    next(results)
-    for runtime in group.runtimes:
-        os.kill(runtime.connection.hello.pid, signal.SIGKILL)
-    with pytest.raises(HostsLostError, match="no host is left") as caught:
-        for _ in range(10_000):
-            next(results)
-    assert sorted(caught.value.hosts) == ["one", "two"]
-    with pytest.raises(LazyclusterError, match="lost"):
-        group.map(square, [1])

@@ -15,6 +15,7 @@ from lazycluster._runtime.questions import checked_ports, pick_port
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.tunnels import Tunnel, check_port
 from lazycluster.tasks.handles import ProcessHandle
+from lazycluster.tasks.retrying import checked_retries
 from lazycluster.tasks.task import RuntimeTask
 
 from .broadcast import start_on_all
@@ -23,6 +24,7 @@ from .membership import Membership
 from .ports import expose_from_one, expose_to_all, free_everywhere
 from .settings import Common, PerHost, host_names, read_settings
 from .spreading import Spreading
+from .trying import Trying
 
 __all__ = ["RuntimeGroup"]
 
@@ -130,6 +132,9 @@ class RuntimeGroup(Membership, Spreading):
         broadcast: bool = False,
         execute_async: bool = True,
         debug: bool = False,
+        *,
+        retries: int = 0,
+        retry_on: str = "host",
     ) -> Any:
         """Execute a task on one host or on all.
 
@@ -141,22 +146,28 @@ class RuntimeGroup(Membership, Spreading):
             execute_async: Return at once; else wait for the end.
             debug: Print what the steps print to standard output as it comes, each line with its host. Else it is
                 logged with level debug after each step.
+            retries: How often the task is begun again when its host is lost: on another host, unless `host` is given.
+            retry_on: ``"host"``, or ``"any"`` to try again whatever has failed.
 
         Returns:
             The task that holds the execution, see :class:`RuntimeTask`; with `broadcast` a list of them, one per host.
 
         Raises:
-            ValueError: If the host is not in the group, or given together with `broadcast`.
+            ValueError: If the host is not in the group, or given together with `broadcast`, or retries make no sense.
             TaskExecutionError: If it is waited for and fails.
             GroupTaskError: If it is waited for and fails on several hosts; holds all of their errors.
         """
         if not isinstance(task, RuntimeTask):
             raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
+        checked_retries(retries, retry_on)
         if broadcast and host is not None:
             raise ValueError("either host or broadcast can be given, not both")
+        if broadcast and retries:
+            raise ValueError("a task for all hosts cannot be tried elsewhere: leave out retries, or broadcast")
         with _progress.shown(self.progress):
             if not broadcast:
-                return self._execute_on_one(task, host, execute_async, debug)
+                trying = Trying(self._members, retries, retry_on, pinned=host is not None) if retries else None
+                return self._execute_on_one(task, host, execute_async, debug, trying)
             tasks = start_on_all(self.runtimes, task, debug)
             with self._lock:
                 self._tasks += tasks
@@ -164,10 +175,15 @@ class RuntimeGroup(Membership, Spreading):
                 self._finish(tasks)
             return tasks
 
-    def _execute_on_one(self, task: RuntimeTask, host: str | None, execute_async: bool, debug: bool) -> RuntimeTask:
+    def _execute_on_one(
+        self, task: RuntimeTask, host: str | None, execute_async: bool, debug: bool, trying: Trying | None
+    ) -> RuntimeTask:
         with self._lock:  # so that two threads do not both see the same host as the least busy one
-            started = self.get_runtime(host).start_task(task, debug=debug)
+            runtime = self.get_runtime(host)
+            started = runtime.start_task(task, debug=debug, retries=trying.retries if trying else None)
             self._tasks.append(started)
+        if trying is not None:
+            trying.begun(started, runtime)
         if not execute_async:
             self._finish([started])
         return started

@@ -136,7 +136,7 @@ class Spreading:
             wanted = (self.runtimes, gpus_per_call, idle_gpus)
             if self._kept is None or self._kept[0] != wanted or not self._kept[1].usable:
                 if self._kept is not None:
-                    self._kept[1].shutdown(wait=False)
+                    self._kept[1].retire()
                 self._kept = wanted, self.executor(gpus_per_call=gpus_per_call, idle_gpus=idle_gpus)
             return self._kept[1]
 

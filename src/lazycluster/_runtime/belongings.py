@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.tunnels import Tunnel, check_port, open_from_runtime, open_to_runtime
@@ -10,6 +11,9 @@ from lazycluster.tasks.handles import ProcessHandle
 
 from .ledger import Ledger
 from .questions import HostQuestions
+
+if TYPE_CHECKING:
+    from lazycluster.tasks.task import RuntimeTask
 
 __all__ = ["Belongings"]
 
@@ -95,6 +99,17 @@ class Belongings(HostQuestions):
     def note_exposure(self, tunnel: Tunnel) -> str:
         """Take over a tunnel that was opened for this runtime, and return its key; for the layers above."""
         return self._ledger.add_exposure(tunnel)
+
+    def take_over(self, task: RuntimeTask, before: Belongings | None) -> None:
+        """Have a task that goes on here among those of this runtime; for the layers above.
+
+        Args:
+            task: The task.
+            before: The runtime that had it.
+        """
+        if before is not None:
+            before._ledger.drop(task)
+        self._ledger.add_task(task)
 
     # --- processes -----------------------------------------------------------------------------
     @property

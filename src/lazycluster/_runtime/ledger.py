@@ -77,6 +77,12 @@ class Ledger:
         with self._lock:
             self._tasks.pop(key, None)
 
+    def drop(self, task: RuntimeTask) -> None:
+        """Forget a task that has gone elsewhere."""
+        with self._lock:
+            for key in [key for key, known in self._tasks.items() if known is task]:
+                del self._tasks[key]
+
     def add_exposure(self, tunnel: Tunnel) -> str:
         """Note a tunnel that was opened; returns its key."""
         exposure = PortExposure(tunnel)

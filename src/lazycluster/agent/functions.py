@@ -41,6 +41,15 @@ def call(channel: Channel) -> None:
     )
 
 
+def keep_library(channel: Channel) -> Optional[bytes]:
+    """Return what has a zygote import the pickling library, keeping it if it came with this request: it comes once."""
+    params = channel.params
+    libraries = zygotes_of(channel).libraries
+    if params.get("sources"):
+        libraries[params["library"]] = json.dumps({"library": params["sources"]}).encode("ascii")
+    return libraries.get(params["library"])
+
+
 def with_interpreter(
     channel: Channel,
     env: Dict[str, str],
@@ -58,9 +67,7 @@ def with_interpreter(
     params = channel.params
     zygotes = zygotes_of(channel)
     digest = params["library"]
-    if params.get("sources"):
-        zygotes.libraries[digest] = json.dumps({"library": params["sources"]}).encode("ascii")
-    library = zygotes.libraries.get(digest)
+    library = keep_library(channel)
     if library is None:
         channel.fail("value", "the pickling library was not sent")
         failed()

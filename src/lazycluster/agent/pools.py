@@ -13,7 +13,7 @@ from collections import deque
 
 from . import gpus, host_info
 from .commands import environment, marked_environment
-from .functions import with_interpreter
+from .functions import keep_library, with_interpreter
 from .hands import Hand
 from .paths import meant
 from .poolwire import (
@@ -62,6 +62,7 @@ def pool(channel: Channel) -> None:
     With `gpus`, e.g. {"count": 1, "workers": 2, "idle": true}, there are as many workers as the host has shares of
     `count` GPUs, times `workers` that share one; each sees its own only.
     """
+    keep_library(channel)
     most = channel.params.get("workers")
     if most is not None and (not isinstance(most, int) or not 0 < most <= _MOST_WORKERS):
         channel.fail("value", "a host can have 1 to {} workers, not {!r}".format(_MOST_WORKERS, most))

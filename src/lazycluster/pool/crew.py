@@ -149,7 +149,7 @@ class Crew:
             self._owner.lost(self, error)
 
     async def _open(self, imports: Sequence[str]) -> Channel:
-        context, plan = self._context, self._plan
+        context, plan = await self._context.prepared(), self._plan
         python = context.python
         if python == "auto":
             python = await resolve_auto(context.connection, context.env)

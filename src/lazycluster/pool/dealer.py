@@ -65,6 +65,7 @@ class Dealer:
         self._loop = _loop.get_loop()
         self._runs: list[asyncio.Task[None]] = []
         self._lost: dict[str, str] = {}
+        self._without_gpus: list[str] = []
         self._closed = False
 
     # --- from any thread -----------------------------------------------------------------------
@@ -209,9 +210,12 @@ class Dealer:
         if self._closed:
             return
         others = [other.host for other in self._crews if not other.over]
-        if isinstance(error, AgentError) and error.kind == "gpu" and others:
-            _logger.warning("left out: %s", error)
-            return
+        if isinstance(error, AgentError) and error.kind == "gpu":
+            self._without_gpus.append(str(error))
+            if others:
+                _logger.warning("left out: %s", error)
+                return
+            error = AgentError(crew.host, "gpu", "no host has GPUs for calls:\n  " + "\n  ".join(self._without_gpus))
         if not isinstance(error, ConnectionLostError):
             self._break(error)
             return

@@ -253,6 +253,11 @@ class GroupExecutor(concurrent.futures.Executor):
             raise
         self._finish(kill=False)
 
+    def retire(self) -> None:
+        """Shut down; wait for the end, so that others can have what it held, unless that is for calls that run."""
+        busy = self._futures.busy or any(run.busy for run in list(self._runs))
+        self.shutdown(wait=not busy)
+
     def cleanup(self) -> None:
         """End the workers at once, whatever they do; futures that are not done are cancelled. Again: nothing."""
         with self._lock:
@@ -311,6 +316,11 @@ class _Futures:
                 self._thread = threading.Thread(target=self._settle_all, name="lazycluster futures", daemon=True)
                 self._thread.start()
         self._dealer.submit(chunk)
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is not done."""
+        return bool(self._open)
 
     # --- a sink, on the loop's thread ----------------------------------------------------------
     def name(self, chunk: Chunk, call: int) -> str:

@@ -126,6 +126,11 @@ class MapRun:
             if not self._unsettled:
                 self._changed.notify_all()
 
+    @property
+    def busy(self) -> bool:
+        """Whether something that was submitted is not settled."""
+        return self._unsettled > 0 and not self._closed
+
     # --- the executor's end --------------------------------------------------------------------
     def wait(self) -> None:
         """Wait until all that was submitted is settled."""

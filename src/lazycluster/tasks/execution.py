@@ -18,6 +18,7 @@ from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 from .context import Context
 from .output import TaskLog
 from .perform import Work, perform, prepare
+from .retrying import Retries
 from .steps import Step, StepResult
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Execution:
         omit_on_join: Whether a join of the runtime passes it over.
         calls: The pickled calls of its functions, from :func:`~lazycluster.tasks.perform.prepare`.
         gate: Held while files are sent, where hosts share a file system.
+        retries: Whether and where it is tried again.
 
     Attributes:
         status: ``pending``, ``running``, ``done``, ``failed`` or ``cancelled``.
@@ -107,6 +109,7 @@ class Execution:
         omit_on_join: bool = False,
         calls: Sequence[PickledCall | Exception | None] | None = None,
         gate: asyncio.Lock | None = None,
+        retries: Retries | None = None,
     ) -> None:
         self.name = name
         self.steps = tuple(steps)
@@ -121,7 +124,10 @@ class Execution:
         self.exitcode: int | None = None
         self.board = _progress.present()
         self.future = TaskFuture(self)
+        self._own_env = dict(env)
         self._env = {**context.env, **env}
+        self._debug = debug
+        self._retries = retries
         self._log = TaskLog(context.host, name, debug)
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -133,6 +139,7 @@ class Execution:
             write=self._log.write,
             calls=list(prepare(self.steps) if calls is None else calls),
             gate=gate,
+            keep_calls=retries is not None,
         )
 
     @property
@@ -157,9 +164,14 @@ class Execution:
     async def _run(self) -> None:
         try:
             self.status = "running"
-            await self._prepare()
-            for index, step in enumerate(self.steps):
-                await self._step(index, step)
+            while True:
+                try:
+                    await self._prepare()
+                    for index, step in enumerate(self.steps):
+                        await self._step(index, step)
+                    break
+                except TaskExecutionError as error:
+                    self._go_elsewhere(error)
         except asyncio.CancelledError:
             self._finish("cancelled", -9 if self._killing else -15)
         except TaskExecutionError as error:
@@ -176,6 +188,21 @@ class Execution:
             self._finish("cancelled", -9 if self._killing else -15)
         else:
             self._finish("failed", 1, TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}"))
+
+    def _go_elsewhere(self, error: TaskExecutionError) -> None:
+        """Get ready to begin again on another host, or raise the error."""
+        if self._retries is None:
+            raise error
+        context = self._retries.next(self.name, self.context, error)
+        if context is None:
+            raise self._retries.told(error) from error.__cause__
+        self._log.close()
+        self.context = replace(context, keeper=None)
+        self._keeper = context.keeper
+        self._env = {**context.env, **self._own_env}
+        self._log = TaskLog(context.host, self.name, self._debug)
+        self.work.write = self._log.write
+        self.results.clear()
 
     async def _prepare(self) -> None:
         if self.context.prepare is None:

@@ -40,6 +40,7 @@ class Work:
         kill: Kills that process at once; to be called on the loop.
         calls: For each step the pickled call of its function, if it is one, or why there is none.
         gate: Held while files are sent, where hosts share a file system: so only the first of them sends.
+        keep_calls: Whether a call may be needed again.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Work:
     kill: Callable[[], Any] | None = None
     calls: list[PickledCall | Exception | None] = field(default_factory=list)
     gate: asyncio.Lock | None = None
+    keep_calls: bool = False
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Take what the host tells of the process."""
@@ -165,7 +167,9 @@ async def _run_function(
 ) -> StepResult:
     from . import functions
 
-    pickled, work.calls[index] = work.calls[index], None  # it may be large, and is not needed again
+    pickled = work.calls[index]
+    if not work.keep_calls:
+        work.calls[index] = None  # it may be large
     if isinstance(pickled, Exception):
         raise pickled
     outcome = await functions.call(

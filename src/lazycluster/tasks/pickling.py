@@ -33,6 +33,8 @@ _OWN = ("builtins", "cloudpickle", "lazycluster")  # what the process of a call 
 _CACHED = type(functools.lru_cache(maxsize=1)(abs))
 _PLAIN = (int, str, float, bool, bytes, complex, type(None))
 _CODE = (types.FunctionType, type, types.ModuleType, _CACHED)
+# Where the functions of a module are those of an object behind it: the module, and where the object is.
+_GENERATORS = (("random", "random", "_inst"), ("numpy.random", "numpy.random.mtrand", "_rand"))
 # A function that uses these may do so to set up what it imports then: it must not find that imported already.
 _SETS_UP = frozenset(("environ", "putenv", "unsetenv", "meta_path"))
 
@@ -172,6 +174,8 @@ class CallPickler(cloudpickle.Pickler):  # type: ignore[misc]
             parameters = obj.cache_parameters()
             self._offer(obj)
             return localmodules.cached_function, (obj.__wrapped__, parameters["maxsize"], parameters["typed"])
+        if kind in (types.BuiltinMethodType, types.MethodType) and (home := _generator_home(obj.__self__)) is not None:
+            return getattr, (home, obj.__name__)
         if kind is typing.TypeVar and self._home(obj) is not None:
             return internals._make_typevar, internals._decompose_typevar(obj)
         in_memory = isinstance(obj, (io.BytesIO, io.StringIO))
@@ -301,6 +305,18 @@ class CallPickler(cloudpickle.Pickler):  # type: ignore[misc]
                     self.pending.setdefault(name, {})
                 self._use(module, names, seen)
         return True
+
+
+def _generator_home(owner: Any) -> types.ModuleType | None:
+    """Return the module whose random numbers an object makes that is behind its functions, such as `random.random`.
+
+    Sent with what is bound to them, these would carry its state along, and make the same numbers in each call.
+    """
+    for home, place, name in _GENERATORS:
+        module = sys.modules.get(place)
+        if module is not None and getattr(module, name, None) is owner:
+            return sys.modules.get(home)
+    return None
 
 
 def _is_member(module: types.ModuleType, obj: Any) -> bool:

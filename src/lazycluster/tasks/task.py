@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
     from .pickling import PickledCall
+    from .retrying import Retries
 
 __all__ = ["RuntimeTask"]
 
@@ -100,6 +101,7 @@ class RuntimeTask(Recipe):
         omit_on_join: bool = False,
         calls: Sequence[PickledCall | Exception | None] | None = None,
         gate: asyncio.Lock | None = None,
+        retries: Retries | None = None,
     ) -> RuntimeTask:
         """Start an execution, see :class:`Execution`; returns the task that holds it."""
         with self._lock:
@@ -115,10 +117,13 @@ class RuntimeTask(Recipe):
                     omit_on_join=omit_on_join,
                     calls=calls,
                     gate=gate,
+                    retries=retries,
                 )
                 self._execution = execution.start()
                 return self
-        return copy.copy(self)._launch(context, debug=debug, omit_on_join=omit_on_join, calls=calls, gate=gate)
+        return copy.copy(self)._launch(
+            context, debug=debug, omit_on_join=omit_on_join, calls=calls, gate=gate, retries=retries
+        )
 
     def _finish_sync(self) -> None:
         """Wait for the end and raise what went wrong; an interrupted wait ends the execution."""

@@ -1,0 +1,191 @@
+"""Hosts that are lost while calls and tasks run on them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask
+from lazycluster.exceptions import HostsLostError, LazyclusterError, TaskExecutionError, WorkerLostError
+
+
+@pytest.fixture
+def group() -> Iterator[RuntimeGroup]:
+    """Three runtimes on this machine."""
+    with RuntimeGroup([LocalRuntime(host=name) for name in ("one", "two", "three")]) as group:
+        yield group
+
+
+def lose(group: RuntimeGroup, host: str) -> None:
+    os.kill(group.get_runtime(host).connection.hello.pid, signal.SIGKILL)
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+# --- calls -----------------------------------------------------------------------------------------------
+@pytest.mark.keeps("hosts")
+def test_a_host_that_is_powered_off_in_the_middle_loses_nothing(make_hosts: Any, caplog: Any) -> None:
+    hosts = make_hosts(3)
+    kwargs = {"config_file": hosts.config_file}
+
+    def slow(x: int) -> int:
+        time.sleep(0.05)
+        return x * x
+
+    with RuntimeGroup(hosts=hosts.names, connection_kwargs=kwargs, python="auto") as group:
+        results = group.map(slow, range(120))
+        got = [next(results) for _ in range(10)]
+        hosts[1].power_off()
+        got += results
+        assert got == [x * x for x in range(120)]
+        assert "run elsewhere" in caplog.text
+
+
+def test_each_result_comes_once_whatever_dies(group: RuntimeGroup, tmp_path: Path) -> None:
+    marker = str(tmp_path / "died")
+
+    def sometimes_dies(x: int) -> int:
+        if x in (50, 150) and not os.path.exists(f"{marker}{x}"):
+            Path(f"{marker}{x}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.005)
+        return x
+
+    results = group.map(sometimes_dies, range(300), chunksize=3)
+    got = list(itertools.islice(results, 30))
+    lose(group, "two")
+    got += itertools.islice(results, 150)
+    lose(group, "three")
+    got += results
+    assert got == list(range(300))
+
+
+def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) -> None:
+    agents = [runtime.connection.hello.pid for runtime in group.runtimes]
+
+    def ends_the_host(x: int) -> int:
+        if x == 5:
+            # An agent serves one of the three runtimes: that one of which this process descends.
+            pid = os.getpid()
+            while pid not in agents:
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(600)
+        return x
+
+    with group.executor(workers_per_host=1) as executor:
+        future = executor.submit(ends_the_host, 5)
+        with pytest.raises(WorkerLostError, match=r"the host was lost while it ran .*ends_the_host\(5\)") as caught:
+            future.result()
+    assert sorted(caught.value.hosts) == ["one", "three", "two"]
+
+
+def test_when_no_host_is_left_what_was_lost_is_named(group: RuntimeGroup) -> None:
+    results = group.map(lambda x: time.sleep(0.05), itertools.count())
+    next(results)
+    for host in group.hosts:
+        lose(group, host)
+    with pytest.raises(HostsLostError, match="no host is left") as caught:
+        for _ in range(10_000):
+            next(results)
+    assert sorted(caught.value.hosts) == ["one", "three", "two"]
+    with pytest.raises(LazyclusterError, match="lost"):
+        group.map(square, [1])
+
+
+# --- tasks -----------------------------------------------------------------------------------------------
+def waiting(path: str) -> str:
+    Path(path, str(os.getpid())).touch()
+    while not Path(path, "go").exists():
+        time.sleep(0.01)
+    return os.environ["NAME_OF_HOST"]
+
+
+def named(group: RuntimeGroup) -> RuntimeGroup:
+    for runtime in group.runtimes:
+        runtime.add_env_variables({"NAME_OF_HOST": runtime.host})
+    return group
+
+
+def until_it_runs(tmp_path: Path, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(os.listdir(tmp_path)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_task_goes_on_elsewhere_if_so_asked(group: RuntimeGroup, tmp_path: Path, caplog: Any) -> None:
+    named(group)
+    task = group.execute_task(RuntimeTask("wait").call(waiting, str(tmp_path)), retries=1)
+    first = task.host
+    until_it_runs(tmp_path, 1)
+    lose(group, first)
+    until_it_runs(tmp_path, 2)
+    (tmp_path / "go").touch()
+    second = task.result(timeout=30)
+    assert second == task.host != first
+    assert task.status == "done"
+    assert f"task 'wait' has failed and is tried again on {second}" in caplog.text
+    assert task in group.get_runtime(second).tasks
+    assert task not in group.get_runtime(first).tasks
+    group.join()
+
+
+def test_without_retries_or_on_one_host_it_fails(group: RuntimeGroup, tmp_path: Path) -> None:
+    task = RuntimeTask("wait").call(waiting, str(tmp_path))
+    plain = group.execute_task(task, host="one")
+    pinned = group.execute_task(task, host="one", retries=3)
+    until_it_runs(tmp_path, 2)
+    lose(group, "one")
+    for execution in (plain, pinned):
+        with pytest.raises(TaskExecutionError, match="connection was lost"):
+            execution.join()
+
+
+def test_tries_are_counted_and_told(group: RuntimeGroup, tmp_path: Path) -> None:
+    task = group.execute_task(RuntimeTask("wait").call(waiting, str(tmp_path)), retries=1)
+    hosts = []
+    for count in (1, 2):
+        until_it_runs(tmp_path, count)
+        hosts.append(task.host)
+        lose(group, task.host)
+    with pytest.raises(TaskExecutionError, match="It was tried 2 times, on {}, {}".format(*hosts)):
+        task.join()
+
+
+def test_other_failures_are_tried_again_if_so_asked(group: RuntimeGroup, tmp_path: Path) -> None:
+    line = f"echo x >> {tmp_path}/tries; test $(wc -l < {tmp_path}/tries) -ge 3"
+    with pytest.raises(TaskExecutionError, match="exit status 1"):
+        group.execute_task(RuntimeTask("third").run_command(line), retries=5, execute_async=False)
+    task = group.execute_task(RuntimeTask("third").run_command(line), retries=5, retry_on="any", execute_async=False)
+    assert task.status == "done"
+    assert (tmp_path / "tries").read_text() == "x\n" * 3
+    assert len(task.execution_log) == 1
+    slow = group.execute_task(RuntimeTask("slow").run_command("sleep 600"), retries=5, retry_on="any")
+    slow.cancel()
+    with pytest.raises(concurrent.futures.CancelledError):
+        slow.result(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"retries": -1}, "retries must be >= 0"),
+        ({"retries": "many"}, "retries must be an integer"),
+        ({"retries": 1, "retry_on": "monday"}, "retry_on"),
+        ({"retries": 1, "broadcast": True}, "broadcast"),
+    ],
+)
+def test_retries_that_make_no_sense(group: RuntimeGroup, options: dict[str, Any], error: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=error):
+        group.execute_task(RuntimeTask("x").run_command("true"), **options)
