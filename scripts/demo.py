@@ -1,4 +1,4 @@
-"""Brings up hosts, runs the example on them, and looks at what it left there."""
+"""Brings up hosts, runs the examples on them, and looks at what they left there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sshhosts import Hosts
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "model_search.py"
+EXAMPLES = [Path(__file__).parent.parent / "examples" / name for name in ("model_search.py", "hyperopt_search.py")]
 
 
 def main() -> int:
@@ -18,7 +18,10 @@ def main() -> int:
     print("-- Bring up three SSH hosts with nothing but sshd and Python, behind a bastion", flush=True)
     with Hosts(3, bastion=True) as hosts:
         print(f"   {', '.join(hosts.names)}: {time.perf_counter() - start:.2f} s", flush=True)
-        failed = subprocess.run([sys.executable, str(EXAMPLE), str(hosts.config_file)], check=False).returncode
+        failed = 0
+        for example in EXAMPLES:
+            print(f"== {example.parent.name}/{example.name}", flush=True)
+            failed |= subprocess.run([sys.executable, str(example), str(hosts.config_file)], check=False).returncode
         deadline = time.monotonic() + 5
         while (left := [entry for host in hosts.all for entry in host.leftovers()]) and time.monotonic() < deadline:
             time.sleep(0.05)

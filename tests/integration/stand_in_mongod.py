@@ -46,7 +46,15 @@ async def main() -> None:
     assert options.bind_ip == "127.0.0.1"
     path = Path(options.dbpath)
     if (path / "mongod.lock").exists():
-        sys.exit("DBPathInUse: Unable to lock the lock file; another mongod instance is running")
+        print("DBPathInUse: Unable to lock the lock file; another mongod instance is running", flush=True)
+        sys.exit(100)
+    if (path / "of another version").exists():
+        print("UPGRADE PROBLEM: Found an invalid featureCompatibilityVersion document", flush=True)
+        sys.exit(62)
+    if (path / "somebody was faster").exists():
+        (path / "somebody was faster").unlink()
+        print("Failed to set up listener: SocketException: Address already in use", flush=True)
+        sys.exit(48)
     (path / "WiredTiger").touch()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)

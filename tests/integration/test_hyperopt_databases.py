@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import stat
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pymongo.errors import OperationFailure
 from lazycluster import RuntimeGroup
 from lazycluster.cluster.exceptions import MasterStartError
 from lazycluster.cluster.hyperopt_cluster import EmbeddedMongoLauncher, HyperoptCluster, LocalMongoLauncher
+from lazycluster.exceptions import PortInUseError
 
 pytestmark = [  # by hyperopt
     pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),
@@ -76,13 +78,26 @@ def test_mongod_is_used_where_there_is_one(
 
 def test_mongod_that_does_not_start(group: RuntimeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with HyperoptCluster(group, LocalMongoLauncher, dbpath=str(tmp_path / "db")) as cluster:
-        with pytest.raises(MasterStartError, match="not on the PATH"):
+        with pytest.raises(MasterStartError, match=r"not on the PATH(.|\n)*Next step: install MongoDB"):
             cluster.start_master()
         _program(tmp_path / "bin", monkeypatch, sys.executable, str(Path(__file__).with_name("stand_in_mongod.py")))
-        (tmp_path / "db" / "mongod.lock").touch()
-        with pytest.raises(MasterStartError, match=r"DBPathInUse: Unable to lock(.|\n)*mongod has ended with status 1"):
-            cluster.start_master()
-        assert cluster.master_port is None
+        for file, problems in (
+            ("mongod.lock", ("status 100: the files cannot be used", "DBPathInUse: Unable to lock")),
+            ("of another version", ("status 62: the files are of another version", "UPGRADE PROBLEM")),
+        ):
+            (tmp_path / "db" / file).touch()
+            with pytest.raises(MasterStartError) as caught:
+                cluster.start_master()
+            assert all(problem in str(caught.value) for problem in problems), str(caught.value)
+            (tmp_path / "db" / file).unlink()
+            assert cluster.master_port is None
+        with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(PortInUseError):
+            cluster.start_master(taken.getsockname()[1])
+        # Somebody takes the port at the last moment: the next one is tried.
+        (tmp_path / "db" / "somebody was faster").touch()
+        cluster.start_master()
+        assert cluster.master_port not in (None, 27017)
+        assert cluster.progress().done == 0
 
 
 def test_directories_that_cannot_be_used(group: RuntimeGroup, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 from . import messages
@@ -16,6 +17,13 @@ from . import messages
 _PR_SET_PDEATHSIG = 1
 _STEP = 0.05  # seconds between two looks at a program that says nothing when it is ready
 _ANSWER_LIMIT = 2000  # milliseconds
+_PORT_TAKEN = 48
+# What MongoDB's documentation says of its exit statuses, and what is to be done about it.
+_MEANINGS = {
+    2: "an option that it does not know: this may be a very old or a very new mongod",
+    62: "the files are of another version of MongoDB: use the mongod that made them, or another dbpath",
+    100: "the files cannot be used: if another mongod uses them, end that one, or pass another dbpath",
+}
 
 
 def main() -> None:
@@ -27,12 +35,11 @@ def main() -> None:
         settings = messages.read_settings()
         port = settings["ports"]["master"]
         if _is_free(port):
-            break
+            process = subprocess.Popen(settings["argv"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+            _end_with(process)
+            if _answers(process, port):
+                break
         messages.emit("port_taken", port=port)
-    process = subprocess.Popen(settings["argv"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: process.terminate())
-    _wait_until_it_answers(process, port)
     _make_user(port, settings["user"], settings["password"])
     messages.emit("ready", port=port, mongod=process.pid)
     status = process.wait()
@@ -55,18 +62,41 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
-    """Wait until it accepts connections; the manager's deadline ends this."""
+def _end_with(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: process.terminate())
+
+
+def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Wait until it accepts connections; tells whether it could get its port. The manager's deadline ends this."""
     while True:
         status = process.poll()
+        if status == _PORT_TAKEN:
+            return False
         if status is not None:
-            raise SystemExit(f"mongod has ended with status {status}; what it said stands above")
-        try:
+            meaning = f": {_MEANINGS[status]}" if status in _MEANINGS else ""
+            raise SystemExit(f"mongod has ended with status {status}{meaning}; what it said stands above")
+        if _listens(process.pid, port):
+            return True
+        time.sleep(_STEP)
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Tell whether it is this very process that listens: somebody else who does shall not be told a password."""
+    table = Path("/proc/self/net/tcp")
+    if not table.exists():  # no Linux
+        with contextlib.suppress(OSError):
             socket.create_connection((messages.LOOPBACK, port), 1).close()
-        except OSError:
-            time.sleep(_STEP)
-        else:
-            return
+            return True
+        return False
+    lines = [line.split() for line in table.read_text().splitlines()[1:]]
+    inodes = {line[9] for line in lines if line[3] == "0A" and int(line[1].rpartition(":")[2], 16) == port}
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(entry.readlink())[len("socket:[") : -1] in inodes:
+                    return True
+    return False
 
 
 def _make_user(port: int, user: str, password: str) -> None:
