@@ -200,7 +200,12 @@ def test_a_search_survives_all_of_it(make_hosts: Callable[..., Any], tmp_path: P
         return (x - 3) ** 2
 
     hosts = make_hosts(3)
-    with ssh_group(hosts) as group, HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
+    # Nobody waits for the trials of a host that may only have lost its network.
+    links = {"link_timeout": 3.0, "grace": 3.0}
+    with (
+        ssh_group(hosts, connection_kwargs=links) as group,
+        HyperoptCluster(group, dbpath=str(tmp_path / "db"), lease=4.0) as cluster,
+    ):
         cluster.start(worker_count=6)
         places = [runtime.call(lambda: (os.uname().nodename, os.environ["WORKING_DIR"])) for runtime in group.runtimes]
         doomed = places[2][0]
