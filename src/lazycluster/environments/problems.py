@@ -41,9 +41,9 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
         "if it was published anew, lock it again; else do not trust this index",
     ),
     (
-        rf"Failed to build {_NAME}",
-        "{package} has no wheel that fits, and cannot be built here",
-        "choose a version of {package} that has wheels, install what its build needs, or exclude it",
+        rf"(Failed to build|Build backend failed|Failed to prepare distributions)( {_NAME})?",
+        "no wheel fits, and it cannot be built here",
+        "choose a version that has a wheel, install what its build needs (see above), or exclude it",
     ),
     (
         r"invalid peer certificate|certificate verify failed|CertificateExpired|NotValidYet|UnknownIssuer",
@@ -71,19 +71,20 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def explained(host: str, what: str, output: str) -> EnvironmentBuildError:
+def explained(host: str, what: str, output: str, package: str = "") -> EnvironmentBuildError:
     """Return what an installer printed as an error.
 
     Args:
         host: Where it ran.
         what: What it was to do.
         output: What it printed, without secrets.
+        package: The package that it was about, if that is known.
     """
     for pattern, problem, hint in _KNOWN:
         found = re.search(pattern, output, re.IGNORECASE)
         if found:
-            package = (found.groupdict().get("package") or "").rstrip(".:`")
+            package = package or (found.groupdict().get("package") or "").rstrip(".:`")
             return EnvironmentBuildError(
                 host, f"{what}: {problem.format(package=package)}", package, hint.format(package=package), output
             )
-    return EnvironmentBuildError(host, f"{what} failed", "", "see what it printed, above", output)
+    return EnvironmentBuildError(host, f"{what} failed", package, "see what it printed, above", output)

@@ -229,8 +229,9 @@ async def _ask(
     arguments = ["pip", "compile", "--quiet", "--no-header", "--format", "pylock.toml"]
     arguments += ["--python-version", target.version, "--python-platform", target.platform, *question.options]
     arguments += [] if question.dependencies else ["--no-deps"]
+    # What must be built to know what it requires is built with this interpreter; what it has installed does not matter.
+    arguments += ["--python", sys.executable]
     arguments.append(str(question.file) if question.file is not None else "-")
-    # The installed packages of whoever runs this are not to matter, only an interpreter to build metadata with.
     text = await run_uv(
         arguments,
         settings,

@@ -68,6 +68,7 @@ async def run_uv(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     what: str = "",
+    package: str = "",
 ) -> str:
     """Run uv on this machine.
 
@@ -78,6 +79,7 @@ async def run_uv(
         cwd: Its working directory.
         env: Further environment variables.
         what: What it does, for the error message.
+        package: The package that it is about.
 
     Returns:
         What it printed.
@@ -112,5 +114,5 @@ async def run_uv(
         raise
     if process.returncode != 0:
         said = hide(errors.decode("utf-8", "replace"))
-        raise explained(MANAGER, what or f"uv {arguments[0]}", said)
+        raise explained(MANAGER, what or f"uv {arguments[0]}", said, package)
     return output.decode("utf-8", "replace")

@@ -11,6 +11,7 @@ import http.client
 import os
 import shutil
 import ssl
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -197,8 +198,10 @@ async def _make(locked: Locked, target: Target, settings: IndexSettings, store: 
 
 async def _build(source: Path, locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
     arguments = ["build", "--wheel", "--quiet", "--no-create-gitignore", "--out-dir", str(made)]
-    arguments += ["--python", target.version, str(source)]
-    await run_uv(arguments, settings, cwd=made, what=f"building {locked.label}")
+    # Of the manager's own version there is an interpreter for sure: this one.
+    python = sys.executable if target.python == sys.version_info[:2] else target.version
+    arguments += ["--python", python, str(source)]
+    await run_uv(arguments, settings, cwd=made, what=f"building {locked.label}", package=locked.name)
 
 
 async def _build_repository(locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
