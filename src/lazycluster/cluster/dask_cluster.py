@@ -13,6 +13,8 @@ import os
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lazycluster import _loop
+
 from . import connection_file
 from .dask_launchers import CheckVersions, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
 from .dask_programs import common
@@ -130,6 +132,9 @@ class DaskCluster(ElasticCluster):
     def get_client(self, timeout: int = 2) -> Client:
         """Return a connected client.
 
+        What it computes is computed with the present version of your own modules, which are sent to the hosts again
+        when their files have changed. Clients of other origin notice that within a second.
+
         Args:
             timeout: Seconds until it must be connected.
 
@@ -137,10 +142,10 @@ class DaskCluster(ElasticCluster):
             TimeoutError: If it is not connected in time.
             ClusterError: If the cluster does not run.
         """
-        from distributed import Client
+        from .dask_client import UpToDateClient
 
         self._check_running()
-        return Client(self, timeout=timeout)
+        return UpToDateClient(self, self._dask.modules, timeout=timeout)
 
     @staticmethod
     def connect(path: str | os.PathLike[str], timeout: float = 10) -> Client:
@@ -232,6 +237,7 @@ class DaskCluster(ElasticCluster):
             self._end_adapting()
             super().cleanup()
         finally:
+            _loop.run(self._dask.modules.close())
             self._dask.forget()
             self._security = None
 

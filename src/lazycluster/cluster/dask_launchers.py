@@ -13,6 +13,7 @@ from .certificates import Credentials, make_credentials
 from .dask_programs import common
 from .dask_versions import check_workers
 from .launchers import ServiceMasterLauncher
+from .local_modules import LocalModules
 from .network import PortUse, Reach
 from .services import Program, Source
 from .workers import ServiceWorkerLauncher, Worker
@@ -46,6 +47,7 @@ class DaskSettings:
         scheduler_options: Further options of `distributed.Scheduler`.
         check_versions: What happens if a host's software does not match.
         secure: Whether connections are encrypted and authenticated.
+        modules: The user's own modules on the hosts.
     """
 
     nthreads: int | None = None
@@ -56,6 +58,7 @@ class DaskSettings:
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     check_versions: CheckVersions = "error"
     secure: bool = True
+    modules: LocalModules = field(default_factory=LocalModules, repr=False)
     prefix: str = field(default_factory=lambda: secrets.token_urlsafe(18), repr=False)
     _credentials: Credentials | None = field(default=None, repr=False)
 
@@ -108,9 +111,15 @@ class LocalMasterLauncher(ServiceMasterLauncher):
         """The program of the scheduler."""
         return Program("dask-scheduler", source=Source(_PROGRAMS, "scheduler", _PACKAGE), marker=common.MARKER)
 
+    async def prepare(self, debug: bool) -> None:
+        """Start the process, and get the user's modules ready for it: it unpickles the work for others, too."""
+        await super().prepare(debug)
+        await self.dask.modules.open()
+
     def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
         """What the scheduler is told."""
         return {
+            "modules": self.dask.modules.directory,
             "ports": dict(ports),
             "prefix": self.dask.prefix,
             "protocol": self.dask.protocol,
@@ -149,6 +158,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
     async def greet(self, workers: Sequence[Worker]) -> None:
         """Check the software of the hosts, before anything listens."""
         await check_workers(workers, self.dask.check_versions, _GREETING_LIMIT)
+        await self.dask.modules.share([worker.place for worker in workers])
 
     async def dismiss(self, workers: Sequence[Worker]) -> dict[str, str]:
         """Have the scheduler retire workers."""
@@ -178,5 +188,6 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             "memory_limit": dask.memory_limit,
             "resources": dict(dask.resources) if dask.resources else {"GPU": self.gpus.count} if self.gpus else None,
             "local_directory": dask.local_directory,
+            "modules": dask.modules.directory_on(worker.place.host),
             "options": dict(dask.worker_options),
         }

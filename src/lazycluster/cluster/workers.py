@@ -133,7 +133,7 @@ class ServiceWorkerLauncher(Staff):
 
     async def _recruit(self, count: int, master_port: int, ports: list[int]) -> list[LazyclusterError]:
         """Start workers where that is possible; returns why some did not start."""
-        places = places_of(self._group)
+        places = await prepared_places(self._group)
         for place in places:
             if place.problem is not None:
                 logger.warning("%s: gets no worker: %s", place.host, place.problem)

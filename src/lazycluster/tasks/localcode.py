@@ -132,6 +132,11 @@ def sources_of(names: Iterable[str]) -> dict[str, Source]:
     return found
 
 
+def imported_by(text: str, filename: str) -> set[str]:
+    """Return the modules that a script may import, wherever in it."""
+    return {name for statement in _imports_of_text(text, filename) for name in absolute_names(statement, "")}
+
+
 def source_of(name: str) -> Source | None:
     """Return the source of a local module, whether it has been imported or not; None if there is none."""
     module = sys.modules.get(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from . import common
+from . import common, sent_modules
 
 
 def main() -> None:
@@ -15,16 +15,31 @@ def main() -> None:
     common.run(_serve)
 
 
+def _scheduler_class() -> Any:
+    from distributed import Scheduler
+
+    class UpToDateScheduler(Scheduler):  # type: ignore[misc]
+        """A scheduler that unpickles work with the present version of the user's modules."""
+
+        async def update_graph(self, *arguments: Any, **named: Any) -> Any:
+            """Take new work."""
+            sent_modules.refresh()
+            return await super().update_graph(*arguments, **named)
+
+    return UpToDateScheduler
+
+
 async def _serve(settings: dict[str, Any]) -> None:
     import dask
-    from distributed import Scheduler, Security
+    from distributed import Security
 
     from .dashboards import Dashboard
 
     ports, prefix = settings["ports"], settings["prefix"]
     stop = common.stop_signal()
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
-    scheduler = Scheduler(
+    sent_modules.install(settings["modules"])
+    scheduler = _scheduler_class()(
         host=common.LOOPBACK,
         port=ports["master"],
         protocol=settings["protocol"],

@@ -121,6 +121,7 @@ async def _serve(settings: dict[str, Any]) -> None:
         local_directory=settings["local_directory"] or os.environ["LAZYCLUSTER_SCRATCH"],
         dashboard_address=f"{common.LOOPBACK}:{ports['dashboard']}",
         http_prefix="/" + settings["prefix"],
+        modules=settings["modules"],
         **settings["options"],
     )
     starting = _start(nanny, ports)

@@ -7,7 +7,9 @@ from typing import Any
 import dask
 import distributed
 from distributed import Worker
+from tornado.ioloop import PeriodicCallback
 
+from . import sent_modules
 from .common import PortTakenError
 from .dashboards import Dashboard
 
@@ -22,6 +24,14 @@ def configure(forked: bool) -> None:
 
 class PagedWorker(Worker):  # type: ignore[misc]
     """A worker whose dashboard has a secret path, and is imported when it is first looked at."""
+
+    def __init__(self, *arguments: Any, modules: str = "", **options: Any) -> None:
+        sent_modules.install(modules)
+        super().__init__(*arguments, **options)
+
+        # Tasks are unpickled when they arrive. Our clients see to it before; this is for those of other origin.
+        looking = PeriodicCallback(sent_modules.refresh, sent_modules.LOOK * 1000)
+        self.periodic_callbacks["sent-modules"] = looking
 
     def start_http_server(self, *arguments: Any, **options: Any) -> None:
         """Start the HTTP server, on the port that the settings name and no other."""

@@ -1,0 +1,227 @@
+"""The user's own modules on the hosts of a cluster: what is not installed, as files, kept up to date.
+
+Engines pickle functions of modules by their names, so workers must be able to import them, and in the present version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lazycluster import _loop
+from lazycluster.exceptions import LazyclusterError
+from lazycluster.ssh import transfer, workspace
+from lazycluster.tasks import localcode
+
+if TYPE_CHECKING:
+    import types
+
+    from lazycluster.ssh.connection import Connection
+
+    from .places import Place
+
+__all__ = ["LocalModules"]
+
+logger = logging.getLogger("lazycluster")
+
+_LOOK = 0.5  # seconds between two looks at the files
+_PATIENCE = 60.0  # seconds for a host to take what has changed
+_READINGS = 10  # tries to read all files while none of them changes
+_STAMP = "stamp"
+
+
+class LocalModules:
+    """What the hosts of one cluster have of the user's modules. For the event loop's thread, unless said otherwise.
+
+    Attributes:
+        directory: Where they are on the manager, for a master that runs there; empty before `open`.
+        version: How often they were sent.
+    """
+
+    def __init__(self) -> None:
+        self.directory = ""
+        self.version = 0
+        self._space: workspace.Workspace | None = None
+        self._hosts: dict[str, tuple[Connection, str]] = {}
+        self._written: dict[str, str] = {}
+        self._stamps: dict[str, int] = {}
+        self._seen: set[str] = set()
+        self._local: set[str] = set()
+        self._watcher: asyncio.Task[None] | None = None
+        self._syncing = asyncio.Lock()
+
+    # --- begin and end -------------------------------------------------------------------------
+    async def open(self) -> None:
+        """Have the present modules in the directory on the manager."""
+        if self._space is None:
+            self._space = await workspace.acquire()
+            self.directory = tempfile.mkdtemp(prefix="modules-", dir=self._space.directory)
+            self._watcher = asyncio.ensure_future(self._watch())
+        await self.sync()
+
+    async def share(self, places: Iterable[Place]) -> None:
+        """Have the present modules on hosts, too.
+
+        Raises:
+            LazyclusterError: If a host does not take them.
+        """
+        await self.open()
+        new = {place.host: place for place in places if place.host not in self._hosts}
+
+        async def add(place: Place) -> None:
+            answer = await asyncio.wait_for(place.connection.request("mkdtemp"), _PATIENCE)
+            self._hosts[place.host] = (place.connection, str(answer["path"]))
+            await self._send(place.host)
+
+        await asyncio.gather(*(add(place) for place in new.values()))
+
+    def directory_on(self, host: str) -> str:
+        """Return where a host has them; empty if it has none."""
+        return self._hosts[host][1] if host in self._hosts else ""
+
+    async def close(self) -> None:
+        """Forget everything; the hosts remove their directories with all that belongs to the runtimes."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+            self._watcher = None
+        hosts, self._hosts = self._hosts, {}
+        for connection, path in hosts.values():
+            if connection.state == "open":
+                with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
+                    await asyncio.wait_for(connection.request("remove", path=path), _PATIENCE)
+        if self._space is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            await self._space.release()
+        self._space, self.directory = None, ""
+        self._written, self._stamps, self._seen, self._local = {}, {}, set(), set()
+
+    # --- changes -------------------------------------------------------------------------------
+    def changed(self) -> bool:
+        """Whether a module has changed or is new since the last look. For any thread; takes some microseconds."""
+        if self._space is None:
+            return False
+        return self._any_new() or self._any_edited()
+
+    def _any_new(self) -> bool:
+        new = sys.modules.keys() - self._seen
+        if not new:
+            return False
+        self._seen |= new
+        found = {name for name in new if _is_sent(name, sys.modules.get(name))} - self._local
+        self._local |= found
+        return bool(found)
+
+    def _any_edited(self) -> bool:
+        return any(_stamp(path) != stamp for path, stamp in self._stamps.items())
+
+    def sync_now(self) -> int:
+        """Have what has changed on all hosts before this returns; returns `version`. For a user's thread."""
+        if self.changed() or self._syncing.locked():
+            _loop.run(self.sync())
+        return self.version
+
+    async def sync(self) -> None:
+        """Have what has changed on all hosts."""
+        async with self._syncing:
+            self._any_new()
+            sources, self._stamps = await _loop.in_thread(_read, frozenset(self._local))
+            texts = {name: text for name, (text, _) in sources.items()}
+            if texts == self._written:
+                return
+            await _loop.in_thread(self._write, texts)
+            self._written = texts
+            results = await asyncio.gather(*(self._send(host) for host in self._hosts), return_exceptions=True)
+            for result in results:
+                if isinstance(result, LazyclusterError):
+                    logger.warning("changed modules were not sent: %s", result)
+                elif isinstance(result, BaseException):
+                    raise result
+            self.version += 1
+
+    def _write(self, texts: Mapping[str, str]) -> None:
+        modules = Path(self.directory, "modules")
+        modules.mkdir(exist_ok=True)
+        for name, text in texts.items():
+            if self._written.get(name) != text:
+                path = modules / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(path)
+        for name in self._written.keys() - texts.keys():
+            (modules / name).unlink(missing_ok=True)
+        stamp = Path(self.directory, _STAMP)
+        partial = stamp.with_name(".stamp")
+        partial.write_text(secrets.token_hex(16))
+        partial.replace(stamp)
+
+    async def _send(self, host: str) -> None:
+        connection, path = self._hosts[host]
+        if connection.state != "open":
+            return
+        # The stamp comes last: what it stands for is complete when it is there.
+        for name in ("modules", _STAMP):
+            source = Path(self.directory, name)
+            if source.exists():
+                await transfer.send(connection, source, f"{path}/{name}", cwd="", env={})
+
+    async def _watch(self) -> None:
+        """Look for changes now and then, for those who submit work in ways of their own."""
+        while True:
+            await asyncio.sleep(_LOOK)
+            if self.changed():
+                try:
+                    await self.sync()
+                except (LazyclusterError, OSError) as error:
+                    logger.warning("changed modules cannot be sent: %s", error)
+
+
+def _is_sent(name: str, module: types.ModuleType | None) -> bool:
+    # What is not found by an import cannot be sent as a file; __main__ goes by value.
+    if name == "__main__" or module is None or getattr(module, "__spec__", None) is None:
+        return False
+    try:
+        return localcode.is_local(module)
+    except (AttributeError, TypeError):
+        return False
+
+
+def _read(names: frozenset[str]) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
+    """Return what `_sources` does, and the times of change of the files that it was read from."""
+    sources = _sources(names)
+    for _ in range(_READINGS):
+        stamps = {path: _stamp(path) for _, path in sources.values() if path}
+        sources = _sources(names)
+        if {path: _stamp(path) for _, path in sources.values() if path} == stamps:
+            break
+    return sources, stamps
+
+
+def _sources(names: frozenset[str]) -> dict[str, tuple[str, str]]:
+    """Return text and path of modules, and of all local ones that they or the main script import, by file name."""
+    wanted = set(names)
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    if isinstance(main, str) and main.endswith(".py"):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            wanted |= localcode.imported_by(Path(main).read_text(encoding="utf-8"), main)
+    found = {}
+    for name, (text, is_package, path) in localcode.sources_of(wanted).items():
+        file = name.replace(".", "/") + ("/__init__.py" if is_package else ".py")
+        found[file] = (text, path)
+    return found
+
+
+def _stamp(path: str) -> int:
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return 0
