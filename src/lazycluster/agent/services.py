@@ -12,7 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, cast
 
-from . import gpus
+from . import gpus, memory
 from .commands import Process, environment, outcome
 from .processes import Ending, tree_of
 
@@ -26,6 +26,7 @@ _LONGEST_LINE = 256 * 1024
 _PATIENCE = 3.0  # seconds from the request to end until the service is killed
 _BACKOFF, _LONGEST_BACKOFF = 0.25, 30.0
 _WINDOW = 300.0  # seconds within which restarts are counted
+_READY_AGAIN = 180.0  # seconds for a service that is started again to get ready
 SCRATCH = "LAZYCLUSTER_SCRATCH"  # the variable with the service's own directory, which is removed when it ends
 
 _BOOT = "import sys;sys.path[:]=[p for p in sys.path if p]+[sys.argv.pop(1)];from {} import main;main()"
@@ -148,6 +149,8 @@ class _Service:
         self._ending = False
         self._was_ready = self._is_ready = False
         self._waiting: Optional[Any] = None
+        self._late: Optional[Any] = None
+        self._killed_before = memory.killed()
         self._share: Optional[gpus.Share] = None
         self._gpus = gpus.wanted(params)
         self._run: Optional[_Run] = None
@@ -206,6 +209,8 @@ class _Service:
             name = self._cwd if not os.path.isdir(self._cwd) else self._argv[0]
             self._fail("os", "{}: {}".format(error.strerror, name), {"exit": None, "signal": None})
             return
+        if self._was_ready:
+            self._late = self.channel.loop.call_later(_READY_AGAIN, self._too_late)
         self._tell("starting", pid=self._run.pid, gpus=self._share.gpus if self._share else [])
         for data in self._kept:
             self._run.channel.on_input(data)
@@ -219,8 +224,19 @@ class _Service:
 
     def _ready(self, detail: Dict[str, Any]) -> None:
         if not self._is_ready and self._run is not None:
+            self._in_time()
             self._is_ready = self._was_ready = True
             self._tell("ready", pid=self._run.pid, detail=detail)
+
+    def _too_late(self) -> None:
+        """End a start that does not come to an end; it counts as one that failed."""
+        if self._run is not None:
+            self._run.stop(self.patience)
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def concerns(self, line: bytes) -> bool:
         """Whether a line of output may be meant for us."""
@@ -274,7 +290,11 @@ class _Service:
     def over(self, status: int) -> None:
         """Handle the end of the process: all is over, or it is started again."""
         run, self._run = self._run, None
-        ended = outcome(status)
+        self._in_time()
+        ended: Dict[str, Any] = dict(outcome(status))
+        if ended["signal"] == signal.SIGKILL:
+            before, self._killed_before = self._killed_before, memory.killed()
+            ended["out_of_memory"] = memory.verdict(before, self._killed_before)
         fields = dict(ended, pid=run.pid if run else None, output=self.outlet.last_words())
         self._tell("exited", **fields)
         if self._ending:
@@ -291,7 +311,7 @@ class _Service:
         stages = ((signal.SIGTERM, 0.5), (signal.SIGKILL, 1.0))
         Ending(self.channel.loop, lambda: tree_of(0, None, self._task), then, stages)
 
-    def _again(self, ended: Dict[str, Optional[int]]) -> None:
+    def _again(self, ended: Dict[str, Any]) -> None:
         if self._ending:
             self._finish(lambda: self.channel.result(restarts=self._count, **ended))
             return
@@ -304,7 +324,7 @@ class _Service:
         delay = min(_LONGEST_BACKOFF, _BACKOFF * 2 ** len(self._restarts))
         self._restarts.append(now)
         self._count += 1
-        self._tell("restarting", delay=delay)
+        self._tell("restarting", delay=delay, out_of_memory=ended.get("out_of_memory", ""))
         self._waiting = self.channel.loop.call_later(delay, self.start)
 
     def end(self) -> None:
@@ -318,7 +338,7 @@ class _Service:
             self._waiting.cancel()
             self._finish(lambda: self.channel.result(restarts=self._count, exit=None, signal=None))
 
-    def _fail(self, kind: str, message: str, ended: Dict[str, Optional[int]]) -> None:
+    def _fail(self, kind: str, message: str, ended: Dict[str, Any]) -> None:
         fields = dict(ended, output=self.outlet.last_words(), ready=self._was_ready)
         self._tell("failed", **fields)
         self._finish(lambda: self.channel.fail(kind, message, restarts=self._count, **fields))

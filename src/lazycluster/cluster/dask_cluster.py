@@ -211,6 +211,8 @@ class DaskCluster(ElasticCluster):
 
         if self._state == "running" and self._scheduler_status() is not None:
             return Status.failed if self._scheduler_status() else Status.closed
+        if self._state == "running" and self._problem():
+            return Status.failed
         return Status[self._state]  # the same words, on purpose
 
     def _scheduler_access(self) -> tuple[str, Mapping[str, Any]]:
@@ -222,6 +224,7 @@ class DaskCluster(ElasticCluster):
         return process.poll() if process is not None else None
 
     def _check_running(self) -> None:
+        self._check_alive()
         if self._state in ("running", "starting") and self.master_port is not None:
             status = self._scheduler_status()
             if status is None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lazycluster.agent import memory
+
 from . import dask_scaling
 from .certificates import Credentials, make_credentials
 from .dask_programs import common
@@ -102,6 +104,8 @@ class LocalMasterLauncher(ServiceMasterLauncher):
     """
 
     extra_ports = ("dashboard",)
+    RESTARTS = 3
+    """How often a scheduler that dies is started again within minutes, on the same ports."""
 
     def __init__(self, runtime_group: RuntimeGroup) -> None:
         super().__init__(runtime_group)
@@ -109,7 +113,13 @@ class LocalMasterLauncher(ServiceMasterLauncher):
 
     def program(self) -> Program:
         """The program of the scheduler."""
-        return Program("dask-scheduler", source=Source(_PROGRAMS, "scheduler", _PACKAGE), marker=common.MARKER)
+        return Program(
+            "dask-scheduler",
+            source=Source(_PROGRAMS, "scheduler", _PACKAGE),
+            marker=common.MARKER,
+            restarts=self.RESTARTS,
+            at_restart="what it knew is gone: computations that were running are lost, submit them again",
+        )
 
     async def prepare(self, debug: bool) -> None:
         """Start the process, and get the user's modules ready for it: it unpickles the work for others, too."""
@@ -150,7 +160,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
 
     def program(self, place: Place) -> Program:
         """The program of a worker."""
-        source = Source(_PROGRAMS, "worker", _PACKAGE)
+        source = Source(_PROGRAMS, "worker", _PACKAGE, (Path(memory.__file__),))
         return Program(
             "dask-worker", source=source, env=_BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
         )

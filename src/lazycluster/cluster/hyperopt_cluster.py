@@ -238,6 +238,7 @@ class HyperoptCluster(MasterWorkerCluster):
             return plot_losses(found.jobs, exp_key, path)
 
     def _port(self) -> int:
+        self._check_alive()
         if self.master_port is None:
             raise ClusterError("the database does not run: call start(), or start_master() first")
         return self.master_port

@@ -12,8 +12,7 @@ from .exceptions import MasterStartError
 from .hyperopt_programs import messages
 from .hyperopt_settings import HyperoptSettings, make_directory
 from .launchers import ServiceMasterLauncher
-from .process import MasterProcess
-from .services import Program, Service, Source
+from .services import Program, Source
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -71,11 +70,6 @@ class _DatabaseLauncher(ServiceMasterLauncher):
             MasterStartError: If it was not there in time; the message has the end of its output.
         """
         return super().start(ports, timeout or 3, debug)
-
-    def _changed(self, service: Service) -> None:
-        super()._changed(service)
-        if service.state == "ready" and isinstance(self._process, MasterProcess) and service.pid is not None:
-            self._process.pid = service.pid  # it was started again
 
     def _refuse(self, name: str, file: str, maker: str) -> None:
         if (self.hyperopt.dbpath / file).exists():

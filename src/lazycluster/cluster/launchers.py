@@ -15,6 +15,7 @@ from lazycluster.ssh import workspace
 
 from .contracts import MasterLauncher
 from .exceptions import ClusterError, MasterStartError, ServiceError
+from .health import Watch
 from .network import Network, PortSupply, free_everywhere
 from .places import MANAGER, Place, places_of, usable
 from .process import MasterProcess
@@ -42,6 +43,7 @@ class ServiceMasterLauncher(MasterLauncher):
     def __init__(self, runtime_group: RuntimeGroup) -> None:
         super().__init__(runtime_group)
         self.network = Network()
+        self.watch: Watch | None = None
         self.spare_ports: list[int] = []
         self.ports: dict[str, int] = {}
         self._space: workspace.Workspace | None = None
@@ -71,7 +73,7 @@ class ServiceMasterLauncher(MasterLauncher):
             self._space = await workspace.acquire()
         place = Place(MANAGER, self._space.keeper, sys.executable, {}, os.getcwd())
         program = self.program()
-        self._service = Service(program, place, program.name, debug=debug, on_change=self._changed)
+        self._service = Service(program, place, program.name, debug=debug, on_change=self._changed, watch=self.watch)
         self._service.start()
 
     def start(self, ports: list[int] | int, timeout: int = _DEFAULT_TIMEOUT, debug: bool = False) -> list[int]:
@@ -148,8 +150,12 @@ class ServiceMasterLauncher(MasterLauncher):
             _loop.get_loop().call_soon_threadsafe(service.signal, name)
 
     def _changed(self, service: Service) -> None:
-        if service.state in ("ended", "failed") and isinstance(self._process, MasterProcess):
+        if not isinstance(self._process, MasterProcess):
+            return
+        if service.state in ("ended", "failed"):
             self._process.ended(service.exit_status)
+        elif service.state == "ready" and service.pid is not None:
+            self._process.pid = service.pid  # it may have been started again
 
     async def _stop(self) -> None:
         if self._service is not None:

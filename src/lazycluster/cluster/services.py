@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,18 @@ from lazycluster.exceptions import AgentError, LazyclusterError
 from lazycluster.utils import new_log_file_path
 
 from .exceptions import MasterStartError, ServiceError
+from .health import Watch
 from .places import Place
 
 logger = logging.getLogger("lazycluster")
 
 _STOP_LIMIT = 15.0
+
+_OUT_OF_MEMORY = {
+    "limit": "it was killed: out of memory (the limit of its control group)",
+    "host": "it was killed, at a time when the host had no memory left",
+    "worker": "it was ended, since it had nearly reached its memory_limit",
+}
 
 State = Literal["new", "starting", "ready", "restarting", "ended", "failed"]
 
@@ -63,6 +71,7 @@ class Program:
         ready: A text in a line of output that says that it is ready. With neither, it is ready when it runs.
         restarts: How often it is started again, within minutes, when it dies after it was ready.
         patience: Seconds from the request to end until it is killed.
+        at_restart: What it means to others when it is started again.
         gpus: How many GPUs of the host it gets for itself; the host says CUDA_VISIBLE_DEVICES.
         idle_gpus: Whether GPUs that others use are left alone.
     """
@@ -75,6 +84,7 @@ class Program:
     ready: str = ""
     restarts: int = 0
     patience: float = 3.0
+    at_restart: str = ""
     gpus: int = 0
     idle_gpus: bool = False
 
@@ -90,6 +100,8 @@ class Service:
         pid: Its process id there, once it was started.
         restarts: How often it was started again.
         exit_status: Its exit status at its last end; negative: the signal.
+        respawns: How often it has itself started the process again that it watches.
+        problem: Why it failed or was started again the last time.
         gpus: What is known of the GPUs that it was given.
         log_file: The file with all that it printed.
     """
@@ -102,6 +114,7 @@ class Service:
         *,
         debug: bool = False,
         on_change: Callable[[Service], Any] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.program = program
         self.place = place
@@ -110,12 +123,15 @@ class Service:
         self.pid: int | None = None
         self.restarts = 0
         self.exit_status: int | None = None
+        self.respawns = 0
+        self.problem = ""
         self.gpus: list[dict[str, Any]] = []
         self.detail: dict[str, Any] = {}
         self.log_file = new_log_file_path(place.host, label)
         self.error: ServiceError | None = None
         self._debug = debug
         self._on_change = on_change
+        self._watch_of = watch
         self._tail = ""
         self._log: io.FileIO | None = None
         self._channel: Any = None
@@ -123,6 +139,7 @@ class Service:
         self._news = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._stopping = False
+        self._was_ready = False
 
     # --- starting ------------------------------------------------------------------------------
     def start(self) -> None:
@@ -204,25 +221,49 @@ class Service:
         state = event["state"]
         self.restarts = event.get("restarts", self.restarts)
         if state == "message":
-            self._say(event["event"], event["detail"])
+            self._heard(event["event"], event["detail"])
         elif state == "ready":
-            self.state, self.detail = "ready", event["detail"]
+            self.state, self.detail, self._was_ready, self.pid = "ready", event["detail"], True, event["pid"]
             self._say("ready", self.detail)
+            self._note("ready", "again" if self.restarts else "")
             self._changed()
         elif state == "starting":
             self.pid, self.state, self.gpus = event["pid"], "starting", event["gpus"]
         elif state == "exited":
             self.exit_status = _status(event)
         elif state == "restarting":
-            self.state = "restarting"
-            logger.warning("%s: %s has ended (%s), and is started again", self.place.host, self.label, self._how())
+            self.state, self.problem = "restarting", self._how(str(event.get("out_of_memory") or ""))
+            lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
+            logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, self.problem, lost)
+            self._note("restarting", f"{self.problem}, and is started again{lost}")
             self._changed()
 
-    def _how(self) -> str:
+    def _heard(self, name: str, fields: dict[str, Any]) -> None:
+        if name == "respawned":
+            self.respawns += 1
+            self.exit_status = fields.get("status")
+            self.problem = self._how(str(fields.get("out_of_memory") or ""))
+            logger.warning("%s: %s: its worker process: %s", self.place.host, self.label, self.problem)
+            self._note("respawned", self.problem)
+        elif name == "port_taken" and self._was_ready:
+            # Nobody waits to choose other ports: the others know it by this one. It is tried again, up to the limit.
+            self.signal("KILL")
+        else:
+            self._say(name, fields)
+
+    def _note(self, kind: str, detail: str = "") -> None:
+        if self._watch_of is not None:
+            self._watch_of.note(self, kind, detail)
+
+    def _how(self, out_of_memory: str) -> str:
         status = self.exit_status
+        if out_of_memory:
+            return _OUT_OF_MEMORY.get(out_of_memory, _OUT_OF_MEMORY["host"])
         if status is None:
-            return "nobody knows how"
-        return f"exit status {status}" if status >= 0 else f"signal {-status}"
+            return "it has ended, nobody knows how"
+        if status == -signal.SIGKILL:
+            return "it was killed (SIGKILL); the host may have run out of memory"
+        return f"it has ended with exit status {status}" if status >= 0 else f"it was ended by signal {-status}"
 
     def _say(self, name: str, fields: dict[str, Any]) -> None:
         if len(self._messages) < 100:  # nobody reads them any more once it is ready
@@ -250,9 +291,10 @@ class Service:
         finally:
             self._close_log()
         if self.error is not None:
-            self.state = "failed"
+            self.state, self.problem = "failed", self.error.problem
             if was_ready and not self._stopping:
                 logger.error("%s", self.error)
+        self._note(self.state, self.problem if self.error is not None else "")
         self._news.set()
         self._changed()
 

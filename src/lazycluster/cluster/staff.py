@@ -13,6 +13,7 @@ from lazycluster import _loop
 
 from .contracts import WorkerLauncher
 from .exceptions import ClusterError
+from .health import Watch
 from .network import Network, PortSupply
 from .places import Place
 from .services import Service, stop_all
@@ -55,6 +56,7 @@ class Staff(WorkerLauncher):
     def __init__(self, runtime_group: RuntimeGroup) -> None:
         super().__init__(runtime_group)
         self.network = Network()
+        self.watch: Watch | None = None
         self.workers: list[Worker] = []
         self._prepared: list[Worker] = []
         self._numbers: dict[str, int] = {}

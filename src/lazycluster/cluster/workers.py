@@ -83,7 +83,9 @@ class ServiceWorkerLauncher(Staff):
             program = self.program(place)
             if self.gpus is not None:
                 program = replace(program, gpus=self.gpus.count, idle_gpus=self.gpus.idle)
-            service = Service(program, place, f"{program.name} {name}", debug=debug, on_change=self.changed)
+            service = Service(
+                program, place, f"{program.name} {name}", debug=debug, on_change=self.changed, watch=self.watch
+            )
             try:
                 if place.problem is not None:
                     raise place.problem

@@ -13,7 +13,6 @@ from typing import Any
 from . import common
 
 _LONGEST_DIRECTORY = 75  # characters, so that the path of a socket in it is short enough
-_CUT_OFF = "worker-handle-scheduler-connection-broken"  # what distributed calls it
 # As distributed's own nanny has it; to have an effect it must be set before numpy is imported, which here is early.
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -91,29 +90,26 @@ def _fork_instead(path: Any, arguments: list[Any], kept: Any) -> int:
 
 
 async def _serve(settings: dict[str, Any]) -> None:
-    from distributed import Nanny, Security
+    from distributed import Security
 
+    from .nanny import WatchedNanny, answers
     from .worker_process import PagedWorker
-
-    class LinkedNanny(Nanny):  # type: ignore[misc]
-        """Notes when the connection to the scheduler has broken: the worker is to be started again then."""
-
-        cut_off = False
-
-        async def close_gracefully(self, reason: str = "nanny-close-gracefully") -> None:
-            self.cut_off = self.cut_off or reason == _CUT_OFF
-            await super().close_gracefully(reason=reason)
 
     ports = settings["ports"]
     stop = common.stop_signal()
-    nanny = LinkedNanny(
+    security = Security(**settings["security"])
+    # A scheduler that is started again may need longer than a worker, which gives up at the first refusal.
+    await common.first(answers(settings["scheduler"], security), stop.wait())
+    if stop.is_set():
+        return
+    nanny = WatchedNanny(
         settings["scheduler"],
         host=common.LOOPBACK,
         port=ports["nanny"],
         worker_port=ports["worker"],
         worker_class=PagedWorker,
         protocol=settings["protocol"],
-        security=Security(**settings["security"]),
+        security=security,
         name=settings["name"],
         nthreads=settings["nthreads"] or max(1, _cores() // settings["siblings"]),
         memory_limit=settings["memory_limit"] if settings["memory_limit"] != "auto" else _share(settings["siblings"]),
@@ -132,8 +128,8 @@ async def _serve(settings: dict[str, Any]) -> None:
             await common.first(nanny.finished(), stop.wait())
     finally:
         await nanny.close(timeout=2)
-    if nanny.cut_off and not stop.is_set():
-        raise SystemExit("the connection to the scheduler has broken")
+    if nanny.lost_scheduler and not stop.is_set():
+        raise SystemExit("the connection to the scheduler has ended, though nobody ended the cluster")
 
 
 async def _start(nanny: Any, ports: dict[str, int]) -> None:

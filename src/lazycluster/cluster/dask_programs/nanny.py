@@ -1,0 +1,67 @@
+"""A nanny that tells the manager what becomes of its worker, and a scheduler that is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from distributed import Nanny
+from distributed.comm import connect
+
+from . import common, memory  # type: ignore[attr-defined]  # it is sent along with these modules
+
+_PATIENCE = 90.0  # seconds for a scheduler to come back
+_TRY_EVERY = 0.2
+
+logger = logging.getLogger("distributed.nanny")
+
+
+class WatchedNanny(Nanny):  # type: ignore[misc]
+    """A nanny that says when its worker process has ended by itself, and whether it was the scheduler that has gone."""
+
+    lost_scheduler = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._killed_before = memory.killed()
+
+    async def _on_worker_exit(self, exitcode: int) -> None:
+        before, self._killed_before = self._killed_before, memory.killed()
+        if self.status.name == "running":
+            manager = getattr(self, "memory_manager", None)
+            at_limit = getattr(manager, "_last_terminated_pid", -1) not in (-1, None)
+            if manager is not None and at_limit:
+                manager._last_terminated_pid = -1
+            verdict = memory.verdict(before, self._killed_before)
+            common.emit("respawned", status=exitcode, out_of_memory="worker" if at_limit else verdict)
+        await super()._on_worker_exit(exitcode)
+
+    def close_gracefully(self, *args: Any, **kwargs: Any) -> None:
+        """Take note of why, and do what nannies do."""
+        self.lost_scheduler = self.lost_scheduler or "connection-broken" in str(kwargs.get("reason"))
+        super().close_gracefully(*args, **kwargs)
+
+    async def close(self, *args: Any, **kwargs: Any) -> Any:
+        """Take note of why, and do what nannies do."""
+        self.lost_scheduler = self.lost_scheduler or "connection-broken" in str(kwargs.get("reason"))
+        return await super().close(*args, **kwargs)
+
+
+async def answers(address: str, security: Any) -> None:
+    """Wait until a scheduler answers; one that is started again is not there at once.
+
+    Raises:
+        OSError: It does not, for too long.
+    """
+    deadline = asyncio.get_running_loop().time() + _PATIENCE
+    while True:
+        try:
+            comm = await connect(address, timeout=10, **security.get_connection_args("worker"))
+        except (OSError, asyncio.TimeoutError):  # distributed's own errors are OSErrors
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(_TRY_EVERY)  # whoever listens in its place is the tunnel, which says nothing
+        else:
+            await comm.close()
+            return

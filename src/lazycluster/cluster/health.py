@@ -1,0 +1,122 @@
+"""What is known of the processes of a cluster: how each does, and what has happened to them."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .services import Service
+
+__all__ = ["ClusterEvent", "ProcessStatus", "Watch"]
+
+logger = logging.getLogger("lazycluster")
+
+_KEPT = 1000  # events
+
+
+@dataclass(frozen=True)
+class ProcessStatus:
+    """How a master or worker does, at one moment.
+
+    Attributes:
+        name: What it is called.
+        host: Where it runs; ``localhost`` is the manager.
+        state: ``starting``, ``ready``, ``restarting``, ``ended`` (as it was asked to) or ``failed`` (for good).
+        pid: Its process id there, None if it was never started.
+        restarts: How often it, or the worker that it watches, was started again.
+        last_exit: How it ended last: an exit status, or a negative signal; None if it never did.
+        problem: Why it failed or had to be started again, "" if there was nothing.
+        log_file: The file with all that it printed.
+        log: The end of it.
+    """
+
+    name: str
+    host: str
+    state: str
+    pid: int | None
+    restarts: int
+    last_exit: int | None
+    problem: str
+    log_file: str
+    log: str = field(repr=False)
+
+    @classmethod
+    def of(cls, service: Service) -> ProcessStatus:
+        """Return the status of a service."""
+        return cls(
+            service.label,
+            service.place.host,
+            service.state,
+            service.pid,
+            service.restarts + service.respawns,
+            service.exit_status,
+            service.problem,
+            str(service.log_file),
+            service.last_output(),
+        )
+
+
+@dataclass(frozen=True)
+class ClusterEvent:
+    """Something that has happened to a process of a cluster.
+
+    Attributes:
+        time: When.
+        kind: ``ready``, ``restarting``, ``respawned`` (by the process that watches it), ``ended`` or ``failed``.
+        name: What it is called.
+        host: Where it runs.
+        detail: Why, and what that means.
+    """
+
+    time: datetime.datetime
+    kind: str
+    name: str
+    host: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.time:%Y-%m-%d %H:%M:%S} {self.host}: {self.name}: {self.kind}"
+        return f"{text}: {self.detail}" if self.detail else text
+
+
+EventCallback = Callable[[ClusterEvent], Any]
+
+
+class Watch:
+    """Keeps what happens to services, and tells whoever wants to know."""
+
+    def __init__(self) -> None:
+        self._events: deque[ClusterEvent] = deque(maxlen=_KEPT)
+        self._callbacks: list[EventCallback] = []
+
+    @property
+    def events(self) -> list[ClusterEvent]:
+        """The latest events, in their order."""
+        return list(self._events)
+
+    def on_event(self, callback: EventCallback) -> Callable[[], None]:
+        """Have a function called with each event; returns what ends that."""
+        if not callable(callback):
+            raise TypeError(f"a callback must be callable, not {type(callback).__name__}")
+        self._callbacks.append(callback)
+
+        def forget() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return forget
+
+    def note(self, service: Service, kind: str, detail: str = "") -> None:
+        """Take note of what has happened to a service."""
+        event = ClusterEvent(datetime.datetime.now(), kind, service.label, service.place.host, detail)
+        self._events.append(event)
+        for callback in list(self._callbacks):
+            try:
+                callback(event)
+            except Exception:
+                logger.exception("whoever watches the cluster failed with: %s", event)
