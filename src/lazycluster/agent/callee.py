@@ -22,7 +22,7 @@ import traceback
 import types
 from typing import IO, Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
-from . import interpreters, localmodules
+from . import interpreters, limits, localmodules
 
 HEAD = struct.Struct("!I")  # before the outcome's description: its length
 TASK_MARKER = "LAZYCLUSTER_TASK"
@@ -210,6 +210,9 @@ def prepare(request: Dict[str, Any]) -> None:
             file.write(_OOM_SCORE)
     except OSError:
         pass  # no Linux, or forbidden in this container
+    if request.get("limits"):
+        # What the interpreter has mapped before the call is not the call's.
+        limits.apply(request["limits"], limits.address_space())
 
 
 def _open_streams() -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections import deque
 
+from . import memory
 from .processes import AGENT_MARKER, TASK_MARKER, Ending, Pump, pipe, send_signal, spawn, start_time, tree_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -207,8 +208,18 @@ class Feed:
 
 
 class _Command(Process):
+    clock: Any = None
+    killed_before: Any = None
+
     def on_over(self, status: int) -> None:
-        self.channel.result(**outcome(status))
+        fields: Dict[str, Any] = dict(outcome(status))
+        if self.clock is not None:
+            self.clock.stop()
+            if self.clock.over:
+                fields["limit"] = "wall"
+        if fields["signal"] == signal.SIGKILL or fields["exit"] == 128 + signal.SIGKILL:
+            fields.update(memory.evidence(self.killed_before))
+        self.channel.result(**fields)
 
 
 def run(channel: Channel) -> None:
@@ -216,6 +227,12 @@ def run(channel: Channel) -> None:
     params = channel.params
     task = params.get("task") or ""
     argv = arguments(params)
+    limited = params.get("limits") or {}
+    if limited:
+        from . import limits
+
+        argv = limits.wrapped(argv, limited)
+    before = memory.note()
     cwd = os.path.join(os.path.expanduser("~"), params.get("cwd") or "")
     try:
         command = _Command(
@@ -229,6 +246,9 @@ def run(channel: Channel) -> None:
             name, message = cwd, "the working directory {} cannot be used: {}".format(cwd, error.strerror)
         channel.fail("os", message, errno=error.errno, path=name)
         return
+    command.killed_before = before
+    if limited:
+        command.clock = limits.Clock(channel.loop, limited, command.end)
     channel.on_control = lambda message: command.signal(str(message.get("signal", "END")))
     channel.on_abandon = command.end
     channel.on_drain = command.resume

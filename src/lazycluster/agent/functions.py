@@ -33,6 +33,7 @@ def call(channel: Channel) -> None:
         "cwd": meant(params.get("cwd") or "", "", env),
         "task": params.get("task") or "",
         "name": params.get("name") or "",
+        "limits": params.get("limits") or {},
     }
     with_interpreter(
         channel,

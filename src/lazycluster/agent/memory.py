@@ -7,7 +7,7 @@ import time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import List, Optional, Tuple
+    from typing import Dict, List, Optional, Tuple
 
     Counts = Tuple[Optional[int], Optional[int]]
 
@@ -37,6 +37,12 @@ def verdict(before: "Counts", after: "Counts") -> str:
         if one is not None and other is not None and other > one:
             return what
     return ""
+
+
+def evidence(before: "Counts") -> Dict[str, str]:
+    """Return what is to be told of a process that was killed: ``out_of_memory``, if it can be that."""
+    found = verdict(before, killed())
+    return {"out_of_memory": found} if found else {}
 
 
 def _in_group(root: str) -> "Optional[int]":

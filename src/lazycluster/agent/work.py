@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 
+from . import memory
 from .commands import Feed, outcome
 from .processes import Ending, Pump, descendants, pipe, start_time, tree_of
 from .wire import MAX_PAYLOAD
@@ -126,6 +127,8 @@ class Work:
     ) -> None:
         self._channel, self._interpreter, self._on_done = channel, interpreter, on_done
         self._message = message
+        self._clock: Any = None
+        self._killed_before = memory.note()
         self._task = message.get("task") or ""
         self._pid = 0
         self._failed = ""  # why it could not be forked
@@ -194,6 +197,10 @@ class Work:
             self._pid = said["pid"]
             self._started = start_time(self._pid)
             self._channel.event(pid=self._pid)
+            if self._message.get("limits"):
+                from .limits import Clock
+
+                self._clock = Clock(self._channel.loop, self._message["limits"], self.end)
             if self._wanted_end:
                 self.end()
 
@@ -245,6 +252,12 @@ class Work:
             fields.update(status="failed", message="no process can be started on the host: " + self._failed)
         else:
             fields["status"] = "exited" if fields["exit"] is not None else "killed"
+            if fields["signal"] == signal.SIGKILL:
+                fields.update(memory.evidence(self._killed_before))
+        if self._clock is not None:
+            self._clock.stop()
+            if self._clock.over:
+                fields["limit"] = "wall"
         self._on_done(fields)
 
     def _release(self) -> None:

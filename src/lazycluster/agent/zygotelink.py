@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Report = Callable[[Dict[str, Any]], Any]
 
-PARTS = ("zygote", "localmodules", "interpreters", "callee", "poolwire", "poolworker")
+PARTS = ("zygote", "localmodules", "interpreters", "limits", "callee", "poolwire", "poolworker")
 HEAD = struct.Struct("!I")
 
 STUB = """

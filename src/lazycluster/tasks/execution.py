@@ -16,6 +16,7 @@ from lazycluster import _loop, _progress
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
 from .context import Context
+from .limits import Limits
 from .output import TaskLog
 from .perform import Work, perform, prepare
 from .retrying import Retries
@@ -86,6 +87,7 @@ class Execution:
         calls: The pickled calls of its functions, from :func:`~lazycluster.tasks.perform.prepare`.
         gate: Held while files are sent, where hosts share a file system.
         retries: Whether and where it is tried again.
+        limits: What it may use of its host.
 
     Attributes:
         status: ``pending``, ``running``, ``done``, ``failed`` or ``cancelled``.
@@ -110,6 +112,7 @@ class Execution:
         calls: Sequence[PickledCall | Exception | None] | None = None,
         gate: asyncio.Lock | None = None,
         retries: Retries | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.name = name
         self.steps = tuple(steps)
@@ -140,6 +143,7 @@ class Execution:
             calls=list(prepare(self.steps) if calls is None else calls),
             gate=gate,
             keep_calls=retries is not None,
+            limits=limits or Limits(),
         )
 
     @property

@@ -25,6 +25,7 @@ from lazycluster import _loop
 from lazycluster.exceptions import AgentError
 from lazycluster.ssh.connection import Connection, Hello
 
+from .limits import memory_hint
 from .pickling import PickledCall, dump_call
 
 END_PATIENCE = 5.0  # seconds that a cancelled call gets to end on the host
@@ -50,6 +51,8 @@ class Outcome:
         phase: What the host was doing: "load" (importing what the call needs), "run", or "result" (pickling it).
         exit: The exit status of its process, if it ended without an outcome.
         signal: The signal that ended it.
+        limit: The limit of the task that it was ended for: "wall", or "".
+        out_of_memory: What had no memory left when it was killed: "limit", "host" or "".
     """
 
     status: str
@@ -61,6 +64,8 @@ class Outcome:
     phase: str = ""
     exit: int | None = None
     signal: int | None = None
+    limit: str = ""
+    out_of_memory: str = ""
 
     def describe(self, name: str) -> str:
         """Return a message for the user about a call that returned nothing.
@@ -71,9 +76,8 @@ class Outcome:
         if self.status == "exited":
             return f"{name}() ended its process with exit status {self.exit} and returned nothing"
         if self.status == "killed":
-            return f"{name}() was ended by {_signal_name(self.signal)}" + (
-                "; the host may have run out of memory" if self.signal == signals.SIGKILL else ""
-            )
+            why = memory_hint(self.out_of_memory) if self.signal == signals.SIGKILL else ""
+            return f"{name}() was ended by {_signal_name(self.signal)}{why}"
         headline = f"{self.type_name}: {self.message}" if self.message else self.type_name
         starts = {"load": f"{name}() could not be loaded on the host: ", "result": ""}
         start = starts.get(self.phase, f"{name}() raised ")
@@ -101,6 +105,7 @@ async def call(
     stdout: Callable[[bytes], Any] | None = None,
     stderr: Callable[[bytes], Any] | None = None,
     event: Callable[[dict[str, Any]], Any] | None = None,
+    limits: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Call a function in a process of its own on a host.
 
@@ -117,6 +122,7 @@ async def call(
         stdout: Is called with what it prints, as it comes.
         stderr: The same for standard error.
         event: Is called with {"pid": ...} when its process is there.
+        limits: What it may use: see :class:`~lazycluster.tasks.limits.Limits`.
 
     Returns:
         How it ended. When the coroutine is cancelled, the process and all its descendants are ended first.
@@ -139,6 +145,7 @@ async def call(
         "imports": list(pickled.imports),
         "fresh": pickled.fresh,
         "version": list(sys.version_info[:3]),
+        "limits": dict(limits or {}),
         **library_for(connection),
     }
     received: list[bytes] = []
@@ -267,7 +274,13 @@ async def _load_anywhere(parts: list[bytes]) -> Any:
 async def _outcome(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
     status = result["status"]
     if status in ("exited", "killed"):
-        return Outcome(status, exit=result.get("exit"), signal=result.get("signal"))
+        return Outcome(
+            status,
+            exit=result.get("exit"),
+            signal=result.get("signal"),
+            limit=result.get("limit", ""),
+            out_of_memory=result.get("out_of_memory", ""),
+        )
     try:
         value = await _load_anywhere(parts)
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from lazycluster._progress import Progress
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
 from . import fetched
+from .limits import Limits, memory_hint
 from .steps import GetFile, RunCommand, RunFunction, SendFile, Step, StepResult
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class Work:
         calls: For each step the pickled call of its function, if it is one, or why there is none.
         gate: Held while files are sent, where hosts share a file system: so only the first of them sends.
         keep_calls: Whether a call may be needed again.
+        limits: What it may use of its host.
+        began: When it began, by the monotonic clock.
     """
 
     task: str
@@ -51,6 +55,8 @@ class Work:
     calls: list[PickledCall | Exception | None] = field(default_factory=list)
     gate: asyncio.Lock | None = None
     keep_calls: bool = False
+    limits: Limits = field(default_factory=Limits)
+    began: float = field(default_factory=time.monotonic)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Take what the host tells of the process."""
@@ -100,9 +106,13 @@ async def perform(index: int, step: Step, context: Context, env: Mapping[str, st
             return await _run_command(step, context, env, work)
         if isinstance(step, RunFunction):
             return await _run_function(index, step, context, env, work)
-        if isinstance(step, SendFile):
-            return await _send_file(step, context, env, work)
-        return await _get_file(step, context, env, work)
+        copying = (
+            _send_file(step, context, env, work) if isinstance(step, SendFile) else _get_file(step, context, env, work)
+        )
+        try:
+            return await asyncio.wait_for(copying, work.limits.message(work.began).get("wall"))
+        except asyncio.TimeoutError:
+            raise work.limits.time_is_up() from None
     except TaskExecutionError:
         raise
     except (LazyclusterError, OSError, ValueError, TypeError) as error:
@@ -122,6 +132,7 @@ async def _run_command(step: RunCommand, context: Context, env: Mapping[str, str
         "task": work.marker,
         # One stream, so that errors stand where they belong.
         "merge": True,
+        "limits": work.limits.message(work.began),
     }
     channel = context.connection.channel("run", params, stdout=work.write, event=work.on_event)
     work.kill = lambda: channel.control(signal="KILL")
@@ -130,7 +141,13 @@ async def _run_command(step: RunCommand, context: Context, env: Mapping[str, str
     except asyncio.CancelledError:
         await _end(channel)
         raise
-    return StepResult(exit_status=_checked(result.get("exit"), result.get("signal")))
+    if result.get("limit"):
+        raise work.limits.time_is_up()
+    try:
+        return StepResult(exit_status=_checked(result.get("exit"), result.get("signal"), result.get("out_of_memory")))
+    except TaskExecutionError as error:
+        text = work.limits.explain(error.message, error.exit_status)
+        raise TaskExecutionError(text, exit_status=error.exit_status) from None
 
 
 async def _end(channel: Channel) -> None:
@@ -142,16 +159,17 @@ async def _end(channel: Channel) -> None:
         channel.close()
 
 
-def _checked(status: int | None, number: int | None) -> int:
+def _checked(status: int | None, number: int | None, out_of_memory: str | None) -> int:
     if number:
         try:
             name = signal.Signals(number).name
         except ValueError:
             name = str(number)
-        hint = "; the host may have run out of memory" if name == "SIGKILL" else ""
+        hint = memory_hint(out_of_memory or "") if name == "SIGKILL" else ""
         raise TaskExecutionError(f"it was ended by the signal {name}{hint}", exit_status=-number)
     if status:
-        raise TaskExecutionError(f"exit status {status}{_HINTS.get(status, '')}", exit_status=status)
+        hint = memory_hint(out_of_memory) if out_of_memory else _HINTS.get(status, "")
+        raise TaskExecutionError(f"exit status {status}{hint}", exit_status=status)
     return 0
 
 
@@ -182,11 +200,15 @@ async def _run_function(
         stdout=work.write,
         stderr=work.write,
         event=work.on_event,
+        limits=work.limits.message(work.began),
     )
+    if outcome.limit:
+        raise work.limits.time_is_up()
     if outcome.status == "returned":
         return StepResult(exit_status=0, value=outcome.value, has_value=True)
     status = -outcome.signal if outcome.signal else outcome.exit
     message = outcome.describe(step.label.removesuffix("()"))
+    message = work.limits.explain(message, status, outcome.type_name == "MemoryError") if status != 0 else message
     raise TaskExecutionError(message, exit_status=status) from outcome.exception
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from .limits import Limits
 from .steps import GetFile, RunCommand, RunFunction, SendFile, Step
 from .variables import checked_variables
 
@@ -33,6 +34,7 @@ class Recipe:
         self.name = name or f"task-{next(_numbers)}"
         self._steps: list[Step] = []
         self._env: dict[str, str] = {}
+        self._limits = Limits()
         self._lock = threading.Lock()
 
     @property
@@ -153,19 +155,47 @@ class Recipe:
     def env_variables(self, env_variables: Mapping[str, Any]) -> None:
         self._env = checked_variables(env_variables)
 
+    @property
+    def limits(self) -> Limits:
+        """What the task may use of its host."""
+        return self._limits
+
+    def limit(
+        self: R, memory: str | int | None = None, cpu_time: float | None = None, wall_time: float | None = None
+    ) -> R:
+        """Limit what the task may use of its host. One that wants more is ended; its error says which limit it was.
+
+        Args:
+            memory: Bytes, or a size such as ``"2 GB"``, for each process of the task: of its address space, which is
+                more than what it touches; for a function, beyond what its interpreter had before the call.
+            cpu_time: Seconds of processor time for each process of the task.
+            wall_time: Seconds from the start of the task to its end.
+
+        Returns:
+            The task itself.
+
+        Raises:
+            TypeError, ValueError: If a limit makes no sense.
+
+        Examples:
+            >>> task = RuntimeTask("train").run_command("./train").limit(memory="8 GB", wall_time=3600)
+        """
+        self._limits = Limits.checked(memory, cpu_time, wall_time)
+        return self
+
     # --- copies --------------------------------------------------------------------------------
     def __copy__(self: R) -> R:
-        return _rebuilt(type(self), self.name, self.steps, self._env)
+        return _rebuilt(type(self), self.name, self.steps, self._env, self._limits)
 
     def __deepcopy__(self: R, memo: dict[int, Any]) -> R:
         """Return a fresh task with the same steps, which has not been executed."""
-        return _rebuilt(type(self), self.name, self.steps, self._env)
+        return _rebuilt(type(self), self.name, self.steps, self._env, self._limits)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (type(self), self.name, self.steps, self._env)
+        return _rebuilt, (type(self), self.name, self.steps, self._env, self._limits)
 
 
-def _rebuilt(cls: type[R], name: str, steps: Sequence[Step], env: Mapping[str, str]) -> R:
+def _rebuilt(cls: type[R], name: str, steps: Sequence[Step], env: Mapping[str, str], limits: Limits) -> R:
     recipe = cls(name)
-    recipe._steps, recipe._env = list(steps), dict(env)
+    recipe._steps, recipe._env, recipe._limits = list(steps), dict(env), limits
     return recipe

@@ -118,6 +118,7 @@ class RuntimeTask(Recipe):
                     calls=calls,
                     gate=gate,
                     retries=retries,
+                    limits=self._limits,
                 )
                 self._execution = execution.start()
                 return self
