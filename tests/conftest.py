@@ -42,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, action)
     for name in _DIRECTORY_MARKERS:
         config.addinivalue_line("markers", f"{name}: the tests in tests/{name}")
+    config.addinivalue_line("markers", "soak: takes long; runs with -m soak only")
     config.addinivalue_line("markers", "keeps(what): the test leaves something behind on purpose: 'hosts', 'manager'")
     _own_network = _enter_network_namespace()
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
@@ -62,8 +63,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_state, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the directory that they are in."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests by the directory that they are in; those of the soak run only if they are asked for: ``-m soak``."""
+    if "soak" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("soak")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item not in left_out]
     for item in items:
         with contextlib.suppress(ValueError):
             folder = item.path.relative_to(_HERE).parts[0]

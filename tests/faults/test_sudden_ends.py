@@ -3,111 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from managers import Victim, until
 from victims import connect, noted
 
 import leaks
 from sshhosts import procfs
 
-_PATIENCE = 60.0  # seconds until the manager is in the middle of its work, on a loaded machine
 _CLUSTER_PORT = 24786
 _RECEIVED, _SENT = 1, 9  # columns of /proc/net/dev
-
-
-def _until(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.01)
-
-
-def _born(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return ""
-
-
-class Victim:
-    """A manager at work, with directories of its own for all that it may leave behind.
-
-    Attributes:
-        folder: Where it finds and puts files.
-        process: The manager's process.
-    """
-
-    def __init__(self, work: str, hosts: Any) -> None:
-        # Short: the paths of control sockets are limited.
-        self._hosts = hosts
-        self._private = Path(tempfile.mkdtemp())
-        self.folder = Path(tempfile.mkdtemp())
-        self._state = Path(tempfile.mkdtemp())
-        self._work = work
-        self._marker = f"LAZYCLUSTER_TEST_VICTIM={self._private}"
-
-    def __enter__(self) -> Victim:
-        self._ports = set(procfs.listening_ports("self"))
-        environment = {
-            **os.environ,
-            "TMPDIR": str(self._private),
-            "XDG_RUNTIME_DIR": str(self._private),
-            "XDG_STATE_HOME": str(self._state),
-            "LAZYCLUSTER_TEST_VICTIM": str(self._private),
-        }
-        script = Path(__file__).with_name("victims.py")
-        arguments = [sys.executable, str(script), self._work, self._hosts.config_file, str(self.folder)]
-        self.process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-        for folder in (self._private, self.folder, self._state):
-            subprocess.run(["rm", "-rf", folder], check=True)
-
-    def said(self) -> str:
-        """Wait for what it says."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        assert line, "it ended before it was killed"
-        return line
-
-    def kill(self) -> None:
-        """Kill it, and make sure that nothing is left five seconds later, on the hosts and here."""
-        descendants = {found.pid: _born(found.pid) for found in procfs.descendants(self.process.pid)}
-        assert any("ssh" in (found.command) for found in procfs.descendants(self.process.pid))
-        assert list(self._private.iterdir())
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        left = leaks.settle(lambda: [*self._left_here(descendants), *self._left_there()])
-        assert not left, "\n".join(left)
-
-    def _left_there(self) -> Iterator[str]:
-        for host in self._hosts.all:
-            yield from host.leftovers()
-
-    def _left_here(self, descendants: dict[int, str]) -> Iterator[str]:
-        for pid, born in descendants.items():
-            if born and _born(pid) == born:
-                yield f"manager: process {procfs.process(pid)}"
-        for process in procfs.with_variable(self._marker):
-            yield f"manager: process {process}"
-        for port in set(procfs.listening_ports("self")) - self._ports:
-            yield f"manager: listening port {port}"
-        for path in self._private.iterdir():
-            yield f"manager: {path}"
 
 
 def _commands(host: Any) -> str:
@@ -119,7 +31,7 @@ def test_during_tasks(hosts: Any) -> None:
         assert victim.said() == "working"
         for host in hosts:
             for seconds in (7001, 7002, 7004, 7005):
-                _until(lambda host=host, wanted=f"sleep {seconds}": wanted in _commands(host), f"sleep {seconds}")
+                until(lambda host=host, wanted=f"sleep {seconds}": wanted in _commands(host), f"sleep {seconds}")
             assert [entry for entry in host.tmp_entries() if "lazycluster" in entry]
         victim.kill()
 
@@ -160,7 +72,7 @@ def test_while_files_are_sent(hosts: Any, copies: Path) -> None:
         _huge(victim.folder / "huge")
         moving = _moving(hosts, _RECEIVED)
         assert victim.said() == "working"
-        _until(moving, "the copy to begin")
+        until(moving, "the copy to begin")
         victim.kill()
         assert not leaks.settle(lambda: [str(p) for host in hosts for p in host.path("~/copies").iterdir()])
         assert [path.name for path in victim.folder.iterdir()] == ["huge"]
@@ -172,7 +84,7 @@ def test_while_a_file_is_fetched(hosts: Any, copies: Path) -> None:
         (victim.folder / "copies").mkdir()
         moving = _moving(hosts, _SENT)
         assert victim.said() == "working"
-        _until(moving, "the copy to begin")
+        until(moving, "the copy to begin")
         victim.kill()
         assert list((victim.folder / "copies").iterdir()) == []
 
@@ -220,7 +132,7 @@ def test_while_a_cluster_starts(hosts: Any, stage: str) -> None:
     }
     with Victim("start", hosts) as victim:
         assert victim.said() == "working"
-        _until(stages[stage], stage)
+        until(stages[stage], stage)
         victim.kill()
 
 
@@ -228,7 +140,7 @@ def test_with_a_cluster_and_traffic_in_its_tunnels(hosts: Any) -> None:
     pytest.importorskip("distributed")
     with Victim("cluster", hosts) as victim:
         assert victim.said() == "working"
-        _until(_moving(hosts, _SENT), "traffic")
+        until(_moving(hosts, _SENT), "traffic")
         victim.kill()
 
 

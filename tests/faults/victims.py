@@ -1,11 +1,13 @@
 """Managers that are to be killed while they work: ``python victims.py WORK SSH_CONFIG FOLDER``.
 
-Each prints a line when it is in the middle of its work, and goes on with it until it is killed.
+Each prints a line when it is in the middle of its work, and goes on with it until it is killed, or told to end.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lazycluster import RuntimeGroup, RuntimeTask
+from lazycluster import Runtime, RuntimeGroup, RuntimeTask
+from lazycluster.exceptions import LazyclusterError
 
 HOSTS = ["host1", "host2", "host3"]
 
@@ -129,8 +132,60 @@ def noted(x: float) -> float:
     return x
 
 
+def ordered(group: RuntimeGroup, folder: Path) -> None:
+    """What `tasks` does, until it is told how to end."""
+    commands = RuntimeTask("command").run_command("nohup setsid sleep 7004 >/dev/null 2>&1 & sleep 7005")
+    group.execute_task(commands, broadcast=True)
+    group.runtimes[0].execute_task(RuntimeTask("function").run_function(stubborn))
+    say("working")
+    order = sys.stdin.readline().strip()
+    if order == "raise":
+        raise RuntimeError("the user's own")
+    if order == "exit":
+        sys.exit(3)
+    if order == "thread":
+        threading.Thread(target=call_for_ever, args=[group], daemon=True).start()
+    if order == "fork":
+        child = os.fork()
+        if child == 0:
+            sys.exit(0)
+        os.waitpid(child, 0)
+        assert group.call(sum, [1]) == dict.fromkeys(HOSTS, 1)
+
+
+def call_for_ever(group: RuntimeGroup) -> None:
+    """Use hosts until there are none; this thread is in the middle of a call when the interpreter ends."""
+    try:
+        while True:
+            group.call(sum, [1, 2])
+    except LazyclusterError:
+        pass
+
+
+def closing(group: RuntimeGroup, folder: Path) -> None:
+    """The end of tasks that do not want to end."""
+    for runtime in group.runtimes:
+        runtime.execute_task(RuntimeTask("function").run_function(stubborn))
+    say("working")
+    group.cleanup()
+
+
+def connecting(group: RuntimeGroup, folder: Path) -> None:
+    """A host that takes the connection and says nothing."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        silent = listener.accept()
+        say("working")
+        silent[0].recv(1 << 20)
+        threading.Event().wait()
+
+    threading.Thread(target=accept, daemon=True).start()
+    Runtime(f"127.0.0.1:{listener.getsockname()[1]}", connection_kwargs={"timeout": 600})
+
+
 WORKS: dict[str, Callable[[RuntimeGroup, Path], Any]] = {
-    work.__name__: work for work in (tasks, send, get, tunnels, start, cluster, search)
+    work.__name__: work for work in (tasks, send, get, tunnels, start, cluster, search, ordered, closing, connecting)
 }
 
 

@@ -15,6 +15,7 @@ from lazycluster.runtimes import Runtime
 
 from .members import Members, connect, prepare_all, warn_of_aliases
 from .settings import Common
+from .status import HostCallback, HostStatus, status_of, watch
 from .tables import INFO_HEAD, info_row, print_list, print_table
 
 __all__ = ["Membership"]
@@ -56,6 +57,27 @@ class Membership:
     def progress(self) -> bool | None:
         """Whether it is shown how far things are that take long; None: as ``Environment.progress`` says."""
         return self._common.progress
+
+    @property
+    def status(self) -> list[HostStatus]:
+        """How each host does: the state of its connection, and how many tasks run there."""
+        return [status_of(runtime) for runtime in self.runtimes]
+
+    def on_state(self, callback: HostCallback) -> Callable[[], None]:
+        """Have a function called whenever the state of a present host changes.
+
+        It is called on the thread that serves all connections: it must not wait, nor use the group itself.
+
+        Args:
+            callback: The function; it gets a `HostStatus`.
+
+        Returns:
+            A function that ends it.
+
+        Examples:
+            >>> group.on_state(print)                                            # doctest: +SKIP
+        """
+        return watch(self.runtimes, callback)
 
     def contains_runtime(self, host: str) -> bool:
         """Check whether a host is in the group.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -35,6 +36,7 @@ _ASK_LIMIT = 180.0  # seconds for a person to answer ssh's questions
 _PORTS_LIMIT = 5.0  # seconds within which ports can be had again that the link had before it dropped
 _PORTS_DELAY = 0.2
 
+_MORE_FILES = "allow this process more open files (ulimit -n): each host takes six"
 _numbers = itertools.count(1)
 logger = logging.getLogger("lazycluster")
 
@@ -94,7 +96,8 @@ class SshConnection(ReturningConnection):
             self._become("closed")
             await self._release()
             if isinstance(error, OSError):
-                raise InvalidRuntimeError(self.host, "ssh", str(error)) from error
+                hint = _MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+                raise InvalidRuntimeError(self.host, "ssh", str(error), hint) from error
             raise
         self._opened()
 

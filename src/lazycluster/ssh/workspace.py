@@ -110,11 +110,18 @@ async def acquire() -> Workspace:
     return space
 
 
+def _forbids_programs(place: str) -> bool:
+    try:
+        return bool(os.statvfs(place).f_flag & os.ST_NOEXEC)
+    except OSError:
+        return False
+
+
 def private_directory() -> str:
     """Make a directory for this user only, with a path short enough for sockets."""
     places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp"]  # noqa: S108
     errors = []
-    for place in places:
+    for place in sorted(places, key=_forbids_programs):  # the program that answers ssh's questions is one
         try:
             if place and len(os.fsencode(place)) <= _LONGEST and is_safe(place):
                 return tempfile.mkdtemp(prefix="lazycluster-", dir=place)

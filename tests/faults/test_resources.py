@@ -1,0 +1,215 @@
+"""Hosts and managers that run out of something: memory for output, disk, descriptors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import Runtime, RuntimeGroup, _loop
+from lazycluster.exceptions import TaskExecutionError
+from lazycluster.runtimes import LocalRuntime
+from sshhosts import PASSWORD
+
+_PATIENCE = 60.0
+
+
+def _connect(hosts: Any, name: str = "host1", **more: Any) -> Runtime:
+    return Runtime(name, connection_kwargs={"config_file": hosts.config_file, **more}, python=sys.executable)
+
+
+def _until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _written(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/io").read_text().splitlines():
+        if line.startswith("wchar"):
+            return int(line.split()[1])
+    return 0
+
+
+def test_a_manager_that_does_not_take_output_makes_the_command_wait() -> None:
+    """A gigabyte that nobody takes: neither the agent nor the manager holds it; then all of it arrives."""
+    total = 1_000_000_000
+    go, taken, pids = threading.Event(), [0], []
+
+    def stalled(data: bytes) -> None:
+        go.wait(_PATIENCE)
+        taken[0] += len(data)
+
+    with LocalRuntime() as runtime:
+        agent = runtime.connection.hello.pid
+        before = _resident(agent), _resident(os.getpid())
+
+        async def pour() -> dict[str, Any]:
+            params = {"argv": ["head", "-c", str(total), "/dev/zero"], "merge": True}
+            channel = runtime.connection.channel("run", params, stdout=stalled, event=lambda event: pids.append(event))
+            result: dict[str, Any] = await channel.result()
+            return result
+
+        pouring = _loop.submit(pour())
+        try:
+            _until(lambda: pids)
+            seen = [-1]
+
+            def stands_still() -> bool:
+                now = _written(pids[0]["pid"])
+                stood, seen[0] = now > 0 and now == seen[0], now
+                time.sleep(0.3)
+                return stood
+
+            _until(stands_still)
+            assert seen[0] < 50_000_000
+            assert _resident(agent) - before[0] < 40_000_000
+            assert _resident(os.getpid()) - before[1] < 40_000_000
+        finally:
+            go.set()
+        assert pouring.result(_PATIENCE)["exit"] == 0
+        assert taken[0] == total
+        assert _resident(agent) - before[0] < 40_000_000
+
+
+def test_a_full_disk_changes_nothing_that_was_there(make_hosts: Any, tmp_path: Path) -> None:
+    hosts = make_hosts(1, home_size="8m")
+    (tmp_path / "big").write_bytes(os.urandom(6_000_000))
+    with _connect(hosts) as runtime:
+        runtime.call(_write, "~/precious", b"precious" * 10)
+        hosts[0].fill_disk("~")
+        for target in ("~/precious", "~/new"):
+            with pytest.raises(TaskExecutionError, match="No space left") as caught:
+                runtime.send_file(tmp_path / "big", target)
+            assert "what was there before is unchanged" in str(caught.value)
+        runtime.get_file("~/precious", str(tmp_path / "precious"))
+        assert (tmp_path / "precious").read_bytes() == b"precious" * 10
+        assert (
+            sorted(path.name for path in hosts[0].path("~").iterdir() if "part" in path.name or "new" in path.name)
+            == []
+        )
+        hosts[0].free_disk("~")
+        runtime.send_file(tmp_path / "big", "~/precious")
+        assert hosts[0].path("~/precious").read_bytes() == (tmp_path / "big").read_bytes()
+        hosts[0].path("~/precious").unlink()
+
+
+def _write(path: str, content: bytes) -> None:
+    Path(path).expanduser().write_bytes(content)
+
+
+def test_places_where_no_program_may_run(make_hosts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`noexec` on the host's /tmp, and on the manager's first place for the program that answers ssh's questions."""
+    hosts = make_hosts(1, password=True)
+    hosts[0].run("mount -o remount,noexec /tmp; mount -o remount,noexec /var/tmp")
+    libc = ctypes.CDLL(None, use_errno=True)
+    place = tmp_path / "x"
+    place.mkdir()
+    if libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 8, b"size=1m,mode=700") != 0:
+        pytest.skip("needs root, to mount")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    try:
+        with _connect(hosts, password=PASSWORD) as runtime:
+            assert runtime.call(sum, [1, 2]) == 3
+            (tmp_path / "file").write_text("x")
+            runtime.send_file(tmp_path / "file", "~/sent")
+            hosts[0].path("~/sent").unlink()
+    finally:
+        libc.umount2(os.fsencode(place), 2)
+
+
+_MANY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from lazycluster import RuntimeGroup
+from lazycluster.runtimes import LocalRuntime, Runtime
+runtimes, error = [], None
+try:
+    for number in range(100):
+        runtimes.append(Runtime("host%d" % (number % 3 + 1), connection_kwargs={"config_file": sys.argv[1]}))
+except Exception as raised:
+    error = raised
+print(len(runtimes), type(error).__name__, str(error).replace("\\n", " "), flush=True)
+runtimes.pop().cleanup()
+print(runtimes[0].call(sum, [1, 2]), runtimes[-1].call(sum, [3, 4]), flush=True)
+for runtime in runtimes:
+    runtime.cleanup()
+print("clean", flush=True)
+"""
+
+
+def test_a_manager_with_few_descriptors(hosts: Any) -> None:
+    """Hosts beyond what the limit allows are an error that names the limit; the others are as good as ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MANY, str(hosts.config_file)], capture_output=True, text=True, timeout=100, check=False
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout + done.stderr
+    count, kind, said = lines[0].split(" ", 2)
+    assert int(count) >= 25, lines[0]
+    assert kind == "InvalidRuntimeError"
+    assert "open files" in said and "ulimit -n" in said
+    assert lines[1:] == ["3 7", "clean"]
+
+
+@pytest.fixture
+def renamed(make_hosts: Any) -> Iterator[Any]:
+    yield make_hosts(1)
+
+
+def test_a_host_whose_name_changes(renamed: Any) -> None:
+    with _connect(renamed) as runtime:
+        assert runtime.call(os.uname).nodename == "host1"
+        renamed[0].run("hostname another-name")
+        assert runtime.call(os.uname).nodename == "another-name"
+        with _connect(renamed) as second:
+            assert second.call(sum, [1, 2]) == 3
+        assert runtime.call(sum, [1, 2]) == 3
+
+
+def test_how_the_hosts_of_a_group_do(make_hosts: Any) -> None:
+    hosts = make_hosts(2)
+    options = {"config_file": hosts.config_file}
+    with RuntimeGroup(hosts=hosts.names, connection_kwargs=options, python=sys.executable) as group:
+        assert [(one.host, one.state, one.why, one.running) for one in group.status] == [
+            ("host1", "open", "", 0),
+            ("host2", "open", "", 0),
+        ]
+        changed = threading.Event()
+        seen: list[Any] = []
+
+        def note(status: Any) -> None:
+            seen.append(status)
+            changed.set()
+
+        forget = group.on_state(note)
+        with pytest.raises(TypeError, match="callable"):
+            group.on_state(None)  # type: ignore[arg-type]
+        runtime = group.get_runtime("host1")
+        task = runtime.execute_task(_sleeping())
+        assert [one.running for one in group.status] == [1, 0]
+        task.cancel()
+        group.get_runtime("host2").cleanup()
+        assert changed.wait(_PATIENCE)
+        assert (seen[0].host, seen[0].state) == ("host2", "closed")
+        assert [one.state for one in group.status] == ["open", "closed"]
+        forget()
+
+
+def _sleeping() -> Any:
+    from lazycluster import RuntimeTask
+
+    return RuntimeTask("sleep").run_command("sleep 300")

@@ -1,0 +1,91 @@
+"""A manager that ends, in any way, in the middle of anything: its status says how, and nothing is left.
+
+Of the ways and stages, these combinations, since the others are made of the same parts:
+
+* Every way with tasks that do not want to end. The ways differ in what the interpreter still does: a normal end and an
+  exception run the clean-up, a first Ctrl-C raises in whatever waits, a second one in the clean-up; TERM, HUP and KILL
+  let nothing run; a closed terminal is HUP to a whole group. Ending tasks is what every other stage comes to.
+* Connecting, with Ctrl-C and TERM: no agent is there yet that could notice.
+* Copying, with Ctrl-C: a thread is in the middle of it.
+* Cleaning up, with Ctrl-C twice and KILL: the only stage that is interrupted by what it does itself.
+* Clusters, and the rest, are left to the soak: to the library TERM and HUP are what KILL is, and `test_sudden_ends.py` has
+  that for all.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from managers import Victim, until
+
+INTERRUPTED = -signal.SIGINT
+
+
+def _signals(*numbers: int) -> Callable[[Victim], Any]:
+    def send(victim: Victim) -> None:
+        for number in numbers:
+            victim.process.send_signal(number)
+
+    return send
+
+
+def _terminal_closed(victim: Victim) -> None:
+    """What a shell or a terminal does to those that it started when it goes."""
+    subprocess.run(["kill", "-HUP", "--", f"-{victim.process.pid}"], check=True)
+
+
+def _order(word: str) -> Callable[[Victim], Any]:
+    return lambda victim: victim.tell(word)
+
+
+WAYS: dict[str, tuple[Callable[[Victim], Any], int]] = {
+    "return": (_order("return"), 0),
+    "raise": (_order("raise"), 1),
+    "exit": (_order("exit"), 3),
+    "thread": (_order("thread"), 0),
+    "fork": (_order("fork"), 0),
+    "interrupt": (_signals(signal.SIGINT), INTERRUPTED),
+    "interrupt twice": (_signals(signal.SIGINT, signal.SIGINT), INTERRUPTED),
+    "terminate": (_signals(signal.SIGTERM), -signal.SIGTERM),
+    "hang up": (_terminal_closed, -signal.SIGHUP),
+    "kill": (_signals(signal.SIGKILL), -signal.SIGKILL),
+}
+
+SOAK = pytest.mark.soak
+TABLE = [
+    *(("ordered", way) for way in WAYS if way not in ("kill", "exit", "hang up")),
+    *(("connecting", way) for way in ("interrupt", "terminate")),
+    ("send", "interrupt"),
+    *(("closing", way) for way in ("interrupt twice", "kill")),
+    *(pytest.param("ordered", way, marks=SOAK) for way in ("exit", "hang up")),
+    *(pytest.param("closing", way, marks=SOAK) for way in ("interrupt", "terminate")),
+    pytest.param("cluster", "interrupt", marks=SOAK),
+    *(pytest.param(work, way, marks=SOAK) for work in ("cluster", "start") for way in ("terminate", "hang up")),
+    *(pytest.param("start", way, marks=SOAK) for way in ("interrupt", "interrupt twice")),
+    *(pytest.param(work, "hang up", marks=SOAK) for work in ("send", "tunnels", "connecting")),
+]
+
+
+@pytest.mark.parametrize(("work", "way"), TABLE)
+def test_nothing_is_left(hosts: Any, work: str, way: str) -> None:
+    if work in ("cluster", "start"):
+        pytest.importorskip("distributed")
+    end, status = WAYS[way]
+    with Victim(work, hosts) as victim:
+        if work == "send":
+            with (victim.folder / "huge").open("wb") as file:
+                file.truncate(1 << 34)
+        assert victim.said() == "working"
+        if work == "ordered":
+            for host in hosts:
+                until(lambda host=host: "sleep 7005" in str(host.processes()), "the tasks")
+        got, said = victim.end(lambda: end(victim))
+        # A second interrupt may come when the first has been dealt with already, or end the clean-up at exit.
+        assert got in ((status, 0, 1) if way == "interrupt twice" else (status,)), said
+        if way == "raise":
+            assert "the user's own" in said
+        assert "Fatal Python error" not in said
