@@ -8,8 +8,8 @@ Of the ways and stages, these combinations, since the others are made of the sam
 * Connecting, with Ctrl-C and TERM: no agent is there yet that could notice.
 * Copying, with Ctrl-C: a thread is in the middle of it.
 * Cleaning up, with Ctrl-C twice and KILL: the only stage that is interrupted by what it does itself.
-* Clusters, and the rest, are left to the soak: to the library TERM and HUP are what KILL is, and `test_sudden_ends.py` has
-  that for all.
+* Clusters, and the rest, are left to the soak: to the library TERM and HUP are what KILL is, and that is tested for all
+  of them in `test_sudden_ends.py`.
 """
 
 from __future__ import annotations
