@@ -14,6 +14,8 @@ from lazycluster import _lifetime, _loop, _progress
 from lazycluster._runtime.belongings import Belongings
 from lazycluster._runtime.ledger import Ledger, join_all
 from lazycluster._runtime.session import HostSpec, Session, connected, may_ask
+from lazycluster._runtime.views import runtime_view
+from lazycluster._views.view import Shown
 from lazycluster.ssh.tunnels import close_tunnels
 from lazycluster.tasks.execution import Context, settled
 from lazycluster.tasks.task import RuntimeTask
@@ -31,7 +33,7 @@ _END_LIMIT = 25.0  # seconds for all tasks of a runtime to end
 _END_LIMIT_UNHEARD = 1.0  # the same while the link to the host is down
 
 
-class Runtime(Belongings):
+class Runtime(Belongings, Shown):
     """A host that can be reached with `ssh`, on which tasks are executed.
 
     Making one connects to the host and checks it, under a deadline. Everything that it starts there ends with
@@ -359,6 +361,8 @@ class Runtime(Belongings):
     def __copy__(self) -> Runtime:
         self.__reduce__()
         return self
+
+    _view = runtime_view
 
     def __repr__(self) -> str:
         return f"<{self.class_name} {self.host!r} {self.connection.state}>"

@@ -12,6 +12,7 @@ from typing import Any
 from lazycluster import _loop, _progress
 from lazycluster._runtime.ledger import join_all
 from lazycluster._runtime.questions import checked_ports, pick_port
+from lazycluster._views.view import Shown, View
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.tunnels import Tunnel, check_port
 from lazycluster.tasks.handles import ProcessHandle
@@ -25,11 +26,12 @@ from .ports import expose_from_one, expose_to_all, free_everywhere
 from .settings import Common, PerHost, host_names, read_settings
 from .spreading import Spreading
 from .trying import Trying
+from .views import group_view
 
 __all__ = ["RuntimeGroup"]
 
 
-class RuntimeGroup(Membership, Spreading):
+class RuntimeGroup(Membership, Spreading, Shown):
     """Runtimes that belong together: most methods do on all of them, at once, what :class:`Runtime` does on one.
 
     Two names of one account on one machine may both be members; a warning is logged, ports are exposed there once, and
@@ -389,6 +391,9 @@ class RuntimeGroup(Membership, Spreading):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.cleanup()
+
+    def _view(self) -> View:
+        return group_view(self.runtimes, self.unreachable_hosts)
 
     def __repr__(self) -> str:
         return f"<RuntimeGroup of {self.runtime_count}: {', '.join(self.hosts)}>"

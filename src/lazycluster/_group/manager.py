@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from lazycluster import _lifetime, _loop
 from lazycluster._runtime.filters import Filter
+from lazycluster._runtime.views import info_table
+from lazycluster._views.view import Shown, View, show
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from lazycluster.runtimes import Runtime
 
@@ -19,12 +20,12 @@ from .connecting import close_all
 from .detection import choose_hosts, detect, open_again, select
 from .group import RuntimeGroup
 from .settings import Common, PerHost, read_settings
-from .tables import INFO_HEAD, info_row, print_list, print_table
+from .views import hosts_view, manager_view, reasons
 
 __all__ = ["RuntimeManager"]
 
 
-class RuntimeManager:
+class RuntimeManager(Shown):
     """Makes groups of the hosts in your ssh configuration.
 
     Making one connects to all of them at once, under a deadline, and never asks anything: a host that needs a password
@@ -145,26 +146,26 @@ class RuntimeManager:
 
     def print_hosts(self) -> None:
         """Print the hosts that can be used, and the inactive ones with the reasons."""
-        print_list("Active hosts", dict.fromkeys(self._sessions, ""))
-        self.print_inactive_hosts()
+        show(View(tables=(*hosts_view("Active hosts", self.hosts).tables, *reasons("Inactive hosts", self._inactive))))
 
     def print_inactive_hosts(self) -> None:
         """Print the names in the configuration that cannot be used or were left out, with the reasons."""
-        print_list("Inactive hosts", self._inactive)
+        show(View(tables=reasons("Inactive hosts", self._inactive) or hosts_view("Inactive hosts", []).tables))
 
     def print_runtime_info(self) -> None:
         """Print what machines the hosts are, and the names of the inactive ones."""
         self._check_open()
         answers = _loop.run(self._infos())
-        print_table(INFO_HEAD, [info_row(host, info) for host, info in zip(self._sessions, answers, strict=True)])
-        if self._inactive:
-            sys.stdout.write(f"Inactive hosts: {', '.join(self._inactive)}\n")
+        facts = [("Inactive hosts", ", ".join(self._inactive))] if self._inactive else []
+        show(View(tables=(info_table(self.hosts, answers),)))
+        if facts:
+            show(View(facts=facts))
 
     async def _infos(self) -> list[dict[str, Any]]:
         answers = await asyncio.gather(
             *(session.ask("info") for session in self._sessions.values()), return_exceptions=True
         )
-        return [{"os": str(a)} if isinstance(a, BaseException) else a for a in answers]
+        return [{"error": str(a)} if isinstance(a, BaseException) else a for a in answers]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -184,6 +185,9 @@ class RuntimeManager:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.cleanup()
+
+    def _view(self) -> View:
+        return manager_view(self._sessions, self._inactive)
 
     def __repr__(self) -> str:
         return f"<RuntimeManager: {len(self._sessions)} active hosts, {len(self._inactive)} inactive>"

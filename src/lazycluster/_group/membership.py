@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from lazycluster import _loop
 from lazycluster._runtime.questions import listed
+from lazycluster._runtime.views import info_table
+from lazycluster._views.view import View, show
 from lazycluster.environments.keeping import Host, Removal, Store, list_on, on_all, prune_on, remove_on
 from lazycluster.environments.spec import ROOT
 from lazycluster.exceptions import LazyclusterError
@@ -16,7 +18,7 @@ from lazycluster.runtimes import Runtime
 from .members import Members, connect, prepare_all, warn_of_aliases
 from .settings import Common
 from .status import HostCallback, HostStatus, status_of, watch
-from .tables import INFO_HEAD, info_row, print_list, print_table
+from .views import hosts_view, reasons
 
 __all__ = ["Membership"]
 
@@ -234,11 +236,16 @@ class Membership:
 
     def print_hosts(self) -> None:
         """Print the hosts."""
-        print_list("Hosts of the group", dict.fromkeys(self.hosts, ""))
-        if self._unreachable:
-            print_list("Skipped hosts", self._unreachable)
+        show(
+            View(
+                tables=(
+                    *hosts_view("Hosts of the group", self.hosts).tables,
+                    *reasons("Skipped hosts", self._unreachable),
+                )
+            )
+        )
 
     def print_runtime_info(self) -> None:
         """Print what machines the hosts are, as a table."""
         self.fill_runtime_info_buffers_async()
-        print_table(INFO_HEAD, [info_row(runtime.host, runtime.info) for runtime in self.runtimes])
+        show(View(tables=(info_table(self.hosts, [runtime.info for runtime in self.runtimes]),)))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import concurrent.futures
-import sys
 import threading
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from lazycluster import _loop
+from lazycluster._views.view import show
 from lazycluster.exceptions import AgentError, LazyclusterError, NoPortsLeftError, PathCreationError
 from lazycluster.ssh.tunnels import check_port
 from lazycluster.tasks.execution import Context
 
 from .filters import Filter, why_not
 from .session import ANSWER_LIMIT, Session
+from .views import info_view
 
 __all__ = ["HostQuestions", "checked_ports", "listed", "pick_port"]
 
@@ -192,12 +193,7 @@ class HostQuestions:
 
     def print_info(self) -> None:
         """Print what is known of the host."""
-        lines = [f"{self._session.host}"]
-        for name, value in self.info.items():
-            shown = f"{value} ({int(value) // _MEGABYTE} MB)" if name.startswith("memory") and value else value
-            lines.append(f"  {name.replace('_', ' ')}: {shown}")
-        lines.append(f"  working dir: {self._session.working_dir}")
-        sys.stdout.write("\n".join(lines) + "\n")
+        show(info_view(self.host, self.info, self.working_dir))
 
     def check_filter(
         self,

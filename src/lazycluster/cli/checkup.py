@@ -14,9 +14,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from lazycluster import _loop
+from lazycluster._views.cells import megabytes
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
-
-from .machines import megabytes
 
 if TYPE_CHECKING:
     from lazycluster.ssh.openssh import SshConnection

@@ -16,9 +16,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lazycluster._views.cells import megabytes
+
 from .console import errors, host_style, output, printable
 from .fanout import Outcome
-from .machines import megabytes
 
 if TYPE_CHECKING:
     from lazycluster.ssh.transfer import TransferResult

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lazycluster import _loop
+from lazycluster._views.cells import cells
 from lazycluster.exceptions import LazyclusterError
 
 from .console import output, printable
-from .machines import cells
 from .targets import Targets
 
 if TYPE_CHECKING:

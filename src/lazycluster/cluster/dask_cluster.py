@@ -14,6 +14,8 @@ from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
+from lazycluster._views.cells import megabytes, number
+from lazycluster._views.view import Cell, Fact
 
 from . import connection_file
 from .dask_launchers import CheckVersions, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
@@ -22,6 +24,7 @@ from .dask_scaling import ElasticCluster
 from .dask_versions import check_manager
 from .exceptions import ClusterError
 from .runtime_cluster import MasterLauncher, WorkerLauncher
+from .views import ready
 
 if TYPE_CHECKING:
     from distributed import Client, Security, Status
@@ -263,10 +266,26 @@ class DaskCluster(ElasticCluster):
         return self
         yield
 
+    def _facts(self) -> list[Fact]:
+        details = [worker.detail for worker in self._processes if worker.state == "ready"]
+        threads, memory = (sum(number(detail.get(key)) for detail in details) for key in ("nthreads", "memory_limit"))
+        facts = super()._facts()
+        if self._state == "running" and self._scheduler_status() is None:
+            facts[0] = ("scheduler", self.scheduler_address)
+            # The path of the dashboard is a secret, and outputs of notebooks are stored, committed and sent around.
+            facts.insert(1, ("dashboard", Cell("its address is secret: see cluster.dashboard_link", "dim")))
+        return [*facts, ("threads", f"{threads:g}"), ("memory", megabytes(memory) if memory else "no limit")]
+
+    def _columns(self) -> dict[str, list[str]]:
+        details = [worker.detail for worker in self._processes]
+        limits = [number(detail.get("memory_limit")) for detail in details]
+        return {
+            "threads": [f"{number(detail.get('nthreads')):g}" for detail in details],
+            "memory": [megabytes(limit) if limit else "no limit" for limit in limits],
+        }
+
     def __repr__(self) -> str:
-        services = getattr(self._worker_launcher, "services", [])
-        workers = sum(service.state == "ready" for service in services)
-        return f"<DaskCluster {self._state}, port {self.master_port}, {workers} workers>"
+        return f"<DaskCluster {self._state}, port {self.master_port}, {ready(self._processes)} workers>"
 
 
 def _check_options(memory_limit: object, resources: Mapping[str, object] | None) -> None:

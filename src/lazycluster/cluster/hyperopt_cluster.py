@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lazycluster._views.view import Fact
+
 from . import connection_file
 from .exceptions import ClusterError
 from .hyperopt_masters import EmbeddedMongoLauncher, LocalMongoLauncher, default_launcher
@@ -250,6 +252,9 @@ class HyperoptCluster(MasterWorkerCluster):
         if port is not None:
             compat.close_clients(port)
         super().cleanup()
+
+    def _facts(self) -> list[Fact]:
+        return [("database", f"{self.dbname} in {self.dbpath}"), *super()._facts()]
 
     def __repr__(self) -> str:
         workers = len(getattr(self._worker_launcher, "workers", []))

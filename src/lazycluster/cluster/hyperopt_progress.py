@@ -6,13 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from lazycluster._views.view import Cell, Fact, Shown, Table, View
+
 from .hyperopt_programs import compat, trials
 
 _WANTED = ["state", "owner", "book_time", "refresh_time", "result.loss", "result.status"]
 
 
 @dataclass(frozen=True)
-class SearchProgress:
+class SearchProgress(Shown):
     """How far a search is.
 
     Attributes:
@@ -34,6 +36,20 @@ class SearchProgress:
     per_minute: float
     per_worker: dict[str, int]
     problem: str | None = None
+
+    def _view(self) -> View:
+        best = Cell("none yet", "dim") if self.best_loss is None else Cell(f"{self.best_loss:g}")
+        facts: list[Fact] = [
+            ("trials", f"{self.done} done, {self.running} running, {self.waiting} waiting"),
+            ("failed", Cell(str(self.failed), "bad" if self.failed else "")),
+            ("best loss", best),
+            ("per minute", f"{self.per_minute:.1f}"),
+        ]
+        if self.problem:
+            facts.append(("problem", Cell(self.problem, "bad")))
+        rows = [[worker, str(count)] for worker, count in self.per_worker.items()]
+        tables = (Table(("worker", "trials"), rows, "Trials by worker", frozenset({"trials"})),) if rows else ()
+        return View("Search", None, facts, tables)
 
     def __str__(self) -> str:
         best = "" if self.best_loss is None else f", best loss {self.best_loss:g}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _lifetime, _loop, _progress
+from lazycluster._views.view import headline
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 
 from . import connection_file
@@ -26,6 +27,7 @@ from .health import ClusterEvent, EventCallback, ProcessStatus, Watch
 from .launchers import ServiceMasterLauncher, prepare
 from .placement import Gpus
 from .services import Service
+from .views import ShownCluster
 from .workers import ServiceWorkerLauncher
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ T = TypeVar("T")
 logger = logging.getLogger("lazycluster")
 
 
-class MasterWorkerCluster(RuntimeCluster):
+class MasterWorkerCluster(ShownCluster, RuntimeCluster):
     """Base of clusters with a master and workers.
 
     Args:
@@ -241,7 +243,7 @@ class MasterWorkerCluster(RuntimeCluster):
         self._group.print_log()
         for launcher in (self._master_launcher, self._worker_launcher):
             for service in getattr(launcher, "services", []):
-                print(f"--- {service.label} on {service.place.host} ({service.log_file})")  # noqa: T201
+                print(headline(f"{service.label} on {service.place.host} ({service.log_file})"))  # noqa: T201
                 print(service.last_output(1 << 20))  # noqa: T201
 
     def cleanup(self) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from lazycluster._views.view import Shown, View, headline
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
 from .execution import Context, Execution
@@ -15,6 +16,7 @@ from .handles import TaskProcess
 from .recipe import Recipe
 from .steps import Step
 from .variables import checked_variables
+from .views import task_view
 
 if TYPE_CHECKING:
     import asyncio
@@ -39,7 +41,7 @@ class Executor(Protocol):
         """Execute a task."""
 
 
-class RuntimeTask(Recipe):
+class RuntimeTask(Recipe, Shown):
     """Steps that are carried out one after the other on a host: copy files, run commands and Python functions.
 
     A task is written down with methods that return the task itself, and is then executed by a
@@ -258,7 +260,7 @@ class RuntimeTask(Recipe):
     def print_log(self) -> None:
         """Print what each step printed; see :attr:`execution_log`."""
         entries = self.execution_log
-        lines = [f"--- task {self.name} on {self.host or 'no host yet'}: {self.status}"]
+        lines = [headline(f"task {self.name} on {self.host or 'no host yet'}: {self.status}")]
         for number, (step, output) in enumerate(zip(self._ran(), entries, strict=False), 1):
             lines += [f"[{number}] {step.label}", output.rstrip("\n")]
         if self.exception is not None:
@@ -275,6 +277,9 @@ class RuntimeTask(Recipe):
             self._execution.cancel()
             self._execution.wait(_CLEANUP_LIMIT)
             self._execution.report()
+
+    def _view(self) -> View:
+        return task_view(self.name, self.steps, self._execution)
 
     def __repr__(self) -> str:
         where = f" on {self.host}" if self.host else ""

@@ -101,7 +101,7 @@ class _Listing:
         """Print the row of a host."""
         from rich.text import Text
 
-        from lazycluster.cli.machines import cells
+        from lazycluster._views.cells import cells
 
         row = {"host": outcome.host, "state": "active" if outcome.kind == "done" else "inactive"}
         if outcome.kind == "done":

@@ -124,7 +124,15 @@ async def _serve(settings: dict[str, Any]) -> None:
     try:
         await common.first(starting, stop.wait())
         if not stop.is_set():
-            common.emit("ready", address=nanny.worker_address, nanny=nanny.address, name=nanny.name)
+            limit = getattr(nanny.memory_manager, "memory_limit", None)
+            common.emit(
+                "ready",
+                address=nanny.worker_address,
+                nanny=nanny.address,
+                name=nanny.name,
+                nthreads=nanny.nthreads,
+                memory_limit=limit,
+            )
             await common.first(nanny.finished(), stop.wait())
     finally:
         await nanny.close(timeout=2)

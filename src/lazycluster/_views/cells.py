@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["cells", "gpus", "megabytes", "os_name", "share"]
+__all__ = ["cells", "gpus", "megabytes", "number", "os_name", "share"]
 
 _UNITS = ("B", "K", "M", "G", "T", "P")
+
+
+def number(value: Any) -> float:
+    """Return a number that a host tells; 0 if it is none."""
+    usable = isinstance(value, (int, float)) and math.isfinite(value)
+    return float(value) if usable else 0.0
 
 
 def megabytes(count: float) -> str:
@@ -32,24 +39,30 @@ def os_name(name: str) -> str:
     return " ".join(short.split())[:12] or name[:12]
 
 
-def gpus(found: list[Mapping[str, Any]]) -> str:
+def gpus(found: Sequence[Mapping[str, Any]]) -> str:
     """Return the GPUs, those of one kind together: ``4x NVIDIA A100``."""
     counts: dict[str, int] = {}
     for gpu in found:
-        name = str(gpu.get("name", "?")).removeprefix("NVIDIA ")
+        name = str(gpu.get("name", "?") if isinstance(gpu, Mapping) else gpu).removeprefix("NVIDIA ")
         counts[name] = counts.get(name, 0) + 1
     return ", ".join(f"{count}x {name}" if count > 1 else name for name, count in counts.items()) or "-"
 
 
 def cells(info: Mapping[str, Any]) -> dict[str, str]:
-    """Return what is shown of a machine, by column."""
-    load = info.get("load") or [0.0]
+    """Return what is shown of a machine, by column; nothing if nothing is known."""
+    if not info:
+        return {}
+    load, found = info.get("load"), info.get("gpus")
     return {
         "os": os_name(str(info.get("os", ""))),
-        "cores": f"{info.get('cpu_cores', 0):g}",
-        "load": f"{float(load[0]):.2f}",
-        "memory": share(info.get("memory", 0) - info.get("memory_free", 0), info.get("memory", 0)),
-        "disk": share(info.get("disk_total", 0) - info.get("disk_free", 0), info.get("disk_total", 0)),
+        "cores": f"{number(info.get('cpu_cores')):g}",
+        "load": f"{number(load[0] if isinstance(load, list) and load else load):.2f}",
+        "memory": _used(info, "memory", "memory_free"),
+        "disk": _used(info, "disk_total", "disk_free"),
         "python": str(info.get("python_version", "")),
-        "gpus": gpus(info.get("gpus") or []),
+        "gpus": gpus(found if isinstance(found, list) else []),
     }
+
+
+def _used(info: Mapping[str, Any], total: str, free: str) -> str:
+    return share(number(info.get(total)) - number(info.get(free)), number(info.get(total)))

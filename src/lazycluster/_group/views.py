@@ -1,0 +1,54 @@
+"""What is shown of groups and of the manager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lazycluster._runtime.views import MACHINE, account, known_infos, lasting, state_cell
+from lazycluster._views.view import Cell, Table, View
+
+if TYPE_CHECKING:
+    from lazycluster._runtime.session import Session
+    from lazycluster.runtimes import Runtime
+
+__all__ = ["group_view", "hosts_view", "manager_view", "reasons"]
+
+
+def group_view(runtimes: Sequence[Runtime], unreachable: Mapping[str, str]) -> View:
+    """Return what is shown of a group in a notebook."""
+    rows: list[list[Cell | str]] = []
+    cores = 0.0
+    for runtime, info in zip(runtimes, known_infos(runtimes), strict=True):
+        shown = lasting(info)
+        cores += float(shown.get("cores") or 0)
+        machine = [shown.get(name, "") for name in MACHINE]
+        running = str(runtime.alive_task_process_count)
+        rows.append([runtime.host, state_cell(runtime.connection), *machine, running])
+    count = f"{len(runtimes)} host" + ("" if len(runtimes) == 1 else "s")
+    state = Cell(f"{count}, {cores:g} cores" if cores else count)
+    table = Table(("host", "state", *MACHINE, "tasks"), rows, right=frozenset({"cores", "tasks"}))
+    return View("RuntimeGroup", state, tables=(table, *reasons("Skipped hosts", unreachable)))
+
+
+def hosts_view(title: str, hosts: Sequence[str]) -> View:
+    """Return the names of hosts."""
+    return View(tables=(Table((title,), [[host] for host in hosts] or [[Cell("none", "dim")]]),))
+
+
+def reasons(title: str, hosts: Mapping[str, str]) -> tuple[Table, ...]:
+    """Return hosts, each with what is said of it, as a table; none if there are no hosts."""
+    rows = [[host, why] for host, why in hosts.items()]
+    return (Table(("host", "why"), rows, title),) if rows else ()
+
+
+def manager_view(sessions: Mapping[str, Session], inactive: Mapping[str, str]) -> View:
+    """Return what is shown of a manager in a notebook."""
+    rows: list[list[Cell | str]] = []
+    for host, session in sessions.items():
+        connection = session.connection
+        version = ".".join(map(str, connection.hello.python))
+        rows.append([host, state_cell(connection), account(connection), version])
+    state = Cell(f"{len(sessions)} active hosts, {len(inactive)} inactive")
+    table = Table(("host", "state", "account", "python"), rows)
+    return View("RuntimeManager", state, tables=(table, *reasons("Inactive hosts", inactive)))

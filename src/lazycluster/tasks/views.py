@@ -1,0 +1,55 @@
+"""What is shown of a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lazycluster._views.view import Cell, Fact, Table, Tone, View
+
+if TYPE_CHECKING:
+    from .execution import Execution
+    from .steps import Step
+
+__all__ = ["status_cell", "task_view"]
+
+_TONES: dict[str, Tone] = {"done": "good", "failed": "bad", "cancelled": "bad", "pending": "dim"}
+_LABEL = 200  # characters of a step
+
+
+def status_cell(status: str) -> Cell:
+    """Return the status of a task or a step as a cell."""
+    return Cell(status, _TONES.get(status, ""))
+
+
+def task_view(name: str, steps: tuple[Step, ...], execution: Execution | None) -> View:
+    """Return what is shown of a task in a notebook."""
+    facts: list[Fact] = []
+    status = "pending"
+    if execution is not None:
+        steps, status = execution.steps, execution.status
+        facts.append(("host", execution.context.host))
+        if execution.log_file is not None and execution.results:
+            facts.append(("log", execution.log_file))
+        if execution.error is not None:
+            facts.append(("error", Cell("\n".join(str(execution.error).splitlines()[:2][-1:]).strip(), "bad")))
+    rows: list[list[Cell | str]] = [
+        [str(number), _short(step.label), _step_status(number - 1, execution)] for number, step in enumerate(steps, 1)
+    ]
+    return View(
+        f"RuntimeTask {name}", status_cell(status), facts, (Table(("", "step", "status"), rows, right=frozenset({""})),)
+    )
+
+
+def _step_status(index: int, execution: Execution | None) -> Cell:
+    if execution is None or index > len(execution.results):
+        return status_cell("pending" if execution is None or not execution.is_over else "not reached")
+    if index == len(execution.results):
+        return status_cell("not reached" if execution.is_over else "running")
+    last = index == len(execution.results) - 1
+    if last and execution.is_over and execution.status != "done":
+        return status_cell(execution.status)
+    return status_cell("done")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LABEL else f"{text[: _LABEL - 3]}..."
