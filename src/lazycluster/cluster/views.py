@@ -30,7 +30,8 @@ class ShownCluster(Shown):
     if TYPE_CHECKING:
 
         @property
-        def master_port(self) -> int | None: ...
+        def master_port(self) -> int | None:
+            """The port of the master."""
 
         @staticmethod
         def _services(launcher: MasterLauncher | WorkerLauncher) -> list[Service]: ...
