@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import socket
@@ -21,7 +22,7 @@ from pymongo import MongoClient
 from pymongo.errors import OperationFailure
 
 from lazycluster import RuntimeGroup
-from lazycluster.cluster.exceptions import MasterStartError
+from lazycluster.cluster.exceptions import ClusterError, MasterStartError
 from lazycluster.cluster.hyperopt_cluster import EmbeddedMongoLauncher, HyperoptCluster, LocalMongoLauncher
 from lazycluster.exceptions import PortInUseError
 
@@ -98,6 +99,17 @@ def test_mongod_that_does_not_start(group: RuntimeGroup, tmp_path: Path, monkeyp
         cluster.start_master()
         assert cluster.master_port not in (None, 27017)
         assert cluster.progress().done == 0
+
+
+@pytest.mark.parametrize("name", ["hyperopt", "pymongo"])
+def test_software_that_is_missing_here(
+    group: RuntimeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else find(wanted))
+    with pytest.raises(ClusterError, match=rf"{name} cannot be imported here, on the manager(.|\n)*pip install"):
+        HyperoptCluster(group, dbpath=str(tmp_path / "db"))
+    assert not (tmp_path / "db").exists()
 
 
 def test_directories_that_cannot_be_used(group: RuntimeGroup, tmp_path: Path) -> None:
