@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from lazycluster.environments.spec import EnvironmentSpec
     from lazycluster.runtime_mgmt import RuntimeGroup, RuntimeManager
     from lazycluster.runtimes import LocalRuntime, Runtime, RuntimeTask
+    from lazycluster.tasks.detached import DetachedTask
     from lazycluster.utils import Environment
 
 __all__ = [
+    "DetachedTask",
     "Environment",
     "EnvironmentSpec",
     "LocalRuntime",
@@ -29,6 +31,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DetachedTask": "tasks.detached",
     "Environment": "utils",
     "EnvironmentSpec": "environments.spec",
     "LocalRuntime": "runtimes",

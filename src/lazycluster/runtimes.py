@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from lazycluster import _lifetime, _loop, _progress
 from lazycluster._runtime.belongings import Belongings
@@ -17,6 +17,8 @@ from lazycluster._runtime.session import HostSpec, Session, connected, may_ask
 from lazycluster._runtime.views import runtime_view
 from lazycluster._views.view import Shown
 from lazycluster.ssh.tunnels import close_tunnels
+from lazycluster.tasks import detached
+from lazycluster.tasks.detached import DetachedTask
 from lazycluster.tasks.execution import Context, settled
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.tasks.variables import checked_variables
@@ -48,7 +50,10 @@ class Runtime(Belongings, Shown):
         connection_kwargs: How to reach the host, beyond what your ssh configuration says: ``user``, ``port``,
             ``key_filename``, ``password``, ``passphrase``, ``timeout`` (seconds), ``config_file``, ``proxy_jump``,
             ``host_keys`` (``"strict"`` or ``"accept-new"``), ``ssh_options``, ``relay`` (``"agent"``: ports are carried
-            by the agent where the host's sshd forbids to forward them).
+            by the agent where the host's sshd forbids to forward them), ``link_timeout`` (seconds within which a link
+            that has dropped is noticed, 10), ``grace`` (seconds for which the host goes on with what runs there while
+            the link is down, 300; 0: it ends everything at once), ``reconnect`` (seconds for which the link is tried
+            again; by default as long as ``grace``).
         python: The interpreter on the host: a path, a name, or ``"auto"`` for one of the manager's minor version.
             By default ``python3``, as the environment there finds it.
         setup: Shell lines that are run once, e.g. ``"conda activate ml"``; the environment that they leave is used for
@@ -145,9 +150,29 @@ class Runtime(Belongings, Shown):
         return self._session.context(self._env, self.WORKING_DIR_ENV_VAR_NAME)
 
     # --- tasks ---------------------------------------------------------------------------------
+    @overload
     def execute_task(
         self, task: RuntimeTask, execute_async: bool = True, omit_on_join: bool = False, debug: bool = False
-    ) -> RuntimeTask:
+    ) -> RuntimeTask: ...
+    @overload
+    def execute_task(
+        self,
+        task: RuntimeTask,
+        execute_async: bool = True,
+        omit_on_join: bool = False,
+        debug: bool = False,
+        *,
+        detach: Literal[True],
+    ) -> DetachedTask: ...
+    def execute_task(
+        self,
+        task: RuntimeTask,
+        execute_async: bool = True,
+        omit_on_join: bool = False,
+        debug: bool = False,
+        *,
+        detach: bool = False,
+    ) -> RuntimeTask | DetachedTask:
         """Execute a task on the host.
 
         Args:
@@ -156,19 +181,39 @@ class Runtime(Belongings, Shown):
             omit_on_join: Have :meth:`join` pass it over, e.g. for a service that runs until it is cancelled.
             debug: Print what the steps print to standard output as it comes, each line with its host. Else it is
                 logged with level debug after each step.
+            detach: Let it go on when this process ends; it is not waited for then. It may run commands and functions;
+                a limit of time holds for each step. Without a ``working_dir`` of the runtime it gets a directory of its
+                own, which stays with it. It is the one thing that stays on a host, because you asked for it:
+                :meth:`detached_tasks` finds it again, and :meth:`DetachedTask.remove` removes it.
 
         Returns:
-            The task that holds this execution: the one given, or a fresh copy if that has been executed before.
+            The task that holds this execution: the one given, or a fresh copy if that has been executed before. With
+            ``detach`` the :class:`DetachedTask`.
 
         Raises:
             TaskExecutionError: If it is waited for and a step failed.
-            ValueError: If the task has no steps.
+            ValueError: If the task has no steps, or is to be detached and copies files.
             LazyclusterError: If the runtime cannot be used any more.
         """
+        if detach:
+            if not isinstance(task, RuntimeTask):
+                raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
+            own = self._session.spec.working_dir is None
+            variable = self.WORKING_DIR_ENV_VAR_NAME
+            return detached.detach(task, self.task_context(), own_directory=own, cwd_variable=variable)
         started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug)
         if not execute_async:
             started._finish_sync()
         return started
+
+    def detached_tasks(self) -> list[DetachedTask]:
+        """Return the tasks that were started on this host with ``detach=True``, by any process of yours, oldest first.
+
+        Raises:
+            LazyclusterError: If the runtime cannot be used.
+        """
+        self._session.check()
+        return _loop.run(detached.detached_tasks(self.connection))
 
     def start_task(
         self,

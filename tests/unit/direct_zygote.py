@@ -85,7 +85,7 @@ class DirectZygote:
             (size,) = HEAD.unpack(answer[: HEAD.size])
             description = json.loads(answer[HEAD.size : HEAD.size + size])
             if description["status"] in ("returned", "raised"):
-                outcome = asyncio.run(functions._outcome(description, [answer[HEAD.size + size :]]))
+                outcome = asyncio.run(functions.outcome_of(description, [answer[HEAD.size + size :]]))
         return description, outcome, printed[out].decode(), printed[err].decode(), report["status"]
 
     def call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -97,6 +97,7 @@ class Presence:
         self._grace = 0.0
         self._limit = 10.0
         self._attempts = 0
+        self._alone = False
         self._timer: Any = None
         if not local:
             self._look()
@@ -125,6 +126,12 @@ class Presence:
             self._look()
         channel.result(grace=self._grace, refusal=refusal)
 
+    def go_alone(self) -> None:
+        """Do not depend on a manager any more: neither its silence nor its end matters."""
+        self._alone = True
+        if self._timer is not None:
+            self._timer.cancel()
+
     def heard(self) -> None:
         """Note that the manager is alive."""
         self._heard = time.monotonic()
@@ -145,6 +152,9 @@ class Presence:
     def streams_ended(self, session: Session, error: Optional[Exception]) -> None:
         """Find out whether the manager has gone, or the link."""
         session.mute()
+        if self._alone:
+            self._interrupted()
+            return
         if self._local or not self._grace or isinstance(error, ProtocolError):
             self._agent.end()
             return

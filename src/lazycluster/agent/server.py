@@ -43,6 +43,8 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "remove": ("paths", "remove"),
     "expand": ("paths", "expanded"),
     "service": ("services", "service"),
+    "detach": ("detached", "detach"),
+    "detached": ("detached", "detached"),
     "relay": ("relay", "relay"),
     "pool": ("pools", "pool"),
     "environment": ("environments", "environment"),
@@ -201,6 +203,10 @@ class Agent:
     def streams_ended(self, session: Session, error: Optional[Exception]) -> None:
         """Handle the end of the manager's streams."""
         self._presence.streams_ended(session, error)
+
+    def go_alone(self) -> None:
+        """Do not depend on a manager any more."""
+        self._presence.go_alone()
 
     def _sweep(self) -> None:
         from .leftovers import sweep

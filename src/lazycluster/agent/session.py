@@ -29,6 +29,9 @@ if TYPE_CHECKING:
         def heard(self) -> None:
             """Note that the manager is alive."""
 
+        def go_alone(self) -> None:
+            """Do not depend on a manager any more."""
+
         def streams_ended(self, session: "Session", error: Optional[Exception]) -> None:
             """Handle the end of the manager's streams, or that they hold something else than frames."""
 

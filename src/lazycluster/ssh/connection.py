@@ -24,6 +24,7 @@ State = Literal["new", "connecting", "open", "interrupted", "lost", "closed"]
 
 logger = logging.getLogger("lazycluster")
 
+_START_LIMIT = 30.0  # seconds for a further agent to start, on a connection that works
 STOP_PATIENCE = 6.0  # seconds that the agent gets to end what it started
 
 
@@ -145,11 +146,36 @@ class Connection(abc.ABC):
     async def bulk(self) -> socket.socket:
         """Return a blocking stream to a new process on the host that copies files; closing it ends that process."""
 
+    @abc.abstractmethod
+    async def another_agent(self) -> AgentLink:
+        """Return a link to a further agent on the host, which is nobody's descendant; for the one who asks alone."""
+
     def forget_forwards(self, forwards: Iterable[Forward]) -> None:  # noqa: B027  (most have none)
         """Do not open these ports again when the link is back."""
 
     async def _release(self) -> None:  # noqa: B027  (most have nothing)
         """Let go of what `open` took, after the process has ended."""
+
+    async def _begin(self, fd_in: int, fd_out: int, marker: str, exited: asyncio.Future[int]) -> AgentLink:
+        """Start an agent through streams of which nothing has been read; the link owns them."""
+        for fd in (fd_in, fd_out):
+            os.set_blocking(fd, False)
+        try:
+            mark = await asyncio.wait_for(read_mark(fd_in, expected(marker), exited, bytearray()), _START_LIMIT)
+        except BaseException as error:
+            os.close(fd_in)
+            os.close(fd_out)
+            if isinstance(error, (StartError, asyncio.TimeoutError)):
+                raise ConnectionLostError(self.host, f"no further agent could be started there: {error}") from error
+            raise
+        link = AgentLink(self.host, fd_in, fd_out, lambda error: link.lost(str(error or "it has ended")), mark.rest)
+        link.send_soon(payload(False, mark.tag))
+        try:
+            await asyncio.wait_for(link.hello, _START_LIMIT)
+        except BaseException:
+            link.lost("it was given up")
+            raise
+        return link
 
     # --- the agent -----------------------------------------------------------------------------
     @property
@@ -234,7 +260,7 @@ class Connection(abc.ABC):
         try:
             os.set_blocking(fd_in, False)
             os.set_blocking(fd_out, False)
-            mark = await read_mark(fd_in, expected(marker), process, self._noise)
+            mark = await read_mark(fd_in, expected(marker), process.exited, self._noise)
             if mark.kept:
                 await self._take_up(fd_in, fd_out, mark)
                 return

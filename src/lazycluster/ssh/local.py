@@ -11,6 +11,7 @@ import sys
 from lazycluster.exceptions import InvalidRuntimeError
 
 from .connection import Connection
+from .link import AgentLink
 from .mark import StartError
 from .process import WatchedProcess
 from .program import new_marker, stub
@@ -48,6 +49,14 @@ class LocalConnection(Connection):
                 raise InvalidRuntimeError(self.host, "python", f"no agent can be started: {said}") from None
             raise
         self._become("open")
+
+    async def another_agent(self) -> AgentLink:
+        """Start it as a daemon."""
+        self.check()
+        marker = new_marker()
+        process = WatchedProcess([self.hello.executable, "-ISc", stub(marker)])
+        fd_in, fd_out = process.take_streams()
+        return await self._begin(fd_in, fd_out, marker, process.exited)
 
     async def bulk(self) -> socket.socket:
         """Return a stream to a new process that copies files."""

@@ -7,8 +7,6 @@ import contextlib
 import os
 from dataclasses import dataclass
 
-from .process import WatchedProcess
-
 __all__ = ["Mark", "StartError", "read_mark"]
 
 _NOISE_LIMIT = 1024 * 1024
@@ -51,13 +49,13 @@ def shown(seen: bytes | bytearray) -> str:
     return bytes(seen[-_SHOWN:]).decode("utf-8", "replace")
 
 
-async def read_mark(fd: int, mark: bytes, process: WatchedProcess, seen: bytearray) -> Mark:
+async def read_mark(fd: int, mark: bytes, exited: asyncio.Future[int], seen: bytearray) -> Mark:
     """Read until the mark's line.
 
     Args:
         fd: Where from, non-blocking.
         mark: How the line begins.
-        process: What is to print it.
+        exited: Is done with the status of what is to print it when that has ended.
         seen: Takes all that came, for the error message if this is cancelled.
 
     Raises:
@@ -88,8 +86,8 @@ async def read_mark(fd: int, mark: bytes, process: WatchedProcess, seen: bytearr
         return await found
     except StartError:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.shield(process.exited), 1.0)
-        status = process.exited.result() if process.exited.done() else None
+            await asyncio.wait_for(asyncio.shield(exited), 1.0)
+        status = exited.result() if exited.done() else None
         raise StartError(shown(seen), status) from None
     except asyncio.CancelledError:
         loop.remove_reader(fd)

@@ -23,6 +23,7 @@ from . import workspace
 from .config import Settings, ssh_argv, ssh_version
 from .errors import classify, is_retryable
 from .handshakes import limiter
+from .link import AgentLink
 from .mark import StartError, shown
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
@@ -181,6 +182,25 @@ class SshConnection(ReturningConnection):
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
         return ours
+
+    async def another_agent(self) -> AgentLink:
+        """Start it in a further session on the same connection."""
+        await self.reached()
+        marker = new_marker()
+        ours, theirs = socket.socketpair()
+        with theirs, Path(os.devnull).open("wb") as null:
+            try:
+                session = await self.mux.new_session(
+                    remote_command(self.hello.executable, marker), theirs.fileno(), theirs.fileno(), null.fileno()
+                )
+            except MuxError as error:
+                ours.close()
+                raise ConnectionLostError(self.host, f"no further session: {error}") from error
+        task = asyncio.ensure_future(session.wait())
+        self._sessions.add(task)
+        task.add_done_callback(self._sessions.discard)
+        ours_out = os.dup(ours.fileno())
+        return await self._begin(ours.detach(), ours_out, marker, task)
 
     async def _let_go(self) -> None:
         self._forget_attempt()

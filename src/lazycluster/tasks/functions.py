@@ -137,14 +137,7 @@ async def call(
     if python == "auto":
         python = await resolve_auto(connection, variables)
     params = {
-        "python": python,
-        "env": variables,
-        "cwd": cwd,
-        "task": task,
-        "name": pickled.name,
-        "imports": list(pickled.imports),
-        "fresh": pickled.fresh,
-        "version": list(sys.version_info[:3]),
+        **_params(pickled, python, variables, cwd, task),
         "limits": dict(limits or {}),
         **library_for(connection),
     }
@@ -162,7 +155,28 @@ async def call(
         except (AgentError, asyncio.TimeoutError):
             channel.close()
         raise
-    return await _outcome(result, received)
+    return await outcome_of(result, received)
+
+
+def _params(pickled: PickledCall, python: str | None, env: dict[str, str], cwd: str, task: str) -> dict[str, Any]:
+    return {
+        "python": python,
+        "env": env,
+        "cwd": cwd,
+        "task": task,
+        "name": pickled.name,
+        "imports": list(pickled.imports),
+        "fresh": pickled.fresh,
+        "version": list(sys.version_info[:3]),
+    }
+
+
+def params_for_another_agent(
+    pickled: PickledCall, python: str | None, env: dict[str, str], cwd: str, task: str
+) -> dict[str, Any]:
+    """Return what an agent must be told of a call that has been told nothing before."""
+    digest, sources = _library()
+    return {**_params(pickled, python, env, cwd, task), "library": digest, "sources": sources}
 
 
 async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
@@ -271,7 +285,8 @@ async def _load_anywhere(parts: list[bytes]) -> Any:
     return await _loop.in_thread(load_parts, parts, False)
 
 
-async def _outcome(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
+async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
+    """Return how a call ended, from the agent's answer and the parts of its output."""
     status = result["status"]
     if status in ("exited", "killed"):
         return Outcome(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .context import Context
     from .pickling import PickledCall
 
-__all__ = ["Work", "perform", "prepare"]
+__all__ = ["Work", "failure_of", "perform", "prepare"]
 
 _END_LIMIT = 20.0  # seconds that the host gets to end a command in stages
 
@@ -144,7 +144,7 @@ async def _run_command(step: RunCommand, context: Context, env: Mapping[str, str
     if result.get("limit"):
         raise work.limits.time_is_up()
     try:
-        return StepResult(exit_status=_checked(result.get("exit"), result.get("signal"), result.get("out_of_memory")))
+        return StepResult(exit_status=failure_of(result.get("exit"), result.get("signal"), result.get("out_of_memory")))
     except TaskExecutionError as error:
         text = work.limits.explain(error.message, error.exit_status)
         raise TaskExecutionError(text, exit_status=error.exit_status) from None
@@ -159,7 +159,17 @@ async def _end(channel: Channel) -> None:
         channel.close()
 
 
-def _checked(status: int | None, number: int | None, out_of_memory: str | None) -> int:
+def failure_of(status: int | None, number: int | None, out_of_memory: str | None = None) -> int:
+    """Return the exit status of a command that has ended well.
+
+    Args:
+        status: Its exit status.
+        number: The signal that ended it.
+        out_of_memory: What the host knows of memory that has run out.
+
+    Raises:
+        TaskExecutionError: If it has not ended well.
+    """
     if number:
         try:
             name = signal.Signals(number).name

@@ -1,0 +1,318 @@
+"""Tasks that go on when their manager ends: an agent of their own carries them out, and writes down what becomes of it.
+
+Each has a directory, for this user only, in the user's state directory: `task.json` says what it is and `state.json`
+how far it is, `log` holds what it printed, `outcome-N` what the function in step N returned. The agent that carries it
+out is nobody else's; it ends with the task. Any other agent of the user can tell about it, end it, and remove it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import time
+from importlib import import_module
+
+from .guardian import SSHD_FILE
+from .logout import kills_at_logout
+from .processes import start_time
+from .wire import MAX_PAYLOAD
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, List, Optional
+
+    from .session import Channel, Owner
+
+RUNNING, DONE, FAILED, CANCELLED, LOST = "running", "done", "failed", "cancelled", "lost"
+_STEPS = {"run": ("commands", "run"), "call": ("functions", "call")}
+_NAME = re.compile("[0-9a-f]{16}")
+
+
+def _boot() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return "{} {}".format(file.read().strip(), start_time(1) or 0)
+    except OSError:
+        return ""
+
+
+def place() -> str:
+    """Return the directory that holds those of the tasks, made for this user only.
+
+    Raises:
+        OSError: It cannot be made, or somebody else could have.
+    """
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    path = os.path.join(base, "lazycluster", "detached")
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    inode = os.lstat(path)
+    if not stat.S_ISDIR(inode.st_mode) or inode.st_uid != os.getuid() or inode.st_mode & 0o022:
+        raise PermissionError(1, "others may write there, or own it", path)
+    return path
+
+
+def _write(path: str, message: Dict[str, Any]) -> None:
+    with open(path + ".new", "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        json.dump(message, file)
+    os.rename(path + ".new", path)
+
+
+def _read(path: str) -> Dict[str, Any]:
+    try:
+        with open(path) as file:
+            message = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+# --- carrying it out ------------------------------------------------------------------------------
+class Record:
+    """Stands for the channel of a step: what it says is written down."""
+
+    def __init__(self, task: "_Task", params: Dict[str, Any], outcome: str) -> None:
+        self.params = params
+        self.agent: "Owner" = task.agent
+        self.loop = task.agent.loop
+        self.open = True
+        self.writable = True
+        self.on_input: Callable[[bytes], Any] = lambda _: None
+        self.on_input_end: Callable[[], Any] = lambda: None
+        self.on_control: Callable[[Dict[str, Any]], Any] = lambda _: None
+        self.on_drain: Callable[[], Any] = lambda: None
+        self.on_abandon: Callable[[], Any] = lambda: None
+        self._task = task
+        self._outcome = outcome
+
+    def stdout(self, data: bytes) -> None:
+        """Write output down."""
+        self._task.print(data)
+
+    stderr = stdout
+
+    def output(self, data: bytes) -> None:
+        """Write a part of the result down."""
+        with open(self._outcome, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(data)
+
+    def event(self, **fields: Any) -> None:
+        """Nobody is to be told."""
+
+    def consumed(self, count: int) -> None:
+        """All of the input is there."""
+
+    def result(self, **fields: Any) -> None:
+        """Go on with the next step."""
+        if self.open:
+            self.open = False
+            self._task.step_over(dict(fields, ok=True))
+
+    def fail(self, error: str, message: str, **evidence: Any) -> None:
+        """End the task."""
+        if self.open:
+            self.open = False
+            self._task.step_over({"ok": False, "error": error, "message": message})
+
+
+class _Task:
+    """A task that this agent carries out, and nothing else."""
+
+    def __init__(self, agent: Any, params: Dict[str, Any]) -> None:
+        self.agent = agent
+        self.directory = os.path.join(place(), str(params["id"]))
+        os.mkdir(self.directory, 0o700)
+        self._steps: List[Dict[str, Any]] = params["steps"]
+        self._over: List[Dict[str, Any]] = []
+        self._inputs: List[bytes] = []
+        self._state = RUNNING
+        self._log = os.open(os.path.join(self.directory, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        if not params.get("cwd"):
+            params["cwd"] = os.path.join(self.directory, "work")
+            os.mkdir(params["cwd"], 0o700)
+            for step in self._steps:
+                step["params"]["cwd"] = params["cwd"]
+                step["params"]["env"][params["cwd_variable"]] = params["cwd"]
+        known = ("id", "name", "created", "cwd")
+        about = {"labels": [step["label"] for step in self._steps], "boot": _boot(), "pid": os.getpid()}
+        about["started"] = start_time(os.getpid())
+        _write(os.path.join(self.directory, "task.json"), dict(about, **{name: params.get(name) for name in known}))
+        self._note()
+
+    def begin(self, inputs: List[bytes]) -> None:
+        """Start with the first step.
+
+        Args:
+            inputs: For each step what is fed to it.
+        """
+        self._inputs = inputs
+        signal.signal(signal.SIGTERM, lambda *_: self.agent.loop.call_soon(self.cancel))
+        # The sshd that brought this agent serves a manager, who goes on with it.
+        with open(os.path.join(self.agent.directory, SSHD_FILE), "w") as file:
+            file.write("0 0")
+        self._next()
+
+    def _next(self) -> None:
+        number = len(self._over)
+        if number == len(self._steps):
+            self._finish(DONE)
+            return
+        step, data = self._steps[number], self._inputs[number]
+        self._inputs[number] = b""
+        record: Any = Record(self, step["params"], os.path.join(self.directory, "outcome-{}".format(number)))
+        module, function = _STEPS[step["op"]]
+        try:
+            getattr(import_module("." + module, __package__), function)(record)
+        except OSError as error:
+            record.fail("os", "{}: {}".format(error.strerror, error.filename))
+            return
+        for start in range(0, len(data), MAX_PAYLOAD):
+            record.on_input(data[start : start + MAX_PAYLOAD])
+        record.on_input_end()
+
+    def print(self, data: bytes) -> None:
+        """Take output."""
+        try:
+            os.write(self._log, data)
+        except OSError:
+            pass  # the disk is full: the task is not to suffer from that
+
+    def step_over(self, fields: Dict[str, Any]) -> None:
+        """Note how a step has ended, and go on if it ended well."""
+        if self._state != RUNNING:
+            return
+        self._over.append(fields)
+        if fields["ok"] and not fields.get("exit") and not fields.get("signal") and fields.get("status") in _GOOD:
+            self._note()
+            self.agent.loop.call_soon(self._next)
+        else:
+            self._finish(FAILED)
+
+    def cancel(self) -> None:
+        """End it, as it was asked to."""
+        self._finish(CANCELLED)
+
+    def _finish(self, state: str) -> None:
+        if self._state == RUNNING:
+            self._state = state
+            self.agent.end(self._note)
+
+    def _note(self) -> None:
+        ended = None if self._state == RUNNING else time.time()
+        message = {"state": self._state, "steps": self._over, "ended": ended}
+        _write(os.path.join(self.directory, "state.json"), message)
+
+
+_GOOD = (None, "returned")
+
+
+def detach(channel: "Channel") -> None:
+    """Handle the request `detach`: carry out a task, whatever becomes of the manager. INPUT is what its steps are fed.
+
+    It must be the first request of an agent, which then does nothing else.
+    """
+    params = channel.params
+    if not _NAME.fullmatch(str(params["id"])) or any(step["op"] not in _STEPS for step in params["steps"]):
+        channel.fail("value", "a task like that cannot be detached")
+        return
+    refusal = kills_at_logout()
+    if refusal:
+        channel.fail("value", "nothing can outlive the ssh session there: " + refusal)
+        return
+    received = bytearray()
+
+    def take(data: bytes) -> None:
+        received.extend(data)
+        channel.consumed(len(data))
+
+    def begin() -> None:
+        inputs, at = [], 0
+        for step in params["steps"]:
+            inputs.append(bytes(received[at : at + step["size"]]))
+            at += step["size"]
+        received.clear()
+        try:
+            task = _Task(channel.agent, params)
+        except OSError as error:
+            channel.fail("os", "{}: {}".format(error.strerror, error.filename), errno=error.errno, path=error.filename)
+            return
+        channel.agent.go_alone()
+        channel.result(directory=task.directory)
+        task.begin(inputs)
+
+    channel.on_input, channel.on_input_end = take, begin
+
+
+# --- telling about it -----------------------------------------------------------------------------
+def _told(directory: str) -> Optional[Dict[str, Any]]:
+    about, state = _read(os.path.join(directory, "task.json")), _read(os.path.join(directory, "state.json"))
+    if not about or not state:
+        return None
+    if state.get("state") == RUNNING and not _lives(about):
+        state["state"] = LOST
+    return dict(about, **state)
+
+
+def _lives(about: Dict[str, Any]) -> bool:
+    pid, started = about.get("pid"), about.get("started")
+    same = isinstance(pid, int) and started is not None and about.get("boot") == _boot()
+    return same and start_time(int(pid or 0)) == started
+
+
+def detached(channel: "Channel") -> None:
+    """Handle the request `detached`: tell about tasks (`list`, `state`, `log`, `outcome`), `cancel` or `remove` one."""
+    params, root = channel.params, place()
+    action = params["do"]
+    if action == "list":
+        found = [_told(os.path.join(root, name)) for name in sorted(os.listdir(root)) if _NAME.fullmatch(name)]
+        channel.result(tasks=[one for one in found if one is not None])
+        return
+    name = str(params["id"])
+    directory = os.path.join(root, name)
+    about = _told(directory) if _NAME.fullmatch(name) else None
+    if about is None:
+        channel.fail("value", "there is no detached task {} on this host (any more)".format(name))
+    elif action == "state":
+        channel.result(task=about)
+    elif action == "cancel":
+        if about["state"] == RUNNING:
+            os.kill(about["pid"], signal.SIGTERM)
+        channel.result(task=about)
+    elif action == "remove":
+        if about["state"] == RUNNING:
+            channel.fail("value", "the task runs: cancel it first")
+            return
+        shutil.rmtree(directory)
+        channel.result()
+    else:
+        number = "log" if action == "log" else "outcome-{}".format(int(params["step"]))
+        _Reading(channel, os.path.join(directory, number), int(params.get("offset") or 0))
+
+
+class _Reading:
+    """Sends a file, no faster than it is taken."""
+
+    def __init__(self, channel: "Channel", path: str, offset: int) -> None:
+        self._channel = channel
+        self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        os.lseek(self._fd, offset, os.SEEK_SET)
+        channel.on_drain = self._go_on
+        channel.on_abandon = self._close
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while self._fd >= 0 and self._channel.writable:
+            data = os.read(self._fd, MAX_PAYLOAD)
+            if not data:
+                self._close()
+                self._channel.result()
+                return
+            self._channel.output(data)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,261 @@
+"""Tasks that go on when the manager ends: started here, found again from any process."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lazycluster import _loop
+from lazycluster.exceptions import AgentError, LazyclusterError, TaskExecutionError, printable
+from lazycluster.ssh.connection import Connection
+
+from .perform import failure_of, prepare
+from .steps import RunCommand, RunFunction
+from .variables import checked_variables
+
+if TYPE_CHECKING:
+    from .context import Context
+    from .pickling import PickledCall
+    from .task import RuntimeTask
+
+__all__ = ["DetachedTask", "detach", "detached_tasks"]
+
+_START_LIMIT = 120.0  # seconds for it to be on its way
+_ANSWER_LIMIT = 30.0
+_END_LIMIT = 20.0  # seconds for a task to end that is cancelled
+_FIRST_LOOK, _LONGEST_LOOK = 0.05, 2.0  # seconds between two looks at how far a task is
+
+
+class DetachedTask:
+    """A task on a host that does not end with the process that started it.
+
+    Get one from ``runtime.execute_task(task, detach=True)``, and any time later, from any process of yours, from
+    ``runtime.detached_tasks()``. It ends when it is done, when :meth:`cancel` is called, or when its host is restarted;
+    what is known of it stays on the host, in a directory that only your account can read, until :meth:`remove`.
+
+    Attributes:
+        id: Its name on the host.
+        name: The name of the task.
+        host: Its host.
+        created: When it was started, in seconds since 1970.
+    """
+
+    def __init__(self, connection: Connection, about: Mapping[str, Any]) -> None:
+        self.id = str(about["id"])
+        self.name = printable(str(about.get("name")))
+        self.host = connection.host
+        created = about.get("created")
+        self.created = float(created) if isinstance(created, (int, float)) else 0.0
+        self._connection = connection
+
+    # --- how it is -----------------------------------------------------------------------------
+    async def _ask(self, do: str, **params: Any) -> dict[str, Any]:
+        request = self._connection.request("detached", do=do, id=self.id, **params)
+        return await asyncio.wait_for(request, _ANSWER_LIMIT)
+
+    async def _about(self) -> dict[str, Any]:
+        return dict((await self._ask("state"))["task"])
+
+    @property
+    def state(self) -> str:
+        """``running``, ``done``, ``failed``, ``cancelled``, or ``lost`` (its host was restarted, or it was killed)."""
+        return str(_loop.run(self._about())["state"])
+
+    def log(self) -> str:
+        """What it has printed so far."""
+        return _loop.run(self._file("log")).decode("utf-8", "replace")
+
+    async def _file(self, do: str, **params: Any) -> bytes:
+        data = bytearray()
+        channel = self._connection.channel("detached", {"do": do, "id": self.id, **params}, output=data.extend)
+        try:
+            await channel.result()
+        finally:
+            channel.close()
+        return bytes(data)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, however it ends.
+
+        Args:
+            timeout: Seconds; None: as long as it takes.
+
+        Raises:
+            TimeoutError: If it takes longer; it goes on.
+        """
+        _loop.run(self._ended(timeout))
+
+    async def _ended(self, timeout: float | None) -> dict[str, Any]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        delay = _FIRST_LOOK
+        while (about := await self._about())["state"] == "running":
+            left = delay if deadline is None else min(delay, deadline - time.monotonic())
+            if left <= 0:
+                raise TimeoutError(f"the detached task {self.name!r} on {self.host} has not ended within {timeout} s")
+            await asyncio.sleep(left)
+            delay = min(2 * delay, _LONGEST_LOOK)
+        return about
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for its end and return what its last function returned, None if it has none.
+
+        Args:
+            timeout: Seconds; None: as long as it takes.
+
+        Raises:
+            TaskExecutionError: If a step failed, or it was cancelled or lost.
+            TimeoutError: If it takes longer; it goes on.
+        """
+        return _loop.run(self._result(timeout))
+
+    async def _result(self, timeout: float | None) -> Any:
+        from . import functions
+
+        about = await self._ended(timeout)
+        value = None
+        for number, (label, fields) in enumerate(zip(about["labels"], about["steps"], strict=False)):
+            if not fields.get("ok"):
+                raise self._failed(about, number, str(fields.get("message")))
+            if fields.get("limit"):
+                raise self._failed(about, number, f"a limit of the task has ended it: {fields['limit']}")
+            if "status" not in fields:
+                self._check_command(about, number, fields)
+                continue
+            parts = [await self._file("outcome", step=number)] if fields["status"] in ("returned", "raised") else []
+            outcome = await functions.outcome_of(fields, parts)
+            if outcome.status != "returned":
+                text = outcome.describe(str(label).removesuffix("()"))
+                status = -outcome.signal if outcome.signal else outcome.exit
+                raise self._failed(about, number, text, status) from outcome.exception
+            value = outcome.value
+        if about["state"] != "done":
+            why = {"cancelled": "it was cancelled", "lost": "it was killed, or its host was restarted"}
+            raise self._failed(about, len(about["steps"]), why.get(about["state"], "it has failed"))
+        return value
+
+    def _check_command(self, about: Mapping[str, Any], number: int, fields: Mapping[str, Any]) -> None:
+        try:
+            failure_of(fields.get("exit"), fields.get("signal"), fields.get("out_of_memory"))
+        except TaskExecutionError as error:
+            raise self._failed(about, number, error.message, error.exit_status) from None
+
+    def _failed(
+        self, about: Mapping[str, Any], number: int, message: str, status: int | None = None
+    ) -> TaskExecutionError:
+        labels = [printable(str(label)) for label in about["labels"]]
+        what = labels[number] if number < len(labels) else ""
+        step = f", step {number + 1} of {len(labels)} failed: {what}" if what else ""
+        text = f"{self.host}: detached task {self.name!r}{step}\n  {printable(message)}\n  Next step: see its log()"
+        return TaskExecutionError(text, host=self.host, task=self.name, step=number, what=what, exit_status=status)
+
+    # --- its end -------------------------------------------------------------------------------
+    def cancel(self) -> None:
+        """End all that it runs, and wait until it has ended. Does nothing if it has ended already."""
+
+        async def cancel() -> None:
+            await self._ask("cancel")
+            await self._ended(_END_LIMIT)
+
+        _loop.run(cancel())
+
+    def remove(self) -> None:
+        """Remove what is known of it from the host: log, results, and its own working directory. Ends it before."""
+
+        async def remove() -> None:
+            await self._ask("cancel")
+            await self._ended(_END_LIMIT)
+            await self._ask("remove")
+
+        _loop.run(remove())
+
+    def __repr__(self) -> str:
+        return f"<DetachedTask {self.name!r} {self.id} on {self.host}>"
+
+
+async def detached_tasks(connection: Connection) -> list[DetachedTask]:
+    """Return the detached tasks of a host, the oldest first."""
+    connection.check()
+    answer = await asyncio.wait_for(connection.request("detached", do="list"), _ANSWER_LIMIT)
+    found = [DetachedTask(connection, about) for about in answer["tasks"] if isinstance(about.get("id"), str)]
+    return sorted(found, key=lambda task: task.created)
+
+
+def detach(task: RuntimeTask, context: Context, *, own_directory: bool, cwd_variable: str) -> DetachedTask:
+    """Start a task that does not end with this process.
+
+    Args:
+        task: The task; it may run commands and functions.
+        context: Where and how.
+        own_directory: Whether it gets a working directory of its own, since that of the context will not last.
+        cwd_variable: The variable that tells the working directory.
+
+    Raises:
+        ValueError: If it has no steps, or one that needs the manager.
+        TaskExecutionError: If a function cannot be sent.
+        LazyclusterError: If it cannot be started.
+    """
+    if not task.steps:
+        raise ValueError(f"task {task.name!r} has no steps: add one, e.g. with run_command()")
+    for step in task.steps:
+        if not isinstance(step, (RunCommand, RunFunction)):
+            raise ValueError(
+                f"task {task.name!r}: {step.label}: a detached task cannot copy files, since the manager may be gone.\n"
+                "  Next step: copy them with the runtime before or after"
+            )
+    calls = prepare(task.steps)
+    for call in calls:
+        if isinstance(call, Exception):
+            raise TaskExecutionError(f"{context.host}: task {task.name!r}: {call}", host=context.host) from call
+    return _loop.run(_start(task, context, calls, own_directory, cwd_variable))
+
+
+async def _start(task: RuntimeTask, context: Context, calls: Any, own_directory: bool, variable: str) -> DetachedTask:
+    from .functions import resolve_auto
+
+    context = await context.prepared()
+    connection = context.connection
+    env = {**context.env, **checked_variables(task._env)}
+    python = await resolve_auto(connection, env) if context.python == "auto" else context.python
+    cwd = "" if own_directory else context.cwd
+    steps, data = [], []
+    for step, call in zip(task.steps, calls, strict=True):
+        params, pickled = _step(step, call, context, dict(env), python, cwd)
+        params["limits"] = task.limits.message(time.monotonic())
+        steps.append({"op": "call" if call else "run", "params": params, "size": len(pickled), "label": step.label})
+        data.append(pickled)
+    request = {
+        "id": secrets.token_hex(8),
+        "name": task.name,
+        "created": time.time(),
+        "cwd": cwd,
+        "cwd_variable": variable,
+        "steps": steps,
+    }
+    link = await connection.another_agent()
+    try:
+        channel = link.open_channel("detach", request)
+        for part in data:
+            await channel.send(part)
+        await channel.send_end()
+        await asyncio.wait_for(channel.result(), _START_LIMIT)
+    except AgentError as error:
+        raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from error
+    finally:
+        link.lost("it goes on alone")
+    return DetachedTask(connection, request)
+
+
+def _step(
+    step: Any, call: PickledCall | None, context: Context, env: dict[str, str], python: str | None, cwd: str
+) -> tuple[dict[str, Any], bytes]:
+    from .functions import params_for_another_agent
+
+    marker = secrets.token_hex(16)
+    if call is not None:
+        return params_for_another_agent(call, python, env, cwd, marker), b"".join(call.parts)
+    shell = step.shell or context.shell
+    command = {"command": step.command, "shell": shell, "cwd": cwd, "env": env, "task": marker, "merge": True}
+    return command, b""
