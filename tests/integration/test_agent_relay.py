@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -173,14 +174,45 @@ def test_a_relay_that_ends_comes_back_with_its_tunnels(make_hosts: Any) -> None:
         with socket.create_connection(("127.0.0.1", 6001), 20) as sock:
             runtime.call(os.kill, victim, signal.SIGKILL)
             assert sock.recv(1) == b""
+        _until(lambda: _works(6001))
 
-        def works() -> bool:
-            try:
-                return _exchange(6001, b"after") == b"after"
-            except OSError:
-                return False
 
-        _until(works)
+def test_a_link_that_drops_takes_it_along_and_brings_it_back(make_hosts: Any) -> None:
+    hosts = make_hosts(1, forwarding=False)
+    with _runtime(hosts) as runtime, _echo(hosts[0], 5001), _echo(None, 5002):
+        runtime.expose_port_from_runtime(5001, 6001)
+        key = runtime.expose_port_to_runtime(5002, 6002)
+        closed = runtime.expose_port_from_runtime(5001, 6003)
+        with socket.create_connection(("127.0.0.1", 6001), 20) as sock:
+            for session in hosts[0].sessions():
+                os.kill(session.pid, signal.SIGKILL)
+            runtime.stop_process(closed)
+            assert sock.recv(1) == b""
+        _until(lambda: _works(6001))
+        _until(lambda: 6002 in hosts[0].listening_ports())
+        assert runtime.get_process(key).is_alive()
+        assert not _works(6003)
+
+
+def test_a_host_that_has_gone_takes_its_tunnels_along(make_hosts: Any) -> None:
+    hosts = make_hosts(1, forwarding=False)
+    with _runtime(hosts, grace=0, link_timeout=2) as runtime:
+        key = runtime.expose_port_from_runtime(5001, 6001)
+        hosts[0].power_off()
+        _until(lambda: not runtime.get_process(key).is_alive())
+        _until(lambda: _refused(6001))
+
+
+def _works(port: int) -> bool:
+    try:
+        return _exchange(port, b"after") == b"after"
+    except OSError:
+        return False
+
+
+def _refused(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
 def _children(runtime: Runtime, pid: int) -> list[int]:
