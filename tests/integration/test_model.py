@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import tempfile
 from pathlib import Path
@@ -78,6 +79,8 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         host = data.draw(st.sampled_from(sorted(self.hosts)))
+        # One that executes something cannot be removed.
+        concurrent.futures.wait([task.future for task in self.group.get_runtime(host).tasks])
         self.group.remove_runtime(host).cleanup()
         del self.hosts[host]
 
