@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -292,3 +293,33 @@ def test_they_are_listed_and_removed_unless_in_use(make_hosts: Any, index: Index
         assert pruned.in_use == (used,)
         assert group.call(_version, "gamma") == {"host1": "1.0"}
     assert _envs(hosts[0]) == [used]
+
+
+def test_on_the_command_line(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    hosts = make_hosts(2)
+
+    def env(*arguments: str) -> tuple[int, str]:
+        where = ["--config", str(hosts.config_file), "-w", "host[1-2]"]
+        argv = [sys.executable, "-m", "lazycluster", "env", arguments[0], *where, *arguments[1:]]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+        return done.returncode, done.stdout + done.stderr
+
+    status, path = env("build", "alpha")
+    assert status == 0
+    name = path.strip().rpartition("/")[2]
+    assert _envs(hosts[0]) == _envs(hosts[1]) == [name]
+    status, text = env("list", "--json")
+    assert [store["environments"][0]["packages"] for store in json.loads(text)] == [{"alpha": "1.0"}] * 2
+    status, text = env("list")
+    assert (status, text.count(name), text.count("1 packages")) == (0, 2, 2)
+    assert env("prune", "--unused", "1d", "--size", "10G")[0] == 0
+    assert env("remove", name, "py399-none") == (
+        1,
+        "".join(f"{host}: 1 removed\n  py399-none is not there\n" for host in ("host1", "host2")),
+    )
+    assert _envs(hosts[0]) == _envs(hosts[1]) == []
+    status, text = env("build", "no-such-package")
+    assert status == 1
+    assert "host1" in text
+    assert "no package no-such-package" in text

@@ -27,6 +27,7 @@ _COMMANDS = {
     "put": ("copy:put", "Copy files and folders to hosts."),
     "get": ("copy:get", "Copy files and folders from hosts."),
     "forward": ("ports:forward", "Make a port of a host reachable here, until Ctrl-C."),
+    "env": ("env:env", "Show, make and remove the Python environments that hosts keep."),
     "cleanup": ("cleanup:cleanup", "Remove what a crash has left behind."),
     "expose": ("ports:expose", "Make a port of this machine reachable on hosts, until Ctrl-C."),
 }

@@ -1,0 +1,141 @@
+"""Python environments on hosts: until they are there, beside the same uv run by hand on the host.
+
+The packages are real, and come from the index that this machine is configured for; the hosts have no network, so by
+hand means: through ssh's own SOCKS proxy (`ssh -R`), which the manager's ssh is then for the host.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import Row, seconds, settings, ssh_hosts
+
+from lazycluster import Environment, RuntimeGroup
+
+PACKAGES = ["dask[distributed]", "scikit-learn", "pandas"]
+HOSTS = 8
+_PORT = 24801
+
+
+def _group(hosts: Any, count: int, **options: Any) -> RuntimeGroup:
+    return RuntimeGroup(hosts=list(hosts.names)[:count], connection_kwargs=settings(hosts), **options)
+
+
+def _prepare(hosts: Any, count: int = 1) -> float:
+    with _group(hosts, count, environment=PACKAGES) as group:
+        return seconds(group.prepare)
+
+
+def _ssh(hosts: Any, command: str, *options: str) -> float:
+    argv = ["ssh", "-F", str(hosts.config_file), *options, hosts.names[0], command]
+    return seconds(lambda: subprocess.run(argv, check=True, capture_output=True))
+
+
+def _clear(hosts: Any, *names: str) -> None:
+    for host in hosts:
+        for name in names:
+            host.run(f"rm -rf {host.home}/.cache/{name}")
+
+
+def _by_hand(hosts: Any, pins: list[str]) -> float:
+    """What somebody would type who has uv on the host: a new environment, and the same packages."""
+    host = hosts[0]
+    uv = shlex.quote(importlib.import_module("uv").find_uv_bin())
+    host.run(f"mkdir -p {host.home}/bin; cp {uv} {host.home}/bin/uv" if Path(uv).is_file() else "true", check=False)
+    index = os.environ.get("UV_DEFAULT_INDEX", "")
+    proxy = f"ALL_PROXY=socks5h://127.0.0.1:{_PORT} UV_SYSTEM_CERTS=1" + (f" UV_DEFAULT_INDEX={index}" if index else "")
+    line = f"rm -rf v && ~/bin/uv venv -q -p {sys.executable} v && {proxy} ~/bin/uv pip install -q -p v/bin/python "
+    return _ssh(hosts, line + " ".join(pins), "-R", f"127.0.0.1:{_PORT}")
+
+
+def _pins() -> list[str]:
+    """The versions that were resolved, for both."""
+    folder = Path(Environment.main_directory, "environments", "resolved")
+    packages = json.loads(max(folder.iterdir(), key=lambda path: path.stat().st_mtime).read_text())["packages"]
+    return [f"{package['name']}=={package['version']}" for package in packages]
+
+
+def rows() -> Iterator[Row]:
+    """Yield the lines of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        Environment.set_main_directory(folder)
+        with ssh_hosts(HOSTS) as hosts:
+            for host in hosts:
+                uv = importlib.import_module("uv").find_uv_bin()
+                host.path("~/bin").mkdir()
+                host.path("~/bin/uv").write_bytes(Path(uv).read_bytes())
+                host.path("~/bin/uv").chmod(0o755)
+            yield from _one_host(hosts, folder)
+            yield from _many_hosts(hosts)
+            yield _modules(hosts)
+
+
+def _one_host(hosts: Any, folder: str) -> Iterator[Row]:
+    _prepare(hosts)  # so that the versions are known on both sides, and the hosts' Python is warm
+    pins = _pins()
+    cold = []
+    by_hand = []
+    for _ in range(2):
+        _clear(hosts, "lazycluster", "uv")
+        subprocess.run(["rm", "-rf", f"{folder}/environments/wheels"], check=True)
+        cold.append(_prepare(hosts))
+        by_hand.append(_by_hand(hosts, pins))
+    ours, theirs = min(cold), min(by_hand)
+    yield Row(
+        "Dask, scikit-learn, pandas: nothing cached", ours, "s", "<= 1.3 x", "uv by hand", theirs, ours <= 1.3 * theirs
+    )
+    _clear(hosts, "lazycluster/envs")
+    warm = _prepare(hosts)
+    yield Row("the same, packages cached on the host", warm, "s", "<= 3 s", met=warm <= 3)
+    there = []
+    for _ in range(5):
+        there.append(_prepare(hosts))
+    added = sorted(there)[2] * 1000
+    yield Row("the same, already there: added to connecting", added, "ms", "<= 60 ms", met=added <= 60)
+
+
+def _many_hosts(hosts: Any) -> Iterator[Row]:
+    _prepare(hosts, HOSTS)
+    _clear(hosts, "lazycluster/envs")
+    single = _prepare(hosts)
+    _clear(hosts, "lazycluster/envs")
+    together = _prepare(hosts, HOSTS)
+    cores = os.cpu_count() or 1
+    yield Row(
+        f"{HOSTS} hosts at once, packages cached on each", together, "s", "<= 1.5 x", "one host", single,
+        together <= 1.5 * single, note=f"all hosts share {cores} cores",
+    )  # fmt: skip
+
+
+def _modules(hosts: Any) -> Row:
+    from lazycluster.cluster.dask_cluster import DaskCluster
+
+    with tempfile.TemporaryDirectory() as folder:
+        sys.path.insert(0, folder)
+        path = Path(folder, "benchmarked_module.py")
+        path.write_text("VALUE = 0\n\n\ndef value():\n    return VALUE\n")
+        module = importlib.import_module("benchmarked_module")
+        with _group(hosts, HOSTS, python=sys.executable) as group, DaskCluster(group) as cluster:
+            cluster.start()
+            with cluster.get_client(timeout=60) as client:
+                client.wait_for_workers(HOSTS)
+                assert client.submit(module.value, pure=False).result() == 0
+                times = []
+                for number in range(1, 6):
+                    path.write_text(f"VALUE = {number}\n\n\ndef value():\n    return VALUE\n")
+                    times.append(seconds(cluster._dask.modules.sync_now))
+                    assert client.submit(module.value, pure=False).result() == number
+                    time.sleep(0.1)
+        sys.path.remove(folder)
+    middle = sorted(times)[2] * 1000
+    return Row(f"a changed module sent to {HOSTS} hosts", middle, "ms", "<= 300 ms", met=middle <= 300)

@@ -1,0 +1,207 @@
+"""``lazycluster env``: the Python environments that hosts keep."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lazycluster.cli.targets import host_options, targets
+
+if TYPE_CHECKING:
+    from lazycluster.cli.fanout import Outcome
+    from lazycluster.environments.keeping import Removal, Store
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["env"]
+
+T = TypeVar("T")
+_ROOT = "~/.cache/lazycluster"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_TIMES = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+_cache_dir = click.option("--cache-dir", default=_ROOT, metavar="DIR", help=f"Where they are on the hosts ({_ROOT}).")
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", str(value).strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is no size, such as 500M or 20G", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+class _Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mhdw])", str(value).strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is no time, such as 12h, 30d or 4w", param, ctx)
+        return float(match[1]) * _TIMES[match[2]]
+
+
+@click.group()
+def env() -> None:
+    """Show, make and remove the Python environments that hosts keep.
+
+    They are made where a runtime is given one (environment="manager", and so on), and stay for the next time.
+
+    \b
+    Examples:
+      lazycluster env list -w @all
+      lazycluster env build -w 'node[1-3]' manager
+      lazycluster env prune -w @all --size 20G --unused 30d
+    """
+
+
+@env.command("list")
+@host_options
+@_cache_dir
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def list_command(cache_dir: str, as_json: bool, **options: Any) -> int:
+    """Show the environments of hosts, with sizes, age and last use."""
+    from lazycluster.environments.keeping import list_on
+
+    stores, status = _on_hosts(lambda connection: list_on(connection, cache_dir), options)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(store) for store in stores], indent=2) + "\n")
+        return status
+    for store in stores:
+        _show(store)
+    return status
+
+
+@env.command("build")
+@host_options
+@_cache_dir
+@click.option("--python", metavar="3.X", help="The minor version, by default that of this machine.")
+@click.option("--exclude", multiple=True, metavar="PACKAGE", help="Leave this package out.")
+@click.option("--refresh", is_flag=True, help="Take the newest versions that are allowed, whatever was found before.")
+@click.argument("what", nargs=-1, required=True)
+def build(
+    cache_dir: str, python: str | None, exclude: tuple[str, ...], refresh: bool, what: tuple[str, ...], **options: Any
+) -> int:
+    """Make an environment on hosts.
+
+    WHAT is 'manager' (what is installed here), a file (requirements.txt, pyproject.toml, uv.lock, pylock.toml), or
+    one or several packages.
+    """
+    import logging
+
+    from lazycluster import EnvironmentSpec
+    from lazycluster.environments.activation import HostEnvironment, Place
+
+    try:
+        spec = EnvironmentSpec(_source(what), exclude=exclude or None, python=python, cache_dir=cache_dir)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if sys.stderr.isatty():
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    async def work(connection: Connection) -> str:
+        made = HostEnvironment(Place(connection.host, connection), spec)
+        return (await made.ready(refresh=refresh)).prefix
+
+    paths, status = _on_hosts(work, options)
+    for path in dict.fromkeys(paths):
+        click.echo(path)
+    return status
+
+
+def _source(what: tuple[str, ...]) -> str | list[str]:
+    if len(what) == 1 and (what[0] == "manager" or what[0].endswith((".toml", ".txt", ".in", ".lock"))):
+        return what[0]
+    return list(what)
+
+
+@env.command("remove")
+@host_options
+@_cache_dir
+@click.argument("ids", nargs=-1, required=True)
+def remove(cache_dir: str, ids: tuple[str, ...], **options: Any) -> int:
+    """Remove environments from hosts by the names that 'env list' shows. Those in use stay."""
+    from lazycluster.environments.keeping import remove_on
+
+    removals, status = _on_hosts(lambda connection: remove_on(connection, ids, cache_dir), options)
+    for removal in removals:
+        _tell(removal)
+    return max(status, *(1 if removal.in_use or removal.unknown else 0 for removal in removals), 0)
+
+
+@env.command("prune")
+@host_options
+@_cache_dir
+@click.option("--size", type=_Size(), metavar="SIZE", help="Until all together takes no more than this, e.g. 20G.")
+@click.option("--unused", type=_Duration(), metavar="TIME", help="All that was not used for so long, e.g. 30d.")
+def prune(cache_dir: str, size: int | None, unused: float | None, **options: Any) -> int:
+    """Remove environments that were used longest ago, and what broken builds left. Those in use stay."""
+    from lazycluster.environments.keeping import prune_on
+
+    removals, status = _on_hosts(lambda connection: prune_on(connection, size, unused, cache_dir), options)
+    for removal in removals:
+        _tell(removal)
+    return status
+
+
+# --- shared ---------------------------------------------------------------------------------------
+def _on_hosts(work: Callable[[Connection], Awaitable[T]], options: dict[str, Any]) -> tuple[list[T], int]:
+    """Do something on the hosts that the options name; returns what came out, and the exit status."""
+    from lazycluster import _loop
+    from lazycluster.cli.errors import show_error
+    from lazycluster.cli.fanout import Outcome, everywhere, exit_status
+
+    chosen = targets(**options)
+    found: dict[str, T] = {}
+
+    async def one(connection: Connection) -> Outcome:
+        found[connection.host] = await work(connection)
+        return Outcome(connection.host)
+
+    outcomes = _loop.run(everywhere(chosen, one))
+    for outcome in outcomes:
+        if outcome.kind != "done" and not (chosen.everyone and outcome.kind == "unreachable"):
+            show_error(f"{outcome.host}: {outcome.error}")
+    return [found[name] for name in chosen.names if name in found], exit_status(outcomes, chosen.everyone)
+
+
+def _show(store: Store) -> None:
+    click.echo(f"{store.host}: {store.path}, {_size(store.size)} in all")
+    for one in store.environments:
+        state = "in use" if one.in_use else f"used {_time(one.unused)} ago"
+        made = f"made {_time(one.age)} ago" if one.age is not None else ""
+        problem = f"  damaged: {one.problem}" if one.problem else ""
+        click.echo(
+            f"  {one.id}  {_size(one.size):>8}  {len(one.packages):>4} packages  {made}, {state}  {one.source}{problem}"
+        )
+
+
+def _tell(removal: Removal) -> None:
+    freed = f", {_size(removal.freed)} freed" if removal.freed is not None else ""
+    click.echo(f"{removal.host}: {len(removal.removed)} removed{freed}")
+    for name in removal.in_use:
+        click.echo(f"  {name} stays: it is in use")
+    for name in removal.unknown:
+        click.echo(f"  {name} is not there")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
