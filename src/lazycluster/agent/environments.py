@@ -18,7 +18,7 @@ from .paths import meant
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+    from typing import Any, Callable, Dict, List, Optional
 
     from .session import Channel
 
@@ -32,6 +32,11 @@ _used: Dict[str, int] = {}  # environment -> descriptor whose lock says that it 
 def environment(channel: Channel) -> None:
     """Handle the request `environment`; `action` says what."""
     action = str(channel.params.get("action"))
+    if action in ("list", "remove", "prune"):
+        from . import keeping
+
+        getattr(keeping, action + "_environments")(channel)
+        return
     handler = _ACTIONS.get(action)
     if handler is None:
         channel.fail("value", "unknown action {!r}".format(action))
@@ -39,7 +44,8 @@ def environment(channel: Channel) -> None:
         handler(channel)
 
 
-def _root(channel: Channel) -> str:
+def root_of(channel: Channel) -> str:
+    """Return the directory that everything is in."""
     return meant(channel.params.get("root") or "~/.cache/lazycluster", "", {})
 
 
@@ -54,7 +60,7 @@ def facts() -> Dict[str, Any]:
 
 
 def _facts(channel: Channel) -> None:
-    channel.result(root=_root(channel), **facts())
+    channel.result(root=root_of(channel), **facts())
 
 
 def _find(channel: Channel) -> None:
@@ -70,7 +76,7 @@ def _prefix(channel: Channel) -> str:
     name = str(channel.params["id"])
     if not name or not name.replace("-", "").isalnum():
         raise ValueError("not the name of an environment: {!r}".format(name))
-    return os.path.join(_root(channel), "envs", name)
+    return os.path.join(root_of(channel), "envs", name)
 
 
 def use(prefix: str) -> Optional[str]:
@@ -78,7 +84,7 @@ def use(prefix: str) -> Optional[str]:
     if not os.path.isdir(prefix):
         return "missing"
     if prefix not in _used:
-        fd = _lock(prefix + ".use", fcntl.LOCK_SH)
+        fd = lock(prefix + ".use", fcntl.LOCK_SH)
         if fd is None:
             return "being removed"
         _used[prefix] = fd
@@ -132,7 +138,7 @@ def read_manifest(prefix: str) -> Optional[Dict[str, Any]]:
     return found if isinstance(found, dict) else None
 
 
-def _lock(path: str, kind: int) -> Optional[int]:
+def lock(path: str, kind: int) -> Optional[int]:
     """Return a descriptor that holds a lock, None if somebody else has it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -147,7 +153,7 @@ def _lock(path: str, kind: int) -> Optional[int]:
 
 # --- making one ----------------------------------------------------------------------------------
 def _build(channel: Channel) -> None:
-    _Build(channel, _root(channel), _prefix(channel))
+    _Build(channel, root_of(channel), _prefix(channel))
 
 
 class _Build:
@@ -176,7 +182,7 @@ class _Build:
 
     def _try(self) -> None:
         self._timer = None
-        self._lock = _lock(self._prefix + ".build", fcntl.LOCK_EX)
+        self._lock = lock(self._prefix + ".build", fcntl.LOCK_EX)
         if self._lock is None:
             if not self._told:
                 self._told = True
@@ -229,10 +235,10 @@ class _Build:
                 os.rename(self._prefix, old)
             os.rename(made, self._prefix)
         except OSError:
-            _remove(made)
+            remove_tree(made)
             raise
         if old:
-            _remove(old)
+            remove_tree(old)
         problem = use(self._prefix)
         self._release()
         if problem is None:
@@ -244,7 +250,7 @@ class _Build:
         if self._timer is not None:
             self._timer.cancel()
         if self._directory:
-            _remove(self._directory)
+            remove_tree(self._directory)
             self._directory = ""
         self._release()
 
@@ -258,32 +264,14 @@ def remove_unfinished(envs: str, name: str) -> None:
     """Remove what builds of an environment have left that were killed; the caller holds its lock."""
     for entry in os.listdir(envs):
         if entry.startswith(".{}-".format(name)):
-            _remove(os.path.join(envs, entry))
+            remove_tree(os.path.join(envs, entry))
 
 
-def _remove(path: str) -> None:
+def remove_tree(path: str) -> None:
+    """Remove a directory, as far as that is possible."""
     shutil.rmtree(path, ignore_errors=True)
 
 
-# --- packages that are sent ----------------------------------------------------------------------
-def _wheels(channel: Channel) -> None:
-    """Tell which packages have to be sent."""
-    place = os.path.join(_root(channel), "wheels")
-    missing = []
-    for folder, name, size in channel.params["wheels"]:
-        path = os.path.join(place, folder, name)
-        try:
-            there = os.stat(path).st_size == size
-        except OSError:
-            there = False
-        if there:
-            os.utime(path[: -len(name)])  # the time of the last use; the file's own is what the installer looks at
-        else:
-            missing.append(folder)
-    channel.result(missing=missing, directory=place)
-
-
-# --- keeping -------------------------------------------------------------------------------------
 def size_of(path: str) -> int:
     """Return the bytes that a directory takes on the disk; what has several names is counted once."""
     total = 0
@@ -300,129 +288,22 @@ def size_of(path: str) -> int:
     return total
 
 
-def kept(root: str) -> Iterator[Tuple[str, Dict[str, Any], float]]:
-    """Yield (name, what is said of it, time of the last use) of each environment."""
-    envs = os.path.join(root, "envs")
-    for name in sorted(os.listdir(envs)) if os.path.isdir(envs) else ():
-        prefix = os.path.join(envs, name)
-        if name.startswith(".") or not os.path.isdir(prefix):
-            continue
+# --- packages that are sent ----------------------------------------------------------------------
+def _wheels(channel: Channel) -> None:
+    """Tell which packages have to be sent."""
+    place = os.path.join(root_of(channel), "wheels")
+    missing = []
+    for folder, name, size in channel.params["wheels"]:
+        path = os.path.join(place, folder, name)
         try:
-            last = os.stat(prefix + ".use").st_mtime
+            there = os.stat(path).st_size == size
         except OSError:
-            last = os.stat(prefix).st_mtime
-        yield name, read_manifest(prefix) or {}, last
-
-
-def _list(channel: Channel) -> None:
-    root = _root(channel)
-    found = []
-    for name, manifest, last in kept(root):
-        prefix = os.path.join(root, "envs", name)
-        found.append(
-            {
-                "id": name,
-                "path": prefix,
-                "size": manifest.get("size"),
-                "made": manifest.get("made"),
-                "last_used": last,
-                "in_use": _is_used(prefix),
-                "python": manifest.get("python"),
-                "source": manifest.get("source"),
-                "packages": manifest.get("packages", {}),
-                "problem": damage(prefix),
-            }
-        )
-    channel.result(root=root, environments=found, now=time.time(), size=size_of(root))
-
-
-def _is_used(prefix: str) -> bool:
-    fd = _lock(prefix + ".use", fcntl.LOCK_EX)
-    if fd is None:
-        return True
-    os.close(fd)
-    return False
-
-
-def remove(root: str, name: str) -> bool:
-    """Remove an environment, unless it is in use; returns whether it has gone."""
-    prefix = os.path.join(root, "envs", name)
-    building = _lock(prefix + ".build", fcntl.LOCK_EX)
-    if building is None:
-        return False
-    try:
-        using = _lock(prefix + ".use", fcntl.LOCK_EX)
-        if using is None:
-            return False
-        try:
-            aside = os.path.join(root, "envs", ".{}-removed".format(name))
-            _remove(aside)
-            if os.path.isdir(prefix):
-                os.rename(prefix, aside)  # what is half removed must not be found
-            remove_unfinished(os.path.join(root, "envs"), name)
-        finally:
-            os.close(using)
-    finally:
-        os.close(building)
-    return True
-
-
-def _remove_some(channel: Channel) -> None:
-    root = _root(channel)
-    known = {name for name, _, _ in kept(root)}
-    removed, in_use, unknown = [], [], []
-    for name in channel.params["ids"]:
-        if name not in known:
-            unknown.append(name)
-        elif remove(root, name):
-            removed.append(name)
+            there = False
+        if there:
+            os.utime(path[: -len(name)])  # the time of the last use; the file's own is what the installer looks at
         else:
-            in_use.append(name)
-    channel.result(removed=removed, in_use=in_use, unknown=unknown)
-
-
-def _prune(channel: Channel) -> None:
-    """Remove environments, those used longest ago first, until all together is small enough."""
-    root = _root(channel)
-    limit, age = channel.params.get("limit"), channel.params.get("age")
-    envs = os.path.join(root, "envs")
-    before = size_of(root)
-    for entry in os.listdir(envs) if os.path.isdir(envs) else ():
-        if entry.startswith("."):  # left by a build that was killed, unless one is under way
-            name = entry[1:].rpartition("-")[0]
-            fd = _lock(os.path.join(envs, name + ".build"), fcntl.LOCK_EX)
-            if fd is not None:
-                _remove(os.path.join(envs, entry))
-                os.close(fd)
-    removed: List[str] = []
-    in_use: List[str] = []
-    now = time.time()
-    for name, _, last in sorted(kept(root), key=lambda found: found[2]):
-        old = age is not None and now - last > age
-        if not old and (limit is None or size_of(root) <= limit):
-            continue
-        (removed if remove(root, name) else in_use).append(name)
-        # What only this environment had stays in the cache of the installer, where nothing counts its users.
-        if limit is not None and size_of(root) > limit:
-            _remove_unshared(os.path.join(root, "cache", "archive-v0"))
-    if limit is not None and size_of(root) > limit:
-        _remove_oldest(os.path.join(root, "wheels"), lambda: size_of(root) > limit)
-    channel.result(removed=removed, in_use=in_use, before=before, after=size_of(root))
-
-
-def _remove_unshared(place: str) -> None:
-    for name in os.listdir(place) if os.path.isdir(place) else ():
-        path = os.path.join(place, name)
-        if all(os.lstat(os.path.join(folder, n)).st_nlink < 2 for folder, _, names in os.walk(path) for n in names):
-            _remove(path)
-
-
-def _remove_oldest(place: str, wanted: Callable[[], bool]) -> None:
-    paths = [os.path.join(place, name) for name in os.listdir(place)] if os.path.isdir(place) else []
-    for path in sorted(paths, key=lambda path: os.stat(path).st_mtime):
-        if not wanted():
-            return
-        _remove(path)
+            missing.append(folder)
+    channel.result(missing=missing, directory=place)
 
 
 _ACTIONS: Dict[str, Callable[[Channel], None]] = {
@@ -430,7 +311,4 @@ _ACTIONS: Dict[str, Callable[[Channel], None]] = {
     "find": _find,
     "build": _build,
     "wheels": _wheels,
-    "list": _list,
-    "remove": _remove_some,
-    "prune": _prune,
 }

@@ -1,0 +1,142 @@
+"""Python environments that the host keeps: listed, and removed when they are not in use."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+
+from .environments import damage, lock, read_manifest, remove_tree, remove_unfinished, root_of, size_of
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+    from .session import Channel
+
+
+def kept(root: str) -> Iterator[Tuple[str, Dict[str, Any], float]]:
+    """Yield (name, what is said of it, time of the last use) of each environment."""
+    envs = os.path.join(root, "envs")
+    for name in sorted(os.listdir(envs)) if os.path.isdir(envs) else ():
+        prefix = os.path.join(envs, name)
+        if name.startswith(".") or not os.path.isdir(prefix):
+            continue
+        try:
+            last = os.stat(prefix + ".use").st_mtime
+        except OSError:
+            last = os.stat(prefix).st_mtime
+        yield name, read_manifest(prefix) or {}, last
+
+
+def list_environments(channel: Channel) -> None:
+    """Tell what there is."""
+    root = root_of(channel)
+    found = []
+    for name, manifest, last in kept(root):
+        prefix = os.path.join(root, "envs", name)
+        found.append(
+            {
+                "id": name,
+                "path": prefix,
+                "size": manifest.get("size"),
+                "made": manifest.get("made"),
+                "last_used": last,
+                "in_use": _is_used(prefix),
+                "python": manifest.get("python"),
+                "source": manifest.get("source"),
+                "packages": manifest.get("packages", {}),
+                "problem": damage(prefix),
+            }
+        )
+    channel.result(root=root, environments=found, now=time.time(), size=size_of(root))
+
+
+def _is_used(prefix: str) -> bool:
+    fd = lock(prefix + ".use", fcntl.LOCK_EX)
+    if fd is None:
+        return True
+    os.close(fd)
+    return False
+
+
+def remove(root: str, name: str) -> bool:
+    """Remove an environment, unless it is in use; returns whether it has gone."""
+    prefix = os.path.join(root, "envs", name)
+    building = lock(prefix + ".build", fcntl.LOCK_EX)
+    if building is None:
+        return False
+    try:
+        using = lock(prefix + ".use", fcntl.LOCK_EX)
+        if using is None:
+            return False
+        try:
+            aside = os.path.join(root, "envs", ".{}-removed".format(name))
+            remove_tree(aside)
+            if os.path.isdir(prefix):
+                os.rename(prefix, aside)  # what is half removed must not be found
+            remove_unfinished(os.path.join(root, "envs"), name)
+        finally:
+            os.close(using)
+    finally:
+        os.close(building)
+    return True
+
+
+def remove_environments(channel: Channel) -> None:
+    """Remove environments by their names."""
+    root = root_of(channel)
+    known = {name for name, _, _ in kept(root)}
+    removed, in_use, unknown = [], [], []
+    for name in channel.params["ids"]:
+        if name not in known:
+            unknown.append(name)
+        elif remove(root, name):
+            removed.append(name)
+        else:
+            in_use.append(name)
+    channel.result(removed=removed, in_use=in_use, unknown=unknown)
+
+
+def prune_environments(channel: Channel) -> None:
+    """Remove environments, those used longest ago first, until all together is small enough."""
+    root = root_of(channel)
+    limit, age = channel.params.get("limit"), channel.params.get("age")
+    envs = os.path.join(root, "envs")
+    before = size_of(root)
+    for entry in os.listdir(envs) if os.path.isdir(envs) else ():
+        if entry.startswith("."):  # left by a build that was killed, unless one is under way
+            name = entry[1:].rpartition("-")[0]
+            fd = lock(os.path.join(envs, name + ".build"), fcntl.LOCK_EX)
+            if fd is not None:
+                remove_tree(os.path.join(envs, entry))
+                os.close(fd)
+    removed: List[str] = []
+    in_use: List[str] = []
+    now = time.time()
+    for name, _, last in sorted(kept(root), key=lambda found: found[2]):
+        old = age is not None and now - last > age
+        if not old and (limit is None or size_of(root) <= limit):
+            continue
+        (removed if remove(root, name) else in_use).append(name)
+        # What only this environment had stays in the cache of the installer, where nothing counts its users.
+        if limit is not None and size_of(root) > limit:
+            _remove_unshared(os.path.join(root, "cache", "archive-v0"))
+    if limit is not None and size_of(root) > limit:
+        _remove_oldest(os.path.join(root, "wheels"), lambda: size_of(root) > limit)
+    channel.result(removed=removed, in_use=in_use, before=before, after=size_of(root))
+
+
+def _remove_unshared(place: str) -> None:
+    for name in os.listdir(place) if os.path.isdir(place) else ():
+        path = os.path.join(place, name)
+        if all(os.lstat(os.path.join(folder, n)).st_nlink < 2 for folder, _, names in os.walk(path) for n in names):
+            remove_tree(path)
+
+
+def _remove_oldest(place: str, wanted: Callable[[], bool]) -> None:
+    paths = [os.path.join(place, name) for name in os.listdir(place)] if os.path.isdir(place) else []
+    for path in sorted(paths, key=lambda path: os.stat(path).st_mtime):
+        if not wanted():
+            return
+        remove_tree(path)
