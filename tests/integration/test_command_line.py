@@ -245,6 +245,30 @@ def test_forward_until_ctrl_c(hosts: Any) -> None:
     assert process.returncode == 130
 
 
+def test_a_dask_cluster_in_the_foreground(hosts: Any, tmp_path: Path) -> None:
+    from lazycluster.cluster.dask_cluster import DaskCluster
+
+    file = tmp_path / "cluster.json"
+    process = start(hosts, "start-dask", "-w", "host[1-2]", "--workers", "3", "--connection-file", str(file))
+    assert process.stdout
+    said = ""
+    for line in iter(process.stdout.readline, "Ctrl-C ends it.\n"):
+        assert line, process.communicate()
+        said += line
+    assert "DaskCluster with 3 workers" in said
+    assert str(file) in said
+    with DaskCluster.connect(file) as client:
+        assert client.submit(sum, [1, 2, 3]).result() == 6
+        names = {address: worker["name"] for address, worker in client.scheduler_info()["workers"].items()}
+        (pid,) = [pid for address, pid in client.run(os.getpid).items() if names[address] == "host2-0"]
+    hosts[1].run(f"kill -9 {pid}")
+    assert "respawned" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not file.exists()
+
+
 def test_cleanup(hosts: Any) -> None:
     # It leaves the agent's processes alone that another manager uses.
     other = start(hosts, "run", "-w", "host1", "--", "echo up; exec sleep 601")

@@ -26,8 +26,10 @@ _COMMANDS = {
     "run": ("run:run", "Run a command or a Python script on many hosts at once."),
     "put": ("copy:put", "Copy files and folders to hosts."),
     "get": ("copy:get", "Copy files and folders from hosts."),
+    "start": ("start:start", "Start a Dask or Hyperopt cluster, until Ctrl-C."),
     "forward": ("ports:forward", "Make a port of a host reachable here, until Ctrl-C."),
     "env": ("env:env", "Show, make and remove the Python environments that hosts keep."),
+    "start-dask": ("start:start_dask", "The same as 'start dask'."),
     "cleanup": ("cleanup:cleanup", "Remove what a crash has left behind."),
     "expose": ("ports:expose", "Make a port of this machine reachable on hosts, until Ctrl-C."),
 }

@@ -1,0 +1,149 @@
+"""``lazycluster start``: a cluster in the foreground."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lazycluster.cli.targets import host_options, targets
+
+if TYPE_CHECKING:
+    from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+__all__ = ["start", "start_dask"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group()
+def start() -> None:
+    """Start a cluster, and keep it until Ctrl-C.
+
+    It stays in the foreground, and shows its workers. When it ends, however it does, nothing of it stays on the hosts.
+
+    \b
+    Examples:
+      lazycluster start dask -w 'node[1-4]' --connection-file cluster.json
+      lazycluster start hyperopt -w @all --workers 8 --dbpath ./trials
+    """
+
+
+def _cluster_options(command: F) -> F:
+    for option in (
+        click.option(
+            "--connection-file",
+            type=click.Path(dir_okay=False),
+            metavar="FILE",
+            help="Write what other processes of yours need to connect; it holds secrets.",
+        ),
+        click.option("--setup", metavar="LINES", help="Shell lines that run first, e.g. 'conda activate ml'."),
+        click.option("--python", metavar="PYTHON", help="The Python on the hosts: a path, a name, or 'auto'."),
+        click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="The port of the master here."),
+        click.option(
+            "--workers", type=click.IntRange(1), metavar="N", help="How many workers; by default one per host."
+        ),
+        host_options,
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("dask")
+@_cluster_options
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads per worker; by default all cores.")
+@click.option("--memory-limit", metavar="SIZE", default="auto", help="Memory per worker, e.g. '4 GiB'.")
+@click.option("--gpus-per-worker", type=click.IntRange(1), metavar="N", help="One worker for every so many GPUs.")
+def _dask(
+    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+    connect_timeout: float | None, accept_new_host_key: bool, workers: int | None, port: int | None,
+    python: str | None, setup: str | None, connection_file: str | None, threads: int | None, memory_limit: str,
+    gpus_per_worker: int | None,
+) -> None:  # fmt: skip
+    """Start a Dask cluster: the scheduler here, the workers on the hosts.
+
+    All of it goes through the ssh connections, encrypted and authenticated. The dashboard's address is a secret.
+
+    \b
+    Examples:
+      lazycluster start dask -w 'node[1-4]'
+      lazycluster start dask -w @all --workers 8 --threads 2 --connection-file cluster.json
+    then, in Python:
+      from lazycluster.cluster.dask_cluster import DaskCluster
+      client = DaskCluster.connect("cluster.json")
+    """
+
+    def make(group: RuntimeGroup) -> MasterWorkerCluster:
+        from lazycluster.cluster.dask_cluster import DaskCluster
+
+        return DaskCluster(group, nthreads=threads, memory_limit=memory_limit, gpus_per_worker=gpus_per_worker)
+
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
+    _serve(chosen, make, workers, port, python, setup, connection_file)
+
+
+@click.command("hyperopt")
+@_cluster_options
+@click.option(
+    "--dbpath", type=click.Path(file_okay=False), metavar="DIR", help="Where the trials are kept, to go on later."
+)
+@click.option("--dbname", default="hyperopt", metavar="NAME", help="The name of the database (hyperopt).")
+@click.option("--exp-key", metavar="KEY", help="The only search whose trials the workers take; by default all.")
+def _hyperopt(
+    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+    connect_timeout: float | None, accept_new_host_key: bool, workers: int | None, port: int | None,
+    python: str | None, setup: str | None, connection_file: str | None, dbpath: str | None, dbname: str,
+    exp_key: str | None,
+) -> None:  # fmt: skip
+    """Start a Hyperopt cluster: the database of the trials here, the workers on the hosts.
+
+    Trials that are done stay in --dbpath: start it again there, and fmin goes on where it was.
+
+    \b
+    Examples:
+      lazycluster start hyperopt -w 'node[1-4]' --dbpath ./trials --connection-file search.json
+    then, in Python:
+      from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+      trials = HyperoptCluster.connect("search.json", exp_key="svm-1")
+    """
+
+    def make(group: RuntimeGroup) -> MasterWorkerCluster:
+        from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+
+        return HyperoptCluster(group, dbpath=dbpath, dbname=dbname, exp_key=exp_key)
+
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
+    _serve(chosen, make, workers, port, python, setup, connection_file)
+
+
+start.add_command(_dask)
+start.add_command(_hyperopt)
+# The name that it always had.
+start_dask = _dask
+
+
+def _serve(
+    chosen: Any, make: Callable[[RuntimeGroup], MasterWorkerCluster], workers: int | None, port: int | None,
+    python: str | None, setup: str | None, connection_file: str | None,
+) -> None:  # fmt: skip
+    from lazycluster.cli.console import errors
+    from lazycluster.cli.serving import serve
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+    if connection_file is not None and not Path(connection_file).expanduser().absolute().parent.is_dir():
+        raise click.UsageError(f"--connection-file {connection_file}: there is no such directory")
+    group = RuntimeGroup(
+        hosts=chosen.names,
+        connection_kwargs=chosen.settings,
+        python=python,
+        setup=setup,
+        on_unreachable="skip" if chosen.everyone else "raise",
+    )
+    with group, make(group) as cluster:
+        errors().print(f"Starting {workers or group.runtime_count} workers on {group.runtime_count} hosts ...")
+        cluster.start(workers, port)
+        file = cluster.write_connection_file(connection_file) if connection_file is not None else None
+        serve(cluster, file)

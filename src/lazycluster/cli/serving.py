@@ -1,0 +1,143 @@
+"""A cluster that runs in the foreground: how to connect, and what its workers do, until it is told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lazycluster.cluster.dask_cluster import DaskCluster
+from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+
+from .console import is_terminal, output, printable
+from .machines import megabytes
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from lazycluster.cluster.health import ClusterEvent, ProcessStatus
+    from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
+
+__all__ = ["serve"]
+
+_REFRESH = 1.0
+_STYLES = {"ready": "green", "failed": "bold red", "ended": "dim"}
+
+Details = Callable[[], "tuple[dict[str, tuple[str, str]], str]"]
+
+
+def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
+    """Show a cluster until Ctrl-C, or until it has failed for good.
+
+    Args:
+        cluster: A cluster that runs.
+        connection_file: Where other processes find out how to connect, if it was asked for.
+
+    Raises:
+        ClusterError: If it has failed.
+    """
+    for line in _how_to_connect(cluster, connection_file):
+        output().print(line, markup=False, soft_wrap=True)
+    output().print("Ctrl-C ends it.", style="dim")
+    over = threading.Event()
+    with contextlib.ExitStack() as stack:
+        details = _details(cluster, stack)
+        if is_terminal():
+            view = Live(console=output(), refresh_per_second=1, get_renderable=lambda: _view(cluster, details))
+            stack.enter_context(view)
+        else:
+            stack.callback(cluster.on_event(_tell))
+        while not over.wait(_REFRESH):
+            _check(cluster)
+
+
+def _check(cluster: MasterWorkerCluster) -> None:
+    master, workers = cluster.master, cluster.workers
+    if master is not None and master.state in ("failed", "ended"):
+        raise ClusterError(f"{master.name} has ended: {master.problem}\n{master.log}")
+    if workers and all(worker.state == "failed" for worker in workers):
+        last = workers[-1]
+        raise ClusterError(f"no worker is left; the last one, {last.name} on {last.host}: {last.problem}\n{last.log}")
+
+
+def _tell(event: ClusterEvent) -> None:
+    output().print(printable(str(event)), markup=False, soft_wrap=True)
+
+
+def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) -> list[str]:
+    name = type(cluster).__name__
+    lines = [f"{name} with {len(cluster.workers)} workers, its master on port {cluster.master_port} of this machine."]
+    if connection_file is not None:
+        lines += [
+            "Connect from Python (the file holds secrets, and goes when the cluster ends):",
+            f"  from {type(cluster).__module__} import {name}",
+            f'  {name}.connect("{connection_file}")',
+        ]
+    else:
+        lines.append("For other processes to connect, start it with --connection-file FILE.")
+    if isinstance(cluster, DaskCluster):
+        lines.append(f"Dashboard (its address is a secret): {cluster.dashboard_link}")
+    return lines
+
+
+def _details(cluster: MasterWorkerCluster, stack: contextlib.ExitStack) -> Details:
+    """Return what tells processor and memory of workers by name, and a line on what is done."""
+    if not is_terminal():
+        return lambda: ({}, "")
+    if isinstance(cluster, DaskCluster):
+        client = stack.enter_context(cluster.get_client(timeout=10))
+
+        def dask() -> tuple[dict[str, tuple[str, str]], str]:
+            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            found = {
+                str(w["name"]): (f"{w['metrics']['cpu']:.0f}%", megabytes(w["metrics"]["memory"])) for w in workers
+            }
+            threads = sum(w["nthreads"] for w in workers)
+            running = sum(w["metrics"].get("task_counts", {}).get("executing", 0) for w in workers)
+            return found, f"{threads} threads, {running} tasks running"
+
+        return dask
+    if isinstance(cluster, HyperoptCluster):
+
+        def hyperopt() -> tuple[dict[str, tuple[str, str]], str]:
+            return {}, str(cluster.progress())
+
+        return hyperopt
+    return lambda: ({}, "")
+
+
+def _all_workers(client: Client) -> list[dict[str, Any]]:
+    try:
+        info = client.scheduler_info(n_workers=-1)
+    except TypeError:  # before 2025.4 it had all workers anyway
+        info = client.scheduler_info()
+    return list(info["workers"].values())
+
+
+def _view(cluster: MasterWorkerCluster, details: Details) -> RenderableType:
+    try:
+        found, line = details()
+    except Exception as error:  # noqa: BLE001  (what is shown beside the table must not end the cluster)
+        found, line = {}, f"not known: {error}"
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("WORKER", "HOST", "STATE", "RESTARTS", "PID", "CPU", "MEMORY"):
+        table.add_column(name, justify="left" if name in ("WORKER", "HOST", "STATE") else "right", no_wrap=True)
+    for worker in cluster.workers:
+        name = worker.name.rpartition(" ")[2]
+        cpu, memory = found.get(name, ("", ""))
+        state = Text(worker.state, style=_STYLES.get(worker.state, "yellow"))
+        table.add_row(name, worker.host, state, str(worker.restarts), str(worker.pid or ""), cpu, memory)
+    problems = [_problem(worker) for worker in cluster.workers if worker.state == "failed"]
+    return Group(Text(), table, *problems, Text(printable(line), style="dim"))
+
+
+def _problem(worker: ProcessStatus) -> Text:
+    return Text(f"{worker.name} on {worker.host}: {printable(worker.problem)}", style="red")
