@@ -13,12 +13,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from lazycluster._views.cells import megabytes
 from lazycluster.cluster.dask_cluster import DaskCluster
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
 
 from .console import is_terminal, output, printable
-from .machines import megabytes
 
 if TYPE_CHECKING:
     from distributed import Client
