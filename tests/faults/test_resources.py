@@ -133,7 +133,7 @@ def test_places_where_no_program_may_run(make_hosts: Any, monkeypatch: pytest.Mo
 
 _MANY = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
 from lazycluster import RuntimeGroup
 from lazycluster.runtimes import LocalRuntime, Runtime
 runtimes, error = [], None
@@ -145,9 +145,6 @@ except Exception as raised:
 print(len(runtimes), type(error).__name__, str(error).replace("\\n", " "), flush=True)
 runtimes.pop().cleanup()
 print(runtimes[0].call(sum, [1, 2]), runtimes[-1].call(sum, [3, 4]), flush=True)
-for runtime in runtimes:
-    runtime.cleanup()
-print("clean", flush=True)
 """
 
 
@@ -159,10 +156,11 @@ def test_a_manager_with_few_descriptors(hosts: Any) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr
     count, kind, said = lines[0].split(" ", 2)
-    assert int(count) >= 25, lines[0]
+    assert int(count) >= 10, lines[0]
     assert kind == "InvalidRuntimeError"
     assert "open files" in said and "ulimit -n" in said
-    assert lines[1:] == ["3 7", "clean"]
+    assert lines[1:] == ["3 7"]
+    assert done.stderr == ""
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_nothing_can_be_reached_over_the_network(cluster: DaskCluster, module_ho
     assert len(found) == 1  # so whoever listens is found in this way
 
 
-def test_all_listen_onloopback(cluster: DaskCluster, module_hosts: Any) -> None:
+def test_all_listen_on_loopback(cluster: DaskCluster, module_hosts: Any) -> None:
     for pid, allowed in (("self", set()), *((host.pid, {host.port}) for host in module_hosts[:2])):
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
