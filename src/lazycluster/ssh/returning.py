@@ -168,7 +168,7 @@ class ReturningConnection(Connection, abc.ABC):
         except Exception as error:  # noqa: BLE001  (whatever it is, all that waits here must be told)
             detail = "" if isinstance(error, asyncio.TimeoutError) else f": {getattr(error, 'detail', error)}"
             told = f"{why}; and it could not be reached again within {loop.time() - since:.0f} s{detail}"
-            logger.error("%s: the connection is lost: %s", self.host, told)
+            logger.error("%s: the connection was lost: %s", self.host, told)
             await self._lost(told)
         else:
             logger.info("%s: the link is back after %.1f s", self.host, loop.time() - since)

@@ -203,7 +203,9 @@ class RuntimeTask(Recipe, Shown):
         self._execution.raise_once()
 
     def _too_long(self, timeout: float | None) -> str:
-        return f"task {self.name!r} on {self.host} has not ended within {timeout} s"
+        connection = self._started().context.connection
+        waiting = f"; the link to it is interrupted: {connection.why}" if connection.state == "interrupted" else ""
+        return f"task {self.name!r} on {self.host} has not ended within {timeout} s{waiting}"
 
     def cancel(self) -> bool:
         """Ask for the end of all that the task runs on the host: interrupted first, then terminated, then killed.
