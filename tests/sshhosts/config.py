@@ -55,7 +55,7 @@ def host_spec(layout: dict[str, Any], name: str, options: Options, *, inner: boo
         "tools": options.interpreter is None,
         "shared_home": f"{layout['directory']}/home" if options.shared_home else "",
         "users": [_user(account, uid, options) for account, uid in {"root": 0, **accounts}.items()],
-        "files": _files(layout, name, options, accounts),
+        "files": _files(layout, name, options, accounts, inner=inner),
     }
 
 
@@ -84,7 +84,9 @@ def _user(name: str, uid: int, options: Options) -> dict[str, Any]:
     }
 
 
-def _files(layout: dict[str, Any], name: str, options: Options, accounts: dict[str, int]) -> dict[str, Any]:
+def _files(
+    layout: dict[str, Any], name: str, options: Options, accounts: dict[str, int], *, inner: bool
+) -> dict[str, Any]:
     directory = Path(layout["directory"])
     passwd = [f"root:x:0:0:root:/root:{options.shell_path if options.user == 'root' else '/bin/bash'}"]
     group = ["root:x:0:"]
@@ -96,7 +98,8 @@ def _files(layout: dict[str, Any], name: str, options: Options, accounts: dict[s
         shadow.append(f"{account}:{PASSWORD_HASH}:19000:0:99999:7:::")
     system = [line for line in Path("/etc/passwd").read_text().splitlines() if _is_system(line)]
     groups = [line for line in Path("/etc/group").read_text().splitlines() if _is_system(line)]
-    addresses = {host: f"198.{19 if options.bastion else 18}.SUBNET.{n + 10}" for n, host in enumerate(layout["names"])}
+    behind = options.bastion or inner  # the bastion, too, has to find those that are behind it
+    addresses = {host: f"198.{19 if behind else 18}.SUBNET.{n + 10}" for n, host in enumerate(layout["names"])}
     names = [f"{address} {host}" for host, address in addresses.items()]
     own = addresses.get(name, "198.18.SUBNET.2")
     return {
