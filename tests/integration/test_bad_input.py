@@ -189,7 +189,8 @@ def test_environment_variables_that_are_none(hosts):
 
 def test_a_lost_host_is_given_no_more_tasks(make_hosts):
     hosts = make_hosts(2)
-    with RuntimeGroup(hosts=["host1", "host2"], **kwargs(hosts)) as group:
+    settings = {"connection_kwargs": {"config_file": hosts.config_file, "grace": 0}}
+    with RuntimeGroup(hosts=["host1", "host2"], **settings) as group:
         lost = group.execute_task(RuntimeTask("lost").run_command("sleep 100"), host="host1")
         hosts[0].run("pkill -9 -u lazy sshd")
         with pytest.raises(TaskExecutionError, match=r"(?s)host1: the connection was lost.*Next step"):

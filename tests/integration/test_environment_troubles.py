@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lazycluster import EnvironmentSpec, Runtime
-from lazycluster.exceptions import EnvironmentBuildError, LazyclusterError
+from lazycluster.exceptions import EnvironmentBuildError
 from wheelhouse import Index
 
 pytest.importorskip("uv")
@@ -158,9 +158,7 @@ def test_a_link_that_is_lost_while_it_is_made(make_hosts: Any, index: Index) -> 
         for session in host.sessions():
             os.kill(session.pid, signal.SIGKILL)
         index.gate.set()
-        with pytest.raises(LazyclusterError, match="host1"):
-            future.result(60)
-    with _connect(host, ["alpha", "beta"]) as runtime:
+        future.result(60)  # the link is made again, and the work goes on
         assert runtime.call(_version, "beta") == "1.0"
     assert len(_complete(host)) == 1
 
