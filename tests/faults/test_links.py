@@ -388,7 +388,7 @@ def test_a_copy_goes_on_where_it_was(hosts: Any, tmp_path: Path) -> None:
     """A file that is complete is not sent again, and every one arrives as it is."""
     source, back = tmp_path / "source", tmp_path / "back"
     source.mkdir()
-    sizes = [3_000_000] * 20 + [200_000_000]
+    sizes = [3_000_000] * 20 + [60_000_000]
     for number, size in enumerate(sizes):
         with (source / f"file{number:02}").open("wb") as file:
             file.write(os.urandom(1000) * (size // 1000))
@@ -408,6 +408,34 @@ def test_a_copy_goes_on_where_it_was(hosts: Any, tmp_path: Path) -> None:
     for copied in (there, back):
         assert {path.name: _digest(path) for path in copied.iterdir()} == {p.name: _digest(p) for p in source.iterdir()}
     subprocess.run(["rm", "-r", there], check=True)
+
+
+def test_a_large_file_goes_on_where_it_was(hosts: Any, tmp_path: Path) -> None:
+    """What has come of it is not sent once more, in either direction, and the whole is right."""
+    size = 1 << 28
+    source, back = tmp_path / "source", tmp_path / "back"
+    with source.open("wb") as file:
+        for number in range(size >> 20):
+            file.write(number.to_bytes(4, "big") * (1 << 18))
+    table = Path(f"/proc/{hosts[0].pid}/net/dev")
+
+    def moved(column: int) -> int:
+        return sum(int(line.split()[column]) for line in table.read_text().splitlines() if "eth" in line)
+
+    with connect(hosts) as runtime:
+        for task, column in (
+            (RuntimeTask("send").send_file(str(source), "~/large"), 1),
+            (RuntimeTask("get").get_file("~/large", str(back)), 9),
+        ):
+            states, before = States(runtime), moved(column)
+            running = runtime.execute_task(task)
+            _until(lambda: moved(column) - before > size // 2, "half of it")  # noqa: B023
+            kill_ssh(hosts[0], runtime)
+            states.wait_for("interrupted", "open")
+            running.join()
+            assert moved(column) - before < 1.4 * size
+    assert _digest(hosts[0].path("~/large")) == _digest(source) == _digest(back)
+    hosts[0].path("~/large").unlink()
 
 
 def _files(path: Path) -> list[Path]:

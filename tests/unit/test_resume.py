@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazycluster.agent import logout, wire
+from lazycluster.agent.parts import Part, Parts, received
 from lazycluster.agent.session import Channel, Session
 from lazycluster.agent.spool import Spool
 from lazycluster.ssh.link import AgentLink
@@ -395,3 +396,55 @@ def test_without_a_session_of_logind_nothing_is_ended_at_logout(
     (tmp_path / "etc/systemd").mkdir(parents=True)
     (tmp_path / "etc/systemd/logind.conf").write_text("KillUserProcesses=yes\n")
     assert logout.kills_at_logout(str(tmp_path)) == ""
+
+
+# --- files that are not complete ------------------------------------------------------------------
+def unnamed(directory: Path, data: bytes) -> int:
+    fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+    os.write(fd, data)
+    return fd
+
+
+def test_a_part_is_taken_up_by_one_and_only_while_it_has_no_name(tmp_path: Path) -> None:
+    first, second = Parts(), Parts()
+    fd = unnamed(tmp_path, b"x" * 100)
+    part = Part(b"/to/file", 1000, 5, fd, 100, 7)
+    first.put(part)
+    second.put(part._replace(fd=os.dup(fd)))
+    assert first.take(b"/to/file", 1000, 6) is None
+    assert first.take(b"/to/other", 1000, 5) is None
+    taken = first.take(b"/to/file", 1000, 5)
+    assert taken is not None
+    assert taken[:3] == part[:3]
+    assert second.take(b"/to/file", 1000, 5) is None  # another process has it
+    third = Parts()
+    third.put(taken._replace(fd=os.dup(taken.fd)))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    os.link(f"/proc/self/fd/{taken.fd}", "file", dst_dir_fd=folder)  # with it, links are followed
+    os.close(folder)
+    os.close(taken.fd)
+    assert third.take(b"/to/file", 1000, 5) is None  # it is somebody's file by now
+    assert (tmp_path / "file").read_bytes() == b"x" * 100
+
+
+def test_parts_are_handed_over_and_only_the_latest_few_are_kept(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    parts, heir = Parts(), Parts()
+    for number in range(10):
+        parts.put(Part(b"/caf\xe9%d" % number, 10, 20, unnamed(tmp_path, b"abc"), 3, number))
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            parts.hand_over(theirs)
+        while part := received(ours):
+            heir.put(part)
+    parts.close()
+    assert len(heir.descriptors) == 4
+    taken = heir.take(b"/caf\xe99", 10, 20)
+    assert taken is not None
+    assert os.pread(taken.fd, 10, 0) == b"abc"
+    os.close(taken.fd)
+    heir.close()
+    heir.put(Part(b"/late", 1, 2, unnamed(tmp_path, b"x"), 1, 0))
+    assert heir.descriptors == []
+    assert set(os.listdir("/proc/self/fd")) <= before

@@ -9,15 +9,22 @@ import stat
 from typing import Any, Dict, Mapping, NoReturn, Optional, Tuple
 
 from .expand import absolute, expand, home
+from .parts import Parts
 from .receiver import Receiver
 from .sender import Sender, what_is
 from .stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
 
 
-def serve(incoming: int, outgoing: int) -> None:
+def serve(incoming: int, outgoing: int, parts: Optional[Parts] = None, heir: Any = None) -> None:
     """Do the copies that are asked for, one after the other, until the stream ends.
 
     Unfinished files are removed when it ends in the middle of a copy, and when this process is told to end.
+
+    Args:
+        incoming: Descriptor to read from.
+        outgoing: Descriptor to write to; may be the same.
+        parts: What earlier copies have left unfinished.
+        heir: Is given what the copies of this process leave unfinished when the stream ends.
     """
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _end)
@@ -28,24 +35,25 @@ def serve(incoming: int, outgoing: int) -> None:
             if stream.header() != REQUEST:
                 return
             try:
-                handle(stream, stream.message())
+                handle(stream, stream.message(), parts)
             except CopyError:
                 pass  # the manager knows it
     except StreamClosedError:
-        return
+        if parts is not None and heir is not None:
+            parts.hand_over(heir)
 
 
 def _end(number: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def handle(stream: Stream, request: Dict[str, Any]) -> None:
+def handle(stream: Stream, request: Dict[str, Any], parts: Optional[Parts] = None) -> None:
     """Do one copy."""
     env: Mapping[str, str] = request.get("env") or {}
     cwd = raw(request.get("cwd") or "")
     path = None if request.get("path") is None else raw(request["path"])
     if request["op"] == "send":
-        Receiver(stream, lambda folder, name: destination(path, cwd, env, folder, name), Tally()).run()
+        Receiver(stream, lambda folder, name: destination(path, cwd, env, folder, name), Tally(), parts).run()
     else:
         exclude = [raw(pattern) for pattern in request.get("exclude") or ()]
         Sender(stream, lambda: source(path or b"", cwd, env), Tally(), exclude).run()

@@ -85,6 +85,7 @@ class Presence:
 
     Attributes:
         session: The session, once it has begun.
+        grace: For how many seconds the manager may be away.
     """
 
     def __init__(self, agent: "Agent", local: bool) -> None:
@@ -94,7 +95,7 @@ class Presence:
         self._line: Optional[Line] = None
         self._heard = time.monotonic()
         self._secret = b""
-        self._grace = 0.0
+        self.grace = 0.0
         self._limit = 10.0
         self._attempts = 0
         self._alone = False
@@ -118,13 +119,13 @@ class Presence:
             refusal = kills_at_logout()
         if not refusal and params["grace"] > 0:
             self._secret = bytes.fromhex(params["id"])
-            self._grace = max(float(params["grace"]), float(params["silence"]))
+            self.grace = max(float(params["grace"]), float(params["silence"]))
             self._limit = float(params["silence"])
             if self.session is not None:
                 self.session.keep()
             self._timer.cancel()
             self._look()
-        channel.result(grace=self._grace, refusal=refusal)
+        channel.result(grace=self.grace, refusal=refusal)
 
     def go_alone(self) -> None:
         """Do not depend on a manager any more: neither its silence nor its end matters."""
@@ -140,13 +141,13 @@ class Presence:
 
     def _look(self) -> None:
         quiet = time.monotonic() - self._heard
-        if quiet >= (self._grace or SILENCE_LIMIT - 1.0):
+        if quiet >= (self.grace or SILENCE_LIMIT - 1.0):
             self._agent.end()
             return
         session = self.session
-        if self._grace and quiet >= self._limit and session is not None and session.attached and not session.silent:
+        if self.grace and quiet >= self._limit and session is not None and session.attached and not session.silent:
             session.fall_silent()
-        self._timer = self._agent.loop.call_later(self._limit / 2 if self._grace else SILENCE_LIMIT, self._look)
+        self._timer = self._agent.loop.call_later(self._limit / 2 if self.grace else SILENCE_LIMIT, self._look)
 
     # --- loss ----------------------------------------------------------------------------------
     def streams_ended(self, session: Session, error: Optional[Exception]) -> None:
@@ -155,7 +156,7 @@ class Presence:
         if self._alone:
             self._interrupted()
             return
-        if self._local or not self._grace or isinstance(error, ProtocolError):
+        if self._local or not self.grace or isinstance(error, ProtocolError):
             self._agent.end()
             return
         line, since = self._line, time.monotonic()

@@ -11,15 +11,18 @@ import zlib
 from collections import deque
 from typing import Any, Callable, Deque, List, NamedTuple, Optional, Tuple
 
-from .sender import COMPARE, NOT_WANTED, WANTED, digest, identity, what_is
+from .parts import WORTH_IT, Part, Parts
+from .sender import COMPARE, NOT_WANTED, RESUME, WANTED, digest, identity, what_is
 from .stream import (
     ABORT,
     BATCH,
+    BEGINNING,
     DATA,
     DONE,
     END,
     ENTRIES,
     ERROR,
+    FROM,
     LAST,
     LISTED,
     NEED,
@@ -44,6 +47,8 @@ _PLACE = Callable[[bool, bytes], Tuple[bytes, Optional[bytes], bool]]
 class _Wanted(NamedTuple):
     name: bytes
     size: int
+    mtime: int
+    part: Optional[Part]
 
 
 class Receiver:
@@ -54,12 +59,14 @@ class Receiver:
         place: Told whether it is a folder, and its name, makes the directory that it goes to; returns its path, the
             name that a file gets in it, and whether the directory was made for this copy.
         tally: Counts what is done.
+        parts: What earlier tries have left; takes what this one leaves.
     """
 
-    def __init__(self, stream: Stream, place: _PLACE, tally: Tally) -> None:
+    def __init__(self, stream: Stream, place: _PLACE, tally: Tally, parts: Optional[Parts] = None) -> None:
         self._stream = stream
         self._place = place
         self._tally = tally
+        self._parts = parts
         self._tree: Optional[Tree] = None
         self._file_name: Optional[bytes] = None
         self._made = False
@@ -79,6 +86,9 @@ class Receiver:
             try:
                 path = self._receive()
                 self._stream.put_json(DONE, {"path": text(path)})
+            except StreamClosedError:
+                self._keep_part()
+                raise
             finally:
                 self._release()
         except CopyError as error:
@@ -97,7 +107,18 @@ class Receiver:
         except StreamClosedError:
             pass  # what the copy has come to is known here; the next use of the stream tells that it is gone
 
+    def _keep_part(self) -> None:
+        if self._part is None or self._parts is None or self._size < WORTH_IT:
+            return
+        fd, wanted = self._part.given_up(), self._wanted[0]
+        if fd >= 0:
+            whole = self._tree_there().whole(wanted.name)
+            self._parts.put(Part(whole, wanted.size, wanted.mtime, fd, self._size, self._checksum))
+
     def _release(self) -> None:
+        for wanted in self._wanted:
+            if wanted.part is not None and self._parts is not None:
+                self._parts.put(wanted.part)
         if self._part is not None:
             self._part.discard()
         if self._tree is not None:
@@ -108,7 +129,14 @@ class Receiver:
             self._tree.close()
 
     def _receive(self) -> bytes:
-        frames = {ENTRIES: self._entries, DATA: self._data, LAST: self._last, SAME: self._same, LISTED: self._listed}
+        frames = {
+            ENTRIES: self._entries,
+            FROM: self._from,
+            DATA: self._data,
+            LAST: self._last,
+            SAME: self._same,
+            LISTED: self._listed,
+        }
         stream = self._stream
         while True:
             kind = stream.header()
@@ -172,7 +200,10 @@ class Receiver:
                 self._tally.moved(size)
                 self._tally.file(False)
             else:
-                self._wanted.append(_Wanted(name, size))
+                part = self._parts.take(tree.whole(name), size, mtime) if need[0] == WANTED and self._parts else None
+                if part is not None:
+                    need = bytes([RESUME]) + BEGINNING.pack(part.done, part.checksum)
+                self._wanted.append(_Wanted(name, size, mtime, part))
             answer += need
         elif kind == "l":
             tree.link(name, raw(entry[3]), mtime)
@@ -182,6 +213,24 @@ class Receiver:
             tree.folder(name, int(entry[3]), mtime)
         elif self._made:
             tree.settle_root(int(entry[3]), mtime)
+
+    def _from(self) -> None:
+        self._between_files()
+        start, wanted = int.from_bytes(self._stream.payload(), "big"), self._wanted[0]
+        part = wanted.part
+        if part is None or start not in (0, part.done):
+            raise StreamClosedError("an unexpected frame")
+        if not start:
+            return
+        self._wanted[0] = wanted._replace(part=None)
+        try:
+            directory, last = self._tree_there().parent(wanted.name)
+            self._part = PartFile.taken_up(directory, last, part.fd, part.done)
+        except OSError as error:
+            os.close(part.fd)
+            raise self._failed(error) from error
+        self._checksum, self._size = part.checksum, part.done
+        self._tally.moved(start)
 
     def _data(self) -> None:
         if self._part is None:
@@ -234,8 +283,12 @@ class Receiver:
 
     # --- files ---------------------------------------------------------------------------------
     def _begin(self) -> None:
-        name = self._wanted[0].name
+        wanted = self._wanted[0]
+        name = wanted.name
         self._checksum = self._size = 0
+        if wanted.part is not None:  # the sender has not taken it up
+            self._wanted[0] = wanted._replace(part=None)
+            os.close(wanted.part.fd)
         try:
             tree = self._tree_there()
             directory, last = tree.parent(name)

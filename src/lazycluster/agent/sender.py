@@ -14,11 +14,13 @@ from .stream import (
     ABORT,
     BATCH,
     BATCH_TEXT,
+    BEGINNING,
     DATA,
     DONE,
     END,
     ENTRIES,
     ERROR,
+    FROM,
     LAST,
     LISTED,
     NEED,
@@ -35,7 +37,7 @@ from .stream import (
 )
 
 DIGEST_SIZE = 16
-WANTED, NOT_WANTED, COMPARE = 1, 0, 2
+WANTED, NOT_WANTED, COMPARE, RESUME = 1, 0, 2, 3
 
 _MOST_LEFT_OUT = 100
 _FIRST_BATCH = 48
@@ -233,6 +235,10 @@ class Sender:
             if need == COMPARE:
                 theirs = needs[at : at + DIGEST_SIZE]
                 at += DIGEST_SIZE
+            there = None
+            if need == RESUME:
+                there = BEGINNING.unpack_from(needs, at)
+                at += BEGINNING.size
             if need == NOT_WANTED:
                 self._tally.moved(size)
                 self._tally.file(False)
@@ -240,13 +246,15 @@ class Sender:
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
-                    self._send_file(fd, path, theirs if need == COMPARE else None)
+                    self._send_file(fd, path, theirs if need == COMPARE else None, there)
                 finally:
                     os.close(fd)
             except OSError as error:
                 raise CopyError.of(path, error) from error
 
-    def _send_file(self, fd: int, path: bytes, theirs: Optional[bytes]) -> None:
+    def _send_file(
+        self, fd: int, path: bytes, theirs: Optional[bytes], there: Optional[Tuple[int, int]] = None
+    ) -> None:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode):
             raise CopyError(path, "was replaced by something that is no file while it was being sent")
@@ -255,8 +263,14 @@ class Sender:
         if same:
             self._tally.moved(before.st_size)
         else:
-            os.lseek(fd, 0, os.SEEK_SET)
-            checksum = self._send_data(fd, before.st_size)
+            start = 0
+            if there is not None:
+                start = there[0] if there[0] <= before.st_size and _begins_with(fd, *there) else 0
+                checksum = there[1] if start else 0
+                self._stream.put(FROM, start.to_bytes(8, "big"))
+                self._tally.moved(start)
+            os.lseek(fd, start, os.SEEK_SET)
+            checksum = self._send_data(fd, before.st_size - start, checksum)
         after = os.fstat(fd)
         if after.st_size != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
             raise CopyError(path, "changed while it was being sent")
@@ -264,9 +278,8 @@ class Sender:
         self._stream.put(SAME if same else LAST, summary)
         self._tally.file(not same)
 
-    def _send_data(self, fd: int, left: int) -> int:
+    def _send_data(self, fd: int, left: int, checksum: int) -> int:
         stream = self._stream
-        checksum = 0
         while left:
             room = stream.room(left)
             count = os.readv(fd, [room])
@@ -279,6 +292,20 @@ class Sender:
             while stream.readable():
                 self._take()
         return checksum
+
+
+def _begins_with(fd: int, count: int, checksum: int) -> bool:
+    """Whether the first bytes of a file have a checksum."""
+    block = memoryview(bytearray(256 * 1024))
+    os.lseek(fd, 0, os.SEEK_SET)
+    found = 0
+    while count:
+        read = os.readv(fd, [block[:count]])
+        if not read:
+            return False
+        found = zlib.crc32(block[:read], found)
+        count -= read
+    return found == checksum
 
 
 def _entry(name: bytes, inode: os.stat_result) -> List[Any]:

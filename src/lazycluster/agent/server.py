@@ -72,6 +72,7 @@ class Agent:
         self._alive_fd = alive
         self.ending = False
         self._presence = Presence(self, local)
+        self._parts: Any = None  # what copies have left unfinished
         self._orderly = False
         listener.setblocking(False)
         self.loop.add_reader(listener.fileno(), self._accept)
@@ -137,21 +138,41 @@ class Agent:
     def _serve_bulk(self, connection: socket.socket, fds: List[int]) -> None:
         """Have a process of its own serve copies on the streams of another ssh session."""
         from . import files
+        from .parts import Parts
 
+        self._parts = self._parts or Parts()
+        ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
             _become_plain()
             status = 1
             try:
                 os.setsid()
-                _close_all_but(fds)
-                files.serve(fds[0], fds[-1])
+                _close_all_but([*fds, theirs.fileno(), *self._parts.descriptors])
+                files.serve(fds[0], fds[-1], self._parts, theirs)
                 status = 0
             finally:
                 os._exit(status)
         for fd in fds:
             os.close(fd)
+        theirs.close()
+        self.loop.add_reader(ours.fileno(), lambda: self._inherit(ours))
         self.loop.on_exit(pid, lambda _: connection.close())
+
+    def _inherit(self, connection: socket.socket) -> None:
+        """Keep what a process could not finish whose link has dropped, for the one that comes after it."""
+        from .parts import received
+
+        try:
+            part = received(connection)
+        except (OSError, ValueError):
+            part = None
+        if part is None:
+            self.loop.remove_reader(connection.fileno())
+            connection.close()
+            return
+        self._parts.put(part)
+        self.loop.call_later(self._presence.grace, lambda: self._parts.drop(part))
 
     # --- requests ------------------------------------------------------------------------------
     def handle(self, channel: Channel) -> None:

@@ -6,8 +6,10 @@ A copy has a sender and a receiver; the manager asks for it and is one of the tw
     sender    START                   file or folder, its name
     receiver  READY                   the destination exists
     sender    ENTRIES                 a batch of what there is: folders, links, files with size and time
-    receiver  NEED                    per file of the batch: wanted, not wanted, or only if its digest differs
-    sender    DATA* LAST | SAME       the wanted files in their order; LAST carries size and checksum
+    receiver  NEED                    per file of the batch: wanted, not wanted, only if its digest differs, or from
+                                      where on, with the checksum of what is there
+    sender    FROM? DATA* LAST | SAME the wanted files in their order; FROM says from where on, if that was asked; LAST
+                                      carries size and checksum of the whole
     sender    LISTED, END             all is listed (sizes are known); all is sent
     receiver  DONE                    the last frame of every copy
     receiver  ERROR, sender ABORT     what fails is told by a frame, ABORT follows an ERROR, DONE an ABORT
@@ -26,7 +28,7 @@ import struct
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
-REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT = range(1, 14)
+REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM = range(1, 15)
 
 #: How many entries a batch has, and how many batches may be unanswered: the answers must fit into 64 KiB.
 BATCH = 768
@@ -36,6 +38,9 @@ BATCH_TEXT = 512 * 1024
 
 #: What LAST carries: size, checksum, mode, modification time in nanoseconds.
 SUMMARY = struct.Struct("!QIIq")
+
+#: What says how much of a file is there: the bytes, and their checksum.
+BEGINNING = struct.Struct("!QI")
 
 _HEADER = struct.Struct("!BI")
 _OUT = 256 * 1024

@@ -70,6 +70,22 @@ class PartFile:
         self.fd = os.open(part, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
         self._part = part
 
+    @classmethod
+    def taken_up(cls, directory: int, name: bytes, fd: int, size: int) -> "PartFile":
+        """Go on with a file without a name, which has so many bytes that count."""
+        os.ftruncate(fd, size)
+        os.lseek(fd, size, os.SEEK_SET)
+        part = cls.__new__(cls)
+        part._directory, part._name, part._part, part.fd = directory, name, None, fd
+        return part
+
+    def given_up(self) -> int:
+        """Return the file's descriptor, for another to go on with it; -1 if it has a name."""
+        if self._part is not None:
+            return -1
+        fd, self.fd = self.fd, -1
+        return fd
+
     def write(self, data: memoryview) -> None:
         """Append bytes."""
         while data:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazycluster.agent.files import destination, source
+from lazycluster.agent.parts import Parts
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
 from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
@@ -190,9 +191,13 @@ async def get(
         return destination(local, here, {}, folder, asked if plain else name, chosen=not plain and name != asked)
 
     def copy(stream: Stream, tally: Tally) -> str:
-        return os.fsdecode(Receiver(stream, place, tally).run())
+        return os.fsdecode(Receiver(stream, place, tally, parts).run())
 
-    return await _Copy(connection, request, copy, remote, progress).run()
+    parts = Parts()
+    try:
+        return await _Copy(connection, request, copy, remote, progress).run()
+    finally:
+        parts.close()
 
 
 def _local(path: str | os.PathLike[str], name: str) -> bytes:
