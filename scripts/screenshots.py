@@ -17,7 +17,7 @@ from rich.terminal_theme import DIMMED_MONOKAI
 from sshhosts import Hosts
 
 PICTURES = Path(__file__).parent.parent / "docs" / "screenshots"
-WIDTH = 104
+WIDTH = 110
 # Name of the picture -> what is run.
 COMMANDS = {
     "list-runtimes": ["list-runtimes", "-l", "-w", "host[1-3],host9"],

@@ -48,22 +48,23 @@ def command_line() -> str:
     """Return the reference of the command line as Markdown, made of what `--help` prints."""
     from lazycluster.cli.app import cli
 
-    root = click.Context(cli, info_name="lazycluster", max_content_width=88, terminal_width=88)
+    root = click.Context(
+        cli, info_name="lazycluster", help_option_names=["-h", "--help"], max_content_width=80, terminal_width=80
+    )
     parts = [
-        "# Command line\n\nWhat `--help` prints; `pip install lazycluster` installs it. "
-        "See [the tutorials](../tutorials/first-cluster.md) for how to use it.\n",
+        "# Command line\n\nWhat `--help` prints. See [the tutorials](../tutorials/first-cluster.md) for how to use it.\n",
         _help("lazycluster", cli, root),
     ]
     for name in cli.list_commands(root):
         command = cli.get_command(root, name)
         assert command is not None
-        context = click.Context(command, info_name=name, parent=root, max_content_width=88, terminal_width=88)
+        context = click.Context(command, info_name=name, parent=root, max_content_width=80, terminal_width=80)
         parts.append(_help(f"lazycluster {name}", command, context))
         if isinstance(command, click.Group):
             for inner in command.list_commands(context):
                 below = command.get_command(context, inner)
                 assert below is not None
-                nested = click.Context(below, info_name=inner, parent=context, max_content_width=88, terminal_width=88)
+                nested = click.Context(below, info_name=inner, parent=context, max_content_width=80, terminal_width=80)
                 parts.append(_help(f"lazycluster {name} {inner}", below, nested))
     return "\n".join(parts)
 
