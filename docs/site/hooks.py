@@ -52,7 +52,7 @@ def command_line() -> str:
         cli, info_name="lazycluster", help_option_names=["-h", "--help"], max_content_width=80, terminal_width=80
     )
     parts = [
-        "# Command line\n\nWhat `--help` prints. See [the tutorials](../tutorials/first-cluster.md) for how to use it.\n",
+        "# Command line\n\nWhat `--help` prints. See also [the tutorials](../tutorials/first-cluster.md).\n",
         _help("lazycluster", cli, root),
     ]
     for name in cli.list_commands(root):
