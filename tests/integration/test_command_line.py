@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -203,6 +206,31 @@ def test_list_runtimes(make_hosts: Any) -> None:
     assert second["reason"]
 
 
+def test_the_live_view(hosts: Any) -> None:
+    process = start(hosts, "run", "-w", "host1", "--", "echo up; exec sleep 600")
+    assert process.stdout
+    assert process.stdout.readline() == "host1: up\n"
+    own, theirs = pty.openpty()
+    try:
+        argv = [sys.executable, "-m", "lazycluster", "list-runtimes", "--watch", "--config", str(hosts.config_file)]
+        env = {**os.environ, "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
+        view = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
+        os.close(theirs)
+        seen = ""
+        # host1 has one task, and some share of its processors is busy.
+        while not re.search(r"host1 +active +\d+% +\S+ +\S+ +1 +0", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen)):
+            seen += os.read(own, 65536).decode(errors="replace")
+        view.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while os.read(own, 65536):
+                pass
+        assert view.wait(30) == 130
+    finally:
+        os.close(own)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
 def test_doctor(make_hosts: Any) -> None:
     hosts = make_hosts(1)
     status, out, _ = lazycluster(hosts, "doctor", "--json", "host1")
@@ -320,3 +348,17 @@ def test_help_needs_nothing_heavy() -> None:
         argv = [sys.executable, "-c", program.format(name)]
         loaded = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
         assert not {"asyncio", "rich", "cloudpickle", "lazycluster.runtimes"} & set(loaded), name
+
+
+def test_completion(hosts: Any) -> None:
+    def complete(words: str) -> list[str]:
+        env = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_LAZYCLUSTER_COMPLETE": "bash_complete"}
+        argv = [sys.executable, "-m", "lazycluster"]
+        done = subprocess.run(argv, env={**os.environ, **env}, capture_output=True, text=True, check=True)
+        return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+    assert complete("lazycluster add") == ["add-runtime"]
+    assert complete(f"lazycluster run --config {hosts.config_file} -w ho") == ["host1", "host2", "host3"]
+    for shell in ("bash", "zsh", "fish"):
+        argv = [sys.executable, "-m", "lazycluster", "completion", shell]
+        assert "_LAZYCLUSTER_COMPLETE" in subprocess.run(argv, capture_output=True, text=True, check=True).stdout

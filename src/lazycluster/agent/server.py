@@ -49,6 +49,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "pool": ("pools", "pool"),
     "environment": ("environments", "environment"),
     "reachable": ("functions", "reachable"),
+    "activity": ("activity", "activity"),
     "leftovers": ("leftovers", "leftovers"),
 }
 

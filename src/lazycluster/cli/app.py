@@ -20,18 +20,19 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "demo": ("demo:demo", "Show what it does, on this machine or on your hosts."),
     "list-runtimes": ("runtimes:list_runtimes", "Show the hosts: which answer, and what machines they are."),
-    "add-runtime": ("configuration:add_runtime", "Add a host to the ssh configuration."),
-    "delete-runtime": ("configuration:delete_runtime", "Remove a host from the ssh configuration."),
     "doctor": ("doctor:doctor", "Check step by step what a host needs to be usable, and how to mend it."),
     "run": ("run:run", "Run a command or a Python script on many hosts at once."),
     "put": ("copy:put", "Copy files and folders to hosts."),
     "get": ("copy:get", "Copy files and folders from hosts."),
     "start": ("start:start", "Start a Dask or Hyperopt cluster, until Ctrl-C."),
-    "forward": ("ports:forward", "Make a port of a host reachable here, until Ctrl-C."),
-    "env": ("env:env", "Show, make and remove the Python environments that hosts keep."),
     "start-dask": ("start:start_dask", "The same as 'start dask'."),
-    "cleanup": ("cleanup:cleanup", "Remove what a crash has left behind."),
+    "forward": ("ports:forward", "Make a port of a host reachable here, until Ctrl-C."),
     "expose": ("ports:expose", "Make a port of this machine reachable on hosts, until Ctrl-C."),
+    "env": ("env:env", "Show, make and remove the Python environments that hosts keep."),
+    "add-runtime": ("configuration:add_runtime", "Add a host to the ssh configuration."),
+    "delete-runtime": ("configuration:delete_runtime", "Remove a host from the ssh configuration."),
+    "cleanup": ("cleanup:cleanup", "Remove what a crash has left behind."),
+    "completion": ("completion:completion", "Print what makes a shell complete names."),
 }
 
 

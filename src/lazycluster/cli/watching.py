@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lazycluster import _loop
-from lazycluster._views.cells import cells
+from lazycluster._views.cells import cells, number
 from lazycluster.exceptions import LazyclusterError
 
 from .console import output, printable
@@ -26,6 +25,7 @@ __all__ = ["watch"]
 _REFRESH = 2.0
 _GPUS_EVERY = 5  # refreshes: nvidia-smi costs a host more than all the rest
 _RETRY = 10.0
+_RIGHT = ("cores", "load", "cpu", "tasks", "workers")
 
 
 class _Watched:
@@ -36,6 +36,8 @@ class _Watched:
         self.state = "connecting"
         self.why = ""
         self.info: dict[str, Any] = {}
+        self.activity: dict[str, int] = {}
+        self.cpu = ""
 
     async def follow(self, targets: Targets) -> None:
         while True:
@@ -52,13 +54,19 @@ class _Watched:
     async def _ask(self, connection: Connection) -> None:
         for turn in range(1_000_000_000):
             with_gpus = turn % _GPUS_EVERY == 0
-            started = time.perf_counter()
             info = await asyncio.wait_for(connection.request("info", gpus=with_gpus), 30)
             if not with_gpus:
                 info["gpus"] = self.info.get("gpus", [])
-            info["latency"] = time.perf_counter() - started
+            self._note(await asyncio.wait_for(connection.request("activity"), 30))
             self.info, self.state, self.why = info, "active", ""
             await asyncio.sleep(_REFRESH)
+
+    def _note(self, activity: dict[str, int]) -> None:
+        """Take note of what runs there, and how busy the processors were since the last time."""
+        before, self.activity = self.activity, activity
+        passed = activity["total"] - before.get("total", 0)
+        if before and passed > 0:
+            self.cpu = f"{100 * (activity['busy'] - before['busy']) / passed:.0f}%"
 
 
 def watch(targets: Targets, long: bool) -> int:
@@ -86,18 +94,25 @@ def watch(targets: Targets, long: bool) -> int:
 
 def _table(watched: list[_Watched], long: bool) -> Group:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    names = (
-        ["load", "cores", "memory", "disk", "gpus"]
-        if not long
-        else ["os", "cores", "load", "memory", "disk", "python", "gpus"]
-    )
+    names = ["cpu", "memory", "disk", "tasks", "workers"]
+    if any(gpu for one in watched for gpu in one.info.get("gpus") or []):
+        names.insert(1, "gpus")
+    if long:
+        names = ["os", "cores", "load", *names]
     for name in ("host", "state", *names):
-        table.add_column(name.upper(), justify="right" if name in ("cores", "load") else "left", no_wrap=True)
+        table.add_column(name.upper(), justify="right" if name in _RIGHT else "left", no_wrap=True)
     for one in watched:
-        shown = cells(one.info) if one.info else {}
+        shown = {**cells(one.info), "cpu": one.cpu, "gpus": _gpus(one.info)} if one.info else {}
+        shown.update({name: str(one.activity[name]) for name in ("tasks", "workers") if name in one.activity})
         style = {"active": "", "inactive": "red"}.get(one.state, "dim")
         table.add_row(one.host, one.state, *[shown.get(name, "") for name in names], style=style)
     reasons = [
         Text(f"{one.host}: {printable(one.why).partition(chr(10))[0]}", style="red") for one in watched if one.why
     ]
     return Group(table, *reasons)
+
+
+def _gpus(info: dict[str, Any]) -> str:
+    """Return how busy the GPUs are, one after the other."""
+    used = [gpu.get("utilization") for gpu in info.get("gpus") or [] if isinstance(gpu, dict)]
+    return " ".join("?" if share is None else f"{number(share):.0f}%" for share in used) or "-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,7 +68,14 @@ def run(
     if use_stdin and (hosts == ("-",) or getattr(hostfile, "name", "") == "<stdin>"):
         raise click.UsageError("standard input cannot hold both the hosts and the command's input")
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
-    request: dict[str, Any] = {"env": _variables(env), "cwd": cwd, "input": use_stdin, "merge": gather and not as_json}
+    # The mark by which the live view counts it.
+    request: dict[str, Any] = {
+        "task": secrets.token_hex(8),
+        "env": _variables(env),
+        "cwd": cwd,
+        "input": use_stdin,
+        "merge": gather and not as_json,
+    }
     if script is None:
         request.update({"command": command[0]} if len(command) == 1 else {"argv": list(command)})
     out = printer("json" if as_json else "gather" if gather else "lines", chosen.names, not no_label)

@@ -1,0 +1,27 @@
+"""``lazycluster completion``: names of commands, options and hosts in a shell."""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["completion"]
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete commands, options and names of hosts.
+
+    \b
+    Examples, to be put into the shell's start-up file:
+      eval "$(lazycluster completion bash)"                      ~/.bashrc
+      eval "$(lazycluster completion zsh)"                       ~/.zshrc
+      lazycluster completion fish | source                       ~/.config/fish/config.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    from lazycluster.cli.app import cli
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(cli, {}, "lazycluster", "_LAZYCLUSTER_COMPLETE").source())
