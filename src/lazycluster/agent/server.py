@@ -46,7 +46,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "detach": ("detached", "detach"),
     "detached": ("detached", "detached"),
     "relay": ("relay", "relay"),
-    "pool": ("pools", "pool"),
+    "pool": ("poolstart", "pool"),
     "environment": ("environments", "environment"),
     "reachable": ("functions", "reachable"),
     "activity": ("activity", "activity"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import os
-import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,11 +16,11 @@ from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
 from .blobs import Blobs, Sharing
-from .chunks import Answer, Chunk, Failure
+from .chunks import Chunk
 from .crew import Plan
 from .dealer import Dealer
+from .futures import Futures
 from .mapping import MapRun, checked
-from .outcomes import call_name, read
 from .packing import Packed, pack, pack_calls
 from .sameness import Packer
 from .sizes import gpus_of, worker_counts
@@ -91,7 +90,7 @@ class GroupExecutor(concurrent.futures.Executor):
         self._ended = False
         self._runs: weakref.WeakSet[MapRun] = weakref.WeakSet()
         self.at_end: list[Callable[[GroupExecutor], Any]] = []
-        self._futures = _Futures(self._dealer)
+        self._futures = Futures(self._dealer)
         _lifetime.register(self)
 
     @property
@@ -291,125 +290,3 @@ class GroupExecutor(concurrent.futures.Executor):
     def __repr__(self) -> str:
         state = "shut down" if self._shut_down else "open"
         return f"<GroupExecutor on {', '.join(self.hosts)}: {state}>"
-
-
-class _Futures:
-    """The futures of an executor. They are settled in a thread of its own: their callbacks may do anything.
-
-    Args:
-        dealer: Who has the calls run.
-    """
-
-    def __init__(self, dealer: Dealer) -> None:
-        self._dealer = dealer
-        self._lock = threading.Condition()
-        self._open: dict[Chunk, tuple[concurrent.futures.Future[Any], str]] = {}
-        self._arrived: queue.SimpleQueue[tuple[Chunk, Answer | Failure] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def add(self, future: concurrent.futures.Future[Any], name: str, chunk: Chunk) -> None:
-        """Have a chunk run whose result is a future's."""
-        chunk.key = chunk
-        with self._lock:
-            self._open[chunk] = future, name
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._settle_all, name="lazycluster futures", daemon=True)
-                self._thread.start()
-        self._dealer.submit(chunk)
-
-    @property
-    def busy(self) -> bool:
-        """Whether one is not done."""
-        return bool(self._open)
-
-    # --- a sink, on the loop's thread ----------------------------------------------------------
-    def name(self, chunk: Chunk, call: int) -> str:
-        """Return what to call a call in messages."""
-        entry = self._open.get(chunk.key)
-        return call_name(entry[1] if entry else "a call", chunk.packed, call)
-
-    def wanted(self, chunk: Chunk) -> bool:
-        """Tell whether a future that waits was not cancelled."""
-        entry = self._open.get(chunk.key)
-        if entry is None or not entry[0].cancelled():
-            return entry is not None
-        entry[0].set_running_or_notify_cancel()
-        self._forget(chunk)
-        return False
-
-    def begins(self, chunk: Chunk) -> bool:
-        """Learn that a chunk is given to a host; a future that was cancelled before is over then."""
-        entry = self._open.get(chunk.key)
-        if entry is None:
-            return False
-        if entry[0].running():
-            return True
-        if entry[0].set_running_or_notify_cancel():
-            return True
-        self._forget(chunk)
-        return False
-
-    def settle(self, chunk: Chunk, outcome: Answer | Failure) -> None:
-        """Take what came out of a chunk."""
-        self._arrived.put((chunk, outcome))
-
-    # --- in its own thread ---------------------------------------------------------------------
-    def _settle_all(self) -> None:
-        for chunk, outcome in iter(self._arrived.get, None):
-            entry = self._open.get(chunk.key)
-            if entry is not None:
-                future, name = entry
-                good, value = read(outcome, 0, 1, lambda _, name=name: f"{name}()")[0]  # type: ignore[misc]
-                if future.cancelled():
-                    future.set_running_or_notify_cancel()
-                elif good:
-                    future.set_result(value)
-                else:
-                    future.set_exception(value)
-                del future, value, entry
-                self._forget(chunk)
-            del chunk, outcome
-
-    def _forget(self, chunk: Chunk) -> None:
-        with self._lock:
-            if self._open.pop(chunk.key, None) is None:
-                return
-            if not self._open:
-                self._lock.notify_all()
-        self._dealer.release([chunk.blob, *chunk.shared])
-
-    # --- the end -------------------------------------------------------------------------------
-    def cancel_waiting(self) -> None:
-        """Cancel the futures whose calls were not given to a host."""
-        with self._lock:
-            futures = [future for future, _ in self._open.values()]
-        for future in futures:
-            future.cancel()
-        self._dealer.sweep()
-
-    def abort(self, futures: set[concurrent.futures.Future[Any]]) -> None:
-        """Cancel some futures, and end those of their calls that run."""
-        with self._lock:
-            entries = [(chunk, future) for chunk, (future, _) in self._open.items() if future in futures]
-        self._dealer.cancel([chunk for chunk, _ in entries])
-        for chunk, future in entries:
-            future.cancel()
-            self._arrived.put((chunk, Failure(concurrent.futures.CancelledError())))
-
-    def wait(self) -> None:
-        """Wait until all are done."""
-        with self._lock:
-            self._lock.wait_for(lambda: not self._open)
-
-    def close(self) -> None:
-        """Cancel what is not done, and end the thread."""
-        with self._lock:
-            entries, self._open = list(self._open.items()), {}
-        for _, (future, _) in entries:
-            if not future.done() and not future.cancel():
-                future.set_exception(concurrent.futures.CancelledError())
-            elif future.cancelled():
-                future.set_running_or_notify_cancel()
-        self._arrived.put(None)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()

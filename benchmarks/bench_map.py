@@ -1,0 +1,132 @@
+"""Calls spread over hosts, beside execnet where there is something to compare."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import Row, in_turns, settings, ssh_hosts
+
+from lazycluster import RuntimeGroup
+
+MANY, CHUNK = 100_000, 100
+NAPS, NAP = 1000, 0.01
+BOUND = 200_000_000
+_RECEIVED = 1  # column of /proc/net/dev
+
+
+def same(x: int) -> int:
+    return x
+
+
+def nap(_: int) -> None:
+    time.sleep(NAP)
+
+
+def use(data: bytes, index: int) -> int:
+    return data[index]
+
+
+@contextlib.contextmanager
+def grouped(hosts: Any, count: int) -> Iterator[RuntimeGroup]:
+    names = list(hosts.names)[:count]
+    with RuntimeGroup(hosts=names, connection_kwargs=settings(hosts), python=sys.executable) as group:
+        yield group
+
+
+def rows() -> Iterator[Row]:
+    with ssh_hosts(8) as hosts:
+        yield from one_host(hosts)
+        yield from bound_object(hosts)
+        yield from naps(hosts)
+        yield from many(hosts)
+
+
+# --- one host, beside execnet ------------------------------------------------------------------------------
+def one_host(hosts: Any) -> Iterator[Row]:
+    import execnet
+
+    remote = execnet.makegateway(f"ssh=-F {hosts.config_file} {hosts.names[0]}//python={sys.executable}")
+    echo = remote.remote_exec("while True:\n    channel.send(channel.receive())")
+
+    def round_trip() -> None:
+        echo.send(1)
+        assert echo.receive() == 1
+
+    def pipelined() -> None:
+        for number in range(1000):
+            echo.send(number)
+        for _ in range(1000):
+            echo.receive()
+
+    with grouped(hosts, 1) as group, group.executor() as executor:
+
+        def submitted() -> None:
+            for future in [executor.submit(same, number) for number in range(1000)]:
+                future.result()
+
+        def mapped(count: int) -> None:
+            assert list(group.map(same, range(count))) == list(range(count))
+
+        mapped(1000)
+        submitted()
+        times = in_turns(101, ours=lambda: mapped(1), submit=lambda: executor.submit(same, 1).result(), peer=round_trip)
+        ours, submit, peer = (times[name] * 1000 for name in ("ours", "submit", "peer"))
+        met = ours <= 1.2 * peer + 0.5
+        what = "one warm call through group.map"
+        yield Row(what, ours, "ms", "<= 1.2 x + 0.5 ms", "execnet round trip", peer, met, f"submit: {submit:.2f} ms")
+        times = in_turns(9, ours=lambda: mapped(1000), submit=submitted, peer=pipelined)
+        ours, submit, peer = (times[name] * 1000 for name in ("ours", "submit", "peer"))
+        what = "1000 trivial calls on one host, chunks of 1"
+        yield Row(what, ours, "ms", "<= 1.5 x", "execnet", peer, ours <= 1.5 * peer, f"1000 submits: {submit:.0f} ms")
+    remote.exit()
+
+
+# --- many hosts --------------------------------------------------------------------------------------------
+def naps(hosts: Any) -> Iterator[Row]:
+    with grouped(hosts, 8) as group, group.executor(workers_per_host=4) as executor:
+        list(executor.map(nap, range(200)))
+        took = in_turns(5, ours=lambda: list(executor.map(nap, range(NAPS))))["ours"]
+    ideal = NAPS * NAP / 32
+    yield Row(
+        "1000 calls that sleep 10 ms, 8 hosts x 4 workers: ideal time / ours",
+        100 * ideal / took,
+        "%",
+        ">= 90 %",
+        met=ideal / took >= 0.9,
+    )
+
+
+def bound_object(hosts: Any) -> Iterator[Row]:
+    data = os.urandom(BOUND)
+    with grouped(hosts, 2) as group:
+        list(group.map(same, range(10)))
+        before = [_received(host) for host in list(hosts)[:2]]
+        start = time.perf_counter()
+        assert list(group.map(functools.partial(use, data), range(50))) == list(data[:50])
+        took = time.perf_counter() - start
+        sent = max((_received(host) - was) / 1e6 for host, was in zip(list(hosts)[:2], before, strict=True))
+    yield Row("partial(f, 200 MB) over 50 items, 2 hosts: most bytes to a host", sent, "MB", "< 260 MB", met=sent < 260)
+    yield Row("the same: time", took, "s")
+
+
+def _received(host: Any) -> int:
+    lines = Path(f"/proc/{host.pid}/net/dev").read_text().splitlines()[2:]
+    return sum(int(line.replace(":", " ").split()[_RECEIVED]) for line in lines if not line.strip().startswith("lo:"))
+
+
+def many(hosts: Any) -> Iterator[Row]:
+    with grouped(hosts, 4) as group:
+
+        def ours() -> None:
+            assert sum(group.map(same, range(MANY), chunksize=CHUNK)) == sum(range(MANY))
+
+        ours()
+        took = in_turns(5, ours=ours)["ours"]
+    yield Row(f"{MANY:,} trivial calls in chunks of {CHUNK}, 4 hosts", MANY / took / 1000, "k/s")
