@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask
+from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask, _loop
 from lazycluster.exceptions import HostsLostError, LazyclusterError, TaskExecutionError, WorkerLostError
+from lazycluster.pool import crew
 
 
 @pytest.fixture
@@ -88,6 +89,34 @@ def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) 
         with pytest.raises(WorkerLostError, match=r"the host was lost while it ran .*ends_the_host\(5\)") as caught:
             future.result()
     assert sorted(caught.value.hosts) == ["one", "three", "two"]
+
+
+def test_a_host_that_cannot_be_reached_does_not_hold_up_the_rest(
+    group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(crew, "AWAY_PATIENCE", 0.1)
+    connection = group.get_runtime("two").connection
+    agent = connection.hello.pid
+
+    def counted(x: int) -> int:
+        time.sleep(0.02)
+        return x
+
+    def become(state: Any) -> None:
+        _loop.get_loop().call_soon_threadsafe(connection._become, state)
+
+    results = group.map(counted, range(200))
+    got = [next(results) for _ in range(20)]
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        become("interrupted")
+        got += itertools.islice(results, 150)
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    become("open")
+    got += results
+    assert got == list(range(200))
+    assert list(group.map(square, range(100))) == [x * x for x in range(100)]
 
 
 def test_when_no_host_is_left_what_was_lost_is_named(group: RuntimeGroup) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lazycluster.agent.poolwire import (
-    ANSWER,
     BACK,
     BLOB,
     BROKEN,
@@ -28,6 +27,7 @@ from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterE
 from lazycluster.tasks.functions import library_for, resolve_auto
 
 from .chunks import Answer, Chunk
+from .streams import Lines, Stream
 
 if TYPE_CHECKING:
     from lazycluster.ssh.link import Channel
@@ -40,10 +40,12 @@ __all__ = ["Crew", "Plan"]
 _logger = logging.getLogger("lazycluster")
 
 LOOKAHEAD = 0.025  # seconds of work that a host has in stock, so that its workers need not wait for the link
+_WORTH_MOVING = 2 * LOOKAHEAD  # seconds of work that a chunk must be to be taken from one host for another
 _MOST_STOCK = 1024  # chunks
 _BYTES_AHEAD = 32 * 1024 * 1024  # of arguments, or of results to come, beyond what the workers need at once
 _JOINED = 128 * 1024
 _SMOOTH = 0.2
+AWAY_PATIENCE = 5.0  # seconds after which calls of a host that cannot be reached are run elsewhere
 _CLOSE_LIMIT = 15.0  # seconds that a host gets to end its workers
 
 
@@ -57,6 +59,9 @@ class Owner(Protocol):
 
     def died(self, crew: Crew, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
         """Handle the death of a worker under a call."""
+
+    def has_others(self, crew: Crew) -> bool:
+        """Tell whether others can run what a crew has."""
 
     def returned(self, chunks: list[Chunk]) -> None:
         """Take chunks back that were not begun."""
@@ -102,6 +107,7 @@ class Crew:
         duration: Seconds that a chunk takes, None until one has been answered.
         asked_back: Whether it was asked to give chunks back.
         over: Whether it has ended.
+        away: Whether its host cannot be reached at the moment, but may come back.
     """
 
     def __init__(self, owner: Owner, context: Context, plan: Plan) -> None:
@@ -111,10 +117,13 @@ class Crew:
         self.duration: float | None = None
         self.asked_back = False
         self.over = False
+        self.away = False
+        self._elsewhere: list[int] = []  # chunks that were given to others while it was away
+        self._patience: asyncio.TimerHandle | None = None
         self._owner, self._context, self._plan = owner, context, plan
         self._next = 1
         self._channel: Channel | None = None
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._out: list[bytes] = []
         self._wake = asyncio.Event()
         self._closing = False
@@ -122,15 +131,17 @@ class Crew:
         self._bytes = 0
         self._result_size = 0.0
         self._ended = asyncio.Event()
-        self._lines = _Lines(context.host, plan.debug)
+        self._lines = Lines(context.host, plan.debug)
 
     # --- its life ------------------------------------------------------------------------------
     async def run(self, imports: Sequence[str]) -> None:
         """Have workers on the host until it is closed; `imports` are the modules that they will need first."""
         error: LazyclusterError | None = None
         sender: asyncio.Task[None] | None = None
+        forget: Callable[[], None] = lambda: None  # noqa: E731
         try:
             self._channel = await self._open(imports)
+            forget = self._context.connection.on_state(self._on_state)
             sender = asyncio.ensure_future(self._send())
             await self._channel.result()
             if not self._closing:
@@ -143,6 +154,9 @@ class Crew:
         finally:
             self.over = True
             self._ended.set()
+            forget()
+            if self._patience is not None:
+                self._patience.cancel()
             if sender is not None:
                 sender.cancel()
         if error is not None and not self._closing:
@@ -197,9 +211,22 @@ class Crew:
     @property
     def room(self) -> int:
         """How many more chunks it should be given now."""
-        if self.over or not self.workers:
+        if self.over or self.away or not self.workers:
             return 0
         return self._capacity() - len(self.in_flight)
+
+    @property
+    def idle(self) -> int:
+        """How many workers have nothing to do."""
+        return 0 if self.over or self.away else max(0, self.workers - len(self.in_flight))
+
+    @property
+    def stock(self) -> int:
+        """How many chunks that were not begun it may have that are worth to be given to others."""
+        short = self.duration is not None and self.duration < _WORTH_MOVING
+        if self.over or self.away or self.asked_back or short:
+            return 0
+        return max(0, len(self.in_flight) - self.workers)
 
     def _capacity(self) -> int:
         workers = self.workers
@@ -274,6 +301,32 @@ class Crew:
             self._bytes -= chunk.packed.size
         return chunk
 
+    # --- a link that breaks and comes back -----------------------------------------------------
+    def _on_state(self, state: str, why: str) -> None:
+        if state == "interrupted":
+            self.away = True
+            self._wait_for_return()
+        elif state == "open" and self.away:
+            self.away = False
+            if self._patience is not None:
+                self._patience.cancel()
+            self._out.extend(RECORD.pack(CANCEL, 0, number, 0, 0, 0) for number in self._elsewhere)
+            self._elsewhere.clear()
+            self.flush()
+            self._owner.deal_soon()
+
+    def _wait_for_return(self) -> None:
+        self._patience = asyncio.get_running_loop().call_later(AWAY_PATIENCE, self._is_long_away)
+
+    def _is_long_away(self) -> None:
+        if self.over or not self.away:
+            return
+        self._wait_for_return()
+        if self.in_flight and self._owner.has_others(self):
+            _logger.warning("%s: cannot be reached: %d calls are run elsewhere", self.host, len(self.in_flight))
+            self._elsewhere += self.in_flight
+            self._owner.returned(self.take_all())
+
     def take_all(self) -> list[Chunk]:
         """Return what it has, and forget it."""
         chunks = list(self.in_flight.values())
@@ -301,7 +354,7 @@ class Crew:
         number = WORKER.unpack_from(data)[0]
         stream = self._streams.get(number)
         if stream is None:
-            stream = self._streams[number] = _Stream(self._answer)
+            stream = self._streams[number] = Stream(self._answer)
         stream.feed(data, WORKER.size)
 
     def _answer(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
@@ -316,70 +369,3 @@ class Crew:
             self._owner.deal_soon()
         elif kind == UNFIT:
             self._owner.unfit(self, parts)
-
-
-class _Stream:
-    """Cuts what one worker says into answers."""
-
-    __slots__ = ("_answer", "_head", "_left", "_parts", "_rest")
-
-    def __init__(self, answer: Callable[[int, int, float, list[bytes], int], None]) -> None:
-        self._answer = answer
-        self._rest = b""
-        self._head: tuple[int, int, float, int] | None = None
-        self._parts: list[bytes] = []
-        self._left = 0
-
-    def feed(self, data: bytes, position: int) -> None:
-        """Take a piece."""
-        if self._rest:
-            data, position, self._rest = self._rest + data[position:], 0, b""
-        end = len(data)
-        while True:
-            if self._head is None:
-                if end - position < ANSWER.size:
-                    self._rest = data[position:]
-                    return
-                self._head = ANSWER.unpack_from(data, position)
-                self._left = self._head[3]
-                position += ANSWER.size
-            part = data[position : position + self._left]
-            position += len(part)
-            self._left -= len(part)
-            self._parts.append(part)
-            if self._left:
-                return
-            kind, number, elapsed, size = self._head
-            parts, self._parts, self._head = self._parts, [], None
-            self._answer(kind, number, elapsed, parts, size)
-
-
-class _Lines:
-    """What the workers of a host print, line by line: printed here with the host's name, or logged."""
-
-    def __init__(self, host: str, live: bool) -> None:
-        self._host = host
-        self._live = live
-        self._rest = b""
-
-    def feed(self, data: bytes) -> None:
-        """Take a piece."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > _JOINED:
-            lines.append(self._rest)
-            self._rest = b""
-        for line in lines:
-            self._show(line)
-
-    def _show(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace")
-        if self._live:
-            sys.stdout.write(f"[{self._host}] {text}\n")
-        else:
-            _logger.debug("%s: %s", self._host, text)
-
-    def close(self) -> None:
-        """Show what is left."""
-        if self._rest:
-            self._show(self._rest)
-            self._rest = b""

@@ -22,7 +22,7 @@ from lazycluster.exceptions import (
 
 from .blobs import Blobs
 from .chunks import Chunk, Failure
-from .crew import LOOKAHEAD, Crew, Plan
+from .crew import Crew, Plan
 from .outcomes import initializer_error
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ __all__ = ["Dealer"]
 _logger = logging.getLogger("lazycluster")
 
 MOST_DEATHS = 3  # workers or hosts that may die under a call before it is given up
-_WORTH_MOVING = 2 * LOOKAHEAD  # seconds of work that a chunk must be to be taken from one host for another
 
 
 class Dealer:
@@ -158,18 +157,17 @@ class Dealer:
 
     def _balance(self) -> None:
         """Have hosts whose workers are busy give back what they have in stock while others have nothing to do."""
-        idle = sum(max(0, crew.workers - len(crew.in_flight)) for crew in self._crews if not crew.over)
-        if not idle:
-            return
-        for crew in sorted(self._crews, key=lambda crew: len(crew.in_flight) - crew.workers, reverse=True):
-            stock = len(crew.in_flight) - crew.workers
-            if stock <= 0 or idle <= 0:
+        idle = sum(crew.idle for crew in self._crews)
+        for crew in sorted(self._crews, key=lambda crew: crew.stock, reverse=True):
+            count = min(idle, crew.stock)
+            if not count:
                 return
-            if crew.over or crew.asked_back or (crew.duration is not None and crew.duration < _WORTH_MOVING):
-                continue
-            count = min(idle, stock)
             idle -= count
             crew.ask_back(count)
+
+    def has_others(self, crew: Crew) -> bool:
+        """Tell whether others can run what a crew has."""
+        return any(other is not crew and not other.over and not other.away for other in self._crews)
 
     # --- what crews tell -----------------------------------------------------------------------
     def returned(self, chunks: list[Chunk]) -> None:

@@ -1,0 +1,166 @@
+"""What pools are made of: packing, sizes, streams, what is shared."""
+
+from __future__ import annotations
+
+import logging
+import random
+import subprocess
+import sys
+import threading
+import types
+from typing import Any
+
+import pytest
+
+from lazycluster.agent.poolwire import ANSWER, CHUNK, LOCAL_CHUNK, RETURNED
+from lazycluster.pool.blobs import Blobs, Sharing
+from lazycluster.pool.packing import Packed, pack, pack_calls
+from lazycluster.pool.sameness import Packer, state_of
+from lazycluster.pool.sizes import gpus_of, worker_counts
+from lazycluster.pool.streams import Lines, Stream
+
+# --- packing -----------------------------------------------------------------------------------------------
+FACTOR: Any = 2
+
+
+def scaled(x: int) -> int:
+    return x * FACTOR
+
+
+def plain(x: int, y: int = 1) -> int:
+    return x + y
+
+
+class Local:
+    pass
+
+
+def test_equal_functions_are_packed_once_and_changed_ones_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    packer = Packer()
+    assert packer.pack(plain) is packer.pack(plain)
+    first = packer.pack(scaled)
+    assert packer.pack(scaled) is first
+    monkeypatch.setitem(globals(), "FACTOR", 3)
+    assert packer.pack(scaled).digest != first.digest
+    states = []
+    for value in (1, 1.0, True, 0.0, -0.0, "1", b"1"):
+        monkeypatch.setitem(globals(), "FACTOR", value)
+        states.append(state_of(scaled))
+    assert len(set(states)) == len(states)
+
+
+def test_what_may_have_changed_unseen_has_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"a": 1}
+    monkeypatch.setitem(globals(), "FACTOR", [2])
+    assert state_of(scaled) is None
+    assert state_of(lambda: table) is None
+    assert state_of(Local) is None
+
+    def imports() -> None:
+        import json  # noqa: F401
+
+    assert state_of(imports) is None
+
+
+def test_plain_arguments_take_the_short_way_local_ones_bring_their_code() -> None:
+    def share(_: Any) -> None:
+        return None
+
+    assert pack_calls(plain, [(1, "a", None), (b"x", 2.0, True)], None, share).kind == CHUNK
+    assert pack_calls(plain, [([1, {"a": (2,)}],)], None, share).kind == CHUNK
+    assert pack_calls(plain, [(Local(),)], None, share).kind == LOCAL_CHUNK
+    with pytest.raises(TypeError, match="argument 1 of plain"):
+        pack_calls(plain, [(1,), (types.SimpleNamespace(f=threading.Lock()),)], None, share)
+
+
+def test_functions_of_random_go_by_name() -> None:
+    np = pytest.importorskip("numpy")
+    for function in (random.random, random.randint, np.random.rand):
+        assert pack(function).size < 600  # with its state it would be thousands
+
+
+def test_large_arrays_are_told_by_what_they_hold() -> None:
+    np = pytest.importorskip("numpy")
+    blobs = Blobs()
+    sharing = Sharing(blobs)
+    array = np.zeros((500, 500))
+    number = sharing.share(array)
+    assert sharing.share(array.copy()) == number
+    assert sharing.share(np.zeros((500, 500), order="F")) != number
+    assert sharing.share(np.zeros((250_000,))) != number
+    array[3, 3] = 1
+    assert sharing.share(array) != number
+    assert sharing.share(np.zeros(10)) is None
+    assert len(sharing.taken()) == 5
+    assert sharing.taken() == ()
+    remembered = Sharing(blobs, by_identity=True)
+    small = np.zeros(4096)
+    number = remembered.share(small)
+    small[0] = 1  # was promised not to happen
+    assert remembered.share(small) == number
+    assert remembered.close() == [number]
+
+
+def test_blobs_that_nobody_needs_are_dropped_the_oldest_first() -> None:
+    blobs = Blobs()
+    made = [blobs.take(Packed("x", (b"",), 100 * 1024 * 1024, bytes([index]))) for index in range(4)]
+    for blob in made[:3]:
+        blobs.release(blob.number)
+    assert blobs.dropped == [made[0].number]
+    assert blobs.take(made[2].packed) is made[2]
+    assert blobs.take(made[0].packed) is not made[0]
+    with pytest.raises(KeyError):
+        blobs[made[0].number]
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("step", [1, 2, 7, 20, 21, 22, 64, 10_000])
+def test_answers_are_found_wherever_they_are_cut(step: int) -> None:
+    sizes = [0, 1, 500, 0, 3000, 21]
+    data = b"".join(
+        ANSWER.pack(RETURNED, number, 0.5, size) + bytes([number]) * size for number, size in enumerate(sizes)
+    )
+    found: list[Any] = []
+    stream = Stream(lambda kind, number, elapsed, parts, size: found.append((number, b"".join(parts), size)))
+    for start in range(0, len(data), step):
+        stream.feed(b"head" + data[start : start + step], 4)
+    assert found == [(number, bytes([number]) * size, size) for number, size in enumerate(sizes)]
+
+
+def test_lines_are_shown_whole(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines("host", True)
+    for part in (b"on", b"e\ntw", b"o\n\xff", b"!"):
+        lines.feed(part)
+    lines.close()
+    assert capsys.readouterr().out == "[host] one\n[host] two\n[host] \ufffd!\n"
+    with caplog.at_level(logging.DEBUG, "lazycluster"):
+        Lines("host", False).feed(b"quiet\n")
+    assert "host: quiet" in caplog.text
+    assert capsys.readouterr().out == ""
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------
+def host(name: str, cores: int) -> Any:
+    return types.SimpleNamespace(host=name, info={"cpu_cores": cores}, fill_info_buffer=lambda: None)
+
+
+def test_workers_in_all_go_where_the_cores_are() -> None:
+    runtimes = [host("a", 2), host("b", 8), host("c", 2)]
+    assert worker_counts(runtimes, 12, None) == {"a": 2, "b": 8, "c": 2}
+    assert worker_counts(runtimes, 6, None) == {"a": 1, "b": 4, "c": 1}
+    assert worker_counts(runtimes, 1, None) == {"a": 0, "b": 1, "c": 0}
+    assert sum(count or 0 for count in worker_counts(runtimes, 100, None).values()) == 100
+    assert worker_counts(runtimes, None, {"b": 1}) == {"a": None, "b": 1, "c": None}
+    assert worker_counts(runtimes, None, None) == {"a": None, "b": None, "c": None}
+
+
+def test_parts_of_gpus() -> None:
+    assert gpus_of(None, False) is None
+    assert gpus_of(2, True) == {"count": 2, "workers": 1, "idle": True}
+    assert gpus_of(1.0, False) == {"count": 1, "workers": 1, "idle": False}
+    assert gpus_of(1 / 3, False) == {"count": 1, "workers": 3, "idle": False}
+
+
+def test_joblib_is_not_imported_for_us() -> None:
+    program = "import sys, lazycluster, lazycluster.runtime_mgmt; sys.exit('joblib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
