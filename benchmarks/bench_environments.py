@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -49,12 +48,9 @@ def _clear(hosts: Any, *names: str) -> None:
 
 def _by_hand(hosts: Any, pins: list[str]) -> float:
     """What somebody would type who has uv on the host: a new environment, and the same packages."""
-    host = hosts[0]
-    uv = shlex.quote(importlib.import_module("uv").find_uv_bin())
-    host.run(f"mkdir -p {host.home}/bin; cp {uv} {host.home}/bin/uv" if Path(uv).is_file() else "true", check=False)
     index = os.environ.get("UV_DEFAULT_INDEX", "")
     proxy = f"ALL_PROXY=socks5h://127.0.0.1:{_PORT} UV_SYSTEM_CERTS=1" + (f" UV_DEFAULT_INDEX={index}" if index else "")
-    line = f"rm -rf v && ~/bin/uv venv -q -p {sys.executable} v && {proxy} ~/bin/uv pip install -q -p v/bin/python "
+    line = f"rm -rf v && ~/bin/uv venv -q -p {sys.base_prefix}/bin/python3 v && {proxy} ~/bin/uv pip install -q -p v/bin/python "
     return _ssh(hosts, line + " ".join(pins), "-R", f"127.0.0.1:{_PORT}")
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import pytest
 
 from lazycluster import EnvironmentSpec, Runtime
 from lazycluster.exceptions import EnvironmentBuildError
-from wheelhouse import Index
+from wheelhouse import Index, make_project
 
 pytest.importorskip("uv")
 
@@ -69,6 +70,30 @@ def test_what_cannot_be_resolved_is_explained(make_hosts: Any, index: Index, tmp
     _refused(host, ["windows-only"], "windows-only")
     _refused(host, ["this is no requirement!"], "this is no requirement!")
     _refused(host, [str(tmp_path)], str(tmp_path))
+
+
+def test_a_package_without_a_wheel_that_cannot_be_built(make_hosts: Any, index: Index, tmp_path: Path) -> None:
+    project = make_project(tmp_path, "source-only", "")
+    (project / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: source-only\nVersion: 1.0\n")
+    backend = project / "backend.py"
+    works = backend.read_text()
+    backend.write_text("def build_wheel(*args, **kwargs):\n    raise SystemExit('no compiler')\n")
+    archive = index.folder / "source_only-1.0.tar.gz"
+
+    def publish() -> None:
+        with tarfile.open(archive, "w:gz") as file:
+            file.add(project, "source_only-1.0")
+
+    publish()
+    host = make_hosts(1)[0]
+    error = _refused(host, ["source-only"], "source-only 1.0", "no wheel fits, and it cannot be built")
+    assert error.package == "source-only"
+    assert "no compiler" in str(error)
+    backend.write_text(works)
+    publish()
+    with _connect(host, EnvironmentSpec(["source-only"])) as runtime:
+        runtime.prepare(refresh=True)
+        assert runtime.call(lambda: importlib.import_module("source_only").__name__) == "source_only"
 
 
 def test_no_python_that_fits(make_hosts: Any, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ async def _make(locked: Locked, target: Target, settings: IndexSettings, store: 
 
 
 async def _build(source: Path, locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
-    arguments = ["build", "--wheel", "--quiet", "--no-create-gitignore", "--out-dir", str(made)]
+    arguments = ["build", "--wheel", "--no-create-gitignore", "--out-dir", str(made)]
     # Of the manager's own version there is an interpreter for sure: this one.
     python = sys.executable if target.python == sys.version_info[:2] else target.version
     arguments += ["--python", python, str(source)]
