@@ -50,7 +50,8 @@ def _by_hand(hosts: Any, pins: list[str]) -> float:
     """What somebody would type who has uv on the host: a new environment, and the same packages."""
     index = os.environ.get("UV_DEFAULT_INDEX", "")
     proxy = f"ALL_PROXY=socks5h://127.0.0.1:{_PORT} UV_SYSTEM_CERTS=1" + (f" UV_DEFAULT_INDEX={index}" if index else "")
-    line = f"rm -rf v && ~/bin/uv venv -q -p {sys.base_prefix}/bin/python3 v && {proxy} ~/bin/uv pip install -q -p v/bin/python "
+    venv = f"rm -rf v && ~/bin/uv venv -q -p {sys.base_prefix}/bin/python3 v"
+    line = f"{venv} && {proxy} ~/bin/uv pip install -q -p v/bin/python "
     return _ssh(hosts, line + " ".join(pins), "-R", f"127.0.0.1:{_PORT}")
 
 
