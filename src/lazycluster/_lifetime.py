@@ -10,12 +10,12 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from . import _loop
+from . import _ipython, _loop
 
-__all__ = ["register"]
+__all__ = ["register", "when_forgotten"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -51,6 +51,7 @@ def register(thing: Cleanable) -> None:
     Args:
         thing: What to clean up.
     """
+    _ipython.register(thing)
     number = next(_numbers)
     with _lock:
         if not _things:
@@ -59,6 +60,33 @@ def register(thing: Cleanable) -> None:
             atexit.unregister(_at_exit)
             atexit.register(_at_exit)
         _things[number] = os.getpid(), weakref.ref(thing, lambda _: _things.pop(number, None))
+
+
+def when_forgotten(thing: object, parts: Sequence[Cleanable]) -> weakref.finalize[Any, Any]:
+    """Have parts of something cleaned up when nobody refers to it any more, as when a cell of a notebook is run again.
+
+    Args:
+        thing: What is forgotten; its parts must not refer to it.
+        parts: What is cleaned up then, in this order.
+
+    Returns:
+        What undoes this, with ``detach()``.
+    """
+    finalizer = weakref.finalize(thing, _clean_in_thread, os.getpid(), list(parts))
+    finalizer.atexit = False  # at the end of the interpreter, what is registered is cleaned up
+    return finalizer
+
+
+def _clean_in_thread(owner: int, parts: list[Cleanable]) -> None:
+    # Garbage may be collected on any thread, also on the loop's, which must not wait.
+    if owner == os.getpid():
+        work = functools.partial(_clean_each, parts)
+        threading.Thread(target=work, name="lazycluster clean-up", daemon=True).start()
+
+
+def _clean_each(parts: list[Cleanable]) -> None:
+    for part in parts:
+        _quietly(part.cleanup)
 
 
 def _at_exit() -> None:
@@ -90,4 +118,4 @@ def _quietly(cleanup: Any) -> None:
     try:
         cleanup()
     except Exception as error:  # noqa: BLE001 - the others are to be cleaned up, too
-        _logger.error("at the end of the interpreter: %s", error)
+        _logger.error("cleaning up: %s", error)

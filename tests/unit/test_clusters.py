@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -230,3 +232,31 @@ def test_certificates_are_for_one_cluster_only() -> None:
     assert worker["require_encryption"] is True
     assert "tls_scheduler_key" not in worker
     assert worker["tls_client_key"] == worker["tls_worker_key"]
+
+
+def test_a_cluster_that_nobody_refers_to_any_more_ends() -> None:
+    ended = threading.Event()
+
+    class Noticed(Workers):
+        def cleanup(self) -> None:
+            super().cleanup()
+            ended.set()
+
+    launcher = Noticed(Group())  # type: ignore[arg-type]
+    cluster = _cluster(None, Master, launcher)
+    cluster.start()
+    del cluster
+    gc.collect()
+    assert ended.wait(30)
+    assert launcher.cleaned == 1
+
+
+def test_a_cluster_that_was_cleaned_up_is_not_cleaned_up_again_when_it_is_forgotten() -> None:
+    cluster = _cluster(None, Master, Workers)
+    launcher = cluster._worker_launcher
+    cluster.start()
+    cluster.cleanup()
+    assert not cluster._forgetting.alive
+    del cluster
+    gc.collect()
+    assert launcher.cleaned == 1

@@ -19,7 +19,7 @@ from lazycluster.exceptions import (
     NoRuntimesError,
 )
 from lazycluster.runtimes import Runtime
-from lazycluster.ssh.hosts import configured_hosts
+from lazycluster.ssh.hosts import CONFIG_VARIABLE, configured_hosts
 
 from .connecting import close_all, connect_all
 from .settings import Common
@@ -74,7 +74,7 @@ def _same(sessions: Mapping[str, Session], session: Session) -> str | None:
 
 
 def _nothing_detected(inactive: Mapping[str, str], config_file: str | os.PathLike[str] | None) -> str:
-    where = os.fspath(config_file) if config_file is not None else "~/.ssh/config"
+    where = os.fspath(config_file) if config_file is not None else os.environ.get(CONFIG_VARIABLE) or "~/.ssh/config"
     if not inactive:
         return f"{where} names no hosts: add one, e.g.\n  Host my-host\n    HostName 192.0.2.1\n    User me"
     lines = [f"  {host}: {reason}" for host, reason in inactive.items()]

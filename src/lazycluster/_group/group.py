@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from lazycluster import _loop, _progress
+from lazycluster import _ipython, _loop, _progress
 from lazycluster._runtime.ledger import join_all
 from lazycluster._runtime.questions import checked_ports, pick_port
 from lazycluster._views.view import Shown, View
@@ -124,6 +124,7 @@ class RuntimeGroup(Membership, Spreading, Shown):
         if not runtimes:
             raise ValueError("a group needs at least one runtime")
         self._members = Members(runtimes)
+        _ipython.register(self)
         warn_of_aliases(runtimes)
 
     # --- tasks ---------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ class RuntimeManager(Shown):
     groups are gone.
 
     Args:
-        config_file: Read instead of ``~/.ssh/config``.
+        config_file: Read instead of ``~/.ssh/config``, or of what the environment variable ``LAZYCLUSTER_SSH_CONFIG``
+            names, which holds for everything that connects.
         connection_kwargs: For all hosts, see :class:`lazycluster.Runtime`.
         python: Likewise.
         setup: Likewise.

@@ -103,6 +103,7 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
         self._worker_launcher = _launcher(worker_launcher, runtime_group) or self._default_worker_launcher()
         self._connect_launchers()
         _lifetime.register(self)
+        self._forgetting: Any = None
 
     # --- what an engine states -----------------------------------------------------------------
     def _default_master_launcher(self) -> MasterLauncher:
@@ -179,6 +180,7 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
             MasterStartError: If it was not there in time.
         """
         self._check_hosts()
+        self._end_when_forgotten()
         if self.master_port is not None:
             raise ClusterError(f"the master runs already, on port {self.master_port}")
         if master_port is None:
@@ -204,6 +206,7 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
         """
         with self._changing:
             count = self._count(count)
+            self._end_when_forgotten()
             port = self.master_port
             if port is None:
                 raise ClusterError("the master was not started: call start(), or start_master() first")
@@ -256,6 +259,8 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
             if self._state == "closing":
                 return
             self._state = "closing"
+        if self._forgetting is not None:
+            self._forgetting.detach()
         errors: list[Exception] = []
         while self._connection_files:
             connection_file.remove(self._connection_files.pop())
@@ -337,6 +342,10 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
         """Show how far something is that takes long."""
         with _progress.shown(getattr(self._group, "progress", None)), _progress.Progress(what):
             yield
+
+    def _end_when_forgotten(self) -> None:
+        if self._forgetting is None or not self._forgetting.alive:
+            self._forgetting = _lifetime.when_forgotten(self, (self._worker_launcher, self._master_launcher))
 
     def _undo(self) -> None:
         try:

@@ -21,6 +21,7 @@ from typing import Any
 from lazycluster.exceptions import InvalidRuntimeError
 
 from .destination import Destination, check_user, parse_destination
+from .hosts import CONFIG_VARIABLE
 from .options import check_options
 
 __all__ = ["MAX_CONTROL_PATH", "Destination", "Settings", "parse_destination", "ssh_argv", "ssh_version"]
@@ -56,7 +57,8 @@ class Settings:
         password: The account's password; never shown.
         passphrase: What unlocks the private key; never shown.
         timeout: Seconds until a host that does not answer is given up.
-        config_file: Read instead of ``~/.ssh/config``; ``none`` for no file at all.
+        config_file: Read instead of ``~/.ssh/config``; ``none`` for no file at all. By default the one that the
+            environment variable ``LAZYCLUSTER_SSH_CONFIG`` names, if it is set.
         proxy_jump: Hosts to go through, separated by commas; ``none`` for a direct connection.
         host_keys: ``strict`` takes known host keys only, ``accept-new`` also those of hosts never seen before.
         ssh_options: Further options of ``ssh_config``, each as ``Key=Value``.
@@ -107,6 +109,8 @@ class Settings:
             if key not in _CHECKS:
                 raise ValueError(f"{host}: unknown key in connection_kwargs: {key!r}{_did_you_mean(str(key))}")
         values: dict[str, Any] = {"user": user, "port": port}
+        if given.get("config_file") is None and os.environ.get(CONFIG_VARIABLE):
+            values["config_file"] = _config_file(CONFIG_VARIABLE, os.environ[CONFIG_VARIABLE])
         for key, value in given.items():
             if value is None:
                 continue

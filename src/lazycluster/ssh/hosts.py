@@ -69,6 +69,10 @@ class ConfiguredHost:
     user: str | None = None
 
 
+CONFIG_VARIABLE = "LAZYCLUSTER_SSH_CONFIG"
+"""The environment variable with the path of the ssh configuration that is read where none is given."""
+
+
 def user_config() -> Path:
     """Return the path of the user's own configuration. Like ssh, this does not heed ``$HOME``."""
     try:
@@ -82,12 +86,14 @@ def configured_hosts(config_file: str | os.PathLike[str] | None = None) -> list[
     """Return all names on the ``Host`` lines of an ssh configuration and what it includes.
 
     Args:
-        config_file: Instead of ``~/.ssh/config``; ``none`` for no file.
+        config_file: Instead of the one in the environment variable ``LAZYCLUSTER_SSH_CONFIG``, or ``~/.ssh/config``;
+            ``none`` for no file.
 
     Returns:
         Each name once, in order, also those to be skipped, with the reason. Files that cannot be read are logged as
         warnings.
     """
+    config_file = config_file if config_file is not None else os.environ.get(CONFIG_VARIABLE) or None
     if config_file is not None and os.fspath(config_file) == "none":
         return []
     path = Path(config_file).expanduser() if config_file is not None else user_config()
