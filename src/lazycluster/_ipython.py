@@ -42,7 +42,8 @@ def _forget(shell: Any) -> None:
         if id(thing) in named:
             _things[thing] = True
         elif _things[thing]:
-            _drop(shell.displayhook, names, thing)
+            for space in (names, getattr(shell, "user_ns_hidden", {})):
+                _drop(shell.displayhook, space, thing)
 
 
 def _drop(hook: Any, names: dict[str, Any], thing: object) -> None:
