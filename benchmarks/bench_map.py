@@ -1,17 +1,21 @@
-"""Calls spread over hosts, beside execnet where there is something to compare."""
+"""Calls spread over hosts, beside execnet, ipyparallel and Dask; a grid search beside joblib's Dask backend."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
+import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import Row, in_turns, settings, ssh_hosts
+from harness import Row, in_turns, seconds, settings, ssh_hosts
 
 from lazycluster import RuntimeGroup
 
@@ -29,6 +33,10 @@ def nap(_: int) -> None:
     time.sleep(NAP)
 
 
+def chunk_of(numbers: list[int]) -> list[int]:
+    return [same(x) for x in numbers]
+
+
 def use(data: bytes, index: int) -> int:
     return data[index]
 
@@ -41,11 +49,14 @@ def grouped(hosts: Any, count: int) -> Iterator[RuntimeGroup]:
 
 
 def rows() -> Iterator[Row]:
+    warnings.simplefilter("ignore")
     with ssh_hosts(8) as hosts:
         yield from one_host(hosts)
         yield from bound_object(hosts)
         yield from naps(hosts)
         yield from many(hosts)
+    with ssh_hosts(3) as hosts:
+        yield from grid_search(hosts)
 
 
 # --- one host, beside execnet ------------------------------------------------------------------------------
@@ -129,4 +140,104 @@ def many(hosts: Any) -> Iterator[Row]:
 
         ours()
         took = in_turns(5, ours=ours)["ours"]
-    yield Row(f"{MANY:,} trivial calls in chunks of {CHUNK}, 4 hosts", MANY / took / 1000, "k/s")
+    rate = MANY / took / 1000
+    what = f"{MANY:,} trivial calls in chunks of {CHUNK}, 4 hosts"
+    for peer, contender in (("ipyparallel", ipyparallel_on), ("Dask, chunks by hand", dask_on)):
+        with contender(hosts) as run:
+            run(range(MANY // 10))
+            theirs = MANY / min(seconds(lambda: run(range(MANY))) for _ in range(3)) / 1000
+        yield Row(what, rate, "k/s", ">= 2 x", peer, theirs, rate >= 2 * theirs)
+
+
+@contextlib.contextmanager
+def ipyparallel_on(hosts: Any) -> Iterator[Any]:
+    import ipyparallel
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        where = [f"--ipython-dir={folder}", f"--profile-dir={folder}", "--log-level=ERROR"]
+        address = hosts.manager_address
+        argv = [sys.executable, "-m", "ipyparallel.controller", f"--ip={address}", f"--location={address}", *where]
+        stack.enter_context(_running(argv))
+        file = Path(folder, "security", "ipcontroller-engine.json")
+        while not file.exists() or not file.read_text().rstrip().endswith("}"):
+            time.sleep(0.05)
+        for host in list(hosts)[:4]:
+            host.path("~/engine.json").write_text(file.read_text())
+            argv = [sys.executable, "-m", "ipyparallel.engine", f"--file={host.home}/engine.json", "--log-level=ERROR"]
+            for _ in range(2):
+                stack.enter_context(_running(host.inside(argv, user="root")))
+        client = stack.enter_context(ipyparallel.Client(str(file.with_name("ipcontroller-client.json")), timeout=60))
+        client.wait_for_engines(8, timeout=60)
+        view = client.load_balanced_view()
+
+        def run(numbers: range) -> None:
+            assert sum(view.map_sync(lambda x: x, numbers, chunksize=CHUNK)) == sum(numbers)
+
+        yield run
+
+
+@contextlib.contextmanager
+def _running(argv: list[str]) -> Iterator[None]:
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextlib.contextmanager
+def dask_client(hosts: Any, count: int) -> Iterator[Any]:
+    from distributed import Client, SSHCluster
+
+    logging.getLogger("distributed.deploy.ssh").setLevel(logging.ERROR)
+    options = {"known_hosts": None, "username": hosts[0].user, "client_keys": [str(hosts.key_file)]}
+    addresses = [host.address for host in list(hosts)[:count]]
+    with (
+        SSHCluster([addresses[0], *addresses], connect_options=options, remote_python=sys.executable) as cluster,
+        Client(cluster) as client,
+    ):
+        client.wait_for_workers(count)
+        yield client
+
+
+@contextlib.contextmanager
+def dask_on(hosts: Any) -> Iterator[Any]:
+    with dask_client(hosts, 4) as client:
+
+        def run(numbers: range) -> None:
+            chunks = [list(numbers[start : start + CHUNK]) for start in range(0, len(numbers), CHUNK)]
+            results = client.gather(client.map(lambda chunk: list(chunk), chunks, pure=False))
+            assert sum(map(sum, results)) == sum(numbers)
+
+        yield run
+
+
+# --- joblib --------------------------------------------------------------------------------------------------
+def grid_search(hosts: Any) -> Iterator[Row]:
+    import joblib
+    from sklearn.datasets import make_classification
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.svm import SVC
+
+    features, labels = make_classification(1500, 40, random_state=0)
+
+    def search() -> None:
+        GridSearchCV(SVC(), {"C": [0.1, 1, 10, 100], "gamma": [0.01, 0.1]}, cv=3).fit(features, labels)
+
+    with grouped(hosts, 3) as group, dask_client(hosts, 3):
+
+        def ours() -> None:
+            with joblib.parallel_config("lazycluster", group=group):
+                search()
+
+        def dask() -> None:
+            with joblib.parallel_config("dask"):
+                search()
+
+        ours()
+        dask()
+        times = in_turns(5, ours=ours, dask=dask)
+    met = times["ours"] <= 1.1 * times["dask"]
+    what = "joblib: grid search of an SVC, 24 fits, 3 hosts"
+    yield Row(what, times["ours"], "s", "<= 1.1 x", "joblib's Dask backend", times["dask"], met)

@@ -60,6 +60,7 @@ def test_dask_finishes_and_its_workers_come_back(hosts: Any) -> None:
             assert client.gather(sums) == [1_000_000, 1_000_000]
 
 
+@pytest.mark.soak
 def test_a_search_finishes(hosts: Any, tmp_path: Path) -> None:
     pytest.importorskip("hyperopt")
     from hyperopt import fmin, hp, rand

@@ -182,7 +182,8 @@ def test_a_password_is_in_memory_only(make_hosts: Any, tmp_path: Path) -> None:
         things = (group, runtime, runtime.connection, runtime.connection.settings, vars(runtime), vars(group))
         seen |= {f"repr of {type(thing).__name__}": repr(thing).encode() for thing in things}
         for path in below(Path(runtime.connection._space.directory)):
-            if path.is_file():
+            # The sources of these tests' own modules, which have it, are there for another test's cluster.
+            if path.is_file() and "/modules-" not in str(path):
                 seen[str(path)] = path.read_bytes()
     for secret in (PASSWORD, "a phrase that passes"):
         assert [where for where, text in seen.items() if secret.encode() in text] == []

@@ -76,8 +76,9 @@ def _exchange(port: int, data: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", port), 20) as sock:
 
         def send() -> None:
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # that it has ended is seen below
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
 
         sender = threading.Thread(target=send)
         sender.start()

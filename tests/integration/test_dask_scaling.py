@@ -263,6 +263,7 @@ def test_the_end_of_the_cluster_ends_a_change() -> None:
 
 
 # --- hosts that come and go ----------------------------------------------------------------------
+@pytest.mark.soak
 def test_runtimes_that_are_added_and_removed_count(make_hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
     hosts = make_hosts(3)
     options = {"connection_kwargs": {"config_file": hosts.config_file}, "python": sys.executable}

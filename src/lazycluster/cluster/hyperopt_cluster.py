@@ -239,6 +239,10 @@ class HyperoptCluster(MasterWorkerCluster):
         with database(self._hyperopt, self._port()) as found:
             return plot_losses(found.jobs, exp_key, path)
 
+    def _problem(self) -> str:
+        # Trials can be looked at without workers, and there may be workers again.
+        return self._master_problem()
+
     def _port(self) -> int:
         self._check_alive()
         if self.master_port is None:

@@ -323,13 +323,16 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
 
     def _problem(self) -> str:
         """Return why the cluster cannot do anything any more, "" if it can."""
-        for service in self._services(self._master_launcher):
-            if service.state == "failed":
-                return str(service.error)
+        if problem := self._master_problem():
+            return problem
         workers = self._services(self._worker_launcher)
         if workers and all(worker.state == "failed" for worker in workers):
             return f"no worker is left; the last one: {workers[-1].error}"
         return ""
+
+    def _master_problem(self) -> str:
+        failed = (s for s in self._services(self._master_launcher) if s.state == "failed")
+        return next((str(service.error) for service in failed), "")
 
     def _check_alive(self) -> None:
         problem = self._problem() if self._state == "running" else ""
