@@ -34,6 +34,7 @@ def square(x: int) -> int:
 
 
 # --- calls -----------------------------------------------------------------------------------------------
+@pytest.mark.soak
 @pytest.mark.keeps("hosts")
 def test_a_host_that_is_powered_off_in_the_middle_loses_nothing(make_hosts: Any, caplog: Any) -> None:
     hosts = make_hosts(3)

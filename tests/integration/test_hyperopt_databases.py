@@ -154,6 +154,7 @@ mongoexp.temp_dir = one_at_a_time
 """
 
 
+@pytest.mark.soak
 def test_hyperopts_own_tests(tmp_path: Path) -> None:
     """They start a program named mongod, on a port and in a directory of their own."""
     import hyperopt
