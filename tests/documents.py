@@ -134,7 +134,9 @@ def same_lines(said: str, printed: str, *, numbers: bool = True) -> bool:
 
 
 def _trimmed(text: str) -> str:
-    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+    # Python marks the place in a line of a traceback (~~~^^^) where it can read the file, as it can on some machines.
+    lines = (line.rstrip() for line in text.strip("\n").splitlines())
+    return "\n".join(line for line in lines if not line or line.strip("~^ "))
 
 
 class Page:
