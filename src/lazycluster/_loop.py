@@ -13,9 +13,11 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
-from . import _progress
+from . import _progress, _waiting
 
 T = TypeVar("T")
+
+_CLEANUP_LIMIT = 30.0  # seconds for a cancelled coroutine to undo what it began
 
 _lock = threading.Lock()
 _owner = 0  # the process whose thread runs `_loop`: a forked child has the variables, but not the thread
@@ -28,7 +30,7 @@ def get_loop() -> asyncio.AbstractEventLoop:
     global _owner, _loop, _thread
     with _lock:
         if _loop is None or _owner != os.getpid():
-            started = threading.Event()
+            started = _waiting.Event()
             loop = asyncio.new_event_loop()
             _thread = threading.Thread(target=_main, args=(loop, started), name="lazycluster", daemon=True)
             _thread.start()
@@ -37,7 +39,7 @@ def get_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
-def _main(loop: asyncio.AbstractEventLoop, started: threading.Event) -> None:
+def _main(loop: asyncio.AbstractEventLoop, started: _waiting.Event) -> None:
     asyncio.set_event_loop(loop)
     loop.call_soon(started.set)
     loop.run_forever()
@@ -48,7 +50,7 @@ def in_loop() -> bool:
     return _thread is not None and threading.get_ident() == _thread.ident and _owner == os.getpid()
 
 
-def submit(coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+def submit(coroutine: Coroutine[Any, Any, T]) -> _waiting.Future[T]:
     """Start a coroutine on the loop.
 
     Unlike that of `asyncio.run_coroutine_threadsafe`, the future is done only when the coroutine is, also when it was
@@ -69,7 +71,7 @@ def submit(coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
     return future
 
 
-class _Future(concurrent.futures.Future[T]):
+class _Future(_waiting.Future[T]):
     task: asyncio.Task[T] | None = None
     loop: asyncio.AbstractEventLoop
     wanted_cancel = False
@@ -117,25 +119,21 @@ def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         return _result(submit(coroutine), timeout, board)
 
 
-def _result(future: concurrent.futures.Future[T], timeout: float | None, board: _progress.Board) -> T:
+def _result(future: _waiting.Future[T], timeout: float | None, board: _progress.Board) -> T:
     try:
         return board.result(future, timeout)
     except concurrent.futures.TimeoutError:
         if future.done():
             raise  # the coroutine's own
         future.cancel()
-        _wait_for_cleanup(future)
+        future.wait(_CLEANUP_LIMIT)
         raise TimeoutError(f"not done within {timeout:g} s") from None
     except BaseException:
         # Ctrl-C: let the coroutine undo what it began; a second Ctrl-C ends this wait, too.
         if not future.done():
             future.cancel()
-            _wait_for_cleanup(future)
+            future.wait(_CLEANUP_LIMIT)
         raise
-
-
-def _wait_for_cleanup(future: concurrent.futures.Future[Any]) -> None:
-    concurrent.futures.wait([future], timeout=30)
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:

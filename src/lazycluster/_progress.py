@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
+from . import _waiting
 from .exceptions import printable
 from .utils import Environment
 
@@ -100,21 +101,13 @@ class Board:
         finally:
             _board.reset(token)
 
-    def result(self, future: concurrent.futures.Future[T], timeout: float | None = None) -> T:
+    def result(self, future: _waiting.Future[T], timeout: float | None = None) -> T:
         """Wait for a future and return its result, as it does itself; what takes long is shown."""
-        silent = self._silent()
-        if timeout is not None and timeout <= silent:
-            return future.result(timeout)
-        try:
-            return future.result(silent)
-        except concurrent.futures.TimeoutError:
-            if future.done():
-                raise  # what it came to
-        if not self._show_until([future], None if timeout is None else timeout - silent):
+        if not self.wait([future], timeout):
             raise concurrent.futures.TimeoutError
         return future.result()
 
-    def wait(self, futures: Sequence[concurrent.futures.Future[Any]], timeout: float | None = None) -> bool:
+    def wait(self, futures: Sequence[_waiting.Future[Any]], timeout: float | None = None) -> bool:
         """Wait for futures; what takes long is shown.
 
         Returns:
@@ -122,15 +115,15 @@ class Board:
         """
         silent = self._silent()
         if timeout is not None and timeout <= silent:
-            return not concurrent.futures.wait(futures, timeout).not_done
-        if not concurrent.futures.wait(futures, silent).not_done:
+            return _all_done(futures, timeout)
+        if _all_done(futures, silent):
             return True
         return self._show_until(futures, None if timeout is None else timeout - silent)
 
     def _silent(self) -> float:
         return max(0.0, self._begin + _SILENT - time.monotonic())
 
-    def _show_until(self, futures: Sequence[concurrent.futures.Future[Any]], timeout: float | None) -> bool:
+    def _show_until(self, futures: Sequence[_waiting.Future[Any]], timeout: float | None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
         if self._display is None:
             self._display = _display() if self.wanted else _Nowhere()
@@ -139,7 +132,7 @@ class Board:
             self._tell()
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             step = min((seconds for seconds in (every, left) if seconds is not None), default=None)
-            if not concurrent.futures.wait(futures, step).not_done:
+            if _all_done(futures, step):
                 return True
             if left is not None and step == left:
                 return False
@@ -157,6 +150,11 @@ class Board:
             self._tell(at_end=True)
             self._display.close()
             self._display = None
+
+
+def _all_done(futures: Sequence[_waiting.Future[Any]], timeout: float | None) -> bool:
+    end = None if timeout is None else time.monotonic() + timeout
+    return all(future.wait(None if end is None else max(0.0, end - time.monotonic())) for future in futures)
 
 
 @contextlib.contextmanager

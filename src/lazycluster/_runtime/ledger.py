@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 
+from lazycluster import _waiting
 from lazycluster.exceptions import GroupTaskError, TaskExecutionError
 from lazycluster.ssh.tunnels import Tunnel
 from lazycluster.tasks.execution import wait_for
@@ -25,7 +26,7 @@ class PortExposure(ProcessHandle):
 
     def __init__(self, tunnel: Tunnel) -> None:
         self.tunnel = tunnel
-        self._closed = threading.Event()
+        self._closed = _waiting.Event()
         arrow = "to" if tunnel.direction == "to_runtime" else "from"
         self.name = f"port-{arrow}-runtime {tunnel.host} local:{tunnel.local_port} runtime:{tunnel.remote_port}"
 

@@ -6,12 +6,11 @@ import abc
 import concurrent.futures
 import json
 import sys
-import threading
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from lazycluster import _loop
+from lazycluster import _loop, _waiting
 
 from .console import errors, host_style, output, printable
 from .errors import OutputGoneError
@@ -41,7 +40,7 @@ class Printer(abc.ABC):
         self._queue: deque[tuple[Any, bytes]] = deque()
         self._size = 0
         self._closed = False
-        self._change = threading.Condition()
+        self._change = _waiting.Condition()
 
     # --- on the loop's thread ------------------------------------------------------------------
     @abc.abstractmethod
@@ -83,7 +82,7 @@ class Printer(abc.ABC):
                 self._closed = True
                 self._change.notify_all()
             future.cancel()
-            concurrent.futures.wait([future], timeout=30)
+            future.wait(30)
             if isinstance(error, BrokenPipeError):
                 raise OutputGoneError from None
             raise

@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any
 
+from lazycluster import _waiting
+
 from .hyperopt_programs import trials
 from .hyperopt_settings import HyperoptSettings, connect
 
@@ -29,7 +31,7 @@ class LeaseKeeper:
         self._client = connect(settings, port)
         self._jobs = self._client[settings.dbname].jobs
         self._seen: dict[Any, tuple[Any, float]] = {}
-        self._stopping = threading.Event()
+        self._stopping = _waiting.Event()
         self._look()
         self._thread = threading.Thread(target=self._watch, name="lazycluster-leases", daemon=True)
         self._thread.start()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
+
+from lazycluster import _waiting
 
 
 class MasterProcess:
@@ -25,7 +26,7 @@ class MasterProcess:
         self.pid = pid
         self.returncode: int | None = None
         self._send = send
-        self._ended = threading.Event()
+        self._ended = _waiting.Event()
 
     def ended(self, status: int | None) -> None:
         """Note that it has ended; called by whoever watches it."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lazycluster import _lifetime, _loop
+from lazycluster import _lifetime, _loop, _waiting
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
@@ -131,7 +131,7 @@ class GroupExecutor(concurrent.futures.Executor):
         """Do what `submit` does, for a series of calls whose arrays are shared, see :meth:`share`."""
         if not callable(fn):
             raise TypeError(f"{fn!r} is not a function")
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future: _waiting.Future[T] = _waiting.Future()
         sharing = sharing or Sharing(self._blobs)
         try:
             packed = self._packer.pack(fn)

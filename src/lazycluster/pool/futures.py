@@ -7,6 +7,8 @@ import queue
 import threading
 from typing import Any
 
+from lazycluster import _waiting
+
 from .chunks import Answer, Chunk, Failure
 from .dealer import Dealer
 from .outcomes import call_name, read
@@ -23,7 +25,7 @@ class Futures:
 
     def __init__(self, dealer: Dealer) -> None:
         self._dealer = dealer
-        self._lock = threading.Condition()
+        self._lock = _waiting.Condition()
         self._open: dict[Chunk, tuple[concurrent.futures.Future[Any], str]] = {}
         self._arrived: queue.SimpleQueue[tuple[Chunk, Answer | Failure] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None

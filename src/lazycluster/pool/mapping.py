@@ -5,13 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from lazycluster import _waiting
 from lazycluster.tasks.pickling import name_of
 
 from .blobs import Sharing
@@ -98,7 +98,7 @@ class MapRun:
         self._next = 0  # the number of the next cell
         self._bytes = 0
         self._arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
-        self._changed = threading.Condition()
+        self._changed = _waiting.Condition()
         self._unsettled = 0
         self._sealed = False
         self._sharing = Sharing(dealer.blobs)

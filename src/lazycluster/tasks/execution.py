@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lazycluster import _loop, _progress
+from lazycluster import _loop, _progress, _waiting
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
 from .context import Context
@@ -32,7 +32,7 @@ _logger = logging.getLogger("lazycluster")
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled execution to end what it started
 
 
-class TaskFuture(concurrent.futures.Future[Any]):
+class TaskFuture(_waiting.Future[Any]):
     """The future of an execution; whoever asks it for the result has seen the error."""
 
     def __init__(self, execution: Execution) -> None:
@@ -283,7 +283,7 @@ class Execution:
             self.wait()
         except BaseException:
             self.cancel()
-            concurrent.futures.wait([self.future], _CLEANUP_LIMIT)
+            self.future.wait(_CLEANUP_LIMIT)
             raise
 
     def cancel(self, kill: bool = False) -> bool:

@@ -1,0 +1,117 @@
+"""Ctrl-C at whatever moment of a wait leaves no lock taken on which the thread that ends the wait would stand still."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from lazycluster._waiting import Condition, Event, Future
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _alarm() -> Iterator[None]:
+    """Have a signal raise `KeyboardInterrupt`, as Ctrl-C does."""
+    before = signal.signal(signal.SIGALRM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _interrupted(wait: Callable[[], object], most: float) -> None:
+    """Do something again and again until it is interrupted, within some seconds."""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, most))
+        while True:
+            wait()
+    except KeyboardInterrupt:
+        pass
+
+
+def _condition_of(waited: Any) -> Any:
+    return waited if isinstance(waited, Condition) else waited._condition
+
+
+@pytest.mark.parametrize("kind", [Future, Event])
+def test_an_interrupted_wait_gives_its_lock_back(kind: Callable[[], Any]) -> None:
+    waited = kind()
+    end = time.monotonic() + 1
+    count = 0
+    with _alarm():
+        while time.monotonic() < end:
+            _interrupted(lambda: waited.wait(0.00002), 0.0004)
+            assert not _condition_of(waited)._is_owned()
+            count += 1
+    assert count > 100
+
+
+def test_an_interrupted_question_gives_the_lock_back() -> None:
+    end = time.monotonic() + 1
+    with _alarm():
+        while time.monotonic() < end:
+            future: Future[int] = Future()
+            _interrupted(lambda: (future.done(), future.add_done_callback(len)), 0.0002)  # noqa: B023
+            assert not _condition_of(future)._is_owned()
+
+
+def test_a_wait_ends_with_what_is_waited_for() -> None:
+    future: Future[int] = Future()
+    event = Event()
+    assert not future.wait(0)
+    assert not event.wait(0.001)
+    threads = [threading.Timer(0.01, future.set_result, [5]), threading.Timer(0.01, event.set)]
+    for thread in threads:
+        thread.start()
+    assert future.wait()
+    assert event.wait(20)
+    assert future.result(0) == 5
+    assert event.is_set()
+    for thread in threads:
+        thread.join()
+
+
+def test_result_waits_and_times_out() -> None:
+    future: Future[int] = Future()
+    with pytest.raises(concurrent.futures.TimeoutError):
+        future.result(0.001)
+    thread = threading.Timer(0.01, future.set_exception, [ValueError("x")])
+    thread.start()
+    with pytest.raises(ValueError, match="x"):
+        future.result()
+    thread.join()
+
+
+def test_all_who_wait_are_woken() -> None:
+    condition = Condition()
+    woken: list[int] = []
+    ready = [Event() for _ in range(5)]
+
+    def wait(number: int) -> None:
+        with condition, condition:  # the lock may be taken more than once
+            ready[number].set()
+            condition.wait(20)
+            woken.append(number)
+
+    threads = [threading.Thread(target=wait, args=[number]) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for event in ready:
+        event.wait(20)
+    with condition:
+        condition.notify_all()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(woken) == [0, 1, 2, 3, 4]
