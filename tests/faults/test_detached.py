@@ -16,6 +16,7 @@ import pytest
 import leaks
 from lazycluster import LocalRuntime, Runtime, RuntimeTask
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
+from patience import until
 
 _PATIENCE = 40.0
 
@@ -34,13 +35,6 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Runtime]]:
     else:
         hosts = request.getfixturevalue("hosts")
         yield lambda **options: connect(hosts, **options)
-
-
-def until(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.02)
 
 
 def wait_and_double(number: int) -> int:

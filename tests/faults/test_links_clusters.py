@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lazycluster import RuntimeGroup
+from patience import until
 
 _PATIENCE = 90.0
 
@@ -26,13 +26,6 @@ def drop_link(group: RuntimeGroup, number: int) -> None:
     process = group.runtimes[number].connection._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
-
-
-def until(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.05)
 
 
 def test_dask_finishes_and_its_workers_come_back(hosts: Any) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from managers import Victim, until
+from managers import Victim
 from victims import connect, noted
 
 import leaks
+from patience import until
 from sshhosts import procfs
 
 _CLUSTER_PORT = 24786

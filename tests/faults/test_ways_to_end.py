@@ -20,7 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from managers import Victim, until
+from managers import Victim
+
+from patience import until
 
 INTERRUPTED = -signal.SIGINT
 

@@ -18,6 +18,7 @@ import pytest
 from lazycluster import _loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 from lazycluster.ssh.openssh import SshConnection
+from patience import until
 
 Make = Callable[..., Any]
 
@@ -215,7 +216,8 @@ def test_nothing_is_left_when_the_manager_dies(hosts: Any, sign: signal.Signals)
     assert manager.stdout
     try:
         assert manager.stdout.readline() == "ready\n"
-        assert all(len([p for p in host.processes() if p.command == "sleep 600"]) == 3 for host in hosts)
+        for host in hosts:
+            until(lambda host=host: [p.command for p in host.processes()].count("sleep 600") == 3, "what it started")
     finally:
         os.kill(manager.pid, sign)
         manager.wait()

@@ -23,6 +23,7 @@ from lazycluster.exceptions import (
     TaskExecutionError,
     WorkerLostError,
 )
+from patience import until
 from sshhosts import procfs
 
 
@@ -47,13 +48,6 @@ def square(x: int) -> int:
 class Point:
     def __init__(self, x: int) -> None:
         self.x = x
-
-
-def until(condition: Any, what: str, patience: float = 20.0) -> None:
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.01)
 
 
 # --- what comes back ---------------------------------------------------------------------------------

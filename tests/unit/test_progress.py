@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import io
 import sys
 import threading
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lazycluster import Environment, _loop, _progress
+from lazycluster import Environment, _loop, _progress, _waiting
 from lazycluster._progress import Board, Progress, shown
 
 
@@ -199,7 +198,7 @@ def test_copies_to_many_hosts_are_summed_up_also_for_those_that_have_ended(termi
             part.set(done, total)
             ended.append(part)
     ended[0].__exit__()
-    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future: _waiting.Future[None] = _waiting.Future()
     joint = Board(True, [board])
     assert not joint.wait([future], timeout=0.05)
     joint.close()
