@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,43 @@ def test_an_initializer_that_fails_breaks_the_executor(group: RuntimeGroup) -> N
         assert isinstance(caught.value.__cause__, LookupError)
         with pytest.raises(BrokenPoolError):
             executor.submit(abs, 1)
+
+
+def test_functions_of_the_same_script_see_what_the_initializer_assigns(group: RuntimeGroup) -> None:
+    script = types.ModuleType("__main__")
+    exec(_SCRIPT, script.__dict__)
+    own: Any = script
+    with group.executor(workers_per_host=1, initializer=own.prepare, initargs=(10,)) as executor:
+        assert list(executor.map(own.scaled, range(20))) == [10 * x for x in range(20)]
+        assert executor.submit(own.apply, own.scaled, 3).result() == 30
+        own.offset = 5  # what the script assigns is the script's
+        assert executor.submit(own.scaled, 1).result() == 15
+        assert executor.submit(own.change).result() == 7
+        assert executor.submit(own.scaled, 1).result() == 15
+
+
+_SCRIPT = """
+factor = None
+offset = 0
+
+def prepare(value):
+    global factor, made
+    factor, made = value, "made"
+
+def helper():
+    return factor if made == "made" else None
+
+def scaled(x):
+    return helper() * x + offset
+
+def apply(function, x):
+    return function(x)
+
+def change():
+    global offset
+    offset = 7
+    return offset
+"""
 
 
 def test_workers_that_die_before_they_begin_are_not_started_for_ever(group: RuntimeGroup) -> None:

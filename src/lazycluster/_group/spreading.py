@@ -91,7 +91,8 @@ class Spreading:
 
         Args:
             max_workers: Workers in all; by default as many on each host as it has cores.
-            initializer: Is called in each worker before anything else.
+            initializer: Is called in each worker before anything else. Functions of the same script see the globals
+                that it assigns.
             initargs: Its arguments.
             workers_per_host: Instead of `max_workers`: how many on each host, or on single ones by their names.
             gpus_per_call: How many GPUs of its host each worker has for itself: ``CUDA_VISIBLE_DEVICES`` is set, and

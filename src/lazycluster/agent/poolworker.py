@@ -45,8 +45,48 @@ _LAYOUT = struct.Struct("!QI")  # at the start of a blob: bytes of its pickles, 
 _BUFFER = struct.Struct("!QQ")  # of each buffer: where, how long
 
 
+class _Namespaces:
+    """The globals of functions that came by value: each pickle has its own, so that what one changes harms no other.
+
+    What the initializer assigns is meant for all, though, as where a worker has the whole script.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: List[Dict[str, Any]] = []
+        self._assigned: Dict[str, Dict[str, Any]] = {}  # by the name of the script or module
+
+    def make_function(self, code: Any, namespace: Dict[str, Any], *more: Any) -> Any:
+        """Do what cloudpickle does, and note the namespace."""
+        from cloudpickle import cloudpickle
+
+        if isinstance(namespace, dict) and all(namespace is not other for other in self._fresh):
+            self._fresh.append(namespace)
+        return cloudpickle._make_function(code, namespace, *more)
+
+    def settle(self) -> None:
+        """Have the functions that were loaded see what the initializer has assigned."""
+        for namespace in self._fresh:
+            namespace.update(self._assigned.get(namespace.get("__name__", ""), {}))
+        self._fresh.clear()
+
+    def initialize(self, load: Callable[[], Callable[[], Any]]) -> None:
+        """Load the initializer, call it, and note what it assigns."""
+        function = load()
+        before = [(namespace, dict(namespace)) for namespace in self._fresh]
+        function()
+        for namespace, old in before:
+            changed = {name: new for name, new in namespace.items() if name not in old or old[name] is not new}
+            self._assigned.setdefault(namespace.get("__name__", ""), {}).update(changed)
+        self._fresh.clear()
+
+
+_namespaces = _Namespaces()
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if name == "_make_function" and module.startswith("cloudpickle"):
+            return _namespaces.make_function
         if module in (localmodules.__name__, __name__):  # the package that they are of on the manager is on no host
             return getattr(localmodules if module == localmodules.__name__ else sys.modules[__name__], name)
         return super().find_class(module, name)
@@ -129,7 +169,7 @@ class Worker:
         """Call the pool's initializer, if it has one; returns whether it can go on."""
         try:
             if blob:
-                self._function(blob)()
+                _namespaces.initialize(lambda: self._loaded(blob))
         except BaseException as error:  # noqa: BLE001  (whatever it is, the manager has to know)
             self._answer(UNFIT, 0, 0.0, self._results.dump(callee.describe_error(error, self._results.known)))
             return False
@@ -224,6 +264,7 @@ class Worker:
             return unpickler.load() if kind == CHUNK else _load_local(file, unpickler)
 
         calls, kwargs = self._results.load(load)
+        _namespaces.settle()
         return calls, kwargs or {}
 
     def _function(self, blob: int) -> Callable[..., Any]:
@@ -231,11 +272,15 @@ class Worker:
             return _call
         found: Optional[Callable[..., Any]] = self._functions.get(blob)
         if found is None:
-            mapped = _mapped(self._fetch(blob))
-            found = self._functions[blob] = self._results.load(lambda: _load_blob(mapped))
+            found = self._functions[blob] = self._loaded(blob)
+            _namespaces.settle()
             while len(self._functions) > _MOST_KEPT:
                 self._functions.popitem(last=False)
         return found
+
+    def _loaded(self, blob: int) -> Any:
+        mapped = _mapped(self._fetch(blob))
+        return self._results.load(lambda: _load_blob(mapped))
 
     def _fetch(self, blob: int) -> int:
         """Return the descriptor of a blob."""
