@@ -99,7 +99,7 @@ class Index:
         folder: The wheels.
         login: ``name:password`` that it asks for.
         broken: Names of files that are served with another content than the index says.
-        requests: The paths that were asked for.
+        requests: The paths that were asked for, but for those of which only the size was.
         gate: While it is cleared, files are not served.
         waiting: Is set when a file waits for that.
     """
@@ -138,7 +138,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         index = self.index
-        index.requests.append(self.path)
+        if self.command == "GET":
+            index.requests.append(self.path)
         wanted = "Basic " + base64.b64encode(index.login.encode()).decode()
         if index.login and self.headers.get("Authorization", "") != wanted:
             self.answer(401, b"", {"WWW-Authenticate": 'Basic realm="index"'})
