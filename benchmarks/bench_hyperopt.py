@@ -51,7 +51,7 @@ class Server:
 
     def __init__(self, folder: str) -> None:
         from lazycluster.cluster.hyperopt_masters import EmbeddedMongoLauncher
-        from lazycluster.cluster.services import Source
+        from lazycluster.cluster.programs import Source
 
         launcher = EmbeddedMongoLauncher(None)  # type: ignore[arg-type]
         launcher.hyperopt.dbpath = Path(folder, "db")

@@ -1,7 +1,8 @@
-"""Links drop while a cluster computes: its workers come back, and the result is right."""
+"""Links drop and hosts are lost while a cluster computes: its workers come back, and the result is right."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -51,6 +52,63 @@ def test_dask_finishes_and_its_workers_come_back(hosts: Any) -> None:
             parts = [client.submit(bytes, 500_000, workers=[name], pure=False) for name in names]
             sums = [client.submit(lambda *some: sum(map(len, some)), *parts, workers=[name]) for name in names]
             assert client.gather(sums) == [1_000_000, 1_000_000]
+
+
+def lose_agent(hosts: Any, group: RuntimeGroup, number: int) -> None:
+    inner = group.runtimes[number].connection.hello.pid
+    os.kill(next(found.pid for found in hosts[number].processes() if found.inner_pid == inner), signal.SIGKILL)
+
+
+def restart(hosts: Any, group: RuntimeGroup, number: int) -> None:
+    hosts[number].power_off()
+    until(lambda: group.runtimes[number].connection.state == "interrupted", "the host to be missed")
+    hosts[number].power_on()
+
+
+@pytest.mark.parametrize("lose", [lose_agent, pytest.param(restart, marks=pytest.mark.soak)])
+def test_dask_workers_are_started_again_where_everything_was_lost(
+    make_hosts: Any, lose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next agent of the host gets them, with the user's modules, which were lost there, too."""
+    pytest.importorskip("distributed")
+    from lazycluster.cluster.dask_cluster import DaskCluster
+
+    (tmp_path / "own_twice.py").write_text("import os\n\n\ndef twice(number):\n    return 2 * number, os.getpid()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    twice = importlib.import_module("own_twice").twice
+    hosts = make_hosts(2)
+    with connect(hosts, 2) as group, DaskCluster(group, nthreads=1) as cluster:
+        cluster.start()
+        with cluster.get_client(timeout=30) as client:
+            first = {pid for _, pid in client.gather(client.map(twice, range(20), pure=False))}
+            assert len(first) == 2
+            lose(hosts, group, 0)
+            until(lambda: cluster.workers[0].restarts == 1, "the loss to be noticed")
+            until(lambda: cluster.workers[0].state == "ready", "the worker to be started again")
+            client.wait_for_workers(2, timeout=_PATIENCE)
+            futures = client.map(twice, range(20), pure=False, workers=["host1-0"])
+            assert [number for number, _ in client.gather(futures)] == [2 * number for number in range(20)]
+            both = {pid for _, pid in client.gather(client.map(twice, range(20), pure=False))}
+            assert len(both) == 2
+        assert [worker.state for worker in cluster.workers] == ["ready", "ready"]
+        [lost] = [event for event in cluster.events if event.kind == "restarting"]
+        assert lost.host == "host1"
+        assert "and is started again" in lost.detail
+
+
+def test_workers_that_lose_their_agents_too_often_fail_for_good(
+    hosts: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("distributed")
+    from lazycluster.cluster.dask_cluster import DaskCluster, RoundRobinLauncher
+
+    monkeypatch.setattr(RoundRobinLauncher, "RESTARTS", 0)
+    with connect(hosts, 2) as group, DaskCluster(group) as cluster:
+        cluster.start()
+        lose_agent(hosts, group, 0)
+        until(lambda: cluster.workers[0].state == "failed", "the failure")
+        assert cluster.workers[1].state == "ready"
+        assert "the agent on the host has ended, and with it what ran there" in caplog.text
 
 
 @pytest.mark.soak

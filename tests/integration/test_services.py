@@ -18,7 +18,8 @@ from lazycluster import _loop
 from lazycluster.cluster.exceptions import ServiceError
 from lazycluster.cluster.places import Place
 from lazycluster.cluster.process import MasterProcess
-from lazycluster.cluster.services import Program, Service, Source
+from lazycluster.cluster.programs import Program, Source
+from lazycluster.cluster.services import Service
 from lazycluster.ssh.local import LocalConnection
 from lazycluster.utils import Environment
 

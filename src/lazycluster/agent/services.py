@@ -8,13 +8,13 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, cast
 
 from . import gpus, memory
 from .commands import Process, environment, outcome
 from .processes import Ending, tree_of
+from .restarts import Restarts
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -24,8 +24,6 @@ _HELD = 512 * 1024  # bytes of output that wait for a manager that is slow; what
 _TAIL = 8 * 1024  # bytes of output that are told with the end of the process
 _LONGEST_LINE = 256 * 1024
 _PATIENCE = 3.0  # seconds from the request to end until the service is killed
-_BACKOFF, _LONGEST_BACKOFF = 0.25, 30.0
-_WINDOW = 300.0  # seconds within which restarts are counted
 _READY_AGAIN = 180.0  # seconds for a service that is started again to get ready
 SCRATCH = "LAZYCLUSTER_SCRATCH"  # the variable with the service's own directory, which is removed when it ends
 
@@ -139,15 +137,14 @@ class _Service:
         self._task = "{}.{}".format(params.get("task") or "service", os.urandom(6).hex())
         self._marker = (params.get("marker") or "").encode()
         self._ready_text = (params.get("ready") or "").encode()
-        self._limit = int(params.get("restarts") or 0)
+        self._restarts = Restarts(int(params.get("restarts") or 0))
         self.patience = float(params.get("patience") or _PATIENCE)
         self._cwd = os.path.join(os.path.expanduser("~"), params.get("cwd") or "")
-        self._restarts: List[float] = []
-        self._count = 0
         self._kept: List[bytes] = []
         self._input_ended = False
         self._ending = False
-        self._was_ready = self._is_ready = False
+        # One that was ready under an agent that is lost now is under way again, not for the first time.
+        self._was_ready, self._is_ready = bool(params.get("again")), False
         self._waiting: Optional[Any] = None
         self._late: Optional[Any] = None
         self._killed_before = memory.killed()
@@ -220,7 +217,7 @@ class _Service:
             self._ready({})
 
     def _tell(self, state: str, **fields: Any) -> None:
-        self.channel.event(state=state, restarts=self._count, **fields)
+        self.channel.event(state=state, restarts=self._restarts.count, **fields)
 
     def _ready(self, detail: Dict[str, Any]) -> None:
         if not self._is_ready and self._run is not None:
@@ -298,9 +295,9 @@ class _Service:
         fields = dict(ended, pid=run.pid if run else None, output=self.outlet.last_words())
         self._tell("exited", **fields)
         if self._ending:
-            self._finish(lambda: self.channel.result(restarts=self._count, **ended))
+            self._finish(lambda: self.channel.result(restarts=self._restarts.count, **ended))
         elif ended["exit"] == 0 and self._was_ready:
-            self._clear_up(lambda: self._finish(lambda: self.channel.result(restarts=self._count, **ended)))
+            self._clear_up(lambda: self._finish(lambda: self.channel.result(restarts=self._restarts.count, **ended)))
         elif not self._was_ready:
             self._clear_up(lambda: self._fail("service", "it ended before it was ready", ended))
         else:
@@ -313,17 +310,12 @@ class _Service:
 
     def _again(self, ended: Dict[str, Any]) -> None:
         if self._ending:
-            self._finish(lambda: self.channel.result(restarts=self._count, **ended))
+            self._finish(lambda: self.channel.result(restarts=self._restarts.count, **ended))
             return
-        now = time.monotonic()
-        self._restarts = [moment for moment in self._restarts if now - moment < _WINDOW]
-        if len(self._restarts) >= self._limit:
-            text = "it ended again after {} restarts within {:g} s".format(len(self._restarts), _WINDOW)
-            self._fail("service", text if self._limit else "it ended", ended)
+        delay = self._restarts.next()
+        if delay is None:
+            self._fail("service", self._restarts.exhausted(), ended)
             return
-        delay = min(_LONGEST_BACKOFF, _BACKOFF * 2 ** len(self._restarts))
-        self._restarts.append(now)
-        self._count += 1
         self._tell("restarting", delay=delay, out_of_memory=ended.get("out_of_memory", ""))
         self._waiting = self.channel.loop.call_later(delay, self.start)
 
@@ -336,12 +328,12 @@ class _Service:
             self._run.stop(self.patience)
         elif self._waiting is not None:
             self._waiting.cancel()
-            self._finish(lambda: self.channel.result(restarts=self._count, exit=None, signal=None))
+            self._finish(lambda: self.channel.result(restarts=self._restarts.count, exit=None, signal=None))
 
     def _fail(self, kind: str, message: str, ended: Dict[str, Any]) -> None:
         fields = dict(ended, output=self.outlet.last_words(), ready=self._was_ready)
         self._tell("failed", **fields)
-        self._finish(lambda: self.channel.fail(kind, message, restarts=self._count, **fields))
+        self._finish(lambda: self.channel.fail(kind, message, restarts=self._restarts.count, **fields))
 
     def _finish(self, tell: Callable[[], Any]) -> None:
         if self._share is not None:
@@ -357,7 +349,8 @@ def service(channel: "Channel") -> None:
     It is asked for as `argv`, or as `source` (a small package of modules, one of which has a `main`) for `python`.
     INPUT goes to its standard input and is kept, to be fed again at a restart. It is ready when it prints a line with
     the text `ready`, or a line of `marker` and a JSON object {"event": "ready", ...}; with neither, at once. It is
-    started again, at most `restarts` times in a while, if it was ready once and ends with anything but status 0.
+    started again, at most `restarts` times in a while, if it was ready once and ends with anything but status 0; with
+    `again` it is taken for one that was ready before.
 
     With `gpus`, e.g. {"count": 1, "idle": true}, it gets as many GPUs for itself, of those that others do not use; if
     the host has too few, it is the error "gpu".

@@ -17,7 +17,7 @@ from .dask_versions import check_workers
 from .launchers import ServiceMasterLauncher
 from .local_modules import LocalModules
 from .network import PortUse, Reach
-from .services import Program, Source
+from .programs import Program, Source
 from .workers import ServiceWorkerLauncher, Worker
 
 if TYPE_CHECKING:
@@ -169,6 +169,10 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         """Check the software of the hosts, before anything listens."""
         await check_workers(workers, self.dask.check_versions, _GREETING_LIMIT)
         await self.dask.modules.share([worker.place for worker in workers])
+
+    async def furnish(self, place: Place) -> None:
+        """Send the user's modules."""
+        await self.dask.modules.share([place])
 
     async def dismiss(self, workers: Sequence[Worker]) -> dict[str, str]:
         """Have the scheduler retire workers."""

@@ -12,7 +12,7 @@ from .exceptions import MasterStartError
 from .hyperopt_programs import messages
 from .hyperopt_settings import HyperoptSettings, make_directory
 from .launchers import ServiceMasterLauncher
-from .services import Program, Source
+from .programs import Program, Source
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup

@@ -12,7 +12,8 @@ from .hyperopt_masters import PACKAGE, PROGRAMS, SHARED
 from .hyperopt_objectives import send_local_modules
 from .hyperopt_programs import compat, messages, trials
 from .hyperopt_settings import HyperoptSettings, checked_name, checked_seconds, database
-from .services import Program, Service, Source
+from .programs import Program, Source
+from .services import Service
 from .versions import Software
 from .workers import ServiceWorkerLauncher, Worker
 

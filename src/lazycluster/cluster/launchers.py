@@ -19,7 +19,8 @@ from .health import Watch
 from .network import Network, PortSupply, free_everywhere
 from .places import MANAGER, Place, places_of, usable
 from .process import MasterProcess
-from .services import Program, Service, as_kind, ready_or_port_taken, stop_all
+from .programs import Program
+from .services import Service, as_kind, ready_or_port_taken, stop_all
 from .workers import ServiceWorkerLauncher
 
 if TYPE_CHECKING:

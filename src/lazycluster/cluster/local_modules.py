@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,23 @@ _READINGS = 10  # tries to read all files while none of them changes
 _STAMP = "stamp"
 
 
+@dataclass
+class _Copy:
+    """What one host has.
+
+    Attributes:
+        connection: The connection to it.
+        path: The directory there.
+        generation: Which agent's directory that is in.
+        is_old: Whether its link was interrupted when something had changed.
+    """
+
+    connection: Connection
+    path: str
+    generation: int
+    is_old: bool = False
+
+
 class LocalModules:
     """What the hosts of one cluster have of the user's modules. For the event loop's thread, unless said otherwise.
 
@@ -50,13 +68,14 @@ class LocalModules:
         self.directory = ""
         self.version = 0
         self._space: workspace.Workspace | None = None
-        self._hosts: dict[str, tuple[Connection, str]] = {}
+        self._hosts: dict[str, _Copy] = {}
         self._written: dict[str, str] = {}
         self._stamps: dict[str, int] = {}
         self._seen: set[str] = set()
         self._local: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._syncing = asyncio.Lock()
+        self._sharing = asyncio.Lock()
 
     # --- begin and end -------------------------------------------------------------------------
     async def open(self) -> None:
@@ -68,24 +87,26 @@ class LocalModules:
         await self.sync()
 
     async def share(self, places: Iterable[Place]) -> None:
-        """Have the present modules on hosts, too.
+        """Have the present modules on hosts, too; those that have lost their agent, and all with it, get them again.
 
         Raises:
             LazyclusterError: If a host does not take them.
         """
         await self.open()
-        new = {place.host: place for place in places if place.host not in self._hosts}
 
         async def add(place: Place) -> None:
             answer = await asyncio.wait_for(place.connection.request("mkdtemp"), _PATIENCE)
-            self._hosts[place.host] = (place.connection, str(answer["path"]))
+            self._hosts[place.host] = _Copy(place.connection, str(answer["path"]), place.connection.generation)
             await self._send(place.host)
 
-        await asyncio.gather(*(add(place) for place in new.values()))
+        async with self._sharing:
+            known = [host for host, copy in self._hosts.items() if copy.connection.generation == copy.generation]
+            new = {place.host: place for place in places if place.host not in known}
+            await asyncio.gather(*(add(place) for place in new.values()))
 
     def directory_on(self, host: str) -> str:
         """Return where a host has them; empty if it has none."""
-        return self._hosts[host][1] if host in self._hosts else ""
+        return self._hosts[host].path if host in self._hosts else ""
 
     async def close(self) -> None:
         """Forget everything; the hosts remove their directories with all that belongs to the runtimes."""
@@ -94,10 +115,10 @@ class LocalModules:
             await asyncio.gather(self._watcher, return_exceptions=True)
             self._watcher = None
         hosts, self._hosts = self._hosts, {}
-        for connection, path in hosts.values():
-            if connection.state == "open":
+        for copy in hosts.values():
+            if copy.connection.state == "open":
                 with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
-                    await asyncio.wait_for(connection.request("remove", path=path), _PATIENCE)
+                    await asyncio.wait_for(copy.connection.request("remove", path=copy.path), _PATIENCE)
         if self._space is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
             await self._space.release()
@@ -165,24 +186,31 @@ class LocalModules:
         partial.replace(stamp)
 
     async def _send(self, host: str) -> None:
-        connection, path = self._hosts[host]
-        if connection.state != "open":
+        copy = self._hosts[host]
+        if copy.generation != copy.connection.generation:
+            return  # its directory is gone; who uses it asks for another one
+        copy.is_old = copy.connection.state != "open"
+        if copy.is_old:
             return
         # The stamp comes last: what it stands for is complete when it is there.
         for name in ("modules", _STAMP):
             source = Path(self.directory, name)
             if source.exists():
-                await transfer.send(connection, source, f"{path}/{name}", cwd="", env={})
+                await transfer.send(copy.connection, source, f"{copy.path}/{name}", cwd="", env={})
 
     async def _watch(self) -> None:
         """Look for changes now and then, for those who submit work in ways of their own."""
         while True:
             await asyncio.sleep(_LOOK)
-            if self.changed():
-                try:
+            try:
+                if self.changed():
                     await self.sync()
-                except (LazyclusterError, OSError) as error:
-                    logger.warning("changed modules cannot be sent: %s", error)
+                for host, copy in list(self._hosts.items()):
+                    if copy.is_old and copy.connection.state == "open":
+                        async with self._syncing:
+                            await self._send(host)
+            except (LazyclusterError, OSError) as error:
+                logger.warning("changed modules cannot be sent: %s", error)
 
 
 def _is_sent(name: str, module: types.ModuleType | None) -> bool:

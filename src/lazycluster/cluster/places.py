@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
 
+from .exceptions import ClusterError
+
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
     from lazycluster.ssh.connection import Connection
+    from lazycluster.tasks.execution import Context
 
 MANAGER = "localhost"
 
@@ -57,8 +60,25 @@ def places_of(group: RuntimeGroup) -> list[Place]:
         except LazyclusterError as error:
             places.append(Place(runtime.host, runtime.connection, problem=error))
         else:
-            places.append(Place(context.host, context.connection, context.python, dict(context.env), context.cwd))
+            places.append(_of(context))
     return places
+
+
+def _of(context: Context) -> Place:
+    return Place(context.host, context.connection, context.python, dict(context.env), context.cwd)
+
+
+async def place_again(group: RuntimeGroup, connection: Connection) -> Place:
+    """Return the place at a connection whose host has lost all that was prepared there, once it is prepared again.
+
+    Raises:
+        LazyclusterError: If it cannot be, or the host is not in the group any more.
+    """
+    for runtime in group.runtimes:
+        if runtime.connection is connection:
+            await runtime.prepare_soon()
+            return _of(runtime.task_context())
+    raise ClusterError(f"{connection.host} has left the group, and lost what ran there")
 
 
 async def prepared_places(group: RuntimeGroup) -> list[Place]:

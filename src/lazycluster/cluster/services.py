@@ -11,17 +11,17 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from lazycluster.agent.restarts import Restarts
 from lazycluster.exceptions import AgentError, LazyclusterError
 from lazycluster.utils import new_log_file_path
 
 from .exceptions import MasterStartError, ServiceError
 from .health import Watch
 from .places import Place
+from .programs import Program
 
 logger = logging.getLogger("lazycluster")
 
@@ -36,61 +36,21 @@ _OUT_OF_MEMORY = {
 State = Literal["new", "starting", "ready", "restarting", "ended", "failed"]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A program that is sent as text: modules of one directory, which import nothing but each other.
-
-    Attributes:
-        directory: The directory with the modules.
-        module: The module whose function ``main`` is called.
-        package: The name of the package that they form where they run.
-        shared: Modules from elsewhere that become part of the package.
-    """
-
-    directory: Path
-    module: str
-    package: str
-    shared: tuple[Path, ...] = ()
-
-    def message(self) -> dict[str, Any]:
-        """Return it as the agent wants it."""
-        files = {path.name: path.read_text("utf-8") for path in [*sorted(self.directory.glob("*.py")), *self.shared]}
-        return {"package": self.package, "module": self.module, "files": files}
-
-
-@dataclass(frozen=True)
-class Program:
-    """What is to run, and how one knows that it is ready.
-
-    Attributes:
-        name: What it is called in messages.
-        argv: The program and its arguments; or
-        source: our own program, for the place's Python.
-        env: Environment variables, which those of the place override.
-        marker: The start of the lines by which our own programs talk to the manager.
-        ready: A text in a line of output that says that it is ready. With neither, it is ready when it runs.
-        restarts: How often it is started again, within minutes, when it dies after it was ready.
-        patience: Seconds from the request to end until it is killed.
-        at_restart: What it means to others when it is started again.
-        gpus: How many GPUs of the host it gets for itself; the host says CUDA_VISIBLE_DEVICES.
-        idle_gpus: Whether GPUs that others use are left alone.
-    """
-
-    name: str
-    argv: tuple[str, ...] = ()
-    source: Source | None = None
-    env: Mapping[str, str] = field(default_factory=dict, repr=False)
-    marker: str = ""
-    ready: str = ""
-    restarts: int = 0
-    patience: float = 3.0
-    at_restart: str = ""
-    gpus: int = 0
-    idle_gpus: bool = False
-
-
 class Service:
     """One process on one host. For the event loop's thread, unless said otherwise.
+
+    Its agent starts it again when it dies. With the agent it is lost; if the host has got another one, as after a
+    restart, it is started again there, within the same limit.
+
+    Args:
+        program: What runs.
+        place: Where.
+        label: The name of this very process.
+        debug: Whether its output is printed as it comes.
+        on_change: Called when its state has changed.
+        watch: Is told what happens to it.
+        renew: Prepares its host, whose agent is another one now, sets `place`, and returns what the program is told
+            there. Without it, the service ends with its agent.
 
     Attributes:
         program: What runs.
@@ -115,6 +75,7 @@ class Service:
         debug: bool = False,
         on_change: Callable[[Service], Any] | None = None,
         watch: Watch | None = None,
+        renew: Callable[[Service], Awaitable[Any]] | None = None,
     ) -> None:
         self.program = program
         self.place = place
@@ -132,6 +93,10 @@ class Service:
         self._debug = debug
         self._on_change = on_change
         self._watch_of = watch
+        self._renew = renew
+        self._agents = Restarts(program.restarts)
+        self._restarts_before = 0  # under agents that are lost
+        self._away = False
         self._tail = ""
         self._log: io.FileIO | None = None
         self._channel: Any = None
@@ -148,6 +113,15 @@ class Service:
         Raises:
             LazyclusterError: If the connection cannot be used.
         """
+        self._log = io.FileIO(os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+        try:
+            self._begin(again=False)
+        except BaseException:
+            self._close_log()
+            raise
+        self._watching = asyncio.ensure_future(self._watch())
+
+    def _begin(self, again: bool) -> None:
         program, place = self.program, self.place
         params: dict[str, Any] = {
             "env": {**program.env, **place.env},
@@ -157,6 +131,7 @@ class Service:
             "ready": program.ready,
             "restarts": program.restarts,
             "patience": program.patience,
+            "again": again,
         }
         if program.gpus:
             params["gpus"] = {"count": program.gpus, "idle": program.idle_gpus}
@@ -164,16 +139,10 @@ class Service:
             params |= {"source": program.source.message(), "python": place.python}
         else:
             params["argv"] = list(program.argv)
-        self._log = io.FileIO(os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
-        try:
-            self._channel = place.connection.channel(
-                "service", params, stdout=self._on_output, stderr=self._on_output, event=self._on_event
-            )
-        except BaseException:
-            self._close_log()
-            raise
+        self._channel = place.connection.channel(
+            "service", params, stdout=self._on_output, stderr=self._on_output, event=self._on_event
+        )
         self.state = "starting"
-        self._watching = asyncio.ensure_future(self._watch())
 
     async def send(self, settings: Any) -> None:
         """Send a line of JSON to its standard input; from now on it is fed this one when it is started again."""
@@ -219,7 +188,8 @@ class Service:
 
     def _on_event(self, event: dict[str, Any]) -> None:
         state = event["state"]
-        self.restarts = event.get("restarts", self.restarts)
+        if "restarts" in event:
+            self.restarts = self._restarts_before + event["restarts"]
         if state == "message":
             self._heard(event["event"], event["detail"])
         elif state == "ready":
@@ -232,11 +202,14 @@ class Service:
         elif state == "exited":
             self.exit_status = _status(event)
         elif state == "restarting":
-            self.state, self.problem = "restarting", self._how(str(event.get("out_of_memory") or ""))
-            lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
-            logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, self.problem, lost)
-            self._note("restarting", f"{self.problem}, and is started again{lost}")
-            self._changed()
+            self._is_restarted(self._how(str(event.get("out_of_memory") or "")))
+
+    def _is_restarted(self, problem: str) -> None:
+        self.state, self.problem = "restarting", problem
+        lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
+        logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, problem, lost)
+        self._note("restarting", f"{problem}, and is started again{lost}")
+        self._changed()
 
     def _heard(self, name: str, fields: dict[str, Any]) -> None:
         if name == "respawned":
@@ -276,27 +249,59 @@ class Service:
 
     # --- its end -------------------------------------------------------------------------------
     async def _watch(self) -> None:
-        was_ready = False
         try:
-            result = await self._channel.result()
-            self.exit_status = _status(result)
+            await self._follow()
             self.state = "ended"
-        except AgentError as error:
-            self.exit_status = _status(error.evidence)
-            was_ready = bool(error.evidence.get("ready"))
-            self.error = self._failure(error.message, str(error.evidence.get("output", "")))
-        except LazyclusterError as error:
-            was_ready = self.state in ("ready", "restarting")
-            self.error = self._failure(str(error))
+        except ServiceError as error:
+            self.error = error
+            self.state, self.problem = "failed", error.problem
+            if self._was_ready and not self._stopping:
+                logger.error("%s", error)
+        except asyncio.CancelledError:  # by `stop`
+            self.state = "ended"
         finally:
             self._close_log()
-        if self.error is not None:
-            self.state, self.problem = "failed", self.error.problem
-            if was_ready and not self._stopping:
-                logger.error("%s", self.error)
         self._note(self.state, self.problem if self.error is not None else "")
         self._news.set()
         self._changed()
+
+    async def _follow(self) -> None:
+        """Wait for its end, under this agent and those that take its place."""
+        while True:
+            try:
+                self.exit_status = _status(await self._channel.result())
+                return
+            except AgentError as error:
+                self.exit_status = _status(error.evidence)
+                raise self._failure(error.message, str(error.evidence.get("output", ""))) from None
+            except LazyclusterError as error:
+                problem = await self._come_back(error)
+                if problem is not None:
+                    raise self._failure(str(problem)) from None
+
+    async def _come_back(self, problem: LazyclusterError) -> LazyclusterError | None:
+        """Start it on the agent that takes the place of the lost one; returns why it is not started if it is not."""
+        connection = self.place.connection
+        while self._renew is not None and self._was_ready and not self._stopping:
+            delay = self._agents.next() if connection.state in ("interrupted", "open") else None
+            if delay is None:
+                break
+            self.restarts += 1
+            self._restarts_before = self.restarts
+            self._is_restarted(getattr(problem, "detail", "") or str(problem))
+            self._away = True
+            try:
+                await connection.reached()
+                await asyncio.sleep(delay)
+                settings = await self._renew(self)
+                self._begin(again=True)
+                await self.send(settings)
+                return None
+            except LazyclusterError as error:
+                problem = error
+            finally:
+                self._away = False
+        return problem
 
     def _failure(self, problem: str, output: str = "") -> ServiceError:
         return ServiceError(
@@ -332,6 +337,8 @@ class Service:
         self._stopping = True
         if self._watching is not None:
             self.signal("END")
+            if self._away:
+                self._watching.cancel()
             await asyncio.shield(self._watching)
 
     def _close_log(self) -> None:

@@ -17,8 +17,9 @@ from lazycluster.ssh import workspace
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
 from .network import Listener, PortSupply, PortUse
 from .placement import Gpus, in_turn, rooms
-from .places import Place, places_of, prepared_places, usable
-from .services import Program, Service, as_kind, ready_or_port_taken
+from .places import Place, place_again, places_of, prepared_places, usable
+from .programs import Program
+from .services import Service, as_kind, ready_or_port_taken
 from .staff import Staff, Worker
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class ServiceWorkerLauncher(Staff):
         super().__init__(runtime_group)
         self.min_workers: int | None = None
         self.gpus: Gpus | None = None
+        self._master_port = 0
         self._needed: int | None = None  # how many of those that are being started must be there in the end
         self._failed: dict[str, LazyclusterError] = {}
 
@@ -59,6 +61,9 @@ class ServiceWorkerLauncher(Staff):
 
     async def greet(self, workers: Sequence[Worker]) -> None:
         """Check what the programs say before they get their settings; raise an error to give up."""
+
+    async def furnish(self, place: Place) -> None:
+        """Put on a host, which has lost what it had, what its workers need beside their settings."""
 
     def changed(self, service: Service) -> None:
         """Take note that the state of a worker's process has changed. For the event loop's thread."""
@@ -84,7 +89,13 @@ class ServiceWorkerLauncher(Staff):
             if self.gpus is not None:
                 program = replace(program, gpus=self.gpus.count, idle_gpus=self.gpus.idle)
             service = Service(
-                program, place, f"{program.name} {name}", debug=debug, on_change=self.changed, watch=self.watch
+                program,
+                place,
+                f"{program.name} {name}",
+                debug=debug,
+                on_change=self.changed,
+                watch=self.watch,
+                renew=self._renewed,
             )
             try:
                 if place.problem is not None:
@@ -155,6 +166,7 @@ class ServiceWorkerLauncher(Staff):
             await self.prepare(count, debug)
         supply = PortSupply(ports)
         self._supplies.append(supply)
+        self._master_port = master_port
         places = usable(places_of(self._group))
         await self._introduce(master_port, places)
         await self._give_ports(self._prepared, supply, places)
@@ -273,6 +285,13 @@ class ServiceWorkerLauncher(Staff):
         except ServiceError as error:
             raise as_kind(WorkerStartError, error) from None
         raise WorkerStartError(worker.name, worker.place.host, "all ports that were tried were taken")
+
+    async def _renewed(self, service: Service) -> dict[str, Any]:
+        """Prepare a worker's host once more, whose agent is another one now; returns what the worker is told there."""
+        worker = next(worker for worker in [*self.workers, *self._prepared] if worker.service is service)
+        worker.place = service.place = await place_again(self._group, service.place.connection)
+        await self.furnish(worker.place)
+        return self.settings(worker, self._master_port)
 
     async def _give_up(self, worker: Worker, error: LazyclusterError) -> None:
         self._failed[worker.name] = error
