@@ -32,7 +32,6 @@ __all__ = ["LocalRuntime", "Runtime", "RuntimeTask"]
 R = TypeVar("R", bound="Runtime")
 
 _END_LIMIT = 25.0  # seconds for all tasks of a runtime to end
-_END_LIMIT_UNHEARD = 1.0  # the same while the link to the host is down
 
 
 class Runtime(Belongings, Shown):
@@ -383,9 +382,8 @@ class Runtime(Belongings, Shown):
         await close_tunnels(exposure.tunnel for exposure in self._ledger.exposures)
         ending = self._ledger.end_tasks()
         if ending:
-            # While the link is down they cannot be told to end; the host ends them by itself.
-            limit = _END_LIMIT if self.connection.state == "open" else _END_LIMIT_UNHEARD
-            await asyncio.wait([asyncio.ensure_future(settled(future)) for future in ending], timeout=limit)
+            ended = asyncio.gather(*(settled(future) for future in ending))
+            await self.connection.heard_out(ended, _END_LIMIT)
         await self._session.close()
         self._ledger.report()
 

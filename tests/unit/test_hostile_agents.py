@@ -14,7 +14,7 @@ import pytest
 
 from lazycluster.agent import wire
 from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
-from lazycluster.ssh.connection import Hello
+from lazycluster.ssh.hello import Hello
 from lazycluster.ssh.link import AgentLink
 
 

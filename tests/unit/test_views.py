@@ -20,7 +20,7 @@ from lazycluster._views.cells import cells, megabytes
 from lazycluster._views.view import Cell, Table, View, as_html, as_text
 from lazycluster.cluster.hyperopt_progress import SearchProgress
 from lazycluster.cluster.views import cluster_view
-from lazycluster.ssh.connection import Hello
+from lazycluster.ssh.hello import Hello
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>\033]0;owned\007\u202e$\\href{javascript:alert(1)}{x}$'"
 TAGS = {"div", "strong", "span", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "br"}

@@ -353,8 +353,8 @@ class Session:
             self.connection.on_renewal.remove(self._renewal)
         if self.connection.state == "open" and self.lease._users > 1:  # else they go with the agent
             for path in self.temporary:
-                with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
-                    await asyncio.wait_for(self.connection.request("remove", path=path), ANSWER_LIMIT)
+                removing = asyncio.ensure_future(self.connection.request("remove", path=path))
+                await self.connection.heard_out(removing, ANSWER_LIMIT)
         self.temporary.clear()
         await self.lease.give_back()
 

@@ -117,8 +117,8 @@ class LocalModules:
         hosts, self._hosts = self._hosts, {}
         for copy in hosts.values():
             if copy.connection.state == "open":
-                with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
-                    await asyncio.wait_for(copy.connection.request("remove", path=copy.path), _PATIENCE)
+                removing = asyncio.ensure_future(copy.connection.request("remove", path=copy.path))
+                await copy.connection.heard_out(removing, _PATIENCE)
         if self._space is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
             await self._space.release()

@@ -369,11 +369,15 @@ async def stop_all(services: Sequence[Service]) -> None:
     """End services, all at once."""
 
     async def stop(service: Service) -> None:
-        # A host that does not answer ends the service itself when it notices that the manager has gone.
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(service.stop(), _STOP_LIMIT)
+        connection = service.place.connection
+        if not await connection.heard_out(asyncio.ensure_future(service.stop()), _STOP_LIMIT):
+            # It was told to; and when this connection is closed, the host ends it in any case.
+            left.setdefault(connection.host, []).append(service.label)
 
+    left: dict[str, list[str]] = {}
     await asyncio.gather(*(stop(service) for service in services))
+    for host, labels in left.items():
+        logger.warning("%s: it has not said that it has ended %s", host, ", ".join(labels))
 
 
 def as_kind(kind: type[Any], error: ServiceError) -> Any:

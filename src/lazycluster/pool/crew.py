@@ -200,9 +200,9 @@ class Crew:
                     channel.control(signal="END")
                 else:
                     await channel.send_end()
-                await asyncio.wait_for(self._ended.wait(), _CLOSE_LIMIT)
-            except asyncio.TimeoutError:
-                channel.close()
+                ended = asyncio.ensure_future(self._ended.wait())
+                if not await self._context.connection.heard_out(ended, _CLOSE_LIMIT):
+                    channel.close()
             except LazyclusterError:
                 pass  # the host has gone, and all with it
         self._lines.close()

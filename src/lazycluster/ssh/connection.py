@@ -9,11 +9,11 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
 
+from .hello import Hello
 from .link import AgentLink, Bytes, Channel, Event
 from .mark import Mark, StartError, read_mark
 from .mux import Forward
@@ -25,44 +25,9 @@ State = Literal["new", "connecting", "open", "interrupted", "lost", "closed"]
 logger = logging.getLogger("lazycluster")
 
 _START_LIMIT = 30.0  # seconds for a further agent to start, on a connection that works
-STOP_PATIENCE = 6.0  # seconds that the agent gets to end what it started
-
-
-@dataclass(frozen=True)
-class Hello:
-    """What the agent says about its host when it has started."""
-
-    python: tuple[int, int, int]
-    executable: str
-    pid: int
-    uid: int
-    user: str
-    home: str
-    shell: str
-    hostname: str
-    directory: str
-    identity: str
-    platform: str
-    boot_id: str
-    booted: int
-    machine_id: str
-    network: str
-    path: str
-
-    @classmethod
-    def parse(cls, message: dict[str, Any]) -> Hello:
-        """Make one from the agent's message.
-
-        Raises:
-            ValueError: If it makes no sense.
-        """
-        kinds = {"python": list, "pid": int, "uid": int, "booted": int}
-        values: dict[str, Any] = {field.name: message.get(field.name) for field in fields(cls)}
-        wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
-        python = [part for part in message.get("python") or () if isinstance(part, int)]
-        if wrong or len(python) != 3:
-            raise ValueError(f"the agent says of its host what makes no sense: {', '.join(wrong or ['python'])}")
-        return cls(**{**values, "python": tuple(python)})
+_STOP_PATIENCE = 6.0  # seconds that the agent gets to end what it started
+_QUIET = 5.0
+_UNHEARD_PATIENCE = 1.0  # the same if its host is not heard anyway
 
 
 StateCallback = Callable[[State, str], Any]
@@ -98,6 +63,7 @@ class Connection(abc.ABC):
         self._noise = bytearray()
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
+        self._given_up = -1.0  # when the host was heard last of all, if that was too long ago for somebody
         self.at_close: list[Callable[[], Any]] = []
 
     @property
@@ -251,6 +217,39 @@ class Connection(abc.ABC):
             await self.request("ping")
         await self.reached()
 
+    @property
+    def answers(self) -> bool:
+        """Whether the host is heard: its link is up, and it was not in vain that it was waited for last."""
+        link = self._link
+        return link is not None and link.is_attached and self._given_up != link.heard and self.state != "interrupted"
+
+    async def heard_out(self, work: asyncio.Future[Any], limit: float) -> bool:
+        """Wait for what the host ends; not for long if it does not answer: it ends everything by itself.
+
+        Args:
+            work: Done when that has ended; it is cancelled if it is not waited for any more.
+            limit: Seconds for it.
+
+        Returns:
+            Whether it is done.
+        """
+        link, quiet = self._link, self._quiet
+        try:
+            if link is not None and not work.done():
+                limit = limit if self.answers else min(limit, _UNHEARD_PATIENCE)
+                await link.heard_out(work, limit, quiet)
+                if not work.done() and asyncio.get_running_loop().time() - link.heard >= min(quiet, limit):
+                    self._given_up = link.heard
+        finally:
+            if not work.cancel() and not work.cancelled():
+                work.exception()  # whoever wants it asks for it; nobody must
+        return work.done() and not work.cancelled()
+
+    @property
+    def _quiet(self) -> float:
+        """Seconds without a word after which a host is not waited for that is to end something."""
+        return _QUIET
+
     # --- starting ------------------------------------------------------------------------------
     async def _bring_up(self, process: WatchedProcess, marker: str) -> None:
         """Reach the agent through a process whose output is a shell's, until the mark; usually it has to be started."""
@@ -349,13 +348,25 @@ class Connection(abc.ABC):
         self._become("closed")
         for call in self.at_close:
             call()
-        link, stopped = self._link, False
-        if was_open and link is not None and link.is_attached:
-            with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
-                await asyncio.wait_for(link.open_channel("stop", {}).result(), STOP_PATIENCE)
-                stopped = True
+        stopped = was_open and await self._stop()
+        if was_open and not stopped:
+            self._not_told()
         await self._hang_up(stopped)
         await self._release()
+
+    async def _stop(self) -> bool:
+        """Have the agent end; returns whether it says that it does."""
+        link = self._link
+        if link is None or not link.is_attached:
+            return False
+        try:
+            stopping = asyncio.ensure_future(link.open_channel("stop", {}).result())
+            return await self.heard_out(stopping, _STOP_PATIENCE) and stopping.exception() is None
+        except LazyclusterError:
+            return False
+
+    def _not_told(self) -> None:  # noqa: B027  (on this machine it sees that the manager has gone)
+        """Say that something may be left on the host, and until when."""
 
     async def _hang_up(self, stopped: bool = False) -> None:
         """End the process, whether the agent has said that it ends or not."""

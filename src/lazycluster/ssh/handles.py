@@ -19,6 +19,7 @@ from .probes import mux_of, network_of
 __all__ = ["MANAGER", "Outcome", "Tunnel", "TunnelRequest", "check_port", "close_tunnels"]
 
 MANAGER = "localhost"
+_ANSWER_LIMIT = 20.0
 Kind = Literal["to_runtime", "from_runtime"]
 
 
@@ -148,7 +149,7 @@ async def _close_on(connection: Connection, forwards: list[Forward]) -> None:
             connection.forget_forwards(forwards)
             return
         await mux_of(connection).close_forwards(forwards)
-        if any(forward.direction is Direction.REMOTE for forward in forwards):
+        if connection.answers and any(forward.direction is Direction.REMOTE for forward in forwards):
             # ssh says "ok" when it has asked the host, without waiting. The host's sshd takes things in order: once
             # the agent behind it has answered, the listeners are closed.
-            await connection.request("ping")
+            await connection.heard_out(asyncio.ensure_future(connection.request("ping")), _ANSWER_LIMIT)

@@ -13,6 +13,7 @@ from lazycluster.exceptions import AgentError, ConnectionLostError, printable
 
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024
+_ASK_EVERY = 0.5  # seconds between two questions to an agent that is waited for
 _CRASH = 16 * 1024  # characters of an agent's traceback that are logged
 
 logger = logging.getLogger("lazycluster")
@@ -208,6 +209,27 @@ class AgentLink:
     def is_open(self) -> bool:
         """Whether it may be used."""
         return self._lost_error is None
+
+    async def heard_out(self, work: asyncio.Future[Any], limit: float, quiet: float) -> bool:
+        """Wait for what the agent is to do; but not if it says nothing at all, though it is asked to.
+
+        Args:
+            work: Done when that is done.
+            limit: Seconds for it.
+            quiet: Seconds without a word after which it is not waited for.
+
+        Returns:
+            Whether it is done.
+        """
+        since = self._loop.time()
+        while not work.done():
+            now = self._loop.time()
+            left = min(since + limit, max(self.heard, since) + quiet) - now
+            if left <= 0:
+                return False
+            self.beat()  # which is answered
+            await asyncio.wait([work], timeout=min(left, _ASK_EVERY))
+        return True
 
     def open_channel(
         self,

@@ -242,7 +242,8 @@ class SshConnection(ReturningConnection):
             await space.release()
 
     async def _hang_up(self, stopped: bool = False) -> None:
-        if self._process is not None and self._hello is not None and stopped:
-            # It would wait for forwarded connections that are still open; the agent has ended, nothing is lost.
+        if self._process is not None and self._hello is not None and (stopped or not self.answers):
+            # It would wait for forwarded connections that are still open, or for a host that says nothing. The agent
+            # has ended; or what it was told is with the system already, which goes on trying to send it.
             self._process.signal(signal.SIGTERM)
         await super()._hang_up(stopped)

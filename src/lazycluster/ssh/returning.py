@@ -5,17 +5,19 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import datetime
 import logging
 import os
 import random
 import secrets
 
 from lazycluster.agent import wire
-from lazycluster.agent.presence import KEPT, SECRET_SIZE
+from lazycluster.agent.presence import KEPT, SECRET_SIZE, SILENCE_LIMIT
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, printable
 
 from .config import Settings
-from .connection import STOP_PATIENCE, Connection, Hello
+from .connection import Connection
+from .hello import Hello
 from .link import AgentLink, Channel
 from .mark import Mark, StartError
 
@@ -27,6 +29,8 @@ _BEATS = 4  # heartbeats in the time within which their absence is to be noticed
 _HANGS = 3  # times that span without a word: then the ssh process is taken for stuck, and ended
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0  # seconds between attempts
 _CONNECT_TIMEOUTS = (4.0, 4.0, 8.0)  # seconds for the first attempts; what comes back answers soon
+_RETURN_PATIENCE = 3.0  # seconds for a link that is down when it is closed
+_LEAST_QUIET = 2.0
 _FINAL = ("auth", "host_key", "config", "ssh")  # reasons that time does not cure
 _REFUSAL_SHOWN = 500
 _REPLY_SIZE = len(KEPT) + wire.TOTAL_SIZE
@@ -129,6 +133,7 @@ class ReturningConnection(Connection, abc.ABC):
             self._ended(link, TimeoutError(f"nothing was heard for {quiet:.0f} s"))
             return
         if quiet >= self.settings.link_timeout - every and self.state == "open":
+            self._given_up = link.heard
             self._interrupted(f"nothing was heard from its agent for {quiet:.0f} s")
         elif quiet < self.settings.link_timeout - every and self.state == "interrupted":
             logger.info("%s: it answers again", self.host)
@@ -214,20 +219,30 @@ class ReturningConnection(Connection, abc.ABC):
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         if self._returning is not None and not self._returning.done():
-            await asyncio.wait([self._returning], timeout=STOP_PATIENCE)
+            await asyncio.wait([self._returning], timeout=_RETURN_PATIENCE)
             if not self._returning.done():
                 self._returning.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._returning
-                logger.warning(
-                    "%s: it cannot be reached, so it could not be told to end what runs there; it does that by itself "
-                    "within %g s after the link was interrupted",
-                    self.host,
-                    self.grace,
-                )
         await super()._close()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
+
+    @property
+    def _quiet(self) -> float:
+        return max(_LEAST_QUIET, self.settings.link_timeout / 2)
+
+    def _not_told(self) -> None:
+        limit = max(self.grace, self.settings.link_timeout) if self.grace else SILENCE_LIMIT
+        until = datetime.datetime.now() + datetime.timedelta(seconds=limit)
+        why = "it has not ended everything in time" if self.answers else "it does not answer"
+        logger.warning(
+            "%s: %s, so something may be left there. The host ends it when it sees the end of the connection, at %s at "
+            "the latest",
+            self.host,
+            why,
+            f"{until:%H:%M:%S}",
+        )
 
 
 async def _read(fd: int, early: bytes, size: int) -> bytes:

@@ -23,7 +23,8 @@ import cloudpickle
 
 from lazycluster import _loop
 from lazycluster.exceptions import AgentError
-from lazycluster.ssh.connection import Connection, Hello
+from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.hello import Hello
 
 from .limits import memory_hint
 from .pickling import PickledCall, dump_call
@@ -150,9 +151,7 @@ async def call(
         result = await channel.result()
     except asyncio.CancelledError:
         channel.control(signal="END")
-        try:
-            await asyncio.wait_for(channel.result(), END_PATIENCE)
-        except (AgentError, asyncio.TimeoutError):
+        if not await connection.heard_out(asyncio.ensure_future(channel.result()), END_PATIENCE):
             channel.close()
         raise
     return await outcome_of(result, received)

@@ -139,7 +139,7 @@ async def _run_command(step: RunCommand, context: Context, env: Mapping[str, str
     try:
         result = await channel.result()
     except asyncio.CancelledError:
-        await _end(channel)
+        await _end(context, channel)
         raise
     if result.get("limit"):
         raise work.limits.time_is_up()
@@ -150,11 +150,10 @@ async def _run_command(step: RunCommand, context: Context, env: Mapping[str, str
         raise TaskExecutionError(text, exit_status=error.exit_status) from None
 
 
-async def _end(channel: Channel) -> None:
+async def _end(context: Context, channel: Channel) -> None:
     channel.control(signal="END")
     try:
-        with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
-            await asyncio.wait_for(channel.result(), _END_LIMIT)
+        await context.connection.heard_out(asyncio.ensure_future(channel.result()), _END_LIMIT)
     finally:
         channel.close()
 
