@@ -151,7 +151,14 @@ class Runtime(Belongings, Shown):
     # --- tasks ---------------------------------------------------------------------------------
     @overload
     def execute_task(
-        self, task: RuntimeTask, execute_async: bool = True, omit_on_join: bool = False, debug: bool = False
+        self,
+        task: RuntimeTask,
+        execute_async: bool = True,
+        omit_on_join: bool = False,
+        debug: bool = False,
+        *,
+        retries: int = 0,
+        retry_on: str = "host",
     ) -> RuntimeTask: ...
     @overload
     def execute_task(
@@ -170,6 +177,8 @@ class Runtime(Belongings, Shown):
         omit_on_join: bool = False,
         debug: bool = False,
         *,
+        retries: int = 0,
+        retry_on: str = "host",
         detach: bool = False,
     ) -> RuntimeTask | DetachedTask:
         """Execute a task on the host.
@@ -180,6 +189,9 @@ class Runtime(Belongings, Shown):
             omit_on_join: Have :meth:`join` pass it over, e.g. for a service that runs until it is cancelled.
             debug: Print what the steps print to standard output as it comes, each line with its host. Else it is
                 logged with level debug after each step.
+            retries: How often the task is begun again, here, when the host has lost it, as after a restart; it waits
+                until the host is back, for as long as the link is tried again.
+            retry_on: ``"host"``, or ``"any"`` to try again whatever has failed.
             detach: Let it go on when this process ends; it is not waited for then. It may run commands and functions;
                 a limit of time holds for each step. Without a ``working_dir`` of the runtime it gets a directory of its
                 own, which stays with it. It is the one thing that stays on a host, because you asked for it:
@@ -191,16 +203,14 @@ class Runtime(Belongings, Shown):
 
         Raises:
             TaskExecutionError: If it is waited for and a step failed.
-            ValueError: If the task has no steps, or is to be detached and copies files.
+            ValueError: If the task has no steps, or is to be detached and copies files, or retries make no sense.
             LazyclusterError: If the runtime cannot be used any more.
         """
+        tries = self.own_retries(retries, retry_on)
         if detach:
-            if not isinstance(task, RuntimeTask):
-                raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
-            own = self._session.spec.working_dir is None
-            variable = self.WORKING_DIR_ENV_VAR_NAME
-            return detached.detach(task, self.task_context(), own_directory=own, cwd_variable=variable)
-        started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug)
+            detached.check_options(task, retries)
+            return _loop.run(self.detach_soon(task, detached.checked(task)))
+        started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug, retries=tries)
         if not execute_async:
             started._finish_sync()
         return started
@@ -211,8 +221,18 @@ class Runtime(Belongings, Shown):
         Raises:
             LazyclusterError: If the runtime cannot be used.
         """
+        return _loop.run(self.detached_tasks_soon())
+
+    async def detached_tasks_soon(self) -> list[DetachedTask]:
+        """Do what :meth:`detached_tasks` does; for the layers above, on the loop."""
         self._session.check()
-        return _loop.run(detached.detached_tasks(self.connection))
+        return await detached.detached_tasks(self.connection)
+
+    async def detach_soon(self, task: RuntimeTask, calls: Sequence[PickledCall | None]) -> DetachedTask:
+        """Start a task that does not end with this process; for the layers above, on the loop."""
+        own = self._session.spec.working_dir is None
+        variable = self.WORKING_DIR_ENV_VAR_NAME
+        return await detached.start(task, self.task_context(), calls, own_directory=own, cwd_variable=variable)
 
     def start_task(
         self,

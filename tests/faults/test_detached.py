@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 import leaks
-from lazycluster import LocalRuntime, Runtime, RuntimeTask
+from lazycluster import LocalRuntime, Runtime, RuntimeGroup, RuntimeTask
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 from patience import until
 
 _PATIENCE = 40.0
 
 
-def connect(hosts: Any, **options: Any) -> Runtime:
+def connect(hosts: Any, number: int = 0, **options: Any) -> Runtime:
     return Runtime(
-        hosts.names[0], connection_kwargs={"config_file": hosts.config_file}, python=sys.executable, **options
+        hosts.names[number], connection_kwargs={"config_file": hosts.config_file}, python=sys.executable, **options
     )
 
 
@@ -97,6 +97,31 @@ def test_it_outlives_a_manager_that_is_killed_and_can_be_ended(hosts: Any) -> No
             task.result()
         task.remove()
         assert list(hosts[0].path("~/.local/state/lazycluster/detached").iterdir()) == []
+
+
+def test_on_all_hosts_of_a_group(hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    kwargs = {"config_file": hosts.config_file}
+    with RuntimeGroup(hosts=hosts.names, connection_kwargs=kwargs, python=sys.executable) as group:
+        task = RuntimeTask("lasting").call(os.uname)
+        started = group.execute_task(task, broadcast=True, detach=True)
+        one = group.execute_task(task, host="host2", detach=True)
+        assert [node.result(_PATIENCE).nodename for node in [*started, one]] == [*hosts.names, "host2"]
+    with RuntimeGroup(hosts=hosts.names, connection_kwargs=kwargs, python=sys.executable) as group:
+        found = group.detached_tasks()
+        assert {task.id for task in found} == {task.id for task in [*started, one]}
+        assert found[-1].id == one.id
+        # If it cannot be begun on one of them, it is on none.
+        group.get_runtime("host3").cleanup()
+        with pytest.raises(LazyclusterError, match="host3"):
+            group.execute_task(task, broadcast=True, detach=True)
+        assert len(group.detached_tasks()) == len([task for task in found if task.host != "host3"])
+        assert "host3" in caplog.text
+        for task in found:
+            if task.host != "host3":
+                task.remove()
+    with connect(hosts, 2) as runtime:
+        for task in runtime.detached_tasks():
+            task.remove()
 
 
 def test_failures_are_told(make: Callable[..., Runtime], tmp_path: Any) -> None:

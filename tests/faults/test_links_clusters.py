@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def test_dask_finishes_and_its_workers_come_back(hosts: Any) -> None:
             assert client.gather(sums) == [1_000_000, 1_000_000]
 
 
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A module that is installed nowhere."""
+    (tmp_path / "own_module.py").write_text("import os\n\n\ndef node(_):\n    return os.uname().nodename\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("own_module")
+    del sys.modules["own_module"]
+
+
+def _where(client: Any, own_module: Any) -> set[str]:
+    names = [worker["name"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+    return set(client.gather([client.submit(own_module.node, 0, workers=[name], pure=False) for name in names]))
+
+
 def lose_agent(hosts: Any, group: RuntimeGroup, number: int) -> None:
     inner = group.runtimes[number].connection.hello.pid
     os.kill(next(found.pid for found in hosts[number].processes() if found.inner_pid == inner), signal.SIGKILL)
@@ -66,30 +81,21 @@ def restart(hosts: Any, group: RuntimeGroup, number: int) -> None:
 
 
 @pytest.mark.parametrize("lose", [lose_agent, pytest.param(restart, marks=pytest.mark.soak)])
-def test_dask_workers_are_started_again_where_everything_was_lost(
-    make_hosts: Any, lose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dask_workers_are_started_again_where_everything_was_lost(make_hosts: Any, lose: Any, own_module: Any) -> None:
     """The next agent of the host gets them, with the user's modules, which were lost there, too."""
     pytest.importorskip("distributed")
     from lazycluster.cluster.dask_cluster import DaskCluster
 
-    (tmp_path / "own_twice.py").write_text("import os\n\n\ndef twice(number):\n    return 2 * number, os.getpid()\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    twice = importlib.import_module("own_twice").twice
     hosts = make_hosts(2)
     with connect(hosts, 2) as group, DaskCluster(group, nthreads=1) as cluster:
         cluster.start()
         with cluster.get_client(timeout=30) as client:
-            first = {pid for _, pid in client.gather(client.map(twice, range(20), pure=False))}
-            assert len(first) == 2
+            assert _where(client, own_module) == {"host1", "host2"}
             lose(hosts, group, 0)
             until(lambda: cluster.workers[0].restarts == 1, "the loss to be noticed")
             until(lambda: cluster.workers[0].state == "ready", "the worker to be started again")
             client.wait_for_workers(2, timeout=_PATIENCE)
-            futures = client.map(twice, range(20), pure=False, workers=["host1-0"])
-            assert [number for number, _ in client.gather(futures)] == [2 * number for number in range(20)]
-            both = {pid for _, pid in client.gather(client.map(twice, range(20), pure=False))}
-            assert len(both) == 2
+            assert _where(client, own_module) == {"host1", "host2"}
         assert [worker.state for worker in cluster.workers] == ["ready", "ready"]
         [lost] = [event for event in cluster.events if event.kind == "restarting"]
         assert lost.host == "host1"

@@ -16,6 +16,7 @@ import pytest
 from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask, _loop
 from lazycluster.exceptions import HostsLostError, LazyclusterError, TaskExecutionError, WorkerLostError
 from lazycluster.pool import crew
+from patience import until
 
 
 @pytest.fixture
@@ -207,13 +208,55 @@ def test_other_failures_are_tried_again_if_so_asked(group: RuntimeGroup, tmp_pat
         slow.result(timeout=30)
 
 
+def lose_agent(hosts: Any, runtime: Any) -> None:
+    inner = runtime.connection.hello.pid
+    os.kill(next(found.pid for found in hosts[0].processes() if found.inner_pid == inner), signal.SIGKILL)
+
+
+def test_a_task_is_tried_again_where_it_was_when_its_host_is_back(hosts: Any, tmp_path: Path) -> None:
+    """By one runtime, by a group that names the host, and on all hosts: in the new working directory."""
+    kwargs = {"config_file": hosts.config_file, "link_timeout": 2}
+    line = "pwd; test -e ~/again || sleep 600"
+    with RuntimeGroup(hosts=hosts.names[:1], connection_kwargs=kwargs) as group:
+        [runtime] = group.runtimes
+        tasks = [
+            runtime.execute_task(RuntimeTask("own").run_command(line), retries=1),
+            group.execute_task(RuntimeTask("pinned").run_command(line), host=runtime.host, retries=1),
+            *group.execute_task(RuntimeTask("all").run_command(line), broadcast=True, retries=1),
+        ]
+        plain = runtime.execute_task(RuntimeTask("plain").run_command(line))
+        until(lambda: str(hosts[0].processes()).count("sleep 600") >= 4, "the commands")
+        first = runtime.working_dir
+        hosts[0].path("~/again").touch()
+        lose_agent(hosts, runtime)
+        for task in tasks:
+            task.join(60)
+            assert task.execution_log == [f"{runtime.working_dir}\n"]
+        assert runtime.working_dir != first
+        with pytest.raises(TaskExecutionError, match="the agent on the host has ended"):
+            plain.join()
+        hosts[0].path("~/again").unlink()
+
+
+def test_on_one_host_other_failures_are_tried_again_too(tmp_path: Path) -> None:
+    line = f"echo x >> {tmp_path}/tries; test $(wc -l < {tmp_path}/tries) -ge 3"
+    with LocalRuntime() as runtime:
+        task = RuntimeTask("third").run_command(line)
+        assert runtime.execute_task(task, retries=5, retry_on="any", execute_async=False).status == "done"
+        assert (tmp_path / "tries").read_text() == "x\n" * 3
+        with pytest.raises(ValueError, match="retry_on"):
+            runtime.execute_task(task, retries=1, retry_on="monday")
+        with pytest.raises(ValueError, match="leave out retries, or detach"):
+            runtime.execute_task(task, retries=1, detach=True)
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
         ({"retries": -1}, "retries must be >= 0"),
         ({"retries": "many"}, "retries must be an integer"),
         ({"retries": 1, "retry_on": "monday"}, "retry_on"),
-        ({"retries": 1, "broadcast": True}, "broadcast"),
+        ({"retries": 1, "detach": True}, "leave out retries, or detach"),
     ],
 )
 def test_retries_that_make_no_sense(group: RuntimeGroup, options: dict[str, Any], error: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 
 from lazycluster import _loop
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.perform import prepare
+from lazycluster.tasks.retrying import Retries
 from lazycluster.tasks.steps import GetFile, Step
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
@@ -19,7 +20,12 @@ from .shared_files import gates
 __all__ = ["start_on_all"]
 
 
-def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, debug: bool) -> list[RuntimeTask]:
+def start_on_all(
+    runtimes: Sequence[Runtime],
+    task: RuntimeTask,
+    debug: bool,
+    retries: Callable[[Runtime], Retries | None] = lambda _: None,
+) -> list[RuntimeTask]:
     """Start a copy of a task on each of some runtimes.
 
     Functions are pickled once. What is fetched goes into a directory of each host. Where hosts share a file system,
@@ -29,6 +35,7 @@ def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, debug: bool) ->
         runtimes: The runtimes.
         task: The task.
         debug: Whether output is printed live.
+        retries: Returns how often it is tried again on a runtime.
 
     Returns:
         The copies, in the order of the runtimes. If one cannot be started, those that were are ended.
@@ -44,7 +51,7 @@ def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, debug: bool) ->
         for runtime, lock in zip(runtimes, locks, strict=True):
             own = copy.deepcopy(task)
             own.replace_steps([_for_host(step, runtime.host) for step in own.steps])
-            started.append(runtime.start_task(own, debug=debug, calls=calls, gate=lock))
+            started.append(runtime.start_task(own, debug=debug, calls=calls, gate=lock, retries=retries(runtime)))
     except BaseException:
         for other in started:
             other.cancel()

@@ -5,33 +5,28 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from lazycluster import _ipython, _loop, _progress
-from lazycluster._runtime.ledger import join_all
+from lazycluster import _ipython, _loop
 from lazycluster._runtime.questions import checked_ports, pick_port
 from lazycluster._views.view import Shown, View
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.tunnels import Tunnel, check_port
-from lazycluster.tasks.handles import ProcessHandle
-from lazycluster.tasks.retrying import checked_retries
 from lazycluster.tasks.task import RuntimeTask
 
-from .broadcast import start_on_all
+from .executing import Executing
 from .members import Members, connect, distinct, warn_of_aliases
-from .membership import Membership
 from .ports import expose_from_one, expose_to_all, free_everywhere
 from .settings import Common, PerHost, host_names, read_settings
 from .spreading import Spreading
-from .trying import Trying
 from .views import group_view
 
 __all__ = ["RuntimeGroup"]
 
 
-class RuntimeGroup(Membership, Spreading, Shown):
+class RuntimeGroup(Executing, Spreading, Shown):
     """Runtimes that belong together: most methods do on all of them, at once, what :class:`Runtime` does on one.
 
     Two names of one account on one machine may both be members; a warning is logged, ports are exposed there once, and
@@ -126,165 +121,6 @@ class RuntimeGroup(Membership, Spreading, Shown):
         self._members = Members(runtimes)
         _ipython.register(self)
         warn_of_aliases(runtimes)
-
-    # --- tasks ---------------------------------------------------------------------------------
-    def execute_task(
-        self,
-        task: RuntimeTask,
-        host: str | None = None,
-        broadcast: bool = False,
-        execute_async: bool = True,
-        debug: bool = False,
-        *,
-        retries: int = 0,
-        retry_on: str = "host",
-    ) -> Any:
-        """Execute a task on one host or on all.
-
-        Args:
-            task: The task.
-            host: Where; by default on the host that executes the fewest tasks at the moment.
-            broadcast: On all hosts. Copies of the task are made, since each holds what came out of it. What a step
-                fetches goes to ``<directory>/<host>/<name>``, so that no host overwrites what another gave.
-            execute_async: Return at once; else wait for the end.
-            debug: Print what the steps print to standard output as it comes, each line with its host. Else it is
-                logged with level debug after each step.
-            retries: How often the task is begun again when its host is lost: on another host, unless `host` is given.
-            retry_on: ``"host"``, or ``"any"`` to try again whatever has failed.
-
-        Returns:
-            The task that holds the execution, see :class:`RuntimeTask`; with `broadcast` a list of them, one per host.
-
-        Raises:
-            ValueError: If the host is not in the group, or given together with `broadcast`, or retries make no sense.
-            TaskExecutionError: If it is waited for and fails.
-            GroupTaskError: If it is waited for and fails on several hosts; holds all of their errors.
-        """
-        if not isinstance(task, RuntimeTask):
-            raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
-        checked_retries(retries, retry_on)
-        if broadcast and host is not None:
-            raise ValueError("either host or broadcast can be given, not both")
-        if broadcast and retries:
-            raise ValueError("a task for all hosts cannot be tried elsewhere: leave out retries, or broadcast")
-        with _progress.shown(self.progress):
-            if not broadcast:
-                trying = Trying(self._members, retries, retry_on, pinned=host is not None) if retries else None
-                return self._execute_on_one(task, host, execute_async, debug, trying)
-            tasks = start_on_all(self.runtimes, task, debug)
-            with self._lock:
-                self._tasks += tasks
-            if not execute_async:
-                self._finish(tasks)
-            return tasks
-
-    def _execute_on_one(
-        self, task: RuntimeTask, host: str | None, execute_async: bool, debug: bool, trying: Trying | None
-    ) -> RuntimeTask:
-        with self._lock:  # so that two threads do not both see the same host as the least busy one
-            runtime = self.get_runtime(host)
-            started = runtime.start_task(task, debug=debug, retries=trying.retries if trying else None)
-            self._tasks.append(started)
-        if trying is not None:
-            trying.begun(started, runtime)
-        if not execute_async:
-            self._finish([started])
-        return started
-
-    def _finish(self, tasks: list[RuntimeTask]) -> None:
-        try:
-            join_all(tasks)
-        except (KeyboardInterrupt, SystemExit):
-            for task in tasks:
-                task.cancel()
-            for task in tasks:
-                task.cleanup()
-            raise
-
-    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Call a Python function on all hosts at once and return what it returned on each.
-
-        Args:
-            function: The function, see :meth:`RuntimeTask.run_function`.
-            *args: Its positional arguments.
-            **kwargs: Its keyword arguments.
-
-        Returns:
-            The results by host.
-
-        Raises:
-            TaskExecutionError: If it fails on one host.
-            GroupTaskError: If it fails on several.
-
-        Examples:
-            >>> group.call(os.cpu_count)        # doctest: +SKIP
-            {'host-1': 8, 'host-2': 16}
-        """
-        name = getattr(function, "__name__", None) or "function"
-        tasks = start_on_all(self.runtimes, RuntimeTask(name).call(function, *args, **kwargs), False)
-        self._finish(tasks)
-        return {str(task.host): task.result() for task in tasks}
-
-    def send_file(
-        self,
-        local_path: str | os.PathLike[str],
-        remote_path: str | None = None,
-        execute_async: bool | None = True,
-    ) -> list[RuntimeTask]:
-        """Copy a file or folder from the manager to all hosts, see :meth:`RuntimeTask.send_file`.
-
-        Args:
-            local_path: On this machine.
-            remote_path: On the hosts, by default under the same name in the working directories.
-            execute_async: Return at once; else wait for the end.
-
-        Returns:
-            The tasks that were made for it, one per host.
-
-        Raises:
-            ValueError: If a path is empty.
-            TaskExecutionError: If it is waited for and fails.
-        """
-        task = RuntimeTask("send-file").send_file(local_path, remote_path)
-        tasks: list[RuntimeTask] = self.execute_task(task, broadcast=True, execute_async=bool(execute_async))
-        return tasks
-
-    @property
-    def function_returns(self) -> Generator[Any, None, None]:
-        """What the functions of the tasks that were started through the group returned, in the order of their start.
-
-        Waits for each task when the generator comes to it.
-
-        Raises:
-            TaskExecutionError: If a task failed, when the generator comes to it and no join has raised it before.
-        """
-        return (value for task in list(self._tasks) for value in task.function_returns)
-
-    @property
-    def task_processes(self) -> list[ProcessHandle]:
-        """Handles of all tasks of all runtimes, which behave like :class:`multiprocessing.Process`."""
-        return [process for runtime in self.runtimes for process in runtime.task_processes]
-
-    def join(self) -> None:
-        """Wait for the end of all tasks that were started through the group.
-
-        Raises:
-            TaskExecutionError: If one failed, and no join has raised it before.
-            GroupTaskError: If several failed; holds all of their errors.
-        """
-        join_all(list(self._tasks))
-
-    def print_log(self) -> None:
-        """Print what each step of each task printed that was started through the group."""
-        for task in list(self._tasks):
-            task.print_log()
-
-    def clear_tasks(self) -> None:
-        """Forget all tasks that have ended, here and in the runtimes."""
-        with self._lock:
-            self._tasks = [task for task in self._tasks if not task.future.done()]
-        for runtime in self.runtimes:
-            runtime.clear_tasks()
 
     # --- ports ---------------------------------------------------------------------------------
     def has_free_port(self, port: int, exclude_hosts: str | list[str] | None = None) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.retrying import Retries
 
 if TYPE_CHECKING:
@@ -25,15 +24,14 @@ class Trying:
         members: The group's.
         count: How often it is tried again.
         retry_on: ``host`` or ``any``.
-        pinned: Whether it must stay on its host.
 
     Attributes:
         retries: What the task is told.
     """
 
-    def __init__(self, members: Members, count: int, retry_on: str, pinned: bool) -> None:
+    def __init__(self, members: Members, count: int, retry_on: str) -> None:
         self.retries = Retries(count, retry_on == "any", self._elsewhere)
-        self._members, self._pinned = members, pinned
+        self._members = members
         self._task: RuntimeTask | None = None
         self._runtime: Runtime | None = None
 
@@ -43,18 +41,17 @@ class Trying:
         if self._runtime is None:
             self._runtime = runtime
 
-    def _elsewhere(self, tried: Sequence[str]) -> Context | None:
+    async def _elsewhere(self, tried: Sequence[str]) -> Context | None:
+        def worth(runtime: Runtime) -> tuple[bool, int, int]:
+            return runtime.connection.state != "open", tried.count(runtime.host), runtime.alive_task_process_count
+
         usable = [runtime for runtime in self._members.all if runtime.connection.state in ("open", "interrupted")]
-        if self._pinned:
-            usable = [runtime for runtime in usable if runtime.host == tried[-1]]
-        if not usable:
-            return None
-        runtime = min(usable, key=lambda one: (tried.count(one.host), one.alive_task_process_count))
-        try:
-            context = runtime.task_context()
-        except LazyclusterError:  # it was closed just now
-            return None
-        if self._task is not None and runtime is not self._runtime:
-            runtime.take_over(self._task, self._runtime)
-        self._runtime = runtime
-        return context
+        for runtime in sorted(usable, key=worth):
+            context = await runtime.context_again()
+            if context is None:  # it was lost or closed just now
+                continue
+            if self._task is not None and runtime is not self._runtime:
+                runtime.take_over(self._task, self._runtime)
+            self._runtime = runtime
+            return context
+        return None

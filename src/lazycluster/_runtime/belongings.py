@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.tunnels import Tunnel, check_port, open_from_runtime, open_to_runtime
 from lazycluster.tasks.handles import ProcessHandle
+from lazycluster.tasks.retrying import Retries, checked_retries
 
 from .ledger import Ledger
 from .questions import HostQuestions
 
 if TYPE_CHECKING:
+    from lazycluster.tasks.context import Context
     from lazycluster.tasks.task import RuntimeTask
 
 __all__ = ["Belongings"]
@@ -99,6 +102,27 @@ class Belongings(HostQuestions):
     def note_exposure(self, tunnel: Tunnel) -> str:
         """Take over a tunnel that was opened for this runtime, and return its key; for the layers above."""
         return self._ledger.add_exposure(tunnel)
+
+    async def context_again(self) -> Context | None:
+        """Return where tasks are carried out, once the host is back if it is away; None if it is not coming back."""
+        try:
+            await self.connection.reached()
+            return self.task_context()
+        except LazyclusterError:
+            return None
+
+    def own_retries(self, count: int, retry_on: str) -> Retries | None:
+        """Return how often a task is tried again on this host, None if it is not; for the layers above.
+
+        Args:
+            count: How often.
+            retry_on: ``host`` or ``any``.
+
+        Raises:
+            TypeError, ValueError: If that makes no sense.
+        """
+        checked_retries(count, retry_on)
+        return Retries(count, retry_on == "any", lambda _: self.context_again()) if count else None
 
     def take_over(self, task: RuntimeTask, before: Belongings | None) -> None:
         """Have a task that goes on here among those of this runtime; for the layers above.

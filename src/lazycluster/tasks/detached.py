@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .pickling import PickledCall
     from .task import RuntimeTask
 
-__all__ = ["DetachedTask", "detach", "detached_tasks"]
+__all__ = ["DetachedTask", "check_options", "checked", "detached_tasks", "start"]
 
 _START_LIMIT = 120.0  # seconds for it to be on its way
 _ANSWER_LIMIT = 30.0
@@ -53,8 +53,7 @@ class DetachedTask:
 
     # --- how it is -----------------------------------------------------------------------------
     async def _ask(self, do: str, **params: Any) -> dict[str, Any]:
-        request = self._connection.request("detached", do=do, id=self.id, **params)
-        return await asyncio.wait_for(request, _ANSWER_LIMIT)
+        return await _asked(self._connection, do=do, id=self.id, **params)
 
     async def _about(self) -> dict[str, Any]:
         return dict((await self._ask("state"))["task"])
@@ -154,22 +153,20 @@ class DetachedTask:
     # --- its end -------------------------------------------------------------------------------
     def cancel(self) -> None:
         """End all that it runs, and wait until it has ended. Does nothing if it has ended already."""
+        _loop.run(self._cancel())
 
-        async def cancel() -> None:
-            await self._ask("cancel")
-            await self._ended(_END_LIMIT)
-
-        _loop.run(cancel())
+    async def _cancel(self) -> None:
+        await self._ask("cancel")
+        await self._ended(_END_LIMIT)
 
     def remove(self) -> None:
         """Remove what is known of it from the host: log, results, and its own working directory. Ends it before."""
+        _loop.run(self.remove_soon())
 
-        async def remove() -> None:
-            await self._ask("cancel")
-            await self._ended(_END_LIMIT)
-            await self._ask("remove")
-
-        _loop.run(remove())
+    async def remove_soon(self) -> None:
+        """Do what :meth:`remove` does; for the layers above, on the loop."""
+        await self._cancel()
+        await self._ask("remove")
 
     def __repr__(self) -> str:
         return f"<DetachedTask {self.name!r} {self.id} on {self.host}>"
@@ -178,24 +175,44 @@ class DetachedTask:
 async def detached_tasks(connection: Connection) -> list[DetachedTask]:
     """Return the detached tasks of a host, the oldest first."""
     connection.check()
-    answer = await asyncio.wait_for(connection.request("detached", do="list"), _ANSWER_LIMIT)
+    answer = await _asked(connection, do="list")
     found = [DetachedTask(connection, about) for about in answer["tasks"] if isinstance(about.get("id"), str)]
     return sorted(found, key=lambda task: task.created)
 
 
-def detach(task: RuntimeTask, context: Context, *, own_directory: bool, cwd_variable: str) -> DetachedTask:
-    """Start a task that does not end with this process.
+async def _asked(connection: Connection, **params: Any) -> dict[str, Any]:
+    try:
+        return await asyncio.wait_for(connection.request("detached", **params), _ANSWER_LIMIT)
+    except asyncio.TimeoutError:
+        raise LazyclusterError(
+            f"{connection.host}: it has said nothing of its detached tasks for {_ANSWER_LIMIT:g} s; they go on.\n"
+            "  Next step: try again when it can be reached"
+        ) from None
+
+
+def check_options(task: object, retries: int) -> None:
+    """Refuse what cannot be detached.
+
+    Raises:
+        TypeError, ValueError: It cannot.
+    """
+    from .task import RuntimeTask
+
+    if not isinstance(task, RuntimeTask):
+        raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
+    if retries:
+        raise ValueError("nobody watches a detached task who could try it again: leave out retries, or detach")
+
+
+def checked(task: RuntimeTask) -> list[PickledCall | None]:
+    """Pickle the calls of a task that is to be detached: in the caller's thread, and once for many hosts.
 
     Args:
         task: The task; it may run commands and functions.
-        context: Where and how.
-        own_directory: Whether it gets a working directory of its own, since that of the context will not last.
-        cwd_variable: The variable that tells the working directory.
 
     Raises:
         ValueError: If it has no steps, or one that needs the manager.
         TaskExecutionError: If a function cannot be sent.
-        LazyclusterError: If it cannot be started.
     """
     if not task.steps:
         raise ValueError(f"task {task.name!r} has no steps: add one, e.g. with run_command()")
@@ -205,14 +222,34 @@ def detach(task: RuntimeTask, context: Context, *, own_directory: bool, cwd_vari
                 f"task {task.name!r}: {step.label}: a detached task cannot copy files, since the manager may be gone.\n"
                 "  Next step: copy them with the runtime before or after"
             )
-    calls = prepare(task.steps)
-    for call in calls:
+    calls: list[PickledCall | None] = []
+    for call in prepare(task.steps):
         if isinstance(call, Exception):
-            raise TaskExecutionError(f"{context.host}: task {task.name!r}: {call}", host=context.host) from call
-    return _loop.run(_start(task, context, calls, own_directory, cwd_variable))
+            raise TaskExecutionError(f"task {task.name!r}: {call}", task=task.name) from call
+        calls.append(call)
+    return calls
 
 
-async def _start(task: RuntimeTask, context: Context, calls: Any, own_directory: bool, variable: str) -> DetachedTask:
+async def start(
+    task: RuntimeTask,
+    context: Context,
+    calls: Sequence[PickledCall | None],
+    *,
+    own_directory: bool,
+    cwd_variable: str,
+) -> DetachedTask:
+    """Start a task that does not end with this process.
+
+    Args:
+        task: The task.
+        context: Where and how.
+        calls: Its calls, from :func:`checked`.
+        own_directory: Whether it gets a working directory of its own, since that of the context will not last.
+        cwd_variable: The variable that tells the working directory.
+
+    Raises:
+        LazyclusterError: If it cannot be started.
+    """
     from .functions import resolve_auto
 
     context = await context.prepared()
@@ -231,7 +268,7 @@ async def _start(task: RuntimeTask, context: Context, calls: Any, own_directory:
         "name": task.name,
         "created": time.time(),
         "cwd": cwd,
-        "cwd_variable": variable,
+        "cwd_variable": cwd_variable,
         "steps": steps,
     }
     link = await connection.another_agent()
@@ -243,6 +280,11 @@ async def _start(task: RuntimeTask, context: Context, calls: Any, own_directory:
         await asyncio.wait_for(channel.result(), _START_LIMIT)
     except AgentError as error:
         raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from error
+    except asyncio.TimeoutError:
+        raise LazyclusterError(
+            f"{connection.host}: task {task.name!r} was not detached within {_START_LIMIT:g} s.\n"
+            "  Next step: see how busy the host is, and with detached_tasks() whether it was started after all"
+        ) from None
     finally:
         link.lost("it goes on alone")
     return DetachedTask(connection, request)

@@ -175,7 +175,7 @@ class Execution:
                         await self._step(index, step)
                     break
                 except TaskExecutionError as error:
-                    self._go_elsewhere(error)
+                    await self._go_elsewhere(error)
         except asyncio.CancelledError:
             self._finish("cancelled", -9 if self._killing else -15)
         except TaskExecutionError as error:
@@ -193,11 +193,11 @@ class Execution:
         else:
             self._finish("failed", 1, TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}"))
 
-    def _go_elsewhere(self, error: TaskExecutionError) -> None:
-        """Get ready to begin again on another host, or raise the error."""
+    async def _go_elsewhere(self, error: TaskExecutionError) -> None:
+        """Get ready to begin again, on another host or on this one when it is back, or raise the error."""
         if self._retries is None:
             raise error
-        context = self._retries.next(self.name, self.context, error)
+        context = await self._retries.next(self.name, self.context, error)
         if context is None:
             raise self._retries.told(error) from error.__cause__
         self._log.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,16 +24,17 @@ class Retries:
     Attributes:
         left: How often.
         any_failure: Whatever has failed; else only when the host was lost.
-        elsewhere: Returns where, given the hosts that were tried; None if there is nowhere. It is called on the loop.
+        elsewhere: Returns where, given the hosts that were tried, perhaps after waiting for one; None if there is
+            nowhere. It is called on the loop.
         tried: The hosts that were tried.
     """
 
     left: int
     any_failure: bool
-    elsewhere: Callable[[Sequence[str]], Context | None]
+    elsewhere: Callable[[Sequence[str]], Awaitable[Context | None]]
     tried: list[str] = field(default_factory=list)
 
-    def next(self, task: str, context: Context, error: TaskExecutionError) -> Context | None:
+    async def next(self, task: str, context: Context, error: TaskExecutionError) -> Context | None:
         """Return where a task that has failed is to be tried again; None if it is not.
 
         Args:
@@ -45,7 +46,7 @@ class Retries:
         host_failed = isinstance(error.__cause__, ConnectionLostError) or context.connection.state == "lost"
         if not self.left or not (self.any_failure or host_failed):
             return None
-        found = self.elsewhere(self.tried)
+        found = await self.elsewhere(self.tried)
         if found is not None:
             self.left -= 1
             why = str(error.__cause__ or error.message).partition("\n")[0]
