@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sshhosts import PASSWORD, Hosts, HostsUnavailableError, procfs
+from sshhosts import PASSWORD, Hosts, procfs
 
 
 def ssh(hosts: Hosts, name: str, command: str) -> str:
@@ -74,10 +74,7 @@ def test_power_and_cable(make_hosts):
 
 def test_narrow_link(make_hosts):
     hosts = make_hosts(1)
-    try:
-        hosts[0].slow(rate="8mbit")
-    except HostsUnavailableError as reason:
-        pytest.skip(str(reason))
+    hosts[0].slow(rate="8mbit")
     start = time.monotonic()
     client = ["ssh", "-F", hosts.config_file, "host1", "cat > /dev/null"]
     subprocess.run(client, input=bytes(1_000_000), check=True)
@@ -86,13 +83,15 @@ def test_narrow_link(make_hosts):
 
 def test_slow_link(make_hosts):
     hosts = make_hosts(1)
-    try:
-        hosts[0].slow(delay_ms=30)
-    except HostsUnavailableError as reason:
-        pytest.skip(str(reason))
+    hosts[0].slow(delay_ms=30)
     start = time.monotonic()
     ssh(hosts, "host1", "true")
     assert time.monotonic() - start > 0.15
+    hosts[0].slow(loss=1)
+    lost = ["ssh", "-F", hosts.config_file, "-o", "ConnectTimeout=1", "host1", "true"]
+    assert subprocess.run(lost, capture_output=True).returncode == 255
+    hosts[0].restore()
+    assert ssh(hosts, "host1", "hostname") == "host1"
 
 
 @pytest.mark.parametrize("place", ["/tmp", "~"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -14,12 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from sshhosts import procfs
 from sshhosts.config import host_spec
-from sshhosts.options import PASSWORD, HostsUnavailableError, Options
+from sshhosts.options import PASSWORD, Options
 
 if TYPE_CHECKING:
     from sshhosts.hosts import Hosts
 
 _DEADLINE = 30.0  # seconds, for sshd to end or to start
+_UNITS = {"kbit": 125, "mbit": 125_000, "gbit": 125_000_000}
+
+
+def _bytes_per_second(rate: str | None) -> float:
+    if rate is None:
+        return 0
+    found = re.fullmatch(r"([0-9.]+)([kmg]bit)", rate)
+    if found is None:
+        raise ValueError(f"rate must be like 10mbit, not {rate!r}")
+    return float(found[1]) * _UNITS[found[2]]
 
 
 class Host:
@@ -48,6 +60,7 @@ class Host:
         self.changed = False
         self._baseline_tmp: set[str] = set()
         self._identity = ""
+        self._wire: subprocess.Popen[bytes] | None = None
 
     def __repr__(self) -> str:
         return f"<Host {self.name} {self.user}@{self.address}:{self.port}>"
@@ -153,6 +166,7 @@ class Host:
     def power_off(self) -> None:
         """End the host at once: its network first, then all processes. Nobody is told."""
         self.changed = True
+        self._remove_wire()
         self._pool.request({"stop": self.name})
         self.pid = 0
 
@@ -166,31 +180,42 @@ class Host:
         self._pool.switch(["ip", "link", "set", "dev", f"{self.name[:10]}-0", "down"])
 
     def restore(self) -> None:
-        """Put the network cable back in, and end any slowness."""
+        """Put the network cable back in, and a good one."""
+        self._remove_wire()
         self._pool.switch(["ip", "link", "set", "dev", f"{self.name[:10]}-0", "up"])
-        with contextlib.suppress(subprocess.CalledProcessError):
-            self._pool.switch(["tc", "qdisc", "del", "dev", f"{self.name[:10]}-0", "root"])
 
-    def slow(self, delay_ms: float = 0, rate: str | None = None) -> None:
-        """Slow down what comes to the host.
+    def slow(self, delay_ms: float = 0, rate: str | None = None, loss: float = 0) -> None:
+        """Give the host a bad network cable, instead of a bad one that it may have.
 
         Args:
-            delay_ms: Delay of every packet.
-            rate: Bandwidth as in tc(8): ``10mbit``.
-
-        Raises:
-            HostsUnavailableError: The kernel cannot do it.
+            delay_ms: What each round trip takes longer, half of it on either way.
+            rate: Bandwidth of each way as in tc(8): ``10mbit``.
+            loss: The part of the frames that is lost on either way, from 0 to 1.
         """
         self.changed = True
-        port = f"{self.name[:10]}-0"
-        if delay_ms:
-            discipline = ["netem", "delay", f"{delay_ms}ms", *(["rate", rate] if rate else [])]
-        else:
-            discipline = ["tbf", "rate", rate or "1gbit", "burst", "64kb", "latency", "400ms"]
-        try:
-            self._pool.switch(["tc", "qdisc", "replace", "dev", port, "root", *discipline])
-        except subprocess.CalledProcessError as error:
-            raise HostsUnavailableError(f"the kernel cannot slow a link down: {error.stderr.strip()}") from error
+        self._remove_wire()
+        port, outer, inner = (f"{self.name[:10]}-{suffix}" for suffix in ("0", "a", "b"))
+        bridge = self._pool.bridge_of(self)
+        self._pool.switch(["ip", "link", "add", "name", inner, "type", "veth", "peer", "name", outer])
+        self._pool.switch(["ip", "link", "set", "dev", port, "nomaster"])
+        self._pool.switch(["ip", "link", "set", "dev", outer, "master", bridge, "up"])
+        self._pool.switch(["ip", "link", "set", "dev", inner, "up"])
+        settings = {"delay": delay_ms / 1000, "loss": loss, "rate": _bytes_per_second(rate)}
+        self._wire = self._pool.wire([port, inner, json.dumps(settings)])
+
+    def unplug(self) -> None:
+        """End what stands for a bad cable; the host has none then."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.communicate()
+
+    def _remove_wire(self) -> None:
+        if self._wire is None:
+            return
+        self.unplug()
+        port = self.name[:10]
+        self._pool.switch(["ip", "link", "set", "dev", f"{port}-0", "master", self._pool.bridge_of(self)])
+        self._pool.switch(["ip", "link", "del", "dev", f"{port}-a"])
 
     def fill_disk(self, path: str = "/tmp") -> None:
         """Leave no free space in the file system at ``path``: ``/tmp`` or the user's home (``~``)."""

@@ -22,6 +22,7 @@ from sshhosts.options import HostsFailedError, HostsUnavailableError, Options
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_WIRE = Path(__file__).with_name("wire.py")
 _DEADLINE = 30.0  # seconds, for anything that the supervisor is asked
 _PREFIX = "lzhosts-"
 
@@ -198,11 +199,29 @@ class Hosts(Sequence[Host]):
         enter = ["nsenter", "-t", str(self.supervisor_pid), "-n", "--"]
         subprocess.run([*enter, *command], check=True, capture_output=True, text=True, env=_tools_environment())
 
+    def bridge_of(self, host: Host) -> str:
+        """The bridge that a host's first port belongs to."""
+        bridge: str = self._specs[host.name]["interfaces"][0]["bridge"]
+        return bridge
+
+    def wire(self, arguments: list[str]) -> subprocess.Popen[bytes]:
+        """Start what stands for a bad cable, in the namespace of the bridges; it ends with its input."""
+        enter = ["nsenter", "-t", str(self.supervisor_pid), "-n", "--"]
+        command = [*enter, sys.executable, "-I", "-S", str(_WIRE), *arguments]
+        wire = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_tools_environment())
+        assert wire.stdout is not None
+        if wire.stdout.readline() != b"ready\n":
+            wire.communicate()
+            raise HostsFailedError(f"no cable: {' '.join(command)} ended with status {wire.returncode}")
+        return wire
+
     def close(self) -> None:
         """End all hosts, and remove what was made for them. May be called again."""
         atexit.unregister(self.close)
         LIVE.discard(self)
         supervisor, self._supervisor = self._supervisor, None
+        for host in self.all:
+            host.unplug()
         if supervisor is not None:
             if self._keep:
                 supervisor.terminate()
