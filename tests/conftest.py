@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,10 @@ from typing import Any
 import pytest
 
 import leaks
-from sshhosts import Hosts, HostsUnavailableError, procfs, require_namespaces
+from sshhosts import Hosts, HostsUnavailableError, own_network, procfs, require_namespaces
 from sshhosts.loopback import LoopbackHosts
 
 _HERE = Path(__file__).parent
-_CLONE_NEWNET = 0x40000000
 _MARKER = f"LAZYCLUSTER_TEST_RUN={os.getpid()}"
 # The default key exchange costs a tenth of a second of CPU for every login, and it is not what is tested.
 _QUICK = {"KexAlgorithms": "curve25519-sha256"}
@@ -44,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: the tests in tests/{name}")
     config.addinivalue_line("markers", "soak: takes long; runs with -m soak only")
     config.addinivalue_line("markers", "keeps(what): the test leaves something behind on purpose: 'hosts', 'manager'")
-    _own_network = _enter_network_namespace()
+    _own_network = os.environ.get("LAZYCLUSTER_TEST_NETWORK", "own") == "own" and own_network()
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     # Short: the paths of control sockets are limited.
     _temporary = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
@@ -75,16 +70,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             folder = item.path.relative_to(_HERE).parts[0]
             if folder in _DIRECTORY_MARKERS:
                 item.add_marker(folder)
-
-
-def _enter_network_namespace() -> bool:
-    wanted = os.environ.get("LAZYCLUSTER_TEST_NETWORK", "own") == "own"
-    if not wanted or sys.platform != "linux" or os.geteuid() != 0 or threading.active_count() > 1:
-        return False
-    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
-        return False
-    subprocess.run(["ip", "link", "set", "dev", "lo", "up"], check=True)
-    return True
 
 
 def _skip(reason: HostsUnavailableError) -> None:

@@ -8,6 +8,7 @@ Each host is a real OpenSSH server in namespaces of its own: address, loopback, 
 
 from sshhosts.host import Host
 from sshhosts.hosts import LIVE, Hosts, make_keys, remove_stale, require_namespaces
+from sshhosts.network import own_network
 from sshhosts.options import PASSWORD, HostsFailedError, HostsUnavailableError, Options, find_python
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Options",
     "find_python",
     "make_keys",
+    "own_network",
     "remove_stale",
     "require_namespaces",
 ]

@@ -184,13 +184,13 @@ class Host:
         self._remove_wire()
         self._pool.switch(["ip", "link", "set", "dev", f"{self.name[:10]}-0", "up"])
 
-    def slow(self, delay_ms: float = 0, rate: str | None = None, loss: float = 0) -> None:
+    def slow(self, delay_ms: float = 0, rate: str | None = None, loss: float | tuple[float, float] = 0) -> None:
         """Give the host a bad network cable, instead of a bad one that it may have.
 
         Args:
             delay_ms: What each round trip takes longer, half of it on either way.
             rate: Bandwidth of each way as in tc(8): ``10mbit``.
-            loss: The part of the frames that is lost on either way, from 0 to 1.
+            loss: The part of the frames that is lost, from 0 to 1; if two, of what the host says and what it is told.
         """
         self.changed = True
         self._remove_wire()
@@ -200,7 +200,8 @@ class Host:
         self._pool.switch(["ip", "link", "set", "dev", port, "nomaster"])
         self._pool.switch(["ip", "link", "set", "dev", outer, "master", bridge, "up"])
         self._pool.switch(["ip", "link", "set", "dev", inner, "up"])
-        settings = {"delay": delay_ms / 1000, "loss": loss, "rate": _bytes_per_second(rate)}
+        losses = loss if isinstance(loss, tuple) else (loss, loss)
+        settings = {"delay": delay_ms / 2000, "loss": losses, "rate": _bytes_per_second(rate)}
         self._wire = self._pool.wire([port, inner, json.dumps(settings)])
 
     def unplug(self) -> None:

@@ -1,8 +1,9 @@
 """A bad cable between two network interfaces: late, slow, lossy. Run as a script, as root, standard library only.
 
 It takes every frame from one interface to the other, as a switch of its own would, for kernels without netem:
-``wire.py INTERFACE INTERFACE '{"delay": seconds, "loss": fraction, "rate": bytes per second}'``. It says when it is ready, and
-ends when its input does.
+``wire.py INTERFACE INTERFACE '{"delay": seconds, "loss": [fraction, fraction], "rate": bytes per second}'``, each of
+which holds for either way; losses are those of frames from the first, and from the second. It says when it is ready,
+and ends when its input does.
 """
 
 import heapq
@@ -85,7 +86,10 @@ def main():
     first, second = end_of(sys.argv[1]), end_of(sys.argv[2])
     settings = json.loads(sys.argv[3])
     ways = ((first, second), (second, first))
-    directions = [Direction(*way, settings["delay"] / 2, settings["loss"], settings["rate"]) for way in ways]
+    directions = [
+        Direction(*way, settings["delay"], loss, settings["rate"])
+        for way, loss in zip(ways, settings["loss"], strict=True)
+    ]
     os.write(1, b"ready\n")
     carry(directions)
 

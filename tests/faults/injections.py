@@ -1,0 +1,280 @@
+"""The faults: each a context manager that breaks something for real when it is entered, and mends it when it is left.
+
+What cannot be mended (a killed process) is left to the library. A fault that finds nobody to hit raises
+`NobodyThereError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from scenes import NobodyThereError, Scene, hit
+
+from patience import until
+from sshhosts import procfs
+
+TASKS, COPY, MAP, SHUFFLE, SEARCH = LOADS = ("tasks", "copy", "map", "shuffle", "search")
+_CLUSTERS = (SHUFFLE, SEARCH)
+_CALLS = (TASKS, MAP)
+
+Strike = Callable[[Scene, int], Iterator[None]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong.
+
+    Attributes:
+        name: What it is called in the table.
+        strike: What breaks it on the host with a number, and mends it.
+        lasts: Seconds from the one to the other.
+        loads: The loads that it concerns.
+        heals: Whether all is as before once it was mended; else a host or a connection is lost for good.
+        slow: Whether little gets through, so that a load is to be small.
+        hosts: What the hosts must be, see `sshhosts.Options`.
+        thorough: Whether the hosts' users must not be root.
+    """
+
+    name: str
+    strike: Callable[[Scene, int], contextlib.AbstractContextManager[None]]
+    lasts: float
+    loads: tuple[str, ...]
+    heals: bool
+    slow: bool
+    bastion: bool
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(
+    name: str,
+    lasts: float = 0,
+    loads: tuple[str, ...] = LOADS,
+    heals: bool = True,
+    slow: bool = False,
+    bastion: bool = False,
+) -> Callable[[Strike], Strike]:
+    """Make a function a fault: what it does before it yields breaks something, the rest mends it."""
+
+    def register(strike: Strike) -> Strike:
+        FAULTS[name] = Fault(name, contextlib.contextmanager(strike), lasts, loads, heals, slow, bastion)
+        return strike
+
+    return register
+
+
+# --- processes --------------------------------------------------------------------------------------------
+_STOPPED = 8.0
+_VICTIMS: dict[str, tuple[Callable[[Scene, int], list[int]], tuple[str, ...]]] = {
+    "agent": (Scene.agent, LOADS),
+    "function process": (Scene.functions, _CALLS),
+    "worker": (Scene.workers, _CLUSTERS),
+    "nanny": (Scene.services, _CLUSTERS),
+    "scheduler": (lambda scene, number: scene.master(scene.dask), (SHUFFLE,)),
+    "database": (lambda scene, number: scene.master(scene.hyperopt), (SEARCH,)),
+    "ssh": (Scene.ssh, LOADS),
+    "sshd session": (Scene.sessions, LOADS),
+}
+
+
+def _killed(victims: Callable[[Scene, int], list[int]]) -> Strike:
+    def strike(scene: Scene, number: int) -> Iterator[None]:
+        hit(victims(scene, number), signal.SIGKILL)
+        yield
+
+    return strike
+
+
+def _stopped(victims: Callable[[Scene, int], list[int]]) -> Strike:
+    def strike(scene: Scene, number: int) -> Iterator[None]:
+        stopped = hit(victims(scene, number), signal.SIGSTOP)
+        yield
+        with contextlib.suppress(NobodyThereError):  # whoever waited for them may have ended them
+            hit(stopped, signal.SIGCONT)
+
+    return strike
+
+
+for _name, (_victims, _loads) in _VICTIMS.items():
+    fault(f"{_name} killed", loads=_loads)(_killed(_victims))
+    fault(f"{_name} stopped for {_STOPPED:.0f} s", lasts=_STOPPED, loads=_loads)(_stopped(_victims))
+
+
+# --- machines and links -----------------------------------------------------------------------------------
+@fault("host powered off for good", heals=False)
+def _off(scene: Scene, number: int) -> Iterator[None]:
+    scene.hosts[number].power_off()
+    yield
+
+
+@fault("host powered off and on", lasts=5)
+def _off_and_on(scene: Scene, number: int) -> Iterator[None]:
+    scene.hosts[number].power_off()
+    yield
+    scene.hosts[number].power_on()
+
+
+def _cut(scene: Scene, number: int) -> Iterator[None]:
+    scene.hosts[number].cut_off()
+    yield
+    scene.hosts[number].restore()
+
+
+for _seconds in (5, 30, 90):
+    fault(f"link cut for {_seconds} s", lasts=_seconds)(_cut)
+
+
+def _bad_cable(**properties: object) -> Strike:
+    def strike(scene: Scene, number: int) -> Iterator[None]:
+        scene.hosts[number].slow(**properties)
+        yield
+        scene.hosts[number].restore()
+
+    return strike
+
+
+fault("20 % of packets lost", lasts=10, slow=True)(_bad_cable(loss=0.2))
+fault("200 ms delay", lasts=10, slow=True)(_bad_cable(delay_ms=200))
+fault("1 Mbit/s", lasts=10, slow=True)(_bad_cable(rate="1mbit"))
+fault("half-open connection: nothing comes from the host for 8 s", lasts=8)(_bad_cable(loss=(1.0, 0.0)))
+
+
+@fault("sshd restarted, its sessions killed")
+def _sshd(scene: Scene, number: int) -> Iterator[None]:
+    sessions = scene.sessions(number)
+    scene.hosts[number].restart_sshd()
+    hit(sessions, signal.SIGKILL)
+    yield
+
+
+@fault("host key changed in between", heals=False)
+def _host_key(scene: Scene, number: int) -> Iterator[None]:
+    host = scene.hosts[number]
+    key, sessions = Path(f"/proc/{host.pid}/root/run/host/host_key"), scene.sessions(number)
+    before = key.read_bytes()
+    key.unlink()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    host.restart_sshd()
+    hit(sessions, signal.SIGKILL)
+    yield
+    key.write_bytes(before)
+    host.restart_sshd()
+
+
+@fault("bastion powered off and on", lasts=5, bastion=True)
+def _bastion(scene: Scene, number: int) -> Iterator[None]:
+    assert scene.hosts.bastion is not None
+    scene.hosts.bastion.power_off()
+    yield
+    scene.hosts.bastion.power_on()
+
+
+# --- what a machine has -----------------------------------------------------------------------------------
+@fault("disk full", lasts=8)
+def _disk(scene: Scene, number: int) -> Iterator[None]:
+    host = scene.hosts[number]
+    for place in ("/tmp", "~"):
+        host.fill_disk(place)
+    yield
+    for place in ("/tmp", "~"):
+        host.free_disk(place)
+
+
+@fault("memory limit reached", loads=(TASKS, MAP, SHUFFLE, SEARCH))
+def _memory(scene: Scene, number: int) -> Iterator[None]:
+    """One process that works gets no more memory than it has, from a control group; the kernel kills it then."""
+    group = Path(f"/sys/fs/cgroup/memory/lazycluster-test-{os.getpid()}-{number}")
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise NobodyThereError(f"no control group can be made here: {error}") from error
+    try:
+        (group / "memory.limit_in_bytes").write_text("65536")
+        working = [*scene.workers(number), *scene.functions(number)]
+        for pid in working[:1]:
+            (group / "cgroup.procs").write_text(str(pid))
+        yield
+        if not working:
+            raise NobodyThereError("nothing works there")
+        until(lambda: not (group / "cgroup.procs").read_text(), "the kernel to kill what has reached its limit")
+    finally:
+        for left in (group / "cgroup.procs").read_text().split():
+            (group.parent / "cgroup.procs").write_text(left)
+        group.rmdir()
+
+
+@fault("no more processes allowed", lasts=5)
+def _process_limit(scene: Scene, number: int) -> Iterator[None]:
+    limited = []
+    for found in scene._host(number).processes():
+        if found.uid:
+            with contextlib.suppress(ProcessLookupError):
+                limited.append((found.pid, resource.prlimit(found.pid, resource.RLIMIT_NPROC, (1, 1))))
+    yield
+    for pid, before in limited:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_NPROC, before)
+
+
+_CROWD = """
+import os, signal, sys
+for number in range(int(sys.argv[1])):
+    if os.fork() == 0:
+        signal.pause()
+print("there", flush=True)
+signal.pause()
+"""
+
+
+@fault("2,000 other processes on the host", lasts=8)
+def _crowd(scene: Scene, number: int) -> Iterator[None]:
+    command = scene._host(number) and scene.hosts[number].inside(
+        [sys.executable, "-ISc", _CROWD, "2000"], user=scene.hosts[number].user
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as crowd:
+        assert crowd.stdout is not None
+        crowd.stdout.readline()
+        yield
+        for found in procfs.descendants(crowd.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found.pid, signal.SIGKILL)
+        crowd.kill()
+
+
+@fault("the host's name changes", lasts=3)
+def _name_of_host(scene: Scene, number: int) -> Iterator[None]:
+    host = scene.hosts[number]
+    host.run("hostname somebody-else")
+    yield
+    host.run(f"hostname {host.name}")
+
+
+@fault("the clocks of the hosts' programs jump", lasts=6)
+def _clock(scene: Scene, number: int) -> Iterator[None]:
+    """An hour ahead, then two hours back, for what was started with libfaketime (see `clocks`)."""
+    for jump in ("+3600", "-7200"):
+        set_clock(scene, number, jump)
+    yield
+    set_clock(scene, number, "+0")
+
+
+def set_clock(scene: Scene, number: int, jump: str) -> None:
+    raise NobodyThereError("no program there has a clock of its own")
+
+
+# --- the manager ------------------------------------------------------------------------------------------
+@fault("the manager may open 256 files at most", lasts=5)
+def _descriptors(scene: Scene, number: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
