@@ -6,7 +6,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from lazycluster import _loop
+from lazycluster import _loop, _progress
 from lazycluster._runtime.questions import listed
 from lazycluster._runtime.views import info_table
 from lazycluster._views.view import View, show
@@ -173,7 +173,8 @@ class Membership:
             EnvironmentBuildError: If it cannot be made on a host; if there are several, it holds all of their errors.
         """
         self._check_open()
-        _loop.run(prepare_all(self.runtimes, refresh))
+        with _progress.shown(self.progress):
+            _loop.run(prepare_all(self.runtimes, refresh))
 
     def list_environments(self, cache_dir: str = ROOT) -> dict[str, Store]:
         """Return the Python environments that the hosts keep, with sizes, age and last use, by host.

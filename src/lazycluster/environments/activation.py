@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lazycluster._progress import Progress
 from lazycluster.exceptions import AgentError, EnvironmentBuildError
 
 from .index import read_settings
@@ -76,6 +77,7 @@ class HostEnvironment:
         self._place = place
         self._running: asyncio.Task[Activation] | None = None
         self._waiting = 0
+        self._stage = ""  # how far it is, in a few words
 
     async def ready(self, *, again: bool = False, refresh: bool = False) -> Activation:
         """Return it, and find or make it before if need be; all who ask at once wait for the same.
@@ -112,9 +114,9 @@ class HostEnvironment:
         try:
             if self.spec.kind == "path":
                 return await self._existing()
-            plan = await self._plan(refresh)
-            settings = read_settings()
-            prefix = await Maker(self._place, self.spec, plan, settings).find_or_make()
+            with Progress("Preparing environments", 1, "hosts", self._shown) as progress:
+                prefix = await self._found_or_made(refresh)
+                progress.advance()
         except AgentError as error:
             raise EnvironmentBuildError(self._place.host, error.message) from error
         except asyncio.TimeoutError:
@@ -124,6 +126,17 @@ class HostEnvironment:
         except EnvironmentBuildError as error:
             raise self._of_this_host(error) from error.__cause__
         return Activation(prefix, f"{prefix}/bin/python")
+
+    async def _found_or_made(self, refresh: bool) -> str:
+        self._tell("finding versions of packages")
+        plan = await self._plan(refresh)
+        return await Maker(self._place, self.spec, plan, read_settings(), self._tell).find_or_make()
+
+    def _tell(self, stage: str) -> None:
+        self._stage = stage
+
+    def _shown(self) -> list[str]:
+        return [f"{self._place.host} ({self._stage})"]
 
     def _of_this_host(self, error: EnvironmentBuildError) -> EnvironmentBuildError:
         """Return an error that names the host for which something failed on the manager."""

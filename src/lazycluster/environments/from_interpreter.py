@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from .spec import normalized
 
-__all__ = ["Installed", "installed", "requirements"]
+__all__ = ["Installed", "installed", "left_out", "requirements"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -122,20 +122,29 @@ def _origin(path: str) -> str:
 
 # --- which of them are wanted ---------------------------------------------------------------------
 def requirements(exclude: Sequence[str] | None) -> list[Installed]:
-    """Return what is installed, without what is excluded and what only that needs.
+    """Return what is installed, without what is excluded and what only that needs; what it leaves out is logged.
 
     Args:
         exclude: Names, beside the tools of `DEFAULT_EXCLUDE`; an empty list for nothing at all.
     """
-    everything = installed()
+    kept, dropped = _chosen(exclude)
+    if dropped:
+        _tell('environment="manager" leaves out: %s (exclude=[] leaves out nothing)', ", ".join(dropped))
+    return kept
+
+
+def left_out(exclude: Sequence[str] | None) -> list[str]:
+    """Return the names of what is installed, but not among the `requirements`."""
+    return _chosen(exclude)[1]
+
+
+def _chosen(exclude: Sequence[str] | None) -> tuple[list[Installed], list[str]]:
+    everything = tuple(installed())
     named = frozenset(normalized(name) for name in exclude or ())
     unwanted = frozenset() if exclude is not None and not named else DEFAULT_EXCLUDE | named
-    kept = _without(tuple(everything), unwanted) if unwanted else everything
-    if len(kept) < len(everything):
-        names = {one.name for one in kept}
-        left_out = ", ".join(one.name for one in everything if one.name not in names)
-        _tell('environment="manager" leaves out: %s (exclude=[] leaves out nothing)', left_out)
-    return list(kept)
+    kept = _without(everything, unwanted) if unwanted else everything
+    names = {one.name for one in kept}
+    return list(kept), [one.name for one in everything if one.name not in names]
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from lazycluster._progress import size as shown_size
 from lazycluster.exceptions import AgentError, EnvironmentBuildError
 from lazycluster.ssh import transfer
 
@@ -96,10 +98,19 @@ class Maker:
         spec: What the user asked for.
         plan: What that is.
         settings: Where packages come from.
+        tell: Is called with how far it is, in a few words.
     """
 
-    def __init__(self, place: Place, spec: EnvironmentSpec, plan: Plan, settings: IndexSettings) -> None:
+    def __init__(
+        self,
+        place: Place,
+        spec: EnvironmentSpec,
+        plan: Plan,
+        settings: IndexSettings,
+        tell: Callable[[str], Any] = lambda text: None,
+    ) -> None:
         self._place, self._spec, self._plan, self._settings = place, spec, plan, settings
+        self._tell = tell
         self._host = place.host
         self._root = ""
         self._began = time.monotonic()
@@ -130,6 +141,7 @@ class Maker:
 
         def on_event(event: dict[str, Any]) -> None:
             if event["state"] == "waiting":
+                self._tell("somebody else makes the same")
                 self._say("somebody else makes the same environment; waiting")
             elif not began.done():
                 began.set_result(event)
@@ -165,6 +177,7 @@ class Maker:
     async def _fill(self, directory: str) -> dict[str, Any]:
         """Make the environment in a directory, and check it; returns what is to be said of it."""
         self._root = directory.rpartition("/envs/")[0]
+        self._tell("sending uv, looking for Python")
         uv, python = await asyncio.gather(
             send_uv(self._place, self._plan.target, self._root, self._settings),
             base_interpreter(self._place, self._plan.target, self._root, self._settings),
@@ -218,6 +231,7 @@ class Maker:
         where = f"{directory}/{_LOCK_NAME}"
         write = ["/bin/sh", "-c", 'umask 077; printf "%s" "$1" > "$2"', "sh", lock, where]
         await self._place.run(write, {}, "writing the list of packages")
+        self._tell(f"installing {len(self._plan.packages)} packages")
         argv = [uv, "pip", "install", "--quiet", "--no-deps", "--python", f"{directory}/bin/python", "-r", where]
         if direct:
             # What may be secret is in the environment of this one process.
@@ -257,7 +271,7 @@ class Maker:
             for locked, digest, want in zip(self._plan.packages, self._plan.digests, wanted, strict=True)
             if want
         ]
-        progress = _Progress(self._host, len(chosen))
+        progress = _Progress(self._host, len(chosen), self._tell)
         wheels: dict[str, Wheel] = {}
 
         async def one(locked: Any, digest: str) -> None:
@@ -267,8 +281,8 @@ class Maker:
             answer = await self._place.ask("wheels", **params)
             if answer["missing"]:
                 target = f"{answer['directory']}/{wheel.folder}/{wheel.path.name}"
-                await transfer.send(self._place.connection, wheel.path, target, cwd="", env={})
-                progress.sent(size)
+                sent = functools.partial(progress.sent, wheel.folder)
+                await transfer.send(self._place.connection, wheel.path, target, cwd="", env={}, progress=sent)
             wheels[locked.name] = wheel
             progress.advance()
 
@@ -283,6 +297,7 @@ class Maker:
 
     async def _verify(self, uv: str, directory: str, env: Mapping[str, str]) -> dict[str, str]:
         """Check that the interpreter runs, and that what is installed is what was planned."""
+        self._tell("checking")
         python = f"{directory}/bin/python"
         await self._place.run([python, "-Ic", "pass"], {}, f"running {python}")
         text = await self._place.run([uv, "pip", "freeze", "--quiet", "--python", python], env, "checking the packages")
@@ -300,24 +315,36 @@ class Maker:
 
 
 class _Progress:
-    """Says now and then how far the packages are."""
+    """Says how far the packages are."""
 
-    def __init__(self, host: str, total: int) -> None:
-        self._host, self._total = host, total
-        self._done = self._bytes = 0
-        self._told = time.monotonic()
+    def __init__(self, host: str, total: int, tell: Callable[[str], Any]) -> None:
+        self._host, self._total, self._tell = host, total, tell
+        self._done = 0
+        self._bytes: dict[str, int] = {}
+        self._logged = time.monotonic()
+        self._say()
 
-    def sent(self, size: int) -> None:
-        """Note that bytes went to the host."""
-        self._bytes += size
+    def sent(self, name: str, done: int, total: int | None, files: int) -> None:
+        """Note that bytes of a package went to the host; from any thread."""
+        self._bytes[name] = done
+        self._say()
 
     def advance(self) -> None:
         """Note that a package is there."""
         self._done += 1
-        if time.monotonic() - self._told > _PROGRESS or (self._done == self._total and self._bytes):
-            self._told = time.monotonic()
-            text = "%s: %d of %d packages are there, %.1f MB were sent"
-            logger.info(text, self._host, self._done, self._total, self._bytes / 1e6)
+        self._say()
+        if time.monotonic() - self._logged > _PROGRESS or (self._done == self._total and self._bytes):
+            self._logged = time.monotonic()
+            text = "%s: %d of %d packages are there, %s were sent"
+            logger.info(text, self._host, self._done, self._total, self._sent)
+
+    @property
+    def _sent(self) -> str:
+        return shown_size(sum(list(self._bytes.values())))
+
+    def _say(self) -> None:
+        sent = f", {self._sent} sent" if self._bytes else ""
+        self._tell(f"{self._done} of {self._total} packages{sent}")
 
 
 def pylock(plan: Plan, wheels: Mapping[str, Wheel], directory: str) -> str:

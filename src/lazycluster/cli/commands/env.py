@@ -94,17 +94,17 @@ def build(
     WHAT is 'manager' (what is installed here), a file (requirements.txt, pyproject.toml, uv.lock, pylock.toml), or
     one or several packages.
     """
-    import logging
-
     from lazycluster import EnvironmentSpec
     from lazycluster.environments.activation import HostEnvironment, Place
+    from lazycluster.environments.from_interpreter import left_out
 
     try:
         spec = EnvironmentSpec(_source(what), exclude=exclude or None, python=python, cache_dir=cache_dir)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    if sys.stderr.isatty():
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    unwanted = left_out(spec.exclude) if spec.kind == "manager" else ()
+    if unwanted:
+        click.echo(f"left out: {', '.join(unwanted)}", err=True)
 
     async def work(connection: Connection) -> str:
         made = HostEnvironment(Place(connection.host, connection), spec)
