@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 
+from .envprogram import MANIFEST
 from .paths import meant
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 
     from .session import Channel
 
-MANIFEST = "lazycluster.json"
 _WAIT = 0.1  # seconds between two tries for a lock that somebody else has
 _ST_NOEXEC = 8
+_MOST_COMPILERS = 8  # processes at once
 
 _used: Dict[str, int] = {}  # environment -> descriptor whose lock says that it is in use, as long as this agent lives
+_compiling: Dict[str, List[Callable[[], Any]]] = {}  # environment -> who waits until its modules are compiled
 
 
 def environment(channel: Channel) -> None:
@@ -35,7 +37,7 @@ def environment(channel: Channel) -> None:
     if action in ("list", "remove", "prune"):
         from . import keeping
 
-        getattr(keeping, action + "_environments")(channel)
+        keeping.handle(channel, action)
         return
     handler = _ACTIONS.get(action)
     if handler is None:
@@ -67,9 +69,18 @@ def _find(channel: Channel) -> None:
     prefix = _prefix(channel)
     problem = use(prefix)
     if problem is None:
+        _compile(channel, prefix)
         channel.result(found=True, prefix=prefix)
     else:
         channel.result(found=False, prefix=prefix, problem=problem)
+
+
+def _survey(channel: Channel) -> None:
+    from .aside import aside
+    from .envsurvey import survey
+
+    params, root = channel.params, root_of(channel)
+    aside(channel, lambda: survey(params["wanted"], params["addresses"], params.get("env") or {}, root))
 
 
 def _prefix(channel: Channel) -> str:
@@ -84,7 +95,7 @@ def use(prefix: str) -> Optional[str]:
     if not os.path.isdir(prefix):
         return "missing"
     if prefix not in _used:
-        fd = lock(prefix + ".use", fcntl.LOCK_SH)
+        fd = _lock_in_use(prefix)
         if fd is None:
             return "being removed"
         _used[prefix] = fd
@@ -97,6 +108,16 @@ def use(prefix: str) -> Optional[str]:
         return None
     os.close(_used.pop(prefix))
     return problem
+
+
+def _lock_in_use(prefix: str) -> Optional[int]:
+    try:
+        return lock(prefix + ".use", fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    # It was made for this user by somebody else, who sees to it that it stays.
+    return os.open(prefix, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def damage(prefix: str) -> Optional[str]:
@@ -192,6 +213,7 @@ class _Build:
         problem = use(self._prefix)
         if problem is None:
             self._release()
+            _compile(self._channel, self._prefix)
             self._channel.result(found=True, prefix=self._prefix)
             return
         import tempfile
@@ -223,7 +245,7 @@ class _Build:
 
     def _finish(self, manifest: Dict[str, Any]) -> None:
         made, self._directory = self._directory, ""
-        manifest.update(listing=listing(made), size=size_of(made), made=time.time())
+        manifest.update(listing=listing(made), made=time.time())
         try:
             with open(os.path.join(made, MANIFEST), "w", encoding="utf-8") as file:
                 json.dump(manifest, file)
@@ -242,6 +264,7 @@ class _Build:
         problem = use(self._prefix)
         self._release()
         if problem is None:
+            _compile(self._channel, self._prefix)
             self._channel.result(found=False, prefix=self._prefix)
         else:
             self._channel.fail("damaged", problem)
@@ -272,20 +295,47 @@ def remove_tree(path: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def size_of(path: str) -> int:
-    """Return the bytes that a directory takes on the disk; what has several names is counted once."""
-    total = 0
-    seen = set()
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                inode = os.lstat(os.path.join(folder, name))
-            except OSError:
-                continue
-            if inode.st_ino not in seen:
-                seen.add(inode.st_ino)
-                total += inode.st_blocks * 512
-    return total
+# --- compiling its modules -----------------------------------------------------------------------
+def _compile(channel: Channel, prefix: str) -> None:
+    """Have the modules of an environment compiled, unless they are, beside all else that goes on."""
+    from .commands import marked_environment
+    from .envprogram import command, wants_compiling
+    from .host_info import cpu_cores
+    from .processes import spawn
+
+    lock_fd = wants_compiling(prefix, read_manifest(prefix) or {})
+    if lock_fd < 0:
+        return
+    count = max(1, min(_MOST_COMPILERS, cpu_cores() // 2))
+    argv = command(os.path.join(prefix, "bin", "python"), "compile", prefix, count, lock_fd)
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        pid = spawn(argv, marked_environment(channel, dict(os.environ)), "/", null, null, null, [lock_fd])
+    except OSError:
+        return  # it is no more than a favour
+    finally:
+        os.close(null)
+        os.close(lock_fd)
+    _compiling[prefix] = []
+
+    def ended(status: int) -> None:
+        for then in _compiling.pop(prefix):
+            then()
+
+    channel.loop.on_exit(pid, ended)
+
+
+def _compiled(channel: Channel) -> None:
+    """Tell when the modules of an environment have been compiled, as far as this agent sees to it."""
+    prefix = _prefix(channel)
+
+    def tell() -> None:
+        channel.result(compiled=bool((read_manifest(prefix) or {}).get("compiled")))
+
+    if prefix in _compiling:
+        _compiling[prefix].append(tell)
+    else:
+        tell()
 
 
 # --- packages that are sent ----------------------------------------------------------------------
@@ -309,6 +359,8 @@ def _wheels(channel: Channel) -> None:
 _ACTIONS: Dict[str, Callable[[Channel], None]] = {
     "facts": _facts,
     "find": _find,
+    "survey": _survey,
     "build": _build,
     "wheels": _wheels,
+    "compiled": _compiled,
 }

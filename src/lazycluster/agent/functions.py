@@ -152,13 +152,8 @@ def packages(channel: Channel) -> None:
 
 
 def interpreters(channel: Channel) -> None:
-    """Handle the request `interpreters`: those that the host has; with `wanted` those of a minor version only."""
-    _ask(channel, {"kind": "interpreters", "wanted": channel.params.get("wanted")}, True)
-
-
-def reachable(channel: Channel) -> None:
-    """Handle the request `reachable`: which of some addresses can be connected to from here."""
-    _ask(channel, {"kind": "reachable", "addresses": channel.params["addresses"]}, True)
+    """Handle the request `interpreters`: those that the host has."""
+    _ask(channel, {"kind": "interpreters"}, True)
 
 
 def _ask(channel: Channel, message: Dict[str, Any], own: bool) -> None:

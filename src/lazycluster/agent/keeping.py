@@ -6,13 +6,26 @@ import fcntl
 import os
 import time
 
-from .environments import damage, lock, read_manifest, remove_tree, remove_unfinished, root_of, size_of
+from .aside import aside
+from .environments import damage, lock, read_manifest, remove_tree, remove_unfinished, root_of
+from .envprogram import size_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Iterator, List, Tuple
+    from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
     from .session import Channel
+
+
+def handle(channel: Channel, action: str) -> None:
+    """Handle the request `environment` where it is about all that there are: on some file systems it takes long."""
+    params, root = channel.params, root_of(channel)
+    if action == "list":
+        aside(channel, lambda: list_environments(root))
+    elif action == "remove":
+        aside(channel, lambda: remove_environments(root, params["ids"]))
+    else:
+        aside(channel, lambda: prune_environments(root, params.get("limit"), params.get("age")))
 
 
 def kept(root: str) -> Iterator[Tuple[str, Dict[str, Any], float]]:
@@ -29,9 +42,8 @@ def kept(root: str) -> Iterator[Tuple[str, Dict[str, Any], float]]:
         yield name, read_manifest(prefix) or {}, last
 
 
-def list_environments(channel: Channel) -> None:
-    """Tell what there is."""
-    root = root_of(channel)
+def list_environments(root: str) -> Dict[str, Any]:
+    """Return what there is."""
     found = []
     for name, manifest, last in kept(root):
         prefix = os.path.join(root, "envs", name)
@@ -49,7 +61,7 @@ def list_environments(channel: Channel) -> None:
                 "problem": damage(prefix),
             }
         )
-    channel.result(root=root, environments=found, now=time.time(), size=size_of(root))
+    return {"root": root, "environments": found, "now": time.time(), "size": size_of(root)}
 
 
 def _is_used(prefix: str) -> bool:
@@ -83,25 +95,22 @@ def remove(root: str, name: str) -> bool:
     return True
 
 
-def remove_environments(channel: Channel) -> None:
+def remove_environments(root: str, ids: Sequence[str]) -> Dict[str, Any]:
     """Remove environments by their names."""
-    root = root_of(channel)
     known = {name for name, _, _ in kept(root)}
     removed, in_use, unknown = [], [], []
-    for name in channel.params["ids"]:
+    for name in ids:
         if name not in known:
             unknown.append(name)
         elif remove(root, name):
             removed.append(name)
         else:
             in_use.append(name)
-    channel.result(removed=removed, in_use=in_use, unknown=unknown)
+    return {"removed": removed, "in_use": in_use, "unknown": unknown}
 
 
-def prune_environments(channel: Channel) -> None:
+def prune_environments(root: str, limit: Optional[int], age: Optional[float]) -> Dict[str, Any]:
     """Remove environments, those used longest ago first, until all together is small enough."""
-    root = root_of(channel)
-    limit, age = channel.params.get("limit"), channel.params.get("age")
     envs = os.path.join(root, "envs")
     before = size_of(root)
     for entry in os.listdir(envs) if os.path.isdir(envs) else ():
@@ -124,7 +133,7 @@ def prune_environments(channel: Channel) -> None:
             _remove_unshared(os.path.join(root, "cache", "archive-v0"))
     if limit is not None and size_of(root) > limit:
         _remove_oldest(os.path.join(root, "wheels"), lambda: size_of(root) > limit)
-    channel.result(removed=removed, in_use=in_use, before=before, after=size_of(root))
+    return {"removed": removed, "in_use": in_use, "before": before, "after": size_of(root)}
 
 
 def _remove_unshared(place: str) -> None:

@@ -138,6 +138,21 @@ def spawn(
         os.close(before)
 
 
+# --- forked children -----------------------------------------------------------------------------
+def become_plain() -> None:
+    """Undo in a forked child what the reactor set up."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def close_all_but(kept: Iterable[int]) -> None:
+    """Close all descriptors but some, and standard input, output and error."""
+    edges = sorted(set(kept) | {0, 1, 2})
+    for low, high in zip(edges, edges[1:] + [4096]):
+        os.closerange(low + 1, high)
+
+
 def _which(program: str, path: str, cwd: str) -> str:
     if "/" in program:
         return program

@@ -6,7 +6,6 @@ import _socket as socket  # the module proper takes as long to import as all oth
 import json
 import os
 import pwd
-import signal
 import struct
 import sys
 from importlib import import_module
@@ -14,12 +13,12 @@ from importlib import import_module
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .presence import Presence
-from .processes import AGENT_MARKER, Ending, descendants, marks, start_time
+from .processes import AGENT_MARKER, Ending, become_plain, close_all_but, descendants, marks, start_time
 from .session import Channel
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+    from typing import Any, Callable, Dict, List, Optional, Tuple
 
     from .session import Session
 
@@ -48,7 +47,6 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "relay": ("relay", "relay"),
     "pool": ("poolstart", "pool"),
     "environment": ("environments", "environment"),
-    "reachable": ("functions", "reachable"),
     "activity": ("activity", "activity"),
     "leftovers": ("leftovers", "leftovers"),
 }
@@ -145,11 +143,11 @@ class Agent:
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            _become_plain()
+            become_plain()
             status = 1
             try:
                 os.setsid()
-                _close_all_but([*fds, theirs.fileno(), *self._parts.descriptors])
+                close_all_but([*fds, theirs.fileno(), *self._parts.descriptors])
                 files.serve(fds[0], fds[-1], self._parts, theirs)
                 status = 0
             finally:
@@ -313,16 +311,3 @@ def _receive(connection: socket.socket) -> Tuple[bytes, List[int]]:
         os.set_inheritable(fd, False)  # unlike all other descriptors, received ones are inheritable
     connection.settimeout(None)
     return data, fds
-
-
-def _become_plain() -> None:
-    """Undo in a forked child what the reactor set up."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def _close_all_but(kept: Iterable[int]) -> None:
-    edges = sorted(set(kept) | {0, 1, 2})
-    for low, high in zip(edges, edges[1:] + [4096]):
-        os.closerange(low + 1, high)

@@ -13,7 +13,8 @@ from lazycluster._progress import Progress
 from lazycluster.exceptions import AgentError, EnvironmentBuildError
 
 from .index import read_settings
-from .making import Maker, Place
+from .making import Maker
+from .place import Place
 from .plan import Plan, Target
 from .resolving import resolve
 from .spec import EnvironmentSpec
@@ -105,6 +106,13 @@ class HostEnvironment:
         finally:
             self._waiting -= 1
         return self.active
+
+    async def compiled(self) -> None:
+        """Wait until the modules of the environment are compiled, which goes on after it is ready to be used."""
+        active = await self.ready()
+        if self.spec.kind != "path":
+            name = posixpath.basename(active.prefix)
+            await self._place.ask("compiled", None, root=self.spec.cache_dir, id=name)
 
     async def applied(self, context: Context) -> Context:
         """Return a context in the environment, which is made before if need be."""

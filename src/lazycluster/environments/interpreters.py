@@ -15,7 +15,7 @@ from .plan import Target
 from .uv import run_uv
 
 if TYPE_CHECKING:
-    from .making import Place
+    from .place import Place
 
 __all__ = ["base_interpreter"]
 
@@ -24,18 +24,23 @@ logger = logging.getLogger("lazycluster")
 _SEARCH_LIMIT = 120.0  # seconds
 
 
-async def base_interpreter(place: Place, target: Target, root: str, settings: IndexSettings) -> str:
+async def base_interpreter(place: Place, target: Target, root: str, settings: IndexSettings, found: str) -> str:
     """Return the path of an interpreter of the wanted minor version on a host.
+
+    Args:
+        place: The host.
+        target: What is wanted.
+        root: Where environments are kept there.
+        settings: Where packages come from.
+        found: One that the host has; empty if it has none.
 
     Raises:
         EnvironmentBuildError: If the host has none, and none can be had.
     """
     if place.python is not None:
         return await _named(place, target, place.python)
-    request = place.connection.request("interpreters", env=dict(place.env), wanted=list(target.python))
-    found = (await asyncio.wait_for(request, _SEARCH_LIMIT))["interpreters"]
     if found:
-        return str(found[0]["path"])
+        return found
     logger.info("%s: has no Python %s; one is fetched", place.host, target.version)
     try:
         return await _sent(place, target, root, settings)

@@ -4,90 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lazycluster._progress import size as shown_size
-from lazycluster.exceptions import AgentError, EnvironmentBuildError
+from lazycluster.agent import envprogram
+from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError
 from lazycluster.ssh import transfer
 
-from .index import IndexSettings, hide
+from .index import IndexSettings
 from .interpreters import base_interpreter
+from .keeping import prune_on
+from .place import Place
 from .plan import Plan, Wheel
-from .problems import explained
 from .spec import EnvironmentSpec, normalized
 from .uv import uv_version
 from .uv_binaries import send_uv
 from .wheels import provide
 
 if TYPE_CHECKING:
-    from lazycluster.ssh.connection import Connection
+    pass
 
-__all__ = ["Maker", "Place"]
+__all__ = ["Maker"]
 
 logger = logging.getLogger("lazycluster")
 
-_ANSWER_LIMIT = 60.0  # seconds for a question
-_INSTALL_LIMIT = 3600.0  # seconds for an installation
+_SURVEY_LIMIT = 120.0  # seconds for looking through the host's directories
 _LOCK_NAME = "pylock.lazycluster.toml"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PROGRESS = 10.0  # seconds between two lines that say how far it is
-
-
-@dataclass(frozen=True)
-class Place:
-    """A host, and what holds there.
-
-    Attributes:
-        host: The host as the user named it.
-        connection: The connection to it.
-        env: The environment that the user's set-up left.
-        python: The interpreter that the user named, if it is a path.
-    """
-
-    host: str
-    connection: Connection
-    env: Mapping[str, str] = field(default_factory=dict, repr=False)
-    python: str | None = None
-
-    async def ask(self, action: str, **params: Any) -> dict[str, Any]:
-        """Ask the agent about environments."""
-        request = self.connection.request("environment", action=action, **params)
-        return await asyncio.wait_for(request, _ANSWER_LIMIT)
-
-    async def run(self, argv: Sequence[str], env: Mapping[str, str], what: str) -> str:
-        """Run a program there, and return what it printed.
-
-        Raises:
-            EnvironmentBuildError: If it fails.
-        """
-        output = bytearray()
-        params = {"argv": list(argv), "cwd": "/", "env": {**self.env, **env}, "merge": True}
-        channel = self.connection.channel("run", params, stdout=output.extend)
-        try:
-            result = await asyncio.wait_for(channel.result(), _INSTALL_LIMIT)
-        except AgentError as error:
-            raise EnvironmentBuildError(self.host, f"{what}: {error.message}") from error
-        except asyncio.TimeoutError:
-            said = hide(output.decode("utf-8", "replace"))
-            raise EnvironmentBuildError(
-                self.host, f"{what} takes more than {_INSTALL_LIMIT:g} s", output=said
-            ) from None
-        except BaseException:
-            channel.control(signal="END")
-            raise
-        finally:
-            channel.close()
-        said = hide(output.decode("utf-8", "replace"))
-        if result.get("exit") != 0:
-            if result.get("signal"):
-                said += f"\nended by signal {result['signal']}"
-            raise explained(self.host, what, said)
-        return said
 
 
 class Maker:
@@ -121,7 +70,7 @@ class Maker:
         Raises:
             EnvironmentBuildError: If it cannot be made.
         """
-        params = {"root": self._spec.cache_dir, "id": self._plan.id}
+        params: dict[str, Any] = {"root": self._spec.cache_dir, "id": self._plan.id}
         found = await self._place.ask("find", **params)
         if found["found"]:
             return str(found["prefix"])
@@ -129,8 +78,18 @@ class Maker:
         prefix = await self._make(params)
         self._say("the environment %s is there after %.1f s", self._plan.id, time.monotonic() - self._began)
         if self._spec.size_limit is not None:
-            await self._place.ask("prune", root=self._spec.cache_dir, limit=self._spec.size_limit)
+            await self._make_room(self._spec.size_limit)
         return prefix
+
+    async def _make_room(self, limit: int) -> None:
+        self._tell("removing old environments")
+        try:
+            removal = await prune_on(self._place.connection, limit, None, self._spec.cache_dir)
+        except LazyclusterError as error:  # what was asked for is there all the same
+            logger.warning("old environments cannot be removed: %s", error)
+            return
+        for name in removal.removed:
+            self._say("removed the environment %s, which was not used for longest", name)
 
     def _say(self, text: str, *values: Any) -> None:
         logger.info("%s: " + text, self._host, *values)
@@ -178,9 +137,8 @@ class Maker:
         """Make the environment in a directory, and check it; returns what is to be said of it."""
         self._root = directory.rpartition("/envs/")[0]
         self._tell("sending uv, looking for Python")
-        uv, python = await asyncio.gather(
-            send_uv(self._place, self._plan.target, self._root, self._settings),
-            base_interpreter(self._place, self._plan.target, self._root, self._settings),
+        uv, (python, direct) = await asyncio.gather(
+            send_uv(self._place, self._plan.target, self._root, self._settings), self._survey()
         )
         env = {
             "UV_CACHE_DIR": f"{self._root}/cache",
@@ -203,18 +161,40 @@ class Maker:
         ]
         await self._place.run(argv, env, f"making an environment with {python}")
         if self._plan.packages:
-            await self._install(uv, directory, env)
-        packages = await self._verify(uv, directory, env)
+            await self._install(uv, directory, env, direct)
         return {
+            **await self._verify(directory),
             "python": python,
             "source": str(self._spec),
-            "packages": packages,
             "uv": await uv_version(),
             "target": str(self._plan.target),
         }
 
-    async def _install(self, uv: str, directory: str, env: Mapping[str, str]) -> None:
-        direct = await self._has_network()
+    async def _survey(self) -> tuple[str, bool]:
+        """Return the interpreter that it is made with, and whether the host gets packages by itself."""
+        addresses = self._to_be_reached()
+        found = await self._place.ask(
+            "survey",
+            _SURVEY_LIMIT,
+            root=self._spec.cache_dir,
+            wanted=[] if self._place.python is not None else list(self._plan.target.python),
+            addresses=[list(pair) for pair in addresses],
+            env=dict(self._place.env),
+        )
+        there = next((str(one["path"]) for one in found["interpreters"]), "")
+        python = await base_interpreter(self._place, self._plan.target, self._root, self._settings, there)
+        reached = bool(addresses) and {(host, port) for host, port in found["reachable"]} == set(addresses)
+        return python, reached or self._spec.network == "host"
+
+    def _to_be_reached(self) -> list[tuple[str, int]]:
+        """Return what a host must reach so that it can get packages by itself; nothing if it is not to."""
+        if self._spec.network != "auto":
+            return []
+        addresses = sorted({_address(locked.url) for locked in self._plan.packages if not locked.is_local})
+        # The manager's own loopback would be another machine's there.
+        return [] if any(host in _LOOPBACK for host, _ in addresses) else addresses
+
+    async def _install(self, uv: str, directory: str, env: Mapping[str, str], direct: bool) -> None:
         if direct:
             try:
                 await self._install_by(uv, directory, env, direct=True)
@@ -248,21 +228,6 @@ class Maker:
             env["UV_INDEX"] = " ".join(remote)
         return env
 
-    async def _has_network(self) -> bool:
-        """Whether the host gets packages by itself."""
-        urls = {locked.url for locked in self._plan.packages if not locked.is_local}
-        if self._spec.network == "manager" or not urls:
-            return False
-        if self._spec.network == "host":
-            return True
-        addresses = sorted({_address(url) for url in urls})
-        if any(host in _LOOPBACK for host, _ in addresses):  # the manager's own, which means another machine there
-            return False
-        answer = await asyncio.wait_for(
-            self._place.connection.request("reachable", addresses=[list(pair) for pair in addresses]), _ANSWER_LIMIT
-        )
-        return {(host, port) for host, port in answer["reachable"]} == set(addresses)
-
     # --- packages that the manager sends -------------------------------------------------------
     async def _send_wheels(self, wanted: Sequence[bool]) -> dict[str, Wheel]:
         """Send packages, each as soon as it is here; returns the wheels by name."""
@@ -277,8 +242,8 @@ class Maker:
         async def one(locked: Any, digest: str) -> None:
             wheel = await provide(locked, digest, self._plan.target, self._settings)
             size = wheel.path.stat().st_size
-            params = {"root": self._spec.cache_dir, "wheels": [[wheel.folder, wheel.path.name, size]]}
-            answer = await self._place.ask("wheels", **params)
+            asked = [[wheel.folder, wheel.path.name, size]]
+            answer = await self._place.ask("wheels", root=self._spec.cache_dir, wheels=asked)
             if answer["missing"]:
                 target = f"{answer['directory']}/{wheel.folder}/{wheel.path.name}"
                 sent = functools.partial(progress.sent, wheel.folder)
@@ -295,18 +260,16 @@ class Maker:
             await asyncio.gather(*tasks, return_exceptions=True)
         return wheels
 
-    async def _verify(self, uv: str, directory: str, env: Mapping[str, str]) -> dict[str, str]:
-        """Check that the interpreter runs, and that what is installed is what was planned."""
+    async def _verify(self, directory: str) -> dict[str, Any]:
+        """Check that the interpreter runs, and that what is installed is what was planned; returns what there is."""
         self._tell("checking")
-        python = f"{directory}/bin/python"
-        await self._place.run([python, "-Ic", "pass"], {}, f"running {python}")
-        text = await self._place.run([uv, "pip", "freeze", "--quiet", "--python", python], env, "checking the packages")
-        found = dict(line.split("==", 1) for line in text.splitlines() if "==" in line)
-        missing = {locked.name for locked in self._plan.packages} - found.keys()
-        there = {normalized(name) for name in found}
-        missing = {name for name in missing if normalized(name) not in there}
+        argv = envprogram.command(f"{directory}/bin/python", "check", directory)
+        text = await self._place.run(argv, {}, f"running {directory}/bin/python")
+        found: dict[str, Any] = json.loads(text.splitlines()[-1])
+        there = {normalized(name) for name in found["packages"]}
+        missing = sorted({locked.name for locked in self._plan.packages if normalized(locked.name) not in there})
         if missing:
-            names = ", ".join(sorted(missing))
+            names = ", ".join(missing)
             raise EnvironmentBuildError(
                 self._host, f"the installer reported success, but these packages are not there: {names}", names,
                 "remove the cache directory on the host, and try again",

@@ -16,7 +16,7 @@ from .plan import Target
 from .uv import find_uv, run_uv, uv_version
 
 if TYPE_CHECKING:
-    from .making import Place
+    from .place import Place
 
 __all__ = ["send_uv"]
 
@@ -30,11 +30,14 @@ async def send_uv(place: Place, target: Target, root: str, settings: IndexSettin
     version = await uv_version()
     path = f"{root}/uv/{version}/uv"
     if target.system == sys.platform and target.machine == os.uname().machine:
-        await transfer.send(place.connection, find_uv(), path, cwd="", env={})
+        sent = await transfer.send(place.connection, find_uv(), path, cwd="", env={})
+        if sent.skipped:  # it has run there before
+            return path
         try:
             await place.run([path, "--version"], {}, f"running {path}")
             return path
         except EnvironmentBuildError as error:
+            await place.connection.request("remove", path=path)
             if "Permission denied" in error.output or target.system != "linux":
                 raise
     path = f"{root}/uv/{version}-static/uv"

@@ -95,6 +95,7 @@ def build(
     one or several packages.
     """
     from lazycluster import EnvironmentSpec
+    from lazycluster._progress import Progress
     from lazycluster.environments.activation import HostEnvironment, Place
     from lazycluster.environments.from_interpreter import left_out
 
@@ -108,7 +109,11 @@ def build(
 
     async def work(connection: Connection) -> str:
         made = HostEnvironment(Place(connection.host, connection), spec)
-        return (await made.ready(refresh=refresh)).prefix
+        prefix = (await made.ready(refresh=refresh)).prefix
+        with Progress("Compiling modules", 1, "hosts", lambda: [connection.host]) as progress:
+            await made.compiled()
+            progress.advance()
+        return prefix
 
     paths, status = _on_hosts(work, options)
     for path in dict.fromkeys(paths):
