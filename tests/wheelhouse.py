@@ -100,6 +100,9 @@ class Index:
         login: ``name:password`` that it asks for.
         broken: Names of files that are served with another content than the index says.
         requests: The paths that were asked for, but for those of which only the size was.
+        asked_by: The same with who asked, as ``path@address``.
+        refused: Addresses whose requests are refused.
+        address: Where it is.
         gate: While it is cleared, files are not served.
         waiting: Is set when a file waits for that.
     """
@@ -108,6 +111,9 @@ class Index:
     login: str = ""
     broken: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
+    asked_by: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+    address: str = "127.0.0.1"
     port: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
     waiting: threading.Event = field(default_factory=threading.Event)
@@ -116,7 +122,18 @@ class Index:
     def url(self) -> str:
         """Its address, with the credentials."""
         login = f"{self.login}@" if self.login else ""
-        return f"http://{login}127.0.0.1:{self.port}/simple/"
+        return f"http://{login}{self.address}:{self.port}/simple/"
+
+    @contextmanager
+    def at(self, address: str) -> Iterator[None]:
+        """Serve it at another address, too, until the end of the block."""
+        before = self.address, self.port
+        with _serving(self, address) as port:
+            self.address, self.port = address, port
+            try:
+                yield
+            finally:
+                self.address, self.port = before
 
     def add(self, name: str, version: str = "1.0", **options: object) -> Path:
         """Publish a package."""
@@ -140,8 +157,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         index = self.index
         if self.command == "GET":
             index.requests.append(self.path)
+            index.asked_by.append(f"{self.path}@{self.client_address[0]}")
         wanted = "Basic " + base64.b64encode(index.login.encode()).decode()
-        if index.login and self.headers.get("Authorization", "") != wanted:
+        if self.client_address[0] in index.refused:
+            self.answer(503, b"")
+        elif index.login and self.headers.get("Authorization", "") != wanted:
             self.answer(401, b"", {"WWW-Authenticate": 'Basic realm="index"'})
         elif self.path.startswith("/files/"):
             self.serve_file(index.folder / self.path.removeprefix("/files/"))
@@ -175,21 +195,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path, **options: str) -> Iterator[Index]:
-    """Serve an index until the end of the block."""
-    folder.mkdir(parents=True, exist_ok=True)
-    index = Index(folder, **options)
-    index.gate.set()
+def _serving(index: Index, address: str) -> Iterator[int]:
+    """Serve an index at an address; returns the port."""
     handler = type("Handler", (_Handler,), {"index": index})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = http.server.ThreadingHTTPServer((address, 0), handler)
     server.daemon_threads = True
-    index.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        yield index
+        yield server.server_address[1]
     finally:
         index.gate.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serve(folder: Path, **options: str) -> Iterator[Index]:
+    """Serve an index until the end of the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = Index(folder, **options)
+    index.gate.set()
+    with _serving(index, index.address) as index.port:
+        yield index

@@ -16,46 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from environment_hosts import connect, environments, prefix, version_of
 
-from lazycluster import EnvironmentSpec, Runtime
+from lazycluster import EnvironmentSpec
 from lazycluster.exceptions import EnvironmentBuildError
 from wheelhouse import Index, make_project
 
 pytest.importorskip("uv")
 
 
-def _connect(host: Any, environment: Any, **options: Any) -> Runtime:
-    return Runtime(
-        host.name, connection_kwargs={"config_file": host._pool.config_file}, environment=environment, **options
-    )
-
-
-def _version(name: str) -> Any:
-    return importlib.import_module(name).VERSION
-
-
 def _refused(host: Any, environment: Any, *parts: str) -> EnvironmentBuildError:
     """Ask for an environment; it must fail with an error that names the host and all of some texts."""
-    with _connect(host, environment) as runtime:
+    with connect(host, environment) as runtime:
         with pytest.raises(EnvironmentBuildError) as caught:
             runtime.prepare()
         assert runtime.environment_path is None
     for part in (host.name, *parts):
         assert part in str(caught.value)
     assert "Next step:" in str(caught.value)
-    assert _complete(host) == []
+    assert environments(host) == []
     return caught.value
-
-
-def _complete(host: Any) -> list[str]:
-    """The environments that are there, and whatever else lies beside them."""
-    folder = host.path("~/.cache/lazycluster/envs")
-    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-
-
-def _prefix(host: Any) -> Path:
-    (name,) = _complete(host)
-    return Path(host.path(f"~/.cache/lazycluster/envs/{name}"))
 
 
 def test_what_cannot_be_resolved_is_explained(make_hosts: Any, index: Index, tmp_path: Path) -> None:
@@ -91,7 +71,7 @@ def test_a_package_without_a_wheel_that_cannot_be_built(make_hosts: Any, index: 
     assert "no compiler" in str(error)
     backend.write_text(works)
     publish()
-    with _connect(host, EnvironmentSpec(["source-only"])) as runtime:
+    with connect(host, EnvironmentSpec(["source-only"])) as runtime:
         runtime.prepare(refresh=True)
         assert runtime.call(lambda: importlib.import_module("source_only").__name__) == "source_only"
 
@@ -105,12 +85,15 @@ def test_no_python_that_fits(make_hosts: Any, index: Index, monkeypatch: pytest.
 
 
 def test_a_wheel_that_is_not_what_the_index_says(make_hosts: Any, index: Index) -> None:
-    index.broken.add(index.add("alpha").name)
+    index.broken.add(index.add("tampered").name)  # a name of its own: good ones are kept on the manager
     host = make_hosts(1)[0]
-    with pytest.raises(EnvironmentBuildError, match="hash of alpha") as caught, _connect(host, ["alpha"]) as runtime:
+    with (
+        pytest.raises(EnvironmentBuildError, match="hash of tampered") as caught,
+        connect(host, ["tampered"]) as runtime,
+    ):
         runtime.prepare()
-    assert caught.value.package == "alpha"
-    assert _complete(host) == []
+    assert caught.value.package == "tampered"
+    assert environments(host) == []
 
 
 def test_an_index_that_cannot_be_reached(make_hosts: Any, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,21 +131,21 @@ def test_one_that_is_damaged_is_made_anew(make_hosts: Any, index: Index) -> None
         lambda prefix: ((prefix / "bin/python").unlink(), (prefix / "bin/python").symlink_to("/gone/python")),
     ]
     for damage in damages:
-        with _connect(host, ["alpha"]) as runtime:
+        with connect(host, ["alpha"]) as runtime:
             runtime.prepare()
-        damage(_prefix(host))
-        with _connect(host, ["alpha"]) as runtime:
-            assert runtime.call(_version, "alpha") == "1.0"
+        damage(prefix(host))
+        with connect(host, ["alpha"]) as runtime:
+            assert runtime.call(version_of, "alpha") == "1.0"
 
 
 def test_two_managers_at_once(make_hosts: Any, index: Index) -> None:
     index.add("alpha")
     host = make_hosts(1)[0]
-    with _connect(host, ["alpha"]) as first, _connect(host, ["alpha"]) as second, ThreadPoolExecutor(2) as threads:
-        for result in [threads.submit(one.call, _version, "alpha") for one in (first, second)]:
+    with connect(host, ["alpha"]) as first, connect(host, ["alpha"]) as second, ThreadPoolExecutor(2) as threads:
+        for result in [threads.submit(one.call, version_of, "alpha") for one in (first, second)]:
             assert result.result(60) == "1.0"
         assert first.environment_path == second.environment_path
-    assert len(_complete(host)) == 1
+    assert len(environments(host)) == 1
 
 
 def _begun(index: Index) -> None:
@@ -172,20 +155,20 @@ def _begun(index: Index) -> None:
 def test_a_link_that_is_lost_while_it_is_made(make_hosts: Any, index: Index) -> None:
     index.add("alpha")
     host = make_hosts(1)[0]
-    with _connect(host, ["alpha"]) as runtime:
+    with connect(host, ["alpha"]) as runtime:
         runtime.call(int)  # resolved
     host.run("rm -rf ~/.cache/lazycluster", user=host.user)
     index.add("beta")
     index.gate.clear()
-    with _connect(host, ["alpha", "beta"]) as runtime, ThreadPoolExecutor(1) as thread:
+    with connect(host, ["alpha", "beta"]) as runtime, ThreadPoolExecutor(1) as thread:
         future = thread.submit(runtime.prepare)
         _begun(index)
         for session in host.sessions():
             os.kill(session.pid, signal.SIGKILL)
         index.gate.set()
         future.result(60)  # the link is made again, and the work goes on
-        assert runtime.call(_version, "beta") == "1.0"
-    assert len(_complete(host)) == 1
+        assert runtime.call(version_of, "beta") == "1.0"
+    assert len(environments(host)) == 1
 
 
 _VICTIM = """
@@ -200,7 +183,7 @@ runtime.prepare()
 def test_a_manager_that_is_killed_while_it_makes_one(make_hosts: Any, index: Index) -> None:
     index.add("alpha")
     host = make_hosts(1)[0]
-    with _connect(host, ["alpha"]) as runtime:
+    with connect(host, ["alpha"]) as runtime:
         runtime.prepare()
     host.run("rm -rf ~/.cache/lazycluster/envs ~/.cache/lazycluster/wheels", user=host.user)
     # A file of the host's that nobody can finish: the installer waits for the lock of its cache.
@@ -217,9 +200,9 @@ def test_a_manager_that_is_killed_while_it_makes_one(make_hosts: Any, index: Ind
         _until(lambda: not any("/uv" in process.command for process in host.processes()))
     finally:
         holder.communicate(b"")
-    with _connect(host, ["alpha"]) as runtime:
-        assert runtime.call(_version, "alpha") == "1.0"
-    assert len(_complete(host)) == 1
+    with connect(host, ["alpha"]) as runtime:
+        assert runtime.call(version_of, "alpha") == "1.0"
+    assert len(environments(host)) == 1
 
 
 def _until(condition: Callable[[], bool]) -> None:
@@ -234,10 +217,10 @@ def test_clocks_that_are_years_off(make_hosts: Any, index: Index) -> None:
     index.add("beta")
     host = make_hosts(1)[0]
     for name in ("alpha", "beta"):
-        with _connect(host, [name]) as runtime:
+        with connect(host, [name]) as runtime:
             runtime.prepare()
     stamps = [path for path in host.path("~/.cache/lazycluster/envs").iterdir() if path.name.endswith(".use")]
     for path, stamp in zip(stamps, (0, 4_000_000_000), strict=True):
         os.utime(path, (stamp, stamp))
-    with _connect(host, ["alpha"]) as runtime:
-        assert runtime.call(_version, "alpha") == "1.0"
+    with connect(host, ["alpha"]) as runtime:
+        assert runtime.call(version_of, "alpha") == "1.0"

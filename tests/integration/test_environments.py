@@ -11,45 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from environment_hosts import ROOT, connect, environments, everything, version_of
 
-from lazycluster import EnvironmentSpec, LocalRuntime, Runtime, RuntimeGroup, RuntimeTask
+from lazycluster import EnvironmentSpec, LocalRuntime, RuntimeGroup, RuntimeTask
 from lazycluster.exceptions import EnvironmentBuildError, TaskExecutionError
 from wheelhouse import Index, make_project
 
 pytest.importorskip("uv")
-
-_ROOT = "~/.cache/lazycluster"
-
-
-def _connect(host: Any, environment: Any, **options: Any) -> Runtime:
-    return Runtime(
-        host.name, connection_kwargs={"config_file": host._pool.config_file}, environment=environment, **options
-    )
-
-
-def _version(name: str) -> Any:
-    return importlib.import_module(name).VERSION
-
-
-def _envs(host: Any) -> list[str]:
-    folder = host.path(f"{_ROOT}/envs")
-    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-
-
-def _everything(host: Any) -> str:
-    """All files of the user's cache, in one text."""
-    return host.run(f"find {host.home} -type f -size -200k -print0 | xargs -0 cat -v").stdout
 
 
 def test_functions_and_commands_run_in_it(make_hosts: Any, index: Index) -> None:
     index.add("alpha", "1.0", requires=("beta>=2",), scripts={"say-alpha": "alpha:main"})
     index.add("beta", "2.5")
     host = make_hosts(1)[0]
-    with _connect(host, ["alpha"]) as runtime:
+    with connect(host, ["alpha"]) as runtime:
         assert runtime.environment_path is None
-        assert runtime.call(_version, "beta") == "2.5"
+        assert runtime.call(version_of, "beta") == "2.5"
         prefix = runtime.environment_path
-        assert prefix == f"{host.home}/.cache/lazycluster/envs/{_envs(host)[0]}"
+        assert prefix == f"{host.home}/.cache/lazycluster/envs/{environments(host)[0]}"
         assert runtime.call(lambda: sys.prefix) == prefix
         task = RuntimeTask().run_command("say-alpha; command -v python; echo $VIRTUAL_ENV")
         runtime.execute_task(task, execute_async=False)
@@ -59,14 +38,14 @@ def test_functions_and_commands_run_in_it(make_hosts: Any, index: Index) -> None
 def test_it_is_found_the_next_time(make_hosts: Any, index: Index) -> None:
     index.add("alpha")
     host = make_hosts(1)[0]
-    with _connect(host, ["alpha"]) as runtime:
+    with connect(host, ["alpha"]) as runtime:
         runtime.prepare()
     asked = len(index.requests)
-    with _connect(host, ["alpha"]) as runtime:
+    with connect(host, ["alpha"]) as runtime:
         runtime.prepare()
-        assert runtime.call(_version, "alpha") == "1.0"
+        assert runtime.call(version_of, "alpha") == "1.0"
     assert len(index.requests) == asked
-    assert len(_envs(host)) == 1
+    assert len(environments(host)) == 1
 
 
 def test_the_right_python_is_found_wherever_it_is(make_hosts: Any, index: Index) -> None:
@@ -77,9 +56,9 @@ def test_the_right_python_is_found_wherever_it_is(make_hosts: Any, index: Index)
     host = hosts[0]
     # Where nobody would look for it, and not on the PATH.
     host.run(f"mkdir -p ~/deep/below && ln -s {sys.base_prefix} ~/deep/below/{version}", user=host.user)
-    with _connect(host, ["alpha"], setup="export PATH=/usr/bin:/bin") as runtime:
+    with connect(host, ["alpha"], setup="export PATH=/usr/bin:/bin") as runtime:
         assert runtime.call(lambda: sys.version_info[:2]) == sys.version_info[:2]
-        assert runtime.call(_version, "alpha") == "1.0"
+        assert runtime.call(version_of, "alpha") == "1.0"
         assert ".".join(map(str, runtime.connection.hello.python[:2])) == other
 
 
@@ -89,8 +68,8 @@ def test_all_hosts_at_once(hosts: Any, index: Index) -> None:
         hosts=list(hosts.names), connection_kwargs={"config_file": hosts.config_file}, environment=["alpha"]
     ) as group:
         group.prepare()
-        assert set(group.call(_version, "alpha").values()) == {"1.0"}
-        assert sorted(group.map(_version, ["alpha"] * 5)) == ["1.0"] * 5
+        assert set(group.call(version_of, "alpha").values()) == {"1.0"}
+        assert sorted(group.map(version_of, ["alpha"] * 5)) == ["1.0"] * 5
     # Once by uv, for what it requires, and once to be sent to all.
     assert sum("alpha-1.0" in path for path in index.requests if path.startswith("/files")) <= 2
 
@@ -100,9 +79,9 @@ def test_credentials_stay_on_the_manager(make_hosts: Any, index: Index, monkeypa
     index.login = "me:s3cret-token"
     monkeypatch.setenv("UV_DEFAULT_INDEX", index.url)
     host = make_hosts(1)[0]
-    with _connect(host, ["alpha"]) as runtime:
-        assert runtime.call(_version, "alpha") == "1.0"
-    assert "s3cret" not in _everything(host)
+    with connect(host, ["alpha"]) as runtime:
+        assert runtime.call(version_of, "alpha") == "1.0"
+    assert "s3cret" not in everything(host)
     state = Path(os.environ["XDG_STATE_HOME"])
     for path in state.rglob("*"):
         assert not path.is_file() or b"s3cret" not in path.read_bytes()
@@ -113,7 +92,7 @@ def test_a_refusing_index_is_named_without_its_password(
 ) -> None:
     index.login = "me:right"
     monkeypatch.setenv("UV_DEFAULT_INDEX", index.url.replace("right", "wr0ng"))
-    with _connect(make_hosts(1)[0], ["alpha"]) as runtime:
+    with connect(make_hosts(1)[0], ["alpha"]) as runtime:
         with pytest.raises(EnvironmentBuildError, match="credentials") as caught:
             runtime.prepare()
         assert "wr0ng" not in str(caught.value)
@@ -124,16 +103,16 @@ def test_local_runtimes_have_environments_too(index: Index, tmp_path: Path) -> N
     index.add("alpha")
     spec = EnvironmentSpec(["alpha"], cache_dir=str(tmp_path / "cache"))
     with LocalRuntime(environment=spec) as runtime:
-        assert runtime.call(_version, "alpha") == "1.0"
+        assert runtime.call(version_of, "alpha") == "1.0"
 
 
 def test_a_task_says_why_there_is_no_environment(make_hosts: Any, index: Index) -> None:
     host = make_hosts(1)[0]
     with (
-        _connect(host, ["no-such-package"]) as runtime,
+        connect(host, ["no-such-package"]) as runtime,
         pytest.raises(TaskExecutionError, match="no package no-such-package") as caught,
     ):
-        runtime.call(_version, "alpha")
+        runtime.call(version_of, "alpha")
     assert isinstance(caught.value.__cause__, EnvironmentBuildError)
     assert caught.value.__cause__.package == "no-such-package"
 
@@ -144,12 +123,12 @@ def test_a_local_package_is_built_and_built_again_when_it_changes(
     index.add("beta")
     project = make_project(tmp_path, "mine", "VERSION = 'first'\n", requires=("beta",))
     host = make_hosts(1)[0]
-    with _connect(host, [str(project)]) as runtime:
-        assert runtime.call(_version, "mine") == "first"
-        assert runtime.call(_version, "beta") == "1.0"
+    with connect(host, [str(project)]) as runtime:
+        assert runtime.call(version_of, "mine") == "first"
+        assert runtime.call(version_of, "beta") == "1.0"
         (project / "src/mine/__init__.py").write_text("VERSION = 'second'\n")
         runtime.prepare()
-        assert runtime.call(_version, "mine") == "second"
+        assert runtime.call(version_of, "mine") == "second"
 
 
 def test_files_say_what_is_in_it(make_hosts: Any, index: Index, tmp_path: Path) -> None:
@@ -177,8 +156,8 @@ def test_files_say_what_is_in_it(make_hosts: Any, index: Index, tmp_path: Path) 
         str(lock): ("1.0", True),
     }
     for source, (version, has_extra) in expected.items():
-        with _connect(host, source) as runtime:
-            assert runtime.call(_version, "alpha") == version
+        with connect(host, source) as runtime:
+            assert runtime.call(version_of, "alpha") == version
             there = RuntimeTask().run_command("python -c 'import extra' 2>/dev/null && echo yes || echo no")
             runtime.execute_task(there, execute_async=False)
             assert there.execution_log[0].strip() == ("yes" if has_extra else "no")
@@ -187,21 +166,21 @@ def test_files_say_what_is_in_it(make_hosts: Any, index: Index, tmp_path: Path) 
 def test_an_environment_that_is_on_the_host_is_used(make_hosts: Any) -> None:
     host = make_hosts(1)[0]
     host.run(f"{sys.base_prefix}/bin/python3 -m venv --without-pip ~/mine", user=host.user)
-    with _connect(host, "~/mine") as runtime:
+    with connect(host, "~/mine") as runtime:
         assert runtime.call(lambda: sys.prefix) == f"{host.home}/mine"
         assert runtime.environment_path == f"{host.home}/mine"
-    with _connect(host, "~/mine/bin/python") as runtime:
+    with connect(host, "~/mine/bin/python") as runtime:
         assert runtime.call(lambda: sys.prefix) == f"{host.home}/mine"
     gone = pytest.raises(EnvironmentBuildError, match="there is no /home/lazy/nothing/there on the host")
-    with _connect(host, "~/nothing/there") as runtime, gone:
+    with connect(host, "~/nothing/there") as runtime, gone:
         runtime.prepare()
 
 
 @pytest.mark.parametrize("options", [{"forwarding": False}, {"bastion": True}], ids=["no forwarding", "bastion"])
 def test_however_the_host_is_reached(make_hosts: Any, index: Index, options: dict[str, Any]) -> None:
     index.add("alpha")
-    with _connect(make_hosts(1, **options)[0], ["alpha"]) as runtime:
-        assert runtime.call(_version, "alpha") == "1.0"
+    with connect(make_hosts(1, **options)[0], ["alpha"]) as runtime:
+        assert runtime.call(version_of, "alpha") == "1.0"
 
 
 def test_hosts_that_share_a_home_make_it_once(make_hosts: Any, index: Index, caplog: pytest.LogCaptureFixture) -> None:
@@ -211,9 +190,9 @@ def test_hosts_that_share_a_home_make_it_once(make_hosts: Any, index: Index, cap
     with RuntimeGroup(
         hosts=list(hosts.names), connection_kwargs={"config_file": hosts.config_file}, environment=["alpha"]
     ) as group:
-        assert group.call(_version, "alpha") == dict.fromkeys(hosts.names, "1.0")
+        assert group.call(version_of, "alpha") == dict.fromkeys(hosts.names, "1.0")
     assert sum("were sent" in line for line in caplog.messages) == 1
-    assert len(_envs(hosts[0])) == 1
+    assert len(environments(hosts[0])) == 1
 
 
 def test_a_host_that_has_the_network_uses_it(make_hosts: Any, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,14 +201,14 @@ def test_a_host_that_has_the_network_uses_it(make_hosts: Any, index: Index, monk
     host = make_hosts(1)[0]
     index.login = "me:s3cret-token"
     monkeypatch.setenv("UV_DEFAULT_INDEX", index.url)
-    with _connect(host, None) as plain:
+    with connect(host, None) as plain:
         plain.expose_port_to_runtime(index.port)  # the host can reach the index now, as if it were its own
         for environment in (["alpha"], ["alpha", "beta"]):
             spec = EnvironmentSpec(environment, network="host")
-            with _connect(host, spec) as runtime:
-                assert runtime.call(_version, "alpha") == "1.0"
-    assert not host.path(f"{_ROOT}/wheels").exists()
-    assert "s3cret" not in _everything(host)
+            with connect(host, spec) as runtime:
+                assert runtime.call(version_of, "alpha") == "1.0"
+    assert not host.path(f"{ROOT}/wheels").exists()
+    assert "s3cret" not in everything(host)
 
 
 def test_what_is_installed_here_is_there(
@@ -253,9 +232,9 @@ def test_what_is_installed_here_is_there(
 
         return plain.VALUE, mine.version(), importlib.util.find_spec("ruff")
 
-    with _connect(host, "manager") as runtime:
+    with connect(host, "manager") as runtime:
         assert runtime.call(values) == (1, "first", None)
-        assert runtime.call(_version, "beta") == "1.0"
+        assert runtime.call(version_of, "beta") == "1.0"
         task = RuntimeTask().run_command("python -c 'import mine; print(mine.VERSION)'")
         assert runtime.execute_task(task, execute_async=False).execution_log == ["first\n"]
         (tmp_path / "plain.py").write_text("VALUE = 22\n")
@@ -276,7 +255,7 @@ def test_they_are_listed_and_removed_unless_in_use(make_hosts: Any, index: Index
     hosts = make_hosts(1)
     kwargs = {"config_file": hosts.config_file}
     for name in ("alpha", "beta"):
-        with _connect(hosts[0], [name]) as runtime:
+        with connect(hosts[0], [name]) as runtime:
             runtime.prepare()
     with RuntimeGroup(hosts=["host1"], connection_kwargs=kwargs, environment=["gamma"]) as group:
         group.prepare()
@@ -291,8 +270,8 @@ def test_they_are_listed_and_removed_unless_in_use(make_hosts: Any, index: Index
         pruned = group.prune_environments(size_limit=0)["host1"]
         assert pruned.removed == (by_source["[beta]"].id,)
         assert pruned.in_use == (used,)
-        assert group.call(_version, "gamma") == {"host1": "1.0"}
-    assert _envs(hosts[0]) == [used]
+        assert group.call(version_of, "gamma") == {"host1": "1.0"}
+    assert environments(hosts[0]) == [used]
 
 
 def test_on_the_command_line(make_hosts: Any, index: Index) -> None:
@@ -308,7 +287,7 @@ def test_on_the_command_line(make_hosts: Any, index: Index) -> None:
     status, path = env("build", "alpha")
     assert status == 0
     name = path.strip().rpartition("/")[2]
-    assert _envs(hosts[0]) == _envs(hosts[1]) == [name]
+    assert environments(hosts[0]) == environments(hosts[1]) == [name]
     status, text = env("list", "--json")
     assert [store["environments"][0]["packages"] for store in json.loads(text)] == [{"alpha": "1.0"}] * 2
     status, text = env("list")
@@ -318,7 +297,7 @@ def test_on_the_command_line(make_hosts: Any, index: Index) -> None:
         1,
         "".join(f"{host}: 1 removed\n  py399-none is not there\n" for host in ("host1", "host2")),
     )
-    assert _envs(hosts[0]) == _envs(hosts[1]) == []
+    assert environments(hosts[0]) == environments(hosts[1]) == []
     status, text = env("build", "no-such-package")
     assert status == 1
     assert "host1" in text

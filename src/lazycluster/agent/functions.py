@@ -124,10 +124,11 @@ def _mismatch(channel: Channel, zygotes: Zygotes, interpreter: Interpreter, env:
         names = ["{} ({})".format(one["path"], _dotted(one["version"])) for one in found]
         fitting = [one["path"] for one in found if one["version"][:2] == wanted[:2]]
         if fitting:
-            step = 'choose {} with python="{}" or python="auto"'.format(_dotted(wanted[:2]), fitting[0])
+            step = 'choose {} with python="{}" or python="auto"; or '.format(_dotted(wanted[:2]), fitting[0])
+            step += 'have the packages of this side there, too: environment="manager"'
         else:
-            step = "install Python {} on the host, or use the host's version on this side".format(_dotted(wanted[:2]))
-        step += '; or have the packages of this side there, too: environment="manager"'
+            step = 'have Python {} and the packages of this side there with environment="manager"; or install it on '
+            step = (step + "the host, or use the host's version on this side").format(_dotted(wanted[:2]))
         channel.fail(
             "mismatch",
             "Python {} on this side, but {} on the host ({}): a function needs the same minor version on both. "

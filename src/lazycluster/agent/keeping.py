@@ -12,7 +12,7 @@ from .envprogram import size_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+    from typing import Any, Container, Dict, Iterator, List, Optional, Sequence, Tuple
 
     from .session import Channel
 
@@ -125,15 +125,21 @@ def prune_environments(root: str, limit: Optional[int], age: Optional[float]) ->
     now = time.time()
     for name, _, last in sorted(kept(root), key=lambda found: found[2]):
         old = age is not None and now - last > age
-        if not old and (limit is None or size_of(root) <= limit):
-            continue
-        (removed if remove(root, name) else in_use).append(name)
-        # What only this environment had stays in the cache of the installer, where nothing counts its users.
-        if limit is not None and size_of(root) > limit:
-            _remove_unshared(os.path.join(root, "cache", "archive-v0"))
-    if limit is not None and size_of(root) > limit:
-        _remove_oldest(os.path.join(root, "wheels"), lambda: size_of(root) > limit)
+        if old or not _fits(root, limit):
+            (removed if remove(root, name) else in_use).append(name)
+    if not _fits(root, limit):
+        _remove_oldest(os.path.join(root, "wheels"), (), root, limit)
     return {"removed": removed, "in_use": in_use, "before": before, "after": size_of(root)}
+
+
+def _fits(root: str, limit: Optional[int]) -> bool:
+    """Whether all together is small enough; if need be what no environment has goes first."""
+    if limit is None or size_of(root) <= limit:
+        return True
+    # The cache of the installer does not count who uses what is in it, but the file system does.
+    _remove_unshared(os.path.join(root, "cache", "archive-v0"))
+    needed = {folder for _, manifest, _ in kept(root) for folder in manifest.get("wheels") or ()}
+    return _remove_oldest(os.path.join(root, "wheels"), needed, root, limit)
 
 
 def _remove_unshared(place: str) -> None:
@@ -143,9 +149,13 @@ def _remove_unshared(place: str) -> None:
             remove_tree(path)
 
 
-def _remove_oldest(place: str, wanted: Callable[[], bool]) -> None:
-    paths = [os.path.join(place, name) for name in os.listdir(place)] if os.path.isdir(place) else []
-    for path in sorted(paths, key=lambda path: os.stat(path).st_mtime):
-        if not wanted():
-            return
+def _remove_oldest(place: str, needed: Container[str], root: str, limit: Optional[int]) -> bool:
+    """Remove what is in a directory, but what is needed, until all is small enough; returns whether it is."""
+    left = size_of(root)
+    names = [name for name in os.listdir(place) if name not in needed] if os.path.isdir(place) else []
+    for path in sorted((os.path.join(place, name) for name in names), key=lambda path: os.stat(path).st_mtime):
+        if limit is None or left <= limit:
+            break
+        left -= size_of(path)
         remove_tree(path)
+    return limit is None or left <= limit

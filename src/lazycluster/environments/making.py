@@ -62,6 +62,7 @@ class Maker:
         self._tell = tell
         self._host = place.host
         self._root = ""
+        self._folders: list[str] = []  # of the packages that were sent
         self._began = time.monotonic()
 
     async def find_or_make(self) -> str:
@@ -168,6 +169,7 @@ class Maker:
             "source": str(self._spec),
             "uv": await uv_version(),
             "target": str(self._plan.target),
+            "wheels": self._folders,
         }
 
     async def _survey(self) -> tuple[str, bool]:
@@ -207,6 +209,7 @@ class Maker:
 
     async def _install_by(self, uv: str, directory: str, env: Mapping[str, str], *, direct: bool) -> None:
         wheels = await self._send_wheels([not direct or locked.is_local for locked in self._plan.packages])
+        self._folders = [wheel.folder for wheel in wheels.values()]
         lock = pylock(self._plan, wheels, f"{self._root}/wheels")
         where = f"{directory}/{_LOCK_NAME}"
         write = ["/bin/sh", "-c", 'umask 077; printf "%s" "$1" > "$2"', "sh", lock, where]
@@ -224,6 +227,8 @@ class Maker:
     def _direct_env(self) -> dict[str, str]:
         remote = [url for url in self._settings.urls if urlsplit(url).scheme in ("http", "https")]
         env = {"UV_SYSTEM_CERTS": "1"}
+        if self._spec.network == "auto":
+            env["UV_HTTP_RETRIES"] = "1"  # if it cannot get them soon, it gets them from the manager
         if remote:
             env["UV_INDEX"] = " ".join(remote)
         return env

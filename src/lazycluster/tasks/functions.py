@@ -83,10 +83,11 @@ class Outcome:
         starts = {"load": f"{name}() could not be loaded on the host: ", "result": ""}
         start = starts.get(self.phase, f"{name}() raised ")
         text = start + headline
-        if self.phase == "load" and self.type_name == "ModuleNotFoundError":
+        if self.type_name == "ModuleNotFoundError":
             text += (
-                '. Next step: have the manager\'s packages on the host with environment="manager", install it there, '
-                "or choose another interpreter with python="
+                '. Next step: have the manager\'s packages on the host with environment="manager" (which leaves out '
+                'tools: EnvironmentSpec("manager", exclude=[]) has them, too), install it there, or choose another '
+                "interpreter with python="
             )
         if self.traceback:
             text += f"\nTraceback on the host:\n{self.traceback.rstrip()}"
@@ -205,7 +206,8 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
         connection.host,
         "mismatch",
         f"no Python {version}, which runs on this side, was found on the host; it has: {names}. "
-        f'Next step: install Python {version} there, or name it with python="/path/to/python{version}"',
+        'Next step: have it and the packages of this side there with environment="manager"; or install Python '
+        f'{version} there, or name it with python="/path/to/python{version}"',
         {"interpreters": found},
     )
 

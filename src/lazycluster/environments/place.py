@@ -1,0 +1,71 @@
+"""A host on which an environment is made: asking its agent, and running programs there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lazycluster.exceptions import AgentError, EnvironmentBuildError
+
+from .index import hide
+from .problems import explained
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["ANSWER_LIMIT", "Place"]
+
+ANSWER_LIMIT = 60.0  # seconds for a question
+_RUN_LIMIT = 3600.0  # seconds for a program
+
+
+@dataclass(frozen=True)
+class Place:
+    """A host, and what holds there.
+
+    Attributes:
+        host: The host as the user named it.
+        connection: The connection to it.
+        env: The environment that the user's set-up left.
+        python: The interpreter that the user named, if it is a path.
+    """
+
+    host: str
+    connection: Connection
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    python: str | None = None
+
+    async def ask(self, action: str, within: float | None = ANSWER_LIMIT, **params: Any) -> dict[str, Any]:
+        """Ask the agent about environments."""
+        request = self.connection.request("environment", action=action, **params)
+        return await asyncio.wait_for(request, within)
+
+    async def run(self, argv: Sequence[str], env: Mapping[str, str], what: str) -> str:
+        """Run a program there, and return what it printed.
+
+        Raises:
+            EnvironmentBuildError: If it fails.
+        """
+        output = bytearray()
+        params = {"argv": list(argv), "cwd": "/", "env": {**self.env, **env}, "merge": True}
+        channel = self.connection.channel("run", params, stdout=output.extend)
+        try:
+            result = await asyncio.wait_for(channel.result(), _RUN_LIMIT)
+        except AgentError as error:
+            raise EnvironmentBuildError(self.host, f"{what}: {error.message}") from error
+        except asyncio.TimeoutError:
+            said = hide(output.decode("utf-8", "replace"))
+            raise EnvironmentBuildError(self.host, f"{what} takes more than {_RUN_LIMIT:g} s", output=said) from None
+        except BaseException:
+            channel.control(signal="END")
+            raise
+        finally:
+            channel.close()
+        said = hide(output.decode("utf-8", "replace"))
+        if result.get("exit") != 0:
+            if result.get("signal"):
+                said += f"\nended by signal {result['signal']}"
+            raise explained(self.host, what, said)
+        return said
