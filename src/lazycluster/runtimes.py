@@ -15,6 +15,7 @@ from lazycluster._runtime.belongings import Belongings
 from lazycluster._runtime.ledger import Ledger, join_all
 from lazycluster._runtime.session import HostSpec, Session, connected, may_ask
 from lazycluster._runtime.views import runtime_view
+from lazycluster._views.log import show_logs
 from lazycluster._views.view import Shown
 from lazycluster.ssh.tunnels import close_tunnels
 from lazycluster.tasks import detached
@@ -370,9 +371,8 @@ class Runtime(Belongings, Shown):
         raise ValueError(f"{self.host}: there is no task named {task_name!r}; there are: {known}")
 
     def print_log(self) -> None:
-        """Print what each step of each task printed."""
-        for task in self.tasks:
-            task.print_log()
+        """Print what each step of each task printed, as a table."""
+        show_logs([task._log() for task in self.tasks])
 
     def clear_tasks(self) -> None:
         """Forget all tasks that have ended. Those that still run are kept, so that :meth:`join` waits for them."""

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
 
 def start(hosts: Any, command: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -141,7 +143,7 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
         (("run", "-w", "host[3-1]", "--", "ls"), "empty range"),
         (("run", "-w", "host1", "-x", "host1", "--", "ls"), "no host is left"),
         (("run", "-w", "host1", "--env", "A", "--", "ls"), "'A' is not NAME=VALUE"),
-        (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "not in the range"),
+        (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "'-1' is no time in seconds, from 0.1 to"),
         (("put", "-w", "host1", "nothing-here", "x"), "there is no file or folder nothing-here"),
         (("put", "-w", "host1", "x"), "SRC... DEST"),
         (("forward", "host1", "99999"), "is no port"),
@@ -325,14 +327,26 @@ def test_cleanup(hosts: Any) -> None:
     other.communicate(timeout=30)
 
 
-def test_help_of_each_command() -> None:
+def _commands() -> list[str]:
     from lazycluster.cli.app import cli
 
-    for name in cli.list_commands(None):  # type: ignore[arg-type]
-        argv = [sys.executable, "-m", "lazycluster", name, "--help"]
-        done = subprocess.run(argv, capture_output=True, text=True, check=True)
-        assert "Example" in done.stdout, name
-        assert len(done.stdout.splitlines()) <= 50, name
+    context = click.Context(cli)
+    found = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
+    groups = {name: command for name, command in found.items() if isinstance(command, click.Group)}
+    return [*found, *(f"{name} {sub}" for name, group in groups.items() for sub in group.list_commands(context))]
+
+
+@pytest.mark.parametrize("command", ["", *_commands()])
+def test_help_teaches_with_examples_and_fits_on_a_screen(command: str) -> None:
+    from lazycluster.cli.app import cli
+
+    done = CliRunner().invoke(cli, [*command.split(), "--help"], prog_name="lazycluster", terminal_width=80)
+    assert done.exit_code == 0
+    assert "Example" in done.output
+    assert f"    lazycluster {command.replace('-dask', ' dask')}".rstrip() in done.output
+    assert len(done.output.splitlines()) <= 40
+    assert max(map(len, done.output.splitlines())) <= 80
+    assert "..." not in done.output.partition("Commands:")[2], "a command's line is cut"
 
 
 def test_demo(hosts: Any) -> None:

@@ -306,8 +306,12 @@ def test_what_is_printed(locals_: RuntimeGroup, capsys: pytest.CaptureFixture[st
     locals_.fill_runtime_info_buffers_async()
     locals_.print_runtime_info()
     printed = capsys.readouterr().out
-    for part in ("named on one: done", "named on two: done", "hi", "host", "cores"):
-        assert part in printed
+    log = [line.split() for line in printed.splitlines()[:3]]
+    assert log == [
+        ["host", "task", "step", "status", "output"],
+        *(["one", "named", "echo", "hi", "done", "hi"], ["two", "named", "echo", "hi", "done", "hi"]),
+    ]
+    assert "cores" in printed
 
 
 # --- files -----------------------------------------------------------------------------------------

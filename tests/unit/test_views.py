@@ -17,7 +17,9 @@ from lazycluster import RuntimeTask
 from lazycluster._group.views import group_view, manager_view
 from lazycluster._runtime.views import info_table, info_view, runtime_view
 from lazycluster._views.cells import cells, megabytes
+from lazycluster._views.log import LoggedStep, LoggedTask, settled, show_logs
 from lazycluster._views.view import Cell, Table, View, as_html, as_text
+from lazycluster._words import counted
 from lazycluster.cluster.hyperopt_progress import SearchProgress
 from lazycluster.cluster.views import cluster_view
 from lazycluster.ssh.hello import Hello
@@ -157,3 +159,41 @@ def test_a_host_that_does_not_answer_is_shown_without_its_machine(monkeypatch: p
     silent.host = "silent"
     silent.fill_info_buffer = concurrent.futures.Future
     assert "silent" in as_text(group_view([silent], {}))
+
+
+def _logs(output: str) -> list[LoggedTask]:
+    steps = [LoggedStep("make all", Cell("done", "good"), output), LoggedStep("make test", Cell("failed", "bad"), "")]
+    return [LoggedTask("node1", "build", "failed", steps, "exit status 2")]
+
+
+def test_what_little_tasks_printed_is_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    show_logs(_logs("one\n  two\n"))
+    assert capsys.readouterr().out.splitlines() == [
+        "host   task   step       status  output",
+        "node1  build  make all   done    one",
+        "                                   two",
+        "              make test  failed",
+        "                                 exit status 2",
+    ]
+    show_logs([])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("output", ["x" * 100, "line\n" * 20])
+def test_what_is_too_much_for_a_table_stands_below_its_step(
+    output: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    show_logs(_logs(output))
+    said = ["--- task build on node1: failed", "[1] make all", *output.split(), "[2] make test", "exit status 2"]
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_an_output_is_shown_as_it_stands_on_a_terminal_in_the_end() -> None:
+    assert settled("10%\r 99%\rdone\r\nnext\033[31m\n") == "done\nnext\\x1b[31m"
+    assert settled("") == ""
+
+
+def test_one_and_many() -> None:
+    assert [counted(number, "host") for number in (0, 1, 2, 1.0)] == ["0 hosts", "1 host", "2 hosts", "1 host"]

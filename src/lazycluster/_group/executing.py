@@ -8,6 +8,7 @@ from typing import Any
 
 from lazycluster import _progress
 from lazycluster._runtime.ledger import join_all
+from lazycluster._views.log import show_logs
 from lazycluster.tasks.detached import DetachedTask, check_options
 from lazycluster.tasks.handles import ProcessHandle
 from lazycluster.tasks.retrying import checked_retries
@@ -195,9 +196,8 @@ class Executing(Membership):
         join_all(list(self._tasks))
 
     def print_log(self) -> None:
-        """Print what each step of each task printed that was started through the group."""
-        for task in list(self._tasks):
-            task.print_log()
+        """Print what each step of each task printed that was started through the group, as a table."""
+        show_logs([task._log() for task in list(self._tasks)])
 
     def clear_tasks(self) -> None:
         """Forget all tasks that have ended, here and in the runtimes."""

@@ -13,6 +13,7 @@ from lazycluster import _lifetime, _loop
 from lazycluster._runtime.filters import Filter
 from lazycluster._runtime.views import info_table
 from lazycluster._views.view import Shown, View, show
+from lazycluster._words import counted
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from lazycluster.runtimes import Runtime
 
@@ -191,4 +192,4 @@ class RuntimeManager(Shown):
         return manager_view(self._sessions, self._inactive)
 
     def __repr__(self) -> str:
-        return f"<RuntimeManager: {len(self._sessions)} active hosts, {len(self._inactive)} inactive>"
+        return f"<RuntimeManager: {counted(len(self._sessions), 'active host')}, {len(self._inactive)} inactive>"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from lazycluster import _loop, _progress
 from lazycluster._runtime.questions import listed
 from lazycluster._runtime.session import Session
+from lazycluster._words import counted
 from lazycluster.exceptions import (
     EnvironmentBuildError,
     EnvironmentsBuildError,
@@ -54,7 +55,7 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
     sessions = [item for item in connected if isinstance(item, Session)]
     if not sessions:
         reasons = "\n".join(f"  {error}" for error in failed.values())
-        raise NoRuntimesError(f"none of the {len(specs)} hosts can be used:\n{reasons}")
+        raise NoRuntimesError(f"of {counted(len(specs), 'host')}, none can be used:\n{reasons}")
     return [Runtime.from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 
 from lazycluster._runtime.questions import checked_ports, pick_port
+from lazycluster._words import counted
 from lazycluster.agent.ports import is_free
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError
 from lazycluster.runtimes import Runtime
@@ -90,7 +91,9 @@ async def expose_from_one(
         except PortInUseError:
             if not choice:
                 raise
-    raise NoPortsLeftError(f"none of the {len(candidates)} ports is free on the manager and in the group")
+    raise NoPortsLeftError(
+        f"of the {counted(len(candidates), 'port')} that may be used, none is free on the manager and in the group"
+    )
 
 
 async def _expose_from_one(

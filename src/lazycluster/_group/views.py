@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lazycluster._runtime.views import MACHINE, account, known_infos, lasting, state_cell
 from lazycluster._views.view import Cell, Table, View
+from lazycluster._words import counted
 
 if TYPE_CHECKING:
     from lazycluster._runtime.session import Session
@@ -25,8 +26,8 @@ def group_view(runtimes: Sequence[Runtime], unreachable: Mapping[str, str]) -> V
         machine = [shown.get(name, "") for name in MACHINE]
         running = str(runtime.alive_task_process_count)
         rows.append([runtime.host, state_cell(runtime.connection), *machine, running])
-    count = f"{len(runtimes)} host" + ("" if len(runtimes) == 1 else "s")
-    state = Cell(f"{count}, {cores:g} cores" if cores else count)
+    count = counted(len(runtimes), "host")
+    state = Cell(f"{count}, {counted(cores, 'core')}" if cores else count)
     table = Table(("host", "state", *MACHINE, "tasks"), rows, right=frozenset({"cores", "tasks"}))
     return View("RuntimeGroup", state, tables=(table, *reasons("Skipped hosts", unreachable)))
 
@@ -49,6 +50,6 @@ def manager_view(sessions: Mapping[str, Session], inactive: Mapping[str, str]) -
         connection = session.connection
         version = ".".join(map(str, connection.hello.python))
         rows.append([host, state_cell(connection), account(connection), version])
-    state = Cell(f"{len(sessions)} active hosts, {len(inactive)} inactive")
+    state = Cell(f"{counted(len(sessions), 'active host')}, {len(inactive)} inactive")
     table = Table(("host", "state", "account", "python"), rows)
     return View("RuntimeManager", state, tables=(table, *reasons("Inactive hosts", inactive)))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from lazycluster import _loop
 from lazycluster._views.view import show
+from lazycluster._words import counted
 from lazycluster.exceptions import AgentError, LazyclusterError, NoPortsLeftError, PathCreationError
 from lazycluster.ssh.tunnels import check_port
 from lazycluster.tasks.execution import Context
@@ -56,7 +57,7 @@ def pick_port(ports: Sequence[int], free: Iterable[int], where: str) -> int:
         raise NoPortsLeftError(f"{where}: the list of ports is empty")
     shown = ", ".join(map(str, ports[:10])) + (", ..." if len(ports) > 10 else "")
     privileged = " (a port below 1024 needs special rights)" if min(ports) < 1024 else ""
-    raise NoPortsLeftError(f"{where}: none of the {len(ports)} ports is free: {shown}{privileged}")
+    raise NoPortsLeftError(f"{where}: of {counted(len(ports), 'port')}, none is free: {shown}{privileged}")
 
 
 class HostQuestions:

@@ -19,7 +19,7 @@ from lazycluster.exceptions import printable
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Cell", "Fact", "Shown", "Table", "View", "as_html", "as_text", "headline", "show"]
+__all__ = ["Cell", "Fact", "Shown", "Table", "View", "as_html", "as_text", "columns", "headline", "show"]
 
 Tone = Literal["", "good", "bad", "dim"]
 Fact: TypeAlias = "tuple[str, Cell | str]"
@@ -55,12 +55,14 @@ class Table:
         rows: As many cells each.
         title: What it is.
         right: The columns whose cells are aligned to the right: numbers.
+        exact: The columns whose cells keep their spaces: what programs printed.
     """
 
     head: tuple[str, ...]
     rows: Sequence[Sequence[Cell | str]]
     title: str = ""
     right: frozenset[str] = frozenset()
+    exact: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,13 @@ def show(view: View) -> None:
     if in_notebook():
         from IPython.display import display
 
-        display({"text/html": as_html(view), "text/plain": as_text(view, _width())}, raw=True)
+        display({"text/html": as_html(view), "text/plain": as_text(view, columns())}, raw=True)
     else:
-        sys.stdout.write(as_text(view, _width(), sys.stdout))
+        sys.stdout.write(as_text(view, columns(), sys.stdout))
 
 
-def _width() -> int:
+def columns() -> int:
+    """Return how wide what is printed may be."""
     if os.environ.get("COLUMNS", "").isdigit():
         return max(20, int(os.environ["COLUMNS"]))
     try:
@@ -194,7 +197,7 @@ def as_html(view: View) -> str:
 def _table(table: Table) -> str:
     def line(kind: str, cells: Sequence[Cell | str]) -> str:
         shown = "".join(
-            f'<{kind} style="{_LEFT.replace("left", "right") if name in table.right else _LEFT}">{_span(cell)}</{kind}>'
+            f'<{kind} style="{_style(table, name)}">{_span(cell)}</{kind}>'
             for name, cell in zip(table.head, cells, strict=True)
         )
         return f"<tr>{shown}</tr>"
@@ -208,6 +211,11 @@ def _table(table: Table) -> str:
         f'<details{opened} style="margin-top:.5em"><summary style="cursor:pointer">{_escaped(table.title)}</summary>'
         f"{grid}</details>"
     )
+
+
+def _style(table: Table, column: str) -> str:
+    style = _LEFT.replace("left", "right") if column in table.right else _LEFT
+    return f"{style};white-space:pre-wrap;font-family:monospace" if column in table.exact else style
 
 
 def _span(cell: Cell | str) -> str:

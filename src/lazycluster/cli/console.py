@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["errors", "host_style", "is_terminal", "output", "printable"]
+__all__ = ["errors", "host_style", "is_terminal", "output", "person_is_there"]
 
 # Readable on dark and on light, and none that says good or bad.
 _STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_blue")
@@ -40,11 +40,6 @@ def is_terminal() -> bool:
 def host_style(host: str) -> str:
     """Return the colour of a host, always the same."""
     return _STYLES[zlib.crc32(host.encode()) % len(_STYLES)]
-
-
-def printable(text: str) -> str:
-    """Return a text without what would control a terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 def person_is_there() -> bool:

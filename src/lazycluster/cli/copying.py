@@ -17,8 +17,10 @@ from rich.progress import (
 )
 
 from lazycluster._views.cells import megabytes
+from lazycluster._words import counted
+from lazycluster.exceptions import printable
 
-from .console import errors, host_style, output, printable
+from .console import errors, host_style, output
 from .fanout import Outcome
 
 if TYPE_CHECKING:
@@ -103,7 +105,5 @@ class Copying:
             files, size, skipped, seconds = self._sums[host]
             same = f", {skipped:.0f} unchanged" if skipped else ""
             rate = f", {megabytes(size / seconds)}B/s" if seconds > 0.5 and not skipped else ""
-            counted = f"{files:.0f} file" + ("" if files == 1 else "s")
-            output().print(
-                f"{host}: {counted}, {megabytes(size)} in {seconds:.1f} s{rate}{same}", markup=False, soft_wrap=True
-            )
+            text = f"{host}: {counted(files, 'file')}, {megabytes(size)} in {seconds:.1f} s{rate}{same}"
+            output().print(text, markup=False, soft_wrap=True)

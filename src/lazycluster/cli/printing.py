@@ -11,8 +11,9 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from lazycluster import _loop, _waiting
+from lazycluster.exceptions import printable
 
-from .console import errors, host_style, output, printable
+from .console import errors, host_style, output
 from .errors import OutputGoneError
 from .fanout import Outcome
 from .hostsets import fold

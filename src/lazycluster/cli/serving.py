@@ -14,11 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lazycluster._views.cells import megabytes
+from lazycluster._words import counted
 from lazycluster.cluster.dask_cluster import DaskCluster
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+from lazycluster.exceptions import printable
 
-from .console import is_terminal, output, printable
+from .console import is_terminal, output
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -74,7 +76,8 @@ def _tell(event: ClusterEvent) -> None:
 
 def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) -> list[str]:
     name = type(cluster).__name__
-    lines = [f"{name} with {len(cluster.workers)} workers, its master on port {cluster.master_port} of this machine."]
+    workers = counted(len(cluster.workers), "worker")
+    lines = [f"{name} with {workers}, its master on port {cluster.master_port} of this machine."]
     if connection_file is not None:
         lines += [
             "Connect from Python (the file holds secrets, and goes when the cluster ends):",
@@ -102,7 +105,7 @@ def _details(cluster: MasterWorkerCluster, stack: contextlib.ExitStack) -> Detai
             }
             threads = sum(w["nthreads"] for w in workers)
             running = sum(w["metrics"].get("task_counts", {}).get("executing", 0) for w in workers)
-            return found, f"{threads} threads, {running} tasks running"
+            return found, f"{counted(threads, 'thread')}, {counted(running, 'task')} running"
 
         return dask
     if isinstance(cluster, HyperoptCluster):

@@ -15,9 +15,11 @@ from . import hostsets
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
-__all__ = ["Targets", "complete_hosts", "connection_options", "host_options", "how_to_connect", "targets"]
+__all__ = ["Seconds", "Targets", "complete_hosts", "connection_options", "host_options", "how_to_connect", "targets"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_LEAST = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,29 @@ class Targets:
         return SshConnection(name, self.settings, ask=self.ask)
 
 
+class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
+    """A time in seconds. Unlike click's ranges it does not show its limits in the help, where they are but noise."""
+
+    name = "seconds"
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the time.
+
+        Raises:
+            click.BadParameter: If it is none.
+        """
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if not _LEAST <= seconds <= self._most:
+            self.fail(f"{value!r} is no time in seconds, from {_LEAST:g} to {self._most:g}", param, ctx)
+        return seconds
+
+
 def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the names of hosts for a shell, also after a comma."""
     head, comma, last = incomplete.rpartition(",")
@@ -62,13 +87,13 @@ def connection_options(command: F) -> F:
         click.option(
             "--accept-new-host-key",
             is_flag=True,
-            help="Take the key of a host that was never seen before. A key that has changed is always refused.",
+            help="Take the key of a host that is new here; never one that has changed.",
         ),
         click.option(
             "--connect-timeout",
-            type=click.FloatRange(0.1, 86400),
+            type=Seconds(86400),
             metavar="SECONDS",
-            help="Give up a host that has not answered after so long (20).",
+            help="Give up a host that does not answer in time (20).",
         ),
         click.option(
             "--config",
@@ -86,7 +111,7 @@ def host_options(command: F) -> F:
     command = connection_options(command)
     for option in (
         click.option(
-            "--hostfile", type=click.File(), metavar="FILE", help="Read hosts from a file ('-': standard input)."
+            "--hostfile", type=click.File(), metavar="FILE", help="Read hosts from a file; '-': from standard input."
         ),
         click.option("-x", "--exclude-hosts", multiple=True, metavar="HOSTS", help="Leave these out."),
         click.option(
@@ -95,8 +120,7 @@ def host_options(command: F) -> F:
             multiple=True,
             metavar="HOSTS",
             shell_complete=complete_hosts,
-            help="The hosts: names, sets such as 'node[01-12]', patterns such as 'gpu-*', commas between; "
-            "@all: all active hosts of the ssh configuration.",
+            help="Names, 'node[01-12]', 'gpu-*', with commas; @all: all that answer of the ssh configuration.",
         ),
     ):
         command = option(command)

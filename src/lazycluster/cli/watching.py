@@ -12,9 +12,9 @@ from rich.text import Text
 
 from lazycluster import _loop
 from lazycluster._views.cells import cells, number
-from lazycluster.exceptions import LazyclusterError
+from lazycluster.exceptions import LazyclusterError, printable
 
-from .console import output, printable
+from .console import output
 from .targets import Targets
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lazycluster import _loop
 from lazycluster._views.cells import megabytes, number
 from lazycluster._views.view import Cell, Fact
+from lazycluster._words import counted
 
 from . import connection_file
 from .dask_launchers import CheckVersions, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
@@ -285,7 +286,7 @@ class DaskCluster(ElasticCluster):
         }
 
     def __repr__(self) -> str:
-        return f"<DaskCluster {self._state}, port {self.master_port}, {ready(self._processes)} workers>"
+        return f"<DaskCluster {self._state}, port {self.master_port}, {counted(ready(self._processes), 'worker')}>"
 
 
 def _check_options(memory_limit: object, resources: Mapping[str, object] | None) -> None:

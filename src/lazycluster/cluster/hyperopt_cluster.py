@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lazycluster._views.view import Fact
+from lazycluster._words import counted
 
 from . import connection_file
 from .exceptions import ClusterError
@@ -262,4 +263,4 @@ class HyperoptCluster(MasterWorkerCluster):
 
     def __repr__(self) -> str:
         workers = len(getattr(self._worker_launcher, "workers", []))
-        return f"<HyperoptCluster {self._state}, port {self.master_port}, {workers} workers, {self.dbpath}>"
+        return f"<HyperoptCluster {self._state}, port {self.master_port}, {counted(workers, 'worker')}, {self.dbpath}>"

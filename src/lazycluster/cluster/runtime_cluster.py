@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _lifetime, _loop, _progress
+from lazycluster._views.log import settled
 from lazycluster._views.view import headline
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 
@@ -247,7 +248,7 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
         for launcher in (self._master_launcher, self._worker_launcher):
             for service in getattr(launcher, "services", []):
                 print(headline(f"{service.label} on {service.place.host} ({service.log_file})"))  # noqa: T201
-                print(service.last_output(1 << 20))  # noqa: T201
+                print(settled(service.last_output(1 << 20)))  # noqa: T201
 
     def cleanup(self) -> None:
         """End the workers, the master and the tunnels. Doing it again does nothing.

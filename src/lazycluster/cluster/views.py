@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lazycluster._views.cells import gpus, number
 from lazycluster._views.view import Cell, Fact, Shown, Table, Tone, View
+from lazycluster._words import counted
 
 if TYPE_CHECKING:
     from .contracts import MasterLauncher, WorkerLauncher
@@ -86,5 +87,5 @@ def cluster_view(
         ]
         rows.append([*row, gpus(worker.gpus)] if with_gpus else row)
     right = frozenset({"pid", "restarts", *columns})
-    tables = (Table(head, rows, f"{ready(workers)} of {len(workers)} workers are ready", right),) if rows else ()
+    tables = (Table(head, rows, f"{ready(workers)} of {counted(len(workers), 'worker')} ready", right),) if rows else ()
     return View(name, Cell(state, _STATES.get(state, "dim")), facts, tables)

@@ -20,6 +20,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lazycluster._words import counted
 from lazycluster.exceptions import LazyclusterError, PortInUseError, TunnelError
 
 from . import workspace
@@ -267,7 +268,7 @@ class AgentRelay:
         for tunnel in self._tunnels.values():
             tunnel.gone()
         if self._tunnels and not self._stopped:
-            logger.error("%s: %d ports are not forwarded any more: %s", self._host, len(self._tunnels), why)
+            logger.error("%s: not forwarded any more: %s: %s", self._host, counted(len(self._tunnels), "port"), why)
         self._tunnels.clear()
 
     def stop(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
+from lazycluster._words import counted
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError, TunnelError
 
 from .connection import Connection
@@ -109,7 +110,7 @@ async def open_to_runtimes(
                 opened = dict(zip(first, tunnels, strict=True))
                 return [opened.get(c) or _shared(c, local_port, port) for c in connections]
     hosts = ", ".join(connection.host for connection in connections)
-    raise NoPortsLeftError(f"none of the {len(candidates)} ports that may be used is free on {hosts}")
+    raise NoPortsLeftError(f"of the {counted(len(candidates), 'port')} that may be used, none is free on {hosts}")
 
 
 def _shared(connection: Connection, local_port: int, port: int) -> Tunnel:
@@ -144,7 +145,7 @@ async def open_from_runtime(connection: Connection, runtime_port: int, local_por
         tunnels = await _all_or_none([TunnelRequest(connection, "from_runtime", port, runtime_port)], choice)
         if tunnels is not None:
             return tunnels[0]
-    raise NoPortsLeftError(f"none of the {len(candidates)} ports that may be used is free on the manager")
+    raise NoPortsLeftError(f"of the {counted(len(candidates), 'port')} that may be used, none is free on the manager")
 
 
 async def _all_or_none(requests: list[TunnelRequest], choice: bool) -> list[Tunnel] | None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
-import sys
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from lazycluster._views.view import Shown, View, headline
+from lazycluster._views.log import LoggedTask, show_logs
+from lazycluster._views.view import Shown, View
+from lazycluster._words import counted
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
 from .execution import Context, Execution
 from .handles import TaskProcess
 from .recipe import Recipe
-from .steps import Step
 from .variables import checked_variables
-from .views import task_view
+from .views import task_log, task_view
 
 if TYPE_CHECKING:
     import asyncio
@@ -260,18 +260,13 @@ class RuntimeTask(Recipe, Shown):
         return TaskProcess(self._execution) if self._execution else None
 
     def print_log(self) -> None:
-        """Print what each step printed; see :attr:`execution_log`."""
-        entries = self.execution_log
-        lines = [headline(f"task {self.name} on {self.host or 'no host yet'}: {self.status}")]
-        for number, (step, output) in enumerate(zip(self._ran(), entries, strict=False), 1):
-            lines += [f"[{number}] {step.label}", output.rstrip("\n")]
-        if self.exception is not None:
-            # The first line of the message says which step it is, the second why; the rest is its output again.
-            lines.append(str(self.exception).splitlines()[:2][-1].strip())
-        sys.stdout.write("\n".join(line for line in lines if line) + "\n")
+        """Print what each step printed, as a table; see :attr:`execution_log`."""
+        show_logs([self._log()])
 
-    def _ran(self) -> tuple[Step, ...]:
-        return self._execution.steps if self._execution else self.steps
+    def _log(self) -> LoggedTask:
+        if self._execution is not None and not self._execution.omit_on_join:
+            self._execution.wait()
+        return task_log(self.name, self.steps, self._execution, self.exception)
 
     def cleanup(self) -> None:
         """End the task if it runs, and wait until it has ended. Its results stay readable."""
@@ -285,4 +280,4 @@ class RuntimeTask(Recipe, Shown):
 
     def __repr__(self) -> str:
         where = f" on {self.host}" if self.host else ""
-        return f"<RuntimeTask {self.name!r}: {len(self._steps)} steps, {self.status}{where}>"
+        return f"<RuntimeTask {self.name!r}: {counted(len(self._steps), 'step')}, {self.status}{where}>"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lazycluster._views.log import LoggedStep, LoggedTask
 from lazycluster._views.view import Cell, Fact, Table, Tone, View
 
 if TYPE_CHECKING:
     from .execution import Execution
     from .steps import Step
 
-__all__ = ["status_cell", "task_view"]
+__all__ = ["status_cell", "task_log", "task_view"]
 
 _TONES: dict[str, Tone] = {"done": "good", "failed": "bad", "cancelled": "bad", "pending": "dim"}
 _LABEL = 200  # characters of a step
@@ -38,6 +39,20 @@ def task_view(name: str, steps: tuple[Step, ...], execution: Execution | None) -
     return View(
         f"RuntimeTask {name}", status_cell(status), facts, (Table(("", "step", "status"), rows, right=frozenset({""})),)
     )
+
+
+def task_log(name: str, steps: tuple[Step, ...], execution: Execution | None, failure: Exception | None) -> LoggedTask:
+    """Return what a task printed."""
+    if execution is None:
+        return LoggedTask("", name, "pending", [LoggedStep(_short(s.label), status_cell("pending"), "") for s in steps])
+    outputs = [result.output for result in execution.results]
+    logged = [
+        LoggedStep(_short(step.label), _step_status(index, execution), outputs[index] if index < len(outputs) else "")
+        for index, step in enumerate(execution.steps)
+    ]
+    # The first line of the message says which step it is, the second why; the rest is its output again.
+    error = "" if failure is None else str(failure).splitlines()[:2][-1].strip()
+    return LoggedTask(execution.context.host, name, execution.status, logged, error)
 
 
 def _step_status(index: int, execution: Execution | None) -> Cell:

@@ -81,7 +81,8 @@ async def _clean(connection: Connection, found: dict[str, dict[str, Any]]) -> Ou
 
 
 def _show(host: str, left: dict[str, Any]) -> None:
-    from lazycluster.cli.console import output, printable
+    from lazycluster.cli.console import output
+    from lazycluster.exceptions import printable
 
     say = output().print
     entries = [f"ended the process {process['pid']}: {process['command']}" for process in left["processes"]]

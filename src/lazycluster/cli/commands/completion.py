@@ -14,9 +14,9 @@ def completion(shell: str) -> None:
 
     \b
     Examples, to be put into the shell's start-up file:
-      eval "$(lazycluster completion bash)"                      ~/.bashrc
-      eval "$(lazycluster completion zsh)"                       ~/.zshrc
-      lazycluster completion fish | source                       ~/.config/fish/config.fish
+      eval "$(lazycluster completion bash)"     # ~/.bashrc
+      eval "$(lazycluster completion zsh)"      # ~/.zshrc, after 'compinit'
+      lazycluster completion fish | source      # ~/.config/fish/config.fish
     """
     from click.shell_completion import get_completion_class
 

@@ -26,28 +26,33 @@ _KEYS = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
 
 @click.command()
 @_config
-@click.option("--id_file", "--id-file", metavar="FILE", help="The private key for it.")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="A further option of ssh_config.")
-@click.option("--copy-id", is_flag=True, help="Install your public key there; asks for the password.")
-@click.option("--check", is_flag=True, help="Connect, and say whether the host can be used.")
+@click.option("--id_file", "--id-file", metavar="FILE", help="The private key to use.")
 @click.option(
-    "--accept-new-host-key", is_flag=True, help="Take the host's key without asking, if it was never seen before."
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A further line of the entry, as in 'man ssh_config'.",
 )
+@click.option("--copy-id", is_flag=True, help="Install your public key there; asks for your password.")
+@click.option("--check", is_flag=True, help="Connect, and say whether the host can be used.")
+@click.option("--accept-new-host-key", is_flag=True, help="Take the host's key if it is new here, without asking.")
 @click.argument("name")
 @click.argument("host", metavar="[USER@]HOST[:PORT]")
 def add_runtime(
     name: str, host: str, config: str | None, id_file: str | None, options: tuple[str, ...], copy_id: bool,
     check: bool, accept_new_host_key: bool,
 ) -> int:  # fmt: skip
-    """Add a host to the ssh configuration, under a NAME.
+    """Add a host to the ssh configuration: 'ssh NAME' and all commands know it then.
 
-    All that the file holds stays as it is; a copy of it is kept beside it. If something about the new entry is wrong,
-    nothing is changed.
+    Whatever else the file holds stays as it is, and a copy of the file is kept beside it. If something about the new
+    entry is wrong, nothing is changed.
 
     \b
     Examples:
       lazycluster add-runtime gpu-a me@gpu-a.lab.org
-      lazycluster add-runtime node1 root@192.0.2.7:2222 --id_file ~/.ssh/lab --copy-id --check
+      lazycluster add-runtime node1 me@192.0.2.7:2222 --copy-id --check
+      lazycluster add-runtime node1 me@192.0.2.7 --id_file ~/.ssh/lab
       lazycluster add-runtime node2 10.0.0.2 --option ProxyJump=gateway
     """
     from lazycluster.ssh.config_file import add_host

@@ -24,7 +24,7 @@ _exclude = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Leave out what has such a name, or path below the folder: '*.pyc', 'data/raw'.",
+    help="Leave out files and folders: '*.pyc', 'data/raw'.",
 )
 _quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing of what went well.")
 
@@ -42,8 +42,8 @@ def put(
 ) -> int:  # fmt: skip
     """Copy files and folders to hosts.
 
-    DEST is relative to the home directory. A directory that exists, or a name that ends with '/', takes each SRC
-    under its own name. What is there already, unchanged, is not sent again; a file is replaced when it is complete.
+    DEST is relative to the home directory there. If it is a directory or ends with '/', each SRC comes into it under
+    its own name. What is there already, unchanged, is not sent again; a file is replaced when it is complete.
 
     \b
     Examples:
@@ -90,7 +90,7 @@ def get(
 
     \b
     Examples:
-      lazycluster get -w 'node[1-4]' results.csv collected/        -> collected/node1/results.csv, ...
+      lazycluster get -w 'node[1-4]' a.csv got/   # got/node1/a.csv, ...
       lazycluster get -w gpu-a --exclude '*.tmp' runs/42 .
 
     Exit status: 0 if all is here, 255 if a host was not reached, else 1.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazycluster._words import counted
 from lazycluster.cli.targets import host_options, targets
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def demo(
 
 def _basics(group: RuntimeGroup) -> None:
     from lazycluster import RuntimeTask
-    from lazycluster.cli.console import output, printable
+    from lazycluster.cli.console import output
+    from lazycluster.exceptions import printable
 
     say = output().print
     say("\nA command on each host", style="bold")
@@ -108,7 +110,8 @@ def _dask(group: RuntimeGroup) -> None:
     with DaskCluster(group) as cluster:
         began = time.perf_counter()
         cluster.start()
-        say(f"  started in {time.perf_counter() - began:.1f} s: a scheduler here, {group.runtime_count} workers there")
+        workers = counted(group.runtime_count, "worker")
+        say(f"  started in {time.perf_counter() - began:.1f} s: a scheduler here, {workers} there")
         with cluster.get_client(timeout=10) as client:
 
             def inside(seed: int) -> int:
@@ -136,7 +139,8 @@ def _hyperopt(group: RuntimeGroup) -> None:
 
         began = time.perf_counter()
         cluster.start()
-        say(f"  started in {time.perf_counter() - began:.1f} s: a database here, {group.runtime_count} workers there")
+        workers = counted(group.runtime_count, "worker")
+        say(f"  started in {time.perf_counter() - began:.1f} s: a database here, {workers} there")
 
         def objective(x: float) -> float:
             return (x - 3) ** 2

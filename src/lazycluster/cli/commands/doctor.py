@@ -76,7 +76,8 @@ def _show(checkup: Checkup) -> None:
     from rich.text import Text
 
     from lazycluster.cli.checkup import STEPS
-    from lazycluster.cli.console import output, printable
+    from lazycluster.cli.console import output
+    from lazycluster.exceptions import printable
 
     out = output()
     out.print(Text(checkup.host, style="bold"))

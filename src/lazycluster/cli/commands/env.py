@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lazycluster._words import counted
 from lazycluster.cli.targets import host_options, targets
 
 if TYPE_CHECKING:
@@ -67,7 +68,13 @@ def env() -> None:
 @_cache_dir
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def list_command(cache_dir: str, as_json: bool, **options: Any) -> int:
-    """Show the environments of hosts, with sizes, age and last use."""
+    """Show the environments of hosts, with sizes, age and last use.
+
+    \b
+    Examples:
+      lazycluster env list -w @all
+      lazycluster env list -w gpu-a --json
+    """
     from lazycluster.environments.keeping import list_on
 
     stores, status = _on_hosts(lambda connection: list_on(connection, cache_dir), options)
@@ -93,6 +100,11 @@ def build(
 
     WHAT is 'manager' (what is installed here), a file (requirements.txt, pyproject.toml, uv.lock, pylock.toml), or
     one or several packages.
+
+    \b
+    Examples:
+      lazycluster env build -w 'node[1-3]' manager
+      lazycluster env build -w @all --python 3.12 'numpy<3' pandas
     """
     from lazycluster import EnvironmentSpec
     from lazycluster._progress import Progress
@@ -127,12 +139,17 @@ def _source(what: tuple[str, ...]) -> str | list[str]:
     return list(what)
 
 
-@env.command("remove")
+@env.command("remove", short_help="Remove environments by name.")
 @host_options
 @_cache_dir
 @click.argument("ids", nargs=-1, required=True)
 def remove(cache_dir: str, ids: tuple[str, ...], **options: Any) -> int:
-    """Remove environments from hosts by the names that 'env list' shows. Those in use stay."""
+    """Remove environments from hosts by the names that 'env list' shows. Those in use stay.
+
+    \b
+    Example:
+      lazycluster env remove -w 'node[1-3]' 3f2a9c17d0b4
+    """
     from lazycluster.environments.keeping import remove_on
 
     removals, status = _on_hosts(lambda connection: remove_on(connection, ids, cache_dir), options)
@@ -141,13 +158,19 @@ def remove(cache_dir: str, ids: tuple[str, ...], **options: Any) -> int:
     return max(status, *(1 if removal.in_use or removal.unknown else 0 for removal in removals), 0)
 
 
-@env.command("prune")
+@env.command("prune", short_help="Remove environments that were used longest ago.")
 @host_options
 @_cache_dir
-@click.option("--size", type=_Size(), metavar="SIZE", help="Until all together takes no more than this, e.g. 20G.")
-@click.option("--unused", type=_Duration(), metavar="TIME", help="All that was not used for so long, e.g. 30d.")
+@click.option("--size", type=_Size(), metavar="SIZE", help="Until all together take no more than this: 20G.")
+@click.option("--unused", type=_Duration(), metavar="TIME", help="Those that were not used for so long: 30d.")
 def prune(cache_dir: str, size: int | None, unused: float | None, **options: Any) -> int:
-    """Remove environments that were used longest ago, and what broken builds left. Those in use stay."""
+    """Remove environments that were used longest ago, and what broken builds left. Those in use stay.
+
+    \b
+    Examples:
+      lazycluster env prune -w @all --unused 30d
+      lazycluster env prune -w @all --size 20G
+    """
     from lazycluster.environments.keeping import prune_on
 
     removals, status = _on_hosts(lambda connection: prune_on(connection, size, unused, cache_dir), options)
@@ -183,9 +206,8 @@ def _show(store: Store) -> None:
         state = "in use" if one.in_use else f"used {_time(one.unused)} ago"
         made = f"made {_time(one.age)} ago" if one.age is not None else ""
         problem = f"  damaged: {one.problem}" if one.problem else ""
-        click.echo(
-            f"  {one.id}  {_size(one.size):>8}  {len(one.packages):>4} packages  {made}, {state}  {one.source}{problem}"
-        )
+        packages = counted(len(one.packages), "package")
+        click.echo(f"  {one.id}  {_size(one.size):>8}  {packages:>13}  {made}, {state}  {one.source}{problem}")
 
 
 def _tell(removal: Removal) -> None:

@@ -18,17 +18,18 @@ __all__ = ["expose", "forward"]
 @click.command()
 @connection_options
 @click.argument("host", shell_complete=complete_hosts)
-@click.argument("ports", metavar="[LOCAL:]REMOTE", nargs=-1, required=True)
+@click.argument("ports", metavar="[LOCAL:]REMOTE...", nargs=-1, required=True)
 def forward(
     host: str, ports: tuple[str, ...], config: str | None, connect_timeout: float | None, accept_new_host_key: bool
 ) -> None:
     """Make ports of a host reachable on this machine, until Ctrl-C.
 
-    They listen on this machine's loopback only. Without LOCAL the same port is taken, or the next free one.
+    REMOTE is the port on the host, LOCAL the one here; without it, the same number or the next free one. Only programs
+    of this machine can connect to it.
 
     \b
     Examples:
-      lazycluster forward gpu-a 8888               a notebook there, at http://localhost:8888
+      lazycluster forward gpu-a 8888   # then open http://localhost:8888
       lazycluster forward gpu-a 9000:8787 6006
     """
     from lazycluster import _loop
@@ -43,19 +44,19 @@ def forward(
 
 @click.command()
 @host_options
-@click.argument("ports", metavar="LOCAL[:REMOTE]", nargs=-1, required=True)
+@click.argument("ports", metavar="LOCAL[:REMOTE]...", nargs=-1, required=True)
 def expose(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, ports: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Make ports of this machine reachable on hosts, until Ctrl-C.
 
-    They listen on the hosts' loopback only: other users of these hosts can reach it, so the service must ask for a
-    password. Without REMOTE it is the same port there.
+    LOCAL is the port here, REMOTE the one on the hosts; without it, the same number. Programs on these hosts can
+    connect to it, those of other users, too: so let the service ask for a password. Other machines cannot.
 
     \b
     Examples:
-      lazycluster expose -w 'node[1-4]' 5432       a database of this machine, at localhost:5432 on each host
+      lazycluster expose -w 'node[1-4]' 5432   # a database of yours
       lazycluster expose -w gpu-a 3128:8080
     """
     from lazycluster import _loop

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.targets import host_options, targets
+from lazycluster.cli.targets import Seconds, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
@@ -20,22 +20,20 @@ __all__ = ["run"]
 
 @click.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
 @host_options
-@click.option("--cwd", metavar="DIR", help="The directory on the hosts, by default the home directory.")
+@click.option("--cwd", metavar="DIR", help="The directory on the hosts (the home directory).")
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="An environment variable for the command.")
-@click.option(
-    "--timeout", type=click.FloatRange(0.1), metavar="SECONDS", help="End the command on a host after so long."
-)
+@click.option("--timeout", type=Seconds(10**9), metavar="SECONDS", help="End the command on a host after so long.")
 @click.option("--fanout", type=click.IntRange(1), default=64, metavar="N", help="On how many hosts at once (64).")
-@click.option("--stdin", "use_stdin", is_flag=True, help="Give the command this one's standard input, on every host.")
+@click.option("--stdin", "use_stdin", is_flag=True, help="Pass standard input on, to every host.")
 @click.option(
     "--python",
     "script",
     type=click.Path(exists=True, dir_okay=False),
     metavar="SCRIPT",
-    help="Run this local Python script there; what follows -- are its arguments.",
+    help="Run a local Python script there; after -- come its arguments.",
 )
 @click.option("--interpreter", default="python3", metavar="PYTHON", help="The Python for --python (python3).")
-@click.option("--gather", is_flag=True, help="Show the output at the end, that of hosts with the same output once.")
+@click.option("--gather", is_flag=True, help="Show output at the end; once, where hosts have the same.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 @click.option("-N", "--no-label", is_flag=True, help="Print lines without the host's name.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -47,8 +45,8 @@ def run(
 ) -> int:  # fmt: skip
     """Run a command on many hosts at once.
 
-    One argument is a line for the user's shell there, so quote it; several are a program and its arguments, which
-    arrive unchanged. Lines come as they are printed, with the host's name before them.
+    COMMAND is one quoted line, for the shell there: -- 'ls | wc -l', or a program and its arguments, which arrive
+    unchanged. Lines come as they are printed, with the host's name before them.
 
     \b
     Examples:

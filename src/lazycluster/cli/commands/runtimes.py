@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.console import is_terminal, output, printable
+from lazycluster.cli.console import is_terminal, output
 from lazycluster.cli.targets import Targets, host_options, targets
 
 if TYPE_CHECKING:
@@ -27,24 +27,24 @@ _WIDE = 100  # columns of a terminal that all of these fit in
 
 @click.command()
 @host_options
-@click.option("-l", "--long", is_flag=True, help="Show what machines they are, too.")
+@click.option("-l", "--long", is_flag=True, help="Show cores, load, memory, disk, Python and GPUs, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--watch", is_flag=True, help="Stay, and show their present state, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Stay, and show what is going on there, until Ctrl-C.")
 def list_runtimes(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, long: bool, as_json: bool, watch: bool,
 ) -> int:  # fmt: skip
     """Show the hosts of the ssh configuration: which can be used, and why others cannot.
 
-    A host appears as soon as it answers. The latency is that of a message to the host and back, on a connection that
-    is open. What is shown with -l as memory and disk is used/total.
+    A host appears as soon as it answers. LATENCY is the time of a message to the host and back, once connected; MEMORY
+    and DISK are used/total.
 
     \b
     Examples:
       lazycluster list-runtimes
       lazycluster list-runtimes -l -w 'gpu-*'
       lazycluster list-runtimes -l --watch
-      lazycluster list-runtimes --json | jq -r '.[] | select(.state=="active").host'
+      lazycluster list-runtimes --json | jq -r '.[].host'
 
     Exit status: 0 if at least one host can be used, and all that were named; else 255.
     """
@@ -120,6 +120,8 @@ class _Listing:
 
     def finish(self, outcomes: list[Outcome]) -> None:
         """Say why hosts cannot be used."""
+        from lazycluster.exceptions import printable
+
         bad = [outcome for outcome in outcomes if outcome.kind != "done"]
         if bad:
             output().print("\nInactive:", style="bold")

@@ -38,24 +38,22 @@ def _cluster_options(command: F) -> F:
             "--connection-file",
             type=click.Path(dir_okay=False),
             metavar="FILE",
-            help="Write what other processes of yours need to connect; it holds secrets.",
+            help="Write what your programs need to connect; holds secrets.",
         ),
-        click.option("--setup", metavar="LINES", help="Shell lines that run first, e.g. 'conda activate ml'."),
-        click.option("--python", metavar="PYTHON", help="The Python on the hosts: a path, a name, or 'auto'."),
+        click.option("--setup", metavar="LINES", help="Shell lines to run first: 'conda activate ml'."),
+        click.option("--python", metavar="PYTHON", help="The hosts' Python: a path, a name, or 'auto'."),
         click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="The port of the master here."),
-        click.option(
-            "--workers", type=click.IntRange(1), metavar="N", help="How many workers; by default one per host."
-        ),
+        click.option("--workers", type=click.IntRange(1), metavar="N", help="How many workers (one per host)."),
         host_options,
     ):
         command = option(command)
     return command
 
 
-@click.command("dask")
+@click.command("dask", short_help="Start a Dask cluster.")
 @_cluster_options
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads per worker; by default all cores.")
-@click.option("--memory-limit", metavar="SIZE", default="auto", help="Memory per worker, e.g. '4 GiB'.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads per worker (all cores).")
+@click.option("--memory-limit", metavar="SIZE", default="auto", help="Memory per worker: '4 GiB'.")
 @click.option("--gpus-per-worker", type=click.IntRange(1), metavar="N", help="One worker for every so many GPUs.")
 def _dask(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
@@ -70,7 +68,7 @@ def _dask(
     \b
     Examples:
       lazycluster start dask -w 'node[1-4]'
-      lazycluster start dask -w @all --workers 8 --threads 2 --connection-file cluster.json
+      lazycluster start dask -w @all --workers 8 --connection-file cluster.json
     then, in Python:
       from lazycluster.cluster.dask_cluster import DaskCluster
       client = DaskCluster.connect("cluster.json")
@@ -85,13 +83,13 @@ def _dask(
     _serve(chosen, make, workers, port, python, setup, connection_file)
 
 
-@click.command("hyperopt")
+@click.command("hyperopt", short_help="Start a Hyperopt cluster.")
 @_cluster_options
 @click.option(
-    "--dbpath", type=click.Path(file_okay=False), metavar="DIR", help="Where the trials are kept, to go on later."
+    "--dbpath", type=click.Path(file_okay=False), metavar="DIR", help="Keep the trials there, to go on with them later."
 )
 @click.option("--dbname", default="hyperopt", metavar="NAME", help="The name of the database (hyperopt).")
-@click.option("--exp-key", metavar="KEY", help="The only search whose trials the workers take; by default all.")
+@click.option("--exp-key", metavar="KEY", help="Work on this search only (on all).")
 def _hyperopt(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, workers: int | None, port: int | None,
@@ -104,10 +102,10 @@ def _hyperopt(
 
     \b
     Examples:
-      lazycluster start hyperopt -w 'node[1-4]' --dbpath ./trials --connection-file search.json
+      lazycluster start hyperopt -w @all --dbpath trials --connection-file s.json
     then, in Python:
       from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
-      trials = HyperoptCluster.connect("search.json", exp_key="svm-1")
+      trials = HyperoptCluster.connect("s.json", exp_key="svm-1")
     """
 
     def make(group: RuntimeGroup) -> MasterWorkerCluster:
@@ -129,6 +127,7 @@ def _serve(
     chosen: Any, make: Callable[[RuntimeGroup], MasterWorkerCluster], workers: int | None, port: int | None,
     python: str | None, setup: str | None, connection_file: str | None,
 ) -> None:  # fmt: skip
+    from lazycluster._words import counted
     from lazycluster.cli.console import errors
     from lazycluster.cli.serving import serve
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -143,7 +142,8 @@ def _serve(
         on_unreachable="skip" if chosen.everyone else "raise",
     )
     with group, make(group) as cluster:
-        errors().print(f"Starting {workers or group.runtime_count} workers on {group.runtime_count} hosts ...")
+        starting, on = counted(workers or group.runtime_count, "worker"), counted(group.runtime_count, "host")
+        errors().print(f"Starting {starting} on {on} ...")
         cluster.start(workers, port)
         file = cluster.write_connection_file(connection_file) if connection_file is not None else None
         serve(cluster, file)
