@@ -210,8 +210,11 @@ def test_list_runtimes(make_hosts: Any) -> None:
 
 def test_the_live_view(hosts: Any) -> None:
     process = start(hosts, "run", "-w", "host1", "--", "echo up; exec sleep 600")
+    tunnels = start(hosts, "forward", "host1", "22", "5000")
     assert process.stdout
+    assert tunnels.stdout
     assert process.stdout.readline() == "host1: up\n"
+    assert all("-> host1:" in tunnels.stdout.readline() for _ in range(2))
     own, theirs = pty.openpty()
     try:
         argv = [sys.executable, "-m", "lazycluster", "list-runtimes", "--watch", "--config", str(hosts.config_file)]
@@ -219,8 +222,8 @@ def test_the_live_view(hosts: Any) -> None:
         view = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
         os.close(theirs)
         seen = ""
-        # host1 has one task, and some share of its processors is busy.
-        while not re.search(r"host1 +active +\d+% +\S+ +\S+ +1 +0", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen)):
+        # host1 has one task and two tunnels, and some share of its processors is busy.
+        while not re.search(r"host1 +active +\d+% +\S+ +\S+ +1 +0 +2\s", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen)):
             seen += os.read(own, 65536).decode(errors="replace")
         view.send_signal(signal.SIGINT)
         with contextlib.suppress(OSError):  # the end of a terminal
@@ -229,8 +232,9 @@ def test_the_live_view(hosts: Any) -> None:
         assert view.wait(30) == 130
     finally:
         os.close(own)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        for one in (process, tunnels):
+            one.send_signal(signal.SIGINT)
+            one.communicate(timeout=30)
 
 
 def test_doctor(make_hosts: Any) -> None:

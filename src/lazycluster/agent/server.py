@@ -48,6 +48,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "pool": ("poolstart", "pool"),
     "environment": ("environments", "environment"),
     "activity": ("activity", "activity"),
+    "tunnels": ("activity", "tunnels"),
     "leftovers": ("leftovers", "leftovers"),
 }
 

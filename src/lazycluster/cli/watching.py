@@ -14,6 +14,7 @@ from lazycluster import _loop
 from lazycluster._views.cells import cells, number
 from lazycluster.exceptions import LazyclusterError, printable
 
+from .columns import GAP, fitting
 from .console import output
 from .targets import Targets
 
@@ -25,7 +26,12 @@ __all__ = ["watch"]
 _REFRESH = 2.0
 _GPUS_EVERY = 5  # refreshes: nvidia-smi costs a host more than all the rest
 _RETRY = 10.0
-_RIGHT = ("cores", "load", "cpu", "tasks", "workers")
+_FEW = 2  # GPUs, each of which has a place of its own
+_RIGHT = ("cores", "load", "cpu", "tasks", "workers", "tunnels")
+_RUNNING = ("tasks", "workers", "tunnels")
+_LEAST = {"os": 9, "load": 5, "cpu": 4, "memory": 9, "disk": 9, "state": 8}  # so that columns do not come and go
+# Where there is little room: what never changes goes first, then what the processors' share says, too.
+_DISPENSABLE = ("os", "cores", "load", "disk", "gpus", "tunnels", "workers")
 
 
 class _Watched:
@@ -93,26 +99,37 @@ def watch(targets: Targets, long: bool) -> int:
 
 
 def _table(watched: list[_Watched], long: bool) -> Group:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    names = ["cpu", "memory", "disk", "tasks", "workers"]
+    names = ["cpu", "memory", "disk", *_RUNNING]
     if any(gpu for one in watched for gpu in one.info.get("gpus") or []):
         names.insert(1, "gpus")
     if long:
         names = ["os", "cores", "load", *names]
-    for name in ("host", "state", *names):
+    names = ["host", "state", *names]
+    rows = [{"host": one.host, "state": one.state, **_shown(one)} for one in watched]
+    widths = {name: max(len(name), _LEAST.get(name, 0), *(len(row.get(name, "")) for row in rows)) for name in names}
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    shown = fitting(widths, output().width, _DISPENSABLE)
+    for name in shown:
         table.add_column(name.upper(), justify="right" if name in _RIGHT else "left", no_wrap=True)
-    for one in watched:
-        shown = {**cells(one.info), "cpu": one.cpu, "gpus": _gpus(one.info)} if one.info else {}
-        shown.update({name: str(one.activity[name]) for name in ("tasks", "workers") if name in one.activity})
+    for one, row in zip(watched, rows, strict=True):
         style = {"active": "", "inactive": "red"}.get(one.state, "dim")
-        table.add_row(one.host, one.state, *[shown.get(name, "") for name in names], style=style)
+        table.add_row(*[Text(row.get(name, "")) for name in shown], style=style)
     reasons = [
         Text(f"{one.host}: {printable(one.why).partition(chr(10))[0]}", style="red") for one in watched if one.why
     ]
     return Group(table, *reasons)
 
 
+def _shown(one: _Watched) -> dict[str, str]:
+    found = {**cells(one.info), "cpu": one.cpu, "gpus": _gpus(one.info)} if one.info else {}
+    running = {name: str(one.activity[name]) for name in _RUNNING if name in one.activity}
+    return {name: printable(text).replace("\n", " ") for name, text in {**found, **running}.items()}
+
+
 def _gpus(info: dict[str, Any]) -> str:
-    """Return how busy the GPUs are, one after the other."""
+    """Return how busy the GPUs are: one after the other, or of many their number and mean."""
     used = [gpu.get("utilization") for gpu in info.get("gpus") or [] if isinstance(gpu, dict)]
+    known = [number(share) for share in used if share is not None]
+    if len(known) > _FEW:
+        return f"{len(used)}x {sum(known) / len(known):.0f}%"
     return " ".join("?" if share is None else f"{number(share):.0f}%" for share in used) or "-"

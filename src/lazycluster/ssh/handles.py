@@ -15,6 +15,7 @@ from lazycluster.exceptions import LazyclusterError
 from .connection import Connection
 from .mux import Direction, Forward
 from .probes import mux_of, network_of
+from .tally import count
 
 __all__ = ["MANAGER", "Outcome", "Tunnel", "TunnelRequest", "check_port", "close_tunnels"]
 
@@ -86,6 +87,9 @@ class Tunnel:
         self._undo = undo
         self._by_ssh = by_ssh
         self._closed = False
+        self._counts = by_ssh or undo is not None  # else no bytes are carried: both ends are one machine
+        if self._counts:
+            count(request.connection, 1)
 
     @property
     def is_open(self) -> bool:
@@ -99,6 +103,8 @@ class Tunnel:
 
     def gone(self) -> None:
         """Note that what carried it has ended."""
+        if self._counts and not self._closed:
+            count(self.request.connection, -1)
         self._closed = True
 
     def close(self) -> None:
@@ -134,7 +140,7 @@ async def close_tunnels(tunnels: Iterable[Tunnel]) -> None:
     for tunnel in tunnels:
         if tunnel._closed:
             continue
-        tunnel._closed = True
+        tunnel.gone()
         if tunnel._by_ssh and tunnel.request.connection.state in ("open", "interrupted"):
             per_connection.setdefault(tunnel.request.connection, []).append(tunnel.request.forward)
         if tunnel._undo is not None:

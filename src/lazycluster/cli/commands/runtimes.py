@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazycluster.cli.columns import fitting
 from lazycluster.cli.console import is_terminal, output
 from lazycluster.cli.targets import Targets, host_options, targets
 
@@ -20,9 +21,10 @@ __all__ = ["list_runtimes"]
 
 # Column -> its width; that of the names depends on them.
 _SHORT = {"state": 8, "latency": 8}
-_LONG = {"os": 12, "cores": 5, "load": 5, "memory": 9, "disk": 9, "python": 7, "gpus": 0}
+_LONG = {"os": 12, "cores": 5, "load": 5, "memory": 9, "disk": 9, "python": 7, "gpus": 4}
 _RIGHT = ("latency", "cores", "load", "memory", "disk")
-_WIDE = 100  # columns of a terminal that all of these fit in
+# Where there is little room; what machines they are is asked for, the time of a message hardly with it.
+_DISPENSABLE = ("latency", "python", "os", "load")
 
 
 @click.command()
@@ -70,9 +72,9 @@ class _Listing:
     def __init__(self, chosen: Targets, long: bool) -> None:
         self._targets = chosen
         self._long = long
-        self._columns = {"host": max(4, *map(len, chosen.names)), **_SHORT, **(_LONG if long else {})}
-        if long and is_terminal() and output().width < _WIDE:
-            del self._columns["latency"]
+        columns = {"host": max(4, *map(len, chosen.names)), **_SHORT, **(_LONG if long else {})}
+        shown = fitting(columns, output().width, _DISPENSABLE) if long and is_terminal() else columns
+        self._columns = {name: columns[name] for name in shown}
         self.infos: dict[str, dict[str, Any]] = {}
 
     def run(self) -> list[Outcome]:
@@ -102,12 +104,13 @@ class _Listing:
         from rich.text import Text
 
         from lazycluster._views.cells import cells
+        from lazycluster.exceptions import printable
 
         row = {"host": outcome.host, "state": "active" if outcome.kind == "done" else "inactive"}
         if outcome.kind == "done":
             info = self.infos[outcome.host]
             row["latency"] = f"{info['latency'] * 1000:.1f} ms"
-            row.update(cells(info) if self._long else {})
+            row.update({name: printable(cell) for name, cell in cells(info).items()} if self._long else {})
         text = Text(self._line(row), style="" if outcome.kind == "done" else "dim")
         output().print(text, soft_wrap=True)
 
