@@ -149,12 +149,25 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
         (("forward", "host1", "99999"), "is no port"),
         (("expose", "-w", "host1", "a:b"), "is no port"),
         (("list-runtimes", "--watch", "--json"), "exclude each other"),
+        (("list-runtimes", "--hots"), "No such option '--hots'"),
+        (("run", "--fanout", "x", "--", "ls"), "For more: lazycluster run --help"),
     ],
 )
 def test_wrong_usage(hosts: Any, arguments: tuple[str, ...], message: str) -> None:
     status, out, err = lazycluster(hosts, *arguments)
     assert (status, out) == (2, "")
+    assert err.startswith("error: ")
     assert message in " ".join(err.split())
+
+
+def test_what_is_no_command() -> None:
+    for words, said in (("list-runtime",), "Did you mean 'list-runtimes'?"), (("xyz",), "See 'lazycluster --help'."):
+        argv = [sys.executable, "-m", "lazycluster", *words]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: There is no command {words[0]!r}. {said}\n")
+    argv = [sys.executable, "-m", "lazycluster", "start"]
+    assert "dask      Start a Dask cluster." in subprocess.run(argv, capture_output=True, text=True).stderr
 
 
 def test_a_host_that_is_an_option(hosts: Any) -> None:

@@ -12,7 +12,7 @@ import click
 
 from lazycluster import __version__
 
-from .errors import FAILED, INTERRUPTED, USAGE, OutputGoneError, report
+from .errors import INTERRUPTED, OutputGoneError, complain, report
 
 __all__ = ["cli", "main"]
 
@@ -100,8 +100,7 @@ def main() -> None:
     except click.exceptions.Exit as end:
         status = end.exit_code
     except click.ClickException as error:
-        error.show()
-        status = USAGE if isinstance(error, click.UsageError) else FAILED
+        status = complain(error)
     except (click.Abort, KeyboardInterrupt):
         sys.stderr.write("\nInterrupted.\n")
         status = INTERRUPTED

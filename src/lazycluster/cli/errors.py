@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["FAILED", "INTERRUPTED", "TIMED_OUT", "UNREACHABLE", "USAGE", "OutputGoneError", "report", "show_error"]
+import click
+
+__all__ = [
+    "FAILED",
+    "INTERRUPTED",
+    "TIMED_OUT",
+    "UNREACHABLE",
+    "USAGE",
+    "OutputGoneError",
+    "complain",
+    "report",
+    "show_error",
+]
 
 FAILED = 1
 USAGE = 2
 TIMED_OUT = 124  # as timeout(1)
 INTERRUPTED = 130  # as a shell says of a program that Ctrl-C ended
 UNREACHABLE = 255  # as ssh
+
+_NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())  # its message is the help; since click 8.2
 
 
 class OutputGoneError(Exception):
@@ -28,6 +42,27 @@ def show_error(text: str) -> None:
     for line in rest.splitlines():
         step = line.strip().startswith("Next step:")
         out.print(line, markup=False, highlight=False, soft_wrap=True, style="cyan" if step else None)
+
+
+def complain(error: click.ClickException) -> int:
+    """Show what click has to say.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The exit status.
+    """
+    if not isinstance(error, click.UsageError):
+        show_error(error.format_message())
+        return FAILED
+    if isinstance(error, _NO_ARGUMENTS):
+        error.show()
+        return USAGE
+    context = error.ctx
+    usage = "" if context is None else f"\n  {context.get_usage()}\n  For more: {context.command_path} --help"
+    show_error(error.format_message() + usage)
+    return USAGE
 
 
 def report(error: Exception, debug: bool) -> int:

@@ -156,7 +156,7 @@ def _host_key(case: _Case) -> InvalidRuntimeError | None:
         detail += f" ({key[1]}, {key[2]})"
     hint = (
         f"run '{case.plain_ssh}' once, compare the fingerprint with what the host's administrator says, and "
-        'accept it; or take new hosts on trust with host_keys="accept-new" in connection_kwargs'
+        'accept it; or take new hosts on trust: --accept-new-host-key, host_keys="accept-new" in connection_kwargs'
     )
     return case.error("host_key", detail, hint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -120,14 +121,44 @@ def _copy_id(name: str, config: str | None, key: Path, accept: bool) -> None:
     program = shutil.which("ssh-copy-id")
     if program is None:
         raise click.ClickException("ssh-copy-id is not installed; it comes with the OpenSSH client")
-    argv = [program, "-i", str(key)]
+    options = ["-i", str(key)]
     if config is not None:
-        argv += ["-F", config]
+        options += ["-F", config]
     if accept:
-        argv += ["-o", "StrictHostKeyChecking=accept-new"]
+        options += ["-o", "StrictHostKeyChecking=accept-new"]
+    _meet(name, config, accept)
+    Path("~/.ssh").expanduser().mkdir(mode=0o700, exist_ok=True)  # it works there, wherever the configuration is
     # It talks to the person at the terminal itself: the fingerprint of a new host, the password.
-    if subprocess.run([*argv, "--", name], check=False).returncode != 0:
-        raise click.ClickException(f"the key was not installed on {name}; it is in the configuration all the same")
+    if subprocess.run([program, *options, "--", name], check=False).returncode != 0:
+        raise click.ClickException(
+            f"the key was not installed on {name}; it is in the configuration all the same.\n"
+            f"  Next step: mend what is said above, then: {shlex.join(['ssh-copy-id', *options, name])}"
+        )
+
+
+def _meet(name: str, config: str | None, accept: bool) -> None:
+    """See that the host is the one that is meant, before it gets a password: ssh-copy-id would ask thrice."""
+    from lazycluster import _loop
+    from lazycluster.cli.console import person_is_there
+    from lazycluster.exceptions import InvalidRuntimeError
+    from lazycluster.ssh.openssh import SshConnection
+
+    settings = {**how_to_connect(config, None, accept), "ssh_options": {"PreferredAuthentications": "none"}}
+    connection = SshConnection(name, settings, ask=person_is_there())
+
+    async def knock() -> None:
+        try:
+            await connection.open()
+        finally:
+            await connection.close()
+
+    try:
+        _loop.run(knock())
+    except InvalidRuntimeError as error:
+        if error.reason != "auth":  # which nobody has tried
+            raise click.ClickException(
+                f"the key was not installed on {name}; it is in the configuration all the same.\n  {error}"
+            ) from None
 
 
 def _check(name: str, config: str | None, accept: bool) -> int:

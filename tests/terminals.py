@@ -1,0 +1,87 @@
+"""A terminal with a program in it, for tests of what a person sees, is asked and types."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Mapping, Sequence
+from fcntl import ioctl
+from types import TracebackType
+
+_PATIENCE = 60.0
+_ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|[()=>].?)")
+
+
+class Terminal:
+    """A program in a terminal of its own, which is its controlling terminal.
+
+    Args:
+        argv: The program.
+        env: Variables beside those of this process.
+        columns: The width of the terminal.
+        lines: Its height.
+
+    Attributes:
+        seen: All that was printed, without colours.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], env: Mapping[str, str] | None = None, columns: int = 80, lines: int = 24
+    ) -> None:
+        self._own, theirs = pty.openpty()
+        ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")
+        }
+        environment |= {"TERM": "xterm-256color", **(env or {})}
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *argv], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+        )
+        os.close(theirs)
+        self.seen = ""
+        self.raw = ""
+
+    def until(self, pattern: str) -> re.Match[str]:
+        """Wait until something was printed."""
+        deadline = time.monotonic() + _PATIENCE
+        while not (found := re.search(pattern, self.seen)):
+            assert self._read(deadline), f"{pattern!r} was not printed, but:\n{self.seen}"
+        return found
+
+    def type(self, text: str) -> None:
+        """Type something; ``\\x03`` is Ctrl-C."""
+        os.write(self._own, text.encode())
+
+    def end(self) -> int:
+        """Wait for the end of the program; returns its exit status."""
+        deadline = time.monotonic() + _PATIENCE
+        while self._read(deadline):
+            pass
+        return self.process.wait(_PATIENCE)
+
+    def _read(self, deadline: float) -> bool:
+        ready, _, _ = select.select([self._own], [], [], max(0.0, deadline - time.monotonic()))
+        data = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            data = os.read(self._own, 65536) if ready else b""
+        self.raw += data.decode(errors="replace")
+        self.seen = _ESCAPES.sub("", self.raw).replace("\r\n", "\n")
+        return bool(data)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.end()
+        os.close(self._own)
