@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lazycluster import Environment
 from wheelhouse import Index, serve
 
 
@@ -16,6 +17,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     config = tmp_path / "uv.toml"
     config.write_text("")
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv-cache"))
+    # What an earlier test has fetched is not to be found: it has the same hash.
+    monkeypatch.setattr(Environment, "main_directory", str(tmp_path / "state"))
     monkeypatch.setenv("UV_CONFIG_FILE", str(config))
     for name in ("UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
