@@ -12,14 +12,15 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from scenes import NobodyThereError, Scene, hit
+from scenes import NobodyThereError, Scene, UnavailableError, hit
 
 from patience import until
-from sshhosts import procfs
+from sshhosts import Host, procfs
 
 TASKS, COPY, MAP, SHUFFLE, SEARCH = LOADS = ("tasks", "copy", "map", "shuffle", "search")
 _CLUSTERS = (SHUFFLE, SEARCH)
@@ -39,8 +40,8 @@ class Fault:
         loads: The loads that it concerns.
         heals: Whether all is as before once it was mended; else a host or a connection is lost for good.
         slow: Whether little gets through, so that a load is to be small.
-        hosts: What the hosts must be, see `sshhosts.Options`.
-        thorough: Whether the hosts' users must not be root.
+        bastion: Whether it needs hosts behind a bastion.
+        clocks: Whether it needs hosts whose programs have clocks of their own: `CLOCKS`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Fault:
     heals: bool
     slow: bool
     bastion: bool
+    clocks: bool
 
 
 FAULTS: dict[str, Fault] = {}
@@ -62,11 +64,12 @@ def fault(
     heals: bool = True,
     slow: bool = False,
     bastion: bool = False,
+    clocks: bool = False,
 ) -> Callable[[Strike], Strike]:
     """Make a function a fault: what it does before it yields breaks something, the rest mends it."""
 
     def register(strike: Strike) -> Strike:
-        FAULTS[name] = Fault(name, contextlib.contextmanager(strike), lasts, loads, heals, slow, bastion)
+        FAULTS[name] = Fault(name, contextlib.contextmanager(strike), lasts, loads, heals, slow, bastion, clocks)
         return strike
 
     return register
@@ -189,23 +192,24 @@ def _disk(scene: Scene, number: int) -> Iterator[None]:
         host.free_disk(place)
 
 
-@fault("memory limit reached", loads=(TASKS, MAP, SHUFFLE, SEARCH))
+@fault("memory limit reached", lasts=6, loads=(TASKS, MAP, SHUFFLE, SEARCH))
 def _memory(scene: Scene, number: int) -> Iterator[None]:
     """One process that works gets no more memory than it has, from a control group; the kernel kills it then."""
     group = Path(f"/sys/fs/cgroup/memory/lazycluster-test-{os.getpid()}-{number}")
     try:
         group.mkdir()
     except OSError as error:
-        raise NobodyThereError(f"no control group can be made here: {error}") from error
+        raise UnavailableError(f"no control group can be made here: {error}") from error
     try:
         (group / "memory.limit_in_bytes").write_text("65536")
         working = [*scene.workers(number), *scene.functions(number)]
         for pid in working[:1]:
             (group / "cgroup.procs").write_text(str(pid))
-        yield
         if not working:
             raise NobodyThereError("nothing works there")
-        until(lambda: not (group / "cgroup.procs").read_text(), "the kernel to kill what has reached its limit")
+        yield
+        if (group / "cgroup.procs").read_text():
+            raise NobodyThereError("what works there has not wanted more memory")
     finally:
         for left in (group / "cgroup.procs").read_text().split():
             (group.parent / "cgroup.procs").write_text(left)
@@ -258,17 +262,36 @@ def _name_of_host(scene: Scene, number: int) -> Iterator[None]:
     host.run(f"hostname {host.name}")
 
 
-@fault("the clocks of the hosts' programs jump", lasts=6)
+#: What gives the programs of a host a clock of their own, if libfaketime is installed.
+_CLOCK = "/run/host/clock"
+_CLOCK_LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+CLOCKS = {
+    "LD_PRELOAD": str(_CLOCK_LIBRARIES[0]) if _CLOCK_LIBRARIES else "",
+    "FAKETIME_TIMESTAMP_FILE": _CLOCK,
+    "FAKETIME_CACHE_DURATION": "1",
+    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    "FAKETIME_DISABLE_SHM": "1",
+}
+
+
+def set_clock(host: Host, ahead: str) -> None:
+    """Have the wall clocks of a host's programs be so many seconds ahead: ``+3600``."""
+    Path(f"/proc/{host.pid}/root{_CLOCK}").write_text(ahead)
+
+
+@fault("the host's clock jumps, an hour ahead and two back", lasts=6, clocks=True)
 def _clock(scene: Scene, number: int) -> Iterator[None]:
-    """An hour ahead, then two hours back, for what was started with libfaketime (see `clocks`)."""
-    for jump in ("+3600", "-7200"):
-        set_clock(scene, number, jump)
+    """The kernel has one clock for all: it is the programs of the host that see another one."""
+    set_clock(scene.hosts[number], "+3600")
+    until(lambda: _sees(scene, number, "+3600"), "the clock to jump")
+    set_clock(scene.hosts[number], "-3600")
     yield
-    set_clock(scene, number, "+0")
+    set_clock(scene.hosts[number], "+0")
 
 
-def set_clock(scene: Scene, number: int, jump: str) -> None:
-    raise NobodyThereError("no program there has a clock of its own")
+def _sees(scene: Scene, number: int, ahead: str) -> bool:
+    there = scene.hosts[number].run(["env", *(f"{name}={value}" for name, value in CLOCKS.items()), "date", "+%s"])
+    return abs(int(there.stdout) - time.time() - float(ahead)) < 60
 
 
 # --- the manager ------------------------------------------------------------------------------------------

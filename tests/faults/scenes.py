@@ -18,6 +18,10 @@ class NobodyThereError(Exception):
     """What was to be hit is not there at the moment: it has ended, is being started, or its host is off."""
 
 
+class UnavailableError(Exception):
+    """What a fault needs cannot be had on this machine; the message says what."""
+
+
 @dataclass
 class Scene:
     """Hosts at work, and who can be hit there.
