@@ -42,9 +42,9 @@ def gateway(hosts: Any) -> Any:
 
 def rows() -> Iterator[Row]:
     with ssh_hosts(4) as hosts:
+        yield from many(hosts)  # first: what the others take and give back would be in its figure
         with Runtime(hosts.names[0], connection_kwargs=settings(hosts)) as runtime:
             yield from warm(runtime, gateway(hosts))
-        yield from many(hosts)
 
 
 def warm(runtime: Runtime, remote: Any) -> Iterator[Row]:
