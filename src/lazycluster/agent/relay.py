@@ -15,8 +15,9 @@ import signal
 import socket
 import struct
 
+from .carried import COUNT, Connection
 from .loop import Loop
-from .wire import CREDIT, HEADER, INPUT, INPUT_END, MAX_PAYLOAD, REQUEST, RESULT, Decoder, Outbox, ProtocolError, frame
+from .wire import REQUEST, RESULT, Decoder, Outbox, ProtocolError, frame
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -25,157 +26,11 @@ if TYPE_CHECKING:
     from .session import Channel
 
 LOOPBACK = "127.0.0.1"
-WINDOW = 1024 * 1024  # bytes of a connection that may be under way one way: who reads slowly holds up nobody else
-_CREDIT_UNIT = WINDOW // 4
 _HIGH_WATER, _LOW_WATER = 2 * 1024 * 1024, 512 * 1024  # bytes that wait for the stream
 _STREAM_LIMIT = 60.0  # seconds for the stream to come
 _READ_SIZE = 256 * 1024
 _BACKLOG = 128
 _PAUSE = 0.1  # seconds without new connections when there are no descriptors left
-_TUNNEL = struct.Struct("!I")
-
-
-class _Connection:
-    """One connection that is carried: a socket here, and its counterpart at the other end."""
-
-    def __init__(self, end: End, number: int, sock: socket.socket, connecting: bool) -> None:
-        self._end, self._number, self._socket = end, number, sock
-        self._fd = sock.fileno()
-        self._connecting = connecting
-        self._credit = WINDOW  # bytes that we may send
-        self._ahead = 0  # bytes that were sent to us and not credited yet
-        self._written = 0  # bytes that will be credited soon
-        self._queue = Outbox()
-        self._said_end = self._heard_end = self._shut = False
-        self._deaf = False  # whether our side takes nothing any more
-        self._closing = False  # whether the other end has closed it: what is queued is delivered, then it is over
-        self._reading = self._writing = False
-        self.update()
-
-    # --- from here to there --------------------------------------------------------------------
-    def _readable(self) -> None:
-        try:
-            data = self._socket.recv(min(self._credit, MAX_PAYLOAD))
-        except BlockingIOError:
-            return
-        except OSError:
-            self._close()
-            return
-        if data:
-            self._credit -= len(data)
-            self._end.send(HEADER.pack(len(data), self._number, INPUT), data)
-        else:
-            self._said_end = True
-            self._end.send(frame(self._number, INPUT_END))
-            self._maybe_over()
-        self.update()
-
-    def credit(self, count: int) -> None:
-        """Note that the other end has delivered some bytes."""
-        self._credit += count
-        self.update()
-
-    # --- from there to here --------------------------------------------------------------------
-    def data(self, payload: bytes) -> None:
-        """Take bytes from the other end."""
-        self._ahead += len(payload)
-        if self._ahead > WINDOW:
-            raise ProtocolError("more bytes came than were asked for")
-        if self._deaf:
-            self._delivered(len(payload))
-            return
-        self._queue.put(payload)
-        if not self._connecting:
-            self._flush()
-
-    def end(self) -> None:
-        """Note that the other end has no more."""
-        self._heard_end = True
-        if not self._connecting:
-            self._flush()
-
-    def closed(self) -> None:
-        """Note that the other end has closed the connection."""
-        self._closing = True
-        if self._connecting:
-            self._drop()
-        else:
-            self._flush()
-
-    def _writable(self) -> None:
-        if self._connecting:
-            if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._close()
-                return
-            self._connecting = False
-        self._flush()
-
-    def _flush(self) -> None:
-        before = self._queue.size
-        try:
-            self._queue.write(self._fd)
-        except OSError:
-            # It takes nothing any more, but may still have something to say: as with ssh, the ways end one by one.
-            self._queue.clear()
-            self._deaf = True
-        self._delivered(before - self._queue.size)
-        if self._queue.size == 0:
-            if self._closing:
-                self._drop()
-                return
-            if self._heard_end and not self._shut:
-                self._shut = True
-                try:
-                    self._socket.shutdown(socket.SHUT_WR)
-                except OSError:
-                    pass  # it has gone already
-            self._maybe_over()
-        self.update()
-
-    def _delivered(self, count: int) -> None:
-        self._written += count
-        if self._written >= _CREDIT_UNIT:
-            self._ahead -= self._written
-            self._end.send(frame(self._number, CREDIT, _TUNNEL.pack(self._written)))
-            self._written = 0
-
-    # --- the end -------------------------------------------------------------------------------
-    def _maybe_over(self) -> None:
-        if self._said_end and self._shut:
-            self._drop()
-        elif self._said_end and self._deaf:
-            self._close()
-
-    def _close(self) -> None:
-        """End it, and tell the other end."""
-        if self._fd >= 0:
-            self._end.send(frame(self._number, RESULT))
-        self._drop()
-
-    def _drop(self) -> None:
-        if self._fd >= 0:
-            self._closing = True
-            self._said_end = True
-            self._queue.clear()
-            self._connecting = False
-            self.update()
-            self._fd = -1
-            self._socket.close()
-            self._end.connections.pop(self._number, None)
-
-    def update(self) -> None:
-        """Watch the socket for what is wanted of it now."""
-        if self._fd < 0:
-            return
-        free = not (self._connecting or self._said_end or self._closing or self._end.congested)
-        reading, writing = free and self._credit > 0, self._connecting or self._queue.size > 0
-        loop = self._end.loop
-        if reading != self._reading:
-            self._reading = reading
-            loop.add_reader(self._fd, self._readable) if reading else loop.remove_reader(self._fd)
-        if writing != self._writing:
-            self._writing = writing
-            loop.add_writer(self._fd, self._writable) if writing else loop.remove_writer(self._fd)
 
 
 class End:
@@ -190,14 +45,14 @@ class End:
 
     def __init__(self, loop: Loop, stream: Tuple[int, int], control: socket.socket, first: bool) -> None:
         self.loop = loop
-        self.connections: Dict[int, _Connection] = {}
+        self.connections: Dict[int, Connection] = {}
         self.congested = False
         self._in, self._out = stream
         self._control = control
         self._lines = b""
         self._next = 1 if first else 2
         self._parity = 0 if first else 1  # of the numbers that the other end gives
-        self._decoder = Decoder(_TUNNEL.size)
+        self._decoder = Decoder(COUNT.size)
         self._outbox = Outbox()
         self._writing = False
         self._listeners: Dict[int, socket.socket] = {}
@@ -253,12 +108,12 @@ class End:
             if kind == REQUEST:
                 self._connect(number, payload)
             elif connection is not None:  # else it ended here just now
-                _dispatch(connection, kind, payload)
+                connection.told(kind, payload)
 
     # --- connections ---------------------------------------------------------------------------
     def _connect(self, number: int, payload: bytes) -> None:
         """Connect to the target of a tunnel, as the other end wants."""
-        port = self._targets.get(_TUNNEL.unpack(payload)[0])
+        port = self._targets.get(COUNT.unpack(payload)[0])
         if number % 2 != self._parity or number in self.connections:
             raise ProtocolError("a connection has the number of another")
         try:
@@ -273,7 +128,7 @@ class End:
             self.send(frame(number, RESULT))
             return
         # Whether it is refused is told when it becomes writable.
-        self.connections[number] = _Connection(self, number, sock, status != 0)
+        self.connections[number] = Connection(self, number, sock, status != 0)
 
     def _accept(self, tunnel: int) -> None:
         listener = self._listeners[tunnel]
@@ -288,8 +143,8 @@ class End:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         number, self._next = self._next, self._next + 2
-        self.send(frame(number, REQUEST, _TUNNEL.pack(tunnel)))
-        self.connections[number] = _Connection(self, number, sock, False)
+        self.send(frame(number, REQUEST, COUNT.pack(tunnel)))
+        self.connections[number] = Connection(self, number, sock, False)
 
     def _watch(self, tunnel: int) -> None:
         if tunnel in self._listeners:
@@ -345,17 +200,6 @@ class End:
             self._control.send(json.dumps(message).encode("ascii") + b"\n")
         except OSError:
             self.loop.stop()  # the agent has gone, or does not listen
-
-
-def _dispatch(connection: _Connection, kind: int, payload: bytes) -> None:
-    if kind == INPUT:
-        connection.data(payload)
-    elif kind == INPUT_END:
-        connection.end()
-    elif kind == CREDIT:
-        connection.credit(_TUNNEL.unpack(payload)[0])
-    elif kind == RESULT:
-        connection.closed()
 
 
 def _tcp_socket() -> socket.socket:
