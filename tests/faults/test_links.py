@@ -445,3 +445,29 @@ def _files(path: Path) -> list[Path]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
+
+
+def test_a_task_does_not_go_on_where_its_working_directory_is_gone(hosts: Any, tmp_path: Path) -> None:
+    """A copy finds its way to the next agent; the step behind it would find nothing of what was before."""
+    source, there = tmp_path / "source", hosts[0].path("~/copied")
+    source.mkdir()
+    for number in range(20):
+        (source / f"file{number:02}").write_bytes(os.urandom(1000) * 3000)
+    steps = RuntimeTask("steps").run_command("touch made").send_file(str(source), "~/copied").run_command("ls made")
+    with connect(hosts) as runtime:
+        for retries in (0, 1):
+            states = States(runtime)
+            task = runtime.execute_task(steps, retries=retries)
+            _until(lambda: len(_files(there)) > 3, "some of the files")
+            os.kill(_pid_here(hosts[0], runtime.connection.hello.pid), signal.SIGKILL)
+            states.wait_for("interrupted", "open")
+            if retries:
+                task.join()
+                assert task.execution_log[-1] == "made\n"
+            else:
+                with pytest.raises(TaskExecutionError, match="its agent has ended since the task began"):
+                    task.join()
+            assert {path.name: _digest(path) for path in there.iterdir()} == {
+                path.name: _digest(path) for path in source.iterdir()
+            }
+            subprocess.run(["rm", "-r", there], check=True)

@@ -129,6 +129,7 @@ class Session:
         self.working_dir = ""
         self.temporary: list[str] = []
         self.environment: HostEnvironment | None = None
+        self._generation = 0  # which agent the working directory belongs to
         self.state = "open"
         self._owner = os.getpid()
         self._released = False
@@ -237,6 +238,7 @@ class Session:
             raise InvalidRuntimeError(self.spec.host, "python", error.message, hint) from error
 
     async def _make_working_dir(self) -> str:
+        self._generation = self.connection.generation
         if self.spec.working_dir is None:
             answer = await self._ask("mkdtemp")
             self.temporary.append(answer["path"])
@@ -295,7 +297,16 @@ class Session:
             working_dir_name: The variable that tells the working directory.
         """
         env = {**self.base_env, working_dir_name: self.working_dir, **checked_variables(variables)}
-        context = Context(self.host, self.connection, self.working_dir, env, self.python, self.spec.shell, self)
+        context = Context(
+            self.host,
+            self.connection,
+            self.working_dir,
+            env,
+            self.python,
+            self.spec.shell,
+            self,
+            generation=self._generation,
+        )
         if self.environment is None:
             return context
         if self.environment.active is not None:

@@ -26,6 +26,7 @@ class Context:
         keeper: What must live as long as something is carried out, for the connection to stay.
         prepare: What makes the Python environment that functions, commands and workers need, and returns the context
             in it; None if there is nothing to be made. See :meth:`prepared`.
+        generation: Which agent of the host the working directory belongs to; 0: it depends on none.
     """
 
     host: str
@@ -36,6 +37,7 @@ class Context:
     shell: str | None = None
     keeper: object = field(default=None, repr=False, compare=False)
     prepare: Callable[[Context], Awaitable[Context]] | None = field(default=None, repr=False, compare=False)
+    generation: int = 0
 
     async def prepared(self) -> Context:
         """Return the context in which something can be run, once all is there that this needs."""

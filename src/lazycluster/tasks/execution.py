@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop, _progress, _waiting
-from lazycluster.exceptions import LazyclusterError, TaskExecutionError
+from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError, TaskExecutionError
 
 from .context import Context
 from .limits import Limits
@@ -225,10 +225,14 @@ class Execution:
     async def _step(self, index: int, step: Step) -> None:
         result = StepResult()
         try:
+            if (lost := self._lost_agent()) is not None:
+                raise lost
             result = await perform(index, step, self.context, self._env, self.work)
         except TaskExecutionError as error:
             self.work.pid = None
             result = StepResult(self._log.end_step(step.label), error.exit_status)
+            if isinstance(error.__cause__, AgentError):
+                error = self._lost_agent() or error  # what it says then is but a consequence
             raise _complete(error, self, index, step, result.output) from error.__cause__
         except asyncio.CancelledError:
             result = StepResult(self._log.end_step(step.label))
@@ -238,6 +242,16 @@ class Execution:
             result = StepResult(self._log.end_step(step.label), result.exit_status, result.value, result.has_value)
         finally:
             self.results.append(result)
+
+    def _lost_agent(self) -> TaskExecutionError | None:
+        """Return why the task cannot go on if the host has lost its agent: what earlier steps have left is gone."""
+        host, connection = self.context.host, self.context.connection
+        if self.context.generation in (0, connection.generation):
+            return None
+        lost = ConnectionLostError(host, "its agent has ended since the task began, and with it its working directory")
+        error = TaskExecutionError(str(lost))
+        error.__cause__ = lost
+        return error
 
     def _finish(self, status: str, exitcode: int, error: TaskExecutionError | None = None) -> None:
         self._log.close()
