@@ -277,6 +277,18 @@ def test_doctor_finds_what_is_wrong(make_hosts: Any, options: dict[str, Any], fa
 
 
 # --- ports -----------------------------------------------------------------------------------------
+def test_doctor_offers_the_environment_of_this_side(make_hosts: Any) -> None:
+    for python, differs in (("3.8", "Python 3.8"), (f"{sys.base_prefix}/bin/python3", "missing")):
+        hosts = make_hosts(1, python=python)
+        status, out, _ = lazycluster(hosts, "doctor", "--json", "host1")
+        (found,) = json.loads(out)
+        (packages,) = (step for step in found["steps"] if step["name"] == "packages")
+        assert packages["state"] == "differs"
+        assert differs in packages["detail"]
+        assert packages["mend"].startswith('environment="manager"')
+        assert status == 0  # commands and files work
+
+
 def test_forward_until_ctrl_c(hosts: Any) -> None:
     import socket
 

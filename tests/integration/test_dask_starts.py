@@ -229,6 +229,7 @@ def test_dask_missing_on_a_host_is_an_error_with_a_table(bare_python: str) -> No
         with pytest.raises(VersionMismatchError) as caught:
             cluster.start()
         assert caught.value.hosts == ["local0"]
+        assert 'RuntimeGroup(..., environment="manager")' in str(caught.value)
         assert f"{bare_python} -m pip install dask==" in str(caught.value)
         assert cluster.master_port is None
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -101,6 +103,26 @@ def test_an_index_that_cannot_be_reached(make_hosts: Any, index: Index, monkeypa
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     error = _refused(make_hosts(1)[0], ["alpha"], "the index cannot be reached")
     assert "s3cret" not in str(error)
+
+
+def test_an_index_that_never_answers(make_hosts: Any, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_HTTP_TIMEOUT", "1")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{silent.getsockname()[1]}/simple/")
+        _refused(make_hosts(1)[0], ["alpha"], "the index cannot be reached", "check the network and the index")
+
+
+def test_an_index_that_is_lost_after_it_was_asked(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    host = make_hosts(1)[0]
+    with connect(host, ["alpha"]) as runtime:
+        runtime.prepare()
+    host.run("rm -rf ~/.cache/lazycluster/envs ~/.cache/lazycluster/wheels", user=host.user)
+    shutil.rmtree(Path(os.environ["XDG_STATE_HOME"], "lazycluster", "environments", "wheels"))
+    index.refused.add("127.0.0.1")
+    error = _refused(host, ["alpha"], "alpha 1.0 cannot be fetched", "503", "check the network and the index")
+    assert error.package == "alpha"
 
 
 def test_places_that_cannot_be_used(make_hosts: Any, index: Index) -> None:

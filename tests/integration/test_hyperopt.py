@@ -329,6 +329,9 @@ def test_missing_software_is_an_error_before_anything_starts(hosts: Any, tmp_pat
         connect(hosts.config_file, ["host1"], python="/usr/bin/python3") as group,
         HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster,
     ):
-        with pytest.raises(VersionMismatchError, match=r"(?s)host1 .* - .*Next step.*(hyperopt==|choose a Python)"):
+        with pytest.raises(
+            VersionMismatchError, match=r"(?s)host1 .* - .*Next step.*(hyperopt==|choose a P)"
+        ) as caught:
             cluster.start()
+        assert 'RuntimeGroup(..., environment="manager")' in str(caught.value)
         assert cluster.master_port is None

@@ -15,10 +15,13 @@ import pytest
 pytest.importorskip("hyperopt")
 pytest.importorskip("pymongo")
 
+from cluster_groups import connect
+
 import fakegpus
 from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+from wheelhouse import make_project
 
 pytestmark = [  # by hyperopt
     pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),
@@ -101,3 +104,27 @@ def test_what_an_objective_finds(tmp_path: Path, search: ModuleType, monkeypatch
         assert len(scratch) == len(gpus)
         with pytest.raises(ClusterError, match="0 more workers"):
             cluster.start_workers(1)
+
+
+def test_changed_modules_reach_the_workers(hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain module, and a package whose checkout is installed: its sources are on the path here, and nowhere else."""
+    checkout = make_project(tmp_path, "edited", "OFFSET = 1\n")
+    monkeypatch.syspath_prepend(checkout / "src")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "plainly.py"
+    path.write_text("import edited\n\n\ndef objective(x):\n    return edited.OFFSET + 10\n")
+    plainly = importlib.import_module("plainly")
+    try:
+        with (
+            connect(hosts.config_file, ["host1"], environment=sys.prefix) as group,
+            HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster,
+        ):
+            cluster.start()
+            assert set(_run(cluster, plainly.objective, "before").losses()) == {11}
+            (checkout / "src/edited/__init__.py").write_text("OFFSET = 2\n# another length\n")
+            path.write_text("import edited\n\n\ndef objective(x):\n    return edited.OFFSET + 2000\n")
+            importlib.reload(sys.modules["edited"])
+            assert set(_run(cluster, importlib.reload(plainly).objective, "after").losses()) == {2002}
+    finally:
+        for name in ("plainly", "edited"):
+            sys.modules.pop(name, None)

@@ -32,7 +32,7 @@ __all__ = ["digest_of", "provide"]
 AT_ONCE = 8
 """Downloads at once."""
 
-_TIMEOUT = 30.0  # seconds without a byte
+_TIMEOUT = 30.0  # seconds without a byte, unless uv is told otherwise
 _TRIES = 3
 _CHUNK = 256 * 1024
 # What is in the directory of a project, but in none of its wheels.
@@ -301,7 +301,14 @@ def _open(url: str, settings: IndexSettings) -> http.client.HTTPResponse:
             "Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode("ascii")
         )
     context = _context(settings.ca_file)
-    return urllib.request.urlopen(request, timeout=_TIMEOUT, context=context)  # type: ignore[no-any-return]  # noqa: S310
+    return urllib.request.urlopen(request, timeout=_timeout(), context=context)  # type: ignore[no-any-return]  # noqa: S310
+
+
+def _timeout() -> float:
+    try:
+        return max(1.0, float(os.environ["UV_HTTP_TIMEOUT"]))
+    except (KeyError, ValueError):
+        return _TIMEOUT
 
 
 @functools.lru_cache(maxsize=4)
