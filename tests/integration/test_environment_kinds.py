@@ -218,7 +218,7 @@ def test_its_modules_are_compiled_afterwards(make_hosts: Any, index: Index) -> N
         assert runtime.call(version_of, "alpha") == "1.0"
     # As if it had not come to its end, since the manager may go at any time: the next one that uses it goes on.
     first, *others = _compiled(host)
-    first.unlink()
+    unfinished = first.rename(f"{first}.140131")
     manifest = prefix(host) / "lazycluster.json"
     told = json.loads(manifest.read_text())
     del told["compiled"]
@@ -229,6 +229,7 @@ def test_its_modules_are_compiled_afterwards(make_hosts: Any, index: Index) -> N
         until(lambda: json.loads(manifest.read_text()).get("compiled"), "compiled modules")
         assert runtime.call(version_of, "alpha") == "1.0"
     assert first.exists()
+    assert not unfinished.exists()
     assert {path: path.stat().st_mtime_ns for path in others} == before
 
 

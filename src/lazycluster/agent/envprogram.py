@@ -133,8 +133,20 @@ def _step_back() -> None:
 def _modules(prefix: str) -> Iterator[str]:
     for library in _libraries(prefix):
         for folder, folders, names in os.walk(library):
+            if "__pycache__" in folders:
+                _remove_unfinished(os.path.join(folder, "__pycache__"))
             folders[:] = [name for name in folders if name not in _NOT_COMPILED]
             yield from (os.path.join(folder, name) for name in names if name.endswith(".py"))
+
+
+def _remove_unfinished(folder: str) -> None:
+    """Remove what was being written when somebody who compiled was killed; Python has no other use for such files."""
+    for name in os.listdir(folder):
+        if ".pyc." in name:
+            try:
+                os.unlink(os.path.join(folder, name))
+            except OSError:
+                pass  # it was renamed just now
 
 
 def _compiler(files: List[str]) -> int:

@@ -270,7 +270,12 @@ class Maker:
         self._tell("checking")
         argv = envprogram.command(f"{directory}/bin/python", "check", directory)
         text = await self._place.run(argv, {}, f"running {directory}/bin/python")
-        found: dict[str, Any] = json.loads(text.splitlines()[-1])
+        try:
+            found: dict[str, Any] = json.loads(text.splitlines()[-1])
+        except (ValueError, IndexError):
+            raise EnvironmentBuildError(
+                self._host, f"{argv[0]} does not say what is installed", "", "see what it printed, above", text
+            ) from None
         there = {normalized(name) for name in found["packages"]}
         missing = sorted({locked.name for locked in self._plan.packages if normalized(locked.name) not in there})
         if missing:
