@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from .index import hide
 
 __all__ = ["ROOT", "EnvironmentSpec", "normalized"]
 
@@ -162,10 +164,16 @@ class EnvironmentSpec:
         """The requirements, if the source is a list of them."""
         return () if isinstance(self.source, str) else tuple(str(item) for item in self.source)  # type: ignore[union-attr]
 
+    def __repr__(self) -> str:
+        options = [one for one in fields(self) if one.name != "source" and getattr(self, one.name) != one.default]
+        shown = [f"{one.name}={getattr(self, one.name)!r}" for one in options]
+        source = repr(self.source if isinstance(self.source, str) else list(self.requirements))
+        return f"EnvironmentSpec({', '.join([hide(source), *shown])})"
+
     def __str__(self) -> str:
         if isinstance(self.source, str):
             return self.source
-        shown = ", ".join(self.requirements[:4])
+        shown = hide(", ".join(self.requirements[:4]))  # an address may have a password in it
         return f"[{shown}, ...]" if len(self.requirements) > 4 else f"[{shown}]"
 
 

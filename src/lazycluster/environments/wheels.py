@@ -23,7 +23,7 @@ from lazycluster import _loop
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
-from .index import IndexSettings, bare
+from .index import IndexSettings, bare, hide
 from .plan import Locked, Target, Wheel
 from .uv import MANAGER, run_uv
 
@@ -236,7 +236,7 @@ async def _git(locked: Locked, arguments: list[str]) -> None:
     if process.returncode != 0:
         raise EnvironmentBuildError(
             MANAGER, f"the repository of {locked.label} cannot be fetched", locked.name,
-            "check that you can clone it here without being asked anything", output,
+            "check that you can clone it here without being asked anything", hide(output),
         )  # fmt: skip
 
 
