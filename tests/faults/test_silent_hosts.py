@@ -37,7 +37,7 @@ def _endless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def connect(hosts: Any, **settings: Any) -> RuntimeGroup:
-    settings = {"config_file": hosts.config_file, "link_timeout": 8, "grace": 8, **settings}
+    settings = {"config_file": hosts.config_file, "link_timeout": 4, "grace": 4, **settings}
     return RuntimeGroup(hosts=hosts.names, connection_kwargs=settings, python=sys.executable)
 
 
@@ -48,7 +48,7 @@ def _warned(caplog: pytest.LogCaptureFixture, host: str) -> None:
     )
     until = datetime.datetime.combine(datetime.date.today(), datetime.time.fromisoformat(said))
     left = (until - datetime.datetime.now()).total_seconds() % 86400
-    assert left <= 9
+    assert left <= 5
 
 
 def test_tasks_and_ports(make_hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -73,6 +73,7 @@ def _sleep() -> None:
     time.sleep(3600)
 
 
+@pytest.mark.soak
 def test_a_cluster(make_hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("distributed")
     from lazycluster.cluster.dask_cluster import DaskCluster
@@ -96,7 +97,7 @@ _INTERRUPTED = """
     from lazycluster.ssh import connection
 
     runtimes._END_LIMIT = connection._STOP_PATIENCE = 3600
-    settings = {{"config_file": {config!r}, "link_timeout": 8, "grace": 8}}
+    settings = {{"config_file": {config!r}, "link_timeout": 4, "grace": 4}}
     group = RuntimeGroup(hosts={names!r}, connection_kwargs=settings, python=sys.executable)
     group.execute_task(RuntimeTask("sleep").run_command("sleep 3601"), broadcast=True)
     print("working", flush=True)
