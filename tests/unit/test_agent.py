@@ -325,13 +325,16 @@ def test_nothing_survives_the_managers_sudden_death(tmp_path: Path) -> None:
 
         _loop.run(main())
     """
-    manager = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
-    assert manager.stdout
-    directory = Path(manager.stdout.readline().strip())
-    assert carrying(f"sleep\0{mark}")
-    manager.kill()
-    manager.wait()
-    manager.stdout.close()
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+    ) as manager:
+        try:
+            assert manager.stdout
+            directory = Path(manager.stdout.readline().strip())
+            # The shell has spoken, but its children may not have become what they are to be.
+            assert _loop.run(until(lambda: len(carrying(f"sleep\0{mark}")) == 2))
+        finally:
+            manager.kill()
     assert _loop.run(until(lambda: not carrying(f"sleep\0{mark}") and not directory.exists()))
 
 
