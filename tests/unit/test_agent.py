@@ -42,7 +42,7 @@ async def run(connection: LocalConnection, command: str, **params: Any) -> tuple
     return await channel.result(), bytes(out), bytes(err)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

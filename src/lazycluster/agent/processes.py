@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ class Ending:
     """
 
     _LOOK_EVERY = 0.02
+    _LONGEST_LOOK = 0.25  # seconds that count for one look: while this process stood still, others may have, too
     _SPARED = 25  # looks; see `_victims`
 
     def __init__(
@@ -255,6 +257,7 @@ class Ending:
         self._stages = list(stages)
         self._told: Set[int] = set()
         self._waited = 0.0
+        self._looked = time.monotonic()
         self._spared = 0
         loop.call_soon(self._step)  # not at once: `on_end` must not come before the caller knows this object
 
@@ -268,7 +271,9 @@ class Ending:
         new = [pid for pid in alive if pid not in self._told]
         send_signal(self._victims(alive) if number == signal.SIGKILL else new, number)
         self._told.update(alive)
-        self._waited += self._LOOK_EVERY
+        now = time.monotonic()
+        self._waited += min(now - self._looked, self._LONGEST_LOOK)
+        self._looked = now
         if self._waited >= patience and len(self._stages) > 1:
             del self._stages[0]
             self._told.clear()
