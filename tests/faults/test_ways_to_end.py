@@ -4,9 +4,14 @@ Of the ways and stages, these combinations, since the others are made of the sam
 
 * Every way with tasks that do not want to end. The ways differ in what the interpreter still does: a normal end and an
   exception run the clean-up, a first Ctrl-C raises in whatever waits, a second one in the clean-up; TERM, HUP and KILL
-  let nothing run; a closed terminal is HUP to a whole group. Ending tasks is what every other stage comes to.
+  let nothing run; a closed terminal is HUP to a whole group. While the interpreter finalises, a thread may be in the
+  middle of a call ("thread"), or somebody comes when all has been cleaned up ("finalise"); a forked child runs the
+  clean-up of what is not its own. Ending tasks is what every other stage comes to.
 * Connecting, with Ctrl-C and TERM: no agent is there yet that could notice.
-* Copying, with Ctrl-C: a thread is in the middle of it.
+* Copying, with Ctrl-C, which ends a thread and a process on the host that are in the middle of it, and with TERM, where
+  only that process is there to see it.
+* Calls on all hosts (`map`), with Ctrl-C, which hits an iteration that has handed out more than it waits for; with
+  TERM, since the workers are children of zygotes and know no agent; with a fork, whose child has the iteration, too.
 * Cleaning up, with Ctrl-C twice and KILL: the only stage that is interrupted by what it does itself.
 * Clusters, and the rest, are left to the soak: to the library TERM and HUP are what KILL is, and that is tested for all
   of them in `test_sudden_ends.py`.
@@ -50,6 +55,7 @@ WAYS: dict[str, tuple[Callable[[Victim], Any], int]] = {
     "exit": (_order("exit"), 3),
     "thread": (_order("thread"), 0),
     "fork": (_order("fork"), 0),
+    "finalise": (_order("finalise"), 0),
     "interrupt": (_signals(signal.SIGINT), INTERRUPTED),
     "interrupt twice": (_signals(signal.SIGINT, signal.SIGINT), INTERRUPTED),
     "terminate": (_signals(signal.SIGTERM), -signal.SIGTERM),
@@ -61,10 +67,12 @@ SOAK = pytest.mark.soak
 TABLE = [
     *(("ordered", way) for way in WAYS if way not in ("kill", "exit", "hang up")),
     *(("connecting", way) for way in ("interrupt", "terminate")),
-    ("send", "interrupt"),
+    *(("send", way) for way in ("interrupt", "terminate")),
+    *(("calls", way) for way in ("interrupt", "terminate", "fork")),
     *(("closing", way) for way in ("interrupt twice", "kill")),
     *(pytest.param("ordered", way, marks=SOAK) for way in ("exit", "hang up")),
     *(pytest.param("closing", way, marks=SOAK) for way in ("interrupt", "terminate")),
+    *(pytest.param("calls", way, marks=SOAK) for way in ("return", "raise", "thread", "interrupt twice", "kill")),
     pytest.param("cluster", "interrupt", marks=SOAK),
     *(pytest.param(work, way, marks=SOAK) for work in ("cluster", "start") for way in ("terminate", "hang up")),
     *(pytest.param("start", way, marks=SOAK) for way in ("interrupt", "interrupt twice")),
@@ -90,4 +98,6 @@ def test_nothing_is_left(hosts: Any, work: str, way: str) -> None:
         assert got in ((status, 0, 1) if way == "interrupt twice" else (status,)), said
         if way == "raise":
             assert "the user's own" in said
+        if way == "finalise":
+            assert "too late: " in said
         assert "Fatal Python error" not in said

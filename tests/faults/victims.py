@@ -5,12 +5,16 @@ Each prints a line when it is in the middle of its work, and goes on with it unt
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,8 +128,6 @@ def search(group: RuntimeGroup, folder: Path) -> None:
 
 def noted(x: float) -> float:
     """Evaluate, and note on the host that it was done."""
-    import time
-
     time.sleep(0.2)
     with Path("~/evaluated").expanduser().open("a") as file:
         file.write(f"{x}\n")
@@ -138,7 +140,27 @@ def ordered(group: RuntimeGroup, folder: Path) -> None:
     group.execute_task(commands, broadcast=True)
     group.runtimes[0].execute_task(RuntimeTask("function").run_function(stubborn))
     say("working")
-    order = sys.stdin.readline().strip()
+    obey(sys.stdin.readline().strip(), group)
+
+
+def calls(group: RuntimeGroup, folder: Path) -> None:
+    """Calls on all hosts, more than there is time for, until it is told how to end."""
+    for number in group.map(nap, itertools.count()):
+        if number == 20:
+            say("working")
+        if select.select([sys.stdin], [], [], 0)[0]:
+            obey(sys.stdin.readline().strip(), group)
+            return
+
+
+def nap(number: int) -> int:
+    """Take a moment."""
+    time.sleep(0.05)
+    return number
+
+
+def obey(order: str, group: RuntimeGroup) -> None:
+    """End, or do what is dangerous before."""
     if order == "raise":
         raise RuntimeError("the user's own")
     if order == "exit":
@@ -149,8 +171,37 @@ def ordered(group: RuntimeGroup, folder: Path) -> None:
         child = os.fork()
         if child == 0:
             sys.exit(0)
-        os.waitpid(child, 0)
+        assert os.waitpid(child, 0)[1] == 0
         assert group.call(sum, [1]) == dict.fromkeys(HOSTS, 1)
+    if order == "finalise":
+        late.append(group)
+        Late.group = group
+
+
+late: list[RuntimeGroup] = []
+
+
+@atexit.register  # before the library has registered its own, so that this runs after that
+def use_what_is_gone() -> None:
+    """Use hosts when everything was cleaned up."""
+    for group in late:
+        try:
+            group.call(sum, [1])
+        except LazyclusterError as error:
+            print(f"too late: {error}", file=sys.stderr, flush=True)
+
+
+class Late:
+    """Uses hosts when its module is torn down, and lets nobody know."""
+
+    group: RuntimeGroup | None = None
+
+    def __del__(self) -> None:
+        if self.group is not None:
+            self.group.call(sum, [1])
+
+
+last = Late()
 
 
 def call_for_ever(group: RuntimeGroup) -> None:
@@ -185,7 +236,8 @@ def connecting(group: RuntimeGroup, folder: Path) -> None:
 
 
 WORKS: dict[str, Callable[[RuntimeGroup, Path], Any]] = {
-    work.__name__: work for work in (tasks, send, get, tunnels, start, cluster, search, ordered, closing, connecting)
+    work.__name__: work
+    for work in (tasks, send, get, tunnels, start, cluster, search, ordered, calls, closing, connecting)
 }
 
 

@@ -20,6 +20,7 @@ KEEP_FILE = "keep.json"
 SSHD_FILE = "sshd"  # names the sshd that serves the manager now, if it is not the first
 _PR_SET_CHILD_SUBREAPER = 36
 _PATIENCE = 1.0
+_SLOWEST = 60.0  # seconds for what an ssh process has not sent yet: some megabytes, over a megabit per second
 
 
 def become_subreaper() -> bool:
@@ -109,8 +110,9 @@ def clean(directory: str) -> None:
 
 
 def _end_foreign(processes: Iterable[Any]) -> None:
-    # The manager's ssh processes end by themselves when their hosts have cleaned up; the wait is for those.
-    for number, patience in ((0, 2.0), (signal.SIGTERM, 0.5), (signal.SIGKILL, 0.5)):
+    # The manager's ssh processes end by themselves: when their hosts have cleaned up, or their links are dead. Over a
+    # slow link it takes a while until the hosts learn that the manager has ended; cut short, it looks like a dead link.
+    for number, patience in ((0, _SLOWEST), (signal.SIGTERM, 0.5), (signal.SIGKILL, 0.5)):
         alive = [pid for pid, started in processes if start_time(pid) == started]
         if number:
             send_signal(alive, number)
