@@ -50,50 +50,70 @@ def in_loop() -> bool:
     return _thread is not None and threading.get_ident() == _thread.ident and _owner == os.getpid()
 
 
-def submit(coroutine: Coroutine[Any, Any, T]) -> _waiting.Future[T]:
+def submit(coroutine: Coroutine[Any, Any, T]) -> Work[T]:
     """Start a coroutine on the loop.
 
     Unlike that of `asyncio.run_coroutine_threadsafe`, the future is done only when the coroutine is, also when it was
     cancelled: so one can wait for what it does in its `finally`.
     """
-    future: _Future[T] = _Future()
-    loop = get_loop()
-
-    def start() -> None:
-        task = loop.create_task(coroutine)
-        future.task = task
-        task.add_done_callback(lambda done: _settle(future, done))
-        if future.wanted_cancel:
-            task.cancel()
-
-    future.loop = loop
-    loop.call_soon_threadsafe(start)
+    future = Work(coroutine)
+    try:
+        future.begin()
+    except BaseException:  # Ctrl-C: nobody will know the future
+        future.cancel()
+        raise
     return future
 
 
-class _Future(_waiting.Future[T]):
-    task: asyncio.Task[T] | None = None
-    loop: asyncio.AbstractEventLoop
-    wanted_cancel = False
+class Work(_waiting.Future[T]):
+    """A coroutine on the loop. Whoever makes one knows it before it begins, so that Ctrl-C leaves none to itself.
+
+    Args:
+        coroutine: What is to be done.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        super().__init__()
+        self._coroutine = coroutine
+        self._task: asyncio.Task[T] | None = None
+        self._loop = get_loop()
+
+    def begin(self) -> None:
+        """Have it begin."""
+        self._loop.call_soon_threadsafe(self._start)
 
     def cancel(self) -> bool:
+        """Have it end; it is done when it has cleaned up."""
         if self.done():
             return False
-        self.wanted_cancel = True
-        self.loop.call_soon_threadsafe(lambda: self.task.cancel() if self.task else None)
+        self._loop.call_soon_threadsafe(self._end)
         return True
 
+    # --- on the loop ---------------------------------------------------------------------------
+    def _start(self) -> None:
+        self._task = self._loop.create_task(self._coroutine)
+        self._task.add_done_callback(self._settle)
 
-def _settle(future: _Future[T], task: asyncio.Task[T]) -> None:
-    if task.cancelled():
-        concurrent.futures.Future.cancel(future)
-        future.set_running_or_notify_cancel()
-        return
-    error = task.exception()
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(task.result())
+    def _end(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        elif not self.done():  # it was never begun: what is asked of the loop it does in order
+            self._coroutine.close()
+            self._is_cancelled()
+
+    def _is_cancelled(self) -> None:
+        super().cancel()
+        self.set_running_or_notify_cancel()
+
+    def _settle(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            self._is_cancelled()
+            return
+        error = task.exception()
+        if error is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(task.result())
 
 
 def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
@@ -116,11 +136,12 @@ def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
             "called from the event-loop thread of lazycluster (e.g. in a callback): it would wait for itself"
         )
     with _progress.shown() as board:
-        return _result(submit(coroutine), timeout, board)
+        return _result(Work(coroutine), timeout, board)
 
 
-def _result(future: _waiting.Future[T], timeout: float | None, board: _progress.Board) -> T:
+def _result(future: Work[T], timeout: float | None, board: _progress.Board) -> T:
     try:
+        future.begin()
         return board.result(future, timeout)
     except concurrent.futures.TimeoutError:
         if future.done():

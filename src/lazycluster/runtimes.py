@@ -294,11 +294,14 @@ class Runtime(Belongings, Shown):
             1024
         """
         name = getattr(function, "__name__", None) or "function"
-        task = RuntimeTask(name).call(function, *args, **kwargs)._launch(self.task_context())
-        key = self._ledger.add_task(task)
+        task, key = RuntimeTask(name).call(function, *args, **kwargs), ""
         try:
+            key = self._ledger.add_task(task._launch(self.task_context()))
             task._finish_sync()
             return task.result()
+        except (KeyboardInterrupt, SystemExit):
+            task.cancel()
+            raise
         finally:
             # Nobody has a name for this task, and its result may be large.
             self._ledger.forget(key)
@@ -399,12 +402,14 @@ class Runtime(Belongings, Shown):
     async def cleanup_soon(self) -> None:
         """Do what :meth:`cleanup` does; for the layers above, on the loop."""
         self._session.state = "closed"
-        await close_tunnels(exposure.tunnel for exposure in self._ledger.exposures)
-        ending = self._ledger.end_tasks()
-        if ending:
-            ended = asyncio.gather(*(settled(future) for future in ending))
-            await self.connection.heard_out(ended, _END_LIMIT)
-        await self._session.close()
+        try:
+            await close_tunnels(exposure.tunnel for exposure in self._ledger.exposures)
+            ending = self._ledger.end_tasks()
+            if ending:
+                ended = asyncio.gather(*(settled(future) for future in ending))
+                await self.connection.heard_out(ended, _END_LIMIT)
+        finally:  # also if Ctrl-C puts an end to the waiting: with the connection, everything on the host ends
+            await self._session.close()
         self._ledger.report()
 
     def __enter__(self: R) -> R:

@@ -214,12 +214,11 @@ class RuntimeGroup(Executing, Spreading, Shown):
     # --- end -----------------------------------------------------------------------------------
     def cleanup(self) -> None:
         """Clean up all runtimes, at once, see :meth:`Runtime.cleanup`. Doing it again does nothing."""
-        if not self._closed:
-            self._closed = True
-            ours = [runtime for runtime in self.runtimes if runtime.is_ours]
-            if ours:
-                self._end_executors()
-                _loop.run(_clean_up(ours))
+        self._closed = True
+        ours = [runtime for runtime in self.runtimes if runtime.is_ours]
+        if ours:
+            self._end_executors()
+            _loop.run(_clean_up(ours))
 
     def __enter__(self) -> RuntimeGroup:
         return self

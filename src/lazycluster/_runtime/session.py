@@ -362,12 +362,14 @@ class Session:
         self._let_go_done["done"] = True
         with contextlib.suppress(ValueError):
             self.connection.on_renewal.remove(self._renewal)
-        if self.connection.state == "open" and self.lease._users > 1:  # else they go with the agent
-            for path in self.temporary:
-                removing = asyncio.ensure_future(self.connection.request("remove", path=path))
-                await self.connection.heard_out(removing, ANSWER_LIMIT)
-        self.temporary.clear()
-        await self.lease.give_back()
+        try:
+            if self.connection.state == "open" and self.lease._users > 1:  # else they go with the agent
+                for path in self.temporary:
+                    removing = asyncio.ensure_future(self.connection.request("remove", path=path))
+                    await self.connection.heard_out(removing, ANSWER_LIMIT)
+            self.temporary.clear()
+        finally:
+            await self.lease.give_back()
 
 
 def _renewal(reference: weakref.ref[Session]) -> Callable[[], Awaitable[None]]:

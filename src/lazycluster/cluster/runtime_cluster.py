@@ -256,24 +256,26 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
         Raises:
             ClusterError: If a launcher's own clean-up fails; the others are cleaned up nevertheless.
         """
-        with self._lock:
-            if self._state == "closing":
-                return
-            self._state = "closing"
-        if self._forgetting is not None:
-            self._forgetting.detach()
         errors: list[Exception] = []
-        while self._connection_files:
-            connection_file.remove(self._connection_files.pop())
+        ours = False
         try:
+            with self._lock:
+                if self._state == "closing":
+                    return
+                ours, self._state = True, "closing"
+            if self._forgetting is not None:
+                self._forgetting.detach()
+            while self._connection_files:
+                connection_file.remove(self._connection_files.pop())
             for launcher in (self._worker_launcher, self._master_launcher):
                 try:
                     launcher.cleanup()
                 except Exception as error:  # noqa: BLE001 - whatever a custom launcher does, the rest must be ended
                     errors.append(error)
-        finally:
-            self._ports = list(self._all_ports)
-            self._state = "closed"
+        finally:  # also after Ctrl-C: it may be done again
+            if ours:
+                self._ports = list(self._all_ports)
+                self._state = "closed"
         if errors:
             raise ClusterError("cleaning up: " + "; ".join(str(error) for error in errors)) from errors[0]
 

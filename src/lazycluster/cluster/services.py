@@ -334,12 +334,17 @@ class Service:
 
     async def stop(self) -> None:
         """End it in stages, and wait until it has gone. Doing it again does nothing."""
+        self.end()
+        if self._watching is not None:
+            await asyncio.shield(self._watching)
+
+    def end(self) -> None:
+        """Have it end in stages, without waiting for it."""
         self._stopping = True
         if self._watching is not None:
             self.signal("END")
             if self._away:
                 self._watching.cancel()
-            await asyncio.shield(self._watching)
 
     def _close_log(self) -> None:
         if self._log is not None:
@@ -374,6 +379,8 @@ async def stop_all(services: Sequence[Service]) -> None:
             # It was told to; and when this connection is closed, the host ends it in any case.
             left.setdefault(connection.host, []).append(service.label)
 
+    for service in services:
+        service.end()  # all are told, whatever puts an end to the waiting
     left: dict[str, list[str]] = {}
     await asyncio.gather(*(stop(service) for service in services))
     for host, labels in left.items():

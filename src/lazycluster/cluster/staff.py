@@ -150,12 +150,14 @@ class Staff(WorkerLauncher):
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
         services = self.services
-        self.workers, self._prepared = [], []
-        await stop_all(services)
-        await self.network.close()
-        for supply in self._supplies:
-            supply.release()
-        self._supplies.clear()
+        try:
+            await stop_all(services)
+        finally:  # also if Ctrl-C puts an end to the waiting: they were told
+            self.workers, self._prepared = [], []
+            await self.network.close()
+            for supply in self._supplies:
+                supply.release()
+            self._supplies.clear()
 
     def cleanup(self) -> None:
         """End the workers. Doing it again does nothing."""

@@ -94,6 +94,10 @@ class Dealer:
         self._releases.extend(blobs)
         self._poke()
 
+    def settle(self, chunk: Chunk, failure: Failure) -> None:
+        """Settle a chunk, after what was submitted and cancelled until now is handled."""
+        self._loop.call_soon_threadsafe(chunk.sink.settle, chunk, failure)
+
     def sweep(self) -> None:
         """Drop what waits and is not wanted any more."""
         self._sweeping = True
@@ -101,12 +105,16 @@ class Dealer:
 
     def _poke(self) -> None:
         if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon_threadsafe(self._poked)
+            try:
+                self._scheduled = True
+                self._loop.call_soon_threadsafe(self._poked)
+            except BaseException:  # Ctrl-C: else nobody would ever poke again
+                self._scheduled = False
+                raise
 
     # --- on the loop ---------------------------------------------------------------------------
     def _start(self, imports: Sequence[str]) -> None:
-        if self._closed:
+        if self._closed or self._crews:
             return
         self._crews = [Crew(self, context, plan) for context, plan in zip(self._contexts, self._plans, strict=True)]
         self._runs = [asyncio.ensure_future(crew.run(imports)) for crew in self._crews]

@@ -85,6 +85,7 @@ class GroupExecutor(concurrent.futures.Executor):
         self._dealer = Dealer([runtime.task_context() for runtime in runtimes], plans, self._blobs)
         self._owner = os.getpid()
         self._lock = threading.Lock()
+        self._ending = threading.RLock()
         self._started = False
         self._shut_down = False
         self._ended = False
@@ -210,8 +211,8 @@ class GroupExecutor(concurrent.futures.Executor):
     def _begin(self, packed: Packed, imports: tuple[str, ...] = ()) -> None:
         self._check()
         if not self._started:
+            self._dealer.start((*packed.imports, *imports), packed.fresh)  # twice, after Ctrl-C here, is no harm
             self._started = True
-            self._dealer.start((*packed.imports, *imports), packed.fresh)
 
     def _check(self) -> None:
         if os.getpid() != self._owner:
@@ -265,19 +266,18 @@ class GroupExecutor(concurrent.futures.Executor):
             self._finish(kill=True)
 
     def _finish(self, kill: bool) -> None:
-        with self._lock:
+        with self._ending:
             if self._ended:
                 return
-            self._ended = True
-        try:
-            if self._started:
+            try:
                 _loop.run(self._dealer.close(kill), _END_LIMIT)
-        finally:
-            self._futures.close()
-            for run in list(self._runs):
-                run.abandon()
-            for call in self.at_end:
-                call(self)
+                self._ended = True
+            finally:  # also after Ctrl-C, which leaves the rest to the next who calls this
+                self._futures.close()
+                for run in list(self._runs):
+                    run.abandon()
+                for call in self.at_end:
+                    call(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -33,12 +33,13 @@ class Futures:
     def add(self, future: concurrent.futures.Future[Any], name: str, chunk: Chunk) -> None:
         """Have a chunk run whose result is a future's."""
         chunk.key = chunk
-        with self._lock:
-            self._open[chunk] = future, name
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._settle_all, name="lazycluster futures", daemon=True)
-                self._thread.start()
-        self._dealer.submit(chunk)
+        try:
+            with self._lock:
+                self._open[chunk] = future, name
+            self._dealer.submit(chunk)
+        except BaseException:  # Ctrl-C: nobody has the future, and nobody is to wait for it
+            self._forget(chunk)
+            raise
 
     @property
     def busy(self) -> bool:
@@ -74,6 +75,9 @@ class Futures:
 
     def settle(self, chunk: Chunk, outcome: Answer | Failure) -> None:
         """Take what came out of a chunk."""
+        if self._thread is None:  # here, since Ctrl-C does not come to the loop's thread
+            self._thread = threading.Thread(target=self._settle_all, name="lazycluster futures", daemon=True)
+            self._thread.start()
         self._arrived.put((chunk, outcome))
 
     # --- in its own thread ---------------------------------------------------------------------
@@ -117,7 +121,7 @@ class Futures:
         self._dealer.cancel([chunk for chunk, _ in entries])
         for chunk, future in entries:
             future.cancel()
-            self._arrived.put((chunk, Failure(concurrent.futures.CancelledError())))
+            self._dealer.settle(chunk, Failure(concurrent.futures.CancelledError()))
 
     def wait(self) -> None:
         """Wait until all are done."""

@@ -160,8 +160,13 @@ class Execution:
         """Begin; returns itself."""
         self.context.connection.check()
         with self.board.in_use():
-            self._inner = _loop.submit(self._run())
-        self._inner.add_done_callback(self._ran)
+            self._inner = inner = _loop.Work(self._run())
+            try:
+                inner.add_done_callback(self._ran)
+                inner.begin()
+            except BaseException:  # Ctrl-C: whoever has asked for it does not get to know it
+                inner.cancel()
+                raise
         return self
 
     # --- on the loop ---------------------------------------------------------------------------

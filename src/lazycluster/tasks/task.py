@@ -122,7 +122,12 @@ class RuntimeTask(Recipe, Shown):
                     retries=retries,
                     limits=self._limits,
                 )
-                self._execution = execution.start()
+                self._execution = execution  # before it begins: whoever is interrupted can end it
+                try:
+                    execution.start()
+                except LazyclusterError:
+                    self._execution = None
+                    raise
                 return self
         return copy.copy(self)._launch(
             context, debug=debug, omit_on_join=omit_on_join, calls=calls, gate=gate, retries=retries
