@@ -5,10 +5,14 @@
 it back, and the thread that wants to say that something is done (here the loop's, which does everything) stands still
 for good. A ``with`` block on a lock that is written in C has no such moment; so what the main thread shares with others
 is built on one.
+
+Python's imports have such a moment, too. Whoever begins to wait here imports nothing, so the lock of the import system,
+if he has it, was left to him by Ctrl-C; it is given back.
 """
 
 from __future__ import annotations
 
+import _imp
 import _thread
 import concurrent.futures
 import contextlib
@@ -38,6 +42,7 @@ class Condition(_thread.RLock):  # type: ignore[misc]
             False if the seconds have passed.
         """
         lock: Any = super()
+        _let_others_import()
         sleeper = _thread.allocate_lock()
         sleeper.acquire()
         self._sleepers.append(sleeper)
@@ -76,6 +81,12 @@ class Condition(_thread.RLock):  # type: ignore[misc]
         """Wake all who wait. The lock must be held."""
         while self._sleepers:
             self._sleepers.pop().release()
+
+
+def _let_others_import() -> None:
+    with contextlib.suppress(RuntimeError):  # it is another thread's
+        while _imp.lock_held():
+            _imp.release_lock()
 
 
 class Event:

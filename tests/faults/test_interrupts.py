@@ -6,9 +6,9 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,11 +16,7 @@ import pytest
 from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask, _loop
 from patience import until
 
-pytestmark = [
-    # A coroutine may have been made, and not yet be anybody's.
-    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(100, method="thread")  # the other one needs the signal that is used here
 
 _SPAN = 2.5  # seconds for which a test interrupts
 
@@ -30,9 +26,12 @@ def _interrupt(*_: object) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _alarm() -> Iterator[None]:
+def _alarm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have a signal raise `KeyboardInterrupt`, as Ctrl-C does."""
+    _loop.get_loop()
     before = signal.signal(signal.SIGALRM, _interrupt)
+    # Python drops what is raised in the callback of a weak reference; and a coroutine may not yet be anybody's.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     try:
         yield
     finally:
@@ -40,13 +39,12 @@ def _alarm() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@contextmanager
-def interrupted(most: float) -> Iterator[None]:
-    """Interrupt the block within some seconds, unless it ends before."""
+def interrupted(work: Callable[[], Any], most: float) -> None:
+    """Do something, and interrupt it within some seconds, unless it ends before."""
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, most))
-            yield
+            work()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
@@ -56,8 +54,7 @@ def interrupted(most: float) -> Iterator[None]:
 def again_and_again(work: Callable[[], Any], most: float) -> None:
     end = time.monotonic() + _SPAN
     while time.monotonic() < end:
-        with interrupted(most):
-            work()
+        interrupted(work, most)
 
 
 @pytest.fixture
@@ -103,11 +100,8 @@ def test_map_and_executor(group: RuntimeGroup) -> None:
     assert list(group.map(abs, range(10))) == list(range(10))
     kept = group.kept_executor()
     while time.monotonic() < end:
-        with interrupted(0.004):
-            list(group.map(abs, range(50)))
-        with interrupted(0.0004):
-            for number in range(100):
-                kept.submit(abs, number)
+        interrupted(lambda: list(group.map(abs, range(50))), 0.004)
+        interrupted(lambda: [kept.submit(abs, number) for number in range(100)], 0.0004)
         assert list(group.map(abs, range(10))) == list(range(10))
     kept.shutdown()  # it waits for all that was submitted
 
@@ -116,8 +110,7 @@ def test_an_executor_that_begins(group: RuntimeGroup) -> None:
     end = time.monotonic() + _SPAN
     while time.monotonic() < end:
         with group.executor(workers_per_host=1) as executor:
-            with interrupted(0.001):
-                executor.submit(abs, 1)
+            interrupted(lambda: executor.submit(abs, 1), 0.001)
             assert executor.submit(abs, -2).result(timeout=60) == 2
 
 
@@ -128,7 +121,6 @@ def test_a_clean_up_can_be_done_again() -> None:
         group.execute_task(
             RuntimeTask("stubborn").run_command("trap '' INT TERM; sleep 7400 & wait; wait"), broadcast=True
         )
-        with interrupted(0.3):
-            group.cleanup()
+        interrupted(group.cleanup, 0.3)
         group.cleanup()
         until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in agents), "the agents to have ended")  # noqa: B023

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import _imp
 import concurrent.futures
+import importlib
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +68,21 @@ def test_an_interrupted_question_gives_the_lock_back() -> None:
             future: Future[int] = Future()
             _interrupted(lambda: (future.done(), future.add_done_callback(len)), 0.0002)  # noqa: B023
             assert not _condition_of(future)._is_owned()
+
+
+def test_others_can_import_though_an_import_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_elsewhere.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done: Future[Any] = Future()
+    thread = threading.Thread(
+        target=lambda: done.set_result(importlib.import_module("imported_elsewhere")), daemon=True
+    )
+    _imp.acquire_lock()  # what Ctrl-C leaves behind in the import system
+    _imp.acquire_lock()
+    thread.start()
+    assert done.result(20).__name__ == "imported_elsewhere"
+    assert not _imp.lock_held()
+    thread.join()
 
 
 def test_a_wait_ends_with_what_is_waited_for() -> None:
