@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from lazycluster import Runtime, RuntimeGroup, _loop
+from lazycluster import Runtime, RuntimeGroup, RuntimeTask, _loop
+from lazycluster.agent import processes
 from lazycluster.exceptions import TaskExecutionError
 from lazycluster.runtimes import LocalRuntime
+from patience import until
 from sshhosts import PASSWORD
 
 _PATIENCE = 60.0
@@ -164,6 +166,46 @@ def test_a_manager_with_few_descriptors(hosts: Any) -> None:
 
 
 @pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A control group of the system with little memory, where the kernel lets one be made."""
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    root = Path("/sys/fs/cgroup" if unified else "/sys/fs/cgroup/memory")
+    group = root / f"lazycluster-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(200_000_000))
+    except OSError as error:
+        if group.exists():
+            group.rmdir()
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        yield group
+    finally:
+        until(lambda: not (group / "cgroup.procs").read_text(), "the group to be empty")
+        group.rmdir()
+
+
+def _take(size: int) -> int:
+    return len(bytearray(size))
+
+
+def test_a_control_group_that_runs_out_of_memory(memory_group: Path) -> None:
+    """The kernel kills, whoever is the largest; it is told as what it is, and the agent goes on."""
+    with LocalRuntime() as runtime:
+        for pid in (runtime.connection.hello.pid, processes.parent_of(runtime.connection.hello.pid)):
+            (memory_group / "cgroup.procs").write_text(str(pid))
+        assert runtime.call(_take, 20_000_000) == 20_000_000
+        with pytest.raises(TaskExecutionError, match=r"out of memory") as caught:
+            runtime.call(_take, 500_000_000)
+        assert "control group" in str(caught.value)
+        assert caught.value.exit_status == -9
+        command = f"{sys.executable} -c 'print(len(bytearray(500_000_000)))'; exit $?"
+        with pytest.raises(TaskExecutionError, match=r"out of memory"):
+            runtime.execute_task(RuntimeTask("command").run_command(command), execute_async=False)
+        assert runtime.call(_take, 10) == 10
+
+
+@pytest.fixture
 def renamed(make_hosts: Any) -> Iterator[Any]:
     yield make_hosts(1)
 
@@ -208,6 +250,4 @@ def test_how_the_hosts_of_a_group_do(make_hosts: Any) -> None:
 
 
 def _sleeping() -> Any:
-    from lazycluster import RuntimeTask
-
     return RuntimeTask("sleep").run_command("sleep 300")

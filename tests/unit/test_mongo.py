@@ -358,19 +358,21 @@ _values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(_numbers, _numbers)
 def test_numbers_are_ordered_as_numbers(one: Any, other: Any) -> None:
     assert (order(one) < order(other)) == (one < other)
     assert (order(one) == order(other)) == (one == other)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=4), max_size=3), st.lists(st.text(max_size=4), max_size=3))
 def test_lists_are_ordered_as_lists(one: list[str], other: list[str]) -> None:
     encoded = [[text.encode() for text in texts] for texts in (one, other)]
     assert (order(one) < order(other)) == (encoded[0] < encoded[1])
 
 
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 @given(_values, _values)
 def test_no_filter_projection_or_update_fails_in_a_way_of_its_own(value: Any, conditions: Any) -> None:
     document = {"_id": 1, "a": value, "b": {"a": value}}
@@ -384,7 +386,7 @@ def test_no_filter_projection_or_update_fails_in_a_way_of_its_own(value: Any, co
                 continue
 
 
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=80), st.integers(0, 60), st.binary(max_size=4))
 def test_malformed_messages_are_told_from_others(tail: bytes, position: int, noise: bytes) -> None:
     body = codec.encode({"find": "c", "$db": "db", "filter": {"a": [1, "x"]}})
