@@ -16,7 +16,7 @@ import pytest
 
 from lazycluster import Runtime, RuntimeGroup, RuntimeTask, _loop
 from lazycluster.agent import processes
-from lazycluster.exceptions import TaskExecutionError
+from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, TaskExecutionError
 from lazycluster.runtimes import LocalRuntime
 from patience import until
 from sshhosts import PASSWORD
@@ -163,6 +163,42 @@ def test_a_manager_with_few_descriptors(hosts: Any) -> None:
     assert "open files" in said and "ulimit -n" in said
     assert lines[1:] == ["3 7"]
     assert done.stderr == ""
+
+
+def test_a_host_that_has_no_room_for_processes(make_hosts: Any, tmp_path: Path) -> None:
+    """Whatever is asked of it is refused with the cause; it goes on, and works when there is room again."""
+    hosts = make_hosts(1)
+    (tmp_path / "file").write_text("x")
+    with _connect(hosts) as runtime, RuntimeGroup([runtime]) as group:
+        assert runtime.call(sum, [1, 2]) == 3
+        agent = runtime.connection.hello.pid
+
+        def limit(count: int) -> None:
+            for process in hosts[0].processes():
+                hosts[0].run(f"prlimit --nproc={count}: --pid {process.inner_pid}", user="lazy", check=False)
+
+        limit(1)
+        for ask in (
+            lambda: runtime.execute_task(RuntimeTask("command").run_command("true"), execute_async=False),
+            lambda: runtime.call(sum, [1, 2]),
+            lambda: runtime.send_file(tmp_path / "file", "~/sent"),
+            lambda: runtime.get_file("/etc/passwd", tmp_path / "got"),
+            lambda: list(group.map(abs, [1])),
+        ):
+            with pytest.raises(LazyclusterError, match="the limit of processes is reached: ulimit -u"):
+                ask()
+        assert not hosts[0].path("~/sent").exists()
+        limit(10_000)
+        assert runtime.call(sum, [1, 2]) == 3
+        runtime.send_file(tmp_path / "file", "~/sent")
+        hosts[0].path("~/sent").unlink()
+        assert runtime.connection.hello.pid == agent
+
+
+def test_a_host_where_not_even_the_agent_can_be_started(make_hosts: Any) -> None:
+    hosts = make_hosts(1, files={".bashrc": "ulimit -u 1\n"})
+    with pytest.raises(InvalidRuntimeError, match="no process can be started on the host: its limit of processes"):
+        _connect(hosts)
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     listener.listen(8)
     sshd = None if local else guardian.sshd_above(os.getpid())
     if not local:
-        if os.fork():
+        if _fork(directory):
             listener.close()
             _stay(hand_over(path, [0, 1], b"session"))
         os.setsid()
@@ -118,7 +118,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     guardian.become_subreaper()
     watched, held = os.pipe()  # `held` stays open in the guardian only: its end tells the agent
     me = os.getpid()
-    agent = os.fork()
+    agent = _fork(directory)
     if agent == 0:
         os.close(held)
         if local:
@@ -131,6 +131,17 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
         _forget_streams()
     guardian.guard(agent, directory, sshd)
     os._exit(0)
+
+
+def _fork(directory: str) -> int:
+    """Fork; if that is not possible, nothing of us is left."""
+    try:
+        return os.fork()
+    except OSError:
+        for name in os.listdir(directory):
+            os.unlink(os.path.join(directory, name))
+        os.rmdir(directory)
+        raise
 
 
 def _serve(directory: str, listener: socket.socket, guardian: int, alive: int, local: bool) -> None:

@@ -9,7 +9,18 @@ import signal
 from collections import deque
 
 from . import memory
-from .processes import AGENT_MARKER, TASK_MARKER, Ending, Pump, pipe, send_signal, spawn, start_time, tree_of
+from .processes import (
+    AGENT_MARKER,
+    TASK_MARKER,
+    Ending,
+    Pump,
+    explained,
+    pipe,
+    send_signal,
+    spawn,
+    start_time,
+    tree_of,
+)
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -241,7 +252,7 @@ def run(channel: Channel) -> None:
     except OSError as error:
         # Which of the two is missing cannot be told from the error alone.
         if os.path.isdir(cwd):
-            name, message = argv[0], "{}: {}".format(error.strerror, argv[0])
+            name, message = argv[0], "{}: {}".format(explained(error.strerror), argv[0])
         else:
             name, message = cwd, "the working directory {} cannot be used: {}".format(cwd, error.strerror)
         channel.fail("os", message, errno=error.errno, path=name)
@@ -294,7 +305,7 @@ class _Setup(Process):
             super().__init__(channel, argv, env, cwd, False, True)
         except OSError as error:
             os.close(read)
-            channel.fail("os", "the set-up cannot be run: {}: {}".format(error.strerror, argv[0]))
+            channel.fail("os", "the set-up cannot be run: {}: {}".format(explained(error.strerror), argv[0]))
             return
         finally:
             os.close(write)

@@ -6,6 +6,7 @@ import json
 
 from .commands import environment
 from .paths import meant
+from .processes import explained
 from .work import Work
 from .zygotes import Zygotes
 
@@ -106,7 +107,7 @@ def _interpreter(channel: Channel, zygotes: Zygotes, env: Dict[str, str]) -> Opt
     try:
         return zygotes.get(python, env)
     except OSError as error:
-        _fail_start(channel, python, error.strerror or str(error))
+        _fail_start(channel, python, explained(error.strerror))
         return None
 
 

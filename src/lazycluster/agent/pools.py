@@ -25,7 +25,7 @@ from .poolwire import (
     SLOT_SIZE,
     SMALL,
 )
-from .processes import Ending, Pump, descendants, pipe, start_time, tree_of
+from .processes import Ending, Pump, descendants, explained, pipe, start_time, tree_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class Pool:
                 self._count += 1
                 hand = self._hands[slot] = Hand(self, self._count, slot)
             except OSError as error:
-                self._no_more(error.strerror or str(error))
+                self._no_more(explained(error.strerror))
                 return
             variables = self._variables[slot] if self._variables else {}
             hand.start(self._interpreter, dict(self._message, slot=slot, variables=variables), fds)
@@ -310,7 +310,7 @@ class Pool:
     def _lost_worker(self, hand: Hand, fields: Dict[str, Any]) -> None:
         """Handle the end of a worker that had nothing to do, or had not yet said what."""
         if fields.get("failed"):
-            self._no_more(fields["failed"])
+            self._no_more(explained(fields["failed"]))
             return
         if not hand.ready:
             self._stillborn += 1

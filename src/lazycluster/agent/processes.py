@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 AGENT_MARKER = "LAZYCLUSTER_AGENT"
 TASK_MARKER = "LAZYCLUSTER_TASK"
 STAGES: Tuple[Tuple[int, float], ...] = ((signal.SIGTERM, 1.0), (signal.SIGKILL, 1.0))
+_NO_PROCESS = os.strerror(errno.EAGAIN)
 _READ_SIZE = 128 * 1024
 _PIPE_SIZE = 1024 * 1024
 _RESET = [s for s in (getattr(signal, n, None) for n in ("SIGPIPE", "SIGXFSZ", "SIGCHLD", "SIGINT", "SIGTERM")) if s]
@@ -99,6 +101,13 @@ def send_signal(pids: Iterable[int], number: int) -> None:
 
 
 # --- starting ------------------------------------------------------------------------------------
+def explained(why: Optional[str]) -> str:
+    """Return what the system says of a process that cannot be started, and what that means if it is not plain."""
+    if why == _NO_PROCESS:
+        return why + " (the limit of processes is reached: ulimit -u, or that of a control group)"
+    return why or "nobody knows why"
+
+
 def spawn(
     argv: Sequence[str],
     env: Mapping[str, str],

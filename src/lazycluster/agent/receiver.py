@@ -140,7 +140,7 @@ class Receiver:
         stream = self._stream
         while True:
             kind = stream.header()
-            if kind == ABORT:
+            if kind in (ABORT, ERROR):  # ERROR: there is not even a sender
                 raise CopyError.received(stream.message())
             if kind == END and self._tree is not None:
                 left_out = stream.message(list)

@@ -13,7 +13,7 @@ from importlib import import_module
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .presence import Presence
-from .processes import AGENT_MARKER, Ending, become_plain, close_all_but, descendants, marks, start_time
+from .processes import AGENT_MARKER, Ending, become_plain, close_all_but, descendants, explained, marks, start_time
 from .session import Channel
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -104,7 +104,10 @@ class Agent:
             connection.close()
             return
         if purpose == b"bulk" and fds:
-            self._serve_bulk(connection, fds)
+            try:
+                self._serve_bulk(connection, fds)
+            except OSError as error:
+                _refuse_bulk(connection, fds, error)
         elif purpose == b"session" and self._presence.session is None and len(fds) == 2:
             session = self._presence.begin(connection, fds)
             Channel(session, 0, {}).event(**self._hello())
@@ -142,7 +145,12 @@ class Agent:
 
         self._parts = self._parts or Parts()
         ours, theirs = socket.socketpair()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         if pid == 0:
             become_plain()
             status = 1
@@ -193,7 +201,8 @@ class Agent:
             else:
                 channel.fail("value", "unknown request {!r}".format(operation))
         except OSError as error:
-            text = "{}: {}".format(error.strerror or error, error.filename) if error.filename else str(error)
+            why = explained(error.strerror or str(error))
+            text = "{}: {}".format(why, error.filename) if error.filename else why
             channel.fail("os", text, errno=error.errno, path=error.filename)
         except Exception as error:  # noqa: BLE001  (one broken request must not end the others)
             channel.fail("internal", "{}: {}".format(type(error).__name__, error), traceback=_traceback())
@@ -275,6 +284,23 @@ def _traceback() -> str:
     import traceback
 
     return traceback.format_exc()
+
+
+def _refuse_bulk(connection: socket.socket, fds: List[int], error: OSError) -> None:
+    """Answer on the streams of a copy that there is nobody to do it."""
+    from .stream import DONE, ERROR, CopyError, Stream, StreamClosedError
+
+    try:
+        told = CopyError(b"a process for that", explained(error.strerror), error.errno)
+        stream = Stream(fds[0], fds[-1])
+        stream.put_json(ERROR, told.message_to_send())
+        stream.put_json(DONE, {})
+        stream.flush()
+    except StreamClosedError:
+        pass
+    for fd in set(fds):
+        os.close(fd)
+    connection.close()
 
 
 def _known_user() -> bool:

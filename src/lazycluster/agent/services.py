@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tu
 
 from . import gpus, memory
 from .commands import Process, environment, outcome
-from .processes import Ending, tree_of
+from .processes import Ending, explained, tree_of
 from .restarts import Restarts
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class _Service:
             self._run = _Run(self, self._argv, self._env, self._cwd)
         except OSError as error:
             name = self._cwd if not os.path.isdir(self._cwd) else self._argv[0]
-            self._fail("os", "{}: {}".format(error.strerror, name), {"exit": None, "signal": None})
+            self._fail("os", "{}: {}".format(explained(error.strerror), name), {"exit": None, "signal": None})
             return
         if self._was_ready:
             self._late = self.channel.loop.call_later(_READY_AGAIN, self._too_late)

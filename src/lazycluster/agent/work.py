@@ -11,7 +11,7 @@ import struct
 
 from . import memory
 from .commands import Feed, outcome
-from .processes import Ending, Pump, descendants, pipe, start_time, tree_of
+from .processes import Ending, Pump, descendants, explained, pipe, start_time, tree_of
 from .wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -249,7 +249,7 @@ class Work:
             self._interpreter.note(description.pop("imported", ()))
             fields.update(description)
         elif self._failed:
-            fields.update(status="failed", message="no process can be started on the host: " + self._failed)
+            fields.update(status="failed", message="no process can be started on the host: " + explained(self._failed))
         else:
             fields["status"] = "exited" if fields["exit"] is not None else "killed"
             if fields["signal"] == signal.SIGKILL:

@@ -287,6 +287,14 @@ def _dropped(case: _Case) -> InvalidRuntimeError | None:
     return case.error("dropped", f"{case.where}the connection was dropped during the handshake: {said}", hint)
 
 
+def _no_process(case: _Case) -> InvalidRuntimeError | None:
+    if not re.search(r"(?:BlockingIOError|fork\b.*|Cannot fork).*(?:unavailable|fork)", f"{case.said}\n{case.output}"):
+        return None
+    detail = "no process can be started on the host: its limit of processes is reached"
+    hint = "end what runs there under this account, or raise the limit (ulimit -u, or that of a control group)"
+    return case.error("python", detail, hint)
+
+
 def _no_python(case: _Case) -> InvalidRuntimeError | None:
     if case.status == 255 and not case.output:
         return None  # ssh's own failure
@@ -325,7 +333,18 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
 
 
 _Rule = Callable[[_Case], "InvalidRuntimeError | None"]
-_RULES: tuple[_Rule, ...] = (_config, _host_key, _dns, _network, _auth, _protocol, _dropped, _no_python, _shell)
+_RULES: tuple[_Rule, ...] = (
+    _config,
+    _host_key,
+    _dns,
+    _network,
+    _auth,
+    _protocol,
+    _dropped,
+    _no_process,
+    _no_python,
+    _shell,
+)
 
 
 def _unknown(case: _Case) -> InvalidRuntimeError:
