@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from patience import until
 from sshhosts import PASSWORD
 from terminals import Terminal
 
@@ -162,6 +163,20 @@ def test_a_host_whose_key_has_changed_is_always_refused(hosts: Any, strange: Pat
     assert status == 1
     assert [step["name"] for step in failed] == ["host key"]
     assert (tmp_path / "known").read_text() == before
+
+
+def test_nothing_is_printed_behind_a_question(hosts: Any, strange: Path) -> None:
+    # host3 is known, so it answers while the question about host1 stands there.
+    known = next(line for line in Path(hosts.known_hosts).read_text().splitlines() if hosts[2].address in line)
+    (strange.parent / "known").write_text(known + "\n")
+    argv = [*LAZYCLUSTER, "run", "--config", str(strange), "-w", "host[1,3]", "--", "touch it; hostname"]
+    with Terminal(argv) as terminal:
+        terminal.until(r"continue connecting \(yes/no.*\? ")
+        until(hosts[2].path("~/it").exists, "the other host to be done")
+        terminal.type("no\n")
+        assert terminal.end() == 255
+    assert re.search(r"\? no\nhost3: host3\nhost1: not usable", terminal.seen), terminal.seen
+    hosts[2].path("~/it").unlink()
 
 
 # --- passwords, and hosts --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from lazycluster import _loop, _waiting
 from lazycluster.exceptions import printable
+from lazycluster.ssh.terminal import is_asking, when_answered
 
 from .console import errors, host_style, output
 from .errors import OutputGoneError
@@ -41,6 +42,7 @@ class Printer(abc.ABC):
         self._queue: deque[tuple[Any, bytes]] = deque()
         self._size = 0
         self._closed = False
+        self._held = 0
         self._change = _waiting.Condition()
 
     # --- on the loop's thread ------------------------------------------------------------------
@@ -57,7 +59,17 @@ class Printer(abc.ABC):
         """Take the end of a host's work."""
 
     def put(self, stream: Any, data: bytes) -> None:
-        """Have something printed; waits while too much is still to be printed, which holds the hosts back."""
+        """Have something printed; waits while too much is still to be printed, which holds the hosts back.
+
+        Behind an open question nothing is printed, unless it is very much.
+        """
+        if is_asking() and self._held < _QUEUED:
+            self._held += len(data)
+            when_answered(lambda: self._put(stream, data))
+        else:
+            self._put(stream, data)
+
+    def _put(self, stream: Any, data: bytes) -> None:
         with self._change:
             self._change.wait_for(lambda: self._size < _QUEUED or self._closed)
             if not self._closed:

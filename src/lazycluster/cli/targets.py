@@ -179,10 +179,12 @@ def targets(
     except UnicodeDecodeError:
         raise click.UsageError("the file with the hosts is no text") from None
     if not names:
-        raise click.UsageError(_no_hosts(config, named))
+        raise click.UsageError(_no_hosts(config, named, bool(hosts) or hostfile is not None))
     settings = how_to_connect(config, connect_timeout, accept_new_host_key)
     everyone = hostsets.ALL in named
-    return Targets(names, everyone, settings, ask=person_is_there())
+    # Whoever looks at what there is wants no questions about each host that has never been used.
+    looking = everyone and default == hostsets.ALL
+    return Targets(names, everyone, settings, ask=person_is_there() and not looking)
 
 
 def _read(value: str) -> list[str]:
@@ -200,9 +202,11 @@ def _is_pattern(name: str) -> bool:
     return name.startswith("@") or bool(set(name) & set("*?["))
 
 
-def _no_hosts(config: str | None, named: Sequence[str]) -> str:
+def _no_hosts(config: str | None, named: Sequence[str], given: bool) -> str:
     if named and named != [hostsets.ALL]:
         return "no host is left: all that are named are excluded"
+    if given and not named:
+        return "no hosts are named: what stands for them is empty"
     where = config or "~/.ssh/config"
     return (
         f"{where} names no hosts. Add one with 'lazycluster add-runtime NAME [USER@]HOST', or name some with -w HOSTS"
@@ -217,7 +221,7 @@ def _ask(config: str | None) -> str:
         have = f" (the ssh configuration has {hostsets.fold(known)})" if known else ""
         raise click.UsageError(f"no hosts are named: use -w HOSTS, or -w @all for all active ones{have}")
     if not known:
-        raise click.UsageError(_no_hosts(config, []))
+        raise click.UsageError(_no_hosts(config, [], False))
     click.echo(f"Hosts of the ssh configuration: {hostsets.fold(known)}", err=True)
     answer: str = click.prompt("On which hosts (@all for all)", err=True)
     return answer

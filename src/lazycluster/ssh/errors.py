@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -156,7 +157,7 @@ def _host_key(case: _Case) -> InvalidRuntimeError | None:
         detail += f" ({key[1]}, {key[2]})"
     hint = (
         f"run '{case.plain_ssh}' once, compare the fingerprint with what the host's administrator says, and "
-        'accept it; or take new hosts on trust: --accept-new-host-key, host_keys="accept-new" in connection_kwargs'
+        'accept it; or take new hosts on trust: --accept-new-host-key, in Python host_keys="accept-new"'
     )
     return case.error("host_key", detail, hint)
 
@@ -258,9 +259,10 @@ def _auth_hint(case: _Case) -> str:
     key = f"-i {settings.key_filename[0]} " if settings.key_filename else ""
     port = f"-p {settings.port} " if settings.port else ""
     user = f"{settings.user}@" if settings.user else ""
+    file = f"-F {shlex.quote(settings.config_file)} " if settings.config_file else ""
     return (
-        f"install your key with 'ssh-copy-id {key}{port}{user}{settings.target}', "
-        "or give key_filename or password in connection_kwargs"
+        f"install your key with 'ssh-copy-id {file}{key}{port}{user}{settings.target}', "
+        "or, in Python, give key_filename or password in connection_kwargs"
     )
 
 
@@ -303,7 +305,7 @@ def _no_python(case: _Case) -> InvalidRuntimeError | None:
     before = rf"(?:{name}|{base})\W.*(?:not found|no such file|permission denied)"
     missing = rf"{before}|(?:not found|unknown command)\W.*{base}"
     if re.search(missing, text, re.IGNORECASE) or case.status in (126, 127):
-        hint = 'install Python 3.8 or newer there, or name the interpreter with python="/path/to/python3"'
+        hint = 'install Python 3.8 or newer there, or, in Python, name the interpreter with python="/path/to/python3"'
         said = case.evidence or case.printed
         return case.error("python", f"{case.python} does not run on the host: {said}", hint)
     if re.search(r"Traceback \(most recent|SyntaxError|ImportError|No module named|Fatal Python error", text):

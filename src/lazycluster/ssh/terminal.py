@@ -6,11 +6,40 @@ import asyncio
 import contextlib
 import os
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-__all__ = ["ask_on_terminal"]
+__all__ = ["ask_on_terminal", "is_asking", "when_answered"]
 
 _LONGEST = 4096
+
+_open = 0  # questions
+_held: list[Callable[[], Any]] = []
+
+
+def is_asking() -> bool:
+    """Whether a question stands on the terminal, behind which nothing should be printed."""
+    return _open > 0
+
+
+def when_answered(call: Callable[[], Any]) -> None:
+    """Call something as soon as no question is open: at once, or later. For the event loop's thread."""
+    if is_asking():
+        _held.append(call)
+    else:
+        call()
+
+
+@contextlib.contextmanager
+def _question() -> Iterator[None]:
+    global _open
+    _open += 1
+    try:
+        yield
+    finally:
+        _open -= 1
+        while _held and not is_asking():
+            _held.pop(0)()
 
 
 @contextlib.contextmanager
@@ -60,7 +89,7 @@ async def ask_on_terminal(question: str, *, secret: bool) -> str | None:
     except OSError:
         return None
     try:
-        with _echo_off(terminal) if secret else contextlib.nullcontext():
+        with _question(), _echo_off(terminal) if secret else contextlib.nullcontext():
             os.write(terminal, question.encode(errors="replace"))
             try:
                 return await _read_line(terminal)

@@ -52,6 +52,7 @@ async def _check_all(chosen: Targets, silent: bool) -> list[Checkup]:
 
     from lazycluster.cli.checkup import Checkup
     from lazycluster.ssh.openssh import SshConnection
+    from lazycluster.ssh.terminal import when_answered
 
     slots = asyncio.Semaphore(32)
 
@@ -63,33 +64,35 @@ async def _check_all(chosen: Targets, silent: bool) -> list[Checkup]:
             assert isinstance(connection, SshConnection)
             await checkup.run(connection)
             if not silent:
-                _show(checkup)
+                when_answered(lambda: _show(checkup))
             return checkup
 
     return list(await asyncio.gather(*(check(name) for name in chosen.names)))
 
 
+_UNLIMITED = 10_000  # columns, where it is no terminal
 _STYLES = {"ok": "green", "failed": "bold red", "differs": "yellow", "not reached": "dim"}
 
 
 def _show(checkup: Checkup) -> None:
+    from rich.table import Table
     from rich.text import Text
 
     from lazycluster.cli.checkup import STEPS
-    from lazycluster.cli.console import output
+    from lazycluster.cli.console import is_terminal, output
     from lazycluster.exceptions import printable
 
     out = output()
-    out.print(Text(checkup.host, style="bold"))
-    width = max(map(len, STEPS))
-    indent = "\n" + " " * (width + 17)
+    out.print(Text(printable(checkup.host), style="bold"))
+    name, state = max(map(len, STEPS)), max(map(len, _STYLES))
     for step in checkup.steps:
-        line = Text("  ")
-        line.append(step.name.ljust(width + 2))
-        line.append(step.state.ljust(13), style=_STYLES[step.state])
-        line.append(printable(step.detail).replace("\n", indent))
-        out.print(line, soft_wrap=True)
+        row = Table.grid(padding=(0, 2, 0, 0))
+        row.add_column(width=name + 2)
+        row.add_column(width=state)
+        row.add_column(overflow="fold")
+        row.add_row(f"  {step.name}", Text(step.state, style=_STYLES[step.state]), Text(printable(step.detail)))
+        out.print(row, width=None if is_terminal() else _UNLIMITED)
         if step.mend:
-            mend = printable(step.mend).replace("\n", indent)
-            out.print(Text(f"{indent[1:]}-> {mend}", style="cyan"), soft_wrap=True)
+            # In one line, so that commands can be copied from it.
+            out.print(Text(f"    -> {printable(step.mend)}", style="cyan"), soft_wrap=True)
     out.print()

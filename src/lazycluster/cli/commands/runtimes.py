@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -80,9 +81,12 @@ class _Listing:
     def run(self) -> list[Outcome]:
         from lazycluster import _loop
         from lazycluster.cli.fanout import everywhere
+        from lazycluster.ssh.terminal import when_answered
 
         output().print(self._line({name: name.upper() for name in self._columns}), style="bold", soft_wrap=True)
-        outcomes = _loop.run(everywhere(self._targets, self._ask, on_done=self.show))
+        outcomes = _loop.run(
+            everywhere(self._targets, self._ask, on_done=lambda outcome: when_answered(lambda: self.show(outcome)))
+        )
         self.finish(outcomes)
         return outcomes
 
@@ -106,12 +110,26 @@ class _Listing:
         from lazycluster._views.cells import cells
         from lazycluster.exceptions import printable
 
-        row = {"host": outcome.host, "state": "active" if outcome.kind == "done" else "inactive"}
-        if outcome.kind == "done":
+        if outcome.kind != "done":
+            self._show_inactive(outcome)
+            return
+        row = {"host": outcome.host, "state": "active"}
+        if outcome.host in self.infos:
             info = self.infos[outcome.host]
             row["latency"] = f"{info['latency'] * 1000:.1f} ms"
             row.update({name: printable(cell) for name, cell in cells(info).items()} if self._long else {})
-        text = Text(self._line(row), style="" if outcome.kind == "done" else "dim")
+        output().print(Text(self._line(row)), soft_wrap=True)
+
+    def _show_inactive(self, outcome: Outcome) -> None:
+        """Say in a few words why; all of it, with what may help, is said in the end."""
+        from rich.text import Text
+
+        from lazycluster.exceptions import printable
+
+        line = f"{self._line({'host': outcome.host, 'state': 'inactive'})}  {_cause(printable(outcome.error))[0]}"
+        text = Text(line, style="dim")
+        if is_terminal():
+            text.truncate(output().width, overflow="ellipsis")
         output().print(text, soft_wrap=True)
 
     def _line(self, row: dict[str, str]) -> str:
@@ -129,11 +147,16 @@ class _Listing:
         if bad:
             output().print("\nInactive:", style="bold")
         for outcome in bad:
-            first, *rest = printable(outcome.error).split("\n")
+            first, *rest = _cause(printable(outcome.error))
             output().print(f"  {outcome.host}: {first}", markup=False, soft_wrap=True)
             for line in rest:
                 style = "cyan" if "Next step:" in line else None
                 output().print(f"    {line.strip()}", markup=False, soft_wrap=True, style=style)
+
+
+def _cause(error: str) -> list[str]:
+    """Return the lines of an error, without what the table says already."""
+    return re.sub(r"^not usable as a runtime \((.+?)\)", r"\1", error).split("\n")
 
 
 class _Json(_Listing):
