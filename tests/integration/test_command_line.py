@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+
+from terminals import Terminal
 
 
 def start(hosts: Any, command: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -330,6 +333,34 @@ def test_a_dask_cluster_in_the_foreground(hosts: Any, tmp_path: Path) -> None:
     assert not file.exists()
 
 
+_SEARCH = """
+import sys
+from hyperopt import fmin, hp, rand
+from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+trials = HyperoptCluster.connect(sys.argv[1], exp_key="parabola")
+space = hp.uniform("x", -1, 1)
+fmin(abs, space, rand.suggest, 6, max_queue_len=3, trials=trials, show_progressbar=False, verbose=False)
+"""
+
+
+def test_a_hyperopt_cluster_in_the_foreground(hosts: Any, tmp_path: Path) -> None:
+    file = tmp_path / "search.json"
+    argv = [sys.executable, "-m", "lazycluster", "start", "hyperopt", "--config", str(hosts.config_file)]
+    argv += ["-w", "host[1-2]", "--dbpath", str(tmp_path / "trials"), "--connection-file", str(file)]
+    with Terminal(argv, columns=120) as terminal:
+        terminal.until(r"Starting 2 workers on 2 hosts")
+        terminal.until(r"HyperoptCluster with 2 workers, its master on port \d+ of this machine")
+        terminal.until(r'HyperoptCluster.connect\(".*search.json"\)')
+        terminal.until(r"WORKER +HOST +STATE +RESTARTS +PID +CPU +MEMORY\s+\S+ +host1 +ready +0 +\d+")
+        assert file.stat().st_mode & 0o777 == 0o600
+        subprocess.run([sys.executable, "-c", _SEARCH, str(file)], check=True, capture_output=True, timeout=60)
+        terminal.until(r"6 done, 0 running, 0 waiting, 0 failed, best loss [\d.]+")
+        terminal.type("\x03")
+        assert terminal.end() == 130, terminal.seen
+    assert not file.exists()
+    assert "Traceback" not in terminal.seen
+
+
 def test_cleanup(hosts: Any) -> None:
     # It leaves the agent's processes alone that another manager uses.
     other = start(hosts, "run", "-w", "host1", "--", "echo up; exec sleep 601")
@@ -404,6 +435,42 @@ def test_completion(hosts: Any) -> None:
 
     assert complete("lazycluster add") == ["add-runtime"]
     assert complete(f"lazycluster run --config {hosts.config_file} -w ho") == ["host1", "host2", "host3"]
-    for shell in ("bash", "zsh", "fish"):
-        argv = [sys.executable, "-m", "lazycluster", "completion", shell]
-        assert "_LAZYCLUSTER_COMPLETE" in subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert complete(f"lazycluster run --config {hosts.config_file} -w host1,ho") == ["host1,host2", "host1,host3"]
+
+
+_LOAD = 'eval "$(lazycluster completion {})"'
+# What is typed in a shell before Tab, twice: it completes what all have in common, and then shows them.
+_SHELLS = {
+    "bash": (["bash", "--norc", "--noprofile"], _LOAD.format("bash")),
+    "zsh": (["zsh", "-f"], "autoload -U compinit; compinit -u -D; " + _LOAD.format("zsh")),
+    "fish": (["fish", "--no-config", "--private"], "lazycluster completion fish | source"),
+}
+
+
+@pytest.mark.parametrize("shell", _SHELLS)
+def test_completion_in_a_real_shell(shell: str, hosts: Any, tmp_path: Path) -> None:
+    argv, load = _SHELLS[shell]
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    program = tmp_path / "lazycluster"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lazycluster "$@"\n')
+    program.chmod(0o755)
+    env = {
+        "HOME": str(tmp_path),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PS1": "> ",
+        "XDG_CONFIG_HOME": str(tmp_path),
+    }
+    with Terminal(argv, {**env, "LAZYCLUSTER_SSH_CONFIG": str(hosts.config_file)}, columns=100) as terminal:
+        terminal.type(f"{load}; echo rea''dy\n")
+        terminal.until("ready")
+        for typed, shown in (
+            ("lazycluster add", "add-runtime"),
+            ("lazycluster run -w host1,ho", r"host1,host2\s+host1,host3"),
+        ):
+            terminal.type(f"{typed}\t")
+            terminal.type("\t")
+            terminal.until(shown)
+            terminal.type("\x03")
+        terminal.type("\x15exit\n")
+        terminal.end()

@@ -72,7 +72,8 @@ def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) 
     """Complete the names of hosts for a shell, also after a comma."""
     head, comma, last = incomplete.rpartition(",")
     known = [*_configured(ctx.params.get("config")), hostsets.ALL]
-    return [head + comma + name for name in known if name.startswith(last)]
+    named = head.split(",")
+    return [head + comma + name for name in known if name.startswith(last) and name not in named]
 
 
 def _configured(config: str | None) -> list[str]:

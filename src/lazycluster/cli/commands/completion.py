@@ -24,4 +24,6 @@ def completion(shell: str) -> None:
 
     found = get_completion_class(shell)
     assert found is not None
-    click.echo(found(cli, {}, "lazycluster", "_LAZYCLUSTER_COMPLETE").source())
+    text = found(cli, {}, "lazycluster", "_LAZYCLUSTER_COMPLETE").source()
+    # fish would cut what is completed at its first comma, and sets of hosts have some.
+    click.echo(text.replace('string split ","', 'string split --max 1 ","'))
