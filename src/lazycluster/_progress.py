@@ -295,7 +295,7 @@ def _display() -> _Display:
     if in_notebook():
         return _Notebook()
     try:
-        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
     except (AttributeError, ValueError):  # there is no standard error, or it was closed
         terminal = False
     return _Terminal() if terminal else _Nowhere()

@@ -197,7 +197,7 @@ def as_html(view: View) -> str:
 def _table(table: Table) -> str:
     def line(kind: str, cells: Sequence[Cell | str]) -> str:
         shown = "".join(
-            f'<{kind} style="{_style(table, name)}">{_span(cell)}</{kind}>'
+            f'<{kind} style="{_style(table, name, kind)}">{_span(cell)}</{kind}>'
             for name, cell in zip(table.head, cells, strict=True)
         )
         return f"<tr>{shown}</tr>"
@@ -213,9 +213,9 @@ def _table(table: Table) -> str:
     )
 
 
-def _style(table: Table, column: str) -> str:
+def _style(table: Table, column: str, kind: str) -> str:
     style = _LEFT.replace("left", "right") if column in table.right else _LEFT
-    return f"{style};white-space:pre-wrap;font-family:monospace" if column in table.exact else style
+    return f"{style};white-space:pre-wrap;font-family:monospace" if kind == "td" and column in table.exact else style
 
 
 def _span(cell: Cell | str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ class Copying:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._lock = threading.Lock()
-        if errors().is_terminal and not quiet:
+        if errors().is_terminal and not quiet and not os.environ.get("NO_COLOR"):
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),

@@ -82,7 +82,7 @@ def add_runtime(
     if check or accept_new_host_key:
         return _check(name, config, accept_new_host_key)
     if not copy_id:
-        click.echo(f"Next step: see that it can be used: lazycluster doctor {name}")
+        click.echo(f"Next step: see that it can be used: {_doctor(name, config)}")
     return 0
 
 
@@ -102,6 +102,10 @@ def delete_runtime(name: str, config: str | None) -> None:
 
     path = remove_host(name, config)
     click.echo(f"{name} was removed from {path}; what it was before is in {path.name}{BACKUP}.")
+
+
+def _doctor(name: str, config: str | None) -> str:
+    return shlex.join(["lazycluster", "doctor", *(["--config", config] if config else []), name])
 
 
 def _public_key(id_file: str | None) -> Path:
@@ -176,6 +180,6 @@ def _check(name: str, config: str | None, accept: bool) -> int:
     (outcome,) = _loop.run(everywhere(chosen, work))
     if outcome.error:
         show_error(
-            f"{name}: {outcome.error}\n  It is in the configuration all the same; see also: lazycluster doctor {name}"
+            f"{name}: {outcome.error}\n  It is in the configuration all the same; see also: {_doctor(name, config)}"
         )
     return outcome.status
