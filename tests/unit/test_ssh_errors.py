@@ -44,7 +44,7 @@ def told(said, status=255, kwargs=None, **more):
         ("Host key verification failed.\r\n", "host_key", "unknown"),
         (CHANGED, "host_key", "CHANGED: it now shows ED25519, SHA256:uM9f5jZ7"),
         (CHANGED, "host_key", 'ssh-keygen -f "/home/me/known_hosts" -R "[h]:22022"'),
-        ("me@h: Permission denied (publickey).\r\n", "auth", "ssh-copy-id me@h"),
+        ("me@h: Permission denied (publickey).\r\n", "auth", "ssh-copy-id -F none me@h"),
         ("Received disconnect from 1.2.3.4 port 22:2: Too many authentication failures\r\n", "auth", "key_filename"),
         ('Load key "/k": error in libcrypto\r\nme@h: Permission denied (publickey).\r\n', "auth", 'Load key "/k"'),
         ("/x/config: line 3: Bad configuration option: fooo\r\n/x/config: terminating, 1 bad configuration options\r\n",
