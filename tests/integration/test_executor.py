@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from lazycluster import LocalRuntime, RuntimeGroup
+from lazycluster import LocalRuntime, RuntimeGroup, _waiting
 from lazycluster.exceptions import BrokenPoolError, LazyclusterError, WorkerLostError
+from patience import until
 from sshhosts import procfs
 
 cpython = pytest.importorskip("test.test_concurrent_futures", reason="Python's own tests are not installed")
@@ -133,6 +134,36 @@ def change():
     offset = 7
     return offset
 """
+
+
+def test_in_a_callback_a_shutdown_does_not_wait_for_the_callback(group: RuntimeGroup) -> None:
+    over = _waiting.Event()
+    executor = group.executor()
+
+    def end(future: concurrent.futures.Future[int]) -> None:
+        executor.shutdown()
+        over.set()
+
+    executor.submit(abs, -3).add_done_callback(end)
+    assert over.wait(60)
+    executor.shutdown()  # waits
+
+
+def test_ctrl_c_while_something_is_submitted(group: RuntimeGroup) -> None:
+    def interrupt(frame: Any, event: str, argument: Any) -> None:
+        if frame.f_code.co_name == "call_soon_threadsafe":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    with group.executor() as executor:
+        assert executor.submit(abs, -1).result(60) == 1
+        until(lambda: not executor._dealer._scheduled, "the dealer to have seen all")
+        before = sys.gettrace()
+        with pytest.raises(KeyboardInterrupt):
+            sys.settrace(interrupt)
+            executor.submit(abs, -2)
+        sys.settrace(before)
+        assert executor.submit(abs, -3).result(60) == 3
 
 
 def test_workers_that_die_before_they_begin_are_not_started_for_ever(group: RuntimeGroup) -> None:
@@ -265,7 +296,7 @@ def test_ctrl_c_ends_what_runs(tmp_path: Path, work: str) -> None:
     program = f"""
     import os, sys, time
     from pathlib import Path
-    from lazycluster import LocalRuntime, RuntimeGroup
+    from lazycluster import LocalRuntime, RuntimeGroup, _waiting
 
     def wait(x):
         Path({str(tmp_path)!r}, str(os.getpid())).touch()

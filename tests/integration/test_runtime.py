@@ -33,6 +33,7 @@ from lazycluster.exceptions import (
     TaskExecutionError,
 )
 from lazycluster.utils import Environment
+from patience import until
 
 
 @pytest.fixture(autouse=True)
@@ -597,6 +598,27 @@ def test_a_port_of_the_host_on_the_manager(remote: Runtime, greeter: int) -> Non
     remote.get_process(key).terminate()
     with pytest.raises(OSError, match="refused"):
         fetch(6202)
+
+
+def _kill_ssh(runtime: Runtime) -> None:
+    process: Any = runtime.connection._process
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def test_whoever_waits_for_an_exposure_learns_of_its_end(hosts: Any, greeter: int) -> None:
+    for end in (Runtime.cleanup, _kill_ssh):
+        settings = {"config_file": hosts.config_file, "reconnect": 0, "grace": 1}
+        with Runtime(hosts.names[0], connection_kwargs=settings) as runtime:
+            handle = runtime.get_process(runtime.expose_port_to_runtime(greeter))
+            handle.join(0.01)
+            assert handle.is_alive()
+            waiting = threading.Thread(target=handle.join)
+            waiting.start()
+            end(runtime)
+            waiting.join(60)
+            assert not waiting.is_alive()
+            assert not handle.is_alive()
+        until(lambda: not hosts[0].leftovers(), "the end of the grace")
 
 
 # --- the end, and other processes and threads ------------------------------------------------------

@@ -7,7 +7,6 @@ import itertools
 import threading
 from collections.abc import Sequence
 
-from lazycluster import _waiting
 from lazycluster.exceptions import GroupTaskError, TaskExecutionError
 from lazycluster.ssh.tunnels import Tunnel
 from lazycluster.tasks.execution import wait_for
@@ -26,7 +25,6 @@ class PortExposure(ProcessHandle):
 
     def __init__(self, tunnel: Tunnel) -> None:
         self.tunnel = tunnel
-        self._closed = _waiting.Event()
         arrow = "to" if tunnel.direction == "to_runtime" else "from"
         self.name = f"port-{arrow}-runtime {tunnel.host} local:{tunnel.local_port} runtime:{tunnel.remote_port}"
 
@@ -45,14 +43,12 @@ class PortExposure(ProcessHandle):
         return self.tunnel.is_open
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until somebody ends the exposure."""
-        if self.is_alive():
-            self._closed.wait(timeout)
+        """Wait until somebody ends the exposure, or the connection ends."""
+        self.tunnel.wait(timeout)
 
     def terminate(self) -> None:
         """End the exposure."""
         self.tunnel.close()
-        self._closed.set()
 
 
 class Ledger:

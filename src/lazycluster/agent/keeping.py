@@ -113,6 +113,8 @@ def prune_environments(root: str, limit: Optional[int], age: Optional[float]) ->
     """Remove environments, those used longest ago first, until all together is small enough."""
     envs = os.path.join(root, "envs")
     before = size_of(root)
+    if _is_building(envs):
+        limit = None  # it uses packages that no environment has yet: whoever makes it looks at the size afterwards
     for entry in os.listdir(envs) if os.path.isdir(envs) else ():
         if entry.startswith("."):  # left by a build that was killed, unless one is under way
             name = entry[1:].rpartition("-")[0]
@@ -140,6 +142,17 @@ def _fits(root: str, limit: Optional[int]) -> bool:
     _remove_unshared(os.path.join(root, "cache", "archive-v0"))
     needed = {folder for _, manifest, _ in kept(root) for folder in manifest.get("wheels") or ()}
     return _remove_oldest(os.path.join(root, "wheels"), needed, root, limit)
+
+
+def _is_building(envs: str) -> bool:
+    """Whether an environment is being made, by this agent or another."""
+    for name in os.listdir(envs) if os.path.isdir(envs) else ():
+        if name.endswith(".build"):
+            fd = lock(os.path.join(envs, name), fcntl.LOCK_EX)
+            if fd is None:
+                return True
+            os.close(fd)
+    return False
 
 
 def _remove_unshared(place: str) -> None:

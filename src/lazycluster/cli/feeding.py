@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 import sys
 import tempfile
 from typing import TYPE_CHECKING
+
+from lazycluster.exceptions import LazyclusterError
 
 if TYPE_CHECKING:
     from lazycluster.ssh.link import Channel
@@ -28,6 +31,7 @@ class SharedInput:
         self._file = None if self._regular else tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
         self._size = 0
         self._over = self._regular
+        self.error: OSError | None = None
         self._places: dict[int, int] = {}
         self._changed = asyncio.Condition()
         self._reading: asyncio.Task[None] | None = None
@@ -51,6 +55,8 @@ class SharedInput:
     async def _part(self, fd: int, place: int) -> bytes:
         async with self._changed:
             await self._changed.wait_for(lambda: self._over or self._size > place)
+        if self.error is not None:
+            raise LazyclusterError(f"standard input cannot be passed on: {self.error}") from self.error
         return os.pread(fd, _PART, self._start + place)
 
     async def _tell(self) -> None:
@@ -61,13 +67,16 @@ class SharedInput:
         from lazycluster import _loop
 
         assert self._file is not None
-        while data := await _loop.in_thread(os.read, self._source, _PART):
-            self._file.write(data)
-            self._file.flush()
-            self._size += len(data)
-            async with self._changed:
-                self._changed.notify_all()
-                await self._changed.wait_for(lambda: self._size - min(self._places.values(), default=0) < _AHEAD)
+        try:
+            while data := await _loop.in_thread(os.read, self._source, _PART):
+                self._file.write(data)
+                self._file.flush()
+                self._size += len(data)
+                async with self._changed:
+                    self._changed.notify_all()
+                    await self._changed.wait_for(lambda: self._size - min(self._places.values(), default=0) < _AHEAD)
+        except OSError as error:  # the temporary directory is full, say
+            self.error = error
         self._over = True
         await self._tell()
 
@@ -76,4 +85,5 @@ class SharedInput:
         if self._reading is not None:
             self._reading.cancel()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what it could not write is told as its error
+                self._file.close()

@@ -34,6 +34,7 @@ __all__ = ["Maker"]
 logger = logging.getLogger("lazycluster")
 
 _SURVEY_LIMIT = 120.0  # seconds for looking through the host's directories
+_ARGUMENT = 24_000  # characters of an argument
 _LOCK_NAME = "pylock.lazycluster.toml"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PROGRESS = 10.0  # seconds between two lines that say how far it is
@@ -212,8 +213,7 @@ class Maker:
         self._folders = [wheel.folder for wheel in wheels.values()]
         lock = pylock(self._plan, wheels, f"{self._root}/wheels")
         where = f"{directory}/{_LOCK_NAME}"
-        write = ["/bin/sh", "-c", 'umask 077; printf "%s" "$1" > "$2"', "sh", lock, where]
-        await self._place.run(write, {}, "writing the list of packages")
+        await self._write(lock, where)
         self._tell(f"installing {len(self._plan.packages)} packages")
         argv = [uv, "pip", "install", "--quiet", "--no-deps", "--python", f"{directory}/bin/python", "-r", where]
         if direct:
@@ -223,6 +223,13 @@ class Maker:
         else:
             argv += ["--offline", "--no-index"]
         await self._place.run(argv, env, f"installing {len(self._plan.packages)} packages")
+
+    async def _write(self, text: str, where: str) -> None:
+        # In parts: no system takes an argument of any length.
+        for start in range(0, len(text), _ARGUMENT):
+            script = f'umask 077; printf "%s" "$1" {">>" if start else ">"} "$2"'
+            argv = ["/bin/sh", "-c", script, "sh", text[start : start + _ARGUMENT], where]
+            await self._place.run(argv, {}, "writing the list of packages")
 
     def _direct_env(self) -> dict[str, str]:
         remote = [url for url in self._settings.urls if urlsplit(url).scheme in ("http", "https")]

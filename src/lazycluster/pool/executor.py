@@ -229,7 +229,8 @@ class GroupExecutor(concurrent.futures.Executor):
         """Take no more calls, and end the workers when they are done. Doing it again does nothing.
 
         Args:
-            wait: Return when all is over; else at once.
+            wait: Return when all is over; else at once. In the callback of a future it is always at once, since what
+                is to be waited for waits for the callback.
             cancel_futures: Cancel what was not begun.
         """
         with self._lock:
@@ -238,7 +239,7 @@ class GroupExecutor(concurrent.futures.Executor):
             return
         if cancel_futures:
             self._futures.cancel_waiting()
-        if wait:
+        if wait and not self._futures.in_callback:
             self._end()
         elif not self._ended:
             threading.Thread(target=self._end, name="lazycluster shutdown", daemon=True).start()

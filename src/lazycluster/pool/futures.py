@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import queue
 import threading
 from typing import Any
@@ -40,6 +41,11 @@ class Futures:
         except BaseException:  # Ctrl-C: nobody has the future, and nobody is to wait for it
             self._forget(chunk)
             raise
+
+    @property
+    def in_callback(self) -> bool:
+        """Whether the calling thread is that in which futures are settled, and must not wait for them."""
+        return threading.current_thread() is self._thread
 
     @property
     def busy(self) -> bool:
@@ -87,12 +93,13 @@ class Futures:
             if entry is not None:
                 future, name = entry
                 good, value = read(outcome, 0, 1, lambda _, name=name: f"{name}()")[0]  # type: ignore[misc]
-                if future.cancelled():
-                    future.set_running_or_notify_cancel()
-                elif good:
-                    future.set_result(value)
-                else:
-                    future.set_exception(value)
+                with contextlib.suppress(concurrent.futures.InvalidStateError):  # `close` was faster
+                    if future.cancelled():
+                        future.set_running_or_notify_cancel()
+                    elif good:
+                        future.set_result(value)
+                    else:
+                        future.set_exception(value)
                 del future, value, entry
                 self._forget(chunk)
             del chunk, outcome
@@ -133,10 +140,11 @@ class Futures:
         with self._lock:
             entries, self._open = list(self._open.items()), {}
         for _, (future, _) in entries:
-            if not future.done() and not future.cancel():
-                future.set_exception(concurrent.futures.CancelledError())
-            elif future.cancelled():
-                future.set_running_or_notify_cancel()
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # its result came just now
+                if not future.done() and not future.cancel():
+                    future.set_exception(concurrent.futures.CancelledError())
+                elif future.cancelled():
+                    future.set_running_or_notify_cancel()
         self._arrived.put(None)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()

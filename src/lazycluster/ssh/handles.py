@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
-from lazycluster import _loop
+from lazycluster import _loop, _waiting
 from lazycluster.exceptions import LazyclusterError
 
 from .connection import Connection
@@ -87,6 +87,7 @@ class Tunnel:
         self._undo = undo
         self._by_ssh = by_ssh
         self._closed = False
+        self._over = _waiting.Event()
         self._counts = by_ssh or undo is not None  # else no bytes are carried: both ends are one machine
         if self._counts:
             count(request.connection, 1)
@@ -106,6 +107,19 @@ class Tunnel:
         if self._counts and not self._closed:
             count(self.request.connection, -1)
         self._closed = True
+        self._over.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is closed, or its connection is; returns whether it is.
+
+        Args:
+            timeout: Seconds; None: as long as it takes.
+        """
+        forget = self.request.connection.on_state(lambda *_: None if self.is_open else self._over.set())
+        try:
+            return not self.is_open or self._over.wait(timeout)
+        finally:
+            forget()
 
     def close(self) -> None:
         """Stop listening. Doing it again does nothing."""

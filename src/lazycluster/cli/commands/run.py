@@ -10,10 +10,13 @@ import click
 from lazycluster.cli.targets import Seconds, host_options, targets
 
 if TYPE_CHECKING:
+    import asyncio
+
     from lazycluster.cli.fanout import Outcome
     from lazycluster.cli.feeding import SharedInput
     from lazycluster.cli.printing import Printer
     from lazycluster.ssh.connection import Connection
+    from lazycluster.ssh.link import Channel
 
 __all__ = ["run"]
 
@@ -130,7 +133,10 @@ class _Job:
             stdout=lambda data: self._out.output(host, data),
             stderr=lambda data: self._out.errors(host, data),
         )
-        feeding = asyncio.ensure_future(self._source.feed(channel)) if self._source is not None else None
+        feeding: asyncio.Future[None] | None = None
+        if self._source is not None:
+            feeding = asyncio.ensure_future(self._source.feed(channel))
+            feeding.add_done_callback(lambda fed: self._fed(fed, channel))
         late = False
         try:
             result = asyncio.ensure_future(channel.result())
@@ -145,9 +151,17 @@ class _Job:
             if feeding is not None:
                 feeding.cancel()
             channel.close()
+        if self._source is not None and self._source.error is not None:
+            return Outcome(host, 1, f"standard input cannot be passed on: {self._source.error}", "error")
         if late:
             return Outcome(host, 124, f"ended after {self._timeout:g} s", "timeout")
         return Outcome(host, 128 + ended["signal"] if ended.get("signal") else int(ended.get("exit") or 0))
+
+    def _fed(self, fed: asyncio.Future[None], channel: Channel) -> None:
+        if fed.cancelled() or fed.exception() is None:
+            return
+        if self._source is not None and self._source.error is not None:  # else it is the command that takes no more
+            channel.control(signal="END")
 
     async def _send_script(self, connection: Connection) -> str:
         from lazycluster.ssh import transfer
