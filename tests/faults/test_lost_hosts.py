@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import json
 import os
 import signal
 import time
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask, _loop
+from lazycluster.agent.guardian import KEEP_FILE
 from lazycluster.exceptions import HostsLostError, LazyclusterError, TaskExecutionError, WorkerLostError
 from lazycluster.pool import crew
+from lazycluster.ssh import workspace
 from patience import until
 
 
@@ -32,6 +35,30 @@ def lose(group: RuntimeGroup, host: str) -> None:
 
 def square(x: int) -> int:
     return x * x
+
+
+# --- the manager's own machine -------------------------------------------------------------------------------
+def test_the_keeper_is_replaced(hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody notices; and the next one knows what is to be ended if the manager is killed."""
+    with RuntimeGroup(hosts=hosts.names[:1], connection_kwargs={"config_file": hosts.config_file}) as group:
+        [runtime] = group.runtimes
+        process = runtime.connection._process
+        assert process is not None
+        space = next(iter(workspace._spaces.values()))
+        before = space.keeper
+        os.kill(before.hello.pid, signal.SIGKILL)
+
+        def kept() -> list[int]:
+            if space.keeper is before or space.keeper.state != "open":
+                return []
+            file = Path(space.keeper.hello.directory, KEEP_FILE)
+            return [pid for pid, _ in json.loads(file.read_text())["pids"]] if file.exists() else []
+
+        until(lambda: kept() == [process.pid], "another keeper")
+        assert "is replaced" in caplog.text
+        assert runtime.call(square, 3) == 9
+        assert runtime.connection.state == "open"
+        assert runtime.connection.interruptions == 0
 
 
 # --- calls -----------------------------------------------------------------------------------------------
