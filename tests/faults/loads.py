@@ -204,18 +204,21 @@ class Shuffle(Load):
     LIMIT = 240.0
 
     def run(self) -> None:
-        """Shuffle; work that was lost with its scheduler is submitted again, as its error says."""
+        """Shuffle; work that was lost with its scheduler, or had no disk, is submitted again, as its error says."""
         from distributed import CancelledError
+        from distributed.comm import CommClosedError
+        from distributed.shuffle import P2POutOfDiskError
 
-        with self.scene.dask.get_client(timeout=60) as client:
-            for turn in range(5):
-                try:
+        for turn in range(5):
+            try:
+                with self.scene.dask.get_client(timeout=60) as client:
                     found = self._shuffle(client)
-                    break
-                except CancelledError:
-                    if turn == 4:
-                        raise
-                    self.retries += 1
+                break
+            except (CancelledError, CommClosedError, P2POutOfDiskError):
+                if turn == 4:
+                    raise
+                self.retries += 1
+                time.sleep(2**turn)
         rows = 500 if self.small else 20_000
         keys, total, whole = found
         expect(whole, True, "every key in one part only")

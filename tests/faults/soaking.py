@@ -136,6 +136,7 @@ class Soak:
         self.samples: list[dict[str, float]] = []
         self.rounds = 0
         self.interruptions = 0
+        self.hired = 0
         self._scene, self._breaker, self._temporary = scene, breaker, temporary
 
     def round(self) -> None:
@@ -173,9 +174,20 @@ class Soak:
         if outcome.kind not in _GOOD:
             self.bad.append(f"round {self.rounds}: {load.name}: {outcome}")
 
+    def _hire(self, scene: Scene) -> None:
+        """Do what their user does about workers that were started again too often: say how many there are to be."""
+        for cluster in (scene.dask, scene.hyperopt):
+            failed = [worker for worker in cluster.workers if worker.state == "failed"]
+            self.hired += len(failed)
+            if failed and cluster is scene.dask:
+                cluster.scale(len(scene.hosts))
+            elif failed:
+                cluster.start_workers(len(failed))
+
     def _settle(self) -> None:
         scene = self._scene
         try:
+            self._hire(scene)
             until(lambda: all(one.state == "open" for one in scene.group.status), "all links", _QUIET)
             for cluster in (scene.dask, scene.hyperopt):
                 until(lambda cluster=cluster: _complete(cluster, len(scene.hosts)), f"all workers of {cluster}", _QUIET)
@@ -277,6 +289,7 @@ def report(
     for (name, kind), count in sorted(soak.outcomes.items()):
         print(f"  {count:5} {name}: {kind}")
     print(f"  begun anew by their user: {sum(soak.retries.values())}")
+    print(f"  workers that had ended for good, and were replaced by their user: {soak.hired}")
     print(f"  links that were interrupted, and came back: {soak.interruptions}")
     print("\nheld after the second round, and after the last:")
     for name in soak.samples[0]:
@@ -288,7 +301,8 @@ def report(
         loads = {f"{name}: {kind}": count for (name, kind), count in soak.outcomes.items()}
         figures = {"minutes": minutes, "hosts": arguments.hosts, "every": arguments.every, "seed": seed,
                    "rounds": soak.rounds, "faults": breaker.struck, "missed": breaker.missed, "loads": loads,
-                   "begun anew": soak.retries, "samples": soak.samples, "problems": problems}  # fmt: skip
+                   "begun anew": soak.retries, "hired": soak.hired, "interruptions": soak.interruptions,
+                   "samples": soak.samples, "problems": problems}  # fmt: skip
         arguments.json.write_text(json.dumps(figures, indent=1))
     return 1 if problems else 0
 

@@ -27,9 +27,16 @@ class Restarts:
         self.count = 0
         self._moments: List[float] = []
 
-    def next(self) -> Optional[float]:
-        """Count one more; returns the seconds until it may begin, None if there were too many."""
+    def next(self, blameless: bool = False) -> Optional[float]:
+        """Count one more; returns the seconds until it may begin, None if there were too many.
+
+        Args:
+            blameless: Whether it was others that ended what is started again; that does not count against the limit.
+        """
         now = time.monotonic()
+        if blameless:
+            self.count += 1
+            return _BACKOFF
         self._moments = [moment for moment in self._moments if now - moment < WINDOW]
         if len(self._moments) >= self.limit:
             return None

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, cast
 
@@ -24,6 +25,7 @@ _HELD = 512 * 1024  # bytes of output that wait for a manager that is slow; what
 _TAIL = 8 * 1024  # bytes of output that are told with the end of the process
 _LONGEST_LINE = 256 * 1024
 _PATIENCE = 3.0  # seconds from the request to end until the service is killed
+_LASTED = 10.0  # seconds for which a service must have worked for its being cut off to be no fault of its own
 _READY_AGAIN = 180.0  # seconds for a service that is started again to get ready
 SCRATCH = "LAZYCLUSTER_SCRATCH"  # the variable with the service's own directory, which is removed when it ends
 
@@ -145,6 +147,8 @@ class _Service:
         self._ending = False
         # One that was ready under an agent that is lost now is under way again, not for the first time.
         self._was_ready, self._is_ready = bool(params.get("again")), False
+        self._ready_since = 0.0
+        self._cut_off = False  # it says that it ends since it has lost those that it works with
         self._waiting: Optional[Any] = None
         self._late: Optional[Any] = None
         self._killed_before = memory.killed()
@@ -198,7 +202,7 @@ class _Service:
     def start(self) -> None:
         """Start the program, and feed it."""
         self._waiting = None
-        self._is_ready = False
+        self._is_ready = self._cut_off = False
         self.outlet.tail.clear()
         try:
             self._run = _Run(self, self._argv, self._env, self._cwd)
@@ -223,6 +227,7 @@ class _Service:
         if not self._is_ready and self._run is not None:
             self._in_time()
             self._is_ready = self._was_ready = True
+            self._ready_since = time.monotonic()
             self._tell("ready", pid=self._run.pid, detail=detail)
 
     def _too_late(self) -> None:
@@ -253,6 +258,8 @@ class _Service:
                 self.outlet.put(False, before + b"\n")
             if event == "ready":
                 self._ready(message)
+            elif event == "cut_off":
+                self._cut_off = time.monotonic() - self._ready_since > _LASTED
             else:
                 self._tell("message", event=event, detail=message)
             return True
@@ -312,7 +319,7 @@ class _Service:
         if self._ending:
             self._finish(lambda: self.channel.result(restarts=self._restarts.count, **ended))
             return
-        delay = self._restarts.next()
+        delay = self._restarts.next(blameless=self._cut_off)
         if delay is None:
             self._fail("service", self._restarts.exhausted(), ended)
             return

@@ -42,7 +42,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         ValueError: If the name is empty, or the interval is not a positive number.
     """
 
-    RESTARTS = 20
+    RESTARTS = 10
     """How often a worker that dies is started again within minutes. An objective does not make it die."""
 
     def __init__(self, runtime_group: RuntimeGroup, dbname: str, poll_interval: float) -> None:

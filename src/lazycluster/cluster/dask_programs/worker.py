@@ -137,6 +137,7 @@ async def _serve(settings: dict[str, Any]) -> None:
     finally:
         await nanny.close(timeout=2)
     if nanny.lost_scheduler and not stop.is_set():
+        common.emit("cut_off")
         raise SystemExit("the connection to the scheduler has ended, though nobody ended the cluster")
 
 
