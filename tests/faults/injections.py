@@ -192,28 +192,32 @@ def _disk(scene: Scene, number: int) -> Iterator[None]:
         host.free_disk(place)
 
 
-@fault("memory limit reached", lasts=6, loads=(TASKS, MAP, SHUFFLE, SEARCH))
+@fault("memory limit reached", lasts=8, loads=(TASKS, MAP, SHUFFLE, SEARCH))
 def _memory(scene: Scene, number: int) -> Iterator[None]:
-    """One process that works gets no more memory than it has, from a control group; the kernel kills it then."""
+    """Those that work get no more memory than they have, by a control group: the kernel kills who wants more."""
     group = Path(f"/sys/fs/cgroup/memory/lazycluster-test-{os.getpid()}-{number}")
+    working = [*scene.workers(number), *scene.functions(number)]
+    if not working:
+        raise NobodyThereError("nothing works there")
     try:
         group.mkdir()
     except OSError as error:
         raise UnavailableError(f"no control group can be made here: {error}") from error
     try:
         (group / "memory.limit_in_bytes").write_text("65536")
-        working = [*scene.workers(number), *scene.functions(number)]
-        for pid in working[:1]:
-            (group / "cgroup.procs").write_text(str(pid))
-        if not working:
-            raise NobodyThereError("nothing works there")
+        for pid in working:
+            with contextlib.suppress(ProcessLookupError):
+                (group / "cgroup.procs").write_text(str(pid))
         yield
-        if (group / "cgroup.procs").read_text():
-            raise NobodyThereError("what works there has not wanted more memory")
+        killed = dict(line.split() for line in (group / "memory.oom_control").read_text().splitlines())["oom_kill"]
     finally:
         for left in (group / "cgroup.procs").read_text().split():
-            (group.parent / "cgroup.procs").write_text(left)
+            with contextlib.suppress(ProcessLookupError):
+                (group.parent / "cgroup.procs").write_text(left)
+        until(lambda: not (group / "cgroup.procs").read_text(), "the control group to be empty")
         group.rmdir()
+    if killed == "0":
+        raise NobodyThereError("nobody there has wanted more memory")
 
 
 @fault("no more processes allowed", lasts=5)

@@ -206,16 +206,14 @@ class Shuffle(Load):
     def run(self) -> None:
         """Shuffle; work that was lost with its scheduler, or had no disk, is submitted again, as its error says."""
         from distributed import CancelledError
-        from distributed.comm import CommClosedError
-        from distributed.shuffle import P2POutOfDiskError
 
         for turn in range(5):
             try:
                 with self.scene.dask.get_client(timeout=60) as client:
                     found = self._shuffle(client)
                 break
-            except (CancelledError, CommClosedError, P2POutOfDiskError):
-                if turn == 4:
+            except (CancelledError, OSError) as error:  # distributed's errors of connections and disks are OSErrors
+                if turn == 4 or isinstance(error, TimeoutError):
                     raise
                 self.retries += 1
                 time.sleep(2**turn)

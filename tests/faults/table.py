@@ -1,11 +1,12 @@
 """Turns what the matrix of faults and loads has found into the table of the documentation.
 
-``python tests/faults/table.py REPORT.xml... > TABLE.md`` after ``pytest tests/faults/test_matrix.py
+``python tests/faults/table.py [--into docs/faults.md] REPORT.xml...`` after ``pytest tests/faults/test_matrix.py
 -m "soak or not soak" --junitxml REPORT.xml``; of several reports, a later one goes before an earlier one.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
@@ -36,10 +37,30 @@ def table(found: dict[tuple[str, str], str]) -> str:
     """Write the table in Markdown."""
     lines = [f"| fault | {' | '.join(LOADS)} |", "|---" * (len(LOADS) + 1) + "|"]
     for fault in FAULTS.values():
-        cells = [found.get((fault.name, load), "not run") if load in fault.loads else "" for load in LOADS]
+        cells = [found.get((fault.name, load), "soak") if load in fault.loads else "" for load in LOADS]
         lines.append(f"| {fault.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def put(page: Path, text: str) -> None:
+    """Put the table between its marks in a page."""
+    before, _, rest = page.read_text().partition("<!-- table -->\n")
+    after = rest.partition("<!-- /table -->")[2]
+    page.write_text(f"{before}<!-- table -->\n{text}\n<!-- /table -->{after}")
+
+
+def main() -> None:
+    """Read reports, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reports", nargs="+", help="files in JUnit's format")
+    parser.add_argument("--into", type=Path, help="a page with marks for the table; else it is printed")
+    arguments = parser.parse_args()
+    text = table(outcomes(arguments.reports))
+    if arguments.into:
+        put(arguments.into, text)
+    else:
+        print(text)
+
+
 if __name__ == "__main__":
-    print(table(outcomes(sys.argv[1:])))
+    main()
