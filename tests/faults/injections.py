@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,45 +192,55 @@ def _disk(scene: Scene, number: int) -> Iterator[None]:
         host.free_disk(place)
 
 
-@fault("memory limit reached", lasts=8, loads=(TASKS, MAP, SHUFFLE, SEARCH))
-def _memory(scene: Scene, number: int) -> Iterator[None]:
-    """Those that work get no more memory than they have, by a control group: the kernel kills who wants more."""
-    group = Path(f"/sys/fs/cgroup/memory/lazycluster-test-{os.getpid()}-{number}")
-    working = [*scene.workers(number), *scene.functions(number)]
-    if not working:
-        raise NobodyThereError("nothing works there")
+@contextlib.contextmanager
+def _control_group(kind: str, number: int) -> Iterator[Path]:
+    """A control group of its own for processes of a host; those that are left are put back."""
+    group = Path(f"/sys/fs/cgroup/{kind}/lazycluster-test-{os.getpid()}-{number}")
     try:
         group.mkdir()
     except OSError as error:
         raise UnavailableError(f"no control group can be made here: {error}") from error
+
+    def emptied() -> bool:
+        left = (group / "cgroup.procs").read_text().split()
+        _move(left, group.parent)
+        return not left
+
     try:
+        yield group
+    finally:
+        until(emptied, "the control group to be empty")
+        group.rmdir()
+
+
+def _move(pids: Iterable[int | str], group: Path) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            (group / "cgroup.procs").write_text(str(pid))
+
+
+@fault("memory limit reached", lasts=8, loads=(TASKS, MAP, SHUFFLE, SEARCH))
+def _memory(scene: Scene, number: int) -> Iterator[None]:
+    """Those that work get no more memory than they have: the kernel kills who wants more."""
+    working = [*scene.workers(number), *scene.functions(number)]
+    if not working:
+        raise NobodyThereError("nothing works there")
+    with _control_group("memory", number) as group:
         (group / "memory.limit_in_bytes").write_text("65536")
-        for pid in working:
-            with contextlib.suppress(ProcessLookupError):
-                (group / "cgroup.procs").write_text(str(pid))
+        _move(working, group)
         yield
         killed = dict(line.split() for line in (group / "memory.oom_control").read_text().splitlines())["oom_kill"]
-    finally:
-        for left in (group / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                (group.parent / "cgroup.procs").write_text(left)
-        until(lambda: not (group / "cgroup.procs").read_text(), "the control group to be empty")
-        group.rmdir()
     if killed == "0":
         raise NobodyThereError("nobody there has wanted more memory")
 
 
 @fault("no more processes allowed", lasts=5)
 def _process_limit(scene: Scene, number: int) -> Iterator[None]:
-    limited = []
-    for found in scene._host(number).processes():
-        if found.uid:
-            with contextlib.suppress(ProcessLookupError):
-                limited.append((found.pid, resource.prlimit(found.pid, resource.RLIMIT_NPROC, (1, 1))))
-    yield
-    for pid, before in limited:
-        with contextlib.suppress(ProcessLookupError):
-            resource.prlimit(pid, resource.RLIMIT_NPROC, before)
+    with _control_group("pids", number) as group:
+        _move([found.pid for found in scene._host(number).processes() if found.uid], group)
+        (group / "pids.max").write_text("1")
+        yield
+        (group / "pids.max").write_text("max")
 
 
 _CROWD = """

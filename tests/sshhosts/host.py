@@ -222,9 +222,18 @@ class Host:
         """Leave no free space in the file system at ``path``: ``/tmp`` or the user's home (``~``)."""
         self.changed = True
         inner = self.home if path == "~" else path
-        usage = os.statvfs(self.path(inner))
-        used = max(1, usage.f_blocks - usage.f_bfree)
-        self._remount(inner, f"size={used * usage.f_frsize}")
+        place = self.path(inner)
+
+        def filled() -> bool:
+            usage = os.statvfs(place)
+            used = max(1, usage.f_blocks - usage.f_bfree)
+            try:
+                self._remount(inner, f"size={used * usage.f_frsize}")
+            except subprocess.CalledProcessError:  # somebody has just written something
+                return False
+            return True
+
+        self._wait(filled, f"{path} to be full")
 
     def free_disk(self, path: str = "/tmp") -> None:
         """Undo ``fill_disk``."""
