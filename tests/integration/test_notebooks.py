@@ -13,6 +13,8 @@ import nbclient
 import nbformat
 import pytest
 
+from patience import until
+
 _EXAMPLES = sorted(Path(__file__).parents[2].glob("examples/*.ipynb"))
 _PATIENCE = 60
 
@@ -138,6 +140,27 @@ def test_cells_are_run_again_and_interrupted(kernel: Kernel, hosts: Any) -> None
     assert not any(_sleeping(host) for host in hosts.all)
     text, _ = kernel.run("print(sorted(group.call(len, 'abc').values()))")
     assert "[3, 3]" in text
+
+
+@pytest.mark.soak
+def test_a_cell_that_starts_a_cluster_is_run_again(kernel: Kernel) -> None:
+    cell = (
+        "from lazycluster import LocalRuntime, RuntimeGroup\n"
+        "from lazycluster.cluster.dask_cluster import DaskCluster\n"
+        "cluster = DaskCluster(RuntimeGroup([LocalRuntime()]))\n"
+        "cluster.start()\n"
+        "print('scheduler', cluster.master.pid)\n"
+        "cluster"
+    )
+    pids = []
+    for _ in range(2):
+        text, shown = kernel.run(cell)
+        assert "1 of 1 worker ready" in shown[-1]["text/html"]
+        pids.append(int(text.partition("scheduler ")[2].split()[0]))
+    first, second = (Path(f"/proc/{pid}") for pid in pids)
+    until(lambda: not first.exists(), "the cluster before to end")
+    assert second.exists()
+    kernel.run("cluster.cleanup()")
 
 
 def _sleeping(host: Any) -> bool:

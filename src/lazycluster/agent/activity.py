@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from .guardian import is_of_this_host
 from .processes import TASK_MARKER, marks
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -47,7 +48,7 @@ def count_tunnels(own: str) -> int:
     for name in os.listdir(place):
         path = os.path.join(place, name)
         try:
-            if name.startswith(prefix) and os.lstat(path).st_uid == os.getuid():
+            if name.startswith(prefix) and os.lstat(path).st_uid == os.getuid() and is_of_this_host(path):
                 with open(os.path.join(path, _TUNNELS)) as file:
                     count += int(file.read())
         except (OSError, ValueError):

@@ -104,6 +104,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     sys.meta_path.insert(0, _Finder(sources, codes))
     guardian = import_module(PACKAGE + ".guardian")
     directory = private_directory()
+    guardian.note_host(directory)
     path = os.path.join(directory, "agent.sock")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 
-from .guardian import remove
+from .guardian import is_of_this_host, remove
 from .processes import AGENT_MARKER, marks, send_signal, start_time, tree_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -68,7 +68,7 @@ def abandoned(own: str) -> List[str]:
             inode = os.lstat(path)
             # A new one is left alone: its agent may be about to listen.
             mine = name.startswith(prefix) and inode.st_uid == os.getuid() and inode.st_mtime < time.time() - _YOUNG
-            if mine and os.path.exists(listener) and not _answers(listener):
+            if mine and os.path.exists(listener) and is_of_this_host(path) and not _answers(listener):
                 found.append(path)
         except OSError:
             continue

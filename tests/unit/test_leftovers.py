@@ -1,0 +1,48 @@
+"""Directories of agents that a crash has left, and those of others, which stay."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from lazycluster.agent.activity import count_tunnels
+from lazycluster.agent.leftovers import abandoned
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    return tmp_path
+
+
+def directory(place: Path, name: str, host: str | None, listens: bool = False) -> socket.socket:
+    path = place / name
+    path.mkdir(mode=0o700)
+    if host is not None:
+        (path / "host").write_text(host)
+    (path / "tunnels").write_text("2")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"{name}/agent.sock")
+    if listens:
+        listener.listen()
+    os.utime(path, (0, 0))
+    return listener
+
+
+def test_what_another_host_uses_in_a_shared_place_stays(place: Path) -> None:
+    here = os.uname().nodename
+    listeners = [
+        directory(place, "lazycluster-a", here),
+        directory(place, "lazycluster-b", "another-host"),
+        directory(place, "lazycluster-c", None),
+        directory(place, "lazycluster-d", here, listens=True),
+        directory(place, "something-e", here),
+    ]
+    own = str(place / "lazycluster-own")
+    assert sorted(os.path.basename(path) for path in abandoned(own)) == ["lazycluster-a", "lazycluster-c"]
+    assert count_tunnels(own) == 6
+    for listener in listeners:
+        listener.close()
