@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -48,6 +50,33 @@ def square(x: int) -> int:
 class Point:
     def __init__(self, x: int) -> None:
         self.x = x
+
+
+_EDITED = "OFFSET = {}\nTABLE = [OFFSET]\nSCALE = None\n\n\ndef scale(value):\n    global SCALE\n    SCALE = value\n"
+_PLAINLY = "import edited\n\n\ndef shown(x):\n    return x, edited.OFFSET, edited.TABLE[0], edited.SCALE, {}\n"
+
+
+def test_workers_see_local_modules_as_they_are_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers stay, modules change; what the initializer has assigned holds on."""
+    monkeypatch.syspath_prepend(tmp_path)
+    paths = tmp_path / "edited.py", tmp_path / "plainly.py"
+    modules: list[Any] = []
+    try:
+        with RuntimeGroup([LocalRuntime(host="one")]) as group:
+            for number in (1, 22, 333):
+                for path, text in zip(paths, (_EDITED, _PLAINLY), strict=True):
+                    path.write_text(text.format(number))
+                names = ("edited", "plainly")
+                modules = [importlib.reload(module) for module in modules] or [*map(importlib.import_module, names)]
+                assert list(group.map(modules[1].shown, [0])) == [(0, number, number, None, number)]
+            edited, plainly = modules
+            with group.executor(workers_per_host=1, initializer=edited.scale, initargs=(10,)) as executor:
+                assert executor.submit(plainly.shown, 1).result() == (1, 333, 333, 10, 333)
+                edited.OFFSET = 4
+                assert executor.submit(plainly.shown, 2).result() == (2, 4, 333, 10, 333)
+    finally:
+        for name in ("edited", "plainly"):
+            sys.modules.pop(name, None)
 
 
 # --- what comes back ---------------------------------------------------------------------------------

@@ -66,9 +66,7 @@ def load_call(file: IO[bytes]) -> Tuple[Callable[..., Any], Sequence[Any], Dict[
     unpickler = _Unpickler(file)
     function, args, kwargs = unpickler.load()
     for portion in iter(unpickler.load, None):
-        for module, attributes in portion:
-            for name, value in attributes.items():
-                module.__dict__.setdefault(name, value)
+        localmodules.fill(portion)
     return function, args, kwargs
 
 

@@ -11,7 +11,7 @@ import importlib.machinery
 import pickle
 import sys
 import types
-from typing import Any, Callable, Dict, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Optional, Set, Tuple
 
 Source = Tuple[str, bool, str]  # text, whether it is a package, file name
 
@@ -80,7 +80,10 @@ class LocalFinder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return True
 
 
+_PLAIN = (int, float, complex, str, bytes, type(None))
+
 _modules: Dict[str, types.ModuleType] = {}
+_sent: Dict[Tuple[str, str], Any] = {}  # module and name -> the value that the manager sent last
 _finder = LocalFinder({})
 
 
@@ -89,6 +92,25 @@ def install(sources: Dict[str, Source]) -> None:
     _finder.sources.update(sources)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+def fill(portion: Iterable[Tuple[types.ModuleType, Dict[str, Any]]]) -> None:
+    """Give modules the members that the manager's have now, in place of what it sent before.
+
+    What was set here meanwhile stays, by an initializer for example.
+    """
+    for module, members in portion:
+        space = module.__dict__
+        for name, value in members.items():
+            key = (module.__name__, name)
+            if name not in space or (key in _sent and _is(space[name], _sent[key])):
+                space[name] = value
+            _sent[key] = value
+
+
+def _is(one: Any, other: Any) -> bool:
+    """Whether two values are one, as far as pickles keep that."""
+    return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and bool(one == other))
 
 
 def install_library(sources: Dict[str, Source]) -> None:

@@ -317,9 +317,7 @@ def _load_local(file: Any, unpickler: pickle.Unpickler) -> Any:
     localmodules.install(pickle.load(file))  # noqa: S301  (what the manager sends)
     value = unpickler.load()
     for portion in iter(unpickler.load, None):
-        for module, attributes in portion:
-            for name, member in attributes.items():
-                module.__dict__.setdefault(name, member)
+        localmodules.fill(portion)
     return value
 
 

@@ -29,7 +29,5 @@ def loads(data: bytes) -> Any:
     unpickler = _Unpickler(file)
     evaluate, _, _ = unpickler.load()
     for portion in iter(unpickler.load, None):
-        for module, attributes in portion:
-            for name, value in attributes.items():
-                module.__dict__.setdefault(name, value)
+        _localmodules().fill(portion)
     return evaluate.__self__
