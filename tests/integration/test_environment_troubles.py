@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from environment_hosts import connect, environments, prefix, version_of
 
-from lazycluster import EnvironmentSpec
+from lazycluster import Environment, EnvironmentSpec
 from lazycluster.exceptions import EnvironmentBuildError
 from wheelhouse import Index, make_project
 
@@ -119,7 +119,7 @@ def test_an_index_that_is_lost_after_it_was_asked(make_hosts: Any, index: Index)
     with connect(host, ["alpha"]) as runtime:
         runtime.prepare()
     host.run("rm -rf ~/.cache/lazycluster/envs ~/.cache/lazycluster/wheels", user=host.user)
-    shutil.rmtree(Path(os.environ["XDG_STATE_HOME"], "lazycluster", "environments", "wheels"))
+    shutil.rmtree(Path(Environment.main_directory, "environments", "wheels"))
     index.refused.add("127.0.0.1")
     error = _refused(host, ["alpha"], "alpha 1.0 cannot be fetched", "503", "check the network and the index")
     assert error.package == "alpha"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from environment_hosts import ROOT, connect, environments, everything, version_of
 
-from lazycluster import EnvironmentSpec, LocalRuntime, RuntimeGroup, RuntimeTask
+from lazycluster import Environment, EnvironmentSpec, LocalRuntime, RuntimeGroup, RuntimeTask
 from lazycluster.exceptions import EnvironmentBuildError, TaskExecutionError
 from wheelhouse import Index, make_project
 
@@ -82,9 +81,9 @@ def test_credentials_stay_on_the_manager(make_hosts: Any, index: Index, monkeypa
     with connect(host, ["alpha"]) as runtime:
         assert runtime.call(version_of, "alpha") == "1.0"
     assert "s3cret" not in everything(host)
-    state = Path(os.environ["XDG_STATE_HOME"])
-    for path in state.rglob("*"):
-        assert not path.is_file() or b"s3cret" not in path.read_bytes()
+    kept = [path for path in Path(Environment.main_directory, "environments").rglob("*") if path.is_file()]
+    assert kept
+    assert not [path for path in kept if b"s3cret" in path.read_bytes()]
 
 
 def test_a_refusing_index_is_named_without_its_password(
