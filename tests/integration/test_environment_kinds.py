@@ -187,7 +187,7 @@ def test_how_far_it_is_is_told_for_each_host(hosts: Any, index: Index, monkeypat
     assert set(stages) == set(hosts.names)
     for host, told in stages.items():
         assert told[0] == f"{host} (finding versions of packages)"
-        assert told[-2:] == [f"{host} (installing 1 packages)", f"{host} (checking)"]
+        assert told[-2:] == [f"{host} (installing 1 package)", f"{host} (checking)"]
         assert any(line.startswith(f"{host} (1 of 1 packages, ") for line in told)
 
 

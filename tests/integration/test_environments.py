@@ -290,7 +290,7 @@ def test_on_the_command_line(make_hosts: Any, index: Index) -> None:
     status, text = env("list", "--json")
     assert [store["environments"][0]["packages"] for store in json.loads(text)] == [{"alpha": "1.0"}] * 2
     status, text = env("list")
-    assert (status, text.count(name), text.count("1 packages")) == (0, 2, 2)
+    assert (status, text.count(name), text.count("1 package ")) == (0, 2, 2)
     assert env("prune", "--unused", "1d", "--size", "10G")[0] == 0
     assert env("remove", name, "py399-none") == (
         1,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lazycluster._progress import size as shown_size
+from lazycluster._words import counted
 from lazycluster.agent import envprogram
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError
 from lazycluster.ssh import transfer
@@ -214,7 +215,7 @@ class Maker:
         lock = pylock(self._plan, wheels, f"{self._root}/wheels")
         where = f"{directory}/{_LOCK_NAME}"
         await self._write(lock, where)
-        self._tell(f"installing {len(self._plan.packages)} packages")
+        self._tell(f"installing {counted(len(self._plan.packages), 'package')}")
         argv = [uv, "pip", "install", "--quiet", "--no-deps", "--python", f"{directory}/bin/python", "-r", where]
         if direct:
             # What may be secret is in the environment of this one process.
@@ -222,7 +223,7 @@ class Maker:
             self._say("gets %d packages by itself", len(self._plan.packages) - len(wheels))
         else:
             argv += ["--offline", "--no-index"]
-        await self._place.run(argv, env, f"installing {len(self._plan.packages)} packages")
+        await self._place.run(argv, env, f"installing {counted(len(self._plan.packages), 'package')}")
 
     async def _write(self, text: str, where: str) -> None:
         # In parts: no system takes an argument of any length.
