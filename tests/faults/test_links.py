@@ -20,7 +20,7 @@ import pytest
 
 import leaks
 from lazycluster import Runtime, RuntimeTask
-from lazycluster.exceptions import ConnectionLostError, TaskExecutionError
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, TaskExecutionError
 
 Make = Callable[..., Any]
 
@@ -471,3 +471,20 @@ def test_a_task_does_not_go_on_where_its_working_directory_is_gone(hosts: Any, t
                 path.name: _digest(path) for path in source.iterdir()
             }
             subprocess.run(["rm", "-r", there], check=True)
+
+
+def test_an_attempt_that_ends_without_a_word_is_not_the_last(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with connect(hosts) as runtime:
+        states, attempt, tries = States(runtime), runtime.connection._attempt, []
+
+        async def silent_at_first(timeout: float) -> None:
+            tries.append(timeout)
+            if len(tries) == 1:
+                raise InvalidRuntimeError("host1", "ssh", "ssh ended (exit status None) and said: nothing")
+            await attempt(timeout)
+
+        monkeypatch.setattr(runtime.connection, "_attempt", silent_at_first)
+        kill_ssh(hosts[0], runtime)
+        states.wait_for("interrupted", "open")
+        assert len(tries) == 2
+        assert runtime.call(pow, 2, 3) == 8

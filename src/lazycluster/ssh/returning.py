@@ -31,7 +31,8 @@ _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0  # seconds between attempts
 _CONNECT_TIMEOUTS = (4.0, 4.0, 8.0)  # seconds for the first attempts; what comes back answers soon
 _RETURN_PATIENCE = 3.0  # seconds for a link that is down when it is closed
 _LEAST_QUIET = 2.0
-_FINAL = ("auth", "host_key", "config", "ssh")  # reasons that time does not cure
+# Reasons that time does not cure. That ssh ends without a word is none: it has connected before.
+_FINAL = ("auth", "host_key", "config")
 _REFUSAL_SHOWN = 500
 _REPLY_SIZE = len(KEPT) + wire.TOTAL_SIZE
 
