@@ -67,6 +67,20 @@ def outcome(status: int) -> Dict[str, Optional[int]]:
     return {"exit": os.WEXITSTATUS(status), "signal": None}
 
 
+def _streams(has_input: bool, merge: bool) -> List[int]:
+    """Return both ends of a process's output, errors and input."""
+    fds: List[int] = []
+    try:
+        fds += pipe()
+        fds += fds[:2] if merge else pipe()
+        fds += os.pipe() if has_input else (os.open(os.devnull, os.O_RDONLY), -1)
+    except OSError:
+        for fd in set(fds):
+            os.close(fd)
+        raise
+    return fds
+
+
 class Process:
     """A process whose output goes to a channel; the base of commands and services.
 
@@ -89,9 +103,7 @@ class Process:
         self.task = env.get(TASK_MARKER, "")
         self.status: Optional[int] = None
         self.ending: Optional[Ending] = None
-        out_read, out_write = pipe()
-        err_read, err_write = (out_read, out_write) if merge else pipe()
-        in_read, in_write = os.pipe() if has_input else (os.open(os.devnull, os.O_RDONLY), -1)
+        out_read, out_write, err_read, err_write, in_read, in_write = _streams(has_input, merge)
         try:
             self.pid = spawn(argv, env, cwd, in_read, out_write, err_write)
         except BaseException:

@@ -18,7 +18,7 @@ from importlib import import_module
 
 from .guardian import SSHD_FILE
 from .logout import kills_at_logout
-from .processes import start_time
+from .processes import explained, start_time
 from .wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 RUNNING, DONE, FAILED, CANCELLED, LOST = "running", "done", "failed", "cancelled", "lost"
 _STEPS = {"run": ("commands", "run"), "call": ("functions", "call")}
 _NAME = re.compile("[0-9a-f]{16}")
+_AGAIN = 1.0  # seconds until what could not be written is tried once more: the disk may be full
+_LAST_LIMIT = 3600.0  # seconds within which the end of a task must have been written down
 
 
 def _boot() -> str:
@@ -55,8 +57,12 @@ def place() -> str:
     return path
 
 
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
 def _write(path: str, message: Dict[str, Any]) -> None:
-    with open(path + ".new", "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+    with open(path + ".new", "w", opener=_private) as file:
         json.dump(message, file)
     os.rename(path + ".new", path)
 
@@ -79,7 +85,8 @@ class Record:
         self.agent: "Owner" = task.agent
         self.loop = task.agent.loop
         self.open = True
-        self.writable = True
+        self._unwritten = bytearray()  # of the result, while the disk is full: its source is not read meanwhile
+        self._result: Optional[Dict[str, Any]] = None  # to be told when all is written
         self.on_input: Callable[[bytes], Any] = lambda _: None
         self.on_input_end: Callable[[], Any] = lambda: None
         self.on_control: Callable[[Dict[str, Any]], Any] = lambda _: None
@@ -94,10 +101,32 @@ class Record:
 
     stderr = stdout
 
+    @property
+    def writable(self) -> bool:
+        """Whether more of the result may come."""
+        return not self._unwritten
+
     def output(self, data: bytes) -> None:
         """Write a part of the result down."""
-        with open(self._outcome, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(data)
+        waits = not self.writable
+        self._unwritten += data
+        if not waits:
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            with open(self._outcome, "ab", buffering=0, opener=_private) as file:
+                while self._unwritten:
+                    del self._unwritten[: file.write(self._unwritten)]
+        except OSError:
+            self.loop.call_later(_AGAIN, self._go_on)
+
+    def _go_on(self) -> None:
+        self._write()
+        if self.writable:
+            self.on_drain()
+            if self._result is not None:
+                self._task.step_over(self._result)
 
     def event(self, **fields: Any) -> None:
         """Nobody is to be told."""
@@ -109,7 +138,10 @@ class Record:
         """Go on with the next step."""
         if self.open:
             self.open = False
-            self._task.step_over(dict(fields, ok=True))
+            if self.writable:
+                self._task.step_over(dict(fields, ok=True))
+            else:
+                self._result = dict(fields, ok=True)
 
     def fail(self, error: str, message: str, **evidence: Any) -> None:
         """End the task."""
@@ -129,6 +161,17 @@ class _Task:
         self._over: List[Dict[str, Any]] = []
         self._inputs: List[bytes] = []
         self._state = RUNNING
+        try:
+            self._set_out(params)
+        except OSError:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def _set_out(self, params: Dict[str, Any]) -> None:
+        """Write down what it is, and that it runs."""
+        # The sshd that brought this agent serves a manager, who goes on with it.
+        with open(os.path.join(self.agent.directory, SSHD_FILE), "w") as file:
+            file.write("0 0")
         self._log = os.open(os.path.join(self.directory, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         if not params.get("cwd"):
             params["cwd"] = os.path.join(self.directory, "work")
@@ -150,9 +193,6 @@ class _Task:
         """
         self._inputs = inputs
         signal.signal(signal.SIGTERM, lambda *_: self.agent.loop.call_soon(self.cancel))
-        # The sshd that brought this agent serves a manager, who goes on with it.
-        with open(os.path.join(self.agent.directory, SSHD_FILE), "w") as file:
-            file.write("0 0")
         self._next()
 
     def _next(self) -> None:
@@ -167,7 +207,7 @@ class _Task:
         try:
             getattr(import_module("." + module, __package__), function)(record)
         except OSError as error:
-            record.fail("os", "{}: {}".format(error.strerror, error.filename))
+            record.fail("os", "{}: {}".format(explained(error.strerror), error.filename or step["label"]))
             return
         for start in range(0, len(data), MAX_PAYLOAD):
             record.on_input(data[start : start + MAX_PAYLOAD])
@@ -186,7 +226,7 @@ class _Task:
             return
         self._over.append(fields)
         if fields["ok"] and not fields.get("exit") and not fields.get("signal") and fields.get("status") in _GOOD:
-            self._note()
+            self._try_to_note()
             self.agent.loop.call_soon(self._next)
         else:
             self._finish(FAILED)
@@ -198,7 +238,26 @@ class _Task:
     def _finish(self, state: str) -> None:
         if self._state == RUNNING:
             self._state = state
-            self.agent.end(self._note)
+            self.agent.end(self._note_the_end)
+
+    def _try_to_note(self) -> None:
+        try:
+            self._note()
+        except OSError:  # the task is not to suffer from that, see `print`
+            if self._state == RUNNING:
+                self.agent.loop.call_later(_AGAIN, self._try_to_note)
+
+    def _note_the_end(self) -> None:
+        """Write down what has become of the task, which nobody else knows; all else here has been ended."""
+        deadline = time.monotonic() + _LAST_LIMIT
+        while True:
+            try:
+                self._note()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_AGAIN)
 
     def _note(self) -> None:
         ended = None if self._state == RUNNING else time.time()
@@ -218,9 +277,9 @@ def detach(channel: "Channel") -> None:
     if not _NAME.fullmatch(str(params["id"])) or any(step["op"] not in _STEPS for step in params["steps"]):
         channel.fail("value", "a task like that cannot be detached")
         return
-    refusal = kills_at_logout()
-    if refusal:
-        channel.fail("value", "nothing can outlive the ssh session there: " + refusal)
+    problem = kills_at_logout()
+    if problem:
+        channel.fail("value", "nothing can outlive the ssh session there: " + problem)
         return
     received = bytearray()
 

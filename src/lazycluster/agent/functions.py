@@ -170,6 +170,8 @@ def _ask(channel: Channel, message: Dict[str, Any], own: bool) -> None:
     def done(fields: Dict[str, Any]) -> None:
         if fields["status"] == "answered":
             channel.result(**fields["fields"])
+        elif fields["status"] == "failed":
+            channel.fail("os", fields["message"])
         else:
             channel.fail("python", "the interpreter gave no answer", **fields)
 

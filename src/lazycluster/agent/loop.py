@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     Callback = Callable[[], Any]
 
+_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds for which a descriptor is left alone whose callback has failed
+
 
 class Timer:
     """A call that is due later."""
@@ -33,7 +35,11 @@ class Timer:
 
 
 class Loop:
-    """Runs callbacks when descriptors are ready, timers are due or children have ended."""
+    """Runs callbacks when descriptors are ready, timers are due or children have ended.
+
+    Attributes:
+        report: Is told in a sentence of what goes wrong and ends nothing; None: an `OSError` of a callback ends `run`.
+    """
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -43,6 +49,10 @@ class Loop:
         self._soon: Deque[Callback] = deque()
         self._exit_callbacks: Dict[int, Callable[[int], Any]] = {}
         self._running = False
+        self._paused: Dict[
+            Tuple[int, int], Tuple[float, Optional[Callback]]
+        ] = {}  # what failed: for how long, and what
+        self.report: Optional[Callable[[str], Any]] = None
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -65,6 +75,11 @@ class Loop:
         self._set(fd, 1, None)
 
     def _set(self, fd: int, index: int, callback: Optional[Callback]) -> None:
+        if self._paused:
+            self._paused.pop((fd, index), None)  # whoever watches it does something else with it now
+        self._watch(fd, index, callback)
+
+    def _watch(self, fd: int, index: int, callback: Optional[Callback]) -> None:
         pair = self._callbacks.setdefault(fd, [None, None])
         before = self._mask(pair)
         pair[index] = callback
@@ -110,7 +125,40 @@ class Loop:
                 return
             callback = self._exit_callbacks.pop(pid, None)
             if callback is not None:
-                callback(status)
+                self._call(callback, status)
+
+    # --- what goes wrong -----------------------------------------------------------------------
+    def _call(self, callback: Callable[..., Any], *args: Any) -> bool:
+        """Call something, whose failure is no reason to end all the rest; returns whether it went well."""
+        try:
+            callback(*args)
+        except OSError as error:
+            if self.report is None:
+                raise
+            self.report(_described(error))
+            return False
+        return True
+
+    def _pause(self, fd: int, index: int, callback: Callback) -> None:
+        """Leave a descriptor alone for a while: it is still ready, and its callback would fail again at once."""
+        pair = self._callbacks.get(fd)
+        if pair is None or pair[index] != callback:
+            return  # the callback has seen to it
+        before = self._paused.get((fd, index), (0.0, None))[0]
+        pause = min(_LONGEST_PAUSE, 2 * before) if before else _PAUSE
+        self._watch(fd, index, None)
+        self._paused[fd, index] = pause, callback
+
+        def again() -> None:
+            if self._paused.get((fd, index)) == (pause, callback):
+                self._paused[fd, index] = pause, None
+                try:
+                    self._watch(fd, index, callback)
+                except OSError:  # it has been closed
+                    self._callbacks.pop(fd, None)
+                    del self._paused[fd, index]
+
+        self.call_later(pause, again)
 
     # --- running -------------------------------------------------------------------------------
     def run(self) -> None:
@@ -139,15 +187,19 @@ class Loop:
             # A callback may have removed a later one of the same round: look each up when its turn comes.
             for index, event in ((0, selectors.EVENT_READ), (1, selectors.EVENT_WRITE)):
                 callback = self._callbacks.get(key.fd, (None, None))[index] if mask & event else None
-                if callback is not None:
-                    callback()
+                if callback is None:
+                    continue
+                if not self._call(callback):
+                    self._pause(key.fd, index, callback)
+                elif self._paused:
+                    self._paused.pop((key.fd, index), None)
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
-                timer.callback()
+                self._call(timer.callback)
         for _ in range(len(self._soon)):
-            self._soon.popleft()()
+            self._call(self._soon.popleft())
 
     def _timeout(self) -> Optional[float]:
         if self._soon:
@@ -157,3 +209,10 @@ class Loop:
         if not self._timers:
             return None
         return max(0.0, self._timers[0][0] - time.monotonic())
+
+
+def _described(error: OSError) -> str:
+    import traceback
+
+    trace = traceback.format_exception(type(error), error, error.__traceback__)
+    return "something could not be done, the rest goes on:\n" + "".join(trace)

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 AGENT_MARKER = "LAZYCLUSTER_AGENT"
 TASK_MARKER = "LAZYCLUSTER_TASK"
 STAGES: Tuple[Tuple[int, float], ...] = ((signal.SIGTERM, 1.0), (signal.SIGKILL, 1.0))
-_NO_PROCESS = os.strerror(errno.EAGAIN)
+_LIMITS = {
+    os.strerror(errno.EAGAIN): "the limit of processes is reached: ulimit -u, or that of a control group",
+    os.strerror(errno.EMFILE): "the limit of open files is reached, ulimit -n: run less at once, or raise it",
+    os.strerror(errno.ENFILE): "the host's limit of open files is reached: run less at once",
+}
 _READ_SIZE = 128 * 1024
 _PIPE_SIZE = 1024 * 1024
 _RESET = [s for s in (getattr(signal, n, None) for n in ("SIGPIPE", "SIGXFSZ", "SIGCHLD", "SIGINT", "SIGTERM")) if s]
@@ -102,9 +106,9 @@ def send_signal(pids: Iterable[int], number: int) -> None:
 
 # --- starting ------------------------------------------------------------------------------------
 def explained(why: Optional[str]) -> str:
-    """Return what the system says of a process that cannot be started, and what that means if it is not plain."""
-    if why == _NO_PROCESS:
-        return why + " (the limit of processes is reached: ulimit -u, or that of a control group)"
+    """Return what the system says of what it refuses, and what that means if it is not plain."""
+    if why in _LIMITS:
+        return "{} ({})".format(why, _LIMITS[why])
     return why or "nobody knows why"
 
 

@@ -247,10 +247,20 @@ class _Process:
         self._lines = b""
         path = os.path.join(channel.agent.directory, "relay-{}.sock".format(os.urandom(4).hex()))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(path)
-        listener.listen(1)
-        self._control, theirs = socket.socketpair()
-        self._pid = os.fork()
+        try:
+            listener.bind(path)
+            listener.listen(1)
+            self._control, theirs = socket.socketpair()
+            try:
+                self._pid = os.fork()
+            except OSError:
+                self._control.close()
+                theirs.close()
+                os.unlink(path)
+                raise
+        except OSError:
+            listener.close()
+            raise
         if self._pid == 0:
             status = 1
             try:

@@ -8,6 +8,7 @@ import os
 import pwd
 import struct
 import sys
+import time
 from importlib import import_module
 
 from .guardian import KEEP_FILE, clean
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
 _SWEEP_DELAY = 0.5
+_PAUSE = 0.1  # seconds without new connections when there are no descriptors left
+_REPORT_AGAIN = 60.0  # seconds after which the same is reported once more
 
 # request -> (module, function); modules are imported when they are first needed, which keeps the start short
 _HANDLERS: Dict[str, Tuple[str, str]] = {
@@ -74,6 +77,8 @@ class Agent:
         self._presence = Presence(self, local)
         self._parts: Any = None  # what copies have left unfinished
         self._orderly = False
+        self._reported = ("", 0.0)  # what the manager was told last of what went wrong, and when
+        self.loop.report = self.report
         listener.setblocking(False)
         self.loop.add_reader(listener.fileno(), self._accept)
         self.loop.add_reader(alive, self._orphaned)  # it becomes readable only when the guardian has died
@@ -91,11 +96,23 @@ class Agent:
             raise
         return self._orderly
 
+    def report(self, text: str) -> None:
+        """Tell the manager of something that went wrong, where no request is there to be failed."""
+        session, now = self._presence.session, time.monotonic()
+        if session is None or (text == self._reported[0] and now - self._reported[1] < _REPORT_AGAIN):
+            return
+        self._reported = text, now
+        Channel(session, 0, {}).event(problem=text)
+
     # --- who is there --------------------------------------------------------------------------
     def _accept(self) -> None:
         try:
             connection = socket.socket(fileno=self._listener._accept()[0])  # type: ignore[attr-defined]
-        except OSError:
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptors left: those who wait, wait
+            self.loop.remove_reader(self._listener.fileno())
+            self.loop.call_later(_PAUSE, lambda: self.loop.add_reader(self._listener.fileno(), self._accept))
             return
         connection.setblocking(True)
         try:
@@ -107,6 +124,8 @@ class Agent:
             try:
                 self._serve_bulk(connection, fds)
             except OSError as error:
+                # Not only there: who has begun to send may find the streams closed before reading anything.
+                self.report("no process can be started for a copy: " + explained(error.strerror))
                 _refuse_bulk(connection, fds, error)
         elif purpose == b"session" and self._presence.session is None and len(fds) == 2:
             session = self._presence.begin(connection, fds)

@@ -8,6 +8,7 @@ import select
 import time
 
 from . import wire
+from .processes import explained
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -113,6 +114,16 @@ class Channel:
     def fail(self, error: str, message: str, **evidence: Any) -> None:
         """End the channel with an error: its kind, a sentence, and whatever proves it."""
         self._finish(dict(evidence, ok=False, error=error, message=message))
+
+    def attempt(self, callback: Callable[..., Any], *args: Any) -> None:
+        """Call one of the handler's functions; if the system refuses something, the request fails, and only it."""
+        try:
+            callback(*args)
+        except OSError as error:
+            text = explained(error.strerror or str(error))
+            self.fail("os", "{}: {}".format(text, error.filename) if error.filename else text, errno=error.errno)
+            if callback != self.on_abandon:
+                self.attempt(self.on_abandon)
 
     def _finish(self, message: Dict[str, Any]) -> None:
         if self.open:
@@ -255,7 +266,7 @@ class Session:
     def _drained(self) -> None:
         if not self._closed:
             for channel in list(self.channels.values()):
-                channel.on_drain()
+                channel.attempt(channel.on_drain)
 
     # --- in ------------------------------------------------------------------------------------
     def _readable(self) -> None:
@@ -296,9 +307,9 @@ class Session:
         if known is None:
             return  # it ended while this was on its way
         if kind == wire.INPUT:
-            known.on_input(payload)
+            known.attempt(known.on_input, payload)
         elif kind == wire.INPUT_END:
-            known.on_input_end()
+            known.attempt(known.on_input_end)
         elif kind == wire.CONTROL:
             self._control(number, known, wire.loads(payload))
 
@@ -314,9 +325,9 @@ class Session:
         if message.get("abandon"):
             channel.open = False
             self.channels.pop(number, None)
-            channel.on_abandon()
+            channel.attempt(channel.on_abandon)
         else:
-            channel.on_control(message)
+            channel.attempt(channel.on_control, message)
 
     # --- end -----------------------------------------------------------------------------------
     def flush_and_close(self) -> None:
@@ -342,5 +353,5 @@ class Session:
         self._outbox.clear()
         for channel in list(self.channels.values()):
             channel.open = False
-            channel.on_abandon()
+            channel.attempt(channel.on_abandon)
         self.channels.clear()

@@ -159,17 +159,18 @@ class Work:
             return
         channel = self._channel
         try:
-            out, their_out, err, their_err, ours, theirs = _streams()
+            out, their_out, err, their_err, ours, theirs, feed = _streams()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE) and Work._running:
                 Work._parked.append(self)
                 return
-            raise
+            self._failed = error.strerror or str(error)  # no other end of a call will let it begin
+            self._finish()
+            return
         Work._running += 1
         self._out = Pump(channel, out, self._stdout, self._maybe_over)
         self._err = Pump(channel, err, self._stderr, self._maybe_over)
-        # Two descriptors of one socket: what is written ends before what is read.
-        self._feed = Feed(channel, os.dup(ours.fileno()))
+        self._feed = Feed(channel, feed)
         self._answer = Answer(channel, ours.detach(), self._maybe_over)
         for data in self._early:
             channel.on_input(data)
@@ -307,12 +308,13 @@ class Work:
 
 
 def _streams() -> Any:
-    """Return the ends of two pipes and of a socket pair: out, theirs, err, theirs, ours, theirs."""
+    """Return the ends of two pipes and of a socket pair: out, theirs, err, theirs, ours, theirs, ours once more."""
     fds: List[int] = []
     try:
         fds += pipe()
         fds += pipe()
         ours, theirs = socket.socketpair()
+        fds.append(os.dup(ours.fileno()))  # two descriptors of one: what is written ends before what is read
         if max(fds) > os.sysconf("SC_OPEN_MAX") - _RESERVE:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     except OSError:
@@ -320,4 +322,4 @@ def _streams() -> Any:
             os.close(fd)
         raise
     ours.setblocking(False)
-    return (*fds, ours, theirs)
+    return (*fds[:4], ours, theirs, fds[4])

@@ -210,8 +210,12 @@ class Interpreter:
         if source.ended or not names:
             self._warm_settled()
             return
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # no descriptors left: the calls do without
+            self._warm_settled()
+            return
         self._asked = set(names)
-        ours, theirs = socket.socketpair()
         number = next(self._numbers)
         candidate = Zygote(self.loop, ours, self._on_candidate, self._candidate_ended)
         self._candidate = candidate

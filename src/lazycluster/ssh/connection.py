@@ -217,6 +217,11 @@ class Connection(abc.ABC):
             await self.request("ping")
         await self.reached()
 
+    def problem_since(self, moment: float) -> str:
+        """Return what the agent said of something that went wrong since then, in the loop's time; "" if nothing."""
+        when, text = self._link.problem if self._link is not None else (0.0, "")
+        return text if when >= moment else ""
+
     @property
     def answers(self) -> bool:
         """Whether the host is heard: its link is up, and it was not in vain that it was waited for last."""

@@ -126,6 +126,7 @@ class AgentLink:
     Attributes:
         hello: What the agent says first.
         heard: When something came from the agent, in the loop's time.
+        problem: What it said last of something that went wrong, and when, in the loop's time.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class AgentLink:
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
         self._decoder = wire.Decoder(wire.FROM_AGENT)
+        self.problem = 0.0, ""
         self._told = 0  # of how many bytes the agent knows that they have arrived
         self._channels: dict[int, Channel] = {}
         self._next = 1
@@ -332,11 +334,18 @@ class AgentLink:
             if not self._is_full():
                 self._room.set()
         elif number == 0 and kind == wire.EVENT:
-            message = wire.loads(payload)
-            if "crash" in message:
-                logger.error("%s: the agent has crashed:\n%s", self.host, printable(str(message["crash"])[-_CRASH:]))
-            elif not self.hello.done():
-                self.hello.set_result(message)
+            self._said(wire.loads(payload))
+
+    def _said(self, message: dict[str, Any]) -> None:
+        """Handle what the agent says of itself."""
+        if "crash" in message:
+            logger.error("%s: the agent has crashed:\n%s", self.host, printable(str(message["crash"])[-_CRASH:]))
+        elif "problem" in message:
+            text = printable(str(message["problem"])[-_CRASH:])
+            self.problem = self._loop.time(), text
+            logger.warning("%s: %s", self.host, text)
+        elif not self.hello.done():
+            self.hello.set_result(message)
 
     # --- end -----------------------------------------------------------------------------------
     def _ended(self, error: Exception | None) -> None:

@@ -36,6 +36,9 @@ class HostConnection(Protocol):
     async def bulk(self) -> socket.socket:
         """Return a stream to a new process on the host that copies files."""
 
+    def problem_since(self, moment: float) -> str:
+        """Return what the agent said of something that went wrong since then, in the loop's time; "" if nothing."""
+
 
 class Pool:
     """The streams of one connection that wait for the next copy."""

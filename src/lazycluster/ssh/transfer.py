@@ -236,7 +236,7 @@ class _Copy:
         limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
         began = time.monotonic()
         while True:
-            interruptions = self.connection.interruptions
+            interruptions, attempted = self.connection.interruptions, asyncio.get_running_loop().time()
             try:
                 async with pool.slots, limit:
                     work = await self._attempt(pool)
@@ -245,7 +245,7 @@ class _Copy:
                 # When a link that has dropped is back, the copy goes on with the files that are not there yet.
                 await self.connection.answering()
                 if self.connection.interruptions == interruptions:
-                    raise self._explained(error) from error
+                    raise self._explained(error, self.connection.problem_since(attempted)) from error
         tally = work.tally
         return TransferResult(
             work.path, tally.files, tally.bytes, tally.sent, tally.skipped, time.monotonic() - began,
@@ -270,7 +270,7 @@ class _Copy:
                 raise work.error
             # The process on the host had ended while it was idle.
 
-    def _explained(self, error: BaseException) -> BaseException:
+    def _explained(self, error: BaseException, problem: str = "") -> BaseException:
         host = self.connection.host
         if isinstance(error, CopyError):
             side = host if error.remote else "manager"
@@ -279,7 +279,8 @@ class _Copy:
         if isinstance(error, StreamClosedError):
             self.connection.check()
             return TransferError(
-                host, host, self.path, None, f"the process that copies files on the host is gone: {error}",
+                host, host, self.path, None,
+                problem or f"the process that copies files on the host is gone: {error}",
                 "what was there before is unchanged; copy it again",
             )  # fmt: skip
         return error

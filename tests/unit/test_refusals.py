@@ -1,0 +1,258 @@
+"""What the system refuses an agent (descriptors, processes, room on the disk) costs one request, not all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import _loop
+from lazycluster.agent import detached, server
+from lazycluster.agent.loop import Loop
+from lazycluster.exceptions import AgentError
+from lazycluster.ssh import transfer
+from lazycluster.ssh.local import LocalConnection
+
+
+def _rounds_until(loop: Loop, condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    loop.call_later(seconds, lambda: None)
+    while not condition():
+        assert time.monotonic() < deadline
+        loop._round()
+
+
+# --- the reactor ----------------------------------------------------------------------------------
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    fds = os.pipe()
+    os.write(fds[1], b"x")
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+def _failing(_: int = 0) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_callback_that_fails_ends_nothing_and_is_not_called_at_once_again(pipe: tuple[int, int]) -> None:
+    loop, calls, reports = Loop(), [], []
+    loop.report = reports.append
+
+    def readable() -> None:
+        calls.append(time.monotonic())
+        if len(calls) < 3:
+            _failing()
+
+    loop.add_reader(pipe[0], readable)
+    loop.call_soon(_failing)
+    loop.call_later(0.0, _failing)
+    _rounds_until(loop, lambda: len(calls) >= 5)
+    assert len(reports) == 4
+    assert all("No space left on device" in report for report in reports)
+    # Twice it was left alone, for longer the second time; then it went well, and is called whenever it can be.
+    assert calls[1] - calls[0] >= 0.1
+    assert calls[2] - calls[1] >= 0.2
+
+
+def test_whoever_removes_a_callback_that_fails_gets_rid_of_it(pipe: tuple[int, int]) -> None:
+    loop, calls, over = Loop(), [], []
+    loop.report = lambda _: None
+
+    def readable() -> None:
+        calls.append(1)
+        _failing()
+
+    loop.add_reader(pipe[0], readable)
+    _rounds_until(loop, lambda: calls)
+    loop.remove_reader(pipe[0])
+    loop.call_later(0.3, lambda: over.append(1))
+    _rounds_until(loop, lambda: over)
+    assert len(calls) == 1
+
+
+def test_without_anybody_to_tell_it_is_an_error(pipe: tuple[int, int]) -> None:
+    loop = Loop()
+    loop.add_reader(pipe[0], _failing)
+    with pytest.raises(OSError, match="No space"):
+        loop._round()
+
+
+# --- the agent ------------------------------------------------------------------------------------
+class _Told:
+    """Stands for the session with the manager."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def send(self, data: bytes) -> None:
+        self.data += data
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Any]:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "agent.sock"))
+    listener.listen()
+    alive, held = os.pipe()
+    agent = server.Agent(str(tmp_path), listener, os.getpid(), alive, True)
+    agent._presence.session = _Told()
+    agent._presence.session.agent = agent
+    yield agent
+    listener.close()
+    for fd in (alive, held):
+        os.close(fd)
+
+
+def test_a_copy_that_gets_no_process_is_told_why(agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    connection, theirs = socket.socketpair()
+    read, write = os.pipe()
+    before = len(os.listdir("/proc/self/fd"))
+    agent._serve_bulk(connection, [os.dup(read), os.dup(write)])
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert b"ulimit -u" in agent._presence.session.data
+    assert theirs.recv(1) == b""  # so the session on the host ends
+    for fd in (read, write):
+        os.close(fd)
+    theirs.close()
+
+
+def test_connections_wait_while_there_are_no_descriptors(agent: Any) -> None:
+    listener, refused = agent._listener, []
+
+    class Listener:
+        fileno = listener.fileno
+
+        def _accept(self) -> None:
+            refused.append(1)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    agent._listener = Listener()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(listener.getsockname())
+        _rounds_until(agent.loop, lambda: refused)
+        assert listener.fileno() not in agent.loop._callbacks  # else it would be called without end
+        agent._listener = listener
+        client.sendall(b"nonsense")
+        _rounds_until(agent.loop, lambda: listener.fileno() in agent.loop._callbacks)
+        client.setblocking(False)
+        agent.loop._round()
+        assert client.recv(1) == b""
+
+
+def _leave_descriptors(pid: int, count: int) -> None:
+    """Let a process have so many more descriptors."""
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = [fd for fd in range(max(used) + count + 2) if fd not in used]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[count], 4096))
+
+
+def test_requests_without_descriptors_fail_and_harm_no_others(tmp_path: Path) -> None:
+    async def body() -> None:
+        connection = LocalConnection()
+        await connection.open()
+        try:
+            pid = connection.hello.pid
+            await connection.request("interpreters", env={})  # the interpreter has been started
+            out, began = bytearray(), asyncio.Event()
+            params = {"command": "read x; echo $x", "input": True}
+            other = connection.channel("run", params, stdout=out.extend, event=lambda _: began.set())
+            await began.wait()
+            _leave_descriptors(pid, 3)
+            with pytest.raises(AgentError, match=r"Too many open files.*ulimit -n"):
+                await connection.request("interpreters", env={})
+            used = len(os.listdir(f"/proc/{pid}/fd"))
+            for _ in range(3):
+                with pytest.raises(AgentError, match="Too many open files"):
+                    await connection.channel("run", {"command": "true", "input": True}).result()
+            assert len(os.listdir(f"/proc/{pid}/fd")) == used
+            _leave_descriptors(pid, 4)  # the connection, two streams, and one where two are needed
+            source = tmp_path / "file"
+            source.write_text("text")
+            with pytest.raises(transfer.TransferError, match="Too many open files"):
+                await transfer.send(connection, str(source), str(tmp_path / "copy"), cwd="/", env={})
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 4096))
+            await connection.request("interpreters", env={})
+            await transfer.send(connection, str(source), str(tmp_path / "copy"), cwd="/", env={})
+            await other.send(b"still there\n")
+            await other.result()
+            assert out == b"still there\n"
+        finally:
+            await connection.close()
+
+    _loop.run(body(), timeout=60)
+
+
+# --- detached tasks, and a disk that is full ------------------------------------------------------
+class _Agent:
+    identity = "1"
+
+    def __init__(self, directory: Path) -> None:
+        self.loop = Loop()
+        self.directory = str(directory)
+
+    def end(self, then: Callable[[], Any]) -> None:
+        then()
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(detached, "_AGAIN", 0.05)
+    steps = [{"op": "run", "label": name, "params": {"env": {}}} for name in ("one", "two")]
+    task = detached._Task(_Agent(tmp_path), {"id": "0" * 16, "steps": steps, "cwd": str(tmp_path)})
+    monkeypatch.setattr(task, "_next", lambda: None)
+    return task
+
+
+def _state(task: Any) -> dict[str, Any]:
+    return json.loads((Path(task.directory) / "state.json").read_text())
+
+
+def test_the_state_of_a_detached_task_is_written_when_it_can_be(task: Any) -> None:
+    away = task.directory + ".away"
+    os.rename(task.directory, away)  # nothing can be written
+    task.step_over({"ok": True, "exit": 0})
+    task.agent.loop._round()
+    os.rename(away, task.directory)
+    assert _state(task)["steps"] == []
+    _rounds_until(task.agent.loop, lambda: _state(task)["steps"] == [{"ok": True, "exit": 0}])
+
+
+def test_the_end_of_a_detached_task_waits_until_it_can_be_written(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = task.directory + ".away"
+    os.rename(task.directory, away)
+    monkeypatch.setattr(time, "sleep", lambda _: os.rename(away, task.directory))
+    task.step_over({"ok": False, "error": "os", "message": "x"})
+    assert _state(task)["state"] == "failed"
+
+
+def test_the_result_of_a_detached_step_waits_until_it_can_be_written(task: Any, tmp_path: Path) -> None:
+    outcome = tmp_path / "not there yet" / "outcome"
+    record = detached.Record(task, {}, str(outcome))
+    drained: list[int] = []
+    record.on_drain = lambda: drained.append(1)
+    record.output(b"one")
+    assert not record.writable
+    record.output(b"two")
+    record.result(exit=0)
+    assert task._over == []
+    outcome.parent.mkdir()
+    _rounds_until(task.agent.loop, lambda: task._over)
+    assert outcome.read_bytes() == b"onetwo"
+    assert drained
+    assert record.writable
