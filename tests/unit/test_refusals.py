@@ -7,7 +7,10 @@ import errno
 import json
 import os
 import resource
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +19,8 @@ from typing import Any
 import pytest
 
 from lazycluster import _loop
-from lazycluster.agent import detached, server
+from lazycluster._runtime.session import HostSpec, Session
+from lazycluster.agent import bootstrap, detached, processes, server, wire
 from lazycluster.agent.loop import Loop
 from lazycluster.exceptions import AgentError
 from lazycluster.ssh import transfer
@@ -119,16 +123,16 @@ def test_a_copy_that_gets_no_process_is_told_why(agent: Any, monkeypatch: pytest
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(os, "fork", refuse)
-    connection, theirs = socket.socketpair()
-    read, write = os.pipe()
-    before = len(os.listdir("/proc/self/fd"))
-    agent._serve_bulk(connection, [os.dup(read), os.dup(write)])
-    assert len(os.listdir("/proc/self/fd")) == before - 1
-    assert b"ulimit -u" in agent._presence.session.data
-    assert theirs.recv(1) == b""  # so the session on the host ends
-    for fd in (read, write):
-        os.close(fd)
+    ours, theirs = socket.socketpair()
+    client = bootstrap.hand_over(agent._listener.getsockname(), [theirs.fileno()], b"bulk")
     theirs.close()
+    agent._accept()
+    assert b"ulimit -u" in agent._presence.session.data
+    assert b"ulimit -u" in ours.recv(4096)  # as an error of the copy
+    assert ours.recv(1) == b""
+    assert client.recv(1) == b""  # so the session on the host ends
+    ours.close()
+    client.close()
 
 
 def test_connections_wait_while_there_are_no_descriptors(agent: Any) -> None:
@@ -256,3 +260,101 @@ def test_the_result_of_a_detached_step_waits_until_it_can_be_written(task: Any, 
     assert outcome.read_bytes() == b"onetwo"
     assert drained
     assert record.writable
+
+
+# --- what is too large ----------------------------------------------------------------------------
+def test_a_request_that_no_agent_takes_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        connection = LocalConnection()
+        await connection.open()
+        try:
+            other = connection.channel("run", {"command": "read x", "input": True})
+            with pytest.raises(ValueError, match=r"64\.1 MiB is too large[^~]*Next step"):
+                connection.channel("run", {"command": "echo " + "x" * (64 * 1024 * 1024 + 100_000)})
+            monkeypatch.setattr(wire, "FROM_MANAGER", 1000)
+            with pytest.raises(ValueError, match="is too large"):
+                other.control(message="x" * 1000)
+            assert await connection.request("ping") == {}
+            await other.send_end()
+            await other.result()
+        finally:
+            await connection.close()
+
+    _loop.run(body(), timeout=60)
+
+
+def test_of_much_output_of_a_question_the_end_is_kept() -> None:
+    async def body() -> tuple[int, str]:
+        session = await Session.open(HostSpec("localhost", local=True))
+        try:
+            return await session.capture(
+                session.context({}, "WORKING_DIR"), command="head -c 5000000 /dev/zero; echo true"
+            )
+        finally:
+            await session.close()
+
+    status, output = _loop.run(body(), timeout=60)
+    assert status == 0
+    assert len(output) == 1024 * 1024
+    assert output.endswith("\0true\n")
+
+
+# --- processes that may not be signalled ----------------------------------------------------------
+_REFUSING = """
+import os, sys
+real = os.kill
+def kill(pid, number):
+    if number and pid == child.pid:
+        raise PermissionError(1, "Operation not permitted")
+    real(pid, number)
+os.kill = kill
+"""
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that cannot be signalled, like one that `sudo` has started."""
+    process = subprocess.Popen(["sleep", "60"])
+    kill = os.kill
+
+    def refuse(pid: int, number: int) -> None:
+        if pid == process.pid:
+            raise PermissionError(1, "Operation not permitted")
+        kill(pid, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", refuse)
+        yield process
+    process.kill()
+    process.wait()
+
+
+def test_what_may_not_be_ended_is_named_and_not_waited_for(child: subprocess.Popen[bytes]) -> None:
+    loop, reports, ended = Loop(), [], []
+    loop.report = reports.append
+    other = subprocess.Popen(["sleep", "60"])
+
+    def living() -> list[int]:
+        return [process.pid for process in (child, other) if process.poll() is None]
+
+    processes.Ending(loop, living, lambda: ended.append(living()), ((signal.SIGTERM, 0.1), (signal.SIGKILL, 0.1)))
+    _rounds_until(loop, lambda: ended)
+    assert ended == [[child.pid]]
+    assert len(reports) == 1
+    assert f"{child.pid} (sleep, of user {os.getuid()})" in reports[0]
+
+
+def test_the_guardian_does_not_wait_for_what_may_not_be_ended() -> None:
+    program = f"""
+import os, signal, subprocess
+from lazycluster.agent import guardian
+guardian._PATIENCE = 0.1
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+child = subprocess.Popen(["sleep", "60"])
+{_REFUSING}
+guardian.end_descendants()
+assert child.poll() is None
+real(child.pid, signal.SIGKILL)
+child.wait()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _loop
 from lazycluster._progress import Progress
+from lazycluster._tail import Tail
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.local import LocalConnection
@@ -336,12 +337,12 @@ class Session:
             **command: ``command`` or ``argv``, and ``shell``.
 
         Returns:
-            Its exit status (negative: a signal) and what it printed.
+            Its exit status (negative: a signal) and what it printed, of much the end.
         """
         self.check()
-        output = bytearray()
+        output = Tail()
         params = {"shell": context.shell, "cwd": context.cwd, "env": dict(context.env), "merge": True, **command}
-        channel = self.connection.channel("run", params, stdout=output.extend)
+        channel = self.connection.channel("run", params, stdout=output.put)
         try:
             result = await asyncio.wait_for(channel.result(), ANSWER_LIMIT)
         except asyncio.TimeoutError:
@@ -350,7 +351,7 @@ class Session:
         finally:
             channel.close()
         status = -result["signal"] if result.get("signal") else result.get("exit") or 0
-        return status, output.decode("utf-8", "replace")
+        return status, output.text()
 
     # --- end -----------------------------------------------------------------------------------
     async def close(self) -> None:

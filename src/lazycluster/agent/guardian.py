@@ -86,12 +86,13 @@ def _present_sshd(directory: str) -> Optional[Tuple[int, int]]:
 
 
 def end_descendants() -> None:
-    """End all descendants of this process, first asking, then not, until none is left."""
+    """End all descendants of this process, first asking, then not, until none is left that this user may end."""
     deadline = time.monotonic() + _PATIENCE
     asked: List[int] = []
+    beyond: List[int] = []
     while True:
         _reap()
-        alive = descendants([os.getpid()])
+        alive = [pid for pid in descendants([os.getpid()]) if pid not in beyond]
         if not alive:
             return
         if time.monotonic() < deadline:
@@ -99,7 +100,7 @@ def end_descendants() -> None:
             send_signal((pid for pid in alive if pid not in asked), signal.SIGCONT)
             asked = alive
         else:
-            send_signal(alive, signal.SIGKILL)
+            beyond += send_signal(alive, signal.SIGKILL)
         # A child's end is a signal, a grandchild's becomes one as soon as it is ours; look again soon in any case.
         signal.sigtimedwait([signal.SIGCHLD], 0.02)
 

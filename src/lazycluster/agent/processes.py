@@ -95,13 +95,37 @@ def marks(marker: str) -> List[Tuple[int, str]]:
     return found
 
 
-def send_signal(pids: Iterable[int], number: int) -> None:
-    """Send a signal to each process (a negative number is a process group); those that have gone are passed over."""
+def send_signal(pids: Iterable[int], number: int) -> List[int]:
+    """Send a signal to each process (a negative number is a process group); those that have gone are passed over.
+
+    Returns:
+        Those that this user may not signal: what runs as another one, e.g. what `sudo` has started.
+    """
+    refused: List[int] = []
     for pid in pids:
         try:
             os.kill(pid, number)
-        except (ProcessLookupError, PermissionError):
+        except ProcessLookupError:
             continue
+        except PermissionError:
+            refused.append(pid)
+    return refused
+
+
+def out_of_reach(pids: Iterable[int]) -> str:
+    """Return what is to be said of processes that this user may not end."""
+    shown = []
+    for pid in pids:
+        try:
+            with open("/proc/{}/comm".format(pid)) as file:
+                name = file.read().strip()
+            shown.append("{} ({}, of user {})".format(pid, name, os.stat("/proc/{}".format(pid)).st_uid))
+        except OSError:
+            continue  # it has just ended by itself
+    if not shown:
+        return ""
+    text = "left running, since another user's processes may not be ended: {}\n"
+    return text.format(", ".join(shown)) + "  Next step: end them on the host, as that user or with `sudo kill`"
 
 
 # --- starting ------------------------------------------------------------------------------------
@@ -251,7 +275,7 @@ class Ending:
     Args:
         loop: The reactor.
         find: Returns those that still live, parents before children: so a parent does not react to a child's end.
-        on_end: Is called when none is left.
+        on_end: Is called when none is left but those that this user may not end; of these the loop's owner is told.
         stages: (signal, seconds until the next stage) in order; the last is repeated until none is left.
     """
 
@@ -269,20 +293,25 @@ class Ending:
         self._loop, self._find, self._on_end = loop, find, on_end
         self._stages = list(stages)
         self._told: Set[int] = set()
+        self._beyond: Set[int] = set()  # those that could not even be killed
         self._waited = 0.0
         self._looked = time.monotonic()
         self._spared = 0
         loop.call_soon(self._step)  # not at once: `on_end` must not come before the caller knows this object
 
     def _step(self) -> None:
-        alive = list(self._find())
+        alive = [pid for pid in self._find() if pid not in self._beyond]
         if not alive:
+            self._tell()
             self._on_end()
             return
         number, patience = self._stages[0]
         # Repeated for those that appeared since, and for ever in the last stage: a process may fork while it is ended.
         new = [pid for pid in alive if pid not in self._told]
-        send_signal(self._victims(alive) if number == signal.SIGKILL else new, number)
+        if number == signal.SIGKILL:
+            self._beyond.update(send_signal(self._victims(alive), number))
+        else:
+            send_signal(new, number)
         self._told.update(alive)
         now = time.monotonic()
         self._waited += min(now - self._looked, self._LONGEST_LOOK)
@@ -292,6 +321,11 @@ class Ending:
             self._told.clear()
             self._waited = 0.0
         self._loop.call_later(self._LOOK_EVERY, self._step)
+
+    def _tell(self) -> None:
+        text = out_of_reach(sorted(self._beyond)) if self._beyond else ""
+        if text and self._loop.report is not None:
+            self._loop.report(text)
 
     def _victims(self, alive: List[int]) -> List[int]:
         """Return those to be killed: multiprocessing's tracker last, since it removes what others leave in /dev/shm."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 HEADER = struct.Struct("!IIB")
 MAX_PAYLOAD = 256 * 1024
 MAX_BYTES = 1024 * 1024  # what a frame of bytes may hold when it comes; what is sent is less
+FROM_MANAGER = 64 * 1024 * 1024  # what a message of a manager may hold: they hold programs and environments
 FROM_AGENT = 8 * 1024 * 1024  # what a message of an agent may hold: the longest tell an environment
 WINDOW = 4 * 1024 * 1024  # bytes of INPUT or OUTPUT that may be under way on a channel before they are consumed
 CREDIT_UNIT = WINDOW // 4  # consumed bytes are reported in portions of this size
@@ -90,13 +91,13 @@ class Decoder:
     """Cuts a stream of bytes into frames.
 
     Args:
-        limit: The longest message that is taken, in bytes; those of a manager hold programs and environments.
+        limit: The longest message that is taken, in bytes.
 
     Attributes:
         total: How many bytes it was fed.
     """
 
-    def __init__(self, limit: int = 64 * 1024 * 1024) -> None:
+    def __init__(self, limit: int = FROM_MANAGER) -> None:
         self.total = 0
         self._buffer = bytearray()
         self._limit = limit

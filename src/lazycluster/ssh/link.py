@@ -22,6 +22,24 @@ Bytes = Callable[[bytes], Any]
 Event = Callable[[dict[str, Any]], Any]
 
 
+def _message(number: int, kind: int, message: dict[str, Any]) -> bytes:
+    """Return a frame with a message that is not sent in parts.
+
+    Raises:
+        ValueError: It is so long that the agent would take it for nonsense, and end with all that it runs.
+    """
+    frame = wire.json_frame(number, kind, message)
+    size = len(frame) - wire.HEADER.size
+    if size > wire.FROM_MANAGER:
+        mebibytes = 1024 * 1024
+        raise ValueError(
+            f"a request of {size / mebibytes:.1f} MiB is too large: a command, its environment and the like may have "
+            f"{wire.FROM_MANAGER // mebibytes} MiB together.\n"
+            "  Next step: send what is large as a file (send_file), or as an argument of a function"
+        )
+    return frame
+
+
 class Channel:
     """The manager's side of one request, which the agent answers with output, events and one result."""
 
@@ -76,7 +94,7 @@ class Channel:
     def control(self, **message: Any) -> None:
         """Say something about the work, e.g. ``signal="TERM"``."""
         if not self._done.done():
-            self._link.send_soon(wire.json_frame(self._number, wire.CONTROL, message))
+            self._link.send_soon(_message(self._number, wire.CONTROL, message))
 
     def close(self) -> None:
         """Drop the channel; the agent ends the work. Does nothing after the result has come."""
@@ -246,14 +264,16 @@ class AgentLink:
 
         Raises:
             ConnectionLostError: If the link has ended.
+            ValueError: If it is longer than what an agent takes; nothing is sent then.
         """
         if self._lost_error is not None:
             raise ConnectionLostError(self.host, self._lost_error.detail)
         number = self._next
+        request = _message(number, wire.REQUEST, {**params, "op": op})
         self._next += 1
         channel = Channel(self, number, stdout, stderr, output, event)
         self._channels[number] = channel
-        self.send_soon(wire.json_frame(number, wire.REQUEST, {**params, "op": op}))
+        self.send_soon(request)
         return channel
 
     def forget(self, number: int) -> None:
