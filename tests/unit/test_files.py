@@ -47,6 +47,9 @@ class FakeConnection:
     host = "host1"
     interruptions = 0
 
+    def problem_since(self, moment: float) -> str:
+        return ""
+
     async def answering(self) -> None:
         """The host always answers at once."""
 

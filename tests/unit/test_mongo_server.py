@@ -27,6 +27,8 @@ from bson import encode
 from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
+from lazycluster.mongo.strangers import IDLE_LIMIT, MOST_SILENT, SILENT_LIMIT, Strangers
+
 _PASSWORD = "a-secret_of-32-characters"
 _HEADER = struct.Struct("<iiii")
 
@@ -199,3 +201,42 @@ def test_unacknowledged_writes(server: Server) -> None:
     collection = server.client(w=0).db.c
     collection.insert_one({"_id": 1})
     assert collection.find_one() == {"_id": 1}
+
+
+def test_strangers_keep_nobody_out(server: Server) -> None:
+    hello = _message(b"\0\0\0\0\0" + encode({"hello": 1, "$db": "admin"}))
+    with contextlib.ExitStack() as stack:
+        speaking = stack.enter_context(server.socket())
+        speaking.sendall(hello)
+        assert b"maxWireVersion" in speaking.recv(4000)
+        silent = [stack.enter_context(server.socket()) for _ in range(MOST_SILENT + 3)]
+        assert [one.recv(1) for one in silent[:3]] == [b""] * 3
+        collection = server.client().db.c
+        collection.insert_one({"_id": 1})
+        assert collection.find_one() == {"_id": 1}
+        speaking.sendall(hello)
+        assert b"maxWireVersion" in speaking.recv(4000)
+
+
+def test_strangers_have_their_time() -> None:
+    now, ended = [0.0], []
+    strangers: Strangers[str] = Strangers(lambda: now[0], ended.append)
+    for name in ("silent", "idle", "asking", "logged in"):
+        strangers.came(name)
+    for name in ("idle", "asking", "logged in"):
+        strangers.heard(name)
+    strangers.gone("logged in")
+    now[0] = SILENT_LIMIT - 1
+    strangers.sweep()
+    assert ended == []
+    now[0] = SILENT_LIMIT
+    strangers.heard("asking")
+    strangers.sweep()
+    assert ended == ["silent"]
+    now[0] = IDLE_LIMIT
+    strangers.sweep()
+    assert ended == ["silent", "idle"]
+    now[0] = 10 * IDLE_LIMIT
+    strangers.sweep()
+    strangers.sweep()
+    assert ended == ["silent", "idle", "asking"]

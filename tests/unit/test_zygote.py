@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -302,6 +303,25 @@ def host_with_modules(tmp_path: Path) -> Iterator[DirectZygote]:
         assert zygote.facts()["ready"]
         assert zygote.give_library()["library"]
         yield zygote
+
+
+def test_what_was_installed_since_an_import_is_noticed(host_with_modules: DirectZygote, tmp_path: Path) -> None:
+    host = host_with_modules
+    control, said = host.warm("colorsys")
+    before = dict(said["stamps"])
+    assert before[str(tmp_path)] == tmp_path.stat().st_mtime_ns
+    (tmp_path / "lc_new.py").write_text("x = 1")
+    os.utime(tmp_path, (1, 1))
+    # One that is forked from it has what was imported before, so the times from before.
+    ours, theirs = socket.socketpair()
+    host.tell({"id": 100, "warm": ["lc_new"]}, [theirs.fileno()], control)
+    theirs.close()
+    while "pid" not in host.receive(control):
+        pass
+    said = host.receive(ours)
+    ours.close()
+    assert "lc_new" in said["modules"]
+    assert dict(said["stamps"])[str(tmp_path)] == before[str(tmp_path)]
 
 
 def test_imports_that_fail_or_speak_do_no_harm(host_with_modules: DirectZygote) -> None:

@@ -83,6 +83,7 @@ class Zygote:
         self._fds: List[int] = []
         self._children: Dict[int, int] = {}  # pid -> number of the call
         self._woken, self._wake = _wake_pipe()
+        self._stamps: Dict[str, int] = {}  # of the directories that modules come from, from before they were imported
         gc.disable()
         gc.freeze()
 
@@ -211,6 +212,7 @@ class Zygote:
 
     def _become_warmed(self, control: socket.socket, modules: List[str]) -> None:
         self._control = control
+        self._stamp()
         try:
             before = set(_descriptors())
             have = [name for name in modules if _import(name, before)]
@@ -222,7 +224,19 @@ class Zygote:
         gc.collect()
         gc.freeze()
         gc.disable()
-        self.tell(ready=True, modules=have, stamps=_stamps())
+        self._stamp()  # what an import has added to the path
+        self.tell(ready=True, modules=have, stamps=list(self._stamps.items()))
+
+    def _stamp(self) -> None:
+        """Note when the directories that modules come from changed last: an installation changes them.
+
+        The first time counts, also that of the zygote which this one was forked from: what was imported then is here.
+        """
+        for path in sys.path:
+            try:
+                self._stamps.setdefault(path, os.stat(path).st_mtime_ns)
+            except OSError:
+                continue
 
 
 def _part(name: str) -> Any:
@@ -282,17 +296,6 @@ def _descriptors() -> List[Tuple[int, str]]:
     for fd in os.listdir("/proc/self/fd"):
         try:
             found.append((int(fd), os.readlink("/proc/self/fd/" + fd)))
-        except OSError:
-            continue
-    return found
-
-
-def _stamps() -> List[Tuple[str, int]]:
-    """Return the times of change of the directories that modules come from: an installation changes them."""
-    found = []
-    for path in sys.path:
-        try:
-            found.append((path, os.stat(path).st_mtime_ns))
         except OSError:
             continue
     return found

@@ -248,6 +248,7 @@ class Interpreter:
         self._have.update(message["modules"])
         self._bad |= self._asked - self._have
         self._stamps = [(path, stamp) for path, stamp in message["stamps"]]
+        self._check_stamps()  # something may have been installed since it began to import
         self._warm_settled()
         self._make_candidate()  # more may have been wanted meanwhile
 

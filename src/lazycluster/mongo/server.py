@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections import deque
 from typing import Any
 
 from . import wire
 from .engine import Engine, Session
 from .errors import CommandError
+from .strangers import Strangers
 
 logger = logging.getLogger("lazycluster.mongo")
 
@@ -20,6 +22,7 @@ _LARGEST_BEFORE_LOGIN = 64 * 1024  # a stranger shall not make the server hold m
 _MOST_CONNECTIONS = 4000
 _HIGH_WATER = 1024 * 1024
 _BACKLOG = 512
+_SWEEP_EVERY = 1.0
 
 
 class _Connection(asyncio.Protocol):
@@ -39,6 +42,8 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
             return
         self._server.connections.add(self)
+        if self._server.asks_for_login:
+            self._server.strangers.came(self)
         self._transport.set_write_buffer_limits(high=_HIGH_WATER)
         with contextlib.suppress(OSError):  # a half-open connection is noticed sooner or later
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -66,6 +71,7 @@ class _Connection(asyncio.Protocol):
             if strange:
                 # What comes next may be longer, if this logs in.
                 self._server.run_pending()
+                self._server.heard(self)
 
     def send(self, data: bytes) -> None:
         if not self._transport.is_closing():
@@ -80,6 +86,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
+        self._server.strangers.gone(self)
         self._received.clear()
 
     def abort(self) -> None:
@@ -101,9 +108,11 @@ class Server:
         self._engine = engine
         self.asks_for_login = asks_for_login
         self.connections: set[_Connection] = set()
+        self.strangers: Strangers[_Connection] = Strangers(time.monotonic, _Connection.abort)
         self.pending: deque[tuple[_Connection, wire.Request]] = deque()
         self._woken = False
         self._listener: asyncio.Server | None = None
+        self._sweeping: asyncio.TimerHandle | None = None
 
     async def listen(self, port: int) -> int:
         """Begin to listen; returns the port.
@@ -113,7 +122,19 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(lambda: _Connection(self), LOOPBACK, port, backlog=_BACKLOG)
+        self._sweep()
         return int(self._listener.sockets[0].getsockname()[1])
+
+    def _sweep(self) -> None:
+        self.strangers.sweep()
+        self._sweeping = asyncio.get_running_loop().call_later(_SWEEP_EVERY, self._sweep)
+
+    def heard(self, connection: _Connection) -> None:
+        """Note that a connection which had not logged in has asked for something, perhaps for that."""
+        if connection.session.authenticated:
+            self.strangers.gone(connection)
+        elif connection in self.connections:
+            self.strangers.heard(connection)
 
     def wake(self) -> None:
         """Have what has come run, once everything that is there already was read."""
@@ -139,6 +160,8 @@ class Server:
         """Stop listening, and end all connections."""
         if self._listener is not None:
             self._listener.close()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         for connection in list(self.connections):
             connection.abort()
         await asyncio.sleep(0)
