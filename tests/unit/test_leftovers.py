@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,23 @@ def test_what_another_host_uses_in_a_shared_place_stays(place: Path) -> None:
     assert count_tunnels(own) == 6
     for listener in listeners:
         listener.close()
+
+
+def test_an_agent_that_takes_nobody_in_holds_up_no_other(place: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        for name, listens in (("lazycluster-stopped", True), ("lazycluster-dead", False)):
+            stack.enter_context(directory(place, name, None, listens))
+        full = False
+        while not full:
+            visitor = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            visitor.setblocking(False)
+            try:
+                visitor.connect("lazycluster-stopped/agent.sock")
+            except BlockingIOError:
+                full = True
+        found: list[list[str]] = []
+        own = str(place / "lazycluster-own")
+        looking = threading.Thread(target=lambda: found.append(abandoned(own)), daemon=True)
+        looking.start()
+        looking.join(20)
+        assert found == [[str(place / "lazycluster-dead")]]

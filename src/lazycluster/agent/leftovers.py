@@ -86,7 +86,11 @@ def namespace() -> str:
 def _answers(path: str) -> bool:
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        # One that has been stopped takes nobody in. Whoever waited for it would hang too, and so all that look for it.
+        probe.setblocking(False)
         probe.connect(path)
+    except BlockingIOError:
+        return True
     except ConnectionRefusedError:
         return False
     finally:
