@@ -308,6 +308,12 @@ class Connection(abc.ABC):
         """Go on with an agent that was there before."""
         raise StartError("nobody was left there", None)
 
+    def _opened(self) -> None:
+        self._become("open")
+        link = self._link
+        if link is not None and not link.is_attached:
+            self._ended(link, None)  # it has ended since the agent said hello, when that was nobody's business yet
+
     # --- ending --------------------------------------------------------------------------------
     def _ended(self, link: AgentLink, error: Exception | None) -> None:
         """Handle the end of the agent's streams."""

@@ -48,7 +48,7 @@ class LocalConnection(Connection):
                 said = self._process.errors if self._process else str(error)
                 raise InvalidRuntimeError(self.host, "python", f"no agent can be started: {said}") from None
             raise
-        self._become("open")
+        self._opened()
 
     async def another_agent(self) -> AgentLink:
         """Start it as a daemon."""

@@ -65,6 +65,8 @@ async def read_mark(fd: int, mark: bytes, exited: asyncio.Future[int], seen: byt
     found: asyncio.Future[Mark] = loop.create_future()
 
     def readable() -> None:
+        if found.done():
+            return  # nobody waits any more
         try:
             data = os.read(fd, 65536)
         except BlockingIOError:

@@ -214,9 +214,11 @@ class SshConnection(ReturningConnection):
 
     async def _restore(self) -> None:
         """Open the ports again that were forwarded."""
-        assert self._mux is not None
+        assert self._mux is not None and self._link is not None
         deadline = asyncio.get_running_loop().time() + _PORTS_LIMIT
         while wanted := list(self._forwards.values()):
+            if not self._link.is_attached:
+                raise ConnectionLostError(self.host, "the link dropped again before its ports were back")
             failed: list[tuple[Forward, MuxError]] = []
             for forward, result in zip(wanted, await self._mux.open_forwards(wanted), strict=True):
                 if isinstance(result, MuxError):
@@ -225,6 +227,8 @@ class SshConnection(ReturningConnection):
                     await self._mux.close_forwards([forward])
             if asyncio.get_running_loop().time() > deadline:
                 for forward, error in failed:
+                    if not error.refused:  # nobody has said that it cannot be had: the next attempt asks again
+                        raise ConnectionLostError(self.host, str(error)) from error
                     self._forwards.pop(forward.key, None)
                     logger.warning("%s: %s is not forwarded any more: %s", self.host, forward, error)
             if failed:

@@ -61,6 +61,8 @@ class ReturningConnection(Connection, abc.ABC):
         self._returning: asyncio.Task[None] | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
         self._last_beat = 0.0
+        self._dropped = asyncio.Event()  # since it was last tried to bring the link back
+        self._prepared = 0  # the generation that all of `on_renewal` has been done for
 
     @abc.abstractmethod
     async def _attempt(self, timeout: float) -> None:
@@ -115,7 +117,13 @@ class ReturningConnection(Connection, abc.ABC):
 
     # --- heartbeat -----------------------------------------------------------------------------
     def _opened(self) -> None:
-        self._become("open")
+        self._prepared = self.generation
+        super()._opened()
+        self._start_beating()
+
+    def _start_beating(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         self._last_beat = asyncio.get_running_loop().time()
         self._beat()
 
@@ -128,6 +136,8 @@ class ReturningConnection(Connection, abc.ABC):
             link.heard = now  # it was this process that slept
         self._last_beat = now
         link.beat()
+        if not link.is_attached:
+            return  # that was how the end was noticed
         quiet = now - link.heard
         if quiet > _HANGS * self.settings.link_timeout and self.grace:
             link.detach()
@@ -136,7 +146,7 @@ class ReturningConnection(Connection, abc.ABC):
         if quiet >= self.settings.link_timeout - every and self.state == "open":
             self._given_up = link.heard
             self._interrupted(f"nothing was heard from its agent for {quiet:.0f} s")
-        elif quiet < self.settings.link_timeout - every and self.state == "interrupted":
+        elif quiet < self.settings.link_timeout - every and self.state == "interrupted" and not self._is_returning:
             logger.info("%s: it answers again", self.host)
             self._become("open")
         self._heartbeat = loop.call_later(every, self._beat)
@@ -148,13 +158,20 @@ class ReturningConnection(Connection, abc.ABC):
         self._become("interrupted", why)
 
     # --- loss and return -----------------------------------------------------------------------
+    @property
+    def _is_returning(self) -> bool:
+        return self._returning is not None and not self._returning.done()
+
     def _ended(self, link: AgentLink, error: Exception | None) -> None:
+        if link is not self._link:
+            super()._ended(link, error)
+            return
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        if self._returning is not None and not self._returning.done():
+        self._dropped.set()
+        if self._is_returning:
             return  # the link has dropped again before it was back for good: whoever tries sees that
-        known = link is self._link and self.grace and not isinstance(error, wire.ProtocolError)
-        if known and self.state in ("open", "interrupted"):
+        if self.grace and not isinstance(error, wire.ProtocolError) and self.state in ("open", "interrupted"):
             self._returning = asyncio.ensure_future(self._return())
         else:
             super()._ended(link, error)
@@ -171,27 +188,30 @@ class ReturningConnection(Connection, abc.ABC):
         self._interrupted(f"{why}; it is tried again for {patience:g} s")
         try:
             await asyncio.wait_for(self._try_again(), patience)
+            await self._prepare(since + patience)
         except Exception as error:  # noqa: BLE001  (whatever it is, all that waits here must be told)
             detail = "" if isinstance(error, asyncio.TimeoutError) else f": {getattr(error, 'detail', error)}"
             told = f"{why}; and it could not be reached again within {loop.time() - since:.0f} s{detail}"
             logger.error("%s: the connection was lost: %s", self.host, told)
             await self._lost(told)
         else:
-            logger.info("%s: the link is back after %.1f s", self.host, loop.time() - since)
-            self._opened()
+            if self._prepared == self.generation:
+                logger.info("%s: the link is back after %.1f s", self.host, loop.time() - since)
+                self._opened()
 
     async def _try_again(self) -> None:
+        assert self._process is not None
         delay, timeouts = _FIRST_DELAY, [*_CONNECT_TIMEOUTS]
         while True:
+            if self._link is not None:
+                self._link.detach()
+            await self._process.end()  # it may have reached the host, and have been of no use after all
             await self._let_go()
-            generation = self.generation
+            self._dropped.clear()
             try:
                 limit = timeouts.pop(0) if timeouts else self.settings.timeout
                 await self._attempt(min(limit, self.settings.timeout))
                 await self._restore()
-                if self.generation != generation:
-                    for renew in list(self.on_renewal):
-                        await renew()
                 if self._link is not None and self._link.is_attached:
                     return
             except InvalidRuntimeError as error:
@@ -202,6 +222,39 @@ class ReturningConnection(Connection, abc.ABC):
                 logger.debug("%s: still interrupted: %s", self.host, error)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, _LONGEST_DELAY)
+
+    async def _prepare(self, deadline: float) -> None:
+        """Have a new agent prepared for what is to run there, however long it takes, unless the link drops again.
+
+        Args:
+            deadline: The loop's time after which it is not tried once more if it fails.
+        """
+        loop, delay = asyncio.get_running_loop(), _FIRST_DELAY
+        if self._prepared != self.generation:
+            self._start_beating()
+        while self._prepared != self.generation and not self._dropped.is_set():
+            generation = self.generation
+            renewing, dropped = (asyncio.ensure_future(work) for work in (self._renew(), self._dropped.wait()))
+            try:
+                await asyncio.wait({renewing, dropped}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (renewing, dropped):
+                    task.cancel()
+                await asyncio.wait({renewing, dropped})
+            error = None if renewing.cancelled() else renewing.exception()
+            if error is None and not renewing.cancelled():
+                self._prepared = generation
+            elif error is not None and not self._dropped.is_set():
+                if not isinstance(error, (LazyclusterError, OSError)) or loop.time() > deadline:
+                    raise error
+                logger.debug("%s: not prepared yet: %s", self.host, error)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._dropped.wait(), delay)
+                delay = min(2 * delay, _LONGEST_DELAY)
+
+    async def _renew(self) -> None:
+        for renew in list(self.on_renewal):
+            await renew()
 
     async def _take_up(self, fd_in: int, fd_out: int, mark: Mark) -> None:
         link = self._link
