@@ -19,35 +19,38 @@ T = TypeVar("T")
 
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled coroutine to undo what it began
 
-_lock = threading.Lock()
-_owner = 0  # the process whose thread runs `_loop`: a forked child has the variables, but not the thread
-_loop: asyncio.AbstractEventLoop | None = None
-_thread: threading.Thread | None = None
+# By process: a forked child has the variables, but not the thread. There is no lock, as none may be waited for here:
+# garbage may be collected at any moment, and what is collected may close connections, and so ask for the loop.
+_running: dict[int, tuple[asyncio.AbstractEventLoop, threading.Thread]] = {}
 
 
 def get_loop() -> asyncio.AbstractEventLoop:
     """Return the running loop, starting its thread at the first call in a process."""
-    global _owner, _loop, _thread
-    with _lock:
-        if _loop is None or _owner != os.getpid():
-            started = _waiting.Event()
-            loop = asyncio.new_event_loop()
-            _thread = threading.Thread(target=_main, args=(loop, started), name="lazycluster", daemon=True)
-            _thread.start()
-            started.wait()
-            _loop, _owner = loop, os.getpid()
-        return _loop
+    found = _running.get(os.getpid())
+    if found is None:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=_main, args=[loop], name="lazycluster", daemon=True)
+        try:
+            thread.start()
+        except BaseException:  # there are too many, or Ctrl-C
+            loop.call_soon_threadsafe(loop.stop)
+            raise
+        found = _running.setdefault(os.getpid(), (loop, thread))
+        if found[0] is not loop:  # somebody else was faster
+            loop.call_soon_threadsafe(loop.stop)
+    return found[0]
 
 
-def _main(loop: asyncio.AbstractEventLoop, started: _waiting.Event) -> None:
+def _main(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
-    loop.call_soon(started.set)
     loop.run_forever()
+    loop.close()
 
 
 def in_loop() -> bool:
     """Whether the calling thread is the loop's own, which must never wait for itself."""
-    return _thread is not None and threading.get_ident() == _thread.ident and _owner == os.getpid()
+    found = _running.get(os.getpid())
+    return found is not None and threading.get_ident() == found[1].ident
 
 
 def submit(coroutine: Coroutine[Any, Any, T]) -> Work[T]:

@@ -309,18 +309,25 @@ def test_nothing_survives_the_agents_sudden_death(victim: str, tmp_path: Path) -
     with_agent(body)
 
 
-def test_nothing_survives_the_managers_sudden_death(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forks", [False, True])
+def test_nothing_survives_the_managers_sudden_death(forks: bool) -> None:
+    """Nor if a child lives on that the manager has forked, as `multiprocessing` does."""
     mark = f"781{os.getpid()}"
     program = f"""
-        import asyncio, sys
+        import asyncio, os, time
         from lazycluster import _loop
         from lazycluster.ssh.local import LocalConnection
 
         async def main():
             connection = LocalConnection()
             await connection.open()
+            def tell(data):
+                child = os.fork() if {forks} else -1
+                if child == 0:
+                    time.sleep(600)
+                print(child, connection.hello.directory, flush=True)
             connection.channel("run", {{"command": "trap '' TERM; sleep {mark} & setsid sleep {mark} & echo x; wait"}},
-                               stdout=lambda data: print(connection.hello.directory, flush=True))
+                               stdout=tell)
             await asyncio.sleep(60)
 
         _loop.run(main())
@@ -330,12 +337,17 @@ def test_nothing_survives_the_managers_sudden_death(tmp_path: Path) -> None:
     ) as manager:
         try:
             assert manager.stdout
-            directory = Path(manager.stdout.readline().strip())
+            child, place = manager.stdout.readline().split()
+            directory = Path(place)
             # The shell has spoken, but its children may not have become what they are to be.
             assert _loop.run(until(lambda: len(carrying(f"sleep\0{mark}")) == 2))
         finally:
             manager.kill()
-    assert _loop.run(until(lambda: not carrying(f"sleep\0{mark}") and not directory.exists()))
+    try:
+        assert _loop.run(until(lambda: not carrying(f"sleep\0{mark}") and not directory.exists()))
+    finally:
+        if forks:
+            os.kill(int(child), signal.SIGKILL)
 
 
 def test_use_after_close_and_in_a_forked_child() -> None:

@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 
+from lazycluster import _forks
 from lazycluster.exceptions import InvalidRuntimeError
 
 from .connection import Connection
@@ -62,6 +63,7 @@ class LocalConnection(Connection):
         """Return a stream to a new process that copies files."""
         self.check()
         ours, theirs = socket.socketpair()
+        _forks.not_for_children(ours.fileno(), theirs.fileno())
         with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
             agent.connect(os.path.join(self.hello.directory, "agent.sock"))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", theirs.fileno(), theirs.fileno()))]

@@ -8,6 +8,8 @@ import socket
 import struct
 from enum import IntEnum
 
+from lazycluster import _forks
+
 __all__ = ["Client", "Reader", "Reply", "Request", "pack"]
 
 _VERSION = 4
@@ -86,6 +88,7 @@ class Client:
     async def connect(cls, path: str) -> Client:
         """Connect, and exchange greetings."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        _forks.not_for_children(connection.fileno())
         client = cls(connection)
         try:
             connection.setblocking(False)

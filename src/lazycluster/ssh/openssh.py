@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lazycluster import _loop
+from lazycluster import _forks, _loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 
 from . import workspace
@@ -170,6 +170,7 @@ class SshConnection(ReturningConnection):
         """Return a stream to a new process that copies files: a further session on the same connection."""
         mux = self.mux
         ours, theirs = socket.socketpair()
+        _forks.not_for_children(ours.fileno(), theirs.fileno())
         with theirs, Path(os.devnull).open("wb") as null:
             command = bulk_command(self.hello.executable, os.path.join(self.hello.directory, "agent.sock"))
             try:
@@ -188,6 +189,7 @@ class SshConnection(ReturningConnection):
         await self.reached()
         marker = new_marker()
         ours, theirs = socket.socketpair()
+        _forks.not_for_children(ours.fileno(), theirs.fileno())
         with theirs, Path(os.devnull).open("wb") as null:
             try:
                 session = await self.mux.new_session(
@@ -200,6 +202,7 @@ class SshConnection(ReturningConnection):
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
         ours_out = os.dup(ours.fileno())
+        _forks.not_for_children(ours_out)
         return await self._begin(ours.detach(), ours_out, marker, task)
 
     async def _let_go(self) -> None:

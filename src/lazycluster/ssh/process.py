@@ -10,6 +10,8 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from lazycluster import _forks
+
 _TAIL = 16 * 1024
 _PIPE_SIZE = 1024 * 1024
 
@@ -36,6 +38,9 @@ class WatchedProcess:
             bufsize=0,
         )
         assert self._popen.stdin and self._popen.stdout and self._popen.stderr
+        _forks.not_for_children(
+            *(pipe.fileno() for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr))
+        )
         self.pid = self._popen.pid
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._errors = bytearray()
@@ -52,6 +57,7 @@ class WatchedProcess:
         """Return the descriptors of its output and its input; from now on they are the caller's to close."""
         assert self._popen.stdin and self._popen.stdout
         streams = os.dup(self._popen.stdout.fileno()), os.dup(self._popen.stdin.fileno())
+        _forks.not_for_children(*streams)
         for stream in streams:
             with contextlib.suppress(OSError, AttributeError):  # no Linux, or the user's limit for pipes is used up
                 fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)

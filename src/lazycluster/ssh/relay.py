@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from lazycluster import _forks
+
 from .mux import LOOPBACK
 
 __all__ = ["Relay"]
@@ -23,6 +25,7 @@ class Relay:
     async def listen(self, port: int) -> None:
         """Begin to listen; raises OSError if that is not possible."""
         self._server = await asyncio.start_server(self._carry, LOOPBACK, port)
+        _forks.not_for_children(*(listener.fileno() for listener in self._server.sockets))
 
     def stop(self) -> None:
         """Stop listening, and begin to end the connections."""
@@ -42,9 +45,11 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        _forks.not_for_children(_fd(writer))
         other: asyncio.StreamWriter | None = None
         try:
             answers, other = await asyncio.open_connection(LOOPBACK, self._connect_port)
+            _forks.not_for_children(_fd(other))
             await asyncio.gather(_pump(reader, other), _pump(answers, writer))
         except OSError:
             pass  # either end has gone: the other sees its connection end, as with ssh
@@ -55,6 +60,10 @@ class Relay:
             writer.close()
             if other is not None:
                 other.close()
+
+
+def _fd(writer: asyncio.StreamWriter) -> int:
+    return int(writer.get_extra_info("socket").fileno())
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
