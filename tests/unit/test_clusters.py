@@ -14,7 +14,22 @@ from lazycluster.cluster import MasterLauncher, MasterWorkerCluster, WorkerLaunc
 from lazycluster.cluster import network as networks
 from lazycluster.cluster.exceptions import ClusterError, ClusterStartError, MasterStartError, WorkerStartError
 from lazycluster.cluster.network import PortSupply
-from lazycluster.exceptions import NoPortsLeftError, NoRuntimesError, PortInUseError
+from lazycluster.cluster.places import Place
+from lazycluster.cluster.programs import Program
+from lazycluster.cluster.services import Service
+from lazycluster.exceptions import ConnectionLostError, NoPortsLeftError, NoRuntimesError, PortInUseError
+
+
+class Lost:
+    """A connection, and a channel of it, whose agent has gone."""
+
+    state = "open"
+
+    async def reached(self) -> None:
+        """It is."""
+
+    async def result(self) -> Any:
+        raise ConnectionLostError("host1", "the host was restarted")
 
 
 class Group:
@@ -260,3 +275,19 @@ def test_a_cluster_that_was_cleaned_up_is_not_cleaned_up_again_when_it_is_forgot
     del cluster
     gc.collect()
     assert launcher.cleaned == 1
+
+
+def test_a_process_whose_host_cannot_be_prepared_again_fails_whatever_the_error() -> None:
+    async def renew(service: Service) -> Any:
+        raise RuntimeError("no such place")
+
+    async def whole() -> Service:
+        lost: Any = Lost()
+        service = Service(Program("worker", restarts=2), Place("host1", lost), "worker 1", renew=renew)
+        service._channel, service._was_ready = lost, True
+        await service._watch()
+        return service
+
+    service = _loop.run(whole())
+    assert service.state == "failed" and "no such place" in service.problem
+    assert service.error is not None and service.error.host == "host1"

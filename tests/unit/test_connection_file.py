@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
@@ -17,27 +16,29 @@ def test_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text("what was there")
     path.chmod(0o644)
-    assert connection_file.write(path, "Engine", {"key": "secret"}) == path
+    assert connection_file.write(path, "Engine", {"key": "secret"}, "me") == path
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert connection_file.read(path, "Engine")["key"] == "secret"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
-    connection_file.remove(path)
+    connection_file.remove(path, "me")
     assert not path.exists()
-    connection_file.remove(path)
+    connection_file.remove(path, "me")
 
 
 def test_that_of_another_is_not_removed(tmp_path: Path) -> None:
-    path = connection_file.write(tmp_path / "file.json", "Engine", {})
-    path.write_text(json.dumps({"manager": os.getpid() + 1}))
-    connection_file.remove(path)
-    assert path.exists()
+    for owner in ("me", "another of this process"):
+        path = connection_file.write(tmp_path / "file.json", "Engine", {}, owner)
+    for text in (path.read_text(), "{}", "[]", "no JSON"):
+        path.write_text(text)
+        connection_file.remove(path, "me")
+        assert path.exists()
 
 
 def test_what_is_not_trusted(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     with pytest.raises(ClusterError, match="there is no connection file"):
         connection_file.read(path, "Engine")
-    connection_file.write(path, "Engine", {})
+    connection_file.write(path, "Engine", {}, "me")
     with pytest.raises(ClusterError, match="is of a Engine, not of a Other"):
         connection_file.read(path, "Other")
     path.chmod(0o640)
@@ -62,4 +63,4 @@ def test_what_is_not_trusted(tmp_path: Path) -> None:
 
 def test_a_place_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        connection_file.write(tmp_path / "missing" / "file.json", "Engine", {})
+        connection_file.write(tmp_path / "missing" / "file.json", "Engine", {}, "me")

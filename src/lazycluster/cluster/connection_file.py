@@ -23,13 +23,14 @@ _FORMAT = 1
 _MOST = 1024 * 1024
 
 
-def write(path: str | os.PathLike[str], engine: str, content: Mapping[str, Any]) -> Path:
+def write(path: str | os.PathLike[str], engine: str, content: Mapping[str, Any], owner: str) -> Path:
     """Write a file that only its owner can read, in the place of what was there.
 
     Args:
         path: Where.
         engine: The name of the cluster's class.
         content: What is needed to connect.
+        owner: What the cluster is told by from all others.
 
     Returns:
         The absolute path.
@@ -38,7 +39,7 @@ def write(path: str | os.PathLike[str], engine: str, content: Mapping[str, Any])
         OSError: If it cannot be written.
     """
     file = Path(path).expanduser().absolute()
-    document = {"format": _FORMAT, "engine": engine, "manager": os.getpid(), **content}
+    document = {"format": _FORMAT, "engine": engine, "owner": owner, **content}
     fd, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)  # mode 0600
     try:
         with os.fdopen(fd, "w") as stream:
@@ -101,8 +102,9 @@ def _check(file: Path, inode: os.stat_result) -> None:
         )
 
 
-def remove(path: Path) -> None:
-    """Remove a file that this process has written, unless another cluster's has taken its place."""
+def remove(path: Path, owner: str) -> None:
+    """Remove a file that a cluster has written, unless another cluster's has taken its place."""
     with contextlib.suppress(OSError, ValueError):
-        if json.loads(path.read_bytes()).get("manager") == os.getpid():
+        document = json.loads(path.read_bytes())
+        if isinstance(document, dict) and document.get("owner") == owner:
             path.unlink()

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -97,6 +98,7 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
         self._gpus = None if gpus_per_worker is None else Gpus(gpus_per_worker, idle_gpus)
         self._state = "created"
         self._connection_files: list[Path] = []
+        self._files_owner = secrets.token_hex(8)
         self._watch = Watch()
         self._lock = threading.RLock()
         self._changing = threading.RLock()  # held while workers are started or leave: one change at a time
@@ -234,7 +236,7 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
             ClusterError: If the cluster does not run, or its engine knows no such file.
             OSError: If it cannot be written.
         """
-        file = connection_file.write(path, type(self).__name__, self._connection())
+        file = connection_file.write(path, type(self).__name__, self._connection(), self._files_owner)
         self._connection_files.append(file)
         return file
 
@@ -266,7 +268,7 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
             if self._forgetting is not None:
                 self._forgetting.detach()
             while self._connection_files:
-                connection_file.remove(self._connection_files.pop())
+                connection_file.remove(self._connection_files.pop(), self._files_owner)
             for launcher in (self._worker_launcher, self._master_launcher):
                 try:
                     launcher.cleanup()

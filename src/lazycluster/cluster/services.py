@@ -259,6 +259,11 @@ class Service:
                 logger.error("%s", error)
         except asyncio.CancelledError:  # by `stop`
             self.state = "ended"
+        except Exception as error:
+            # E.g. of whoever prepares the host once more. Nobody looks at this task: whoever waits must be told.
+            logger.exception("%s: %s cannot go on", self.place.host, self.label)
+            self.error = self._failure(f"{type(error).__name__}: {error}")
+            self.state, self.problem = "failed", self.error.problem
         finally:
             self._close_log()
         self._note(self.state, self.problem if self.error is not None else "")
