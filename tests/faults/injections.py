@@ -12,7 +12,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 from scenes import NobodyThereError, Scene, UnavailableError, hit
 
 from patience import until
-from sshhosts import Host, procfs
+from sshhosts import procfs
 
 TASKS, COPY, MAP, SHUFFLE, SEARCH = LOADS = ("tasks", "copy", "map", "shuffle", "search")
 _CLUSTERS = (SHUFFLE, SEARCH)
@@ -41,7 +40,6 @@ class Fault:
         heals: Whether all is as before once it was mended; else a host or a connection is lost for good.
         slow: Whether little gets through, so that a load is to be small.
         bastion: Whether it needs hosts behind a bastion.
-        clocks: Whether it needs hosts whose programs have clocks of their own: `CLOCKS`.
     """
 
     name: str
@@ -51,10 +49,14 @@ class Fault:
     heals: bool
     slow: bool
     bastion: bool
-    clocks: bool
 
 
 FAULTS: dict[str, Fault] = {}
+
+
+def in_soak(one: Fault) -> bool:
+    """Whether hosts and links come back from it, so that the soak has it, too."""
+    return one.heals and not one.bastion
 
 
 def fault(
@@ -64,12 +66,11 @@ def fault(
     heals: bool = True,
     slow: bool = False,
     bastion: bool = False,
-    clocks: bool = False,
 ) -> Callable[[Strike], Strike]:
     """Make a function a fault: what it does before it yields breaks something, the rest mends it."""
 
     def register(strike: Strike) -> Strike:
-        FAULTS[name] = Fault(name, contextlib.contextmanager(strike), lasts, loads, heals, slow, bastion, clocks)
+        FAULTS[name] = Fault(name, contextlib.contextmanager(strike), lasts, loads, heals, slow, bastion)
         return strike
 
     return register
@@ -159,7 +160,7 @@ def _sshd(scene: Scene, number: int) -> Iterator[None]:
     yield
 
 
-@fault("host key changed in between", heals=False)
+@fault("host key changed in between", lasts=8, heals=False)
 def _host_key(scene: Scene, number: int) -> Iterator[None]:
     host = scene.hosts[number]
     key, sessions = Path(f"/proc/{host.pid}/root/run/host/host_key"), scene.sessions(number)
@@ -219,7 +220,7 @@ def _move(pids: Iterable[int | str], group: Path) -> None:
             (group / "cgroup.procs").write_text(str(pid))
 
 
-@fault("memory limit reached", lasts=8, loads=(TASKS, MAP, SHUFFLE, SEARCH))
+@fault("memory limit reached", lasts=8, loads=(MAP, SHUFFLE, SEARCH))
 def _memory(scene: Scene, number: int) -> Iterator[None]:
     """Those that work get no more memory than they have: the kernel kills who wants more."""
     working = [*scene.workers(number), *scene.functions(number)]
@@ -274,38 +275,6 @@ def _name_of_host(scene: Scene, number: int) -> Iterator[None]:
     host.run("hostname somebody-else")
     yield
     host.run(f"hostname {host.name}")
-
-
-#: What gives the programs of a host a clock of their own, if libfaketime is installed.
-_CLOCK = "/run/host/clock"
-_CLOCK_LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-CLOCKS = {
-    "LD_PRELOAD": str(_CLOCK_LIBRARIES[0]) if _CLOCK_LIBRARIES else "",
-    "FAKETIME_TIMESTAMP_FILE": _CLOCK,
-    "FAKETIME_CACHE_DURATION": "1",
-    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    "FAKETIME_DISABLE_SHM": "1",
-}
-
-
-def set_clock(host: Host, ahead: str) -> None:
-    """Have the wall clocks of a host's programs be so many seconds ahead: ``+3600``."""
-    Path(f"/proc/{host.pid}/root{_CLOCK}").write_text(ahead)
-
-
-@fault("the host's clock jumps, an hour ahead and two back", lasts=6, clocks=True)
-def _clock(scene: Scene, number: int) -> Iterator[None]:
-    """The kernel has one clock for all: it is the programs of the host that see another one."""
-    set_clock(scene.hosts[number], "+3600")
-    until(lambda: _sees(scene, number, "+3600"), "the clock to jump")
-    set_clock(scene.hosts[number], "-3600")
-    yield
-    set_clock(scene.hosts[number], "+0")
-
-
-def _sees(scene: Scene, number: int, ahead: str) -> bool:
-    there = scene.hosts[number].run(["env", *(f"{name}={value}" for name, value in CLOCKS.items()), "date", "+%s"])
-    return abs(int(there.stdout) - time.time() - float(ahead)) < 60
 
 
 # --- the manager ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from injections import FAULTS, Fault
+from injections import FAULTS, Fault, in_soak
 from loads import LOADS, Load, Outcome, Running
 from measures import growth, measure
 from scenes import NobodyThereError, Scene, UnavailableError
@@ -218,7 +218,7 @@ def _arguments() -> argparse.Namespace:
 
 def chosen_faults(wanted: list[str] | None) -> list[Fault]:
     """The faults that hosts and links come back from."""
-    usable = [one for one in FAULTS.values() if one.heals and not one.bastion and not one.clocks]
+    usable = [one for one in FAULTS.values() if in_soak(one)]
     return [one for one in usable if not wanted or any(part in one.name for part in wanted)]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from injections import FAULTS, LOADS
+from injections import FAULTS, LOADS, in_soak
 
 
 def outcomes(reports: Iterable[str]) -> dict[tuple[str, str], str]:
@@ -37,7 +37,8 @@ def table(found: dict[tuple[str, str], str]) -> str:
     """Write the table in Markdown."""
     lines = [f"| fault | {' | '.join(LOADS)} |", "|---" * (len(LOADS) + 1) + "|"]
     for fault in FAULTS.values():
-        cells = [found.get((fault.name, load), "soak") if load in fault.loads else "" for load in LOADS]
+        else_ = "soak" if in_soak(fault) else "not run"
+        cells = [found.get((fault.name, load), else_) if load in fault.loads else "" for load in LOADS]
         lines.append(f"| {fault.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
