@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lazycluster import _loop
 from lazycluster._runtime.session import HostSpec, Session
-from lazycluster.agent import bootstrap, detached, processes, server, wire
+from lazycluster.agent import bootstrap, commands, detached, memory, processes, server, wire
 from lazycluster.agent.loop import Loop
 from lazycluster.exceptions import AgentError
 from lazycluster.ssh import transfer
@@ -342,6 +343,25 @@ def test_what_may_not_be_ended_is_named_and_not_waited_for(child: subprocess.Pop
     assert ended == [[child.pid]]
     assert len(reports) == 1
     assert f"{child.pid} (sleep, of user {os.getuid()})" in reports[0]
+
+
+def test_a_command_that_may_not_be_ended_is_not_waited_for(child: subprocess.Popen[bytes]) -> None:
+    results: list[dict[str, Any]] = []
+    channel = SimpleNamespace(
+        params={},
+        loop=Loop(),
+        open=True,
+        writable=True,
+        event=lambda **_: None,
+        result=lambda **fields: results.append(fields),
+    )
+    command = commands._Command(channel, ["true"], {}, "/", False, True)
+    command.killed_before = memory.note()
+    os.waitpid(command.pid, 0)
+    command.pid, command._started = child.pid, processes.start_time(child.pid)
+    command.end()
+    _rounds_until(channel.loop, lambda: results)
+    assert results == [{"exit": None, "signal": signal.SIGKILL}]
 
 
 def test_the_guardian_does_not_wait_for_what_may_not_be_ended() -> None:

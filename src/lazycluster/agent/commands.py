@@ -162,6 +162,10 @@ class Process:
 
     def _ended(self) -> None:
         self.ending = None
+        if self.status is None and self._started is not None and start_time(self.pid) == self._started:
+            # It runs as another user, and may not be ended (see `Ending`): nobody waits for it any more.
+            self.status = signal.SIGKILL
+            self.channel.loop.on_exit(self.pid, lambda _: None)
         # Whatever still holds the pipes is none of ours (it cleared its environment and left the tree).
         for pump in self.pumps:
             pump.drain()

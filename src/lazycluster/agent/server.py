@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
+import errno
 import json
 import os
 import pwd
 import struct
 import sys
-import time
 from importlib import import_module
 
 from .guardian import KEEP_FILE, clean
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
 _SWEEP_DELAY = 0.5
 _PAUSE = 0.1  # seconds without new connections when there are no descriptors left
-_REPORT_AGAIN = 60.0  # seconds after which the same is reported once more
 
 # request -> (module, function); modules are imported when they are first needed, which keeps the start short
 _HANDLERS: Dict[str, Tuple[str, str]] = {
@@ -77,7 +76,6 @@ class Agent:
         self._presence = Presence(self, local)
         self._parts: Any = None  # what copies have left unfinished
         self._orderly = False
-        self._reported = ("", 0.0)  # what the manager was told last of what went wrong, and when
         self.loop.report = self.report
         listener.setblocking(False)
         self.loop.add_reader(listener.fileno(), self._accept)
@@ -98,11 +96,8 @@ class Agent:
 
     def report(self, text: str) -> None:
         """Tell the manager of something that went wrong, where no request is there to be failed."""
-        session, now = self._presence.session, time.monotonic()
-        if session is None or (text == self._reported[0] and now - self._reported[1] < _REPORT_AGAIN):
-            return
-        self._reported = text, now
-        Channel(session, 0, {}).event(problem=text)
+        if self._presence.session is not None:
+            Channel(self._presence.session, 0, {}).event(problem=text)
 
     # --- who is there --------------------------------------------------------------------------
     def _accept(self) -> None:
@@ -134,6 +129,10 @@ class Agent:
         elif purpose == b"rejoin" and len(fds) == 2:
             self._presence.rejoin(connection, fds)
         else:
+            if purpose in (b"bulk", b"rejoin") and not fds:
+                self.report("no streams can be taken: " + explained(os.strerror(errno.EMFILE)))
+            for fd in fds:
+                os.close(fd)
             connection.close()
 
     def _hello(self) -> Dict[str, Any]:

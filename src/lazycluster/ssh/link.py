@@ -14,6 +14,7 @@ from lazycluster.exceptions import AgentError, ConnectionLostError, printable
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024
 _ASK_EVERY = 0.5  # seconds between two questions to an agent that is waited for
+_WARN_AGAIN = 60.0  # seconds without the same problem after which it is logged once more
 _CRASH = 16 * 1024  # characters of an agent's traceback that are logged
 
 logger = logging.getLogger("lazycluster")
@@ -362,8 +363,10 @@ class AgentLink:
             logger.error("%s: the agent has crashed:\n%s", self.host, printable(str(message["crash"])[-_CRASH:]))
         elif "problem" in message:
             text = printable(str(message["problem"])[-_CRASH:])
-            self.problem = self._loop.time(), text
-            logger.warning("%s: %s", self.host, text)
+            (when, before), now = self.problem, self._loop.time()
+            self.problem = now, text
+            if text != before or now - when > _WARN_AGAIN:
+                logger.warning("%s: %s", self.host, text)
         elif not self.hello.done():
             self.hello.set_result(message)
 
