@@ -210,14 +210,15 @@ def test_files_there_and_back(hosts: Any, tmp_path: Path) -> None:
 def test_list_runtimes(make_hosts: Any) -> None:
     hosts = make_hosts(2)
     hosts[1].power_off()
-    status, out, _ = lazycluster(hosts, "list-runtimes", "-l", "--connect-timeout", "3")
+    status, out, _ = lazycluster(hosts, "list-runtimes", "-l", "--connect-timeout", "8")
     assert status == 0
     head, *rows = out.splitlines()
+    rows[:2] = sorted(rows[:2])
     assert head.split() == ["HOST", "STATE", "LATENCY", "OS", "CORES", "LOAD", "MEMORY", "DISK", "PYTHON", "GPUS"]
     assert rows[0].split()[:2] == ["host1", "active"]
-    assert rows[1].split()[:3] == ["host2", "inactive", "timeout:"]
+    assert re.match(r"host2 +inactive +(timeout|unreachable): ", rows[1])  # the network says so, or nobody does
     assert "Next step" in out
-    status, out, _ = lazycluster(hosts, "list-runtimes", "--json", "--connect-timeout", "3", "-w", "host[1-2]")
+    status, out, _ = lazycluster(hosts, "list-runtimes", "--json", "--connect-timeout", "8", "-w", "host[1-2]")
     first, second = json.loads(out)
     assert status == 255
     assert first["state"] == "active"
