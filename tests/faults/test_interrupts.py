@@ -18,7 +18,7 @@ from patience import until
 
 pytestmark = pytest.mark.timeout(100, method="thread")  # the other one needs the signal that is used here
 
-_SPAN = 2.5  # seconds for which a test interrupts
+_SPAN = 1.5  # seconds for which a test interrupts
 
 
 def _interrupt(*_: object) -> None:
@@ -106,6 +106,7 @@ def test_map_and_executor(group: RuntimeGroup) -> None:
     kept.shutdown()  # it waits for all that was submitted
 
 
+@pytest.mark.soak
 def test_an_executor_that_begins(group: RuntimeGroup) -> None:
     end = time.monotonic() + _SPAN
     while time.monotonic() < end:

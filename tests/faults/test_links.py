@@ -410,6 +410,7 @@ def test_a_copy_goes_on_where_it_was(hosts: Any, tmp_path: Path) -> None:
     subprocess.run(["rm", "-r", there], check=True)
 
 
+@pytest.mark.soak
 def test_a_large_file_goes_on_where_it_was(hosts: Any, tmp_path: Path) -> None:
     """What has come of it is not sent once more, in either direction, and the whole is right."""
     size = 1 << 28

@@ -37,10 +37,8 @@ ALWAYS_RIGHT = (MAP, SHUFFLE, SEARCH)
 
 #: What runs with all other tests; the rest is the soak's.
 QUICK = {
-    ("agent killed", "tasks"),
     ("sshd session killed", "copy"),
     ("function process killed", "map"),
-    ("database killed", "search"),
 }
 
 

@@ -170,7 +170,7 @@ def test_one_session_more_is_enough(make_hosts: Make) -> None:
     with_connections(make_hosts(1, max_sessions=2), body)
 
 
-@pytest.mark.parametrize("failure", ["power_off", "cut_off"])
+@pytest.mark.parametrize("failure", [pytest.param("power_off", marks=pytest.mark.soak), "cut_off"])
 def test_lost_hosts_are_noticed(make_hosts: Make, failure: str) -> None:
     hosts = make_hosts(1)
 

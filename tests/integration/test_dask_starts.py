@@ -291,6 +291,7 @@ def test_more_workers_wanted_than_asked_for(group: RuntimeGroup) -> None:
     assert _programs() == []
 
 
+@pytest.mark.soak
 def test_a_host_that_is_lost_while_the_cluster_runs(make_hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
     hosts = make_hosts(3)
     with ssh_group(hosts, connection_kwargs={"reconnect": 2}) as group, DaskCluster(group) as cluster:

@@ -203,7 +203,7 @@ def test_messages_pass_a_large_copy(hosts: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["send", "get"])
-@pytest.mark.parametrize("how", ["cancel", "close", "power"])
+@pytest.mark.parametrize("how", ["cancel", "close", pytest.param("power", marks=pytest.mark.soak)])
 def test_interrupted(make_hosts: Any, tmp_path: Path, way: str, how: str) -> None:
     hosts = make_hosts(1)
     here, there = tmp_path / "here", hosts[0].path("~/there")
