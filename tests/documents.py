@@ -24,7 +24,7 @@ from pathlib import Path
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^`]*)$")
 _COMMENT = re.compile(r"<!--\s*(.*?)\s*-->", re.DOTALL)
 _RUNS = ("python", "console")
-_MARKS = ("not run:", "raises", "exit:", "background", "numbers vary", "hosts:")
+_MARKS = ("table", "/table", "not run:", "raises", "exit:", "background", "numbers vary", "hosts:")
 
 
 class DocumentError(Exception):

@@ -300,7 +300,11 @@ class Ending:
         loop.call_soon(self._step)  # not at once: `on_end` must not come before the caller knows this object
 
     def _step(self) -> None:
-        alive = [pid for pid in self._find() if pid not in self._beyond]
+        try:
+            alive = [pid for pid in self._find() if pid not in self._beyond]
+        except OSError:  # a process went while it was looked at, or there are no descriptors: this must not be the end
+            self._loop.call_later(self._LOOK_EVERY, self._step)
+            return
         if not alive:
             self._tell()
             self._on_end()

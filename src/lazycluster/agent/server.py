@@ -276,10 +276,12 @@ class Agent:
         self.ending = True
 
         def ended() -> None:
-            if then is not None:
-                then()
-            self._presence.close()
-            self.loop.stop()
+            try:
+                if then is not None:
+                    then()
+                self._presence.close()
+            finally:
+                self.loop.stop()
 
         Ending(self.loop, self._alive, ended)
 
