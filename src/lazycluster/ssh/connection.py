@@ -374,7 +374,8 @@ class Connection(abc.ABC):
             stopping = asyncio.ensure_future(link.open_channel("stop", {}).result())
             if await self.heard_out(stopping, _STOP_PATIENCE):
                 return stopping.exception() is None
-            return not link.is_attached  # it has ended, and its last word was lost; nothing else closes the streams now
+            # It has closed its streams, and so ssh has ended: it has, too, though its last word was lost.
+            return not link.is_attached and self._process is not None and not self._process.is_alive
         except LazyclusterError:
             return False
 
