@@ -51,7 +51,6 @@ def _warned(caplog: pytest.LogCaptureFixture, host: str) -> None:
     assert left <= 5
 
 
-@pytest.mark.soak
 def test_tasks_and_ports(make_hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
     hosts = make_hosts(2)
     with connect(hosts) as group:

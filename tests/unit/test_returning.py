@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from lazycluster import _loop
+from lazycluster.agent import wire
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
+from lazycluster.ssh import connection as connection_module
+from lazycluster.ssh import link as link_module
 from lazycluster.ssh import openssh
 from lazycluster.ssh.config import Settings
 from lazycluster.ssh.link import AgentLink
@@ -217,17 +220,58 @@ def test_whoever_starts_an_agent_that_ends_meanwhile_is_told_at_once() -> None:
     with_connection(body)
 
 
-def test_a_heartbeat_that_ends_the_link_is_the_last() -> None:
+def test_what_an_agent_said_before_it_stopped_listening_is_heard() -> None:
     async def body(connection: Returning) -> None:
         link = connection._link
         assert link is not None
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(link, "beat", lambda: link._ended(BrokenPipeError()))
-            connection._beat()
-        assert connection._heartbeat is not None and connection._heartbeat.cancelled()
+        channel = link.open_channel("stop", {})
+        far = connection._far[0]
+        far.sendall(wire.json_frame(1, wire.RESULT, {"ok": True}))
+        connection.drop()
+        link.beat()  # to nobody
+        assert await channel.result() == {}
 
     with_connection(body, renewed=False)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_link_that_nobody_listens_to_ends_even_if_the_other_way_does_not(
+    closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "_LAST_WORDS", 0.01)
+
+    async def whole() -> None:
+        ours_in, theirs_out = os.pipe()
+        theirs_in, ours_out = os.pipe()
+        ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        link = AgentLink("host", ours_in, ours_out, ended.set_result)
+        os.close(theirs_in)
+        for _ in range(2):
+            link.beat()
+        if closed:
+            link.detach()
+        else:
+            assert isinstance(await asyncio.wait_for(ended, 10), BrokenPipeError)
+        await asyncio.sleep(0.05 if closed else 0)
+        assert ended.done() is not closed
+        assert not link.is_attached
+        os.close(theirs_out)
+
+    asyncio.run(whole())
+
+
+def test_an_agent_that_ends_without_a_word_when_it_is_asked_to_stop_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection_module, "_STOP_PATIENCE", 1000.0)
+
+    async def body(connection: Returning) -> None:
+        closing = asyncio.ensure_future(connection.close())
+        await asyncio.sleep(0)
+        connection.drop()
+        await asyncio.wait_for(closing, 10)
+
+    with_connection(body, renewed=False, link_timeout=1000)
 
 
 class FakeMux:

@@ -322,6 +322,8 @@ class Connection(abc.ABC):
         elif self.state in ("open", "interrupted"):
             self._become("interrupted", str(error) if error else "the host closed it")
             self._gone = asyncio.get_running_loop().create_task(self._fail())
+        elif self.state == "closed":
+            link.lost("the agent on the host has ended")  # whoever waits for its last word: there will be none
 
     async def _fail(self) -> None:
         await self._lost(await self._last_words())
@@ -372,10 +374,7 @@ class Connection(abc.ABC):
             return False
         try:
             stopping = asyncio.ensure_future(link.open_channel("stop", {}).result())
-            if await self.heard_out(stopping, _STOP_PATIENCE):
-                return stopping.exception() is None
-            # It has closed its streams, and so ssh has ended: it has, too, though its last word was lost.
-            return not link.is_attached and self._process is not None and not self._process.is_alive
+            return await self.heard_out(stopping, _STOP_PATIENCE) and stopping.exception() is None
         except LazyclusterError:
             return False
 

@@ -13,6 +13,7 @@ from lazycluster.exceptions import AgentError, ConnectionLostError, printable
 
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024
+_LAST_WORDS = 2.0  # seconds for what an agent said before it stopped listening
 _ASK_EVERY = 0.5  # seconds between two questions to an agent that is waited for
 _WARN_AGAIN = 60.0  # seconds without the same problem after which it is logged once more
 _CRASH = 16 * 1024  # characters of an agent's traceback that are logged
@@ -162,6 +163,7 @@ class AgentLink:
         self._next = 1
         self._outbox = wire.Outbox()
         self._writing = False
+        self._unheard: asyncio.TimerHandle | None = None  # since nobody reads what is written
         self._room = asyncio.Event()
         self._room.set()
         self._lost_error: ConnectionLostError | None = None
@@ -187,9 +189,10 @@ class AgentLink:
         if not self.is_attached:
             return
         self._loop.remove_reader(self._in)
-        if self._writing:
-            self._writing = False
-            self._loop.remove_writer(self._out)
+        self._write_later(False)
+        if self._unheard is not None:
+            self._unheard.cancel()
+            self._unheard = None
         for fd in {self._in, self._out}:
             os.close(fd)
         self._in = self._out = -1
@@ -286,7 +289,7 @@ class AgentLink:
         """Queue a frame, however much waits already; for short ones."""
         if self._lost_error is None:
             self._outbox.put(*parts)
-            if self.is_attached and not self._writing:
+            if self.is_attached and not self._writing and self._unheard is None:
                 self._flush()
 
     async def send(self, *parts: bytes | memoryview) -> None:
@@ -303,11 +306,15 @@ class AgentLink:
         try:
             self._outbox.write(self._out)
         except OSError as error:
-            self._ended(error)
+            # What the agent said before it stopped listening is still to be read, up to the end of that stream.
+            self._write_later(False)
+            self._unheard = self._loop.call_later(_LAST_WORDS, self._ended, error)
             return
         if self._outbox.size <= _HIGH_WATER // 2 and self._outbox.held <= wire.HELD:
             self._room.set()
-        waiting = self._outbox.size > 0
+        self._write_later(self._outbox.size > 0)
+
+    def _write_later(self, waiting: bool) -> None:
         if waiting != self._writing:
             self._writing = waiting
             if waiting:

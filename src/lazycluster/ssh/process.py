@@ -69,11 +69,6 @@ class WatchedProcess:
         """The end of what it printed to standard error."""
         return self._errors.decode("utf-8", "replace")
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether it runs."""
-        return self._popen.poll() is None
-
     def signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
         if self._popen.returncode is None:

@@ -136,8 +136,6 @@ class ReturningConnection(Connection, abc.ABC):
             link.heard = now  # it was this process that slept
         self._last_beat = now
         link.beat()
-        if not link.is_attached:
-            return  # that was how the end was noticed
         quiet = now - link.heard
         if quiet > _HANGS * self.settings.link_timeout and self.grace:
             link.detach()
