@@ -59,6 +59,19 @@ class Terminal:
         """Type something; ``\\x03`` is Ctrl-C."""
         os.write(self._own, text.encode())
 
+    def interrupt(self) -> int:
+        """Press Ctrl-C at a prompt, as often as it takes; returns the exit status of the program.
+
+        Python sees one that comes just before it begins to wait for a line only with the next key (readline's select
+        does not return for it): on a loaded machine that window is as long as the time in which a test is woken.
+        """
+        while self.process.poll() is None:
+            self.type("\x03")
+            again = time.monotonic() + 1.0
+            while self._read(again):
+                pass
+        return self.process.wait()
+
     def end(self) -> int:
         """Wait for the end of the program; returns its exit status."""
         deadline = time.monotonic() + _PATIENCE

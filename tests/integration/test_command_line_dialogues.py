@@ -200,8 +200,7 @@ def test_hosts_are_asked_for_at_a_terminal(hosts: Any) -> None:
     assert sorted(terminal.seen.splitlines()[-2:]) == ["host2", "host3"]
     with Terminal(argv) as terminal:
         terminal.until(r"On which hosts")
-        terminal.type("\x03")
-        assert terminal.end() == 130, terminal.seen
+        assert terminal.interrupt() == 130, terminal.seen
     assert "Interrupted." in terminal.seen
 
 
