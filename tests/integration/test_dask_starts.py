@@ -127,6 +127,27 @@ def test_a_scheduler_that_is_killed_is_noticed(
     assert "dask-scheduler" in caplog.text
 
 
+def test_a_client_that_meets_a_scheduler_at_its_end_gets_the_next_one(
+    group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Client._update_scheduler_info
+
+    async def ask_a_dying_one(client: Client, *arguments: Any, **options: Any) -> None:  # it has connected before
+        monkeypatch.undo()
+        os.kill(pid, signal.SIGKILL)
+        await ask(client, *arguments, **options)
+
+    with DaskCluster(group) as cluster:
+        cluster.start(worker_count=1)
+        process = cluster._master_launcher.process
+        assert process is not None
+        pid = process.pid
+        monkeypatch.setattr(Client, "_update_scheduler_info", ask_a_dying_one)
+        with cluster.get_client(timeout=60) as client:
+            assert client.submit(lambda: 4).result(timeout=60) == 4
+        assert cluster.master is not None and cluster.master.restarts == 1
+
+
 def test_no_secret_is_in_sight(group: RuntimeGroup) -> None:
     with DaskCluster(group) as cluster:
         cluster.start(worker_count=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
 
 __all__ = ["DaskCluster", "LocalMasterLauncher", "RoundRobinLauncher"]
+
+_AGAIN = 0.1  # seconds between two attempts to connect to a scheduler that is being replaced
 
 
 class DaskCluster(ElasticCluster):
@@ -146,10 +149,23 @@ class DaskCluster(ElasticCluster):
             TimeoutError: If it is not connected in time.
             ClusterError: If the cluster does not run.
         """
+        from distributed.comm import CommClosedError
+
         from .dask_client import UpToDateClient
 
-        self._check_running()
-        return UpToDateClient(self, self._dask.modules, timeout=timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            self._check_running()
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                return UpToDateClient(self, self._dask.modules, timeout=left)
+            except CommClosedError as error:  # the scheduler has ended while it answered; there will be another one
+                if time.monotonic() + _AGAIN >= deadline:
+                    raise TimeoutError(
+                        f"the scheduler did not answer within {timeout:g} s: {error}\n"
+                        "  Next step: if it was just restarted, give it more time: get_client(timeout=30)"
+                    ) from error
+                time.sleep(_AGAIN)
 
     @staticmethod
     def connect(path: str | os.PathLike[str], timeout: float = 10) -> Client:
