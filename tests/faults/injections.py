@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +276,28 @@ def _name_of_host(scene: Scene, number: int) -> Iterator[None]:
     host.run("hostname somebody-else")
     yield
     host.run(f"hostname {host.name}")
+
+
+_JUMP = 600.0
+
+
+@fault("all clocks jump by 10 minutes, and back", lasts=5)
+def _clocks(scene: Scene, number: int) -> Iterator[None]:
+    """The hosts here have this machine's clock: it is changed for whatever else runs, too."""
+    if os.environ.get("LAZYCLUSTER_TEST_CLOCK") != "1":
+        raise UnavailableError("it would change the clock of this machine; LAZYCLUSTER_TEST_CLOCK=1 allows that")
+
+    def jump(seconds: float) -> None:
+        time.clock_settime(time.CLOCK_REALTIME, time.clock_gettime(time.CLOCK_REALTIME) + seconds)
+
+    try:
+        jump(_JUMP)
+    except OSError as error:
+        raise UnavailableError(f"the clock cannot be set here: {error}") from error
+    try:
+        yield
+    finally:
+        jump(-_JUMP)
 
 
 # --- the manager ------------------------------------------------------------------------------------------

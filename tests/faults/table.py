@@ -1,7 +1,8 @@
 """Turns what the matrix of faults and loads has found into the table of the documentation.
 
 ``python tests/faults/table.py [--into docs/faults.md] REPORT.xml...`` after ``pytest tests/faults/test_matrix.py
--m "soak or not soak" --junitxml REPORT.xml``; of several reports, a later one goes before an earlier one.
+-m "soak or not soak" --junitxml REPORT.xml``; of several reports, a later one goes before an earlier one, and what none
+of them has stays as it is in the page.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from injections import FAULTS, LOADS, in_soak
+
+_SOAK, _NOT_RUN = "soak", "not run"
+_NOT_TRIED = ("", _SOAK, _NOT_RUN)
 
 
 def outcomes(reports: Iterable[str]) -> dict[tuple[str, str], str]:
@@ -37,10 +41,19 @@ def table(found: dict[tuple[str, str], str]) -> str:
     """Write the table in Markdown."""
     lines = [f"| fault | {' | '.join(LOADS)} |", "|---" * (len(LOADS) + 1) + "|"]
     for fault in FAULTS.values():
-        else_ = "soak" if in_soak(fault) else "not run"
+        else_ = _SOAK if in_soak(fault) else _NOT_RUN
         cells = [found.get((fault.name, load), else_) if load in fault.loads else "" for load in LOADS]
         lines.append(f"| {fault.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def shown(page: Path) -> dict[tuple[str, str], str]:
+    """Read what a page shows of cells that were tried."""
+    found = {}
+    for line in page.read_text().partition("<!-- table -->\n")[2].partition("<!-- /table -->")[0].splitlines()[2:]:
+        fault, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        found |= {(fault, load): cell for load, cell in zip(LOADS, cells, strict=True) if cell not in _NOT_TRIED}
+    return found
 
 
 def put(page: Path, text: str) -> None:
@@ -56,11 +69,11 @@ def main() -> None:
     parser.add_argument("reports", nargs="+", help="files in JUnit's format")
     parser.add_argument("--into", type=Path, help="a page with marks for the table; else it is printed")
     arguments = parser.parse_args()
-    text = table(outcomes(arguments.reports))
+    found = outcomes(arguments.reports)
     if arguments.into:
-        put(arguments.into, text)
+        put(arguments.into, table(shown(arguments.into) | found))
     else:
-        print(text)
+        print(table(found))
 
 
 if __name__ == "__main__":

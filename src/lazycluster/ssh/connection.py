@@ -332,8 +332,10 @@ class Connection(abc.ABC):
         """End the process, which usually has ended, and return what it says about that."""
         assert self._process is not None
         await self._process.end()
-        lines = [line.strip() for line in self._process.errors.splitlines()]
-        return "; ".join(line for line in lines[-3:] if line) or "the agent on the host has ended"
+        lines = dict.fromkeys(line.strip() for line in self._process.errors.splitlines())
+        # That nobody listens where a forwarded port leads is no reason to end.
+        reasons = [line for line in lines if line and not line.startswith("connect_to ")]
+        return "; ".join(reasons[-3:]) or "the agent on the host has ended"
 
     async def _lost(self, why: str) -> None:
         """Tell everyone who waits that nothing more will come, and why."""
