@@ -153,6 +153,25 @@ def test_the_trial_of_a_silent_worker_is_put_back(tmp_path: Path) -> None:
         assert len(_search(cluster, lambda x: x, "after that", 4).trials) == 4
 
 
+def test_what_a_search_needs_of_a_database_that_was_killed_waits_for_the_next_one(tmp_path: Path) -> None:
+    with local_group(1) as group, HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
+        cluster.start_master()
+
+        def kill() -> None:  # what is connected to it stays so, until it is used
+            process = cluster._master_launcher.process
+            assert process is not None
+            restarts = cluster.master.restarts if cluster.master else 0
+            os.kill(process.pid, signal.SIGKILL)
+            _until(lambda: cluster.master and cluster.master.restarts > restarts, "the database's end to be noticed")
+
+        cluster.trials("one").attachments["objective"] = b"before"
+        kill()
+        trials = cluster.trials("one")
+        kill()
+        trials.attachments["objective"] = b"after"
+        assert trials.attachments["objective"] == b"after"
+
+
 class _NoRestarts(RoundRobinLauncher):
     RESTARTS = 0
 

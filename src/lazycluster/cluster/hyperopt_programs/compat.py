@@ -43,7 +43,7 @@ def load() -> Any:
         _loaded = True
         _give_back_methods()
         mongoexp.connection_with_tunnel = functools.partial(_connect, mongoexp.connection_with_tunnel)
-        _make_patient(mongoexp.MongoTrials)
+        _make_patient(mongoexp)
         _make_watchful(mongoexp.MongoTrials)
         _keep_attachments_readable(mongoexp.MongoTrials)
         _take_numpy_booleans(base, mongoexp)
@@ -191,10 +191,25 @@ def close_clients(port: int) -> None:
             _clients.pop(key).close()
 
 
-def _make_patient(trials: Any) -> None:
+_OF_SEARCHES = ("refresh_tids", "count_by_state_unsynced", "new_trial_ids")
+_OF_DATABASES = ("create_indexes", "get_attachment")
+_OF_FILES = ("put", "delete", "exists", "list")  # a file whose chunks were written in part is one that is not there
+
+
+def _make_patient(mongoexp: Any) -> None:
     """Have a search wait for a server that is being started again: PyMongo tries only twice, and both at once."""
-    for name in ("refresh_tids", "count_by_state_unsynced", "new_trial_ids"):
-        setattr(trials, name, _patiently(getattr(trials, name)))
+    for kind, names in ((mongoexp.MongoTrials, _OF_SEARCHES), (mongoexp.MongoJobs, _OF_DATABASES)):
+        for name in names:
+            setattr(kind, name, _patiently(getattr(kind, name)))
+    initialize = mongoexp.MongoJobs.__init__
+
+    @functools.wraps(initialize)
+    def with_patient_files(self: Any, *arguments: Any, **options: Any) -> None:
+        initialize(self, *arguments, **options)
+        for name in _OF_FILES:
+            setattr(self.gfs, name, _patiently(getattr(self.gfs, name)))
+
+    mongoexp.MongoJobs.__init__ = with_patient_files
 
 
 def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,7 +260,7 @@ def _keep_attachments_readable(trials: Any) -> None:
         found = original(self)
         files = self.handle.gfs
         query = {"exp_key": self._exp_key} if self._exp_key else {}
-        get = type(found).__getitem__
+        get = _patiently(type(found).__getitem__)
 
         def getitem(self: Any, name: str) -> Any:
             try:
@@ -254,7 +269,7 @@ def _keep_attachments_readable(trials: Any) -> None:
                 return get(self, name)
 
         def setitem(self: Any, name: str, value: Any) -> None:
-            old = [file._id for file in files.find({"filename": name, **query})]
+            old = patient(lambda: [file._id for file in files.find({"filename": name, **query})])
             files.put(value, filename=name, encoding="utf-8", **query)
             for number in old:
                 files.delete(number)
