@@ -2,12 +2,15 @@
 
 The packages are real, and come from the index that this machine is configured for; the hosts have no network, so by
 hand means: through ssh's own SOCKS proxy (`ssh -R`), which the manager's ssh is then for the host.
+The hosts are parts of one machine. What eight of them take at once is measured twice: with all its processors for all,
+and with a small share of one for each, as if they were eight small machines.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,13 +20,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import Row, seconds, settings, ssh_hosts
+from harness import Row, seconds, settings, slower, ssh_hosts
 
+from controlgroups import ControlGroupsUnavailableError
 from lazycluster import Environment, RuntimeGroup
 from sshhosts import procfs
 
 PACKAGES = ["dask[distributed]", "scikit-learn", "pandas"]
 HOSTS = 8
+SHARE = 0.1  # of a core, for each of them: so two cores have enough for all, and for the manager
 _PORT = 24801
 
 
@@ -75,6 +80,7 @@ def rows() -> Iterator[Row]:
                 host.path("~/bin/uv").chmod(0o755)
             yield from _one_host(hosts, folder)
             yield from _many_hosts(hosts)
+            yield _small_hosts(hosts)
             yield _modules(hosts)
 
 
@@ -121,6 +127,22 @@ def _many_hosts(hosts: Any) -> Iterator[Row]:
         each <= 1.5 * single_host,
     )  # fmt: skip
     yield Row(f"{HOSTS} hosts at once: processor time of the manager", here, "s")
+
+
+def _small_hosts(hosts: Any) -> Row:
+    """The same where no host takes another one's processor, as on machines of their own."""
+    what = f"{HOSTS} hosts at once, each limited to {SHARE:.0%} of one core"
+    alone, together = [], []
+    try:
+        with slower(hosts, SHARE):
+            for _ in range(2):
+                for count, found in ((1, alone), (HOSTS, together)):
+                    _clear(hosts, "lazycluster/envs")
+                    found.append(_prepare(hosts, count))
+    except ControlGroupsUnavailableError as error:
+        return Row(what, math.nan, "s", "<= 1.5 x", "one such host", note=f"not measured: {error}")
+    wall, single = min(together), min(alone)
+    return Row(what, wall, "s", "<= 1.5 x", "one such host", single, wall <= 1.5 * single)
 
 
 def _measured(hosts: Any, count: int) -> tuple[float, float, float]:

@@ -6,13 +6,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from controlgroups import control_group, move
 from sshhosts import Hosts
 
 
@@ -28,7 +29,7 @@ class Row:
         peer: Who did the same, "" if nobody.
         theirs: The peer's figure.
         met: Whether the target holds; None if there is none.
-        note: Anything else to know.
+        note: Anything else to know; why there are no figures, where they are not numbers.
     """
 
     what: str
@@ -69,6 +70,23 @@ def ssh_hosts(count: int, **options: Any) -> Iterator[Hosts]:
     """Bring up throw-away hosts."""
     with Hosts(count, **options) as hosts:
         yield hosts
+
+
+@contextmanager
+def slower(hosts: Hosts, share: float) -> Iterator[None]:
+    """Let each host use only a share of one processor: so those of one machine do not slow down each other.
+
+    Raises:
+        ControlGroupsUnavailableError: If that is not possible here.
+    """
+    period = 100_000  # microseconds
+    with ExitStack() as stack:
+        for number, host in enumerate(hosts):
+            group = stack.enter_context(control_group("cpu", number))
+            (group / "cpu.cfs_period_us").write_text(str(period))
+            (group / "cpu.cfs_quota_us").write_text(str(int(share * period)))
+            move([host.pid, *(process.pid for process in host.processes(sshd=True))], group)
+        yield
 
 
 def settings(hosts: Hosts) -> dict[str, str]:

@@ -96,7 +96,7 @@ class Index:
     """A package index on the loopback interface.
 
     Attributes:
-        folder: The wheels.
+        folder: The wheels; bare repositories of git are below its `repositories`.
         login: ``name:password`` that it asks for.
         broken: Names of files that are served with another content than the index says.
         requests: The paths that were asked for, but for those of which only the size was.
@@ -163,6 +163,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.answer(503, b"")
         elif index.login and self.headers.get("Authorization", "") != wanted:
             self.answer(401, b"", {"WWW-Authenticate": 'Basic realm="index"'})
+        elif self.path.startswith("/repositories/"):
+            self.serve_file(index.folder / self.path.partition("?")[0].lstrip("/"))
         elif self.path.startswith("/files/"):
             self.serve_file(index.folder / self.path.removeprefix("/files/"))
         else:

@@ -15,13 +15,23 @@ class Tail:
     def __init__(self, most: int = _MOST) -> None:
         self._most = most
         self._data = bytearray()
+        self._cut = False
 
     def put(self, data: bytes) -> None:
         """Take a part of the output."""
         self._data += data
         if len(self._data) > 2 * self._most:
-            del self._data[: -self._most]
+            self._trim()
 
     def text(self) -> str:
-        """Return what is kept."""
-        return self._data[-self._most :].decode("utf-8", "replace")
+        """Return what is kept; where something is missing before it, it begins with a line."""
+        self._trim()
+        data = self._data
+        # Half an address at the beginning, say, could not be told from one without a password in it.
+        start = data.find(b"\n") + 1 if self._cut else 0
+        return data[start:].decode("utf-8", "replace")
+
+    def _trim(self) -> None:
+        if len(self._data) > self._most:
+            self._cut = True
+            del self._data[: -self._most]

@@ -350,7 +350,7 @@ class EnvironmentBuildError(LazyclusterError):
         self.output = output.strip()
         lines = [f"{host}: no environment: {problem}"]
         if self.output:
-            lines += [f"    {line}" for line in self.output.splitlines()[-15:]]
+            lines += [f"    {line[:1000]}" for line in self.output.splitlines()[-15:]]
         if hint:
             lines.append(f"  Next step: {hint}")
         super().__init__("\n".join(lines))

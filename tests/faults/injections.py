@@ -13,13 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from scenes import NobodyThereError, Scene, UnavailableError, hit
 
-from patience import until
+from controlgroups import ControlGroupsUnavailableError, control_group, move
 from sshhosts import procfs
 
 TASKS, COPY, MAP, SHUFFLE, SEARCH = LOADS = ("tasks", "copy", "map", "shuffle", "search")
@@ -196,29 +196,12 @@ def _disk(scene: Scene, number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _control_group(kind: str, number: int) -> Iterator[Path]:
-    """A control group of its own for processes of a host; those that are left are put back."""
-    group = Path(f"/sys/fs/cgroup/{kind}/lazycluster-test-{os.getpid()}-{number}")
-    try:
-        group.mkdir()
-    except OSError as error:
-        raise UnavailableError(f"no control group can be made here: {error}") from error
-
-    def emptied() -> bool:
-        left = (group / "cgroup.procs").read_text().split()
-        _move(left, group.parent)
-        return not left
-
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            group = stack.enter_context(control_group(kind, number))
+        except ControlGroupsUnavailableError as error:
+            raise UnavailableError(str(error)) from error
         yield group
-    finally:
-        until(emptied, "the control group to be empty")
-        group.rmdir()
-
-
-def _move(pids: Iterable[int | str], group: Path) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            (group / "cgroup.procs").write_text(str(pid))
 
 
 @fault("memory limit reached", lasts=8, loads=(MAP, SHUFFLE, SEARCH))
@@ -229,7 +212,7 @@ def _memory(scene: Scene, number: int) -> Iterator[None]:
         raise NobodyThereError("nothing works there")
     with _control_group("memory", number) as group:
         (group / "memory.limit_in_bytes").write_text("65536")
-        _move(working, group)
+        move(working, group)
         yield
         killed = dict(line.split() for line in (group / "memory.oom_control").read_text().splitlines())["oom_kill"]
     if killed == "0":
@@ -239,7 +222,7 @@ def _memory(scene: Scene, number: int) -> Iterator[None]:
 @fault("no more processes allowed", lasts=5)
 def _process_limit(scene: Scene, number: int) -> Iterator[None]:
     with _control_group("pids", number) as group:
-        _move([found.pid for found in scene._host(number).processes() if found.uid], group)
+        move([found.pid for found in scene._host(number).processes() if found.uid], group)
         (group / "pids.max").write_text("1")
         yield
         (group / "pids.max").write_text("max")

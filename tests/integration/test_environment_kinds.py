@@ -67,6 +67,39 @@ def test_a_package_from_a_repository(
         assert runtime.call(version_of, "mine") == "first"
 
 
+def test_a_token_in_the_address_of_a_repository_is_in_no_command_line(
+    make_hosts: Any, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, _ = _repository(tmp_path)
+    served = index.folder / "repositories/mine.git"
+    _git(project, "branch", "released")
+    _git(project, "clone", "--quiet", "--bare", str(project), str(served))
+    _git(served, "update-server-info")
+    index.login = "me:s3cret-token"
+    log = tmp_path / "commands"
+    for name, value in {
+        "UV_DEFAULT_INDEX": index.url,
+        "GIT_TRACE2_EVENT": str(log),  # git's own commands, and those that it starts, as they are
+        "GIT_TRACE2_REDACT": "0",
+        "TOKEN": "s3cret-token",
+    }.items():
+        monkeypatch.setenv(name, value)
+    address = f"git+http://me:${{TOKEN}}@127.0.0.1:{index.port}/repositories/mine.git"
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text(f"mine @ {address}@released\n")
+    host = make_hosts(1)[0]
+    for environment in ([f"mine @ {address}"], requirements):
+        with connect(host, environment) as runtime:
+            assert runtime.call(version_of, "mine") == "second"
+    commands = log.read_text()
+    assert "remote-http" in commands
+    assert "s3cret" not in commands
+    assert "s3cret" not in everything(host)
+    kept = [path for path in [*tmp_path.glob("uv-cache/**/*"), *tmp_path.glob("state/**/*")] if path.is_file()]
+    assert kept
+    assert not [path for path in kept if b"s3cret" in path.read_bytes()]
+
+
 def test_an_environment_of_conda_on_the_host(make_hosts: Any) -> None:
     """Not made by conda, which is not here: an interpreter that knows its prefix by where it lies, and conda's mark."""
     host = make_hosts(1)[0]

@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from lazycluster import _loop
+from lazycluster._tail import Tail
 from lazycluster._views.cells import megabytes
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 
@@ -56,6 +57,7 @@ _PACKAGES = ("cloudpickle", "dask", "distributed", "hyperopt", "pymongo", "numpy
 _CLOCK_LIMIT = 5.0  # seconds
 _LITTLE_SPACE = 100 * 1024 * 1024
 _LIMIT = 30.0
+_SAID = 2000  # bytes of what went wrong that are shown
 _ASK_HOST = """
 import json, os, sys, time
 now = time.time()
@@ -167,16 +169,16 @@ class Checkup:
             self._set("forwarding", "failed", str(error) or "no answer", mend)
 
     async def _files_and_clock(self, connection: SshConnection) -> None:
-        output = bytearray()
+        output = Tail(_SAID)
         hello = connection.hello
         argv = [hello.executable, "-c", _ASK_HOST, hello.directory]
         before = time.time()
-        channel = connection.channel("run", {"argv": argv, "merge": True}, stdout=output.extend)
+        channel = connection.channel("run", {"argv": argv, "merge": True}, stdout=output.put)
         try:
             await asyncio.wait_for(channel.result(), _LIMIT)
-            now, space, inodes, noexec = json.loads(output)
+            now, space, inodes, noexec = json.loads(output.text())
         except (LazyclusterError, asyncio.TimeoutError, ValueError) as error:
-            said = output.decode(errors="replace").strip() or str(error)
+            said = output.text().strip() or str(error)
             self._set("temporary files", "failed", said, "see what is wrong with the host's temporary directory")
             return
         finally:

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 from lazycluster._progress import Progress
 from lazycluster.exceptions import AgentError, EnvironmentBuildError
 
-from .index import read_settings
 from .making import Maker
 from .place import Place
 from .plan import Plan, Target
-from .resolving import resolve
+from .resolving import resolve, settings_for
 from .spec import EnvironmentSpec
 from .wheels import digest_of
 
 if TYPE_CHECKING:
     from lazycluster.tasks.context import Context
+
+    from .index import IndexSettings
 
 __all__ = ["Activation", "HostEnvironment", "Place"]
 
@@ -137,8 +138,9 @@ class HostEnvironment:
 
     async def _found_or_made(self, refresh: bool) -> str:
         self._tell("finding versions of packages")
-        plan = await self._plan(refresh)
-        return await Maker(self._place, self.spec, plan, read_settings(), self._tell).find_or_make()
+        settings = await settings_for(self.spec)
+        plan = await self._plan(settings, refresh)
+        return await Maker(self._place, self.spec, plan, settings, self._tell).find_or_make()
 
     def _tell(self, stage: str) -> None:
         self._stage = stage
@@ -154,11 +156,11 @@ class HostEnvironment:
             self._place.host, f"on the {error.host}: {error.problem}", error.package, error.hint, error.output
         )
 
-    async def _plan(self, refresh: bool) -> Plan:
+    async def _plan(self, settings: IndexSettings, refresh: bool) -> Plan:
         wanted = self.spec.python
         python = (3, int(wanted[2:])) if wanted else sys.version_info[:2]
         target = Target.of(python, await self._place.ask("facts", root=self.spec.cache_dir))
-        packages = await resolve(self.spec, target, read_settings(), refresh)
+        packages = await resolve(self.spec, target, settings, refresh)
         return Plan(target, tuple(packages), tuple(digest_of(locked) for locked in packages), str(self.spec))
 
     async def _existing(self) -> Activation:

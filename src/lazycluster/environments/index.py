@@ -23,14 +23,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from .logins import Login
+
 __all__ = ["IndexSettings", "bare", "hide", "read_settings"]
 
-_USERINFO = re.compile(r"(\w+://)[^/@\s]*@")
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def hide(text: str) -> str:
     """Return a text without the credentials that URLs in it have."""
-    return _USERINFO.sub(r"\1***@", text)
+    return _USERINFO.sub("***@", text)
 
 
 def bare(url: str) -> str:
@@ -48,16 +50,21 @@ class IndexSettings:
         urls: The addresses of indexes, with credentials where they have some.
         from_pip: Whether pip's configuration says so.
         ca_file: The file of certificates that servers are checked with; None: those of the system.
+        logins: The credentials of addresses that requirements name.
     """
 
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     urls: tuple[str, ...] = field(default=(), repr=False)
     from_pip: bool = False
     ca_file: str | None = None
+    logins: tuple[Login, ...] = field(default=(), repr=False)
 
     def credentials(self, url: str) -> tuple[str, str] | None:
-        """Return name and password for a server: those of an index on it, else those of the user's .netrc."""
+        """Return name and password for a file: its own, else those of an index on its server or the user's .netrc."""
         host = urlsplit(bare(url)).netloc
+        for login in self.logins:
+            if unquote(login.address) == unquote(bare(url)):
+                return login.user, login.password or ""
         for index in self.urls:
             parts = urlsplit(index)
             if "@" in parts.netloc and parts.netloc.rpartition("@")[2] == host:

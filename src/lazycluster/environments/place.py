@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lazycluster._tail import Tail
 from lazycluster.exceptions import AgentError, EnvironmentBuildError
 
 from .index import hide
@@ -43,27 +44,27 @@ class Place:
         return await asyncio.wait_for(request, within)
 
     async def run(self, argv: Sequence[str], env: Mapping[str, str], what: str) -> str:
-        """Run a program there, and return what it printed.
+        """Run a program there, and return what it printed, of very much the end.
 
         Raises:
             EnvironmentBuildError: If it fails.
         """
-        output = bytearray()
+        output = Tail()
         params = {"argv": list(argv), "cwd": "/", "env": {**self.env, **env}, "merge": True}
-        channel = self.connection.channel("run", params, stdout=output.extend)
+        channel = self.connection.channel("run", params, stdout=output.put)
         try:
             result = await asyncio.wait_for(channel.result(), _RUN_LIMIT)
         except AgentError as error:
             raise EnvironmentBuildError(self.host, f"{what}: {error.message}") from error
         except asyncio.TimeoutError:
-            said = hide(output.decode("utf-8", "replace"))
+            said = hide(output.text())
             raise EnvironmentBuildError(self.host, f"{what} takes more than {_RUN_LIMIT:g} s", output=said) from None
         except BaseException:
             channel.control(signal="END")
             raise
         finally:
             channel.close()
-        said = hide(output.decode("utf-8", "replace"))
+        said = hide(output.text())
         if result.get("exit") != 0:
             if result.get("signal"):
                 said += f"\nended by signal {result['signal']}"

@@ -8,7 +8,8 @@ from lazycluster.exceptions import EnvironmentBuildError
 
 __all__ = ["explained"]
 
-_NAME = r"`?(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)"
+# Only where a word begins: what has no spaces in it for a megabyte is read once, not from each of its characters.
+_NAME = r"(?<![A-Za-z0-9._-])`?(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)"
 _CLOCK = "check the clock there, and the certificates"
 
 # The first that matches says what it is about. Where none does, the output speaks for itself.
@@ -44,6 +45,11 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
         rf"(Failed to build|Build backend failed|Failed to prepare distributions)( {_NAME})?",
         "no wheel fits, and it cannot be built here",
         "choose a version that has a wheel, install what its build needs (see above), or exclude it",
+    ),
+    (
+        r"Git operation failed",
+        "a repository cannot be fetched",
+        "check its address and branch, and that git can clone it here without being asked anything",
     ),
     (
         r"invalid peer certificate|certificate verify failed|CertificateExpired|NotValidYet|UnknownIssuer",

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,7 +19,8 @@ from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
 from . import from_interpreter
-from .index import IndexSettings, bare
+from .index import IndexSettings, bare, read_settings
+from .logins import expanded, for_git, logins_in, plain, with_passwords
 from .plan import Locked, Target
 from .spec import EnvironmentSpec, normalized
 from .uv import MANAGER, run_uv
@@ -29,7 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "settings_for"]
 
 _HASH = re.compile(r"--hash[= ]sha256:([0-9a-f]{64})")
 _PINNED = re.compile(r"^\s*([A-Za-z0-9][\w.-]*)\s*(?:\[[^]]*\])?\s*==\s*([^\s;\\]+)")
@@ -47,6 +48,7 @@ class _Question:
     Attributes:
         lines: Requirements for its standard input; or
         file: a file that it reads.
+        folder: Where relative paths begin.
         dependencies: Whether what the requirements need is to be found, too.
         known: What is clear without asking.
         inputs: Files on which the answer depends.
@@ -56,6 +58,7 @@ class _Question:
 
     lines: list[str] = field(default_factory=list)
     file: Path | None = None
+    folder: Path = field(default_factory=Path.cwd)
     dependencies: bool = True
     known: list[Locked] = field(default_factory=list)
     inputs: list[Path] = field(default_factory=list)
@@ -100,15 +103,29 @@ async def _question(spec: EnvironmentSpec, settings: IndexSettings) -> _Question
     if spec.kind == "manager":
         return _of_manager(spec)
     if spec.kind == "requirements":
-        return _Question(lines=list(spec.requirements))
+        for line in spec.requirements:
+            _check_project(Path(line) / "pyproject.toml")
+        return _Question(lines=[plain(line) for line in spec.requirements])
     if spec.file_kind == "uv.lock":
         return await _of_uv_lock(spec, settings)
     if spec.file_kind == "pylock.toml":
         return _of_pylock(_read_toml(spec.file), spec.file.parent, spec.file)
     if spec.file_kind == "pyproject.toml":
         return _of_project(spec)
-    files = list(_included(spec.file))
-    return _Question(file=spec.file, inputs=files, hashes=_hashes(_read(path) for path in files))
+    return _of_requirements(spec.file)
+
+
+def _of_requirements(file: Path) -> _Question:
+    files = list(_included(file))
+    for path in files[1:]:
+        _check_logins(path, expanded(_read(path)))
+    question = _Question(folder=file.parent, inputs=files, hashes=_hashes(_read(path) for path in files))
+    text = _read(file) if file.is_file() else ""
+    if plain(text) == text:
+        question.file = file
+    else:
+        question.lines = plain(text).splitlines()
+    return question
 
 
 def _of_manager(spec: EnvironmentSpec) -> _Question:
@@ -135,7 +152,8 @@ def _of_manager(spec: EnvironmentSpec) -> _Question:
 def _of_project(spec: EnvironmentSpec) -> _Question:
     options = [option for extra in spec.extras for option in ("--extra", extra)]
     options += [option for group in spec.groups for option in ("--group", f"{spec.file}:{group}")]
-    question = _Question(file=spec.file, inputs=[spec.file], options=options)
+    question = _Question(file=spec.file, folder=spec.file.parent, inputs=[spec.file], options=options)
+    _check_project(spec.file)
     project = _read_toml(spec.file)
     if "build-system" in project:  # else it is a list of requirements, and no package
         name = project.get("project", {}).get("name") or spec.file.parent.name
@@ -157,7 +175,7 @@ async def _of_uv_lock(spec: EnvironmentSpec, settings: IndexSettings) -> _Questi
             directory = (spec.file.parent / path).resolve()
             question.known.append(Locked(_project_name(directory), directory=str(directory)))
         elif wanted:
-            question.lines.append(wanted)
+            question.lines.append(plain(wanted))
     return question
 
 
@@ -183,6 +201,45 @@ def _project_name(directory: Path) -> str:
     return str(name or directory.name)
 
 
+# --- credentials ----------------------------------------------------------------------------------
+async def settings_for(spec: EnvironmentSpec) -> IndexSettings:
+    """Return where packages come from, with the credentials of addresses that are named there."""
+    text = "\n".join(spec.requirements)
+    if spec.kind == "file":
+        text = "\n".join(_read(path) for path in _included(spec.file))
+    logins = await with_passwords(logins_in(expanded(text)))
+    return replace(read_settings(), logins=logins)
+
+
+def _check_project(file: Path) -> None:
+    if not _is_file(file):
+        return
+    sources = _read_toml(file).get("tool", {}).get("uv", {}).get("sources", {}).values()
+    tables = [one for source in sources for one in (source if isinstance(source, list) else [source])]
+    _check_logins(file, "\n".join([_read(file), *(f"git+{one['git']}" for one in tables if "git" in one)]))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a requirement need not be a name that a file can have
+        return False
+
+
+def _check_logins(file: Path, text: str) -> None:
+    """Make sure that a file that uv reads by itself has no password for git, which uv would give to it openly."""
+    for login in logins_in(text, git_only=True):
+        if login.is_secret:
+            raise EnvironmentBuildError(
+                MANAGER,
+                f"{file} has credentials in the address of {login.address}: they would be in the command line of git",
+                "",
+                "take them out of the address, and tell them to git (git credential approve, or ~/.netrc); or name "
+                "this requirement in the list or requirements.txt that environment= is given, where they are safe",
+            )
+
+
+# --- files ----------------------------------------------------------------------------------------
 def _included(file: Path) -> Iterable[Path]:
     """Yield a requirements file and those that it includes."""
     seen: set[Path] = set()
@@ -236,11 +293,12 @@ async def _ask(
         arguments,
         settings,
         stdin="\n".join(question.lines) + "\n",
-        cwd=question.file.parent if question.file is not None else Path.cwd(),
+        cwd=question.folder,
+        env=for_git(settings.logins, os.environ),
         what=f"resolving {spec} for {target}",
     )
-    base = question.file.parent if question.file is not None else Path.cwd()
-    found = [locked for package in tomllib.loads(text).get("packages", []) for locked in _locked_of(package, base)]
+    packages = tomllib.loads(text).get("packages", [])
+    found = [locked for package in packages for locked in _locked_of(package, question.folder)]
     _check_hashes(found, question.hashes)
     inputs = [*question.inputs]
     for locked in found:
@@ -258,7 +316,7 @@ def _locked_of(package: Mapping[str, Any], base: Path) -> list[Locked]:
         return [Locked(name, directory=str((base / package["directory"]["path"]).resolve()))]
     if "vcs" in package:
         vcs = package["vcs"]
-        where = vcs.get("url") or (base / vcs["path"]).resolve().as_uri()
+        where = _repository(vcs["url"]) if vcs.get("url") else (base / vcs["path"]).resolve().as_uri()
         folder = f"#subdirectory={vcs['subdirectory']}" if vcs.get("subdirectory") else ""
         return [Locked(name, version, vcs=f"{vcs['type']}+{where}@{vcs['commit-id']}{folder}")]
     entries = [package["archive"]] if "archive" in package else [*package.get("wheels", [])]
@@ -273,6 +331,11 @@ def _locked_of(package: Mapping[str, Any], base: Path) -> list[Locked]:
         )
     best = max(entries, key=lambda entry: _rank(_url_of(entry, base)))
     return [Locked(name, version, url=_url_of(best, base), sha256=best.get("hashes", {}).get("sha256", ""))]
+
+
+def _repository(url: str) -> str:
+    # The name of an address for ssh is part of it.
+    return bare(url) if urlsplit(url).scheme in ("http", "https") else url
 
 
 def _url_of(entry: Mapping[str, Any], base: Path) -> str:
@@ -313,7 +376,7 @@ def _key(spec: EnvironmentSpec, question: _Question, target: Target, settings: I
         target.platform,
         settings.stamp,
         # Relative paths mean something else elsewhere.
-        str(Path.cwd()) if any(shlex.quote(line)[0] in "./-'" or "/" in line for line in question.lines) else "",
+        str(question.folder) if any(shlex.quote(line)[0] in "./-'" or "/" in line for line in question.lines) else "",
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 

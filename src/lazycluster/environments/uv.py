@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import importlib
@@ -15,11 +14,11 @@ from lazycluster.exceptions import EnvironmentBuildError
 
 from .index import IndexSettings, hide
 from .problems import explained
+from .programs import run_here
 
 __all__ = ["MANAGER", "find_uv", "run_uv", "uv_version"]
 
 MANAGER = "manager"
-_END_LIMIT = 5.0
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,27 +91,9 @@ async def run_uv(
     if settings.ca_file:
         variables.setdefault("SSL_CERT_FILE", settings.ca_file)
     try:
-        process = await asyncio.create_subprocess_exec(
-            find_uv(),
-            *arguments,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=cwd,
-            env=variables,
-            start_new_session=True,  # Ctrl-C reaches the manager, which ends it
-        )
+        ended = await run_here([find_uv(), *arguments], variables, stdin=stdin, cwd=cwd)
     except OSError as error:
         raise EnvironmentBuildError(MANAGER, f"uv cannot be run: {error}", "uv", "install it anew") from error
-    try:
-        output, errors = await process.communicate(stdin.encode())
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), _END_LIMIT)
-        raise
-    if process.returncode != 0:
-        said = hide(errors.decode("utf-8", "replace"))
-        raise explained(MANAGER, what or f"uv {arguments[0]}", said, package)
-    return output.decode("utf-8", "replace")
+    if ended.status != 0:
+        raise explained(MANAGER, what or f"uv {arguments[0]}", hide(ended.errors), package)
+    return ended.output

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -24,7 +24,9 @@ from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
 from .index import IndexSettings, bare, hide
+from .logins import for_git
 from .plan import Locked, Target, Wheel
+from .programs import run_here
 from .uv import MANAGER, run_uv
 
 __all__ = ["digest_of", "provide"]
@@ -214,29 +216,25 @@ async def _build_repository(locked: Locked, target: Target, settings: IndexSetti
     where, _, fragment = rest.partition("#")
     url, _, commit = where.rpartition("@")
     checkout = made / "checkout"
-    await _git(locked, ["clone", "--quiet", "--no-checkout", "--", url, str(checkout)])
-    await _git(locked, ["-C", str(checkout), "checkout", "--quiet", commit, "--"])
+    env = for_git(settings.logins, os.environ)
+    await _git(locked, ["clone", "--quiet", "--no-checkout", "--", url, str(checkout)], env)
+    await _git(locked, ["-C", str(checkout), "checkout", "--quiet", commit, "--"], env)
     folder = fragment.partition("subdirectory=")[2].partition("&")[0]
     await _build(checkout / folder, locked, target, settings, made)
 
 
-async def _git(locked: Locked, arguments: list[str]) -> None:
-    env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+async def _git(locked: Locked, arguments: list[str], env: Mapping[str, str]) -> None:
     try:
-        process = await asyncio.create_subprocess_exec(
-            "git", *arguments, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
+        ended = await run_here(["git", *arguments], {**os.environ, "GIT_TERMINAL_PROMPT": "0", **env})
     except OSError as error:
         raise EnvironmentBuildError(
             MANAGER, f"{locked.label} comes from a repository, and git cannot be run: {error}", locked.name,
             "install git here",
         ) from error  # fmt: skip
-    output = (await process.communicate())[0].decode("utf-8", "replace")
-    if process.returncode != 0:
+    if ended.status != 0:
         raise EnvironmentBuildError(
             MANAGER, f"the repository of {locked.label} cannot be fetched", locked.name,
-            "check that you can clone it here without being asked anything", hide(output),
+            "check that you can clone it here without being asked anything", hide(ended.errors),
         )  # fmt: skip
 
 
