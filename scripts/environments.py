@@ -4,14 +4,19 @@ Usage: python scripts/environments.py [way ...]        (ways: direct, bastion, n
 
 The hosts' own Python is 3.8; the manager's version lies where no PATH leads to. On three of them, each time in fresh
 homes: a function that needs scikit-learn and pandas, a Dask cluster and a Hyperopt search, which must give what they
-give here. It needs root (for the throw-away hosts), the packages named here in the environment that runs it, and the
-package index that this machine is configured for.
+give here; and all three with a module and an editable package that change in between. It needs root (for the throw-away
+hosts), the packages named here in the environment that runs it, and the package index that this machine is configured
+for.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import site
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +29,7 @@ from lazycluster import RuntimeGroup
 from lazycluster.cluster.dask_cluster import DaskCluster
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
 from sshhosts import Hosts
+from wheelhouse import make_project
 
 NEEDED = ("sklearn", "pandas", "distributed", "hyperopt", "uv")
 COUNT = 3
@@ -60,6 +66,33 @@ def objective(x: float) -> float:
     from sklearn.metrics import mean_squared_error
 
     return float(mean_squared_error([3.0], [x]))
+
+
+class Edited:
+    """A plain module, and a package in editable mode that it uses: what somebody works on.
+
+    Args:
+        folder: Where they are to be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._plain = folder / "plainly.py"
+        project = make_project(folder, "edited", "VALUE = 0\n")
+        self._package = project / "src/edited/__init__.py"
+        options = ["-q", "--no-deps", "--target", str(folder / "site"), "-e", str(project)]
+        subprocess.run([sys.executable, "-m", "uv", "pip", "install", *options], check=True)
+        site.addsitedir(str(folder / "site"))
+        sys.path.insert(0, str(folder))
+
+    def changed(self, number: int) -> Any:
+        """Change both, and return the plain module as it is now; what it returns has the number in it twice."""
+        self._package.write_text(f"VALUE = {number}\n")
+        both = f"def both(_):\n    return edited.VALUE, {number}\n"
+        self._plain.write_text(f"import edited\n\n\n{both}\n\ndef loss(x):\n    return sum(both(x))\n")
+        importlib.invalidate_caches()
+        for name in ("edited", "plainly"):
+            importlib.reload(importlib.import_module(name))
+        return sys.modules["plainly"]
 
 
 # --- what has to be right -------------------------------------------------------------------------
@@ -99,6 +132,26 @@ def hyperopt(group: RuntimeGroup) -> None:
         assert min(trials.losses()) == objective(best["x"])
 
 
+def changed_code(group: RuntimeGroup, edited: Edited) -> None:
+    """Changed code: functions, Dask, Hyperopt."""
+    from hyperopt import fmin, hp, rand
+
+    with DaskCluster(group) as dask_cluster, HyperoptCluster(group) as hyperopt_cluster:
+        dask_cluster.start()
+        hyperopt_cluster.start()
+        with dask_cluster.get_client(timeout=60) as client:
+            client.wait_for_workers(COUNT, timeout=60)
+            for number in (1, 22, 333):
+                module, pair = edited.changed(number), (number, number)
+                assert list(group.call(module.both, 0).values()) == [pair] * COUNT
+                assert set(group.map(module.both, range(6))) == {pair}
+                assert set(client.gather(client.map(module.both, range(6), pure=False))) == {pair}
+                trials = hyperopt_cluster.trials(f"changed {number}")
+                space = hp.uniform("x", 0, 1)
+                fmin(module.loss, space, rand.suggest, 6, trials=trials, max_queue_len=6, show_progressbar=False)
+                assert trials.losses() == [2 * number] * 6
+
+
 # --- the ways to get there ------------------------------------------------------------------------
 @contextmanager
 def _group(way: str) -> Iterator[RuntimeGroup]:
@@ -131,13 +184,20 @@ def main(ways: list[str]) -> int:
     if unknown or missing:
         print(f"unknown: {unknown}; there are: {list(WAYS)}" if unknown else f"install here first: {missing}")
         return 2
-    for way in ways or list(WAYS):
+    with tempfile.TemporaryDirectory() as folder:
+        edited = Edited(Path(folder))
+        return _all(ways or list(WAYS), edited)
+
+
+def _all(ways: list[str], edited: Edited) -> int:
+    for way in ways:
         with _group(way) as group:
             python = {runtime.host: runtime.connection.hello.python[:2] for runtime in group.runtimes}
             assert set(python.values()) == {(3, 8)}, python
             _timed(way, "environment, nothing on the host", group.prepare)
             for work in (functions, dask, hyperopt):
                 _timed(way, str(work.__doc__).rstrip("."), lambda work=work: work(group))  # type: ignore[misc]
+            _timed(way, str(changed_code.__doc__).rstrip("."), lambda: changed_code(group, edited))
     return 0
 
 

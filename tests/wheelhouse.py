@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import io
 import os
+import ssl
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -125,10 +126,10 @@ class Index:
         return f"http://{login}{self.address}:{self.port}/simple/"
 
     @contextmanager
-    def at(self, address: str) -> Iterator[None]:
-        """Serve it at another address, too, until the end of the block."""
+    def at(self, address: str, context: ssl.SSLContext | None = None) -> Iterator[None]:
+        """Serve it at another address, too, until the end of the block; by TLS if so asked."""
         before = self.address, self.port
-        with _serving(self, address) as port:
+        with _serving(self, address, context) as port:
             self.address, self.port = address, port
             try:
                 yield
@@ -197,11 +198,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def _serving(index: Index, address: str) -> Iterator[int]:
+def _serving(index: Index, address: str, context: ssl.SSLContext | None = None) -> Iterator[int]:
     """Serve an index at an address; returns the port."""
     handler = type("Handler", (_Handler,), {"index": index})
     server = http.server.ThreadingHTTPServer((address, 0), handler)
     server.daemon_threads = True
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

@@ -28,7 +28,7 @@ class Tail:
         self._trim()
         data = self._data
         # Half an address at the beginning, say, could not be told from one without a password in it.
-        start = data.find(b"\n") + 1 if self._cut else 0
+        start = data.find(b"\n", 0, -1) + 1 if self._cut else 0
         return data[start:].decode("utf-8", "replace")
 
     def _trim(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
+import ipaddress
 import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -20,8 +23,8 @@ from typing import Any
 import pytest
 from environment_hosts import connect, environments, prefix, version_of
 
-from lazycluster import Environment, EnvironmentSpec
-from lazycluster.exceptions import EnvironmentBuildError
+from lazycluster import Environment, EnvironmentSpec, Runtime
+from lazycluster.exceptions import EnvironmentBuildError, LazyclusterError
 from wheelhouse import Index, make_project
 
 pytest.importorskip("uv")
@@ -170,6 +173,41 @@ def test_two_managers_at_once(make_hosts: Any, index: Index) -> None:
     assert len(environments(host)) == 1
 
 
+def _flip_a_byte(path: Path) -> None:
+    stamp = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def test_a_package_that_was_kept_and_is_damaged_is_had_anew(
+    make_hosts: Any, index: Index, caplog: pytest.LogCaptureFixture
+) -> None:
+    index.add("alpha")
+    host = make_hosts(1)[0]
+    kept = Path(Environment.main_directory, "environments", "wheels")
+    for gone, damaged in (("", None), ("", host.path("~/.cache/lazycluster/wheels")), ("wheels", kept)):
+        host.run(f"cd {host.home}/.cache/lazycluster 2>/dev/null && rm -rf envs cache {gone} || true")
+        if damaged is not None:
+            (path,) = damaged.glob("*/*.whl")
+            _flip_a_byte(path)
+        caplog.clear()
+        with connect(host, ["alpha"]) as runtime:
+            assert runtime.call(version_of, "alpha") == "1.0"
+        assert ("packages that were kept have been damaged" in caplog.text) == (damaged is not None)
+
+
+def test_a_manager_that_cannot_keep_packages(
+    make_hosts: Any, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.add("alpha")
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(Environment, "main_directory", str(file / "below"))
+    _refused(make_hosts(1)[0], ["alpha"], f"on the manager: {file}", "Environment.main_directory")
+
+
 def _begun(index: Index) -> None:
     assert index.waiting.wait(60)
 
@@ -191,6 +229,25 @@ def test_a_link_that_is_lost_while_it_is_made(make_hosts: Any, index: Index) -> 
         future.result(60)  # the link is made again, and the work goes on
         assert runtime.call(version_of, "beta") == "1.0"
     assert len(environments(host)) == 1
+
+
+def test_a_host_that_is_lost_while_it_is_made(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    host = make_hosts(1)[0]
+    index.gate.clear()
+    settings = {"config_file": host._pool.config_file, "reconnect": 1, "link_timeout": 3}
+    runtime = Runtime(host.name, connection_kwargs=settings, environment=EnvironmentSpec(["alpha"], network="manager"))
+    with runtime, ThreadPoolExecutor(1) as thread:
+        future = thread.submit(runtime.prepare)
+        _begun(index)
+        host.power_off()
+        index.gate.set()
+        with pytest.raises(LazyclusterError, match=r"host1: .*lost.*(?s:.)*Next step:"):
+            future.result(60)
+        assert runtime.environment_path is None
+    host.power_on()
+    with connect(host, ["alpha"]) as runtime:
+        assert runtime.call(version_of, "alpha") == "1.0"
 
 
 _VICTIM = """
@@ -232,6 +289,37 @@ def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         threading.Event().wait(0.02)
+
+
+def test_an_index_whose_certificate_is_not_valid_by_this_clock(
+    make_hosts: Any, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it looks from where the clock is years behind."""
+    certificate = tmp_path / "certificate.pem"
+    certificate.write_bytes(_certificate(datetime.datetime(2090, 1, 1), datetime.datetime(2091, 1, 1)))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    with index.at("127.0.0.1", context):
+        monkeypatch.setenv("UV_DEFAULT_INDEX", index.url.replace("http:", "https:"))
+        _refused(make_hosts(1)[0], ["alpha"], "the certificate of the index is not accepted", "check the clock")
+
+
+def _certificate(begins: datetime.datetime, ends: datetime.datetime) -> bytes:
+    """A certificate of this machine that is its own authority, with its key."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "index")])
+    addresses = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, begins, ends)
+    made = builder.add_extension(addresses, critical=False).sign(key, hashes.SHA256())
+    encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain)
+    return bytes(made.public_bytes(encoding) + private)
 
 
 def test_clocks_that_are_years_off(make_hosts: Any, index: Index) -> None:

@@ -47,10 +47,10 @@ def test_it_is_found_the_next_time(make_hosts: Any, index: Index) -> None:
     assert len(environments(host)) == 1
 
 
-def test_the_right_python_is_found_wherever_it_is(make_hosts: Any, index: Index) -> None:
+@pytest.mark.parametrize("other", ["3.8", "3.9"])
+def test_the_right_python_is_found_wherever_it_is(make_hosts: Any, index: Index, other: str) -> None:
     index.add("alpha")
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    other = "3.8" if version != "3.8" else "3.9"
     hosts = make_hosts(1, python=other, path=(sys.base_prefix,))
     host = hosts[0]
     # Where nobody would look for it, and not on the PATH.

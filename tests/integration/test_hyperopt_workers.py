@@ -107,13 +107,19 @@ def test_what_an_objective_finds(tmp_path: Path, search: ModuleType, monkeypatch
 
 
 def test_changed_modules_reach_the_workers(hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain module, and a package whose checkout is installed: its sources are on the path here, and nowhere else."""
+    """A plain module, and a package whose checkout is installed: its sources are on the path here, and nowhere else.
+
+    A module with a lock goes as source, others by value.
+    """
     checkout = make_project(tmp_path, "edited", "OFFSET = 1\n")
     monkeypatch.syspath_prepend(checkout / "src")
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "plainly.py"
     path.write_text("import edited\n\n\ndef objective(x):\n    return edited.OFFSET + 10\n")
-    plainly = importlib.import_module("plainly")
+    guarded = tmp_path / "guarded.py"
+    with_lock = "import threading\nimport edited\n\nLOCK = threading.Lock()\n\n\ndef objective(x):\n    with LOCK:\n"
+    guarded.write_text(with_lock + "        return edited.OFFSET + 30\n")
+    plainly, locked = map(importlib.import_module, ("plainly", "guarded"))
     try:
         with (
             connect(hosts.config_file, ["host1"], environment=sys.prefix) as group,
@@ -121,10 +127,13 @@ def test_changed_modules_reach_the_workers(hosts: Any, tmp_path: Path, monkeypat
         ):
             cluster.start()
             assert set(_run(cluster, plainly.objective, "before").losses()) == {11}
+            assert set(_run(cluster, locked.objective, "before, with a lock").losses()) == {31}
             (checkout / "src/edited/__init__.py").write_text("OFFSET = 2\n# another length\n")
             path.write_text("import edited\n\n\ndef objective(x):\n    return edited.OFFSET + 2000\n")
             importlib.reload(sys.modules["edited"])
             assert set(_run(cluster, importlib.reload(plainly).objective, "after").losses()) == {2002}
+            guarded.write_text(with_lock + "        return edited.OFFSET + 4000\n")
+            assert set(_run(cluster, importlib.reload(locked).objective, "after, with a lock").losses()) == {4002}
     finally:
-        for name in ("plainly", "edited"):
+        for name in ("plainly", "guarded", "edited"):
             sys.modules.pop(name, None)

@@ -54,6 +54,8 @@ class Point:
 
 _EDITED = "OFFSET = {}\nTABLE = [OFFSET]\nSCALE = None\n\n\ndef scale(value):\n    global SCALE\n    SCALE = value\n"
 _PLAINLY = "import edited\n\n\ndef shown(x):\n    return x, edited.OFFSET, edited.TABLE[0], edited.SCALE, {}\n"
+_GUARDED = "import threading\nfrom own.edited import TABLE\n\nLOCK = threading.Lock()\n\n\n"
+_GUARDED += "def shown(x):\n    with LOCK:\n        from own import lazily\n        return TABLE[0], lazily.VALUE, {}\n"
 
 
 def test_workers_see_local_modules_as_they_are_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +78,30 @@ def test_workers_see_local_modules_as_they_are_now(tmp_path: Path, monkeypatch: 
                 assert executor.submit(plainly.shown, 2).result() == (2, 4, 333, 10, 333)
     finally:
         for name in ("edited", "plainly"):
+            sys.modules.pop(name, None)
+
+
+def test_workers_see_modules_that_go_as_sources_as_they_are_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock cannot be sent, so the host runs the sources, as it does of what is imported only by the call."""
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "own"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    texts = {"edited": "TABLE = [{}]\n", "lazily": "VALUE = {}\n", "guarded": _GUARDED}
+    loaded: list[Any] = []
+    try:
+        with RuntimeGroup([LocalRuntime(host="one")]) as group:
+            for number in (1, 22, 333):
+                for name, text in texts.items():
+                    (package / f"{name}.py").write_text(text.format(number))
+                names = ("own.edited", "own.guarded")
+                loaded = [importlib.reload(module) for module in loaded] or [*map(importlib.import_module, names)]
+                assert list(group.map(loaded[1].shown, [0])) == [(number, number, number)]
+                assert "own.lazily" not in sys.modules
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "own"]:
             sys.modules.pop(name, None)
 
 

@@ -34,7 +34,7 @@ _compiling: Dict[str, List[Callable[[], Any]]] = {}  # environment -> who waits 
 def environment(channel: Channel) -> None:
     """Handle the request `environment`; `action` says what."""
     action = str(channel.params.get("action"))
-    if action in ("list", "remove", "prune"):
+    if action in ("list", "remove", "prune", "sift"):
         from . import keeping
 
         keeping.handle(channel, action)

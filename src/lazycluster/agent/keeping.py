@@ -24,6 +24,8 @@ def handle(channel: Channel, action: str) -> None:
         aside(channel, lambda: list_environments(root))
     elif action == "remove":
         aside(channel, lambda: remove_environments(root, params["ids"]))
+    elif action == "sift":
+        aside(channel, lambda: {"removed": remove_damaged(root, params["folders"])})
     else:
         aside(channel, lambda: prune_environments(root, params.get("limit"), params.get("age")))
 
@@ -70,6 +72,37 @@ def _is_used(prefix: str) -> bool:
         return True
     os.close(fd)
     return False
+
+
+def remove_damaged(root: str, folders: Sequence[str]) -> List[str]:
+    """Remove those of some packages that were sent whose content is not what it was; returns them."""
+    removed = []
+    for folder in folders:
+        place = os.path.join(root, "wheels", os.path.basename(folder))
+        if any(not _has_hash(os.path.join(place, name), folder) for name in _names_in(place)):
+            remove_tree(place)
+            removed.append(folder)
+    return removed
+
+
+def _names_in(place: str) -> List[str]:
+    try:
+        return os.listdir(place)
+    except OSError:
+        return []
+
+
+def _has_hash(path: str, start: str) -> bool:
+    import hashlib
+
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for part in iter(lambda: file.read(1024 * 1024), b""):
+                digest.update(part)
+    except OSError:
+        return False
+    return digest.hexdigest().startswith(start)
 
 
 def remove(root: str, name: str) -> bool:

@@ -35,7 +35,7 @@ class LocalFinder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
     def __init__(self, sources: Dict[str, Source]) -> None:
         self.sources = sources
-        self._completed: Set[str] = set()
+        self._completed: Dict[str, Set[str]] = {}  # partial modules -> what running their source has added
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """Find one of the modules in memory."""
@@ -71,13 +71,34 @@ class LocalFinder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         name = module.__name__
         if name not in self.sources or name in self._completed:
             return False
-        self._completed.add(name)
         sent = dict(module.__dict__)
+        self._completed[name] = set()
         try:
             self.exec_module(module)
         finally:
+            self._completed[name].update(module.__dict__.keys() - sent.keys())
             module.__dict__.update(sent)
         return True
+
+    def update(self, sources: Dict[str, Source]) -> None:
+        """Take sources. If one has changed, nothing is kept that was made by running any: they use each other."""
+        changed = any(name in self.sources and self.sources[name] != source for name, source in sources.items())
+        self.sources.update(sources)
+        if changed:
+            self._forget()
+
+    def _forget(self) -> None:
+        for name, names in self._completed.items():
+            space = sys.modules[name].__dict__ if name in sys.modules else {}
+            for added in names:
+                space.pop(added, None)
+        self._completed = {}
+        for name, module in list(sys.modules.items()):
+            if type(module) is types.ModuleType and getattr(module, "__loader__", None) is self:
+                del sys.modules[name]
+                package, _, last = name.rpartition(".")
+                if getattr(sys.modules.get(package), last, None) is module:
+                    delattr(sys.modules[package], last)
 
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
@@ -89,7 +110,7 @@ _finder = LocalFinder({})
 
 def install(sources: Dict[str, Source]) -> None:
     """Let the manager's local modules be imported."""
-    _finder.sources.update(sources)
+    _finder.update(sources)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 

@@ -134,6 +134,12 @@ class HostEnvironment:
             ) from None
         except EnvironmentBuildError as error:
             raise self._of_this_host(error) from error.__cause__
+        except OSError as error:  # what the hosts' files have is told by their agents
+            where = f"{error.filename}: " if error.filename else ""
+            hint = "see to the directory of lazycluster on the manager (Environment.main_directory), and to its disk"
+            raise EnvironmentBuildError(
+                self._place.host, f"on the manager: {where}{error.strerror or error}", "", hint
+            ) from error
         return Activation(prefix, f"{prefix}/bin/python")
 
     async def _found_or_made(self, refresh: bool) -> str:

@@ -25,7 +25,7 @@ from .plan import Plan, Wheel
 from .spec import EnvironmentSpec, normalized
 from .uv import uv_version
 from .uv_binaries import send_uv
-from .wheels import provide
+from .wheels import forget_damaged, provide
 
 if TYPE_CHECKING:
     pass
@@ -64,7 +64,7 @@ class Maker:
         self._tell = tell
         self._host = place.host
         self._root = ""
-        self._folders: list[str] = []  # of the packages that were sent
+        self._sent: list[Wheel] = []  # packages that came from the manager
         self._began = time.monotonic()
 
     async def find_or_make(self) -> str:
@@ -171,7 +171,7 @@ class Maker:
             "source": str(self._spec),
             "uv": await uv_version(),
             "target": str(self._plan.target),
-            "wheels": self._folders,
+            "wheels": [wheel.folder for wheel in self._sent],
         }
 
     async def _survey(self) -> tuple[str, bool]:
@@ -207,11 +207,29 @@ class Maker:
                 if self._spec.network == "host":
                     raise
                 self._say("cannot get packages by itself; the manager sends them: %s", error.problem)
-        await self._install_by(uv, directory, env, direct=False)
+        try:
+            await self._install_by(uv, directory, env, direct=False)
+        except EnvironmentBuildError:
+            if not await self._sift():
+                raise
+            await self._install_by(uv, directory, env, direct=False)
+
+    async def _sift(self) -> bool:
+        """Remove kept packages that were damaged, here or there; returns whether there were any.
+
+        Their hashes were right when they came, so this is no reason to distrust the index.
+        """
+        self._tell("looking for damaged packages")
+        folders = [wheel.folder for wheel in self._sent]
+        told = await self._place.ask("sift", None, root=self._spec.cache_dir, folders=folders)
+        damaged = any(await asyncio.gather(*(forget_damaged(wheel) for wheel in self._sent))) or told["removed"]
+        if damaged:
+            logger.warning("%s: packages that were kept have been damaged; they are sent again", self._host)
+        return bool(damaged)
 
     async def _install_by(self, uv: str, directory: str, env: Mapping[str, str], *, direct: bool) -> None:
         wheels = await self._send_wheels([not direct or locked.is_local for locked in self._plan.packages])
-        self._folders = [wheel.folder for wheel in wheels.values()]
+        self._sent = list(wheels.values())
         lock = pylock(self._plan, wheels, f"{self._root}/wheels")
         where = f"{directory}/{_LOCK_NAME}"
         await self._write(lock, where)

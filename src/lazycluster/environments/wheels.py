@@ -29,7 +29,7 @@ from .plan import Locked, Target, Wheel
 from .programs import run_here
 from .uv import MANAGER, run_uv
 
-__all__ = ["digest_of", "provide"]
+__all__ = ["digest_of", "forget_damaged", "provide"]
 
 AT_ONCE = 8
 """Downloads at once."""
@@ -196,6 +196,14 @@ async def _make(locked: Locked, target: Target, settings: IndexSettings, store: 
         return _there(store) or path
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+async def forget_damaged(wheel: Wheel) -> bool:
+    """Remove a package that was kept here if it is not what it was any more; returns whether it was so."""
+    if not wheel.path.is_file() or await _loop.in_thread(_file_digest, wheel.path) == wheel.sha256:
+        return False
+    await _loop.in_thread(shutil.rmtree, wheel.path.parent, True)
+    return True
 
 
 async def _build(source: Path, locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
