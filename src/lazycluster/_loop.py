@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -16,6 +17,8 @@ from typing import Any, TypeVar, cast
 from . import _progress, _waiting
 
 T = TypeVar("T")
+
+_logger = logging.getLogger("lazycluster")
 
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled coroutine to undo what it began
 
@@ -43,7 +46,14 @@ def get_loop() -> asyncio.AbstractEventLoop:
 
 def _main(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
-    loop.run_forever()
+    while True:
+        try:
+            loop.run_forever()
+            break
+        except (SystemExit, KeyboardInterrupt):
+            # They end an event loop, and with this one everybody who waits would wait for ever. Ctrl-C comes to the
+            # main thread only, so it was code of somebody's own that has raised this, e.g. in a callback.
+            _logger.exception("something that was called wanted to end the process; its event loop goes on")
     loop.close()
 
 
@@ -177,9 +187,13 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
             done.set_result(cast("T", result))
 
     def work() -> None:
-        result, error = None, None
+        result: T | None = None
+        error: BaseException | None = None
         try:
             result = function(*args)
+        except StopIteration as caught:  # no coroutine can raise it, and no future of asyncio takes it
+            error = RuntimeError(f"{function.__name__} raised StopIteration")
+            error.__cause__ = caught
         except BaseException as caught:  # noqa: BLE001  (it is raised where it is waited for)
             error = caught
         with contextlib.suppress(RuntimeError):  # the loop has gone with the process

@@ -16,6 +16,8 @@ import _imp
 import _thread
 import concurrent.futures
 import contextlib
+import functools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +26,8 @@ from typing import Any, TypeVar
 __all__ = ["Condition", "Event", "Future"]
 
 T = TypeVar("T")
+
+_logger = logging.getLogger("lazycluster")
 
 
 class Condition(_thread.RLock):  # type: ignore[misc]
@@ -123,3 +127,18 @@ class Future(concurrent.futures.Future[T]):
         """Wait until it is done, and return whether it is."""
         with self._condition:
             return self._condition.wait_for(self.done, timeout)
+
+    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[T]], object]) -> None:
+        """Have a function called when it is done; one that wants to end the process ends no thread of the library."""
+        super().add_done_callback(functools.partial(_call, fn))
+
+
+def _call(function: Callable[[Any], object], future: Any) -> None:
+    try:
+        function(future)
+    except Exception:
+        raise  # it is logged by whoever calls this
+    except BaseException:
+        if threading.current_thread() is threading.main_thread():
+            raise
+        _logger.exception("a callback of a future wanted to end the process")

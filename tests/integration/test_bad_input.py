@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from lazycluster import LocalRuntime, Runtime, RuntimeGroup, RuntimeManager, RuntimeTask
+from lazycluster import LocalRuntime, Runtime, RuntimeGroup, RuntimeManager, RuntimeTask, _loop
 from lazycluster.exceptions import (
     InvalidRuntimeError,
     InvalidRuntimesError,
@@ -223,3 +225,67 @@ def test_a_port_in_use_tells_where_and_what_to_do():
     text = str(PortInUseError(8786))
     assert "the manager" in text
     assert "Next step: name another port, or a list" in text
+
+
+# --- what would end a process, on threads that everything depends on ----------------------------------
+class Ending:
+    """What unpickling this does, a script does that is imported for a result and finds its arguments wrong."""
+
+    def __reduce__(self):
+        return sys.exit, ("wrong usage",)
+
+
+class EndingError(Exception):
+    def __reduce__(self):
+        return sys.exit, ("wrong usage",)
+
+
+def ending(raises=False, size=0):
+    if raises:
+        raise EndingError("the real one")
+    return Ending(), bytes(size)
+
+
+def test_what_ends_the_process_that_unpickles_it_ends_no_thread_of_ours(local):
+    for size in (0, 2_000_000):  # small results are unpickled by the thread of the event loop, large ones by another
+        with pytest.raises(TaskExecutionError, match=r"cannot be unpickled here: .*SystemExit: wrong usage"):
+            local.call(ending, size=size)
+    with pytest.raises(TaskExecutionError, match="EndingError: the real one"):
+        local.call(ending, raises=True)
+    group = RuntimeGroup([local])
+    with group.executor(1) as executor:
+        failed = [executor.submit(ending), executor.submit(ending, raises=True)]
+        for future in failed:
+            assert isinstance(future.exception(30), TaskExecutionError)
+        assert executor.submit(pow, 2, 3).result(30) == 8
+    results = group.map(ending, [False, True])
+    with pytest.raises(TaskExecutionError, match="SystemExit: wrong usage"):
+        next(results)
+    assert local.call(pow, 2, 4) == 16
+
+
+def test_callbacks_that_want_to_end_the_process_end_no_thread_of_ours(caplog):
+    called = []
+
+    def callback(*arguments):
+        called.append(arguments)
+        sys.exit("enough")
+
+    with LocalRuntime() as local, RuntimeGroup([local]) as group:
+        task = local.execute_task(RuntimeTask().run_command("sleep 0.2"))
+        task.future.add_done_callback(callback)
+        task.join()
+        with group.executor(1) as executor:
+            future = executor.submit(time.sleep, 0.2)
+            future.add_done_callback(callback)
+            assert executor.submit(pow, 2, 3).result(30) == 8
+        _loop.get_loop().call_soon_threadsafe(callback)
+        assert local.call(pow, 2, 3) == 8
+        group.on_state(callback)
+    assert len(called) >= 4
+    assert len([record for record in caplog.records if record.exc_info]) == len(called)
+
+
+def test_whoever_waits_for_a_thread_is_told_that_it_raised_stop_iteration():
+    with pytest.raises(RuntimeError, match="next raised StopIteration"):
+        _loop.run(_loop.in_thread(next, iter([])), 30)

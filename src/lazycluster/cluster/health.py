@@ -118,5 +118,5 @@ class Watch:
         for callback in list(self._callbacks):
             try:
                 callback(event)
-            except Exception:
+            except BaseException:  # also `sys.exit`: what follows where this was noted has to be done
                 logger.exception("whoever watches the cluster failed with: %s", event)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import reprlib
 from collections.abc import Callable
 from typing import Any
 
 from lazycluster.agent.poolwire import BROKEN, CHUNK, RETURNED
 from lazycluster.exceptions import RemoteTraceback, TaskExecutionError
-from lazycluster.tasks.functions import Outcome, load_parts, with_lines
+from lazycluster.tasks.functions import Outcome, load_parts, loads, with_lines
 
 from .chunks import Answer, Failure
 from .packing import PackedCalls
@@ -45,13 +44,13 @@ def read(outcome: Answer | Failure, first: int, count: int, name: Callable[[int]
 
 def _load(parts: list[bytes]) -> Any:
     if len(parts) == 1:
-        return pickle.loads(parts[0])  # noqa: S301  (a host's results are unpickled: that is said to the user)
+        return loads(parts[0])
     return load_parts(parts, False)
 
 
 def _one(good: bool, data: bytes, host: str, name: str) -> tuple[bool, Any]:
     try:
-        content = pickle.loads(data)  # noqa: S301  (a host's results are unpickled: that is said to the user)
+        content = loads(data)
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
         return False, _unreadable(error, host, name)
     return (True, content[0]) if good else (False, _described(content, host, name))
@@ -77,7 +76,7 @@ def call_name(function: str, packed: PackedCalls, call: int) -> str:
     """Return what to call a call in messages: the function with the arguments, if these are short."""
     if packed.kind == CHUNK and packed.size <= _SHORT:
         try:
-            calls, kwargs = pickle.loads(b"".join(packed.parts))  # noqa: S301  (our own bytes)
+            calls, kwargs = loads(b"".join(packed.parts))
             shown = [reprlib.repr(argument) for argument in calls[call]]
             shown += [f"{name}={reprlib.repr(value)}" for name, value in (kwargs or {}).items()]
         except Exception:  # noqa: BLE001  (any error of any __repr__; and large arrays are not in there)
@@ -97,7 +96,7 @@ def _described(told: dict[str, Any], host: str, name: str) -> BaseException:
     exception: BaseException | None = None
     if told["exception"] is not None:
         try:
-            loaded = pickle.loads(told["exception"])  # noqa: S301  (likewise)
+            loaded = loads(told["exception"])
             exception = loaded if isinstance(loaded, BaseException) else None
         except Exception:  # noqa: BLE001  (its text has to do)
             exception = None

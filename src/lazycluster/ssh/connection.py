@@ -96,7 +96,7 @@ class Connection(abc.ABC):
         for callback in list(self._state_callbacks):
             try:
                 callback(state, why)
-            except Exception:
+            except BaseException:  # also `sys.exit`: what follows here has to be done
                 logger.exception("%s: whoever watches the connection failed", self.host)
 
     # --- what the kinds of connection differ in ------------------------------------------------

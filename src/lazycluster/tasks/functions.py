@@ -271,9 +271,31 @@ class _QuickUnpickler(pickle.Unpickler):
 
 
 def load_parts(parts: list[bytes], quick: bool) -> Any:
-    """Unpickle what came in parts; they are let go on the way. If `quick`, nothing is imported."""
+    """Unpickle what came in parts; they are let go on the way. If `quick`, nothing is imported.
+
+    Raises:
+        Exception: Whatever a class's own code raises; see `loads`.
+    """
     file = io.BufferedReader(_Received(parts), 128 * 1024)
-    return (_QuickUnpickler if quick else pickle.Unpickler)(file).load()
+    return _loaded((_QuickUnpickler if quick else pickle.Unpickler)(file).load)
+
+
+def loads(data: bytes) -> Any:
+    """Unpickle what came in one piece.
+
+    Raises:
+        Exception: Whatever a class's own code raises, and what it imports: a script may even call `sys.exit`.
+    """
+    return _loaded(pickle.loads, data)
+
+
+def _loaded(load: Callable[..., Any], *data: bytes) -> Any:
+    try:
+        return load(*data)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise pickle.UnpicklingError(f"it raised {type(error).__name__}: {error}") from error
 
 
 async def _load_anywhere(parts: list[bytes]) -> Any:
