@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import stat
@@ -13,7 +14,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bson import encode
 from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
+from lazycluster.mongo import scram
 from lazycluster.mongo.strangers import IDLE_LIMIT, MOST_SILENT, SILENT_LIMIT, Strangers
 
 _PASSWORD = "a-secret_of-32-characters"
@@ -36,8 +38,9 @@ _HEADER = struct.Struct("<iiii")
 class Server:
     """The program, in a process of its own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, before: Callable[[], None] | None = None) -> None:
         self.path = path
+        self._before = before
         self.port = 0
         self.clients: list[Any] = []
         self.start()
@@ -45,7 +48,9 @@ class Server:
     def start(self) -> None:
         code = "from lazycluster.mongo.program import main; main()"
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, preexec_fn=self._before
+        )
         settings = {"ports": {"master": self.port}, "dbpath": str(self.path), "user": "me", "password": _PASSWORD}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -73,12 +78,20 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path / "db")
-    yield server
-    for client in server.clients:
-        client.close()
-    if server.process.poll() is None:
-        assert server.end(signal.SIGTERM) == 0
+    with _server(tmp_path) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _server(path: Path, before: Callable[[], None] | None = None) -> Iterator[Server]:
+    server = Server(path / "db", before)
+    try:
+        yield server
+    finally:
+        for client in server.clients:
+            client.close()
+        if server.process.poll() is None:
+            assert server.end(signal.SIGTERM) == 0
 
 
 def test_what_was_acknowledged_survives_its_death(server: Server) -> None:
@@ -216,6 +229,41 @@ def test_strangers_keep_nobody_out(server: Server) -> None:
         assert collection.find_one() == {"_id": 1}
         speaking.sendall(hello)
         assert b"maxWireVersion" in speaking.recv(4000)
+
+
+def _files(soft: int, hard: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_server_has_as_many_descriptors_as_it_may(tmp_path: Path) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most < 1000:
+        pytest.skip("there may be too few here")
+    with _server(tmp_path, _files(128, most)) as server:
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        assert (soft, hard) == (min(most, 4064), most)
+
+
+def test_strangers_do_not_use_up_the_descriptors(tmp_path: Path) -> None:
+    hello = _message(b"\0\0\0\0\0" + encode({"hello": 1, "$db": "admin"}))
+    with _server(tmp_path, _files(192, 192)) as server, contextlib.ExitStack() as stack:
+        for _ in range(160):
+            stack.enter_context(server.socket()).sendall(hello)
+        collection = server.client().db.c
+        collection.insert_one({"_id": 1})
+        assert collection.find_one() == {"_id": 1}
+
+
+def test_a_stranger_cannot_keep_the_server_busy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = {"saslStart": 1, "mechanism": "SCRAM-SHA-256", "payload": b"n,,n=somebody,r=abc", "$db": "admin"}
+    with server.socket() as stranger, contextlib.suppress(OSError):
+        stranger.sendall(_message(b"\0\0\0\0\0" + encode(start)) * 1000)
+        while stranger.recv(1 << 20):
+            pass  # it is cut off, after some answers
+    assert server.client().db.c.find_one() is None
+    conversation = scram.Conversation(scram.Credentials.of("me", _PASSWORD))
+    monkeypatch.setattr(scram, "hashlib", None)  # what is slow is done once, at the start
+    assert conversation.answer(start["payload"]).startswith(b"r=abc")
 
 
 def test_strangers_have_their_time() -> None:

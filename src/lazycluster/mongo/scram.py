@@ -6,7 +6,7 @@ import base64
 import hashlib
 import hmac
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import CommandError
 
@@ -80,13 +80,12 @@ class Conversation:
         if head != b"n" or not attributes.get(b"r") or b"m" in attributes:
             raise _failed()
         user = attributes.get(b"n", b"").replace(b"=2C", b",").replace(b"=3D", b"=")
-        salt = self._credentials.salt
         if user != self._credentials.user.encode():
-            # Unknown users are not to be told from known ones before the end.
-            self._credentials = Credentials.of(self._credentials.user, base64.b64encode(os.urandom(24)).decode())
-            salt = self._credentials.salt
+            # Unknown users are not to be told from known ones before the end, and are not to cost more than these.
+            self._credentials = replace(self._credentials, stored_key=os.urandom(32), server_key=os.urandom(32))
         self._nonce = attributes[b"r"] + base64.b64encode(os.urandom(24))
-        reply = b"r=" + self._nonce + b",s=" + base64.b64encode(salt) + b",i=" + str(ITERATIONS).encode()
+        salt = base64.b64encode(self._credentials.salt)
+        reply = b"r=" + self._nonce + b",s=" + salt + b",i=" + str(ITERATIONS).encode()
         self._said = bare + b"," + reply
         return reply
 

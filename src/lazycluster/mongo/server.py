@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 import time
 from collections import deque
@@ -19,7 +20,9 @@ logger = logging.getLogger("lazycluster.mongo")
 
 LOOPBACK = "127.0.0.1"
 _LARGEST_BEFORE_LOGIN = 64 * 1024  # a stranger shall not make the server hold more
+_MOST_AT_ONCE = 16  # requests of a stranger; drivers wait for each answer before they log in
 _MOST_CONNECTIONS = 4000
+_OTHER_FILES = 64  # descriptors that are for something else
 _HIGH_WATER = 1024 * 1024
 _BACKLOG = 512
 _SWEEP_EVERY = 1.0
@@ -38,7 +41,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
-        if len(self._server.connections) >= _MOST_CONNECTIONS:
+        if len(self._server.connections) >= self._server.most:
             self._transport.abort()
             return
         self._server.connections.add(self)
@@ -60,6 +63,7 @@ class _Connection(asyncio.Protocol):
 
     def _parse(self) -> None:
         received = self._received
+        at_once = 0
         while len(received) >= 4:
             strange = self._server.asks_for_login and not self.session.authenticated
             length = wire.length_of(received, _LARGEST_BEFORE_LOGIN if strange else wire.LARGEST)
@@ -72,6 +76,9 @@ class _Connection(asyncio.Protocol):
                 # What comes next may be longer, if this logs in.
                 self._server.run_pending()
                 self._server.heard(self)
+                at_once += 1
+                if at_once > _MOST_AT_ONCE:
+                    raise wire.ProtocolError("many requests at once of somebody who has not logged in")
 
     def send(self, data: bytes) -> None:
         if not self._transport.is_closing():
@@ -108,7 +115,8 @@ class Server:
         self._engine = engine
         self.asks_for_login = asks_for_login
         self.connections: set[_Connection] = set()
-        self.strangers: Strangers[_Connection] = Strangers(time.monotonic, _Connection.abort)
+        self.most = _room_for_connections()
+        self.strangers: Strangers[_Connection] = Strangers(time.monotonic, _Connection.abort, self.most)
         self.pending: deque[tuple[_Connection, wire.Request]] = deque()
         self._woken = False
         self._listener: asyncio.Server | None = None
@@ -165,6 +173,20 @@ class Server:
         for connection in list(self.connections):
             connection.abort()
         await asyncio.sleep(0)
+
+
+def _room_for_connections() -> int:
+    """Have as many descriptors as are allowed, since each worker has several connections; returns how many are left."""
+    wanted = _MOST_CONNECTIONS + _OTHER_FILES
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in _limits())
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, _limits()[1]))
+    return max(1, min(wanted, soft) - _OTHER_FILES)
+
+
+def _limits() -> tuple[int, int]:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def _bytes_of(request: wire.Request, document: dict[str, Any]) -> bytes:

@@ -19,22 +19,24 @@ class Strangers(Generic[C]):
     Args:
         clock: Tells the time.
         end: Ends a connection, soon if not at once.
+        room: How many there may be at all.
     """
 
-    def __init__(self, clock: Callable[[], float], end: Callable[[C], object]) -> None:
+    def __init__(self, clock: Callable[[], float], end: Callable[[C], object], room: int = 2 * MOST) -> None:
         self._clock = clock
         self._end = end
+        self._most_silent, self._most = min(MOST_SILENT, room // 2), min(MOST, room // 2)
         self._silent: dict[C, float] = {}  # in the order of the times, as the next
         self._heard: dict[C, float] = {}
 
     def came(self, connection: C) -> None:
         """Note a new one."""
-        self._put(self._silent, connection, MOST_SILENT)
+        self._put(self._silent, connection, self._most_silent)
 
     def heard(self, connection: C) -> None:
         """Note that one has asked for something."""
         self.gone(connection)
-        self._put(self._heard, connection, MOST)
+        self._put(self._heard, connection, self._most)
 
     def gone(self, connection: C) -> None:
         """Note that one has logged in, or has ended."""
