@@ -74,6 +74,7 @@ class LocalModules:
         self._seen: set[str] = set()
         self._local: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
+        self._writing: asyncio.Future[None] | None = None
         self._syncing = asyncio.Lock()
         self._sharing = asyncio.Lock()
 
@@ -114,16 +115,19 @@ class LocalModules:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
             self._watcher = None
+        space, self._space = self._space, None  # nothing is written from now on
+        if self._writing is not None:
+            await asyncio.gather(self._writing, return_exceptions=True)
         hosts, self._hosts = self._hosts, {}
         for copy in hosts.values():
             if copy.connection.state == "open":
                 removing = asyncio.ensure_future(copy.connection.request("remove", path=copy.path))
                 await copy.connection.heard_out(removing, _PATIENCE)
-        if self._space is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            await self._space.release()
-        self._space, self.directory = None, ""
+        directory, self.directory = self.directory, ""
         self._written, self._stamps, self._seen, self._local = {}, {}, set(), set()
+        if space is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            await space.release()
 
     # --- changes -------------------------------------------------------------------------------
     def changed(self) -> bool:
@@ -153,12 +157,20 @@ class LocalModules:
     async def sync(self) -> None:
         """Have what has changed on all hosts."""
         async with self._syncing:
+            directory = self.directory
             self._any_new()
-            sources, self._stamps = await _loop.in_thread(_read, frozenset(self._local))
+            sources, stamps = await _loop.in_thread(_read, frozenset(self._local))
+            if self._space is None or self.directory != directory:
+                return  # it was closed meanwhile
+            self._stamps = stamps
             texts = {name: text for name, (text, _) in sources.items()}
             if texts == self._written:
                 return
-            await _loop.in_thread(self._write, texts)
+            # Whoever is cancelled here leaves it to `close` to wait for the thread.
+            self._writing = asyncio.ensure_future(_loop.in_thread(_write, Path(directory), texts, self._written))
+            await asyncio.shield(self._writing)
+            if self.directory != directory:
+                return
             self._written = texts
             results = await asyncio.gather(*(self._send(host) for host in self._hosts), return_exceptions=True)
             for result in results:
@@ -167,23 +179,6 @@ class LocalModules:
                 elif isinstance(result, BaseException):
                     raise result
             self.version += 1
-
-    def _write(self, texts: Mapping[str, str]) -> None:
-        modules = Path(self.directory, "modules")
-        modules.mkdir(exist_ok=True)
-        for name, text in texts.items():
-            if self._written.get(name) != text:
-                path = modules / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(path)
-        for name in self._written.keys() - texts.keys():
-            (modules / name).unlink(missing_ok=True)
-        stamp = Path(self.directory, _STAMP)
-        partial = stamp.with_name(".stamp")
-        partial.write_text(secrets.token_hex(16))
-        partial.replace(stamp)
 
     async def _send(self, host: str) -> None:
         copy = self._hosts[host]
@@ -213,13 +208,32 @@ class LocalModules:
                 logger.warning("changed modules cannot be sent: %s", error)
 
 
+def _write(directory: Path, texts: Mapping[str, str], written: Mapping[str, str]) -> None:
+    """Have texts in a directory, in the place of what was written there before."""
+    modules = directory / "modules"
+    modules.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        if written.get(name) != text:
+            path = modules / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+    for name in written.keys() - texts.keys():
+        (modules / name).unlink(missing_ok=True)
+    stamp = directory / _STAMP
+    partial = stamp.with_name(".stamp")
+    partial.write_text(secrets.token_hex(16))
+    partial.replace(stamp)
+
+
 def _is_sent(name: str, module: types.ModuleType | None) -> bool:
     # What is not found by an import cannot be sent as a file; __main__ goes by value.
-    if name == "__main__" or module is None or getattr(module, "__spec__", None) is None:
+    if name == "__main__" or module is None:
         return False
     try:
-        return localcode.is_local(module)
-    except (AttributeError, TypeError):
+        return getattr(module, "__spec__", None) is not None and localcode.is_local(module)
+    except Exception:  # noqa: BLE001  (anything may stand in for a module, and answer as it likes)
         return False
 
 

@@ -1,0 +1,76 @@
+"""The user's own modules of a Dask cluster on the manager: nothing is written after the end, whatever is under way."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import _loop
+from lazycluster.cluster import local_modules
+from lazycluster.cluster.local_modules import LocalModules
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module that was imported, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "module_of_mine.py"
+    file.write_text("VALUE = 1\n")
+    importlib.import_module(file.stem)
+    yield file
+    del sys.modules[file.stem]
+
+
+@pytest.mark.parametrize("step", ["_read", "_write"])
+def test_what_is_under_way_at_the_end_writes_nowhere_else(
+    module: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    modules = LocalModules()
+    _loop.run(modules.open())
+    before = getattr(local_modules, step)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return before(*arguments)
+
+    monkeypatch.setattr(local_modules, step, held)
+    module.write_text("VALUE = 22\n")
+    user = threading.Thread(target=modules.sync_now)
+    user.start()
+    assert begun.wait(30)
+    ending = threading.Thread(target=lambda: _loop.run(modules.close()))
+    ending.start()
+    if step == "_read":
+        ending.join(30)
+    go_on.set()
+    for thread in (ending, user):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert set(os.listdir()) <= {module.name, "__pycache__"}
+    monkeypatch.undo()
+    _loop.run(modules.open())
+    sent = Path(modules.directory, "modules", module.name).read_text()
+    _loop.run(modules.close())
+    assert sent == "VALUE = 22\n"
+
+
+def test_what_stands_in_for_a_module_may_answer_as_it_likes(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(f"not loaded yet: {name}")
+
+    monkeypatch.setitem(sys.modules, "loaded_later", Lazy())
+    modules = LocalModules()
+    _loop.run(modules.open())
+    assert Path(modules.directory, "modules", module.name).exists()
+    _loop.run(modules.close())
