@@ -291,3 +291,16 @@ def test_a_process_whose_host_cannot_be_prepared_again_fails_whatever_the_error(
     service = _loop.run(whole())
     assert service.state == "failed" and "no such place" in service.problem
     assert service.error is not None and service.error.host == "host1"
+
+
+def test_what_a_worker_prints_without_an_end_is_shown_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    connection: Any = Lost()
+    service = Service(Program("worker"), Place("host", connection), "worker 0", debug=True)
+    for _ in range(100):
+        service._on_output(b"x" * 100_000)
+    service._on_output(b"\nlast")
+    service._close_log()
+    *parts, last = capsys.readouterr().out.splitlines()
+    assert "".join(part.removeprefix("[host] ") for part in parts) == "x" * 10_000_000
+    assert max(map(len, parts)) < 300_000
+    assert last == "[host] last"

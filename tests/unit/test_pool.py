@@ -131,7 +131,7 @@ def test_lines_are_shown_whole(caplog: pytest.LogCaptureFixture, capsys: pytest.
     lines = Lines("host", True)
     for part in (b"on", b"e\ntw", b"o\n\xff", b"!"):
         lines.feed(part)
-    lines.close()
+    lines.end()
     assert capsys.readouterr().out == "[host] one\n[host] two\n[host] \ufffd!\n"
     with caplog.at_level(logging.DEBUG, "lazycluster"):
         Lines("host", False).feed(b"quiet\n")

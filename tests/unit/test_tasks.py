@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 
 from lazycluster import RuntimeTask
+from lazycluster._group.broadcast import _for_host
 from lazycluster.exceptions import GroupTaskError, InvalidRuntimeError, InvalidRuntimesError, TaskExecutionError
-from lazycluster.tasks import output as output_module
 from lazycluster.tasks.fetched import claimed
 from lazycluster.tasks.output import TAIL_LIMIT, TaskLog
 from lazycluster.tasks.steps import GetFile, RunCommand, RunFunction, SendFile
@@ -207,11 +208,11 @@ def test_a_standard_output_that_cannot_show_it_is_no_error(monkeypatch: pytest.M
     import io
 
     raw = io.BytesIO()
-    monkeypatch.setattr(output_module.sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     log = TaskLog("host", "task", debug=True)
     log.write("é\n".encode())
     assert raw.getvalue() == b"[host] \\xe9\n"
-    output_module.sys.stdout.close()
+    sys.stdout.close()
     log.write(b"more\n")
 
 
@@ -232,6 +233,24 @@ def test_two_hosts_cannot_write_one_file_at_once(tmp_path: Path) -> None:
         pass
     with claimed(target, "host2"):
         pass
+
+
+@pytest.mark.parametrize("given", ["$RESULTS", "${RESULTS}/", "$RESULTS/out", "~/out"])
+def test_what_all_hosts_give_goes_where_the_path_leads(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    step = _for_host(GetFile("far/out", given), "host-1")
+    assert isinstance(step, GetFile)
+    assert step.local_path == str(tmp_path / "host-1" / "out")
+    assert GetFile("far/out", given).target() == str(tmp_path / "out")
+
+
+def test_a_user_that_nobody_knows_is_no_error() -> None:
+    step = _for_host(GetFile("far/out", "~nobody-of-that-name/out"), "host-1")
+    assert isinstance(step, GetFile)
+    assert step.local_path == "~nobody-of-that-name/host-1/out"
 
 
 def test_what_one_host_gave_is_not_replaced_silently(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from lazycluster import _loop
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.perform import prepare
 from lazycluster.tasks.retrying import Retries
-from lazycluster.tasks.steps import GetFile, Step
+from lazycluster.tasks.steps import GetFile, Step, on_manager
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
 
@@ -67,7 +67,7 @@ def _for_host(step: Step, host: str) -> Step:
     if step.local_path is None:
         directory = Path()
     else:
-        local = Path(step.local_path).expanduser()
+        local = on_manager(step.local_path)
         if step.local_path.endswith(os.sep) or local.is_dir():
             directory = local
         else:

@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from lazycluster._live import Lines
 from lazycluster.agent.restarts import Restarts
 from lazycluster.exceptions import AgentError, LazyclusterError
 from lazycluster.utils import new_log_file_path
@@ -90,14 +90,13 @@ class Service:
         self.detail: dict[str, Any] = {}
         self.log_file = new_log_file_path(place.host, label)
         self.error: ServiceError | None = None
-        self._debug = debug
+        self._live = Lines(place.host) if debug else None
         self._on_change = on_change
         self._watch_of = watch
         self._renew = renew
         self._agents = Restarts(program.restarts)
         self._restarts_before = 0  # under agents that are lost
         self._away = False
-        self._tail = ""
         self._log: io.FileIO | None = None
         self._channel: Any = None
         self._messages: deque[tuple[str, dict[str, Any]]] = deque()
@@ -180,11 +179,8 @@ class Service:
         if self._log is not None:
             with contextlib.suppress(OSError):  # the disk is full: the service is not to suffer from that
                 self._log.write(data)
-        if self._debug:
-            text = (self._tail + data.decode("utf-8", "replace")).split("\n")
-            self._tail = text.pop()
-            for line in text:
-                print(f"[{self.place.host}] {line}", file=sys.stdout, flush=True)  # noqa: T201
+        if self._live is not None:
+            self._live.feed(data)
 
     def _on_event(self, event: dict[str, Any]) -> None:
         state = event["state"]
@@ -352,6 +348,8 @@ class Service:
                 self._watching.cancel()
 
     def _close_log(self) -> None:
+        if self._live is not None:
+            self._live.end()
         if self._log is not None:
             self._log.close()
             self._log = None

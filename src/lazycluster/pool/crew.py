@@ -205,7 +205,7 @@ class Crew:
                     channel.close()
             except LazyclusterError:
                 pass  # the host has gone, and all with it
-        self._lines.close()
+        self._lines.end()
 
     # --- what it is given ----------------------------------------------------------------------
     @property

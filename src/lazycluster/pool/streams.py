@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from lazycluster import _live
 from lazycluster.agent.poolwire import ANSWER
 
 __all__ = ["Lines", "Stream"]
 
 _logger = logging.getLogger("lazycluster")
-
-_LONGEST = 128 * 1024  # bytes of a line that is shown as one
 
 
 class Stream:
@@ -51,32 +49,13 @@ class Stream:
             self._answer(kind, number, elapsed, parts, size)
 
 
-class Lines:
+class Lines(_live.Lines):
     """What the workers of a host print, line by line: printed here with the host's name, or logged."""
 
-    def __init__(self, host: str, live: bool) -> None:
-        self._host = host
-        self._live = live
-        self._rest = b""
+    def __init__(self, host: str, shown: bool) -> None:
+        super().__init__(host, None if shown else lambda lines: _log(host, lines))
 
-    def feed(self, data: bytes) -> None:
-        """Take a piece."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > _LONGEST:
-            lines.append(self._rest)
-            self._rest = b""
-        for line in lines:
-            self._show(line)
 
-    def _show(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace")
-        if self._live:
-            sys.stdout.write(f"[{self._host}] {text}\n")
-        else:
-            _logger.debug("%s: %s", self._host, text)
-
-    def close(self) -> None:
-        """Show what is left."""
-        if self._rest:
-            self._show(self._rest)
-            self._rest = b""
+def _log(host: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        _logger.debug("%s: %s", host, line)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import sys
 from collections import deque
 from pathlib import Path
 
+from lazycluster._live import Lines
 from lazycluster.utils import new_log_file_path
 
 __all__ = ["TAIL_LIMIT", "TaskLog"]
@@ -31,9 +30,9 @@ class TaskLog:
     """
 
     def __init__(self, host: str, task: str, debug: bool) -> None:
-        self._host, self._task, self._debug = host, task, debug
+        self._host, self._task = host, task
+        self._live = Lines(host) if debug else None
         self._tail = _Tail()
-        self._line = b""
         self._fd = -1
         self.path: Path | None = None
         try:
@@ -55,8 +54,8 @@ class TaskLog:
                 self._write(data)
             except OSError as error:
                 self._give_up(error)
-        if self._debug:
-            self._print(data)
+        if self._live is not None:
+            self._live.feed(data)
 
     def _write(self, data: bytes) -> None:
         if self._fd < 0:
@@ -77,8 +76,8 @@ class TaskLog:
         """
         text = self._tail.text(self.path)
         self._tail = _Tail()
-        if self._debug:
-            self._print(b"", flush=True)
+        if self._live is not None:
+            self._live.end()
         elif _logger.isEnabledFor(logging.DEBUG):
             _logger.debug("%s: task %s: %s\n%s", self._host, self._task, label, text)
         # Thousands of tasks may be running, but files may be open by the hundreds only.
@@ -90,15 +89,6 @@ class TaskLog:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def _print(self, data: bytes, flush: bool = False) -> None:
-        *lines, rest = (self._line + data).split(b"\n")
-        if rest and (flush or len(rest) > TAIL_LIMIT):
-            lines.append(rest)
-            rest = b""
-        self._line = rest
-        if lines:
-            _show("".join(f"[{self._host}] {line.decode('utf-8', 'replace')}\n" for line in lines))
 
 
 class _Tail:
@@ -127,15 +117,3 @@ class _Tail:
             return text
         where = f"; all of it is in {path}" if path else ""
         return f"[... {cut} bytes before this were cut{where}]\n{text}"
-
-
-def _show(text: str) -> None:
-    stream = sys.stdout
-    # A closed or broken standard output is no reason for a task to fail.
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        try:
-            stream.write(text)
-        except UnicodeEncodeError:
-            encoding = stream.encoding or "ascii"
-            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        stream.flush()

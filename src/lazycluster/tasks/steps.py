@@ -9,7 +9,9 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-__all__ = ["GetFile", "RunCommand", "RunFunction", "SendFile", "Step", "StepResult"]
+from lazycluster.agent.expand import expand
+
+__all__ = ["GetFile", "RunCommand", "RunFunction", "SendFile", "Step", "StepResult", "on_manager"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class GetFile:
         name = PurePath(self.remote_path).name or "file"
         if self.local_path is None:
             return str(Path(name).absolute())
-        local = Path(os.path.expandvars(self.local_path)).expanduser().absolute()
+        local = on_manager(self.local_path).absolute()
         return str(local / name if self.local_path.endswith("/") or local.is_dir() else local)
 
 
@@ -139,6 +141,11 @@ class StepResult:
     exit_status: int | None = None
     value: Any = None
     has_value: bool = False
+
+
+def on_manager(path: str) -> Path:
+    """Return a path on the manager as copies understand it, with `~` and variables replaced."""
+    return Path(os.fsdecode(expand(os.fsencode(path), {})))
 
 
 def _set(step: Any, **values: Any) -> None:
