@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from . import from_interpreter
 from .index import IndexSettings, bare, read_settings
 from .logins import expanded, for_git, logins_in, plain, with_passwords
 from .plan import Locked, Target
+from .sharing import Shared
 from .spec import EnvironmentSpec, normalized
 from .uv import MANAGER, run_uv
 
@@ -38,7 +38,7 @@ _INCLUDE = re.compile(r"^\s*(?:-r|-c|--requirement|--constraint)[ =]\s*(\S+)", r
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _FORMAT = 1
 
-_running: dict[str, asyncio.Task[list[Locked]]] = {}
+_running: Shared[str, list[Locked]] = Shared()
 
 
 @dataclass
@@ -88,11 +88,7 @@ async def resolve(
     store = private_directory("environments", "resolved") / f"{key}.json"
     known = None if refresh else _remembered(store)
     if known is None:
-        task = _running.get(key)
-        if task is None:
-            task = _running[key] = asyncio.ensure_future(_ask(spec, question, target, settings, store))
-            task.add_done_callback(lambda _: _running.pop(key, None))
-        known = await asyncio.shield(task)
+        known = await _running.do(key, lambda: _ask(spec, question, target, settings, store))
     unwanted = {normalized(name) for name in spec.exclude or ()}
     everything = {normalized(locked.name): locked for locked in [*known, *question.known]}
     return [locked for name, locked in sorted(everything.items()) if name not in unwanted]

@@ -27,6 +27,7 @@ from .index import IndexSettings, bare, hide
 from .logins import for_git
 from .plan import Locked, Target, Wheel
 from .programs import run_here
+from .sharing import Shared
 from .uv import MANAGER, run_uv
 
 __all__ = ["digest_of", "forget_damaged", "provide"]
@@ -42,7 +43,7 @@ _NOT_SOURCE = {".git", ".hg", ".svn", "__pycache__", ".venv", "venv", ".tox", ".
 _NOT_SOURCE |= {".pytest_cache", ".idea", ".vscode", "node_modules", "build", "dist", ".eggs"}
 _MOST_FILES = 20000
 
-_running: dict[tuple[str, str], asyncio.Task[Wheel]] = {}
+_running: Shared[tuple[str, str], Wheel] = Shared()
 _slots: asyncio.Semaphore | None = None
 
 
@@ -139,11 +140,7 @@ async def provide(locked: Locked, digest: str, target: Target, settings: IndexSe
         EnvironmentBuildError: If it cannot be fetched or built, or does not fit.
     """
     key = (digest, "" if locked.is_wheel else target.version)
-    task = _running.get(key)
-    if task is None:
-        task = _running[key] = asyncio.ensure_future(_provide(locked, digest, target, settings))
-        task.add_done_callback(lambda _: _running.pop(key, None))
-    wheel = await asyncio.shield(task)
+    wheel = await _running.do(key, lambda: _provide(locked, digest, target, settings))
     if not locked.is_wheel and not target.accepts(wheel.path.name):
         raise EnvironmentBuildError(
             MANAGER,
