@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import itertools
 import logging
 import os
+import stat
 import threading
 from pathlib import Path
 from urllib.parse import quote
@@ -17,6 +19,7 @@ _LONGEST_NAME = 120  # characters; file systems allow 255 bytes, and a stamp fol
 
 _numbers = itertools.count(1)
 _making = threading.Lock()
+_known: set[Path] = set()  # directories that are nobody else's
 
 
 class Environment:
@@ -139,12 +142,22 @@ def private_directory(*parts: str) -> Path:
         OSError: If it cannot be made.
     """
     path = Path(Environment.main_directory).joinpath(*parts)
-    if not path.is_dir():
+    if path not in _known or not path.is_dir():
         with _making:
             for directory in (*reversed(path.parents), path):
                 if not directory.is_dir():
                     directory.mkdir(mode=0o700, exist_ok=True)
+                _check_owner(directory)
+            _known.add(path)
     return path
+
+
+def _check_owner(directory: Path) -> None:
+    """Refuse what another user may have made in a place where everybody may write: what is in it would be his."""
+    if directory.parent.stat().st_mode & stat.S_IWOTH and directory.lstat().st_uid not in (0, os.geteuid()):
+        raise PermissionError(
+            errno.EPERM, "another user has made it, and could replace what is in it; choose another", str(directory)
+        )
 
 
 def new_log_file_path(host: str, task: str) -> Path:

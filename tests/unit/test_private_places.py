@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lazycluster import utils
 from lazycluster.agent import bootstrap
 from lazycluster.ssh import workspace
+from lazycluster.utils import Environment, new_log_file_path
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o757])
@@ -56,3 +58,48 @@ def test_what_is_made_is_private_and_new(monkeypatch: pytest.MonkeyPatch) -> Non
     finally:
         for path in made:
             os.rmdir(path)
+
+
+def test_a_sticky_place_of_another_user_is_not_used(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to make a directory of somebody else's")
+    tmp_path.chmod(0o1777)
+    for owner in (12345, 65534):
+        os.chown(tmp_path, owner, owner)
+        if owner == 65534:  # the owner of /tmp in containers that do not know the system's users
+            assert bootstrap.is_safe(str(tmp_path))
+        else:
+            with pytest.raises(OSError, match="others could replace"):
+                bootstrap.is_safe(str(tmp_path))
+
+
+@pytest.mark.parametrize("first", ["state", "state/logs", "state/logs/host"])
+def test_what_another_user_made_where_all_may_write_is_not_used_for_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to make a directory of somebody else's")
+    shared = tmp_path / "shared"
+    monkeypatch.setattr(Environment, "main_directory", str(shared / "state"))
+    (shared / first).mkdir(parents=True)
+    for directory in (shared / first, *(shared / first).parents):
+        if directory == tmp_path:
+            break
+        directory.chmod(0o1777)
+    assert new_log_file_path("host", "task").parent == shared / "state" / "logs" / "host"
+    monkeypatch.setattr(utils, "_known", set())
+    os.chown(shared / first, 12345, 12345)
+    with pytest.raises(PermissionError, match="another user has made it") as caught:
+        new_log_file_path("host", "task")
+    assert caught.value.filename == str(shared / first)
+
+
+def test_a_home_directory_whose_owner_has_another_number_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to make a directory of somebody else's")
+    os.chown(tmp_path, 12345, 12345)  # as one that is mounted into a container
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(Environment, "main_directory", str(tmp_path / "state"))
+    assert new_log_file_path("host", "task").parent.is_dir()
