@@ -161,6 +161,16 @@ def test_written_again_in_the_same_instant_is_noticed(host, tmp_path):
     assert (tmp_path / "there").read_text() == "two"
 
 
+@pytest.mark.parametrize("name", ["/proc/cpuinfo", "/proc/self/environ", "/sys/kernel/mm/transparent_hugepage/enabled"])
+def test_what_has_no_size_is_not_taken_for_empty(host, tmp_path, name):
+    if not Path(name).is_file():
+        pytest.skip("this system has none")
+    for copy in (do_send, do_get):
+        with pytest.raises(TransferError, match="gives no size for: print it with a command"):
+            copy(host, name, str(tmp_path / "there"))
+        assert not (tmp_path / "there").exists()
+
+
 def test_folder_is_merged(host, tmp_path):
     source, there = tmp_path / "source", tmp_path / "there"
     for folder in (source, there):

@@ -259,7 +259,7 @@ class Sender:
         if not stat.S_ISREG(before.st_mode):
             raise CopyError(path, "was replaced by something that is no file while it was being sent")
         same = theirs is not None and digest(fd) == theirs
-        checksum = 0
+        checksum = left = 0
         if same:
             self._tally.moved(before.st_size)
         else:
@@ -270,15 +270,17 @@ class Sender:
                 self._stream.put(FROM, start.to_bytes(8, "big"))
                 self._tally.moved(start)
             os.lseek(fd, start, os.SEEK_SET)
-            checksum = self._send_data(fd, before.st_size - start, checksum)
+            left, checksum = self._send_data(fd, before.st_size - start, checksum)
         after = os.fstat(fd)
         if after.st_size != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
             raise CopyError(path, "changed while it was being sent")
+        if left or (not before.st_size and os.read(fd, 1)):
+            raise CopyError(path, "holds what the system makes up, and gives no size for: print it with a command")
         summary = SUMMARY.pack(before.st_size, checksum, stat.S_IMODE(before.st_mode), before.st_mtime_ns)
         self._stream.put(SAME if same else LAST, summary)
         self._tally.file(not same)
 
-    def _send_data(self, fd: int, left: int, checksum: int) -> int:
+    def _send_data(self, fd: int, left: int, checksum: int) -> Tuple[int, int]:
         stream = self._stream
         while left:
             room = stream.room(left)
@@ -291,7 +293,7 @@ class Sender:
             self._tally.moved(count)
             while stream.readable():
                 self._take()
-        return checksum
+        return left, checksum
 
 
 def _begins_with(fd: int, count: int, checksum: int) -> bool:
