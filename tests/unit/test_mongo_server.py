@@ -28,6 +28,7 @@ from bson import encode
 from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
+from lazycluster.cluster.hyperopt_programs import trials
 from lazycluster.mongo import scram
 from lazycluster.mongo.strangers import IDLE_LIMIT, MOST_SILENT, SILENT_LIMIT, Strangers
 
@@ -142,6 +143,18 @@ def test_no_trial_is_given_to_two(server: Server) -> None:
     with ThreadPoolExecutor(8) as pool:
         taken = [number for mine in pool.map(take, range(8)) for number in mine]
     assert sorted(taken) == list(range(200))
+
+
+def test_a_trial_that_was_put_back_has_no_lease(server: Server) -> None:
+    jobs = server.client().db.jobs
+    mine = {"_id": 1, "state": trials.RUNNING, "owner": ["worker-0", "worker-0#1"], "version": 3, "lease": 7}
+    jobs.insert_one(mine)
+    assert [trial["_id"] for trial in trials.leased(jobs)] == [1]
+    assert trials.put_back(jobs, "worker-0", "it has gone") == 1
+    # As a worker of hyperopt's own takes it, who renews nothing: its trials are left alone.
+    taken = {"state": trials.RUNNING, "owner": ["host:1"], "version": 5}
+    assert jobs.update_one({"state": trials.NEW}, {"$set": taken}).modified_count == 1
+    assert trials.leased(jobs) == []
 
 
 def test_files(server: Server) -> None:

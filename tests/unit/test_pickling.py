@@ -428,3 +428,28 @@ def test_functions_that_set_up_their_imports_want_a_clean_process() -> None:
     assert dump_call(careful).fresh
     assert not dump_call(plain).fresh
     assert "numpy" in dump_call(plain).imports
+
+
+class Rude:
+    """Raises whatever one wants to know of it."""
+
+    def __repr__(self):
+        raise RuntimeError("no name")
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("not to be sent")
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("no attributes")
+
+
+def test_what_cannot_even_be_shown_is_told_of_all_the_same():
+    for argument in (Rude(), [Rude()], {Rude(): threading.Lock()}):
+        with pytest.raises(TypeError, match=r"len\(\) cannot be sent to a host"):
+            dump_call(len, (argument,))
+    with pytest.raises(TypeError, match="a Rude is not a function"):
+        dump_call(Rude())
+    with pytest.raises(TypeError) as caught:
+        dump_call(len, ({"k" * 1_000_000: threading.Lock()},))
+    assert len(str(caught.value)) < 1000

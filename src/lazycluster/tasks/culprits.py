@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import reprlib
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,6 +39,13 @@ def explain(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], err
         error: What pickling the call as a whole raised.
     """
     name = name_of(function)
+    try:
+        return _found(function, name, args, kwargs) or f"the call of {name}() cannot be sent to a host: {error}"
+    except Exception:  # noqa: BLE001  (what is looked through may raise anything, also when it is shown)
+        return f"the call of {name}() cannot be sent to a host: {type(error).__name__}: {error}"
+
+
+def _found(function: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     parts = [(f"argument {position + 1} of {name}()", "it", value) for position, value in enumerate(args)]
     parts += [(f"argument {key!r} of {name}()", key, value) for key, value in kwargs.items()]
     parts += [(f"the function {name}()", "its", function)]
@@ -45,7 +53,7 @@ def explain(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], err
         found = find(value)
         if found is not None:
             return _message(what, short, *found)
-    return f"the call of {name}() cannot be sent to a host: {error}"
+    return ""
 
 
 def find(value: Any) -> tuple[str, Any, Exception] | None:
@@ -77,7 +85,7 @@ def _failing_part(value: Any, seen: set[int]) -> tuple[str, Any, Exception] | No
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
-        yield from ((f"[{key!r}]", part) for key, part in value.items())
+        yield from ((f"[{reprlib.repr(key)}]", part) for key, part in value.items())
     elif isinstance(value, (list, tuple)):
         yield from ((f"[{index}]", part) for index, part in enumerate(value))
     elif isinstance(value, (set, frozenset)):

@@ -72,7 +72,7 @@ def dump_call(
         TypeError: If something cannot be sent; the message says what, and where it was found.
     """
     if not callable(function):
-        raise TypeError(f"{function!r} is not a function")
+        raise TypeError(f"{_shown(function)} is not a function")
     named = dict(kwargs or {})
     try:
         return _dump(function, tuple(args), named, by_source=False)
@@ -84,6 +84,13 @@ def dump_call(
         from .culprits import explain
 
         raise TypeError(explain(function, tuple(args), named, first)) from first
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001  (the user's own code)
+        return f"a {type(value).__qualname__}"
 
 
 def name_of(function: Any) -> str:

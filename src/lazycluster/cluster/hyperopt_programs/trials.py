@@ -59,7 +59,9 @@ def _put_back(jobs: Any, trial: Any, guard: dict[str, Any], reason: str, final: 
         changes = {"state": ERROR, "error": ["WorkerDied", text], "refresh_time": now()}
     else:
         changes = {"state": NEW, "owner": None, "book_time": None, "attempts": attempts}
-    return bool(jobs.update_one(guard, {"$set": changes, "$inc": {"version": 1}}).modified_count)
+    # Whoever takes it next may be a worker of hyperopt's own, who renews no lease.
+    update = {"$set": changes, "$unset": {"lease": ""}, "$inc": {"version": 1}}
+    return bool(jobs.update_one(guard, update).modified_count)
 
 
 def fail(jobs: Any, trial: Any, owner: str, error: BaseException, traceback: str) -> None:
