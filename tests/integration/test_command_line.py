@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,22 @@ def test_wrong_usage(hosts: Any, arguments: tuple[str, ...], message: str) -> No
     assert (status, out) == (2, "")
     assert err.startswith("error: ")
     assert message in " ".join(err.split())
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(closed: str) -> None:
+    line = f"{shlex.quote(sys.executable)} -m lazycluster run -w nowhere.invalid -- true {closed}"
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert ended.returncode == 255
+    assert "bug" not in ended.stdout + ended.stderr
+    assert "2>&-" in closed or "nowhere.invalid: not usable" in ended.stderr
+
+
+def test_hosts_from_a_standard_input_that_is_closed() -> None:
+    line = f"{shlex.quote(sys.executable)} -m lazycluster run -w - -- true <&-"
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "what stands for them is empty" in ended.stderr
 
 
 def test_what_is_no_command() -> None:

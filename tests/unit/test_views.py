@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import io
 import re
 from html.parser import HTMLParser
@@ -197,3 +198,20 @@ def test_an_output_is_shown_as_it_stands_on_a_terminal_in_the_end() -> None:
 
 def test_one_and_many() -> None:
     assert [counted(number, "host") for number in (0, 1, 2, 1.0)] == ["0 hosts", "1 host", "2 hosts", "1 host"]
+
+
+def test_the_live_view_shows_workers_of_older_versions_of_dask(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    from lazycluster.cli import serving
+    from lazycluster.cluster.dask_cluster import DaskCluster
+
+    class Older:
+        def scheduler_info(self) -> Any:  # it takes no n_workers
+            metrics = {"cpu": 12.4, "memory": 2_000_000, "task_counts": {"executing": 3}}
+            return {"workers": {"tls://...": {"name": "host-0", "nthreads": 2, "metrics": metrics}}}
+
+    monkeypatch.setattr(serving, "is_terminal", lambda: True)
+    monkeypatch.setattr(DaskCluster, "get_client", lambda *_, **__: contextlib.nullcontext(Older()))
+    with contextlib.ExitStack() as stack:
+        details = serving._details(DaskCluster.__new__(DaskCluster), stack)
+        assert details() == ({"host-0": ("12%", "1.9M")}, "2 threads, 3 tasks running")

@@ -91,6 +91,7 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Run the command line, and exit with its status."""
+    _open_standard_streams()
     debug = "--debug" in sys.argv[1:]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -110,6 +111,17 @@ def main() -> None:
         status = report(error, debug)
     _flush()
     sys.exit(_status(status))
+
+
+def _open_standard_streams() -> None:
+    """Have an empty one where a standard stream was closed: Python has None then, and other files get its number."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            setattr(sys, name, os.fdopen(fd, mode))
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -99,7 +99,7 @@ def _details(cluster: MasterWorkerCluster, stack: contextlib.ExitStack) -> Detai
         client = stack.enter_context(cluster.get_client(timeout=10))
 
         def dask() -> tuple[dict[str, tuple[str, str]], str]:
-            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            workers = _all_workers(client)
             found = {
                 str(w["name"]): (f"{w['metrics']['cpu']:.0f}%", megabytes(w["metrics"]["memory"])) for w in workers
             }
