@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -13,10 +14,11 @@ from lazycluster import _loop
 from lazycluster.cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
 from lazycluster.cluster import network as networks
 from lazycluster.cluster.exceptions import ClusterError, ClusterStartError, MasterStartError, WorkerStartError
-from lazycluster.cluster.network import PortSupply
+from lazycluster.cluster.network import PortSupply, PortUse, Reach
 from lazycluster.cluster.places import Place
 from lazycluster.cluster.programs import Program
 from lazycluster.cluster.services import Service
+from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
 from lazycluster.exceptions import ConnectionLostError, NoPortsLeftError, NoRuntimesError, PortInUseError
 
 
@@ -304,3 +306,33 @@ def test_what_a_worker_prints_without_an_end_is_shown_in_parts(capsys: pytest.Ca
     assert "".join(part.removeprefix("[host] ") for part in parts) == "x" * 10_000_000
     assert max(map(len, parts)) < 300_000
     assert last == "[host] last"
+
+
+def test_more_workers_than_ports_are_refused_before_any_is_started() -> None:
+    class Few(ServiceWorkerLauncher):
+        port_uses = (PortUse("worker", Reach.EVERYBODY), PortUse("nanny", Reach.MANAGER))
+
+        def program(self, place: Place) -> Program:
+            raise AssertionError("nothing is to be started")
+
+        def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
+            return {}
+
+    launcher: Any = Few(cast("Any", Group()))
+    with pytest.raises(NoPortsLeftError, match="100000 workers need 200000 ports, but only 3 may be used"):
+        launcher.start(100_000, 1000, [1001, 1002, 1003])
+    with pytest.raises(NoPortsLeftError, match="2 workers need 4 ports"):
+        _loop.run(launcher.scale(2, 1000, [1001, 1002, 1003]))
+    launcher.check_ports(1, [1001, 1002])
+
+
+def test_options_that_cannot_be_sent_are_refused_at_once() -> None:
+    pytest.importorskip("distributed")
+    from lazycluster.cluster.dask_cluster import DaskCluster
+
+    group: Any = Group()
+    for name in ("worker_options", "scheduler_options"):
+        with pytest.raises(ValueError, match=f"{name}: 'plugins' cannot be sent"):
+            DaskCluster(group, **{name: {"preload": "x.py", "plugins": [object()]}})
+    cluster = DaskCluster(group, local_directory=Path("/scratch"))
+    assert cluster._dask.local_directory == "/scratch"

@@ -28,7 +28,7 @@ from bson import encode
 from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
-from lazycluster.cluster.hyperopt_programs import trials
+from lazycluster.cluster.hyperopt_programs import trials, worker
 from lazycluster.mongo import scram
 from lazycluster.mongo.strangers import IDLE_LIMIT, MOST_SILENT, SILENT_LIMIT, Strangers
 
@@ -155,6 +155,14 @@ def test_a_trial_that_was_put_back_has_no_lease(server: Server) -> None:
     taken = {"state": trials.RUNNING, "owner": ["host:1"], "version": 5}
     assert jobs.update_one({"state": trials.NEW}, {"$set": taken}).modified_count == 1
     assert trials.leased(jobs) == []
+
+
+def test_an_objective_may_be_ended_by_any_signal() -> None:
+    assert [worker._how(status) for status in (3, -signal.SIGKILL, -40)] == [
+        "exit status 3",
+        "signal SIGKILL",
+        "signal 40",
+    ]
 
 
 def test_files(server: Server) -> None:

@@ -9,6 +9,7 @@ loopback under a secret path, which `DaskCluster.dashboard_link` has.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Generator, Mapping
@@ -86,7 +87,7 @@ class DaskCluster(ElasticCluster):
         nthreads: int | None = None,
         memory_limit: str | int | float | None = "auto",
         resources: Mapping[str, float] | None = None,
-        local_directory: str | None = None,
+        local_directory: str | os.PathLike[str] | None = None,
         min_workers: int | None = None,
         check_versions: CheckVersions = "error",
         worker_options: Mapping[str, Any] | None = None,
@@ -102,9 +103,9 @@ class DaskCluster(ElasticCluster):
             nthreads,
             memory_limit,
             resources,
-            local_directory,
-            worker_options or {},
-            scheduler_options or {},
+            None if local_directory is None else os.fspath(local_directory),
+            _checked_options(worker_options, "worker_options"),
+            _checked_options(scheduler_options, "scheduler_options"),
             check_versions,
         )
         self._security: Security | None = None
@@ -317,6 +318,16 @@ def _check_options(memory_limit: object, resources: Mapping[str, object] | None)
     for name, amount in (resources or {}).items():
         if isinstance(amount, bool) or not isinstance(amount, (int, float)):
             raise ValueError(f"resources: the amount of {name!r} must be a number, not {amount!r}")
+
+
+def _checked_options(options: Mapping[str, Any] | None, what: str) -> Mapping[str, Any]:
+    """Return options if they can be sent as JSON, which the processes get once they are there."""
+    for name, value in (options or {}).items():
+        try:
+            json.dumps({name: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what}: {name!r} cannot be sent, since JSON cannot hold it: {error}") from None
+    return options or {}
 
 
 class _Closed:

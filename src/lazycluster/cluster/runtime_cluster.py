@@ -392,6 +392,7 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
         """Have everything begin that takes long and depends on nothing else."""
         master, worker = self._master_launcher, self._worker_launcher
         if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
+            worker.check_ports(count, self._ports)
             _loop.run(prepare(master, worker, count, debug))
 
     def _share_with_custom_workers(self, port: int) -> None:

@@ -75,6 +75,18 @@ class ServiceWorkerLauncher(Staff):
             return len(self._group.runtimes)
         return sum(_loop.run(rooms(places_of(self._group), self.gpus, self._per_host())).values())
 
+    def check_ports(self, count: int, ports: Sequence[int]) -> None:
+        """Refuse to start more workers than there can be ports for: they would be started first.
+
+        Raises:
+            NoPortsLeftError: If so.
+        """
+        if len(self.port_uses) * count > len(ports):
+            raise NoPortsLeftError(
+                f"{count} workers need {len(self.port_uses) * count} ports, but only {len(ports)} may be used. "
+                "Next step: start fewer, or pass more with ports="
+            )
+
     async def prepare(self, count: int, debug: bool, places: Sequence[Place] | None = None) -> None:
         """Start the processes, which wait for their settings, and check them."""
         places, existing = places or await prepared_places(self._group), self._per_host()
@@ -146,6 +158,7 @@ class ServiceWorkerLauncher(Staff):
 
     async def _recruit(self, count: int, master_port: int, ports: list[int]) -> list[LazyclusterError]:
         """Start workers where that is possible; returns why some did not start."""
+        self.check_ports(count, ports)
         places = await prepared_places(self._group)
         for place in places:
             if place.problem is not None:
@@ -162,6 +175,7 @@ class ServiceWorkerLauncher(Staff):
 
     async def _start(self, count: int, master_port: int, ports: list[int], debug: bool) -> list[int]:
         if len(self._prepared) + len(self._failed) != count:
+            self.check_ports(count, ports)
             await self._drop_prepared()
             await self.prepare(count, debug)
         supply = PortSupply(ports)

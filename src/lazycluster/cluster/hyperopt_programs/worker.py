@@ -122,4 +122,7 @@ def _die_with(parent: int) -> None:
 
 
 def _how(status: int) -> str:
-    return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+    if status >= 0:
+        return f"exit status {status}"
+    names = {number.value: number.name for number in signal.Signals}  # those of real time have none
+    return f"signal {names.get(-status, -status)}"
