@@ -66,6 +66,23 @@ def test_exit_statuses(hosts: Any) -> None:
     assert "no-such-program" in err
 
 
+@pytest.mark.soak
+@pytest.mark.keeps("hosts")  # it ends what runs there within the grace
+def test_the_timeout_holds_for_a_host_that_falls_silent(make_hosts: Any) -> None:
+    hosts = make_hosts(1)
+    process = start(hosts, "run", "-w", "host1", "--timeout", "2", "--", "echo begun; exec sleep 600")
+    assert process.stdout
+    assert process.stdout.readline() == "host1: begun\n"
+    hosts[0].cut_off()
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        hosts[0].restore()
+    assert process.returncode == 124
+    assert err.endswith("host1: told to end after 2 s, and not heard of since\n")
+
+
 def test_an_unreachable_host_is_no_error_for_all(make_hosts: Any) -> None:
     hosts = make_hosts(2)
     hosts[1].power_off()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_END_LIMIT = 20.0  # seconds for a command to end that took too long
+
 
 @click.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
 @host_options
@@ -144,6 +146,9 @@ class _Job:
             if not done:
                 late = True
                 channel.control(signal="END")
+                if not await connection.heard_out(result, _END_LIMIT):
+                    text = f"told to end after {self._timeout:g} s, and not heard of since"
+                    return Outcome(host, 124, text, "timeout")
             ended = await result
         except AgentError as error:
             return Outcome(host, 127 if error.kind == "os" else 1, error.message, "error")
