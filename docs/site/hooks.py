@@ -9,10 +9,21 @@ from typing import Any
 import click
 from mkdocs.structure.files import File, Files
 
+from lazycluster import exceptions
+from lazycluster.cluster import exceptions as cluster_exceptions
+
 TOP = Path(__file__).resolve().parents[2]
 
 # Files of the checkout that are pages of the site, too. Pages link to them as files, as in a checkout.
 _FILES = {"CHANGELOG.md": "reference/changelog.md", "SECURITY.md": "reference/security-tests.md"}
+# Long names of tests in tables break where a person would break them.
+_IN_CELL = re.compile(r"(?<=<td>).*?(?=</td>)", re.DOTALL)
+# What is raised is named in docstrings of modules that do not know it.
+_ERRORS = {
+    name: f"{module.__name__}.{name}" for module in (exceptions, cluster_exceptions) for name in module.__all__
+}
+_ERROR = re.compile(rf"(?<=\s)<code>({'|'.join(_ERRORS)})</code>")
+_ALTERNATIVES = re.compile(r"<code>\((<span title=.*?)\)</code>")
 _DRAWING = re.compile(r'<p><img alt="([^"]*)" src="[^"]*?drawings/([\w-]+\.svg)"[^>]*>\s*</p>')
 
 
@@ -33,8 +44,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown
 
 
-def on_page_content(html: str, **_: Any) -> str:
-    """Put drawings into the page itself, so that they have the colours of the theme."""
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Put drawings into the page itself, so that they have the colours of the theme; let names be links, and break."""
+    html = _IN_CELL.sub(lambda cell: re.sub(r"(?<=_)(?=\w)|(?<=::)(?=\w)", "<wbr>", cell[0]), html)
+    if page.file.src_uri.startswith("reference/"):
+        html = _ALTERNATIVES.sub(lambda found: f"<code>{found[1]}</code>", html)
+        html = _ERROR.sub(lambda found: f'<autoref optional identifier="{_ERRORS[found[1]]}">{found[0]}</autoref>', html)
 
     def inlined(found: re.Match[str]) -> str:
         svg = (TOP / "docs" / "drawings" / found[2]).read_text(encoding="utf-8")

@@ -100,7 +100,7 @@ class InvalidRuntimesError(InvalidRuntimeError):
         reasons = {error.reason for error in self.errors}
         hosts = ", ".join(error.host for error in self.errors)
         detail = "\n".join(str(error) for error in self.errors)
-        hint = 'leave them out, or have RuntimeGroup go on without them with on_unreachable="skip"'
+        hint = 'mend what is said of each, or go on without them: on_unreachable="skip"'
         super().__init__(hosts, reasons.pop() if len(reasons) == 1 else "several", detail, hint)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -131,7 +131,10 @@ class Spreading:
         return executor
 
     def kept_executor(self, gpus_per_call: float | None = None, idle_gpus: bool = False) -> GroupExecutor:
-        """Return the executor of `map`; a new one if the group has changed, or the last one cannot be used any more."""
+        """Return the executor of `map`; for the layers above.
+
+        It is a new one if the group has changed, or the last one cannot be used any more.
+        """
         self._check_open()
         with self._lock:
             wanted = (self.runtimes, gpus_per_call, idle_gpus)

@@ -104,7 +104,10 @@ class Belongings(HostQuestions):
         return self._ledger.add_exposure(tunnel)
 
     async def context_again(self) -> Context | None:
-        """Return where tasks are carried out, once the host is back if it is away; None if it is not coming back."""
+        """Return where tasks are carried out, once the host is back if it is away; for the layers above.
+
+        None if it is not coming back.
+        """
         try:
             await self.connection.reached()
             return self.task_context()

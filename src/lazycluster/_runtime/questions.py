@@ -84,12 +84,12 @@ class HostQuestions:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this is the process that made the runtime, not a forked child of it."""
+        """Whether this is the process that made the runtime, not a forked child of it; for the layers above."""
         return self._session.is_ours
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What two runtimes have in common that are the same account on the same machine under two names."""
+        """What two runtimes have in common that are the same account on the same machine under two names; for the layers above."""
         return self._session.identity
 
     def task_context(self) -> Context:

@@ -18,6 +18,8 @@ from lazycluster._tail import Tail
 from lazycluster._views.cells import megabytes
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 
+from .wording import spelled
+
 if TYPE_CHECKING:
     from lazycluster.ssh.openssh import SshConnection
 
@@ -58,6 +60,7 @@ _CLOCK_LIMIT = 5.0  # seconds
 _LITTLE_SPACE = 100 * 1024 * 1024
 _LIMIT = 30.0
 _SAID = 2000  # bytes of what went wrong that are shown
+_IN_PYTHON = 'in Python, environment="manager"'
 _ASK_HOST = """
 import json, os, sys, time
 now = time.time()
@@ -125,7 +128,7 @@ class Checkup:
         details = self._details(way, probe)
         for name in STEPS[: STEPS.index(failed)]:
             self._set(name, "ok", details.get(name, ""))
-        self._set(failed, "failed", error.detail or str(error), error.hint)
+        self._set(failed, "failed", error.detail or str(error), spelled(error.hint))
 
     def _details(self, way: dict[str, str], probe: _Probe) -> dict[str, str]:
         through = way.get("proxyjump") or way.get("proxycommand")
@@ -210,15 +213,16 @@ class Checkup:
                 "packages",
                 "differs",
                 f"Python {there} there, {here} here: commands and files work, functions and clusters do not",
-                f'environment="manager" brings Python {here} and the packages of this side there; or choose a Python '
-                f'{here} with python="auto", or python="/path/to/python{here}"',
+                f"start clusters with --environment manager, which brings Python {here} and the packages of this side "
+                f"there, or with --python auto, or --python /path/to/python{here}; {_IN_PYTHON}",
             )
             return
         differing = _differing(answer["packages"])
         if differing:
+            pip = f"{answer['executable']} -m pip install"
             missing = " ".join(f"{name}=={here}" for name, here, _ in differing)
             shown = ", ".join(f"{name} {there or 'missing'} ({here} here)" for name, here, there in differing)
-            mend = f'environment="manager", or {answer["executable"]} -m pip install {missing}'
+            mend = f"start clusters with --environment manager ({_IN_PYTHON}), or {pip} {missing}"
             self._set("packages", "differs", shown, mend)
         else:
             self._set("packages", "ok", "as here: " + (", ".join(_installed()) or "none needed"))

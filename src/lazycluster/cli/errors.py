@@ -82,7 +82,9 @@ def report(error: Exception, debug: bool) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, (LazyclusterError, OSError, ValueError, TypeError)):
-        show_error(str(error) or type(error).__name__)
+        from .wording import spelled_next_steps
+
+        show_error(spelled_next_steps(str(error)) or type(error).__name__)
     else:
         show_error(f"{type(error).__name__}: {error}")
         if not debug:

@@ -13,6 +13,7 @@ from lazycluster.ssh.connection import Connection
 
 from .errors import FAILED, TIMED_OUT, UNREACHABLE
 from .targets import Targets
+from .wording import spelled_next_steps
 
 __all__ = ["FANOUT", "Outcome", "everywhere", "exit_status", "open_all"]
 
@@ -87,18 +88,18 @@ async def _on_host(targets: Targets, name: str, work: Work) -> Outcome:
         await connection.open()
         return await work(connection)
     except InvalidRuntimeError as error:
-        return Outcome(name, UNREACHABLE, _without_host(str(error), name), "unreachable")
+        return Outcome(name, UNREACHABLE, _told(error, name), "unreachable")
     except ConnectionLostError as error:
-        return Outcome(name, UNREACHABLE, _without_host(str(error), name), "unreachable")
+        return Outcome(name, UNREACHABLE, _told(error, name), "unreachable")
     except (LazyclusterError, OSError, ValueError, TypeError) as error:
-        return Outcome(name, FAILED, _without_host(str(error), name), "error")
+        return Outcome(name, FAILED, _told(error, name), "error")
     finally:
         if connection is not None:
             await connection.close()
 
 
-def _without_host(text: str, host: str) -> str:
-    return text.removeprefix(f"{host}: ")
+def _told(error: Exception, host: str) -> str:
+    return spelled_next_steps(str(error).removeprefix(f"{host}: "))
 
 
 def exit_status(outcomes: Sequence[Outcome], everyone: bool = False) -> int:

@@ -11,11 +11,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import hostsets
+from .wording import names_its_options
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
-__all__ = ["Seconds", "Targets", "complete_hosts", "connection_options", "host_options", "how_to_connect", "targets"]
+__all__ = [
+    "Seconds",
+    "Targets",
+    "Whole",
+    "complete_hosts",
+    "connection_options",
+    "host_options",
+    "how_to_connect",
+    "relay_option",
+    "targets",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,8 +56,31 @@ class Targets:
         return SshConnection(name, self.settings, ask=self.ask)
 
 
-class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
-    """A time in seconds. Unlike click's ranges it does not show its limits in the help, where they are but noise."""
+class Whole(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
+    """A number from 1. Unlike click's ranges it does not show its limits in the help, where they are but noise."""
+
+    name = "number"
+
+    def __init__(self, most: int = 1_000_000) -> None:
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number.
+
+        Raises:
+            click.BadParameter: If it is none.
+        """
+        try:
+            number = int(value)
+        except ValueError:
+            number = 0
+        if not 1 <= number <= self._most:
+            self.fail(f"{value!r} is no whole number from 1 to {self._most}", param, ctx)
+        return number
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A time in seconds, without its limits in the help, too."""
 
     name = "seconds"
 
@@ -84,12 +118,9 @@ def _configured(config: str | None) -> list[str]:
 
 def connection_options(command: F) -> F:
     """Add the options that say how hosts are reached."""
+    command = names_its_options(command)
     for option in (
-        click.option(
-            "--accept-new-host-key",
-            is_flag=True,
-            help="Take the key of a host that is new here; never one that has changed.",
-        ),
+        click.option("--accept-new-host-key", is_flag=True, help="Take the key of a new host; never a changed one."),
         click.option(
             "--connect-timeout",
             type=Seconds(86400),
@@ -108,8 +139,7 @@ def connection_options(command: F) -> F:
 
 
 def host_options(command: F) -> F:
-    """Add the options that name hosts, and those that say how they are reached."""
-    command = connection_options(command)
+    """Add the options that name hosts."""
     for option in (
         click.option(
             "--hostfile", type=click.File(), metavar="FILE", help="Read hosts from a file; '-': from standard input."
@@ -121,14 +151,21 @@ def host_options(command: F) -> F:
             multiple=True,
             metavar="HOSTS",
             shell_complete=complete_hosts,
-            help="Names, 'node[01-12]', 'gpu-*', with commas; @all: all that answer of the ssh configuration.",
+            help="Names, 'node[01-12]', 'gpu-*', with commas; @all: all of the ssh configuration that answer.",
         ),
     ):
         command = option(command)
     return command
 
 
-def how_to_connect(config: str | None, connect_timeout: float | None, accept_new_host_key: bool) -> dict[str, Any]:
+relay_option = click.option(
+    "--relay", is_flag=True, help="Carry ports through our agent where a host's sshd forbids it."
+)
+
+
+def how_to_connect(
+    config: str | None, connect_timeout: float | None, accept_new_host_key: bool, relay: bool = False
+) -> dict[str, Any]:
     """Return the settings of connections that the options ask for."""
     settings: dict[str, Any] = {}
     if config is not None:
@@ -137,6 +174,8 @@ def how_to_connect(config: str | None, connect_timeout: float | None, accept_new
         settings["timeout"] = connect_timeout
     if accept_new_host_key:
         settings["host_keys"] = "accept-new"
+    if relay:
+        settings["relay"] = "agent"
     return settings
 
 
@@ -148,6 +187,7 @@ def targets(
     connect_timeout: float | None,
     accept_new_host_key: bool,
     *,
+    relay: bool = False,
     default: str | None = None,
 ) -> Targets:
     """Return the hosts that the options name.
@@ -159,6 +199,7 @@ def targets(
         config: The ssh configuration, by default the user's.
         connect_timeout: In seconds.
         accept_new_host_key: Whether new hosts are taken.
+        relay: Whether our agent carries ports where sshd does not.
         default: What is meant when no host is named; if there is nothing, a person is asked.
 
     Raises:
@@ -181,7 +222,7 @@ def targets(
         raise click.UsageError("the file with the hosts is no text") from None
     if not names:
         raise click.UsageError(_no_hosts(config, named, bool(hosts) or hostfile is not None))
-    settings = how_to_connect(config, connect_timeout, accept_new_host_key)
+    settings = how_to_connect(config, connect_timeout, accept_new_host_key, relay)
     everyone = hostsets.ALL in named
     # Whoever looks at what there is wants no questions about each host that has never been used.
     looking = everyone and default == hostsets.ALL

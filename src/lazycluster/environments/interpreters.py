@@ -52,7 +52,9 @@ async def _named(place: Place, target: Target, python: str) -> str:
     try:
         answer = await place.connection.request("packages", python=python, env=dict(place.env), names=[])
     except AgentError as error:
-        raise EnvironmentBuildError(place.host, error.message, "", "correct python=") from error
+        raise EnvironmentBuildError(
+            place.host, error.message, "", 'name a Python that is there: python="..."'
+        ) from error
     if tuple(answer["version"][:2]) != target.python:
         version = ".".join(map(str, answer["version"]))
         raise EnvironmentBuildError(

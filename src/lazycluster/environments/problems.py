@@ -18,7 +18,7 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
     (
         rf"Because {_NAME}\s+was\s+not\s+found\s+in\s+the\s+(package|provided|registry)",
         "there is no package {package}",
-        "correct the name of {package}, or leave it out (exclude=)",
+        "correct the name of {package}, or leave it out: EnvironmentSpec(..., exclude=)",
     ),
     (rf"{_NAME} was not found in the (package )?(registry|cache)", "there is no package {package}", "correct its name"),
     (
@@ -29,7 +29,8 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
     (
         rf"{_NAME}(==\S+)?\s+has\s+no\s+(wheels|source distribution|usable wheels)[^\n]*",
         "{package} has no wheel for the host's platform and Python",
-        "choose another version of {package}, exclude it, or use another python=",
+        "choose another version of {package}, or leave it out: EnvironmentSpec(..., exclude=), or use another Python: "
+        "EnvironmentSpec(..., python=)",
     ),
     (
         r"requirements are unsatisfiable|No solution found",
@@ -67,11 +68,15 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
         "the index cannot be reached",
         "check the network and the index in the configuration of pip or uv on the manager",
     ),
-    (r"Permission denied|Read-only file system", "it is not allowed to write there", "choose another cache_dir"),
+    (
+        r"Permission denied|Read-only file system",
+        "it is not allowed to write there",
+        "choose another directory: EnvironmentSpec(..., cache_dir=)",
+    ),
     (
         r"No interpreter found for Python (?P<package>\S+)",
         "no Python {package} was found",
-        "install Python {package}, or choose another with python=",
+        "install Python {package}, or choose another: EnvironmentSpec(..., python=)",
     ),
     (r"TOML parse error|Failed to parse|Couldn't parse", "the file or a requirement cannot be read", "correct it"),
 )

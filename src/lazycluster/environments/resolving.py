@@ -135,7 +135,7 @@ def _of_manager(spec: EnvironmentSpec) -> _Question:
                     MANAGER,
                     f"{one.name} was installed from {one.origin}, which does not exist any more",
                     one.name,
-                    f"install it anew, or leave it out: EnvironmentSpec('manager', exclude=[{one.name!r}])",
+                    f"install it anew, or leave it out: EnvironmentSpec(..., exclude=[{one.name!r}])",
                 )
             question.known.append(Locked(one.name, directory=one.origin))
         elif one.origin.startswith(("git+", "hg+", "svn+", "bzr+")):
@@ -323,7 +323,7 @@ def _locked_of(package: Mapping[str, Any], base: Path) -> list[Locked]:
             MANAGER,
             f"{name} {version} has no file that fits",
             name,
-            f"choose another version of {name}, exclude it, or use another python=",
+            f"choose another version of {name}, or leave it out: EnvironmentSpec(..., exclude=[{name!r}])",
         )
     best = max(entries, key=lambda entry: _rank(_url_of(entry, base)))
     return [Locked(name, version, url=_url_of(best, base), sha256=best.get("hashes", {}).get("sha256", ""))]

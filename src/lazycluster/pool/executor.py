@@ -129,7 +129,7 @@ class GroupExecutor(concurrent.futures.Executor):
     def submit_shared(
         self, sharing: Sharing | None, fn: Callable[..., T], /, *args: Any, **kwargs: Any
     ) -> concurrent.futures.Future[T]:
-        """Do what `submit` does, for a series of calls whose arrays are shared, see :meth:`share`."""
+        """Do what `submit` does, for a series whose arrays are shared, see :meth:`share`; for the layers above."""
         if not callable(fn):
             raise TypeError(f"{fn!r} is not a function")
         future: _waiting.Future[T] = _waiting.Future()
@@ -149,15 +149,18 @@ class GroupExecutor(concurrent.futures.Executor):
         return future
 
     def share(self) -> Sharing:
-        """Begin a series of calls; arrays in their arguments must not be changed until it is over."""
+        """Begin a series of calls; for the layers above.
+
+        Arrays in their arguments must not be changed until it is over.
+        """
         return Sharing(self._blobs, by_identity=True)
 
     def unshare(self, sharing: Sharing) -> None:
-        """End a series of calls."""
+        """End a series of calls; for the layers above."""
         self._dealer.release(sharing.close())
 
     def abort(self, futures: Iterable[concurrent.futures.Future[Any]]) -> None:
-        """Cancel futures, and end those of their calls that run."""
+        """Cancel futures, and end those of their calls that run; for the layers above."""
         self._futures.abort(set(futures))
 
     def map(
@@ -255,7 +258,10 @@ class GroupExecutor(concurrent.futures.Executor):
         self._finish(kill=False)
 
     def retire(self) -> None:
-        """Shut down; wait for the end, so that others can have what it held, unless that is for calls that run."""
+        """Shut down; for the layers above.
+
+        Waits for the end, so that others can have what it held, unless that is for calls that run.
+        """
         busy = self._futures.busy or any(run.busy for run in list(self._runs))
         self.shutdown(wait=not busy)
 

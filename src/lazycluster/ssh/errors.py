@@ -157,7 +157,7 @@ def _host_key(case: _Case) -> InvalidRuntimeError | None:
         detail += f" ({key[1]}, {key[2]})"
     hint = (
         f"run '{case.plain_ssh}' once, compare the fingerprint with what the host's administrator says, and "
-        'accept it; or take new hosts on trust: --accept-new-host-key, in Python host_keys="accept-new"'
+        'accept it; or take new hosts on trust: connection_kwargs={"host_keys": "accept-new"}'
     )
     return case.error("host_key", detail, hint)
 
@@ -305,7 +305,7 @@ def _no_python(case: _Case) -> InvalidRuntimeError | None:
     before = rf"(?:{name}|{base})\W.*(?:not found|no such file|permission denied)"
     missing = rf"{before}|(?:not found|unknown command)\W.*{base}"
     if re.search(missing, text, re.IGNORECASE) or case.status in (126, 127):
-        hint = 'install Python 3.8 or newer there, or, in Python, name the interpreter with python="/path/to/python3"'
+        hint = 'install Python 3.8 or newer there, or name the interpreter with python="/path/to/python3"'
         said = case.evidence or case.printed
         return case.error("python", f"{case.python} does not run on the host: {said}", hint)
     if re.search(r"Traceback \(most recent|SyntaxError|ImportError|No module named|Fatal Python error", text):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.targets import host_options, targets
+from lazycluster.cli.targets import connection_options, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
@@ -18,6 +18,7 @@ __all__ = ["cleanup"]
 @click.command()
 @host_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@connection_options
 def cleanup(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, as_json: bool,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lazycluster.cli.targets import Targets, complete_hosts, how_to_connect
+from lazycluster.cli.wording import names_its_options, spelled_next_steps
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
@@ -40,6 +41,7 @@ _KEYS = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
 @click.option("--accept-new-host-key", is_flag=True, help="Take the host's key if it is new here, without asking.")
 @click.argument("name")
 @click.argument("host", metavar="[USER@]HOST[:PORT]")
+@names_its_options
 def add_runtime(
     name: str, host: str, config: str | None, id_file: str | None, options: tuple[str, ...], copy_id: bool,
     check: bool, accept_new_host_key: bool,
@@ -161,7 +163,8 @@ def _meet(name: str, config: str | None, accept: bool) -> None:
     except InvalidRuntimeError as error:
         if error.reason != "auth":  # which nobody has tried
             raise click.ClickException(
-                f"the key was not installed on {name}; it is in the configuration all the same.\n  {error}"
+                f"the key was not installed on {name}; it is in the configuration all the same.\n  "
+                + spelled_next_steps(str(error))
             ) from None
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.targets import host_options, targets
+from lazycluster.cli.targets import Whole, connection_options, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.copying import Copying
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["get", "put"]
 
-_fanout = click.option(
-    "--fanout", type=click.IntRange(1), default=64, metavar="N", help="On how many hosts at once (64)."
-)
+_fanout = click.option("--fanout", type=Whole(), default=64, metavar="N", help="On how many hosts at once (64).")
 _exclude = click.option(
     "--exclude",
     multiple=True,
@@ -35,6 +33,7 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing of what w
 @_fanout
 @_quiet
 @click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
+@connection_options
 def put(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, exclude: tuple[str, ...], fanout: int, quiet: bool,
@@ -79,6 +78,7 @@ def put(
 @_fanout
 @_quiet
 @click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
+@connection_options
 def get(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, exclude: tuple[str, ...], fanout: int, quiet: bool,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazycluster._words import counted
-from lazycluster.cli.targets import host_options, targets
+from lazycluster.cli.targets import connection_options, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster import RuntimeGroup, RuntimeTask
@@ -36,6 +36,7 @@ _PYTHON = {
 @click.command()
 @click.argument("engine", type=click.Choice(["dask", "hyperopt"]), default="dask")
 @host_options
+@connection_options
 def demo(
     engine: str, hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lazycluster._words import counted
-from lazycluster.cli.targets import host_options, targets
+from lazycluster.cli.targets import connection_options, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
@@ -67,6 +67,7 @@ def env() -> None:
 @host_options
 @_cache_dir
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@connection_options
 def list_command(cache_dir: str, as_json: bool, **options: Any) -> int:
     """Show the environments of hosts, with sizes, age and last use.
 
@@ -93,6 +94,7 @@ def list_command(cache_dir: str, as_json: bool, **options: Any) -> int:
 @click.option("--exclude", multiple=True, metavar="PACKAGE", help="Leave this package out.")
 @click.option("--refresh", is_flag=True, help="Take the newest versions that are allowed, whatever was found before.")
 @click.argument("what", nargs=-1, required=True)
+@connection_options
 def build(
     cache_dir: str, python: str | None, exclude: tuple[str, ...], refresh: bool, what: tuple[str, ...], **options: Any
 ) -> int:
@@ -143,6 +145,7 @@ def _source(what: tuple[str, ...]) -> str | list[str]:
 @host_options
 @_cache_dir
 @click.argument("ids", nargs=-1, required=True)
+@connection_options
 def remove(cache_dir: str, ids: tuple[str, ...], **options: Any) -> int:
     """Remove environments from hosts by the names that 'env list' shows. Those in use stay.
 
@@ -163,6 +166,7 @@ def remove(cache_dir: str, ids: tuple[str, ...], **options: Any) -> int:
 @_cache_dir
 @click.option("--size", type=_Size(), metavar="SIZE", help="Until all together take no more than this: 20G.")
 @click.option("--unused", type=_Duration(), metavar="TIME", help="Those that were not used for so long: 30d.")
+@connection_options
 def prune(cache_dir: str, size: int | None, unused: float | None, **options: Any) -> int:
     """Remove environments that were used longest ago, and what broken builds left. Those in use stay.
 

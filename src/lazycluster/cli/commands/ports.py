@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.targets import Targets, complete_hosts, connection_options, host_options, how_to_connect, targets
+from lazycluster.cli.targets import (
+    Targets,
+    complete_hosts,
+    connection_options,
+    host_options,
+    how_to_connect,
+    relay_option,
+    targets,
+)
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
@@ -16,12 +24,14 @@ __all__ = ["expose", "forward"]
 
 
 @click.command()
+@relay_option
 @connection_options
 @click.argument("host", shell_complete=complete_hosts)
 @click.argument("ports", metavar="[LOCAL:]REMOTE...", nargs=-1, required=True)
 def forward(
-    host: str, ports: tuple[str, ...], config: str | None, connect_timeout: float | None, accept_new_host_key: bool
-) -> None:
+    host: str, ports: tuple[str, ...], config: str | None, connect_timeout: float | None, accept_new_host_key: bool,
+    relay: bool,
+) -> None:  # fmt: skip
     """Make ports of a host reachable on this machine, until Ctrl-C.
 
     REMOTE is the port on the host, LOCAL the one here; without it, the same number or the next free one. Only programs
@@ -36,18 +46,19 @@ def forward(
     from lazycluster.cli.console import person_is_there
 
     pairs = [_pair(text) for text in ports]
-    chosen = Targets(
-        [host], settings=how_to_connect(config, connect_timeout, accept_new_host_key), ask=person_is_there()
-    )
+    settings = how_to_connect(config, connect_timeout, accept_new_host_key, relay)
+    chosen = Targets([host], settings=settings, ask=person_is_there())
     _loop.run(_forward(chosen.connection(host), pairs))
 
 
 @click.command()
 @host_options
+@relay_option
 @click.argument("ports", metavar="LOCAL[:REMOTE]...", nargs=-1, required=True)
+@connection_options
 def expose(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
-    connect_timeout: float | None, accept_new_host_key: bool, ports: tuple[str, ...],
+    connect_timeout: float | None, accept_new_host_key: bool, relay: bool, ports: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Make ports of this machine reachable on hosts, until Ctrl-C.
 
@@ -62,7 +73,7 @@ def expose(
     from lazycluster import _loop
 
     pairs = [(first or last, last) for first, last in map(_pair, ports)]
-    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, relay=relay)
     _loop.run(_expose(chosen, pairs))
 
 

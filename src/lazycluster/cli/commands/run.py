@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.targets import Seconds, host_options, targets
+from lazycluster.cli.targets import Seconds, Whole, connection_options, host_options, targets
 
 if TYPE_CHECKING:
     import asyncio
@@ -28,20 +28,21 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
 @click.option("--cwd", metavar="DIR", help="The directory on the hosts (the home directory).")
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="An environment variable for the command.")
 @click.option("--timeout", type=Seconds(10**9), metavar="SECONDS", help="End the command on a host after so long.")
-@click.option("--fanout", type=click.IntRange(1), default=64, metavar="N", help="On how many hosts at once (64).")
+@click.option("--fanout", type=Whole(), default=64, metavar="N", help="On how many hosts at once (64).")
 @click.option("--stdin", "use_stdin", is_flag=True, help="Pass standard input on, to every host.")
 @click.option(
     "--python",
     "script",
     type=click.Path(exists=True, dir_okay=False),
     metavar="SCRIPT",
-    help="Run a local Python script there; after -- come its arguments.",
+    help="Run this local script there; its arguments come after --.",
 )
 @click.option("--interpreter", default="python3", metavar="PYTHON", help="The Python for --python (python3).")
-@click.option("--gather", is_flag=True, help="Show output at the end; once, where hosts have the same.")
+@click.option("--gather", is_flag=True, help="Show output at the end, equal output once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 @click.option("-N", "--no-label", is_flag=True, help="Print lines without the host's name.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@connection_options
 def run(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, cwd: str | None, env: tuple[str, ...],

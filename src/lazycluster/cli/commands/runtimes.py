@@ -12,7 +12,7 @@ import click
 
 from lazycluster.cli.columns import fitting
 from lazycluster.cli.console import is_terminal, output
-from lazycluster.cli.targets import Targets, host_options, targets
+from lazycluster.cli.targets import Targets, connection_options, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
@@ -33,6 +33,7 @@ _DISPENSABLE = ("latency", "python", "os", "load")
 @click.option("-l", "--long", is_flag=True, help="Show cores, load, memory, disk, Python and GPUs, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--watch", is_flag=True, help="Stay, and show what is going on there, until Ctrl-C.")
+@connection_options
 def list_runtimes(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, long: bool, as_json: bool, watch: bool,

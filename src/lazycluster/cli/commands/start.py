@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lazycluster.cli.targets import host_options, targets
+from lazycluster.cli.targets import Whole, connection_options, host_options, relay_option, targets
 
 if TYPE_CHECKING:
     from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
@@ -40,10 +40,14 @@ def _cluster_options(command: F) -> F:
             metavar="FILE",
             help="Write what your programs need to connect; holds secrets.",
         ),
+        relay_option,
+        click.option(
+            "--environment", metavar="WHAT", help="Packages there: 'manager' (those of here), a file, or a path."
+        ),
         click.option("--setup", metavar="LINES", help="Shell lines to run first: 'conda activate ml'."),
         click.option("--python", metavar="PYTHON", help="The hosts' Python: a path, a name, or 'auto'."),
-        click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="The port of the master here."),
-        click.option("--workers", type=click.IntRange(1), metavar="N", help="How many workers (one per host)."),
+        click.option("--port", type=Whole(65535), metavar="PORT", help="The port of the master here."),
+        click.option("--workers", type=Whole(), metavar="N", help="How many workers (one per host)."),
         host_options,
     ):
         command = option(command)
@@ -52,13 +56,15 @@ def _cluster_options(command: F) -> F:
 
 @click.command("dask", short_help="Start a Dask cluster.")
 @_cluster_options
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads per worker (all cores).")
+@click.option("--threads", type=Whole(), metavar="N", help="Threads per worker (all cores).")
 @click.option("--memory-limit", metavar="SIZE", default="auto", help="Memory per worker: '4 GiB'.")
-@click.option("--gpus-per-worker", type=click.IntRange(1), metavar="N", help="One worker for every so many GPUs.")
+@click.option("--gpus-per-worker", type=Whole(), metavar="N", help="One worker for every so many GPUs.")
+@connection_options
 def _dask(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, workers: int | None, port: int | None,
-    python: str | None, setup: str | None, connection_file: str | None, threads: int | None, memory_limit: str,
+    python: str | None, setup: str | None, environment: str | None, relay: bool,
+    connection_file: str | None, threads: int | None, memory_limit: str,
     gpus_per_worker: int | None,
 ) -> None:  # fmt: skip
     """Start a Dask cluster: the scheduler here, the workers on the hosts.
@@ -79,8 +85,8 @@ def _dask(
 
         return DaskCluster(group, nthreads=threads, memory_limit=memory_limit, gpus_per_worker=gpus_per_worker)
 
-    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
-    _serve(chosen, make, workers, port, python, setup, connection_file)
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, relay=relay)
+    _serve(chosen, make, workers, port, {"python": python, "setup": setup, "environment": environment}, connection_file)
 
 
 @click.command("hyperopt", short_help="Start a Hyperopt cluster.")
@@ -90,10 +96,12 @@ def _dask(
 )
 @click.option("--dbname", default="hyperopt", metavar="NAME", help="The name of the database (hyperopt).")
 @click.option("--exp-key", metavar="KEY", help="Work on this search only (on all).")
+@connection_options
 def _hyperopt(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, workers: int | None, port: int | None,
-    python: str | None, setup: str | None, connection_file: str | None, dbpath: str | None, dbname: str,
+    python: str | None, setup: str | None, environment: str | None, relay: bool,
+    connection_file: str | None, dbpath: str | None, dbname: str,
     exp_key: str | None,
 ) -> None:  # fmt: skip
     """Start a Hyperopt cluster: the database of the trials here, the workers on the hosts.
@@ -113,8 +121,8 @@ def _hyperopt(
 
         return HyperoptCluster(group, dbpath=dbpath, dbname=dbname, exp_key=exp_key)
 
-    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
-    _serve(chosen, make, workers, port, python, setup, connection_file)
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, relay=relay)
+    _serve(chosen, make, workers, port, {"python": python, "setup": setup, "environment": environment}, connection_file)
 
 
 start.add_command(_dask)
@@ -124,9 +132,13 @@ start_dask = _dask
 
 
 def _serve(
-    chosen: Any, make: Callable[[RuntimeGroup], MasterWorkerCluster], workers: int | None, port: int | None,
-    python: str | None, setup: str | None, connection_file: str | None,
-) -> None:  # fmt: skip
+    chosen: Any,
+    make: Callable[[RuntimeGroup], MasterWorkerCluster],
+    workers: int | None,
+    port: int | None,
+    there: dict[str, Any],
+    connection_file: str | None,
+) -> None:
     from lazycluster._words import counted
     from lazycluster.cli.console import errors
     from lazycluster.cli.serving import serve
@@ -137,8 +149,7 @@ def _serve(
     group = RuntimeGroup(
         hosts=chosen.names,
         connection_kwargs=chosen.settings,
-        python=python,
-        setup=setup,
+        **there,
         on_unreachable="skip" if chosen.everyone else "raise",
     )
     with group, make(group) as cluster:
