@@ -19,9 +19,7 @@ _FILES = {"CHANGELOG.md": "reference/changelog.md", "SECURITY.md": "reference/se
 # Long names of tests in tables break where a person would break them.
 _IN_CELL = re.compile(r"(?<=<td>).*?(?=</td>)", re.DOTALL)
 # What is raised is named in docstrings of modules that do not know it.
-_ERRORS = {
-    name: f"{module.__name__}.{name}" for module in (exceptions, cluster_exceptions) for name in module.__all__
-}
+_ERRORS = {name: f"{module.__name__}.{name}" for module in (exceptions, cluster_exceptions) for name in module.__all__}
 _ERROR = re.compile(rf"(?<=\s)<code>({'|'.join(_ERRORS)})</code>")
 _ALTERNATIVES = re.compile(r"<code>\((<span title=.*?)\)</code>")
 _DRAWING = re.compile(r'<p><img alt="([^"]*)" src="[^"]*?drawings/([\w-]+\.svg)"[^>]*>\s*</p>')
@@ -49,7 +47,9 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
     html = _IN_CELL.sub(lambda cell: re.sub(r"(?<=_)(?=\w)|(?<=::)(?=\w)", "<wbr>", cell[0]), html)
     if page.file.src_uri.startswith("reference/"):
         html = _ALTERNATIVES.sub(lambda found: f"<code>{found[1]}</code>", html)
-        html = _ERROR.sub(lambda found: f'<autoref optional identifier="{_ERRORS[found[1]]}">{found[0]}</autoref>', html)
+        html = _ERROR.sub(
+            lambda found: f'<autoref optional identifier="{_ERRORS[found[1]]}">{found[0]}</autoref>', html
+        )
 
     def inlined(found: re.Match[str]) -> str:
         svg = (TOP / "docs" / "drawings" / found[2]).read_text(encoding="utf-8")

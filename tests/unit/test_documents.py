@@ -113,3 +113,12 @@ def test_every_error_has_its_cause_and_cure() -> None:
     names = {*lazycluster.exceptions.__all__, *lazycluster.cluster.exceptions.__all__}
     missing = [name for name in sorted(names) if f"`{name}" not in page]
     assert not missing, f"say in docs/tutorials/when-things-go-wrong.md what to do about {missing}"
+
+
+def test_code_of_pages_fits_into_the_width_of_a_page() -> None:
+    top = Path(__file__).parents[2]
+    for page, most in [(top / "README.md", 100), *((page, 82) for page in (top / "docs").rglob("*.md"))]:
+        for block in documents.blocks(page.read_text()):
+            if block.language in ("python", "console"):
+                too_long = [line for line in block.code.splitlines() if len(line) > most]
+                assert not too_long, f"{page}: of these lines the end is not seen: {too_long}"

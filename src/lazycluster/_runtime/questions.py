@@ -89,7 +89,7 @@ class HostQuestions:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What two runtimes have in common that are the same account on the same machine under two names; for the layers above."""
+        """What two names of the same account on the same machine have in common; for the layers above."""
         return self._session.identity
 
     def task_context(self) -> Context:
