@@ -158,9 +158,7 @@ def host_options(command: F) -> F:
     return command
 
 
-relay_option = click.option(
-    "--relay", is_flag=True, help="Carry ports through our agent where a host's sshd forbids it."
-)
+relay_option = click.option("--relay", is_flag=True, help="If sshd forbids forwarding: have our agent do it.")
 
 
 def how_to_connect(

@@ -35,7 +35,7 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
     "script",
     type=click.Path(exists=True, dir_okay=False),
     metavar="SCRIPT",
-    help="Run this local script there; its arguments come after --.",
+    help="Run this local script; its arguments come after --.",
 )
 @click.option("--interpreter", default="python3", metavar="PYTHON", help="The Python for --python (python3).")
 @click.option("--gather", is_flag=True, help="Show output at the end, equal output once.")

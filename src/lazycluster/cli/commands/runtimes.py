@@ -30,9 +30,9 @@ _DISPENSABLE = ("latency", "python", "os", "load")
 
 @click.command()
 @host_options
-@click.option("-l", "--long", is_flag=True, help="Show cores, load, memory, disk, Python and GPUs, too.")
+@click.option("-l", "--long", is_flag=True, help="Show cores, load, memory, disk, Python, GPUs, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--watch", is_flag=True, help="Stay, and show what is going on there, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Stay, and show what goes on, until Ctrl-C.")
 @connection_options
 def list_runtimes(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
