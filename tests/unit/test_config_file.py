@@ -8,7 +8,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from lazycluster.cli.app import cli
 from lazycluster.ssh.config_file import BACKUP, ConfigurationError, add_host, remove_host
 
 _TEXT = """\
@@ -146,3 +148,18 @@ def test_many_at_once(tmp_path: Path) -> None:
     assert sorted(line for line in config.read_text().splitlines() if line.startswith("Host")) == [
         f"Host n{number}" for number in range(8)
     ]
+
+
+def test_the_configuration_that_is_read_is_the_one_that_is_changed(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAZYCLUSTER_SSH_CONFIG", str(config))
+    done = CliRunner().invoke(cli, ["add-runtime", "new", "192.0.2.9"])
+    assert done.exit_code == 0, done.output
+    assert _means(config, "new")["hostname"] == "192.0.2.9"
+    assert f"doctor --config {config} new" in done.output
+    assert CliRunner().invoke(cli, ["delete-runtime", "new"]).exit_code == 0
+    monkeypatch.setenv("LAZYCLUSTER_SSH_CONFIG", "none")
+    refused = CliRunner().invoke(cli, ["add-runtime", "new", "192.0.2.9"])
+    assert isinstance(refused.exception, ConfigurationError)
+    assert not Path("none").exists()

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from lazycluster._views.cells import megabytes
 from lazycluster._words import counted
@@ -99,12 +100,12 @@ class Copying:
         for name in self._left_out.get(host, ()):
             errors().print(f"{host}: left out: {printable(name)}", markup=False, soft_wrap=True)
         if outcome.error:
-            first, *rest = printable(outcome.error).split("\n")
-            errors().print(f"[bold red]{host}:[/]", end=" ", soft_wrap=True)
-            errors().print("\n".join([first, *rest]), markup=False, soft_wrap=True)
+            errors().print(Text.assemble((f"{host}:", "bold red"), " ", printable(outcome.error)), soft_wrap=True)
         elif not self._quiet:
             files, size, skipped, seconds = self._sums[host]
             same = f", {skipped:.0f} unchanged" if skipped else ""
-            rate = f", {megabytes(size / seconds)}B/s" if seconds > 0.5 and not skipped else ""
+            rate = f", {megabytes(size / seconds)}/s" if seconds > 0.5 and not skipped else ""
             text = f"{host}: {counted(files, 'file')}, {megabytes(size)} in {seconds:.1f} s{rate}{same}"
-            output().print(text, markup=False, soft_wrap=True)
+            # Bars that do not know of a line that is printed below them would overwrite it.
+            out = errors() if self._bars is not None and output().is_terminal else output()
+            out.print(text, markup=False, soft_wrap=True)

@@ -29,6 +29,14 @@ class ConfigurationError(ValueError):
     """The configuration cannot be changed as asked; it is as it was."""
 
 
+def _file(path: str | os.PathLike[str] | None) -> Path:
+    if path is None:
+        return user_config()
+    if os.fspath(path).lower() == "none":
+        raise ConfigurationError("'none' stands for no configuration at all, and cannot be changed")
+    return Path(path).expanduser()
+
+
 def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str] | None = None) -> Path:
     """Add a host to a configuration: before the first block that would hold for it, too, else at the end.
 
@@ -50,7 +58,7 @@ def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str]
             raise ConfigurationError(f"{key!r} is no option of a host")
         if not value or re.search(r"[\x00-\x1f\x7f]", value):
             raise ConfigurationError(f"the value of {key} is empty or holds a control character")
-    file = Path(path).expanduser() if path is not None else user_config()
+    file = _file(path)
     with _changing(file) as change:
         taken = {host.name.lower(): host.place for host in configured_hosts(file)} if file.exists() else {}
         if name.lower() in taken:
@@ -79,7 +87,7 @@ def remove_host(name: str, path: str | os.PathLike[str] | None = None) -> Path:
     """
     if not name or re.search(r"[\s*?!]", name):
         raise ConfigurationError(f"{name!r} is no name of a single host")
-    file = Path(path).expanduser() if path is not None else user_config()
+    file = _file(path)
     if not file.exists():
         raise ConfigurationError(f"{file} does not exist")
     with _changing(file) as change:

@@ -13,6 +13,7 @@ import click
 
 from lazycluster.cli.targets import Targets, complete_hosts, how_to_connect
 from lazycluster.cli.wording import names_its_options, spelled_next_steps
+from lazycluster.ssh.hosts import CONFIG_VARIABLE
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["add_runtime", "delete_runtime"]
 
 _config = click.option(
-    "--config", type=click.Path(dir_okay=False), metavar="FILE", help="Change this instead of ~/.ssh/config."
+    "--config",
+    envvar=CONFIG_VARIABLE,  # as whoever reads it
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Change this instead of ~/.ssh/config.",
 )
 _KEYS = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
 
