@@ -156,7 +156,10 @@ class Checkup:
         from lazycluster.ssh.probes import can_connect, same_network
         from lazycluster.ssh.tunnels import close_tunnels, open_to_runtime
 
-        mend = "set 'AllowTcpForwarding yes' in the host's sshd_config, or ask its administrator"
+        mend = (
+            "set 'AllowTcpForwarding yes' in the host's sshd_config, or ask its administrator; or have our agent carry "
+        )
+        mend += "the ports, if that is not forbidden on purpose: --relay"
         try:
             if await asyncio.wait_for(same_network(connection), _LIMIT):
                 self._set("forwarding", "ok", "not needed: it is this machine's network")

@@ -25,9 +25,9 @@ def cleanup(
 ) -> int:  # fmt: skip
     """Remove what was left on hosts and on this machine, and show what it was.
 
-    Nothing is left as a rule: this is for what a crash of the system has prevented from being cleaned up. Found are
-    processes and directories of this library that are your own, and that nobody uses any more. What a running
-    program of yours uses stays, as do environments and detached tasks, which are meant to stay.
+    As a rule nothing is left: this is for what a crash of the system has kept from being cleaned up. It looks for your
+    own processes and directories of this library that nobody uses any more, on all hosts of the ssh configuration
+    unless you name some. What a running program uses stays, as do environments and detached tasks.
 
     \b
     Examples:

@@ -53,7 +53,8 @@ class _Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 def env() -> None:
     """Show, make and remove the Python environments that hosts keep.
 
-    They are made where a runtime is given one (environment="manager", and so on), and stay for the next time.
+    They are made by 'build' below, by 'start --environment', and in Python by environment=, and stay for the next
+    time.
 
     \b
     Examples:
