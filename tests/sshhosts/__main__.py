@@ -129,7 +129,7 @@ def _tell(state: dict[str, Any]) -> None:
     print(f"""
 ssh config   {state["config"]}
 shell        ssh -F {state["config"]} host1
-Python       Runtime("host1", connection_kwargs={{"config_file": "{state["config"]}"}})
+lazycluster  export LAZYCLUSTER_SSH_CONFIG={state["config"]}
 end them     scripts/hosts down""")
     if state["password"]:
         print(f"password     {state['password']}")
