@@ -477,6 +477,11 @@ _SHELLS = {
     "bash": """eval "$(lazycluster completion bash)"
         COMP_WORDS=(lazycluster run -w host1,ho) COMP_CWORD=3
         _lazycluster_completion lazycluster && printf '%s\\n' "${COMPREPLY[@]}" """,
+    # Outside of its editor zsh has no `compadd`, which takes what was found by the name of an array.
+    "zsh": """autoload -U compinit && compinit -u -D && eval "$(lazycluster completion zsh)"
+        compadd() { print -rl -- ${(P)@[-1]} }
+        words=(lazycluster run -w host1,ho) CURRENT=4
+        [[ $_comps[lazycluster] == _lazycluster_completion ]] && _lazycluster_completion""",
     "fish": """lazycluster completion fish | source
         complete -C 'lazycluster run -w host1,ho'""",
 }
