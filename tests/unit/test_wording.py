@@ -107,3 +107,10 @@ def test_numbers_without_their_limits_in_the_help() -> None:
         (["start", "dask", "--port", "x"], 65535),
     ):
         assert f"is no whole number from 1 to {most}" in str(CliRunner().invoke(cli, words).output)
+
+
+def test_an_environment_that_is_none_is_told_before_anything_is_connected() -> None:
+    for what in ("numpy", "not-there/requirements.txt", ""):
+        done = CliRunner().invoke(cli, ["start", "dask", "-w", "nowhere.invalid", "--environment", what])
+        assert done.exit_code == 2
+        assert "such as 'lazycluster env build' prints" in done.output

@@ -144,6 +144,7 @@ def _serve(
 
     if connection_file is not None and not Path(connection_file).expanduser().absolute().parent.is_dir():
         raise click.UsageError(f"--connection-file {connection_file}: there is no such directory")
+    _check_environment(there["environment"])
     group = RuntimeGroup(
         hosts=chosen.names,
         connection_kwargs=chosen.settings,
@@ -156,3 +157,15 @@ def _serve(
         cluster.start(workers, port)
         file = cluster.write_connection_file(connection_file) if connection_file is not None else None
         serve(cluster, file)
+
+
+def _check_environment(what: str | None) -> None:
+    from lazycluster import EnvironmentSpec
+
+    try:
+        EnvironmentSpec.of(what)
+    except ValueError:
+        raise click.UsageError(
+            f"--environment {what}: it is 'manager', a requirements.txt, pyproject.toml, uv.lock or pylock.toml here, "
+            "or the path of an environment on the hosts, such as 'lazycluster env build' prints"
+        ) from None
