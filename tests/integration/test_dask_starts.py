@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -236,6 +237,44 @@ def test_a_short_time_out_is_honoured(group: RuntimeGroup) -> None:
 def test_workers_need_a_master(group: RuntimeGroup) -> None:
     with DaskCluster(group) as cluster, pytest.raises(ClusterError, match="start_master"):
         cluster.start_workers()
+
+
+_UNCHECKED = """
+import sys
+from lazycluster.cluster.dask_programs import common, scheduler
+common.check_ports = lambda ports: None  # as if the port had been free then
+scheduler.main()
+"""
+
+
+def _port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def test_a_port_that_is_taken_when_the_scheduler_has_looked_already(tmp_path: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", _UNCHECKED],
+        env={**os.environ, "LAZYCLUSTER_SCRATCH": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdin is not None
+    assert program.stdout is not None
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            for port, expected in ((taken.getsockname()[1], "port_taken"), (_port(), "ready")):
+                settings = {"prefix": "x", "modules": "", "protocol": "tcp", "security": {}, "options": {}}
+                ports = {"master": port, "dashboard": _port()}
+                program.stdin.write(json.dumps({**settings, "ports": ports}) + "\n")
+                program.stdin.flush()
+                told = next(line for line in program.stdout if '"event"' in line)
+                assert expected in told
+                assert str(port) in told
+    finally:
+        program.kill()
+        program.communicate()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -52,9 +53,12 @@ async def _serve(settings: dict[str, Any]) -> None:
     Dashboard(scheduler, "distributed.dashboard.scheduler", prefix)
     try:
         await scheduler
-    except OSError:
+    except Exception as error:  # distributed tells of all that goes wrong as of one thing
         await scheduler.close()
-        raise common.PortTakenError(ports["master"]) from None
+        cause = common.root_of(error)
+        if isinstance(cause, OSError) and cause.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise common.PortTakenError(ports["master"]) from None
+        raise
     try:
         if scheduler.http_server.port != ports["dashboard"]:  # distributed takes another one with a warning
             raise common.PortTakenError(ports["dashboard"])
