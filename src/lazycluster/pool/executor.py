@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lazycluster import _lifetime, _loop, _waiting
+from lazycluster import _lifetime, _loop
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
@@ -19,7 +19,7 @@ from .blobs import Blobs, Sharing
 from .chunks import Chunk
 from .crew import Plan
 from .dealer import Dealer
-from .futures import Futures
+from .futures import CallFuture, Futures
 from .mapping import MapRun, checked
 from .packing import Packed, pack, pack_calls
 from .sameness import Packer
@@ -132,7 +132,7 @@ class GroupExecutor(concurrent.futures.Executor):
         """Do what `submit` does, for a series whose arrays are shared, see :meth:`share`; for the layers above."""
         if not callable(fn):
             raise TypeError(f"{fn!r} is not a function")
-        future: _waiting.Future[T] = _waiting.Future()
+        future: CallFuture[T] = CallFuture(self._futures)
         sharing = sharing or Sharing(self._blobs)
         try:
             packed = self._packer.pack(fn)

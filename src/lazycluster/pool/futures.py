@@ -4,17 +4,54 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import os
 import queue
 import threading
-from typing import Any
+import weakref
+from typing import Any, TypeVar
 
-from lazycluster import _waiting
+from lazycluster import _loop, _waiting
+from lazycluster.exceptions import LazyclusterError
 
 from .chunks import Answer, Chunk, Failure
 from .dealer import Dealer
 from .outcomes import call_name, read
 
-__all__ = ["Futures"]
+__all__ = ["CallFuture", "Futures"]
+
+T = TypeVar("T")
+
+
+class CallFuture(_waiting.Future[T]):
+    """The future of a call. Where waiting for it would last for ever, asking for what came out is an error.
+
+    Args:
+        futures: Who settles it.
+    """
+
+    def __init__(self, futures: Futures) -> None:
+        super().__init__()
+        self._futures = weakref.ref(futures)
+        self._owner = os.getpid()
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the result, see :meth:`concurrent.futures.Future.result`."""
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end and return the error, see :meth:`concurrent.futures.Future.exception`."""
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        if self.done():
+            return
+        if os.getpid() != self._owner:
+            raise LazyclusterError(f"this call runs for the process {self._owner}; a forked child cannot wait for it")
+        futures = self._futures()
+        if _loop.in_loop() or (futures is not None and futures.in_callback):
+            raise LazyclusterError("a call cannot be waited for in a callback of the library: it would never end")
 
 
 class Futures:

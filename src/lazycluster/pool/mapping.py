@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from lazycluster import _waiting
+from lazycluster import _loop, _waiting
+from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
 from .blobs import Sharing
@@ -231,6 +232,8 @@ class MapRun:
             yield box.pop()
 
     def _arrived_in_time(self) -> Arrived:
+        if _loop.in_loop():
+            raise LazyclusterError("results cannot be waited for in a callback of the library: they would never come")
         if self._deadline is None:
             return self._arrived.get()
         try:
