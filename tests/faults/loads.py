@@ -170,8 +170,14 @@ class Copy(Load):
             task = RuntimeTask(f"copy-{host}").send_file(str(source), place).get_file(place, str(back))
             task.run_command(f"rm {place}")
             started.append((host, back, group.execute_task(task, host=host, retries=20, retry_on="host")))
-        for _, _, task in started:
-            task.join()
+        failures = []
+        for _, _, task in started:  # all of them: what they fetch goes into a folder that is about to be removed
+            try:
+                task.join()
+            except LazyclusterError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
         for host, back, _ in started:
             expect(_checksum(back), wanted, f"the file that was copied to {host} and back")
             back.unlink()
