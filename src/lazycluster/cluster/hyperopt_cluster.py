@@ -75,7 +75,8 @@ class HyperoptCluster(MasterWorkerCluster):
         >>> with HyperoptCluster(RuntimeGroup(hosts=["host-1", "host-2"])) as cluster:          # doctest: +SKIP
         ...     cluster.start()
         ...     trials = MongoTrials(cluster.mongo_trial_url, exp_key="first")
-        ...     best = fmin(lambda x: x * x, hp.uniform("x", -1, 1), tpe.suggest, 100, trials=trials, max_queue_len=4)
+        ...     space, how = hp.uniform("x", -1, 1), {"trials": trials, "max_queue_len": 4}
+        ...     best = fmin(lambda x: x * x, space, tpe.suggest, 100, **how)
     """
 
     DEFAULT_MASTER_PORT = 27017

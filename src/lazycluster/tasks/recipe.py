@@ -178,7 +178,8 @@ class Recipe:
             TypeError, ValueError: If a limit makes no sense.
 
         Examples:
-            >>> task = RuntimeTask("train").run_command("./train").limit(memory="8 GB", wall_time=3600)
+            >>> task = RuntimeTask("train").run_command("./train")
+            >>> task = task.limit(memory="8 GB", wall_time=3600)
         """
         self._limits = Limits.checked(memory, cpu_time, wall_time)
         return self

@@ -58,7 +58,8 @@ class RuntimeTask(Recipe, Shown):
         ValueError: If the name is empty.
 
     Examples:
-        >>> task = RuntimeTask("prepare").send_file("data.csv").run_command("wc -l data.csv")
+        >>> task = RuntimeTask("prepare").send_file("data.csv")
+        >>> task = task.run_command("wc -l data.csv")
         >>> task = Runtime("host-1").execute_task(task)        # doctest: +SKIP
         >>> print(task.execution_log[1])                       # doctest: +SKIP
         1000 data.csv
