@@ -115,6 +115,7 @@ def test_an_executor_that_begins(group: RuntimeGroup) -> None:
             assert executor.submit(abs, -2).result(timeout=60) == 2
 
 
+@pytest.mark.soak
 def test_a_clean_up_can_be_done_again() -> None:
     for _ in range(4):
         group = RuntimeGroup([LocalRuntime(host=name) for name in ("one", "two")])

@@ -150,6 +150,7 @@ print(runtimes[0].call(sum, [1, 2]), runtimes[-1].call(sum, [3, 4]), flush=True)
 """
 
 
+@pytest.mark.soak
 def test_a_manager_with_few_descriptors(hosts: Any) -> None:
     """Hosts beyond what the limit allows are an error that names the limit; the others are as good as ever."""
     done = subprocess.run(

@@ -105,6 +105,7 @@ _INTERRUPTED = """
 """
 
 
+@pytest.mark.soak
 def test_ctrl_c(make_hosts: Any) -> None:
     hosts = make_hosts(2)
     program = textwrap.dedent(_INTERRUPTED).format(config=hosts.config_file, names=hosts.names)

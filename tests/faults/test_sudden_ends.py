@@ -123,7 +123,7 @@ def test_with_others_traffic_in_the_tunnels(hosts: Any) -> None:
         other.join()
 
 
-@pytest.mark.parametrize("stage", ["programs", "scheduler", "tunnels"])
+@pytest.mark.parametrize("stage", ["programs", pytest.param("scheduler", marks=pytest.mark.soak), "tunnels"])
 def test_while_a_cluster_starts(hosts: Any, stage: str) -> None:
     pytest.importorskip("distributed")
     stages: dict[str, Callable[[], Any]] = {
@@ -145,6 +145,7 @@ def test_with_a_cluster_and_traffic_in_its_tunnels(hosts: Any) -> None:
         victim.kill()
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
 def test_while_a_search_runs_which_is_resumed(hosts: Any) -> None:
     pytest.importorskip("hyperopt")

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,10 @@ def test_files_there_and_back(hosts: Any, tmp_path: Path) -> None:
 def test_list_runtimes(make_hosts: Any) -> None:
     hosts = make_hosts(2)
     hosts[1].power_off()
-    status, out, _ = lazycluster(hosts, "list-runtimes", "-l", "--connect-timeout", "8")
+    with ThreadPoolExecutor(2) as pool:  # each waits for the host that is off
+        both = [pool.submit(lazycluster, hosts, "list-runtimes", "--connect-timeout", "8", *options)
+                for options in (["-l"], ["--json", "-w", "host[1-2]"])]  # fmt: skip
+    status, out, _ = both[0].result()
     assert status == 0
     head, *rows = out.splitlines()
     rows[:2] = sorted(rows[:2])
@@ -252,7 +256,7 @@ def test_list_runtimes(make_hosts: Any) -> None:
     assert rows[0].split()[:2] == ["host1", "active"]
     assert re.match(r"host2 +inactive +(timeout|unreachable): ", rows[1])  # the network says so, or nobody does
     assert "Next step" in out
-    status, out, _ = lazycluster(hosts, "list-runtimes", "--json", "--connect-timeout", "8", "-w", "host[1-2]")
+    status, out, _ = both[1].result()
     first, second = json.loads(out)
     assert status == 255
     assert first["state"] == "active"

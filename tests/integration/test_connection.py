@@ -183,7 +183,7 @@ def test_lost_hosts_are_noticed(make_hosts: Make, failure: str) -> None:
         with pytest.raises(ConnectionLostError):
             await connection.request("ping")
 
-    with_connections(hosts, body, reconnect=2)
+    with_connections(hosts, body, reconnect=2, link_timeout=3)
     if failure == "cut_off":
         hosts[0].restore()
         hosts[0].clear()

@@ -315,7 +315,7 @@ def test_missing_packages_on_the_manager_are_named(group: RuntimeGroup, monkeypa
 
 def test_a_dead_host_and_min_workers(make_hosts: Any) -> None:
     hosts = make_hosts(2)
-    with ssh_group(hosts) as group:
+    with ssh_group(hosts, connection_kwargs={"link_timeout": 3}) as group:
         hosts[1].power_off()
         deadline = time.monotonic() + 30
         while group.runtimes[1].connection.state == "open" and time.monotonic() < deadline:
@@ -463,7 +463,7 @@ def test_nothing_is_left_when_the_manager_is_killed(module_hosts: Any) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("after", [0.1, 0.8, 2.0, 4.0])
+@pytest.mark.parametrize("after", [0.1, 0.8, 2.0, pytest.param(4.0, marks=pytest.mark.soak)])
 def test_ctrl_c_during_a_start(module_hosts: Any, after: float) -> None:
     with _manager(module_hosts) as manager:
         assert manager.stdout is not None

@@ -58,6 +58,10 @@ class OnGroup(util.ExecutorMixin):
 class TestExecutor(OnGroup, executor_tests.ExecutorTest, util.BaseTestCase):
     test_map_timeout = None  # takes 5 s; test_map.py has another
 
+    @pytest.mark.soak
+    def test_free_reference(self) -> None:
+        super().test_free_reference()
+
 
 class TestWait(OnGroup, test_wait.WaitTests, util.BaseTestCase):
     pass

@@ -201,6 +201,7 @@ def test_a_search_ends_with_an_error_when_no_worker_is_left(tmp_path: Path) -> N
         assert Counter(document["state"] for document in _documents(trials)) == {DONE: 5}
 
 
+@pytest.mark.soak
 def test_a_search_survives_all_of_it(make_hosts: Callable[..., Any], tmp_path: Path) -> None:
     """Objectives that raise, and exit; workers that are killed in the middle of a trial; a host that is powered off."""
 

@@ -208,7 +208,7 @@ def test_a_group_is_what_its_model_is() -> None:
     run_state_machine_as_test(
         Model,
         settings=settings(
-            max_examples=150 if _EXPLORE else 10,
+            max_examples=150 if _EXPLORE else 8,
             stateful_step_count=20,
             deadline=None,
             derandomize=not _EXPLORE,

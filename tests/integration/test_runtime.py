@@ -607,7 +607,7 @@ def _kill_ssh(runtime: Runtime) -> None:
 
 def test_whoever_waits_for_an_exposure_learns_of_its_end(hosts: Any, greeter: int) -> None:
     for end in (Runtime.cleanup, _kill_ssh):
-        settings = {"config_file": hosts.config_file, "reconnect": 0, "grace": 1}
+        settings = {"config_file": hosts.config_file, "reconnect": 0, "grace": 1, "link_timeout": 2}
         with Runtime(hosts.names[0], connection_kwargs=settings) as runtime:
             handle = runtime.get_process(runtime.expose_port_to_runtime(greeter))
             handle.join(0.01)
