@@ -308,6 +308,19 @@ def test_what_a_worker_prints_without_an_end_is_shown_in_parts(capsys: pytest.Ca
     assert last == "[host] last"
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_worker_process_that_ends_is_told_of_unless_it_was_to_end(
+    asked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    connection: Any = Lost()
+    service = Service(Program("worker"), Place("host", connection), "worker 0")
+    if asked:
+        service.end()
+    service._on_event({"state": "message", "event": "respawned", "detail": {"status": 255}})
+    assert ("its worker process: it has ended with exit status 255" in caplog.text) is not asked
+    assert service.respawns == (0 if asked else 1)
+
+
 def test_more_workers_than_ports_are_refused_before_any_is_started() -> None:
     class Few(ServiceWorkerLauncher):
         port_uses = (PortUse("worker", Reach.EVERYBODY), PortUse("nanny", Reach.MANAGER))

@@ -209,6 +209,8 @@ class Service:
 
     def _heard(self, name: str, fields: dict[str, Any]) -> None:
         if name == "respawned":
+            if self._stopping:
+                return  # it is asked to end, as is what it watches, which was first
             self.respawns += 1
             self.exit_status = fields.get("status")
             self.problem = self._how(str(fields.get("out_of_memory") or ""))
