@@ -105,6 +105,9 @@ def test_a_search_on_three_hosts(cluster: HyperoptCluster, group: RuntimeGroup) 
     assert progress.best_loss == min(trials.losses())
     assert sorted(progress.per_worker) == ["host1-0", "host2-0", "host3-0"]
     assert "30 done" in str(progress)
+    used = cluster.usage(timeout=30)
+    assert used.keys() == {worker.name for worker in cluster.workers}
+    assert all(worker.memory > 10 << 20 for worker in used.values())
     results = trials.results
     assert len({result["host"] for result in results}) == 3
     assert {result["data"] for result in results} == {"found"}

@@ -20,6 +20,7 @@ from lazycluster.cluster.places import Place
 from lazycluster.cluster.process import MasterProcess
 from lazycluster.cluster.programs import Program, Source
 from lazycluster.cluster.services import Service
+from lazycluster.cluster.usage import Meter, ProcessUsage
 from lazycluster.ssh.local import LocalConnection
 from lazycluster.utils import Environment
 
@@ -284,5 +285,41 @@ def test_a_service_is_over_with_its_process_whoever_holds_its_output(tmp_path: P
         await _state(service, "failed")
         assert service.exit_status == 7
         assert service.last_output() == "last words\n"
+
+    _run(work)
+
+
+def test_what_it_uses_with_all_that_it_has_started(tmp_path: Path) -> None:
+    busy = "x = bytearray(64 << 20)\nprint(flush=True)\nwhile True: pass"
+    source = _source(
+        tmp_path,
+        f"""
+        import subprocess
+        child = subprocess.Popen([sys.executable, "-c", {busy!r}], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        say("ready")
+        sys.stdin.read()
+        """,
+    )
+
+    async def work(connection: LocalConnection) -> None:
+        service, meter = _service(connection, source), Meter()
+        assert await meter.look([service], 10) == {}
+        service.start()
+        await service.wait_for("ready")
+        seen: list[ProcessUsage] = []
+        deadline = time.monotonic() + 30
+        while not (seen and seen[-1].cpu):  # the agent looks twice a second
+            assert time.monotonic() < deadline
+            seen += (await meter.look([service], 10)).values()
+            await asyncio.sleep(0.05)
+        assert seen[0].cpu is None
+        assert seen[0].memory > 64 << 20
+        assert seen[-1].cpu is not None and 0 < seen[-1].cpu < 10_000
+        await service.stop()
+        deadline = time.monotonic() + 30
+        while (await connection.request("usage"))["services"]:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
 
     _run(work)

@@ -8,11 +8,12 @@ import io
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from lazycluster import RuntimeTask
 from lazycluster._group.views import group_view, manager_view
@@ -207,11 +208,38 @@ def test_the_live_view_shows_workers_of_older_versions_of_dask(monkeypatch: pyte
 
     class Older:
         def scheduler_info(self) -> Any:  # it takes no n_workers
-            metrics = {"cpu": 12.4, "memory": 2_000_000, "task_counts": {"executing": 3}}
-            return {"workers": {"tls://...": {"name": "host-0", "nthreads": 2, "metrics": metrics}}}
+            return {"workers": {"tls://...": {"nthreads": 2, "metrics": {"task_counts": {"executing": 3}}}}}
 
-    monkeypatch.setattr(serving, "is_terminal", lambda: True)
     monkeypatch.setattr(DaskCluster, "get_client", lambda *_, **__: contextlib.nullcontext(Older()))
     with contextlib.ExitStack() as stack:
-        details = serving._details(DaskCluster.__new__(DaskCluster), stack)
-        assert details() == ({"host-0": ("12%", "1.9M")}, "2 threads, 3 tasks running")
+        assert serving._work(DaskCluster.__new__(DaskCluster), stack)() == "2 threads, 3 tasks running"
+
+
+def test_the_live_view_shows_what_workers_use_also_if_the_engine_does_not_answer() -> None:
+    from lazycluster.cli import serving
+    from lazycluster.cluster.usage import ProcessUsage
+
+    def worker(number: int) -> Any:
+        return SimpleNamespace(
+            name=f"dask worker host-{number}", host="host", state="ready", restarts=0, pid=40 + number, problem=""
+        )
+
+    class Busy:
+        @property
+        def workers(self) -> list[Any]:
+            return [worker(0), worker(1), worker(2)]
+
+        def usage(self, timeout: float) -> dict[str, ProcessUsage]:
+            return {
+                "dask worker host-0": ProcessUsage(12.4, 2_000_000),
+                "dask worker host-1": ProcessUsage(None, 3 << 30),
+            }
+
+    def fails() -> str:
+        raise OSError("the scheduler does not answer")
+
+    console = Console(width=80, file=io.StringIO())
+    console.print(serving._view(cast(Any, Busy()), fails))
+    lines = cast(io.StringIO, console.file).getvalue().splitlines()
+    assert [line.split()[-2:] for line in lines[2:5]] == [["12%", "1.9M"], ["41", "3.0G"], ["0", "42"]]
+    assert lines[5] == "not known: the scheduler does not answer"

@@ -43,7 +43,7 @@ def parents() -> Dict[int, int]:
     return found
 
 
-def _stat(pid: int) -> Optional[List[bytes]]:
+def stat_fields(pid: int) -> Optional[List[bytes]]:
     """Return the fields of /proc/PID/stat from the third (the state) on; the second may hold anything."""
     try:
         with open("/proc/{}/stat".format(pid), "rb") as file:
@@ -54,13 +54,13 @@ def _stat(pid: int) -> Optional[List[bytes]]:
 
 def parent_of(pid: int) -> Optional[int]:
     """Return the parent's pid, None if there is no such process (a zombie counts as none)."""
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return int(fields[1]) if fields and fields[0] not in (b"Z", b"X") else None
 
 
 def start_time(pid: int) -> Optional[int]:
     """Return when a process started, in clock ticks since boot: with the pid it names one process for good."""
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
 
 

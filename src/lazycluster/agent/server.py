@@ -51,6 +51,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "environment": ("environments", "environment"),
     "activity": ("activity", "activity"),
     "tunnels": ("activity", "tunnels"),
+    "usage": ("usage", "usage"),
     "leftovers": ("leftovers", "leftovers"),
 }
 

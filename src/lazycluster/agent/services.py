@@ -29,6 +29,8 @@ _LASTED = 10.0  # seconds for which a service must have worked for its being cut
 _READY_AGAIN = 180.0  # seconds for a service that is started again to get ready
 SCRATCH = "LAZYCLUSTER_SCRATCH"  # the variable with the service's own directory, which is removed when it ends
 
+running: Dict[int, Optional[int]] = {}  # the first process of each service, and when it started
+
 _BOOT = "import sys;sys.path[:]=[p for p in sys.path if p]+[sys.argv.pop(1)];from {} import main;main()"
 
 
@@ -85,6 +87,7 @@ class _Run(Process):
         self._service = service
         self._line = b""
         super().__init__(cast("Channel", service.outlet), argv, env, cwd, True, False)
+        running[self.pid] = self._started
 
     def on_stdout(self, data: bytes) -> None:
         lines = (self._line + data).split(b"\n")
@@ -109,6 +112,7 @@ class _Run(Process):
         self._service.outlet.put(True, data)
 
     def on_over(self, status: int) -> None:
+        running.pop(self.pid, None)
         if self._line:
             self._service.outlet.put(False, self._line)
         self._service.over(status)

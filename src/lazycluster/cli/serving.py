@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
     from lazycluster.cluster.health import ClusterEvent, ProcessStatus
     from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
+    from lazycluster.cluster.usage import ProcessUsage
 
 __all__ = ["serve"]
 
 _REFRESH = 1.0
 _STYLES = {"ready": "green", "failed": "bold red", "ended": "dim"}
 
-Details = Callable[[], "tuple[dict[str, tuple[str, str]], str]"]
+_PATIENCE = 0.5  # seconds for what hosts tell of their workers; the view goes on without it
 
 
 def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
@@ -51,9 +52,9 @@ def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
     output().print("Ctrl-C ends it.", style="dim")
     over = threading.Event()
     with contextlib.ExitStack() as stack:
-        details = _details(cluster, stack)
         if is_terminal():
-            view = Live(console=output(), refresh_per_second=1, get_renderable=lambda: _view(cluster, details))
+            work = _work(cluster, stack)
+            view = Live(console=output(), refresh_per_second=1, get_renderable=lambda: _view(cluster, work))
             stack.enter_context(view)
         else:
             stack.callback(cluster.on_event(_tell))
@@ -91,30 +92,21 @@ def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) 
     return lines
 
 
-def _details(cluster: MasterWorkerCluster, stack: contextlib.ExitStack) -> Details:
-    """Return what tells processor and memory of workers by name, and a line on what is done."""
-    if not is_terminal():
-        return lambda: ({}, "")
+def _work(cluster: MasterWorkerCluster, stack: contextlib.ExitStack) -> Callable[[], str]:
+    """Return what says in a line what is done."""
     if isinstance(cluster, DaskCluster):
         client = stack.enter_context(cluster.get_client(timeout=10))
 
-        def dask() -> tuple[dict[str, tuple[str, str]], str]:
+        def dask() -> str:
             workers = _all_workers(client)
-            found = {
-                str(w["name"]): (f"{w['metrics']['cpu']:.0f}%", megabytes(w["metrics"]["memory"])) for w in workers
-            }
             threads = sum(w["nthreads"] for w in workers)
             running = sum(w["metrics"].get("task_counts", {}).get("executing", 0) for w in workers)
-            return found, f"{counted(threads, 'thread')}, {counted(running, 'task')} running"
+            return f"{counted(threads, 'thread')}, {counted(running, 'task')} running"
 
         return dask
     if isinstance(cluster, HyperoptCluster):
-
-        def hyperopt() -> tuple[dict[str, tuple[str, str]], str]:
-            return {}, str(cluster.progress())
-
-        return hyperopt
-    return lambda: ({}, "")
+        return lambda: str(cluster.progress())
+    return lambda: ""
 
 
 def _all_workers(client: Client) -> list[dict[str, Any]]:
@@ -125,21 +117,29 @@ def _all_workers(client: Client) -> list[dict[str, Any]]:
     return list(info["workers"].values())
 
 
-def _view(cluster: MasterWorkerCluster, details: Details) -> RenderableType:
+def _view(cluster: MasterWorkerCluster, work: Callable[[], str]) -> RenderableType:
+    used: dict[str, ProcessUsage] = {}
     try:
-        found, line = details()
+        used = cluster.usage(_PATIENCE)
+        line = work()
     except Exception as error:  # noqa: BLE001  (what is shown beside the table must not end the cluster)
-        found, line = {}, f"not known: {error}"
+        line = f"not known: {error}"
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("WORKER", "HOST", "STATE", "RESTARTS", "PID", "CPU", "MEMORY"):
         table.add_column(name, justify="left" if name in ("WORKER", "HOST", "STATE") else "right", no_wrap=True)
     for worker in cluster.workers:
-        name = worker.name.rpartition(" ")[2]
-        cpu, memory = found.get(name, ("", ""))
         state = Text(worker.state, style=_STYLES.get(worker.state, "yellow"))
-        table.add_row(name, worker.host, state, str(worker.restarts), str(worker.pid or ""), cpu, memory)
+        figures = _figures(used.get(worker.name))
+        name = worker.name.rpartition(" ")[2]
+        table.add_row(name, worker.host, state, str(worker.restarts), str(worker.pid or ""), *figures)
     problems = [_problem(worker) for worker in cluster.workers if worker.state == "failed"]
     return Group(Text(), table, *problems, Text(printable(line), style="dim"))
+
+
+def _figures(used: ProcessUsage | None) -> tuple[str, str]:
+    if used is None:
+        return "", ""
+    return "" if used.cpu is None else f"{used.cpu:.0f}%", megabytes(used.memory)
 
 
 def _problem(worker: ProcessStatus) -> Text:

@@ -25,11 +25,9 @@ from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from . import connection_file
 from .contracts import MasterLauncher, RuntimeCluster, WorkerLauncher
 from .exceptions import ClusterError
-from .health import ClusterEvent, EventCallback, ProcessStatus, Watch
 from .launchers import ServiceMasterLauncher, prepare
 from .placement import Gpus
-from .services import Service
-from .views import ShownCluster
+from .watched import WatchedCluster
 from .workers import ServiceWorkerLauncher
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ T = TypeVar("T")
 logger = logging.getLogger("lazycluster")
 
 
-class MasterWorkerCluster(ShownCluster, RuntimeCluster):
+class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
     """Base of clusters with a master and workers.
 
     Args:
@@ -91,6 +89,7 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
             raise ValueError(f"min_workers must be at least 1, not {min_workers}")
         if idle_gpus and gpus_per_worker is None:
             raise ValueError("idle_gpus says which GPUs may be used: say how many with gpus_per_worker, too")
+        super().__init__()
         self._group = runtime_group
         self._all_ports = _checked_ports(ports, self.DEFAULT_PORT_RANGE_START, self.DEFAULT_PORT_RANGE_END)
         self._ports = list(self._all_ports)
@@ -99,7 +98,6 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
         self._state = "created"
         self._connection_files: list[Path] = []
         self._files_owner = secrets.token_hex(8)
-        self._watch = Watch()
         self._lock = threading.RLock()
         self._changing = threading.RLock()  # held while workers are started or leave: one change at a time
         self._master_launcher = _launcher(master_launcher, runtime_group) or self._default_master_launcher()
@@ -280,69 +278,6 @@ class MasterWorkerCluster(ShownCluster, RuntimeCluster):
                 self._state = "closed"
         if errors:
             raise ClusterError("cleaning up: " + "; ".join(str(error) for error in errors)) from errors[0]
-
-    # --- how it does ---------------------------------------------------------------------------
-    @property
-    def status(self) -> Any:
-        """What the cluster does: ``created``, ``starting``, ``running``, ``closing``, ``closed`` or ``failed``.
-
-        A cluster has failed if it did not start, or if its master, or each of its workers, has ended for good: it was
-        started again as often as is allowed within minutes. Use of it raises an error then, which says why.
-        """
-        return "failed" if self._state == "running" and self._problem() else self._state
-
-    @property
-    def master(self) -> ProcessStatus | None:
-        """How the master does; None if it was not started, or not by a launcher that watches it."""
-        return next((ProcessStatus.of(service) for service in self._services(self._master_launcher)), None)
-
-    @property
-    def workers(self) -> list[ProcessStatus]:
-        """How each worker does, those that have failed for good included."""
-        return [ProcessStatus.of(service) for service in self._services(self._worker_launcher)]
-
-    @property
-    def events(self) -> list[ClusterEvent]:
-        """What has happened to the master and the workers, the latest last."""
-        return self._watch.events
-
-    def on_event(self, callback: EventCallback) -> Callable[[], None]:
-        """Have a function called with each event of the master and the workers.
-
-        It is called on the thread that serves all connections: it must not wait, nor use the cluster itself.
-
-        Args:
-            callback: The function; it gets a `ClusterEvent`.
-
-        Returns:
-            A function that ends it.
-
-        Examples:
-            >>> cluster.on_event(print)                                          # doctest: +SKIP
-        """
-        return self._watch.on_event(callback)
-
-    @staticmethod
-    def _services(launcher: MasterLauncher | WorkerLauncher) -> list[Service]:
-        return list(getattr(launcher, "services", []))
-
-    def _problem(self) -> str:
-        """Return why the cluster cannot do anything any more, "" if it can."""
-        if problem := self._master_problem():
-            return problem
-        workers = self._services(self._worker_launcher)
-        if workers and all(worker.state == "failed" for worker in workers):
-            return f"no worker is left; the last one: {workers[-1].error}"
-        return ""
-
-    def _master_problem(self) -> str:
-        failed = (s for s in self._services(self._master_launcher) if s.state == "failed")
-        return next((str(service.error) for service in failed), "")
-
-    def _check_alive(self) -> None:
-        problem = self._problem() if self._state == "running" else ""
-        if problem:
-            raise ClusterError(f"the cluster has failed: {problem}\n  Next step: call cleanup(), then start()")
 
     # --- shared --------------------------------------------------------------------------------
     @contextlib.contextmanager
