@@ -15,10 +15,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 from . import _progress, _waiting
+from .exceptions import harmless
 
 T = TypeVar("T")
 
 _logger = logging.getLogger("lazycluster")
+_logger.addFilter(harmless)  # whatever comes from a host comes through this loop
 
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled coroutine to undo what it began
 

@@ -7,6 +7,7 @@ output, ...), and its message ends with the next step where there is one.
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,6 +47,15 @@ def printable(text: str) -> str:
 def _escaped(found: re.Match[str]) -> str:
     number = ord(found.group())
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
+def harmless(record: logging.LogRecord) -> bool:
+    """A filter for logs: what hosts say is in their messages, and is not to steer the terminal that shows them."""
+    text = record.getMessage()
+    shown = printable(text)
+    if shown != text:
+        record.msg, record.args = shown, None
+    return True
 
 
 class LazyclusterError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from lazycluster import LocalRuntime, RuntimeGroup, _loop
 from lazycluster.agent import wire
 from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
+from lazycluster.ssh.channel import Channel
 from lazycluster.ssh.hello import Hello
 from lazycluster.ssh.link import AgentLink
 
@@ -120,9 +123,9 @@ def test_a_channel_has_one_result() -> None:
         async with linked() as (link, host, _):
             seen: list[bytes] = []
             channel = link.open_channel("run", {}, stdout=seen.append)
-            result = wire.json_frame(1, wire.RESULT, {"ok": True, "exit": 0})
+            result = wire.json_frame(1, wire.RESULT, {"ok": True, "exit": 0, "signal": None})
             await host.say(wire.frame(1, wire.STDOUT, b"a") + result + wire.frame(1, wire.STDOUT, b"b") + result)
-            assert await channel.result() == {"exit": 0}
+            assert await channel.result() == {"exit": 0, "signal": None}
             assert seen == [b"a"]
 
     asyncio.run(attempt())
@@ -147,6 +150,90 @@ def test_errors_can_be_shown_whatever_is_in_them() -> None:
     shown = str(LazyclusterError(text))
     shown.encode("utf-8")
     assert all(letter.isprintable() or letter in "\n\t\xa0\xad" for letter in shown)
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer", "where"),
+    [
+        ({"op": "ports"}, {}, "free is missing"),
+        ({"op": "ports"}, {"free": 7}, "free is no list"),
+        ({"op": "ports"}, {"free": [1, "2"]}, "free is '2'"),
+        ({"op": "mkdtemp"}, {"path": None}, "path is None"),
+        ({"op": "setup"}, {"env": {"PATH": ["/"]}}, "env.PATH is"),
+        ({"op": "setup"}, {"env": []}, "env is no object"),
+        ({"op": "interpreters"}, {"interpreters": [{"path": "/p"}]}, "interpreters.version is missing"),
+        ({"op": "run"}, {"exit": "0", "signal": None}, "exit is '0'"),
+        ({"op": "run"}, {"exit": float("nan"), "signal": None}, "exit is nan"),
+        ({"op": "call"}, {"status": {}}, "status is"),
+        ({"op": "activity"}, dict.fromkeys(("busy", "total", "tasks", "workers", "tunnels"), float("inf")), "is inf"),
+        ({"op": "detached", "do": "list"}, {"tasks": [None]}, "tasks is no object"),
+        ({"op": "environment", "action": "find"}, {"found": "yes", "prefix": "/"}, "found is 'yes'"),
+        ({"op": "expand"}, {"path": "x" * 1_000_000, "directory": "x" * 1_000_000, "identity": None}, "directory is"),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_an_error(request_: dict[str, Any], answer: Any, where: str) -> None:
+    async def attempt() -> None:
+        async with linked() as (link, host, _):
+            params = {key: value for key, value in request_.items() if key != "op"}
+            channel = link.open_channel(request_["op"], params)
+            await host.say(wire.json_frame(1, wire.RESULT, {"ok": True, **answer}))
+            with pytest.raises(AgentError, match="makes no sense") as caught:
+                await asyncio.wait_for(channel.result(), 10)
+            assert where in str(caught.value)
+            assert caught.value.kind == "protocol"
+            assert len(str(caught.value)) < 1000
+
+    asyncio.run(attempt())
+
+
+@pytest.mark.parametrize("kind", [wire.EVENT, wire.OUTPUT])
+def test_who_is_told_what_cannot_be_handled_does_not_wait_for_ever(kind: int) -> None:
+    """The request is given up, on both sides; the others go on."""
+
+    async def attempt() -> None:
+        async with linked() as (link, host, lost):
+            channel = link.open_channel("pool", {}, event=lambda said: said["x"], output=lambda data: [][len(data)])
+            other = link.open_channel("ping", {})
+            await host.say(wire.json_frame(1, kind, {"y": "\x1b[2J"}) + wire.json_frame(2, wire.RESULT, {"ok": True}))
+            with pytest.raises(AgentError, match="makes no sense"):
+                await asyncio.wait_for(channel.result(), 10)
+            assert await other.result() == {}
+            assert not lost
+            os.set_blocking(host.fd_in, False)
+            assert b'{"abandon":true}' in os.read(host.fd_in, 65536)
+
+    asyncio.run(attempt())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"ready": True}, {"ready": True, "workers": 0}, {"ready": True, "workers": [None]}, {"workers": 2},
+        {"back": [[]]}, {"died": {"signal": "x"}, "number": 1, "at": 0, "innocent": False},
+        {"died": {"signal": None}, "number": 1, "at": None, "innocent": False},
+    ],
+)  # fmt: skip
+def test_nobody_waits_for_workers_that_make_no_sense(said: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    received = Channel.received
+
+    def changed(self: Channel, kind: int, payload: bytes) -> None:
+        hostile = kind == wire.EVENT and b'"ready"' in payload
+        received(self, kind, json.dumps(said).encode() if hostile else payload)
+
+    monkeypatch.setattr(Channel, "received", changed)
+    with RuntimeGroup([LocalRuntime()]) as group, pytest.raises(AgentError, match="makes no sense"):
+        list(group.map(abs, range(3), timeout=20))
+
+
+def test_logs_do_not_steer_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """What ssh and the host's session print goes there, too."""
+    _loop.get_loop()
+    logging.getLogger("lazycluster").warning("%s: the link is interrupted: %s\x9b", "host1", "\x1b]0;title\x07 gone")
+    logging.getLogger("lazycluster").warning("50 %% of %d", 7)
+    assert [record.getMessage() for record in caplog.records] == [
+        "host1: the link is interrupted: \\x1b]0;title\\x07 gone\\x9b",
+        "50 % of 7",
+    ]
 
 
 _HELLO = {

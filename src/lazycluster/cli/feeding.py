@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lazycluster.exceptions import LazyclusterError
 
 if TYPE_CHECKING:
-    from lazycluster.ssh.link import Channel
+    from lazycluster.ssh.channel import Channel
 
 __all__ = ["SharedInput"]
 

@@ -24,13 +24,14 @@ from lazycluster.agent.poolwire import (
     WORKER,
 )
 from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
+from lazycluster.ssh.answers import check_shape
 from lazycluster.tasks.functions import library_for, resolve_auto
 
 from .chunks import Answer, Chunk
 from .streams import Lines, Stream
 
 if TYPE_CHECKING:
-    from lazycluster.ssh.link import Channel
+    from lazycluster.ssh.channel import Channel
     from lazycluster.tasks.context import Context
 
     from .blobs import Blob, Blobs
@@ -47,6 +48,11 @@ _JOINED = 128 * 1024
 _SMOOTH = 0.2
 AWAY_PATIENCE = 5.0  # seconds after which calls of a host that cannot be reached are run elsewhere
 _CLOSE_LIMIT = 15.0  # seconds that a host gets to end its workers
+
+# What makes no sense is an error before anything is done: else a chunk could be let go of, and be nowhere.
+_READY = {"workers": int}
+_DIED = {"number": int, "at": int, "innocent": bool, "died": {"signal": (int, type(None))}}
+_BACK = {"back": [int]}
 
 
 class Owner(Protocol):
@@ -336,19 +342,27 @@ class Crew:
 
     # --- what it says --------------------------------------------------------------------------
     def _event(self, message: dict[str, Any]) -> None:
+        # What makes no sense is an error before anything is done: else a chunk could be let go of, and be nowhere.
         if message.get("ready"):
+            check_shape(message, _READY)
+            if message["workers"] < 1:
+                raise ValueError("there are no workers")
             self.workers = message["workers"]
             self._owner.deal_soon()
         elif "died" in message:
+            check_shape(message, _DIED)
             chunk = self._forget(message["number"])
             if chunk is not None and message["innocent"]:
                 self._owner.returned([chunk])
             elif chunk is not None:
                 self._owner.died(self, chunk, message["at"], message["died"])
         elif "back" in message:
+            check_shape(message, _BACK)
             self.asked_back = False
             found = [self._forget(number) for number in message["back"]]
             self._owner.returned([chunk for chunk in found if chunk is not None])
+        else:
+            raise ValueError("it is told of something that nobody knows")
 
     def _output(self, data: bytes) -> None:
         number = WORKER.unpack_from(data)[0]
@@ -358,6 +372,8 @@ class Crew:
         stream.feed(data, WORKER.size)
 
     def _answer(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
+        if not 0 <= elapsed < math.inf:
+            raise ValueError(f"a chunk took {elapsed} s")
         if kind in (RETURNED, MIXED, BROKEN):
             chunk = self._forget(number)
             if chunk is None:

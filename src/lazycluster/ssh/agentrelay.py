@@ -24,9 +24,9 @@ from lazycluster._words import counted
 from lazycluster.exceptions import LazyclusterError, PortInUseError, TunnelError
 
 from . import workspace
+from .channel import Channel
 from .connection import Connection
 from .handles import MANAGER, Outcome, Tunnel, TunnelRequest
-from .link import Channel
 from .mux import MuxError
 from .probes import mux_of
 from .program import bulk_command

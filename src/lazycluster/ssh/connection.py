@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
 
+from .channel import Bytes, Channel, Event
 from .hello import Hello
-from .link import AgentLink, Bytes, Channel, Event
+from .link import AgentLink
 from .mark import Mark, StartError, read_mark
 from .mux import Forward
 from .process import WatchedProcess

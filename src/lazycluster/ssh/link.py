@@ -1,4 +1,4 @@
-"""Frames to and from one agent, and the channels that they belong to: the manager's side of `agent/wire.py`."""
+"""Frames to and from one agent: the manager's side of `agent/wire.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lazycluster.agent import wire
-from lazycluster.exceptions import AgentError, ConnectionLostError, printable
+from lazycluster.exceptions import ConnectionLostError, printable
+
+from .channel import Bytes, Channel, Event, message_frame
 
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024
@@ -19,118 +21,6 @@ _WARN_AGAIN = 60.0  # seconds without the same problem after which it is logged 
 _CRASH = 16 * 1024  # characters of an agent's traceback that are logged
 
 logger = logging.getLogger("lazycluster")
-
-Bytes = Callable[[bytes], Any]
-Event = Callable[[dict[str, Any]], Any]
-
-
-def _message(number: int, kind: int, message: dict[str, Any]) -> bytes:
-    """Return a frame with a message that is not sent in parts.
-
-    Raises:
-        ValueError: It is so long that the agent would take it for nonsense, and end with all that it runs.
-    """
-    frame = wire.json_frame(number, kind, message)
-    size = len(frame) - wire.HEADER.size
-    if size > wire.FROM_MANAGER:
-        mebibytes = 1024 * 1024
-        raise ValueError(
-            f"a request of {size / mebibytes:.1f} MiB is too large: a command, its environment and the like may have "
-            f"{wire.FROM_MANAGER // mebibytes} MiB together.\n"
-            "  Next step: send what is large as a file (send_file), or as an argument of a function"
-        )
-    return frame
-
-
-class Channel:
-    """The manager's side of one request, which the agent answers with output, events and one result."""
-
-    def __init__(
-        self,
-        link: AgentLink,
-        number: int,
-        stdout: Bytes | None,
-        stderr: Bytes | None,
-        output: Bytes | None,
-        event: Event | None,
-    ) -> None:
-        self._link = link
-        self._number = number
-        self._sinks = {wire.STDOUT: stdout, wire.STDERR: stderr, wire.OUTPUT: output}
-        self._event = event
-        self._credit = wire.WINDOW
-        self._more_credit = asyncio.Event()
-        self._done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-
-    async def result(self) -> dict[str, Any]:
-        """Wait for the end and return the fields of the result.
-
-        Raises:
-            AgentError: If the agent answered with an error.
-            ConnectionLostError: If the connection ended before the answer came.
-        """
-        message = await asyncio.shield(self._done)
-        if message.pop("ok", False):
-            return message
-        evidence = {key: value for key, value in message.items() if key not in ("error", "message")}
-        raise AgentError(self._link.host, str(message.get("error")), str(message.get("message")), evidence)
-
-    async def send(self, data: bytes | memoryview) -> None:
-        """Send input, no faster than it is consumed. What comes after the channel's end is dropped."""
-        view = memoryview(data)
-        while view and not self._done.done():
-            if not self._credit:
-                self._more_credit.clear()
-                await self._more_credit.wait()
-                continue
-            part = view[: min(self._credit, wire.MAX_PAYLOAD)]
-            self._credit -= len(part)
-            view = view[len(part) :]
-            await self._link.send(wire.HEADER.pack(len(part), self._number, wire.INPUT), part)
-
-    async def send_end(self) -> None:
-        """Say that no more input comes."""
-        if not self._done.done():
-            await self._link.send(wire.frame(self._number, wire.INPUT_END))
-
-    def control(self, **message: Any) -> None:
-        """Say something about the work, e.g. ``signal="TERM"``."""
-        if not self._done.done():
-            self._link.send_soon(_message(self._number, wire.CONTROL, message))
-
-    def close(self) -> None:
-        """Drop the channel; the agent ends the work. Does nothing after the result has come."""
-        if not self._done.done():
-            self._link.send_soon(wire.json_frame(self._number, wire.CONTROL, {"abandon": True}))
-            self._link.forget(self._number)
-            self._done.cancel()
-            self._more_credit.set()
-
-    def received(self, kind: int, payload: bytes) -> None:
-        """Handle one frame from the agent."""
-        if kind == wire.RESULT:
-            message = wire.loads(payload)  # what is no result leaves the channel to the end of the link
-            self._link.forget(self._number)
-            if not self._done.done():
-                self._done.set_result(message)
-            self._more_credit.set()
-        elif kind == wire.CREDIT:
-            self._credit += int.from_bytes(payload[:4], "big")
-            self._more_credit.set()
-        elif kind == wire.EVENT:
-            if self._event is not None:
-                self._event(wire.loads(payload))
-        else:
-            sink = self._sinks.get(kind)
-            if sink is not None:
-                sink(payload)
-
-    def fail(self, error: Exception) -> None:
-        """End the channel because the link has gone."""
-        if not self._done.done():
-            self._done.set_exception(error)
-            self._done.exception()  # whoever waits gets it; that nobody does is no error
-        self._more_credit.set()
 
 
 class AgentLink:
@@ -273,9 +163,10 @@ class AgentLink:
         if self._lost_error is not None:
             raise ConnectionLostError(self.host, self._lost_error.detail)
         number = self._next
-        request = _message(number, wire.REQUEST, {**params, "op": op})
+        asked = {**params, "op": op}
+        request = message_frame(number, wire.REQUEST, asked)
         self._next += 1
-        channel = Channel(self, number, stdout, stderr, output, event)
+        channel = Channel(self, number, asked, stdout, stderr, output, event)
         self._channels[number] = channel
         self.send_soon(request)
         return channel

@@ -15,10 +15,11 @@ from lazycluster.agent import wire
 from lazycluster.agent.presence import KEPT, SECRET_SIZE, SILENCE_LIMIT
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, printable
 
+from .channel import Channel
 from .config import Settings
 from .connection import Connection
 from .hello import Hello
-from .link import AgentLink, Channel
+from .link import AgentLink
 from .mark import Mark, StartError
 
 __all__ = ["ReturningConnection"]

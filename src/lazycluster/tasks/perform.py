@@ -19,7 +19,7 @@ from .limits import Limits, memory_hint
 from .steps import GetFile, RunCommand, RunFunction, SendFile, Step, StepResult
 
 if TYPE_CHECKING:
-    from lazycluster.ssh.link import Channel
+    from lazycluster.ssh.channel import Channel
     from lazycluster.ssh.transfer import TransferResult
 
     from .context import Context
@@ -60,7 +60,7 @@ class Work:
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Take what the host tells of the process."""
-        if "pid" in event:
+        if isinstance(event.get("pid"), int):
             self.pid = event["pid"]
 
 

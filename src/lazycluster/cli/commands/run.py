@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
     from lazycluster.cli.feeding import SharedInput
     from lazycluster.cli.printing import Printer
+    from lazycluster.ssh.channel import Channel
     from lazycluster.ssh.connection import Connection
-    from lazycluster.ssh.link import Channel
 
 __all__ = ["run"]
 

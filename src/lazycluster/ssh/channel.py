@@ -1,0 +1,165 @@
+"""One request to an agent, and what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lazycluster.agent import wire
+from lazycluster.exceptions import AgentError
+
+from .answers import check_answer
+
+if TYPE_CHECKING:
+    from .link import AgentLink
+
+__all__ = ["Bytes", "Channel", "Event", "message_frame"]
+
+_NONSENSE_SHOWN = 300  # characters
+
+logger = logging.getLogger("lazycluster")
+
+Bytes = Callable[[bytes], Any]
+Event = Callable[[dict[str, Any]], Any]
+
+
+def message_frame(number: int, kind: int, message: dict[str, Any]) -> bytes:
+    """Return a frame with a message that is not sent in parts.
+
+    Raises:
+        ValueError: It is so long that the agent would take it for nonsense, and end with all that it runs.
+    """
+    frame = wire.json_frame(number, kind, message)
+    size = len(frame) - wire.HEADER.size
+    if size > wire.FROM_MANAGER:
+        mebibytes = 1024 * 1024
+        raise ValueError(
+            f"a request of {size / mebibytes:.1f} MiB is too large: a command, its environment and the like may have "
+            f"{wire.FROM_MANAGER // mebibytes} MiB together.\n"
+            "  Next step: send what is large as a file (send_file), or as an argument of a function"
+        )
+    return frame
+
+
+class Channel:
+    """The manager's side of one request, which the agent answers with output, events and one result."""
+
+    def __init__(
+        self,
+        link: AgentLink,
+        number: int,
+        request: Mapping[str, Any],
+        stdout: Bytes | None,
+        stderr: Bytes | None,
+        output: Bytes | None,
+        event: Event | None,
+    ) -> None:
+        self._link = link
+        self._number = number
+        self._asked = {key: request[key] for key in ("op", "do", "action") if key in request}
+        self._sinks = {wire.STDOUT: stdout, wire.STDERR: stderr, wire.OUTPUT: output}
+        self._event = event
+        self._credit = wire.WINDOW
+        self._more_credit = asyncio.Event()
+        self._done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+    async def result(self) -> dict[str, Any]:
+        """Wait for the end and return the fields of the result.
+
+        Raises:
+            AgentError: If the agent answered with an error.
+            ConnectionLostError: If the connection ended before the answer came.
+        """
+        message = await asyncio.shield(self._done)
+        if message.pop("ok", False) is True:
+            try:
+                check_answer(self._asked, message)
+            except ValueError as error:
+                raise self._nonsense(error) from None
+            return message
+        evidence = {key: value for key, value in message.items() if key not in ("error", "message")}
+        raise AgentError(self._link.host, str(message.get("error")), str(message.get("message")), evidence)
+
+    def _nonsense(self, error: Exception) -> AgentError:
+        text = f"{type(error).__name__}: {error}"[:_NONSENSE_SHOWN]
+        return AgentError(
+            self._link.host,
+            "protocol",
+            f"what it answered to {self._asked.get('op')!r} makes no sense ({text}).\n"
+            "  Next step: see who has changed what runs on that host; our agent does not say that",
+        )
+
+    async def send(self, data: bytes | memoryview) -> None:
+        """Send input, no faster than it is consumed. What comes after the channel's end is dropped."""
+        view = memoryview(data)
+        while view and not self._done.done():
+            if not self._credit:
+                self._more_credit.clear()
+                await self._more_credit.wait()
+                continue
+            part = view[: min(self._credit, wire.MAX_PAYLOAD)]
+            self._credit -= len(part)
+            view = view[len(part) :]
+            await self._link.send(wire.HEADER.pack(len(part), self._number, wire.INPUT), part)
+
+    async def send_end(self) -> None:
+        """Say that no more input comes."""
+        if not self._done.done():
+            await self._link.send(wire.frame(self._number, wire.INPUT_END))
+
+    def control(self, **message: Any) -> None:
+        """Say something about the work, e.g. ``signal="TERM"``."""
+        if not self._done.done():
+            self._link.send_soon(message_frame(self._number, wire.CONTROL, message))
+
+    def close(self) -> None:
+        """Drop the channel; the agent ends the work. Does nothing after the result has come."""
+        if not self._done.done():
+            self._abandon()
+            self._done.cancel()
+
+    def _abandon(self) -> None:
+        self._link.send_soon(wire.json_frame(self._number, wire.CONTROL, {"abandon": True}))
+        self._link.forget(self._number)
+        self._more_credit.set()
+
+    def received(self, kind: int, payload: bytes) -> None:
+        """Handle one frame from the agent."""
+        if kind == wire.RESULT:
+            message = wire.loads(payload)  # what is no result leaves the channel to the end of the link
+            self._link.forget(self._number)
+            if not self._done.done():
+                self._done.set_result(message)
+            self._more_credit.set()
+        elif kind == wire.CREDIT:
+            self._credit += int.from_bytes(payload[:4], "big")
+            self._more_credit.set()
+        elif kind == wire.EVENT:
+            if self._event is not None:
+                self._take(self._event, wire.loads(payload))
+        else:
+            sink = self._sinks.get(kind)
+            if sink is not None and kind == wire.OUTPUT:
+                self._take(sink, payload)
+            elif sink is not None:
+                sink(payload)
+
+    def _take(self, sink: Callable[[Any], Any], said: Any) -> None:
+        """Hand on what has a form; if it has not, nobody may wait for what will not come."""
+        try:
+            sink(said)
+        except OSError:
+            raise  # of a file here
+        except Exception as error:
+            logger.debug("%s: what a request was answered cannot be handled", self._link.host, exc_info=True)
+            self._abandon()
+            self.fail(self._nonsense(error))
+
+    def fail(self, error: Exception) -> None:
+        """End the channel because the link has gone."""
+        if not self._done.done():
+            self._done.set_exception(error)
+            self._done.exception()  # whoever waits gets it; that nobody does is no error
+        self._more_credit.set()
