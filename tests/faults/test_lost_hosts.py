@@ -100,6 +100,33 @@ def test_each_result_comes_once_whatever_dies(group: RuntimeGroup, tmp_path: Pat
     assert got == list(range(300))
 
 
+def test_a_host_that_comes_back_takes_part_again(hosts: Any) -> None:
+    """In the same map; each result comes once."""
+
+    def slow(x: int) -> tuple[int, str]:
+        time.sleep(0.01)
+        return x, os.environ["WORKING_DIR"]
+
+    kwargs = {"config_file": hosts.config_file, "link_timeout": 2}
+    with RuntimeGroup(hosts=hosts.names[:2], connection_kwargs=kwargs, python="auto") as group:
+        runtime = group.runtimes[0]
+        before = runtime.working_dir
+        results = group.map(slow, itertools.count(), buffersize=20)
+        got = list(itertools.takewhile(lambda result: result[1] != before, results))
+        lose_agent(hosts, runtime)
+        until(lambda: runtime.connection.generation == 2 and runtime.connection.state == "open", "another agent")
+        assert runtime.working_dir != before
+        after: list[tuple[int, str]] = []
+
+        def is_back() -> bool:
+            after.append(next(results))
+            return after[-1][1] == runtime.working_dir
+
+        until(is_back, "results of the host that is back")
+        numbers = [number for number, _ in after]
+        assert numbers == list(range(len(got) + 1, len(got) + 1 + len(numbers)))
+
+
 def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) -> None:
     agents = [runtime.connection.hello.pid for runtime in group.runtimes]
 

@@ -7,10 +7,11 @@ import logging
 import signal as signals
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
+from lazycluster.agent.restarts import Restarts
 from lazycluster.exceptions import (
     AgentError,
     BrokenPoolError,
@@ -33,6 +34,9 @@ __all__ = ["Dealer"]
 
 _logger = logging.getLogger("lazycluster")
 
+Again = Callable[[], Awaitable["Context | None"]]
+
+_MOST_RETURNS = 5  # of a host within minutes
 MOST_DEATHS = 3  # workers or hosts that may die under a call before it is given up
 
 
@@ -43,16 +47,20 @@ class Dealer:
         contexts: The hosts, and how functions are run on each.
         plans: What the workers are like, per host.
         blobs: What several calls need.
+        again: For each host what returns how functions are run there once it is back, None if it is not coming back.
 
     Attributes:
         error: Why nothing can be run any more, None while it can.
     """
 
-    def __init__(self, contexts: Sequence[Context], plans: Sequence[Plan], blobs: Blobs) -> None:
+    def __init__(
+        self, contexts: Sequence[Context], plans: Sequence[Plan], blobs: Blobs, again: Sequence[Again]
+    ) -> None:
         self.blobs = blobs
         self.error: BaseException | None = None
         self._crews: list[Crew] = []
-        self._contexts, self._plans = contexts, plans
+        self._contexts, self._plans, self._again = contexts, plans, again
+        self._returns = [Restarts(_MOST_RETURNS) for _ in contexts]
         self._inbox: deque[Chunk] = deque()
         self._cancels: deque[Chunk] = deque()
         self._releases: deque[int] = deque()
@@ -240,6 +248,7 @@ class Dealer:
         if others:
             _logger.warning("%s: %d calls are run elsewhere: %s", crew.host, len(again), error)
             self.returned(again)
+            self._runs.append(asyncio.ensure_future(self._take_back(crew)))
             return
         self._pending.extendleft(reversed(again))
         reasons = "\n".join(f"  {reason}" for reason in self._lost.values())
@@ -250,6 +259,22 @@ class Dealer:
                 host=crew.host,
             )
         )
+
+    async def _take_back(self, crew: Crew) -> None:
+        """Have a host take part again whose agent was lost, if it comes back while there are others."""
+        index = self._crews.index(crew)
+        delay = self._returns[index].next()
+        if delay is None:
+            _logger.error("%s: was lost %d times, and gets no more calls", crew.host, _MOST_RETURNS + 1)
+            return
+        await asyncio.sleep(delay)
+        context = await self._again[index]()
+        if context is None or self._closed or self.error is not None:
+            return
+        _logger.info("%s: is back, and takes part again", crew.host)
+        self._lost.pop(crew.host, None)
+        self._crews[index] = again = Crew(self, context, self._plans[index])
+        await again.run(())
 
     def _break(self, error: BaseException) -> None:
         if self.error is None:

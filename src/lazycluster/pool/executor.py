@@ -82,7 +82,8 @@ class GroupExecutor(concurrent.futures.Executor):
             first = self._blobs.take(pack(functools.partial(initializer, *initargs)))
         gpus = gpus_of(gpus_per_call, idle_gpus)
         plans = [Plan(counts[host], first, debug, gpus) for host in self.hosts]
-        self._dealer = Dealer([runtime.task_context() for runtime in runtimes], plans, self._blobs)
+        contexts = [runtime.task_context() for runtime in runtimes]
+        self._dealer = Dealer(contexts, plans, self._blobs, [runtime.context_again for runtime in runtimes])
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._ending = threading.RLock()

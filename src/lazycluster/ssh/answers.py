@@ -20,7 +20,7 @@ _INFO = {
     "uptime": _MAYBE_NUMBER, "gpus": [dict], "gpu_problem": str,
 }  # fmt: skip
 _ENVIRONMENT = {
-    "id": str, "path": str, "source": (str, type(None)), "python": (str, type(None)), "packages": int,
+    "id": str, "path": str, "source": (str, type(None)), "python": (str, type(None)), "packages": dict,
     "size": (int, type(None)), "made": _MAYBE_NUMBER, "last_used": _NUMBER, "problem": (str, type(None)),
 }  # fmt: skip
 
@@ -83,7 +83,9 @@ def _check_object(value: Any, shape: dict[Any, Any], where: str) -> None:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is no object")
     if ... in shape:
-        shape = dict.fromkeys(value, shape[...])
+        for name, one in value.items():
+            check_shape(one, shape[...], f"{where}.{name:.60}")
+        return
     for name, inner in shape.items():
         key = name.removesuffix("?")
         inside = f"{where}.{key}" if where else key
