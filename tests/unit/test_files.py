@@ -29,6 +29,7 @@ from lazycluster.agent import tree
 from lazycluster.agent.expand import absolute, expand
 from lazycluster.agent.files import destination
 from lazycluster.agent.receiver import Receiver
+from lazycluster.agent.sender import RESUME, Sender
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
 from lazycluster.ssh.transfer import TransferError, TransferResult, get, send
 
@@ -793,6 +794,47 @@ def test_the_same_folder_again_and_again_takes_no_memory(inside):
     assert os.listdir(inside) == ["a"]
 
 
+def test_folders_take_a_limited_memory(inside, monkeypatch):
+    """Each has to be remembered until the end, however long a list a host sends."""
+    monkeypatch.setattr("lazycluster.agent.tree._MOST_NAMES", 100_000)
+    hostile = Hostile(inside)
+    hostile.send(frames.ENTRIES, [["d", f"{i}" * 20, 1, 0o755, 0] for i in range(frames.BATCH)])
+    assert "more folders than make sense" in str(hostile.outcome())
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [([bytes(1 << 20)] * 200, "more answers than questions"), ([bytes([RESUME])], "too short"), ([b""] * 6, "more")],
+)
+def test_a_receiver_that_says_what_it_likes_takes_no_memory(tmp_path, answers, why):
+    import tracemalloc
+
+    (tmp_path / "file").write_bytes(bytes(100_000))
+    script = bytearray()
+    for kind, payload in [(frames.READY, b"{}"), *((frames.NEED, answer) for answer in answers)]:
+        script += struct.pack("!BI", kind, len(payload)) + payload
+    ours, theirs = socket.socketpair()
+    found = os.fsencode(tmp_path / "file"), b"file"
+    sender = Sender(frames.Stream(ours.fileno(), ours.fileno()), lambda: found, frames.Tally())
+    with ours, theirs, draining(theirs):
+
+        def tell():
+            with contextlib.suppress(OSError):  # it is not listened to any more
+                theirs.sendall(script)
+
+        telling = threading.Thread(target=tell)
+        telling.start()
+        tracemalloc.start()
+        try:
+            with pytest.raises(frames.StreamClosedError, match=why):
+                sender.run()
+            assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        finally:
+            tracemalloc.stop()
+            ours.shutdown(socket.SHUT_RDWR)
+            telling.join()
+
+
 def test_folders_have_a_depth(inside):
     hostile = Hostile(inside)
     deep = "/".join(["d"] * 250)
@@ -832,6 +874,7 @@ def test_what_the_host_says_of_an_error_does_not_steer_the_terminal():
         (frames.DATA, b"x"),
         (frames.LAST, b"x"),
         (frames.SAME, frames.SUMMARY.pack(1, 1, 1, 1)),
+        (frames.LISTED, b"1" + bytes(400).replace(b"\0", b"0")),
         (frames.START, {}),
         (frames.NEED, b"x"),
         (99, b""),

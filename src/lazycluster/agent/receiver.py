@@ -171,7 +171,7 @@ class Receiver:
         self._stream.put_json(READY, {"identity": identity(os.fstat(self._tree.root))})
 
     def _listed(self) -> None:
-        self._tally.total = int(self._stream.message(int))
+        self._tally.total = _within_64_bits(self._stream.message(int))
 
     def _entries(self) -> None:
         self._between_files()
@@ -362,5 +362,5 @@ class Receiver:
 def _within_64_bits(value: Any) -> int:
     number = int(value)
     if not -(2**63) <= number < 2**63:
-        raise ValueError("a time of {}".format(number))
+        raise ValueError("{:.20} as a size or time".format(str(number)))
     return number

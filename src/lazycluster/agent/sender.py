@@ -214,6 +214,8 @@ class Sender:
         kind = self._stream.header()
         if kind == NEED:
             self._answers.append(self._stream.payload())
+            if len(self._answers) > WINDOW:
+                raise StreamClosedError("more answers than questions")
         elif kind == READY:
             self._ready = self._stream.message()
         elif kind == ERROR:
@@ -237,6 +239,8 @@ class Sender:
                 at += DIGEST_SIZE
             there = None
             if need == RESUME:
+                if at + BEGINNING.size > len(needs):
+                    raise StreamClosedError("an answer that is too short")
                 there = BEGINNING.unpack_from(needs, at)
                 at += BEGINNING.size
             if need == NOT_WANTED:

@@ -14,6 +14,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNNAMED: int = getattr(os, "O_TMPFILE", 0)
 _FULL = 0o777
 _NO_NAMES = (b"", b".", b"..")
+_MOST_NAMES = 512 * 1024 * 1024  # bytes that the folders of one copy may take in memory: more than a million of them
+_NAME_COST = 250  # bytes beside the name itself
 _DEEPEST = 200  # folders in each other: each holds a descriptor, and a path of the system has 4096 bytes in all
 
 
@@ -134,6 +136,7 @@ class Tree:
         self._open: List[Tuple[bytes, int]] = [(b"", os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))]
         self._latest: Optional[bytes] = None
         self._made: Dict[bytes, Tuple[int, int]] = {}
+        self._names = 0
         self._unnamed: Optional[bool] = None
 
     @property
@@ -210,6 +213,10 @@ class Tree:
                     os.fchmod(fd, stat.S_IMODE(there.st_mode) | 0o700)
                 finally:
                     os.close(fd)
+        if name not in self._made:
+            self._names += len(name) + _NAME_COST
+            if self._names > _MOST_NAMES:
+                raise CopyError(self.whole(name), "is refused: more folders than make sense; copy them in parts")
         self._made[name] = mode, mtime
 
     def link(self, name: bytes, target: bytes, mtime: int) -> None:
