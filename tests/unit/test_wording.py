@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,11 @@ def test_an_environment_that_is_none_is_told_before_anything_is_connected() -> N
         done = CliRunner().invoke(cli, ["start", "dask", "-w", "nowhere.invalid", "--environment", what])
         assert done.exit_code == 2
         assert "such as 'lazycluster env build' prints" in done.output
+
+
+def test_warnings_of_the_library_name_options_in_the_same_way(shown: Any) -> None:
+    shown("start dask", "")
+    text = 'skipped: host1: no\n  Next step: name it with python="/opt/python3"'
+    record = logging.LogRecord("lazycluster", logging.WARNING, "", 0, "%s", (text,), None)
+    assert logging.lastResort is not None
+    assert logging.lastResort.format(record) == "skipped: host1: no\n  Next step: name it with --python /opt/python3"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from lazycluster import _loop, _progress
@@ -50,12 +51,12 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
         _close(connected)
         errors = list(failed.values())
         raise errors[0] if len(errors) == 1 else InvalidRuntimesError(errors)
-    for error in failed.values():
-        _logger.warning("skipped: %s", error)
     sessions = [item for item in connected if isinstance(item, Session)]
     if not sessions:
-        reasons = "\n".join(f"  {error}" for error in failed.values())
+        reasons = textwrap.indent("\n".join(map(str, failed.values())), "  ")
         raise NoRuntimesError(f"of {counted(len(specs), 'host')}, none can be used:\n{reasons}")
+    for error in failed.values():
+        _logger.warning("skipped: %s", error)
     return [Runtime.from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
 
 

@@ -75,7 +75,7 @@ def report(error: Exception, debug: bool) -> int:
     Returns:
         The exit status.
     """
-    from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
+    from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, NoRuntimesError
 
     if debug:
         import traceback
@@ -89,4 +89,4 @@ def report(error: Exception, debug: bool) -> int:
         show_error(f"{type(error).__name__}: {error}")
         if not debug:
             sys.stderr.write("This is a bug of lazycluster: please report it with the output of --debug.\n")
-    return UNREACHABLE if isinstance(error, InvalidRuntimeError) else FAILED
+    return UNREACHABLE if isinstance(error, (InvalidRuntimeError, NoRuntimesError)) else FAILED

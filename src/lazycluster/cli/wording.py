@@ -40,9 +40,22 @@ def names_its_options(command: F) -> F:
         _options.clear()
         _options.update({param.name: param for param in context.command.params if param.name})
         _about_environments = context.parent is not None and context.parent.info_name == "env"
+        _spell_warnings()
         return command(*args, **kwargs)
 
     return cast(F, noted)
+
+
+def _spell_warnings() -> None:
+    """Have warnings that the library logs, and that nobody else takes, name options in the same way."""
+    import logging
+
+    class Spelled(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return spelled_next_steps(super().format(record))
+
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Spelled())
 
 
 def spelled_next_steps(message: str) -> str:

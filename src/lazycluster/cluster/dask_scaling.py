@@ -196,7 +196,7 @@ class ElasticCluster(MasterWorkerCluster):
     def _in_order(self, launcher: ServiceWorkerLauncher, work: Any) -> None:
         import distributed.core  # noqa: F401  (it takes a second, which is not to be the event loop's)
 
-        with self._changing:
+        with self._changing, self._shown(f"Scaling the {type(self).__name__}"):
             self._check_running()
             port = self.master_port
             assert port is not None

@@ -205,7 +205,7 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
             ClusterError: If the master was not started, or a worker does not start; the message has its output.
             NoPortsLeftError: If too few ports are free.
         """
-        with self._changing:
+        with self._changing, self._shown(f"Starting the {type(self).__name__}"):
             count = self._count(count)
             self._end_when_forgotten()
             port = self.master_port

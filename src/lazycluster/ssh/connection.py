@@ -284,7 +284,7 @@ class Connection(abc.ABC):
                 self.host,
                 "python",
                 f"the host's Python is {text}, but {oldest} or newer is needed",
-                f'name a newer one with python="/path/to/python{oldest}"',
+                f'install a newer one there, or name the path of one with python="/path/to/python{oldest}"',
             )
 
     async def _start_agent(self, fd_in: int, fd_out: int, mark: Mark) -> None:

@@ -305,7 +305,10 @@ def _no_python(case: _Case) -> InvalidRuntimeError | None:
     before = rf"(?:{name}|{base})\W.*(?:not found|no such file|permission denied)"
     missing = rf"{before}|(?:not found|unknown command)\W.*{base}"
     if re.search(missing, text, re.IGNORECASE) or case.status in (126, 127):
-        hint = 'install Python 3.8 or newer there, or name the interpreter with python="/path/to/python3"'
+        hint = (
+            "install Python 3.8 or newer there, link one as python3 into a directory of the PATH that commands have "
+            'over ssh, or name its path with python="/path/to/python3"'
+        )
         said = case.evidence or case.printed
         return case.error("python", f"{case.python} does not run on the host: {said}", hint)
     if re.search(r"Traceback \(most recent|SyntaxError|ImportError|No module named|Fatal Python error", text):

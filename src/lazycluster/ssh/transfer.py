@@ -42,7 +42,6 @@ _HINTS = {
     errno.EPERM: "check who owns the path, and what the file system allows",
     errno.ENOSPC: "free some space there, or choose another destination; what was there before is unchanged",
     errno.EDQUOT: "free some space there, or choose another destination; what was there before is unchanged",
-    errno.ENOENT: "check the path; relative ones start at the working directory on a host, at the current one here",
     errno.ENOTDIR: "remove or rename what is in the way, or choose another destination",
     errno.EISDIR: "remove or rename what is in the way, or choose another destination",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -275,7 +274,7 @@ class _Copy:
         if isinstance(error, CopyError):
             side = host if error.remote else "manager"
             path = os.fsdecode(error.path)
-            return TransferError(host, side, path, error.errno, error.message, _HINTS.get(error.errno or 0, ""))
+            return TransferError(host, side, path, error.errno, error.message, self._hint(error))
         if isinstance(error, StreamClosedError):
             self.connection.check()
             return TransferError(
@@ -284,6 +283,13 @@ class _Copy:
                 "what was there before is unchanged; copy it again",
             )  # fmt: skip
         return error
+
+    def _hint(self, error: CopyError) -> str:
+        if error.errno == errno.ENOENT:
+            there = printable(str(self.request["cwd"] or "the home directory"))
+            start = f"{there} there" if error.remote else "the current directory here"
+            return f"check the path; relative ones start at {start}"
+        return _HINTS.get(error.errno or 0, "")
 
 
 class _Work:
