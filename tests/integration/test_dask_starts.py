@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -291,13 +292,15 @@ def test_dask_missing_on_a_host_is_an_error_with_a_table(bare_python: str) -> No
         assert caught.value.hosts == ["local0"]
         assert 'RuntimeGroup(..., environment="manager")' in str(caught.value)
         assert f"{bare_python} -m pip install dask==" in str(caught.value)
+        assert re.search(r"\n  local0 +3\.\d+ +- +- +-\n", str(caught.value))
+        assert "if you know better" not in str(caught.value)
         assert cluster.master_port is None
 
 
 def test_other_versions_can_be_accepted(group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from lazycluster.cluster import dask_versions
+    from lazycluster.cluster.dask_programs import common
 
-    monkeypatch.setattr(dask_versions.common, "versions", lambda: {"dask": "1.0", "distributed": "1.0"})
+    monkeypatch.setattr(common, "versions", lambda: {"dask": "1.0", "distributed": "1.0"})
     with DaskCluster(group) as cluster, pytest.raises(VersionMismatchError, match=r"manager +3\.\d+ +1\.0"):
         cluster.start()
     with DaskCluster(group, check_versions="warn") as cluster:
@@ -306,9 +309,9 @@ def test_other_versions_can_be_accepted(group: RuntimeGroup, monkeypatch: pytest
 
 
 def test_missing_packages_on_the_manager_are_named(group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lazycluster.cluster import dask_versions
+    from lazycluster.cluster import versions
 
-    monkeypatch.setattr(dask_versions.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(versions.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ClusterError, match=r"pip install 'lazycluster\[dask\]'"):
         DaskCluster(group)
 

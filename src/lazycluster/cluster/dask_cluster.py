@@ -21,10 +21,9 @@ from lazycluster._views.view import Cell, Fact
 from lazycluster._words import counted
 
 from . import connection_file
-from .dask_launchers import CheckVersions, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
+from .dask_launchers import SOFTWARE, CheckVersions, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
 from .dask_programs import common
 from .dask_scaling import ElasticCluster
-from .dask_versions import check_manager
 from .exceptions import ClusterError
 from .runtime_cluster import MasterLauncher, WorkerLauncher
 from .views import ready
@@ -118,7 +117,7 @@ class DaskCluster(ElasticCluster):
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
         )
-        check_manager(self._dask.secure)
+        SOFTWARE.check_manager(*(["cryptography"] if self._dask.secure else []))
         _check_options(memory_limit, resources)
 
     def _default_master_launcher(self) -> MasterLauncher:

@@ -13,11 +13,11 @@ from lazycluster.agent import memory
 from . import dask_scaling
 from .certificates import Credentials, make_credentials
 from .dask_programs import common
-from .dask_versions import check_workers
 from .launchers import ServiceMasterLauncher
 from .local_modules import LocalModules
 from .network import PortUse, Reach
 from .programs import Program, Source
+from .versions import Software
 from .workers import ServiceWorkerLauncher, Worker
 
 if TYPE_CHECKING:
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
     from .places import Place
 
-__all__ = ["CheckVersions", "DaskSettings", "LocalMasterLauncher", "RoundRobinLauncher"]
+__all__ = ["SOFTWARE", "CheckVersions", "DaskSettings", "LocalMasterLauncher", "RoundRobinLauncher"]
 
 CheckVersions = Literal["error", "warn", "ignore"]
 
 _PROGRAMS = Path(__file__).with_name("dask_programs")
 _PACKAGE = "lazycluster_dask"
-_GREETING_LIMIT = 60.0
+# What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
+SOFTWARE = Software("DaskCluster", "dask", ("dask", "distributed"), ("dask", "distributed", "cloudpickle"))
 # What distributed's nanny sets before it starts a worker process; ours is a copy of a process that must have it before.
 _BEFORE_START = {"MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONHASHSEED": "6640"}
 
@@ -167,7 +168,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
 
     async def greet(self, workers: Sequence[Worker]) -> None:
         """Check the software of the hosts, before anything listens."""
-        await check_workers(workers, self.dask.check_versions, _GREETING_LIMIT)
+        await SOFTWARE.check_workers(workers, self.dask.check_versions, common.versions())
         await self.dask.modules.share([worker.place for worker in workers])
 
     async def furnish(self, place: Place) -> None:

@@ -35,13 +35,16 @@ class Software:
     needed: tuple[str, ...]
     same: tuple[str, ...]
 
-    def check_manager(self) -> None:
+    def check_manager(self, *more: str) -> None:
         """Make sure that the manager has what it takes.
+
+        Args:
+            more: Packages that are needed here alone.
 
         Raises:
             ClusterError: If it has not.
         """
-        missing = [name for name in self.needed if importlib.util.find_spec(name) is None]
+        missing = [name for name in (*self.needed, *more) if importlib.util.find_spec(name) is None]
         if missing:
             raise ClusterError(
                 f"{', '.join(missing)} cannot be imported here, on the manager ({sys.executable}).\n"
@@ -70,12 +73,13 @@ class Software:
         differing = [host for host, row in hosts.items() if host in unusable or self._differs(row, manager)]
         if not differing or (policy == "ignore" and not unusable):
             return
-        table = _table([("manager", manager), *hosts.items()])
-        steps = [self._step(host, hosts[host], manager, executables[host]) for host in differing]
-        what = f"the software of {', '.join(differing)} does not match the manager's (- is missing):"
-        ignore = f'  {self.engine}(..., check_versions="warn"), if you know better'
+        marked = [(host, {name: self._marked(name, row, manager) for name in row}) for host, row in hosts.items()]
+        what = f"the software of {', '.join(differing)} does not match the manager's (- is missing, < differs):"
         same = '  have the manager\'s packages on all hosts: RuntimeGroup(..., environment="manager")'
-        message = "\n".join([what, *table, "Next step, one of:", same, *steps, ignore])
+        steps = [self._step(host, hosts[host], manager, executables[host]) for host in differing]
+        if not unusable:
+            steps.append(f'  {self.engine}(..., check_versions="warn"), if you know better')
+        message = "\n".join([what, *_table([("manager", manager), *marked]), "Next step, one of:", same, *steps])
         if policy == "error" or unusable:
             raise VersionMismatchError(message, differing)
         logger.warning("%s", message)
@@ -87,6 +91,11 @@ class Software:
 
     def _differs(self, row: dict[str, str], manager: dict[str, str]) -> bool:
         return any(row[name] != manager[name] for name in (_PYTHON, *self.same))
+
+    def _marked(self, name: str, row: dict[str, str], manager: dict[str, str]) -> str:
+        version = row[name]
+        compared = name in (_PYTHON, *self.same)
+        return f"{version} <" if compared and version not in ("-", manager[name]) else version
 
     def _step(self, host: str, row: dict[str, str], manager: dict[str, str], executable: str) -> str:
         if row[_PYTHON] != manager[_PYTHON]:
