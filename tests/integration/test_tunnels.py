@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import pickle
 import re
+import signal
 import socket
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from lazycluster import _loop
 from lazycluster.exceptions import ForwardingForbiddenError, NoPortsLeftError, PortInUseError, TunnelError
+from lazycluster.ssh import openssh
 from lazycluster.ssh.local import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.ssh.probes import can_connect, network_of, same_network
@@ -27,6 +30,7 @@ from lazycluster.ssh.tunnels import (
     open_to_runtimes,
     open_tunnels,
 )
+from patience import until
 
 
 @contextlib.contextmanager
@@ -202,6 +206,33 @@ def test_a_connection_that_ends_takes_its_tunnels_along(hosts):
         assert not tunnel.is_open
         tunnel.close()
         assert hosts[0].listening_ports() == []
+
+
+def test_a_port_that_cannot_be_had_again_is_lost_for_good_and_said_so(hosts, monkeypatch, caplog):
+    """Somebody else has taken it while the link was down."""
+    attempt, taken = SshConnection._attempt, asyncio.Event()
+
+    async def attempt_later(self, timeout):
+        await taken.wait()
+        await attempt(self, timeout)
+
+    monkeypatch.setattr(openssh, "_PORTS_LIMIT", 0.0)
+    with service() as port, connected(hosts, "host1") as (one,):
+        there, here = _loop.run(open_to_runtime(one, port, 24000)), free_port()
+        back = _loop.run(open_from_runtime(one, 24000, here))
+        monkeypatch.setattr(SshConnection, "_attempt", attempt_later)
+        os.kill(one._process.pid, signal.SIGKILL)
+        until(lambda: one.state == "interrupted", "the loss of the link")
+        with service(port=here):
+            _loop.get_loop().call_soon_threadsafe(taken.set)
+            assert back.wait(30)
+            assert not back.is_open
+            until(lambda: one.state == "open", "the link")
+            assert there.is_open
+            assert on_host(hosts[0], 24000) == "hello"
+        assert "is not forwarded any more" in caplog.text
+        with _loop.run(open_from_runtime(one, 24000, here)):  # the port is free again
+            assert read(here) == b"hello"
 
 
 def test_a_mesh_at_once(hosts):

@@ -43,6 +43,7 @@ class Connection(abc.ABC):
         interruptions: How often its link has dropped so far.
         generation: Which agent it leads to: it grows when the host has lost the one before, and all that this one ran.
         on_lost: Called when the connection is lost (not when it is closed), with the reason.
+        on_port_lost: Called when a port was forwarded before the link dropped, and cannot be had again.
         on_renewal: Awaited when a new agent has taken the place of a lost one, before the connection is open again.
     """
 
@@ -57,6 +58,7 @@ class Connection(abc.ABC):
         self._state_callbacks: list[StateCallback] = []
         self.on_lost: list[Callable[[str], Any]] = []
         self.on_renewal: list[Callable[[], Awaitable[Any]]] = []
+        self.on_port_lost: list[Callable[[Forward], Any]] = []
         self._owner = os.getpid()
         self._process: WatchedProcess | None = None
         self._link: AgentLink | None = None

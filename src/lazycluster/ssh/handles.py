@@ -91,6 +91,8 @@ class Tunnel:
         self._counts = by_ssh or undo is not None  # else no bytes are carried: both ends are one machine
         if self._counts:
             count(request.connection, 1)
+        if by_ssh:
+            request.connection.on_port_lost.append(self._lost)
 
     @property
     def is_open(self) -> bool:
@@ -104,10 +106,16 @@ class Tunnel:
 
     def gone(self) -> None:
         """Note that what carried it has ended."""
+        with contextlib.suppress(ValueError):
+            self.request.connection.on_port_lost.remove(self._lost)
         if self._counts and not self._closed:
             count(self.request.connection, -1)
         self._closed = True
         self._over.set()
+
+    def _lost(self, forward: Forward) -> None:
+        if forward.key == self.request.forward.key:
+            self.gone()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is closed, or its connection is; returns whether it is.

@@ -232,10 +232,15 @@ class SshConnection(ReturningConnection):
                 for forward, error in failed:
                     if not error.refused:  # nobody has said that it cannot be had: the next attempt asks again
                         raise ConnectionLostError(self.host, str(error)) from error
-                    self._forwards.pop(forward.key, None)
-                    logger.warning("%s: %s is not forwarded any more: %s", self.host, forward, error)
+                    self._give_up(forward, error)
             if failed:
                 await asyncio.sleep(_PORTS_DELAY)
+
+    def _give_up(self, forward: Forward, error: MuxError) -> None:
+        self._forwards.pop(forward.key, None)
+        logger.error("%s: %s is not forwarded any more: %s", self.host, forward, error)
+        for tell in list(self.on_port_lost):
+            tell(forward)
 
     def forget_forwards(self, forwards: Iterable[Forward]) -> None:
         """Do not open these ports again when the link is back."""
