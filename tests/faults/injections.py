@@ -86,6 +86,7 @@ _VICTIMS: dict[str, tuple[Callable[[Scene, int], list[int]], tuple[str, ...]]] =
     "nanny": (Scene.services, _CLUSTERS),
     "scheduler": (lambda scene, number: scene.master(scene.dask), (SHUFFLE,)),
     "database": (lambda scene, number: scene.master(scene.hyperopt), (SEARCH,)),
+    "keeper": (lambda scene, number: scene.keeper(), LOADS),
     "ssh": (Scene.ssh, LOADS),
     "sshd session": (Scene.sessions, LOADS),
 }

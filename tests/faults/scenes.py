@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster import Runtime, RuntimeGroup
+from lazycluster.ssh import workspace
 from sshhosts import Hosts, procfs
 
 
@@ -83,6 +84,10 @@ class Scene:
         """The process of a cluster's master."""
         found = cluster.master if cluster is not None else None
         return [found.pid] if found is not None and found.pid and found.state == "ready" else []
+
+    def keeper(self) -> list[int]:
+        """The agent beside the manager."""
+        return [space.keeper.hello.pid for space in workspace._spaces.values() if space.keeper.state == "open"]
 
     def _host(self, number: int) -> Any:
         host = self.hosts[number]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask, _loop
+from lazycluster.agent import restarts
 from lazycluster.agent.guardian import KEEP_FILE
 from lazycluster.exceptions import HostsLostError, LazyclusterError, TaskExecutionError, WorkerLostError
 from lazycluster.pool import crew
@@ -45,11 +46,11 @@ def test_the_keeper_is_replaced(hosts: Any, caplog: pytest.LogCaptureFixture) ->
         process = runtime.connection._process
         assert process is not None
         space = next(iter(workspace._spaces.values()))
-        before = space.keeper
-        os.kill(before.hello.pid, signal.SIGKILL)
+        before = space.keeper.hello.pid
+        os.kill(before, signal.SIGKILL)
 
         def kept() -> list[int]:
-            if space.keeper is before or space.keeper.state != "open":
+            if space.keeper.hello.pid == before or space.keeper.state != "open":
                 return []
             file = Path(space.keeper.hello.directory, KEEP_FILE)
             return [pid for pid, _ in json.loads(file.read_text())["pids"]] if file.exists() else []
@@ -59,6 +60,32 @@ def test_the_keeper_is_replaced(hosts: Any, caplog: pytest.LogCaptureFixture) ->
         assert runtime.call(square, 3) == 9
         assert runtime.connection.state == "open"
         assert runtime.connection.interruptions == 0
+
+
+def test_what_the_keeper_was_to_remove_at_the_managers_end_is_there_after_its_own() -> None:
+    space = _loop.run(workspace.acquire())
+    try:
+        os.kill(space.keeper.hello.pid, signal.SIGKILL)
+        until(lambda: (space.keeper.state, space.keeper.generation) == ("open", 2), "another keeper")
+        assert Path(space.directory).is_dir()
+    finally:
+        _loop.run(space.release())
+    assert not Path(space.directory).exists()
+
+
+def test_a_keeper_that_is_killed_again_and_again_is_given_up_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(restarts, "_BACKOFF", 0.001)
+    space = _loop.run(workspace.acquire())
+    try:
+        for generation in range(1, 7):
+            until(lambda g=generation: (space.keeper.state, space.keeper.generation) == ("open", g), "another keeper")
+            os.kill(space.keeper.hello.pid, signal.SIGKILL)
+        until(lambda: space.keeper.state == "lost", "the end")
+        assert "if this process is killed, something may be left" in caplog.text
+    finally:
+        _loop.run(space.release())
 
 
 # --- calls -----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from cluster_groups import connect, local_group, ssh_group
 from lazycluster.cluster.exceptions import ClusterError, MasterStartError, VersionMismatchError
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
 from lazycluster.runtime_mgmt import RuntimeGroup
+from lazycluster.ssh import workspace
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this module
 
@@ -219,7 +220,8 @@ def test_a_whole_worker_is_killed(cluster: HyperoptCluster, group: RuntimeGroup)
 
 
 @pytest.mark.keeps("manager")  # the server that was started in its place
-def test_the_server_is_killed_in_the_middle(cluster: HyperoptCluster) -> None:
+@pytest.mark.parametrize("victim", ["server", "keeper"])
+def test_the_server_is_killed_in_the_middle(cluster: HyperoptCluster, victim: str) -> None:
     def objective(x: float) -> float:
         time.sleep(0.05)
         return x
@@ -227,8 +229,10 @@ def test_the_server_is_killed_in_the_middle(cluster: HyperoptCluster) -> None:
     process = cluster._master_launcher.process
     assert process is not None
     old = process.pid
-    killer = _later(1.0, process.kill)
-    documents = _search(cluster, objective, "server", 40)
+    [space] = workspace._spaces.values()
+    kill = process.kill if victim == "server" else lambda: os.kill(space.keeper.hello.pid, signal.SIGKILL)
+    killer = _later(1.0, kill)
+    documents = _search(cluster, objective, victim, 40)
     killer.join()
     assert _states(documents) == {DONE: 40}
     assert process.pid != old

@@ -22,6 +22,8 @@ from distributed import CancelledError, Client, Status
 from lazycluster.cluster.dask_cluster import DaskCluster, LocalMasterLauncher, RoundRobinLauncher
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.health import ClusterEvent
+from lazycluster.ssh import workspace
+from sshhosts import procfs
 
 pytestmark = [
     # distributed leaves these to the garbage collector when comms are torn down.
@@ -55,7 +57,7 @@ class Events:
 @pytest.fixture
 def client_of() -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
-        yield lambda cluster: stack.enter_context(contextlib.closing(cluster.get_client(timeout=30)))
+        yield lambda cluster: stack.enter_context(contextlib.closing(cluster.get_client()))
 
 
 def _stall(seconds: float) -> None:
@@ -88,6 +90,32 @@ def test_a_scheduler_that_is_killed_comes_back_and_says_what_is_lost(hosts: Any,
         names = sorted(worker["name"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
         assert names == ["host1-0", "host2-0"]
         assert [str(event) for event in cluster.events if event.kind == "restarting" and "scheduler" in event.name]
+        events.forget()
+
+
+def test_a_scheduler_whose_keeper_is_killed_comes_back_under_the_next_one(hosts: Any, client_of: Any) -> None:
+    with connect(hosts.config_file, hosts.names[:2]) as group, DaskCluster(group, nthreads=1) as cluster:
+        cluster.start()
+        client: Client = client_of(cluster)
+        events = Events(cluster)
+        [space] = workspace._spaces.values()
+        address, keeper, before = cluster.scheduler_address, space.keeper.hello.pid, cluster.master
+        assert before is not None
+        running = client.submit(_stall, 600, pure=False)
+        os.kill(keeper, signal.SIGKILL)
+        with pytest.raises(CancelledError):
+            running.result(timeout=_PATIENCE)
+        lost = events.wait_for("restarting", "dask-scheduler")
+        assert "the keeper on this machine was lost" in lost.detail and "submit them again" in lost.detail
+        events.wait_for("ready", "dask-scheduler")
+        client.wait_for_workers(2, timeout=_PATIENCE)
+        assert client.submit(sum, [1, 2, 3], pure=False).result(timeout=_PATIENCE) == 6
+        after = cluster.master
+        assert after is not None and after.pid != before.pid
+        assert (cluster.scheduler_address, cluster.status) == (address, Status.running)
+        assert (after.state, after.restarts, space.keeper.generation) == ("ready", 1, 2)
+        # And it is in the care of that one.
+        assert after.pid in {found.pid for found in procfs.descendants(space.keeper.hello.pid)}
         events.forget()
 
 

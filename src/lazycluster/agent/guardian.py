@@ -59,6 +59,7 @@ def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # or sigtimedwait would not see it
     sshd_started = start_time(sshd) if sshd else None
+    above = os.getppid()
     orderly = False
     while True:
         try:
@@ -70,7 +71,10 @@ def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
             break
     end_descendants()
     sshd, sshd_started = _present_sshd(directory) or (sshd, sshd_started)
-    clean(directory)
+    if orderly or os.getppid() != above:
+        clean(directory)
+    else:  # whoever has started this is there; on the manager's machine, what is to be ended with it is in use
+        remove([directory])
     if sshd and not orderly and start_time(sshd) == sshd_started is not None:
         # ssh lingers while a forwarded connection is open; its manager has gone, so nobody else ends it.
         send_signal([sshd], signal.SIGTERM)

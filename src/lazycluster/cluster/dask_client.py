@@ -9,7 +9,9 @@ from distributed import Client
 if TYPE_CHECKING:
     from .local_modules import LocalModules
 
-__all__ = ["UpToDateClient"]
+__all__ = ["UpToDateClient", "be_patient"]
+
+_BACK = 30.0  # seconds for a scheduler that is started again; distributed's own default
 
 
 class UpToDateClient(Client):  # type: ignore[misc]
@@ -25,6 +27,7 @@ class UpToDateClient(Client):  # type: ignore[misc]
         self._local_modules = modules
         self._version = modules.version
         super().__init__(address, **options)
+        be_patient(self)
 
     def _graph_to_futures(self, *arguments: Any, **options: Any) -> Any:
         # What submits work, in whatever way, comes through here. Without this method a change is noticed later.
@@ -42,3 +45,8 @@ class UpToDateClient(Client):  # type: ignore[misc]
 
         self.run(refresh, on_error="ignore")  # what fails has gone, and starts with the present version
         self.run_on_scheduler(refresh)
+
+
+def be_patient(client: Client) -> None:
+    """Have a client wait for a scheduler that is started again, however short the time was to connect at first."""
+    client._timeout = max(client._timeout, _BACK)

@@ -183,14 +183,18 @@ class DaskCluster(ElasticCluster):
         """
         from distributed import Client, Security
 
+        from .dask_client import be_patient
+
         found = connection_file.read(path, DaskCluster.__name__)
         try:
-            return Client(found["scheduler"], security=Security(**found["security"]), timeout=timeout)
+            client = Client(found["scheduler"], security=Security(**found["security"]), timeout=timeout)
         except (OSError, TimeoutError) as error:
             raise ClusterError(
                 f"the cluster of {path} does not answer: {error}\n"
                 f"  Next step: see whether the process {found['manager']}, which started it, still runs"
             ) from error
+        be_patient(client)
+        return client
 
     def _connection(self) -> dict[str, Any]:
         return {

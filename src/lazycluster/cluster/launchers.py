@@ -74,7 +74,15 @@ class ServiceMasterLauncher(MasterLauncher):
             self._space = await workspace.acquire()
         place = Place(MANAGER, self._space.keeper, sys.executable, {}, os.getcwd())
         program = self.program()
-        self._service = Service(program, place, program.name, debug=debug, on_change=self._changed, watch=self.watch)
+        self._service = Service(
+            program,
+            place,
+            program.name,
+            debug=debug,
+            on_change=self._changed,
+            watch=self.watch,
+            renew=self._renewed,
+        )
         self._service.start()
 
     def start(self, ports: list[int] | int, timeout: int = _DEFAULT_TIMEOUT, debug: bool = False) -> list[int]:
@@ -144,6 +152,10 @@ class ServiceMasterLauncher(MasterLauncher):
         self._process = MasterProcess(
             self._service.program.argv or (sys.executable, self._service.label), self._service.pid, self._signal
         )
+
+    async def _renewed(self, service: Service) -> dict[str, Any]:
+        """Return what the master is told under another keeper: the same, as the others know it by its ports."""
+        return self.settings(self.ports)
 
     def _signal(self, name: str) -> None:
         service = self._service

@@ -37,19 +37,25 @@ class LocalConnection(Connection):
     async def open(self) -> None:
         """Start the agent."""
         self._become("connecting")
+        try:
+            await self._start()
+        except BaseException:
+            self._become("closed")
+            raise
+        self._opened()
+
+    async def _start(self) -> None:
         marker = new_marker()
         try:
             process = WatchedProcess([self._python, "-ISc", stub(marker)])
             self._process = process
             await asyncio.wait_for(self._bring_up(process, marker), _DEADLINE)
         except BaseException as error:
-            self._become("closed")
             await self._hang_up()
             if isinstance(error, (StartError, asyncio.TimeoutError, OSError)):
                 said = self._process.errors if self._process else str(error)
                 raise InvalidRuntimeError(self.host, "python", f"no agent can be started: {said}") from None
             raise
-        self._opened()
 
     async def another_agent(self) -> AgentLink:
         """Start it as a daemon."""

@@ -1,30 +1,25 @@
 """What all connections of a manager process share: a private directory, the answers to ssh's questions, the keeper.
 
 The keeper is an agent on the manager's own machine. It runs the masters of clusters, and when the manager dies, in
-whatever way, it ends those and the ssh processes, and removes the private directory. A keeper that is killed takes the
-masters along, and is replaced. All of it exists only as long as something uses it.
+whatever way, it ends those and the ssh processes, and removes the private directory. All of it exists only as long as
+something uses it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from lazycluster.agent.bootstrap import is_safe
-from lazycluster.agent.restarts import Restarts
-from lazycluster.exceptions import LazyclusterError
+from lazycluster.exceptions import ConnectionLostError
 
-from .local import LocalConnection
+from .keeper import Keeper
 from .prompts import Prompter
 
-logger = logging.getLogger("lazycluster")
-
-_MOST_KEEPERS = 5  # that may be killed within minutes
 _LONGEST = 50  # bytes of the directory's path, so that those of the sockets in it stay short enough
 
 
@@ -33,14 +28,12 @@ class Workspace:
 
     def __init__(self) -> None:
         self.prompter = Prompter()
-        self.keeper = LocalConnection("localhost")
+        self.keeper = Keeper()
         self.directory = ""
         self._users = 0
         self._started: asyncio.Task[None] | None = None
         self._kept: dict[int, int] = {}
         self._telling: asyncio.Task[None] | None = None
-        self._replacing: asyncio.Task[None] | None = None
-        self._lost = Restarts(_MOST_KEEPERS)
 
     async def acquire(self) -> None:
         """Begin to use the workspace; starts it for the first user."""
@@ -49,8 +42,8 @@ class Workspace:
             self._started = asyncio.ensure_future(self._start())
         try:
             await asyncio.shield(self._started)
-            if self._replacing is not None:
-                await asyncio.wait([self._replacing])
+            with contextlib.suppress(ConnectionLostError):  # most of what is wanted is possible without a keeper
+                await self.keeper.reached()
         except BaseException:
             await self.release()
             raise
@@ -58,32 +51,12 @@ class Workspace:
     async def _start(self) -> None:
         self.directory = private_directory()
         try:
-            await asyncio.gather(self.prompter.start(self.directory), self._open_keeper())
+            await asyncio.gather(self.prompter.start(self.directory), self.keeper.open())
             await self._tell()
+            self.keeper.on_renewal.append(self._tell)
         except BaseException:
             shutil.rmtree(self.directory, ignore_errors=True)
             raise
-
-    async def _open_keeper(self) -> None:
-        self.keeper.on_lost.append(self._keeper_lost)
-        await self.keeper.open()
-
-    def _keeper_lost(self, why: str) -> None:
-        delay = self._lost.next() if self._users else None
-        if delay is None:
-            return
-        logger.warning("the keeper on this machine was lost, and is replaced (%s)", why)
-        shutil.rmtree(self.keeper.hello.directory, ignore_errors=True)
-        self.keeper = LocalConnection("localhost")
-        self._replacing = asyncio.ensure_future(self._replace(delay))
-
-    async def _replace(self, delay: float) -> None:
-        await asyncio.sleep(delay)
-        try:
-            await self._open_keeper()
-            await self._tell()
-        except LazyclusterError as error:
-            logger.error("there is no keeper any more: if this process is killed, something may be left: %s", error)
 
     async def release(self) -> None:
         """End the use; the last one ends the keeper and removes the directory."""
@@ -94,9 +67,8 @@ class Workspace:
             del _spaces[asyncio.get_running_loop()]  # whoever comes now gets a new one
         if self._started is not None:
             await asyncio.wait([self._started])
-        for task in (self._telling, self._replacing):
-            if task is not None:
-                await asyncio.wait([task])
+        if self._telling is not None:
+            await asyncio.wait([self._telling])
         await self.prompter.close()
         await self.keeper.close()
         if self.directory:
@@ -116,7 +88,7 @@ class Workspace:
 
     def _tell_soon(self) -> None:
         # One message for all that changes in this round of the loop: 64 hosts connect at once.
-        if self._telling is None and self.keeper.state == "open":
+        if self._telling is None and self.keeper.state in ("open", "interrupted"):
             self._telling = asyncio.ensure_future(self._tell_once())
 
     async def _tell_once(self) -> None:

@@ -64,5 +64,9 @@ async def _serve(settings: dict[str, Any]) -> None:
             raise common.PortTakenError(ports["dashboard"])
         common.emit("ready", address=scheduler.address)
         await common.first(scheduler.finished(), stop.wait())
+        if stop.is_set() and common.is_alone():
+            # The manager starts another one, or ends the workers itself: they and the clients are not to be told that
+            # the cluster has ended.
+            os._exit(1)
     finally:
         await scheduler.close()

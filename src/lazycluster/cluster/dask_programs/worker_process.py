@@ -40,3 +40,9 @@ class PagedWorker(Worker):  # type: ignore[misc]
         if self.http_server.port != wanted:
             raise PortTakenError(wanted)
         Dashboard(self, "distributed.dashboard.worker", self._http_prefix.strip("/"))
+
+    async def close(self, *arguments: Any, **options: Any) -> Any:
+        """End. What runs is not waited for if its scheduler has gone: the next one does not know of it."""
+        if "connection-broken" in str(options.get("reason")):
+            options["executor_wait"] = False
+        return await super().close(*arguments, **options)
