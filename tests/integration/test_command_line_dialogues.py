@@ -137,6 +137,15 @@ def test_an_unknown_host_is_taken_with_consent_only(hosts: Any, strange: Path) -
     assert "authenticity" not in terminal.seen
 
 
+def test_a_login_shell_that_waits_for_ever_is_not_waited_for_as_a_person_is(make_hosts: Any) -> None:
+    hosts = make_hosts(1, rc="reads_stdin")
+    argv = ["run", "--config", hosts.config_file, "--connect-timeout", "1", "-w", "host1", "--", "hostname"]
+    with Terminal([*LAZYCLUSTER, *argv]) as terminal:
+        assert terminal.end() == 255, terminal.seen
+    assert "(shell): the login shell did not start Python within the time allowed" in terminal.seen
+    assert "--connect-timeout 60" in terminal.seen
+
+
 def test_where_nobody_can_be_asked_nobody_is(hosts: Any, strange: Path) -> None:
     known = strange.parent / "known"
     status, _, err = run("run", "--config", strange, "-w", "host1", "--", "hostname")

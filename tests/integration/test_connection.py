@@ -76,7 +76,7 @@ def test_login_shells(make_hosts: Make, shell: str, rc: str | None) -> None:
 @pytest.mark.parametrize("rc", ["reads_stdin", "eats_stdin", "exits"])
 def test_login_shells_that_do_not_let_anyone_in(make_hosts: Make, rc: str) -> None:
     error = refused(make_hosts(1, rc=rc), timeout=2)
-    assert error.reason in ("shell", "timeout", "python"), error
+    assert error.reason in ("shell", "python"), error
 
 
 def test_hostile_ssh_configuration(make_hosts: Make, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def test_the_login_shell_failed(said, status, output, reason, words):
 
 def test_time_is_up():
     assert told("", None, phase="timeout").reason == "timeout"
+    error = told("", None, phase="timeout", logged_in=True)
+    assert (error.reason, "printed nothing" in str(error)) == ("shell", True)
     error = told("", None, phase="timeout", output="your name? ")
     assert error.reason == "shell"
     assert "your name?" in str(error)

@@ -38,6 +38,7 @@ class _Case:
     answered: Sequence[str]
     output: str
     phase: str
+    logged_in: bool
     python: str
 
     def find(self, pattern: str) -> re.Match[str] | None:
@@ -99,6 +100,7 @@ def classify(
     answered: Sequence[str] = (),
     output: str = "",
     phase: str = "ended",
+    logged_in: bool = False,
     python: str = "python3",
 ) -> InvalidRuntimeError:
     """Say why a host could not be reached.
@@ -111,12 +113,13 @@ def classify(
         answered: What ssh asked and was told from the settings.
         output: What the host's login shell printed before the agent's mark.
         phase: ``timeout`` if the time was up, else ``ended``.
+        logged_in: Whether ssh is known to have logged in.
         python: The interpreter that was to be started.
 
     Returns:
         The error, to be raised.
     """
-    case = _Case(settings, said.replace("\r", ""), status, asked, answered, output, phase, python)
+    case = _Case(settings, said.replace("\r", ""), status, asked, answered, output, phase, logged_in, python)
     for rule in _RULES:
         error = rule(case)
         if error is not None:
@@ -202,8 +205,9 @@ def _network(case: _Case) -> InvalidRuntimeError | None:
         jump = case.settings.proxy_jump
         detail = f"the jump host{f' ({jump})' if jump else ''} cannot connect to it: {found['why'].strip()}"
     elif found := case.find(r"^(?P<why>.*(?:timed out|not responding).*)$"):
-        hint = "check that it is an ssh server, its port, and the firewalls on the way; or raise timeout"
-        return case.error("timeout", f"{case.where}it does not answer in time: {found[0].strip()}", hint)
+        hint = "check that it is an ssh server, its port, and the firewalls on the way."
+        text = f"{case.where}it does not answer in time: {found[0].strip()}"
+        return case.error("timeout", text, f"{hint} {_MORE_TIME}")
     else:
         return None
     why = found["why"]
@@ -321,11 +325,12 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
     if found := case.find(r"(?:exec|shell|subsystem) request failed on channel.*|This service allows.*"):
         return case.error("shell", found[0].strip(), "the account must be allowed to run commands")
     if case.phase == "timeout":
-        if not case.printed:
+        if not case.printed and not case.logged_in:
             return None
-        detail = f"the login shell did not start Python within the time allowed; it printed: {case.printed}"
+        said = f"it printed: {case.printed}" if case.printed else "it printed nothing"
+        detail = f"the login shell did not start Python within the time allowed; {said}"
         hint = f"'{case.plain_ssh} true' must end by itself: does a start-up file of the shell wait for input?"
-        return case.error("shell", detail, hint)
+        return case.error("shell", detail, f"{hint} {_MORE_TIME}")
     if case.status is None or (case.status in (255, -15) and not case.printed):
         return None
     detail = f"the login shell ended with exit status {case.status} instead of starting Python"
@@ -336,6 +341,8 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
         hint = f"is {case.python} a Python interpreter? If so: {hint}"
     return case.error("shell", detail, hint)
 
+
+_MORE_TIME = 'Or allow more time: connection_kwargs={"timeout": 60}'
 
 _Rule = Callable[[_Case], "InvalidRuntimeError | None"]
 _RULES: tuple[_Rule, ...] = (
@@ -355,9 +362,9 @@ _RULES: tuple[_Rule, ...] = (
 def _unknown(case: _Case) -> InvalidRuntimeError:
     said = case.evidence or "nothing"
     if case.phase == "timeout":
-        detail = f"ssh and the login shell were not ready within the time allowed; ssh said: {said}"
-        hint = f"'{case.plain_ssh} true' must end by itself: does a start-up file of the shell wait for input?"
-        return case.error("timeout", detail, f"{hint} Or raise timeout in connection_kwargs")
+        detail = f"ssh has not logged in within the time allowed; it said: {said}"
+        hint = f"'{case.plain_ssh} true' must end by itself: what does the host, or ssh, wait for?"
+        return case.error("timeout", detail, f"{hint} {_MORE_TIME}")
     if case.by_proxy:
         return case.error("proxy", f"{case.where}ssh ended: {said}", f"try '{case.plain_ssh}' by hand")
     return case.error("ssh", f"ssh ended (exit status {case.status}) and said: {said}", f"try '{case.plain_ssh}'")

@@ -33,6 +33,7 @@ from .returning import ReturningConnection
 ATTEMPTS = 6
 _START_MARGIN = 15.0  # at most so many seconds beyond the time-out, for the login shell and Python on a loaded host
 _ASK_LIMIT = 180.0  # seconds for a person to answer ssh's questions
+_LOOK_EVERY = 0.1
 
 _PORTS_LIMIT = 5.0  # seconds within which ports can be had again that the link had before it dropped
 _PORTS_DELAY = 0.2
@@ -112,19 +113,23 @@ class SshConnection(ReturningConnection):
         settings = replace(self.settings, timeout=timeout)
         argv = ssh_argv(settings, control, self._command(marker), version, ask=self._ask)
         space.prompter.register(self._name, settings, self._ask)
-        deadline = _ASK_LIMIT if self._ask else timeout + min(2 * timeout, _START_MARGIN)
+        deadline = timeout + min(2 * timeout, _START_MARGIN)
         process: WatchedProcess | None = None
         try:
             async with limiter(settings):
                 self._process = process = WatchedProcess(argv, space.prompter.env(self._name))
                 space.watch(process.pid)
                 space.prompter.started(self._name, process.pid)
-                await asyncio.wait_for(self._bring_up(process, marker), deadline)
+                bringing_up = asyncio.ensure_future(self._bring_up(process, marker))
+                if self._ask:
+                    await _logged_in(control, bringing_up)
+                await asyncio.wait_for(bringing_up, deadline)
         except BaseException as error:
+            logged_in = Path(control).exists()  # ssh makes it as soon as it has logged in, and removes it at its end
             if process is not None:
                 process.signal(signal.SIGTERM)
                 await process.end()
-            failure = self._failure(error, process)
+            failure = self._failure(error, process, logged_in)
             self._forget_attempt()
             if failure is not None:
                 raise failure from None
@@ -144,7 +149,9 @@ class SshConnection(ReturningConnection):
             with contextlib.suppress(OSError):
                 Path(self._space.directory, self._name).unlink()
 
-    def _failure(self, error: BaseException, process: WatchedProcess | None) -> InvalidRuntimeError | None:
+    def _failure(
+        self, error: BaseException, process: WatchedProcess | None, logged_in: bool
+    ) -> InvalidRuntimeError | None:
         assert self._space is not None
         said = process.errors if process is not None else ""
         asked = self._space.prompter.asked(self._name)
@@ -163,6 +170,7 @@ class SshConnection(ReturningConnection):
             answered=answered,
             output=output,
             phase=phase,
+            logged_in=logged_in,
             python=self._python,
         )
 
@@ -259,3 +267,17 @@ class SshConnection(ReturningConnection):
             # has ended; or what it was told is with the system already, which goes on trying to send it.
             self._process.signal(signal.SIGTERM)
         await super()._hang_up(stopped)
+
+
+async def _logged_in(control: str, work: asyncio.Future[None]) -> None:
+    """Wait until ssh has logged in, for as long as a person may need to answer its questions, or until work is done."""
+    end = asyncio.get_running_loop().time() + _ASK_LIMIT
+    try:
+        while not Path(control).exists() and not work.done():
+            if asyncio.get_running_loop().time() > end:
+                raise asyncio.TimeoutError
+            await asyncio.wait([work], timeout=_LOOK_EVERY)
+    except BaseException:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        raise
