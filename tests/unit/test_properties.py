@@ -56,8 +56,9 @@ values = st.recursive(
 )
 messages = st.dictionaries(texts, values, max_size=6)
 kinds = st.sampled_from(sorted(wire._KINDS))
-frames = st.tuples(st.integers(0, 2**32 - 1), kinds, st.binary(max_size=300))
-cuts = st.lists(st.integers(1, 400), max_size=60)
+payloads = st.binary(max_size=300) | st.integers(300, 20_000).map(bytes)
+frames = st.tuples(st.integers(0, 2**32 - 1), kinds, payloads)
+cuts = st.lists(st.integers(1, 400) | st.integers(400, 8000), max_size=60)
 
 
 def portions(data: bytes, lengths: list[int]) -> list[bytes]:
@@ -78,7 +79,12 @@ def test_frames_arrive_as_they_were_sent(sent: list[tuple[int, int, bytes]], len
 
 
 @examples(150)
-@given(st.binary(max_size=2000) | st.builds(lambda a, b: wire.frame(*a) + b, frames, st.binary(max_size=200)), cuts)
+@given(
+    st.binary(max_size=2000)
+    | st.builds(lambda a, b: wire.frame(*a) + b, frames, st.binary(max_size=200))
+    | st.builds(wire.frame, st.integers(0, 2**32 - 1), st.integers(0, 255), st.binary(max_size=200)),
+    cuts,
+)
 def test_any_bytes_are_frames_or_an_error(data: bytes, lengths: list[int]) -> None:
     decoder = wire.Decoder(wire.FROM_AGENT)
     with contextlib.suppress(wire.ProtocolError):
@@ -125,10 +131,15 @@ def test_what_waits_to_be_written_is_written_in_order(parts: list[bytes]) -> Non
 # --- copies ------------------------------------------------------------------------------------
 names = st.binary(min_size=1, max_size=12).filter(lambda name: not set(name) & {0, 47} and name not in (b".", b".."))
 parts = st.lists(
-    st.sampled_from([b"..", b".", b"", b"a", b"b", b"link", b"x\0y", b"-rf", b"\xff", b"n\nl"]), min_size=1, max_size=4
+    st.sampled_from([b"..", b".", b"", b"a", b"b", b"link", b"file", b"x\0y", b"-rf", b"\xff", b"n\nl"]),
+    min_size=1,
+    max_size=4,
 )
-wild_names = st.builds(lambda pieces, root: root + b"/".join(pieces), parts, st.sampled_from([b"", b"/", b"//"]))
-targets = st.sampled_from(["../outside", "/", "..", "a", "../outside/file", "/etc", "."])
+ways_out = st.sampled_from([b"../outside/file", b"../new", b"link/file", b"link/new", b"a/../../new", b"link/../new"])
+wild_names = ways_out | st.builds(
+    lambda pieces, root: root + b"/".join(pieces), parts, st.sampled_from([b"", b"/", b"//"])
+)
+targets = st.sampled_from(["../outside", "../outside", "/", "..", "a", "../outside/file", "/etc", "."])
 
 
 @st.composite
@@ -150,21 +161,21 @@ def scripts(draw: Any) -> list[tuple[int, bytes]]:
 
 
 @examples(150)
-@given(scripts(), st.booleans(), st.sampled_from(["x", "..", "/etc/x", "", ".ssh"]))
+@given(scripts(), st.booleans(), st.booleans(), st.sampled_from(["x", "..", "/etc/x", "", ".ssh"]))
 def test_nothing_is_written_outside_whatever_a_host_sends(
-    script: list[tuple[int, bytes]], folder: bool, name: str
+    script: list[tuple[int, bytes]], folder: bool, there: bool, name: str
 ) -> None:
     with tempfile.TemporaryDirectory() as made:
         top = Path(made)
         (top / "outside").mkdir(mode=0o750)
         (top / "outside" / "file").write_text("mine")
-        (top / "inside").mkdir()
-        (top / "inside" / "link").symlink_to("../outside")
-        before = _everything(top, b"inside")
+        if there:
+            (top / "to" / "a").mkdir(parents=True)
+            (top / "to" / "link").symlink_to("../outside")
+        before = _everything(top, b"to")
         start = (stream.START, json.dumps({"folder": folder, "name": name, "now": time.time_ns()}).encode())
-        _receive([start, *script], top / "inside" / "to")
-        assert _everything(top, b"inside") == before
-        assert os.readlink(top / "inside" / "link") == "../outside"
+        _receive([start, *script], top / "to")
+        assert _everything(top, b"to") == before
         for path in top.rglob("*"):
             assert path.lstat().st_mode & 0o7000 == 0
 
@@ -173,7 +184,8 @@ def _everything(top: Path, but: bytes) -> dict[bytes, Any]:
     found: dict[bytes, Any] = {}
     for folder, folders, files in os.walk(os.fsencode(top)):
         if folder == os.fsencode(top):
-            folders.remove(but)
+            folders[:] = [name for name in folders if name != but]
+            files = [name for name in files if name != but]
         for name in [*folders, *files]:
             path = os.path.join(folder, name)
             inode = os.lstat(path)
@@ -269,7 +281,7 @@ def test_a_path_without_variables_is_what_it_says(path: bytes) -> None:
 @given(
     plain_paths,
     st.dictionaries(st.sampled_from(["A", "B_1", "HOME"]), st.text(string.printable, max_size=9).filter(
-        lambda text: "\0" not in text), min_size=3),
+        lambda text: "\0" not in text) | st.sampled_from(["$A", "${B_1}/x", "$HOME", "~"]), min_size=3),
     plain_paths,
 )  # fmt: skip
 def test_variables_are_replaced_once(before: bytes, env: dict[str, str], after: bytes) -> None:
