@@ -35,3 +35,4 @@ def test_bars_do_not_overwrite_what_is_said(piped: bool, monkeypatch: pytest.Mon
     assert "host1: 1 file, 2.9M in 2.0 s, 1.4M/s" in (said if piped else shown)
     assert said if piped else not said  # of two that write to one terminal, one does not know of the other's lines
     assert "cannot copy: x" in shown
+    assert shown.endswith("\r\x1b[1A\x1b[2K")  # nor does an empty line stay where the bars were

@@ -64,6 +64,8 @@ class Copying:
 
     def __exit__(self, *_: object) -> None:
         if self._bars is not None:
+            if not self._bars.tasks:
+                self._bars.add_task("")  # what is removed at the end is the lines of tasks: without one, another stays
             self._bars.stop()
 
     def progress(self, host: str) -> Callable[[int, int | None, int], Any] | None:

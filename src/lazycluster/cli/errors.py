@@ -59,9 +59,10 @@ def complain(error: click.ClickException) -> int:
     if isinstance(error, _NO_ARGUMENTS):
         error.show()
         return USAGE
-    context = error.ctx
-    usage = "" if context is None else f"\n  {context.get_usage()}\n  For more: {context.command_path} --help"
-    show_error(error.format_message() + usage)
+    context, text = error.ctx, error.format_message()
+    if context is not None and "Next step:" not in text:
+        text += f"\n  {context.get_usage()}\n  For more: {context.command_path} --help"
+    show_error(text)
     return USAGE
 
 

@@ -62,7 +62,10 @@ def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str]
     with _changing(file) as change:
         taken = {host.name.lower(): host.place for host in configured_hosts(file)} if file.exists() else {}
         if name.lower() in taken:
-            raise ConfigurationError(f"{name!r} is there already, in {taken[name.lower()]}")
+            raise ConfigurationError(
+                f"{name!r} is there already, in {taken[name.lower()]}\n"
+                f"  Next step: choose another name, or remove it first: lazycluster delete-runtime {name}"
+            )
         newline = b"\r\n" if b"\r\n" in change.text else b"\n"
         lines = [f"Host {name}", *(f"    {key} {_quoted(value)}" for key, value in options.items())]
         block = b"".join(os.fsencode(line) + newline for line in lines)

@@ -122,9 +122,10 @@ def _public_key(id_file: str | None) -> Path:
         if candidate.exists():
             return candidate
     where = str(candidates[0]) if id_file else str(folder)
+    make = shlex.join(["ssh-keygen", "-t", "ed25519", *(["-f", id_file] if id_file else [])])
     raise click.UsageError(
-        f"there is no public key in {where}. Make a pair of keys first: ssh-keygen -t ed25519"
-        + (f" -f {id_file}" if id_file else "")
+        f"there is no public key in {where}; nothing was changed\n"
+        f"  Next step: make a pair of keys, then the same again: {make}"
     )
 
 
