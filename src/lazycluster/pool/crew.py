@@ -222,6 +222,11 @@ class Crew:
         return self._capacity() - len(self.in_flight)
 
     @property
+    def may_come_back(self) -> bool:
+        """Whether its host may be there again soon, with another agent."""
+        return self._context.connection.state in ("open", "interrupted")
+
+    @property
     def idle(self) -> int:
         """How many workers have nothing to do."""
         return 0 if self.over or self.away else max(0, self.workers - len(self.in_flight))
@@ -361,7 +366,7 @@ class Crew:
             self.asked_back = False
             found = [self._forget(number) for number in message["back"]]
             self._owner.returned([chunk for chunk in found if chunk is not None])
-        else:
+        elif "pid" not in message:  # of what looks for another interpreter
             raise ValueError("it is told of something that nobody knows")
 
     def _output(self, data: bytes) -> None:
