@@ -154,6 +154,25 @@ def test_a_host_that_comes_back_takes_part_again(hosts: Any) -> None:
         assert numbers == list(range(len(got) + 1, len(got) + 1 + len(numbers)))
 
 
+@pytest.mark.soak
+def test_the_only_host_is_waited_for_and_a_call_that_ends_it_is_given_up(hosts: Any) -> None:
+    def ends_the_host(x: int) -> int:
+        if x == 5:
+            agent = os.environ["LAZYCLUSTER_AGENT"].split("-")[-2]
+            os.kill(int(agent), signal.SIGKILL)
+            time.sleep(60)
+        return x
+
+    kwargs = {"config_file": hosts.config_file, "link_timeout": 2}
+    with RuntimeGroup(hosts=hosts.names[:1], connection_kwargs=kwargs, python="auto") as group:
+        results = group.map(ends_the_host, range(10))
+        assert [next(results) for _ in range(5)] == list(range(5))
+        with pytest.raises(WorkerLostError, match="had been tried 2 times before with the same end") as caught:
+            next(results)
+        assert caught.value.hosts == [hosts.names[0]] * 3
+        assert list(group.map(square, range(10))) == [x * x for x in range(10)]
+
+
 def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) -> None:
     agents = [runtime.connection.hello.pid for runtime in group.runtimes]
 

@@ -72,6 +72,7 @@ class Dealer:
         self._loop = _loop.get_loop()
         self._runs: list[asyncio.Task[None]] = []
         self._lost: dict[str, str] = {}
+        self._returning = 0  # hosts that were lost and are waited for
         self._without_gpus: list[str] = []
         self._closed = False
 
@@ -230,7 +231,8 @@ class Dealer:
                 _logger.warning("left out: %s", error)
                 return
             error = AgentError(crew.host, "gpu", "no host has GPUs for calls:\n  " + "\n  ".join(self._without_gpus))
-        if not isinstance(error, ConnectionLostError):
+        returns = self._returns[self._crews.index(crew)]
+        if not isinstance(error, ConnectionLostError) and not (others and returns.count):
             self._break(error)
             return
         self._lost[crew.host] = str(error).partition("\n")[0]
@@ -245,36 +247,44 @@ class Dealer:
                 continue
             name = chunk.sink.name(chunk, chunk.first)
             chunk.sink.settle(chunk, Failure(_given_up(chunk, name, crew.host, None)))
-        if others:
-            _logger.warning("%s: %d calls are run elsewhere: %s", crew.host, len(again), error)
-            self.returned(again)
-            self._runs.append(asyncio.ensure_future(self._take_back(crew)))
+        delay = returns.next() if crew.may_come_back else None
+        if delay is not None:
+            self._returning += 1
+            self._runs.append(asyncio.ensure_future(self._take_back(crew, delay)))
+        if others or self._returning:
+            where = "elsewhere" if others else "when a host is back"
+            _logger.warning("%s: %d calls are run %s: %s", crew.host, len(again), where, error)
+        self.returned(again)
+        self._check_hosts(crew.host)
+
+    def _check_hosts(self, host: str) -> None:
+        """Give up if no host is left, after one has gone."""
+        if self._returning or self._closed or self.error is not None or any(not crew.over for crew in self._crews):
             return
-        self._pending.extendleft(reversed(again))
         reasons = "\n".join(f"  {reason}" for reason in self._lost.values())
         self._break(
             HostsLostError(
                 f"no host is left to run calls on:\n{reasons}\n  Next step: see that the hosts are up, connect anew",
                 hosts=list(self._lost),
-                host=crew.host,
+                host=host,
             )
         )
 
-    async def _take_back(self, crew: Crew) -> None:
-        """Have a host take part again whose agent was lost, if it comes back while there are others."""
+    async def _take_back(self, crew: Crew, delay: float) -> None:
+        """Have a host take part again whose agent was lost, once it is back."""
         index = self._crews.index(crew)
-        delay = self._returns[index].next()
-        if delay is None:
-            _logger.error("%s: was lost %d times, and gets no more calls", crew.host, _MOST_RETURNS + 1)
-            return
-        await asyncio.sleep(delay)
-        context = await self._again[index]()
-        if context is None or self._closed or self.error is not None:
-            return
-        _logger.info("%s: is back, and takes part again", crew.host)
-        self._lost.pop(crew.host, None)
-        self._crews[index] = again = Crew(self, context, self._plans[index])
-        await again.run(())
+        try:
+            await asyncio.sleep(delay)
+            context = await self._again[index]()
+            if context is None or self._closed or self.error is not None:
+                return
+            _logger.info("%s: is back, and takes part again", crew.host)
+            self._lost.pop(crew.host, None)
+            self._crews[index] = crew = Crew(self, context, self._plans[index])
+        finally:
+            self._returning -= 1
+            self._check_hosts(crew.host)
+        await crew.run(())
 
     def _break(self, error: BaseException) -> None:
         if self.error is None:
