@@ -10,12 +10,15 @@ class Tail:
 
     Args:
         most: How many.
+
+    Attributes:
+        is_cut: Whether there was more.
     """
 
     def __init__(self, most: int = _MOST) -> None:
         self._most = most
         self._data = bytearray()
-        self._cut = False
+        self.is_cut = False
 
     def put(self, data: bytes) -> None:
         """Take a part of the output."""
@@ -28,10 +31,10 @@ class Tail:
         self._trim()
         data = self._data
         # Half an address at the beginning, say, could not be told from one without a password in it.
-        start = data.find(b"\n", 0, -1) + 1 if self._cut else 0
+        start = data.find(b"\n", 0, -1) + 1 if self.is_cut else 0
         return data[start:].decode("utf-8", "replace")
 
     def _trim(self) -> None:
         if len(self._data) > self._most:
-            self._cut = True
+            self.is_cut = True
             del self._data[: -self._most]

@@ -67,6 +67,17 @@ def test_it_outlives_its_runtime_and_is_found_again(make: Callable[..., Runtime]
         assert runtime.call(os.path.exists, directory) is False
 
 
+def test_a_log_of_any_length_takes_a_limited_memory(make: Callable[..., Runtime], monkeypatch: Any) -> None:
+    monkeypatch.setattr("lazycluster.tasks.detached._LOG_SHOWN", 10_000)
+    with make() as runtime:
+        task = runtime.execute_task(RuntimeTask("long").run_command("seq 100000"), detach=True)
+        task.join(_PATIENCE)
+        note, first, *_, last = task.log().splitlines()
+        assert note == "[the log is longer; this is the end of it]"
+        assert (int(first) > 90_000, last) == (True, "100000")
+        task.remove()
+
+
 _MANAGER = """
     import sys, threading
     from lazycluster import Runtime, RuntimeTask

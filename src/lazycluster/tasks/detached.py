@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
+from lazycluster._tail import Tail
 from lazycluster.exceptions import AgentError, LazyclusterError, TaskExecutionError, printable
 from lazycluster.ssh.connection import Connection
 
@@ -26,6 +27,7 @@ __all__ = ["DetachedTask", "check_options", "checked", "detached_tasks", "start"
 _START_LIMIT = 120.0  # seconds for it to be on its way
 _ANSWER_LIMIT = 30.0
 _END_LIMIT = 20.0  # seconds for a task to end that is cancelled
+_LOG_SHOWN = 64 * 1024 * 1024  # bytes of a log
 _FIRST_LOOK, _LONGEST_LOOK = 0.05, 2.0  # seconds between two looks at how far a task is
 
 
@@ -64,17 +66,18 @@ class DetachedTask:
         return str(_loop.run(self._about())["state"])
 
     def log(self) -> str:
-        """What it has printed so far."""
-        return _loop.run(self._file("log")).decode("utf-8", "replace")
+        """What it has printed so far; of more than 64 MiB the end, after a line that says so."""
+        tail = Tail(_LOG_SHOWN)
+        _loop.run(self._read(tail.put, do="log"))
+        text = tail.text()
+        return f"[the log is longer; this is the end of it]\n{text}" if tail.is_cut else text
 
-    async def _file(self, do: str, **params: Any) -> bytes:
-        data = bytearray()
-        channel = self._connection.channel("detached", {"do": do, "id": self.id, **params}, output=data.extend)
+    async def _read(self, take: Callable[[bytes], Any], **params: Any) -> None:
+        channel = self._connection.channel("detached", {"id": self.id, **params}, output=take)
         try:
             await channel.result()
         finally:
             channel.close()
-        return bytes(data)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end, however it ends.
@@ -123,7 +126,9 @@ class DetachedTask:
             if "status" not in fields:
                 self._check_command(about, number, fields)
                 continue
-            parts = [await self._file("outcome", step=number)] if fields["status"] in ("returned", "raised") else []
+            parts: list[bytes] = []
+            if fields["status"] in ("returned", "raised"):
+                await self._read(parts.append, do="outcome", step=number)
             outcome = await functions.outcome_of(fields, parts)
             if outcome.status != "returned":
                 text = outcome.describe(str(label).removesuffix("()"))
