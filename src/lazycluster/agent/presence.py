@@ -8,6 +8,7 @@ import signal
 import struct
 import time
 
+from . import tcp
 from .guardian import SSHD_FILE, sshd_above
 from .logout import kills_at_logout
 from .processes import send_signal, start_time
@@ -50,11 +51,17 @@ class Line:
         pid = _peer(connection)
         self.sshd = sshd_above(pid) if pid else None
         self._started = start_time(self.sshd) if self.sshd else None
+        self._tcp = tcp.of_session(pid) if pid else None
 
     @property
     def up(self) -> bool:
         """Whether sshd is there."""
         return self.sshd is not None and self._started is not None and start_time(self.sshd) == self._started
+
+    @property
+    def cut(self) -> bool:
+        """Whether the link has gone for certain: without sshd, or with one that is about to end."""
+        return not self.up or (self._tcp is not None and not self._tcp.stands())
 
     def note(self, directory: str) -> None:
         """Leave word for the guardian, which ends this session when the agent has ended."""
@@ -76,8 +83,8 @@ class Line:
 class Presence:
     """Keeps the one session with the manager.
 
-    The end of the streams alone does not tell why. While sshd lives the manager has ended, since ssh, which has seen
-    the end of its input, passed that on; with sshd the link has gone, and the manager may come back.
+    The end of the streams alone does not tell why. While sshd has its connection the manager has ended, since ssh,
+    which has seen the end of its input, passed that on; without, the link has gone, and the manager may come back.
 
     Args:
         agent: The agent.
@@ -164,10 +171,11 @@ class Presence:
         def judge() -> None:
             if line is not self._line or not session.attached:
                 return  # the manager is back
-            if line is None or not line.up:
+            if line is None or line.cut:
                 self._interrupted()
             elif session.out_is_broken() and time.monotonic() - since < _SSHD_LIMIT:
-                # Both the end of sshd and that of the manager, while it is sent something, look like this at first.
+                # Where connections cannot be seen, both the end of sshd and that of the manager, while it is sent
+                # something, look like this at first.
                 self._agent.loop.call_later(_LOOK_EVERY, judge)
             else:
                 self._agent.end()
