@@ -52,9 +52,10 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
         )
 
     def inlined(found: re.Match[str]) -> str:
-        svg = (TOP / "docs" / "drawings" / found[2]).read_text(encoding="utf-8")
-        svg = re.sub(r"<\?xml.*?\?>", "", svg)
-        return f'<figure class="drawing" role="img" aria-label="{found[1]}">{svg}</figure>'
+        wide = TOP / "docs" / "drawings" / found[2]
+        both = (wide, wide.with_stem(f"{wide.stem}-narrow"))  # the style sheet shows the one that fits
+        text = "".join(re.sub(r"<\?xml.*?\?>", "", svg.read_text(encoding="utf-8")) for svg in both)
+        return f'<figure class="drawing" role="img" aria-label="{found[1]}">{text}</figure>'
 
     return _DRAWING.sub(inlined, html)
 
