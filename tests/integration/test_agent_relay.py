@@ -95,7 +95,7 @@ def _until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def test_bytes_arrive_both_ways(make_hosts: Any) -> None:
-    hosts = make_hosts(1, forwarding=False, max_sessions=2)
+    hosts = make_hosts(1, forwarding=False, max_sessions=2, rc="noisy")
     data = random.Random(1).randbytes(_SIZE)
     with _runtime(hosts) as runtime, _echo(hosts[0], 5001), _echo(None, 5002):
         runtime.expose_port_from_runtime(5001, 6001)

@@ -123,6 +123,18 @@ def test_without_ssh(tmp_path: Path) -> None:
     assert state(tmp_path / "back") == state(source)
 
 
+@pytest.mark.parametrize("shell", ["bash", "tcsh"])
+def test_a_login_shell_that_prints(make_hosts: Any, tmp_path: Path, shell: str) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(100_000))
+
+    async def body(connection: SshConnection) -> None:
+        await send(connection, tmp_path / "file", "there", cwd="", env={})
+        await get(connection, "there", tmp_path / "back", cwd="", env={})
+
+    over_ssh(make_hosts(1, rc="noisy", shell=shell), body)
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "file").read_bytes()
+
+
 def test_errors_name_host_and_path(hosts: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
 

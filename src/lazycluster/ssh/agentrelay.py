@@ -27,9 +27,10 @@ from . import workspace
 from .channel import Channel
 from .connection import Connection
 from .handles import MANAGER, Outcome, Tunnel, TunnelRequest
+from .mark import StartError, past_noise
 from .mux import MuxError
 from .probes import mux_of
-from .program import bulk_command
+from .program import bulk_command, expected, new_marker
 
 __all__ = ["is_asked_for", "relay_of"]
 
@@ -191,7 +192,8 @@ class AgentRelay:
 
     async def _join(self, connection: Connection, here: _End, there: _End) -> None:
         """Connect the two by a session."""
-        command = bulk_command(connection.hello.executable, await there.socket)
+        marker = new_marker()
+        command = bulk_command(connection.hello.executable, marker, await there.socket)
         ours, theirs = socket.socketpair()
         with ours:
             with theirs, Path(os.devnull).open("wb") as null:
@@ -206,6 +208,11 @@ class AgentRelay:
                     ) from error
             # The session must be held until it ends, which it does with the process on the host.
             self._session = asyncio.ensure_future(session.wait())
+            try:
+                await past_noise(ours, expected(marker))
+            except (StartError, OSError) as error:
+                text = f"{self._host}: the relay does not start, and printed: {str(error) or 'nothing'}"
+                raise TunnelError(text) from error
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as giver:
                 giver.connect(await here.socket)
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", ours.fileno(), ours.fileno()))]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from dataclasses import dataclass
 
-__all__ = ["Mark", "StartError", "read_mark"]
+__all__ = ["Mark", "StartError", "past_noise", "read_mark"]
 
 _NOISE_LIMIT = 1024 * 1024
 _SHOWN = 4096
@@ -94,6 +95,27 @@ async def read_mark(fd: int, mark: bytes, exited: asyncio.Future[int], seen: byt
     except asyncio.CancelledError:
         loop.remove_reader(fd)
         raise
+
+
+async def past_noise(stream: socket.socket, mark: bytes) -> None:
+    """Read a stream up to the end of the mark's line, and no further; a blocking one is so again in the end.
+
+    Args:
+        stream: The streams of a session, of which the login shell may say something first.
+        mark: How the line begins; nothing follows in it.
+
+    Raises:
+        StartError: If it does not come.
+    """
+    loop, seen, wanted = asyncio.get_running_loop(), bytearray(), mark + b"\n"
+    stream.setblocking(False)
+    while not seen.endswith(wanted):
+        begun = next(length for length in range(len(wanted) - 1, -1, -1) if seen.endswith(wanted[:length]))
+        data = await loop.sock_recv(stream, len(wanted) - begun)
+        seen += data
+        if not data or len(seen) > _NOISE_LIMIT:
+            raise StartError(shown(seen), None)
+    stream.setblocking(True)
 
 
 def _parsed(line: bytes, rest: bytes) -> Mark:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster import _forks, _loop
+from lazycluster.agent.stream import StreamClosedError
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 
 from . import workspace
@@ -24,10 +25,10 @@ from .config import Settings, ssh_argv, ssh_version
 from .errors import classify, is_retryable
 from .handshakes import limiter
 from .link import AgentLink
-from .mark import StartError, shown
+from .mark import StartError, past_noise, shown
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
-from .program import bulk_command, new_marker, rejoin_command, remote_command
+from .program import bulk_command, expected, new_marker, rejoin_command, remote_command
 from .returning import ReturningConnection
 
 ATTEMPTS = 6
@@ -180,7 +181,8 @@ class SshConnection(ReturningConnection):
         ours, theirs = socket.socketpair()
         _forks.not_for_children(ours.fileno(), theirs.fileno())
         with theirs, Path(os.devnull).open("wb") as null:
-            command = bulk_command(self.hello.executable, os.path.join(self.hello.directory, "agent.sock"))
+            marker = new_marker()
+            command = bulk_command(self.hello.executable, marker, os.path.join(self.hello.directory, "agent.sock"))
             try:
                 session = await mux.new_session(command, theirs.fileno(), theirs.fileno(), null.fileno())
             except MuxError as error:
@@ -190,6 +192,13 @@ class SshConnection(ReturningConnection):
         task = asyncio.ensure_future(session.wait())
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
+        try:
+            await past_noise(ours, expected(marker))
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, (StartError, OSError)):
+                raise StreamClosedError(f"it did not start, and printed: {str(error) or 'nothing'}") from error
+            raise
         return ours
 
     async def another_agent(self) -> AgentLink:

@@ -35,9 +35,10 @@ _REJOIN = (
     "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
 )
 _BULK = (
-    "import socket,struct;s=socket.socket(1);s.connect({path});"
+    "import os,socket,struct;n=bytes([10]);s=socket.socket(1);s.connect({path});"
+    'os.write(1,n+b"lazy"+b"{marker} "+n);'
     's.sendmsg([b"bulk"],[(1,1,struct.pack("2i",0,1))]);'
-    "import os;os.close(0);os.close(1);s.recv(1)"
+    "os.close(0);os.close(1);s.recv(1)"
 )
 
 
@@ -66,9 +67,9 @@ def rejoin_command(python: str, marker: str, socket_path: str) -> str:
     return f"exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, path=_literal(socket_path))}'"
 
 
-def bulk_command(python: str, socket_path: str) -> str:
-    """Return the line by which a further session hands its streams to the agent."""
-    return f"exec {_quoted(python)} -ISc '{_BULK.format(path=_literal(socket_path))}'"
+def bulk_command(python: str, marker: str, socket_path: str) -> str:
+    """Return the line by which a further session says that its shell has done, and gives the agent its streams."""
+    return f"exec {_quoted(python)} -ISc '{_BULK.format(marker=marker, path=_literal(socket_path))}'"
 
 
 def _literal(path: str) -> str:
