@@ -131,6 +131,9 @@ def test_an_unknown_host_is_taken_with_consent_only(hosts: Any, strange: Path) -
             terminal.type(f"{answer}\n")
             assert terminal.end() == status, terminal.seen
         assert known.exists() == (answer == "yes")
+        if answer == "no":
+            told = terminal.seen.partition("not usable as a runtime (host_key)")[2].replace("\n", "").replace("\r", "")
+            assert f"is unknown (ED25519, {fingerprint(hosts[0])})" in told
     assert "host1: host1\n" in terminal.seen
     with Terminal(argv) as terminal:
         assert terminal.end() == 0

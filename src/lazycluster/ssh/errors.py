@@ -336,7 +336,10 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
     detail = f"the login shell ended with exit status {case.status} instead of starting Python"
     if case.printed or case.evidence:
         detail += f": {case.printed or case.evidence}"
-    hint = "is the account allowed to log in, and do the start-up files of its shell leave the shell alone?"
+    hint = (
+        f"'{case.plain_ssh} true' must succeed: does a start-up file of the shell end it (exit), or replace it (exec)? "
+        "May the account log in at all?"
+    )
     if case.python != "python3":
         hint = f"is {case.python} a Python interpreter? If so: {hint}"
     return case.error("shell", detail, hint)

@@ -113,7 +113,7 @@ class Prompter:
             asker.pid.set_result(pid)
 
     def asked(self, connection_id: str) -> list[str]:
-        """Return what was asked and not answered, in order."""
+        """Return what was asked and not answered, or with "no", in order."""
         asker = self._askers.get(connection_id)
         return list(asker.asked) if asker else []
 
@@ -171,7 +171,7 @@ class Prompter:
         answer = await self._from_settings(asker, prompt, kind, int(question["asker"]))
         if answer is None and asker.ask and kind != "none":
             answer = await self._from_terminal(asker, prompt, kind, reader)
-        if answer is None:
+        if answer is None or answer.strip().lower() == "no":
             asker.asked.append(prompt.strip())
         return answer
 
