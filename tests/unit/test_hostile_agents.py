@@ -166,6 +166,7 @@ def test_errors_can_be_shown_whatever_is_in_them() -> None:
         ({"op": "run"}, {"exit": float("nan"), "signal": None}, "exit is nan"),
         ({"op": "call"}, {"status": {}}, "status is"),
         ({"op": "activity"}, dict.fromkeys(("busy", "total", "tasks", "workers", "tunnels"), float("inf")), "is inf"),
+        ({"op": "usage"}, {"services": {"7": [1, "2"]}, "time": 1.0, "hertz": 100}, "services.7 is '2'"),
         ({"op": "detached", "do": "list"}, {"tasks": [None]}, "tasks is no object"),
         ({"op": "environment", "action": "find"}, {"found": "yes", "prefix": "/"}, "found is 'yes'"),
         ({"op": "expand"}, {"path": "x" * 1_000_000, "directory": "x" * 1_000_000, "identity": None}, "directory is"),

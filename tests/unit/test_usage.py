@@ -94,6 +94,7 @@ def test_a_silent_host_is_waited_for_once_and_what_it_said_is_forgotten(monkeypa
         {"services": {"1": [1, 2, 3]}, "time": 3.0, "hertz": 100},
         {"services": {"2": ["", None]}, "time": "soon", "hertz": {}},
         {"services": {"1": ["", None]}, "time": float("nan"), "hertz": 0},
+        {"services": {"1": [10**400, -(10**400)]}, "time": 3, "hertz": 10**400},
     ],
 )
 def test_nonsense_is_nothing(answer: Any) -> None:

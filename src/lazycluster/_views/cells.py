@@ -14,8 +14,11 @@ _UNITS = ("B", "K", "M", "G", "T", "P")
 
 def number(value: Any) -> float:
     """Return a number that a host tells; 0 if it is none."""
-    usable = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if usable else 0.0
+    try:
+        found = float(value) if isinstance(value, (int, float)) else 0.0
+    except OverflowError:  # of an integer
+        return 0.0
+    return found if math.isfinite(found) else 0.0
 
 
 def megabytes(count: float) -> str:

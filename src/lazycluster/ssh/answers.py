@@ -49,6 +49,7 @@ _SHAPES: dict[str, Any] = {
     "run": _STATUS,
     "service": {"exit": (int, type(None)), "signal": (int, type(None))},
     "setup": {"env": {...: str}},
+    "usage": {"services": {...: [_NUMBER]}, "time": _NUMBER, "hertz": _NUMBER},
 }
 
 
