@@ -191,4 +191,6 @@ def _check(name: str, config: str | None, accept: bool) -> int:
         show_error(
             f"{name}: {outcome.error}\n  It is in the configuration all the same; see also: {_doctor(name, config)}"
         )
+    else:
+        click.echo(f"To see to ports and packages, too: {_doctor(name, config)}")
     return outcome.status
