@@ -36,6 +36,10 @@ def _variable(name: str) -> str | None:
     return os.environ.get(name)
 
 
+def _files() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path().iterdir()}
+
+
 def _fail(text: str) -> None:
     raise ValueError(text)
 
@@ -60,14 +64,32 @@ class Model(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.group = RuntimeGroup([self._new_host()])
+        self.group = RuntimeGroup([self._new_host(), self._new_host()])
 
     def teardown(self) -> None:
-        if hasattr(self, "group"):
-            self.group.cleanup()
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+        try:
+            if hasattr(self, "group"):
+                self._agrees()
+        finally:
+            if hasattr(self, "group"):
+                self.group.cleanup()
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
+
+    def _agrees(self) -> None:
+        """At the end of each sequence all is compared, whatever was asked in it."""
+        assert not self.group.contains_runtime("no-such-host")
+        with pytest.raises(ValueError, match="no-such-host"):
+            self.group.get_runtime("no-such-host")
+        if not self.failed:
+            assert list(self.group.function_returns) == self.returns
+        if self.closed:
+            return
+        for name in ("LC_ONE", "LC_TWO"):
+            wanted = {host: known["variables"].get(name) for host, known in self.hosts.items()}
+            assert self.group.call(_variable, name) == wanted
+        assert self.group.call(_files) == {host: known["files"] for host, known in self.hosts.items()}
 
     # --- members -------------------------------------------------------------------------------
     @precondition(lambda self: not self.closed and len(self.hosts) < _MOST)
@@ -83,12 +105,6 @@ class Model(RuleBasedStateMachine):
         concurrent.futures.wait([task.future for task in self.group.get_runtime(host).tasks])
         self.group.remove_runtime(host).cleanup()
         del self.hosts[host]
-
-    @rule()
-    def ask_for_a_stranger(self) -> None:
-        assert not self.group.contains_runtime("no-such-host")
-        with pytest.raises(ValueError, match="no-such-host"):
-            self.group.get_runtime("no-such-host")
 
     # --- tasks ---------------------------------------------------------------------------------
     @precondition(lambda self: not self.closed)
@@ -179,6 +195,7 @@ class Model(RuleBasedStateMachine):
     def close(self, data: st.DataObject) -> None:
         if data.draw(st.integers(0, 5)) == 0:
             self.group.join()
+            self._agrees()
             self.group.cleanup()
             self.group.cleanup()
             self.closed = True
