@@ -74,7 +74,7 @@ class Victim:
         """Wait for what it says."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
-        assert line, "it ended before it was killed"
+        assert line, f"it ended before it was killed:\n{self.process.communicate()[1]}"
         return line
 
     def kill(self) -> None:

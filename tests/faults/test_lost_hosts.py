@@ -154,6 +154,28 @@ def test_a_host_that_comes_back_takes_part_again(hosts: Any) -> None:
         assert numbers == list(range(len(got) + 1, len(got) + 1 + len(numbers)))
 
 
+@pytest.mark.parametrize("chunksize", [1, 10])
+def test_of_calls_beside_each_other_the_one_that_ends_hosts_is_named(group: RuntimeGroup, chunksize: int) -> None:
+    agents = [runtime.connection.hello.pid for runtime in group.runtimes]
+
+    def ends_the_host(x: int) -> int:
+        if x == 5:
+            pid = os.getpid()
+            while pid not in agents:
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(600)
+        time.sleep(0.2)  # so that those beside it are under way
+        return x
+
+    with group.executor(workers_per_host=3) as executor:
+        results = executor.map(ends_the_host, range(20), chunksize=chunksize)
+        assert [next(results) for _ in range(5)] == list(range(5))
+        with pytest.raises(WorkerLostError, match=r"ends_the_host\(5\) \(item 5\)") as caught:
+            next(results)
+    assert len(caught.value.hosts) == 3
+
+
 @pytest.mark.soak
 def test_the_only_host_is_waited_for_and_a_call_that_ends_it_is_given_up(hosts: Any) -> None:
     def ends_the_host(x: int) -> int:
@@ -170,6 +192,7 @@ def test_the_only_host_is_waited_for_and_a_call_that_ends_it_is_given_up(hosts: 
         with pytest.raises(WorkerLostError, match="had been tried 2 times before with the same end") as caught:
             next(results)
         assert caught.value.hosts == [hosts.names[0]] * 3
+        assert "(item 5)" in str(caught.value)  # and not one of those that were beside it
         assert list(group.map(square, range(10))) == [x * x for x in range(10)]
 
 

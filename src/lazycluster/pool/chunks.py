@@ -68,11 +68,14 @@ class Chunk:
         key: What the sink knows it by.
         deaths: How many workers or hosts have died under it.
         touched: On which hosts that was.
+        suspect: Whether it is its last chance, and others were beside it when hosts were lost: any of them may have
+            done it, so a host gets one of them at a time.
         cancelled: Whether it is wanted no more.
     """
 
     __slots__ = (
-        "blob", "cancelled", "count", "deaths", "first", "key", "number", "packed", "shared", "sink", "touched",
+        "blob", "cancelled", "count", "deaths", "first", "key", "number", "packed", "shared", "sink", "suspect",
+        "touched",
     )  # fmt: skip
 
     def __init__(
@@ -95,10 +98,15 @@ class Chunk:
         self.key = key
         self.deaths = 0
         self.touched: tuple[str, ...] = ()
+        self.suspect = False
         self.cancelled = False
 
     def part(self, first: int, count: int) -> Chunk:
         """Return a chunk of some of the calls."""
         chunk = Chunk(self.packed, first, count, self.blob, self.shared, self.sink, self.key)
-        chunk.deaths, chunk.touched = self.deaths, self.touched
+        chunk.deaths, chunk.touched, chunk.suspect = self.deaths, self.touched, self.suspect
         return chunk
+
+    def calls(self) -> list[Chunk]:
+        """Return a chunk for each of the calls."""
+        return [self] if self.count == 1 else [self.part(self.first + index, 1) for index in range(self.count)]

@@ -222,6 +222,11 @@ class Crew:
         return self._capacity() - len(self.in_flight)
 
     @property
+    def has_suspect(self) -> bool:
+        """Whether it has a call that is one of those which hosts may have been lost by."""
+        return any(chunk.suspect for chunk in self.in_flight.values())
+
+    @property
     def may_come_back(self) -> bool:
         """Whether its host may be there again soon, with another agent."""
         return self._context.connection.state in ("open", "interrupted")

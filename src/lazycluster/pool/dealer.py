@@ -155,17 +155,23 @@ class Dealer:
             self._fail_pending(self.error)
             return
         crews = [crew for crew in self._crews if crew.room > 0]
+        held = []
         while self._pending and crews:
             chunk = self._pending.popleft()
+            able = [crew for crew in crews if not crew.has_suspect] if chunk.suspect else crews
+            if not able:
+                held.append(chunk)
+                continue
             if chunk.cancelled or not chunk.sink.begins(chunk):
                 continue
             # The one that has the least to do for its size; not where the call has done harm already, if possible.
-            crew = min(crews, key=lambda crew: (crew.host in chunk.touched, len(crew.in_flight) / crew.workers))
+            crew = min(able, key=lambda crew: (crew.host in chunk.touched, len(crew.in_flight) / crew.workers))
             crew.give(chunk)
             if crew.room <= 0:
                 crews.remove(crew)
         if not self._pending:
             self._balance()
+        self._pending.extendleft(reversed(held))
         dropped, self.blobs.dropped = self.blobs.dropped, []
         for crew in self._crews:
             for blob in dropped:
@@ -237,16 +243,9 @@ class Dealer:
             return
         self._lost[crew.host] = str(error).partition("\n")[0]
         chunks = crew.take_all()
-        again = []
-        for position, chunk in enumerate(chunks):
-            # Those that its workers had, as far as is known here; the others were in stock.
-            if position < crew.workers:
-                self._blamed(chunk, crew.host)
-            if chunk.deaths < MOST_DEATHS:
-                again.append(chunk)
-                continue
-            name = chunk.sink.name(chunk, chunk.first)
-            chunk.sink.settle(chunk, Failure(_given_up(chunk, name, crew.host, None)))
+        # Those that its workers had, as far as is known here; the others were in stock.
+        blamed = [self._blamed(chunk, crew.host) for chunk in chunks[: crew.workers]]
+        again = [part for chunk in blamed for part in self._with_doubts(chunk)] + chunks[crew.workers :]
         delay = returns.next() if crew.may_come_back else None
         if delay is not None:
             self._returning += 1
@@ -256,6 +255,15 @@ class Dealer:
             _logger.warning("%s: %d calls are run %s: %s", crew.host, len(again), where, error)
         self.returned(again)
         self._check_hosts(crew.host)
+
+    def _with_doubts(self, chunk: Chunk) -> list[Chunk]:
+        """Return what is to be run again of a chunk that hosts were lost under; its last chance is a call's own."""
+        if chunk.deaths >= MOST_DEATHS:
+            name = chunk.sink.name(chunk, chunk.first)
+            chunk.sink.settle(chunk, Failure(_given_up(chunk, name, chunk.touched[-1], None)))
+            return []
+        chunk.suspect = chunk.deaths == MOST_DEATHS - 1
+        return chunk.calls() if chunk.suspect else [chunk]
 
     def _check_hosts(self, host: str) -> None:
         """Give up if no host is left, after one has gone."""
