@@ -24,7 +24,6 @@ from lazycluster import RuntimeGroup, RuntimeTask
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 from lazycluster.runtimes import LocalRuntime
 
-_EXPLORE = bool(os.environ.get("LAZYCLUSTER_TEST_EXPLORE"))
 _MOST = 3
 
 names = st.sampled_from(["a", "b c", "-x", "ü", "$A"])
@@ -221,14 +220,19 @@ class Model(RuleBasedStateMachine):
             assert states == dict.fromkeys(self.hosts, "closed" if self.closed else "open")
 
 
-def test_a_group_is_what_its_model_is() -> None:
+@pytest.mark.parametrize(
+    ("examples", "steps"),
+    [(8, 20), pytest.param(40, 40, marks=[pytest.mark.soak, pytest.mark.timeout(600)])],
+    ids=["the same each time", "others each time"],
+)
+def test_a_group_is_what_its_model_is(examples: int, steps: int) -> None:
     run_state_machine_as_test(
         Model,
         settings=settings(
-            max_examples=150 if _EXPLORE else 8,
-            stateful_step_count=20,
+            max_examples=examples,
+            stateful_step_count=steps,
             deadline=None,
-            derandomize=not _EXPLORE,
+            derandomize=examples == 8,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),

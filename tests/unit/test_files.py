@@ -626,9 +626,10 @@ def draining(sock):
     def drain():
         poll = select.poll()
         poll.register(sock, select.POLLIN)
-        while not stop.is_set():
-            if poll.poll(20) and not sock.recv(1 << 16):
-                return
+        with contextlib.suppress(ConnectionError):  # the other side has gone with something unread
+            while not stop.is_set():
+                if poll.poll(20) and not sock.recv(1 << 16):
+                    return
 
     thread = threading.Thread(target=drain)
     thread.start()
@@ -854,6 +855,15 @@ def test_a_frame_that_is_too_long_is_refused_before_it_comes(inside):
     hostile = Hostile(inside)
     hostile.script += struct.pack("!BI", frames.ENTRIES, 2**32 - 1)
     assert "makes no sense" in str(hostile.outcome())
+
+
+def test_a_host_that_goes_on_sending_after_an_error_is_not_listened_to_for_ever(inside, monkeypatch):
+    monkeypatch.setattr(frames, "_UNDER_WAY", 1_000_000)
+    hostile = Hostile(inside)
+    hostile.file("../outside/file")
+    for _ in range(20):
+        hostile.send(frames.DATA, bytes(100_000))
+    assert "goes on sending" in str(hostile.outcome())
 
 
 def test_what_the_host_says_of_an_error_does_not_steer_the_terminal():

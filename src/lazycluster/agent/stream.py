@@ -49,6 +49,7 @@ _PIPE = 1024 * 1024
 _F_SETPIPE_SZ = 1031
 _SMALL = 64 * 1024
 _LARGEST = 8 * 1024 * 1024  # a batch whose names are all escaped
+_UNDER_WAY = 256 * 1024 * 1024  # bytes that buffers between the two sides may hold, and much more
 _REPORT_EVERY = 0.1
 
 
@@ -249,9 +250,12 @@ class Stream:
         return message
 
     def skip_until(self, wanted: int) -> None:
-        """Forget all frames up to one of a kind, and that one."""
+        """Forget all frames up to one of a kind, and that one: they were under way when the other side was told."""
+        left = _UNDER_WAY
         while self.header() != wanted:
-            pass
+            left -= self._unread + _HEADER.size
+            if left < 0:
+                raise StreamClosedError("the other side goes on sending though it was told to stop")
 
     def _read(self) -> None:
         self.flush()
