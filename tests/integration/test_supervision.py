@@ -60,10 +60,6 @@ def client_of() -> Iterator[Any]:
         yield lambda cluster: stack.enter_context(contextlib.closing(cluster.get_client()))
 
 
-def _stall(seconds: float) -> None:
-    time.sleep(seconds)
-
-
 def test_a_scheduler_that_is_killed_comes_back_and_says_what_is_lost(hosts: Any, client_of: Any) -> None:
     with connect(hosts.config_file, hosts.names[:2]) as group, DaskCluster(group, nthreads=1) as cluster:
         cluster.start()
@@ -71,7 +67,7 @@ def test_a_scheduler_that_is_killed_comes_back_and_says_what_is_lost(hosts: Any,
         events = Events(cluster)
         address, before = cluster.scheduler_address, cluster.master
         assert before is not None and before.pid is not None
-        running = client.submit(_stall, 600, pure=False)
+        running = client.submit(time.sleep, 600, pure=False)
         os.kill(before.pid, signal.SIGKILL)
         # Who waits is told soon, and not left waiting.
         with pytest.raises(CancelledError):
@@ -101,7 +97,7 @@ def test_a_scheduler_whose_keeper_is_killed_comes_back_under_the_next_one(hosts:
         [space] = workspace._spaces.values()
         address, keeper, before = cluster.scheduler_address, space.keeper.hello.pid, cluster.master
         assert before is not None
-        running = client.submit(_stall, 600, pure=False)
+        running = client.submit(time.sleep, 600, pure=False)
         os.kill(keeper, signal.SIGKILL)
         with pytest.raises(CancelledError):
             running.result(timeout=_PATIENCE)
