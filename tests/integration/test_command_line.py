@@ -474,6 +474,10 @@ def test_completion(hosts: Any) -> None:
 
     assert complete("lazycluster add") == ["add-runtime"]
     assert complete(f"lazycluster run --config {hosts.config_file} -w ho") == ["host1", "host2", "host3"]
+    assert complete(f"lazycluster run --config {hosts.config_file} -w @all -x host2,host") == [
+        "host2,host1",
+        "host2,host3",
+    ]
     assert complete(f"lazycluster run --config {hosts.config_file} -w host1,ho") == ["host1,host2", "host1,host3"]
 
 

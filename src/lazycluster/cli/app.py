@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -92,7 +93,8 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Run the command line, and exit with its status."""
     _open_standard_streams()
-    debug = "--debug" in sys.argv[1:]
+    # Behind the command it is the option of a program that is run on hosts.
+    debug = "--debug" in itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _terminate)
@@ -102,8 +104,9 @@ def main() -> None:
         status = end.exit_code
     except click.ClickException as error:
         status = complain(error)
-    except (click.Abort, KeyboardInterrupt):
-        sys.stderr.write("\nInterrupted.\n")
+    except (click.Abort, KeyboardInterrupt) as error:
+        ended = isinstance(error.__cause__, (KeyboardInterrupt, EOFError))  # click has ended the line of the ^C
+        sys.stderr.write("Interrupted.\n" if ended else "\nInterrupted.\n")
         status = INTERRUPTED
     except OutputGoneError:
         _end_by_pipe()

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Copying"]
 
+_LITTLE = 1024 * 1024  # bytes
+
 
 class Copying:
     """The copies of a command.
@@ -106,7 +108,8 @@ class Copying:
         elif not self._quiet:
             files, size, skipped, seconds = self._sums[host]
             same = f", {skipped:.0f} unchanged" if skipped else ""
-            rate = f", {megabytes(size / seconds)}/s" if seconds > 0.5 and not skipped else ""
+            # Of little that comes late it would be the rate of waiting.
+            rate = f", {megabytes(size / seconds)}/s" if seconds > 0.5 and size > _LITTLE and not skipped else ""
             text = f"{host}: {counted(files, 'file')}, {megabytes(size)} in {seconds:.1f} s{rate}{same}"
             # Bars that do not know of a line that is printed below them would overwrite it.
             out = errors() if self._bars is not None and output().is_terminal else output()

@@ -24,6 +24,7 @@ TIMED_OUT = 124  # as timeout(1)
 INTERRUPTED = 130  # as a shell says of a program that Ctrl-C ended
 UNREACHABLE = 255  # as ssh
 
+_BEFORE_COMMANDS = ("--debug", "--version")
 _NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())  # its message is the help; since click 8.2
 
 
@@ -60,6 +61,8 @@ def complain(error: click.ClickException) -> int:
         error.show()
         return USAGE
     context, text = error.ctx, error.format_message()
+    if isinstance(error, click.NoSuchOption) and error.option_name in _BEFORE_COMMANDS:
+        text = f"{error.option_name} comes before the command: lazycluster {error.option_name} ..."
     if context is not None and "Next step:" not in text:
         text += f"\n  {context.get_usage()}\n  For more: {context.command_path} --help"
     show_error(text)
@@ -89,5 +92,7 @@ def report(error: Exception, debug: bool) -> int:
     else:
         show_error(f"{type(error).__name__}: {error}")
         if not debug:
-            sys.stderr.write("This is a bug of lazycluster: please report it with the output of --debug.\n")
+            sys.stderr.write(
+                "This is a bug of lazycluster: please report it with what 'lazycluster --debug ...' prints.\n"
+            )
     return UNREACHABLE if isinstance(error, (InvalidRuntimeError, NoRuntimesError)) else FAILED

@@ -144,7 +144,14 @@ def host_options(command: F) -> F:
         click.option(
             "--hostfile", type=click.File(), metavar="FILE", help="Read hosts from a file; '-': from standard input."
         ),
-        click.option("-x", "--exclude-hosts", multiple=True, metavar="HOSTS", help="Leave these out."),
+        click.option(
+            "-x",
+            "--exclude-hosts",
+            multiple=True,
+            metavar="HOSTS",
+            shell_complete=complete_hosts,
+            help="Leave these out.",
+        ),
         click.option(
             "-w",
             "--hosts",

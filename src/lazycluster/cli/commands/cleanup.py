@@ -34,7 +34,7 @@ def cleanup(
       lazycluster cleanup
       lazycluster cleanup -w 'node[1-4]'
 
-    Exit status: 0 if all hosts were reached, also if nothing was found; else 255.
+    Exit status: 0 if a host was reached, and all that were named, also if nothing was found; else 255.
     """
     import json
 

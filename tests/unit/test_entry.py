@@ -1,0 +1,76 @@
+"""How the command line begins and ends, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from lazycluster.cli import fanout
+from lazycluster.cli.errors import INTERRUPTED
+from lazycluster.cli.fanout import everywhere
+from lazycluster.cli.targets import Targets
+
+# Ctrl-C at the first import that is not the interpreter's own, as of a busy machine or a slow disk.
+_INTERRUPTED_IMPORT = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+from lazycluster.cli import main
+main()
+"""
+
+
+def test_ctrl_c_while_it_is_being_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED_IMPORT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")
+
+
+def _status_of(*words: str) -> tuple[int, str]:
+    argv = [sys.executable, "-m", "lazycluster", *words]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("option", ["--debug", "--version"])
+def test_options_that_come_before_the_command(option: str) -> None:
+    status, err = _status_of("run", option, "-w", "a", "--", "b")
+    assert status == 2
+    assert f"{option} comes before the command: lazycluster {option} ..." in err
+
+
+def test_a_program_may_have_an_option_as_ours() -> None:
+    config = ["--config", os.devnull, "-w", "-a"]  # a name that no host has, so an error after all has been read
+    assert "Traceback" not in _status_of("run", *config, "--", "tool", "--debug")[1]
+    assert "Traceback" in _status_of("--debug", "doctor", "--config", os.devnull, "--", "-a")[1]
+
+
+def test_a_host_whose_system_hangs_is_told_and_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Connected:
+        def __init__(self, host: str) -> None:
+            self.host = host
+
+        async def open(self) -> None:
+            pass
+
+        async def close(self) -> None:
+            pass
+
+    async def work(connection: Any) -> fanout.Outcome:
+        if connection.host == "bad":
+            await asyncio.wait_for(asyncio.Event().wait(), 0.01)
+        return fanout.Outcome(connection.host)
+
+    monkeypatch.setattr(Targets, "connection", lambda self, name: Connected(name))
+    bad, good = asyncio.run(everywhere(Targets(["bad", "good"]), work))
+    assert (bad.kind, bad.status, good.kind) == ("error", 1, "done")
+    assert bad.error == "connected, but it did not answer in time: a disk of it may hang\n  Next step: ssh bad df"
