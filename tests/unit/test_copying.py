@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 
 import pytest
 from rich.console import Console
 
-from lazycluster.cli import copying
+from lazycluster import _loop, _progress
+from lazycluster.cli import copying, fanout, watching
+from lazycluster.cli.commands import copy
 from lazycluster.cli.fanout import Outcome
+from lazycluster.cli.targets import Targets
 from lazycluster.ssh.transfer import TransferResult
 
 
@@ -36,3 +40,26 @@ def test_bars_do_not_overwrite_what_is_said(piped: bool, monkeypatch: pytest.Mon
     assert said if piped else not said  # of two that write to one terminal, one does not know of the other's lines
     assert "cannot copy: x" in shown
     assert shown.endswith("\r\x1b[1A\x1b[2K")  # nor does an empty line stay where the bars were
+
+
+@pytest.mark.parametrize("command", ["put", "list-runtimes"])
+def test_nothing_else_says_how_far_it_is_on_the_same_terminal(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    displays = []
+
+    def display() -> _progress._Nowhere:
+        displays.append(command)
+        return _progress._Nowhere()
+
+    async def slow(*_: object) -> list[Outcome]:
+        await asyncio.sleep(0.05)
+        return [Outcome("host1")]
+
+    monkeypatch.setattr(_progress, "_SILENT", 0.0)
+    monkeypatch.setattr(_progress, "_display", display)
+    monkeypatch.setattr(fanout, "everywhere", slow)
+    monkeypatch.setattr(watching._Watched, "follow", slow)
+    targets = Targets(["host1"])
+    assert (copy._copy(targets, slow, 1, True) if command == "put" else watching.watch(targets, False)) == 0
+    assert not displays
+    _loop.run(slow())
+    assert displays  # where nothing else does

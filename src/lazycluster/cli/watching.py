@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lazycluster import _loop
+from lazycluster import _loop, _progress
 from lazycluster._views.cells import cells, number
 from lazycluster.exceptions import LazyclusterError, printable
 
@@ -93,7 +93,8 @@ def watch(targets: Targets, long: bool) -> int:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    with Live(get_renderable=lambda: _table(watched, long), console=output(), refresh_per_second=2):
+    view = Live(get_renderable=lambda: _table(watched, long), console=output(), refresh_per_second=2)
+    with view, _progress.shown(wanted=False):
         _loop.run(follow_all())
     return 0
 

@@ -125,11 +125,12 @@ def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool) -> int:
-    from lazycluster import _loop
+    from lazycluster import _loop, _progress
     from lazycluster.cli.copying import Copying
     from lazycluster.cli.fanout import Outcome, everywhere, exit_status
 
-    with Copying(chosen.names, quiet) as copying:
+    # Two that show on one terminal how far things are would get in each other's way.
+    with Copying(chosen.names, quiet) as copying, _progress.shown(wanted=False):
 
         async def work(connection: Connection) -> Outcome:
             await copy(connection, copying)

@@ -139,6 +139,7 @@ def _serve(
 ) -> None:
     from lazycluster._words import counted
     from lazycluster.cli.console import errors
+    from lazycluster.cli.errors import INTERRUPTED
     from lazycluster.cli.serving import serve
     from lazycluster.runtime_mgmt import RuntimeGroup
 
@@ -154,9 +155,15 @@ def _serve(
     with group, make(group) as cluster:
         starting, on = counted(workers or group.runtime_count, "worker"), counted(group.runtime_count, "host")
         errors().print(f"Starting {starting} on {on} ...")
-        cluster.start(workers, port)
-        file = cluster.write_connection_file(connection_file) if connection_file is not None else None
-        serve(cluster, file)
+        try:
+            cluster.start(workers, port)
+            file = cluster.write_connection_file(connection_file) if connection_file is not None else None
+            serve(cluster, file)
+        except KeyboardInterrupt:
+            errors().print(
+                "\rEnding the cluster ..."
+            )  # over the ^C; it takes seconds, and somebody waits for an answer
+            raise SystemExit(INTERRUPTED) from None
 
 
 def _check_environment(what: str | None) -> None:
