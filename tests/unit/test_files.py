@@ -580,6 +580,29 @@ def test_lost_connection(host, tmp_path):
         do_send(host, tmp_path / "file", tmp_path / "there")
 
 
+def test_a_link_that_was_silent_before_it_dropped_is_waited_for(host, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    host.state = "interrupted"
+    monkeypatch.setattr(host, "check", lambda: None)
+    whole = host.bulk
+
+    async def bulk():
+        """The session ends, as all do with the link; that is counted when it falls silent only."""
+        sock = await whole()
+        if len(host.processes) == 1:
+            host.processes[0].kill()
+        return sock
+
+    async def answering():
+        host.state = "open"
+
+    monkeypatch.setattr(host, "bulk", bulk)
+    monkeypatch.setattr(host, "answering", answering)
+    do_send(host, tmp_path / "file", tmp_path / "there")
+    assert (tmp_path / "there").read_text() == "x"
+    assert len(host.processes) == 2
+
+
 def test_many_at_once(host, tmp_path):
     (tmp_path / "file").write_bytes(os.urandom(500_000))
 

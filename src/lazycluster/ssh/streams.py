@@ -27,6 +27,10 @@ class HostConnection(Protocol):
     at_close: list[Callable[[], Any]]
     on_lost: list[Callable[[str], Any]]
 
+    @property
+    def state(self) -> str:
+        """``open``, or ``interrupted`` while the link is silent or down."""
+
     def check(self) -> None:
         """Raise an error if the connection cannot be used."""
 

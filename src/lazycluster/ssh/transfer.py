@@ -235,7 +235,9 @@ class _Copy:
         limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
         began = time.monotonic()
         while True:
-            interruptions, attempted = self.connection.interruptions, asyncio.get_running_loop().time()
+            # Of a link that is silent already nothing is counted when it drops as well.
+            interruptions = self.connection.interruptions if self.connection.state == "open" else -1
+            attempted = asyncio.get_running_loop().time()
             try:
                 async with pool.slots, limit:
                     work = await self._attempt(pool)
