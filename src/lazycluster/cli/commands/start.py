@@ -152,18 +152,17 @@ def _serve(
         **there,
         on_unreachable="skip" if chosen.everyone else "raise",
     )
-    with group, make(group) as cluster:
+    with group:
         starting, on = counted(workers or group.runtime_count, "worker"), counted(group.runtime_count, "host")
         errors().print(f"Starting {starting} on {on} ...")
-        try:
-            cluster.start(workers, port)
-            file = cluster.write_connection_file(connection_file) if connection_file is not None else None
-            serve(cluster, file)
-        except KeyboardInterrupt:
-            errors().print(
-                "\rEnding the cluster ..."
-            )  # over the ^C; it takes seconds, and somebody waits for an answer
-            raise SystemExit(INTERRUPTED) from None
+        with make(group) as cluster:  # which loads the engine, for seconds
+            try:
+                cluster.start(workers, port)
+                file = cluster.write_connection_file(connection_file) if connection_file is not None else None
+                serve(cluster, file)
+            except KeyboardInterrupt:
+                errors().print("\rEnding the cluster ...")  # over the ^C; it takes seconds, in which somebody waits
+                raise SystemExit(INTERRUPTED) from None
 
 
 def _check_environment(what: str | None) -> None:
