@@ -22,6 +22,7 @@ import pytest
 from lazycluster import RuntimeGroup
 from lazycluster.exceptions import PortInUseError, TunnelError
 from lazycluster.runtimes import Runtime
+from lazycluster.ssh import workspace
 
 _SIZE = 6_000_000
 
@@ -176,6 +177,16 @@ def test_a_relay_that_ends_comes_back_with_its_tunnels(make_hosts: Any) -> None:
             runtime.call(os.kill, victim, signal.SIGKILL)
             assert sock.recv(1) == b""
         _until(lambda: _works(6001))
+
+
+def test_a_keeper_that_is_killed_takes_it_along_and_the_next_one_brings_it_back(make_hosts: Any) -> None:
+    hosts = make_hosts(1, forwarding=False)
+    with _runtime(hosts) as runtime, _echo(hosts[0], 5001):
+        runtime.expose_port_from_runtime(5001, 6001)
+        assert _works(6001)
+        [space] = workspace._spaces.values()
+        os.kill(space.keeper.hello.pid, signal.SIGKILL)
+        _until(lambda: space.keeper.generation == 2 and _works(6001))
 
 
 def test_a_link_that_drops_takes_it_along_and_brings_it_back(make_hosts: Any) -> None:
