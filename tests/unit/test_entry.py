@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lazycluster.cli import fanout
-from lazycluster.cli.errors import INTERRUPTED
+from lazycluster import _loop
+from lazycluster.cli import console, fanout
+from lazycluster.cli.errors import INTERRUPTED, OutputGoneError
 from lazycluster.cli.fanout import everywhere
 from lazycluster.cli.targets import Targets
 
@@ -54,23 +57,49 @@ def test_a_program_may_have_an_option_as_ours() -> None:
     assert "Traceback" in _status_of("--debug", "doctor", "--config", os.devnull, "--", "-a")[1]
 
 
+class _Connected:
+    def __init__(self, host: str) -> None:
+        self.host = host
+
+    async def open(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
 def test_a_host_whose_system_hangs_is_told_and_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Connected:
-        def __init__(self, host: str) -> None:
-            self.host = host
-
-        async def open(self) -> None:
-            pass
-
-        async def close(self) -> None:
-            pass
-
     async def work(connection: Any) -> fanout.Outcome:
         if connection.host == "bad":
             await asyncio.wait_for(asyncio.Event().wait(), 0.01)
         return fanout.Outcome(connection.host)
 
-    monkeypatch.setattr(Targets, "connection", lambda self, name: Connected(name))
+    monkeypatch.setattr(Targets, "connection", lambda self, name: _Connected(name))
     bad, good = asyncio.run(everywhere(Targets(["bad", "good"]), work))
     assert (bad.kind, bad.status, good.kind) == ("error", 1, "done")
     assert bad.error == "connected, but it did not answer in time: a disk of it may hang\n  Next step: ssh bad df"
+
+
+def test_an_output_that_nobody_reads_ends_it(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text("Host a.invalid\n")
+    taken, given = os.pipe()
+    os.close(taken)
+    argv = [sys.executable, "-m", "lazycluster", "list-runtimes", "--config", str(config)]
+    done = subprocess.run(argv, stdout=given, stderr=subprocess.PIPE, text=True, check=False, stdin=subprocess.DEVNULL)
+    os.close(given)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_an_output_that_goes_while_hosts_answer_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(connection: Any) -> fanout.Outcome:
+        return fanout.Outcome(connection.host)
+
+    taken, given = os.pipe()
+    os.close(taken)
+    monkeypatch.setattr(Targets, "connection", lambda self, name: _Connected(name))
+    with open(given, "w", buffering=1) as nobody:
+        out = console._console(file=nobody)
+        with pytest.raises(OutputGoneError):
+            _loop.run(everywhere(Targets(["a", "b"]), work, on_done=lambda outcome: out.print(outcome.host)))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), given)  # what is left in the buffer

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .errors import OutputGoneError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,18 +20,24 @@ _STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_b
 
 @functools.cache
 def output() -> Console:
-    """Return standard output."""
-    from rich.console import Console  # the help needs none of it
-
-    return Console(highlight=False)
+    """Return standard output. Printing raises `OutputGoneError` once nobody reads it any more."""
+    return _console(stderr=False)
 
 
 @functools.cache
 def errors() -> Console:
     """Return standard error."""
-    from rich.console import Console
+    return _console(stderr=True)
 
-    return Console(stderr=True, highlight=False)
+
+def _console(**options: Any) -> Console:
+    from rich.console import Console  # the help needs none of it
+
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:
+            raise OutputGoneError  # rich would end the process, on whichever thread this is
+
+    return Ours(highlight=False, **options)
 
 
 def is_terminal() -> bool:

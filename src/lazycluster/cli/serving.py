@@ -21,6 +21,7 @@ from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
 from lazycluster.exceptions import printable
 
 from .console import is_terminal, output
+from .errors import OutputGoneError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -46,20 +47,29 @@ def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
 
     Raises:
         ClusterError: If it has failed.
+        OutputGoneError: If nobody reads any more what it prints.
     """
     for line in _how_to_connect(cluster, connection_file):
         output().print(line, markup=False, soft_wrap=True)
     output().print("Ctrl-C ends it.", style="dim")
     over = threading.Event()
+
+    def tell(event: ClusterEvent) -> None:
+        try:
+            output().print(printable(str(event)), markup=False, soft_wrap=True)
+        except OutputGoneError:
+            over.set()
+
     with contextlib.ExitStack() as stack:
         if is_terminal():
             work = _work(cluster, stack)
             view = Live(console=output(), refresh_per_second=1, get_renderable=lambda: _view(cluster, work))
             stack.enter_context(view)
         else:
-            stack.callback(cluster.on_event(_tell))
+            stack.callback(cluster.on_event(tell))
         while not over.wait(_REFRESH):
             _check(cluster)
+    raise OutputGoneError
 
 
 def _check(cluster: MasterWorkerCluster) -> None:
@@ -69,10 +79,6 @@ def _check(cluster: MasterWorkerCluster) -> None:
     if workers and all(worker.state == "failed" for worker in workers):
         last = workers[-1]
         raise ClusterError(f"no worker is left; the last one, {last.name} on {last.host}: {last.problem}\n{last.log}")
-
-
-def _tell(event: ClusterEvent) -> None:
-    output().print(printable(str(event)), markup=False, soft_wrap=True)
 
 
 def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) -> list[str]:
