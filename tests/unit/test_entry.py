@@ -14,6 +14,7 @@ import pytest
 
 from lazycluster import _loop
 from lazycluster.cli import console, fanout
+from lazycluster.cli.commands import run
 from lazycluster.cli.errors import INTERRUPTED, OutputGoneError
 from lazycluster.cli.fanout import everywhere
 from lazycluster.cli.targets import Targets
@@ -49,6 +50,22 @@ def test_options_that_come_before_the_command(option: str) -> None:
     status, err = _status_of("run", option, "-w", "a", "--", "b")
     assert status == 2
     assert f"{option} comes before the command: lazycluster {option} ..." in err
+
+
+def test_a_view_that_stays_needs_a_terminal() -> None:
+    status, err = _status_of("list-runtimes", "--watch", "-w", "a.invalid")
+    assert (status, err.partition("\n")[0]) == (2, "error: --watch needs a terminal")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(("exit", "3"), "one word: -- 'exit 3'"), (("echo", "$A"), "one word: -- 'echo $A'"), (("x",), "")],
+)
+def test_what_only_a_shell_knows_is_said_to_be_a_line(words: tuple[str, ...], told: str) -> None:
+    job = run._Job({}, console, None, None, None, "python3", words)  # type: ignore[arg-type]
+    message = job._told("not found on the PATH of the host: exit")
+    assert message.endswith(told)
+    assert ("Next step" in message) == bool(told)
 
 
 def test_a_program_may_have_an_option_as_ours() -> None:

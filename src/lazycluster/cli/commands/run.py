@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -152,7 +153,7 @@ class _Job:
                     return Outcome(host, 124, text, "timeout")
             ended = await result
         except AgentError as error:
-            return Outcome(host, 127 if error.kind == "os" else 1, error.message, "error")
+            return Outcome(host, 127 if error.kind == "os" else 1, self._told(error.message), "error")
         finally:
             if feeding is not None:
                 feeding.cancel()
@@ -162,6 +163,12 @@ class _Job:
         if late:
             return Outcome(host, 124, f"ended after {self._timeout:g} s", "timeout")
         return Outcome(host, 128 + ended["signal"] if ended.get("signal") else int(ended.get("exit") or 0))
+
+    def _told(self, message: str) -> str:
+        if self._script is None and "not found on the PATH" in message and len(self._arguments) > 1:
+            line = shlex.quote(" ".join(self._arguments))
+            return f"{message}\n  Next step: check the name; if it is the shell's, give the line as one word: -- {line}"
+        return message
 
     def _fed(self, fed: asyncio.Future[None], channel: Channel) -> None:
         if fed.cancelled() or fed.exception() is None:

@@ -56,6 +56,8 @@ def list_runtimes(
 
     if watch and as_json:
         raise click.UsageError("--watch and --json exclude each other")
+    if watch and not is_terminal():
+        raise click.UsageError("--watch needs a terminal")
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
     if watch:
         from lazycluster.cli.watching import watch as watch_hosts
