@@ -232,7 +232,8 @@ class RuntimeGroup(Executing, Spreading, Shown):
         return group_view(self.runtimes, self.unreachable_hosts)
 
     def __repr__(self) -> str:
-        return f"<RuntimeGroup of {self.runtime_count}: {', '.join(self.hosts)}>"
+        closed = ", closed" if self._closed else ""
+        return f"<RuntimeGroup of {self.runtime_count}: {', '.join(self.hosts)}{closed}>"
 
 
 async def _clean_up(runtimes: list[Runtime]) -> None:

@@ -39,7 +39,7 @@ def hosts_view(title: str, hosts: Sequence[str]) -> View:
 
 def reasons(title: str, hosts: Mapping[str, str]) -> tuple[Table, ...]:
     """Return hosts, each with what is said of it, as a table; none if there are no hosts."""
-    rows = [[host, why] for host, why in hosts.items()]
+    rows = [[host, why.removeprefix(f"{host}: ")] for host, why in hosts.items()]
     return (Table(("host", "why"), rows, title),) if rows else ()
 
 

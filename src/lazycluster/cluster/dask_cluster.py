@@ -295,7 +295,9 @@ class DaskCluster(ElasticCluster):
             facts[0] = ("scheduler", self.scheduler_address)
             # The path of the dashboard is a secret, and outputs of notebooks are stored, committed and sent around.
             facts.insert(1, ("dashboard", Cell("its address is secret: see cluster.dashboard_link", "dim")))
-        return [*facts, ("threads", f"{threads:g}"), ("memory", megabytes(memory) if memory else "no limit")]
+        if details:
+            facts += [("threads", f"{threads:g}"), ("memory", megabytes(memory) if memory else "no limit")]
+        return facts
 
     def _columns(self) -> dict[str, list[str]]:
         details = [worker.detail for worker in self._processes]
