@@ -243,9 +243,8 @@ class Dealer:
             return
         self._lost[crew.host] = str(error).partition("\n")[0]
         chunks = crew.take_all()
-        # Those that its workers had, as far as is known here; the others were in stock.
-        blamed = [self._blamed(chunk, crew.host) for chunk in chunks[: crew.workers]]
-        again = [part for chunk in blamed for part in self._with_doubts(chunk)] + chunks[crew.workers :]
+        # Any may have been begun: what a worker answered at last is not known here, nor what it began then.
+        again = [part for chunk in chunks for part in self._with_doubts(self._blamed(chunk, crew.host))]
         delay = returns.next() if crew.may_come_back else None
         if delay is not None:
             self._returning += 1

@@ -70,9 +70,9 @@ class Workspace:
         if self._telling is not None:
             await asyncio.wait([self._telling])
         await self.prompter.close()
-        await self.keeper.close()
-        if self.directory:
+        if self.directory:  # before the keeper goes, which sees to it if this process ends just now
             shutil.rmtree(self.directory, ignore_errors=True)
+        await self.keeper.close()
 
     def watch(self, pid: int) -> None:
         """Have a process ended when the manager dies."""
