@@ -34,6 +34,15 @@ def lose(group: RuntimeGroup, host: str) -> None:
     os.kill(group.get_runtime(host).connection.hello.pid, signal.SIGKILL)
 
 
+def end_own_agent(agents: list[int]) -> None:
+    """Kill the one of some agents that this process descends from, and wait for the same end."""
+    pid = os.getpid()
+    while pid not in agents:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(600)
+
+
 def square(x: int) -> int:
     return x * x
 
@@ -160,11 +169,7 @@ def test_of_calls_beside_each_other_the_one_that_ends_hosts_is_named(group: Runt
 
     def ends_the_host(x: int) -> int:
         if x == 5:
-            pid = os.getpid()
-            while pid not in agents:
-                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            os.kill(pid, signal.SIGKILL)
-            time.sleep(600)
+            end_own_agent(agents)
         time.sleep(0.2)  # so that those beside it are under way
         return x
 
@@ -201,12 +206,7 @@ def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) 
 
     def ends_the_host(x: int) -> int:
         if x == 5:
-            # An agent serves one of the three runtimes: that one of which this process descends.
-            pid = os.getpid()
-            while pid not in agents:
-                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            os.kill(pid, signal.SIGKILL)
-            time.sleep(600)
+            end_own_agent(agents)
         return x
 
     with group.executor(workers_per_host=1) as executor:
