@@ -188,6 +188,31 @@ def test_a_dead_worker_is_a_broken_executor_for_its_call_only(group: RuntimeGrou
         assert [future.result() for future in good] == [x * x for x in range(20)]
 
 
+def test_a_cancelled_worker_that_had_gone_on_to_the_next_call_loses_nothing(
+    group: RuntimeGroup, tmp_path: Path
+) -> None:
+    def take_the_next_and_die_before_it_is_noted(taken: str) -> None:
+        import gc
+
+        worker = next(found for found in gc.get_objects() if type(found).__name__ == "Worker")
+
+        def die(*_: object) -> None:
+            worker._board[worker._place : worker._place + 16] = bytes(16)
+            os._exit(0)
+
+        signal.signal(signal.SIGTERM, die)
+        worker._queue.recv(1 << 16)
+        Path(taken).touch()
+        time.sleep(600)
+
+    with group.executor(max_workers=1) as executor:
+        first = executor.submit(take_the_next_and_die_before_it_is_noted, str(tmp_path / "taken"))
+        second = executor.submit(abs, -2)
+        until((tmp_path / "taken").exists, "the second call to be taken")
+        executor.abort([first])
+        assert second.result(60) == 2
+
+
 def test_callbacks_may_use_the_library(group: RuntimeGroup) -> None:
     answers: list[Any] = []
     done = threading.Event()

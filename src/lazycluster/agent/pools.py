@@ -86,6 +86,7 @@ class Pool:
         self._waiting: Deque[Waiting] = deque()  # not in the queue yet
         self._sent: Dict[int, None] = {}  # in the queue or being run, in that order
         self._suspects: Set[int] = set()
+        self._looking = False
         self._rest = b""
         self._filling: Optional[List[Any]] = None  # record, descriptor, bytes to come
         self._closing = False
@@ -303,7 +304,9 @@ class Pool:
         if number in self._sent:
             del self._sent[number]
             self.channel.event(died=fields, number=number, at=index, innocent=hand.ending)
-        elif not hand.ending:
+        elif hand.ending:  # it may have gone on, and taken another one, before the signal came
+            self._look_later()
+        else:
             self._lost_worker(hand, fields)
         self._push()
 
@@ -317,17 +320,23 @@ class Pool:
             if self._stillborn >= _STILLBORN:
                 self.fail("worker", "the workers end before they can do anything", **fields)
                 return
-        self.channel.loop.call_later(_LOOK_AGAIN, self._look_for_lost)
+        self._look_later()
+
+    def _look_later(self) -> None:
+        if not self._looking:
+            self._looking = True
+            self.channel.loop.call_later(_LOOK_AGAIN, self._look_for_lost)
 
     def _look_for_lost(self) -> None:
         """Find chunks that nobody has: their worker died after it took them, before it could note that.
 
         One that is missing twice is lost; once, it may just have been taken, or its answer be on its way.
         """
+        self._looking = False
         if self._over():
             return
         if not self.channel.writable:
-            self.channel.loop.call_later(_LOOK_AGAIN, self._look_for_lost)
+            self._look_later()
             return
         self._waiting.extendleft(reversed(self._take_back()))
         held = {hand.chunk()[0] for hand in self._hands.values()}
@@ -337,7 +346,7 @@ class Pool:
             self.channel.event(died={"exit": None, "signal": None, "pid": 0}, number=number, at=0, innocent=True)
         self._suspects = missing - self._suspects
         if self._suspects:
-            self.channel.loop.call_later(_LOOK_AGAIN, self._look_for_lost)
+            self._look_later()
         self._push()
 
     # --- the end -------------------------------------------------------------------------------
