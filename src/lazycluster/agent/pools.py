@@ -7,11 +7,9 @@ What each has taken stands on a board that they share with the agent; so it is k
 from __future__ import annotations
 
 import os
-import socket
-import struct
-from collections import deque
 
 from .hands import Hand
+from .poolqueue import Queue
 from .poolwire import (
     BACK,
     BLOB,
@@ -29,12 +27,10 @@ from .processes import Ending, Pump, descendants, explained, pipe, start_time, t
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
+    from typing import Any, Callable, Dict, List, Optional, Set
 
     from .session import Channel
     from .zygotes import Interpreter
-
-    Waiting = Tuple[int, bytes, int]  # number, record, descriptor of what is too large for the queue or -1
 
 _STILLBORN = 3  # workers in a row that end before they are ready, after which there is no point in more
 _LEAVE_LIMIT = 5.0  # seconds that idle workers get to run their exit handlers
@@ -83,8 +79,6 @@ class Pool:
         self._count = 0
         self._stillborn = 0
         self._blobs: Dict[int, int] = {}
-        self._waiting: Deque[Waiting] = deque()  # not in the queue yet
-        self._sent: Dict[int, None] = {}  # in the queue or being run, in that order
         self._suspects: Set[int] = set()
         self._looking = False
         self._rest = b""
@@ -92,14 +86,12 @@ class Pool:
         self._closing = False
         self._ending: Optional[Ending] = None
         self._seen: Dict[int, int] = {}
-        self._watching = False
         self._tail = bytearray()
         directory = channel.agent.directory
         self._board_fd = nameless_file("board", directory)
         os.ftruncate(self._board_fd, SLOT_SIZE * most)
         self.board = mmap.mmap(self._board_fd, 0)
-        self._queue, self._taken = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._queue.setblocking(False)
+        self._queue = Queue(channel.loop, self._push)
         out, self._out = pipe()
         self._pump = Pump(channel, out, self._print, lambda: None)
         channel.on_input = self._input
@@ -163,9 +155,9 @@ class Pool:
         elif kind == CANCEL:
             self._cancel(number)
         elif kind == BACK:
-            self._give_back(count)
+            self.channel.event(back=self._queue.give_up(count))
         else:
-            self._waiting.append((number, record, -1))
+            self._queue.add(number, record)
 
     def _fill(self, view: memoryview) -> int:
         """Put bytes into a descriptor; returns how many."""
@@ -182,86 +174,36 @@ class Pool:
         if kind == BLOB:
             self._blobs[blob] = fd
         else:
-            self._waiting.append((number, RECORD.pack(kind | LARGE, blob, number, first, count, size), fd))
+            self._queue.add(number, RECORD.pack(kind | LARGE, blob, number, first, count, size), fd)
         return taken
 
     # --- the queue -----------------------------------------------------------------------------
     def _push(self) -> None:
         """Fill the queue as far as it goes, and have enough workers."""
-        try:
-            while self._waiting and not self._over():
-                number, record, fd = self._waiting[0]
-                if fd < 0:
-                    self._queue.send(record)
-                else:
-                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
-                    self._queue.sendmsg([record], rights)
-                    os.close(fd)
-                self._waiting.popleft()
-                self._sent[number] = None
-        except BlockingIOError:
-            pass
-        self._watch(bool(self._waiting) and not self._over())
+        self._queue.push()
         self._hire()
 
-    def _watch(self, wanted: bool) -> None:
-        if wanted != self._watching:
-            self._watching = wanted
-            if wanted:
-                self.channel.loop.add_writer(self._queue.fileno(), self._push)
-            else:
-                self.channel.loop.remove_writer(self._queue.fileno())
-
-    def _take_back(self) -> List[Waiting]:
-        """Empty the queue; what workers have taken is not in it any more."""
-        found: List[Waiting] = []
-        while True:
-            try:
-                record, ancillary, _, _ = self._taken.recvmsg(
-                    RECORD.size + SMALL, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT
-                )
-            except BlockingIOError:
-                return found
-            if not record:
-                return found
-            fd = struct.unpack("i", ancillary[0][2])[0] if ancillary else -1
-            if fd >= 0:
-                os.set_inheritable(fd, False)
-            number = RECORD.unpack_from(record)[2]
-            self._sent.pop(number, None)
-            found.append((number, record, fd))
-
-    def _give_back(self, count: int) -> None:
-        """Return chunks that no worker has begun to the manager, the last ones first."""
-        unbegun = [*self._take_back(), *self._waiting]
-        kept = max(0, len(unbegun) - count)
-        self._waiting = deque(unbegun[:kept])
-        for _, _, fd in unbegun[kept:]:
-            if fd >= 0:
-                os.close(fd)
-        self.channel.event(back=[number for number, _, _ in unbegun[kept:]])
-
     def _cancel(self, number: int) -> None:
-        unbegun = [*self._take_back(), *self._waiting]
-        self._waiting = deque(item for item in unbegun if item[0] != number)
-        for other, _, fd in unbegun:
-            if other == number and fd >= 0:
-                os.close(fd)
+        self._queue.drop(number)
         for hand in list(self._hands.values()):
-            if hand.chunk()[0] == number and number in self._sent:
+            if hand.chunk()[0] == number and number in self._queue.sent:
                 hand.end()
 
     # --- the workers ---------------------------------------------------------------------------
     def _hire(self) -> None:
-        wanted = min(self._most, len(self._sent) + len(self._waiting))
+        wanted = min(self._most, len(self._queue))
         while len(self._hands) < wanted and not self._over():
             slot = next(slot for slot in range(self._most) if slot not in self._hands)
             SLOT.pack_into(self.board, slot * SLOT_SIZE, 0, 0)
+            fds: List[int] = []
             try:
-                fds = [os.dup(fd) for fd in (self._out, self._out, self._taken.fileno(), self._board_fd)]
+                for fd in (self._out, self._out, self._queue.fileno(), self._board_fd):
+                    fds.append(os.dup(fd))
                 self._count += 1
                 hand = self._hands[slot] = Hand(self, self._count, slot)
             except OSError as error:
+                for fd in fds:
+                    os.close(fd)
                 self._no_more(explained(error.strerror))
                 return
             variables = self._variables[slot] if self._variables else {}
@@ -275,7 +217,7 @@ class Pool:
 
     def finished(self, number: int) -> None:
         """Note that the answer to a chunk has come as a whole."""
-        self._sent.pop(number, None)
+        self._queue.sent.pop(number, None)
         self._suspects.discard(number)
 
     def is_ready(self) -> None:
@@ -301,8 +243,8 @@ class Pool:
             return
         self._pump.drain()
         fields["output"] = self._tail.decode("utf-8", "replace")
-        if number in self._sent:
-            del self._sent[number]
+        if number in self._queue.sent:
+            del self._queue.sent[number]
             self.channel.event(died=fields, number=number, at=index, innocent=hand.ending)
         elif hand.ending:  # it may have gone on, and taken another one, before the signal came
             self._look_later()
@@ -338,11 +280,11 @@ class Pool:
         if not self.channel.writable:
             self._look_later()
             return
-        self._waiting.extendleft(reversed(self._take_back()))
+        self._queue.take_back()
         held = {hand.chunk()[0] for hand in self._hands.values()}
-        missing = {number for number in self._sent if number not in held}
+        missing = {number for number in self._queue.sent if number not in held}
         for number in missing & self._suspects:
-            del self._sent[number]
+            del self._queue.sent[number]
             self.channel.event(died={"exit": None, "signal": None, "pid": 0}, number=number, at=0, innocent=True)
         self._suspects = missing - self._suspects
         if self._suspects:
@@ -360,8 +302,7 @@ class Pool:
         if self._over():
             return
         self._closing = True
-        self._watch(False)
-        self._queue.close()
+        self._queue.end()
         self._maybe_closed()
         if self._closing and self._hands:
             self.channel.loop.call_later(_LEAVE_LIMIT, self.end)
@@ -374,8 +315,7 @@ class Pool:
         """End the workers and all that they started."""
         if self._ending is not None:
             return
-        self._watch(False)
-        self._queue.close()
+        self._queue.end()
         self._ending = Ending(self.channel.loop, self._tree, self._ended)
 
     def _tree(self) -> List[int]:
@@ -396,11 +336,10 @@ class Pool:
         self._hands.clear()
         self._pump.drain()
         self._pump.close()
-        waiting = [fd for _, _, fd in self._waiting if fd >= 0]
+        self._queue.close()
         filling = [self._filling[1]] if self._filling is not None else []
-        for fd in [*waiting, *filling, *self._blobs.values(), self._out, self._board_fd]:
+        for fd in [*filling, *self._blobs.values(), self._out, self._board_fd]:
             os.close(fd)
-        self._taken.close()
         self.board.close()
         self._at_end()
         self.channel.result()
