@@ -213,6 +213,22 @@ def test_a_cancelled_worker_that_had_gone_on_to_the_next_call_loses_nothing(
         assert second.result(60) == 2
 
 
+def test_workers_go_on_when_what_they_were_forked_from_is_killed(group: RuntimeGroup) -> None:
+    """As by a host that has no memory left. Workers that are needed later are forked from another."""
+
+    def kill_parent() -> int:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(0.3)  # it is noticed meanwhile
+        return os.getpid()
+
+    with group.executor(max_workers=1) as executor:
+        worker = executor.submit(kill_parent).result(60)
+        assert executor.submit(os.getpid).result(60) == worker
+        os.kill(worker, signal.SIGKILL)
+        assert executor.submit(os.getpid).result(60) != worker
+        assert sorted(executor.map(abs, range(-100, 0))) == list(range(1, 101))
+
+
 def test_callbacks_may_use_the_library(group: RuntimeGroup) -> None:
     answers: list[Any] = []
     done = threading.Event()

@@ -283,6 +283,29 @@ def test_many_at_once() -> None:
     assert with_connection(work) == [i * i for i in range(60)]
 
 
+def test_a_call_goes_on_when_what_it_was_forked_from_is_killed() -> None:
+    """As by a host that has no memory left: then the next ones are forked from another."""
+
+    def kill_parent() -> int:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(0.3)  # it is noticed meanwhile
+        return 5
+
+    def kill_parent_and_die() -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(0.3)
+        os._exit(3)
+
+    async def work(connection: LocalConnection) -> None:
+        for _ in range(2):
+            outcome = await functions.call(connection, kill_parent, python=HERE)
+            assert outcome.value == 5
+            outcome = await functions.call(connection, kill_parent_and_die, python=HERE)
+            assert outcome.status == "killed"
+
+    with_connection(work)
+
+
 def test_several_interpreters_and_environments() -> None:
     async def work(connection: LocalConnection) -> list[Any]:
         found = []

@@ -59,6 +59,7 @@ class Pool:
         message: What each is told.
         most: How many there may be; each is started when it is needed.
         variables: What each has in its environment, by its place on the board; none if that is nothing.
+        renew: Calls what it is given with another such interpreter, or fails the request and calls the second.
         at_end: Is called at the end.
     """
 
@@ -69,12 +70,14 @@ class Pool:
         message: Dict[str, Any],
         most: int,
         variables: List[Dict[str, str]],
+        renew: Callable[[Callable[[Interpreter], Any], Callable[[], Any]], Any],
         at_end: Callable[[], Any],
     ) -> None:
         import mmap
 
         self.channel, self._interpreter, self._message, self._most = channel, interpreter, message, most
-        self._variables, self._at_end = variables, at_end
+        self._variables, self._renew, self._at_end = variables, renew, at_end
+        self._renewing = False
         self._hands: Dict[int, Hand] = {}  # by slot
         self._count = 0
         self._stillborn = 0
@@ -192,6 +195,9 @@ class Pool:
     # --- the workers ---------------------------------------------------------------------------
     def _hire(self) -> None:
         wanted = min(self._most, len(self._queue))
+        if len(self._hands) < wanted and self._interpreter.ended and not self._over():
+            self._replace_interpreter()
+            return
         while len(self._hands) < wanted and not self._over():
             slot = next(slot for slot in range(self._most) if slot not in self._hands)
             SLOT.pack_into(self.board, slot * SLOT_SIZE, 0, 0)
@@ -208,6 +214,18 @@ class Pool:
                 return
             variables = self._variables[slot] if self._variables else {}
             hand.start(self._interpreter, dict(self._message, slot=slot, variables=variables), fds)
+
+    def _replace_interpreter(self) -> None:
+        """Go on with another one: this was ended, e.g. by a host that has run out of memory."""
+
+        def go_on(interpreter: Interpreter) -> None:
+            self._renewing = False
+            self._interpreter = interpreter
+            self._push()
+
+        if not self._renewing:
+            self._renewing = True
+            self._renew(go_on, self.end)
 
     def _no_more(self, why: str) -> None:
         """Go on with the workers that there are, if there are any."""

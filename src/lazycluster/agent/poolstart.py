@@ -11,7 +11,7 @@ from .processes import TASK_MARKER
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import List
+    from typing import Any, Callable, List
 
     from .session import Channel
     from .zygotes import Interpreter
@@ -73,15 +73,18 @@ def _begin(channel: Channel, most: int, shares: List[gpus.Share], together: int)
         for share in shares:
             share.release()
 
+    def renew(then: Callable[[Interpreter], Any], failed: Callable[[], Any]) -> None:
+        with_interpreter(channel, env, lambda interpreter: lambda: then(interpreter), failed)
+
     def begin(interpreter: Interpreter) -> None:
         try:
             if channel.open:
                 variables = [shares[slot // together].variables for slot in range(most)] if shares else []
-                Pool(channel, interpreter, message, most, variables, release)
+                Pool(channel, interpreter, message, most, variables, renew, release)
                 return
         except OSError as error:
             channel.fail("os", "no pool can be made: {}".format(error.strerror), errno=error.errno)
         release()
 
     channel.on_abandon = lambda: None
-    with_interpreter(channel, env, lambda interpreter: lambda: begin(interpreter), release)
+    renew(begin, release)

@@ -10,11 +10,11 @@ import socket
 import struct
 from collections import deque
 
-from .processes import send_signal
+from .processes import send_signal, start_time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Deque, Dict, Iterable, List, Tuple
+    from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Tuple
 
     from .loop import Loop
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PARTS = ("zygote", "localmodules", "interpreters", "limits", "callee", "poolwire", "poolworker")
 HEAD = struct.Struct("!I")
+_LOOK_EVERY = 0.1  # seconds
 
 STUB = """
 import sys, os
@@ -65,6 +66,7 @@ class Zygote:
         self.pid = 0
         self.reports: Dict[int, Report] = {}  # number of a call -> who wants to know of its process
         self.ended = False
+        self._pids: Dict[int, int] = {}  # of those calls
         self._loop, self._control = loop, control
         self._on_message, self._on_end = on_message, on_end
         self._received = bytearray()
@@ -141,8 +143,11 @@ class Zygote:
         report = self.reports.get(message["id"])
         if "status" in message:
             self.reports.pop(message["id"], None)
+            self._pids.pop(message["id"], None)
         if report is not None:
             report(message)
+        if message["id"] in self.reports:
+            self._pids[message["id"]] = message["pid"]
         if self._retired and not self.reports:
             self.close()
 
@@ -150,9 +155,17 @@ class Zygote:
         if not self.ended:
             self.close()
             self._on_end()
-            for report in list(self.reports.values()):
-                report({"status": None})
-            self.reports.clear()
+            reports, self.reports = self.reports, {}
+            for number, report in reports.items():
+                pid = self._pids.get(number, 0)
+                self._await_end(pid, start_time(pid) if pid else None, report)
+
+    def _await_end(self, pid: int, started: Optional[int], report: Report) -> None:
+        """Have a process that it has forked go on without it; what its status is, nobody learns."""
+        if started is not None and start_time(pid) == started:
+            self._loop.call_later(_LOOK_EVERY, lambda: self._await_end(pid, started, report))
+        else:
+            report({"status": None})
 
     # --- the end -------------------------------------------------------------------------------
     def retire(self) -> None:

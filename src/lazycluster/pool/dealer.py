@@ -332,7 +332,8 @@ def _how(fields: dict[str, Any]) -> str:
             name = f"signal {number}"
         hint = ": the host may have run out of memory" if number == signals.SIGKILL else ""
         return f"been ended by {name}{hint}"
-    return f"ended with exit status {fields.get('exit')}"
+    status = fields.get("exit")
+    return "ended" if status is None else f"ended with exit status {status}"
 
 
 def _given_up(chunk: Chunk, name: str, host: str, fields: dict[str, Any] | None) -> WorkerLostError:
