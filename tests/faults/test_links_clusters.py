@@ -80,7 +80,8 @@ def restart(hosts: Any, group: RuntimeGroup, number: int) -> None:
     hosts[number].power_on()
 
 
-@pytest.mark.parametrize("lose", [lose_agent, pytest.param(restart, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("lose", [lose_agent, restart])
 def test_dask_workers_are_started_again_where_everything_was_lost(make_hosts: Any, lose: Any, own_module: Any) -> None:
     """The next agent of the host gets them, with the user's modules, which were lost there, too."""
     pytest.importorskip("distributed")

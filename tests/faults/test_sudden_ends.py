@@ -96,6 +96,7 @@ def _pour(connection: socket.socket) -> None:
             connection.sendall(bytes(1 << 16))
 
 
+@pytest.mark.soak
 def test_with_others_traffic_in_the_tunnels(hosts: Any) -> None:
     """What others do with exposed ports must not keep ssh alive, which by itself waits for its connections to end."""
     with socket.create_server(("127.0.0.1", 0)) as server, Victim("tunnels", hosts) as victim:
@@ -123,7 +124,9 @@ def test_with_others_traffic_in_the_tunnels(hosts: Any) -> None:
         other.join()
 
 
-@pytest.mark.parametrize("stage", ["programs", pytest.param("scheduler", marks=pytest.mark.soak), "tunnels"])
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(stage, marks=pytest.mark.soak) for stage in ("programs", "scheduler")), "tunnels"]
+)
 def test_while_a_cluster_starts(hosts: Any, stage: str) -> None:
     pytest.importorskip("distributed")
     stages: dict[str, Callable[[], Any]] = {

@@ -65,14 +65,17 @@ WAYS: dict[str, tuple[Callable[[Victim], Any], int]] = {
 
 SOAK = pytest.mark.soak
 TABLE = [
-    *(("ordered", way) for way in WAYS if way not in ("kill", "exit", "hang up")),
+    *(("ordered", way) for way in WAYS if way not in ("kill", "exit", "hang up", "raise", "thread")),
     *(("connecting", way) for way in ("interrupt", "terminate")),
     *(("send", way) for way in ("interrupt", "terminate")),
-    *(("calls", way) for way in ("interrupt", "terminate", "fork")),
-    *(("closing", way) for way in ("interrupt twice", "kill")),
-    *(pytest.param("ordered", way, marks=SOAK) for way in ("exit", "hang up")),
-    *(pytest.param("closing", way, marks=SOAK) for way in ("interrupt", "terminate")),
-    *(pytest.param("calls", way, marks=SOAK) for way in ("return", "raise", "thread", "interrupt twice", "kill")),
+    *(("calls", way) for way in ("interrupt", "terminate")),
+    ("closing", "kill"),
+    *(pytest.param("ordered", way, marks=SOAK) for way in ("exit", "hang up", "raise", "thread")),
+    *(pytest.param("closing", way, marks=SOAK) for way in ("interrupt", "interrupt twice", "terminate")),
+    *(
+        pytest.param("calls", way, marks=SOAK)
+        for way in ("return", "raise", "fork", "thread", "interrupt twice", "kill")
+    ),
     pytest.param("cluster", "interrupt", marks=SOAK),
     *(pytest.param(work, way, marks=SOAK) for work in ("cluster", "start") for way in ("terminate", "hang up")),
     *(pytest.param("start", way, marks=SOAK) for way in ("interrupt", "interrupt twice")),

@@ -73,7 +73,7 @@ def test_login_shells(make_hosts: Make, shell: str, rc: str | None) -> None:
     assert with_connections(make_hosts(1, shell=shell, rc=rc), body) == (0, "it's fine\n")
 
 
-@pytest.mark.parametrize("rc", ["reads_stdin", "eats_stdin", "exits"])
+@pytest.mark.parametrize("rc", ["reads_stdin", pytest.param("eats_stdin", marks=pytest.mark.soak), "exits"])
 def test_login_shells_that_do_not_let_anyone_in(make_hosts: Make, rc: str) -> None:
     error = refused(make_hosts(1, rc=rc), timeout=2)
     assert error.reason in ("shell", "python"), error

@@ -129,6 +129,7 @@ def test_a_scheduler_that_is_killed_is_noticed(
     assert "dask-scheduler" in caplog.text
 
 
+@pytest.mark.soak
 def test_a_client_that_meets_a_scheduler_at_its_end_gets_the_next_one(
     group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +376,7 @@ def test_a_host_that_is_lost_while_the_cluster_runs(make_hosts: Any, caplog: pyt
             assert client.submit(sum, [1, 2]).result(timeout=30) == 3
 
 
+@pytest.mark.soak
 def test_two_names_of_one_machine(make_hosts: Any, tmp_path: Path) -> None:
     hosts = make_hosts(2)
     config = Path(hosts.config_file).read_text()
@@ -466,7 +468,7 @@ def test_nothing_is_left_when_the_manager_is_killed(module_hosts: Any) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("after", [0.1, 0.8, 2.0, pytest.param(4.0, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("after", [0.1, 0.8, *(pytest.param(after, marks=pytest.mark.soak) for after in (2.0, 4.0))])
 def test_ctrl_c_during_a_start(module_hosts: Any, after: float) -> None:
     with _manager(module_hosts) as manager:
         assert manager.stdout is not None

@@ -185,6 +185,7 @@ def test_hosts_that_reach_the_index_use_it(
         assert "s3cret" not in everything(host)
 
 
+@pytest.mark.soak
 def test_hosts_that_reach_the_index_in_vain_are_sent_packages(
     make_hosts: Any, index: Index, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -280,6 +281,7 @@ def test_one_that_may_only_be_read_is_used(make_hosts: Any, index: Index) -> Non
     assert host.run("find /home/lazy/shared | sort").stdout == before
 
 
+@pytest.mark.soak
 def test_beyond_the_size_limit_those_go_that_were_used_longest_ago(make_hosts: Any, index: Index) -> None:
     for name in ("alpha", "beta", "gamma", "delta"):
         index.add(name, ballast=4_000_000)

@@ -146,6 +146,7 @@ def test_a_disk_that_is_full(make_hosts: Any, index: Index) -> None:
         _refused(host, ["alpha"], "space")
 
 
+@pytest.mark.soak
 def test_one_that_is_damaged_is_made_anew(make_hosts: Any, index: Index) -> None:
     index.add("alpha")
     host = make_hosts(1)[0]
@@ -231,6 +232,7 @@ def test_a_link_that_is_lost_while_it_is_made(make_hosts: Any, index: Index) -> 
     assert len(environments(host)) == 1
 
 
+@pytest.mark.soak
 def test_a_host_that_is_lost_while_it_is_made(make_hosts: Any, index: Index) -> None:
     index.add("alpha")
     host = make_hosts(1)[0]
@@ -322,6 +324,7 @@ def _certificate(begins: datetime.datetime, ends: datetime.datetime) -> bytes:
     return bytes(made.public_bytes(encoding) + private)
 
 
+@pytest.mark.soak
 def test_clocks_that_are_years_off(make_hosts: Any, index: Index) -> None:
     index.add("alpha")
     index.add("beta")

@@ -130,6 +130,7 @@ def test_a_local_package_is_built_and_built_again_when_it_changes(
         assert runtime.call(version_of, "mine") == "second"
 
 
+@pytest.mark.soak
 def test_files_say_what_is_in_it(make_hosts: Any, index: Index, tmp_path: Path) -> None:
     for version in ("1.0", "2.0"):
         index.add("alpha", version)

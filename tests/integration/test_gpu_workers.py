@@ -72,6 +72,7 @@ def test_one_worker_per_gpu_on_real_hosts(hosts: Any, caplog: pytest.LogCaptureF
         host.run(f"rm -rf {host.home}/smi", user="root")
 
 
+@pytest.mark.soak
 def test_two_clusters_do_not_get_the_same_gpus(tmp_path: Path) -> None:
     with _local_group(tmp_path, {"a": 3}) as group, DaskCluster(group, gpus_per_worker=1) as first:
         first.start(worker_count=1)

@@ -113,6 +113,7 @@ def test_a_late_write_is_refused(tmp_path: Path) -> None:
         assert document["attempts"] == 1
 
 
+@pytest.mark.soak
 def test_the_trial_of_a_silent_worker_is_put_back(tmp_path: Path) -> None:
     """A worker that stands still: nobody says that it has gone, its lease ends, and what it says later is not heard."""
     begun = tmp_path / "begun"

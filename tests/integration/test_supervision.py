@@ -89,6 +89,7 @@ def test_a_scheduler_that_is_killed_comes_back_and_says_what_is_lost(hosts: Any,
         events.forget()
 
 
+@pytest.mark.soak
 def test_a_scheduler_whose_keeper_is_killed_comes_back_under_the_next_one(hosts: Any, client_of: Any) -> None:
     with connect(hosts.config_file, hosts.names[:2]) as group, DaskCluster(group, nthreads=1) as cluster:
         cluster.start()

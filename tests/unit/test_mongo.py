@@ -365,7 +365,7 @@ def test_numbers_are_ordered_as_numbers(one: Any, other: Any) -> None:
     assert (order(one) == order(other)) == (one == other)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.text(max_size=4), max_size=3), st.lists(st.text(max_size=4), max_size=3))
 def test_lists_are_ordered_as_lists(one: list[str], other: list[str]) -> None:
     encoded = [[text.encode() for text in texts] for texts in (one, other)]
