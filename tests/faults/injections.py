@@ -82,6 +82,7 @@ _STOPPED = 8.0
 _VICTIMS: dict[str, tuple[Callable[[Scene, int], list[int]], tuple[str, ...]]] = {
     "agent": (Scene.agent, LOADS),
     "function process": (Scene.functions, _CALLS),
+    "zygote": (Scene.zygotes, _CALLS),
     "worker": (Scene.workers, _CLUSTERS),
     "nanny": (Scene.services, _CLUSTERS),
     "scheduler": (lambda scene, number: scene.master(scene.dask), (SHUFFLE,)),

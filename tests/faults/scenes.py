@@ -80,6 +80,12 @@ class Scene:
         leaves = [found for found in below if found.pid not in parents and found.name.startswith("python")]
         return [found.pid for found in leaves if found.parent not in own and found.pid not in served | own]
 
+    def zygotes(self, number: int) -> list[int]:
+        """The processes on a host that those are forked from."""
+        functions = set(self.functions(number))
+        own = {*self.agent(number), *functions}
+        return list({found.parent for found in self._host(number).processes() if found.pid in functions} - own)
+
     def master(self, cluster: Any) -> list[int]:
         """The process of a cluster's master."""
         found = cluster.master if cluster is not None else None

@@ -28,8 +28,8 @@ logger = logging.getLogger("lazycluster")
 _STOP_LIMIT = 15.0
 
 _OUT_OF_MEMORY = {
-    "limit": "it was killed: out of memory (the limit of its control group)",
-    "host": "it was killed, at a time when the host had no memory left",
+    "limit": "it was killed (SIGKILL): out of memory (the limit of its control group)",
+    "host": "it was killed (SIGKILL), at a time when the host had no memory left",
     "worker": "it was ended, since it had nearly reached its memory_limit",
 }
 
