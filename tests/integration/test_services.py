@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 
 from lazycluster import _loop
+from lazycluster.agent import wire
 from lazycluster.cluster.exceptions import ServiceError
 from lazycluster.cluster.places import Place
 from lazycluster.cluster.process import MasterProcess
 from lazycluster.cluster.programs import Program, Source
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.usage import Meter, ProcessUsage
+from lazycluster.ssh.channel import Channel
 from lazycluster.ssh.local import LocalConnection
 from lazycluster.utils import Environment
 
@@ -94,6 +97,33 @@ def test_it_is_fed_gets_ready_and_ends(tmp_path: Path) -> None:
         assert not Path(hello["scratch"]).exists()
         assert service.last_output() == 'working on {"a": [1, "\\u00fc"]}\n'
         assert service.log_file.stat().st_mode & 0o077 == 0
+
+    _run(work)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"state": []},
+        {"state": "ready", "pid": "7", "detail": {}},
+        {"state": "starting", "pid": 7, "gpus": [7]},
+        {"state": "message", "event": "hello", "detail": 7},
+        {"state": "starting", "pid": 7, "gpus": [], "restarts": "many"},
+    ],
+)
+def test_nobody_waits_for_an_agent_that_makes_no_sense(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = Channel.received
+
+    def changed(self: Channel, kind: int, payload: bytes) -> None:
+        hostile = kind == wire.EVENT and b'"starting"' in payload
+        received(self, kind, json.dumps(said).encode() if hostile else payload)
+
+    async def work(connection: LocalConnection) -> None:
+        service = _service(connection, argv=["sleep", "600"])
+        monkeypatch.setattr(Channel, "received", changed)
+        service.start()
+        with pytest.raises(ServiceError, match="makes no sense"):
+            await service.wait_for("ready")
 
     _run(work)
 

@@ -169,6 +169,10 @@ def test_errors_can_be_shown_whatever_is_in_them() -> None:
         ({"op": "usage"}, {"services": {"7": [1, "2"]}, "time": 1.0, "hertz": 100}, "services.7 is '2'"),
         ({"op": "detached", "do": "list"}, {"tasks": [None]}, "tasks is no object"),
         ({"op": "environment", "action": "find"}, {"found": "yes", "prefix": "/"}, "found is 'yes'"),
+        ({"op": "environment", "action": "survey"}, {"interpreters": [], "reachable": [["a", []]]}, "reachable is []"),
+        ({"op": "environment", "action": "wheels"}, {"missing": None, "directory": "/"}, "missing is no list"),
+        ({"op": "environment", "action": "compiled"}, {"compiled": 1.0}, "compiled is 1.0"),
+        ({"op": "environment", "action": "sift"}, {"removed": "all"}, "removed is 'all'"),
         ({"op": "expand"}, {"path": "x" * 1_000_000, "directory": "x" * 1_000_000, "identity": None}, "directory is"),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from lazycluster._live import Lines
 from lazycluster.agent.restarts import Restarts
 from lazycluster.exceptions import AgentError, LazyclusterError
+from lazycluster.ssh.answers import check_shape
 from lazycluster.utils import new_log_file_path
 
 from .exceptions import MasterStartError, ServiceError
@@ -31,6 +32,14 @@ _OUT_OF_MEMORY = {
     "limit": "it was killed (SIGKILL): out of memory (the limit of its control group)",
     "host": "it was killed (SIGKILL), at a time when the host had no memory left",
     "worker": "it was ended, since it had nearly reached its memory_limit",
+}
+
+# What the agent says in each state; what makes no sense is an error before anything of it is believed.
+_SAID: dict[str, dict[str, Any]] = {
+    "message": {"event": str, "detail": dict},
+    "ready": {"pid": int, "detail": dict},
+    "starting": {"pid": int, "gpus": [dict]},
+    "exited": {"exit?": (int, type(None)), "signal?": (int, type(None))},
 }
 
 State = Literal["new", "starting", "ready", "restarting", "ended", "failed"]
@@ -183,7 +192,8 @@ class Service:
             self._live.feed(data)
 
     def _on_event(self, event: dict[str, Any]) -> None:
-        state = event["state"]
+        state = str(event.get("state"))
+        check_shape(event, {"state": str, "restarts?": int, **_SAID.get(state, {})})
         if "restarts" in event:
             self.restarts = self._restarts_before + event["restarts"]
         if state == "message":

@@ -187,7 +187,7 @@ class Maker:
         )
         there = next((str(one["path"]) for one in found["interpreters"]), "")
         python = await base_interpreter(self._place, self._plan.target, self._root, self._settings, there)
-        reached = bool(addresses) and {(host, port) for host, port in found["reachable"]} == set(addresses)
+        reached = bool(addresses) and set(map(tuple, found["reachable"])) == set(addresses)
         return python, reached or self._spec.network == "host"
 
     def _to_be_reached(self) -> list[tuple[str, int]]:
