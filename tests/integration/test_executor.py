@@ -213,6 +213,33 @@ def test_a_cancelled_worker_that_had_gone_on_to_the_next_call_loses_nothing(
         assert second.result(60) == 2
 
 
+def test_a_call_is_cancelled_though_its_worker_has_not_noted_yet_that_it_has_it(
+    group: RuntimeGroup, tmp_path: Path
+) -> None:
+    def take_the_next_and_note_it_late(folder: str) -> str:
+        import gc
+
+        if Path(folder, "cancelled").exists():
+            return "once more"  # as the worker was ended for the other's sake
+        worker = next(found for found in gc.get_objects() if type(found).__name__ == "Worker")
+        number = worker._queue.recv(1 << 16)[5:13]  # as in `RECORD`
+        Path(folder, "taken").touch()
+        while not Path(folder, "cancelled").exists():
+            time.sleep(0.001)
+        worker._board[worker._place : worker._place + 8] = number
+        time.sleep(600)
+        return ""
+
+    with group.executor(max_workers=1) as executor:
+        first = executor.submit(take_the_next_and_note_it_late, str(tmp_path))
+        second = executor.submit(time.sleep, 600)
+        until((tmp_path / "taken").exists, "the second call to be taken")
+        executor.abort([second])
+        group.get_runtime(executor.hosts[0]).call(abs, -1)  # what comes later than the cancellation
+        (tmp_path / "cancelled").touch()
+        assert first.result(60) == "once more"
+
+
 def test_workers_go_on_when_what_they_were_forked_from_is_killed(group: RuntimeGroup) -> None:
     """As by a host that has no memory left. Workers that are needed later are forked from another."""
 

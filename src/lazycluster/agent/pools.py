@@ -82,6 +82,7 @@ class Pool:
         self._count = 0
         self._stillborn = 0
         self._blobs: Dict[int, int] = {}
+        self._cancelled: Set[int] = set()  # that may still run
         self._suspects: Set[int] = set()
         self._looking = False
         self._rest = b""
@@ -188,9 +189,18 @@ class Pool:
 
     def _cancel(self, number: int) -> None:
         self._queue.drop(number)
+        if number in self._queue.sent:
+            self._cancelled.add(number)
+            self._end_cancelled()
+
+    def _end_cancelled(self) -> None:
+        """End who runs what was cancelled; who has just taken it may not have noted that yet."""
+        self._cancelled.intersection_update(self._queue.sent)
         for hand in list(self._hands.values()):
-            if hand.chunk()[0] == number and number in self._queue.sent:
+            if hand.chunk()[0] in self._cancelled:
                 hand.end()
+        if self._cancelled:
+            self._look_later()
 
     # --- the workers ---------------------------------------------------------------------------
     def _hire(self) -> None:
@@ -298,6 +308,7 @@ class Pool:
         if not self.channel.writable:
             self._look_later()
             return
+        self._end_cancelled()
         self._queue.take_back()
         held = {hand.chunk()[0] for hand in self._hands.values()}
         missing = {number for number in self._queue.sent if number not in held}
