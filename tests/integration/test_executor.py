@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from lazycluster import LocalRuntime, RuntimeGroup, _waiting
-from lazycluster.exceptions import BrokenPoolError, LazyclusterError, WorkerLostError
+from lazycluster.exceptions import BrokenPoolError, LazyclusterError, TaskExecutionError, WorkerLostError
 from patience import until
 from sshhosts import procfs
 
@@ -254,6 +254,34 @@ def test_workers_go_on_when_what_they_were_forked_from_is_killed(group: RuntimeG
         os.kill(worker, signal.SIGKILL)
         assert executor.submit(os.getpid).result(60) != worker
         assert sorted(executor.map(abs, range(-100, 0))) == list(range(1, 101))
+
+
+class Ending:
+    """Ends whoever reads it."""
+
+    def __init__(self, how: type[BaseException]) -> None:
+        self.how = how
+
+    def __reduce__(self) -> Any:
+        return _raise, (self.how,)
+
+
+def _raise(how: type[BaseException]) -> None:
+    raise how
+
+
+@pytest.mark.parametrize("how", [SystemExit, KeyboardInterrupt])
+def test_a_result_that_ends_whoever_reads_it_is_an_error_of_its_call_only(
+    group: RuntimeGroup, how: type[BaseException]
+) -> None:
+    with group.executor() as executor:
+        bad = executor.submit(Ending, how)
+        with pytest.raises(TaskExecutionError, match="came, but cannot be unpickled here"):
+            bad.result(60)
+        assert executor.submit(abs, -3).result(60) == 3
+        if how is SystemExit:
+            with pytest.raises(TaskExecutionError, match="came, but cannot be unpickled here"):
+                list(executor.map(Ending, [how]))
 
 
 def test_callbacks_may_use_the_library(group: RuntimeGroup) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import random
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from lazycluster.agent.poolwire import ANSWER, CHUNK, LOCAL_CHUNK, RETURNED
+from lazycluster.agent.poolwire import ANSWER, BROKEN, CHUNK, LOCAL_CHUNK, MIXED, RETURNED
 from lazycluster.pool.blobs import Blobs, Sharing
+from lazycluster.pool.chunks import Answer
+from lazycluster.pool.outcomes import read
 from lazycluster.pool.packing import Packed, pack, pack_calls
 from lazycluster.pool.sameness import Packer, state_of
 from lazycluster.pool.sizes import gpus_of, worker_counts
@@ -142,6 +145,15 @@ def test_lines_are_shown_whole(caplog: pytest.LogCaptureFixture, capsys: pytest.
 # --- sizes ---------------------------------------------------------------------------------------------------
 def host(name: str, cores: int) -> Any:
     return types.SimpleNamespace(host=name, info={"cpu_cores": cores}, fill_info_buffer=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"), [(RETURNED, [1]), (RETURNED, 7), (MIXED, [(True, b"")]), (MIXED, [1, 2]), (BROKEN, {})]
+)
+def test_answers_that_make_no_sense_are_errors_of_each_call(kind: int, content: Any) -> None:
+    results = read(Answer(kind, [pickle.dumps(content)], 0, "host1"), 0, 2, lambda call: f"f({call})")
+    assert [good for good, _ in results] == [False, False]
+    assert all(str(error).startswith("host1: the result of f(") for _, error in results)
 
 
 def test_workers_in_all_go_where_the_cores_are() -> None:

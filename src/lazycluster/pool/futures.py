@@ -15,11 +15,13 @@ from lazycluster.exceptions import LazyclusterError
 
 from .chunks import Answer, Chunk, Failure
 from .dealer import Dealer
-from .outcomes import call_name, read
+from .outcomes import call_name, read, unreadable
 
 __all__ = ["CallFuture", "Futures"]
 
 T = TypeVar("T")
+
+_NOTIFIED = "CANCELLED_AND_NOTIFIED"  # the state of a future that was cancelled, and whose waiters know
 
 
 class CallFuture(_waiting.Future[T]):
@@ -43,6 +45,11 @@ class CallFuture(_waiting.Future[T]):
         """Wait for the end and return the error, see :meth:`concurrent.futures.Future.exception`."""
         self._check()
         return super().exception(timeout)
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Do what that of any future does; several may see to the end of one that was cancelled."""
+        with self._condition:
+            return self._state != _NOTIFIED and super().set_running_or_notify_cancel()
 
     def _check(self) -> None:
         if self.done():
@@ -128,16 +135,8 @@ class Futures:
         for chunk, outcome in iter(self._arrived.get, None):
             entry = self._open.get(chunk.key)
             if entry is not None:
-                future, name = entry
-                good, value = read(outcome, 0, 1, lambda _, name=name: f"{name}()")[0]  # type: ignore[misc]
-                with contextlib.suppress(concurrent.futures.InvalidStateError):  # `close` was faster
-                    if future.cancelled():
-                        future.set_running_or_notify_cancel()
-                    elif good:
-                        future.set_result(value)
-                    else:
-                        future.set_exception(value)
-                del future, value, entry
+                _settle(*entry, outcome)
+                del entry
                 self._forget(chunk)
             del chunk, outcome
 
@@ -185,3 +184,17 @@ class Futures:
         self._arrived.put(None)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+
+def _settle(future: concurrent.futures.Future[Any], name: str, outcome: Answer | Failure) -> None:
+    try:
+        good, value = read(outcome, 0, 1, lambda _: f"{name}()")[0]
+    except BaseException as error:  # noqa: BLE001  (a class's own code may even end the thread, and others wait)
+        good, value = False, unreadable(error, getattr(outcome, "host", ""), f"{name}()")
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # `close` was faster
+        if future.cancelled():
+            future.set_running_or_notify_cancel()
+        elif good:
+            future.set_result(value)
+        else:
+            future.set_exception(value)

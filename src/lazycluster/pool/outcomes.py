@@ -13,7 +13,7 @@ from lazycluster.tasks.functions import Outcome, load_parts, loads, with_lines
 from .chunks import Answer, Failure
 from .packing import PackedCalls
 
-__all__ = ["call_name", "initializer_error", "read"]
+__all__ = ["call_name", "initializer_error", "read", "unreadable"]
 
 _SHORT = 4096  # bytes of arguments that are shown
 
@@ -32,14 +32,21 @@ def read(outcome: Answer | Failure, first: int, count: int, name: Callable[[int]
     if isinstance(outcome, Failure):
         return [(False, outcome.error)] * count
     try:
-        content = _load(outcome.parts)
-    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
-        return [(False, _unreadable(error, outcome.host, name(first)))] * count
-    if outcome.kind == RETURNED:
+        results = _read(outcome, first, count, name)
+        if len(results) != count:
+            raise ValueError(f"{len(results)} results came of {count} calls")
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a class's own code raises, or a worker says)
+        return [(False, unreadable(error, outcome.host, name(first)))] * count
+    return results
+
+
+def _read(answer: Answer, first: int, count: int, name: Callable[[int], str]) -> Results:
+    content = _load(answer.parts)
+    if answer.kind == RETURNED:
         return [(True, value) for value in content]
-    if outcome.kind == BROKEN:
-        return [(False, _described(content, outcome.host, name(first + index))) for index in range(count)]
-    return [_one(good, data, outcome.host, name(first + index)) for index, (good, data) in enumerate(content)]
+    if answer.kind == BROKEN:
+        return [(False, _described(content, answer.host, name(first + index))) for index in range(count)]
+    return [_one(good, data, answer.host, name(first + index)) for index, (good, data) in enumerate(content)]
 
 
 def _load(parts: list[bytes]) -> Any:
@@ -51,12 +58,13 @@ def _load(parts: list[bytes]) -> Any:
 def _one(good: bool, data: bytes, host: str, name: str) -> tuple[bool, Any]:
     try:
         content = loads(data)
-    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
-        return False, _unreadable(error, host, name)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a class's own code raises)
+        return False, unreadable(error, host, name)
     return (True, content[0]) if good else (False, _described(content, host, name))
 
 
-def _unreadable(error: Exception, host: str, name: str) -> TaskExecutionError:
+def unreadable(error: BaseException, host: str, name: str) -> TaskExecutionError:
+    """Return the error of a call whose result cannot be had."""
     text = f"{host}: the result of {name} came, but cannot be unpickled here: {type(error).__name__}: {error}"
     wrapped = TaskExecutionError(text, host=host, what=name)
     wrapped.__cause__ = error
@@ -69,7 +77,7 @@ def initializer_error(parts: list[bytes], host: str) -> BaseException:
     try:
         return _described(_load(parts), host, name)
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
-        return _unreadable(error, host, name)
+        return unreadable(error, host, name)
 
 
 def call_name(function: str, packed: PackedCalls, call: int) -> str:
