@@ -35,7 +35,7 @@ def read(outcome: Answer | Failure, first: int, count: int, name: Callable[[int]
         results = _read(outcome, first, count, name)
         if len(results) != count:
             raise ValueError(f"{len(results)} results came of {count} calls")
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a class's own code raises, or a worker says)
+    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises, or a worker says)
         return [(False, unreadable(error, outcome.host, name(first)))] * count
     return results
 
@@ -58,7 +58,7 @@ def _load(parts: list[bytes]) -> Any:
 def _one(good: bool, data: bytes, host: str, name: str) -> tuple[bool, Any]:
     try:
         content = loads(data)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a class's own code raises)
+    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
         return False, unreadable(error, host, name)
     return (True, content[0]) if good else (False, _described(content, host, name))
 
