@@ -88,10 +88,14 @@ class Work(_waiting.Future[T]):
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        super().__init__()
         self._coroutine = coroutine
+        super().__init__()
         self._task: asyncio.Task[T] | None = None
         self._loop = get_loop()
+
+    def __del__(self) -> None:
+        """Let a coroutine that Ctrl-C did not let begin end without a warning; others have ended by now."""
+        self._coroutine.close()
 
     def begin(self) -> None:
         """Have it begin."""
@@ -145,13 +149,13 @@ def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         TimeoutError: If it took longer than `timeout`.
         RuntimeError: If called from the loop's own thread.
     """
+    work = Work(coroutine)
     if in_loop():
-        coroutine.close()
         raise RuntimeError(
             "called from the event-loop thread of lazycluster (e.g. in a callback): it would wait for itself"
         )
     with _progress.shown() as board:
-        return _result(Work(coroutine), timeout, board)
+        return _result(work, timeout, board)
 
 
 def _result(future: Work[T], timeout: float | None, board: _progress.Board) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _imp
 import concurrent.futures
 import importlib
+import inspect
 import random
 import signal
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lazycluster import _loop
 from lazycluster._waiting import Condition, Event, Future
 
 
@@ -133,3 +135,14 @@ def test_all_who_wait_are_woken() -> None:
     for thread in threads:
         thread.join(20)
     assert sorted(woken) == [0, 1, 2, 3, 4]
+
+
+def test_a_coroutine_that_is_never_begun_ends_without_a_warning() -> None:
+    """As when Ctrl-C comes just before."""
+
+    async def work() -> None:
+        raise AssertionError("it was begun")
+
+    coroutine = work()
+    _loop.Work(coroutine)
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
