@@ -6,6 +6,7 @@ import contextlib
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from lazycluster.cluster.dask_cluster import DaskCluster, LocalMasterLauncher, R
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.health import ClusterEvent
 from lazycluster.ssh import workspace
+from patience import until
 from sshhosts import procfs
 
 pytestmark = [
@@ -140,6 +142,32 @@ def test_a_worker_that_is_killed_is_told_of(client_of: Any) -> None:
         assert "log=" not in repr(after)
         client.shutdown()
         events.wait_for("ended", "dask-worker")
+
+
+def test_a_nanny_that_cannot_start_its_worker_again_is_started_anew(client_of: Any) -> None:
+    """It would end as if somebody had asked it to."""
+
+    def is_bound(port: int) -> bool:
+        with contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return True
+        return False
+
+    with local_group(1) as group, DaskCluster(group, nthreads=1) as cluster:
+        cluster.start()
+        events = Events(cluster)
+        client = client_of(cluster)
+        [address] = client.scheduler_info(n_workers=-1)["workers"]
+        inner = client.submit(os.getpid, pure=False).result(timeout=_PATIENCE)
+        with socket.socket() as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            os.kill(inner, signal.SIGKILL)
+            until(lambda: is_bound(int(address.rpartition(":")[2])), "the port of the worker")
+            taken.listen()
+            events.wait_for("restarting", "dask-worker")
+        events.wait_for("ready", "dask-worker")
+        assert client.submit(sum, [5], pure=False).result(timeout=_PATIENCE) == 5
+        events.forget()
 
 
 def test_a_scheduler_that_dies_for_good(monkeypatch: pytest.MonkeyPatch) -> None:

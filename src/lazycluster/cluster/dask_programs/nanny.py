@@ -13,14 +13,22 @@ from . import common, memory  # type: ignore[attr-defined]  # it is sent along w
 
 _PATIENCE = 90.0  # seconds for a scheduler to come back
 _TRY_EVERY = 0.2
+# Why a nanny closes that could not start its worker again. It would end as if it had been asked to.
+_FAILURES = ("nanny-instantiate-failed", "nanny-instantiate-timeout", "nanny-unregister-failed")
 
 logger = logging.getLogger("distributed.nanny")
 
 
 class WatchedNanny(Nanny):  # type: ignore[misc]
-    """A nanny that says when its worker process has ended by itself, and whether it was the scheduler that has gone."""
+    """A nanny that says when its worker process has ended by itself, and why it has closed.
+
+    Attributes:
+        lost_scheduler: Whether it was the scheduler that has gone.
+        failed: Whether its worker could not be started again.
+    """
 
     lost_scheduler = False
+    failed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,13 +47,17 @@ class WatchedNanny(Nanny):  # type: ignore[misc]
 
     def close_gracefully(self, *args: Any, **kwargs: Any) -> None:
         """Take note of why, and do what nannies do."""
-        self.lost_scheduler = self.lost_scheduler or "connection-broken" in str(kwargs.get("reason"))
+        self._take_note(str(kwargs.get("reason")))
         super().close_gracefully(*args, **kwargs)
 
     async def close(self, *args: Any, **kwargs: Any) -> Any:
         """Take note of why, and do what nannies do."""
-        self.lost_scheduler = self.lost_scheduler or "connection-broken" in str(kwargs.get("reason"))
+        self._take_note(str(kwargs.get("reason")))
         return await super().close(*args, **kwargs)
+
+    def _take_note(self, reason: str) -> None:
+        self.lost_scheduler = self.lost_scheduler or "connection-broken" in reason
+        self.failed = self.failed or reason in _FAILURES
 
 
 async def answers(address: str, security: Any) -> None:

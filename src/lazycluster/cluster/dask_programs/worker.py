@@ -139,6 +139,8 @@ async def _serve(settings: dict[str, Any]) -> None:
     if nanny.lost_scheduler and not stop.is_set():
         common.emit("cut_off")
         raise SystemExit("the connection to the scheduler has ended, though nobody ended the cluster")
+    if nanny.failed and not stop.is_set():
+        raise SystemExit("the worker process could not be started again")
 
 
 async def _start(nanny: Any, ports: dict[str, int]) -> None:
