@@ -27,7 +27,7 @@ from measures import growth, measure
 from scenes import NobodyThereError, Scene, UnavailableError
 
 import leaks
-from lazycluster import RuntimeGroup
+from lazycluster import Environment, RuntimeGroup
 from patience import until
 from sshhosts import Hosts, own_network
 
@@ -235,6 +235,7 @@ def main() -> int:
     state = Path(tempfile.mkdtemp(prefix="ls-state-", dir="/tmp"))
     os.environ.update(TMPDIR=str(temporary), XDG_STATE_HOME=str(state), LAZYCLUSTER_SOAK=str(os.getpid()))
     tempfile.tempdir = str(temporary)
+    Environment.main_directory = str(state / "lazycluster")
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.WARNING)
     say(f"{arguments.minutes:g} minutes, {arguments.hosts} hosts, a fault every {arguments.every:g} s, seed {seed}")
     try:
