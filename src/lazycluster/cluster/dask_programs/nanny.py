@@ -70,7 +70,8 @@ async def answers(address: str, security: Any) -> None:
     while True:
         try:
             comm = await connect(address, timeout=10, **security.get_connection_args("worker"))
-        except (OSError, asyncio.TimeoutError):  # distributed's own errors are OSErrors
+        # distributed's own errors are OSErrors; tornado tells by a ValueError of a tunnel that ends before TLS begins.
+        except (OSError, ValueError, asyncio.TimeoutError):
             if asyncio.get_running_loop().time() > deadline:
                 raise
             await asyncio.sleep(_TRY_EVERY)  # whoever listens in its place is the tunnel, which says nothing
