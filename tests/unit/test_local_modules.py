@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import sys
@@ -15,6 +16,7 @@ import pytest
 from lazycluster import _loop
 from lazycluster.cluster import local_modules
 from lazycluster.cluster.local_modules import LocalModules
+from lazycluster.ssh import workspace
 
 
 @pytest.fixture
@@ -74,3 +76,16 @@ def test_what_stands_in_for_a_module_may_answer_as_it_likes(module: Path, monkey
     _loop.run(modules.open())
     assert Path(modules.directory, "modules", module.name).exists()
     _loop.run(modules.close())
+
+
+def test_who_opens_them_at_the_same_time_shares_them() -> None:
+    """The scheduler and the workers do; what one of them would take alone, nobody would ever give back."""
+
+    async def work() -> None:
+        modules = LocalModules()
+        await asyncio.gather(modules.open(), modules.open(), modules.share([]))
+        await modules.close()
+        assert asyncio.get_running_loop() not in workspace._spaces
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(work())

@@ -75,16 +75,23 @@ class LocalModules:
         self._local: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._writing: asyncio.Future[None] | None = None
+        self._opening = asyncio.Lock()
         self._syncing = asyncio.Lock()
         self._sharing = asyncio.Lock()
 
     # --- begin and end -------------------------------------------------------------------------
     async def open(self) -> None:
         """Have the present modules in the directory on the manager."""
-        if self._space is None:
-            self._space = await workspace.acquire()
-            self.directory = tempfile.mkdtemp(prefix="modules-", dir=self._space.directory)
-            self._watcher = asyncio.ensure_future(self._watch())
+        async with self._opening:  # master and workers need it at the same time
+            if self._space is None:
+                space = await workspace.acquire()
+                try:
+                    self.directory = tempfile.mkdtemp(prefix="modules-", dir=space.directory)
+                except BaseException:
+                    await space.release()
+                    raise
+                self._space = space
+                self._watcher = asyncio.ensure_future(self._watch())
         await self.sync()
 
     async def share(self, places: Iterable[Place]) -> None:
