@@ -79,6 +79,12 @@ def _is_brief(thread: threading.Thread) -> bool:
     return not lasting and thread is not threading.main_thread()
 
 
+def running(text: str) -> list[procfs.Process]:
+    """Processes of this test run, not of others beside it, that have a text in their command."""
+    run = "LAZYCLUSTER_TEST_RUN=" + os.environ["LAZYCLUSTER_TEST_RUN"]
+    return [found for found in procfs.with_variable(run) if text in found.command]
+
+
 def settle(leftovers: Callable[[], list[str]]) -> list[str]:
     """Wait until nothing is left; returns what is, after the promised time."""
     deadline = time.monotonic() + PATIENCE

@@ -20,10 +20,10 @@ pytest.importorskip("cryptography")
 
 from cluster_groups import connect, local_group
 
+import leaks
 from lazycluster.cluster.dask_cluster import DaskCluster
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.runtimes import Runtime
-from sshhosts import procfs
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this module
 
@@ -44,8 +44,7 @@ def cluster() -> Iterator[DaskCluster]:
     with local_group(2) as group, DaskCluster(group, list(range(25000, 25010)), nthreads=1) as cluster:
         cluster.start(worker_count=1, master_port=25900)
         yield cluster
-    run = "LAZYCLUSTER_TEST_RUN=" + os.environ["LAZYCLUSTER_TEST_RUN"]
-    assert [process for process in procfs.with_variable(run) if "lazycluster_dask" in process.command] == []
+    assert leaks.running("lazycluster_dask") == []
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ pytest.importorskip("cryptography")
 from cluster_groups import connect, local_group, ssh_group
 from distributed import Client, Status
 
+import leaks
 from lazycluster import RuntimeGroup
 from lazycluster.cluster import MasterLauncher, WorkerLauncher
 from lazycluster.cluster.dask_cluster import DaskCluster, LocalMasterLauncher, RoundRobinLauncher
@@ -33,7 +34,6 @@ from lazycluster.cluster.exceptions import (
     VersionMismatchError,
 )
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError
-from sshhosts import procfs
 
 pytestmark = [
     # distributed leaves these to the garbage collector when comms are torn down.
@@ -49,9 +49,7 @@ def group() -> Iterator[RuntimeGroup]:
 
 
 def _programs() -> list[int]:
-    """The programs of clusters of this test run; others may be running theirs."""
-    run = "LAZYCLUSTER_TEST_RUN=" + os.environ["LAZYCLUSTER_TEST_RUN"]
-    return [process.pid for process in procfs.with_variable(run) if "lazycluster_dask" in process.command]
+    return [process.pid for process in leaks.running("lazycluster_dask")]
 
 
 def _command_line(pid: str) -> bytes:

@@ -240,16 +240,26 @@ def test_a_call_is_cancelled_though_its_worker_has_not_noted_yet_that_it_has_it(
         assert first.result(60) == "once more"
 
 
-def test_workers_go_on_when_what_they_were_forked_from_is_killed(group: RuntimeGroup) -> None:
+def test_workers_go_on_when_what_they_were_forked_from_is_killed(group: RuntimeGroup, tmp_path: Path) -> None:
     """As by a host that has no memory left. Workers that are needed later are forked from another."""
 
     def kill_parent() -> int:
-        os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(0.3)  # it is noticed meanwhile
+        parent = os.getppid()
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.001)
+        (tmp_path / "killed").touch()
+        while not (tmp_path / "noticed").exists():
+            time.sleep(0.001)
         return os.getpid()
 
     with group.executor(max_workers=1) as executor:
-        worker = executor.submit(kill_parent).result(60)
+        runtime = group.get_runtime(executor.hosts[0])
+        call = executor.submit(kill_parent)
+        until((tmp_path / "killed").exists, "its end")
+        assert runtime.call(abs, -1) == 1  # what comes later than that end, so it was noticed
+        (tmp_path / "noticed").touch()
+        worker = call.result(60)
         assert executor.submit(os.getpid).result(60) == worker
         os.kill(worker, signal.SIGKILL)
         assert executor.submit(os.getpid).result(60) != worker

@@ -283,25 +283,33 @@ def test_many_at_once() -> None:
     assert with_connection(work) == [i * i for i in range(60)]
 
 
-def test_a_call_goes_on_when_what_it_was_forked_from_is_killed() -> None:
+def test_a_call_goes_on_when_what_it_was_forked_from_is_killed(tmp_path: Path) -> None:
     """As by a host that has no memory left: then the next ones are forked from another."""
 
-    def kill_parent() -> int:
-        os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(0.3)  # it is noticed meanwhile
+    def kill_parent(number: int) -> int:
+        parent = os.getppid()
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.001)
+        (tmp_path / f"killed-{number}").touch()
+        while not (tmp_path / f"noticed-{number}").exists():
+            time.sleep(0.001)
+        if number % 2:
+            os._exit(3)
         return 5
 
-    def kill_parent_and_die() -> None:
-        os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(0.3)
-        os._exit(3)
-
     async def work(connection: LocalConnection) -> None:
-        for _ in range(2):
-            outcome = await functions.call(connection, kill_parent, python=HERE)
-            assert outcome.value == 5
-            outcome = await functions.call(connection, kill_parent_and_die, python=HERE)
-            assert outcome.status == "killed"
+        for number in range(4):
+            call = asyncio.ensure_future(functions.call(connection, kill_parent, (number,), python=HERE))
+            while not (tmp_path / f"killed-{number}").exists():
+                await asyncio.sleep(0.001)
+            assert (await functions.call(connection, abs, (-1,), python=HERE)).value == 1
+            (tmp_path / f"noticed-{number}").touch()
+            outcome = await call
+            if number % 2:
+                assert outcome.status == "killed"
+            else:
+                assert outcome.value == 5
 
     with_connection(work)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+import leaks
 from lazycluster import LocalRuntime, Runtime, RuntimeTask
 from lazycluster.exceptions import (
     GroupTaskError,
@@ -367,7 +368,7 @@ def test_cancelling_ends_the_whole_tree(local: LocalRuntime) -> None:
     with pytest.raises(concurrent.futures.CancelledError):
         task.result()
     assert not task.cancel()
-    assert subprocess.run(["pgrep", "-f", "sleep 30[0]"], capture_output=True).stdout == b""
+    assert leaks.running("sleep 300") == []
 
 
 def test_cancelling_at_any_moment(local: LocalRuntime) -> None:

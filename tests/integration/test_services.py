@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import leaks
 from lazycluster import _loop
 from lazycluster.agent import wire
 from lazycluster.cluster.exceptions import ServiceError
@@ -216,8 +217,7 @@ def test_all_that_it_started_ends_with_it(tmp_path: Path) -> None:
         await service.wait_for("ready")
         await service.stop()
         assert service.exit_status == -9
-        found = subprocess.run(["pgrep", "-f", "sleep 1234.5"], capture_output=True, text=True, check=False).stdout
-        assert found == ""
+        assert leaks.running("sleep 1234.5") == []
 
     _run(work)
 
