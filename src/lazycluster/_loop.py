@@ -11,13 +11,14 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 from . import _progress, _waiting
 from .exceptions import harmless
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _logger = logging.getLogger("lazycluster")
 _logger.addFilter(harmless)  # whatever comes from a host comes through this loop
@@ -207,3 +208,32 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 
     threading.Thread(target=work, name=f"lazycluster {function.__name__}", daemon=True).start()
     return await done
+
+
+async def together(tasks: Sequence[asyncio.Task[T]]) -> list[T]:
+    """Wait for tasks of one purpose. When one fails, or whoever waits is cancelled, the others are cancelled, too.
+
+    Unlike with `asyncio.gather` all have ended then, with what they do in their `finally`, and none was cancelled
+    twice: the second time would put an end to what it does about the first.
+
+    Returns:
+        Their results, in their order.
+    """
+    try:
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        left = [task for task in tasks if not task.done()]
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left)
+    errors = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
+    if errors:
+        raise errors[0]
+    return [task.result() for task in tasks]
+
+
+def outcome(task: asyncio.Task[T], otherwise: U) -> T | U:
+    """Return the result of a task, or something else if it has none."""
+    return otherwise if not task.done() or task.cancelled() or task.exception() is not None else task.result()

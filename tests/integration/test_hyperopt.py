@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -239,9 +240,44 @@ def test_the_server_is_killed_in_the_middle(cluster: HyperoptCluster, victim: st
     assert process.poll() is None
 
 
-def _later(seconds: float, action: Callable[[], None]) -> Any:
-    import threading
+def test_workers_that_begin_while_the_cluster_ends_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with local_group(1) as group, HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
+        cluster.start()
+        workers, master = cluster._worker_launcher, cluster._master_launcher
+        begun, ended = threading.Event(), threading.Event()
+        start, end = workers.start, master.cleanup
 
+        def start_late(*arguments: Any, **options: Any) -> list[int]:
+            begun.set()
+            assert ended.wait(60)
+            return start(*arguments, **options)
+
+        def end_and_tell() -> None:
+            end()
+            ended.set()
+
+        monkeypatch.setattr(workers, "start", start_late)
+        monkeypatch.setattr(master, "cleanup", end_and_tell)
+        errors: list[BaseException] = []
+
+        def start_more() -> None:
+            try:
+                cluster.start_workers(1)
+            except ClusterError as error:
+                errors.append(error)
+
+        starting = threading.Thread(target=start_more)
+        starting.start()
+        assert begun.wait(60)
+        cluster.cleanup()
+        starting.join(60)
+        assert "the cluster was ended meanwhile" in str(errors)
+        assert cluster._worker_launcher.services == cluster._master_launcher.services == []
+
+
+def _later(seconds: float, action: Callable[[], None]) -> Any:
     timer = threading.Timer(seconds, action)
     timer.start()
     return timer

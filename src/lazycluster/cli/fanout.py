@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lazycluster import _loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
 from lazycluster.ssh.connection import Connection
 
@@ -72,14 +73,7 @@ async def everywhere(
         on_done(outcome)
         return outcome
 
-    tasks = [asyncio.ensure_future(one(name)) for name in targets.names]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+    return await _loop.together([asyncio.ensure_future(one(name)) for name in targets.names])
 
 
 async def _on_host(targets: Targets, name: str, work: Work) -> Outcome:

@@ -85,13 +85,7 @@ def watch(targets: Targets, long: bool) -> int:
     watched = [_Watched(name) for name in targets.names]
 
     async def follow_all() -> None:
-        tasks = [asyncio.ensure_future(one.follow(targets)) for one in watched]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await _loop.together([asyncio.ensure_future(one.follow(targets)) for one in watched])
 
     view = Live(get_renderable=lambda: _table(watched, long), console=output(), refresh_per_second=2)
     with view, _progress.shown(wanted=False):

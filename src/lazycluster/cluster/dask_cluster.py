@@ -260,13 +260,13 @@ class DaskCluster(ElasticCluster):
     # --- the end -------------------------------------------------------------------------------
     def cleanup(self) -> None:
         """End the workers, the scheduler and the tunnels. Doing it again does nothing."""
-        try:
-            self._end_adapting()
-            super().cleanup()
-        finally:
-            _loop.run(self._dask.modules.close())
-            self._dask.forget()
-            self._security = None
+        self._end_adapting()
+        super().cleanup()
+
+    def _let_go(self) -> None:
+        _loop.run(self._dask.modules.close())
+        self._dask.forget()
+        self._security = None
 
     def close(self, timeout: float | None = None) -> _Closed:
         """Do what `cleanup` does. The result can be awaited, as `distributed.Client.shutdown` does.

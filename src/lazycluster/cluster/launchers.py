@@ -197,10 +197,6 @@ async def _check_free(port: int, connections: Sequence[Connection]) -> None:
 
 async def prepare(master: ServiceMasterLauncher, worker: ServiceWorkerLauncher, count: int, debug: bool) -> None:
     """Start all processes at once; they wait for their settings, and meanwhile import what they are made of."""
-    tasks = [asyncio.ensure_future(master.prepare(debug)), asyncio.ensure_future(worker.prepare(count, debug))]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    await _loop.together(
+        [asyncio.ensure_future(master.prepare(debug)), asyncio.ensure_future(worker.prepare(count, debug))]
+    )

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["MasterLauncher", "MasterWorkerCluster", "RuntimeCluster", "WorkerLauncher"]
 
 T = TypeVar("T")
+_ENDED = "the cluster was ended meanwhile"
+_INTERRUPT_LIMIT = 15.0  # seconds
 logger = logging.getLogger("lazycluster")
 
 
@@ -152,17 +155,21 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
             PortInUseError: If the given master port is taken.
             NoPortsLeftError: If too few ports are free.
         """
-        with self._lock:
-            self._check_not("running", "starting")
-            self._state = "starting"
+        self._check_not("running", "starting")
         with self._changing, self._shown(f"Starting the {type(self).__name__}"):
+            with self._lock:
+                self._check_not("running", "starting")
+                self._state = "starting"
             try:
                 count = self._count(worker_count)
                 self._prepare(count, debug)
                 self.start_master(master_port, debug=debug)
                 self.start_workers(count, debug=debug)
-            except BaseException:
+            except BaseException as error:
+                ended = self._state in ("closing", "closed")
                 self._undo()
+                if ended and isinstance(error, LazyclusterError):  # that its parts have ended says nothing of the cause
+                    raise ClusterError(_ENDED) from error
                 raise
 
     def start_master(self, master_port: int | None = None, timeout: int = 3, debug: bool = False) -> None:
@@ -180,19 +187,20 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
             NoPortsLeftError: If no port is free.
             MasterStartError: If it was not there in time.
         """
-        self._check_hosts()
-        self._end_when_forgotten()
-        if self.master_port is not None:
-            raise ClusterError(f"the master runs already, on port {self.master_port}")
-        if master_port is None:
-            ports = [port for port in self._ports if port != self.DEFAULT_MASTER_PORT]
-            left = _call(self._master_launcher.start, [self.DEFAULT_MASTER_PORT, *ports], timeout, debug=debug)
-            self._ports = [port for port in left if port in set(self._ports)]
-        else:
-            _call(self._master_launcher.start, master_port, timeout, debug=debug)
-        taken = self.master_port
-        self._ports = [port for port in self._ports if port != taken]
-        self._state = "starting"
+        with self._changing:
+            self._check_hosts()
+            self._end_when_forgotten()
+            if self.master_port is not None:
+                raise ClusterError(f"the master runs already, on port {self.master_port}")
+            if master_port is None:
+                ports = [port for port in self._ports if port != self.DEFAULT_MASTER_PORT]
+                left = _call(self._master_launcher.start, [self.DEFAULT_MASTER_PORT, *ports], timeout, debug=debug)
+                self._ports = [port for port in left if port in set(self._ports)]
+            else:
+                _call(self._master_launcher.start, master_port, timeout, debug=debug)
+            taken = self.master_port
+            self._ports = [port for port in self._ports if port != taken]
+            self._begun("starting")
 
     def start_workers(self, count: int | None = None, debug: bool = False) -> None:
         """Start workers; may be called again for more of them.
@@ -217,7 +225,7 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
             self._ports = list(_call(self._worker_launcher.start, count, port, list(self._ports), debug=debug))
             if custom and self._workers_talk:
                 self._worker_launcher.setup_worker_ssh_tunnels()
-            self._state = "running"
+            self._begun("running")
 
     def write_connection_file(self, path: str | os.PathLike[str]) -> Path:
         """Write a file from which other processes of this user connect, with ``connect(path)`` of the cluster's class.
@@ -257,12 +265,13 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
             ClusterError: If a launcher's own clean-up fails; the others are cleaned up nevertheless.
         """
         errors: list[Exception] = []
-        ours = False
+        ours = alone = False
         try:
             with self._lock:
                 if self._state == "closing":
                     return
                 ours, self._state = True, "closing"
+            alone = self._interrupt()
             if self._forgetting is not None:
                 self._forgetting.detach()
             while self._connection_files:
@@ -273,11 +282,20 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
                 except Exception as error:  # noqa: BLE001 - whatever a custom launcher does, the rest must be ended
                     errors.append(error)
         finally:  # also after Ctrl-C: it may be done again
-            if ours:
-                self._ports = list(self._all_ports)
-                self._state = "closed"
+            try:
+                if ours:
+                    self._let_go()
+            finally:
+                if ours:
+                    self._ports = list(self._all_ports)
+                    self._state = "closed"
+                if alone:
+                    self._changing.release()
         if errors:
             raise ClusterError("cleaning up: " + "; ".join(str(error) for error in errors)) from errors[0]
+
+    def _let_go(self) -> None:
+        """Let go of what master and workers had in common, once they have ended."""
 
     # --- shared --------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -289,6 +307,30 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
     def _end_when_forgotten(self) -> None:
         if self._forgetting is None or not self._forgetting.alive:
             self._forgetting = _lifetime.when_forgotten(self, (self._worker_launcher, self._master_launcher))
+
+    def _begun(self, state: str) -> None:
+        """Note what has been reached, unless somebody ends it meanwhile."""
+        with self._lock:
+            if self._state == "closing":
+                raise ClusterError(_ENDED)
+            self._state = state
+
+    def _interrupt(self) -> bool:
+        """Put an end to what other threads start or change, so that they cannot add anything to what is being ended.
+
+        Returns:
+            Whether none can do so until `_changing` is released. A launcher of somebody's own may not be interrupted.
+        """
+        deadline = time.monotonic() + _INTERRUPT_LIMIT
+        patience = 0.0
+        while not self._changing.acquire(timeout=patience):
+            if time.monotonic() > deadline:
+                return False
+            for launcher in (self._worker_launcher, self._master_launcher):
+                if not self._is_custom(launcher):
+                    launcher.cleanup()
+            patience = 0.1
+        return True
 
     def _undo(self) -> None:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from lazycluster import _loop
 from lazycluster._progress import size as shown_size
 from lazycluster._words import counted
 from lazycluster.agent import envprogram
@@ -282,13 +283,7 @@ class Maker:
             wheels[locked.name] = wheel
             progress.advance()
 
-        tasks = [asyncio.ensure_future(one(locked, digest)) for locked, digest in chosen]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await _loop.together([asyncio.ensure_future(one(locked, digest)) for locked, digest in chosen])
         return wheels
 
     async def _verify(self, directory: str) -> dict[str, Any]:

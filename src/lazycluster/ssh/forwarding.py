@@ -6,6 +6,7 @@ import asyncio
 import errno
 import socket
 
+from lazycluster import _loop
 from lazycluster.exceptions import ForwardingForbiddenError, LazyclusterError, PortInUseError, TunnelError
 
 from . import agentrelay
@@ -72,11 +73,9 @@ async def _forward(connection: Connection, requests: list[TunnelRequest]) -> lis
         relay = agentrelay.relay_of(connection)
         opening = [asyncio.ensure_future(relay.open(requests[index])) for index in forbidden]
         try:
-            relayed = await asyncio.gather(*opening)
+            relayed = await _loop.together(opening)
         except BaseException:
-            for task in opening:
-                task.cancel()
-            opened = [*outcomes, *await asyncio.gather(*opening, return_exceptions=True)]
+            opened = [*outcomes, *(_loop.outcome(task, None) for task in opening)]
             await close_tunnels(outcome for outcome in opened if isinstance(outcome, Tunnel))
             raise
         for index, outcome in zip(forbidden, relayed, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
+from lazycluster import _loop
 from lazycluster._words import counted
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError, TunnelError
 
@@ -62,12 +63,9 @@ async def open_tunnels(requests: Sequence[TunnelRequest]) -> list[Outcome]:
         for connection, indexes in per_connection.items()
     ]
     try:
-        parts = await asyncio.gather(*tasks)
+        parts = await _loop.together(tasks)
     except BaseException:
-        for task in tasks:
-            task.cancel()
-        settled = await asyncio.gather(*tasks, return_exceptions=True)
-        opened = [item for part in settled if isinstance(part, list) for item in part]
+        opened = [item for task in tasks for item in _loop.outcome(task, [])]
         await close_tunnels(item for item in opened if isinstance(item, Tunnel))
         raise
     outcomes: dict[int, Outcome] = {}

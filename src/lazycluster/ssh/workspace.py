@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from lazycluster import _loop
 from lazycluster.agent.bootstrap import is_safe
 from lazycluster.exceptions import ConnectionLostError
 
@@ -32,6 +33,7 @@ class Workspace:
         self.directory = ""
         self._users = 0
         self._started: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._kept: dict[int, int] = {}
         self._telling: asyncio.Task[None] | None = None
 
@@ -51,7 +53,8 @@ class Workspace:
     async def _start(self) -> None:
         self.directory = private_directory()
         try:
-            await asyncio.gather(self.prompter.start(self.directory), self.keeper.open())
+            starting = self.prompter.start(self.directory), self.keeper.open()
+            await _loop.together([asyncio.ensure_future(each) for each in starting])
             await self._tell()
             self.keeper.on_renewal.append(self._tell)
         except BaseException:
@@ -65,6 +68,10 @@ class Workspace:
             return
         if _spaces.get(asyncio.get_running_loop()) is self:
             del _spaces[asyncio.get_running_loop()]  # whoever comes now gets a new one
+        self._ending = asyncio.ensure_future(self._end())
+        await asyncio.shield(self._ending)  # it goes on if whoever waits is cancelled: nobody comes back to this
+
+    async def _end(self) -> None:
         if self._started is not None:
             await asyncio.wait([self._started])
         if self._telling is not None:
