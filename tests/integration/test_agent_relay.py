@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import hashlib
@@ -23,6 +24,7 @@ from lazycluster import RuntimeGroup
 from lazycluster.exceptions import PortInUseError, TunnelError
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh import workspace
+from lazycluster.ssh.agentrelay import AgentRelay
 
 _SIZE = 6_000_000
 
@@ -163,6 +165,22 @@ def test_a_host_that_forwards_is_not_relayed(hosts: Any) -> None:
         runtime.expose_port_from_runtime(5001, 6001)
         assert runtime.get_processes(only_alive=True)
         assert len(hosts[0].sessions()) == before
+
+
+def test_a_runtime_that_ends_while_a_port_is_exposed(make_hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    async def hang(_: AgentRelay) -> None:
+        begun.set()
+        await asyncio.sleep(600)
+
+    monkeypatch.setattr(AgentRelay, "_start", hang)
+    with _runtime(make_hosts(1, forwarding=False)) as runtime, ThreadPoolExecutor() as pool:
+        exposing = pool.submit(runtime.expose_port_from_runtime, 5001, 6001)
+        assert begun.wait(60)
+        runtime.cleanup()
+        with pytest.raises(TunnelError, match="the connection was closed"):
+            exposing.result(60)
 
 
 def test_a_relay_that_ends_comes_back_with_its_tunnels(make_hosts: Any) -> None:

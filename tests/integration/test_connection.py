@@ -229,6 +229,30 @@ def test_nothing_is_left_when_the_manager_dies(hosts: Any, sign: signal.Signals)
     # What may be left on the manager is looked for after each test.
 
 
+def test_interrupted_when_just_connected(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent is there, and is to wait for a manager whose link has dropped: it must not wait for this one."""
+    bring_up = SshConnection._bring_up
+
+    async def interrupted() -> None:
+        there = asyncio.Event()
+
+        async def hang(self: SshConnection, *arguments: Any) -> None:
+            await bring_up(self, *arguments)
+            assert self._agreeing is not None
+            await self._agreeing
+            there.set()
+            await asyncio.sleep(600)
+
+        monkeypatch.setattr(SshConnection, "_bring_up", hang)
+        opening = asyncio.ensure_future(SshConnection(hosts.names[0], {"config_file": hosts.config_file}).open())
+        await asyncio.wait_for(there.wait(), 60)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    _loop.run(interrupted())
+
+
 def test_interrupted_while_connecting(hosts: Any) -> None:
     async def interrupted() -> None:
         for patience in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4):

@@ -57,6 +57,31 @@ def test_work_is_done_once_and_ends_with_the_last_who_wants_it() -> None:
     assert log == ["begins", "has cleaned up", "begins", "begins"]
 
 
+def test_whoever_comes_while_it_is_given_up_has_it_begun_anew() -> None:
+    async def whole() -> None:
+        shared: Shared[str, int] = Shared()
+        turns: list[int] = []
+
+        async def work() -> int:
+            turns.append(len(turns))
+            try:
+                await asyncio.sleep(0 if len(turns) > 1 else 600)
+            finally:
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            return turns[-1]
+
+        first = asyncio.ensure_future(shared.do("key", work))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        assert not first.done()
+        assert await shared.do("key", work) == 1
+
+    asyncio.run(whole())
+
+
 def _program(path: Path, pids: Path) -> Path:
     """Make a program that starts another one, and never ends."""
     path.write_text(f"#!/bin/sh\nsleep 1000 &\necho $$ $! > {pids}.new\nmv {pids}.new {pids}\nwait\n")

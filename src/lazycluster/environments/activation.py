@@ -16,6 +16,7 @@ from .making import Maker
 from .place import Place
 from .plan import Plan, Target
 from .resolving import resolve, settings_for
+from .sharing import Shared
 from .spec import EnvironmentSpec
 from .wheels import digest_of
 
@@ -77,8 +78,7 @@ class HostEnvironment:
         self.spec = spec
         self.active: Activation | None = None
         self._place = place
-        self._running: asyncio.Task[Activation] | None = None
-        self._waiting = 0
+        self._preparing: Shared[None, Activation] = Shared()
         self._stage = ""  # how far it is, in a few words
 
     async def ready(self, *, again: bool = False, refresh: bool = False) -> Activation:
@@ -93,19 +93,7 @@ class HostEnvironment:
         """
         if self.active is not None and not again and not refresh:
             return self.active
-        if self._running is None or self._running.done():
-            self._running = asyncio.ensure_future(self._prepare(refresh))
-        running = self._running
-        self._waiting += 1
-        try:
-            self.active = await asyncio.shield(running)
-        except asyncio.CancelledError:
-            if self._waiting == 1 and not running.done():  # nobody else wants it
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
-            raise
-        finally:
-            self._waiting -= 1
+        self.active = await self._preparing.do(None, lambda: self._prepare(refresh))
         return self.active
 
     async def compiled(self) -> None:

@@ -165,12 +165,21 @@ class AgentRelay:
         if self._stopped:
             raise TunnelError(f"{self._host}: the connection was closed")
         if self._again is not None:
-            await asyncio.shield(self._again)
+            await self._shared(self._again)
         if self._ends is not None:
             return
         if self._starting is None or self._starting.done():
             self._starting = asyncio.ensure_future(self._start())
-        await asyncio.shield(self._starting)
+        await self._shared(self._starting)
+
+    async def _shared(self, task: asyncio.Task[None]) -> None:
+        """Wait for what serves all tunnels; that `stop` cancels it does not cancel whoever waits for it."""
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise
+            raise TunnelError(f"{self._host}: the connection was closed") from None
 
     async def _start(self) -> None:
         connection = self._connection()
@@ -178,7 +187,12 @@ class AgentRelay:
             raise TunnelError(f"{self._host}: the connection was closed")
         space = await workspace.acquire()  # the connection itself uses it as long as it lasts
         try:
-            ends = _End(space.keeper, True), _End(connection, False)
+            here = _End(space.keeper, True)
+            try:
+                ends = here, _End(connection, False)
+            except BaseException:
+                here.close()
+                raise
         finally:
             await space.release()
         try:

@@ -128,8 +128,12 @@ class SshConnection(ReturningConnection):
         except BaseException as error:
             logged_in = Path(control).exists()  # ssh makes it as soon as it has logged in, and removes it at its end
             if process is not None:
-                process.signal(signal.SIGTERM)
-                await process.end()
+                try:
+                    if self.state == "connecting":  # the agent may be there already, and would wait for our return
+                        await self._stop()
+                finally:
+                    process.signal(signal.SIGTERM)
+                    await process.end()
             failure = self._failure(error, process, logged_in)
             self._forget_attempt()
             if failure is not None:
