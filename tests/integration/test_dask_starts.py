@@ -159,6 +159,11 @@ def test_no_secret_is_in_sight(group: RuntimeGroup) -> None:
         for text in [*seen, *environments, repr(cluster).encode(), repr(vars(cluster)).encode()]:
             assert b"PRIVATE KEY" not in text
             assert secret not in text
+        with cluster.get_client(timeout=20) as client:
+            kinds = client.run(lambda dask_worker: type(dask_worker.security).__name__)
+            kinds |= client.run(lambda dask_worker: type(dask_worker.security).__name__, nanny=True)
+            kinds["scheduler"] = client.run_on_scheduler(lambda dask_scheduler: type(dask_scheduler.security).__name__)
+            assert {*kinds.values(), type(client.security).__name__} == {"MemorySecurity"}
 
 
 def test_it_can_be_started_anew(group: RuntimeGroup) -> None:

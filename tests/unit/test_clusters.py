@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -249,6 +251,33 @@ def test_certificates_are_for_one_cluster_only() -> None:
     assert worker["require_encryption"] is True
     assert "tls_scheduler_key" not in worker
     assert worker["tls_client_key"] == worker["tls_worker_key"]
+
+
+def test_a_private_key_is_loaded_from_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is killed meanwhile leaves it behind."""
+    pytest.importorskip("cryptography")
+    distributed = pytest.importorskip("distributed")
+    from lazycluster.cluster.certificates import make_credentials
+    from lazycluster.cluster.dask_programs.tls import MemorySecurity
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a temporary file")
+
+    for name in ("TemporaryDirectory", "mkdtemp", "mkstemp"):
+        monkeypatch.setattr(tempfile, name, refuse)
+    security = MemorySecurity(**make_credentials().for_role("worker"))
+    elsewhere = pickle.loads(pickle.dumps(security))
+    assert type(elsewhere) is distributed.Security  # ours may not be there
+    with pytest.raises(AssertionError, match="a temporary file"):
+        elsewhere.get_connection_args("worker")
+    for same in (security, MemorySecurity.of(elsewhere)):
+        assert type(same) is MemorySecurity
+        assert same.tls_worker_key == security.tls_worker_key
+        before = os.listdir("/proc/self/fd")
+        assert same.get_connection_args("worker")["ssl_context"] is not None
+        assert same.get_listen_args("worker")["ssl_context"] is not None
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert MemorySecurity(require_encryption=False).get_connection_args("client")["ssl_context"] is None
 
 
 def test_a_cluster_that_nobody_refers_to_any_more_ends() -> None:

@@ -181,13 +181,14 @@ class DaskCluster(ElasticCluster):
         Examples:
             >>> client = DaskCluster.connect("cluster.json")        # doctest: +SKIP
         """
-        from distributed import Client, Security
+        from distributed import Client
 
         from .dask_client import be_patient
+        from .dask_programs.tls import MemorySecurity
 
         found = connection_file.read(path, DaskCluster.__name__)
         try:
-            client = Client(found["scheduler"], security=Security(**found["security"]), timeout=timeout)
+            client = Client(found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout)
         except (OSError, TimeoutError) as error:
             raise ClusterError(
                 f"the cluster of {path} does not answer: {error}\n"
@@ -213,10 +214,10 @@ class DaskCluster(ElasticCluster):
     @property
     def security(self) -> Security:
         """What a client authenticates itself with: `distributed.Client` takes it as ``security``."""
-        from distributed import Security
+        from .dask_programs.tls import MemorySecurity
 
         if self._security is None:
-            self._security = Security(**self._dask.security("client"))
+            self._security = MemorySecurity(**self._dask.security("client"))
         return self._security
 
     @property

@@ -87,9 +87,9 @@ class DaskSettings:
 
     def access(self, port: int) -> tuple[str, dict[str, Any]]:
         """Return the scheduler's address, and how one connects to it; not before distributed was imported."""
-        from distributed import Security
+        from .dask_programs.tls import MemorySecurity
 
-        return self.address(port), Security(**self.security("client")).get_connection_args("client")
+        return self.address(port), MemorySecurity(**self.security("client")).get_connection_args("client")
 
     def forget(self) -> None:
         """Forget the secrets; a cluster that is started anew has others."""

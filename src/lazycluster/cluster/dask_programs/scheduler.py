@@ -32,9 +32,9 @@ def _scheduler_class() -> Any:
 
 async def _serve(settings: dict[str, Any]) -> None:
     import dask
-    from distributed import Security
 
     from .dashboards import Dashboard
+    from .tls import MemorySecurity
 
     ports, prefix = settings["ports"], settings["prefix"]
     stop = common.stop_signal()
@@ -44,7 +44,7 @@ async def _serve(settings: dict[str, Any]) -> None:
         host=common.LOOPBACK,
         port=ports["master"],
         protocol=settings["protocol"],
-        security=Security(**settings["security"]),
+        security=MemorySecurity(**settings["security"]),
         dashboard=False,
         dashboard_address=f"{common.LOOPBACK}:{ports['dashboard']}",
         http_prefix="/" + prefix,

@@ -90,14 +90,13 @@ def _fork_instead(path: Any, arguments: list[Any], kept: Any) -> int:
 
 
 async def _serve(settings: dict[str, Any]) -> None:
-    from distributed import Security
-
     from .nanny import WatchedNanny, answers
+    from .tls import MemorySecurity
     from .worker_process import PagedWorker
 
     ports = settings["ports"]
     stop = common.stop_signal()
-    security = Security(**settings["security"])
+    security = MemorySecurity(**settings["security"])
     # A scheduler that is started again may need longer than a worker, which gives up at the first refusal.
     await common.first(answers(settings["scheduler"], security), stop.wait())
     if stop.is_set():

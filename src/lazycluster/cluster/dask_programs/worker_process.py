@@ -6,12 +6,13 @@ from typing import Any
 
 import dask
 import distributed
-from distributed import Worker
+from distributed import Security, Worker
 from tornado.ioloop import PeriodicCallback
 
 from . import sent_modules
 from .common import PortTakenError
 from .dashboards import Dashboard
+from .tls import MemorySecurity
 
 
 def configure(forked: bool) -> None:
@@ -27,6 +28,8 @@ class PagedWorker(Worker):  # type: ignore[misc]
 
     def __init__(self, *arguments: Any, modules: str = "", **options: Any) -> None:
         sent_modules.install(modules)
+        if isinstance(options.get("security"), Security):  # its nanny's, which was pickled
+            options["security"] = MemorySecurity.of(options["security"])
         super().__init__(*arguments, **options)
 
         # Tasks are unpickled when they arrive. Our clients see to it before; this is for those of other origin.
