@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import contextlib
 import json
 import sys
 from collections import deque
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _loop, _waiting
 from lazycluster.exceptions import printable
@@ -18,6 +19,9 @@ from .console import errors, host_style, output
 from .errors import OutputGoneError
 from .fanout import Outcome
 from .hostsets import fold
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.connection import Connection
 
 __all__ = ["Printer", "printer"]
 
@@ -44,6 +48,7 @@ class Printer(abc.ABC):
         self._closed = False
         self._held = 0
         self._change = _waiting.Condition()
+        self._connections: set[Connection] = set()
 
     # --- on the loop's thread ------------------------------------------------------------------
     @abc.abstractmethod
@@ -59,7 +64,7 @@ class Printer(abc.ABC):
         """Take the end of a host's work."""
 
     def put(self, stream: Any, data: bytes) -> None:
-        """Have something printed; waits while too much is still to be printed, which holds the hosts back.
+        """Have something printed. While too much is still to be printed, the hosts are held back.
 
         Behind an open question nothing is printed, unless it is very much.
         """
@@ -71,11 +76,33 @@ class Printer(abc.ABC):
 
     def _put(self, stream: Any, data: bytes) -> None:
         with self._change:
-            self._change.wait_for(lambda: self._size < _QUEUED or self._closed)
-            if not self._closed:
-                self._queue.append((stream, data))
-                self._size += len(data)
-                self._change.notify_all()
+            if self._closed:
+                return
+            self._queue.append((stream, data))
+            self._size += len(data)
+            full = self._size >= _QUEUED
+            self._change.notify_all()
+        if full:
+            self._steer_soon()
+
+    @contextlib.contextmanager
+    def reading(self, connection: Connection) -> Iterator[None]:
+        """Hold a host back while too much is still to be printed. The loop goes on: others know that we are there."""
+        self._connections.add(connection)
+        self._steer()
+        try:
+            yield
+        finally:
+            self._connections.discard(connection)
+            connection.hold(False)
+
+    def _steer(self) -> None:
+        full = self._size >= _QUEUED and not self._closed
+        for connection in self._connections:
+            connection.hold(full)
+
+    def _steer_soon(self) -> None:
+        _loop.get_loop().call_soon_threadsafe(self._steer)
 
     # --- on the main thread --------------------------------------------------------------------
     def during(self, work: Coroutine[Any, Any, T]) -> T:
@@ -93,7 +120,7 @@ class Printer(abc.ABC):
         except BaseException as error:
             with self._change:
                 self._closed = True
-                self._change.notify_all()
+            self._steer_soon()
             future.cancel()
             future.wait(30)
             if isinstance(error, BrokenPipeError):
@@ -108,9 +135,11 @@ class Printer(abc.ABC):
     def _print_some(self, future: concurrent.futures.Future[Any]) -> bool:
         with self._change:
             self._change.wait_for(lambda: self._queue or future.done())
-            items, self._size = list(self._queue), 0
+            items, full = list(self._queue), self._size >= _QUEUED
             self._queue.clear()
-            self._change.notify_all()
+            self._size = 0
+        if full:
+            self._steer_soon()
         for stream, data in items:
             stream.buffer.write(data)
         for stream in {id(stream): stream for stream, _ in items}.values():

@@ -195,6 +195,11 @@ class Connection(abc.ABC):
             channel.close()
             raise
 
+    def hold(self, held: bool) -> None:
+        """Listen to nothing that the agent says for the time being, so that its host waits; or go on."""
+        if self._link is not None:
+            self._link.hold(held)
+
     async def reached(self) -> None:
         """Wait while the connection is interrupted.
 

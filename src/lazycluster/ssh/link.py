@@ -36,6 +36,7 @@ class AgentLink:
     Attributes:
         hello: What the agent says first.
         heard: When something came from the agent, in the loop's time.
+        is_held: Whether nobody listens to it at present, see `hold`.
         problem: What it said last of something that went wrong, and when, in the loop's time.
     """
 
@@ -58,6 +59,7 @@ class AgentLink:
         self._room.set()
         self._lost_error: ConnectionLostError | None = None
         self._in = self._out = -1
+        self.is_held = False
         self.attach(fd_in, fd_out)
         if early:
             self._loop.call_soon(self._feed, early)  # not at once: whoever is told must know this object
@@ -69,7 +71,8 @@ class AgentLink:
         os.set_blocking(fd_in, False)
         os.set_blocking(fd_out, False)
         self.heard = self._loop.time()
-        self._loop.add_reader(fd_in, self._readable)
+        if not self.is_held:
+            self._loop.add_reader(fd_in, self._readable)
         self._flush()
         if early:
             self._feed(early)
@@ -86,6 +89,16 @@ class AgentLink:
         for fd in {self._in, self._out}:
             os.close(fd)
         self._in = self._out = -1
+
+    def hold(self, held: bool) -> None:
+        """Read nothing for the time being, which makes the host wait when it has too much to say; or go on."""
+        if held == self.is_held:
+            return
+        self.is_held, self.heard = held, self._loop.time()
+        if self.is_attached and held:
+            self._loop.remove_reader(self._in)
+        elif self.is_attached:
+            self._loop.add_reader(self._in, self._readable)
 
     @property
     def is_attached(self) -> bool:
@@ -138,6 +151,8 @@ class AgentLink:
         since = self._loop.time()
         while not work.done():
             now = self._loop.time()
+            if self.is_held:
+                since = now  # nobody listens
             left = min(since + limit, max(self.heard, since) + quiet) - now
             if left <= 0:
                 return False

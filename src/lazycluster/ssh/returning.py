@@ -133,8 +133,8 @@ class ReturningConnection(Connection, abc.ABC):
         if link is None or not link.is_attached:
             return
         every, now = self.settings.link_timeout / _BEATS, loop.time()
-        if now - self._last_beat > 2 * every:
-            link.heard = now  # it was this process that slept
+        if now - self._last_beat > 2 * every or link.is_held:
+            link.heard = now  # it was this process that slept, or does not listen
         self._last_beat = now
         link.beat()
         quiet = now - link.heard

@@ -144,14 +144,15 @@ class _Job:
         late = False
         try:
             result = asyncio.ensure_future(channel.result())
-            done, _ = await asyncio.wait([result], timeout=self._timeout)
-            if not done:
-                late = True
-                channel.control(signal="END")
-                if not await connection.heard_out(result, _END_LIMIT):
-                    text = f"told to end after {self._timeout:g} s, and not heard of since"
-                    return Outcome(host, 124, text, "timeout")
-            ended = await result
+            with self._out.reading(connection):
+                done, _ = await asyncio.wait([result], timeout=self._timeout)
+                if not done:
+                    late = True
+                    channel.control(signal="END")
+                    if not await connection.heard_out(result, _END_LIMIT):
+                        text = f"told to end after {self._timeout:g} s, and not heard of since"
+                        return Outcome(host, 124, text, "timeout")
+                ended = await result
         except AgentError as error:
             return Outcome(host, 127 if error.kind == "os" else 1, self._told(error.message), "error")
         finally:
