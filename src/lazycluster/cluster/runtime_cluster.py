@@ -328,7 +328,8 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
                 return False
             for launcher in (self._worker_launcher, self._master_launcher):
                 if not self._is_custom(launcher):
-                    launcher.cleanup()
+                    with contextlib.suppress(Exception):  # it is cleaned up again, and that tells of it
+                        launcher.cleanup()
             patience = 0.1
         return True
 
