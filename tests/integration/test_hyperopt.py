@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -260,20 +261,12 @@ def test_workers_that_begin_while_the_cluster_ends_are_not_waited_for(
 
         monkeypatch.setattr(workers, "start", start_late)
         monkeypatch.setattr(master, "cleanup", end_and_tell)
-        errors: list[BaseException] = []
-
-        def start_more() -> None:
-            try:
-                cluster.start_workers(1)
-            except ClusterError as error:
-                errors.append(error)
-
-        starting = threading.Thread(target=start_more)
-        starting.start()
-        assert begun.wait(60)
-        cluster.cleanup()
-        starting.join(60)
-        assert "the cluster was ended meanwhile" in str(errors)
+        with ThreadPoolExecutor() as pool:
+            starting = pool.submit(cluster.start_workers, 1)
+            assert begun.wait(60)
+            cluster.cleanup()
+            with pytest.raises(ClusterError, match="the cluster was ended meanwhile"):
+                starting.result(60)
         assert cluster._worker_launcher.services == cluster._master_launcher.services == []
 
 

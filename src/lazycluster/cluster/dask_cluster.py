@@ -261,8 +261,10 @@ class DaskCluster(ElasticCluster):
     # --- the end -------------------------------------------------------------------------------
     def cleanup(self) -> None:
         """End the workers, the scheduler and the tunnels. Doing it again does nothing."""
-        self._end_adapting()
-        super().cleanup()
+        try:
+            self._end_adapting()
+        finally:
+            super().cleanup()
 
     def _let_go(self) -> None:
         _loop.run(self._dask.modules.close())

@@ -28,6 +28,7 @@ from .contracts import MasterLauncher, RuntimeCluster, WorkerLauncher
 from .exceptions import ClusterError
 from .launchers import ServiceMasterLauncher, prepare
 from .placement import Gpus
+from .staff import ENDED
 from .watched import WatchedCluster
 from .workers import ServiceWorkerLauncher
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["MasterLauncher", "MasterWorkerCluster", "RuntimeCluster", "WorkerLauncher"]
 
 T = TypeVar("T")
-_ENDED = "the cluster was ended meanwhile"
 _INTERRUPT_LIMIT = 15.0  # seconds
 logger = logging.getLogger("lazycluster")
 
@@ -169,7 +169,7 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
                 ended = self._state in ("closing", "closed")
                 self._undo()
                 if ended and isinstance(error, LazyclusterError):  # that its parts have ended says nothing of the cause
-                    raise ClusterError(_ENDED) from error
+                    raise ClusterError(ENDED) from error
                 raise
 
     def start_master(self, master_port: int | None = None, timeout: int = 3, debug: bool = False) -> None:
@@ -312,7 +312,7 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
         """Note what has been reached, unless somebody ends it meanwhile."""
         with self._lock:
             if self._state == "closing":
-                raise ClusterError(_ENDED)
+                raise ClusterError(ENDED)
             self._state = state
 
     def _interrupt(self) -> bool:

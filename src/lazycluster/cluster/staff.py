@@ -21,9 +21,12 @@ from .services import Service, stop_all
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
 
-__all__ = ["Staff", "Worker"]
+__all__ = ["ENDED", "Staff", "Worker"]
 
 T = TypeVar("T")
+
+ENDED = "the cluster was ended meanwhile"
+"""What those are told who start or change something that another thread ends."""
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Staff(WorkerLauncher):
         try:
             return _loop.run(self._tracked(work))
         except concurrent.futures.CancelledError:
-            raise ClusterError("the cluster was ended meanwhile") from None
+            raise ClusterError(ENDED) from None
 
     async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.current_task()
