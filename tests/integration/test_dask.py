@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import ssl
 import sys
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -100,6 +102,31 @@ def test_tasks_can_have_clients_of_their_own(client: Any) -> None:
             return sum(inner.gather(inner.map(lambda x: x + 1, range(5))))
 
     assert client.submit(nested).result(timeout=30) == 15
+
+
+def test_tracebacks_of_tasks_show_files_and_lines(client: Any) -> None:
+    """Of functions that the client sends, of those that come from another worker, and of those that are sent twice."""
+
+    def fail() -> None:
+        raise LookupError("here")
+
+    def made() -> Callable[[], None]:
+        def inner() -> None:
+            raise LookupError("inside")
+
+        return inner
+
+    one, other = sorted(_workers(client))[:2]
+    inner = client.submit(made, workers=[one], pure=False)
+    nowhere = client.submit(lambda function: function(), inner, workers=[other], pure=False)
+    returned = client.submit(inner.result(timeout=30), pure=False)
+    futures = [(client.submit(fail), "here"), (nowhere, "inside"), (returned, "inside")]
+    for future, word in futures:
+        with pytest.raises(LookupError, match=word) as caught:
+            future.result(timeout=30)
+        text = "".join(traceback.format_exception(caught.value))
+        assert re.search(rf'File "{re.escape(__file__)}", line \d+, in (fail|inner)\n', text)
+        assert f'raise LookupError("{word}")' in text
 
 
 def test_restart_gives_new_worker_processes(client: Any) -> None:

@@ -238,6 +238,20 @@ def test_the_functions_own_exception_with_its_traceback_there(group: RuntimeGrou
         assert "poolworker" not in str(cause)
 
 
+def test_tracebacks_of_functions_that_workers_have_made(group: RuntimeGroup) -> None:
+    def made(x: int) -> Any:
+        def inner(y: int) -> int:
+            raise LookupError(x + y)
+
+        return inner
+
+    (inner,) = group.map(made, [1])
+    with group.executor() as executor, pytest.raises(LookupError, match="3") as caught:
+        executor.submit(inner, 2).result()
+    assert f'  File "{__file__}", line' in str(caught.value.__cause__)
+    assert "    raise LookupError(x + y)" in str(caught.value.__cause__)
+
+
 def test_what_cannot_be_sent_harms_only_its_own_call(group: RuntimeGroup) -> None:
     def echo(x: Any) -> Any:
         return (item for item in ()) if x == "generator" else x

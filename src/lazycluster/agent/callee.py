@@ -22,7 +22,7 @@ import traceback
 import types
 from typing import IO, Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
-from . import interpreters, limits, localmodules
+from . import filenames, interpreters, limits, localmodules
 
 HEAD = struct.Struct("!I")  # before the outcome's description: its length
 TASK_MARKER = "LAZYCLUSTER_TASK"
@@ -79,7 +79,7 @@ def dump_result(value: Any, known: Dict[Any, str]) -> Chunks:
     """
     from cloudpickle import cloudpickle
 
-    class ResultPickler(cloudpickle.Pickler):  # type: ignore[misc]
+    class ResultPickler(filenames.FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, type) and obj in known:
                 return localmodules.tracked_class, (known[obj],)

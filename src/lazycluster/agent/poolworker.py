@@ -20,7 +20,7 @@ import types
 from collections import OrderedDict
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
-from . import callee, localmodules
+from . import callee, filenames, localmodules
 from .poolwire import (
     ANSWER,
     BROKEN,
@@ -101,7 +101,7 @@ class _ResultPickler:
         known = self.known = {}  # type: Dict[Any, str]
         self._tracked: Any = cloudpickle._DYNAMIC_CLASS_TRACKER_BY_CLASS
 
-        class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        class Pickler(filenames.FileNames, cloudpickle.Pickler):  # type: ignore[misc]
             def reducer_override(self, obj: Any) -> Any:
                 if isinstance(obj, type) and obj in known:
                     return localmodules.tracked_class, (known[obj],)

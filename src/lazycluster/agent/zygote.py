@@ -23,7 +23,7 @@ import types
 from typing import Any, Dict, List, Tuple
 
 HEAD = struct.Struct("!I")  # before each message: its length
-PARTS = ("localmodules", "interpreters", "limits", "callee")  # what the children run, each needs those before it
+PARTS = ("localmodules", "filenames", "interpreters", "limits", "callee")  # of the children; each needs those before it
 POOL_PARTS = ("poolwire", "poolworker")  # those that only workers of pools run: loaded when the first is wanted
 _PACKAGE = "lazycluster.agent"  # they have the same names as on the manager, since pickles refer to them
 _READ_SIZE = 64 * 1024

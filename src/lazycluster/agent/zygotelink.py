@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Report = Callable[[Dict[str, Any]], Any]
 
-PARTS = ("zygote", "localmodules", "interpreters", "limits", "callee", "poolwire", "poolworker")
+PARTS = ("zygote", "localmodules", "filenames", "interpreters", "limits", "callee", "poolwire", "poolworker")
 HEAD = struct.Struct("!I")
 _LOOK_EVERY = 0.1  # seconds
 

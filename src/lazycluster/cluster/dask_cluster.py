@@ -19,6 +19,7 @@ from lazycluster import _loop
 from lazycluster._views.cells import megabytes, number
 from lazycluster._views.view import Cell, Fact
 from lazycluster._words import counted
+from lazycluster.agent.filenames import dumps
 
 from . import connection_file
 from .dask_launchers import SOFTWARE, CheckVersions, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
@@ -184,8 +185,10 @@ class DaskCluster(ElasticCluster):
         from distributed import Client
 
         from .dask_client import be_patient
+        from .dask_programs.serialization import keep_file_names
         from .dask_programs.tls import MemorySecurity
 
+        keep_file_names(dumps)
         found = connection_file.read(path, DaskCluster.__name__)
         try:
             client = Client(found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout)
@@ -214,9 +217,11 @@ class DaskCluster(ElasticCluster):
     @property
     def security(self) -> Security:
         """What a client authenticates itself with: `distributed.Client` takes it as ``security``."""
+        from .dask_programs.serialization import keep_file_names
         from .dask_programs.tls import MemorySecurity
 
         if self._security is None:
+            keep_file_names(dumps)
             self._security = MemorySecurity(**self._dask.security("client"))
         return self._security
 

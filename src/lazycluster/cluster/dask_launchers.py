@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lazycluster.agent import memory
+from lazycluster.agent import filenames, memory
 
 from . import dask_scaling
 from .certificates import Credentials, make_credentials
@@ -31,6 +31,7 @@ CheckVersions = Literal["error", "warn", "ignore"]
 
 _PROGRAMS = Path(__file__).with_name("dask_programs")
 _PACKAGE = "lazycluster_dask"
+_FILE_NAMES = Path(filenames.__file__)
 # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
 SOFTWARE = Software("DaskCluster", "dask", ("dask", "distributed"), ("dask", "distributed", "cloudpickle"))
 # What distributed's nanny sets before it starts a worker process; ours is a copy of a process that must have it before.
@@ -116,7 +117,7 @@ class LocalMasterLauncher(ServiceMasterLauncher):
         """The program of the scheduler."""
         return Program(
             "dask-scheduler",
-            source=Source(_PROGRAMS, "scheduler", _PACKAGE),
+            source=Source(_PROGRAMS, "scheduler", _PACKAGE, (_FILE_NAMES,)),
             marker=common.MARKER,
             restarts=self.RESTARTS,
             at_restart="what it knew is gone: computations that were running are lost, submit them again",
@@ -161,7 +162,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
 
     def program(self, place: Place) -> Program:
         """The program of a worker."""
-        source = Source(_PROGRAMS, "worker", _PACKAGE, (Path(memory.__file__),))
+        source = Source(_PROGRAMS, "worker", _PACKAGE, (Path(memory.__file__), _FILE_NAMES))
         return Program(
             "dask-worker", source=source, env=_BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
         )

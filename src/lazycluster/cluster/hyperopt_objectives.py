@@ -8,6 +8,7 @@ from typing import Any
 
 import cloudpickle
 
+from lazycluster.agent.filenames import dumps as dumps_with_file_names
 from lazycluster.tasks.pickling import dump_call
 
 from .hyperopt_programs import objectives
@@ -25,8 +26,7 @@ def dumps(domain: Any, protocol: int | None = None) -> bytes:
     """
     call = dump_call(domain.evaluate)
     if not pickle.loads(call.parts[0]):  # no local module is needed; every worker of hyperopt can read this  # noqa: S301
-        plain: bytes = cloudpickle.dumps(domain)
-        return plain
+        return dumps_with_file_names(domain)
     return objectives.MAGIC + b"".join(call.parts)
 
 

@@ -25,11 +25,12 @@ from cloudpickle import cloudpickle as internals
 
 from lazycluster.agent import localmodules
 from lazycluster.agent.callee import Chunks
+from lazycluster.agent.filenames import FileNames
 
 from . import localcode
 
 _PROTOCOL = 5
-_OWN = ("builtins", "cloudpickle", "lazycluster")  # what the process of a call has in any case, or never
+_OWN = ("builtins", "functools", "cloudpickle", "lazycluster")  # what the process of a call has in any case, or never
 _CACHED = type(functools.lru_cache(maxsize=1)(abs))
 _PLAIN = (int, str, float, bool, bytes, complex, type(None))
 _CODE = (types.FunctionType, type, types.ModuleType, _CACHED)
@@ -128,7 +129,7 @@ class _Globals:
         self.module = module
 
 
-class CallPickler(cloudpickle.Pickler):  # type: ignore[misc]
+class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles by value whatever belongs to local modules, and notes what they need.
 
     Args:

@@ -33,6 +33,7 @@ def _scheduler_class() -> Any:
 async def _serve(settings: dict[str, Any]) -> None:
     import dask
 
+    from . import filenames, serialization  # type: ignore[attr-defined]  # it is sent along with these modules
     from .dashboards import Dashboard
     from .tls import MemorySecurity
 
@@ -40,6 +41,7 @@ async def _serve(settings: dict[str, Any]) -> None:
     stop = common.stop_signal()
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     sent_modules.install(settings["modules"])
+    serialization.keep_file_names(filenames.dumps)
     scheduler = _scheduler_class()(
         host=common.LOOPBACK,
         port=ports["master"],

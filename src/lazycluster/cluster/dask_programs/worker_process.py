@@ -9,7 +9,7 @@ import distributed
 from distributed import Security, Worker
 from tornado.ioloop import PeriodicCallback
 
-from . import sent_modules
+from . import filenames, sent_modules, serialization  # type: ignore[attr-defined]  # the first is sent along
 from .common import PortTakenError
 from .dashboards import Dashboard
 from .tls import MemorySecurity
@@ -28,6 +28,7 @@ class PagedWorker(Worker):  # type: ignore[misc]
 
     def __init__(self, *arguments: Any, modules: str = "", **options: Any) -> None:
         sent_modules.install(modules)
+        serialization.keep_file_names(filenames.dumps)
         if isinstance(options.get("security"), Security):  # its nanny's, which was pickled
             options["security"] = MemorySecurity.of(options["security"])
         super().__init__(*arguments, **options)
