@@ -458,6 +458,22 @@ def test_demo(hosts: Any) -> None:
     assert "pi is about 3.14" in out
 
 
+def test_demo_without_packages_of_engines() -> None:
+    """What has been installed without extras shows all but a cluster; a cluster that is asked for is an error."""
+    hide = (
+        "import importlib.util, sys; find = importlib.util.find_spec; sys.argv[0] = 'lazycluster'; "
+        "importlib.util.find_spec = lambda name, *more: None if name == 'distributed' else find(name, *more); "
+        "from lazycluster.cli import main; main()"
+    )
+    for arguments, status, after in (([], 0, "nothing is left"), (["dask"], 1, "")):
+        done = subprocess.run([sys.executable, "-c", hide, "demo", *arguments], capture_output=True, text=True)
+        text = done.stdout + done.stderr
+        assert done.returncode == status, text
+        assert "localhost: Python 3." in done.stdout
+        assert re.search(r"distributed cannot be imported here.*\n  Next step: .*'dask\[distributed\]>=", text)
+        assert after in text.partition("Next step")[2]
+
+
 def test_help_needs_nothing_heavy() -> None:
     program = "import sys; sys.argv[0] = 'lazycluster'; import lazycluster.cli.commands.{}; print(*sys.modules)"
     for name in ("run", "runtimes", "doctor", "ports", "copy", "configuration", "demo"):

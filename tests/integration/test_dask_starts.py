@@ -316,7 +316,7 @@ def test_missing_packages_on_the_manager_are_named(group: RuntimeGroup, monkeypa
     from lazycluster.cluster import versions
 
     monkeypatch.setattr(versions.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ClusterError, match=r"pip install 'lazycluster\[dask\]'"):
+    with pytest.raises(ClusterError, match=r"pip install .*'dask\[distributed\]>="):
         DaskCluster(group)
 
 

@@ -11,7 +11,7 @@ import types
 from typing import Any, Callable, Dict, Mapping, Optional
 
 
-class _LibrarysCode:
+class _UnnamedCode:
     """A code object that is written as the pickling library does, without the name of its file."""
 
     def __init__(self, code: types.CodeType) -> None:
@@ -26,8 +26,8 @@ class FileNames:
     def reducer_override(self, obj: Any) -> Any:
         """Write code as the library does, and the name of its file beside it."""
         if type(obj) is types.CodeType:
-            return self._named(obj.co_filename), (_LibrarysCode(obj.replace(co_filename="")),)
-        if type(obj) is _LibrarysCode:
+            return self._named(obj.co_filename), (_UnnamedCode(obj.replace(co_filename="")),)
+        if type(obj) is _UnnamedCode:
             return self.dispatch_table[types.CodeType](obj.code)
         return super().reducer_override(obj)  # type: ignore[misc]
 

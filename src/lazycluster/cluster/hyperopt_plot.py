@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lazycluster._extras import install_command
+
 from .exceptions import ClusterError
 from .hyperopt_programs import trials
 
@@ -16,7 +18,7 @@ try:
 except ImportError as error:
     raise ClusterError(
         f"a plot needs matplotlib, which cannot be imported here ({error}).\n"
-        "  Next step: pip install 'lazycluster[hyperopt]'"
+        f"  Next step: {install_command('hyperopt')}"
     ) from error
 
 __all__ = ["LossPlot"]

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lazycluster._extras import install_command
+
 from .exceptions import ClusterError, ServiceError, VersionMismatchError, WorkerStartError
 from .workers import Worker
 
@@ -48,7 +50,7 @@ class Software:
         if missing:
             raise ClusterError(
                 f"{', '.join(missing)} cannot be imported here, on the manager ({sys.executable}).\n"
-                f"  Next step: {sys.executable} -m pip install 'lazycluster[{self.extra}]'"
+                f"  Next step: {install_command(self.extra)}"
             )
 
     async def check_workers(self, workers: Sequence[Worker], policy: str, here: dict[str, str | None]) -> None:

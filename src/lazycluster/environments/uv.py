@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lazycluster._extras import install_command
 from lazycluster.exceptions import EnvironmentBuildError
 
 from .index import IndexSettings, hide
@@ -36,7 +37,7 @@ def find_uv() -> str:
             MANAGER,
             "uv, which makes environments, is not installed here",
             "uv",
-            "pip install 'lazycluster[environments]'",
+            install_command("environments"),
         )
     return found
 

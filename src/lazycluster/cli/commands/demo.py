@@ -34,16 +34,17 @@ _PYTHON = {
 
 
 @click.command()
-@click.argument("engine", type=click.Choice(["dask", "hyperopt"]), default="dask")
+@click.argument("engine", type=click.Choice(["dask", "hyperopt"]), required=False)
 @host_options
 @connection_options
 def demo(
-    engine: str, hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+    engine: str | None, hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool,
 ) -> None:  # fmt: skip
     """Show what it does: some commands, a function, and a small cluster.
 
-    Without -w it runs on this machine alone, without ssh. Nothing stays behind.
+    Without ENGINE the cluster is one of Dask, if that is installed. Without -w it runs on this machine alone, without
+    ssh. Nothing stays behind.
 
     \b
     Examples:
@@ -68,9 +69,14 @@ def demo(
         group = RuntimeGroup([LocalRuntime()])
     with group:
         _basics(group)
-        {"dask": _dask, "hyperopt": _hyperopt}[engine](group)
-        say("\nThe same in Python:", style="bold")
-        say(_PYTHON[engine], markup=False, soft_wrap=True)
+        if engine is None and (missing := _missing()):
+            say("\nNo cluster", style="bold")
+            say(f"  {missing}", markup=False, soft_wrap=True)
+        else:
+            engine = engine or "dask"
+            {"dask": _dask, "hyperopt": _hyperopt}[engine](group)
+            say("\nThe same in Python:", style="bold")
+            say(_PYTHON[engine], markup=False, soft_wrap=True)
     say("\nAll of it has ended, and nothing is left on the hosts.")
 
 
@@ -100,6 +106,18 @@ def _everywhere(group: RuntimeGroup, task: RuntimeTask) -> list[tuple[str, str]]
     tasks = group.execute_task(task, broadcast=True)
     group.join()
     return [(str(done.host), done.execution_log[0].strip()) for done in tasks]
+
+
+def _missing() -> str:
+    """Return what a cluster of Dask needs that is not installed, and the next step."""
+    from lazycluster.cluster.dask_launchers import SOFTWARE
+    from lazycluster.cluster.exceptions import ClusterError
+
+    try:
+        SOFTWARE.check_manager("cryptography")
+    except ClusterError as error:
+        return str(error)
+    return ""
 
 
 def _dask(group: RuntimeGroup) -> None:
