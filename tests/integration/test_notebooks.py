@@ -106,6 +106,15 @@ group = RuntimeGroup(hosts={hosts!r})
 group
 """
 
+_FAILING = """
+def broken():
+    raise ValueError('in a cell')
+try:
+    group.runtimes[0].call(broken)
+except Exception as error:
+    print(error)
+"""
+
 
 def test_cells_are_run_again_and_interrupted(kernel: Kernel, hosts: Any) -> None:
     cell = _GROUP.format(hosts=hosts.names[:2])
@@ -123,6 +132,10 @@ def test_cells_are_run_again_and_interrupted(kernel: Kernel, hosts: Any) -> None
     # A function of a cell, in a kernel whose event loop runs, also with top-level await.
     text, _ = kernel.run("import asyncio\nasync def here():\n    return group.call(lambda: 6 * 7)\nprint(await here())")
     assert text.count("42") == 2
+
+    # The traceback of a function shows its lines, which no host has.
+    text, _ = kernel.run(_FAILING)
+    assert "    raise ValueError('in a cell')\n" in text
 
     # An interrupted cell ends what it waits for on the hosts; the group goes on.
     cell_id = kernel.start(
