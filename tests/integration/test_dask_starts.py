@@ -246,7 +246,10 @@ def test_workers_need_a_master(group: RuntimeGroup) -> None:
 
 _UNCHECKED = """
 import sys
+from lazycluster.agent import filenames
+from lazycluster.cluster import dask_programs
 from lazycluster.cluster.dask_programs import common, scheduler
+dask_programs.filenames = filenames  # it is sent along with the programs
 common.check_ports = lambda ports: None  # as if the port had been free then
 scheduler.main()
 """

@@ -17,8 +17,7 @@ try:
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ClusterError(
-        f"a plot needs matplotlib, which cannot be imported here ({error}).\n"
-        f"  Next step: {install_command('hyperopt')}"
+        f"a plot needs matplotlib, which cannot be imported here ({error}).\n  Next step: {install_command('hyperopt')}"
     ) from error
 
 __all__ = ["LossPlot"]

@@ -13,6 +13,9 @@ def main() -> None:
     """Run until asked to end, or until a client ends the cluster."""
     import distributed  # noqa: F401  (this takes a second, in which the manager gets ready to send the settings)
 
+    from . import filenames, serialization  # type: ignore[attr-defined]  # the first is sent along with these modules
+
+    serialization.keep_file_names(filenames.dumps)
     common.run(_serve)
 
 
@@ -33,7 +36,6 @@ def _scheduler_class() -> Any:
 async def _serve(settings: dict[str, Any]) -> None:
     import dask
 
-    from . import filenames, serialization  # type: ignore[attr-defined]  # it is sent along with these modules
     from .dashboards import Dashboard
     from .tls import MemorySecurity
 
@@ -41,7 +43,6 @@ async def _serve(settings: dict[str, Any]) -> None:
     stop = common.stop_signal()
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     sent_modules.install(settings["modules"])
-    serialization.keep_file_names(filenames.dumps)
     scheduler = _scheduler_class()(
         host=common.LOOPBACK,
         port=ports["master"],
