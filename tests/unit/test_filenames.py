@@ -6,6 +6,7 @@ import importlib
 import inspect
 import linecache
 import marshal
+import os
 import pickle
 import re
 import subprocess
@@ -21,6 +22,7 @@ from direct_zygote import DirectZygote, ready_zygote
 
 from lazycluster.agent import filenames
 from lazycluster.pool.packing import pack
+from lazycluster.tasks.functions import with_lines
 from lazycluster.tasks.pickling import dump_call
 
 _CELL = "/tmp/ipykernel_4242/1234567890.py"  # no such file: the kernel has the text, in `linecache`
@@ -133,6 +135,43 @@ def test_functions_that_come_back_and_go_elsewhere(host: DirectZygote, main: dic
     outcome = host.run(dump_call(function))[1]
     assert outcome is not None
     _check(outcome.traceback, _CELL)
+
+
+@pytest.mark.parametrize("folder", ["project", "site-packages"])
+def test_a_host_with_another_version_of_a_file(tmp_path: Path, folder: str) -> None:
+    """Code of the user's own ran as it is here; installed code as it is there."""
+    path = tmp_path / folder / "fail.py"
+    path.parent.mkdir()
+    path.write_text("def train():\n    raise KeyError(here)\n")
+    there = (
+        "Traceback (most recent call last):\n"
+        f'  File "{path}", line 2, in train\n    old(\n    ~~~^\n        there)\n    ^^^^^^\n'
+        f'  File "{path}", line 9, in gone\n    is only there\n'
+        f"  File \"{path}\", line 2, in train\nKeyError: 'x'\n    of two lines"
+    )
+    here = there.replace("    old(\n    ~~~^\n        there)\n    ^^^^^^\n", "    raise KeyError(here)\n")
+    expected = here if folder == "project" else there
+    assert with_lines(there) == expected.replace("KeyError: 'x'", "    raise KeyError(here)\nKeyError: 'x'")
+
+
+def test_a_host_that_names_what_is_no_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 1 << 40)  # without blocks: it would fill the memory
+    for name in (
+        "/dev/zero",
+        "/proc/self/maps",
+        str(tmp_path),
+        f"{tmp_path}/fifo",
+        f"{tmp_path}/huge",
+        "\0",
+        "x" * 9999,
+    ):
+        text = f'  File "{name}", line 1, in train\nKeyError'
+        assert with_lines(text) == text
+    for number in ("0", "9" * 5000):
+        text = f'  File "{__file__}", line {number}, in train\nKeyError'
+        assert with_lines(text) == text
 
 
 # --- pickles ---------------------------------------------------------------------------------------

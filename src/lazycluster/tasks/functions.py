@@ -12,8 +12,10 @@ import pickle
 import pkgutil
 import re
 import signal as signals
+import stat
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +28,14 @@ from lazycluster.exceptions import AgentError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.hello import Hello
 
+from . import localcode
 from .limits import memory_hint
 from .pickling import PickledCall, dump_call
 
 END_PATIENCE = 5.0  # seconds that a cancelled call gets to end on the host
 _SMALL = 1024 * 1024  # bytes of a result that is unpickled on the loop's thread
-_FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in .*)?$')
+_LARGEST_SOURCE = 16 * 1024 * 1024  # bytes
+_FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d{1,9})(?:, in .*)?$')
 
 # What is known of an agent ends with it; the connection may lead to another one later.
 _libraries: weakref.WeakKeyDictionary[Hello, str] = weakref.WeakKeyDictionary()
@@ -359,17 +363,38 @@ async def _raised(told: Mapping[str, Any], phase: str) -> Outcome:
 
 
 def with_lines(text: str) -> str:
-    """Add to a traceback the lines of code that only the manager has."""
-    lines = text.splitlines()
+    """Have a traceback show the lines of code that the manager has: no host has them, or some have older ones.
+
+    Args:
+        text: The traceback, as the host shows it.
+    """
+    lines = deque(text.splitlines())
     found = []
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        found.append(line)
-        match = _FRAME.match(line)
-        if match and not following.startswith("    "):
-            code = linecache.getline(match["file"], int(match["line"])).strip()
-            if code:
-                found.append(f"    {code}")
+    while lines:
+        found.append(lines.popleft())
+        match = _FRAME.match(found[-1])
+        if match is None:
+            continue
+        shown = []
+        while lines and lines[0].startswith("    "):
+            shown.append(lines.popleft())
+        code = _line_here(match["file"], int(match["line"]))
+        if code and (not shown or (shown[0].strip() != code and localcode.is_local_file(match["file"]))):
+            shown = [f"    {code}"]
+        found += shown
     return "\n".join(found)
+
+
+def _line_here(file: str, number: int) -> str:
+    """Return a line of a file on the manager. It is the host that names the file: only sources are read."""
+    if file not in linecache.cache:  # where notebooks have their cells, too
+        try:
+            status = Path(file).stat()
+        except (OSError, ValueError):
+            return ""
+        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= _LARGEST_SOURCE:
+            return ""
+    return linecache.getline(file, number).strip()
 
 
 def _signal_name(number: int | None) -> str:
