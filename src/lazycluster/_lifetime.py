@@ -1,13 +1,21 @@
-"""The one hook that cleans up at the end of the interpreter."""
+"""The clean-up at the end of the interpreter, and when SIGTERM is to end it.
+
+By default SIGTERM ends a process without a word, and the keeper cleans up. In a container the manager may be process 1:
+the kernel does not let SIGTERM end that one, and what comes next, SIGKILL, ends the keeper and every ssh along with it,
+which to the hosts looks like a link that has dropped.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import functools
 import itertools
 import logging
 import os
+import signal
+import sys
 import threading
 import weakref
 from collections.abc import Coroutine, Sequence
@@ -20,6 +28,7 @@ __all__ = ["register", "when_forgotten"]
 _logger = logging.getLogger("lazycluster")
 
 _LIMIT = 60.0  # seconds for all that is ended at once
+_UNWIND_LIMIT = 5.0  # seconds that the user's own `finally` blocks get after SIGTERM, once the hosts are clean
 
 
 class Cleanable(Protocol):
@@ -52,6 +61,7 @@ def register(thing: Cleanable) -> None:
         thing: What to clean up.
     """
     _ipython.register(thing)
+    _clean_up_on_sigterm()
     number = next(_numbers)
     with _lock:
         if not _things:
@@ -90,6 +100,16 @@ def _clean_each(parts: list[Cleanable]) -> None:
 
 
 def _at_exit() -> None:
+    _termination.at_exit = os.getpid()
+    _clean_all()
+    if _termination.under_way == os.getpid():
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        _termination.unwound.set()
+        threading.Event().wait()  # for the thread that ends the process, with SIGTERM as its status
+
+
+def _clean_all() -> None:
     with _lock:
         entries = [_things[number] for number in sorted(_things, reverse=True)]
         _things.clear()
@@ -119,3 +139,61 @@ def _quietly(cleanup: Any) -> None:
         cleanup()
     except Exception as error:  # noqa: BLE001 - the others are to be cleaned up, too
         _logger.error("cleaning up: %s", error)
+
+
+# --- SIGTERM --------------------------------------------------------------------------------------
+class _Termination:
+    """The state of this process's end by SIGTERM.
+
+    A forked child inherits all of it, and is told from its parent by its pid.
+
+    Attributes:
+        owner: The process that has the handler.
+        at_exit: The process whose interpreter cleans up at its end already.
+        under_way: The process that a thread of its own cleans up, and then ends.
+        unwound: Set when the main thread has nothing left to do.
+    """
+
+    def __init__(self) -> None:
+        self.owner = 0
+        self.at_exit = 0
+        self.under_way = 0
+        self.unwound = threading.Event()
+
+
+_termination = _Termination()
+
+
+def _clean_up_on_sigterm() -> None:
+    """Have SIGTERM clean up first, where nobody else handles it. Only the main thread may say so."""
+    if _termination.owner == os.getpid() or threading.current_thread() is not threading.main_thread():
+        return
+    # ValueError: a subinterpreter.
+    with contextlib.suppress(ValueError):
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _terminate)
+            _termination.owner = os.getpid()
+
+
+def _terminate(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    if _termination.owner != os.getpid():
+        _die()
+    if _termination.at_exit == os.getpid():
+        return  # it is about to end anyway
+    _termination.under_way = os.getpid()
+    # A thread: the main one may hold a lock that the clean-up wants, and gives it back as it unwinds.
+    threading.Thread(target=_clean_and_die, name="lazycluster SIGTERM", daemon=True).start()
+    raise SystemExit(128 + number)
+
+
+def _clean_and_die() -> None:
+    _clean_all()
+    _termination.unwound.wait(_UNWIND_LIMIT)
+    _die()
+
+
+def _die() -> None:
+    """End this process as SIGTERM would have."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(128 + signal.SIGTERM)  # process 1 of a container

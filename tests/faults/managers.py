@@ -27,12 +27,18 @@ def _born(pid: int) -> str:
 class Victim:
     """A manager at work, with directories of its own for all that it may leave behind.
 
+    Args:
+        work: What it is to do: see `victims.py`.
+        hosts: Where.
+        first: Whether it is process 1 of a container, whose other processes end with it.
+
     Attributes:
         folder: Where it finds and puts files.
         process: The manager's process.
     """
 
-    def __init__(self, work: str, hosts: Any) -> None:
+    def __init__(self, work: str, hosts: Any, *, first: bool = False) -> None:
+        self._prefix = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"] if first else []
         # Short: the paths of control sockets are limited.
         self._hosts = hosts
         self._private = Path(tempfile.mkdtemp())
@@ -51,7 +57,14 @@ class Victim:
             "LAZYCLUSTER_TEST_VICTIM": str(self._private),
         }
         script = Path(__file__).with_name("victims.py")
-        arguments = [sys.executable, str(script), self._work, str(self._hosts.config_file), str(self.folder)]
+        arguments = [
+            *self._prefix,
+            sys.executable,
+            str(script),
+            self._work,
+            str(self._hosts.config_file),
+            str(self.folder),
+        ]
         self.process = subprocess.Popen(
             arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, start_new_session=True,
@@ -69,6 +82,16 @@ class Victim:
         self.process.communicate()
         for folder in (self._private, self.folder, self._state):
             subprocess.run(["rm", "-rf", folder], check=True)
+
+    @property
+    def pid(self) -> int:
+        """The manager's own pid, as seen from here."""
+        pid = self.process.pid
+        return (
+            next(found.pid for found in procfs.descendants(pid) if "victims.py" in found.command)
+            if self._prefix
+            else pid
+        )
 
     def said(self) -> str:
         """Wait for what it says."""
