@@ -207,11 +207,78 @@ def test_workers_come_and_go_with_the_load(cluster: DaskCluster, client: Any, tm
         ({"maximum": 1.5}, "maximum"),
         ({"interval": "soon"}, "interval"),
         ({"target_duration": object()}, "target_duration"),
+        ({"minimum_cores": -1}, "minimum_cores"),
+        ({"minimum_cores": "2"}, "minimum_cores"),
+        ({"maximum_cores": float("inf")}, "maximum_cores"),
+        ({"maximum_cores": 0.5}, "maximum_cores=0.5 leaves room for 0 workers"),
+        ({"minimum": 3, "maximum_cores": 2}, "room for 2 workers, fewer than there are to be at least \\(3\\)"),
+        ({"maximum_memory": "4 XB"}, "maximum_memory must be .* such as '16 GiB', not '4 XB'"),
+        ({"minimum_memory": [1]}, "minimum_memory"),
     ],
 )
 def test_limits_that_make_no_sense(cluster: DaskCluster, limits: dict[str, Any], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         cluster.adapt(**limits)
+
+
+@shared
+@pytest.mark.parametrize(
+    ("limits", "bounds"),
+    [
+        ({"minimum_cores": 2, "maximum_cores": 3}, (2, 3)),
+        ({"minimum_cores": 1.5, "maximum_cores": 3.9}, (2, 3)),
+        ({"minimum": 1, "maximum": 4, "minimum_cores": 2, "maximum_cores": 6}, (2, 4)),
+        ({"minimum_memory": "800 MB", "maximum_memory": 1_600_000_000}, (2, 3)),
+        ({"maximum_cores": 5, "maximum_memory": "1 GB", "interval": "1h", "memory_ratio": 2}, (0, 2)),
+    ],
+)
+def test_limits_of_what_all_workers_have_together(
+    cluster: DaskCluster, limits: dict[str, Any], bounds: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster._dask, "memory_limit", "500 MB")
+    adaptive = cluster.adapt(**{"interval": "1h", **limits})
+    assert (adaptive.minimum, adaptive.maximum) == bounds
+    adaptive.stop()
+
+
+@shared
+def test_the_size_of_workers_that_are_there(cluster: DaskCluster, client: Any) -> None:
+    cluster.scale(1)
+    each = client.run(lambda dask_worker: dask_worker.memory_manager.memory_limit).popitem()[1]
+    assert cluster.adapt(maximum_memory=int(3.5 * each), interval="1h").maximum == 3
+    cluster.scale(0)
+    with pytest.raises(ClusterError, match=r"need workers of one size.*: none is there\n.*memory_limit="):
+        cluster.adapt(maximum_memory="1 GiB")
+    cluster.scale(1)
+
+
+@shared
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("minimum_core", "did you mean 'minimum_cores'"),
+        ("intervall", "did you mean 'interval'"),
+        ("x", "it has interval"),
+    ],
+)
+def test_options_that_adapt_does_not_have(cluster: DaskCluster, option: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"no option '{option}'; {hint}"):
+        cluster.adapt(**{option: 1})
+
+
+@shared
+def test_options_of_a_strategy_of_ones_own(cluster: DaskCluster) -> None:
+    from distributed.deploy.adaptive import Adaptive
+
+    class Own(Adaptive):
+        def __init__(self, *args: Any, eagerness: int = 1, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.eagerness = eagerness
+
+    assert cluster.adapt(Adaptive=Own, eagerness=3, interval="1h").eagerness == 3
+    with pytest.raises(TypeError, match="did you mean 'eagerness'"):
+        cluster.adapt(Adaptive=Own, eagernes=3)
+    cluster.scale(1)
 
 
 @shared

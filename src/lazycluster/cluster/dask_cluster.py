@@ -245,6 +245,24 @@ class DaskCluster(ElasticCluster):
             return Status.failed
         return Status[self._state]  # the same words, on purpose
 
+    def _worker_size(self, what: str) -> float:
+        from dask.utils import parse_bytes
+
+        if what == "cores" and self._dask.nthreads is not None:
+            return self._dask.nthreads
+        limit = self._dask.memory_limit
+        if what == "memory" and limit not in ("auto", None) and not (isinstance(limit, float) and limit <= 1):
+            return float(parse_bytes(limit))
+        key, argument = ("nthreads", "nthreads") if what == "cores" else ("memory_limit", "memory_limit")
+        sizes = {number(worker.detail.get(key)) for worker in self._processes if worker.state == "ready"}
+        if len(sizes) != 1 or not min(sizes):
+            seen = " and ".join(f"{size:g}" for size in sorted(sizes)) or "none is there"
+            raise ClusterError(
+                f"limits of {what} need workers of one size, and these have none in common: {seen}\n"
+                f"  Next step: say {argument}= when you make the cluster, or minimum= and maximum= workers here"
+            )
+        return sizes.pop()
+
     def _scheduler_access(self) -> tuple[str, Mapping[str, Any]]:
         assert self.master_port is not None
         return self._dask.access(self.master_port)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
+import inspect
 import logging
 import math
 from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
@@ -26,6 +28,7 @@ logger = logging.getLogger("lazycluster")
 
 _LONGEST_PAUSE = 60.0  # seconds between two attempts to start workers where that fails
 _CLOSE_LIMIT = 5.0
+_LIMITS = ("minimum_cores", "maximum_cores", "minimum_memory", "maximum_memory")
 
 
 @asynccontextmanager
@@ -122,6 +125,10 @@ class ElasticCluster(MasterWorkerCluster):
         maximum: float | None = None,
         *,
         Adaptive: type[Adaptive] | None = None,  # noqa: N803  (the name that clusters of distributed have)
+        minimum_cores: float | None = None,
+        maximum_cores: float | None = None,
+        minimum_memory: str | float | None = None,
+        maximum_memory: str | float | None = None,
         **options: Any,
     ) -> Adaptive:
         """Have the number of workers follow the load, until `scale` or `cleanup` is called.
@@ -131,13 +138,19 @@ class ElasticCluster(MasterWorkerCluster):
             maximum: How many there are at most; by default as Dask's configuration says, or if that sets no limit, one
                 per host (with `gpus_per_worker`, per GPU), or as many as there are now if that is more.
             Adaptive: The strategy; by default distributed's own.
+            minimum_cores: How many threads all workers together have at least. This and the next three need workers of
+                one size: as `nthreads` and `memory_limit` of the cluster say, or as those that are there.
+            maximum_cores: How many threads they have at most.
+            minimum_memory: How much memory they have at least: bytes, or a text such as ``"16 GiB"``.
+            maximum_memory: How much memory they have at most.
             **options: Further options of it, e.g. ``interval="1s"``, ``wait_count=3``, ``target_duration="5s"``.
 
         Returns:
             What adapts the cluster; its ``stop()`` leaves the cluster as it is then.
 
         Raises:
-            ClusterError: If the cluster does not run.
+            ClusterError: If the cluster does not run, or the size of its workers is not known.
+            TypeError: If there is no such option.
             ValueError: If a number makes no sense.
         """
         import dask.config
@@ -145,6 +158,11 @@ class ElasticCluster(MasterWorkerCluster):
 
         self._check_running()
         launcher = self._own_launcher()
+        strategy_class = Adaptive or adaptive.Adaptive
+        _check_names(options, strategy_class)
+        minimum, maximum = self._bounds(
+            minimum, maximum, ("cores", minimum_cores, maximum_cores), ("memory", minimum_memory, maximum_memory)
+        )
         if minimum is None:
             minimum = int(dask.config.get("distributed.adaptive.minimum"))
         if maximum is None:
@@ -159,13 +177,40 @@ class ElasticCluster(MasterWorkerCluster):
         self._end_adapting()
         view = _loop.run(_Adapting.begin(self, launcher, *self._scheduler_access()))
         try:
-            strategy = (Adaptive or adaptive.Adaptive)(view, minimum=minimum, maximum=maximum, **options)
+            strategy = strategy_class(view, minimum=minimum, maximum=maximum, **options)
         except BaseException:
             _loop.run(view.end())
             raise
         view.strategy = strategy
         self._adapting = view
         return strategy
+
+    def _worker_size(self, what: str) -> float:
+        """Return the size of each worker: threads for ``cores``, bytes for ``memory``.
+
+        Raises:
+            ClusterError: If it is not known, or there is no common one.
+        """
+        raise NotImplementedError
+
+    def _bounds(
+        self, minimum: int | None, maximum: float | None, *limits: tuple[str, object, object]
+    ) -> tuple[int | None, float | None]:
+        """Return the least and the highest number of workers, from limits of what they have together."""
+        for what, least, most in limits:
+            if least is not None:
+                amount = _amount(least, f"minimum_{what}")
+                minimum = max(minimum or 0, math.ceil(amount / self._worker_size(what)))
+            if most is not None:
+                amount = _amount(most, f"maximum_{what}")
+                count = math.floor(amount / self._worker_size(what))
+                if count < max(1, minimum or 0):
+                    raise ValueError(
+                        f"maximum_{what}={most!r} leaves room for {count} workers, fewer than there are to be at least "
+                        f"({max(1, minimum or 0)}); each has {self._worker_size(what):g}"
+                    )
+                maximum = count if maximum is None else min(maximum, count)
+        return minimum, maximum
 
     def _own_launcher(self) -> ServiceWorkerLauncher:
         launcher = self._worker_launcher
@@ -313,6 +358,47 @@ class _Adapting:
                 logger.warning("adapting the cluster: %s", error)
             return False
         return True
+
+
+def _check_names(options: Mapping[str, Any], strategy: type[Adaptive]) -> None:
+    """Refuse options that a strategy, and what it asks of the scheduler, would ignore.
+
+    Raises:
+        TypeError: There is no such option.
+    """
+    from distributed import Scheduler
+
+    # Adaptive hands those that it does not know to the scheduler, which is told them when workers are to leave.
+    makers = [vars(one)["__init__"] for one in strategy.__mro__[:-1] if "__init__" in vars(one)]
+    known = {name for maker in makers for name in _parameters(maker)} | {
+        name for name in _parameters(Scheduler.workers_to_close) if name not in ("target", "key", "attribute")
+    }
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, ["minimum", "maximum", *_LIMITS, *known], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
+            raise TypeError(f"adapt() has no option {name!r}{hint}")
+
+
+def _parameters(function: Any) -> list[str]:
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = inspect.signature(function).parameters.values()
+    return [one.name for one in found if one.kind in plain and one.name not in ("self", "cluster")]
+
+
+def _amount(value: object, what: str) -> float:
+    from dask.utils import parse_bytes
+
+    try:
+        if isinstance(value, bool) or (isinstance(value, str) and not what.endswith("memory")):
+            raise ValueError
+        amount = parse_bytes(value) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+        if not 0 <= amount < math.inf:
+            raise ValueError
+    except (TypeError, ValueError):
+        example = ", or a text such as '16 GiB'" if what.endswith("memory") else ""
+        raise ValueError(f"{what} must be a number of at least 0{example}, not {value!r}") from None
+    return amount
 
 
 def _check_duration(value: Any, what: str) -> None:
