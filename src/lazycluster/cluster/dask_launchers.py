@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lazycluster import _loop
 from lazycluster.agent import filenames, memory
 
 from . import dask_scaling
 from .certificates import Credentials, make_credentials
+from .dask_configuration import configuration
 from .dask_programs import common
+from .dask_programs.worker import BEFORE_START
 from .launchers import ServiceMasterLauncher
 from .local_modules import LocalModules
 from .network import PortUse, Reach
@@ -34,8 +37,6 @@ _PACKAGE = "lazycluster_dask"
 _FILE_NAMES = Path(filenames.__file__)
 # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
 SOFTWARE = Software("DaskCluster", "dask", ("dask", "distributed"), ("dask", "distributed", "cloudpickle"))
-# What distributed's nanny sets before it starts a worker process; ours is a copy of a process that must have it before.
-_BEFORE_START = {"MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONHASHSEED": "6640"}
 
 
 @dataclass
@@ -65,6 +66,7 @@ class DaskSettings:
     modules: LocalModules = field(default_factory=LocalModules, repr=False)
     prefix: str = field(default_factory=lambda: secrets.token_urlsafe(18), repr=False)
     _credentials: Credentials | None = field(default=None, repr=False)
+    _configuration: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def credentials(self) -> Credentials:
@@ -72,6 +74,17 @@ class DaskSettings:
         if self._credentials is None:
             self._credentials = make_credentials()
         return self._credentials
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The manager's Dask configuration, as it is when it is first needed; importing Dask takes a second."""
+        if self._configuration is None:
+            self._configuration = configuration()
+        return self._configuration
+
+    async def read_configuration(self) -> None:
+        """Have it read without keeping the event loop waiting."""
+        await _loop.in_thread(lambda: self.configuration)
 
     @property
     def protocol(self) -> str:
@@ -95,6 +108,7 @@ class DaskSettings:
     def forget(self) -> None:
         """Forget the secrets; a cluster that is started anew has others."""
         self._credentials = None
+        self._configuration = None
         self.prefix = secrets.token_urlsafe(18)
 
 
@@ -127,6 +141,7 @@ class LocalMasterLauncher(ServiceMasterLauncher):
         """Start the process, and get the user's modules ready for it: it unpickles the work for others, too."""
         await super().prepare(debug)
         await self.dask.modules.open()
+        await self.dask.read_configuration()
 
     def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
         """What the scheduler is told."""
@@ -137,6 +152,7 @@ class LocalMasterLauncher(ServiceMasterLauncher):
             "protocol": self.dask.protocol,
             "security": self.dask.security("scheduler"),
             "options": dict(self.dask.scheduler_options),
+            "configuration": self.dask.configuration,
         }
 
 
@@ -164,13 +180,14 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         """The program of a worker."""
         source = Source(_PROGRAMS, "worker", _PACKAGE, (Path(memory.__file__), _FILE_NAMES))
         return Program(
-            "dask-worker", source=source, env=_BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
+            "dask-worker", source=source, env=BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
         )
 
     async def greet(self, workers: Sequence[Worker]) -> None:
         """Check the software of the hosts, before anything listens."""
         await SOFTWARE.check_workers(workers, self.dask.check_versions, common.versions())
         await self.dask.modules.share([worker.place for worker in workers])
+        await self.dask.read_configuration()
 
     async def furnish(self, place: Place) -> None:
         """Send the user's modules."""
@@ -206,4 +223,5 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             "local_directory": dask.local_directory,
             "modules": dask.modules.directory_on(worker.place.host),
             "options": dict(dask.worker_options),
+            "configuration": dask.configuration,
         }

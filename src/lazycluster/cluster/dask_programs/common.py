@@ -77,6 +77,16 @@ def read_settings() -> dict[str, Any]:
     return settings
 
 
+def configure(changes: dict[str, Any]) -> None:
+    """Have the manager's Dask configuration here, before the host's own."""
+    import dask
+    from distributed.config import initialize_logging
+
+    dask.config.update(dask.config.global_config, changes, priority="new")
+    if "logging" in changes or "logging" in changes.get("distributed", {}):
+        initialize_logging(dask.config.global_config)
+
+
 def run(serve: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]) -> None:
     """Serve with the settings that come; if a port is taken, say so and wait for others."""
     while True:

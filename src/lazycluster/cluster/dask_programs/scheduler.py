@@ -41,6 +41,7 @@ async def _serve(settings: dict[str, Any]) -> None:
 
     ports, prefix = settings["ports"], settings["prefix"]
     stop = common.stop_signal()
+    common.configure(settings["configuration"])
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     sent_modules.install(settings["modules"])
     scheduler = _scheduler_class()(

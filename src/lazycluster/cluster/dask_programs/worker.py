@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sys
 import tempfile
@@ -13,8 +14,10 @@ from typing import Any
 from . import common
 
 _LONGEST_DIRECTORY = 75  # characters, so that the path of a socket in it is short enough
-# As distributed's own nanny has it; to have an effect it must be set before numpy is imported, which here is early.
-_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# As distributed has it in nannies. To have an effect it must be set before numpy is imported, which here is early.
+_BEFORE_IMPORTS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# The same, for what must be set before the interpreter starts; the manager sets these unless the user has.
+BEFORE_START = {"MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONHASHSEED": "6640"}
 
 
 def main() -> None:
@@ -22,14 +25,13 @@ def main() -> None:
     common.emit("versions", python=list(sys.version_info[:3]), executable=sys.executable, packages=common.versions())
     # What tasks print is to be in the log when they print it; the worker process gets these streams, too.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    for name in _ONE_THREAD:
-        os.environ.setdefault(name, "1")
+    for name, value in _BEFORE_IMPORTS.items():
+        os.environ.setdefault(name, value)
     # Imported while the scheduler starts; the settings come when it answers.
-    from . import worker_process
+    from . import worker_process  # noqa: F401
 
     forked = serve_forks()
-    worker_process.configure(forked)
-    common.run(_serve)
+    common.run(functools.partial(_serve, forked))
 
 
 def serve_forks() -> bool:
@@ -89,13 +91,15 @@ def _fork_instead(path: Any, arguments: list[Any], kept: Any) -> int:
         os._exit(status)
 
 
-async def _serve(settings: dict[str, Any]) -> None:
+async def _serve(forked: bool, settings: dict[str, Any]) -> None:
+    from . import worker_process
     from .nanny import WatchedNanny, answers
     from .tls import MemorySecurity
-    from .worker_process import PagedWorker
 
     ports = settings["ports"]
     stop = common.stop_signal()
+    common.configure(settings["configuration"])
+    worker_process.configure(forked and not _has_own_environment(settings["configuration"]))
     security = MemorySecurity(**settings["security"])
     # A scheduler that is started again may need longer than a worker, which gives up at the first refusal.
     await common.first(answers(settings["scheduler"], security), stop.wait())
@@ -106,14 +110,14 @@ async def _serve(settings: dict[str, Any]) -> None:
         host=common.LOOPBACK,
         port=ports["nanny"],
         worker_port=ports["worker"],
-        worker_class=PagedWorker,
+        worker_class=worker_process.PagedWorker,
         protocol=settings["protocol"],
         security=security,
         name=settings["name"],
         nthreads=settings["nthreads"] or max(1, _cores() // settings["siblings"]),
         memory_limit=settings["memory_limit"] if settings["memory_limit"] != "auto" else _share(settings["siblings"]),
         resources=settings["resources"],
-        local_directory=settings["local_directory"] or os.environ["LAZYCLUSTER_SCRATCH"],
+        local_directory=_local_directory(settings),
         dashboard_address=f"{common.LOOPBACK}:{ports['dashboard']}",
         http_prefix="/" + settings["prefix"],
         modules=settings["modules"],
@@ -140,6 +144,27 @@ async def _serve(settings: dict[str, Any]) -> None:
         raise SystemExit("the connection to the scheduler has ended, though nobody ended the cluster")
     if nanny.failed and not stop.is_set():
         raise SystemExit("the worker process could not be started again")
+
+
+def _has_own_environment(configuration: dict[str, Any]) -> bool:
+    """Whether variables are configured that a worker must have before it starts, which only a new interpreter can have.
+
+    The nanny sets them, unless there are any in its own environment already: so the defaults have to go.
+    """
+    wanted = configuration.get("distributed", {}).get("nanny", {}).get("pre-spawn-environ")
+    if not isinstance(wanted, dict) or not wanted:
+        return False
+    for name, value in {**_BEFORE_IMPORTS, **BEFORE_START}.items():
+        if name in wanted and os.environ.get(name) == value:
+            del os.environ[name]
+    return True
+
+
+def _local_directory(settings: dict[str, Any]) -> str:
+    import dask
+
+    configured = dask.config.get("temporary-directory", default=None)
+    return str(settings["local_directory"] or configured or os.environ["LAZYCLUSTER_SCRATCH"])
 
 
 async def _start(nanny: Any, ports: dict[str, int]) -> None:
