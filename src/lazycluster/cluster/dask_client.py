@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client
+
+from lazycluster import _loop
 
 if TYPE_CHECKING:
     from .local_modules import LocalModules
@@ -14,8 +18,16 @@ __all__ = ["UpToDateClient", "be_patient"]
 _BACK = 30.0  # seconds for a scheduler that is started again; distributed's own default
 
 
+# What carries no code, and is on the path of each result.
+_WITHOUT_CODE = frozenset({"gather", "who_has", "identity"})
+_updating: ContextVar[bool] = ContextVar("updating", default=False)
+
+
 class UpToDateClient(Client):  # type: ignore[misc]
-    """A client that has changed modules sent before it submits work.
+    """A client that has changed modules sent before it sends anything that may need them.
+
+    Work goes through `_graph_to_futures`. All else (`run`, plugins, `scatter`, variables and queues, calls of actors)
+    is a call of the scheduler, in some coroutine on the client's loop.
 
     Args:
         address: See `distributed.Client`.
@@ -23,28 +35,78 @@ class UpToDateClient(Client):  # type: ignore[misc]
         **options: See `distributed.Client`.
     """
 
+    _calls: Any = None
+
     def __init__(self, address: Any, modules: LocalModules, **options: Any) -> None:
         self._local_modules = modules
         self._version = modules.version
+        self._updated = asyncio.Lock()
         super().__init__(address, **options)
         be_patient(self)
 
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler, for calls; distributed sets it when it connects."""
+        return self._calls
+
+    @scheduler.setter
+    def scheduler(self, calls: Any) -> None:
+        self._calls = _Calls(calls, self) if hasattr(calls, "close_rpc") else calls
+
     def _graph_to_futures(self, *arguments: Any, **options: Any) -> Any:
-        # What submits work, in whatever way, comes through here. Without this method a change is noticed later.
-        version = self._local_modules.sync_now()
-        if version != self._version and not self.asynchronous:
-            self._version = version
-            self._refresh()
+        # Without this method a change is noticed later.
+        if self._is_old():
+            if self.asynchronous:
+                self._local_modules.sync_now()
+            else:
+                self.sync(self.update_modules)
         return super()._graph_to_futures(*arguments, **options)
 
-    def _refresh(self) -> None:
-        def refresh() -> None:  # in a function, so that it goes by value: the hosts have nothing of this package
-            from importlib import import_module
+    def _is_old(self) -> bool:
+        return self._version != self._local_modules.version or self._local_modules.changes()
 
-            import_module("lazycluster_dask.sent_modules").refresh()
+    async def update_modules(self) -> None:
+        """Have the present modules on the hosts, and those forgotten that were imported there."""
+        if not self._is_old() or _updating.get():
+            return
+        async with self._updated:
+            version = await asyncio.wrap_future(_loop.submit(self._local_modules.sync_changes()))
+            if version == self._version:
+                return
 
-        self.run(refresh, on_error="ignore")  # what fails has gone, and starts with the present version
-        self.run_on_scheduler(refresh)
+            def refresh() -> None:  # in a function, so that it goes by value: the hosts have nothing of this package
+                from importlib import import_module
+
+                import_module("lazycluster_dask.sent_modules").refresh()
+
+            _updating.set(True)  # for what is called from here
+            try:
+                await asyncio.gather(
+                    self._run(refresh, on_error="ignore"),  # what fails has gone, and starts with the present version
+                    self._run(refresh, on_error="ignore", nanny=True),
+                    self._run_on_scheduler(refresh),
+                )
+            finally:
+                _updating.set(False)
+            self._version = version
+
+
+class _Calls:
+    """The scheduler as a client calls it: before a call that may carry code, the hosts get the present modules."""
+
+    def __init__(self, calls: Any, client: UpToDateClient) -> None:
+        self._calls, self._client = calls, client
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._calls, name)
+        if name in _WITHOUT_CODE or name == "close_rpc" or not callable(call):
+            return call
+
+        async def up_to_date(*arguments: Any, **named: Any) -> Any:
+            await self._client.update_modules()
+            return await call(*arguments, **named)
+
+        return up_to_date
 
 
 def be_patient(client: Client) -> None:

@@ -140,8 +140,8 @@ class DaskCluster(ElasticCluster):
     def get_client(self, timeout: int = 2) -> Client:
         """Return a connected client.
 
-        What it computes is computed with the present version of your own modules, which are sent to the hosts again
-        when their files have changed. Clients of other origin notice that within a second.
+        What it sends, in whatever way, runs with the present version of your own modules, which are sent to the hosts
+        again when their files have changed. Clients of other origin notice that within a second.
 
         Args:
             timeout: Seconds until it must be connected.

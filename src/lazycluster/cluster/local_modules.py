@@ -72,6 +72,7 @@ class LocalModules:
         self._written: dict[str, str] = {}
         self._stamps: dict[str, int] = {}
         self._seen: set[str] = set()
+        self._is_new = False
         self._local: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._writing: asyncio.Future[None] | None = None
@@ -138,34 +139,44 @@ class LocalModules:
 
     # --- changes -------------------------------------------------------------------------------
     def changed(self) -> bool:
-        """Whether a module has changed or is new since the last look. For any thread; takes some microseconds."""
+        """Whether a module has changed or is new since they were sent. For any thread; takes some microseconds."""
         if self._space is None:
             return False
-        return self._any_new() or self._any_edited()
+        self._find_new()
+        return self._is_new or self._any_edited()
 
-    def _any_new(self) -> bool:
+    def _find_new(self) -> None:
         new = sys.modules.keys() - self._seen
         if not new:
-            return False
+            return
         self._seen |= new
         found = {name for name in new if _is_sent(name, sys.modules.get(name))} - self._local
         self._local |= found
-        return bool(found)
+        if found:
+            self._is_new = True
 
     def _any_edited(self) -> bool:
         return any(_stamp(path) != stamp for path, stamp in self._stamps.items())
 
+    def changes(self) -> bool:
+        """Whether hosts may not have the present modules: some have changed, or are being sent. For any thread."""
+        return self.changed() or self._syncing.locked()
+
+    async def sync_changes(self) -> int:
+        """Have what has changed on all hosts; returns `version`."""
+        await self.sync()
+        return self.version
+
     def sync_now(self) -> int:
         """Have what has changed on all hosts before this returns; returns `version`. For a user's thread."""
-        if self.changed() or self._syncing.locked():
-            _loop.run(self.sync())
-        return self.version
+        return _loop.run(self.sync_changes()) if self.changes() else self.version
 
     async def sync(self) -> None:
         """Have what has changed on all hosts."""
         async with self._syncing:
             directory = self.directory
-            self._any_new()
+            self._is_new = False  # before the look, not to miss those that come meanwhile
+            self._find_new()
             sources, stamps = await _loop.in_thread(_read, frozenset(self._local))
             if self._space is None or self.directory != directory:
                 return  # it was closed meanwhile

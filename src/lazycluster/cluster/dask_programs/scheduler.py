@@ -54,6 +54,7 @@ async def _serve(settings: dict[str, Any]) -> None:
         http_prefix="/" + prefix,
         **settings["options"],
     )
+    sent_modules.look(scheduler)
     Dashboard(scheduler, "distributed.dashboard.scheduler", prefix)
     try:
         await scheduler

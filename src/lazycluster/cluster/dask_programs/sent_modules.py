@@ -88,3 +88,10 @@ def refresh() -> None:
     importlib.invalidate_caches()
     for name in [name for name, module in list(sys.modules.items()) if _finder.is_ours(module)]:
         sys.modules.pop(name, None)
+
+
+def look(server: Any) -> None:
+    """Have changes noticed soon in a server of distributed, for clients of other origin: ours see to it before."""
+    from tornado.ioloop import PeriodicCallback
+
+    server.periodic_callbacks["sent-modules"] = PeriodicCallback(refresh, LOOK * 1000)

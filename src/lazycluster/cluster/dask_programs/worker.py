@@ -92,7 +92,7 @@ def _fork_instead(path: Any, arguments: list[Any], kept: Any) -> int:
 
 
 async def _serve(forked: bool, settings: dict[str, Any]) -> None:
-    from . import worker_process
+    from . import sent_modules, worker_process
     from .nanny import WatchedNanny, answers
     from .tls import MemorySecurity
 
@@ -105,6 +105,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     await common.first(answers(settings["scheduler"], security), stop.wait())
     if stop.is_set():
         return
+    sent_modules.install(settings["modules"])  # for its plugins, and for functions that run in it
     nanny = WatchedNanny(
         settings["scheduler"],
         host=common.LOOPBACK,
@@ -123,6 +124,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
         modules=settings["modules"],
         **settings["options"],
     )
+    sent_modules.look(nanny)
     starting = _start(nanny, ports)
     try:
         await common.first(starting, stop.wait())

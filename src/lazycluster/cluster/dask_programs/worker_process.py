@@ -7,7 +7,6 @@ from typing import Any
 import dask
 import distributed
 from distributed import Security, Worker
-from tornado.ioloop import PeriodicCallback
 
 from . import filenames, sent_modules, serialization  # type: ignore[attr-defined]  # the first is sent along
 from .common import PortTakenError
@@ -32,10 +31,7 @@ class PagedWorker(Worker):  # type: ignore[misc]
         if isinstance(options.get("security"), Security):  # its nanny's, which was pickled
             options["security"] = MemorySecurity.of(options["security"])
         super().__init__(*arguments, **options)
-
-        # Tasks are unpickled when they arrive. Our clients see to it before; this is for those of other origin.
-        looking = PeriodicCallback(sent_modules.refresh, sent_modules.LOOK * 1000)
-        self.periodic_callbacks["sent-modules"] = looking
+        sent_modules.look(self)
 
     def start_http_server(self, *arguments: Any, **options: Any) -> None:
         """Start the HTTP server, on the port that the settings name and no other."""
