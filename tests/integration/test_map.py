@@ -402,3 +402,73 @@ def test_hosts_take_part_as_they_can(host_group: RuntimeGroup) -> None:
     results = list(host_group.map(where, range(60)))
     assert [x for x, _ in results] == list(range(60))
     assert len({host for _, host in results}) == 3
+
+
+# --- large arrays and frames of every type -------------------------------------------------------
+_COUNT = 150_000  # values of 8 bytes: more than from which on an array travels apart
+
+
+def _large_values() -> dict[str, Any]:
+    np, pd = pytest.importorskip("numpy"), pytest.importorskip("pandas")
+    numbers = np.arange(_COUNT)
+    dates = np.datetime64("2020-01-01T00:00:00", "ns") + numbers.astype("m8[s]")
+    mixed = np.zeros(_COUNT, [("when", "M8[s]"), ("name", "S5"), ("value", ">f4", (2,))])
+    mixed["when"], mixed["name"] = dates, b"abc"
+    frame = pd.DataFrame({"when": pd.DatetimeIndex(dates), "value": numbers * 1.5, "name": "text"})
+    strings = {"strings": np.array(["x" * (n % 9) for n in range(_COUNT)], np.dtypes.StringDType())} if hasattr(
+        np.dtypes, "StringDType"
+    ) else {}  # fmt: skip
+    return {
+        "dates": dates,
+        "dates by columns": np.asfortranarray(dates.reshape(-1, 2)),
+        "dates that are not contiguous": np.repeat(dates, 2)[::2],
+        "spans": numbers.astype("m8[ms]"),
+        "days": dates.astype("M8[D]"),
+        "structured": mixed,
+        "a field of it": mixed["when"],
+        "records": mixed.view(np.recarray),
+        "aligned": np.zeros(_COUNT, np.dtype([("a", "i1"), ("b", "f8")], align=True)),
+        "void": numbers.view("V8"),
+        "bytes": numbers.astype("S20"),
+        "text": numbers.astype("U6"),
+        "other end first": numbers.astype(">i8"),
+        "half": (np.repeat(numbers, 5) % 1000).astype("f2"),
+        "complex": numbers.astype("c16"),
+        "long double": numbers.astype("g"),
+        "truth": np.repeat(numbers, 9) % 2 == 0,
+        "masked": np.ma.masked_less(numbers, 5),
+        "objects": numbers.astype(object),
+        "frame of dates": frame,
+        "series of dates": frame["when"].dt.tz_localize("Europe/Berlin"),
+        "index of dates": pd.DatetimeIndex(dates),
+        "index of periods": pd.period_range("1900-01-01", periods=_COUNT, freq="D"),
+        "index of spans": pd.to_timedelta(numbers, unit="s"),
+        "frame by dates": frame.set_index(["when", "value"]),
+        "categories": frame["when"].astype("category"),
+        "intervals": pd.interval_range(0, _COUNT),
+        **strings,
+    }
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def test_large_arrays_and_frames_of_every_type_are_arguments(group: RuntimeGroup) -> None:
+    np, pd = pytest.importorskip("numpy"), pytest.importorskip("pandas")
+    values = _large_values()
+    for way in (group.map(_same, values.values()), (future.result() for future in _submitted(group, values))):
+        for (name, wanted), got in zip(values.items(), way, strict=True):
+            if isinstance(wanted, (pd.DataFrame, pd.Series, pd.Index)):
+                assert type(got) is type(wanted), name
+                assert got.equals(wanted), name
+            else:
+                assert (got.dtype, got.shape, got.flags.f_contiguous) == (
+                    wanted.dtype, wanted.shape, wanted.flags.f_contiguous or not wanted.flags.contiguous
+                ), name  # fmt: skip
+                assert np.array_equal(got, wanted), name
+
+
+def _submitted(group: RuntimeGroup, values: dict[str, Any]) -> list[Any]:
+    with group.executor() as executor:
+        return [executor.submit(_same, value) for value in values.values()]

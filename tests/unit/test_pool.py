@@ -104,6 +104,20 @@ def test_large_arrays_are_told_by_what_they_hold() -> None:
     assert remembered.close() == [number]
 
 
+def test_large_arrays_are_told_by_their_types() -> None:
+    np = pytest.importorskip("numpy")
+    sharing = Sharing(Blobs())
+    zeros = bytes(1 << 21)
+    one, other = np.dtype("i8", metadata={"unit": "m"}), np.dtype("i8", metadata={"unit": "s"})
+    records: list[Any] = [[("a", "i4"), ("b", "f4")], [("a", "M8[s]")]]
+    records.append({"names": ["a"], "formats": ["i4"], "offsets": [4], "itemsize": 8})
+    types = ["i8", "u8", "f8", ">i8", "M8[ns]", "M8[us]", "m8[ns]", "V8", "S8", "U2", "2i4", *records, one, other]
+    numbers = [sharing.share(np.frombuffer(zeros, dtype=kind)) for kind in types]
+    assert None not in numbers
+    assert len(set(numbers)) == len(types)
+    assert numbers == [sharing.share(np.frombuffer(bytes(len(zeros)), dtype=kind)) for kind in types]
+
+
 def test_blobs_that_nobody_needs_are_dropped_the_oldest_first() -> None:
     blobs = Blobs()
     made = [blobs.take(Packed("x", (b"",), 100 * 1024 * 1024, bytes([index]))) for index in range(4)]

@@ -107,9 +107,11 @@ def _digest_of(array: Any) -> bytes | None:
     """Return what tells an array from others; None if its memory cannot be read as it is."""
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         return None
-    kind = repr((array.dtype.str, array.dtype.descr, array.shape, array.strides))
-    digest = hashlib.blake2b(kind.encode(), digest_size=20)
-    digest.update(pickle.PickleBuffer(array).raw())
+    # The type as it is pickled: its text does not tell apart all types, such as those of ml_dtypes.
+    kind = pickle.dumps((array.dtype, array.shape, array.strides))
+    digest = hashlib.blake2b(kind, digest_size=20)
+    # As bytes: not every type has a buffer, dates have none.
+    digest.update(array.ravel(order="K").view("u1"))
     return digest.digest()
 
 
