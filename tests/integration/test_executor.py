@@ -339,6 +339,17 @@ def test_shutdown_may_cancel_what_was_not_begun(group: RuntimeGroup) -> None:
         assert all(future.done() for future in rest)
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_shutdown_before_workers_are_there_keeps_a_call_for_each(group: RuntimeGroup, wait: bool) -> None:
+    executor = group.executor(max_workers=2)
+    futures = [executor.submit(abs, -number) for number in range(20)]
+    executor.shutdown(wait=wait, cancel_futures=True)
+    concurrent.futures.wait(futures)
+    assert [future.cancelled() for future in futures] == [False] * 2 + [True] * 18
+    assert [future.result() for future in futures[:2]] == [0, 1]
+    executor.shutdown()
+
+
 def test_shutdown_without_waiting_lets_calls_finish(group: RuntimeGroup) -> None:
     executor = group.executor()
     future = executor.submit(lambda: time.sleep(0.3) or 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import importlib
 import os
@@ -200,6 +201,44 @@ def test_how_many_jobs(group: RuntimeGroup, parallel: Any) -> None:
         joblib.effective_n_jobs(0)
     pids = parallel(n_jobs=1, batch_size=1)(joblib.delayed(os.getpid)() for _ in range(5))
     assert len(set(pids)) == 1
+
+
+def test_an_initializer_prepares_the_workers(parallel: Any) -> None:
+    def prepare(value: str) -> None:
+        os.environ["LAZYCLUSTER_TEST_PREPARED"] = value
+
+    def prepared() -> tuple[int, str | None]:
+        return os.getpid(), os.environ.get("LAZYCLUSTER_TEST_PREPARED")
+
+    def run(**options: Any) -> tuple[set[int], set[str | None]]:
+        pids, values = zip(*parallel(n_jobs=2, **options)(joblib.delayed(prepared)() for _ in range(20)), strict=True)
+        return set(pids), set(values)
+
+    first, values = run(initializer=prepare, initargs=("one",))
+    assert values == {"one"}
+    again, values = run(initializer=prepare, initargs=("one",))
+    assert values == {"one"}
+    assert again & first  # the same workers
+    assert run(initializer=prepare, initargs=("two",))[1] == {"two"}
+    assert run()[1] == {None}
+
+
+def test_an_initializer_that_fails_is_told(parallel: Any) -> None:
+    def prepare() -> None:
+        raise LookupError("there is no table")
+
+    with pytest.raises(concurrent.futures.BrokenExecutor, match="there is no table"):
+        parallel(n_jobs=2, initializer=prepare)(joblib.delayed(abs)(-1) for _ in range(3))
+
+
+def test_options_that_parallel_passes_on_are_not_ignored(parallel: Any) -> None:
+    with pytest.raises(TypeError, match="no option 'initialiser'; it has: initializer, initargs"):
+        parallel(n_jobs=2, initialiser=print)(joblib.delayed(abs)(-1) for _ in range(3))
+    with pytest.raises(TypeError):
+        parallel(n_jobs=2, initializer=3)(joblib.delayed(abs)(-1) for _ in range(3))
+    assert parallel(n_jobs=2, max_nbytes="1M", mmap_mode="c", prefer="processes", verbose=0, timeout=60)(
+        joblib.delayed(abs)(-number) for number in range(3)
+    ) == [0, 1, 2]
 
 
 def test_options_that_make_no_sense(group: RuntimeGroup) -> None:

@@ -235,14 +235,15 @@ class GroupExecutor(concurrent.futures.Executor):
         Args:
             wait: Return when all is over; else at once. In the callback of a future it is always at once, since what
                 is to be waited for waits for the callback.
-            cancel_futures: Cancel what was not begun.
+            cancel_futures: Cancel what was not begun. While the first workers start, a call for each counts as begun,
+                as with the executors of the standard library.
         """
         with self._lock:
             self._shut_down = True
         if os.getpid() != self._owner:
             return
         if cancel_futures:
-            self._futures.cancel_waiting()
+            self._futures.cancel_waiting(sum(count or 1 for _, count in self._counts))
         if wait and not self._futures.in_callback:
             self._end()
         elif not self._ended:

@@ -149,10 +149,16 @@ class Futures:
         self._dealer.release([chunk.blob, *chunk.shared])
 
     # --- the end -------------------------------------------------------------------------------
-    def cancel_waiting(self) -> None:
-        """Cancel the futures whose calls were not given to a host."""
+    def cancel_waiting(self, begun: int) -> None:
+        """Cancel the futures whose calls were not given to a host.
+
+        Args:
+            begun: How many of the first count as given if no worker is there yet that one could be given to.
+        """
         with self._lock:
             futures = [future for future, _ in self._open.values()]
+        if not self._dealer.has_workers:
+            futures = futures[begun:]
         for future in futures:
             future.cancel()
         self._dealer.sweep()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, SequentialBa
 from lazycluster.agent.poolworker import joblib_batch
 
 from .blobs import Sharing
+from .packing import pack
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
     from .executor import GroupExecutor
 
 __all__ = ["LazyclusterBackend"]
+
+# What `Parallel` says to every backend, and means memory that processes of one machine share, or another backend.
+_OF_PARALLEL = frozenset(
+    {"max_nbytes", "temp_folder", "mmap_mode", "prefer", "require", "verbose", "context", "timeout", "prefetch"}
+)
 
 
 class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
@@ -62,6 +69,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         self._group: Any = group
         self._executor: GroupExecutor | None = None
         self._own: dict[int, GroupExecutor] = {}
+        self._initialized: tuple[tuple[int, bytes], GroupExecutor] | None = None
         self._sharing: Sharing | None = None
         self._lock = threading.Lock()
         self._futures: set[concurrent.futures.Future[Any]] = set()
@@ -83,10 +91,34 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
             return total
         return min(n_jobs, total) if n_jobs > 0 else max(total + 1 + n_jobs, 1)
 
-    def configure(self, n_jobs: int = 1, parallel: Any = None, **_: Any) -> int:
-        """Get ready for a ``Parallel``; returns how many calls it can have at once."""
+    def configure(
+        self,
+        n_jobs: int = 1,
+        parallel: Any = None,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
+        **options: Any,
+    ) -> int:
+        """Get ready for a ``Parallel``; returns how many calls it can have at once.
+
+        Args:
+            n_jobs: See `effective_n_jobs`.
+            parallel: The ``Parallel``.
+            initializer: Is called in each worker before anything else; there are workers of its own then.
+            initargs: Its arguments.
+            **options: What ``Parallel`` says to each backend, such as where arrays are kept in memory.
+
+        Raises:
+            TypeError: If there is no such option.
+        """
+        unknown = options.keys() - _OF_PARALLEL
+        if unknown:
+            raise TypeError(f"the backend has no option {min(unknown)!r}; it has: initializer, initargs")
         self.parallel = parallel
         count = self.effective_n_jobs(n_jobs)
+        if initializer is not None:
+            self._executor = self._initialized_executor(count, initializer, tuple(initargs))
+            return count
         kept: GroupExecutor = self._group.kept_executor()
         if count == kept.worker_count:
             self._executor = kept
@@ -96,6 +128,21 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
                 own = self._own[count] = self._group.executor(max_workers=count)
             self._executor = own
         return count
+
+    def _initialized_executor(
+        self, count: int, initializer: Callable[..., Any], initargs: tuple[Any, ...]
+    ) -> GroupExecutor:
+        """Return workers that an initializer has prepared: those of the last time, if it is the same."""
+        wanted = count, pack(functools.partial(initializer, *initargs)).digest
+        last = self._initialized
+        if last is None or last[0] != wanted or not last[1].usable:
+            if last is not None:
+                last[1].retire()
+            self._initialized = last = (
+                wanted,
+                self._group.executor(max_workers=count, initializer=initializer, initargs=initargs),
+            )
+        return last[1]
 
     def get_nested_backend(self) -> tuple[Any, int | None]:
         """Return what ``Parallel`` uses in the calls: nothing more than their own process."""
