@@ -276,6 +276,51 @@ def _later(seconds: float, action: Callable[[], None]) -> Any:
     return timer
 
 
+@pytest.mark.parametrize(
+    "limit",
+    [{"timeout": 2}, {"loss_threshold": 80.0}, {"early_stop_fn": "no progress"}, {"early_stop_fn": "own"}],
+    ids=lambda limit: "-".join(map(str, limit)),
+)
+def test_limits_hold_though_workers_take_trials_as_fast_as_they_are_queued(
+    cluster: HyperoptCluster, limit: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy
+    from hyperopt import fmin, hp, tpe
+    from hyperopt.early_stop import no_progress_loss
+    from hyperopt.mongoexp import MongoTrials
+
+    counted = MongoTrials.count_by_state_unsynced.__wrapped__
+
+    def drained(self: Any, arg: Any) -> int:
+        look = vars(self).get("lazycluster_look")
+        # As if they were that fast: after each trial that is queued, the queue is empty.
+        return look.queue_length(0) if arg == NEW and look is not None else counted(self, arg)
+
+    monkeypatch.setattr(MongoTrials, "count_by_state_unsynced", drained)
+    seen: list[list[int]] = []
+
+    def own(trials: Any, *state: Any) -> tuple[bool, list[Any]]:
+        seen.append([trial["state"] for trial in trials.trials])
+        assert trials.best_trial["result"]["loss"] == min(trials.losses())
+        return len(seen) == 3, []
+
+    stops = {"no progress": no_progress_loss(3), "own": own}
+    limit = {name: stops.get(str(value), value) for name, value in limit.items()}
+    trials = cluster.trials(f"limited by {limit}")
+    fmin(
+        lambda x: x**2,
+        hp.uniform("x", -10, 10),
+        algo=tpe.suggest,
+        trials=trials,
+        rstate=numpy.random.default_rng(0),
+        show_progressbar=False,
+        **{"max_evals": 100_000, **limit},
+    )
+    assert 0 < len(trials.trials) < 10_000
+    assert _states(list(trials.handle.jobs.find({"exp_key": trials._exp_key}))) == {DONE: len(trials.trials)}
+    assert all(set(states) == {DONE} for states in seen)
+
+
 def test_two_searches_at_once(cluster: HyperoptCluster) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

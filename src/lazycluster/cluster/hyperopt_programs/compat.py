@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from timeit import default_timer
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,7 +22,8 @@ _PATIENCE = 60.0  # seconds that one waits for a server that is being started ag
 _clients: dict[tuple[Any, ...], Any] = {}
 _connecting = threading.Lock()
 _loaded = False
-_DONE = 2  # as in hyperopt.base
+_NEW, _DONE = 0, 2  # as in hyperopt.base
+_LOOK_EVERY = 1.0  # seconds, as often as hyperopt does when its queue is full
 no_workers: Callable[[str], Exception] = RuntimeError
 """The error of a search whose trials nobody will evaluate."""
 
@@ -45,6 +48,7 @@ def load() -> Any:
         mongoexp.connection_with_tunnel = functools.partial(_connect, mongoexp.connection_with_tunnel)
         _make_patient(mongoexp)
         _make_watchful(mongoexp.MongoTrials)
+        _keep_limits(mongoexp.MongoTrials)
         _keep_attachments_readable(mongoexp.MongoTrials)
         _take_numpy_booleans(base, mongoexp)
     return mongoexp
@@ -233,6 +237,93 @@ def _make_watchful(trials: Any) -> None:
         return number
 
     trials.count_by_state_unsynced = count_by_state_unsynced
+
+
+def _keep_limits(trials: Any) -> None:
+    """Have `fmin` look at its limits every second, also while workers take trials as fast as it queues them.
+
+    It queues until the queue is full, and looks then. So now and then it is told that the queue is full.
+    """
+    search_class = sys.modules["hyperopt.fmin"].FMinIter
+    run, insert, counted = search_class.run, trials.insert_trial_docs, trials.count_by_state_unsynced
+
+    @functools.wraps(run)
+    def run_within_limits(self: Any, *arguments: Any, **options: Any) -> Any:
+        limited = self.timeout is not None or self.loss_threshold is not None or self.early_stop_fn is not None
+        if not limited or not isinstance(self.trials, trials):
+            return run(self, *arguments, **options)
+        if self.early_stop_fn is not None and not hasattr(self.early_stop_fn, "of_finished_trials"):
+            self.early_stop_fn = _of_finished_trials(self.early_stop_fn)
+        look = self.trials.lazycluster_look = _Look(self)
+        try:
+            return run(self, *arguments, **options)
+        finally:
+            look.end()
+            del self.trials.lazycluster_look
+
+    @functools.wraps(insert)
+    def insert_trial_docs(self: Any, *arguments: Any, **options: Any) -> Any:
+        look = vars(self).get("lazycluster_look")
+        if look is not None:
+            look.queued = True
+        return insert(self, *arguments, **options)
+
+    @functools.wraps(counted)
+    def count_by_state_unsynced(self: Any, arg: Any) -> Any:
+        look = vars(self).get("lazycluster_look")
+        number = counted(self, arg)
+        return number if look is None or arg != _NEW else look.queue_length(number)
+
+    search_class.run, trials.insert_trial_docs = run_within_limits, insert_trial_docs
+    trials.count_by_state_unsynced = count_by_state_unsynced
+
+
+def _of_finished_trials(early_stop_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same for a search whose last trial has seldom a result: hyperopt's own look at that of the last."""
+    from hyperopt import base
+
+    @functools.wraps(early_stop_fn)
+    def stops(trials: Any, *state: Any) -> Any:
+        finished = [trial for trial in trials.trials if trial["state"] == _DONE]
+        return early_stop_fn(base.trials_from_docs(finished, validate=False), *state) if finished else (False, state)
+
+    stops.of_finished_trials = True  # type: ignore[attr-defined]
+    return stops
+
+
+class _Look:
+    """The time since a search has looked at its limits.
+
+    Args:
+        search: The search, a `FMinIter` of hyperopt.
+
+    Attributes:
+        queued: Whether trials were queued since the length of the queue was asked for.
+    """
+
+    def __init__(self, search: Any) -> None:
+        self._search = search
+        self._pause = search.poll_interval_secs
+        self._began = time.monotonic()
+        self.queued = False
+
+    def queue_length(self, number: int) -> int:
+        """Return the length of the queue, or, if a look is due, a length at which the search looks."""
+        if not self.queued:  # it has just looked
+            self.end()
+            self._began = time.monotonic()
+            return number
+        self.queued = False
+        timeout = self._search.timeout
+        over = timeout is not None and default_timer() - self._search.start_time >= timeout
+        if number >= self._search.max_queue_len or not (over or time.monotonic() - self._began >= _LOOK_EVERY):
+            return number
+        self._search.poll_interval_secs = 0.0  # workers wait for trials: it is only to look
+        return int(self._search.max_queue_len)
+
+    def end(self) -> None:
+        """Have the search pause again as it would."""
+        self._search.poll_interval_secs = self._pause
 
 
 def tell_problem(database: Any, problem: str | None) -> None:
