@@ -45,14 +45,14 @@ def _program(folder: Path, monkeypatch: pytest.MonkeyPatch, *command: str) -> No
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
-def test_mongod_is_used_where_there_is_one(
+def test_mongod_is_used_where_it_is_asked_for(
     group: RuntimeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(HyperoptCluster(group, dbpath=str(tmp_path / "a"))._master_launcher, EmbeddedMongoLauncher)
     _program(tmp_path / "bin", monkeypatch, sys.executable, str(Path(__file__).with_name("stand_in_mongod.py")))
+    assert isinstance(HyperoptCluster(group, dbpath=str(tmp_path / "a"))._master_launcher, EmbeddedMongoLauncher)
     passwords = set()
     for attempt in range(2):  # the second time the user exists
-        with HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
+        with HyperoptCluster(group, LocalMongoLauncher, dbpath=str(tmp_path / "db")) as cluster:
             launcher = cluster._master_launcher
             assert isinstance(launcher, LocalMongoLauncher)
             cluster.start_master()
@@ -72,6 +72,8 @@ def test_mongod_is_used_where_there_is_one(
             assert launcher.process.poll() is None
         assert launcher.process is None
     assert len(passwords) == 1
+    (tmp_path / "db" / "WiredTiger").touch()  # as a real one leaves it
+    assert isinstance(HyperoptCluster(group, dbpath=str(tmp_path / "db"))._master_launcher, LocalMongoLauncher)
     assert launcher.get_mongod_stop_cmd() == f"mongod --dbpath {tmp_path}/db --shutdown"
     with pytest.raises(MasterStartError, match="database of mongod"):
         HyperoptCluster(group, EmbeddedMongoLauncher, dbpath=str(tmp_path / "db")).start_master()

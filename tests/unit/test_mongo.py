@@ -232,6 +232,14 @@ def test_collections_and_databases(db: Database) -> None:
         ("insert", "c", {"documents": []}, 2, "documents"),
         ("createIndexes", "c", {"indexes": [{"key": {"a": "text"}, "name": "a"}]}, 115, "not supported"),
         ("listIndexes", "c", {}, 26, "does not exist"),
+        ("find", "c", {"filter": {"a": {"$in": [{"$gt": 1}]}}}, 2, "cannot nest $ under $in"),
+        ("find", "c", {"filter": {"a": {"$ne": Regex("a")}}}, 2, "regex as arg to $ne"),
+        ("find", "c", {"filter": {"a": {"$gt": Regex("a")}}}, 2, "RegEx as arg to predicate over field 'a'"),
+        ("find", "c", {"filter": {"a": {"$not": 3}}}, 2, "$not needs a regex"),
+        ("find", "c", {"filter": {"a": Regex("(")}}, 2, "'(' is not supported"),
+        ("find", "c", {"filter": {"a": {"$regex": "a", "$options": 3}}}, 2, "$regex has to be a string"),
+        ("listDatabases", 1, {"filter": {"sizeOnDisk": {"$gt": 1}}}, 2, "cannot be filtered by sizeOnDisk"),
+        ("listDatabases", 1, {"filter": {"name": {"$near": 1}}}, 2, "unknown operator: $near"),
     ],
 )
 def test_what_it_does_not_know_it_refuses(
@@ -242,6 +250,110 @@ def test_what_it_does_not_know_it_refuses(
     assert reply["code"] == code
     assert message in reply["errmsg"]
     assert reply["codeName"] != "UnknownError"
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_regular_expressions_among_values(db: Database, indexed: bool) -> None:
+    stored = ["train", "test", "trial", Regex("^t"), None, 5, ["train", "x"]]
+    db("insert", "c", documents=[{"_id": number, "name": name} for number, name in enumerate(stored)])
+    if indexed:
+        assert db("createIndexes", "c", indexes=[{"key": {"name": 1}, "name": "n"}])["ok"]
+    for conditions, ids in (
+        ({"name": {"$in": [Regex("^tr")]}}, [0, 2, 6]),
+        ({"name": {"$in": [Regex("^TR", "i"), "test"]}}, [0, 1, 2, 6]),
+        ({"name": {"$in": [Regex("^t"), None]}}, [0, 1, 2, 3, 4, 6]),
+        ({"name": {"$in": [Regex("nothing")]}}, []),
+        ({"name": {"$nin": [Regex("^tr")]}}, [1, 3, 4, 5]),
+        ({"name": {"$nin": [Regex("^t"), 5]}}, [4]),
+        ({"name": Regex("^t")}, [0, 1, 2, 3, 6]),
+        ({"name": {"$not": Regex("^t")}}, [4, 5]),
+        ({"name": {"$eq": Regex("^t")}}, [3]),
+        ({"$and": [{"name": {"$in": [Regex("st$")]}}, {"_id": {"$in": [0, 1]}}]}, [1]),
+    ):
+        assert db.ids(conditions) == ids, conditions
+        assert db("count", "c", query=conditions)["n"] == len(ids), conditions
+    assert db("delete", "c", deletes=[{"q": {"name": {"$nin": [Regex("^tr"), 5]}}, "limit": 0}])["n"] == 3
+    assert db.ids() == [0, 2, 5, 6]
+
+
+@pytest.mark.parametrize("limit", [2, -1, True, None, "1"])
+def test_deletions_of_another_number_than_one_or_all(db: Database, limit: Any) -> None:
+    db("insert", "c", documents=[{"_id": 1}, {"_id": 2}, {"_id": 3}])
+    (error,) = db("delete", "c", deletes=[{"q": {}, "limit": limit}])["writeErrors"]
+    assert error["code"] == 9
+    assert db.ids() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("command", ["find", "count", "aggregate"])
+def test_hints_name_an_index(db: Database, command: str) -> None:
+    fields = {"pipeline": [{"$group": {"_id": 1, "n": {"$sum": 1}}}], "cursor": {}} if command == "aggregate" else {}
+    assert db(command, "missing", **fields, hint="none")["ok"]
+    db("insert", "c", documents=[{"a": 1}])
+    db("createIndexes", "c", indexes=[{"key": {"a": 1, "b": -1}, "name": "ab"}])
+    for hint in ("_id_", {"_id": 1}, {"$natural": 1}, "ab", {"a": 1, "b": -1}):
+        assert db(command, "c", **fields, hint=hint)["ok"], hint
+    for hint in ("ba", {"a": 1}, {"b": -1, "a": 1}, {"_id": -1}, {"$natural": -1}, 3):
+        reply = db(command, "c", **fields, hint=hint)
+        assert (reply["ok"], reply["code"]) == (0, 2), hint
+        assert "existing index" in reply["errmsg"]
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [({"$gt": 1}, 52), ({"a": {"$x": 1}}, 52), ({"a": [{"$x": 1}]}, 52), ([1], 53), (Regex("a"), 53)],
+)
+@pytest.mark.parametrize("how", ["insert", "upsert"])
+def test_ids_that_could_not_be_looked_for(db: Database, how: str, value: Any, code: int) -> None:
+    if how == "insert":
+        reply = db("insert", "c", documents=[{"_id": value}])
+    else:
+        reply = db("update", "c", updates=[{"q": {"a": 1}, "u": {"$set": {"_id": value}}, "upsert": True}])
+    assert [error["code"] for error in reply["writeErrors"]] == [code]
+    assert db.ids() == []
+
+
+def test_databases_are_filtered(db: Database) -> None:
+    for name in ("one", "two"):
+        db.engine.run(Session(), {"insert": "c", "documents": [{}], "$db": name})
+    db.engine.commit()
+    for conditions, names in (
+        ({}, ["one", "two"]),
+        ({"name": "two"}, ["two"]),
+        ({"name": Regex("^o")}, ["one"]),
+        ({"empty": True}, []),
+        ({"name": {"$in": ["one", "three"]}, "empty": False}, ["one"]),
+    ):
+        for only in (True, False):
+            found = db("listDatabases", filter=conditions, nameOnly=only)["databases"]
+            assert [one["name"] for one in found] == names
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"$set": {"a": 1}, "$inc": {"a": 1}},
+        {"$set": {"a": 1, "a.b": 2}},
+        {"$set": {"a.b.c": 1}, "$unset": {"a": ""}},
+        {"$set": {"a": 1}, "$setOnInsert": {"a": 2}},
+        {"$push": {"a": 1}, "$set": {"a.0": 1}},
+    ],
+)
+@pytest.mark.parametrize("upsert", [False, True])
+def test_changes_that_conflict_are_refused(db: Database, change: Any, upsert: bool) -> None:
+    db("insert", "c", documents=[{"_id": 1, "a": [1]}])
+    statement = {"q": {"_id": 2 if upsert else 1}, "u": change, "upsert": upsert}
+    (error,) = db("update", "c", updates=[statement])["writeErrors"]
+    assert error["code"] == 40
+    assert "would create a conflict at 'a" in error["errmsg"]
+    assert db.find() == [{"_id": 1, "a": [1]}]
+    assert db("update", "c", updates=[{"q": {}, "u": {"$set": {"ab": 1, "abc.d": 2, "b.a": 3}}}])["nModified"] == 1
+
+
+def test_many_documents_are_not_replaced_by_one(db: Database) -> None:
+    db("insert", "c", documents=[{"_id": 1}, {"_id": 2}])
+    (error,) = db("update", "c", updates=[{"q": {}, "u": {"a": 1}, "multi": True}])["writeErrors"]
+    assert error["code"] == 9
+    assert db.find() == [{"_id": 1}, {"_id": 2}]
 
 
 @pytest.mark.parametrize(

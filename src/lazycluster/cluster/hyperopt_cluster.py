@@ -50,8 +50,7 @@ class HyperoptCluster(MasterWorkerCluster):
     Args:
         runtime_group: The hosts that can be used.
         master_launcher: How the database is started: a `MasterLauncher`, or a class of it; by default
-            `LocalMongoLauncher` if there is a `mongod`, else `EmbeddedMongoLauncher`. The launcher that has made the
-            files in `dbpath` goes before.
+            `EmbeddedMongoLauncher`, or `LocalMongoLauncher` if a `mongod` has made the files in `dbpath`.
         worker_launcher: How the workers are started: a `WorkerLauncher`, or a class of it; by default
             `RoundRobinLauncher`.
         dbpath: The directory of the database, made if it is missing; by default ``mongodb`` in

@@ -29,10 +29,8 @@ _PASSWORD = "lazycluster-password"  # noqa: S105  (a file's name)
 
 
 def default_launcher(dbpath: Path) -> type[EmbeddedMongoLauncher | LocalMongoLauncher]:
-    """Return the launcher for a directory: the one that made its files, else `mongod` where there is one."""
-    if (dbpath / _OURS).exists():
-        return EmbeddedMongoLauncher
-    if (dbpath / _THEIRS).exists() or shutil.which("mongod"):
+    """Return the launcher for a directory: `mongod` if it has made the files, else our own server."""
+    if (dbpath / _THEIRS).exists() and not (dbpath / _OURS).exists():
         return LocalMongoLauncher
     return EmbeddedMongoLauncher
 

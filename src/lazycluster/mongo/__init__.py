@@ -1,6 +1,6 @@
 """A small server that speaks MongoDB's wire protocol, for hyperopt, on `bson` and SQLite.
 
-What it is: the master of a `HyperoptCluster` where there is no ``mongod``. It has the commands that hyperopt's
+What it is: the master of a `HyperoptCluster`, by default. It has the commands that hyperopt's
 `MongoTrials`, GridFS and a user who looks into trials with PyMongo need: find (filter, sort, projection, skip, limit,
 batches), count, distinct, insert, update, delete, findAndModify, indexes (also unique ones), the lists of databases
 and collections, and of the aggregations those that count. Whoever connects proves with SCRAM-SHA-256 that he knows the

@@ -52,8 +52,15 @@ def _build_info(engine: Engine, command: Document) -> Document:
 
 
 def _list_databases(engine: Engine, command: Document) -> Document:
+    conditions = command.get("filter") or {}
+    fulfils = compile_filter(conditions)
+    for name in conditions:
+        if name not in ("name", "empty"):
+            raise bad_value(f"databases cannot be filtered by {name} here, only by name and empty")
     names = sorted({name.partition(".")[0] for name in engine.store.collections})
-    return {"databases": [{"name": name} for name in names], "totalSize": 0}
+    found = [{"name": name, "empty": False} for name in names]
+    shown = [{"name": one["name"]} if command.get("nameOnly") else one for one in found if fulfils(one)]
+    return {"databases": shown, "totalSize": 0}
 
 
 def _in_database(engine: Engine, command: Document) -> list[tuple[str, Collection]]:

@@ -54,7 +54,7 @@ def operators(wanted: Any) -> bool:
 def _field(path: str, wanted: Any, depth: int) -> Test:
     if depth > _DEEPEST:
         raise bad_value("the filter is nested too deeply")
-    if isinstance(wanted, (Regex, re.Pattern)):
+    if _is_regex(wanted):
         return _regex(path, wanted)
     if not operators(wanted):
         return _equal(path, wanted)
@@ -63,6 +63,8 @@ def _field(path: str, wanted: Any, depth: int) -> Test:
         if name == "$regex":
             tests.append(_regex(path, operand, wanted.get("$options", "")))
         elif name == "$not":
+            if not (_is_regex(operand) or operators(operand)):
+                raise bad_value("$not needs a regex or a document with operators")
             tests.append(_negated(_field(path, operand, depth + 1)))
         elif name != "$options":
             if name not in _OPERATORS:
@@ -80,15 +82,35 @@ def _equal(path: str, wanted: Any) -> Test:
     return lambda document: any(order(value) == key for value in spread(document, path))
 
 
+def _is_regex(value: Any) -> bool:
+    return isinstance(value, (Regex, re.Pattern))
+
+
+def _unequal(path: str, wanted: Any) -> Test:
+    if _is_regex(wanted):
+        raise bad_value("Can't have regex as arg to $ne.")
+    return _negated(_equal(path, wanted))
+
+
 def _within(path: str, wanted: Any) -> Test:
     if not isinstance(wanted, list):
-        raise bad_value("$in needs an array")
-    keys = {order(value) for value in wanted}
-    return lambda document: any(order(value) in keys for value in spread(document, path))
+        raise bad_value("$in and $nin need an array")
+    if any(operators(value) for value in wanted):
+        raise bad_value("cannot nest $ under $in")
+    patterns = [_regex(path, value) for value in wanted if _is_regex(value)]
+    keys = {order(value) for value in wanted if not _is_regex(value)}
+
+    def test(document: Document) -> bool:
+        found = any(order(value) in keys for value in spread(document, path))
+        return found or any(matches(document) for matches in patterns)
+
+    return test
 
 
 def _compare(holds: Callable[[bytes, bytes], bool]) -> Callable[[str, Any], Test]:
     def make(path: str, wanted: Any) -> Test:
+        if _is_regex(wanted):
+            raise bad_value(f"Can't have RegEx as arg to predicate over field '{path}'.")
         key = order(wanted)
         if wanted != wanted:  # nothing is more or less than NaN; it is only equal to itself
             return lambda document: holds(key, key) and any(order(value) == key for value in spread(document, path))
@@ -115,23 +137,30 @@ def _size(path: str, wanted: Any) -> Test:
     return lambda document: any(isinstance(value, list) and len(value) == wanted for value in find(document, path))
 
 
-def _regex(path: str, pattern: Any, options: str = "") -> Test:
-    if isinstance(pattern, Regex):
-        compiled = pattern.try_compile()
-    elif isinstance(pattern, re.Pattern):
-        compiled = pattern
-    elif isinstance(pattern, str):
-        compiled = Regex(pattern, options).try_compile()
-    else:
+def _regex(path: str, pattern: Any, options: Any = "") -> Test:
+    if isinstance(pattern, re.Pattern):
+        pattern = Regex.from_native(pattern)
+    elif isinstance(pattern, str) and isinstance(options, str):
+        pattern = Regex(pattern, options)
+    elif not isinstance(pattern, Regex):
         raise bad_value("$regex has to be a string")
-    return lambda document: any(
-        isinstance(value, str) and compiled.search(value) is not None for value in spread(document, path)
-    )
+    try:
+        compiled = pattern.try_compile()
+    except re.error as error:
+        raise bad_value(f"the regular expression {pattern.pattern!r} is not supported: {error}") from None
+    key = order(pattern)
+
+    def matches(value: Any) -> bool:
+        if isinstance(value, str):
+            return compiled.search(value) is not None
+        return _is_regex(value) and order(value) == key
+
+    return lambda document: any(matches(value) for value in spread(document, path))
 
 
 _OPERATORS: dict[str, Callable[[str, Any], Test]] = {
     "$eq": _equal,
-    "$ne": lambda path, wanted: _negated(_equal(path, wanted)),
+    "$ne": _unequal,
     "$in": _within,
     "$nin": lambda path, wanted: _negated(_within(path, wanted)),
     "$gt": _compare(lambda found, key: found > key),
@@ -150,13 +179,13 @@ def equalities(conditions: Mapping[str, Any]) -> dict[str, list[bytes]]:
         if name == "$and":
             for inner in wanted:
                 found = {**equalities(inner), **found}
-        elif name.startswith("$") or isinstance(wanted, (Regex, re.Pattern)):
+        elif name.startswith("$") or _is_regex(wanted):
             continue
         elif not operators(wanted):
             found[name] = [order(wanted)]
         elif "$eq" in wanted:
             found[name] = [order(wanted["$eq"])]
-        elif "$in" in wanted:
+        elif "$in" in wanted and not any(map(_is_regex, wanted["$in"])):
             found[name] = sorted({order(value) for value in wanted["$in"]})
     return found
 

@@ -59,7 +59,19 @@ def matching(engine: Engine, space: str, conditions: Any) -> Iterator[tuple[int,
                 yield row, document
 
 
+def _check_hint(engine: Engine, space: str, hint: Any) -> None:
+    """Refuse an index that is not there. Those that are make no difference to what is found."""
+    collection = engine.store.collections.get(space)
+    if hint is None or collection is None or hint in ("_id_", {"_id": 1}, {"$natural": 1}):
+        return
+    for index in collection.indexes:
+        if hint == index.name or (hint == index.spec["key"] and list(hint) == list(index.spec["key"])):
+            return
+    raise bad_value(f"hint provided does not correspond to an existing index: {hint!r}")
+
+
 def _rows(engine: Engine, space: str, command: Document) -> list[int]:
+    _check_hint(engine, space, command.get("hint"))
     skip, limit = whole(command, "skip"), whole(command, "limit")
     keys = sort_keys(command.get("sort"))
     found = matching(engine, space, command.get("filter"))
@@ -141,6 +153,7 @@ def _checked(conditions: Any) -> Any:
 
 
 def _count(engine: Engine, command: Document) -> Document:
+    _check_hint(engine, namespace(command), command.get("hint"))
     limit = command.get("limit")
     limits = {**command, "limit": abs(limit) if isinstance(limit, int) else limit}
     number = _number_of(
@@ -174,6 +187,7 @@ def _aggregate(engine: Engine, command: Document) -> Document:
     if answer is None or names != [name for name in _STAGES if name in given]:
         raise CommandError(40324, f"aggregations other than those that count are not supported: {', '.join(names)}")
     space = namespace(command)
+    _check_hint(engine, space, command.get("hint"))
     limits = {"skip": given.get("$skip"), "limit": given.get("$limit")}
     number = _number_of(engine, space, given.get("$match"), whole(limits, "skip"), whole(limits, "limit"))
     return {"cursor": {"firstBatch": [answer(number)] if number else [], "id": 0, "ns": space}}

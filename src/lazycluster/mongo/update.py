@@ -26,6 +26,7 @@ def compile_update(changes: Any) -> Change:
         return lambda document, inserted: _replaced(document, changes)
     for name, fields in changes.items():
         _check_modifier(name, fields)
+    _check_conflicts([path for fields in changes.values() for path in fields])
 
     def change(document: Document, inserted: bool) -> Document:
         result = codec.decode(codec.encode(document))  # much faster than a deep copy
@@ -48,6 +49,19 @@ def _check_modifier(name: str, fields: Any) -> None:
     for path in fields:
         if not path or "$" in path or "" in path.split("."):
             raise bad_value(f"the path {path!r} is not supported in an update")
+
+
+def _check_conflicts(paths: list[str]) -> None:
+    """Refuse two changes of one field, or of a field and of a part of it: which of them should be the last?"""
+    taken: set[str] = set()
+    whole = set(paths)
+    for path in paths:
+        parts = path.split(".")
+        above = {".".join(parts[:count]) for count in range(1, len(parts))} & whole
+        if path in taken or above:
+            at = min(above, default=path)
+            raise CommandError(40, f"Updating the path '{path}' would create a conflict at '{at}'")
+        taken.add(path)
 
 
 def _replaced(document: Document, replacement: Mapping[str, Any]) -> Document:

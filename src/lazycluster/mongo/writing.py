@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from bson import ObjectId
+from bson import ObjectId, Regex
 
 from . import codec
-from .errors import CommandError, bad_value
-from .query import Document, compile_projection, sort_keys
+from .errors import CommandError, bad_value, failed_to_parse
+from .query import Document, compile_projection, operators, sort_keys
 from .reading import matching, namespace, sorted_rows
 from .update import Change, compile_update, upserted
 
@@ -65,10 +66,27 @@ def _add(collection: Collection, document: Document) -> Document:
         raise bad_value("a document is needed")
     if "_id" not in document:
         document = {"_id": ObjectId(), **document}
-    if isinstance(document["_id"], list):
-        raise bad_value("the _id of a document cannot be an array")
+    _check_id(document["_id"])
     collection.insert(document, codec.encode(document))
     return document
+
+
+def _check_id(value: Any) -> None:
+    if isinstance(value, (list, Regex, re.Pattern)):
+        what = "array" if isinstance(value, list) else "regex"
+        raise CommandError(53, f"The '_id' value cannot be of type {what}")
+    if isinstance(value, Mapping):
+        _check_names(value)
+
+
+def _check_names(value: Any) -> None:
+    """Refuse names in an _id that would be taken for operators when one looks for it."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for name in value if isinstance(value, Mapping) else ():
+        if name.startswith("$"):
+            raise CommandError(52, f"_id fields may not contain '$'-prefixed fields: {name} is not valid for storage.")
+    for one in inner:
+        _check_names(one)
 
 
 def _change(engine: Engine, space: str, row: int, old: Document, change: Change) -> tuple[Document, bool]:
@@ -92,6 +110,8 @@ def _update(engine: Engine, command: Document) -> Document:
     def do(number: int, statement: Document) -> None:
         conditions = statement.get("q", {})
         change = compile_update(statement.get("u"))
+        if statement.get("multi") and not operators(statement["u"]):
+            raise failed_to_parse("multi update is not supported for replacement-style update")
         wanted = None if statement.get("multi") else 1
         found = list(itertools.islice(matching(engine, space, conditions), wanted))
         for row, document in found:
@@ -113,7 +133,10 @@ def _delete(engine: Engine, command: Document) -> Document:
 
     def do(_: int, statement: Document) -> None:
         nonlocal deleted
-        wanted = 1 if statement.get("limit") == 1 else None
+        limit = statement.get("limit")
+        if isinstance(limit, bool) or limit not in (0, 1):
+            raise failed_to_parse(f"The limit field in delete objects must be 0 or 1. Got {limit!r}")
+        wanted = 1 if limit else None
         found = list(itertools.islice(matching(engine, space, statement.get("q", {})), wanted))
         for row, document in found:
             engine.store.collection(space).delete(row, document)
