@@ -506,10 +506,77 @@ def test_directories(local: LocalRuntime, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PathCreationError):
         local.create_dir(str(tmp_path / "file" / "below"))
-    for wrong in ("", "/", "~", str(tmp_path / "file")):
+    for wrong in ("", "\0", str(tmp_path / "file")):
         with pytest.raises(ValueError, match=r"."):
             local.delete_dir(wrong)
+    assert (tmp_path / "file").exists()
     assert local.echo("it's $HOME\n") == "it's $HOME\n"
+
+
+def test_directories_that_are_never_deleted(hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    host = hosts[0]
+    host.run(
+        "mkdir -p ~/work/sub ~/other && echo years > ~/thesis && ln -s / ~/root && ln -s ~ ~/again", user=host.user
+    )
+    kwargs = {"config_file": hosts.config_file}
+    with Runtime(host.name, working_dir="~/work", connection_kwargs=kwargs, env={"NONE": ""}) as runtime:
+        home = host.home  # a file system of this host alone: if this fails, nothing else is lost
+        spellings = ("~", "~/", "~/.", "~/work/..", "..", "../", f"/{home}", f"{home}//", f"{home}/./", "$HOME")
+        for path in (*spellings, f"~/root{home}", f"~/again/../{host.user}", "~/again/again/../."):
+            with pytest.raises(ValueError, match=r"home directory(.|\n)*Next step"):
+                runtime.delete_dir(path)
+        for path in (".", "./", "sub/..", "$NONE", "~/work", f"//{home}/work/", "~/again/work"):
+            with pytest.raises(ValueError, match="the working directory"):
+                runtime.delete_dir(path)
+        assert host.path("~/thesis").read_text() == "years\n"
+        assert host.path("~/work/sub").is_dir()
+        assert runtime.delete_dir("$UNSET/none")
+        assert runtime.delete_dir("../other/")
+        assert runtime.delete_dir("~/again/.")  # the link alone
+        assert not host.path("~/again").is_symlink()
+        assert host.path("~/thesis").exists()
+        host.run("mkdir -p ~/part/kept ~/part/gone && touch ~/part/kept/file && chmod 500 ~/part/kept", user=host.user)
+        assert not runtime.delete_dir("~/part")
+        assert f"{home}/part/kept/file" in caplog.text
+        assert not host.path("~/part/gone").exists()
+        host.run("chmod 700 ~/part/kept", user=host.user)
+        assert runtime.delete_dir("~/part")
+    host.run("rm -r ~/work ~/thesis ~/root", user=host.user)
+
+
+def test_what_is_mounted_in_a_directory_stays(remote: Runtime, hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    host = hosts[0]
+    host.run("mkdir -p ~/work/sub/mount ~/work/bound ~/precious && echo years > ~/precious/data", user=host.user)
+    home, temporary = host.home, remote.create_tempdir()
+    host.run(f"mkdir {temporary}/bound && chmod 777 {temporary}/bound")
+    host.run(f"mount -t tmpfs -o mode=0777 tmpfs {home}/work/sub/mount && echo years > {home}/work/sub/mount/data")
+    host.run(f"chmod 666 {home}/work/sub/mount/data")
+    for place in (f"{home}/work/bound", f"{temporary}/bound"):  # the same file system once more
+        host.run(f"mount --bind {home}/precious {place}")
+    try:
+        for path in ("~/work/sub/mount", "~/work/bound"):
+            with pytest.raises(ValueError, match="mount point"):
+                remote.delete_dir(path)
+        assert not remote.delete_dir("~/work")
+        assert "is a mount point; unmount it first" in caplog.text
+        assert host.path("~/work/sub/mount/data").read_text() == "years\n"
+        remote.cleanup()  # nor does what is removed at the end lead there
+        assert host.path("~/precious/data").read_text() == "years\n"
+    finally:
+        host.run(f"umount {home}/work/sub/mount {home}/work/bound {temporary}/bound")
+        host.run(f"rm -r {home}/work {home}/precious {os.path.dirname(temporary)}")
+
+
+def test_the_directory_that_this_process_is_in_is_not_deleted(
+    local: LocalRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "project" / "here")
+    for path in ("project", "project/here"):
+        with pytest.raises(ValueError, match="the working directory of this process"):
+            local.delete_dir(str(tmp_path / path))
+    (tmp_path / "project" / "here").rmdir()
+    assert local.delete_dir(str(tmp_path / "project"))
 
 
 # --- filters ---------------------------------------------------------------------------------------

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import errno
+import logging
+import os
 import threading
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
@@ -19,6 +23,8 @@ from .session import ANSWER_LIMIT, Session
 from .views import info_view
 
 __all__ = ["HostQuestions", "checked_ports", "listed", "pick_port"]
+
+logger = logging.getLogger("lazycluster")
 
 T = TypeVar("T")
 
@@ -304,31 +310,38 @@ class HostQuestions:
         return path
 
     def delete_dir(self, path: str) -> bool:
-        """Remove a directory on the host with all that it holds.
+        """Remove a directory on the host with all that it holds. Of a link, only the link itself is removed.
+
+        What another file system is mounted on stays, with the directories that it is in.
 
         Args:
             path: See :meth:`create_dir`.
 
         Returns:
-            Whether it is gone: False if something in it cannot be removed.
+            Whether it is gone: False if something in it cannot be removed; the log says what.
 
         Raises:
-            ValueError: If the path is empty, a file, the home directory or the root.
+            ValueError: If the path is empty, a file, a mount point, a directory of the system, or, however it is
+                written, the root, the home or working directory, or a directory that one of these is in.
         """
         self._check_path(path)
-        place = self._place()
-        found = self._ask("expand", path=path, **place)
-        if found["directory"] is None:
-            return True
-        if not found["directory"]:
-            raise ValueError(f"{self._session.host}: {found['path']} is not a directory")
         try:
-            self._ask("remove", path=path, **place)
+            self._ask("remove", path=path, folder=True, kept=self._kept(), **self._place())
         except AgentError as error:
             if error.kind == "value":
-                raise ValueError(str(error)) from error
+                raise ValueError(f"{error}\n  Next step: correct the path") from error
+            if error.evidence.get("errno") == errno.ENOENT:
+                return True
+            logger.warning("%s: not all of %s was removed: %s", self._session.host, path, error.message)
             return False
         return True
+
+    def _kept(self) -> dict[str, str]:
+        """Return directories that are not removed beside those that the host knows of."""
+        with contextlib.suppress(OSError):  # this process may be in a directory that was removed
+            if self._session.spec.local:
+                return {"the working directory of this process": os.getcwd()}
+        return {}
 
     def _check_path(self, path: str) -> None:
         if not isinstance(path, str):

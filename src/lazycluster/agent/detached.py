@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import time
 from importlib import import_module
 
+from .deletion import remove as delete
+from .deletion import remove_tree
 from .guardian import SSHD_FILE
 from .logout import kills_at_logout
 from .processes import explained, start_time
@@ -164,7 +165,7 @@ class _Task:
         try:
             self._set_out(params)
         except OSError:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            remove_tree(self.directory)
             raise
 
     def _set_out(self, params: Dict[str, Any]) -> None:
@@ -344,7 +345,9 @@ def detached(channel: "Channel") -> None:
         if about["state"] == RUNNING:
             channel.fail("value", "the task runs: cancel it first")
             return
-        shutil.rmtree(directory)
+        error = delete(directory)
+        if error is not None:
+            raise error
         channel.result()
     else:
         number = "log" if action == "log" else "outcome-{}".format(int(params["step"]))

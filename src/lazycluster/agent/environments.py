@@ -1,7 +1,9 @@
 """Python environments that the manager makes on the host: where they are, who uses them, and which may go.
 
 Below one root there are `envs/<id>` (the environments), `envs/<id>.build` and `envs/<id>.use` (locks, which end with
-whoever holds them), `wheels/<sha256>` (packages that were sent), `uv` and `cache` (the installer and what it unpacked).
+whoever holds them), `wheels/<sha256>` (packages that were sent), `uv` and `cache` (the installer and what it unpacked),
+`python` (interpreters that were sent). The file `MARKER` says that the root is one of ours. Somebody else's files may
+lie there nevertheless: only what carries our manifest, or a name that nobody else gives, is listed, used or removed.
 """
 
 from __future__ import annotations
@@ -10,19 +12,27 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 import sys
 import time
 
+from .deletion import remove_tree
 from .envprogram import MANIFEST
 from .paths import meant
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Optional
+    from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
     from .session import Channel
 
+MARKER = ".lazycluster-environments"
+_ID = re.compile(r"py\d{2,3}-[0-9a-f]{12,64}")
+_WHEEL = re.compile(r"[0-9a-f]{16,64}")
+_PARTS = ("cache", "envs", "python", "uv", "wheels")
+_EMPTY = {"lost+found"}  # what a directory has that is a file system of its own
 _WAIT = 0.1  # seconds between two tries for a lock that somebody else has
 _ST_NOEXEC = 8
 _MOST_COMPILERS = 8  # processes at once
@@ -42,13 +52,133 @@ def environment(channel: Channel) -> None:
     handler = _ACTIONS.get(action)
     if handler is None:
         channel.fail("value", "unknown action {!r}".format(action))
-    else:
+        return
+    try:
         handler(channel)
+    except NotOursError as error:
+        channel.fail("value", str(error))
 
 
 def root_of(channel: Channel) -> str:
     """Return the directory that everything is in."""
     return meant(channel.params.get("root") or "~/.cache/lazycluster", "", {})
+
+
+# --- what is ours --------------------------------------------------------------------------------
+class NotOursError(Exception):
+    """A directory in which we neither make nor remove anything; its text says why, and what to do."""
+
+
+def claim(root: str, make: bool = False) -> None:
+    """Make sure that a root is ours, and mark it unless it is marked.
+
+    It is ours if it is marked, or if an earlier version that did not mark it has made environments there.
+
+    Args:
+        root: The directory.
+        make: Make it if it is missing, and take it if it is empty.
+
+    Raises:
+        NotOursError: If there is something else.
+        OSError: If it cannot be made or read.
+    """
+    names = _names_in_root(root, make)
+    if MARKER in names or not (names or make):
+        return
+    if names and not _made_before(root):
+        raise NotOursError(
+            "{0} is not empty, and not known as a directory for environments of lazycluster: nothing in it is touched. "
+            "Name one that is empty or does not exist; or, if it is one nevertheless, mark it: touch {0}/{1}".format(
+                root, MARKER
+            )
+        )
+    _mark(root, exclusive=names.issubset(_PARTS))
+
+
+def _names_in_root(root: str, make: bool) -> Set[str]:
+    if make:
+        os.makedirs(root, mode=0o700, exist_ok=True)
+    try:
+        names = set(os.listdir(root)) - _EMPTY
+    except FileNotFoundError:
+        return set()
+    # Looked at afterwards: whoever makes a root marks it before anything else.
+    return names | {MARKER} if _is_file(os.path.join(root, MARKER)) else names - {MARKER}
+
+
+def _mark(root: str, exclusive: bool) -> None:
+    """Mark a root; `exclusive` says that there is nothing in it but what we have made."""
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        fd = os.open(os.path.join(root, MARKER), flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return  # somebody else was faster, or it may only be read
+    with open(fd, "w", encoding="ascii") as file:
+        json.dump({"format": 1, "exclusive": exclusive}, file)
+
+
+def is_exclusive(root: str) -> bool:
+    """Whether nobody but us had anything in a root when it was marked."""
+    return bool((_read_json(os.path.join(root, MARKER)) or {}).get("exclusive"))
+
+
+def _made_before(root: str) -> bool:
+    """Whether environments were made in a root that is not marked: there is one, or the lock of one."""
+    envs = os.path.join(root, "envs")
+    for name in os.listdir(envs) if os.path.isdir(envs) else ():
+        path = os.path.join(envs, name)
+        if is_ours(path) or is_lock(path):
+            return True
+    return False
+
+
+def is_lock(path: str) -> bool:
+    """Whether a file is the lock of an environment."""
+    stem, suffix = os.path.splitext(os.path.basename(path))
+    named = suffix in (".build", ".use") and _ID.fullmatch(stem)
+    return bool(named) and _is_file(path) and os.lstat(path).st_size == 0
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def is_ours(prefix: str) -> bool:
+    """Whether a directory is an environment that we have made: it has our name and our manifest."""
+    named = _ID.fullmatch(os.path.basename(prefix)) is not None
+    return named and not os.path.islink(prefix) and read_manifest(prefix) is not None
+
+
+def unfinished(envs: str, name: str = "") -> Iterator[Tuple[str, str]]:
+    """Yield (name of the environment, path) of what builds and removals have left that were killed.
+
+    Args:
+        envs: Where environments are.
+        name: Only that of this environment.
+    """
+    for entry in os.listdir(envs) if os.path.isdir(envs) else ():
+        of = entry[1:].partition(".")[0].rpartition("-")[0]
+        if entry.startswith(".") and name in ("", of) and is_lock(os.path.join(envs, of + ".build")):
+            yield of, os.path.join(envs, entry)
+
+
+def wheels(root: str) -> Iterator[Tuple[str, str]]:
+    """Yield (folder, path) of each package that was sent: a folder named by a hash, with nothing but files in it."""
+    place = os.path.join(root, "wheels")
+    for name in os.listdir(place) if os.path.isdir(place) else ():
+        path = os.path.join(place, name)
+        named = _WHEEL.fullmatch(name) and not os.path.islink(path) and os.path.isdir(path)
+        if named and all(_is_package(os.path.join(path, entry)) for entry in os.listdir(path)):
+            yield name, path
+
+
+def _is_package(path: str) -> bool:
+    return path.endswith((".whl", ".part")) and _is_file(path)
 
 
 # --- what is there -------------------------------------------------------------------------------
@@ -85,14 +215,14 @@ def _survey(channel: Channel) -> None:
 
 def _prefix(channel: Channel) -> str:
     name = str(channel.params["id"])
-    if not name or not name.replace("-", "").isalnum():
+    if not _ID.fullmatch(name):
         raise ValueError("not the name of an environment: {!r}".format(name))
     return os.path.join(root_of(channel), "envs", name)
 
 
 def use(prefix: str) -> Optional[str]:
     """Mark an environment as in use until this agent ends; returns why it cannot be used, None if it can."""
-    if not os.path.isdir(prefix):
+    if read_manifest(prefix) is None:
         return "missing"
     if prefix not in _used:
         fd = _lock_in_use(prefix)
@@ -150,10 +280,19 @@ def listing(prefix: str) -> List[Any]:
 
 
 def read_manifest(prefix: str) -> Optional[Dict[str, Any]]:
-    """Return what is said of a complete environment, None if it is not one."""
+    """Return what is said of a complete environment, None if it is not one of ours."""
+    found = _read_json(os.path.join(prefix, MANIFEST))
+    if found is None or "listing" not in found or found.get("id", os.path.basename(prefix)) != os.path.basename(prefix):
+        return None
+    return found
+
+
+def _read_json(path: str) -> Optional[Dict[str, Any]]:
+    """Return the object in a file, None if there is no such file, or something else than a file."""
     try:
-        with open(os.path.join(prefix, MANIFEST), encoding="utf-8") as file:
-            found = json.load(file)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, encoding="utf-8") as file:
+            found = json.load(file) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -161,7 +300,7 @@ def read_manifest(prefix: str) -> Optional[Dict[str, Any]]:
 
 def lock(path: str, kind: int) -> Optional[int]:
     """Return a descriptor that holds a lock, None if somebody else has it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except OSError as error:
@@ -192,8 +331,8 @@ class _Build:
         channel.on_abandon = self._abandon
         channel.on_control = self._control
         try:
-            for path in (root, os.path.dirname(prefix)):
-                os.makedirs(path, mode=0o700, exist_ok=True)
+            claim(root, make=True)
+            os.makedirs(os.path.dirname(prefix), mode=0o700, exist_ok=True)
             if getattr(os.statvfs(root), "f_flag", 0) & _ST_NOEXEC:
                 channel.fail("noexec", "{} is on a file system from which nothing can be run (noexec)".format(root))
                 return
@@ -245,7 +384,7 @@ class _Build:
 
     def _finish(self, manifest: Dict[str, Any]) -> None:
         made, self._directory = self._directory, ""
-        manifest.update(listing=listing(made), made=time.time())
+        manifest.update(id=os.path.basename(self._prefix), listing=listing(made), made=time.time())
         try:
             with open(os.path.join(made, MANIFEST), "w", encoding="utf-8") as file:
                 json.dump(manifest, file)
@@ -285,14 +424,8 @@ class _Build:
 
 def remove_unfinished(envs: str, name: str) -> None:
     """Remove what builds of an environment have left that were killed; the caller holds its lock."""
-    for entry in os.listdir(envs):
-        if entry.startswith(".{}-".format(name)):
-            remove_tree(os.path.join(envs, entry))
-
-
-def remove_tree(path: str) -> None:
-    """Remove a directory, as far as that is possible."""
-    shutil.rmtree(path, ignore_errors=True)
+    for _, path in unfinished(envs, name):
+        remove_tree(path)
 
 
 # --- compiling its modules -----------------------------------------------------------------------
@@ -344,6 +477,8 @@ def _wheels(channel: Channel) -> None:
     place = os.path.join(root_of(channel), "wheels")
     missing = []
     for folder, name, size in channel.params["wheels"]:
+        if not _WHEEL.fullmatch(folder) or "/" in name:
+            raise ValueError("not the name of a package: {!r}".format(os.path.join(folder, name)))
         path = os.path.join(place, folder, name)
         try:
             there = os.stat(path).st_size == size

@@ -8,11 +8,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import sys
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Dict, Iterator, List, Tuple
+    from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 MANIFEST = "lazycluster.json"
 _NOT_COMPILED = ("__pycache__", "tests", "test")  # tests are a third of all modules, and nobody imports them
@@ -82,20 +83,25 @@ def _libraries(prefix: str) -> Iterator[str]:
             yield folder
 
 
-def size_of(path: str) -> int:
-    """Return the bytes that a directory takes on the disk; what has several names is counted once."""
+def size_of(*paths: str) -> int:
+    """Return the bytes that directories take on the disk; what has several names is counted once."""
     total = 0
     seen = set()
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                inode = os.lstat(os.path.join(folder, name))
-            except OSError:
-                continue
-            if inode.st_ino not in seen:
-                seen.add(inode.st_ino)
-                total += inode.st_blocks * 512
+    for path in _files(paths):
+        try:
+            inode = os.lstat(path)
+        except OSError:
+            continue
+        if inode.st_ino not in seen:
+            seen.add(inode.st_ino)
+            total += inode.st_blocks * 512
     return total
+
+
+def _files(paths: Sequence[str]) -> Iterator[str]:
+    for path in paths:
+        for folder, _, names in os.walk(path):
+            yield from (os.path.join(folder, name) for name in names)
 
 
 # --- compiling -----------------------------------------------------------------------------------
@@ -141,8 +147,8 @@ def _modules(prefix: str) -> Iterator[str]:
 
 def _remove_unfinished(folder: str) -> None:
     """Remove what was being written when somebody who compiled was killed; Python has no other use for such files."""
-    for name in os.listdir(folder):
-        if ".pyc." in name:
+    for name in os.listdir(folder) if not os.path.islink(folder) else ():
+        if re.search(r"\.pyc\.\d+$", name):
             try:
                 os.unlink(os.path.join(folder, name))
             except OSError:

@@ -147,16 +147,10 @@ def _end_foreign(processes: Iterable[Any]) -> None:
 
 def remove(paths: Iterable[str]) -> None:
     """Remove files and directories; what is not there is no error."""
-    import shutil  # here and not above: the start of the agent does not wait for it
+    from .deletion import remove_tree  # here and not above: the start of the agent does not wait for it
 
     for path in paths:
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            try:
-                os.unlink(path)
-            except OSError:
-                pass
+        remove_tree(path)
 
 
 def sshd_above(pid: int) -> Optional[int]:

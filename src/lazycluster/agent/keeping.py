@@ -7,7 +7,21 @@ import os
 import time
 
 from .aside import aside
-from .environments import damage, lock, read_manifest, remove_tree, remove_unfinished, root_of
+from .deletion import remove_tree
+from .environments import (
+    NotOursError,
+    claim,
+    damage,
+    is_exclusive,
+    is_lock,
+    is_ours,
+    lock,
+    read_manifest,
+    remove_unfinished,
+    root_of,
+    unfinished,
+    wheels,
+)
 from .envprogram import size_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -20,6 +34,11 @@ if TYPE_CHECKING:
 def handle(channel: Channel, action: str) -> None:
     """Handle the request `environment` where it is about all that there are: on some file systems it takes long."""
     params, root = channel.params, root_of(channel)
+    try:
+        claim(root)
+    except NotOursError as error:
+        channel.fail("value", str(error))
+        return
     if action == "list":
         aside(channel, lambda: list_environments(root))
     elif action == "remove":
@@ -35,13 +54,26 @@ def kept(root: str) -> Iterator[Tuple[str, Dict[str, Any], float]]:
     envs = os.path.join(root, "envs")
     for name in sorted(os.listdir(envs)) if os.path.isdir(envs) else ():
         prefix = os.path.join(envs, name)
-        if name.startswith(".") or not os.path.isdir(prefix):
-            continue
-        try:
-            last = os.stat(prefix + ".use").st_mtime
-        except OSError:
-            last = os.stat(prefix).st_mtime
-        yield name, read_manifest(prefix) or {}, last
+        manifest = read_manifest(prefix) if is_ours(prefix) else None
+        if manifest is not None:
+            yield name, manifest, _modified(prefix + ".use") or _modified(prefix)
+
+
+def _modified(path: str) -> float:
+    try:
+        return os.lstat(path).st_mtime
+    except OSError:
+        return 0.0  # there is none, or somebody else has removed it just now
+
+
+def size_of_all(root: str) -> int:
+    """Return the bytes of all that is ours in a root."""
+    envs = os.path.join(root, "envs")
+    paths = [os.path.join(envs, name) for name, _, _ in kept(root)] + [path for _, path in unfinished(envs)]
+    paths += [path for _, path in wheels(root)]
+    if is_exclusive(root):
+        paths += [os.path.join(root, name) for name in ("cache", "python", "uv")]
+    return size_of(*paths)
 
 
 def list_environments(root: str) -> Dict[str, Any]:
@@ -63,10 +95,12 @@ def list_environments(root: str) -> Dict[str, Any]:
                 "problem": damage(prefix),
             }
         )
-    return {"root": root, "environments": found, "now": time.time(), "size": size_of(root)}
+    return {"root": root, "environments": found, "now": time.time(), "size": size_of_all(root)}
 
 
 def _is_used(prefix: str) -> bool:
+    if not os.path.lexists(prefix + ".use"):
+        return False
     fd = lock(prefix + ".use", fcntl.LOCK_EX)
     if fd is None:
         return True
@@ -77,19 +111,11 @@ def _is_used(prefix: str) -> bool:
 def remove_damaged(root: str, folders: Sequence[str]) -> List[str]:
     """Remove those of some packages that were sent whose content is not what it was; returns them."""
     removed = []
-    for folder in folders:
-        place = os.path.join(root, "wheels", os.path.basename(folder))
-        if any(not _has_hash(os.path.join(place, name), folder) for name in _names_in(place)):
+    for folder, place in list(wheels(root)):
+        if folder in folders and any(not _has_hash(os.path.join(place, name), folder) for name in os.listdir(place)):
             remove_tree(place)
             removed.append(folder)
     return removed
-
-
-def _names_in(place: str) -> List[str]:
-    try:
-        return os.listdir(place)
-    except OSError:
-        return []
 
 
 def _has_hash(path: str, start: str) -> bool:
@@ -106,7 +132,7 @@ def _has_hash(path: str, start: str) -> bool:
 
 
 def remove(root: str, name: str) -> bool:
-    """Remove an environment, unless it is in use; returns whether it has gone."""
+    """Remove an environment of ours, unless it is in use; returns whether it has gone."""
     prefix = os.path.join(root, "envs", name)
     building = lock(prefix + ".build", fcntl.LOCK_EX)
     if building is None:
@@ -116,11 +142,10 @@ def remove(root: str, name: str) -> bool:
         if using is None:
             return False
         try:
-            aside = os.path.join(root, "envs", ".{}-removed".format(name))
-            remove_tree(aside)
-            if os.path.isdir(prefix):
-                os.rename(prefix, aside)  # what is half removed must not be found
             remove_unfinished(os.path.join(root, "envs"), name)
+            if is_ours(prefix):  # still: it was looked at before it was locked
+                os.rename(prefix, os.path.join(root, "envs", ".{}-removed".format(name)))
+            remove_unfinished(os.path.join(root, "envs"), name)  # what is half removed must not be found
         finally:
             os.close(using)
     finally:
@@ -145,16 +170,14 @@ def remove_environments(root: str, ids: Sequence[str]) -> Dict[str, Any]:
 def prune_environments(root: str, limit: Optional[int], age: Optional[float]) -> Dict[str, Any]:
     """Remove environments, those used longest ago first, until all together is small enough."""
     envs = os.path.join(root, "envs")
-    before = size_of(root)
+    before = size_of_all(root)
     if _is_building(envs):
         limit = None  # it uses packages that no environment has yet: whoever makes it looks at the size afterwards
-    for entry in os.listdir(envs) if os.path.isdir(envs) else ():
-        if entry.startswith("."):  # left by a build that was killed, unless one is under way
-            name = entry[1:].rpartition("-")[0]
-            fd = lock(os.path.join(envs, name + ".build"), fcntl.LOCK_EX)
-            if fd is not None:
-                remove_tree(os.path.join(envs, entry))
-                os.close(fd)
+    for name, path in list(unfinished(envs)):  # left by a build that was killed, unless one is under way
+        fd = lock(os.path.join(envs, name + ".build"), fcntl.LOCK_EX)
+        if fd is not None:
+            remove_tree(path)
+            os.close(fd)
     removed: List[str] = []
     in_use: List[str] = []
     now = time.time()
@@ -163,24 +186,25 @@ def prune_environments(root: str, limit: Optional[int], age: Optional[float]) ->
         if old or not _fits(root, limit):
             (removed if remove(root, name) else in_use).append(name)
     if not _fits(root, limit):
-        _remove_oldest(os.path.join(root, "wheels"), (), root, limit)
-    return {"removed": removed, "in_use": in_use, "before": before, "after": size_of(root)}
+        _remove_oldest_packages((), root, limit)
+    return {"removed": removed, "in_use": in_use, "before": before, "after": size_of_all(root)}
 
 
 def _fits(root: str, limit: Optional[int]) -> bool:
     """Whether all together is small enough; if need be what no environment has goes first."""
-    if limit is None or size_of(root) <= limit:
+    if limit is None or size_of_all(root) <= limit:
         return True
     # The cache of the installer does not count who uses what is in it, but the file system does.
-    _remove_unshared(os.path.join(root, "cache", "archive-v0"))
+    if is_exclusive(root):
+        _remove_unshared(os.path.join(root, "cache", "archive-v0"))
     needed = {folder for _, manifest, _ in kept(root) for folder in manifest.get("wheels") or ()}
-    return _remove_oldest(os.path.join(root, "wheels"), needed, root, limit)
+    return _remove_oldest_packages(needed, root, limit)
 
 
 def _is_building(envs: str) -> bool:
     """Whether an environment is being made, by this agent or another."""
     for name in os.listdir(envs) if os.path.isdir(envs) else ():
-        if name.endswith(".build"):
+        if name.endswith(".build") and is_lock(os.path.join(envs, name)):
             fd = lock(os.path.join(envs, name), fcntl.LOCK_EX)
             if fd is None:
                 return True
@@ -195,11 +219,10 @@ def _remove_unshared(place: str) -> None:
             remove_tree(path)
 
 
-def _remove_oldest(place: str, needed: Container[str], root: str, limit: Optional[int]) -> bool:
-    """Remove what is in a directory, but what is needed, until all is small enough; returns whether it is."""
-    left = size_of(root)
-    names = [name for name in os.listdir(place) if name not in needed] if os.path.isdir(place) else []
-    for path in sorted((os.path.join(place, name) for name in names), key=lambda path: os.stat(path).st_mtime):
+def _remove_oldest_packages(needed: Container[str], root: str, limit: Optional[int]) -> bool:
+    """Remove packages that were sent, but those needed, until all is small enough; returns whether it is."""
+    left = size_of_all(root)
+    for path in sorted((path for folder, path in wheels(root) if folder not in needed), key=_modified):
         if limit is None or left <= limit:
             break
         left -= size_of(path)

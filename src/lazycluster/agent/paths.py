@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from typing import Mapping
 
-from .expand import absolute
+from .deletion import RefusedError
+from .deletion import remove as delete
+from .expand import absolute, home
 from .session import Channel
 
 
 def meant(path: str, cwd: str, env: Mapping[str, str]) -> str:
-    """Return the absolute path that is meant: see `expand.absolute`."""
-    return os.fsdecode(os.path.abspath(absolute(os.fsencode(path), os.fsencode(cwd), env)))
+    """Return the absolute path that is meant: see `expand.absolute`. It has no ``.`` and ``..`` in it.
+
+    After a link, ``..`` is what it is to the system, and so to commands: the directory above the one that it leads to.
+    """
+    found = b"/"
+    for part in absolute(os.fsencode(path), os.fsencode(cwd), env).split(b"/"):
+        if part == b"..":
+            found = os.path.dirname(os.path.realpath(found))
+        elif part not in (b"", b"."):
+            found = os.path.join(found, part)
+    return os.fsdecode(found)
 
 
 def _path(channel: Channel) -> str:
@@ -38,15 +48,25 @@ def mkdtemp(channel: Channel) -> None:
 
 
 def remove(channel: Channel) -> None:
-    """Handle the request `remove`: remove a directory with all that it holds, or a file."""
+    """Handle the request `remove`: remove a directory with all that it holds, or (unless `folder` is set) a file.
+
+    What must not go is the error "value": see `deletion.remove`. So must the working directory `cwd`, the paths `kept`
+    and the agent's own directory, and what these are in.
+    """
+    params = channel.params
+    env = params.get("env") or {}
+    kept = {"the home directory": os.fsdecode(home(env)), "the directory of this connection": channel.agent.directory}
+    kept.update(params.get("kept") or {})
+    if params.get("cwd"):
+        kept["the working directory"] = meant("", params["cwd"], env)
     path = _path(channel)
-    if path in ("/", os.path.expanduser("~")):
-        channel.fail("value", "{} is not removed: it is too much".format(path))
+    try:
+        error = delete(path, kept, bool(params.get("folder")))
+    except RefusedError as refused:
+        channel.fail("value", str(refused))
         return
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        os.unlink(path)
+    if error is not None:
+        raise error
     channel.result(path=path)
 
 

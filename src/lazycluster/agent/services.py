@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tu
 
 from . import gpus, memory
 from .commands import Process, environment, outcome
+from .deletion import remove_tree
 from .processes import Ending, explained, tree_of
 from .restarts import Restarts
 
@@ -349,7 +350,7 @@ class _Service:
     def _finish(self, tell: Callable[[], Any]) -> None:
         if self._share is not None:
             self._share.release()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_tree(self.directory)
         self.outlet.flush()
         tell()
 
