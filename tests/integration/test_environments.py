@@ -274,6 +274,46 @@ def test_they_are_listed_and_removed_unless_in_use(make_hosts: Any, index: Index
     assert environments(hosts[0]) == [used]
 
 
+def test_what_others_keep_is_neither_listed_nor_removed(make_hosts: Any, index: Index) -> None:
+    for name in ("alpha", "beta"):
+        index.add(name)
+    hosts = make_hosts(1)
+    host = hosts[0]
+    others = "envs/work/bin envs/.git wheels/mine"
+    fill = f"mkdir -p {others} && for folder in {others}; do head -c 3000000 /dev/zero > $folder/file; done"
+
+    def env(action: str, *arguments: str) -> tuple[int, str]:
+        where = ["--config", str(hosts.config_file), "-w", "host1", "--cache-dir", "~"]
+        argv = [sys.executable, "-m", "lazycluster", "env", action, *where, *arguments]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+        return done.returncode, done.stdout + done.stderr
+
+    def files(place: str, what: str = ".") -> str:
+        return str(host.run(f"cd {place} && find {what} | sort", user=host.user).stdout)
+
+    # A directory that is not ours: nothing is made there, nothing is removed.
+    host.run(f"cd ~ && {fill}", user=host.user)
+    before = files("~")
+    commands = ("list", "prune --size 0", "prune --unused 0m", "remove work", "build alpha")
+    for command in commands:
+        status, text = env(*command.split())
+        assert status == 1, command
+        assert "/home/lazy is not empty, and not known as a directory for environments" in text
+    assert "Next step: choose another directory: --cache-dir" in text
+    assert files("~") == before
+
+    # Ours, with other things in it: those stay, and do not count.
+    with connect(host, ["alpha"]) as runtime:
+        runtime.prepare()
+    (first,) = environments(host)
+    host.run(f"cd {ROOT} && {fill}", user=host.user)
+    before = files(ROOT, others)
+    with connect(host, EnvironmentSpec(["beta"], size_limit=1)) as runtime:
+        runtime.prepare()
+    assert first not in environments(host)
+    assert files(ROOT, others) == before
+
+
 def test_on_the_command_line(make_hosts: Any, index: Index) -> None:
     index.add("alpha")
     hosts = make_hosts(2)

@@ -152,7 +152,7 @@ def remove(cache_dir: str, ids: tuple[str, ...], **options: Any) -> int:
 
     \b
     Example:
-      lazycluster env remove -w 'node[1-3]' 3f2a9c17d0b4
+      lazycluster env remove -w 'node[1-3]' py313-3f2a9c17d0b4e86a5c21
     """
     from lazycluster.environments.keeping import remove_on
 
