@@ -372,6 +372,20 @@ def test_a_dask_cluster_in_the_foreground(hosts: Any, tmp_path: Path) -> None:
     assert not file.exists()
 
 
+def test_a_connection_file_takes_the_place_of_nothing_else(hosts: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.ipynb").write_text("years")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("thesis.ipynb", "fifo"):
+        status, out, err = lazycluster(hosts, "start-dask", "-w", "host1", "--connection-file", str(tmp_path / name))
+        assert (status, out) == (1, "")
+        assert "it is not replaced\n  Next step: name another file" in err
+        assert "Starting" not in err
+    assert (tmp_path / "thesis.ipynb").read_text() == "years"
+    status, _, err = lazycluster(hosts, "start-dask", "-w", "host1", "--connection-file", str(tmp_path / "no" / "x"))
+    assert status == 2
+    assert "there is no such directory" in err
+
+
 _SEARCH = """
 import sys
 from hyperopt import fmin, hp, rand

@@ -34,7 +34,14 @@ def test_dask(tmp_path: Path) -> None:
             "with DaskCluster.connect(sys.argv[1]) as client: print(client.submit(pow, 2, 10).result())"
         )
         assert _python(program, str(path)) == "1024\n"
+        mine = tmp_path / "thesis.ipynb"
+        mine.write_text("years")
+        with pytest.raises(ClusterError, match="it is not replaced"):
+            cluster.write_connection_file(mine)
+        other = cluster.write_connection_file(tmp_path / "other.json")
+        mine.replace(other)
     assert not path.exists()
+    assert other.read_text() == "years"
     with pytest.raises(ClusterError, match="there is no connection file"):
         DaskCluster.connect(path)
 

@@ -230,16 +230,17 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
     def write_connection_file(self, path: str | os.PathLike[str]) -> Path:
         """Write a file from which other processes of this user connect, with ``connect(path)`` of the cluster's class.
 
-        It holds the secrets of the cluster, so only its owner can read it. It is removed when the cluster ends.
+        It holds the secrets of the cluster, so only its owner can read it. It is removed when the cluster ends, unless
+        something else has its name by then.
 
         Args:
-            path: Where; what is there is replaced.
+            path: Where; an earlier connection file is replaced, nothing else.
 
         Returns:
             The absolute path.
 
         Raises:
-            ClusterError: If the cluster does not run, or its engine knows no such file.
+            ClusterError: If the cluster does not run, its engine knows no such file, or there is something else.
             OSError: If it cannot be written.
         """
         file = connection_file.write(path, type(self).__name__, self._connection(), self._files_owner)

@@ -143,8 +143,7 @@ def _serve(
     from lazycluster.cli.serving import serve
     from lazycluster.runtime_mgmt import RuntimeGroup
 
-    if connection_file is not None and not Path(connection_file).expanduser().absolute().parent.is_dir():
-        raise click.UsageError(f"--connection-file {connection_file}: there is no such directory")
+    _check_connection_file(connection_file)
     _check_environment(there["environment"])
     group = RuntimeGroup(
         hosts=chosen.names,
@@ -163,6 +162,17 @@ def _serve(
             except KeyboardInterrupt:
                 errors().print("\rEnding the cluster ...")  # over the ^C; it takes seconds, in which somebody waits
                 raise SystemExit(INTERRUPTED) from None
+
+
+def _check_connection_file(path: str | None) -> None:
+    """Refuse a connection file that could not be written, before the cluster starts."""
+    from lazycluster.cluster.connection_file import check
+
+    if path is None:
+        return
+    if not Path(path).expanduser().absolute().parent.is_dir():
+        raise click.UsageError(f"--connection-file {path}: there is no such directory")
+    check(path)
 
 
 def _check_environment(what: str | None) -> None:
