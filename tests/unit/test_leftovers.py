@@ -50,6 +50,14 @@ def test_what_another_host_uses_in_a_shared_place_stays(place: Path) -> None:
         listener.close()
 
 
+def test_what_is_not_a_private_directory_stays(place: Path) -> None:
+    for name in ("lazycluster-project", "something"):
+        directory(place, name, None).close()
+    os.chmod(place / "lazycluster-project", 0o755)  # somebody's own, whatever is in it
+    (place / "lazycluster-link").symlink_to("something")
+    assert abandoned(str(place / "lazycluster-own")) == []
+
+
 def test_an_agent_that_takes_nobody_in_holds_up_no_other(place: Path) -> None:
     with contextlib.ExitStack() as stack:
         for name, listens in (("lazycluster-stopped", True), ("lazycluster-dead", False)):

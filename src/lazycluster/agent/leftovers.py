@@ -5,6 +5,7 @@ from __future__ import annotations
 import _socket as socket
 import os
 import signal
+import stat
 import time
 
 from .guardian import is_of_this_host, remove
@@ -65,14 +66,18 @@ def abandoned(own: str) -> List[str]:
         path = os.path.join(place, name)
         listener = os.path.join(path, "agent.sock")
         try:
-            inode = os.lstat(path)
-            # A new one is left alone: its agent may be about to listen.
-            mine = name.startswith(prefix) and inode.st_uid == os.getuid() and inode.st_mtime < time.time() - _YOUNG
+            mine = name.startswith(prefix) and _is_private(os.lstat(path))
             if mine and os.path.exists(listener) and is_of_this_host(path) and not _answers(listener):
                 found.append(path)
         except OSError:
             continue
     return found
+
+
+def _is_private(inode: os.stat_result) -> bool:
+    """Whether it is a directory of this user alone, as agents make them, and none that an agent is about to serve."""
+    alone = stat.S_ISDIR(inode.st_mode) and not inode.st_mode & 0o077 and inode.st_uid == os.getuid()
+    return alone and inode.st_mtime < time.time() - _YOUNG
 
 
 def namespace() -> str:

@@ -6,7 +6,7 @@ import copy
 import io
 import os
 import random
-import shutil
+import re
 import sys
 import time
 import traceback
@@ -15,13 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import compat, messages, objectives, trials
+from . import compat, deletion, messages, objectives, trials  # type: ignore[attr-defined]  # some are sent along
 
 mongoexp = compat.load()
 from gridfs import GridFS  # noqa: E402  (compat says first what is missing)
 from pymongo.errors import ConnectionFailure  # noqa: E402
 
 _SOON = 0.005  # seconds; after a trial the next one usually comes at once
+_NUMBER = re.compile("[0-9a-f]{24}")  # of a trial, as the database gives them: no other directory is called so
 _URL = "MONGO_CONNECTION_URL"
 _DOMAIN = "FMinIter_Domain"  # the name of the attachment with the objective
 
@@ -170,7 +171,7 @@ def serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: i
 
 def _clear(root: Path) -> None:
     """Remove what trials wrote into their scratch directories; the next one gets an empty place."""
-    shutil.rmtree(root, ignore_errors=True)
+    deletion.remove_tree(str(root))
     root.mkdir(exist_ok=True)
     os.chdir(root)
 
@@ -198,9 +199,9 @@ def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
 
 def _remove_scratch(trial: Any) -> None:
     """Remove the directory of a trial that failed: hyperopt does so only for those that succeed."""
-    parent = trial["misc"].get("workdir")
-    if parent:
-        path = Path(parent).expanduser().absolute() / str(trial["_id"])
-        shutil.rmtree(path, ignore_errors=True)
+    parent, name = trial["misc"].get("workdir"), str(trial["_id"])
+    if parent and _NUMBER.fullmatch(name):
+        path = Path(parent).expanduser().absolute() / name
+        deletion.remove_tree(str(path))
         with suppress(OSError):
             path.with_name(path.name + ".inuse").unlink()
