@@ -251,3 +251,13 @@ def test_a_search_survives_all_of_it(make_hosts: Callable[..., Any], tmp_path: P
         assert [worker.service.restarts for worker in victims] == [1, 1]
         assert sum(document.get("attempts", 0) for document in documents) >= 3
         assert cluster.progress("all").problem is None
+
+
+def test_only_the_directory_of_a_trial_is_removed_after_it(tmp_path: Path) -> None:
+    from lazycluster.cluster.hyperopt_programs import evaluator
+
+    work = tmp_path / "lost" / "if this fails" / "work"
+    (work / "data").mkdir(parents=True)
+    for name in ("..", ".", "", "data", "../work", "a" * 23):
+        evaluator._remove_scratch({"misc": {"workdir": str(work)}, "_id": name})
+        assert (work / "data").is_dir(), name

@@ -567,6 +567,25 @@ def test_what_is_mounted_in_a_directory_stays(remote: Runtime, hosts: Any, caplo
         host.run(f"rm -r {home}/work {home}/precious {os.path.dirname(temporary)}")
 
 
+def test_a_home_that_is_mounted_from_elsewhere_is_the_home(hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    host = hosts[0]
+    host.run("mkdir -p ~/disk/homes/me ~/disk/other ~/me && echo years > ~/disk/homes/me/thesis", user=host.user)
+    host.run(f"mount --bind {host.home}/disk/homes/me {host.home}/me")
+    kwargs = {"config_file": hosts.config_file}
+    try:
+        with Runtime(host.name, connection_kwargs=kwargs, env={"HOME": f"{host.home}/me"}) as runtime:
+            for path in ("~", f"{host.home}/disk/homes/me"):
+                with pytest.raises(ValueError, match="it is the home directory"):
+                    runtime.delete_dir(path)
+            assert not runtime.delete_dir(f"{host.home}/disk")  # no path of the home leads through it
+            assert "it is the home directory" in caplog.text
+        assert host.path("~/disk/homes/me/thesis").read_text() == "years\n"
+        assert not host.path("~/disk/other").exists()
+    finally:
+        host.run(f"umount {host.home}/me")
+        host.run("rm -r ~/disk ~/me", user=host.user)
+
+
 def test_the_directory_that_this_process_is_in_is_not_deleted(
     local: LocalRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import os
 import random
@@ -15,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import compat, deletion, messages, objectives, trials  # type: ignore[attr-defined]  # some are sent along
+from . import compat, messages, objectives, trials
 
 mongoexp = compat.load()
 from gridfs import GridFS  # noqa: E402  (compat says first what is missing)
@@ -171,9 +172,14 @@ def serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: i
 
 def _clear(root: Path) -> None:
     """Remove what trials wrote into their scratch directories; the next one gets an empty place."""
-    deletion.remove_tree(str(root))
+    _remove_tree(root)
     root.mkdir(exist_ok=True)
     os.chdir(root)
+
+
+def _remove_tree(path: Path) -> None:
+    # It is sent along with these modules.
+    importlib.import_module(".deletion", __package__).remove_tree(str(path))
 
 
 def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
@@ -202,6 +208,6 @@ def _remove_scratch(trial: Any) -> None:
     parent, name = trial["misc"].get("workdir"), str(trial["_id"])
     if parent and _NUMBER.fullmatch(name):
         path = Path(parent).expanduser().absolute() / name
-        deletion.remove_tree(str(path))
+        _remove_tree(path)
         with suppress(OSError):
             path.with_name(path.name + ".inuse").unlink()
