@@ -313,6 +313,14 @@ def test_what_others_keep_is_neither_listed_nor_removed(make_hosts: Any, index: 
     assert first not in environments(host)
     assert files(ROOT, others) == before
 
+    # What has the name of one, but is none, makes way and stays.
+    prefix = str(runtime.environment_path)
+    host.run(f"rm -r {prefix} && mkdir {prefix} && touch {prefix}/mine", user=host.user)
+    with connect(host, ["beta"]) as runtime:
+        assert runtime.call(version_of, "beta") == "1.0"
+        assert runtime.environment_path == prefix
+    assert str(host.run(f"ls {prefix}.replaced-*/mine", user=host.user).stdout)
+
 
 def test_on_the_command_line(make_hosts: Any, index: Index) -> None:
     index.add("alpha")

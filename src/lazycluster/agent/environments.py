@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from .session import Channel
 
+LOCK_FILE = "pylock.lazycluster.toml"  # in an environment: what is to be in it
 MARKER = ".lazycluster-environments"
 _ID = re.compile(r"py\d{2,3}-[0-9a-f]{12,64}")
 _WHEEL = re.compile(r"[0-9a-f]{16,64}")
@@ -390,10 +391,7 @@ class _Build:
                 json.dump(manifest, file)
                 file.flush()
                 os.fsync(file.fileno())
-            old = ""
-            if os.path.lexists(self._prefix):
-                old = made + ".old"
-                os.rename(self._prefix, old)
+            old = self._move_aside(made)
             os.rename(made, self._prefix)
         except OSError:
             remove_tree(made)
@@ -407,6 +405,19 @@ class _Build:
             self._channel.result(found=False, prefix=self._prefix)
         else:
             self._channel.fail("damaged", problem)
+
+    def _move_aside(self, made: str) -> str:
+        """Rename what has the name of the environment; returns what is to be removed, if anything."""
+        if not os.path.lexists(self._prefix):
+            return ""
+        # One that is damaged may have lost its manifest, or what is in it.
+        if any(_is_file(os.path.join(self._prefix, name)) for name in (MANIFEST, LOCK_FILE)):
+            os.rename(self._prefix, made + ".old")
+            return made + ".old"
+        kept = "{}.replaced-{}".format(self._prefix, os.urandom(4).hex())
+        os.rename(self._prefix, kept)
+        self._channel.event(state="kept", path=kept)
+        return ""
 
     def _abandon(self) -> None:
         if self._timer is not None:

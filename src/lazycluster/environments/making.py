@@ -15,6 +15,7 @@ from lazycluster import _loop
 from lazycluster._progress import size as shown_size
 from lazycluster._words import counted
 from lazycluster.agent import envprogram
+from lazycluster.agent.environments import LOCK_FILE
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError
 from lazycluster.ssh import transfer
 
@@ -37,7 +38,6 @@ logger = logging.getLogger("lazycluster")
 
 _SURVEY_LIMIT = 120.0  # seconds for looking through the host's directories
 _ARGUMENT = 24_000  # characters of an argument
-_LOCK_NAME = "pylock.lazycluster.toml"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PROGRESS = 10.0  # seconds between two lines that say how far it is
 
@@ -106,6 +106,8 @@ class Maker:
             if event["state"] == "waiting":
                 self._tell("somebody else makes the same")
                 self._say("somebody else makes the same environment; waiting")
+            elif event["state"] == "kept":
+                logger.warning("%s: %s was in the way: it is no environment, and is kept", self._host, event["path"])
             elif not began.done():
                 began.set_result(event)
 
@@ -232,7 +234,7 @@ class Maker:
         wheels = await self._send_wheels([not direct or locked.is_local for locked in self._plan.packages])
         self._sent = list(wheels.values())
         lock = pylock(self._plan, wheels, f"{self._root}/wheels")
-        where = f"{directory}/{_LOCK_NAME}"
+        where = f"{directory}/{LOCK_FILE}"
         await self._write(lock, where)
         self._tell(f"installing {counted(len(self._plan.packages), 'package')}")
         argv = [uv, "pip", "install", "--quiet", "--no-deps", "--python", f"{directory}/bin/python", "-r", where]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 
+from lazycluster.agent.deletion import remove_tree
 from lazycluster.agent.restarts import Restarts
 from lazycluster.exceptions import LazyclusterError
 
@@ -42,7 +42,7 @@ class Keeper(LocalConnection):
             logger.warning("the keeper on this machine was lost, and is replaced (%s)", why)
             assert self._link is not None
             self._link.lost(f"the keeper on this machine was lost ({why})")
-            shutil.rmtree(self.hello.directory, ignore_errors=True)
+            remove_tree(self.hello.directory)
             await asyncio.sleep(delay)
             try:
                 await self._start()
