@@ -31,6 +31,14 @@ def test_written_and_read(tmp_path: Path) -> None:
     connection_file.remove(path, "me")
 
 
+def test_long_names(tmp_path: Path) -> None:
+    for name in ("a" * 255, "\U0001f600" * 63):
+        for _ in range(2):
+            path = connection_file.write(tmp_path / name, "Engine", {}, "me")
+        connection_file.remove(path, "me")
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_that_of_another_is_not_removed(tmp_path: Path) -> None:
     for owner in ("me", "another of this process"):
         path = connection_file.write(tmp_path / "file.json", "Engine", {}, owner)

@@ -142,10 +142,10 @@ def remove(root: str, name: str) -> bool:
         if using is None:
             return False
         try:
-            remove_unfinished(os.path.join(root, "envs"), name)
             if is_ours(prefix):  # still: it was looked at before it was locked
-                os.rename(prefix, os.path.join(root, "envs", ".{}-removed".format(name)))
-            remove_unfinished(os.path.join(root, "envs"), name)  # what is half removed must not be found
+                # What is half removed must not be found.
+                os.rename(prefix, os.path.join(root, "envs", ".{}-removed{}".format(name, os.urandom(4).hex())))
+            remove_unfinished(os.path.join(root, "envs"), name)
         finally:
             os.close(using)
     finally:

@@ -97,7 +97,7 @@ def _folder_of(file: Path) -> Iterator[int]:
 
 
 def _hidden(name: str) -> str:
-    return f".{name[:64]}-{secrets.token_hex(8)}"
+    return f".{name[:32]}-{secrets.token_hex(8)}"  # a name has 255 bytes at most, a character up to four
 
 
 @contextlib.contextmanager
