@@ -76,7 +76,7 @@ class InvalidRuntimeError(LazyclusterError):
         reason: What kind of failure it is, for programs: one of ``dns``, ``refused``, ``unreachable``, ``timeout``,
             ``dropped`` (the handshake, by a busy server), ``proxy`` (what stands between), ``host_key``, ``auth``,
             ``config``, ``ssh`` (no usable ssh client), ``python``, ``shell``, ``protocol``, ``lost``, ``setup``,
-            ``working_dir``.
+            ``working_dir``, ``disk`` (no room for temporary files on the host), ``manager`` (none on this machine).
         detail: What was seen, e.g. the last lines that ssh printed.
         hint: The next step.
     """
@@ -108,8 +108,8 @@ class InvalidRuntimesError(InvalidRuntimeError):
     def __init__(self, errors: Sequence[InvalidRuntimeError]) -> None:
         self.errors = list(errors)
         reasons = {error.reason for error in self.errors}
-        hosts = ", ".join(error.host for error in self.errors)
-        detail = "\n".join(str(error) for error in self.errors)
+        hosts = ", ".join(dict.fromkeys(error.host for error in self.errors))
+        detail = "\n".join(dict.fromkeys(str(error) for error in self.errors))
         hint = 'mend what is said of each, or go on without them: on_unreachable="skip"'
         super().__init__(hosts, reasons.pop() if len(reasons) == 1 else "several", detail, hint)
 

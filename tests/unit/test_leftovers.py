@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from lazycluster.agent import leftovers
 from lazycluster.agent.activity import count_tunnels
-from lazycluster.agent.leftovers import abandoned
+from lazycluster.agent.leftovers import abandoned, remove_unfinished
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    monkeypatch.setattr(leftovers, "places", lambda: [str(tmp_path / "other")])
     return tmp_path
 
 
@@ -56,6 +58,32 @@ def test_what_is_not_a_private_directory_stays(place: Path) -> None:
     os.chmod(place / "lazycluster-project", 0o755)  # somebody's own, whatever is in it
     (place / "lazycluster-link").symlink_to("something")
     assert abandoned(str(place / "lazycluster-own")) == []
+
+
+def test_what_agents_left_that_could_not_start_is_removed(place: Path) -> None:
+    (place / "other").mkdir()
+    names = [f"{number:012x}" for number in range(10)]
+    empty, unknown, ours, theirs, used, young, public, linked, forbidden, elsewhere = (
+        place / ("other" if number == names[-1] else "") / f"lazycluster-{number}" for number in names
+    )
+    for path in (empty, unknown, ours, theirs, used, young, forbidden, elsewhere, public):
+        path.mkdir(mode=0o700)
+    (unknown / "host").touch()  # the disk was full
+    (ours / "host").write_text(os.uname().nodename)
+    (theirs / "host").write_text("another-host")
+    (used / "results").touch()
+    public.chmod(0o755)
+    forbidden.chmod(0)  # an umask of 777
+    linked.symlink_to(empty)
+    (place / "lazycluster-results").mkdir(mode=0o700)  # no agent names it so
+    for path in (*place.iterdir(), *(place / "other").iterdir()):
+        if path != young:
+            os.utime(path, (0, 0), follow_symlinks=False)
+    removed = remove_unfinished(str(place / "lazycluster-own"))
+    assert sorted(removed) == sorted(map(str, (empty, unknown, ours, forbidden, elsewhere)))
+    left = {path.name for path in place.iterdir()}
+    assert left == {path.name for path in (theirs, used, young, public, linked)} | {"other", "lazycluster-results"}
+    assert list((place / "other").iterdir()) == []
 
 
 def test_an_agent_that_takes_nobody_in_holds_up_no_other(place: Path) -> None:

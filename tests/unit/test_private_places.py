@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from lazycluster import utils
-from lazycluster.agent import bootstrap
+from lazycluster.agent import directories
 from lazycluster.ssh import workspace
 from lazycluster.utils import Environment, new_log_file_path
 
@@ -23,7 +24,7 @@ def test_a_place_that_others_may_write_to_is_not_used(
     place.mkdir()
     place.chmod(mode)
     with pytest.raises(OSError, match="others could replace"):
-        bootstrap.is_safe(str(place))
+        directories.is_safe(str(place))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
     made = workspace.private_directory()
     try:
@@ -36,7 +37,7 @@ def test_a_place_that_others_may_write_to_is_not_used(
 def test_places_that_are_used(tmp_path: Path) -> None:
     for mode in (0o700, 0o755, 0o1777):
         tmp_path.chmod(mode)
-        assert bootstrap.is_safe(str(tmp_path))
+        assert directories.is_safe(str(tmp_path))
 
 
 def test_a_place_of_another_user_is_not_used(tmp_path: Path) -> None:
@@ -45,19 +46,32 @@ def test_a_place_of_another_user_is_not_used(tmp_path: Path) -> None:
     os.chown(tmp_path, 65534, 65534)
     tmp_path.chmod(0o700)
     with pytest.raises(OSError, match="others could replace"):
-        bootstrap.is_safe(str(tmp_path))
+        directories.is_safe(str(tmp_path))
 
 
 def test_what_is_made_is_private_and_new(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    made = [bootstrap.private_directory(), bootstrap.private_directory(), workspace.private_directory()]
+    agents = (directories.private_directory(directories.places(), 60, directories.note_host) for _ in range(2))
+    made = [*agents, workspace.private_directory()]
     try:
         assert len(set(made)) == 3
         for path in made:
             assert stat.S_IMODE(os.lstat(path).st_mode) == 0o700
     finally:
         for path in made:
-            os.rmdir(path)
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("umask", [0o777, 0o177])
+def test_an_umask_takes_nothing_from_the_user_himself(umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    before = os.umask(umask)
+    try:
+        made = workspace.private_directory()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.lstat(made).st_mode) == 0o700
+    os.rmdir(made)
 
 
 def test_a_sticky_place_of_another_user_is_not_used(tmp_path: Path) -> None:
@@ -67,10 +81,10 @@ def test_a_sticky_place_of_another_user_is_not_used(tmp_path: Path) -> None:
     for owner in (12345, 65534):
         os.chown(tmp_path, owner, owner)
         if owner == 65534:  # the owner of /tmp in containers that do not know the system's users
-            assert bootstrap.is_safe(str(tmp_path))
+            assert directories.is_safe(str(tmp_path))
         else:
             with pytest.raises(OSError, match="others could replace"):
-                bootstrap.is_safe(str(tmp_path))
+                directories.is_safe(str(tmp_path))
 
 
 @pytest.mark.parametrize("first", ["state", "state/logs", "state/logs/host"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from .guardian import is_of_this_host
+from .directories import is_of_this_host
+from .leftovers import beside
 from .processes import TASK_MARKER, marks
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -42,13 +43,10 @@ def count_tunnels(own: str) -> int:
     Args:
         own: The private directory of one of them, beside which those of the others are.
     """
-    place, name = os.path.split(own)
-    prefix = name.rpartition("-")[0] + "-"
     count = 0
-    for name in os.listdir(place):
-        path = os.path.join(place, name)
+    for path in beside(own):
         try:
-            if name.startswith(prefix) and os.lstat(path).st_uid == os.getuid() and is_of_this_host(path):
+            if os.lstat(path).st_uid == os.getuid() and is_of_this_host(path):
                 with open(os.path.join(path, _TUNNELS)) as file:
                     count += int(file.read())
         except (OSError, ValueError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
 import os
-import stat
 import struct
 import sys
 from importlib import import_module
@@ -17,10 +16,11 @@ from importlib.machinery import ModuleSpec
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from types import CodeType
-    from typing import Any, Dict, List, Optional
+    from typing import Any, Dict, List, Optional, Tuple
 
 PACKAGE = "lazycluster_agent"
-_NOBODY = 65534  # whom the system names where it knows no user of that number
+NO_DIRECTORY = "lazycluster: no private directory can be made: "  # how the line begins that tells the manager so
+_LONGEST = 60  # bytes of the place of the agent's directory: the path of the socket in it must be short
 
 
 class _Finder:
@@ -59,37 +59,6 @@ def file_name(module: str) -> str:
     return "<lazycluster agent: {}.py>".format(module)
 
 
-def private_directory() -> str:
-    """Make the agent's directory, with access for this user only.
-
-    The path of a socket in it must be short, so the usual places come before the user's own TMPDIR.
-    """
-    errors = []
-    places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp", "/dev/shm"]  # noqa: S108
-    for place in places[1:] + places[:1]:
-        try:
-            if place and len(place) < 60 and is_safe(place):
-                path = os.path.join(place, "lazycluster-" + os.urandom(6).hex())
-                os.mkdir(path, 0o700)
-                return path
-        except OSError as error:
-            errors.append("{}: {}".format(place, error.strerror))
-    raise OSError("no temporary directory can be made: " + "; ".join(errors))
-
-
-def is_safe(place: str) -> bool:
-    """Whether nobody else can rename or replace what this user makes in a directory."""
-    inode = os.stat(place)
-    owners = (0, os.getuid())
-    if inode.st_mode & stat.S_ISVTX:
-        # Its owner may replace what is in it all the same; but in some containers that of /tmp is a user who is none.
-        if inode.st_uid in (*owners, _NOBODY):
-            return True
-    elif inode.st_uid in owners and not inode.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return True
-    raise OSError(1, "others could replace what is made in it")
-
-
 def hand_over(path: str, fds: List[int], purpose: bytes) -> socket.socket:
     """Give descriptors to the agent that listens at `path`; the socket ends when the agent is done with them."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -107,12 +76,10 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     """
     sys.meta_path.insert(0, _Finder(sources, codes))
     guardian = import_module(PACKAGE + ".guardian")
-    directory = private_directory()
-    guardian.note_host(directory)
-    path = os.path.join(directory, "agent.sock")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
-    listener.listen(8)
+    # With an umask that takes away what the user himself needs, nothing that is made can be used.
+    os.umask(os.umask(0o077) & 0o077)
+    directory, listener = _listening()
+    path = listener.getsockname()
     sshd = None if local else guardian.sshd_above(os.getpid())
     if not local:
         if _fork(directory):
@@ -136,6 +103,21 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
         _forget_streams()
     guardian.guard(agent, directory, sshd)
     os._exit(0)
+
+
+def _listening() -> Tuple[str, socket.socket]:
+    """Make the agent's directory and the socket in it."""
+    directories = import_module(PACKAGE + ".directories")
+    found: List[socket.socket] = []
+
+    def prepare(directory: str) -> None:
+        directories.note_host(directory)
+        found.append(directories.listener(directory))
+
+    try:
+        return directories.private_directory(directories.places(), _LONGEST, prepare), found[0]
+    except OSError as error:
+        raise SystemExit(NO_DIRECTORY + str(error)) from None
 
 
 def _fork(directory: str) -> int:

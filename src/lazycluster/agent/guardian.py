@@ -18,25 +18,9 @@ if TYPE_CHECKING:
 
 KEEP_FILE = "keep.json"
 SSHD_FILE = "sshd"  # names the sshd that serves the manager now, if it is not the first
-_HOST_FILE = "host"  # names the host that a directory belongs to: several may share the place where it is
 _PR_SET_CHILD_SUBREAPER = 36
 _PATIENCE = 1.0
 _SLOWEST = 60.0  # seconds for what an ssh process has not sent yet: some megabytes, over a megabit per second
-
-
-def note_host(directory: str) -> None:
-    """Leave word in an agent's private directory which host it is of."""
-    with open(os.path.join(directory, _HOST_FILE), "w") as file:
-        file.write(os.uname().nodename)
-
-
-def is_of_this_host(directory: str) -> bool:
-    """Whether an agent's private directory is of this host, as far as it says so."""
-    try:
-        with open(os.path.join(directory, _HOST_FILE)) as file:
-            return file.read() in ("", os.uname().nodename)
-    except (OSError, ValueError):
-        return True
 
 
 def become_subreaper() -> bool:

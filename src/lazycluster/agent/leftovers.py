@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import _socket as socket
 import os
+import re
 import signal
 import stat
 import time
 
-from .guardian import is_of_this_host, remove
+from .directories import HOST_FILE, PREFIX, SOCKET, is_of_this_host, places
+from .guardian import remove
 from .processes import AGENT_MARKER, marks, send_signal, start_time, tree_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Dict, List, Tuple
+    from typing import Any, Dict, Iterator, List, Tuple
 
     from .session import Channel
 
-_YOUNG = 10.0
+_YOUNG = 10.0  # seconds
+_SLOWEST = 60.0  # seconds from the making of a directory until its agent listens, on the slowest of hosts
+_UNFINISHED = re.compile(r".*/" + PREFIX + "[0-9a-f]{12}$")
 
 
 def leftovers(channel: Channel) -> None:
@@ -40,6 +44,7 @@ def sweep(own: str) -> Dict[str, Any]:
         send_signal(tree_of(pid, started, ""), signal.SIGKILL)
     directories = abandoned(own)
     remove(directories)
+    directories += remove_unfinished(own)
     return {"processes": processes, "directories": directories}
 
 
@@ -57,16 +62,25 @@ def orphans() -> List[Tuple[int, int]]:
     return found
 
 
+def beside(own: str) -> Iterator[str]:
+    """Yield the paths of what has the name of an agent's directory, in the place of our own and in the other places."""
+    for place in dict.fromkeys([os.path.dirname(own), *places()]):
+        try:
+            names = os.listdir(place)
+        except OSError:
+            continue
+        for name in names:
+            if name.startswith(PREFIX):
+                yield os.path.join(place, name)
+
+
 def abandoned(own: str) -> List[str]:
     """Return the private directories of this user's agents, beside our own, that nobody serves any more."""
-    place, name = os.path.split(own)
-    prefix = name.rpartition("-")[0] + "-"
     found = []
-    for name in os.listdir(place):
-        path = os.path.join(place, name)
-        listener = os.path.join(path, "agent.sock")
+    for path in beside(own):
+        listener = os.path.join(path, SOCKET)
         try:
-            mine = name.startswith(prefix) and _is_private(os.lstat(path))
+            mine = _is_private(os.lstat(path), _YOUNG)
             if mine and os.path.exists(listener) and is_of_this_host(path) and not _answers(listener):
                 found.append(path)
         except OSError:
@@ -74,10 +88,38 @@ def abandoned(own: str) -> List[str]:
     return found
 
 
-def _is_private(inode: os.stat_result) -> bool:
+def remove_unfinished(own: str) -> List[str]:
+    """Remove the directories of agents that did not get as far as to listen, e.g. since the disk was full.
+
+    All that may be in them is the name of the host. Whatever else there is, it and its directory stay.
+
+    Returns:
+        Those that were removed.
+    """
+    removed = []
+    for path in beside(own):
+        try:
+            if _UNFINISHED.match(path) and _is_private(os.lstat(path), _SLOWEST) and is_of_this_host(path):
+                if _names(path) == [HOST_FILE]:
+                    os.unlink(os.path.join(path, HOST_FILE))
+                os.rmdir(path)  # only an empty one
+                removed.append(path)
+        except OSError:
+            continue
+    return removed
+
+
+def _names(path: str) -> List[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []  # an umask took away the right to look into it: nothing could be made in it either
+
+
+def _is_private(inode: os.stat_result, age: float) -> bool:
     """Whether it is a directory of this user alone, as agents make them, and none that an agent is about to serve."""
     alone = stat.S_ISDIR(inode.st_mode) and not inode.st_mode & 0o077 and inode.st_uid == os.getuid()
-    return alone and inode.st_mtime < time.time() - _YOUNG
+    return alone and inode.st_mtime < time.time() - age
 
 
 def namespace() -> str:

@@ -240,7 +240,10 @@ class Presence:
             assert session is not None
             try:
                 session.rewind(total)
-                line.note(self._agent.directory)
+                try:
+                    line.note(self._agent.directory)
+                except OSError:
+                    pass  # the disk is full: the guardian may not be able to end this ssh session after a crash
                 os.write(fds[1], KEPT + session.received.to_bytes(TOTAL_SIZE, "big"))
             except (ProtocolError, OSError):
                 _refuse(connection, fds)

@@ -43,6 +43,7 @@ STEPS = (
 _FAILED_STEP = {
     "config": "configuration",
     "ssh": "configuration",
+    "manager": "configuration",
     "dns": "name",
     "refused": "port",
     "unreachable": "port",
@@ -54,6 +55,7 @@ _FAILED_STEP = {
     "protocol": "login shell",
     "lost": "login shell",
     "python": "Python",
+    "disk": "temporary files",
 }
 _PACKAGES = ("cloudpickle", "dask", "distributed", "hyperopt", "pymongo", "numpy", "pandas")
 _CLOCK_LIMIT = 5.0  # seconds
@@ -127,7 +129,8 @@ class Checkup:
         failed = _FAILED_STEP.get(error.reason, "authentication" if probe.banner else "port")
         details = self._details(way, probe)
         for name in STEPS[: STEPS.index(failed)]:
-            self._set(name, "ok", details.get(name, ""))
+            if name != "forwarding":  # of what is checked with the agent's help nothing is known
+                self._set(name, "ok", details.get(name, ""))
         self._set(failed, "failed", error.detail or str(error), spelled(error.hint))
 
     def _details(self, way: dict[str, str], probe: _Probe) -> dict[str, str]:

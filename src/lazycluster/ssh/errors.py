@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from lazycluster.agent.bootstrap import NO_DIRECTORY
 from lazycluster.exceptions import InvalidRuntimeError
 
 from .config import Settings
 
-__all__ = ["classify", "is_retryable"]
+__all__ = ["FULL", "classify", "is_retryable", "no_room_here", "no_room_in"]
 
 _EVIDENCE_LINES = 4
 _OUTPUT_SHOWN = 300
@@ -293,6 +296,39 @@ def _dropped(case: _Case) -> InvalidRuntimeError | None:
     return case.error("dropped", f"{case.where}the connection was dropped during the handshake: {said}", hint)
 
 
+#: The numbers of the system's errors that say that there is no room to write to.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_ROOM_HINT = (
+    "free some space (inodes too, and your quota) in one of these directories, or set TMPDIR{where} to one with space"
+)
+
+
+def no_room_in(said: str) -> str:
+    """Return in which places an agent could not make its directory, and why, from what it printed; "" if it could."""
+    return "; ".join(line[len(NO_DIRECTORY) :] for line in said.splitlines() if line.startswith(NO_DIRECTORY))
+
+
+def no_room_here(places: str) -> InvalidRuntimeError:
+    """Return the error about this machine, on which no directory for temporary files can be made.
+
+    Args:
+        places: The directories that were tried, each with what is wrong there.
+    """
+    detail = f"no directory for temporary files can be made on this machine, the manager: {places}"
+    return InvalidRuntimeError("localhost", "manager", detail, _NO_ROOM_HINT.format(where=""))
+
+
+def _no_room(case: _Case) -> InvalidRuntimeError | None:
+    full = "|".join(map(os.strerror, FULL))
+    if here := case.find(rf"^unix_listener: cannot bind to path (.*: (?:{full}))$"):
+        return no_room_here(here[1])  # the control socket, on this side
+    places = no_room_in(f"{case.said}\n{case.output}")
+    if not places:
+        return None
+    hint = _NO_ROOM_HINT.format(where=f" for sessions on {case.settings.host}")
+    return case.error("disk", f"no directory for temporary files can be made on the host: {places}", hint)
+
+
 def _no_process(case: _Case) -> InvalidRuntimeError | None:
     if not re.search(r"(?:BlockingIOError|fork\b.*|Cannot fork).*(?:unavailable|fork)", f"{case.said}\n{case.output}"):
         return None
@@ -356,6 +392,7 @@ _RULES: tuple[_Rule, ...] = (
     _auth,
     _protocol,
     _dropped,
+    _no_room,
     _no_process,
     _no_python,
     _shell,

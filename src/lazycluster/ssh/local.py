@@ -12,6 +12,7 @@ from lazycluster import _forks
 from lazycluster.exceptions import InvalidRuntimeError
 
 from .connection import Connection
+from .errors import no_room_here, no_room_in
 from .link import AgentLink
 from .mark import StartError
 from .process import WatchedProcess
@@ -54,6 +55,8 @@ class LocalConnection(Connection):
             await self._hang_up()
             if isinstance(error, (StartError, asyncio.TimeoutError, OSError)):
                 said = self._process.errors if self._process else str(error)
+                if places := no_room_in(said):
+                    raise no_room_here(places) from None
                 raise InvalidRuntimeError(self.host, "python", f"no agent can be started: {said}") from None
             raise
 

@@ -15,7 +15,7 @@ from lazycluster.agent import bootstrap
 
 OLDEST_PYTHON = (3, 8)
 # What each start of an agent imports.
-_CORE = ("guardian", "logout", "loop", "presence", "processes", "server", "session", "tcp", "wire")
+_CORE = ("directories", "guardian", "logout", "loop", "presence", "processes", "server", "session", "tcp", "wire")
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
 _STUB = (

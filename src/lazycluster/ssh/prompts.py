@@ -76,12 +76,14 @@ class Prompter:
         program = shlex.join([sys.executable, "-I", "-S", str(Path(askpass.__file__).absolute())])
         descriptor = os.open(script, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o700)
         try:
+            os.fchmod(descriptor, 0o700)  # whatever the umask is
             os.write(descriptor, os.fsencode(f'#!/bin/sh\nexec {program} "$@"\n'))
         finally:
             os.close(descriptor)
         self._script = str(script)
         self._socket = str(base / "askpass.sock")
         self._server = await asyncio.start_unix_server(self._converse, self._socket, limit=_QUESTION_LIMIT)
+        Path(self._socket).chmod(0o700)
 
     def register(self, connection_id: str, settings: Settings, ask: bool = False) -> None:
         """Prepare for the questions of a connection, before its ssh is started.

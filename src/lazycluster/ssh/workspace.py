@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import os
 import shutil
-import tempfile
+import socket
 from pathlib import Path
 
 from lazycluster import _loop
-from lazycluster.agent.bootstrap import is_safe
+from lazycluster.agent import directories
 from lazycluster.exceptions import ConnectionLostError
 
+from .errors import FULL, no_room_here
 from .keeper import Keeper
 from .prompts import Prompter
 
@@ -57,8 +58,10 @@ class Workspace:
             await _loop.together([asyncio.ensure_future(each) for each in starting])
             await self._tell()
             self.keeper.on_renewal.append(self._tell)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(self.directory, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise no_room_here(f"{self.directory}: {error.strerror}") from error
             raise
 
     async def release(self) -> None:
@@ -129,13 +132,27 @@ def _forbids_programs(place: str) -> bool:
 
 
 def private_directory() -> str:
-    """Make a directory for this user only, with a path short enough for sockets."""
-    places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", os.environ.get("TMPDIR", ""), "/var/tmp"]  # noqa: S108
-    errors = []
-    for place in sorted(places, key=_forbids_programs):  # the program that answers ssh's questions is one
-        try:
-            if place and len(os.fsencode(place)) <= _LONGEST and is_safe(place):
-                return tempfile.mkdtemp(prefix="lazycluster-", dir=place)
-        except OSError as error:
-            errors.append(str(error))
-    raise OSError("no private directory for the connections' sockets can be made: " + "; ".join(errors))
+    """Make a directory for this user only, with a path short enough for sockets.
+
+    Raises:
+        InvalidRuntimeError: If it cannot be made anywhere; its reason is ``manager``.
+    """
+    found = directories.places()
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime:  # on a host it is the last: it may go when the user logs out there
+        found = [runtime, *(place for place in found if place != runtime)]
+    try:
+        # The program that answers ssh's questions is made in it.
+        return directories.private_directory(sorted(found, key=_forbids_programs), _LONGEST, _try_sockets)
+    except OSError as error:
+        raise no_room_here(str(error)) from error
+
+
+def _try_sockets(directory: str) -> None:
+    """Do what ssh does for its control socket: some file systems, mounted over a network above all, cannot."""
+    made = [os.path.join(directory, name) for name in ("first", "second")]
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.bind(made[0])
+    os.link(*made)
+    for path in made:
+        Path(path).unlink()

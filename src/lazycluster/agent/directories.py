@@ -1,0 +1,125 @@
+"""Private directories: where agents and managers make theirs, and what those hold that tells one from another."""
+
+from __future__ import annotations
+
+import _socket as socket  # the module proper takes as long to import as all others together
+import errno
+import os
+import stat
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Callable, List, Sequence
+
+PREFIX = "lazycluster-"
+SOCKET = "agent.sock"
+HOST_FILE = "host"  # names the host that a directory belongs to: several may share the place where it is
+_ROOM = 64 * 1024  # bytes that a place must have: one that takes a name and no contents is of no use
+_PROBE = "room"
+_UNSUITABLE = "not an absolute path of at most {} bytes, as sockets need"
+_NOBODY = 65534  # whom the system names where it knows no user of that number
+
+
+def places() -> List[str]:
+    """Return where an agent's private directory may be, in order.
+
+    The path of a socket in it must be short, so the usual places come before the user's own.
+    """
+    found = ["/tmp", os.environ.get("TMPDIR", ""), "/var/tmp", "/dev/shm", os.environ.get("XDG_RUNTIME_DIR", "")]  # noqa: S108
+    return list(dict.fromkeys(place for place in found if place))
+
+
+def private_directory(candidates: Sequence[str], longest: int, prepare: Callable[[str], Any]) -> str:
+    """Make a directory for this user only, in the first place that has room for what belongs into it.
+
+    Nothing is left in the places that have not.
+
+    Args:
+        candidates: The places, in order.
+        longest: How many bytes the path of a place may have.
+        prepare: Makes what the directory is to hold from its beginning, and fails where that is not possible.
+
+    Raises:
+        OSError: No place will do; each is named with the reason.
+    """
+    errors = []
+    for place in candidates:
+        path = os.path.join(place, PREFIX + os.urandom(6).hex())
+        try:
+            if len(os.fsencode(place)) > longest or not os.path.isabs(place):
+                raise OSError(errno.ENAMETOOLONG, _UNSUITABLE.format(longest))
+            is_safe(place)
+            os.mkdir(path, 0o700)
+            try:
+                os.chmod(path, 0o700)  # the umask may have taken away what this user needs
+                _fill(os.path.join(path, _PROBE))
+                prepare(path)
+                return path
+            except BaseException:
+                _discard(path)
+                raise
+        except OSError as error:
+            errors.append("{}: {}".format(place, error.strerror or error))
+    raise OSError("; ".join(errors))
+
+
+def _fill(path: str) -> None:
+    """Try whether there is room for a little; only writing tells, of quotas too."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        data = bytes(_ROOM)
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)  # some file systems tell only now that they are full
+    os.unlink(path)
+
+
+def _discard(path: str) -> None:
+    """Remove a directory that was made just now, with the few files in it."""
+    try:
+        for name in os.listdir(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)
+    except OSError:
+        pass  # what made the start fail may make this fail; the next agent's clean-up finds it
+
+
+def is_safe(place: str) -> bool:
+    """Whether nobody else can rename or replace what this user makes in a directory."""
+    inode = os.stat(place)
+    owners = (0, os.getuid())
+    if inode.st_mode & stat.S_ISVTX:
+        # Its owner may replace what is in it all the same; but in some containers that of /tmp is a user who is none.
+        if inode.st_uid in (*owners, _NOBODY):
+            return True
+    elif inode.st_uid in owners and not inode.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return True
+    raise OSError(1, "others could replace what is made in it")
+
+
+def listener(directory: str) -> socket.socket:
+    """Return the socket at which the agent of a directory listens."""
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        found.bind(os.path.join(directory, SOCKET))
+        found.listen(8)
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+def note_host(directory: str) -> None:
+    """Leave word in an agent's private directory which host it is of."""
+    with open(os.path.join(directory, HOST_FILE), "w") as file:
+        file.write(os.uname().nodename)
+
+
+def is_of_this_host(directory: str) -> bool:
+    """Whether an agent's private directory is of this host, as far as it says so."""
+    try:
+        with open(os.path.join(directory, HOST_FILE)) as file:
+            return file.read() in ("", os.uname().nodename)
+    except (OSError, ValueError):
+        return True
