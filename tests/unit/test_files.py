@@ -428,23 +428,128 @@ def test_disk_full(tmp_path, small_disk, unnamed):
     host.close()
 
 
-def test_source_that_changes(host, tmp_path):
-    source = tmp_path / "file"
-    source.write_bytes(bytes(20_000_000))
+def copies(host, way, source, destination, **more):
+    return (
+        do_send(host, source, destination, **more) if way == "send" else do_get(host, str(source), destination, **more)
+    )
+
+
+@pytest.mark.parametrize("way", ["send", "get"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_of_a_file_that_grows_what_was_there_is_copied(host, tmp_path, way, folder):
+    (tmp_path / "source").mkdir()
+    log, empty = tmp_path / "source" / "log", tmp_path / "source" / "empty"
+    log.write_bytes(os.urandom(20_000_000))
+    empty.touch()
+    before = log.read_bytes()
+    written = log.stat().st_mtime_ns
 
     def grow(done, total, files):
-        with source.open("ab") as file:
-            file.write(b"x")
+        for path in (log, empty):
+            with path.open("ab") as file:
+                file.write(b"a line\n" * 100)
 
-    error = fails(do_send, host, source, tmp_path / "there", progress=grow)
-    assert "changed while it was being sent" in str(error)
+    result = copies(host, way, log.parent if folder else log, tmp_path / "there", progress=grow)
+    copied = tmp_path / "there" / "log" if folder else tmp_path / "there"
+    assert log.stat().st_size > len(before)
+    assert copied.read_bytes() == log.read_bytes()[: copied.stat().st_size]
+    assert len(before) <= copied.stat().st_size < log.stat().st_size
+    assert result.sent == 1 + folder
+    # The rest comes with the next copy, since the copy is as old as what it holds.
+    if copied.stat().st_size == len(before):
+        assert copied.stat().st_mtime_ns == written
+    copies(host, way, log.parent if folder else log, tmp_path / "there")
+    assert copied.read_bytes() == log.read_bytes()
 
-    def shrink(done, total, files):
-        os.truncate(source, 100)
 
-    source.write_bytes(bytes(20_000_000))
-    assert "changed" in str(fails(do_send, host, source, tmp_path / "there", progress=shrink))
-    assert os.listdir(tmp_path) == ["file"]
+def shrink(path):
+    os.truncate(path, 100)
+
+
+def rewrite(path):
+    with path.open("r+b") as file:
+        file.write(b"other")
+        file.seek(0, os.SEEK_END)
+        file.write(b"more")
+
+
+@pytest.mark.parametrize("way", ["send", "get"])
+@pytest.mark.parametrize(("change", "said"), [(shrink, "shrank"), (rewrite, "rewritten")])
+def test_a_source_that_changes(host, tmp_path, way, change, said):
+    (tmp_path / "source").mkdir()
+    source = tmp_path / "source" / "file"
+    (tmp_path / "source" / "first").touch()  # the first progress is that of the large file
+    (tmp_path / "source" / "last").touch()
+    (tmp_path / "there").write_text("before")
+
+    def progress(done, total, files):
+        if done > 1000:
+            change(source)
+
+    for whole in (False, True):
+        source.write_bytes(bytes(20_000_000))
+        destination = tmp_path / ("folder" if whole else "there")
+        error = fails(copies, host, way, source.parent if whole else source, destination, progress=progress)
+        side = "manager" if way == "send" else "host1"
+        assert (error.side, error.path) == (side, str(source)) and said in str(error)
+        assert "copy it again" in error.hint
+    assert (tmp_path / "there").read_text() == "before"
+    assert sorted(os.listdir(tmp_path / "folder")) == ["first", "last"]
+    assert sorted(os.listdir(tmp_path)) == ["folder", "source", "there"]
+    # The stream is still good.
+    assert copies(host, way, source.parent, tmp_path / "folder").sent == 1
+    assert len(host.processes) == 1
+
+
+@pytest.mark.parametrize("way", ["send", "get"])
+def test_what_vanishes_from_a_folder_keeps_nothing_else_from_being_copied(host, tmp_path, way):
+    source = tmp_path / "source"
+    for name in ("a", "b", "c"):
+        (source / name).mkdir(parents=True)
+        (source / name / "large").write_bytes(os.urandom(3_000_000))
+        for number in range(40):
+            (source / name / f"{number}").write_text(str(number))
+    gone = []
+
+    def vanish(done, total, files):
+        if not gone:
+            folder = next(path for path in source.iterdir() if not (tmp_path / "there" / path.name / "0").exists())
+            gone.append(folder)
+            subprocess.run(["rm", "-r", folder], check=True)
+
+    error = fails(copies, host, way, source, tmp_path / "there", progress=vanish)
+    assert "vanished" in str(error) and "have arrived" in error.hint and error.errno == errno.ENOENT
+    missed = {error.path, *(line.rpartition(": ")[0] for line in error.others)}
+    assert all(path.startswith(str(gone[0])) for path in missed)
+    for name in {"a", "b", "c"} - {gone[0].name}:
+        assert state(tmp_path / "there" / name) == state(source / name)
+    assert copies(host, way, source, tmp_path / "there").sent == 0
+    assert len(host.processes) == 1
+
+
+def test_what_cannot_be_read_keeps_nothing_else_from_being_copied(nobody, tmp_path):
+    source = tmp_path / "source"
+    (source / "closed").mkdir(parents=True)
+    (source / "closed" / "file").write_text("x")
+    (source / "closed").chmod(0o700)
+    for number in range(200):
+        (source / f"{number}").write_text(str(number))
+    for number in range(0, 200, 20):
+        (source / f"{number}").chmod(0o600)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 5 != 5 and str(folder).startswith("/tmp/"):
+            folder.chmod(0o755)
+    error = fails(do_get, nobody, str(source), tmp_path / "there")
+    assert (error.errno, error.side, len(error.others)) == (errno.EACCES, "host1", 10)
+    missed = {os.path.basename(line.rpartition(": ")[0]) for line in (f"{error.path}: ", *error.others)}
+    assert missed == {"closed", *(str(number) for number in range(0, 200, 20))}
+    assert str(error).count("Permission denied") == 11 and "have arrived" in str(error)
+    assert len(os.listdir(tmp_path / "there")) == 191
+    for number in range(200):
+        (source / f"{number}").chmod(0o600)
+    error = fails(do_get, nobody, str(source), tmp_path / "other")
+    assert len(error.others) == 100 and error.others[-1] == "101 more" and "nor 90 others" in str(error)
+    assert pickle.loads(pickle.dumps(error)).others == error.others
 
 
 def test_errors_survive_pickling():

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import os
 import socket
+import threading
+import zlib
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from hypothesis import strategies as st
 
 from lazycluster.agent import logout, wire
 from lazycluster.agent.parts import Part, Parts, received
+from lazycluster.agent.receiver import Receiver
+from lazycluster.agent.sender import Sender
 from lazycluster.agent.session import Channel, Session
 from lazycluster.agent.spool import Spool
+from lazycluster.agent.stream import Stream, Tally
 from lazycluster.ssh.link import AgentLink
 
 
@@ -403,6 +408,29 @@ def unnamed(directory: Path, data: bytes) -> int:
     fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
     os.write(fd, data)
     return fd
+
+
+@pytest.mark.parametrize(("now", "sent"), [(b"x" * 100 + b"y" * 900, 900), (b"z" * 1000, 1000)])
+def test_a_part_of_a_file_that_has_grown_is_taken_up_if_it_is_its_beginning(
+    tmp_path: Path, now: bytes, sent: int
+) -> None:
+    parts, source, there = Parts(), tmp_path / "source", tmp_path / "there"
+    source.write_bytes(now)
+    parts.put(Part(os.fsencode(there), 500, 5, unnamed(tmp_path, b"x" * 100), 100, zlib.crc32(b"x" * 100)))
+    with contextlib.ExitStack() as stack:
+        ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
+        place = lambda folder, name: (os.fsencode(tmp_path), b"there", False)  # noqa: E731
+        receiver = Receiver(Stream(ours.fileno(), ours.fileno()), place, Tally(), parts)
+        stream = Stream(theirs.fileno(), theirs.fileno())
+        went: list[int] = []
+        fill = stream.fill
+        stream.fill = lambda kind, length: (went.append(length), fill(kind, length))[1]  # type: ignore[method-assign]
+        receiving = threading.Thread(target=receiver.run)
+        receiving.start()
+        Sender(stream, lambda: (os.fsencode(source), b"source"), Tally()).run()
+        receiving.join()
+    assert (there.read_bytes(), sum(went)) == (now, sent)
+    parts.close()
 
 
 def test_a_part_is_taken_up_by_one_and_only_while_it_has_no_name(tmp_path: Path) -> None:

@@ -58,9 +58,16 @@ class Parts:
                 os.close(self._parts.pop(0).fd)
 
     def take(self, path: bytes, size: int, mtime: int) -> Optional[Part]:
-        """Return what there is of a file, which is the caller's then."""
+        """Return what there is of a file, which is the caller's then.
+
+        That may be of the file before it grew: the sender compares what it holds with the beginning of what there is.
+        """
         with self._lock:
-            found = [part for part in self._parts if part[:3] == (path, size, mtime)]
+            found = [
+                part
+                for part in self._parts
+                if part.path == path and (size > part.size or (size, mtime) == (part.size, part.mtime))
+            ]
             for part in found:
                 self._parts.remove(part)
         return _owned(found[0]) if found else None

@@ -25,6 +25,7 @@ from .stream import (
     FROM,
     LAST,
     LISTED,
+    MISSED,
     NEED,
     READY,
     SAME,
@@ -78,8 +79,11 @@ class Receiver:
     def run(self) -> bytes:
         """Receive everything; return the path of the file or folder.
 
+        What of a folder cannot be read there is left out: the tally names it.
+
         Raises:
-            CopyError: If something cannot be written here or read there; what was there before is untouched.
+            CopyError: If something cannot be written here, or a single file cannot be read there. What was there before
+                is untouched.
             StreamClosedError: If the sender is gone.
         """
         try:
@@ -136,6 +140,7 @@ class Receiver:
             LAST: self._last,
             SAME: self._same,
             LISTED: self._listed,
+            MISSED: self._missed,
         }
         stream = self._stream
         while True:
@@ -280,6 +285,18 @@ class Receiver:
         self._wanted.popleft()
         self._tally.moved(size)
         self._tally.file(False)
+
+    def _missed(self) -> None:
+        """Go on without what cannot be read there; a file of that name that is here stays as it is."""
+        message = self._stream.message()
+        if message["wanted"]:
+            wanted = self._wanted.popleft()
+            if wanted.part is not None:
+                os.close(wanted.part.fd)
+            if self._part is not None:
+                self._part.discard()
+                self._part = None
+        self._tally.miss(CopyError.received(message))
 
     # --- files ---------------------------------------------------------------------------------
     def _begin(self) -> None:

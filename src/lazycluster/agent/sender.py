@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import stat
@@ -23,6 +24,7 @@ from .stream import (
     FROM,
     LAST,
     LISTED,
+    MISSED,
     NEED,
     READY,
     SAME,
@@ -42,6 +44,11 @@ WANTED, NOT_WANTED, COMPARE, RESUME = 1, 0, 2, 3
 _MOST_LEFT_OUT = 100
 _FIRST_BATCH = 48
 _SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+#: What is said of a file whose contents cannot be told as they were when it was opened.
+SHRANK = "shrank while it was being copied"
+REWRITTEN = "was rewritten while it was being copied"
+VANISHED = "vanished while its folder was being copied"
 
 # Path and size.
 _File = Tuple[bytes, int]
@@ -96,12 +103,15 @@ class Sender:
         self._ready: Optional[Dict[str, Any]] = None
         self._done: Optional[Dict[str, Any]] = None
         self._listed = 0
+        self._is_folder = False
 
     def run(self) -> Dict[str, Any]:
         """Send everything; return what the receiver says of it.
 
+        What of a folder cannot be read is left out: the tally names it.
+
         Raises:
-            CopyError: If something cannot be read here or written there.
+            CopyError: If a single file cannot be read here, or something cannot be written there.
             StreamClosedError: If the receiver is gone.
         """
         try:
@@ -121,7 +131,7 @@ class Sender:
             if os.path.islink(path):
                 raise CopyError(path, "a symbolic link to nothing", error.errno) from error
             raise CopyError.of(path, error) from error
-        folder = stat.S_ISDIR(source.st_mode)
+        self._is_folder = folder = stat.S_ISDIR(source.st_mode)
         if not folder and not stat.S_ISREG(source.st_mode):
             raise CopyError(path, "is {}, not a file or folder".format(what_is(source.st_mode)))
         self._stream.put_json(START, {"folder": folder, "name": text(name), "now": time.time_ns()})
@@ -186,7 +196,14 @@ class Sender:
                         elif seen is not None:
                             pending.append((child.path, prefix + child.name, seen))
             except OSError as error:
-                raise CopyError.of(path, error) from error
+                if not relative:
+                    raise CopyError.of(path, error) from error
+                self._miss(_unreadable(path, error))
+
+    def _miss(self, error: CopyError, wanted: bool = False) -> None:
+        """Go on without a file or folder; the receiver learns of it, and whether it was waiting for it."""
+        self._tally.miss(error)
+        self._stream.put_json(MISSED, {**error.message_to_send(), "wanted": wanted})
 
     def _child(self, child: "os.DirEntry[bytes]", name: bytes) -> Union[List[Any], os.stat_result, None]:
         """Return an entry, or the inode of a folder; nothing for what has just been removed or cannot be sent."""
@@ -203,7 +220,8 @@ class Sender:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CopyError.of(child.path, error) from error
+            self._miss(CopyError.of(child.path, error))
+            return None
         if len(self._tally.left_out) < _MOST_LEFT_OUT:
             self._tally.left_out.append("{} is {}".format(text(child.path), what_is(inode.st_mode)))
         return None
@@ -248,13 +266,21 @@ class Sender:
                 self._tally.file(False)
                 continue
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-                try:
-                    self._send_file(fd, path, theirs if need == COMPARE else None, there)
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                raise CopyError.of(path, error) from error
+                self._open_and_send(path, theirs if need == COMPARE else None, there)
+            except CopyError as error:
+                if error.remote or not self._is_folder:
+                    raise
+                self._miss(error, wanted=True)
+
+    def _open_and_send(self, path: bytes, theirs: Optional[bytes], there: Optional[Tuple[int, int]]) -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                self._send_file(fd, path, theirs, there)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise (_unreadable(path, error) if self._is_folder else CopyError.of(path, error)) from error
 
     def _send_file(
         self, fd: int, path: bytes, theirs: Optional[bytes], there: Optional[Tuple[int, int]] = None
@@ -275,11 +301,7 @@ class Sender:
                 self._tally.moved(start)
             os.lseek(fd, start, os.SEEK_SET)
             left, checksum = self._send_data(fd, before.st_size - start, checksum)
-        after = os.fstat(fd)
-        if after.st_size != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
-            raise CopyError(path, "changed while it was being sent")
-        if left or (not before.st_size and os.read(fd, 1)):
-            raise CopyError(path, "holds what the system makes up, and gives no size for: print it with a command")
+            _check(fd, path, before, left, checksum)
         summary = SUMMARY.pack(before.st_size, checksum, stat.S_IMODE(before.st_mode), before.st_mtime_ns)
         self._stream.put(SAME if same else LAST, summary)
         self._tally.file(not same)
@@ -298,6 +320,32 @@ class Sender:
             while stream.readable():
                 self._take()
         return left, checksum
+
+
+def _check(fd: int, path: bytes, before: os.stat_result, left: int, checksum: int) -> None:
+    """Check that what was sent is what the file held when it was opened, also if it has grown since.
+
+    Args:
+        fd: The file.
+        path: Its path.
+        before: Its inode as it was then.
+        left: How many of its bytes could not be read.
+        checksum: That of the bytes that were sent.
+    """
+    more = not before.st_size and bool(os.read(fd, 1))
+    after = os.fstat(fd)
+    if after.st_size < before.st_size:
+        raise CopyError(path, SHRANK)
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        if left or not _begins_with(fd, before.st_size, checksum):
+            raise CopyError(path, REWRITTEN)
+    elif left or more:
+        raise CopyError(path, "holds what the system makes up, and gives no size for: print it with a command")
+
+
+def _unreadable(path: bytes, error: OSError) -> CopyError:
+    """Return the error about what was there when its folder was listed."""
+    return CopyError(path, VANISHED, error.errno) if error.errno == errno.ENOENT else CopyError.of(path, error)
 
 
 def _begins_with(fd: int, count: int, checksum: int) -> bool:

@@ -10,6 +10,7 @@ A copy has a sender and a receiver; the manager asks for it and is one of the tw
                                       where on, with the checksum of what is there
     sender    FROM? DATA* LAST | SAME the wanted files in their order; FROM says from where on, if that was asked; LAST
                                       carries size and checksum of the whole
+    sender    MISSED                  instead of LAST, also after DATA: a file of a folder cannot be sent, the rest can
     sender    LISTED, END             all is listed (sizes are known); all is sent
     receiver  DONE                    the last frame of every copy
     receiver  ERROR, sender ABORT     what fails is told by a frame, ABORT follows an ERROR, DONE an ABORT
@@ -28,7 +29,7 @@ import struct
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
-REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM = range(1, 15)
+REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM, MISSED = range(1, 16)
 
 #: How many entries a batch has, and how many batches may be unanswered: the answers must fit into 64 KiB.
 BATCH = 768
@@ -51,6 +52,7 @@ _SMALL = 64 * 1024
 _LARGEST = 8 * 1024 * 1024  # a batch whose names are all escaped
 _UNDER_WAY = 256 * 1024 * 1024  # bytes that buffers between the two sides may hold, and much more
 _REPORT_EVERY = 0.1
+_MOST_MISSED = 100
 
 
 class StreamClosedError(Exception):
@@ -111,12 +113,16 @@ class Tally:
         sent: Files that were sent.
         skipped: Files that were there already.
         left_out: Names of what is neither file, folder nor link, and why.
+        missed: What of a folder could not be sent, though the rest was; of very many only the first.
+        missed_count: How many that are.
     """
 
     def __init__(self, report: Optional[Callable[[int, Optional[int], int], object]] = None) -> None:
         self.files = self.bytes = self.sent = self.skipped = 0
         self.total: Optional[int] = None
         self.left_out: List[str] = []
+        self.missed: List[CopyError] = []
+        self.missed_count = 0
         self._report = report
         self._next = 0.0
 
@@ -132,6 +138,12 @@ class Tally:
         self.files += 1
         self.sent += sent
         self.skipped += not sent
+
+    def miss(self, error: CopyError) -> None:
+        """Count what could not be sent."""
+        self.missed_count += 1
+        if len(self.missed) < _MOST_MISSED:
+            self.missed.append(error)
 
     def finish(self) -> None:
         """Report the end."""

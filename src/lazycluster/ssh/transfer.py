@@ -21,7 +21,7 @@ from typing import Any
 from lazycluster.agent.files import destination, source
 from lazycluster.agent.parts import Parts
 from lazycluster.agent.receiver import Receiver
-from lazycluster.agent.sender import Sender
+from lazycluster.agent.sender import REWRITTEN, SHRANK, Sender
 from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, printable
 
@@ -34,6 +34,8 @@ AT_ONCE = 8
 
 #: How long a cancelled copy is waited for, in seconds.
 _PATIENCE = 10.0
+
+_OTHERS_SHOWN = 10
 
 Progress = Callable[[int, "int | None", int], object]
 
@@ -52,6 +54,8 @@ _HINTS = {
 class TransferError(LazyclusterError, OSError):
     """A file or folder could not be copied. What was at the destination is unchanged, or completely replaced.
 
+    If it is some files of a folder that could not be read, e.g. since they vanished, all others were copied.
+
     Attributes:
         host: The host that was copied to or from.
         side: Where it failed: ``manager``, or the host.
@@ -59,9 +63,19 @@ class TransferError(LazyclusterError, OSError):
         errno: The number of the system's error there, or None.
         strerror: What is wrong.
         hint: The next step.
+        others: What else of the folder was not copied, a line each with the reason; of very many the first.
     """
 
-    def __init__(self, host: str, side: str, path: str, errno: int | None, strerror: str, hint: str = "") -> None:
+    def __init__(
+        self,
+        host: str,
+        side: str,
+        path: str,
+        errno: int | None,
+        strerror: str,
+        hint: str = "",
+        others: Sequence[str] = (),
+    ) -> None:
         LazyclusterError.__init__(self, host, side, path, errno, strerror, hint)
         self.host = host
         self.side = side
@@ -69,17 +83,26 @@ class TransferError(LazyclusterError, OSError):
         self.errno = errno
         self.strerror = strerror
         self.hint = hint
+        self.others = tuple(others)
 
     def __str__(self) -> str:
         where = "the manager" if self.side == "manager" else self.side
-        # Names may hold anything: what a terminal cannot show is shown escaped.
-        path = self.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        path = path if path.isprintable() else repr(path)
-        message = f"{self.host}: cannot copy: {path} on {where}: {printable(str(self.strerror))}"
-        return f"{message}\n  Next step: {self.hint}" if self.hint else message
+        lines = [f"{self.host}: cannot copy: {_shown(self.path)} on {where}: {printable(str(self.strerror))}"]
+        lines += [f"  nor {other}" for other in self.others[:_OTHERS_SHOWN]]
+        if len(self.others) > _OTHERS_SHOWN:
+            lines.append(f"  nor {len(self.others) - _OTHERS_SHOWN} others")
+        if self.hint:
+            lines.append(f"  Next step: {self.hint}")
+        return "\n".join(lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.host, self.side, self.path, self.errno, self.strerror, self.hint)
+        return type(self), (self.host, self.side, self.path, self.errno, self.strerror, self.hint, self.others)
+
+
+def _shown(path: str) -> str:
+    # Names may hold anything: what a terminal cannot show is shown escaped.
+    path = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return path if path.isprintable() else repr(path)
 
 
 @dataclass(frozen=True)
@@ -263,6 +286,8 @@ class _Copy:
             finally:
                 if work.ended.is_set():  # else a thread that cannot be ended still has it
                     pool.give_back(sock, work.usable)
+            if work.error is None and work.tally.missed:
+                raise self._incomplete(work.tally)
             if work.error is None:
                 return work
             if not isinstance(work.error, StreamClosedError):
@@ -286,7 +311,21 @@ class _Copy:
             )  # fmt: skip
         return error
 
+    def _incomplete(self, tally: Tally) -> TransferError:
+        """Return the error about the files of a folder that could not be sent; the others have arrived."""
+        first, *more = tally.missed
+        others = [f"{_shown(os.fsdecode(error.path))}: {printable(error.message)}" for error in more]
+        if tally.missed_count > len(tally.missed):
+            others.append(f"{tally.missed_count - len(tally.missed)} more")
+        hint = "the other files of the folder have arrived; copy it again for these, or exclude them"
+        path = os.fsdecode(first.path)
+        host = self.connection.host
+        side = host if first.remote else "manager"
+        return TransferError(host, side, path, first.errno, first.message, hint, others)
+
     def _hint(self, error: CopyError) -> str:
+        if error.message in (SHRANK, REWRITTEN):
+            return "copy it again when nothing else writes to it; a file that only grows can be copied at any time"
         if error.errno == errno.ENOENT:
             there = printable(str(self.request["cwd"] or "the home directory"))
             start = f"{there} there" if error.remote else "the current directory here"
