@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--port", type=int, default=22, help="port of sshd (default 22)")
     up.add_argument("--tmp-size", default="2g", metavar="SIZE", help="size of /tmp, as in mount(8) (default 2g)")
     up.add_argument(
+        "--own-tmp", dest="own", action="store_const", const=("/tmp",), default=(), help="each session has its own /tmp"
+    )
+    up.add_argument(
         "--sshd", action="append", default=[], type=_setting, metavar="NAME=VALUE", help="a further option of sshd"
     )
     down = commands.add_parser("down", help="end the hosts, and remove everything that was made for them")

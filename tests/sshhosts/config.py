@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -104,6 +105,7 @@ def _files(
     own = addresses.get(name, "198.18.SUBNET.2")
     return {
         "sshd_config": (0o644, _sshd_config(layout, options)),
+        "own": (0o755, _own_directories(options)),
         "host_key": (0o600, (directory / f"{name}.key").read_text()),
         "authorized_keys": (0o644, "" if options.password else layout["public_key"]),
         "passwd": (0o644, "\n".join(passwd + system) + "\n"),
@@ -111,6 +113,15 @@ def _files(
         "shadow": (0o600, "\n".join(shadow) + "\n"),
         "hosts": (0o644, "\n".join(["127.0.0.1 localhost", f"{own} {name}", *names]) + "\n"),
     }
+
+
+def _own_directories(options: Options) -> str:
+    """The program that gives a session directories of its own, before it does what the session is for."""
+    mounts = "".join(f"mount -t tmpfs -o mode=1777 none {path} && " for path in options.own)
+    user = "--user --map-current-user --keep-caps" if options.user != "root" else ""
+    drop = "setpriv --bounding-set=-all --inh-caps=-all --ambient-caps=-all" if options.user != "root" else ""
+    run = f'{mounts}exec {drop} "$SHELL" -c "$SSH_ORIGINAL_COMMAND"'
+    return f"#!/bin/sh\nexec unshare {user} --mount sh -c {shlex.quote(run)}\n"
 
 
 def _is_system(line: str) -> bool:
@@ -138,6 +149,8 @@ def _sshd_config(layout: dict[str, Any], options: Options) -> str:
         settings["AllowTcpForwarding"] = "no"
     if options.max_sessions is not None:
         settings["MaxSessions"] = str(options.max_sessions)
+    if options.own:
+        settings["ForceCommand"] = "/run/host/own"
     settings.update(options.sshd)
     return "".join(f"{name} {value}\n" for name, value in settings.items())
 

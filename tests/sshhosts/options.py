@@ -75,6 +75,8 @@ class Options:
         shared_home: The hosts share one home directory, as with NFS.
         path: Directories that come first on the hosts' PATH.
         env: Variables that sshd sets for every session.
+        own: Directories that every session has of its own, empty at first, as those of containers do. The sessions of
+            ordinary users are in user namespaces of their own, too; those of root are not.
     """
 
     python: str | None = None
@@ -95,6 +97,7 @@ class Options:
     shared_home: bool = False
     path: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rc is not None and self.rc not in RC_FILES:

@@ -30,7 +30,7 @@ from lazycluster.agent.tree import part_name
 from lazycluster.exceptions import printable
 from lazycluster.ssh.config import Settings, ssh_argv
 from lazycluster.ssh.destination import parse_destination
-from lazycluster.ssh.program import bulk_command, remote_command
+from lazycluster.ssh.program import bulk_command, rejoin_command, remote_command
 from lazycluster.utils import safe_name
 
 # The same examples in every run: what is new is looked for with LAZYCLUSTER_TEST_EXPLORE=1.
@@ -356,6 +356,9 @@ def test_what_is_shown_is_harmless(text: str) -> None:
         assert shown == text
 
 
+_FURTHER = (bulk_command, rejoin_command)
+
+
 # --- quoting -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 @examples(25)
@@ -366,7 +369,8 @@ def test_what_is_shown_is_harmless(text: str) -> None:
 def test_an_interpreters_name_is_one_word_for_a_shell(shell: str, python: str) -> None:
     """The one line that a login shell is given, with `printf` in the place of `exec PYTHON`."""
     assume(not python.startswith("~/"))
-    for command in (remote_command(python, "0123"), bulk_command(python, "0123", "/tmp/it's $HOME/agent.sock")):
+    sockets = ["/tmp/it's $HOME/agent.sock", "/caf\u00e9/agent.sock"]
+    for command in (remote_command(python, "0123"), *(line(python, "0123", sockets, 7) for line in _FURTHER)):
         line = command.replace("exec ", "printf '%s\\0' ", 1)
         done = subprocess.run([shell, "-c", line], capture_output=True, check=True)
         words = done.stdout.decode().split("\0")

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 PACKAGE = "lazycluster_agent"
 NO_DIRECTORY = "lazycluster: no private directory can be made: "  # how the line begins that tells the manager so
-_LONGEST = 60  # bytes of the place of the agent's directory: the path of the socket in it must be short
 
 
 class _Finder:
@@ -108,14 +107,9 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
 def _listening() -> Tuple[str, socket.socket]:
     """Make the agent's directory and the socket in it."""
     directories = import_module(PACKAGE + ".directories")
-    found: List[socket.socket] = []
-
-    def prepare(directory: str) -> None:
-        directories.note_host(directory)
-        found.append(directories.listener(directory))
-
     try:
-        return directories.private_directory(directories.places(), _LONGEST, prepare), found[0]
+        found: Tuple[str, socket.socket] = directories.listening(directories.places(), directories.LONGEST)
+        return found
     except OSError as error:
         raise SystemExit(NO_DIRECTORY + str(error)) from None
 

@@ -9,11 +9,13 @@ import stat
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, List, Sequence
+    from typing import Any, Callable, List, Sequence, Tuple
 
 PREFIX = "lazycluster-"
 SOCKET = "agent.sock"
 HOST_FILE = "host"  # names the host that a directory belongs to: several may share the place where it is
+LONGEST = 60  # bytes of the place of an agent's directory: the path of the socket in it must be short
+_FURTHER_FILE = "further"
 _ROOM = 64 * 1024  # bytes that a place must have: one that takes a name and no contents is of no use
 _PROBE = "room"
 _UNSUITABLE = "not an absolute path of at most {} bytes, as sockets need"
@@ -108,6 +110,42 @@ def listener(directory: str) -> socket.socket:
         found.close()
         raise
     return found
+
+
+def listening(candidates: Sequence[str], longest: int) -> Tuple[str, socket.socket]:
+    """Make an agent's directory, and listen in it.
+
+    Raises:
+        OSError: See `private_directory`.
+    """
+    found: List[socket.socket] = []
+
+    def prepare(directory: str) -> None:
+        note_host(directory)
+        found.append(listener(directory))
+
+    return private_directory(candidates, longest, prepare), found[0]
+
+
+def everywhere() -> List[str]:
+    """Return all places where directories of agents may be, also those for sessions that see no other."""
+    home = os.path.expanduser("~")
+    return [*places(), *([home] if os.path.isabs(home) else [])]
+
+
+def further(directory: str) -> List[str]:
+    """Return the other directories of the agent whose directory it is."""
+    try:
+        with open(os.path.join(directory, _FURTHER_FILE)) as file:
+            return [line for line in file.read().splitlines() if line]
+    except (OSError, ValueError):
+        return []
+
+
+def note_further(directory: str, others: Sequence[str]) -> None:
+    """Leave word in an agent's directory which others it has, for who removes them."""
+    with open(os.path.join(directory, _FURTHER_FILE), "w") as file:
+        file.write("".join(other + "\n" for other in others))
 
 
 def note_host(directory: str) -> None:

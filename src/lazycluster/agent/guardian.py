@@ -10,6 +10,7 @@ import os
 import signal
 import time
 
+from .directories import further
 from .processes import descendants, parent_of, send_signal, start_time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -58,7 +59,7 @@ def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
     if orderly or os.getppid() != above:
         clean(directory)
     else:  # whoever has started this is there; on the manager's machine, what is to be ended with it is in use
-        remove([directory])
+        remove([*further(directory), directory])
     if sshd and not orderly and start_time(sshd) == sshd_started is not None:
         # ssh lingers while a forwarded connection is open; its manager has gone, so nobody else ends it.
         send_signal([sshd], signal.SIGTERM)
@@ -111,7 +112,7 @@ def clean(directory: str) -> None:
         kept = {}
     _end_foreign([(int(pid), int(started)) for pid, started in kept.get("pids", [])])
     remove(kept.get("paths", []))
-    remove([directory])
+    remove([*further(directory), directory])
 
 
 def _end_foreign(processes: Iterable[Any]) -> None:

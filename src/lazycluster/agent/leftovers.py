@@ -9,7 +9,7 @@ import signal
 import stat
 import time
 
-from .directories import HOST_FILE, PREFIX, SOCKET, is_of_this_host, places
+from .directories import HOST_FILE, PREFIX, SOCKET, everywhere, is_of_this_host
 from .guardian import remove
 from .processes import AGENT_MARKER, marks, send_signal, start_time, tree_of
 
@@ -64,7 +64,7 @@ def orphans() -> List[Tuple[int, int]]:
 
 def beside(own: str) -> Iterator[str]:
     """Yield the paths of what has the name of an agent's directory, in the place of our own and in the other places."""
-    for place in dict.fromkeys([os.path.dirname(own), *places()]):
+    for place in dict.fromkeys([os.path.dirname(own), *everywhere()]):
         try:
             names = os.listdir(place)
         except OSError:

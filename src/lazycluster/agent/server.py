@@ -75,11 +75,11 @@ class Agent:
         self._alive_fd = alive
         self.ending = False
         self._presence = Presence(self, local)
+        self._further: Dict[str, socket.socket] = {}  # where it listens beside its directory
         self._parts: Any = None  # what copies have left unfinished
         self._orderly = False
         self.loop.report = self.report
-        listener.setblocking(False)
-        self.loop.add_reader(listener.fileno(), self._accept)
+        self._listen(listener)
         self.loop.add_reader(alive, self._orphaned)  # it becomes readable only when the guardian has died
         self.loop.call_later(_FIRST_SESSION_LIMIT, self._look_for_session)
 
@@ -101,14 +101,18 @@ class Agent:
             Channel(self._presence.session, 0, {}).event(problem=text)
 
     # --- who is there --------------------------------------------------------------------------
-    def _accept(self) -> None:
+    def _listen(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        self.loop.add_reader(listener.fileno(), lambda: self._accept(listener))
+
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            connection = socket.socket(fileno=self._listener._accept()[0])  # type: ignore[attr-defined]
+            connection = socket.socket(fileno=listener._accept()[0])  # type: ignore[attr-defined]
         except BlockingIOError:
             return
         except OSError:  # no descriptors left: those who wait, wait
-            self.loop.remove_reader(self._listener.fileno())
-            self.loop.call_later(_PAUSE, lambda: self.loop.add_reader(self._listener.fileno(), self._accept))
+            self.loop.remove_reader(listener.fileno())
+            self.loop.call_later(_PAUSE, lambda: self._listen(listener))
             return
         connection.setblocking(True)
         try:
@@ -210,6 +214,8 @@ class Agent:
                 self._keep(channel)
             elif operation == "stop":
                 self._stop(channel)
+            elif operation == "listen":
+                channel.result(sockets=self._listen_elsewhere())
             elif operation == "session":
                 self._presence.agree(channel)
             elif operation == "ping":
@@ -233,6 +239,24 @@ class Agent:
             json.dump({"pids": channel.params.get("pids") or [], "paths": channel.params.get("paths") or []}, file)
         os.rename(path + ".new", path)
         channel.result()
+
+    def _listen_elsewhere(self) -> List[str]:
+        """Listen in all places where that is possible: sessions of this host may see some of them only."""
+        from .directories import LONGEST, SOCKET, everywhere, listening, note_further
+
+        if not self._further:
+            for place in dict.fromkeys(everywhere()):
+                try:
+                    directory, listener = listening([place], LONGEST)
+                except OSError:
+                    continue
+                self._further[directory] = listener
+                self._listen(listener)
+            try:
+                note_further(self.directory, list(self._further))
+            except OSError:
+                pass  # after a crash of this process and its guardian, the next agent removes them
+        return [os.path.join(directory, SOCKET) for directory in self._further]
 
     def _stop(self, channel: Channel) -> None:
         self._orderly = True

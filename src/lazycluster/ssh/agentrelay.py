@@ -12,12 +12,10 @@ import contextlib
 import errno
 import itertools
 import logging
-import os
 import socket
 import struct
 import weakref
 from collections.abc import Awaitable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lazycluster._words import counted
@@ -26,11 +24,12 @@ from lazycluster.exceptions import LazyclusterError, PortInUseError, TunnelError
 from . import workspace
 from .channel import Channel
 from .connection import Connection
+from .further import open_session
 from .handles import MANAGER, Outcome, Tunnel, TunnelRequest
-from .mark import StartError, past_noise
 from .mux import MuxError
 from .probes import mux_of
-from .program import bulk_command, expected, new_marker
+from .program import bulk_command, new_marker
+from .streams import SessionError
 
 __all__ = ["is_asked_for", "relay_of"]
 
@@ -207,26 +206,23 @@ class AgentRelay:
     async def _join(self, connection: Connection, here: _End, there: _End) -> None:
         """Connect the two by a session."""
         marker = new_marker()
-        command = bulk_command(connection.hello.executable, marker, await there.socket)
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs, Path(os.devnull).open("wb") as null:
-                try:
-                    session = await mux_of(connection).new_session(
-                        command, theirs.fileno(), theirs.fileno(), null.fileno()
-                    )
-                except MuxError as error:
-                    raise TunnelError(
-                        f"{self._host}: there is no further session for the relay through its agent: {error}. "
-                        "Next step: allow at least MaxSessions 2 in its sshd_config, or end what else uses it"
-                    ) from error
-            # The session must be held until it ends, which it does with the process on the host.
-            self._session = asyncio.ensure_future(session.wait())
+        hello = connection.hello
+        command = bulk_command(hello.executable, marker, [await there.socket], hello.pid)
+        try:
+            session = await open_session(mux_of(connection), command)
+        except MuxError as error:
+            raise TunnelError(
+                f"{self._host}: there is no further session for the relay through its agent: {error}. "
+                "Next step: allow at least MaxSessions 2 in its sshd_config, or end what else uses it"
+            ) from error
+        # The session must be held until it ends, which it does with the process on the host.
+        self._session = session.ended
+        with session.stream as ours:
             try:
-                await past_noise(ours, expected(marker))
-            except (StartError, OSError) as error:
-                text = f"{self._host}: the relay does not start, and printed: {str(error) or 'nothing'}"
-                raise TunnelError(text) from error
+                await session.started(marker)
+            except SessionError as error:
+                hint = f". Next step: {error.hint}" if error.hint else ""
+                raise TunnelError(f"{self._host}: the relay does not start: {error.detail}{hint}") from error
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as giver:
                 giver.connect(await here.socket)
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", ours.fileno(), ours.fileno()))]

@@ -45,6 +45,7 @@ _SHAPES: dict[str, Any] = {
     "info": _INFO,
     "interpreters": {"interpreters": [{"path": str, "version": [int]}]},
     "leftovers": {"processes": [{"pid": int, "command": str}], "directories": [str]},
+    "listen": {"sockets": [str]},
     "mkdir": {"path": str},
     "mkdtemp": {"path": str},
     "nonce": {"port": int, "nonce": str},

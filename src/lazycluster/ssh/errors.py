@@ -15,7 +15,7 @@ from lazycluster.exceptions import InvalidRuntimeError
 
 from .config import Settings
 
-__all__ = ["FULL", "classify", "is_retryable", "no_room_here", "no_room_in"]
+__all__ = ["FULL", "classify", "is_retryable", "no_room_here", "no_room_in", "no_room_there"]
 
 _EVIDENCE_LINES = 4
 _OUTPUT_SHOWN = 300
@@ -318,15 +318,20 @@ def no_room_here(places: str) -> InvalidRuntimeError:
     return InvalidRuntimeError("localhost", "manager", detail, _NO_ROOM_HINT.format(where=""))
 
 
+def no_room_there(settings: Settings, places: str) -> InvalidRuntimeError:
+    """Return the same error about a host."""
+    detail = f"no directory for temporary files can be made on the host: {places}"
+    return InvalidRuntimeError(
+        settings.host, "disk", detail, _NO_ROOM_HINT.format(where=f" for sessions on {settings.host}")
+    )
+
+
 def _no_room(case: _Case) -> InvalidRuntimeError | None:
     full = "|".join(map(os.strerror, FULL))
     if here := case.find(rf"^unix_listener: cannot bind to path (.*: (?:{full}))$"):
         return no_room_here(here[1])  # the control socket, on this side
     places = no_room_in(f"{case.said}\n{case.output}")
-    if not places:
-        return None
-    hint = _NO_ROOM_HINT.format(where=f" for sessions on {case.settings.host}")
-    return case.error("disk", f"no directory for temporary files can be made on the host: {places}", hint)
+    return no_room_there(case.settings, places) if places else None
 
 
 def _no_process(case: _Case) -> InvalidRuntimeError | None:

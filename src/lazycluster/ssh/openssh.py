@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster import _forks, _loop
-from lazycluster.agent.stream import StreamClosedError
+from lazycluster.agent.directories import SOCKET
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 
 from . import workspace
 from .config import Settings, ssh_argv, ssh_version
-from .errors import classify, is_retryable
+from .errors import classify, is_retryable, no_room_in, no_room_there
+from .further import FurtherSession, NoAgentError, open_session
 from .handshakes import limiter
 from .link import AgentLink
-from .mark import StartError, past_noise, shown
+from .mark import Mark, StartError, shown
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
-from .program import bulk_command, expected, new_marker, rejoin_command, remote_command
+from .program import bulk_command, new_marker, rejoin_command, remote_command
 from .returning import ReturningConnection
 
 ATTEMPTS = 6
@@ -73,6 +74,8 @@ class SshConnection(ReturningConnection):
         self._forwards: dict[Any, Forward] = {}  # while the link is down
         self._name = ""
         self._sessions: set[asyncio.Task[int]] = set()
+        self._session_problem = -1.0, ""  # what the further session printed that failed last, and when
+        self._further: list[str] = []  # where the agent listens beside its own directory
 
     @property
     def mux(self) -> Mux:
@@ -144,7 +147,7 @@ class SshConnection(ReturningConnection):
     def _command(self, marker: str) -> str:
         if self._hello is None:
             return remote_command(self._python, marker)
-        return rejoin_command(self._python, marker, os.path.join(self.hello.directory, "agent.sock"))
+        return rejoin_command(self._python, marker, self._sockets, self.hello.pid)
 
     def _forget_attempt(self) -> None:
         if self._space is not None and self._name:
@@ -180,51 +183,71 @@ class SshConnection(ReturningConnection):
         )
 
     async def bulk(self) -> socket.socket:
-        """Return a stream to a new process that copies files: a further session on the same connection."""
-        mux = self.mux
-        ours, theirs = socket.socketpair()
-        _forks.not_for_children(ours.fileno(), theirs.fileno())
-        with theirs, Path(os.devnull).open("wb") as null:
-            marker = new_marker()
-            command = bulk_command(self.hello.executable, marker, os.path.join(self.hello.directory, "agent.sock"))
-            try:
-                session = await mux.new_session(command, theirs.fileno(), theirs.fileno(), null.fileno())
-            except MuxError as error:
-                ours.close()
-                raise ConnectionLostError(self.host, f"no further session for copying files: {error}") from error
-        # The session must be held until the command on the host has ended, which it does when our end is closed.
-        task = asyncio.ensure_future(session.wait())
-        self._sessions.add(task)
-        task.add_done_callback(self._sessions.discard)
+        """Return a stream to a new process that copies files: a further session on the same connection.
+
+        Raises:
+            ConnectionLostError: There is no such session.
+            SessionError: It does not reach the agent.
+        """
         try:
-            await past_noise(ours, expected(marker))
-        except BaseException as error:
-            ours.close()
-            if isinstance(error, (StartError, OSError)):
-                raise StreamClosedError(f"it did not start, and printed: {str(error) or 'nothing'}") from error
-            raise
-        return ours
+            return await self._bulk()
+        except NoAgentError:
+            if len(self._sockets) > 1:
+                raise
+        self._further = (await self.request("listen"))["sockets"]
+        return await self._bulk()
+
+    async def _bulk(self) -> socket.socket:
+        marker = new_marker()
+        session = await self._session(bulk_command(self.hello.executable, marker, self._sockets, self.hello.pid))
+        await session.started(marker)
+        return session.stream
+
+    @property
+    def _sockets(self) -> list[str]:
+        """Where the agent listens."""
+        return [os.path.join(self.hello.directory, SOCKET), *self._further]
+
+    async def _session(self, command: str) -> FurtherSession:
+        """Open a further session; it is held until the command on the host ends, as it does when our end is closed."""
+        try:
+            session = await open_session(self.mux, command)
+        except MuxError as error:
+            raise ConnectionLostError(self.host, f"no further session: {error}") from error
+        self._sessions.add(session.ended)
+        session.ended.add_done_callback(lambda ended: self._session_ended(session, ended))
+        return session
+
+    def _session_ended(self, session: FurtherSession, ended: asyncio.Task[int]) -> None:
+        self._sessions.discard(ended)
+        if not ended.cancelled() and ended.result() and session.printed:
+            text = f"its session ended with exit status {ended.result()}, and printed: {session.printed}"
+            self._session_problem = asyncio.get_running_loop().time(), text
+
+    def problem_since(self, moment: float) -> str:
+        """Return what went wrong since then with the agent or a further session, in the loop's time; "" if nothing."""
+        when, text = self._session_problem
+        return super().problem_since(moment) or (text if when >= moment else "")
 
     async def another_agent(self) -> AgentLink:
         """Start it in a further session on the same connection."""
         await self.reached()
         marker = new_marker()
-        ours, theirs = socket.socketpair()
-        _forks.not_for_children(ours.fileno(), theirs.fileno())
-        with theirs, Path(os.devnull).open("wb") as null:
-            try:
-                session = await self.mux.new_session(
-                    remote_command(self.hello.executable, marker), theirs.fileno(), theirs.fileno(), null.fileno()
-                )
-            except MuxError as error:
-                ours.close()
-                raise ConnectionLostError(self.host, f"no further session: {error}") from error
-        task = asyncio.ensure_future(session.wait())
-        self._sessions.add(task)
-        task.add_done_callback(self._sessions.discard)
-        ours_out = os.dup(ours.fileno())
+        session = await self._session(remote_command(self.hello.executable, marker))
+        ours_out = os.dup(session.stream.fileno())
         _forks.not_for_children(ours_out)
-        return await self._begin(ours.detach(), ours_out, marker, task)
+        try:
+            return await self._begin(session.stream.detach(), ours_out, marker, session.ended)
+        except ConnectionLostError as error:
+            if places := no_room_in(session.printed):
+                raise no_room_there(self.settings, places) from error
+            if session.printed:
+                raise ConnectionLostError(self.host, f"{error.detail}\n{session.printed}") from error
+            raise
+
+    async def _start_agent(self, fd_in: int, fd_out: int, mark: Mark) -> None:
+        self._further = []
+        await super()._start_agent(fd_in, fd_out, mark)
 
     async def _let_go(self) -> None:
         self._forget_attempt()

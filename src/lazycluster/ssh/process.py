@@ -16,6 +16,50 @@ _TAIL = 16 * 1024
 _PIPE_SIZE = 1024 * 1024
 
 
+class ErrorTail:
+    """The end of what a process prints to standard error, read as it comes.
+
+    Args:
+        fd: The read end of its pipe, which is this object's from now on.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._seen = bytearray()
+        self._loop = asyncio.get_running_loop()
+        _forks.not_for_children(fd)
+        os.set_blocking(fd, False)
+        self._loop.add_reader(fd, self._read)
+
+    @property
+    def text(self) -> str:
+        """What it was."""
+        return self._seen.decode("utf-8", "replace")
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._fd, 65536)
+        except BlockingIOError:
+            return False
+        self._seen += data
+        del self._seen[:-_TAIL]
+        if not data:
+            self._let_go()
+        return bool(data)
+
+    def close(self) -> None:
+        """Take what is there, and wait for no more: a grandchild (a ProxyCommand) may hold the other end."""
+        while self._fd >= 0 and self._read():
+            pass
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+
 class WatchedProcess:
     """A child whose end and whose error output the loop waits for.
 
@@ -38,15 +82,11 @@ class WatchedProcess:
             bufsize=0,
         )
         assert self._popen.stdin and self._popen.stdout and self._popen.stderr
-        _forks.not_for_children(
-            *(pipe.fileno() for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr))
-        )
+        _forks.not_for_children(*(pipe.fileno() for pipe in (self._popen.stdin, self._popen.stdout)))
         self.pid = self._popen.pid
         self.exited: asyncio.Future[int] = self._loop.create_future()
-        self._errors = bytearray()
-        self._stderr = self._popen.stderr
-        os.set_blocking(self._stderr.fileno(), False)
-        self._loop.add_reader(self._stderr.fileno(), self._read_errors)
+        self._errors = ErrorTail(os.dup(self._popen.stderr.fileno()))
+        self._popen.stderr.close()
         self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else -1
         if self._pidfd >= 0:
             self._loop.add_reader(self._pidfd, self._ended)
@@ -67,7 +107,7 @@ class WatchedProcess:
     @property
     def errors(self) -> str:
         """The end of what it printed to standard error."""
-        return self._errors.decode("utf-8", "replace")
+        return self._errors.text
 
     def signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
@@ -90,22 +130,6 @@ class WatchedProcess:
             if stream is not None and not stream.closed:
                 stream.close()
 
-    def _read_errors(self) -> None:
-        try:
-            data = os.read(self._stderr.fileno(), 65536)
-        except BlockingIOError:
-            return
-        if data:
-            self._errors += data
-            del self._errors[:-_TAIL]
-        else:
-            self._close_errors()
-
-    def _close_errors(self) -> None:
-        if not self._stderr.closed:
-            self._loop.remove_reader(self._stderr.fileno())
-            self._stderr.close()
-
     def _poll(self) -> None:
         if self._popen.poll() is None:
             self._loop.call_later(0.05, self._poll)
@@ -117,12 +141,7 @@ class WatchedProcess:
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
-        if not self._stderr.closed:
-            # What it said last may still be in the pipe; a grandchild (a ProxyCommand) may hold the other end.
-            with contextlib.suppress(BlockingIOError):
-                while data := os.read(self._stderr.fileno(), 65536):
-                    self._errors += data
-            self._close_errors()
+        self._errors.close()
         self._close_streams()
         if not self.exited.done():
             self.exited.set_result(status)

@@ -8,6 +8,7 @@ import secrets
 import shlex
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
 
@@ -24,18 +25,25 @@ _STUB = (
     "i=sys.stdin.buffer;"
     "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
 )
-# The same on a host where an agent of this manager may wait: that one is given the streams.
+# Connects to the agent, also from a session that sees another /tmp than the agent does: through the root of that one's
+# file system, if what listens there is this user's.
+_FIND = (
+    "import os,sys,socket,struct,zlib,marshal;n=bytes([10]);s=socket.socket(1);"
+    "k=any(s.connect_ex(p)==0 for p in {paths}) or s.connect_ex({through})==0 and "
+    'struct.unpack("3i",s.getsockopt(socket.SOL_SOCKET,socket.SO_PEERCRED,12))[1]==os.getuid();'
+)
+# The same as the first on a host where an agent of this manager may wait: that one is given the streams.
 _REJOIN = (
-    "import os,sys,socket,struct,zlib,marshal;n=bytes([10]);s=socket.socket(1);k=s.connect_ex({path})==0;"
-    'k and s.sendmsg([b"rejoin"],[(1,1,struct.pack("2i",0,1))]);'
+    _FIND + 'k and s.sendmsg([b"rejoin"],[(1,1,struct.pack("2i",0,1))]);'
     'os.write(1,n+b"lazy"+b"{marker} %d.%d.%d"%sys.version_info[:3]+b" "+sys.implementation.cache_tag.encode()'
     '+(b" kept" if k else b" new")+n);'
     "k and (os.close(0),os.close(1),s.recv(1),os._exit(0));"
     "i=sys.stdin.buffer;"
     "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
 )
+NO_AGENT = "lazycluster: this session finds no agent"
 _BULK = (
-    "import os,socket,struct;n=bytes([10]);s=socket.socket(1);s.connect({path});"
+    _FIND + 'k or sys.exit("' + NO_AGENT + '");'
     'os.write(1,n+b"lazy"+b"{marker} "+n);'
     's.sendmsg([b"bulk"],[(1,1,struct.pack("2i",0,1))]);'
     "os.close(0);os.close(1);s.recv(1)"
@@ -62,14 +70,28 @@ def remote_command(python: str, marker: str) -> str:
     return f"exec {_quoted(python)} -ISc '{stub(marker)}'"
 
 
-def rejoin_command(python: str, marker: str, socket_path: str) -> str:
-    """Return the line that finds the agent again which listens on `socket_path`, or else starts a new one."""
-    return f"exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, path=_literal(socket_path))}'"
+def rejoin_command(python: str, marker: str, sockets: Sequence[str], pid: int) -> str:
+    """Return the line that finds an agent again, or else starts a new one; see `bulk_command`."""
+    return f"exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, **_address(sockets, pid))}'"
 
 
-def bulk_command(python: str, marker: str, socket_path: str) -> str:
-    """Return the line by which a further session says that its shell has done, and gives the agent its streams."""
-    return f"exec {_quoted(python)} -ISc '{_BULK.format(marker=marker, path=_literal(socket_path))}'"
+def bulk_command(python: str, marker: str, sockets: Sequence[str], pid: int) -> str:
+    """Return the line by which a further session says that its shell has done, and gives the agent its streams.
+
+    Args:
+        python: The interpreter.
+        marker: What it says that by.
+        sockets: Where the agent listens; the first is in its own directory.
+        pid: The agent's process.
+    """
+    return f"exec {_quoted(python)} -ISc '{_BULK.format(marker=marker, **_address(sockets, pid))}'"
+
+
+def _address(sockets: Sequence[str], pid: int) -> dict[str, str]:
+    return {
+        "paths": f"[{','.join(map(_literal, sockets))}]",
+        "through": _literal(f"/proc/{pid}/root{sockets[0]}"),
+    }
 
 
 def _literal(path: str) -> str:

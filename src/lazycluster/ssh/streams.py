@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from lazycluster.agent.stream import StreamClosedError
 from lazycluster.exceptions import LazyclusterError
 
 #: Copies at once on one connection: more do not make it faster, and sshd limits its sessions.
@@ -17,6 +18,20 @@ AT_ONCE = 2
 
 #: How long sshd may take to let go of a session that has ended, in seconds.
 _LETTING_GO = 3.0
+
+
+class SessionError(StreamClosedError):
+    """A further session on a host did not start what it was to start.
+
+    Attributes:
+        detail: Why.
+        hint: The next step, if one is known.
+    """
+
+    def __init__(self, detail: str, hint: str = "") -> None:
+        self.detail = detail
+        self.hint = hint
+        super().__init__(detail)
 
 
 class HostConnection(Protocol):

@@ -25,7 +25,7 @@ from lazycluster.agent.sender import REWRITTEN, SHRANK, Sender
 from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, printable
 
-from .streams import HostConnection, Pool, hang_up
+from .streams import HostConnection, Pool, SessionError, hang_up
 
 __all__ = ["TransferError", "TransferResult", "get", "send"]
 
@@ -302,6 +302,8 @@ class _Copy:
             side = host if error.remote else "manager"
             path = os.fsdecode(error.path)
             return TransferError(host, side, path, error.errno, error.message, self._hint(error))
+        if isinstance(error, SessionError):
+            return TransferError(host, host, self.path, None, error.detail, error.hint)
         if isinstance(error, StreamClosedError):
             self.connection.check()
             return TransferError(

@@ -1,0 +1,100 @@
+"""Hosts on which every session has a /tmp of its own, as sessions in containers have."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster import Runtime, RuntimeTask
+from lazycluster.exceptions import TaskExecutionError
+from patience import until
+
+_ALL = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+def connect(pool: Any, **more: Any) -> Runtime:
+    return Runtime("host1", connection_kwargs={"config_file": pool.config_file, **more})
+
+
+def entries(host: Any) -> list[str]:
+    return sorted(host.run(["find", *_ALL, host.home, "-name", "*lazycluster*"]).stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("user", "own"),
+    [
+        ("root", _ALL),  # the further session goes through /proc
+        ("lazy", ("/tmp",)),  # and this one, which may not, through /var/tmp
+        ("lazy", _ALL),  # or through the home directory
+    ],
+)
+def test_files_are_copied_to_where_commands_see_them(
+    make_hosts: Any, tmp_path: Path, user: str, own: tuple[str, ...]
+) -> None:
+    pool = make_hosts(1, user=user, own=own)
+    (tmp_path / "file").write_text("contents")
+    with connect(pool) as runtime:
+        runtime.send_file(tmp_path / "file", "/tmp/there")
+        task = RuntimeTask("look").run_command("cat /tmp/there && echo more >>/tmp/there")
+        runtime.execute_task(task, execute_async=False)
+        assert task.execution_log[0].strip() == "contents"
+        runtime.get_file("/tmp/there", tmp_path / "back")
+        assert (tmp_path / "back").read_text() == "contentsmore\n"
+    until(lambda: entries(pool[0]) == [], "the agent's directories to be removed")
+
+
+def test_what_the_agent_made_elsewhere_is_removed_after_a_crash(make_hosts: Any, tmp_path: Path) -> None:
+    pool = make_hosts(1, own=("/tmp",))
+    host = pool[0]
+    (tmp_path / "file").write_text("contents")
+    with connect(pool) as runtime:
+        runtime.send_file(tmp_path / "file", "/tmp/there")
+        assert len(entries(host)) == 3
+        agent = next(found for found in host.processes() if found.inner_pid == runtime._session.connection.hello.pid)
+        os.kill(agent.pid, signal.SIGKILL)
+        until(lambda: entries(host) == [], "the guardian to remove the directories")
+
+
+def test_a_session_that_does_not_find_the_agent_says_so(make_hosts: Any, tmp_path: Path) -> None:
+    pool = make_hosts(1, own=(*_ALL, "/home/lazy"))
+    (tmp_path / "file").write_text("contents")
+    with connect(pool) as runtime:
+        assert runtime.call(os.getuid) == 1000
+        with pytest.raises(TaskExecutionError) as caught:
+            runtime.send_file(tmp_path / "file", "/tmp/there")
+        text = str(caught.value)
+        assert "sessions on this host have a /tmp, or processes, of their own" in text
+        assert "Next step: have all sessions of the user on the host see the same /tmp" in text
+
+
+def test_what_a_further_session_prints_is_part_of_the_error(make_hosts: Any, tmp_path: Path) -> None:
+    pool = make_hosts(1)
+    (tmp_path / "file").write_text("contents")
+    script = pool[0].path("~/.bashrc")
+    with connect(pool) as runtime:
+        script.write_text("echo no further session today >&2; exit 7\n")
+        with pytest.raises(TaskExecutionError, match="no further session today"):
+            runtime.send_file(tmp_path / "file", "/tmp/there")
+        with pytest.raises(Exception, match="no further session today"):
+            runtime.execute_task(RuntimeTask("detached").run_command("true"), detach=True)
+        script.unlink()
+
+
+def test_a_link_that_is_back_finds_what_ran(make_hosts: Any) -> None:
+    pool = make_hosts(1, user="root", own=_ALL)
+    host = pool[0]
+    with connect(pool) as runtime:
+        task = RuntimeTask("wait").run_command("until test -e /root/go; do sleep 0.05; done; echo done")
+        runtime.execute_task(task)
+        before = {session.pid for session in host.sessions()}
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: {session.pid for session in host.sessions()} - before, "the link to be back")
+        host.path("/root/go").touch()
+        runtime.join()
+        assert task.execution_log[0].strip() == "done"
+    host.path("/root/go").unlink()
