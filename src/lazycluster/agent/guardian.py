@@ -11,7 +11,7 @@ import signal
 import time
 
 from .directories import further
-from .processes import descendants, parent_of, send_signal, start_time
+from .processes import Process, descendants, exists, parent_of, send_signal, start_time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
         sshd: The sshd process of the session that brought the agent, None if there is none.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # or sigtimedwait would not see it
-    sshd_started = start_time(sshd) if sshd else None
+    session = Process(sshd) if sshd else None
     above = os.getppid()
     orderly = False
     while True:
@@ -55,14 +55,16 @@ def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
             orderly = status == 0
             break
     end_descendants()
-    sshd, sshd_started = _present_sshd(directory) or (sshd, sshd_started)
+    present = _present_sshd(directory)
+    if present is not None:
+        session = _as_noted(*present)
     if orderly or os.getppid() != above:
         clean(directory)
     else:  # whoever has started this is there; on the manager's machine, what is to be ended with it is in use
         remove([*further(directory), directory])
-    if sshd and not orderly and start_time(sshd) == sshd_started is not None:
+    if session is not None and not orderly:
         # ssh lingers while a forwarded connection is open; its manager has gone, so nobody else ends it.
-        send_signal([sshd], signal.SIGTERM)
+        session.signal(signal.SIGTERM)
 
 
 def _present_sshd(directory: str) -> Optional[Tuple[int, int]]:
@@ -72,6 +74,12 @@ def _present_sshd(directory: str) -> Optional[Tuple[int, int]]:
         return int(pid), int(started)
     except (OSError, ValueError):
         return None
+
+
+def _as_noted(pid: int, started: int) -> Optional[Process]:
+    """Return the sshd that the agent has left word of; None if there is none, or another process has its number."""
+    process = Process(pid) if pid else None
+    return process if process is not None and (process.started or 0) == started else None
 
 
 def end_descendants() -> None:
@@ -139,7 +147,11 @@ def remove(paths: Iterable[str]) -> None:
 
 
 def sshd_above(pid: int) -> Optional[int]:
-    """Return the sshd process that `pid` descends from, None if there is none within a few generations."""
+    """Return the sshd process that `pid` descends from, None if there is none within a few generations.
+
+    Where /proc hides other users' processes (``hidepid``), it hides sshd's, too, also one that runs as this user: what
+    hides above a session is taken for it.
+    """
     for _ in range(6):
         parent = parent_of(pid)
         if not parent or parent == 1:
@@ -148,7 +160,7 @@ def sshd_above(pid: int) -> Optional[int]:
             with open("/proc/{}/comm".format(parent)) as file:
                 name = file.read().strip()
         except OSError:
-            return None
+            return parent if exists(parent) else None
         if name in ("sshd", "sshd-session", "dropbear"):
             return parent
         pid = parent

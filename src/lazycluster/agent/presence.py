@@ -11,7 +11,7 @@ import time
 from . import tcp
 from .guardian import SSHD_FILE, sshd_above
 from .logout import kills_at_logout
-from .processes import send_signal, start_time
+from .processes import Process
 from .session import Session
 from .wire import TOTAL_SIZE, ProtocolError
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
+_NO_SSHD = "the agent finds no sshd above its session, so it cannot tell the manager's end from that of the link"
 SECRET_SIZE = 16
 KEPT, GONE = b"K", b"N"
 _HEAD_LIMIT = 15.0  # seconds within which who wants to rejoin must say who it is
@@ -49,14 +50,14 @@ class Line:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         pid = _peer(connection)
-        self.sshd = sshd_above(pid) if pid else None
-        self._started = start_time(self.sshd) if self.sshd else None
+        sshd = sshd_above(pid) if pid else None
+        self._sshd = Process(sshd) if sshd else None
         self._tcp = tcp.of_session(pid) if pid else None
 
     @property
     def up(self) -> bool:
         """Whether sshd is there."""
-        return self.sshd is not None and self._started is not None and start_time(self.sshd) == self._started
+        return self._sshd is not None and self._sshd.alive
 
     @property
     def cut(self) -> bool:
@@ -67,13 +68,14 @@ class Line:
         """Leave word for the guardian, which ends this session when the agent has ended."""
         path = os.path.join(directory, SSHD_FILE)
         with open(path + ".new", "w") as file:
-            file.write("{} {}".format(self.sshd or 0, self._started or 0))
+            sshd = self._sshd
+            file.write("{} {}".format(sshd.pid, sshd.started or 0) if sshd is not None else "0 0")
         os.rename(path + ".new", path)
 
     def signal(self, number: int) -> None:
         """Send sshd a signal: it may hold ports, for a manager that it cannot reach."""
-        if self.up:
-            send_signal([self.sshd or 0], number)
+        if self._sshd is not None:
+            self._sshd.signal(number)
 
     def close(self) -> None:
         """Let its process on the host end."""
@@ -121,7 +123,7 @@ class Presence:
     def agree(self, channel: Channel) -> None:
         """Handle the request `session`: the manager says by what it will be known, and for how long it may be away."""
         params = channel.params
-        refusal = "" if self._line is not None and self._line.up else "the agent cannot see the sshd that it came with"
+        refusal = "" if self._line is not None and self._line.up else _NO_SSHD
         if not refusal:
             refusal = kills_at_logout()
         if not refusal and params["grace"] > 0:

@@ -64,6 +64,57 @@ def start_time(pid: int) -> Optional[int]:
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
 
 
+def exists(pid: int) -> bool:
+    """Whether there is a process of that number, also if /proc hides it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True
+
+
+class Process:
+    """A process, told from a later one of the same number, also where /proc hides it (``hidepid``).
+
+    Args:
+        pid: Its number.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.started = start_time(pid)
+        self._fd = -1
+        if self.started is None:
+            try:
+                self._fd = os.pidfd_open(pid)
+            except (AttributeError, OSError):
+                pass  # Python 3.8, or an old system: its number has to do
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        if self.started is not None:
+            return start_time(self.pid) == self.started
+        if self._fd < 0:
+            return exists(self.pid)
+        import select
+
+        ended = select.poll()
+        ended.register(self._fd, select.POLLIN)
+        return not ended.poll(0)
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        if self.alive:
+            send_signal([self.pid], number)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
 def descendants(roots: Iterable[int]) -> List[int]:
     """Return the living descendants of `roots`, children before grandchildren, without the roots.
 

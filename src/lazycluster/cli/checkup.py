@@ -62,6 +62,10 @@ _CLOCK_LIMIT = 5.0  # seconds
 _LITTLE_SPACE = 100 * 1024 * 1024
 _LIMIT = 30.0
 _SAID = 2000  # bytes of what went wrong that are shown
+_NO_GRACE = (
+    "with KillUserProcesses: 'loginctl enable-linger' on the host, or KillUserProcesses=no; else have sessions run in "
+    "the process namespace of their sshd"
+)
 _IN_PYTHON = 'in Python, environment="manager"'
 _ASK_HOST = """
 import json, os, sys, time
@@ -121,6 +125,7 @@ class Checkup:
             self._reached(connection, way, await probing)
             for check in (self._forwarding, self._files_and_clock, self._packages):
                 await check(connection)
+            await self._grace(connection)
         finally:
             await connection.close()
 
@@ -155,6 +160,12 @@ class Checkup:
             self._set(name, "ok", details.get(name, ""))
 
     # --- on the host ---------------------------------------------------------------------------
+    async def _grace(self, connection: SshConnection) -> None:
+        refusal = await connection.agreed()
+        if refusal:
+            said = f"{connection.hello.shell}; what runs there ends when the link drops: {refusal}"
+            self._set("login shell", "differs", said, _NO_GRACE)
+
     async def _forwarding(self, connection: SshConnection) -> None:
         from lazycluster.ssh.probes import can_connect, same_network
         from lazycluster.ssh.tunnels import close_tunnels, open_to_runtime

@@ -108,6 +108,16 @@ class ReturningConnection(Connection, abc.ABC):
             link.keep_nothing()
             logger.info("%s: what runs there ends with the link: %s", self.host, self.refusal)
 
+    async def agreed(self) -> str:
+        """Wait until it is agreed how long the agent waits for us; return why it does not, "" if it does."""
+        if self._agreeing is not None:
+            await asyncio.wait([self._agreeing])
+        return self.refusal
+
+    async def _last_words(self) -> str:
+        why = await super()._last_words()
+        return f"{why}; what ran there has ended with the link: {self.refusal}" if self.refusal else why
+
     def _what_became_of(self, before: Hello) -> str:
         now = self.hello
         if (now.boot_id, now.booted) != (before.boot_id, before.booted):
