@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from lazycluster import Runtime
-from lazycluster.exceptions import InvalidRuntimeError
+from lazycluster import Runtime, RuntimeTask
+from lazycluster.exceptions import InvalidRuntimeError, TaskExecutionError
+from patience import until
 
 _FULL = {
     "blocks": "mount -t tmpfs -o mode=1777,size=64k none {0} && { head -c 65536 /dev/zero > {0}/filler; true; }",
@@ -75,6 +77,28 @@ def test_an_umask_that_forbids_everything_to_its_owner_does_no_harm(make_hosts: 
         runtime.send_file(__file__, "~/there")
         assert pool[0].path("there").read_bytes() == Path(__file__).read_bytes()
     pool[0].path("there").unlink()
+
+
+def test_a_disk_that_fills_up_meanwhile_ends_nothing(make_hosts: Any, tmp_path: Path) -> None:
+    pool = make_hosts(1, tmp_size="1m")
+    host = pool[0]
+    (tmp_path / "file").write_bytes(bytes(10_000))
+    with connect(host, pool) as runtime:
+        task = RuntimeTask("wait").run_command("until test -e ~/go; do sleep 0.05; done; echo done")
+        runtime.execute_task(task)
+        host.run("cat /dev/zero >/tmp/filler", check=False)
+        connection = runtime._session.connection
+        for session in host.sessions():
+            os.kill(session.pid, signal.SIGKILL)
+        until(lambda: connection.interruptions and connection.state == "open", "the link to be back")
+        assert runtime.call(len, bytes(3_000_000)) == 3_000_000
+        with pytest.raises(TaskExecutionError, match="No space left on device"):
+            runtime.send_file(tmp_path / "file", "/tmp/there")
+        host.path("~/go").touch()
+        task.join()
+        assert task.execution_log[0].strip() == "done"
+    assert entries(host) == ["/tmp/filler"]
+    host.run(["rm", "/tmp/filler", host.home + "/go"])
 
 
 _CONNECT = """

@@ -36,9 +36,9 @@ def drop_link(host: Any, runtime: Runtime) -> None:
     until(lambda: connection.interruptions > before and connection.state == "open", "the link to be back")
 
 
-@pytest.mark.parametrize("mode", ["hidepid=2", "hidepid=1"])
-def test_what_runs_outlives_the_link(make_hosts: Any, mode: str) -> None:
-    pool = make_hosts(1)
+@pytest.mark.parametrize(("mode", "python"), [("hidepid=2", None), ("hidepid=1", "3.8")])
+def test_what_runs_outlives_the_link(make_hosts: Any, mode: str, python: str | None) -> None:
+    pool = make_hosts(1, python=python)
     host = pool[0]
     host.run(["mount", "-o", f"remount,{mode}", "/proc"])
     with connect(pool) as runtime:
@@ -71,6 +71,23 @@ def test_a_host_is_clean_after_the_manager_was_killed(make_hosts: Any) -> None:
         manager.kill()
     until(lambda: not host.leftovers(), "the host to be clean")
     host.path("~/runs").unlink()
+
+
+# As ssh-agent does: nobody but root may look at it, so that it is hidden too; and it leaves the tree that it came from.
+_HIDES = (
+    "import ctypes, os, time; ctypes.CDLL(None).prctl(4, 0); os.fork() and os._exit(0); os.setsid(); time.sleep(600)"
+)
+
+
+def test_what_hides_itself_is_ended_too(make_hosts: Any) -> None:
+    pool = make_hosts(1)
+    host = pool[0]
+    host.run(["mount", "-o", "remount,hidepid=2", "/proc"])
+    with connect(pool) as runtime:
+        task = RuntimeTask("hide").run_command(f"python3 -c '{_HIDES}' >/dev/null 2>&1 </dev/null")
+        runtime.execute_task(task, execute_async=False)
+        assert any("prctl" in str(found) for found in host.processes())
+    assert [found for found in host.processes() if "prctl" in str(found)] == []
 
 
 def test_where_the_manager_cannot_be_told_from_the_link_it_is_said(make_hosts: Any) -> None:

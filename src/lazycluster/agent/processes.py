@@ -125,11 +125,23 @@ def descendants(roots: Iterable[int]) -> List[int]:
         children.setdefault(parent, []).append(pid)
     found: List[int] = []
     queue = [pid for pid in roots if pid > 1]
+    for pid in queue:
+        children.setdefault(pid, []).extend(_hidden_children(pid))
     while queue:
         below = children.get(queue.pop(0), [])
         found.extend(below)
         queue.extend(below)
     return found
+
+
+def _hidden_children(pid: int) -> List[int]:
+    """Return the children of a process that /proc hides: ``hidepid`` does so with those that nobody may look at."""
+    try:
+        with open("/proc/{0}/task/{0}/children".format(pid)) as file:
+            found = [int(word) for word in file.read().split()]
+    except OSError:
+        return []
+    return [child for child in found if stat_fields(child) is None and exists(child)]
 
 
 def marks(marker: str) -> List[Tuple[int, str]]:
