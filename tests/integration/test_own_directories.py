@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from lazycluster import Runtime, RuntimeTask
 from lazycluster.exceptions import TaskExecutionError
+from lazycluster.ssh.program import NO_AGENT, bulk_command
 from patience import until
 
 _ALL = ("/tmp", "/var/tmp", "/dev/shm")
@@ -84,17 +87,48 @@ def test_what_a_further_session_prints_is_part_of_the_error(make_hosts: Any, tmp
         script.unlink()
 
 
-def test_a_link_that_is_back_finds_what_ran(make_hosts: Any) -> None:
-    pool = make_hosts(1, user="root", own=_ALL)
+@pytest.mark.parametrize(("user", "own"), [("root", _ALL), ("lazy", ("/tmp",))])
+def test_a_link_that_is_back_finds_what_ran(make_hosts: Any, tmp_path: Path, user: str, own: tuple[str, ...]) -> None:
+    pool = make_hosts(1, user=user, own=own)
     host = pool[0]
+    (tmp_path / "file").touch()
     with connect(pool) as runtime:
-        task = RuntimeTask("wait").run_command("until test -e /root/go; do sleep 0.05; done; echo done")
+        if user != "root":  # its sessions find the agent only after one has looked for it
+            runtime.send_file(tmp_path / "file", "/tmp/there")
+        task = RuntimeTask("wait").run_command("until test -e ~/go; do sleep 0.05; done; echo done")
         runtime.execute_task(task)
-        before = {session.pid for session in host.sessions()}
-        for pid in before:
-            os.kill(pid, signal.SIGKILL)
-        until(lambda: {session.pid for session in host.sessions()} - before, "the link to be back")
-        host.path("/root/go").touch()
+        connection = runtime._session.connection
+        for session in host.sessions():
+            os.kill(session.pid, signal.SIGKILL)
+        until(lambda: connection.interruptions and connection.state == "open", "the link to be back")
+        host.path("~/go").touch()
         runtime.join()
         assert task.execution_log[0].strip() == "done"
-    host.path("/root/go").unlink()
+    host.path("~/go").unlink()
+
+
+_LISTENER = """
+import os, socket, sys
+os.setuid(int(sys.argv[1]))
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind("/mnt/agent.sock")
+    listener.listen()
+    print(flush=True)
+    connection = listener.accept()[0]
+    print(connection.recv(64), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("uid", "found"), [(0, True), (65534, False)])
+def test_through_proc_a_session_takes_no_socket_of_another_user(uid: int, found: bool) -> None:
+    """The number of an agent that has ended may be somebody else's by now."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    inside = f"mount -t tmpfs -o mode=1777 none /mnt && exec {sys.executable} -c '{_LISTENER}' {uid}"
+    with subprocess.Popen(["unshare", "--mount", "sh", "-c", inside], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
+        command = bulk_command(sys.executable, "0123", ["/mnt/agent.sock"], other.pid)
+        said = subprocess.run(["sh", "-c", command], capture_output=True, input=b"", check=False, timeout=60)
+        assert (b"lazy0123" in said.stdout, NO_AGENT.encode() in said.stderr) == (found, not found)
+        assert other.stdout.readline() == (b"b'bulk'\n" if found else b"b''\n")
