@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,14 @@ def test_a_link_that_is_back_finds_what_ran(make_hosts: Any, tmp_path: Path, use
         runtime.join()
         assert task.execution_log[0].strip() == "done"
     host.path("~/go").unlink()
+
+
+def test_the_agent_carries_ports(make_hosts: Any) -> None:
+    pool = make_hosts(1, user="root", own=_ALL, forwarding=False)
+    with socket.create_server(("127.0.0.1", 0)) as server, connect(pool, relay="agent") as runtime:
+        port = server.getsockname()[1]
+        runtime.expose_port_to_runtime(port)
+        assert port in pool[0].listening_ports()
 
 
 _LISTENER = """
