@@ -69,6 +69,18 @@ def test_a_host_that_has_no_room_anywhere_says_so_and_keeps_nothing(make_hosts: 
         host.run(["umount", place])
 
 
+def test_what_failed_starts_have_left_is_removed_by_the_next(make_hosts: Any) -> None:
+    pool = make_hosts(1)
+    host = pool[0]
+    empty, full, work = (f"/tmp/lazycluster-{letter * 12}" for letter in "abc")
+    host.run(f"mkdir -m 0 {empty}; mkdir -m 700 {full} {work}; touch {full}/host {work}/results", user="lazy")
+    host.run(f"touch -d '1 hour ago' {empty} {full} {work}", user="lazy")
+    with connect(host, pool):
+        until(lambda: not {empty, full} & set(entries(host)), "they to be removed")
+    assert entries(host) == [work, f"{work}/results"]
+    host.run(["rm", "-r", work])
+
+
 @pytest.mark.parametrize("umask", ["777", "177", "377"])
 def test_an_umask_that_forbids_everything_to_its_owner_does_no_harm(make_hosts: Any, umask: str) -> None:
     pool = make_hosts(1, files={".bashrc": f"umask {umask}\n"})

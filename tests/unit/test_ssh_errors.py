@@ -137,3 +137,14 @@ def test_what_was_asked(asked, answered, words):
     assert error.reason == "auth"
     for word in words:
         assert word in str(error)
+
+
+@pytest.mark.parametrize("why", ["No space left on device", "Disk quota exceeded", "Read-only file system"])
+def test_whose_disk_is_full(why):
+    error = told(f"unix_listener: cannot bind to path /tmp/l/1.jI8jHOENlFmbC222: {why}\r\n")
+    assert (error.host, error.reason) == ("localhost", "manager")
+    assert f"this machine, the manager: /tmp/l/1.jI8jHOENlFmbC222: {why}" in str(error)
+    error = told(f"noise\nlazycluster: no private directory can be made: /tmp: {why}; /var/tmp: {why}\n", 1)
+    assert (error.host, error.reason) == ("me@h", "disk")
+    assert f"on the host: /tmp: {why}; /var/tmp: {why}\n  Next step: free some space" in str(error)
+    assert not is_retryable(error)
