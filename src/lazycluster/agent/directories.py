@@ -88,7 +88,7 @@ def _discard(path: str) -> None:
 
 
 def is_safe(place: str) -> bool:
-    """Whether nobody else can rename or replace what this user makes in a directory."""
+    """Check that nobody else can rename or replace what this user makes in a directory."""
     inode = os.stat(place)
     owners = (0, os.getuid())
     if inode.st_mode & stat.S_ISVTX:
@@ -155,7 +155,7 @@ def note_host(directory: str) -> None:
 
 
 def is_of_this_host(directory: str) -> bool:
-    """Whether an agent's private directory is of this host, as far as it says so."""
+    """Tell if an agent's private directory is of this host, as far as it says so."""
     try:
         with open(os.path.join(directory, HOST_FILE)) as file:
             return file.read() in ("", os.uname().nodename)

@@ -65,7 +65,7 @@ def start_time(pid: int) -> Optional[int]:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is a process of that number, also if /proc hides it."""
+    """Tell if there is a process of that number, also if /proc hides it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -94,7 +94,7 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """True until it has ended."""
         if self.started is not None:
             return start_time(self.pid) == self.started
         if self._fd < 0:

@@ -205,7 +205,7 @@ class SshConnection(ReturningConnection):
 
     @property
     def _sockets(self) -> list[str]:
-        """Where the agent listens."""
+        """The sockets at which the agent listens."""
         return [os.path.join(self.hello.directory, SOCKET), *self._further]
 
     async def _session(self, command: str) -> FurtherSession:

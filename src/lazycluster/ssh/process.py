@@ -33,7 +33,7 @@ class ErrorTail:
 
     @property
     def text(self) -> str:
-        """What it was."""
+        """The end of what it has printed so far."""
         return self._seen.decode("utf-8", "replace")
 
     def _read(self) -> bool:
