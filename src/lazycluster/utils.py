@@ -22,6 +22,11 @@ _making = threading.Lock()
 _known: set[Path] = set()  # directories that are nobody else's
 
 
+def default_directory() -> Path:
+    """Return where the library keeps its files unless the user chooses another place."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()).absolute() / "lazycluster"
+
+
 class Environment:
     """Settings of the library that hold for the whole process.
 
@@ -39,9 +44,7 @@ class Environment:
         '/tmp/my-experiment'
     """
 
-    main_directory: str = str(
-        Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()).absolute() / "lazycluster"
-    )
+    main_directory: str = str(default_directory())
     progress: bool = True
 
     @classmethod
@@ -135,13 +138,17 @@ def safe_name(name: str) -> str:
     return quoted
 
 
-def private_directory(*parts: str) -> Path:
+def private_directory(*parts: str, main: Path | None = None) -> Path:
     """Return a directory below the main directory; made if it is missing, readable for its owner only.
+
+    Args:
+        *parts: Its path below that.
+        main: Another one in place of the main directory.
 
     Raises:
         OSError: If it cannot be made.
     """
-    path = Path(Environment.main_directory).joinpath(*parts)
+    path = (main or Path(Environment.main_directory)).joinpath(*parts)
     if path not in _known or not path.is_dir():
         with _making:
             for directory in (*reversed(path.parents), path):

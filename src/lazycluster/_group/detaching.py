@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 
 from lazycluster import _loop
-from lazycluster.exceptions import LazyclusterError
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.detached import DetachedTask, checked
 from lazycluster.tasks.task import RuntimeTask
@@ -56,16 +55,16 @@ def detached_on(runtimes: Sequence[Runtime]) -> list[DetachedTask]:
         return await asyncio.gather(*(one.detached_tasks_soon() for one in runtimes), return_exceptions=True)
 
     found: list[DetachedTask] = []
-    errors: list[LazyclusterError] = []
-    for answer in _loop.run(ask()):
-        if isinstance(answer, LazyclusterError):
-            errors.append(answer)
+    errors: dict[str, Exception] = {}
+    for runtime, answer in zip(runtimes, _loop.run(ask()), strict=True):
+        if isinstance(answer, Exception):
+            errors[runtime.host] = answer
         elif isinstance(answer, BaseException):
             raise answer
         else:
             found += answer
     if errors and len(errors) == len(runtimes):
-        raise errors[0]
-    for error in errors:
-        _logger.warning("its detached tasks are not listed: %s", error)
+        raise next(iter(errors.values()))
+    for host, error in errors.items():
+        _logger.warning("%s: its detached tasks are not listed: %s", host, error)
     return sorted(found, key=lambda one: one.created)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lazycluster.agent import wire
 from lazycluster.exceptions import AgentError
 
-from .answers import check_answer
+from .answers import check_answer, decoded
 
 if TYPE_CHECKING:
     from .link import AgentLink
@@ -128,17 +128,13 @@ class Channel:
     def received(self, kind: int, payload: bytes) -> None:
         """Handle one frame from the agent."""
         if kind == wire.RESULT:
-            message = wire.loads(payload)  # what is no result leaves the channel to the end of the link
-            self._link.forget(self._number)
-            if not self._done.done():
-                self._done.set_result(message)
-            self._more_credit.set()
+            self._result(payload)
         elif kind == wire.CREDIT:
             self._credit += int.from_bytes(payload[:4], "big")
             self._more_credit.set()
         elif kind == wire.EVENT:
             if self._event is not None:
-                self._take(self._event, wire.loads(payload))
+                self._take(self._tell, payload)
         else:
             sink = self._sinks.get(kind)
             if sink is not None and kind == wire.OUTPUT:
@@ -146,12 +142,28 @@ class Channel:
             elif sink is not None:
                 sink(payload)
 
+    def _result(self, payload: bytes) -> None:
+        try:
+            message = decoded(payload)  # what is no message leaves the channel to the end of the link
+        except ValueError as error:
+            self._link.forget(self._number)
+            self.fail(self._nonsense(error))
+            return
+        self._link.forget(self._number)
+        if not self._done.done():
+            self._done.set_result(message)
+        self._more_credit.set()
+
+    def _tell(self, payload: bytes) -> None:
+        assert self._event is not None
+        self._event(decoded(payload))
+
     def _take(self, sink: Callable[[Any], Any], said: Any) -> None:
         """Hand on what has a form; if it has not, nobody may wait for what will not come."""
         try:
             sink(said)
-        except OSError:
-            raise  # of a file here
+        except (OSError, wire.ProtocolError):
+            raise  # of a file here; or it is no message at all
         except Exception as error:
             logger.debug("%s: what a request was answered cannot be handled", self._link.host, exc_info=True)
             self._abandon()

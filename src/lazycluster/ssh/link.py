@@ -11,6 +11,7 @@ from typing import Any
 from lazycluster.agent import wire
 from lazycluster.exceptions import ConnectionLostError, printable
 
+from .answers import decoded
 from .channel import Bytes, Channel, Event, message_frame
 
 _READ_SIZE = 256 * 1024
@@ -268,7 +269,10 @@ class AgentLink:
             if not self._is_full():
                 self._room.set()
         elif number == 0 and kind == wire.EVENT:
-            self._said(wire.loads(payload))
+            try:
+                self._said(decoded(payload))
+            except ValueError as error:
+                raise wire.ProtocolError(f"what the agent says of itself makes no sense: {error}") from None
 
     def _said(self, message: dict[str, Any]) -> None:
         """Handle what the agent says of itself."""
