@@ -22,9 +22,14 @@ _making = threading.Lock()
 _known: set[Path] = set()  # directories that are nobody else's
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` and ``~user`` expanded; as in a shell, that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (Path.expanduser raises RuntimeError)
+
+
 def default_directory() -> Path:
     """Return where the library keeps its files unless the user chooses another place."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()).absolute() / "lazycluster"
+    return Path(os.environ.get("XDG_STATE_HOME") or expanded("~/.local/state")).absolute() / "lazycluster"
 
 
 class Environment:
@@ -63,7 +68,7 @@ class Environment:
         text = os.fspath(dir)
         if not text or "\0" in text:
             raise ValueError(f"not usable as a directory: {text!r}")
-        path = Path(text).expanduser().absolute()
+        path = expanded(text).absolute()
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file, not a directory")
         cls.main_directory = str(path)

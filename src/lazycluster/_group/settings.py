@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from lazycluster._runtime.session import HostSpec
+from lazycluster.utils import expanded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,7 +43,7 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
     if isinstance(settings, (str, os.PathLike)):
         where = os.fspath(settings)
         try:
-            settings = tomllib.loads(Path(where).expanduser().read_text(encoding="utf-8"))
+            settings = tomllib.loads(expanded(where).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"the settings cannot be read: {where}: {error}") from error
     if not isinstance(settings, Mapping):

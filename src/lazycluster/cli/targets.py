@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -238,8 +237,10 @@ def _read(value: str) -> list[str]:
     if value == "-":
         return hostsets.from_lines(sys.stdin.read())
     if value.startswith("^"):
+        from lazycluster.utils import expanded
+
         try:
-            return hostsets.from_lines(Path(value[1:]).expanduser().read_text())
+            return hostsets.from_lines(expanded(value[1:]).read_text())
         except OSError as error:
             raise click.UsageError(f"the hosts cannot be read from {value[1:]}: {error.strerror}") from None
     return hostsets.expand(value)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster.agent.deletion import SEARCH
+from lazycluster.utils import expanded
 
 from .exceptions import ClusterError
 
@@ -83,7 +84,7 @@ def check(path: str | os.PathLike[str]) -> None:
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(path).expanduser().absolute()
+    return expanded(path).absolute()
 
 
 @contextlib.contextmanager
@@ -192,7 +193,7 @@ def read(path: str | os.PathLike[str], engine: str) -> dict[str, Any]:
     Raises:
         ClusterError: If there is no such file, it is not this user's own, others may read it, or it is of another kind.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lazycluster._views.view import Fact
 from lazycluster._words import counted
+from lazycluster.utils import expanded
 
 from . import connection_file
 from .exceptions import ClusterError
@@ -107,7 +108,7 @@ class HyperoptCluster(MasterWorkerCluster):
             lease=checked_seconds(lease, "lease"),
         )
         if dbpath is not None:
-            self._hyperopt.dbpath = Path(dbpath).expanduser().absolute()
+            self._hyperopt.dbpath = expanded(dbpath).absolute()
         SOFTWARE.check_manager()
         compat.load()
         compat.no_workers = ClusterError

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from lazycluster.utils import expanded
+
 from .index import hide
 
 __all__ = ["ROOT", "EnvironmentSpec", "normalized"]
@@ -157,7 +159,7 @@ class EnvironmentSpec:
     def file(self) -> Path:
         """The file, if the source is one."""
         assert isinstance(self.source, str)
-        return Path(self.source).expanduser().absolute()
+        return expanded(self.source).absolute()
 
     @property
     def requirements(self) -> tuple[str, ...]:

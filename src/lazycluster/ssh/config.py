@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster.exceptions import InvalidRuntimeError
+from lazycluster.utils import expanded
 
 from .destination import Destination, check_user, parse_destination
 from .hosts import CONFIG_VARIABLE
@@ -180,10 +181,7 @@ def _span(what: str, value: Any) -> float:
 def _path(what: str, value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{what} must be a path, not {type(value).__name__}")
-    try:
-        return str(Path(_text(what, os.fspath(value))).expanduser())
-    except RuntimeError as error:
-        raise ValueError(f"{what}: {error}") from None
+    return str(expanded(_text(what, os.fspath(value))))
 
 
 def _keys(what: str, value: Any) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lazycluster.utils import expanded
+
 from .hosts import configured_hosts, user_config
 
 __all__ = ["BACKUP", "ConfigurationError", "add_host", "remove_host"]
@@ -34,7 +36,7 @@ def _file(path: str | os.PathLike[str] | None) -> Path:
         return user_config()
     if os.fspath(path).lower() == "none":
         raise ConfigurationError("'none' stands for no configuration at all, and cannot be changed")
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str] | None = None) -> Path:

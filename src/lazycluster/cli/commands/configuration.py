@@ -14,6 +14,7 @@ import click
 from lazycluster.cli.targets import Targets, complete_hosts, how_to_connect
 from lazycluster.cli.wording import names_its_options, spelled_next_steps
 from lazycluster.ssh.hosts import CONFIG_VARIABLE
+from lazycluster.utils import expanded
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
@@ -73,7 +74,7 @@ def add_runtime(
     if port is not None:
         entries["Port"] = str(port)
     if id_file is not None:
-        if "%" not in id_file and not os.access(Path(id_file).expanduser(), os.R_OK):
+        if "%" not in id_file and not os.access(expanded(id_file), os.R_OK):
             raise click.UsageError(f"there is no readable key {id_file}")
         entries["IdentityFile"] = id_file if id_file.startswith(("~", "%")) else str(Path(id_file).absolute())
     for option in options:
@@ -116,8 +117,8 @@ def _doctor(name: str, config: str | None) -> str:
 
 
 def _public_key(id_file: str | None) -> Path:
-    folder = Path("~/.ssh").expanduser()
-    candidates = [Path(id_file + ".pub").expanduser()] if id_file else [folder / f"{name}.pub" for name in _KEYS]
+    folder = expanded("~/.ssh")
+    candidates = [expanded(id_file + ".pub")] if id_file else [folder / f"{name}.pub" for name in _KEYS]
     for candidate in candidates:
         if candidate.exists():
             return candidate
@@ -139,7 +140,7 @@ def _copy_id(name: str, config: str | None, key: Path, accept: bool) -> None:
     if accept:
         options += ["-o", "StrictHostKeyChecking=accept-new"]
     _meet(name, config, accept)
-    Path("~/.ssh").expanduser().mkdir(mode=0o700, exist_ok=True)  # it works there, wherever the configuration is
+    expanded("~/.ssh").mkdir(mode=0o700, exist_ok=True)  # it works there, wherever the configuration is
     # It talks to the person at the terminal itself: the fingerprint of a new host, the password.
     if subprocess.run([program, *options, "--", name], check=False).returncode != 0:
         raise click.ClickException(

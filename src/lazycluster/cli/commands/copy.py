@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,9 +50,11 @@ def put(
 
     Exit status: 0 if all is on all hosts, 255 if a host was not reached, else 1.
     """
+    from lazycluster.utils import expanded
+
     *paths, destination = _with_destination(sources)
     for path in paths:
-        if not os.path.lexists(Path(path).expanduser()):
+        if not os.path.lexists(expanded(path)):
             raise click.UsageError(f"there is no file or folder {path}")
     if len(paths) > 1 and not destination.endswith("/"):
         destination += "/"
@@ -95,8 +96,10 @@ def get(
 
     Exit status: 0 if all is here, 255 if a host was not reached, else 1.
     """
+    from lazycluster.utils import expanded
+
     *paths, destination = _with_destination(sources)
-    base = Path(destination).expanduser()
+    base = expanded(destination)
     if base.exists() and not base.is_dir():
         raise click.UsageError(f"{destination} is a file: name a directory, which takes one per host")
 
