@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from lazycluster import _loop
 from lazycluster._tail import Tail
 from lazycluster._views.cells import megabytes
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
+from lazycluster.ssh.answers import check_shape, decoded_text
 
 from .wording import spelled
 
@@ -182,7 +182,9 @@ class Checkup:
         channel = connection.channel("run", {"argv": argv, "merge": True}, stdout=output.put)
         try:
             await asyncio.wait_for(channel.result(), _LIMIT)
-            now, space, inodes, noexec = json.loads(output.text())
+            told = decoded_text(output.text())
+            check_shape(told, [(int, float)])
+            now, space, inodes, noexec = told
         except (LazyclusterError, asyncio.TimeoutError, ValueError) as error:
             said = output.text().strip() or str(error)
             self._set("temporary files", "failed", said, "see what is wrong with the host's temporary directory")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from lazycluster.agent import envprogram
 from lazycluster.agent.environments import LOCK_FILE
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError
 from lazycluster.ssh import transfer
+from lazycluster.ssh.answers import NAME, check_shape, decoded_text
 
 from .index import IndexSettings
 from .interpreters import base_interpreter
@@ -103,12 +103,14 @@ class Maker:
         began: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
 
         def on_event(event: dict[str, Any]) -> None:
+            check_shape(event, {"state": str})
             if event["state"] == "waiting":
                 self._tell("somebody else makes the same")
                 self._say("somebody else makes the same environment; waiting")
             elif event["state"] == "kept":
                 logger.warning("%s: %s was in the way: it is no environment, and is kept", self._host, event["path"])
             elif not began.done():
+                check_shape(event, {"directory": NAME, "problem": NAME})
                 began.set_result(event)
 
         channel = self._place.connection.channel("environment", {"action": "build", **params}, event=on_event)
@@ -294,7 +296,8 @@ class Maker:
         argv = envprogram.command(f"{directory}/bin/python", "check", directory)
         text = await self._place.run(argv, {}, f"running {directory}/bin/python")
         try:
-            found: dict[str, Any] = json.loads(text.splitlines()[-1])
+            found: dict[str, Any] = decoded_text(text.splitlines()[-1])
+            check_shape(found, {"packages": {...: str}, "size": range(2**63)})
         except (ValueError, IndexError):
             raise EnvironmentBuildError(
                 self._host, f"{argv[0]} does not say what is installed", "", "see what it printed, above", text

@@ -41,7 +41,7 @@ class Target:
         machine = str(facts["machine"])
         if facts["system"] != "linux":
             return cls(python, str(facts["system"]), machine, "", "")
-        libc, version = facts["libc"]
+        libc, version = [*facts["libc"], "", ""][:2]
         return cls(python, "linux", {"arm64": "aarch64"}.get(machine, machine), libc, version)
 
     @property

@@ -151,7 +151,7 @@ class AgentRelay:
                 await target.ask(number, close=number)
             if answer["errno"] == errno.EADDRINUSE:
                 raise PortInUseError(port, host)
-            raise TunnelError(f"{host}: nothing can listen on port {port}: {answer['message']}")
+            raise TunnelError(f"{host}: nothing can listen on port {port}: {answer.get('message')}")
 
     async def _close(self, number: int) -> None:
         self._tunnels.pop(number, None)

@@ -115,9 +115,10 @@ _COUNT = range(2**63)
 _PORT = range(1, 65536)
 _PID = range(1, 2**31)
 _EXIT = range(-(2**31), 2**32)
-_NUMBER = _Between(0, 2**64)
+_NUMBER = _Between(0, 2**63)
 _TIME = _Between(0, 253402214400)  # seconds since 1970; the year 9999 is the last that Python can show
 _VERSION = [range(2**16)]
+_WORD = re.compile("[A-Za-z0-9_.+-]{0,64}")  # becomes a part of names of files here
 _STATUS = {
     "exit": (_EXIT, _NONE), "signal": (range(2**16), _NONE), "limit?": str, "out_of_memory?": (str, _NONE)
 }  # fmt: skip
@@ -155,7 +156,7 @@ _SHAPES: dict[str, Any] = {
     "detached state": {"task": _TASK},
     "environment build": {"prefix": NAME},
     "environment compiled": {"compiled": bool},
-    "environment facts": {"root": NAME, "system": str, "machine": str, "libc": [str]},
+    "environment facts": {"root": NAME, "system": _WORD, "machine": _WORD, "libc": [_WORD]},
     "environment find": {"found": bool, "prefix": NAME},
     "environment list": {"root": NAME, "size": _COUNT, "now": _TIME, "environments": [_ENVIRONMENT]},
     "environment prune": {"removed": [str], "in_use": [str], "before": _COUNT, "after": _COUNT},

@@ -141,7 +141,8 @@ async def _check_exposed(connection: Connection, opened: dict[int, Tunnel], outc
     listening = {tunnel.remote_port: index for index, tunnel in opened.items() if tunnel.direction == "to_runtime"}
     if not listening:
         return
-    exposed = (await connection.request("exposed", ports=list(listening)))["exposed"]
+    answer = await connection.request("exposed", ports=list(listening))
+    exposed = set(answer["exposed"]).intersection(listening)
     await close_tunnels(opened[listening[port]] for port in exposed)
     for port in exposed:
         outcomes[listening[port]] = ForwardingForbiddenError(

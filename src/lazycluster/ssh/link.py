@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lazycluster.agent import wire
-from lazycluster.exceptions import ConnectionLostError, printable
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, printable
 
 from .answers import decoded
 from .channel import Bytes, Channel, Event, message_frame
@@ -269,10 +269,19 @@ class AgentLink:
             if not self._is_full():
                 self._room.set()
         elif number == 0 and kind == wire.EVENT:
-            try:
-                self._said(decoded(payload))
-            except ValueError as error:
-                raise wire.ProtocolError(f"what the agent says of itself makes no sense: {error}") from None
+            self._said_of_itself(payload)
+
+    def _said_of_itself(self, payload: bytes) -> None:
+        try:
+            message = decoded(payload)
+        except ValueError as error:
+            text = f"the agent says of its host what makes no sense: {error}"
+            if self.hello.done():
+                raise wire.ProtocolError(text) from None
+            self.hello.set_exception(InvalidRuntimeError(self.host, "protocol", text))
+            self.hello.exception()  # whoever waits gets it; that nobody does is no error
+            return
+        self._said(message)
 
     def _said(self, message: dict[str, Any]) -> None:
         """Handle what the agent says of itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import marshal
+import os
 import secrets
 import shlex
 import sys
@@ -73,7 +74,7 @@ def bulk_command(python: str, marker: str, socket_path: str) -> str:
 
 
 def _literal(path: str) -> str:
-    return f"bytes([{','.join(str(byte) for byte in path.encode())}])"
+    return f"bytes([{','.join(str(byte) for byte in os.fsencode(path))}])"
 
 
 def _quoted(python: str) -> str:

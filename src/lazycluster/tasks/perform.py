@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Work", "failure_of", "perform", "prepare"]
 
+_PIDS = range(1, 2**31)
 _END_LIMIT = 20.0  # seconds that the host gets to end a command in stages
 
 
@@ -60,7 +61,7 @@ class Work:
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Take what the host tells of the process."""
-        if isinstance(event.get("pid"), int):
+        if event.get("pid") in _PIDS:
             self.pid = event["pid"]
 
 
