@@ -174,3 +174,32 @@ def test_names_that_are_no_text_are_names(connect: Callable[..., Runtime]) -> No
     """A host may have directories whose names are not UTF-8."""
     with connect("bare", {"home": "/\udcff", "user": "\udce4"}) as runtime:
         assert runtime.connection.hello.home == "/\udcff"
+
+
+@pytest.mark.parametrize("lie", ["wrong", "too-large", "digits"])
+def test_what_others_say_is_told_all_the_same(
+    connect: Callable[..., Runtime],
+    hosts: Any,
+    lie: str,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    honest = Runtime("host2", connection_kwargs={"config_file": hosts.config_file})
+    with connect(lie) as lying, honest, RuntimeGroup([lying, honest]) as group:
+        task = honest.execute_task(RuntimeTask("plain").run_command("true"), detach=True)
+        assert [found.id for found in group.detached_tasks()] == [task.id]
+        assert "host1: its detached tasks are not listed: host1: what it answered" in caplog.text
+        task.remove()
+        assert list(group.list_environments()) == ["host2"]
+        assert list(group.prune_environments(unused_for=1e9)) == ["host2"]
+        group.print_runtime_info()
+        rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("host")}
+        assert "makes no sense" in rows["host1"]
+        assert str(honest.cpu_cores) in rows["host2"].split()
+
+
+def test_a_group_of_which_no_host_can_be_asked(connect: Callable[..., Runtime]) -> None:
+    with connect("wrong") as runtime, RuntimeGroup([runtime]) as group:
+        for ask in (group.detached_tasks, group.list_environments, lambda: group.remove_environments("x")):
+            with pytest.raises(LazyclusterError, match="host1"):
+                ask()

@@ -15,7 +15,8 @@ import pytest
 
 from lazycluster import LocalRuntime, RuntimeGroup, _loop
 from lazycluster.agent import wire
-from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
+from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
+from lazycluster.ssh import answers
 from lazycluster.ssh.channel import Channel
 from lazycluster.ssh.hello import Hello
 from lazycluster.ssh.link import AgentLink
@@ -177,6 +178,24 @@ def test_errors_can_be_shown_whatever_is_in_them() -> None:
         ({"op": "environment", "action": "wheels"}, {"missing": None, "directory": "/"}, "missing is no list"),
         ({"op": "environment", "action": "compiled"}, {"compiled": 1.0}, "compiled is 1.0"),
         ({"op": "environment", "action": "sift"}, {"removed": "all"}, "removed is 'all'"),
+        ({"op": "ports"}, {"free": [-1]}, "free is -1"),
+        ({"op": "ports"}, {"free": [65536]}, "free is 65536"),
+        ({"op": "ports"}, {"free": [True]}, "free is True"),
+        ({"op": "ports"}, {"free": [], "denied": 7}, "denied is no list"),
+        ({"op": "nonce"}, {"port": 22.0, "nonce": ""}, "port is 22.0"),
+        ({"op": "nonce"}, {"port": 22, "nonce": "\udc80"}, "nonce is"),
+        ({"op": "mkdtemp"}, {"path": "\ud800"}, "is no text"),
+        ({"op": "mkdtemp"}, {"path": "\udc7f"}, "is no text"),
+        ({"op": "ping"}, {"a": {"\ud800": 1}}, "is no text"),
+        ({"op": "ping"}, {"a": 10**400}, "more than 64 bits"),
+        ({"op": "ping"}, {"a": 2**64}, "more than 64 bits"),
+        ({"op": "ping"}, {"a": [-(2**63) - 1]}, "more than 64 bits"),
+        ({"op": "ping"}, {"a": json.loads("[" * 60 + "]" * 60)}, "nested too deeply"),
+        ({"op": "ping"}, {"a": float("-inf")}, "-Infinity is not finite"),
+        ({"op": "run"}, {"exit": 2**40, "signal": None}, "exit is 1099511627776"),
+        ({"op": "run"}, {"exit": 0, "signal": -9}, "signal is -9"),
+        ({"op": "detached", "do": "list"}, {"tasks": [{"id": "../x"}]}, "tasks.id is '../x'"),
+        ({"op": "environment", "action": "facts"}, {"root": "/", "system": "../x"}, "system is '../x'"),
         ({"op": "expand"}, {"path": "x" * 1_000_000, "directory": "x" * 1_000_000, "identity": None}, "directory is"),
     ],
 )
@@ -193,6 +212,47 @@ def test_an_answer_that_makes_no_sense_is_an_error(request_: dict[str, Any], ans
             assert len(str(caught.value)) < 1000
 
     asyncio.run(attempt())
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b'{"a":%s}' % (b"1" * 5000), b'{"a":1e999}', b'{"a":-%s}' % (b"9" * 20), b'{"a":"\\ud800"}', b'{"a":NaN}'],
+)
+@pytest.mark.parametrize("kind", [wire.RESULT, wire.EVENT])
+def test_a_value_that_cannot_be_used_ends_its_request_alone(kind: int, payload: bytes) -> None:
+    async def attempt() -> None:
+        async with linked() as (link, host, lost):
+            channel = link.open_channel("info", {}, event=lambda _: None)
+            other = link.open_channel("ping", {})
+            await host.say(wire.frame(1, kind, payload) + wire.json_frame(2, wire.RESULT, {"ok": True}))
+            with pytest.raises(AgentError, match=r"host1: what it answered to 'info' makes no sense"):
+                await asyncio.wait_for(channel.result(), 10)
+            assert await other.result() == {}
+            assert not lost
+
+    asyncio.run(attempt())
+
+
+@pytest.mark.parametrize("payload", [b'{"hello":%s}' % (b"1" * 5000), b'{"user":"\\ud800"}'])
+def test_a_hello_that_cannot_be_used_is_told_at_once(payload: bytes) -> None:
+    async def attempt() -> None:
+        async with linked() as (link, host, lost):
+            await host.say(wire.frame(0, wire.EVENT, payload))
+            with pytest.raises(InvalidRuntimeError, match="host1"):
+                await asyncio.wait_for(link.hello, 10)
+            assert not lost
+            await host.say(wire.frame(0, wire.EVENT, payload))
+            with pytest.raises(ConnectionLostError):
+                await asyncio.wait_for(link.open_channel("ping", {}).result(), 10)
+
+    asyncio.run(attempt())
+
+
+@pytest.mark.parametrize(
+    "message", [{"a": 2**64 - 1, "b": -(2**63)}, {"a": 1e300, "b": -0.0}, {"name": "\udc80\udcff"}, {"a": "\U0001f600"}]
+)
+def test_what_an_agent_may_say_is_left_as_it_is(message: dict[str, Any]) -> None:
+    assert answers.decoded(json.dumps(message).encode()) == message
 
 
 @pytest.mark.parametrize("kind", [wire.EVENT, wire.OUTPUT])

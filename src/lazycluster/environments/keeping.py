@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from lazycluster.exceptions import AgentError, LazyclusterError
 
 from .spec import ROOT
 
 __all__ = ["Host", "KeptEnvironment", "Removal", "Store", "list_on", "prune_on", "remove_on"]
-
-T = TypeVar("T")
 
 _LIMIT = 300.0  # seconds: removing much takes long on some file systems
 
@@ -146,10 +144,3 @@ async def _ask(host: Host, action: str, **params: Any) -> dict[str, Any]:
         raise LazyclusterError(f"{host.host}: no answer within {_LIMIT:g} s") from None
     except AgentError as error:
         raise LazyclusterError(f"{host.host}: {error.message}") from error
-
-
-async def on_all(hosts: Iterable[Host], work: Callable[[Host], Awaitable[T]]) -> dict[str, T]:
-    """Do something on many hosts at once; returns the answers by host."""
-    chosen = list(hosts)
-    answers = await asyncio.gather(*(work(host) for host in chosen))
-    return {host.host: answer for host, answer in zip(chosen, answers, strict=True)}
