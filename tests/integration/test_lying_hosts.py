@@ -203,3 +203,18 @@ def test_a_group_of_which_no_host_can_be_asked(connect: Callable[..., Runtime]) 
         for ask in (group.detached_tasks, group.list_environments, lambda: group.remove_environments("x")):
             with pytest.raises(LazyclusterError, match="host1"):
                 ask()
+
+
+@pytest.mark.parametrize("lie", ["lowest", "nothing", "wrong"])
+def test_a_file_for_all_hosts_comes_to_the_others(
+    connect: Callable[..., Runtime], hosts: Any, lie: str, tmp_path: Path
+) -> None:
+    """It is asked which hosts share a directory; a host that has none at all is not asked for ever."""
+    honest = Runtime("host2", connection_kwargs={"config_file": hosts.config_file})
+    with connect(lie) as lying, honest, RuntimeGroup([lying, honest]) as group:
+        task = RuntimeTask("copy").send_file(_sent(tmp_path), "~/liar-sent/x")
+        with pytest.raises(LazyclusterError, match="host1"):
+            group.execute_task(task, broadcast=True, execute_async=False)
+        sent = hosts[1].path("~/liar-sent")
+        assert (sent / "x").read_text() == "x"
+        shutil.rmtree(sent)

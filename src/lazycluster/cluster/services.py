@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lazycluster._live import Lines
 from lazycluster.agent.restarts import Restarts
 from lazycluster.exceptions import AgentError, LazyclusterError
-from lazycluster.ssh.answers import check_shape
+from lazycluster.ssh.answers import NAME, check_shape
 from lazycluster.utils import new_log_file_path
 
 from .exceptions import MasterStartError, ServiceError
@@ -40,6 +40,13 @@ _SAID: dict[str, dict[str, Any]] = {
     "ready": {"pid": int, "detail": dict},
     "starting": {"pid": int, "gpus": [dict]},
     "exited": {"exit?": (int, type(None)), "signal?": (int, type(None))},
+}
+
+# The same of what our own programs say.
+_MESSAGES: dict[str, dict[str, Any]] = {
+    "versions": {"python": [int], "executable": NAME, "packages": {...: (str, type(None))}},
+    "port_taken": {"port": range(1, 65536)},
+    "respawned": {"status?": (int, type(None)), "out_of_memory?": (str, type(None))},
 }
 
 State = Literal["new", "starting", "ready", "restarting", "ended", "failed"]
@@ -197,6 +204,7 @@ class Service:
         if "restarts" in event:
             self.restarts = self._restarts_before + event["restarts"]
         if state == "message":
+            check_shape(event["detail"], _MESSAGES.get(event["event"], {}))
             self._heard(event["event"], event["detail"])
         elif state == "ready":
             self.state, self.detail, self._was_ready, self.pid = "ready", event["detail"], True, event["pid"]
