@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 import liar
-from lazycluster import DetachedTask, Environment, Runtime, RuntimeGroup, RuntimeTask
+from lazycluster import DetachedTask, Environment, EnvironmentSpec, Runtime, RuntimeGroup, RuntimeTask, _loop
 from lazycluster.agent import stream, wire
+from lazycluster.cli.checkup import Checkup
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, NoPortsLeftError
 from lazycluster.ssh import answers
+from lazycluster.ssh.openssh import SshConnection
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +33,8 @@ def harm(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def connect(hosts: Any, harm: Path) -> Iterator[Callable[..., Runtime]]:
-    """What connects to a host that lies from then on, or from the start."""
+def python(hosts: Any, harm: Path) -> Iterator[Callable[..., str]]:
+    """What puts a liar on a host, and returns the path that Python is expected at."""
     folder = hosts[0].path("~/liar")
     for module in (wire, stream, answers):
         file = folder / f"{module.__name__.replace('.', '/')}.py"
@@ -40,21 +42,33 @@ def connect(hosts: Any, harm: Path) -> Iterator[Callable[..., Runtime]]:
         shutil.copy(str(module.__file__), file)
     shutil.copy(liar.__file__, folder)
     folder.chmod(0o777)  # it is written to by the host's user
-    program = f"{hosts[0].home}/liar/python3"
 
-    def connected(lie: str, hello: Any = None, line: str | None = None, from_the_start: bool = False) -> Runtime:
+    def placed(lie: str, hello: Any = None, line: str | None = None, from_the_start: bool = False) -> str:
         (folder / "settings.json").write_text(json.dumps({"lie": lie, "harm": str(harm), "hello": hello, "line": line}))
         (folder / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} {hosts[0].home}/liar/liar.py "$@"\n')
         (folder / "python3").chmod(0o755)
+        (folder / "lies").unlink(missing_ok=True)
         if from_the_start:
             (folder / "lies").touch()
-        runtime = Runtime("host1", connection_kwargs={"config_file": hosts.config_file}, python=program)
+        return f"{hosts[0].home}/liar/python3"
+
+    yield placed
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def connect(hosts: Any, python: Callable[..., str]) -> Callable[..., Runtime]:
+    """What connects to a host that lies from then on, or from the start."""
+
+    def connected(lie: str, hello: Any = None, line: str | None = None, **options: Any) -> Runtime:
+        from_the_start = options.pop("from_the_start", False)
+        program = python(lie, hello, line, from_the_start)
+        runtime = Runtime("host1", connection_kwargs={"config_file": hosts.config_file}, python=program, **options)
         if not from_the_start:
             assert runtime.echo("lie") == "lie"
         return runtime
 
-    yield connected
-    shutil.rmtree(folder)
+    return connected
 
 
 def _sent(path: Path) -> str:
@@ -218,3 +232,32 @@ def test_a_file_for_all_hosts_comes_to_the_others(
         sent = hosts[1].path("~/liar-sent")
         assert (sent / "x").read_text() == "x"
         shutil.rmtree(sent)
+
+
+@pytest.mark.parametrize("lie", ["lowest", "highest", "too-large", "digits"])
+def test_an_environment_on_a_host_that_lies(
+    connect: Callable[..., Runtime], harm: Path, tmp_path: Path, lie: str
+) -> None:
+    (tmp_path / "requirements.txt").write_text("# none\n")
+    for environment in (str(tmp_path / "requirements.txt"), EnvironmentSpec("~/venv")):
+        with connect(lie, environment=environment) as runtime:
+            # What passes for an environment is used: the host alone has something of it.
+            told = _refused("prepare", runtime.prepare)
+            assert told or runtime.environment_path is not None or lie in ("lowest", "nothing")
+        assert not harm.exists()
+
+
+@pytest.mark.parametrize("lie", ["highest", "too-large", "digits", "bare"])
+def test_a_checkup_of_a_host_that_lies(python: Callable[..., str], hosts: Any, harm: Path, lie: str) -> None:
+    program = python(lie, from_the_start=True)
+
+    async def check() -> Checkup:
+        checkup = Checkup("host1")
+        await checkup.run(SshConnection("host1", {"config_file": hosts.config_file}, python=program))
+        return checkup
+
+    checkup = _loop.run(check())
+    states = {step.name: step.state for step in checkup.steps}
+    assert states["temporary files"] == "failed"
+    assert [name for name, state in states.items() if state == "not reached"] == ["clock"]  # asked with the files
+    assert not harm.exists()
