@@ -209,7 +209,7 @@ RETURNED = [{"ok": True, "status": "returned"}]
 RAISED = [{"ok": True, "status": "raised"}]
 
 
-@pytest.mark.parametrize("steps", [RETURNED, RAISED])
+@pytest.mark.parametrize("steps", [RETURNED, RAISED, [*RETURNED, *RETURNED]])
 @pytest.mark.parametrize("again", [True, False])
 def test_what_was_a_command_is_never_unpickled(hosts: Any, tmp_path: Path, steps: Any, again: bool) -> None:
     with connect(hosts) as runtime:

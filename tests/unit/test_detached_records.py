@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,6 +99,15 @@ def test_their_number_is_limited_and_the_oldest_go(folder: Path, monkeypatch: py
         detached_records.keep(one, "host", [True])
         os.utime(folder / f"{one}.json", (number, number))
     assert sorted(path.stem for path in folder.iterdir()) == ids[-3:]
+
+
+def test_what_a_killed_process_has_left_goes_and_what_is_being_written_stays(folder: Path) -> None:
+    detached_records.keep(ID, "host", [True])
+    for name, age in (("a.new", 7200), ("b.new", 60)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    detached_records.keep(ID, "host", [True])
+    assert {path.name for path in folder.iterdir()} == {f"{ID}.json", "b.new"}
 
 
 def test_several_write_and_read_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,9 @@ class DetachedTask:
             if record is None and not trust_host:
                 raise self._unknown(number, why)
             if record is not None and number not in record.functions:
-                raise self._contradiction(f"its step {number + 1} was a function, but it was a command")
+                raise self._contradiction(
+                    f"its step {number + 1} was a function, but it was a command; it is not unpickled"
+                )
             await self._read(parts.append, do="outcome", step=number)
         outcome = await functions.outcome_of(fields, parts)
         if outcome.status == "returned":
@@ -188,7 +190,7 @@ class DetachedTask:
         record, _ = await self._known()
         told = {number for number, fields in enumerate(about["steps"]) if "status" in fields}
         if record is not None and (len(about["steps"]) != record.steps or told != record.functions):
-            raise self._contradiction("it is done, but not of each of its steps what has come of it")
+            raise self._contradiction("it is done, but not of each of its steps what has become of it")
 
     def _unknown(self, number: int, why: str) -> LazyclusterError:
         return LazyclusterError(
@@ -200,8 +202,7 @@ class DetachedTask:
 
     def _contradiction(self, said: str) -> LazyclusterError:
         return LazyclusterError(
-            f"{self.host}: detached task {self.name!r}: the host says that {said}, which differs from what was "
-            "started; nothing of it was unpickled\n"
+            f"{self.host}: detached task {self.name!r}: the host says that {said}; that differs from what was started\n"
             "  Next step: see who has changed what is kept there; our agent does not say that"
         )
 

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ __all__ = ["DetachedRecord", "directory", "find", "forget", "keep"]
 
 _NAME = "detached-tasks"
 _KEPT = 10_000  # records; beyond that the oldest go, since tasks may never be removed
+_NEW = ".new"
+_ABANDONED = 3600.0  # seconds after which nobody is writing a file any more
 _LARGEST = 1024 * 1024  # bytes of a record
 _ID = re.compile("[0-9a-f]{16}")
 
@@ -67,7 +70,7 @@ def keep(task_id: str, host: str, functions: Sequence[bool]) -> DetachedRecord:
         raise OSError(f"a task of {record.steps} steps is too long to be recorded")
     folder = private_directory(_NAME, main=default_directory())
     _prune(folder)
-    new = folder / f"{task_id}.{secrets.token_hex(4)}.new"
+    new = folder / f"{task_id}.{secrets.token_hex(4)}{_NEW}"
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(fd, "w", encoding="ascii") as file:
@@ -124,14 +127,17 @@ def forget(task_id: str) -> None:
 
 
 def _prune(folder: Path) -> None:
+    """Make room for one more; also remove what those have left that were killed while they wrote."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries]
-    if len(names) < _KEPT:
-        return
+    records = [name for name in names if name.endswith(".json")]
+    unfinished = [name for name in names if name.endswith(_NEW)]
     ages: list[tuple[float, str]] = []
-    for name in names:
+    for name in (records if len(records) >= _KEPT else []) + unfinished:
         with contextlib.suppress(OSError):  # another process has just removed it
             ages.append(((folder / name).lstat().st_mtime, name))
-    for _, name in sorted(ages)[: len(names) - _KEPT + 1]:
+    old = [name for when, name in ages if name.endswith(_NEW) and when < time.time() - _ABANDONED]
+    old += [name for _, name in sorted(ages) if name.endswith(".json")][: max(0, len(records) - _KEPT + 1)]
+    for name in old:
         with contextlib.suppress(OSError):
             (folder / name).unlink()
