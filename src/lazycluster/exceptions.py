@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "InvalidRuntimeError",
     "InvalidRuntimesError",
     "LazyclusterError",
+    "NoAnswerError",
     "NoPortsLeftError",
     "NoRuntimesDetectedError",
     "NoRuntimesError",
@@ -128,6 +130,32 @@ class ConnectionLostError(LazyclusterError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.host, self.detail)
+
+
+class NoAnswerError(LazyclusterError):
+    """A host whose connection works has not done in time what was asked of it.
+
+    Attributes:
+        host: The host.
+        awaited: What was waited for, e.g. ``an answer to 'ports'``.
+        seconds: For how long.
+        detail: What else is known, e.g. that the link is interrupted.
+    """
+
+    def __init__(self, host: str, awaited: str, seconds: float, detail: str = "") -> None:
+        self.host = host
+        self.awaited = awaited
+        self.seconds = seconds
+        self.detail = detail
+        waited = f"waited {seconds:g} s in vain for {awaited}"
+        text = f"{waited}; {detail}" if detail else f"connected, but {waited}"
+        super().__init__(
+            f"{host}: {text}\n"
+            f"  Next step: see what holds it up, e.g. little memory, or a disk that hangs: ssh {shlex.quote(host)} df"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.awaited, self.seconds, self.detail)
 
 
 class AgentError(LazyclusterError):

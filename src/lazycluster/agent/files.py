@@ -30,10 +30,12 @@ def serve(incoming: int, outgoing: int, parts: Optional[Parts] = None, heir: Any
         signal.signal(number, _end)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     stream = Stream(incoming, outgoing)
+    stream.tell_busy()
     try:
         while True:
             if stream.header() != REQUEST:
                 return
+            stream.busy = True
             try:
                 handle(stream, stream.message(), parts)
             except CopyError:

@@ -104,7 +104,7 @@ class LocalModules:
         await self.open()
 
         async def add(place: Place) -> None:
-            answer = await asyncio.wait_for(place.connection.request("mkdtemp"), _PATIENCE)
+            answer = await place.connection.request("mkdtemp", within=_PATIENCE)
             self._hosts[place.host] = _Copy(place.connection, str(answer["path"]), place.connection.generation)
             await self._send(place.host)
 
@@ -129,7 +129,7 @@ class LocalModules:
         hosts, self._hosts = self._hosts, {}
         for copy in hosts.values():
             if copy.connection.state == "open":
-                removing = asyncio.ensure_future(copy.connection.request("remove", path=copy.path))
+                removing = asyncio.ensure_future(copy.connection.request("remove", within=_PATIENCE, path=copy.path))
                 await copy.connection.heard_out(removing, _PATIENCE)
         directory, self.directory = self.directory, ""
         self._written, self._stamps, self._seen, self._local = {}, {}, set(), set()

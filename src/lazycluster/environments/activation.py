@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import posixpath
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lazycluster._progress import Progress
-from lazycluster.exceptions import AgentError, EnvironmentBuildError
+from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerError
 
 from .making import Maker
-from .place import Place
+from .place import RUN_LIMIT, Place
 from .plan import Plan, Target
 from .resolving import resolve, settings_for
 from .sharing import Shared
@@ -101,7 +100,7 @@ class HostEnvironment:
         active = await self.ready()
         if self.spec.kind != "path":
             name = posixpath.basename(active.prefix)
-            await self._place.ask("compiled", None, root=self.spec.cache_dir, id=name)
+            await self._place.ask("compiled", RUN_LIMIT, root=self.spec.cache_dir, id=name)
 
     async def applied(self, context: Context) -> Context:
         """Return a context in the environment, which is made before if need be."""
@@ -116,9 +115,9 @@ class HostEnvironment:
                 progress.advance()
         except AgentError as error:
             raise EnvironmentBuildError(self._place.host, error.message) from error
-        except asyncio.TimeoutError:
+        except NoAnswerError as error:
             raise EnvironmentBuildError(
-                self._place.host, "the host does not answer", "", "see how busy it is, and try again"
+                self._place.host, f"the host does not answer: {error}", "", "see how busy it is, and try again"
             ) from None
         except EnvironmentBuildError as error:
             raise self._of_this_host(error) from error.__cause__
@@ -160,8 +159,7 @@ class HostEnvironment:
     async def _existing(self) -> Activation:
         """Check an environment or interpreter that is on the host already."""
         path, host = str(self.spec.source), self._place.host
-        request = self._place.connection.request("expand", path=path, env=dict(self._place.env))
-        found = await asyncio.wait_for(request, _LIMIT)
+        found = await self._expand(path=path, env=dict(self._place.env))
         real = str(found["path"])
         hint = "name a virtual environment, a conda environment or an interpreter that is on the host"
         if found["directory"] is None:
@@ -169,14 +167,14 @@ class HostEnvironment:
         python = f"{real}/bin/python" if found["directory"] else real
         try:
             answer = await self._place.connection.request(
-                "packages", python=python, env=dict(self._place.env), names=[]
+                "packages", within=_LIMIT, python=python, env=dict(self._place.env), names=[]
             )
         except AgentError as error:
             raise EnvironmentBuildError(host, f"{real} cannot be used: {error.message}", "", hint) from error
         self._check_version(real, answer["version"])
         if not found["directory"]:
             return await self._of_interpreter(real)
-        conda = await asyncio.wait_for(self._place.connection.request("expand", path=f"{real}/conda-meta"), _LIMIT)
+        conda = await self._expand(path=f"{real}/conda-meta")
         return Activation(real, python, bool(conda["directory"]))
 
     def _check_version(self, path: str, version: list[int]) -> None:
@@ -187,6 +185,8 @@ class HostEnvironment:
 
     async def _of_interpreter(self, python: str) -> Activation:
         prefix = posixpath.dirname(posixpath.dirname(python))
-        request = self._place.connection.request("expand", path=f"{prefix}/pyvenv.cfg")
-        found = await asyncio.wait_for(request, _LIMIT)
+        found = await self._expand(path=f"{prefix}/pyvenv.cfg")
         return Activation(prefix if found["directory"] is False else "", python)
+
+    async def _expand(self, **params: Any) -> dict[str, Any]:
+        return await self._place.connection.request("expand", within=_LIMIT, **params)

@@ -139,8 +139,6 @@ async def prune_on(
 
 async def _ask(host: Host, action: str, **params: Any) -> dict[str, Any]:
     try:
-        return await asyncio.wait_for(host.request("environment", action=action, **params), _LIMIT)
-    except asyncio.TimeoutError:
-        raise LazyclusterError(f"{host.host}: no answer within {_LIMIT:g} s") from None
+        return await host.request("environment", within=_LIMIT, action=action, **params)
     except AgentError as error:
         raise LazyclusterError(f"{host.host}: {error.message}") from error

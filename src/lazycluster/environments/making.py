@@ -22,7 +22,7 @@ from lazycluster.ssh.answers import NAME, check_shape, decoded_text
 from .index import IndexSettings
 from .interpreters import base_interpreter
 from .keeping import prune_on
-from .place import Place
+from .place import RUN_LIMIT, Place
 from .plan import Plan, Wheel
 from .spec import EnvironmentSpec, normalized
 from .uv import uv_version
@@ -226,7 +226,7 @@ class Maker:
         """
         self._tell("looking for damaged packages")
         folders = [wheel.folder for wheel in self._sent]
-        told = await self._place.ask("sift", None, root=self._spec.cache_dir, folders=folders)
+        told = await self._place.ask("sift", RUN_LIMIT, root=self._spec.cache_dir, folders=folders)
         damaged = any(await asyncio.gather(*(forget_damaged(wheel) for wheel in self._sent))) or told["removed"]
         if damaged:
             logger.warning("%s: packages that were kept have been damaged; they are sent again", self._host)

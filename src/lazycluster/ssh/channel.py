@@ -91,6 +91,11 @@ class Channel:
             "  Next step: see who has changed what runs on that host; our agent does not say that",
         )
 
+    async def ended(self, seconds: float) -> bool:
+        """Wait for the end for so many seconds at most; returns whether it has come."""
+        await asyncio.wait([self._done], timeout=seconds)
+        return self._done.done()
+
     async def send(self, data: bytes | memoryview) -> None:
         """Send input, no faster than it is consumed. What comes after the channel's end is dropped."""
         view = memoryview(data)

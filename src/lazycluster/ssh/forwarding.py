@@ -18,6 +18,8 @@ from .relay import Relay
 
 __all__ = ["open_on"]
 
+_RETURN_LIMIT = 30.0  # seconds for a link that is interrupted when a tunnel is wanted
+
 
 async def open_on(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
     """Open tunnels of one connection; none stays open if this is cancelled.
@@ -31,7 +33,7 @@ async def open_on(connection: Connection, requests: list[TunnelRequest]) -> list
     """
     outcomes: list[Outcome] = []
     try:
-        await connection.reached()
+        await connection.reached(_RETURN_LIMIT)
         alike = any(request.local_port == request.remote_port for request in requests)
         shared = connection.local or (alike and await same_network(connection))
         rest = []

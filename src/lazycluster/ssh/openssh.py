@@ -18,7 +18,7 @@ from typing import Any
 
 from lazycluster import _forks, _loop
 from lazycluster.agent.stream import StreamClosedError
-from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, NoAnswerError
 
 from . import workspace
 from .config import Settings, ssh_argv, ssh_version
@@ -34,6 +34,7 @@ from .returning import ReturningConnection
 ATTEMPTS = 6
 _START_MARGIN = 15.0  # at most so many seconds beyond the time-out, for the login shell and Python on a loaded host
 _ASK_LIMIT = 180.0  # seconds for a person to answer ssh's questions
+_SESSION_LIMIT = 30.0  # seconds for a further session to start on a connection that works
 _LOOK_EVERY = 0.1
 
 _PORTS_LIMIT = 5.0  # seconds within which ports can be had again that the link had before it dropped
@@ -197,9 +198,11 @@ class SshConnection(ReturningConnection):
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
         try:
-            await past_noise(ours, expected(marker))
+            await asyncio.wait_for(past_noise(ours, expected(marker)), _SESSION_LIMIT)
         except BaseException as error:
             ours.close()
+            if isinstance(error, asyncio.TimeoutError):
+                raise NoAnswerError(self.host, "a further session for copying files", _SESSION_LIMIT) from None
             if isinstance(error, (StartError, OSError)):
                 raise StreamClosedError(f"it did not start, and printed: {str(error) or 'nothing'}") from error
             raise

@@ -137,7 +137,7 @@ class ReturningConnection(Connection, abc.ABC):
         self._last_beat = now
         link.beat()
         quiet = now - link.heard
-        if quiet > _HANGS * self.settings.link_timeout and self.grace:
+        if quiet > _HANGS * self.settings.link_timeout:
             link.detach()
             self._ended(link, TimeoutError(f"nothing was heard for {quiet:.0f} s"))
             return

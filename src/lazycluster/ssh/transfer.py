@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import socket
+import struct
+import termios
 import threading
 import time
 import weakref
@@ -23,7 +26,7 @@ from lazycluster.agent.parts import Parts
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
 from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
-from lazycluster.exceptions import ConnectionLostError, LazyclusterError, printable
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, printable
 
 from .streams import HostConnection, Pool, hang_up
 
@@ -34,6 +37,13 @@ AT_ONCE = 8
 
 #: How long a cancelled copy is waited for, in seconds.
 _PATIENCE = 10.0
+
+#: For how long nothing at all may come of a host while it is waited for: it says every five seconds that it is busy.
+_SILENCE_LIMIT = 60.0
+
+#: For how long it may say that and do nothing else, in seconds: e.g. look through a file of terabytes.
+_BUSY_LIMIT = 3600.0
+_LOOK_EVERY = 1.0
 
 Progress = Callable[[int, "int | None", int], object]
 
@@ -242,7 +252,7 @@ class _Copy:
                 async with pool.slots, limit:
                     work = await self._attempt(pool)
                 break
-            except (StreamClosedError, ConnectionLostError) as error:
+            except (StreamClosedError, ConnectionLostError, NoAnswerError) as error:
                 # When a link that has dropped is back, the copy goes on with the files that are not there yet.
                 await self.connection.answering()
                 if self.connection.interruptions == interruptions:
@@ -301,6 +311,7 @@ class _Work:
         self._copy = copy
         self._sock = sock
         self.ended = asyncio.Event()
+        self._stream: Stream | None = None
         self._loop = asyncio.get_running_loop()
         self.tally = Tally(copy.progress)
         self.error: BaseException | None = None
@@ -312,17 +323,41 @@ class _Work:
         """Have it done; a cancelled one is ended and cleaned up on both sides before this returns."""
         threading.Thread(target=self._work, name=f"copy {self._copy.connection.host}", daemon=True).start()
         try:
-            await self.ended.wait()
-        except asyncio.CancelledError:
+            await self._watch()
+        except (asyncio.CancelledError, NoAnswerError):
             hang_up(self._sock)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.ended.wait(), _PATIENCE)
             self.usable = False
             raise
 
+    async def _watch(self) -> None:
+        """Wait for the end, as long as the host does its part of it.
+
+        Raises:
+            NoAnswerError: If it does not.
+        """
+        connection, sign, moved = self._copy.connection, -1, -1
+        silent = idle = 0.0
+        while not self.ended.is_set():
+            began = self._loop.time()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.ended.wait(), _LOOK_EVERY)
+            passed = min(self._loop.time() - began, 2 * _LOOK_EVERY)  # else it was this process that slept
+            stream, before = self._stream, (sign, moved)
+            if stream is None:
+                continue
+            sign, moved = stream.moved + _unread(self._sock), stream.moved - stream.signs
+            waits = stream.waits and connection.state == "open"
+            silent = silent + passed if waits and sign == before[0] else 0.0
+            idle = idle + passed if waits and moved == before[1] else 0.0
+            for passed, limit in ((silent, _SILENCE_LIMIT), (idle, _BUSY_LIMIT)):
+                if passed >= limit:
+                    raise NoAnswerError(connection.host, f"the process there to go on with {self._copy.path}", limit)
+
     def _work(self) -> None:
         try:
-            stream = Stream(self._sock.fileno(), self._sock.fileno())
+            stream = self._stream = Stream(self._sock.fileno(), self._sock.fileno())
             try:
                 stream.put_json(REQUEST, self._copy.request)
                 self.path = self._copy.copy(stream, self.tally)
@@ -337,3 +372,11 @@ class _Work:
             self.error = error
         with contextlib.suppress(RuntimeError):  # the event loop has been closed
             self._loop.call_soon_threadsafe(self.ended.set)
+
+
+def _unread(sock: socket.socket) -> int:
+    """Return how many bytes have come that were not read yet."""
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0])
+    except OSError:
+        return 0

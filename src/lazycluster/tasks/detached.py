@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
 from lazycluster._tail import Tail
-from lazycluster.exceptions import AgentError, LazyclusterError, TaskExecutionError, printable
+from lazycluster.exceptions import AgentError, LazyclusterError, NoAnswerError, TaskExecutionError, printable
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.destination import parse_destination
 
@@ -254,8 +254,8 @@ async def detached_tasks(connection: Connection) -> list[DetachedTask]:
 
 async def _asked(connection: Connection, **params: Any) -> dict[str, Any]:
     try:
-        return await asyncio.wait_for(connection.request("detached", **params), _ANSWER_LIMIT)
-    except asyncio.TimeoutError:
+        return await connection.request("detached", within=_ANSWER_LIMIT, **params)
+    except NoAnswerError:
         raise LazyclusterError(
             f"{connection.host}: it has said nothing of its detached tasks for {_ANSWER_LIMIT:g} s; they go on.\n"
             "  Next step: try again when it can be reached"

@@ -32,6 +32,7 @@ from . import localcode
 from .limits import memory_hint
 from .pickling import PickledCall, dump_call
 
+_SEARCH_LIMIT = 120.0  # seconds to look through the host's interpreters
 END_PATIENCE = 5.0  # seconds that a cancelled call gets to end on the host
 _SMALL = 1024 * 1024  # bytes of a result that is unpickled on the loop's thread
 _LARGEST_SOURCE = 16 * 1024 * 1024  # bytes
@@ -195,11 +196,11 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
         return known[path]
     wanted = list(sys.version_info[:2])
     with contextlib.suppress(AgentError):
-        usual = await connection.request("packages", python="python3", env=dict(env), names=[])
+        usual = await connection.request("packages", within=_SEARCH_LIMIT, python="python3", env=dict(env), names=[])
         if usual["version"][:2] == wanted:
             known[path] = "python3"
             return "python3"
-    found = (await connection.request("interpreters", env=dict(env)))["interpreters"]
+    found = (await connection.request("interpreters", within=_SEARCH_LIMIT, env=dict(env)))["interpreters"]
     for one in found:
         if one["version"][:2] == wanted:
             known[path] = str(one["path"])

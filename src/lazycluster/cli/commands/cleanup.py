@@ -73,11 +73,9 @@ async def _here(found: dict[str, dict[str, Any]]) -> Outcome:
 
 
 async def _clean(connection: Connection, found: dict[str, dict[str, Any]]) -> Outcome:
-    import asyncio
-
     from lazycluster.cli.fanout import Outcome
 
-    found[connection.host] = await asyncio.wait_for(connection.request("leftovers"), 60)
+    found[connection.host] = await connection.request("leftovers", within=60.0)
     return Outcome(connection.host)
 
 

@@ -94,15 +94,13 @@ class _Listing:
         return outcomes
 
     async def _ask(self, connection: Connection) -> Outcome:
-        import asyncio
-
         from lazycluster.cli.fanout import Outcome
 
         started = time.perf_counter()
-        await asyncio.wait_for(connection.request("ping"), 30)
+        await connection.request("ping")
         info = {"latency": time.perf_counter() - started}
         if self._long:
-            info.update(await asyncio.wait_for(connection.request("info"), 30))
+            info.update(await connection.request("info"))
         self.infos[connection.host] = info
         return Outcome(connection.host)
 
