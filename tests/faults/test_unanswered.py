@@ -75,9 +75,9 @@ def test_what_a_host_does_not_answer_is_an_error(
 ) -> None:
     from lazycluster.tasks import detached
 
-    for module, name in ((connection, "ANSWER_LIMIT"), (detached, "_ANSWER_LIMIT")):
-        monkeypatch.setattr(module, name, 0.5)
     with runtime(hosts) as host:
+        for module, name in ((connection, "ANSWER_LIMIT"), (detached, "_ANSWER_LIMIT")):
+            monkeypatch.setattr(module, name, 0.5)
         for what, (operation, ask) in _QUESTIONS.items():
             mutable(hosts[0], operation)
             with pytest.raises(LazyclusterError) as caught:
@@ -86,6 +86,7 @@ def test_what_a_host_does_not_answer_is_an_error(
             assert "host1" in said
             assert f"an answer to {operation!r}" in said or "detached tasks" in said, said
             mutable(hosts[0])
+        monkeypatch.setattr(connection, "ANSWER_LIMIT", 30.0)
         assert host.call(sum, [1, 2]) == 3
         host.stop_process(host.expose_port_to_runtime(24510))
 
@@ -94,10 +95,10 @@ def test_what_only_an_agent_is_told_ends_too(
     hosts: Any, mutable: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host that does not even say that it has no room for a working directory."""
-    monkeypatch.setattr(connection, "ANSWER_LIMIT", 0.5)
+    monkeypatch.setattr(connection, "ANSWER_LIMIT", 1.0)
     mutable(hosts[0], "mkdtemp")
-    with pytest.raises(LazyclusterError, match="host1.*no answer to 'mkdtemp'"):
-        runtime(hosts)
+    with pytest.raises(LazyclusterError, match=r"host1.*no answer to 'mkdtemp'"):
+        Runtime("host1", connection_kwargs={"config_file": hosts.config_file})
 
 
 def _copying(host: Any) -> list[Any]:
@@ -150,9 +151,9 @@ def test_a_further_session_that_does_not_start(hosts: Any, tmp_path: Path, monke
         hold.touch()
         start.write_text("while [ -e ~/hold ]; do sleep 0.1; done\n")
         try:
-            with pytest.raises(LazyclusterError, match="host1: .* a further session"):
+            with pytest.raises(LazyclusterError, match=r"host1: .* a further session"):
                 host.send_file(str(tmp_path / "small"))
-            with pytest.raises(LazyclusterError, match="host1: .* a further agent"):
+            with pytest.raises(LazyclusterError, match=r"host1: .* a further agent"):
                 host.execute_task(RuntimeTask("t").run_command("true"), detach=True)
         finally:
             hold.unlink()
@@ -192,11 +193,11 @@ def test_a_cluster_leaves_out_who_does_not_answer(
     settings = {"config_file": hosts.config_file}
     names = ["host1", "host2"]
     with RuntimeGroup(hosts=names, connection_kwargs=settings, python=sys.executable) as group:
-        for operations in (("ping",), ("ports",), ("nonce", "exposed")):
-            mutable(hosts[0], *operations)
+        for operation in ("ports", "exposed"):
+            mutable(hosts[0], operation)
             caplog.clear()
             with DaskCluster(group, min_workers=1) as cluster:
                 cluster.start()
                 assert [worker.host for worker in cluster.workers] == ["host2"]
-            assert f"an answer to {operations[0]!r}" in caplog.text
+            assert f"an answer to {operation!r}" in caplog.text
             mutable(hosts[0])

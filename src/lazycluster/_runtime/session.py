@@ -267,8 +267,8 @@ class Session:
     async def _ask(self, op: str, **params: Any) -> dict[str, Any]:
         try:
             return await self.connection.request(op, **params)
-        except NoAnswerError:
-            detail = f"no answer to {op!r} within {ANSWER_LIMIT:g} s"
+        except NoAnswerError as error:
+            detail = f"no answer to {op!r} within {error.seconds:g} s"
             raise InvalidRuntimeError(self.spec.host, "timeout", detail, "see how busy the host is") from None
 
     # --- use -----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from .versions import Software
 from .workers import ServiceWorkerLauncher, Worker
 
 if TYPE_CHECKING:
+    from lazycluster.exceptions import LazyclusterError
     from lazycluster.runtime_mgmt import RuntimeGroup
 
     from .places import Place
@@ -183,15 +184,18 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             "dask-worker", source=source, env=BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
         )
 
-    async def greet(self, workers: Sequence[Worker]) -> None:
+    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check the software of the hosts, before anything listens."""
-        await SOFTWARE.check_workers(workers, self.dask.check_versions, common.versions())
-        await self.dask.modules.share([worker.place for worker in workers])
+        silent = await SOFTWARE.check_workers(workers, self.dask.check_versions, common.versions())
+        others = [worker for worker in workers if worker.name not in silent]
+        failed = await self.dask.modules.share([worker.place for worker in others])
         await self.dask.read_configuration()
+        return {**silent, **{w.name: failed[w.place.host] for w in others if w.place.host in failed}}
 
     async def furnish(self, place: Place) -> None:
         """Send the user's modules."""
-        await self.dask.modules.share([place])
+        for error in (await self.dask.modules.share([place])).values():
+            raise error
 
     async def dismiss(self, workers: Sequence[Worker]) -> dict[str, str]:
         """Have the scheduler retire workers."""

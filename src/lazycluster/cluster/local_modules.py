@@ -95,11 +95,11 @@ class LocalModules:
                 self._watcher = asyncio.ensure_future(self._watch())
         await self.sync()
 
-    async def share(self, places: Iterable[Place]) -> None:
+    async def share(self, places: Iterable[Place]) -> dict[str, LazyclusterError]:
         """Have the present modules on hosts, too; those that have lost their agent, and all with it, get them again.
 
-        Raises:
-            LazyclusterError: If a host does not take them.
+        Returns:
+            Why some hosts have not got them.
         """
         await self.open()
 
@@ -111,7 +111,14 @@ class LocalModules:
         async with self._sharing:
             known = [host for host, copy in self._hosts.items() if copy.connection.generation == copy.generation]
             new = {place.host: place for place in places if place.host not in known}
-            await asyncio.gather(*(add(place) for place in new.values()))
+            results = await asyncio.gather(*(add(place) for place in new.values()), return_exceptions=True)
+        failed: dict[str, LazyclusterError] = {}
+        for host, result in zip(new, results, strict=True):
+            if isinstance(result, LazyclusterError):
+                failed[host] = result
+            elif isinstance(result, BaseException):
+                raise result
+        return failed
 
     def directory_on(self, host: str) -> str:
         """Return where a host has them; empty if it has none."""

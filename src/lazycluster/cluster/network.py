@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoPortsLeftError
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, NoPortsLeftError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, close_tunnels, open_tunnels
@@ -128,7 +128,7 @@ async def free_everywhere(ports: Sequence[int], connections: Sequence[Connection
     async def ask(connection: Connection) -> set[int]:
         try:
             return set((await connection.request("ports", ports=list(ports)))["free"])
-        except ConnectionLostError:
+        except (ConnectionLostError, NoAnswerError):
             return set(ports)
 
     answers = await asyncio.gather(*(ask(connection) for connection in connections))
