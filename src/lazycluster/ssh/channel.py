@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lazycluster import _memory
 from lazycluster.agent import wire
 from lazycluster.exceptions import AgentError
 
@@ -41,6 +42,37 @@ def message_frame(number: int, kind: int, message: dict[str, Any]) -> bytes:
             "  Next step: send what is large as a file (send_file), or as an argument of a function"
         )
     return frame
+
+
+class Collected:
+    """A binary result as it comes, in parts; it is given up if memory runs out and nothing else takes more.
+
+    Attributes:
+        held: How many bytes have come.
+        channel: What they come through; it fails if they are given up.
+    """
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.channel: Channel | None = None
+        self._parts: list[bytes] = []
+        _memory.hold(self)
+
+    def add(self, data: bytes) -> None:
+        """Take a part."""
+        self._parts.append(data)
+        self.held += len(data)
+
+    def taken(self) -> list[bytes]:
+        """Return the parts, which are the caller's from now on."""
+        parts, self._parts, self.held = self._parts, [], 0
+        return parts
+
+    def give_up(self, error: MemoryError) -> None:
+        """Let go of what has come, and have whoever waits for the whole get an error."""
+        self.taken()
+        if self.channel is not None:
+            self.channel.give_up(error)
 
 
 class Channel:
@@ -167,12 +199,17 @@ class Channel:
         """Hand on what has a form; if it has not, nobody may wait for what will not come."""
         try:
             sink(said)
-        except (OSError, wire.ProtocolError):
-            raise  # of a file here; or it is no message at all
+        except (OSError, MemoryError, wire.ProtocolError):
+            raise  # of a file here, or of this process; or it is no message at all
         except Exception as error:
             logger.debug("%s: what a request was answered cannot be handled", self._link.host, exc_info=True)
+            self.give_up(self._nonsense(error))
+
+    def give_up(self, error: Exception) -> None:
+        """Drop the channel, which ends the work, with an error for whoever waits for its result."""
+        if not self._done.done():
             self._abandon()
-            self.fail(self._nonsense(error))
+            self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """End the channel because the link has gone."""

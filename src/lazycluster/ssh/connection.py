@@ -208,20 +208,23 @@ class Connection(abc.ABC):
         """
         return await self.answered(self.channel(op, params), f"an answer to {op!r}", within)
 
-    async def answered(self, channel: Channel, awaited: str, within: float | None = None) -> dict[str, Any]:
+    async def answered(
+        self, channel: Channel, awaited: str, within: float | None = None, came: Callable[[], int] = lambda: 0
+    ) -> dict[str, Any]:
         """Wait for the result of a channel; it is closed if that does not come.
 
         Args:
             channel: The channel.
             awaited: What is waited for, for messages.
             within: See `request`.
+            came: Returns how much of the answer has come, if it comes in parts: then each has so much time.
 
         Raises:
             AgentError, ConnectionLostError, NoAnswerError: See `request`.
         """
         limit = ANSWER_LIMIT if within is None else within
         try:
-            if not await self._in_time(channel, limit):
+            if not await self._in_time(channel, limit, came):
                 interrupted = f"its link is interrupted: {self.why}" if self.state == "interrupted" else ""
                 self._unanswered = NoAnswerError(self.host, awaited, limit, interrupted)
                 raise self._unanswered
@@ -230,14 +233,16 @@ class Connection(abc.ABC):
         finally:
             channel.close()
 
-    async def _in_time(self, channel: Channel, left: float) -> bool:
+    async def _in_time(self, channel: Channel, limit: float, came: Callable[[], int]) -> bool:
         """Wait for the end of a channel; time in which this process slept, or did not listen, does not count."""
-        loop = asyncio.get_running_loop()
+        loop, left, before = asyncio.get_running_loop(), limit, came()
         while left > 0:
             began, step = loop.time(), min(left, _TICK)
             if await channel.ended(step):
                 return True
-            if self._link is None or not self._link.is_held:
+            if came() != before:
+                left, before = limit, came()
+            elif self._link is None or not self._link.is_held:
                 left -= min(max(loop.time() - began, step), 2 * step)
         return False
 

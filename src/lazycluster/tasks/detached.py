@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lazycluster import _loop
 from lazycluster._tail import Tail
 from lazycluster.exceptions import AgentError, LazyclusterError, NoAnswerError, TaskExecutionError, printable
+from lazycluster.ssh.channel import Channel, Collected
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.destination import parse_destination
 
@@ -31,6 +32,7 @@ __all__ = ["DetachedTask", "check_options", "checked", "detached_tasks", "start"
 _logger = logging.getLogger("lazycluster")
 
 _START_LIMIT = 120.0  # seconds for it to be on its way
+_PART = 1024 * 1024  # bytes of a call that are sent within that time
 _ANSWER_LIMIT = 30.0
 _END_LIMIT = 20.0  # seconds for a task to end that is cancelled
 _LOG_SHOWN = 64 * 1024 * 1024  # bytes of a log
@@ -78,12 +80,21 @@ class DetachedTask:
         text = tail.text()
         return f"[the log is longer; this is the end of it]\n{text}" if tail.is_cut else text
 
-    async def _read(self, take: Callable[[bytes], Any], **params: Any) -> None:
-        channel = self._connection.channel("detached", {"id": self.id, **params}, output=take)
-        try:
-            await channel.result()
-        finally:
-            channel.close()
+    async def _read(
+        self, take: Callable[[bytes], Any], received: Collected | None = None, *, do: str, **params: Any
+    ) -> None:
+        came = 0
+
+        def put(data: bytes) -> None:
+            nonlocal came
+            came += len(data)
+            take(data)
+
+        channel = self._connection.channel("detached", {"id": self.id, "do": do, **params}, output=put)
+        if received is not None:
+            received.channel = channel
+        what = f"more of the {do} of the detached task {self.name!r}"
+        await self._connection.answered(channel, what, _ANSWER_LIMIT, lambda: came)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end, however it ends.
@@ -150,7 +161,7 @@ class DetachedTask:
         from . import functions
 
         fields = about["steps"][number]
-        parts: list[bytes] = []
+        received = Collected()
         if fields["status"] in ("returned", "raised"):
             record, why = await self._known()
             if record is None and not trust_host:
@@ -159,8 +170,8 @@ class DetachedTask:
                 raise self._contradiction(
                     f"its step {number + 1} was a function, but it was a command; it is not unpickled"
                 )
-            await self._read(parts.append, do="outcome", step=number)
-        outcome = await functions.outcome_of(fields, parts)
+            await self._read(received.add, received, do="outcome", step=number)
+        outcome = await functions.outcome_of(fields, received.taken())
         if outcome.status == "returned":
             return outcome.value
         label = str(about["labels"][number]) if number < len(about["labels"]) else "the function"
@@ -348,9 +359,7 @@ async def start(
     try:
         record = await _recorded(connection.host, task_id, [call is not None for call in calls])
         channel = link.open_channel("detach", request)
-        for part in data:
-            await channel.send(part)
-        await channel.send_end()
+        await _sent(channel, data)
         await asyncio.wait_for(channel.result(), _START_LIMIT)
     except AgentError as error:
         await _loop.in_thread(detached_records.forget, task_id)
@@ -386,6 +395,14 @@ def _same_host(one: str, other: str) -> bool:
         return parse_destination(one).host.lower() == parse_destination(other).host.lower()
     except ValueError:
         return one == other
+
+
+async def _sent(channel: Channel, data: Sequence[bytes]) -> None:
+    """Send what may be large, under a deadline for each part of it."""
+    for part in data:
+        for start in range(0, len(part), _PART):
+            await asyncio.wait_for(channel.send(memoryview(part)[start : start + _PART]), _START_LIMIT)
+    await asyncio.wait_for(channel.send_end(), _START_LIMIT)
 
 
 def _step(

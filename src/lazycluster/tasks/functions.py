@@ -25,6 +25,7 @@ import cloudpickle
 
 from lazycluster import _loop
 from lazycluster.exceptions import AgentError
+from lazycluster.ssh.channel import Collected
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.hello import Hello
 
@@ -148,8 +149,9 @@ async def call(
         "limits": dict(limits or {}),
         **library_for(connection),
     }
-    received: list[bytes] = []
-    channel = connection.channel("call", params, stdout=stdout, stderr=stderr, output=received.append, event=event)
+    received = Collected()
+    channel = connection.channel("call", params, stdout=stdout, stderr=stderr, output=received.add, event=event)
+    received.channel = channel
     try:
         for part in pickled.parts:
             await channel.send(part)
@@ -160,7 +162,7 @@ async def call(
         if not await connection.heard_out(asyncio.ensure_future(channel.result()), END_PATIENCE):
             channel.close()
         raise
-    return await outcome_of(result, received)
+    return await outcome_of(result, received.taken())
 
 
 def _params(pickled: PickledCall, python: str | None, env: dict[str, str], cwd: str, task: str) -> dict[str, Any]:
@@ -240,10 +242,11 @@ def _library() -> tuple[str, dict[str, tuple[str, bool, str]]]:
 
 # --- what comes back ------------------------------------------------------------------------------
 class _Received(io.RawIOBase):
-    """Reads from the parts in which a result arrived, and lets each go when it was read."""
+    """Reads from the parts in which a result arrived, and takes each out of the list when it was read."""
 
     def __init__(self, parts: list[bytes]) -> None:
-        self._parts = list(reversed(parts))
+        parts.reverse()
+        self._parts = parts
         self._offset = 0
 
     def readable(self) -> bool:
@@ -326,6 +329,11 @@ async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
         )
     try:
         value = await _load_anywhere(parts)
+    except MemoryError as error:
+        parts.clear()
+        error.__traceback__ = None  # it holds what was unpickled so far
+        text = f"the result came, but there is no memory left here to unpickle it: {error}"
+        return Outcome("raised", exception=error, type_name="MemoryError", message=text, phase="result")
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
         text = f"the result came, but cannot be unpickled here: {type(error).__name__}: {error}"
         return Outcome("raised", exception=error, type_name=type(error).__qualname__, message=text, phase="result")
