@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from lazycluster import LocalRuntime, RuntimeGroup, _loop
+from lazycluster import LocalRuntime, RuntimeGroup, _hostlog, _loop
 from lazycluster.agent import wire
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
 from lazycluster.ssh import answers
+from lazycluster.ssh import link as link_module
 from lazycluster.ssh.channel import Channel
 from lazycluster.ssh.hello import Hello
 from lazycluster.ssh.link import AgentLink
@@ -144,6 +145,56 @@ def test_an_error_of_a_host_does_not_steer_the_terminal() -> None:
             assert caught.value.message == said
 
     asyncio.run(attempt())
+
+
+@pytest.mark.parametrize("kind", ["problem", "crash"])
+def test_what_a_host_has_logged_is_limited_in_number(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not by equal text: a million different ones would fill the log, and keep all others waiting."""
+    monkeypatch.setattr(_hostlog, "SPAN", 1.0)
+    monkeypatch.setattr(_hostlog, "_accounts", {})
+    caplog.set_level(logging.WARNING, "lazycluster")
+
+    async def attempt() -> None:
+        async with linked() as (link, host, lost):
+            channel = link.open_channel("ping", {})
+            for number in range(3000):
+                await host.say(wire.json_frame(0, wire.EVENT, {kind: f"no {number}"}))
+            await host.say(wire.json_frame(1, wire.RESULT, {"ok": True}))
+            assert await channel.result() == {}
+            assert not lost
+            while "more messages of this host were left out" not in caplog.text:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(attempt())
+    told = [record.getMessage() for record in caplog.records if "left out" not in record.getMessage()]
+    assert len(told) % _hostlog.MOST == 0
+    left_out = [record.args[1] for record in caplog.records if "left out" in record.getMessage()]
+    assert len(told) + sum(left_out) <= 3000
+    assert sum(left_out) > 1000
+
+
+def test_a_host_that_says_very_much_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a mebibyte of short frames takes long: what else is to be done does not wait for all of them."""
+    handled: list[str] = []
+
+    async def attempt() -> None:
+        async with linked() as (loud, _, lost), linked() as (quiet, other, _):
+            monkeypatch.setattr(link_module, "_TURN", 0.0)
+            loud.open_channel("run", {}, event=lambda _: handled.append("loud"))
+            answer = quiet.open_channel("ping", {})
+            loud._feed(wire.json_frame(1, wire.EVENT, {}) * 5000)
+            await other.say(wire.json_frame(1, wire.RESULT, {"ok": True}))
+            await answer.result()
+            handled.append("quiet")
+            while handled.count("loud") < 5000:
+                await asyncio.sleep(0)
+            assert not lost
+
+    asyncio.run(attempt())
+    assert handled.index("quiet") < 100
+    assert handled.count("loud") == 5000  # nothing is lost, or comes twice
 
 
 def test_errors_can_be_shown_whatever_is_in_them() -> None:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from lazycluster import _hostlog
 from lazycluster._live import Lines
 from lazycluster.agent.restarts import Restarts
 from lazycluster.exceptions import AgentError, LazyclusterError
@@ -207,9 +208,11 @@ class Service:
             check_shape(event["detail"], _MESSAGES.get(event["event"], {}))
             self._heard(event["event"], event["detail"])
         elif state == "ready":
-            self.state, self.detail, self._was_ready, self.pid = "ready", event["detail"], True, event["pid"]
+            again, self._was_ready = self._was_ready, True
+            self.state, self.detail, self.pid = "ready", event["detail"], event["pid"]
             self._say("ready", self.detail)
-            self._note("ready", "again" if self.restarts else "")
+            if not again or _hostlog.may_say(self.place.host):
+                self._note("ready", "again" if self.restarts else "")
             self._changed()
         elif state == "starting":
             self.pid, self.state, self.gpus = event["pid"], "starting", event["gpus"]
@@ -220,9 +223,10 @@ class Service:
 
     def _is_restarted(self, problem: str) -> None:
         self.state, self.problem = "restarting", problem
-        lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
-        logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, problem, lost)
-        self._note("restarting", f"{problem}, and is started again{lost}")
+        if _hostlog.may_say(self.place.host):
+            lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
+            logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, problem, lost)
+            self._note("restarting", f"{problem}, and is started again{lost}")
         self._changed()
 
     def _heard(self, name: str, fields: dict[str, Any]) -> None:
@@ -232,6 +236,8 @@ class Service:
             self.respawns += 1
             self.exit_status = fields.get("status")
             self.problem = self._how(str(fields.get("out_of_memory") or ""))
+            if not _hostlog.may_say(self.place.host):
+                return
             logger.warning("%s: %s: its worker process: %s", self.place.host, self.label, self.problem)
             self._note("respawned", self.problem)
         elif name == "port_taken" and self._was_ready:

@@ -131,6 +131,7 @@ class Staff(WorkerLauncher):
                 self._ports_per_host.pop(worker.place.host, None)
             self._tunnelled.difference_update((worker.place.host, port) for port in worker.ports.values())
         await self._clear(workers)
+        self._supplies = [supply for supply in self._supplies if supply.in_use]
 
     async def _clear(self, workers: Sequence[Worker]) -> None:
         """End the processes of workers, and free their ports."""
@@ -140,7 +141,6 @@ class Staff(WorkerLauncher):
                 await self.network.close(port)
             for supply in self._supplies:
                 supply.release(worker.ports.values())
-        self._supplies = [supply for supply in self._supplies if supply.in_use]
 
     # --- the end -------------------------------------------------------------------------------
     async def _drop_prepared(self) -> None:

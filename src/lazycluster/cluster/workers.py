@@ -325,6 +325,8 @@ class ServiceWorkerLauncher(Staff):
     async def _give_up(self, errors: Mapping[str, LazyclusterError]) -> None:
         """Go on without some workers, given by their names; those that were given up before are left as they are."""
         given_up = [worker for worker in self._prepared if worker.name in errors]
+        if not given_up:
+            return
         for worker in given_up:
             error = errors[worker.name]
             if isinstance(error, NoAnswerError):

@@ -15,14 +15,14 @@ from lazycluster._progress import size as shown_size
 from lazycluster._words import counted
 from lazycluster.agent import envprogram
 from lazycluster.agent.environments import LOCK_FILE
-from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError
+from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError, NoAnswerError
 from lazycluster.ssh import transfer
 from lazycluster.ssh.answers import NAME, check_shape, decoded_text
 
 from .index import IndexSettings
 from .interpreters import base_interpreter
 from .keeping import prune_on
-from .place import RUN_LIMIT, Place
+from .place import ANSWER_LIMIT, RUN_LIMIT, Place
 from .plan import Plan, Wheel
 from .spec import EnvironmentSpec, normalized
 from .uv import uv_version
@@ -100,11 +100,16 @@ class Maker:
 
     async def _make(self, params: dict[str, Any]) -> str:
         """Make it under the host's lock; whatever interrupts this leaves nothing that could be taken for complete."""
-        began: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        began: asyncio.Future[dict[str, Any]] = loop.create_future()
+        waits: asyncio.Future[None] = loop.create_future()
 
         def on_event(event: dict[str, Any]) -> None:
             check_shape(event, {"state": str})
             if event["state"] == "waiting":
+                if waits.done():
+                    return
+                waits.set_result(None)
                 self._tell("somebody else makes the same")
                 self._say("somebody else makes the same environment; waiting")
             elif event["state"] == "kept":
@@ -116,13 +121,15 @@ class Maker:
         channel = self._place.connection.channel("environment", {"action": "build", **params}, event=on_event)
         ended = asyncio.ensure_future(channel.result())
         try:
-            await asyncio.wait([began, ended], return_when=asyncio.FIRST_COMPLETED)
+            await self._first_of([began, waits, ended], "its lock on the environments there", ANSWER_LIMIT)
+            await self._first_of([began, ended], "the end of what somebody else makes there", RUN_LIMIT)
             if not ended.done():
                 event = began.result()
                 if event["problem"] != "missing":
                     logger.warning("%s: %s is damaged, and made anew: %s", self._host, self._plan.id, event["problem"])
                 manifest = await self._fill(event["directory"])
                 channel.control(finish=manifest)
+                await self._first_of([ended], "the environment to be finished", RUN_LIMIT)
             return str((await ended)["prefix"])
         except AgentError as error:
             raise self._refused(error) from error
@@ -133,6 +140,11 @@ class Maker:
                 channel.close()
                 ended.cancel()
             await asyncio.gather(ended, return_exceptions=True)
+
+    async def _first_of(self, futures: Sequence[asyncio.Future[Any]], awaited: str, limit: float) -> None:
+        done, _ = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise NoAnswerError(self._host, awaited, limit)
 
     def _refused(self, error: AgentError) -> EnvironmentBuildError:
         hint = 'choose another directory: EnvironmentSpec(..., cache_dir="/path/on/the/host")'

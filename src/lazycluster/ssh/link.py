@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from lazycluster import _memory
+from lazycluster import _hostlog, _memory
 from lazycluster.agent import wire
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, printable
 
@@ -328,7 +328,8 @@ class AgentLink:
                 _memory.relieve()
                 self._out_of_memory(number)
             except Exception:
-                logger.exception("%s: what a request was answered could not be handled", self.host)
+                if _hostlog.may_say(self.host):
+                    logger.exception("%s: what a request was answered could not be handled", self.host)
         elif kind == wire.ACK:
             if self._outbox.keeps:
                 self._outbox.acknowledge(int.from_bytes(payload[: wire.TOTAL_SIZE], "big"))
@@ -352,12 +353,14 @@ class AgentLink:
     def _said(self, message: dict[str, Any]) -> None:
         """Handle what the agent says of itself."""
         if "crash" in message:
+            if not _hostlog.may_say(self.host):
+                return
             logger.error("%s: the agent has crashed:\n%s", self.host, printable(str(message["crash"])[-_CRASH:]))
         elif "problem" in message:
             text = printable(str(message["problem"])[-_CRASH:])
             (when, before), now = self.problem, self._loop.time()
             self.problem = now, text
-            if text != before or now - when > _WARN_AGAIN:
+            if (text != before or now - when > _WARN_AGAIN) and _hostlog.may_say(self.host):
                 logger.warning("%s: %s", self.host, text)
         elif not self.hello.done():
             self.hello.set_result(message)
