@@ -29,14 +29,25 @@ _MUTE = _REQUEST + (
 )
 
 
+# One whose copying process says that it is busy, and does nothing else as long as there is a file in its home.
+_SOURCE = "            source = os.stat(path)\n"
+_BUSY = '            while os.path.exists(os.path.expanduser("~/busy")):\n                time.sleep(0.01)\n' + _SOURCE
+_SIGNS, _MORE_SIGNS = "_BUSY_EVERY = 5.0", "_BUSY_EVERY = 0.2"
+
+
 @pytest.fixture
 def mutable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Agents that can be told what not to answer; returns who tells them."""
     agent = tmp_path / "agent"
     shutil.copytree(Path(bootstrap.__file__).parent, agent)
-    server = agent / "server.py"
-    assert _REQUEST in server.read_text()
-    server.write_text(server.read_text().replace(_REQUEST, _MUTE))
+    for name, before, after in (
+        ("server", _REQUEST, _MUTE),
+        ("sender", _SOURCE, _BUSY),
+        ("stream", _SIGNS, _MORE_SIGNS),
+    ):
+        module = agent / f"{name}.py"
+        assert before in module.read_text()
+        module.write_text(module.read_text().replace(before, after))
     told = SimpleNamespace(__file__=str(agent / "bootstrap.py"), file_name=bootstrap.file_name)
     monkeypatch.setattr(program, "bootstrap", told)
     program.payload.cache_clear()
@@ -138,6 +149,36 @@ def test_a_copying_process_that_stands_still(
         for process in stopped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("mutable")
+def test_a_copying_process_that_is_busy_is_waited_for(
+    hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E.g. with a disk that hangs, or a digest; but not for ever, whatever it says."""
+    looks: list[int] = []
+    unread = transfer._unread
+    monkeypatch.setattr(transfer, "_unread", lambda sock: looks.append(unread(sock)) or looks[-1])
+    monkeypatch.setattr(transfer, "_SILENCE_LIMIT", 1.0)
+    monkeypatch.setattr(transfer, "_LOOK_EVERY", 0.1)
+    hosts[0].path("~/wanted").write_bytes(b"wanted")
+    busy = hosts[0].path("~/busy")
+    busy.touch()
+    with runtime(hosts) as host:
+        try:
+            task = host.get_file("~/wanted", str(tmp_path / "got"), execute_async=True)
+            until(lambda: len(looks) > 30, "the copy to be looked at for three times as long as silence may last")
+            assert not (tmp_path / "got").exists()
+            busy.unlink()
+            task.join()
+            assert (tmp_path / "got").read_bytes() == b"wanted"
+            busy.touch()
+            monkeypatch.setattr(transfer, "_BUSY_LIMIT", 1.0)
+            with pytest.raises((NoAnswerError, TaskExecutionError), match="the process there to go on with"):
+                host.get_file("~/wanted", str(tmp_path / "again"))
+        finally:
+            busy.unlink(missing_ok=True)
+            hosts[0].path("~/wanted").unlink()
 
 
 def test_a_further_session_that_does_not_start(hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
