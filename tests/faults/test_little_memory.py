@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 _PRELUDE = """
-    import logging, resource, sys
+    import logging, os, resource, sys
     from lazycluster import RuntimeGroup, RuntimeTask
-    from lazycluster.exceptions import TaskExecutionError
+    from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
     logging.basicConfig(level=logging.WARNING, format="LOG %(message)s")
     settings = {{"config_file": {config!r}}}
@@ -22,7 +23,7 @@ _PRELUDE = """
     def spare(mebibytes):
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + mebibytes * 1024 * 1024,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (used + mebibytes * 1024 * 1024, resource.RLIM_INFINITY))
 
     def large(mebibytes):
         return bytes(mebibytes * 1024 * 1024)
@@ -68,9 +69,32 @@ _MAP = """
 """
 
 
-def _manager(hosts: Any, what: str) -> str:
+_EVERYTHING = """
+    home = host1.call(os.path.expanduser, "~")
+    host1.execute_task(RuntimeTask("file").run_command("head -c 30M /dev/zero >~/of-memory-test"), execute_async=False)
+    prints = RuntimeTask("print").run_command("head -c 30M /dev/zero; rm ~/of-memory-test")
+    attempts = [
+        lambda: host1.get_file("~/of-memory-test", os.devnull + "/none/x"),
+        lambda: host1.get_file("~/of-memory-test", {copy!r}),
+        lambda: host1.call(large, 30),
+        lambda: host1.expose_port_to_runtime(24530),
+        lambda: list(group.map(large, [3, 3, 3])),
+        lambda: host1.execute_task(prints, execute_async=False),
+    ]
+    for mebibytes in (20, 5, 1):
+        for attempt in attempts:
+            spare(mebibytes)
+            try:
+                attempt()
+            except (LazyclusterError, MemoryError, RuntimeError, OSError) as error:
+                print("said:", type(error).__name__)
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+"""
+
+
+def _manager(hosts: Any, what: str, copy: str = "") -> str:
     program = textwrap.dedent(_PRELUDE + what + _EPILOGUE).format(
-        config=hosts.config_file, names=["host1", "host2"], flag="/tmp/flag-of-memory-test"
+        config=hosts.config_file, names=["host1", "host2"], flag="/tmp/flag-of-memory-test", copy=copy
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=150, check=False)
     hosts[1].path("/tmp/flag-of-memory-test").unlink(missing_ok=True)
@@ -85,3 +109,7 @@ def test_a_result_that_does_not_fit_fails_alone(what: str, hosts: Any) -> None:
     said = _manager(hosts, what)
     assert "said:" in said
     assert said.count("LOG") == 1, said
+
+
+def test_whatever_is_tried_without_memory_ends_and_the_hosts_stay(hosts: Any, tmp_path: Path) -> None:
+    assert "said:" in _manager(hosts, _EVERYTHING, str(tmp_path / "copy"))

@@ -321,7 +321,13 @@ class _Work:
 
     async def run(self) -> None:
         """Have it done; a cancelled one is ended and cleaned up on both sides before this returns."""
-        threading.Thread(target=self._work, name=f"copy {self._copy.connection.host}", daemon=True).start()
+        thread = threading.Thread(target=self._work, name=f"copy {self._copy.connection.host}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there are too many, or no memory for its stack
+            self.ended.set()
+            text = f"no thread can be started for the copy: {error}"
+            raise TransferError(self._copy.connection.host, "manager", self._copy.path, None, text) from error
         try:
             await self._watch()
         except (asyncio.CancelledError, NoAnswerError):
