@@ -43,6 +43,8 @@ def serve(incoming: int, outgoing: int, parts: Optional[Parts] = None, heir: Any
     except StreamClosedError:
         if parts is not None and heir is not None:
             parts.hand_over(heir)
+    finally:
+        stream.tell_nothing()
 
 
 def _end(number: int, frame: Any) -> NoReturn:

@@ -169,7 +169,7 @@ class Stream:
         self._start = self._end = self._unread = 0
         self._out = memoryview(bytearray(_OUT))
         self._filled = 0
-        self.received = self.waits = self.busy = False
+        self.received = self.waits = self.busy = self._tells = False
         self.moved = self.signs = 0
         self._writing = _thread.allocate_lock()
         for fd in (incoming, outgoing):
@@ -183,11 +183,16 @@ class Stream:
     # --- signs of life -------------------------------------------------------------------------
     def tell_busy(self) -> None:
         """From now on, say BUSY from time to time while `busy` is set, which the last frames of a copy end."""
+        self._tells = True
         _thread.start_new_thread(self._tell_busy, ())
+
+    def tell_nothing(self) -> None:
+        """Say it no more: the descriptors may be closed now."""
+        self.busy = self._tells = False  # without the lock: the thread may have it as long as nobody reads
 
     def _tell_busy(self) -> None:
         try:
-            while True:
+            while self._tells:
                 time.sleep(_BUSY_EVERY)
                 if self.busy:
                     with self._writing:
