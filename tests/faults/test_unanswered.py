@@ -205,6 +205,21 @@ def test_a_further_session_that_does_not_start(hosts: Any, tmp_path: Path, monke
         host.send_file(str(tmp_path / "small"))
 
 
+def test_a_session_that_stands_still_is_replaced(hosts: Any) -> None:
+    with runtime(hosts, link_timeout=1) as host:
+        stopped = hosts[0].sessions()
+        for process in stopped:
+            os.kill(process.pid, signal.SIGSTOP)
+        try:
+            until(lambda: host.connection.state == "interrupted", "the silence to be noticed")
+            host.stop_process(host.expose_port_to_runtime(24530))
+            assert host.call(sum, [1, 2]) == 3
+        finally:
+            for process in stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGCONT)
+
+
 @pytest.mark.parametrize("grace", [0, 2])
 def test_an_agent_that_stands_still_is_lost_whatever_the_grace(grace: int, hosts: Any) -> None:
     with runtime(hosts, link_timeout=1, grace=grace) as host:
