@@ -29,7 +29,7 @@ from lazycluster.agent import tree
 from lazycluster.agent.expand import absolute, expand
 from lazycluster.agent.files import destination
 from lazycluster.agent.receiver import Receiver
-from lazycluster.agent.sender import RESUME, Sender
+from lazycluster.agent.sender import COMPARE, RESUME, Sender
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
 from lazycluster.ssh.transfer import TransferError, TransferResult, get, send
 
@@ -640,6 +640,27 @@ def test_host_that_allows_one_session_only(host, tmp_path):
     run(work())
 
 
+@pytest.mark.parametrize("when", ["_child", "_answer"])
+def test_a_folder_that_becomes_a_link_while_it_is_sent_is_not_followed(host, tmp_path, monkeypatch, when):
+    """Who may write to a folder that is sent could have anything sent that its sender may read."""
+    source = tmp_path / "source"
+    for folder in ("source/sub", "outside"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_text(folder)
+    plain = getattr(Sender, when)
+
+    def replacing(self, *arguments):
+        seen = plain(self, *arguments) if when == "_child" else None
+        if not (source / "sub").is_symlink():
+            (source / "sub").rename(tmp_path / "old")
+            (source / "sub").symlink_to(tmp_path / "outside")
+        return seen if when == "_child" else plain(self, *arguments)
+
+    monkeypatch.setattr(Sender, when, replacing)
+    assert "is a link or file, not a folder" in str(fails(do_send, host, source, "there", cwd=tmp_path))
+    assert not (tmp_path / "there" / "sub" / "file").exists()
+
+
 # --- a host that means harm ------------------------------------------------------------------------
 @contextlib.contextmanager
 def draining(sock):
@@ -758,6 +779,37 @@ def test_a_file_replaces_a_link_and_does_not_follow_it(inside):
     assert (inside / "file").read_bytes() == b"evil"
     # Never a program that runs as its owner.
     assert stat.S_IMODE((inside / "file").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("becomes", ["link", "other"])
+@pytest.mark.parametrize("answer", [3, COMPARE])
+def test_what_is_replaced_while_it_is_looked_at_is_not_changed(inside, monkeypatch, becomes, answer):
+    """Who may write to the destination may put a link, or another file, in the place of one just then."""
+    inside.mkdir()
+    outside = inside.parent / "outside" / "file"
+    (inside / "file").write_bytes(b"mine")
+    os.utime(inside / "file", ns=(1, 1))
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (inside / "file", outside)}
+
+    def replaced(*_):
+        (inside / "file").rename(inside / "file.old")
+        if becomes == "link":
+            (inside / "file").symlink_to(outside)
+        else:
+            (inside / "file").write_bytes(b"mine")
+            (inside / "file").chmod(modes[outside])
+        return answer
+
+    monkeypatch.setattr(Receiver, "_time_alike", replaced)
+    hostile = Hostile(inside)
+    hostile.send(frames.ENTRIES, [["f", "file", 1, 0o777, 4]])
+    if answer == COMPARE:
+        hostile.send(frames.SAME, frames.SUMMARY.pack(4, 0, 0o777, 1))
+    hostile.outcome()
+    assert stat.S_IMODE(outside.stat().st_mode) == modes[outside]
+    assert stat.S_IMODE((inside / "file.old").stat().st_mode) == modes[inside / "file"]
+    if answer == 3 and becomes == "other":
+        assert stat.S_IMODE((inside / "file").stat().st_mode) == modes[outside]
 
 
 def test_one_file_stays_one_file(inside):

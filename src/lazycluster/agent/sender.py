@@ -35,6 +35,7 @@ from .stream import (
     Tally,
     text,
 )
+from .tree import Tree
 
 DIGEST_SIZE = 16
 WANTED, NOT_WANTED, COMPARE, RESUME = 1, 0, 2, 3
@@ -43,8 +44,9 @@ _MOST_LEFT_OUT = 100
 _FIRST_BATCH = 48
 _SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
-# Path and size.
-_File = Tuple[bytes, int]
+# Path, for messages; its name in the folder; size.
+_File = Tuple[bytes, bytes, int]
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def what_is(mode: int) -> str:
@@ -96,6 +98,10 @@ class Sender:
         self._ready: Optional[Dict[str, Any]] = None
         self._done: Optional[Dict[str, Any]] = None
         self._listed = 0
+        # Names lead from the folder through real directories only: others may put links in their place meanwhile. One
+        # tree to look what there is, one to read it from, since either is somewhere else most of the time.
+        self._looked: Optional[Tree] = None
+        self._read: Optional[Tree] = None
 
     def run(self) -> Dict[str, Any]:
         """Send everything; return what the receiver says of it.
@@ -111,6 +117,10 @@ class Sender:
             if self._done is None:
                 self._stream.skip_until(DONE)
             raise
+        finally:
+            for tree in (self._looked, self._read):
+                if tree is not None:
+                    tree.close()
 
     def _copy(self) -> Dict[str, Any]:
         path, name = self._find()
@@ -124,6 +134,12 @@ class Sender:
         folder = stat.S_ISDIR(source.st_mode)
         if not folder and not stat.S_ISREG(source.st_mode):
             raise CopyError(path, "is {}, not a file or folder".format(what_is(source.st_mode)))
+        if folder:
+            try:
+                self._looked, self._read = Tree(path), Tree(path)
+                source = os.fstat(self._looked.root)
+            except OSError as error:
+                raise CopyError.of(path, error) from error
         self._stream.put_json(START, {"folder": folder, "name": text(name), "now": time.time_ns()})
         waiting: Deque[List[_File]] = deque()
         for entries, files in self._batches(path, source, folder):
@@ -150,10 +166,11 @@ class Sender:
         # The first ones are small, so that the other side has something to do soon.
         most = _FIRST_BATCH
         length = 0
-        for entry, where in self._folder(path, source) if folder else [(_entry(b"", source), os.path.realpath(path))]:
+        one = [(_entry(b"", source), os.path.realpath(path), b"")]
+        for entry, where, name in self._folder(path, source) if folder else one:
             entries.append(entry)
             if entry[0] == "f":
-                files.append((where, entry[4]))
+                files.append((where, name, entry[4]))
                 self._listed += entry[4]
             length += len(entry[1]) + (len(entry[3]) if entry[0] == "l" else 0)
             if len(entries) == most or length > BATCH_TEXT:
@@ -163,7 +180,7 @@ class Sender:
         if entries:
             yield entries, files
 
-    def _folder(self, root: bytes, inode: os.stat_result) -> Iterator[Tuple[List[Any], bytes]]:
+    def _folder(self, root: bytes, inode: os.stat_result) -> Iterator[Tuple[List[Any], bytes, bytes]]:
         while self._ready is None:
             self._take()
         destination = self._ready.get("identity")
@@ -175,22 +192,29 @@ class Sender:
                 if not relative:
                     raise CopyError(path, "is the destination, too: a folder cannot be copied onto itself")
                 raise CopyError(path, "is the destination: a folder cannot be copied into itself")
-            yield _entry(relative, inode), path
+            yield _entry(relative, inode), path, relative
             prefix = relative + b"/" if relative else b""
             try:
-                with os.scandir(path) as found:
+                assert self._looked is not None
+                directory = self._looked.directory(relative)
+                with os.scandir(directory) as found:
                     for child in found:
-                        seen = self._child(child, prefix + child.name)
+                        name = prefix + os.fsencode(child.name)
+                        where = os.path.join(root, name)
+                        seen = self._child(child, name, directory, where)
                         if isinstance(seen, list):
-                            yield seen, child.path
+                            yield seen, where, name
                         elif seen is not None:
-                            pending.append((child.path, prefix + child.name, seen))
+                            pending.append((where, name, seen))
             except OSError as error:
                 raise CopyError.of(path, error) from error
 
-    def _child(self, child: "os.DirEntry[bytes]", name: bytes) -> Union[List[Any], os.stat_result, None]:
+    def _child(
+        self, child: "os.DirEntry[str]", name: bytes, directory: int, where: bytes
+    ) -> Union[List[Any], os.stat_result, None]:
         """Return an entry, or the inode of a folder; nothing for what has just been removed or cannot be sent."""
-        if any(fnmatch.fnmatchcase(name if b"/" in p else child.name, p) for p in self._exclude):
+        last = os.path.basename(name)
+        if any(fnmatch.fnmatchcase(name if b"/" in p else last, p) for p in self._exclude):
             return None
         try:
             inode = child.stat(follow_symlinks=False)
@@ -199,13 +223,13 @@ class Sender:
             if stat.S_ISREG(inode.st_mode):
                 return _entry(name, inode)
             if stat.S_ISLNK(inode.st_mode):
-                return ["l", text(name), inode.st_mtime_ns, text(os.readlink(child.path))]
+                return ["l", text(name), inode.st_mtime_ns, text(os.readlink(last, dir_fd=directory))]
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CopyError.of(child.path, error) from error
+            raise CopyError.of(where, error) from error
         if len(self._tally.left_out) < _MOST_LEFT_OUT:
-            self._tally.left_out.append("{} is {}".format(text(child.path), what_is(inode.st_mode)))
+            self._tally.left_out.append("{} is {}".format(text(where), what_is(inode.st_mode)))
         return None
 
     # --- what is wanted ------------------------------------------------------------------------
@@ -231,7 +255,7 @@ class Sender:
             self._take()
         needs = self._answers.popleft()
         at = 0
-        for path, size in files:
+        for path, name, size in files:
             need = needs[at] if at < len(needs) else NOT_WANTED
             at += 1
             if need == COMPARE:
@@ -248,13 +272,19 @@ class Sender:
                 self._tally.file(False)
                 continue
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                fd = self._opened(path, name)
                 try:
                     self._send_file(fd, path, theirs if need == COMPARE else None, there)
                 finally:
                     os.close(fd)
             except OSError as error:
                 raise CopyError.of(path, error) from error
+
+    def _opened(self, path: bytes, name: bytes) -> int:
+        if self._read is None:
+            return os.open(path, _READ)
+        directory, last = self._read.parent(name)
+        return os.open(last, _READ, dir_fd=directory)
 
     def _send_file(
         self, fd: int, path: bytes, theirs: Optional[bytes], there: Optional[Tuple[int, int]] = None
