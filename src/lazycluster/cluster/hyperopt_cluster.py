@@ -203,10 +203,19 @@ class HyperoptCluster(MasterWorkerCluster):
             exp_key: The name of the search; None: all searches in this database.
 
         Raises:
-            ClusterError: If the file is not there, or is not this user's own.
+            ClusterError: If the file is not there, is not this user's own, or its cluster does not answer.
         """
-        found = connection_file.read(path, HyperoptCluster.__name__)
-        return compat.load().MongoTrials(found["mongo_trial_url"], exp_key=exp_key)
+        shape = {"mongo_trial_url": str, "manager?": int}
+        found = connection_file.read(path, HyperoptCluster.__name__, shape)
+        trials = compat.load().MongoTrials
+        from pymongo.errors import PyMongoError
+
+        try:
+            return trials(found["mongo_trial_url"], exp_key=exp_key)
+        except (ValueError, TypeError):  # they may tell a part of it, which has a password in it
+            raise connection_file.unusable(path, "mongo_trial_url is no address of a database") from None
+        except PyMongoError as error:
+            raise connection_file.unanswered(path, found, str(error)) from error
 
     def _connection(self) -> dict[str, Any]:
         return {"mongo_trial_url": self.mongo_trial_url}

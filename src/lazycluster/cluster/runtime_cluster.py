@@ -243,7 +243,8 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
             ClusterError: If the cluster does not run, its engine knows no such file, or there is something else.
             OSError: If it cannot be written.
         """
-        file = connection_file.write(path, type(self).__name__, self._connection(), self._files_owner)
+        content = {"manager": os.getpid(), **self._connection()}
+        file = connection_file.write(path, type(self).__name__, content, self._files_owner)
         self._connection_files.append(file)
         return file
 
