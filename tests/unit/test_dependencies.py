@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from lazycluster.environments import uv
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -48,6 +50,10 @@ def test_all_has_a_lower_bound() -> None:
 @pytest.mark.parametrize("package", ["bokeh", "cryptography", "pymongo", "tornado", "uv"])
 def test_versions_that_are_known_to_be_weak_are_excluded(package: str) -> None:
     assert _bounds()[package] == [_version(_table()[package])]
+
+
+def test_the_bound_of_uv_holds_for_whichever_is_found() -> None:
+    assert _bounds()["uv"] == [uv.LOWEST]
 
 
 def test_the_table_is_about_what_is_depended_on() -> None:

@@ -25,7 +25,7 @@ from .keeping import prune_on
 from .place import ANSWER_LIMIT, RUN_LIMIT, Place
 from .plan import Plan, Wheel
 from .spec import EnvironmentSpec, normalized
-from .uv import uv_version
+from .uv import find_uv
 from .uv_binaries import send_uv
 from .wheels import forget_damaged, provide
 
@@ -186,7 +186,7 @@ class Maker:
             **await self._verify(directory),
             "python": python,
             "source": str(self._spec),
-            "uv": await uv_version(),
+            "uv": (await find_uv()).version,
             "target": str(self._plan.target),
             "wheels": [wheel.folder for wheel in self._sent],
         }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lazycluster._extras import install_command
 from lazycluster.exceptions import EnvironmentBuildError
@@ -17,47 +18,77 @@ from .index import IndexSettings, hide
 from .problems import explained
 from .programs import run_here
 
-__all__ = ["MANAGER", "find_uv", "run_uv", "uv_version"]
+__all__ = ["LOWEST", "MANAGER", "Uv", "find_uv", "run_uv"]
 
 MANAGER = "manager"
+LOWEST = (0, 11, 15)
+"""The version that uv must have; SECURITY.md says what is wrong with older ones."""
+
+# It becomes the name of a directory, and a part of requirements.
+_SAYS = re.compile(r"uv (\d{1,9}\.\d{1,9}\.\d{1,9}[0-9A-Za-z.+-]{0,40})(?:\s|$)", re.ASCII)
+
+_chosen: Uv | None = None
 
 
-@functools.lru_cache(maxsize=1)
-def find_uv() -> str:
-    """Return the path of uv on this machine.
+class Uv(NamedTuple):
+    """A program uv on this machine.
+
+    Attributes:
+        path: Its path.
+        version: Its version.
+    """
+
+    path: str
+    version: str
+
+
+async def find_uv() -> Uv:
+    """Return the uv that is used: that of its package beside this interpreter, else one on the PATH.
 
     Raises:
-        EnvironmentBuildError: If there is none.
+        EnvironmentBuildError: If there is none, or only such as are too old.
     """
+    global _chosen
+    if _chosen is not None:
+        return _chosen
+    refused = []
+    for path in _installed():
+        version = await _version_of(path)
+        if _numbers(version) >= LOWEST:
+            _chosen = Uv(path, version)
+            return _chosen
+        refused.append(f"{path} is uv {version}")
+    lowest = ".".join(map(str, LOWEST))
+    problem = f"{' and '.join(refused)}; it must be {lowest} or newer" if refused else "uv is not installed here"
+    raise EnvironmentBuildError(MANAGER, problem, "uv", install_command("environments"))
+
+
+def _installed() -> Iterator[str]:
     with contextlib.suppress(ImportError, OSError):
-        return str(importlib.import_module("uv").find_uv_bin())
-    found = shutil.which("uv")
-    if found is None:
-        raise EnvironmentBuildError(
-            MANAGER,
-            "uv, which makes environments, is not installed here",
-            "uv",
-            install_command("environments"),
-        )
-    return found
+        yield str(importlib.import_module("uv").find_uv_bin())
+    on_path = shutil.which("uv")
+    if on_path is not None:
+        yield on_path
 
 
-@functools.lru_cache(maxsize=1)
-def _stamp() -> tuple[str, int]:
-    path = Path(find_uv()).resolve()
-    return str(path), path.stat().st_mtime_ns
+async def _version_of(path: str) -> str:
+    try:
+        ended = await run_here([path, "--version"], {**os.environ, "NO_COLOR": "1"})
+    except OSError as error:
+        raise _not_run(error) from error
+    found = _SAYS.match(ended.output)
+    if ended.status != 0 or found is None:
+        said = hide(ended.output or ended.errors)
+        raise EnvironmentBuildError(MANAGER, f"{path} does not tell its version", "uv", "install it anew", said)
+    return found[1]
 
 
-async def uv_version() -> str:
-    """Return the version of uv on this machine."""
-    _stamp()
-    global _version
-    if not _version:
-        _version = (await run_uv(["--version"], IndexSettings())).split()[1]
-    return _version
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
-_version = ""
+def _not_run(error: OSError) -> EnvironmentBuildError:
+    return EnvironmentBuildError(MANAGER, f"uv cannot be run: {error}", "uv", "install it anew")
 
 
 async def run_uv(
@@ -92,9 +123,9 @@ async def run_uv(
     if settings.ca_file:
         variables.setdefault("SSL_CERT_FILE", settings.ca_file)
     try:
-        ended = await run_here([find_uv(), *arguments], variables, stdin=stdin, cwd=cwd)
+        ended = await run_here([(await find_uv()).path, *arguments], variables, stdin=stdin, cwd=cwd)
     except OSError as error:
-        raise EnvironmentBuildError(MANAGER, f"uv cannot be run: {error}", "uv", "install it anew") from error
+        raise _not_run(error) from error
     if ended.status != 0:
         raise explained(MANAGER, what or f"uv {arguments[0]}", hide(ended.errors), package)
     return ended.output
