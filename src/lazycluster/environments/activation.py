@@ -152,7 +152,15 @@ class HostEnvironment:
     async def _plan(self, settings: IndexSettings, refresh: bool) -> Plan:
         wanted = self.spec.python
         python = (3, int(wanted[2:])) if wanted else sys.version_info[:2]
-        target = Target.of(python, await self._place.ask("facts", root=self.spec.cache_dir))
+        try:
+            target = Target.of(python, await self._place.ask("facts", root=self.spec.cache_dir))
+        except ValueError as error:
+            raise EnvironmentBuildError(
+                self._place.host,
+                f"the host tells of no platform that there is: {error}",
+                "",
+                "see what 'uname -sm' and 'getconf GNU_LIBC_VERSION' print there",
+            ) from error
         packages = await resolve(self.spec, target, settings, refresh)
         return Plan(target, tuple(packages), tuple(digest_of(locked) for locked in packages), str(self.spec))
 

@@ -14,6 +14,12 @@ from urllib.parse import unquote, urlsplit
 __all__ = ["Locked", "Plan", "Target", "Wheel"]
 
 _GLIBC = (17, 28, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40)  # the versions that uv knows
+_PLATFORM = {
+    "system": re.compile(r"[a-z][a-z0-9]{0,30}"),
+    "machine": re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,30}"),
+    "libc": re.compile("glibc|musl"),
+    "libc version": re.compile(r"(\d{1,9}\.\d{1,9}[0-9A-Za-z.+-]{0,30})?", re.ASCII),
+}
 _VERSION = re.compile(r"^\d+\.(\d+)")
 
 
@@ -37,11 +43,21 @@ class Target:
 
     @classmethod
     def of(cls, python: tuple[int, int], facts: Mapping[str, Any]) -> Target:
-        """Return what a host's facts say."""
-        machine = str(facts["machine"])
-        if facts["system"] != "linux":
-            return cls(python, str(facts["system"]), machine, "", "")
-        libc, version = [*facts["libc"], "", ""][:2]
+        """Return what a host's facts say.
+
+        Raises:
+            ValueError: It is no platform; the names of directories on the manager and arguments of uv are made of it.
+        """
+        system, machine = str(facts["system"]), str(facts["machine"])
+        libc, version = [*map(str, facts["libc"]), "", ""][:2]
+        said = {"system": system, "machine": machine}
+        if system == "linux":
+            said.update({"libc": libc, "libc version": version})
+        for what, value in said.items():
+            if not _PLATFORM[what].fullmatch(value):
+                raise ValueError(f"its {what} is {value!r:.80}")
+        if system != "linux":
+            return cls(python, system, machine, "", "")
         return cls(python, "linux", {"arm64": "aarch64"}.get(machine, machine), libc, version)
 
     @property
@@ -98,7 +114,7 @@ class Locked:
     @property
     def filename(self) -> str:
         """The name of the file."""
-        return unquote(urlsplit(self.url).path.rpartition("/")[2])
+        return unquote(urlsplit(self.url).path).rpartition("/")[2]
 
     @property
     def is_wheel(self) -> bool:
