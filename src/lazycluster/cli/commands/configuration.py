@@ -109,7 +109,8 @@ def delete_runtime(name: str, config: str | None) -> None:
     from lazycluster.ssh.config_file import BACKUP, remove_host
 
     path = remove_host(name, config)
-    click.echo(f"{name} was removed from {path}; what it was before is in {path.name}{BACKUP}.")
+    backup = os.path.realpath(path) + BACKUP
+    click.echo(f"{name} was removed from {path}; what it was before is in {backup}.")
 
 
 def _doctor(name: str, config: str | None) -> str:
