@@ -231,8 +231,13 @@ def test_files_there_and_back(hosts: Any, tmp_path: Path) -> None:
     status, out, _ = lazycluster(hosts, "run", "-w", "host1", "-N", "--", "cd in && find . -type f | sort")
     assert out.split() == ["./keep.txt", "./tree/keep.txt", "./tree/sub/deep.txt"]
     back = tmp_path / "back"
-    status, _, _ = lazycluster(hosts, "get", "-w", "host[1-2]", "--exclude", "tree/sub", "in", str(back))
+    excluded = ["--exclude", "./tree/sub/", "--exclude", "in/tree/sub", "--exclude", "./sub", "--exclude", "*.o"]
+    status, _, err = lazycluster(hosts, "get", "-q", "-w", "host[1-2]", *excluded, "in", str(back))
     assert status == 0
+    assert [line.partition(":")[0] for line in lines(err)] == [
+        "--exclude '*.o' left nothing out",
+        "--exclude ./sub left nothing out",
+    ]
     found = sorted(str(path.relative_to(back)) for path in back.rglob("*") if path.is_file())
     assert found == [f"host{n}/in/{name}" for n in (1, 2) for name in ("keep.txt", "tree/keep.txt")]
     status, _, err = lazycluster(hosts, "get", "-w", "host1", "missing", str(back))

@@ -281,6 +281,77 @@ def test_expand():
     assert absolute(b"x", b"", env) == b"/h/x"
 
 
+_SUB, _ALL_SUBS = {"sub/x", "sub/deep/a.pyc"}, {"sub/x", "sub/deep/a.pyc", "deep/sub/x"}
+
+
+_PATTERNS = [
+    ("sub", _ALL_SUBS),
+    ("sub/", _ALL_SUBS),
+    ("./sub", _SUB),
+    ("./sub/", _SUB),
+    ("project/sub", _SUB),
+    ("./project//sub/", _SUB),
+    ("../{here}/project/sub", _SUB),
+    ("{tmp}/project/sub", _SUB),
+    ("{tmp}/project/../project/sub", _SUB),
+    ("{tmp}/link/sub", _SUB),
+    ("link/sub", _SUB),
+    ("$THERE/project/sub", _SUB),
+    ("/sub", _SUB),
+    ("deep/sub", {"deep/sub/x"}),
+    ("./deep/./sub/x", {"deep/sub/x"}),
+    ("project/*/*.pyc", {"sub/deep/a.pyc"}),
+    ("{tmp}/project/s*", _SUB),
+    ("**/sub", _ALL_SUBS),
+    ("*.pyc", {"a.pyc", "sub/deep/a.pyc"}),
+    ("[1]", {"[1]"}),
+    ("nothing", set()),
+    ("./deep/a.pyc", set()),
+    ("../sub", set()),
+    ("{tmp}/sub", set()),
+    ("{tmp}/project", set()),
+    (".", set()),
+    ("/", set()),
+    ("", set()),
+    ("{tmp}/project-not/sub", set()),
+]
+
+
+@pytest.mark.parametrize("way", ["send", "get"])
+@pytest.mark.parametrize("source", ["project", "link/", "{tmp}/project"])
+def test_what_is_left_out(host, tmp_path, monkeypatch, way, source):
+    names = {"a.pyc", "keep", "sub/x", "sub/deep/a.pyc", "deep/sub/x", "[1]"}
+    for name in names:
+        path = tmp_path / "project" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "link").symlink_to("project")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("THERE", str(tmp_path))
+    copy = do_send if way == "send" else do_get
+    for number, (pattern, gone) in enumerate(_PATTERNS):
+        written = pattern.format(tmp=tmp_path, here=tmp_path.name)
+        copied = tmp_path / f"copy{number}"
+        result = copy(host, source.format(tmp=tmp_path), str(copied), cwd=tmp_path, exclude=[written])
+        found = {str(path.relative_to(copied)) for path in copied.rglob("*") if path.is_file()}
+        assert found == names - gone, pattern
+        assert result.unused == (() if gone else (written,))
+
+
+@pytest.mark.parametrize("way", ["send", "get"])
+def test_patterns_that_leave_nothing_out_are_told(host, tmp_path, way):
+    """But not those of what others have left out already, nor twice."""
+    (tmp_path / "project" / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "project" / "file").touch()
+    copy = do_send if way == "send" else do_get
+    patterns = ["sub", "./sub/deep", "s*", "other", "other", "./subb", "caf\u00e9", "\udcff", "sub\0"]
+    result = copy(host, tmp_path / "project", str(tmp_path / "copy"), cwd=tmp_path, exclude=patterns)
+    assert result.unused == ("other", "other", "./subb", "caf\u00e9", "\udcff", "sub\0")
+    assert os.listdir(tmp_path / "copy") == ["file"]
+    result = copy(host, tmp_path / "project" / "file", str(tmp_path / "one"), cwd=tmp_path, exclude=["file"])
+    assert result.unused == ("file",)  # what was named itself is copied
+
+
 # --- errors ----------------------------------------------------------------------------------------
 def fails(call, *args, **more) -> TransferError:
     with pytest.raises(TransferError) as caught:

@@ -60,7 +60,7 @@ def handle(stream: Stream, request: Dict[str, Any], parts: Optional[Parts] = Non
         Receiver(stream, lambda folder, name: destination(path, cwd, env, folder, name), Tally(), parts).run()
     else:
         exclude = [raw(pattern) for pattern in request.get("exclude") or ()]
-        Sender(stream, lambda: source(path or b"", cwd, env), Tally(), exclude).run()
+        Sender(stream, lambda: source(path or b"", cwd, env), Tally(), exclude, cwd, env).run()
 
 
 def source(path: bytes, cwd: bytes, env: Mapping[str, str]) -> Tuple[bytes, bytes]:

@@ -30,6 +30,7 @@ from .stream import (
     SAME,
     START,
     SUMMARY,
+    UNUSED,
     WINDOW,
     CopyError,
     Stream,
@@ -136,6 +137,7 @@ class Receiver:
             LAST: self._last,
             SAME: self._same,
             LISTED: self._listed,
+            UNUSED: self._unused,
         }
         stream = self._stream
         while True:
@@ -172,6 +174,9 @@ class Receiver:
 
     def _listed(self) -> None:
         self._tally.total = _within_64_bits(self._stream.message(int))
+
+    def _unused(self) -> None:
+        self._tally.unused = [str(pattern) for pattern in self._stream.message(list)]
 
     def _entries(self) -> None:
         self._between_files()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import stat
 import time
 import zlib
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
+from .exclusion import Exclusion
 from .stream import (
     ABORT,
     BATCH,
@@ -28,6 +28,7 @@ from .stream import (
     SAME,
     START,
     SUMMARY,
+    UNUSED,
     WINDOW,
     CopyError,
     Stream,
@@ -84,13 +85,21 @@ class Sender:
         stream: Where to.
         find: Returns the source's path, and the name that it goes by if the destination gives none.
         tally: Counts what is done.
-        exclude: Patterns of what is left out of a folder: of names, or with a slash in it of paths below the folder.
+        exclude: Patterns of what is left out of a folder; see `exclusion`.
+        cwd: What paths in these are relative to, beside the folder.
+        env: Variables that may stand in them.
     """
 
     def __init__(
-        self, stream: Stream, find: Callable[[], Tuple[bytes, bytes]], tally: Tally, exclude: Sequence[bytes] = ()
+        self,
+        stream: Stream,
+        find: Callable[[], Tuple[bytes, bytes]],
+        tally: Tally,
+        exclude: Sequence[bytes] = (),
+        cwd: bytes = b"",
+        env: Optional[Mapping[str, str]] = None,
     ) -> None:
-        self._exclude = [pattern.strip(b"/") for pattern in exclude]
+        self._patterns, self._cwd, self._env = exclude, cwd, env or {}
         self._stream = stream
         self._find = find
         self._tally = tally
@@ -100,6 +109,7 @@ class Sender:
         self._listed = 0
         # Names lead from the folder through real directories only: others may put links in their place meanwhile. One
         # tree to look what there is, one to read it from, since either is somewhere else most of the time.
+        self._excluded: Optional[Exclusion] = None
         self._looked: Optional[Tree] = None
         self._read: Optional[Tree] = None
 
@@ -124,22 +134,9 @@ class Sender:
 
     def _copy(self) -> Dict[str, Any]:
         path, name = self._find()
-        try:
-            # A link that is named is followed; those inside a folder are sent as links.
-            source = os.stat(path)
-        except OSError as error:
-            if os.path.islink(path):
-                raise CopyError(path, "a symbolic link to nothing", error.errno) from error
-            raise CopyError.of(path, error) from error
+        source = self._found(path)
         folder = stat.S_ISDIR(source.st_mode)
-        if not folder and not stat.S_ISREG(source.st_mode):
-            raise CopyError(path, "is {}, not a file or folder".format(what_is(source.st_mode)))
-        if folder:
-            try:
-                self._looked, self._read = Tree(path), Tree(path)
-                source = os.fstat(self._looked.root)
-            except OSError as error:
-                raise CopyError.of(path, error) from error
+        excluded = self._excluded = Exclusion(self._patterns, path, self._cwd, self._env)
         self._stream.put_json(START, {"folder": folder, "name": text(name), "now": time.time_ns()})
         waiting: Deque[List[_File]] = deque()
         for entries, files in self._batches(path, source, folder):
@@ -150,12 +147,31 @@ class Sender:
                 self._answer(waiting.popleft())
         self._stream.put_json(LISTED, self._listed)
         self._tally.total = self._listed
+        self._tally.unused = [text(pattern) for pattern in excluded.unused]
+        if self._tally.unused:
+            self._stream.put_json(UNUSED, self._tally.unused)
         while waiting:
             self._answer(waiting.popleft())
         self._stream.put_json(END, self._tally.left_out)
         while self._done is None:
             self._take()
         return self._done
+
+    def _found(self, path: bytes) -> os.stat_result:
+        """Return what is to be sent; a folder is held open."""
+        try:
+            # A link that is named is followed; those inside a folder are sent as links.
+            source = os.stat(path)
+            if stat.S_ISDIR(source.st_mode):
+                self._looked, self._read = Tree(path), Tree(path)
+                return os.fstat(self._looked.root)
+        except OSError as error:
+            if os.path.islink(path) and not os.path.exists(path):
+                raise CopyError(path, "a symbolic link to nothing", error.errno) from error
+            raise CopyError.of(path, error) from error
+        if not stat.S_ISREG(source.st_mode):
+            raise CopyError(path, "is {}, not a file or folder".format(what_is(source.st_mode)))
+        return source
 
     # --- what there is -------------------------------------------------------------------------
     def _batches(
@@ -213,8 +229,7 @@ class Sender:
         self, child: "os.DirEntry[str]", name: bytes, directory: int, where: bytes
     ) -> Union[List[Any], os.stat_result, None]:
         """Return an entry, or the inode of a folder; nothing for what has just been removed or cannot be sent."""
-        last = os.path.basename(name)
-        if any(fnmatch.fnmatchcase(name if b"/" in p else last, p) for p in self._exclude):
+        if self._excluded is not None and self._excluded(name):
             return None
         try:
             inode = child.stat(follow_symlinks=False)
@@ -223,7 +238,7 @@ class Sender:
             if stat.S_ISREG(inode.st_mode):
                 return _entry(name, inode)
             if stat.S_ISLNK(inode.st_mode):
-                return ["l", text(name), inode.st_mtime_ns, text(os.readlink(last, dir_fd=directory))]
+                return ["l", text(name), inode.st_mtime_ns, text(os.readlink(os.path.basename(name), dir_fd=directory))]
         except FileNotFoundError:
             return None
         except OSError as error:

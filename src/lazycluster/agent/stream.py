@@ -10,7 +10,7 @@ A copy has a sender and a receiver; the manager asks for it and is one of the tw
                                       where on, with the checksum of what is there
     sender    FROM? DATA* LAST | SAME the wanted files in their order; FROM says from where on, if that was asked; LAST
                                       carries size and checksum of the whole
-    sender    LISTED, END             all is listed (sizes are known); all is sent
+    sender    LISTED, UNUSED?, END    all is listed (sizes are known), with what was of no use for that; all is sent
     receiver  DONE                    the last frame of every copy
     receiver  ERROR, sender ABORT     what fails is told by a frame, ABORT follows an ERROR, DONE an ABORT
 
@@ -32,7 +32,9 @@ import struct
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
-REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM, BUSY = range(1, 16)
+REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM, BUSY, UNUSED = range(
+    1, 17
+)
 
 #: How many entries a batch has, and how many batches may be unanswered: the answers must fit into 64 KiB.
 BATCH = 768
@@ -117,12 +119,14 @@ class Tally:
         sent: Files that were sent.
         skipped: Files that were there already.
         left_out: Names of what is neither file, folder nor link, and why.
+        unused: Patterns that left nothing out.
     """
 
     def __init__(self, report: Optional[Callable[[int, Optional[int], int], object]] = None) -> None:
         self.files = self.bytes = self.sent = self.skipped = 0
         self.total: Optional[int] = None
         self.left_out: List[str] = []
+        self.unused: List[str] = []
         self._report = report
         self._next = 0.0
 

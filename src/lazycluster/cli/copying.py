@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from lazycluster._views.cells import megabytes
 from lazycluster._words import counted
-from lazycluster.exceptions import printable
+from lazycluster.exceptions import one_line, printable
 
 from .console import errors, host_style, output
 from .fanout import Outcome
@@ -45,6 +46,7 @@ class Copying:
         self._quiet = quiet
         self._sums: dict[str, list[float]] = {host: [0, 0, 0, 0.0] for host in hosts}
         self._left_out: dict[str, list[str]] = {}
+        self._unused: set[str] | None = None  # of no copy, as far as they are complete
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._lock = threading.Lock()
@@ -94,6 +96,16 @@ class Copying:
         sums[2] += result.skipped
         sums[3] += result.seconds
         self._left_out.setdefault(host, []).extend(result.left_out)
+        self._unused = set(result.unused) if self._unused is None else self._unused.intersection(result.unused)
+
+    def warn(self, exclude: Sequence[str]) -> None:
+        """Say which patterns have left nothing out of any copy: what they were to keep back may be there now."""
+        for pattern in dict.fromkeys(exclude):
+            if pattern in (self._unused or ()):
+                text = (
+                    f"--exclude {shlex.quote(pattern)} left nothing out: it is a name, or a path below what is copied"
+                )
+                errors().print(one_line(text), markup=False, soft_wrap=True, style="yellow")
 
     def done(self, outcome: Outcome) -> None:
         """Say how it ended on a host."""

@@ -104,6 +104,7 @@ class TransferResult:
         skipped: How many of them were there already, unchanged.
         seconds: How long it took.
         left_out: What is neither file, folder nor link, with its kind: it is not copied.
+        unused: Those of the patterns in `exclude` that left nothing out.
     """
 
     path: str
@@ -113,6 +114,7 @@ class TransferResult:
     skipped: int
     seconds: float
     left_out: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 async def send(
@@ -136,7 +138,8 @@ async def send(
         env: Variables that may stand in `remote_path`, beside those of the host.
         progress: Called from another thread with the bytes done, the bytes in all (None while they are not known) and
             the files done.
-        exclude: What to leave out of a folder: patterns of names, or with a slash in it of paths below the folder.
+        exclude: What to leave out of a folder: patterns of names, or with a slash in it of paths, below the folder or
+            from the current directory: ``*.pyc``, ``data/raw``, ``./data``.
 
     Returns:
         What was done.
@@ -151,10 +154,11 @@ async def send(
     here = os.getcwdb()
 
     def copy(stream: Stream, tally: Tally) -> str:
-        sender = Sender(stream, lambda: source(local, here, {}), tally, [os.fsencode(name) for name in exclude])
+        patterns = [os.fsencode(name) for name in exclude]
+        sender = Sender(stream, lambda: source(local, here, {}), tally, patterns, here)
         return str(sender.run().get("path", ""))
 
-    return await _Copy(connection, request, copy, os.fspath(local_path), progress).run()
+    return await _Copy(connection, request, copy, os.fspath(local_path), progress, exclude).run()
 
 
 async def get(
@@ -176,7 +180,7 @@ async def get(
         cwd: Directory on the host that a relative `remote_path` starts at.
         env: Variables that may stand in `remote_path`, beside those of the host.
         progress: See `send`.
-        exclude: See `send`.
+        exclude: See `send`; paths are those of the host, from `cwd` there.
 
     Returns:
         What was done.
@@ -204,7 +208,7 @@ async def get(
 
     parts = Parts()
     try:
-        return await _Copy(connection, request, copy, remote, progress).run()
+        return await _Copy(connection, request, copy, remote, progress, exclude).run()
     finally:
         parts.close()
 
@@ -236,6 +240,7 @@ class _Copy:
     copy: Callable[[Stream, Tally], str]
     path: str
     progress: Progress | None
+    exclude: Sequence[str]
 
     async def run(self) -> TransferResult:
         self.connection.check()
@@ -260,7 +265,7 @@ class _Copy:
         tally = work.tally
         return TransferResult(
             work.path, tally.files, tally.bytes, tally.sent, tally.skipped, time.monotonic() - began,
-            tuple(tally.left_out),
+            tuple(tally.left_out), tuple(pattern for pattern in self.exclude if pattern in tally.unused),
         )  # fmt: skip
 
     async def _attempt(self, pool: Pool) -> _Work:

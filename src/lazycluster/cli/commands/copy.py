@@ -21,7 +21,7 @@ _exclude = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Leave out files and folders: '*.pyc', 'data/raw'.",
+    help="Leave out files and folders: '*.pyc', 'data/raw', './data'.",
 )
 _quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing of what went well.")
 
@@ -70,7 +70,7 @@ def put(
             copying.add(connection.host, result)
 
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
-    return _copy(chosen, send, fanout, quiet)
+    return _copy(chosen, send, fanout, quiet, exclude)
 
 
 @click.command()
@@ -116,7 +116,7 @@ def get(
             copying.add(connection.host, result)
 
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
-    return _copy(chosen, fetch, fanout, quiet)
+    return _copy(chosen, fetch, fanout, quiet, exclude)
 
 
 def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
     return sources
 
 
-def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool) -> int:
+def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool, exclude: tuple[str, ...] = ()) -> int:
     from lazycluster import _loop, _progress
     from lazycluster.cli.copying import Copying
     from lazycluster.cli.fanout import Outcome, everywhere, exit_status
@@ -140,4 +140,5 @@ def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool) -> int:
             return Outcome(connection.host)
 
         outcomes = _loop.run(everywhere(chosen, work, fanout, copying.done))
+    copying.warn(exclude)
     return exit_status(outcomes, chosen.everyone)
