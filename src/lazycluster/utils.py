@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import errno
 import itertools
 import logging
 import os
-import stat
 import threading
 from pathlib import Path
 from urllib.parse import quote
+
+from lazycluster.agent.ownership import make
 
 __all__ = ["Environment", "Timestamp", "new_log_file_path", "private_directory", "safe_name"]
 
@@ -42,6 +42,10 @@ class Environment:
         progress: Whether it is shown how far things are that take more than two seconds: connecting, copying, starting
             a cluster. It is shown on a terminal and in a notebook, and never written to files. See also ``progress`` of
             :class:`~lazycluster.RuntimeGroup` and :class:`~lazycluster.RuntimeManager`.
+        trust_group: Whether directories are used, here and on the hosts, that their group may write to: main directory,
+            ``working_dir``, ``cache_dir``, ``dbpath``, ``local_directory``. Its members can have any code run as you.
+            Without it they are refused, as are those that another user owns or everybody may write to. By default what
+            the environment variable ``LAZYCLUSTER_TRUST_GROUP`` says (``1``).
 
     Examples:
         >>> Environment.set_main_directory("/tmp/my-experiment")
@@ -51,6 +55,7 @@ class Environment:
 
     main_directory: str = str(default_directory())
     progress: bool = True
+    trust_group: bool = os.environ.get("LAZYCLUSTER_TRUST_GROUP", "").lower() in ("1", "true", "yes", "on")
 
     @classmethod
     def set_main_directory(cls, dir: str | os.PathLike[str]) -> None:
@@ -156,20 +161,9 @@ def private_directory(*parts: str, main: Path | None = None) -> Path:
     path = (main or Path(Environment.main_directory)).joinpath(*parts)
     if path not in _known or not path.is_dir():
         with _making:
-            for directory in (*reversed(path.parents), path):
-                if not directory.is_dir():
-                    directory.mkdir(mode=0o700, exist_ok=True)
-                _check_owner(directory)
+            make(str(path), 0o700, Environment.trust_group)
             _known.add(path)
     return path
-
-
-def _check_owner(directory: Path) -> None:
-    """Refuse what another user may have made in a place where everybody may write: what is in it would be his."""
-    if directory.parent.stat().st_mode & stat.S_IWOTH and directory.lstat().st_uid not in (0, os.geteuid()):
-        raise PermissionError(
-            errno.EPERM, "another user has made it, and could replace what is in it; choose another", str(directory)
-        )
 
 
 def new_log_file_path(host: str, task: str) -> Path:

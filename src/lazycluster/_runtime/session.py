@@ -249,7 +249,9 @@ class Session:
             self.temporary.append(answer["path"])
             return str(answer["path"])
         try:
-            answer = await self._ask("mkdir", path=self.spec.working_dir, env={**self.base_env, **self.spec.env})
+            answer = await self._ask(
+                "mkdir", path=self.spec.working_dir, env={**self.base_env, **self.spec.env}, checked=True
+            )
         except AgentError as error:
             raise self._no_working_dir(error.message) from error
         if not answer.get("writable", True):

@@ -69,6 +69,7 @@ def private_directory() -> str:
     for place in places[1:] + places[:1]:
         try:
             if place and len(place) < 60 and is_safe(place):
+                place = os.path.realpath(place)  # the links that lead there may be others'
                 path = os.path.join(place, "lazycluster-" + os.urandom(6).hex())
                 os.mkdir(path, 0o700)
                 return path
@@ -78,9 +79,17 @@ def private_directory() -> str:
 
 
 def is_safe(place: str) -> bool:
-    """Whether nobody else can rename or replace what this user makes in a directory."""
+    """Whether nobody else can rename or replace what this user makes in a directory, or the directory itself."""
+    place = os.path.realpath(place)
     inode = os.stat(place)
     owners = (0, os.getuid())
+    above = place
+    while above != "/":
+        above = os.path.dirname(above)
+        way = os.stat(above)
+        written = way.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not way.st_mode & stat.S_ISVTX
+        if written or way.st_uid not in (*owners, _NOBODY):
+            raise OSError(1, "others could replace " + place)
     if inode.st_mode & stat.S_ISVTX:
         # Its owner may replace what is in it all the same; but in some containers that of /tmp is a user who is none.
         if inode.st_uid in (*owners, _NOBODY):

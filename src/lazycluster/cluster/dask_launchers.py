@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lazycluster import _loop
-from lazycluster.agent import filenames, memory
+from lazycluster.agent import filenames, memory, ownership
+from lazycluster.utils import Environment
 
 from . import dask_scaling
 from .certificates import Credentials, make_credentials
@@ -179,7 +180,8 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
 
     def program(self, place: Place) -> Program:
         """The program of a worker."""
-        source = Source(_PROGRAMS, "worker", _PACKAGE, (Path(memory.__file__), _FILE_NAMES))
+        shared = (Path(memory.__file__), _FILE_NAMES, Path(ownership.__file__))
+        source = Source(_PROGRAMS, "worker", _PACKAGE, shared)
         return Program(
             "dask-worker", source=source, env=BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
         )
@@ -225,6 +227,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             "memory_limit": dask.memory_limit,
             "resources": dict(dask.resources) if dask.resources else {"GPU": self.gpus.count} if self.gpus else None,
             "local_directory": dask.local_directory,
+            "trust_group": Environment.trust_group,
             "modules": dask.modules.directory_on(worker.place.host),
             "options": dict(dask.worker_options),
             "configuration": dask.configuration,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lazycluster.agent.ownership import make
 from lazycluster.utils import Environment
 
 from .hyperopt_programs import messages
@@ -57,9 +59,10 @@ def make_directory(path: Path) -> None:
         OSError: If it cannot be made.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make(str(path), 0o700, Environment.trust_group)
     except PermissionError as error:
-        raise PermissionError(error.errno, f"the directory of the database cannot be made: {path}") from None
+        why = f"{error.filename}: {error.strerror}" if error.errno == errno.EPERM else str(path)
+        raise PermissionError(error.errno, f"the directory of the database cannot be used: {why}") from None
 
 
 def checked_name(name: str) -> str:

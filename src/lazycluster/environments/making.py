@@ -75,7 +75,10 @@ class Maker:
             EnvironmentBuildError: If it cannot be made.
         """
         params: dict[str, Any] = {"root": self._spec.cache_dir, "id": self._plan.id}
-        found = await self._place.ask("find", **params)
+        try:
+            found = await self._place.ask("find", **params)
+        except AgentError as error:
+            raise self._refused(error) from error
         if found["found"]:
             return str(found["prefix"])
         self._say("making the environment %s for %s: %d packages", self._plan.id, self._spec, len(self._plan.packages))

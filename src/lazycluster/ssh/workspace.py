@@ -135,7 +135,8 @@ def private_directory() -> str:
     for place in sorted(places, key=_forbids_programs):  # the program that answers ssh's questions is one
         try:
             if place and len(os.fsencode(place)) <= _LONGEST and is_safe(place):
-                return tempfile.mkdtemp(prefix="lazycluster-", dir=place)
+                # By no link: others may be able to change it.
+                return tempfile.mkdtemp(prefix="lazycluster-", dir=os.path.realpath(place))
         except OSError as error:
             errors.append(str(error))
     raise OSError("no private directory for the connections' sockets can be made: " + "; ".join(errors))
