@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -18,7 +19,8 @@ from lazycluster import LocalRuntime
 from lazycluster.agent import bootstrap, ownership
 from lazycluster.cluster import hyperopt_settings
 from lazycluster.cluster.dask_programs import worker
-from lazycluster.exceptions import InvalidRuntimeError
+from lazycluster.environments import uv
+from lazycluster.exceptions import EnvironmentBuildError, InvalidRuntimeError
 from lazycluster.utils import Environment, private_directory
 
 _OTHER = 12345
@@ -192,6 +194,18 @@ def test_directories_here(place: Path, use: Callable[[Path], None], name: str, m
     monkeypatch.setattr(Environment, "main_directory", "")
     with _refused(place, name) as path:
         use(path)
+
+
+@pytest.mark.parametrize("name", ["everybody writes", "another user's"])
+def test_the_cache_of_uv(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("uv")
+    monkeypatch.setattr(uv, "_chosen", None)
+    with _refused(place, name, EnvironmentBuildError) as path:
+        monkeypatch.setenv("UV_CACHE_DIR", str(path))
+        asyncio.run(uv.find_uv())
+    monkeypatch.setenv("UV_CACHE_DIR", str(place / "new" / "cache"))
+    asyncio.run(uv.find_uv())
+    assert stat.S_IMODE((place / "new").stat().st_mode) == 0o700
 
 
 def test_a_worker_writes_into_a_directory_of_its_own(place: Path) -> None:

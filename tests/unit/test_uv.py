@@ -23,7 +23,7 @@ def none_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 def _made(folder: Path, says: str, status: int = 0) -> str:
     folder.mkdir()
     program = folder / "uv"
-    program.write_text(f"#!/bin/sh\nprintf '%s\\n' '{says}'\nexit {status}\n")
+    program.write_text(f"#!/bin/sh\n[ $1 = cache ] || printf '%s\\n' '{says}'\nexit {status}\n")
     program.chmod(0o755)
     return str(program)
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lazycluster._extras import install_command
+from lazycluster.agent.ownership import make
 from lazycluster.exceptions import EnvironmentBuildError
+from lazycluster.utils import Environment
 
 from .index import IndexSettings, hide
 from .problems import explained
@@ -55,6 +57,7 @@ async def find_uv() -> Uv:
     for path in _installed():
         version = await _version_of(path)
         if _numbers(version) >= LOWEST:
+            await _check_cache(path)
             _chosen = Uv(path, version)
             return _chosen
         refused.append(f"{path} is uv {version}")
@@ -81,6 +84,24 @@ async def _version_of(path: str) -> str:
         said = hide(ended.output or ended.errors)
         raise EnvironmentBuildError(MANAGER, f"{path} does not tell its version", "uv", "install it anew", said)
     return found[1]
+
+
+async def _check_cache(path: str) -> None:
+    """Make sure that nobody else can put something into uv's own cache, whatever names it: what it builds is run."""
+    try:
+        ended = await run_here([path, "cache", "dir"], {**os.environ, "NO_COLOR": "1"})
+    except OSError as error:
+        raise _not_run(error) from error
+    directory = ended.output.strip()
+    if ended.status != 0 or not directory:
+        return  # it says by itself what is wrong, when it is used
+    try:
+        make(directory, 0o700, Environment.trust_group)
+    except PermissionError as error:
+        problem = f"uv's cache {directory} cannot be used: {error.filename}: {error.strerror}"
+        raise EnvironmentBuildError(MANAGER, problem, "uv", "set UV_CACHE_DIR to a directory of your own") from error
+    except OSError:
+        return  # the same
 
 
 def _numbers(version: str) -> tuple[int, ...]:
