@@ -21,9 +21,9 @@ from rich.text import Text
 
 from lazycluster._views.cells import megabytes
 from lazycluster._words import counted
-from lazycluster.exceptions import one_line, printable
+from lazycluster.exceptions import one_line
 
-from .console import errors, host_style, output
+from .console import errors, host_style, lines_of, output
 from .fanout import Outcome
 
 if TYPE_CHECKING:
@@ -114,9 +114,10 @@ class Copying:
             if self._bars is not None and host in self._tasks:
                 self._bars.remove_task(self._tasks.pop(host))
         for name in self._left_out.get(host, ()):
-            errors().print(f"{host}: left out: {printable(name)}", markup=False, soft_wrap=True)
+            errors().print(f"{host}: left out: {one_line(name)}", markup=False, soft_wrap=True)
         if outcome.error:
-            errors().print(Text.assemble((f"{host}:", "bold red"), " ", printable(outcome.error)), soft_wrap=True)
+            error = "\n".join(lines_of(outcome.error))
+            errors().print(Text.assemble((f"{host}:", "bold red"), " ", error), soft_wrap=True)
         elif not self._quiet:
             files, size, skipped, seconds = self._sums[host]
             same = f", {skipped:.0f} unchanged" if skipped else ""

@@ -12,10 +12,10 @@ from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _loop, _waiting
-from lazycluster.exceptions import printable
+from lazycluster.exceptions import one_line, printable
 from lazycluster.ssh.terminal import is_asking, when_answered
 
-from .console import errors, host_style, output
+from .console import errors, host_style, lines_of, output
 from .errors import OutputGoneError
 from .fanout import Outcome
 from .hostsets import fold
@@ -163,7 +163,7 @@ def _say(outcome: Outcome) -> None:
     told = _told(outcome)
     if told:
         out = errors()
-        first, *rest = printable(told).split("\n")
+        first, *rest = lines_of(told)
         out.print(f"[bold red]{outcome.host}:[/]", end=" ", soft_wrap=True)
         out.print(first, markup=False, soft_wrap=True, style="red" if outcome.error else None)
         for line in rest:
@@ -261,7 +261,11 @@ class _Gathered(_Kept):
                 groups.setdefault((text, _told(outcome) if outcome.kind == "done" else ""), []).append(outcome.host)
         console = output()
         for (text, told), hosts in groups.items():
-            names = fold(hosts) + (f" ({len(hosts)} hosts)" if len(hosts) > 1 else "") + (f": {told}" if told else "")
+            names = (
+                fold(hosts)
+                + (f" ({len(hosts)} hosts)" if len(hosts) > 1 else "")
+                + (f": {one_line(told)}" if told else "")
+            )
             console.print(f"── {names}", style="bold", markup=False, soft_wrap=True)
             sys.stdout.flush()
             sys.stdout.buffer.write(text if text.endswith(b"\n") or not text else text + b"\n")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lazycluster.cli.console import tell
+
 from . import hostsets
 from .wording import names_its_options
 
@@ -270,6 +272,6 @@ def _ask(config: str | None) -> str:
         raise click.UsageError(f"no hosts are named: use -w HOSTS, or -w @all for all active ones{have}")
     if not known:
         raise click.UsageError(_no_hosts(config, [], False))
-    click.echo(f"Hosts of the ssh configuration: {hostsets.fold(known)}", err=True)
+    tell(f"Hosts of the ssh configuration: {hostsets.fold(known)}", err=True)
     answer: str = click.prompt("On which hosts (@all for all)", err=True)
     return answer

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lazycluster import _loop, _progress
 from lazycluster._views.cells import cells, number
-from lazycluster.exceptions import LazyclusterError, printable
+from lazycluster.exceptions import LazyclusterError, one_line, printable
 
 from .columns import GAP, fitting
 from .console import output
@@ -118,7 +118,7 @@ def _table(watched: list[_Watched], long: bool) -> Group:
 def _shown(one: _Watched) -> dict[str, str]:
     found = {**cells(one.info), "cpu": one.cpu, "gpus": _gpus(one.info)} if one.info else {}
     running = {name: str(one.activity[name]) for name in _RUNNING if name in one.activity}
-    return {name: printable(text).replace("\n", " ") for name, text in {**found, **running}.items()}
+    return {name: one_line(text) for name, text in {**found, **running}.items()}
 
 
 def _gpus(info: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lazycluster._progress import Progress
-from lazycluster.exceptions import LazyclusterError, TaskExecutionError, printable
+from lazycluster.exceptions import LazyclusterError, TaskExecutionError, one_line
 
 from . import fetched
 from .limits import Limits, memory_hint
@@ -259,14 +259,9 @@ async def _get_file(step: GetFile, context: Context, env: Mapping[str, str], wor
 
 def _summary(verb: str, source: str, target: str, result: TransferResult) -> bytes:
     files = f"{result.files} file" + ("s" if result.files != 1 else "")
-    text = f"{verb} {_one_line(source)} as {_one_line(target)}: {files}, {result.bytes} bytes"
+    text = f"{verb} {one_line(source)} as {one_line(target)}: {files}, {result.bytes} bytes"
     if result.skipped:
         text += f"; {result.skipped} of them were there already, unchanged"
     for left_out in result.left_out:
-        text += f"\nnot copied: {_one_line(left_out)}"
+        text += f"\nnot copied: {one_line(left_out)}"
     return f"{text}\n".encode("utf-8", "backslashreplace")
-
-
-def _one_line(name: str) -> str:
-    """Return what a host calls something, so that it cannot be taken for another line, or steer a terminal."""
-    return printable(name).replace("\n", "\\n")

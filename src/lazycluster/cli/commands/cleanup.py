@@ -39,7 +39,7 @@ def cleanup(
     import json
 
     from lazycluster import _loop
-    from lazycluster.cli.console import errors, output
+    from lazycluster.cli.console import errors, lines_of, output
     from lazycluster.cli.fanout import everywhere, exit_status
 
     found: dict[str, dict[str, Any]] = {}
@@ -49,7 +49,8 @@ def cleanup(
 
     def tell(outcome: Outcome) -> None:
         if outcome.error:
-            errors().print(f"{outcome.host}: {outcome.error}", markup=False, soft_wrap=True)
+            text = "\n".join(lines_of(f"{outcome.host}: {outcome.error}"))
+            errors().print(text, markup=False, soft_wrap=True)
         elif not as_json:
             _show(outcome.host, found[outcome.host])
 
@@ -81,7 +82,7 @@ async def _clean(connection: Connection, found: dict[str, dict[str, Any]]) -> Ou
 
 def _show(host: str, left: dict[str, Any]) -> None:
     from lazycluster.cli.console import output
-    from lazycluster.exceptions import printable
+    from lazycluster.exceptions import one_line
 
     say = output().print
     entries = [f"ended the process {process['pid']}: {process['command']}" for process in left["processes"]]
@@ -89,4 +90,4 @@ def _show(host: str, left: dict[str, Any]) -> None:
     if not entries:
         say(f"{host}: nothing was left", markup=False)
     for entry in entries:
-        say(f"{host}: {printable(entry)}", markup=False, soft_wrap=True)
+        say(f"{host}: {one_line(entry)}", markup=False, soft_wrap=True)

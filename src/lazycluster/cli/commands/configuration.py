@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lazycluster.cli.console import tell
 from lazycluster.cli.targets import Targets, complete_hosts, how_to_connect
 from lazycluster.cli.wording import names_its_options, spelled_next_steps
 from lazycluster.ssh.hosts import CONFIG_VARIABLE
@@ -84,13 +85,13 @@ def add_runtime(
         entries[key.strip()] = value.strip()
     public = _public_key(id_file) if copy_id else None
     path = add_host(name, entries, config)
-    click.echo(f"{name} was added to {path}.")
+    tell(f"{name} was added to {path}.")
     if public is not None:
         _copy_id(name, config, public, accept_new_host_key)
     if check or accept_new_host_key:
         return _check(name, config, accept_new_host_key)
     if not copy_id:
-        click.echo(f"Next step: see that it can be used: {_doctor(name, config)}")
+        tell(f"Next step: see that it can be used: {_doctor(name, config)}")
     return 0
 
 
@@ -110,7 +111,7 @@ def delete_runtime(name: str, config: str | None) -> None:
 
     path = remove_host(name, config)
     backup = os.path.realpath(path) + BACKUP
-    click.echo(f"{name} was removed from {path}; what it was before is in {backup}.")
+    tell(f"{name} was removed from {path}; what it was before is in {backup}.")
 
 
 def _doctor(name: str, config: str | None) -> str:
@@ -184,7 +185,7 @@ def _check(name: str, config: str | None, accept: bool) -> int:
 
     async def work(connection: Connection) -> Outcome:
         version = ".".join(map(str, connection.hello.python))
-        click.echo(f"{name} can be used: {connection.hello.user}@{connection.hello.hostname}, Python {version}.")
+        tell(f"{name} can be used: {connection.hello.user}@{connection.hello.hostname}, Python {version}.")
         return Outcome(name)
 
     chosen = Targets([name], settings=how_to_connect(config, None, accept), ask=person_is_there())
@@ -194,5 +195,5 @@ def _check(name: str, config: str | None, accept: bool) -> int:
             f"{name}: {outcome.error}\n  It is in the configuration all the same; see also: {_doctor(name, config)}"
         )
     else:
-        click.echo(f"To see to ports and packages, too: {_doctor(name, config)}")
+        tell(f"To see to ports and packages, too: {_doctor(name, config)}")
     return outcome.status

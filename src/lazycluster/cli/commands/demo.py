@@ -83,12 +83,12 @@ def demo(
 def _basics(group: RuntimeGroup) -> None:
     from lazycluster import RuntimeTask
     from lazycluster.cli.console import output
-    from lazycluster.exceptions import printable
+    from lazycluster.exceptions import one_line
 
     say = output().print
     say("\nA command on each host", style="bold")
     for host, text in _everywhere(group, RuntimeTask("command").run_command("echo $(uname -sm), $(nproc) cores")):
-        say(f"  {host}: {printable(text)}", markup=False)
+        say(f"  {host}: {one_line(text)}", markup=False)
 
     def where() -> None:
         import platform
@@ -98,7 +98,7 @@ def _basics(group: RuntimeGroup) -> None:
 
     say("\nA Python function on each host", style="bold")
     for host, text in _everywhere(group, RuntimeTask("function").run_function(where)):
-        say(f"  {host}: {printable(text)}", markup=False)
+        say(f"  {host}: {one_line(text)}", markup=False)
 
 
 def _everywhere(group: RuntimeGroup, task: RuntimeTask) -> list[tuple[str, str]]:

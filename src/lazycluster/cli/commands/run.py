@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazycluster.cli.console import tell
 from lazycluster.cli.targets import Seconds, Whole, connection_options, host_options, targets
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def run(
     outcomes = out.during(work())
     out.finish(outcomes)
     if chosen.everyone and all(outcome.kind == "unreachable" for outcome in outcomes):
-        click.echo("No host was reached.", err=True)
+        tell("No host was reached.", err=True)
     return exit_status(outcomes, chosen.everyone)
 
 

@@ -109,7 +109,7 @@ class _Listing:
         from rich.text import Text
 
         from lazycluster._views.cells import cells
-        from lazycluster.exceptions import printable
+        from lazycluster.exceptions import one_line
 
         if outcome.kind != "done":
             self._show_inactive(outcome)
@@ -118,7 +118,7 @@ class _Listing:
         if outcome.host in self.infos:
             info = self.infos[outcome.host]
             row["latency"] = f"{info['latency'] * 1000:.1f} ms"
-            row.update({name: printable(cell) for name, cell in cells(info).items()} if self._long else {})
+            row.update({name: one_line(cell) for name, cell in cells(info).items()} if self._long else {})
         output().print(Text(self._line(row)), soft_wrap=True)
 
     def _show_inactive(self, outcome: Outcome) -> None:
