@@ -46,7 +46,8 @@ class Runtime(Belongings, Shown):
         host: As `ssh` takes it: an alias of your ssh configuration, a name, ``user@host`` or ``user@host:port``.
         working_dir: A directory on the host, made if it is missing and kept; ``~`` and environment variables are
             understood. By default a temporary directory, which is removed at the end. Tasks find its path in the
-            environment variable :attr:`WORKING_DIR_ENV_VAR_NAME`.
+            environment variable :attr:`WORKING_DIR_ENV_VAR_NAME`. One that another user owns or may write to is an
+            error; see ``Environment.trust_group`` for groups.
         connection_kwargs: How to reach the host, beyond what your ssh configuration says: ``user``, ``port``,
             ``key_filename``, ``password``, ``passphrase``, ``timeout`` (seconds), ``config_file``, ``proxy_jump``,
             ``host_keys`` (``"strict"`` or ``"accept-new"``), ``ssh_options``, ``relay`` (``"agent"``: ports are carried
