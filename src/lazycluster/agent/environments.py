@@ -348,7 +348,8 @@ class _Build:
             make(root, 0o700, trusted)
             claim(root, make=True)  # before there are parts, by which a root of an earlier version is known
             for part in _PARTS:
-                make(os.path.join(root, part), 0o700, trusted)
+                if part != "wheels":
+                    make(os.path.join(root, part), 0o700, trusted)
             if getattr(os.statvfs(root), "f_flag", 0) & _ST_NOEXEC:
                 channel.fail("noexec", "{} is on a file system from which nothing can be run (noexec)".format(root))
                 return
@@ -514,6 +515,8 @@ def _wheels(channel: Channel) -> None:
             os.utime(path[: -len(name)])  # the time of the last use; the file's own is what the installer looks at
         else:
             missing.append(folder)
+    if missing:
+        make(place, 0o700, trusts_group(channel))
     channel.result(missing=missing, directory=place)
 
 
