@@ -108,18 +108,7 @@ class Maker:
         waits: asyncio.Future[None] = loop.create_future()
 
         def on_event(event: dict[str, Any]) -> None:
-            check_shape(event, {"state": str})
-            if event["state"] == "waiting":
-                if waits.done():
-                    return
-                waits.set_result(None)
-                self._tell("somebody else makes the same")
-                self._say("somebody else makes the same environment; waiting")
-            elif event["state"] == "kept":
-                logger.warning("%s: %s was in the way: it is no environment, and is kept", self._host, event["path"])
-            elif not began.done():
-                check_shape(event, {"directory": NAME, "problem": NAME})
-                began.set_result(event)
+            self._on_build_event(event, began, waits)
 
         channel = self._place.connection.channel("environment", {"action": "build", **params}, event=on_event)
         ended = asyncio.ensure_future(channel.result())
@@ -143,6 +132,22 @@ class Maker:
                 channel.close()
                 ended.cancel()
             await asyncio.gather(ended, return_exceptions=True)
+
+    def _on_build_event(
+        self, event: dict[str, Any], began: asyncio.Future[dict[str, Any]], waits: asyncio.Future[None]
+    ) -> None:
+        check_shape(event, {"state": str})
+        if event["state"] == "waiting":
+            if not waits.done():
+                waits.set_result(None)
+                self._tell("somebody else makes the same")
+                self._say("somebody else makes the same environment; waiting")
+        elif event["state"] == "kept":
+            check_shape(event, {"path": NAME})
+            logger.warning("%s: %s was in the way: it is no environment, and is kept", self._host, event["path"])
+        elif not began.done():
+            check_shape(event, {"directory": NAME, "problem": NAME})
+            began.set_result(event)
 
     async def _first_of(self, futures: Sequence[asyncio.Future[Any]], awaited: str, limit: float) -> None:
         done, _ = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
