@@ -197,7 +197,9 @@ def test_what_others_say_is_told_all_the_same(
     lie: str,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # the reason is in one line then
     honest = Runtime("host2", connection_kwargs={"config_file": hosts.config_file})
     with connect(lie) as lying, honest, RuntimeGroup([lying, honest]) as group:
         task = honest.execute_task(RuntimeTask("plain").run_command("true"), detach=True)

@@ -66,7 +66,7 @@ def test_older_ones_are_refused(
         if says is not None:
             assert f"{tmp_path / folder / 'uv'} is uv {says.split()[1]}" in str(caught.value)
     assert "0.11.15 or newer" in str(caught.value)
-    assert "pip install 'lazycluster[environments]'" in str(caught.value)
+    assert "pip install 'uv>=0.11.15'" in str(caught.value)
 
 
 def test_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
