@@ -116,6 +116,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     """
     sys.meta_path.insert(0, _Finder(sources, codes))
     guardian = import_module(PACKAGE + ".guardian")
+    import_module(PACKAGE + ".processes").forbid_cores()
     directory = private_directory()
     guardian.note_host(directory)
     path = os.path.join(directory, "agent.sock")

@@ -91,13 +91,21 @@ class Process:
         cwd: Its working directory.
         has_input: Whether its standard input is the channel's INPUT; else it is empty.
         merge: Whether standard error joins standard output.
+        cores: See `spawn`.
 
     Raises:
         OSError: It cannot be started.
     """
 
     def __init__(
-        self, channel: Channel, argv: List[str], env: Dict[str, str], cwd: str, has_input: bool, merge: bool
+        self,
+        channel: Channel,
+        argv: List[str],
+        env: Dict[str, str],
+        cwd: str,
+        has_input: bool,
+        merge: bool,
+        cores: bool = True,
     ) -> None:
         self.channel = channel
         self.task = env.get(TASK_MARKER, "")
@@ -105,7 +113,7 @@ class Process:
         self.ending: Optional[Ending] = None
         out_read, out_write, err_read, err_write, in_read, in_write = _streams(has_input, merge)
         try:
-            self.pid = spawn(argv, env, cwd, in_read, out_write, err_write)
+            self.pid = spawn(argv, env, cwd, in_read, out_write, err_write, cores=cores)
         except BaseException:
             for fd in {out_read, err_read, in_write} - {-1}:
                 os.close(fd)

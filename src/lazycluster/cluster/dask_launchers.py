@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lazycluster import _loop
 from lazycluster.agent import filenames, memory, ownership
+from lazycluster.mongo import memfile, strangers
 from lazycluster.utils import Environment
 
 from . import dask_scaling
@@ -36,7 +37,7 @@ CheckVersions = Literal["error", "warn", "ignore"]
 
 _PROGRAMS = Path(__file__).with_name("dask_programs")
 _PACKAGE = "lazycluster_dask"
-_FILE_NAMES = Path(filenames.__file__)
+_SHARED = (Path(filenames.__file__), Path(memfile.__file__), Path(strangers.__file__))
 # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
 SOFTWARE = Software("DaskCluster", "dask", ("dask", "distributed"), ("dask", "distributed", "cloudpickle"))
 
@@ -133,7 +134,7 @@ class LocalMasterLauncher(ServiceMasterLauncher):
         """The program of the scheduler."""
         return Program(
             "dask-scheduler",
-            source=Source(_PROGRAMS, "scheduler", _PACKAGE, (_FILE_NAMES,)),
+            source=Source(_PROGRAMS, "scheduler", _PACKAGE, _SHARED),
             marker=common.MARKER,
             restarts=self.RESTARTS,
             at_restart="what it knew is gone: computations that were running are lost, submit them again",
@@ -180,7 +181,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
 
     def program(self, place: Place) -> Program:
         """The program of a worker."""
-        shared = (Path(memory.__file__), _FILE_NAMES, Path(ownership.__file__))
+        shared = (*_SHARED, Path(memory.__file__), Path(ownership.__file__))
         source = Source(_PROGRAMS, "worker", _PACKAGE, shared)
         return Program(
             "dask-worker", source=source, env=BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
