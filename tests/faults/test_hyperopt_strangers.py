@@ -40,8 +40,11 @@ def cluster(module_hosts: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def _attempts(addresses: Any, cluster: HyperoptCluster, **more: Any) -> str:
-    secrets = [cluster._hyperopt.password]
-    return json.dumps({"addresses": addresses, "identities": {}, "ways": _STRANGE, "secrets": secrets, **more})
+    assert cluster._hyperopt.identity is not None
+    secrets = [cluster._hyperopt.password, cluster._hyperopt.identity.key.splitlines()[2][:40]]
+    # Nobody is answered who does not ask by TLS, whatever he knows.
+    ways = [*_STRANGE, f"mongo-plain hyperopt {cluster._hyperopt.password}"]
+    return json.dumps({"addresses": addresses, "identities": {}, "ways": ways, "secrets": secrets, **more})
 
 
 def test_who_knows_the_password_is_answered(cluster: HyperoptCluster, module_hosts: Any) -> None:

@@ -62,9 +62,18 @@ def test_mongod_is_used_where_it_is_asked_for(
             assert "--fork" not in command
             passwords.add(cluster._hyperopt.password)
             assert stat.S_IMODE((tmp_path / "db" / "lazycluster-password").stat().st_mode) == 0o600
-            stranger: MongoClient = MongoClient("127.0.0.1", cluster.master_port)  # type: ignore[type-arg]
+            tls = {"tls": True, "tlsAllowInvalidCertificates": True}
+            stranger: MongoClient = MongoClient("127.0.0.1", cluster.master_port, **tls)  # type: ignore[type-arg]
             with stranger, pytest.raises(OperationFailure, match="requires authentication"):
                 stranger.db.c.find_one()
+            with MongoClient(cluster.pymongo_url) as client:
+                assert client["hyperopt"].jobs.count_documents({}) == attempt
+            assert cluster._hyperopt.identity is not None
+            assert not any(
+                cluster._hyperopt.identity.key.encode() in path.read_bytes()
+                for path in (tmp_path / "db").rglob("*")
+                if path.is_file()
+            )
             jobs = cluster.trials("one").handle.jobs
             assert jobs.count_documents({"x": 1}) == attempt
             jobs.insert_one({"x": 1})

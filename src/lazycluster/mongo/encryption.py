@@ -58,7 +58,10 @@ class Channel:
             if not self._established:
                 self._object.do_handshake()
                 self._established = True
-            while part := self._object.read(_READ_SIZE):
+            while self._incoming.pending or self._object.pending():  # asked first: an exception costs more
+                part = self._object.read(_READ_SIZE)
+                if not part:
+                    break
                 parts.append(part)
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass  # the rest is to come, or the end of the connection is
