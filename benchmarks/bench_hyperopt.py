@@ -137,7 +137,8 @@ def _reserve_and_finish(found: Server, each: int) -> tuple[float, str]:
         client.db.jobs.insert_many(_job(number, 0) for number in range(CLIENTS * each))
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", _CLIENT, str(found.port), PASSWORD, str(each)]
-    clients = [subprocess.Popen([*command, str(number), found.authority], stdin=pipe, stdout=pipe) for number in range(CLIENTS)]
+    numbered = [[*command, str(number), found.authority] for number in range(CLIENTS)]
+    clients = [subprocess.Popen(one, stdin=pipe, stdout=pipe) for one in numbered]
     for one in clients:
         assert one.stdout is not None
         one.stdout.readline()

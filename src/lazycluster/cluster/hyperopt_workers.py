@@ -115,7 +115,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             try:
                 work()
             except PyMongoError as error:
-                logger.error("the database could not be told that a worker has gone: %s", error)
+                logger.error("the database could not be told that a worker has gone: %s", compat.unreachable(error))
 
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         self._threads.append(threading.Thread(target=run, name="lazycluster-put-back", daemon=True))

@@ -121,6 +121,8 @@ class Service:
         self._watching: asyncio.Task[None] | None = None
         self._stopping = False
         self._was_ready = False
+        self._given_up = ""
+        self._port_taken = 0
 
     # --- starting ------------------------------------------------------------------------------
     def start(self) -> None:
@@ -242,6 +244,8 @@ class Service:
             self._note("respawned", self.problem)
         elif name == "port_taken" and self._was_ready:
             # Nobody waits to choose other ports: the others know it by this one. It is tried again, up to the limit.
+            port = fields.get("port")
+            self._port_taken = port if isinstance(port, int) else 0
             self.signal("KILL")
         else:
             self._say(name, fields)
@@ -252,6 +256,9 @@ class Service:
 
     def _how(self, out_of_memory: str) -> str:
         status = self.exit_status
+        if self._port_taken:
+            port, self._port_taken = self._port_taken, 0
+            return f"another program has taken its port {port}"
         if out_of_memory:
             return _OUT_OF_MEMORY.get(out_of_memory, _OUT_OF_MEMORY["host"])
         if status is None:
@@ -273,6 +280,8 @@ class Service:
     async def _watch(self) -> None:
         try:
             await self._follow()
+            if self._given_up:
+                raise self._failure(self._given_up)
             self.state = "ended"
         except ServiceError as error:
             self.error = error
@@ -300,7 +309,8 @@ class Service:
                 return
             except AgentError as error:
                 self.exit_status = _status(error.evidence)
-                raise self._failure(error.message, str(error.evidence.get("output", ""))) from None
+                taken = f": another program has taken its port {self._port_taken}" if self._port_taken else ""
+                raise self._failure(error.message + taken, str(error.evidence.get("output", ""))) from None
             except LazyclusterError as error:
                 problem = await self._come_back(error)
                 if problem is not None:
@@ -309,7 +319,7 @@ class Service:
     async def _come_back(self, problem: LazyclusterError) -> LazyclusterError | None:
         """Start it on the agent that takes the place of the lost one; returns why it is not started if it is not."""
         connection = self.place.connection
-        while self._renew is not None and self._was_ready and not self._stopping:
+        while self._renew is not None and self._was_ready and not self._stopping and not self._given_up:
             delay = self._agents.next() if connection.state in ("interrupted", "open") else None
             if delay is None:
                 break
@@ -323,6 +333,8 @@ class Service:
                 settings = await self._renew(self)
                 self._begin(again=True)
                 await self.send(settings)
+                if self._given_up:
+                    self.signal("END")
                 return None
             except LazyclusterError as error:
                 problem = error
@@ -372,6 +384,16 @@ class Service:
             self.signal("END")
             if self._away:
                 self._watching.cancel()
+
+    def give_up(self, problem: str) -> None:
+        """Have it end for good, as failed: it can do nothing any more where it is.
+
+        Args:
+            problem: Why.
+        """
+        if self._watching is not None and not self._given_up and not self._stopping:
+            self._given_up = problem
+            self.signal("END")
 
     def _close_log(self) -> None:
         if self._live is not None:

@@ -83,8 +83,8 @@ class Engine:
             full = "full" in str(error)
             return CommandError(_DISK_FULL if full else 8, f"the database cannot be used: {error}").reply()
         except Exception as error:  # a fault of ours must not end the server for everybody
-            known = session.authenticated or self._credentials is None
-            (logger if known else limited_logger()).exception("a command failed")
+            log = logger if session.authenticated or self._credentials is None else limited_logger()
+            log.exception("a command failed")
             return CommandError(8, f"{type(error).__name__}: {error}").reply()
 
     def _run(self, session: Session, command: Document) -> Document:

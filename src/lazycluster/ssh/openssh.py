@@ -262,7 +262,13 @@ class SshConnection(ReturningConnection):
 
     def _give_up(self, forward: Forward, error: MuxError) -> None:
         self._forwards.pop(forward.key, None)
-        logger.error("%s: %s is not forwarded any more: %s", self.host, forward, error)
+        logger.error(
+            "%s: %s is not forwarded any more, since another program has taken it while the link was down, or the "
+            "host's sshd forbids it: %s",
+            self.host,
+            forward,
+            error,
+        )
         for tell in list(self.on_port_lost):
             tell(forward)
 

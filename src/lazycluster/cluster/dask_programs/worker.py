@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -9,6 +10,7 @@ import os
 import sys
 import tempfile
 import threading
+from ssl import SSLError
 from typing import Any
 
 from . import common
@@ -104,7 +106,12 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     worker_process.configure(forked and not _has_own_environment(settings["configuration"]))
     security = MemorySecurity(**settings["security"])
     # A scheduler that is started again may need longer than a worker, which gives up at the first refusal.
-    await common.first(answers(settings["scheduler"], security), stop.wait())
+    try:
+        await common.first(answers(settings["scheduler"], security), stop.wait())
+    except (OSError, ValueError, asyncio.TimeoutError) as error:
+        cause = common.root_of(error)
+        other = "another program answers in its place" if isinstance(cause, SSLError) else "it does not answer"
+        raise SystemExit(f"the scheduler cannot be reached at {settings['scheduler']}: {other}: {cause}") from None
     if stop.is_set():
         return
     sent_modules.install(settings["modules"])  # for its plugins, and for functions that run in it

@@ -100,6 +100,14 @@ def patient(action: Callable[[], T]) -> T:
         pause = min(2 * pause, 1.0)
 
 
+def unreachable(error: Exception) -> str:
+    """Return what PyMongo says of a database that does not answer, without all that it knows of its servers."""
+    text = str(error).partition(", Timeout:")[0].partition(" (configured timeouts")[0]
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return f"another program than the database of this cluster listens on its port: {text}"
+    return f"the database cannot be reached: {text}"
+
+
 def find_and_modify(
     self: Any, query: Any, update: Any, upsert: bool = False, sort: Any = None, new: bool = False, **_: Any
 ) -> Any:
