@@ -1,8 +1,9 @@
 """What somebody does who takes a port that others connect to: ``python -c TEXT_OF_THIS_FILE ACCOUNT PORT < identity``.
 
 He listens as soon as the port is free, says so, and answers each connection in plain or by TLS, with the identity
-(certificate and key, as PEM text) that he reads from standard input, as a line of JSON; he ends with it. Each line of his output says what became of a
-connection, as JSON: ``told`` is what he was told inside of it, ``refused`` why a client did not want to talk to him.
+(certificate and key, as PEM text) that he reads from standard input, as a line of JSON; he ends with it. Each line of
+his output says what became of a connection, as JSON: ``told`` is what he was told inside of it, ``refused`` why a
+client did not want to talk to him.
 """
 
 from __future__ import annotations

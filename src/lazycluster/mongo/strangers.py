@@ -38,6 +38,9 @@ class Strangers(Generic[C]):
         self._silent: dict[C, float] = {}  # in the order of the times, as the next
         self._heard: dict[C, float] = {}
 
+    def __len__(self) -> int:
+        return len(self._silent) + len(self._heard)
+
     def came(self, connection: C) -> None:
         """Note a new one."""
         self._put(self._silent, connection, self._most_silent)

@@ -97,6 +97,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     import dask
 
     from . import sent_modules, worker_process
+    from .doors import limit_strangers
     from .nanny import WatchedNanny, answers
     from .tls import MemorySecurity
 
@@ -105,6 +106,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     common.configure(settings["configuration"])
     worker_process.configure(forked and not _has_own_environment(settings["configuration"]))
     security = MemorySecurity(**settings["security"])
+    limit_strangers()
     # A scheduler that is started again may need longer than a worker, which gives up at the first refusal.
     try:
         await common.first(answers(settings["scheduler"], security), stop.wait())

@@ -191,8 +191,8 @@ def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
     jobs.current = None
     try:
         worker.run_one(owner, erase_created_workdir=True)
-    except ConnectionFailure as error:
-        print(f"lazycluster: {compat.unreachable(error)}", file=sys.stderr, flush=True)  # noqa: T201
+    except ConnectionFailure as failure:
+        print(f"lazycluster: {compat.unreachable(failure)}", file=sys.stderr, flush=True)  # noqa: T201
         # Not the objective's fault: the trial is evaluated again.
         compat.patient(lambda: trials.put_back(jobs.jobs, owner, "the connection to the database broke"))
     except TrialLostError as lost:
