@@ -1,8 +1,8 @@
 """The contracts of clusters, with launchers that start nothing."""
 
-from __future__ import asyncio
-import annotations
+from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import pickle
