@@ -121,7 +121,7 @@ class Service:
         self._watching: asyncio.Task[None] | None = None
         self._stopping = False
         self._was_ready = False
-        self._given_up = ""
+        self._given_up = self._hint = ""
         self._port_taken = 0
 
     # --- starting ------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class Service:
         try:
             await self._follow()
             if self._given_up:
-                raise self._failure(self._given_up)
+                raise self._failure(self._given_up, hint=self._hint)
             self.state = "ended"
         except ServiceError as error:
             self.error = error
@@ -342,7 +342,7 @@ class Service:
                 self._away = False
         return problem
 
-    def _failure(self, problem: str, output: str = "") -> ServiceError:
+    def _failure(self, problem: str, output: str = "", hint: str = "") -> ServiceError:
         return ServiceError(
             self.label,
             self.place.host,
@@ -350,6 +350,7 @@ class Service:
             exit_status=self.exit_status,
             output=output,
             log_file=str(self.log_file),
+            hint=hint,
         )
 
     def last_output(self, limit: int = 4000) -> str:
@@ -385,14 +386,15 @@ class Service:
             if self._away:
                 self._watching.cancel()
 
-    def give_up(self, problem: str) -> None:
+    def give_up(self, problem: str, hint: str = "") -> None:
         """Have it end for good, as failed: it can do nothing any more where it is.
 
         Args:
             problem: Why.
+            hint: The next step.
         """
         if self._watching is not None and not self._given_up and not self._stopping:
-            self._given_up = problem
+            self._given_up, self._hint = problem, hint
             self.signal("END")
 
     def _close_log(self) -> None:

@@ -116,12 +116,12 @@ class Staff(WorkerLauncher):
         role = "by which it was reached" if ours else "by which it reached the rest of the cluster"
         problem = (
             f"port {port} of {owner}, {role}, could not be opened again after the link to {tunnel.host} was "
-            f"interrupted: another program listens there now, or the sshd forbids it. Next step: look on {owner} who "
-            f"that is (ss -ltnp), end it, and start a worker anew, on another port, with scale()"
+            "interrupted: another program listens there now, or the sshd forbids it"
         )
+        hint = f"look on {owner} who that is (ss -ltnp), end it, and start a worker anew with scale()"
         for worker in [*self.workers, *self._prepared]:
             if network_of(worker.place.connection) == tunnel.network and (not ours or port in worker.ports.values()):
-                worker.service.give_up(problem)
+                worker.service.give_up(problem, hint)
 
     # --- leaving -------------------------------------------------------------------------------
     async def forget_gone(self) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 from distributed.comm.tcp import TLSListener
 from tornado.iostream import IOStream
 
-from . import strangers  # type: ignore[attr-defined]  # it is sent along with these modules
+try:
+    from . import strangers  # type: ignore[attr-defined]  # it is sent along with these modules
+except ImportError:
+    from lazycluster.mongo import strangers
 
 _MOST_FILES = 1 << 16  # descriptors; distributed's own programs take half of what the system allows
 # What strangers cause to be logged: failed handshakes, pages that are not there, connections that cannot be accepted.
