@@ -47,6 +47,23 @@ def test_lines_with_their_hosts(hosts: Any) -> None:
     assert lines(err) == ["host1: c", "host3: c"]
 
 
+@pytest.mark.parametrize(
+    ("named", "ran"),
+    [
+        (("-w", "host[1, 3]"), [1, 3]),
+        (("-w", "host[1 - 2]"), [1, 2]),
+        (("-w", "host{3..2}"), [2, 3]),
+        (("-w", "host[!2]"), [1, 3]),
+        (("-w", "@all", "-x", "host[1, 12]"), [2, 3]),
+        (("-w", "@all", "-x", "-"), [2]),
+    ],
+)
+def test_the_hosts_that_are_asked_for_and_no_others(hosts: Any, named: tuple[str, ...], ran: list[int]) -> None:
+    status, out, err = lazycluster(hosts, "run", *named, "--", "echo ran", given="host[1, 3]  # not these\n")
+    assert (status, err) == (0, "")
+    assert lines(out) == [f"host{number}: ran" for number in ran]
+
+
 def test_arguments_arrive_unchanged(hosts: Any) -> None:
     words = ["a b", "*", "$HOME", "'", '"', "", "-x", "\n"]
     status, out, _ = lazycluster(hosts, "run", "-w", "host1", "-N", "--", "printf", "[%s]", *words)
@@ -165,6 +182,12 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
         (("run", "--hostfile", "/dev/null", "--", "ls"), "no hosts are named: what stands for them is empty"),
         (("run", "-w", "x*", "--", "ls"), r"no host of the ssh configuration fits 'x*'; there are: host[1-3]"),
         (("run", "-w", "host[3-1]", "--", "ls"), "empty range"),
+        (("run", "-w", "host[^1]", "--", "ls"), "[^1] makes no sense: [!1] is any one character but these"),
+        (("run", "-w", "@all", "-x", "host[1,x]", "--", "ls"), "words are written in braces: {1,x}"),
+        (("run", "-w", "host[1-3]!host2", "--", "ls"), "those to leave out with -x"),
+        (("run", "-w", "host1,host2;ls", "--", "ls"), "'host2;ls' is not a host"),
+        (("get", "-w", "{a,a}" * 26, "x", "y"), "more than 100000 hosts"),
+        (("doctor", "{" * 2000 + "a" + "}" * 2000), "nested more than"),
         (("run", "-w", "host1", "-x", "host1", "--", "ls"), "no host is left"),
         (("run", "-w", "host1", "--env", "A", "--", "ls"), "'A' is not NAME=VALUE"),
         (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "'-1' is no time in seconds, from 0.1 to"),

@@ -109,7 +109,7 @@ class RuntimeManager(Shown):
         """Make a group of all hosts that can be used, or of some of them.
 
         Args:
-            include_hosts: Only these: names, or patterns such as ``gpu-*``.
+            include_hosts: Only these: names, sets such as ``node[01-12]``, or patterns such as ``gpu-*``, ``gpu[13]``.
             exclude_hosts: All but these.
             gpu_required: Only hosts with a GPU.
             min_memory: Only hosts with so many megabytes of memory.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from lazycluster._hostsets import fits
 from lazycluster._runtime.session import HostSpec
 from lazycluster.utils import expanded
 
@@ -55,8 +55,8 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
 
 
 def host_names(settings: Mapping[str, Any]) -> list[str]:
-    """Return the hosts that settings name, patterns left out."""
-    return [host for host in settings if not set(host) & set("*?[")]
+    """Return the hosts that settings name, sets and patterns left out."""
+    return [host for host in settings if not set(host) & set("*?[{,")]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Common:
 
     Attributes:
         working_dir, connection_kwargs, python, setup, env, shell, environment: See :class:`lazycluster.Runtime`.
-        settings: Per host or pattern such as ``gpu-*``, from :func:`read_settings`; what comes later wins.
+        settings: Per host, set or pattern such as ``gpu-*``, from :func:`read_settings`; what comes later wins.
         ask: Whether a person may be asked.
         progress: Whether it is shown how far things are; None: as `Environment.progress` says.
     """
@@ -91,7 +91,7 @@ class Common:
         own["env"] = dict(self.env or {})
         kwargs = dict(self.connection_kwargs or {})
         for pattern, values in (self.settings or {}).items():
-            if pattern != host and not fnmatch.fnmatchcase(host, pattern):
+            if not fits(host, pattern):
                 continue
             for key, value in values.items():
                 if key == "env":
@@ -108,6 +108,6 @@ class Common:
         """Return what holds for each of some hosts; warns of settings that hold for none."""
         names = list(hosts)
         for pattern in self.settings or {}:
-            if not any(pattern == name or fnmatch.fnmatchcase(name, pattern) for name in names):
+            if not any(fits(name, pattern) for name in names):
                 _logger.warning("settings: no host is named %r", pattern)
         return [self.spec(name) for name in names]

@@ -219,9 +219,9 @@ def targets(
             named += hostsets.from_lines(hostfile.read())
         if not hosts and hostfile is None:
             named = hostsets.expand(default if default is not None else _ask(config))
-        known = _configured(config) if any(_is_pattern(name) for name in named) or exclude_hosts else []
-        left_out = set(hostsets.match([n for v in exclude_hosts for n in hostsets.expand(v)], known))
-        names = [name for name in hostsets.match(named, known) if name not in left_out]
+        excluded = [name for value in exclude_hosts for name in _read(value)]
+        known = _configured(config) if any(map(hostsets.is_pattern, named)) or hostsets.ALL in named or excluded else []
+        names = hostsets.without(hostsets.match(named, known), excluded, known)
     except hostsets.HostSetError as error:
         raise click.UsageError(str(error)) from None
     except UnicodeDecodeError:
@@ -246,10 +246,6 @@ def _read(value: str) -> list[str]:
         except OSError as error:
             raise click.UsageError(f"the hosts cannot be read from {value[1:]}: {error.strerror}") from None
     return hostsets.expand(value)
-
-
-def _is_pattern(name: str) -> bool:
-    return name.startswith("@") or bool(set(name) & set("*?["))
 
 
 def _no_hosts(config: str | None, named: Sequence[str], given: bool) -> str:

@@ -71,7 +71,7 @@ def run(
 
     if not command and script is None:
         raise click.UsageError("no command is given: lazycluster run -w HOSTS -- COMMAND")
-    if use_stdin and (hosts == ("-",) or getattr(hostfile, "name", "") == "<stdin>"):
+    if use_stdin and ("-" in (*hosts, *exclude_hosts) or getattr(hostfile, "name", "") == "<stdin>"):
         raise click.UsageError("standard input cannot hold both the hosts and the command's input")
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
     # The mark by which the live view counts it.
