@@ -216,6 +216,79 @@ def test_standard_streams_may_be_closed(closed: str) -> None:
     assert "2>&-" in closed or "nowhere.invalid: not usable" in ended.stderr
 
 
+@pytest.fixture
+def foreign(hosts: Any, tmp_path: Path) -> list[str]:
+    """Options for a host whose name is not ASCII, and one that cannot be reached."""
+    config = tmp_path / "config"
+    refused = "\nHost h\u00f6st9\n  HostName 127.0.0.1\n  Port 1\n"
+    config.write_text(Path(hosts.config_file).read_text().replace("Host host1", "Host h\u00f6st1 host1") + refused)
+    return ["--config", str(config), "-w", "h\u00f6st1,h\u00f6st9"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict"])
+def test_no_output_is_lost_for_an_encoding(foreign: list[str], encoding: str, tmp_path: Path) -> None:
+    """What a host prints arrives byte by byte; names that the encoding has no bytes for are escaped."""
+    h1, h9 = (name.encode(encoding.partition(":")[0], "backslashreplace") for name in ("h\u00f6st1", "h\u00f6st9"))
+    line = b"--" if encoding in ("ascii", "latin-1") else "\u2500\u2500".encode()
+    (tmp_path / "file\u2500").write_text("")
+
+    def ran(*words: str) -> tuple[int, bytes, bytes]:
+        argv = [sys.executable, "-m", "lazycluster", *words]
+        done = subprocess.run(argv, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    command = r"printf '\342\224\200\377\n'; printf '\374\n' >&2; exit 3"
+    status, out, err = ran("run", "--gather", *foreign, "--", command)
+    assert (status, out) == (255, line + b" " + h1 + b": exit status 3\n\xe2\x94\x80\xff\n\xfc\n")
+    assert err.startswith(h9 + b": not usable")
+    status, out, err = ran("run", *foreign, "--", command)
+    assert (status, out) == (255, h1 + b": \xe2\x94\x80\xff\n")
+    assert h1 + b": \xfc\n" in err
+    assert h9 + b": not usable" in err
+    status, out, err = ran("list-runtimes", *foreign)
+    assert (status, err) == (255, b"")
+    assert h1 in out
+    assert h9 + b": refused" in out
+    status, out, err = ran("put", *foreign, str(tmp_path / "file\u2500"), str(tmp_path / "no"), "x/")
+    assert (status, out) == (2, b"")
+    status, out, err = ran("get", *foreign, "file\u2500", str(tmp_path))
+    assert (status, out) == (255, b"")
+    assert h1 + b": No such file" in err
+    status, out, _ = ran("doctor", *foreign[:2], "h\u00f6st9")
+    assert (status, out.startswith(h9 + b"\n")) == (1, True)
+    status, _, err = ran("run", "-w", "h\u00f6st[\u2500]", "--", "ls")
+    assert (status, err.startswith(b"error: ")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "out", "err"),
+    [
+        # that it cannot say what is wrong must not cost what it has
+        ("run -w host1,nowhere.invalid -- 'echo a; echo b >&2' 2>/dev/full", 255, "host1: a\n", ""),
+        ("run --gather -w host1 -- 'echo a; exit 3' 2>/dev/full", 3, "\u2500\u2500 host1: exit status 3\na\n", ""),
+        ("run -w 'host[' -- ls 2>/dev/full", 2, "", ""),
+        ("run --json -w host1 -- true >/dev/full", 1, "", "error: [Errno 28] No space left on device\n"),
+        ("run --gather -w host1 -- echo a >/dev/full", 1, "", "error: [Errno 28] No space left on device\n"),
+        ("run --json -w host1 -- true | true", 141, "", ""),
+        ("doctor --json host1 | true", 141, "", ""),
+        ("run -w host1 -- 'echo b >&2' 2>&1 >/dev/null | true", 141, "", ""),
+        # another program has made the pipe non-blocking, and reads when it likes
+        ("run -w host1 -N -- 'yes | head -c 3000000' | slow", 0, "3000000\n", ""),
+    ],
+)
+def test_standard_streams_may_be_broken(hosts: Any, command: str, status: int, out: str, err: str) -> None:
+    name, _, rest = command.partition(" ")
+    slow = "import os, sys, time; time.sleep(1); print(sum(len(part) for part in iter(lambda: os.read(0, 9999), b'')))"
+    nonblocking = "import os, sys; os.set_blocking(1, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    python = shlex.quote(sys.executable)
+    script = (
+        f"slow() {{ {python} -c {shlex.quote(slow)}; }}; {python} -c {shlex.quote(nonblocking)} -m lazycluster {name} "
+        f"--config {shlex.quote(str(hosts.config_file))} {rest}; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", script], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
 def test_hosts_from_a_standard_input_that_is_closed() -> None:
     line = f"{shlex.quote(sys.executable)} -m lazycluster run -w - -- true <&-"
     ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)

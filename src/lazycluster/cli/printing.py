@@ -170,6 +170,11 @@ def _say(outcome: Outcome) -> None:
             out.print(line, markup=False, soft_wrap=True, style="cyan" if "Next step:" in line else None)
 
 
+def _encoded(text: str, stream: Any) -> bytes:
+    """Return the bytes of a text that stand before those of a host: as the stream itself would write it."""
+    return text.encode(stream.encoding, "backslashreplace")
+
+
 class _Lines(Printer):
     """Each line as it comes, with its host."""
 
@@ -207,7 +212,7 @@ class _Lines(Printer):
                 with console.capture() as styled:
                     console.print(host.rjust(self._width), style=host_style(host), end=": ", markup=False)
                 text = styled.get()
-            self._labels[host, name] = text.encode("utf-8", "surrogateescape")
+            self._labels[host, name] = _encoded(text, getattr(sys, name))
         return self._labels[host, name]
 
     def done(self, outcome: Outcome) -> None:
@@ -215,8 +220,8 @@ class _Lines(Printer):
             if rest := self._partial.pop((outcome.host, name), b""):
                 self.put(getattr(sys, name), self._label_of(outcome.host, name) + rest + b"\n")
         if told := _told(outcome):
-            label = self._label_of(outcome.host, "stderr") or f"{outcome.host}: ".encode()
-            lines = printable(told).encode("utf-8", "surrogateescape").split(b"\n")
+            label = self._label_of(outcome.host, "stderr") or _encoded(f"{outcome.host}: ", sys.stderr)
+            lines = _encoded(printable(told), sys.stderr).split(b"\n")
             self.put(sys.stderr, b"".join(label + line + b"\n" for line in lines))
 
 
@@ -266,7 +271,8 @@ class _Gathered(_Kept):
                 + (f" ({len(hosts)} hosts)" if len(hosts) > 1 else "")
                 + (f": {one_line(told)}" if told else "")
             )
-            console.print(f"── {names}", style="bold", markup=False, soft_wrap=True)
+            line = "--" if console.options.ascii_only else "──"
+            console.print(f"{line} {names}", style="bold", markup=False, soft_wrap=True)
             sys.stdout.flush()
             sys.stdout.buffer.write(text if text.endswith(b"\n") or not text else text + b"\n")
             sys.stdout.buffer.flush()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _lifetime, _loop, _progress
+from lazycluster._live import write
 from lazycluster._views.log import settled
 from lazycluster._views.view import headline
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
@@ -257,8 +258,8 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
         self._group.print_log()
         for launcher in (self._master_launcher, self._worker_launcher):
             for service in getattr(launcher, "services", []):
-                print(headline(f"{service.label} on {service.place.host} ({service.log_file})"))  # noqa: T201
-                print(settled(service.last_output(1 << 20)))  # noqa: T201
+                head = headline(f"{service.label} on {service.place.host} ({service.log_file})")
+                write(f"{head}\n{settled(service.last_output(1 << 20))}\n")
 
     def cleanup(self) -> None:
         """End the workers, the master and the tunnels. Doing it again does nothing.
