@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lazycluster import _loop
-from lazycluster.exceptions import InvalidRuntimeError
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 from lazycluster.ssh.openssh import SshConnection
 from sshhosts import PASSWORD
 
@@ -176,3 +176,99 @@ def test_on_the_way(make_hosts):
     assert error.reason == "unreachable"
     assert "AllowTcpForwarding" in str(error)
     assert "jump host" in str(error)
+
+
+# What sshd prints before the login, and a start-up file of the shell after it: as much like ssh's own words as can be.
+BANNER = """\
+Idle sessions are timed out after 15 minutes. Accounts with a leaked host key will be revoked.
+ssh: Could not resolve hostname github.com: Temporary failure in name resolution
+Authenticated to nobody (via proxy).
+lazy@nowhere: Permission denied (publickey).
+Host key verification failed.
+command-line: line 1: see the manual
+bash: line 1: exec: python3: not found
+kex_exchange_identification: Connection closed by remote host
+Connection closed by UNKNOWN port 65535
+"""
+STARTUP = f"""\
+cat >&2 <<'END'
+{BANNER}Traceback (most recent call last):
+ImportError: No module named banners
+END
+case "$(cat ~/mode)" in
+  exit) echo 'no time today' >&2; exit 3;;
+  fail) exit 255;;
+  kill) kill -9 $$;;
+  hang) read -r answer;;
+esac
+"""
+
+
+def looks_like_the_banner(text):
+    return [line for line in BANNER.splitlines() if line in text]
+
+
+@pytest.fixture
+def talkative(make_hosts):
+    return make_hosts(
+        1, sshd={"Banner": "/home/lazy/banner"}, files={"banner": BANNER, ".bashrc": STARTUP, "mode": "work\n"}
+    )
+
+
+def test_a_banner_and_start_up_files_are_no_reason(talkative, key, tmp_path):
+    hosts, mode = talkative, talkative[0].path("~/mode")
+    opens("host1", config_file=hosts.config_file)
+    errors = {
+        "key": failure("host1", config_file=changed(hosts, tmp_path), key_filename=key, passphrase="sesame"),
+        "unknown": failure(
+            "host1", config_file=changed(hosts, tmp_path, UserKnownHostsFile="/dev/null"), host_keys="strict"
+        ),
+    }
+    for name, given in (("exit", {}), ("fail", {}), ("kill", {}), ("hang", {"timeout": 1})):
+        mode.write_text(name)
+        errors[name] = failure("host1", config_file=hosts.config_file, **given)
+    mode.write_text("work")
+    connection = SshConnection("host1", {"config_file": hosts.config_file}, python="/no/such/python3")
+    with pytest.raises(InvalidRuntimeError) as caught:
+        _loop.run(connection.open(), 60)
+    errors["python"] = caught.value
+    reasons = {"key": "auth", "unknown": "host_key", "python": "python"}
+    assert {name: error.reason for name, error in errors.items()} == {
+        name: reasons.get(name, "shell") for name in errors
+    }
+    assert "no time today" in str(errors["exit"])
+    assert "exit status 255" in str(errors["fail"])
+    for name in ("key", "unknown", "python", "hang"):
+        assert not looks_like_the_banner(str(errors[name])), name
+
+
+def test_a_banner_is_no_reason_for_a_lost_link(talkative):
+    hosts = talkative
+
+    async def lose():
+        connection = SshConnection("host1", {"config_file": hosts.config_file, "grace": 0})
+        await connection.open()
+        try:
+            waiting = connection.request("run", argv=["sleep", "60"])
+            for session in hosts[0].sessions():
+                hosts[0].run(["kill", "-9", str(session.inner_pid)], check=False)
+            await waiting
+        finally:
+            await connection.close()
+
+    with pytest.raises(ConnectionLostError) as caught:
+        _loop.run(lose(), 60)
+    assert not looks_like_the_banner(str(caught.value))
+    assert "closed by remote host" in str(caught.value)
+
+
+def test_the_banner_of_a_jump_host_is_no_reason(make_hosts, key, tmp_path):
+    hosts = make_hosts(1, bastion=True, bastion_sshd={"Banner": "/home/lazy/banner"}, files={"banner": BANNER})
+    opens("host1", config_file=hosts.config_file)
+    error = failure("host1", config_file=changed(hosts, tmp_path), key_filename=key, passphrase="sesame")
+    assert (error.reason, "at the jump host" in str(error)) == ("auth", True)
+    assert "nowhere" not in str(error)
+    config = Path(hosts.config_file).read_text()
+    (tmp_path / "refused").write_text(config.replace("HostName 198.19.", "Port 1\n    HostName 198.19."))
+    error = failure("host1", config_file=str(tmp_path / "refused"))
+    assert (error.reason, "the jump host (" in str(error) or "the jump host cannot" in str(error)) == ("refused", True)

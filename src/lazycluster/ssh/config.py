@@ -313,6 +313,7 @@ def ssh_argv(
     version: tuple[int, int],
     *,
     ask: bool = False,
+    log: str | None = None,
 ) -> list[str]:
     """Return the command line of the one ssh process of a host, a multiplexing master.
 
@@ -322,6 +323,8 @@ def ssh_argv(
         remote_command: What the host's login shell is to run.
         version: The client's version, see :func:`ssh_version`.
         ask: Whether a person answers its questions, and may mistype.
+        log: A file that takes ssh's own words, also that it has logged in. Standard error has those of others then: the
+            banner of the host's sshd, what a ProxyCommand or jump host's ssh says, and the host's login shell.
 
     Returns:
         The command line. It holds no secret.
@@ -335,6 +338,8 @@ def ssh_argv(
     if settings.config_file:
         argv += ["-F", settings.config_file]
     argv += ["-M", "-S", control_path.replace("%", "%%"), "-T"]
+    if log is not None:
+        argv += ["-E", log, "-o", "LogLevel=VERBOSE"]
     # ssh takes the first value that it sees for an option: ours stand before the user's.
     for option in _options(settings, version, ask):
         argv += ["-o", option]

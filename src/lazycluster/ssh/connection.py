@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
 
 from .channel import Bytes, Channel, Event
+from .errors import last_words
 from .hello import Hello
 from .link import AgentLink
 from .mark import Mark, StartError, read_mark
@@ -402,10 +403,7 @@ class Connection(abc.ABC):
         """End the process, which usually has ended, and return what it says about that."""
         assert self._process is not None
         await self._process.end()
-        lines = dict.fromkeys(line.strip() for line in self._process.errors.splitlines())
-        # That nobody listens where a forwarded port leads is no reason to end.
-        reasons = [line for line in lines if line and not line.startswith("connect_to ")]
-        return "; ".join(reasons[-3:]) or "the agent on the host has ended"
+        return last_words(self._process.errors) or "the agent on the host has ended"
 
     async def _lost(self, why: str) -> None:
         """Tell everyone who waits that nothing more will come, and why."""

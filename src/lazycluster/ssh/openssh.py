@@ -22,6 +22,7 @@ from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, NoA
 
 from . import workspace
 from .config import Settings, ssh_argv, ssh_version
+from .diagnosis import circumstances
 from .errors import classify, is_retryable
 from .handshakes import limiter
 from .link import AgentLink
@@ -40,7 +41,7 @@ _LOOK_EVERY = 0.1
 _PORTS_LIMIT = 5.0  # seconds within which ports can be had again that the link had before it dropped
 _PORTS_DELAY = 0.2
 
-_MORE_FILES = "allow this process more open files (ulimit -n): each host takes six"
+_MORE_FILES = "allow this process more open files (ulimit -n): each host takes seven"
 _numbers = itertools.count(1)
 logger = logging.getLogger("lazycluster")
 
@@ -113,13 +114,14 @@ class SshConnection(ReturningConnection):
         marker = new_marker()
         version = ssh_version() if ssh_version.cache_info().currsize else await _loop.in_thread(ssh_version)
         settings = replace(self.settings, timeout=timeout)
-        argv = ssh_argv(settings, control, self._command(marker), version, ask=self._ask)
+        log = f"{control}.log"
+        argv = ssh_argv(settings, control, self._command(marker), version, ask=self._ask, log=log)
         space.prompter.register(self._name, settings, self._ask)
         deadline = timeout + min(2 * timeout, _START_MARGIN)
         process: WatchedProcess | None = None
         try:
             async with limiter(settings):
-                self._process = process = WatchedProcess(argv, space.prompter.env(self._name))
+                self._process = process = WatchedProcess(argv, space.prompter.env(self._name), log)
                 space.watch(process.pid)
                 space.prompter.started(self._name, process.pid)
                 bringing_up = asyncio.ensure_future(self._bring_up(process, marker))
@@ -127,7 +129,6 @@ class SshConnection(ReturningConnection):
                     await _logged_in(control, bringing_up)
                 await asyncio.wait_for(bringing_up, deadline)
         except BaseException as error:
-            logged_in = Path(control).exists()  # ssh makes it as soon as it has logged in, and removes it at its end
             if process is not None:
                 try:
                     if self.state == "connecting":  # the agent may be there already, and would wait for our return
@@ -135,8 +136,10 @@ class SshConnection(ReturningConnection):
                 finally:
                     process.signal(signal.SIGTERM)
                     await process.end()
-            failure = self._failure(error, process, logged_in)
-            self._forget_attempt()
+            try:
+                failure = await self._failure(error, process)
+            finally:
+                self._forget_attempt()
             if failure is not None:
                 raise failure from None
             raise
@@ -152,14 +155,14 @@ class SshConnection(ReturningConnection):
             if self._process is not None:
                 self._space.unwatch(self._process.pid)
             self._space.prompter.forget(self._name)
-            with contextlib.suppress(OSError):
-                Path(self._space.directory, self._name).unlink()
+            for name in (self._name, f"{self._name}.log"):
+                with contextlib.suppress(OSError):
+                    Path(self._space.directory, name).unlink()
 
-    def _failure(
-        self, error: BaseException, process: WatchedProcess | None, logged_in: bool
-    ) -> InvalidRuntimeError | None:
+    async def _failure(self, error: BaseException, process: WatchedProcess | None) -> InvalidRuntimeError | None:
+        if process is None:
+            return None
         assert self._space is not None
-        said = process.errors if process is not None else ""
         asked = self._space.prompter.asked(self._name)
         answered = self._space.prompter.answered(self._name)
         if isinstance(error, StartError):
@@ -168,16 +171,19 @@ class SshConnection(ReturningConnection):
             phase, output, status = "timeout", shown(self._noise), None
         else:
             return None
+        way = ssh_argv(self.settings, os.path.join(self._space.directory, "none"), "true", ssh_version())
         return classify(
             self.settings,
-            said,
+            process.errors,
             status,
             asked=asked,
             answered=answered,
             output=output,
             phase=phase,
-            logged_in=logged_in,
+            logged_in=process.is_logged_in,
             python=self._python,
+            heard=process.heard,
+            known=await circumstances(way, process.errors),
         )
 
     async def bulk(self) -> socket.socket:
