@@ -244,3 +244,18 @@ def test_last_words():
     assert last_words(said) == ""
     end = "Timeout, server h not responding.\r\nTransferred: sent 1, received 2 bytes, in 1.0 seconds\r\n"
     assert last_words(said + end) == "Timeout, server h not responding."
+
+
+def test_certificates_of_hosts():
+    error = told("Certificate invalid: expired\r\nHost key verification failed.\r\n", asked=[QUESTION])
+    assert error.reason == "host_key"
+    assert "the certificate of the host [h]:22022 is not valid: expired" in str(error)
+    assert "accept-new" not in str(error)
+    ca = Circumstances(authority="/home/me/known_hosts")
+    for asked in ([QUESTION], []):
+        error = told("Host key verification failed.\r\n", asked=asked, known=ca)
+        assert error.reason == "host_key"
+        assert "no certificate of an authority that /home/me/known_hosts names for it" in str(error)
+        assert "accept-new" not in str(error)
+    error = told(DENIED, known=Circumstances(certificates=("the certificate /k-cert.pub has expired (2021)",)))
+    assert (error.reason, "/k-cert.pub has expired (2021)" in str(error)) == ("auth", True)

@@ -208,7 +208,10 @@ def _host_key(case: _Case) -> InvalidRuntimeError | None:
         return _changed_key(case, changed[1])
     if case.find(r"REVOKED HOST KEY|host key .*revoked"):
         hint = "do not connect; ask whoever runs the host for its new key"
-        return case.error("host_key", f"{case.where}the host's key is marked as revoked:\n{case.evidence}", hint)
+        what = "certificate, or the authority that signed it," if case.find(r"-CERT host key") else "key"
+        return case.error("host_key", f"{case.where}the host's {what} is marked as revoked:\n{case.evidence}", hint)
+    if found := case.find(r"^Certificate (?:invalid: |for .*?(?=contains)|(?=lacks))(?P<why>.*)$"):
+        return _bad_certificate(case, found["why"])
     if not (question or case.find(r"Host key verification failed|host key is known for")):
         return None
     name = re.search(r"host '(.*?)(?: \(.*?\))?' can't", question) or case.find(r"key is known for (\S+) and")
@@ -216,6 +219,13 @@ def _host_key(case: _Case) -> InvalidRuntimeError | None:
     detail = f"{case.where}the host key of {name[1] if name else case.settings.target} is unknown"
     if key:
         detail += f" ({key[1]}, {key[2]})"
+    if case.known.authority:
+        detail += f", and it shows no certificate of an authority that {case.known.authority} names for it"
+        hint = (
+            "do not take the key on trust: have the host's administrator get its key signed (HostCertificate in its "
+            "sshd_config), or correct the @cert-authority line"
+        )
+        return case.error("host_key", detail, hint)
     hint = (
         f"run '{case.plain_ssh}' once, compare the fingerprint with what the host's administrator says, and "
         'accept it; or take new hosts on trust: connection_kwargs={"host_keys": "accept-new"}'
@@ -225,6 +235,24 @@ def _host_key(case: _Case) -> InvalidRuntimeError | None:
 
 def _host_question(case: _Case) -> str:
     return next((text for text in case.asked if text.startswith("The authenticity of host ")), "")
+
+
+def _bad_certificate(case: _Case, why: str) -> InvalidRuntimeError:
+    name = _host_question(case) or case.settings.target
+    found = re.search(r"host '(.*?)(?: \(.*?\))?' can't", name)
+    detail = f"{case.where}the certificate of the host {found[1] if found else name} is not valid: {why}"
+    again = (
+        "the host's administrator has to have its key signed again: ssh-keygen -s CA_KEY -I ID -h -n NAME HOST_KEY.pub"
+    )
+    hints = {
+        "expired": again,
+        "not yet valid": f"check this machine's clock; if it is right, {again}",
+        "name is not a listed principal": (
+            "connect by a name that the certificate is for (HostName or HostKeyAlias in your ssh configuration); or "
+            f"{again}"
+        ),
+    }
+    return case.error("host_key", detail, f"do not take its key on trust; {hints.get(why, again)}")
 
 
 def _changed_key(case: _Case, name: str) -> InvalidRuntimeError:
@@ -290,6 +318,7 @@ def _auth(case: _Case) -> InvalidRuntimeError | None:
         parts.append(problem[0].strip())
     if case.find(r"signing failed|agent refused"):
         parts.append("the ssh agent did not sign with a key that the host would take")
+    parts += case.known.certificates
     if case.asked:
         questions = dict.fromkeys(" ".join(text.split()) for text in case.asked)
         parts.append("ssh would have asked: " + " / ".join(questions))
@@ -314,6 +343,8 @@ def _auth_cause(case: _Case) -> str:
 
 def _auth_hint(case: _Case) -> str:
     settings = case.settings
+    if case.known.certificates:
+        return "have your key signed again, for this account: ssh-keygen -s CA_KEY -I ID -n USER KEY.pub"
     if case.find("Too many authentication failures"):
         return "name the right key as key_filename in connection_kwargs"
     if _mentions(case.answered, "password"):

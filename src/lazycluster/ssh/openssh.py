@@ -183,7 +183,7 @@ class SshConnection(ReturningConnection):
             logged_in=process.is_logged_in,
             python=self._python,
             heard=process.heard,
-            known=await circumstances(way, process.errors),
+            known=await circumstances(way, process.errors, asked),
         )
 
     async def bulk(self) -> socket.socket:
