@@ -177,6 +177,7 @@ def test_words_like_those_of_ssh_are_no_reason(banner):
         told(banner + NO_PYTHON, 127, logged_in=True),
         told(banner + NO_PYTHON, 127),
         told("", 127, heard=banner + NO_PYTHON, logged_in=True),
+        told("", 127, heard=banner + NO_PYTHON),
     ):
         assert error.reason == "python"
         assert str(error).partition("\n")[0].endswith(f"does not run on the host: {NO_PYTHON.strip()}")

@@ -149,6 +149,7 @@ def classify(
         said = f"{heard}\n{said}"
     if heard is not None and not said and status == _SSH_FAILED and phase == "ended" and not logged_in:
         said = heard  # an error in its command line, which it reads before it knows of its log
+    logged_in = logged_in or bool(output) or (status is not None and status >= 0 and status != _SSH_FAILED)
     shell_said = said if heard is None else heard if logged_in else ""
     case = _Case(
         settings, said, status, asked, answered, output, phase, logged_in, python, shell_said=shell_said, known=known
@@ -172,7 +173,7 @@ def _useful(text: str) -> list[str]:
 
 def _rules(case: _Case) -> Sequence[_Rule]:
     """Return what may be the reason, most likely first."""
-    if case.logged_in or case.output or (case.status is not None and case.status >= 0 and case.status != _SSH_FAILED):
+    if case.logged_in:
         return _AFTER_LOGIN
     lines = _useful(case.said)
     while case.by_proxy and lines and _PROXY_CLOSED.fullmatch(lines[-1]):

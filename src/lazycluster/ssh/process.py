@@ -152,8 +152,9 @@ class WatchedProcess:
         self._log_text += data
         if not self.is_logged_in and _LOGGED_IN.search(self._log_text):
             self.is_logged_in = True
-            self._read_errors()  # the banner, which came before
-            self._errors.clear()
+            if b"Transferred: " not in self._log_text:  # else it is over already, and this holds all that came
+                self._read_errors()  # the banner, which came before
+                self._errors.clear()
         del self._log_text[:-_TAIL]
 
     def _close_log(self) -> None:
