@@ -203,6 +203,7 @@ def test_what_a_jump_host_says():
         (banner + "channel 0: open failed: connect failed: No route to host\nstdio forwarding failed\n",
          "unreachable", "the jump host cannot connect"),
         (banner, "dropped", "MaxStartups"),
+        (banner + "bash: line 1: motd: not found\n", "dropped", "MaxStartups"),
         ("", "dropped", "MaxStartups"),
     ):  # fmt: skip
         error = told(PROXY_ENDED, heard=heard, known=known)

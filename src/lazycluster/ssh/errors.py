@@ -178,9 +178,11 @@ def _rules(case: _Case) -> Sequence[_Rule]:
     lines = _useful(case.said)
     while case.by_proxy and lines and _PROXY_CLOSED.fullmatch(lines[-1]):
         del lines[-1]
-    for pattern, rule in _SAID_LAST:
-        if case.phase == "ended" and lines and pattern.fullmatch(lines[-1]):  # else they are not its last ones
-            return (rule,)
+    if case.phase == "ended" and lines:  # else they are not its last ones
+        for pattern, rule in _SAID_LAST:
+            # What is wrong in the configuration of a jump host's ssh is so in our own ssh's first.
+            if pattern.fullmatch(lines[-1]) and not (case.by_proxy and rule is _config):
+                return (rule,)
     if case.asked:
         return (_host_key if _host_question(case) else _auth, _dropped)
     return (_dropped, *_AFTER_LOGIN) if case.phase == "ended" else ()
