@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lazycluster._hostsets import fits
 from lazycluster.cli.hostsets import HostSetError, expand, fold, from_lines, match, without
+from lazycluster.ssh.destination import parse_destination
 
 
 @pytest.mark.parametrize(
@@ -216,3 +217,10 @@ def test_fold_keeps_zeros(names: list[str]) -> None:
 @pytest.mark.parametrize("name", ["n" + "9" * 5000, "n" + "0" * 40 + "1", "n\u0661", "n" + "1" * 18 + "2"])
 def test_fold_leaves_strange_names_as_they_are(name: str) -> None:
     assert fold([name]) == name
+
+
+@pytest.mark.parametrize("name", ["n[1-2]", "me@n[1-2]:22", "n[1", "n^1"])
+def test_a_set_is_no_name(name: str) -> None:
+    """Where one host is named, as in `Runtime`, ssh would look for a host of that name."""
+    with pytest.raises(ValueError, match="is not a host"):
+        parse_destination(name)
