@@ -100,6 +100,8 @@ class _Parser:
         names: list[str] = []
         self._skip()
         while self._at < len(self._text):
+            if self._text[self._at] == "-":
+                raise self._error("a host's name begins with '-', which ssh would take for an option")
             names += filter(None, self._name(0))
             self._limit(len(names))
             end = self._at

@@ -84,6 +84,7 @@ def test_expand(text: str, names: list[str]) -> None:
         *((text, "commas between") for text in ("a b", "n [1-2]", "n[1-2] m", "a\tb", "a\nb")),
         *((text, "-x") for text in ("a&b", "a!b", "a^b", "n[1-3]!n2", "&a", "a!")),
         ("a,^hosts.txt", "^FILE"),
+        *((text, "begins with '-'") for text in ("-a", "a,-oProxyCommand=touch x", "-[1-2]")),
     ],
 )
 def test_neither_a_set_nor_a_pattern(text: str, hint: str) -> None:
