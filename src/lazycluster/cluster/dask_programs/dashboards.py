@@ -11,7 +11,7 @@ from tornado import web
 
 from .doors import Door
 
-_MISSING = "This dashboard needs bokeh, which cannot be imported here ({}). Next step: pip install 'bokeh>=3.1'"
+_MISSING = "This dashboard needs bokeh, which cannot be imported here ({}). Next step: pip install 'bokeh>=3.8.2'"
 
 
 class _Attach(web.RequestHandler):
