@@ -212,9 +212,15 @@ class Runtime(Belongings, Shown):
         if detach:
             detached.check_options(task, retries)
             return _loop.run(self.detach_soon(task, detached.checked(task)))
-        started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug, retries=tries)
-        if not execute_async:
-            started._finish_sync()
+        started = task if getattr(task, "status", "") == "pending" else None
+        try:
+            started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug, retries=tries)
+            if not execute_async:
+                started._finish_sync()
+        except KeyboardInterrupt:  # maybe before the wait, which ends what it waits for, has begun
+            if not execute_async and started is not None:
+                started._end_sync()
+            raise
         return started
 
     def detached_tasks(self) -> list[DetachedTask]:

@@ -260,7 +260,8 @@ def test_a_banner_is_no_reason_for_a_lost_link(talkative):
         _loop.run(lose(), 60)
     assert not looks_like_the_banner(str(caught.value))
     assert "ImportError" not in str(caught.value)
-    assert "closed by remote host" in str(caught.value)
+    # Which of ssh's own words come first depends on whether it was just about to write.
+    assert re.search(r"closed by remote host|Broken pipe|reset by peer", str(caught.value))
 
 
 def test_the_banner_of_a_jump_host_is_no_reason(make_hosts, key, tmp_path):
