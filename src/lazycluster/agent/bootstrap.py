@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any, Dict, List, Optional
 
 PACKAGE = "lazycluster_agent"
+TOLD_FD = 8  # by which the login shell tells what it has read; zsh takes no number of two digits
 _NOBODY = 65534  # whom the system names where it knows no user of that number
 
 
@@ -114,6 +115,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     Over ssh they become daemons, and this process stays as long as the agent does: sshd watches it. As a plain
     subprocess of the manager (`local`), this process is the guardian itself.
     """
+    told = -1 if local else _told()
     sys.meta_path.insert(0, _Finder(sources, codes))
     guardian = import_module(PACKAGE + ".guardian")
     import_module(PACKAGE + ".processes").forbid_cores()
@@ -127,6 +129,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     if not local:
         if _fork(directory):
             listener.close()
+            _close(told)
             _stay(hand_over(path, [0, 1], b"session"))
         os.setsid()
         _forget_streams()
@@ -138,7 +141,8 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
         os.close(held)
         if local:
             _forget_streams()
-        _serve(directory, listener, me, watched, local)
+        _serve(directory, listener, me, watched, local, told)
+    _close(told)
     os.close(watched)
     listener.close()
     if local:
@@ -159,18 +163,44 @@ def _fork(directory: str) -> int:
         raise
 
 
-def _serve(directory: str, listener: socket.socket, guardian: int, alive: int, local: bool) -> None:
+def _serve(directory: str, listener: socket.socket, guardian: int, alive: int, local: bool, told: int) -> None:
     status = 1
     try:
         server = import_module(PACKAGE + ".server")
-        status = 0 if server.Agent(directory, listener, guardian, alive, local).run() else 3
+        agent = server.Agent(directory, listener, guardian, alive, local)
+        agent.listen_to_shell(told)
+        status = 0 if agent.run() else 3
     finally:
         os._exit(status)
+
+
+def _told() -> int:
+    """Return the descriptor by which the login shell tells what its start-up files have set, -1 if it does not."""
+    try:
+        if not stat.S_ISFIFO(os.fstat(TOLD_FD).st_mode):
+            return -1
+        os.set_inheritable(TOLD_FD, False)
+    except OSError:
+        return -1
+    return TOLD_FD
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
 
 
 def _stay(connection: socket.socket) -> None:
     for fd in (0, 1):
         os.close(fd)
+    import signal
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the part of the login shell that tells of it is a child of this process
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
     while connection.recv(4096):
         pass
     os._exit(0)

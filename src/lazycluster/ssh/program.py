@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from types import CodeType
 
-from lazycluster.agent import bootstrap
+from lazycluster.agent import bootstrap, shellstate
 
 OLDEST_PYTHON = (3, 8)
 # What each start of an agent imports.
@@ -60,17 +60,22 @@ def stub(marker: str) -> str:
 
 def remote_command(python: str, marker: str) -> str:
     """Return the line for the login shell; it works in bash, dash, zsh, fish and tcsh."""
-    return f"exec {_quoted(python)} -ISc '{stub(marker)}'"
+    return f"{_told()}exec {_quoted(python)} -ISc '{stub(marker)}'"
 
 
 def rejoin_command(python: str, marker: str, socket_path: str) -> str:
     """Return the line that finds the agent again which listens on `socket_path`, or else starts a new one."""
-    return f"exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, path=_literal(socket_path))}'"
+    return f"{_told()}exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, path=_literal(socket_path))}'"
 
 
 def bulk_command(python: str, marker: str, socket_path: str) -> str:
     """Return the line by which a further session says that its shell has done, and gives the agent its streams."""
     return f"exec {_quoted(python)} -ISc '{_BULK.format(marker=marker, path=_literal(socket_path))}'"
+
+
+def _told() -> str:
+    """Return what has the login shell tell the agent what its start-up files have set beside the environment."""
+    return shellstate.telling_at_login("state" + secrets.token_hex(8), bootstrap.TOLD_FD)
 
 
 def _literal(path: str) -> str:
