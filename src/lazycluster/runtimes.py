@@ -65,6 +65,8 @@ class Runtime(Belongings, Shown):
             first needed, or by :meth:`prepare`: ``"manager"`` for what is installed here, a list of requirements, a
             ``requirements.txt``, ``pyproject.toml``, ``uv.lock`` or ``pylock.toml`` of this machine, the path of an
             environment on the host, or an :class:`~lazycluster.EnvironmentSpec`.
+        startup_files: When the start-up files of the shell (``.bashrc``, ``.zshenv``) are read: ``"once"`` per
+            connection, and what they set holds for all commands; or ``"always"``, as the shell itself does it.
 
     Attributes:
         WORKING_DIR_ENV_VAR_NAME: The environment variable that tells tasks the working directory.
@@ -96,10 +98,10 @@ class Runtime(Belongings, Shown):
         env: Mapping[str, Any] | None = None,
         shell: str | None = None,
         environment: Any = None,
+        startup_files: str = "once",
     ) -> None:
-        spec = HostSpec(
-            host, working_dir, connection_kwargs, python, setup, env or {}, shell, False, may_ask(), environment
-        )
+        own = (host, working_dir, connection_kwargs, python, setup, env or {}, shell)
+        spec = HostSpec(*own, ask=may_ask(), environment=environment, startup_files=startup_files)
         # A person who is asked something must see the question.
         with _progress.shown(False if spec.ask else None):
             self._begin(_loop.run(connected(spec)))
@@ -454,6 +456,7 @@ class LocalRuntime(Runtime):
         shell: See :class:`Runtime`.
         host: The name that it goes by.
         environment: See :class:`Runtime`.
+        startup_files: See :class:`Runtime`.
 
     Examples:
         >>> with LocalRuntime() as runtime:        # doctest: +SKIP
@@ -471,7 +474,9 @@ class LocalRuntime(Runtime):
         shell: str | None = None,
         host: str = "localhost",
         environment: Any = None,
+        startup_files: str = "once",
     ) -> None:
         own = sys.executable if python is None and setup is None else python
-        spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, True, environment=environment)
+        more = {"environment": environment, "startup_files": startup_files}
+        spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, True, **more)
         self._begin(_loop.run(connected(spec)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from lazycluster import Runtime, RuntimeTask
+from lazycluster.exceptions import TaskExecutionError
 from sshhosts import Hosts
 
 # Functions as conda and nvm define them: not exported, some short and some long, one with a pattern of extglob.
@@ -118,3 +119,137 @@ def test_files_are_read_once_and_what_they_print_is_in_no_log(bash: Runtime, bas
 def test_what_files_set_holds(bash: Runtime, command: str, expected: str) -> None:
     said = output(bash, f"{command} || true")
     assert said.strip() == expected.replace("WORKING_DIR", bash.working_dir)
+
+
+def test_files_are_read_for_each_command_if_asked_for(bash_hosts: Hosts) -> None:
+    forget(bash_hosts)
+    with runtime(bash_hosts, startup_files="always") as where:
+        before = reads(bash_hosts)
+        assert output(where, "echo 1") == "noise on stdout\nnoise on stderr\n1\ntrapped\n"
+        output(where, "echo 2")
+        assert reads(bash_hosts) == before + 2
+    with pytest.raises(ValueError, match="startup_files must be 'once' or 'always', not 'never'"):
+        runtime(bash_hosts, startup_files="never")
+
+
+def test_variables_of_the_command_win(bash: Runtime, bash_hosts: Hosts) -> None:
+    forget(bash_hosts)
+    with runtime(bash_hosts, env={"EXPORTED": "mine", "UNEXPORTED": "mine", "BASH_ENV": "/dev/null/x"}) as where:
+        assert output(where, "echo $EXPORTED $UNEXPORTED $BASH_ENV; env | grep BASH_ENV; conda activate a") == (
+            "mine mine /dev/null/x\nBASH_ENV=/dev/null/x\n"
+        )
+    assert reads(bash_hosts) == 1
+
+
+def test_setup_has_the_functions_and_leaves_its_environment(bash_hosts: Hosts) -> None:
+    forget(bash_hosts)
+    with runtime(bash_hosts, setup="conda activate ml") as where:
+        assert output(where, "echo $CONDA_DEFAULT_ENV ${PATH%%:*}; conda activate b; echo ${PATH%%:*}") == (
+            "ml /home/lazy/envs/ml/bin\n/home/lazy/envs/b/bin\n"
+        )
+        assert where.call(_environment, "CONDA_DEFAULT_ENV", "EXPORTED") == ["ml", "from the file"]
+    assert reads(bash_hosts) == 1
+
+
+def _environment(*names: str) -> list[str | None]:
+    import os
+
+    return [os.environ.get(name) for name in names]
+
+
+def test_detached_task_reads_once_for_its_own_session(bash: Runtime, bash_hosts: Hosts) -> None:
+    before = reads(bash_hosts)
+    task = RuntimeTask("t").run_command("conda activate d; echo $CONDA_DEFAULT_ENV").run_command("echo second")
+    handle = bash.execute_task(task, detach=True)
+    handle.join()  # type: ignore[union-attr]
+    assert handle.log() == "d\nsecond\n"  # type: ignore[union-attr]
+    assert reads(bash_hosts) == before + 1
+    handle.remove()  # type: ignore[union-attr]
+
+
+def test_input_and_end_of_a_command_that_waits_for_the_files(make_hosts: Callable[..., Hosts]) -> None:
+    # Not the login shell: bash is started once to tell, and waits at a pipe meanwhile.
+    # What its files start in the background holds its streams open, and ends with the connection.
+    rc = "sleep 1000 & echo run >> ~/count; echo noise; mkfifo ~/gate 2>/dev/null; read -r x < ~/gate; umask 027; ulimit -S -n 500\n"
+    hosts = make_hosts(1, shell="dash", files={".bashrc": f"{rc}export FROM_RC=1\nhello() {{ echo hello; }}\n"})
+    with runtime(hosts, shell="bash") as where:
+        first = RuntimeTask("first").run_command("hello; umask; ulimit -S -n; echo $FROM_RC")
+        cancelled = RuntimeTask("cancelled").run_command("touch ~/never")
+        where.execute_task(first)
+        where.execute_task(cancelled)
+        cancelled.cancel()
+        hosts[0].run("until [ -p /home/lazy/gate ]; do sleep 0.02; done; echo go > /home/lazy/gate", user="lazy")
+        first.join()
+        assert first.execution_log == ["hello\n0027\n500\n1\n"]
+        assert output(where, "echo $FROM_RC; hello") == "1\nhello\n"
+        assert reads(hosts) == 1
+        assert not hosts[0].path("never").exists()
+
+
+_EMPTY = "case $- in *i*) ;; *) return;; esac\necho run >> ~/count\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "command", "expected"),
+    [
+        ({".bashrc": _EMPTY}, "echo ${BASH_ENV-none} $-", "none hBc\n"),
+        ({}, "echo ${BASH_ENV-none}", "none\n"),
+        ({".bashrc": "set -u; set -e; set -o pipefail\n"}, "echo $-; false | true; echo no", "ehuBc\n"),
+        ({".bashrc": "shopt -s expand_aliases; alias greet='echo hi'\n"}, "greet you", "hi you\n"),
+        ({".bashrc": "readonly FIXED=1; IFS=_; echo() { printf '<%s>' $1; }\n"}, "echo 1_$FIXED", "<1><1>"),
+        ({".bashrc": "head -c 500000 /dev/zero | tr '\\0' x; f() { :; }\n"}, "f; echo done", "done\n"),
+    ],
+)  # fmt: skip
+def test_files_of_many_kinds(
+    make_hosts: Callable[..., Hosts], files: dict[str, str], command: str, expected: str
+) -> None:
+    hosts = make_hosts(1, files=files)
+    with runtime(hosts) as where:
+        task = RuntimeTask("t").run_command(f"{command}")
+        with contextlib.suppress(TaskExecutionError):
+            where.execute_task(task, execute_async=False)
+        assert task.execution_log == [expected]
+
+
+@pytest.mark.parametrize("files", [{".bashrc": "echo noise; exit 3\n"}, {".bashrc": "echo noise; exec cat\n"}])
+def test_shell_is_left_to_itself_where_its_files_end_it(
+    make_hosts: Callable[..., Hosts], files: dict[str, str]
+) -> None:
+    with runtime(make_hosts(1, shell="dash", files=files), shell="bash") as where:
+        task = RuntimeTask("t").run_command("echo never")
+        with contextlib.suppress(TaskExecutionError):
+            where.execute_task(task, execute_async=False)
+        assert task.execution_log == ["noise\n"]
+
+
+_ZSHENV = r"""
+echo run >> ~/count
+echo noise; echo noise >&2
+setopt extended_glob
+export EXPORTED="from the file"
+UNEXPORTED="two
+lines of \"it's\""
+typeset -A table=(a "1 2")
+fpath+=(~/functions)
+autoload -Uz later
+alias greet='echo hi'
+umask 027
+conda() { export CONDA_DEFAULT_ENV=$2; path=(~/envs/$2 $path) }
+"""
+
+
+def test_zsh(make_hosts: Callable[..., Hosts]) -> None:
+    hosts = make_hosts(1, shell="zsh", files={".zshenv": _ZSHENV, "functions/later": "echo later $1"})
+    with runtime(hosts) as where:
+        assert output(where, "echo $EXPORTED; echo $UNEXPORTED; echo $table[a]; umask; greet you; later on") == (
+            'from the file\ntwo\nlines of "it\'s"\n1 2\n027\nhi you\nlater on\n'
+        )
+        assert output(where, "conda activate ml; echo $CONDA_DEFAULT_ENV $path[1]; [[ aab = a#b ]] && echo glob") == (
+            "ml /home/lazy/envs/ml\nglob\n"
+        )
+        assert output(
+            where, "echo ${ZDOTDIR-none} $0; zsh -fc 'echo ${ZDOTDIR-none} ${LAZYCLUSTER_ORIGINAL-none}'"
+        ) == ("none /usr/bin/zsh\nnone none\n")
+        assert reads(hosts) == 1
+    with runtime(hosts, startup_files="always") as where:
+        assert output(where, "echo 1") == "noise\nnoise\n1\n"

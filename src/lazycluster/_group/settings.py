@@ -24,7 +24,7 @@ _logger = logging.getLogger("lazycluster")
 
 PerHost: TypeAlias = Mapping[str, Mapping[str, Any]]
 
-_OWN = ("working_dir", "python", "setup", "env", "shell", "environment")
+_OWN = ("working_dir", "python", "setup", "env", "shell", "environment", "startup_files")
 
 
 def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str, dict[str, Any]]:
@@ -64,7 +64,8 @@ class Common:
     """What holds for all hosts, unless the settings of a host say otherwise; what may be secret is in no `repr`.
 
     Attributes:
-        working_dir, connection_kwargs, python, setup, env, shell, environment: See :class:`lazycluster.Runtime`.
+        working_dir, connection_kwargs, python, setup, env, shell, environment, startup_files: See
+            :class:`lazycluster.Runtime`.
         settings: Per host, set or pattern such as ``gpu-*``, from :func:`read_settings`; what comes later wins.
         ask: Whether a person may be asked.
         progress: Whether it is shown how far things are; None: as `Environment.progress` says.
@@ -80,6 +81,7 @@ class Common:
     ask: bool = False
     environment: Any = None
     progress: bool | None = None
+    startup_files: str = "once"
 
     def spec(self, host: str) -> HostSpec:
         """Return what holds for a host.

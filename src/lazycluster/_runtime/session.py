@@ -35,6 +35,7 @@ __all__ = ["ANSWER_LIMIT", "HostSpec", "Lease", "Session", "connected", "may_ask
 T = TypeVar("T")
 
 _SETUP_LIMIT = 300.0  # seconds: set-up lines may fetch something
+STARTUP_FILES = ("once", "always")
 _POSIX_SHELLS = ("bash", "zsh", "sh", "dash", "ksh", "ash")
 
 
@@ -53,6 +54,7 @@ class HostSpec:
         local: The manager's own machine, without ssh.
         ask: Whether a person may be asked for a password and the like.
         environment: The Python environment there, see :class:`lazycluster.environments.EnvironmentSpec`.
+        startup_files: When the shell of commands reads its start-up files: ``once`` per connection, or ``always``.
     """
 
     host: str
@@ -65,8 +67,12 @@ class HostSpec:
     local: bool = False
     ask: bool = False
     environment: Any = None
+    startup_files: str = "once"
 
     def __post_init__(self) -> None:
+        if self.startup_files not in STARTUP_FILES:
+            wanted = " or ".join(map(repr, STARTUP_FILES))
+            raise ValueError(f"{self.host}: startup_files must be {wanted}, not {self.startup_files!r}")
         if self.environment is not None:
             from lazycluster.environments.spec import EnvironmentSpec
 
@@ -204,7 +210,12 @@ class Session:
         shell = self.spec.shell if os.path.basename(self.spec.shell or "") in _POSIX_SHELLS else None
         try:
             answer = await self.connection.request(
-                "setup", within=_SETUP_LIMIT, script=script, shell=shell, env=dict(self.spec.env)
+                "setup",
+                within=_SETUP_LIMIT,
+                script=script,
+                shell=shell,
+                env=dict(self.spec.env),
+                startup_files=self.spec.startup_files,
             )
         except AgentError as error:
             output = str(error.evidence.get("output", "")).strip()
@@ -313,6 +324,7 @@ class Session:
             self.spec.shell,
             self,
             generation=self._generation,
+            startup_files=self.spec.startup_files,
         )
         if self.environment is None:
             return context
@@ -343,7 +355,7 @@ class Session:
         """
         self.check()
         output = Tail()
-        params = {"shell": context.shell, "cwd": context.cwd, "env": dict(context.env), "merge": True, **command}
+        params = {**context.for_shell(None), "env": dict(context.env), "merge": True, **command}
         channel = self.connection.channel("run", params, stdout=output.put)
         what = command.get("command") or command.get("argv")
         result = await self.connection.answered(channel, f"the end of {what}")

@@ -195,7 +195,9 @@ def _stay(connection: socket.socket) -> None:
         os.close(fd)
     import signal
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the part of the login shell that tells of it is a child of this process
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_IGN
+    )  # the part of the login shell that tells of it is a child of this process
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -6,11 +6,9 @@ for it. What is to be taken over is written as files, which the shells of comman
 
 from __future__ import annotations
 
-import os
-
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Dict, List, Mapping, Optional, Tuple
+    from typing import Any, Dict, List, Mapping, Optional, Tuple
 
     Records = List[Tuple[str, str, str]]  # (kind, name, text)
 
@@ -38,25 +36,31 @@ _ZSH_TELLS = (
 )
 # What a login shell is given; the other shells read it, too, and pass it over.
 _AT_LOGIN = (
-    "eval 'expr \"$SHELL\" : \".*/{kind}\" >/dev/null && test -n \"${version}\" && "
+    'eval \'expr "$SHELL" : ".*/{kind}" >/dev/null && test -n "${version}" && '
     'eval "exec {fd}< <({tell}; builtin echo {word} end)" || :\' 2>/dev/null; '
 )
 
 _BASH_ON = frozenset(
-    "checkwinsize cmdhist complete_fullquote extquote force_fignore globasciiranges globskipdots hostcomplete"
-    " interactive_comments patsub_replacement progcomp promptvars sourcepath braceexpand hashall"
-    " interactive-comments".split()
+    """
+    checkwinsize cmdhist complete_fullquote extquote force_fignore globasciiranges globskipdots hostcomplete
+    interactive_comments patsub_replacement progcomp promptvars sourcepath braceexpand hashall
+    interactive-comments
+    """.split()  # noqa: SIM905
 )
 _BASH_FIXED = frozenset(("login_shell", "restricted_shell", "history", "monitor", "emacs", "vi"))
 _BASH_LAST = ("errexit", "nounset", "posix", "verbose", "xtrace")  # what would disturb what comes after it
 _BASH_OWN = frozenset(
-    "COMP_WORDBREAKS COPROC DIRSTACK EPOCHREALTIME EPOCHSECONDS EUID FUNCNAME GROUPS HISTCMD HOSTNAME HOSTTYPE LINENO"
-    " MACHTYPE OLDPWD OPTARG OPTERR OPTIND OSTYPE PIPESTATUS PPID PS4 PWD RANDOM SECONDS SHELL SHELLOPTS SHLVL SRANDOM"
-    " TERM UID _ n".split()
+    """
+    COMP_WORDBREAKS COPROC DIRSTACK EPOCHREALTIME EPOCHSECONDS EUID FUNCNAME GROUPS HISTCMD HOSTNAME HOSTTYPE
+    LINENO MACHTYPE OLDPWD OPTARG OPTERR OPTIND OSTYPE PIPESTATUS PPID PS4 PWD RANDOM SECONDS SHELL SHELLOPTS
+    SHLVL SRANDOM TERM UID _ n
+    """.split()  # noqa: SIM905
 )
 _ZSH_FIXED = frozenset(
-    "interactive login privileged restricted shinstdin singlecommand monitor zle norcs rcs noglobalrcs nohashdirs"
-    " exec noexec".split()
+    """
+    interactive login privileged restricted shinstdin singlecommand monitor zle norcs rcs noglobalrcs
+    nohashdirs exec noexec
+    """.split()  # noqa: SIM905
 )
 
 
@@ -81,7 +85,7 @@ class Bash:
     file = "state"
     block = 1024
     takes = ("--norc", "-c")
-    plain = ("--norc", "-c")
+    check = ("--norc", "-c", '. "{0}/state" && for f in "{0}"/*; do . "$f" || exit; done')
     tells = _BASH_TELLS
     at_login = ("bash", "BASH_VERSION")
 
@@ -130,7 +134,8 @@ def _restore(variable: str) -> str:
 
 def _bash_options(lines: List[str]) -> Tuple[List[str], List[str]]:
     """Return what sets the options that are not as always: before all else, and after it."""
-    early, late = [], []
+    early: List[str] = []
+    late: List[str] = []
     for line in lines:
         words = line.split()
         if len(words) != 3 or words[0] not in ("shopt", "set") or words[2] in _BASH_FIXED:
@@ -192,7 +197,7 @@ class Zsh:
     file = ".zshenv"
     block = 512
     takes = ("-c",)
-    plain = ("-f", "-c")
+    check = ("-f", "-c", '. "{0}/.zshenv"')
     tells = _ZSH_TELLS
     at_login = ("zsh", "ZSH_VERSION")
 
@@ -208,7 +213,7 @@ class Zsh:
         for kind, name, text in found:
             if kind == "option":
                 body[kind] += ["setopt {}\n".format(o) for o in text.split() if o not in _ZSH_FIXED]
-            elif kind == "variable" and name not in ("n", "t") and text:
+            elif kind == "variable" and name not in ("n", "t") and not name.startswith("ZSH_") and text.strip():
                 body[kind].append(text if name == "fpath" else "(( ${{+{}}} )) || {}".format(name, text))
             elif kind in body:
                 body[kind].append(text)
@@ -223,7 +228,9 @@ class Zsh:
         return False
 
 
-def inherited_lines(block: int, umask: int, limits: Dict[str, List[int]], own: Mapping[str, Tuple[int, int]]) -> List[str]:
+def inherited_lines(
+    block: int, umask: int, limits: Dict[str, List[int]], own: Mapping[str, Tuple[int, int]]
+) -> List[str]:
     """Return what sets the limits that differ from the agent's own, and the umask."""
     lines = ["umask {:04o}".format(umask)]
     for name, (flag, unit) in _FLAGS.items():
@@ -235,12 +242,12 @@ def inherited_lines(block: int, umask: int, limits: Dict[str, List[int]], own: M
     return lines
 
 
-KINDS = {"bash": Bash, "zsh": Zsh}
+KINDS: Dict[str, Any] = {"bash": Bash, "zsh": Zsh}
 
 
 def telling(kind: str, word: str) -> str:
     """Return what has a shell tell of itself, on its standard output."""
-    return KINDS[kind].tells.format(word)
+    return str(KINDS[kind].tells.format(word))
 
 
 def telling_at_login(word: str, fd: int) -> str:

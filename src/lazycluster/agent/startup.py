@@ -22,7 +22,6 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Tuple
 
-    from .session import Channel
 
 _READ_LIMIT = 60.0  # seconds for start-up files; where they take longer, each shell goes on reading them by itself
 _MOST = 64 * 1024 * 1024  # bytes that a shell may tell
@@ -180,11 +179,9 @@ class Shell:
             self._over(_READ)
             return
         env = dict(os.environ, **{AGENT_MARKER: self._agent.identity})
-        line = '. "{0}/{1}" && for f in "{0}"/*; do . "$f" || exit; done'.format(directory, self.kind.file)
         # A shell may print functions in a way that it cannot read: then it is left to itself.
-        self._pid = self._spawn(
-            [self._path, *self.kind.plain, line], env, [], lambda status: self._over(_UNKNOWN if status else _READ)
-        )
+        argv = [self._path, *(part.format(directory) for part in self.kind.check)]
+        self._pid = self._spawn(argv, env, [], lambda status: self._over(_UNKNOWN if status else _READ))
 
     def _inherited(self, found: Any) -> List[str]:
         for kind, _, text in found:

@@ -413,6 +413,5 @@ def _step(
     marker = secrets.token_hex(16)
     if call is not None:
         return params_for_another_agent(call, python, env, cwd, marker), b"".join(call.parts)
-    shell = step.shell or context.shell
-    command = {"command": step.command, "shell": shell, "cwd": cwd, "env": env, "task": marker, "merge": True}
-    return command, b""
+    own = {"command": step.command, "cwd": cwd, "env": env, "task": marker, "merge": True}
+    return {**context.for_shell(step.shell), **own}, b""

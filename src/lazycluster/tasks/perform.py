@@ -125,10 +125,9 @@ async def perform(index: int, step: Step, context: Context, env: Mapping[str, st
 
 
 async def _run_command(step: RunCommand, context: Context, env: Mapping[str, str], work: Work) -> StepResult:
-    params = {
+    params: dict[str, Any] = {
         "command": step.command,
-        "shell": step.shell or context.shell,
-        "cwd": context.cwd,
+        **context.for_shell(step.shell),
         "env": dict(env),
         "task": work.marker,
         # One stream, so that errors stand where they belong.

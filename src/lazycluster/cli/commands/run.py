@@ -40,6 +40,12 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
     help="Run this local script; its arguments come after --.",
 )
 @click.option("--interpreter", default="python3", metavar="PYTHON", help="The Python for --python (python3).")
+@click.option(
+    "--startup-files",
+    type=click.Choice(["once", "always"]),
+    default="once",
+    help="Read .bashrc and the like when connecting, or again for the command (once).",
+)
 @click.option("--gather", is_flag=True, help="Show output at the end, equal output once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 @click.option("-N", "--no-label", is_flag=True, help="Print lines without the host's name.")
@@ -48,8 +54,8 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
 def run(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, cwd: str | None, env: tuple[str, ...],
-    timeout: float | None, fanout: int, use_stdin: bool, script: str | None, interpreter: str, gather: bool,
-    as_json: bool, no_label: bool, command: tuple[str, ...],
+    timeout: float | None, fanout: int, use_stdin: bool, script: str | None, interpreter: str, startup_files: str,
+    gather: bool, as_json: bool, no_label: bool, command: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Run a command on many hosts at once.
 
@@ -79,6 +85,7 @@ def run(
         "task": secrets.token_hex(8),
         "env": _variables(env),
         "cwd": cwd,
+        "startup_files": startup_files,
         "input": use_stdin,
         "merge": gather and not as_json,
     }
