@@ -62,9 +62,11 @@ def runtime(hosts: Hosts, **more: object) -> Runtime:
     return Runtime(hosts.names[0], connection_kwargs={"config_file": str(hosts.config_file)}, **more)  # type: ignore[arg-type]
 
 
-def output(where: Runtime, command: str, **more: str) -> str:
-    task = RuntimeTask("t").run_command(command, **more)
-    return where.execute_task(task, execute_async=False).execution_log[0]  # type: ignore[union-attr,no-any-return]
+def output(where: Runtime, command: str, check: bool = True) -> str:
+    task = RuntimeTask("t").run_command(command)
+    with contextlib.nullcontext() if check else contextlib.suppress(TaskExecutionError):
+        where.execute_task(task, execute_async=False)
+    return task.execution_log[0]
 
 
 def reads(hosts: Hosts) -> int:
@@ -170,7 +172,8 @@ def test_detached_task_reads_once_for_its_own_session(bash: Runtime, bash_hosts:
 def test_input_and_end_of_a_command_that_waits_for_the_files(make_hosts: Callable[..., Hosts]) -> None:
     # Not the login shell: bash is started once to tell, and waits at a pipe meanwhile.
     # What its files start in the background holds its streams open, and ends with the connection.
-    rc = "sleep 1000 & echo run >> ~/count; echo noise; mkfifo ~/gate 2>/dev/null; read -r x < ~/gate; umask 027; ulimit -S -n 500\n"
+    rc = "sleep 1000 & echo run >> ~/count; echo noise; mkfifo ~/gate 2>/dev/null; read -r x < ~/gate\n"
+    rc += "umask 027; ulimit -S -n 500\n"
     hosts = make_hosts(1, shell="dash", files={".bashrc": f"{rc}export FROM_RC=1\nhello() {{ echo hello; }}\n"})
     with runtime(hosts, shell="bash") as where:
         first = RuntimeTask("first").run_command("hello; umask; ulimit -S -n; echo $FROM_RC")
@@ -253,3 +256,48 @@ def test_zsh(make_hosts: Callable[..., Hosts]) -> None:
         assert reads(hosts) == 1
     with runtime(hosts, startup_files="always") as where:
         assert output(where, "echo 1") == "noise\nnoise\n1\n"
+
+
+_FISH = """
+echo run >> ~/count
+echo noise; echo noise >&2
+set -gx EXPORTED "from the file"
+set -g unexported one 'two three'
+umask 027
+alias greet 'echo hi'
+function conda; set -gx CONDA_DEFAULT_ENV $argv[2]; end
+"""
+
+
+def test_fish(make_hosts: Callable[..., Hosts]) -> None:
+    functions = {".config/fish/functions/later.fish": "function later; echo later $argv; end\n"}
+    hosts = make_hosts(1, shell="fish", files={".config/fish/config.fish": _FISH, **functions})
+    with runtime(hosts) as where:
+        for _ in range(3):
+            assert output(where, "echo $EXPORTED; echo $unexported[2]; umask; greet you; later on") == (
+                "from the file\ntwo three\n0027\nhi you\nlater on\n"
+            )
+        assert output(where, "conda activate ml; echo $CONDA_DEFAULT_ENV; exit 3; echo no", check=False) == "ml\n"
+        assert reads(hosts) == 2  # when connecting, and once to tell of its functions
+
+
+_TCSHRC = r"""
+echo run >> ~/count
+echo noise
+setenv EXPORTED "from the file"
+alias greet echo hi
+alias both '(echo "it"\'"'"'"s"; echo \!*)'
+alias conda 'setenv CONDA_DEFAULT_ENV \!:2'
+umask 027
+"""
+
+
+def test_tcsh(make_hosts: Callable[..., Hosts]) -> None:
+    hosts = make_hosts(1, shell="tcsh", files={".tcshrc": _TCSHRC})
+    with runtime(hosts) as where:
+        for _ in range(3):
+            assert output(where, "echo $EXPORTED; umask; greet you; conda activate ml; echo $CONDA_DEFAULT_ENV") == (
+                "from the file\n27\nhi you\nml\n"
+            )
+        assert output(where, "false; echo $status", check=False) == "1\n"
+        assert reads(hosts) == 2

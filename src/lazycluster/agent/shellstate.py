@@ -34,6 +34,15 @@ _ZSH_TELLS = (
     "(*) builtin print -r -- {0} variable $n; typeset -p -- $n ;; esac; done; "
     "builtin print -r -- {0} function; typeset -f"
 )
+_FISH_TELLS = (
+    "echo {0} function; for f in (functions -n | string split ', '); set d (functions -D $f); "
+    "string match -q $__fish_data_dir'*' $d; or functions $f; end; "
+    "echo {0} variable; echo set -g fish_function_path (string escape -- $fish_function_path); "
+    "for v in (set -gu --names); echo set -q $v';' or set -g $v (string escape -- $$v) 2\\>/dev/null; end"
+)
+_TCSH_TELLS = "echo {0} alias; alias"
+# How a shell that is started for it tells on a descriptor, and becomes what tells the rest.
+_ASKED = '{{ {tell}; }} >&{fd}; exec "{python}" -ISc "{program}"'
 # What a login shell is given; the other shells read it, too, and pass it over.
 _AT_LOGIN = (
     'eval \'expr "$SHELL" : ".*/{kind}" >/dev/null && test -n "${version}" && '
@@ -73,7 +82,7 @@ def records(data: bytes) -> Optional[Records]:
     for part in parts:
         head, _, body = part.partition("\n")
         kind, _, name = head.partition(" ")
-        found.append((kind, name, body))
+        found.append((kind, name, body + "\n" if body else ""))
     return found if found and found[-1][0] == "end" else None
 
 
@@ -84,10 +93,16 @@ class Bash:
     variable = "BASH_ENV"
     file = "state"
     block = 1024
-    takes = ("--norc", "-c")
+    asked = _ASKED
+    is_closing = False
     check = ("--norc", "-c", '. "{0}/state" && for f in "{0}"/*; do . "$f" || exit; done')
     tells = _BASH_TELLS
     at_login = ("bash", "BASH_VERSION")
+
+    @staticmethod
+    def argv(path: str, command: str, directory: str) -> List[str]:
+        """Return what runs a line without reading the start-up files."""
+        return [path, "--norc", "-c", command]
 
     @staticmethod
     def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
@@ -196,10 +211,16 @@ class Zsh:
     variable = "ZDOTDIR"
     file = ".zshenv"
     block = 512
-    takes = ("-c",)
+    asked = _ASKED
+    is_closing = False
     check = ("-f", "-c", '. "{0}/.zshenv"')
     tells = _ZSH_TELLS
     at_login = ("zsh", "ZSH_VERSION")
+
+    @staticmethod
+    def argv(path: str, command: str, directory: str) -> List[str]:
+        """Return what runs a line without reading the start-up files."""
+        return [path, "-c", command]
 
     @staticmethod
     def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
@@ -228,6 +249,87 @@ class Zsh:
         return False
 
 
+class Fish:
+    """fish: reads `config.fish` and `conf.d` always, unless told not to."""
+
+    name = "fish"
+    variable = ""
+    file = "state"
+    block = 1024
+    asked = 'begin; {tell}; end >&{fd}; exec "{python}" -ISc "{program}"'
+    check = ("--no-config", "-c", 'source "{0}/state"')
+    tells = _FISH_TELLS
+    is_closing = False
+    at_login = None  # it cannot go on writing when it has become another program
+
+    @staticmethod
+    def argv(path: str, command: str, directory: str) -> List[str]:
+        """Return what runs a line without reading the start-up files."""
+        return [path, "--no-config", "-C", "source {}/state".format(directory), "-c", command]
+
+    @staticmethod
+    def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
+        """Whether it would read start-up files that the user has not named just for this command."""
+        return env.get("XDG_CONFIG_HOME") == own.get("XDG_CONFIG_HOME")
+
+    @staticmethod
+    def files(found: Records, directory: str, more: List[str]) -> Dict[str, str]:
+        """Return the files, by name; see :meth:`Bash.files`."""
+        body = {kind: text for kind, _, text in found}
+        own = ("set -q __fish", "set -q fish_", "set -q d;", "set -q argv;", "set -q IFS;", "set -q _;")
+        variables = [line + "\n" for line in body.get("variable", "").splitlines() if not line.startswith(own)]
+        return {"state": "".join([*variables, body.get("function", ""), *(line + "\n" for line in more), "true\n"])}
+
+    @staticmethod
+    def is_empty(files: Mapping[str, str]) -> bool:
+        """Never: it would have the functions of its own only."""
+        return False
+
+
+class Tcsh:
+    """tcsh: reads `.tcshrc` always, unless told not to. Its aliases are what functions are elsewhere."""
+
+    name = "tcsh"
+    variable = ""
+    file = "state"
+    block = 0
+    asked = '( {tell} ) > {fd}; exec "{python}" -ISc "{program}"'
+    check = ("-f", "-c", 'source "{0}/state"')
+    tells = _TCSH_TELLS
+    is_closing = True  # all descriptors that it gets
+    at_login = None
+
+    @staticmethod
+    def argv(path: str, command: str, directory: str) -> List[str]:
+        """Return what runs a line without reading the start-up files; aliases hold from the next line on."""
+        return [path, "-f", "-c", "source {}/state\n{}".format(directory, command)]
+
+    @staticmethod
+    def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
+        """Whether it would read start-up files that the user has not named just for this command."""
+        return True
+
+    @staticmethod
+    def files(found: Records, directory: str, more: List[str]) -> Dict[str, str]:
+        """Return the files, by name; see :meth:`Bash.files`."""
+        lines = []
+        for kind, _, text in found:
+            for line in text.splitlines() if kind == "alias" else ():
+                name, tab, value = line.partition("\t")
+                # Words are shown in parentheses; so is a command in a subshell, in which more than words may stand.
+                if value[:1] == "(" and value[-1:] == ")" and not set(value) & set(";|&<>"):
+                    value = value[1:-1]
+                if tab:
+                    quoted = value.replace("'", "'\\''").replace("!", "\\!")
+                    lines.append("alias {} '{}'\n".format(name, quoted))
+        return {"state": "".join([*lines, *(line + "\n" for line in more if line.startswith("umask"))])}
+
+    @staticmethod
+    def is_empty(files: Mapping[str, str]) -> bool:
+        """Never: it would read the start-up files."""
+        return False
+
+
 def inherited_lines(
     block: int, umask: int, limits: Dict[str, List[int]], own: Mapping[str, Tuple[int, int]]
 ) -> List[str]:
@@ -237,12 +339,12 @@ def inherited_lines(
         if name not in limits or name not in own:
             continue
         for how, value, before in zip("SH", limits[name], own[name]):
-            if value != before and value >= 0:
+            if value not in (before, -1):
                 lines.append("ulimit -{} -{} {}".format(how, flag, value // (unit or block)))
     return lines
 
 
-KINDS: Dict[str, Any] = {"bash": Bash, "zsh": Zsh}
+KINDS: Dict[str, Any] = {"bash": Bash, "zsh": Zsh, "fish": Fish, "tcsh": Tcsh}
 
 
 def telling(kind: str, word: str) -> str:
@@ -254,5 +356,5 @@ def telling_at_login(word: str, fd: int) -> str:
     """Return what has a login shell tell of itself on a descriptor; any shell can be given it."""
     return "".join(
         _AT_LOGIN.format(kind=name, version=version, fd=fd, word=word, tell=telling(kind, word).replace("$", "\\$"))
-        for kind, (name, version) in ((kind, shell.at_login) for kind, shell in KINDS.items())
+        for kind, (name, version) in ((kind, shell.at_login) for kind, shell in KINDS.items() if shell.at_login)
     )

@@ -29,9 +29,9 @@ _HIDDEN = (AGENT_MARKER, TASK_MARKER, "_", "SHLVL", "PWD", "OLDPWD", "BASH_ENV",
 _UNREAD, _READING, _READ, _UNKNOWN = "unread", "reading", "read", "unknown"
 # What a shell becomes when it has told of itself: what it leaves to a program is told by a program.
 _INHERITED = (
-    "import json,os,resource as r;m=os.umask(0);os.umask(m);"
-    "l={n:r.getrlimit(getattr(r,n)) for n in dir(r) if n.startswith('RLIMIT_')};"
-    "open(%d,'w').write('%s inherited\\n'+json.dumps([dict(os.environ),m,l])+'\\n%s end\\n')"
+    "import json,os,resource as r;"
+    "open(%r,'w').write('%s inherited\\n'+json.dumps([dict(os.environ),os.umask(0),"
+    "{n:r.getrlimit(getattr(r,n)) for n in dir(r) if n.startswith('RLIMIT_')}])+'\\n%s end\\n')"
 )
 
 
@@ -56,6 +56,7 @@ class Shell:
         self._directory = ""  # with the files to be read in place of the start-up files
         self._is_empty = False  # whether there is nothing in them
         self._base: Optional[Dict[str, str]] = None  # the environment that they left, if it is not the agent's
+        self._write = -1  # what is kept open for the shell to open it again
         self._data = bytearray()
         self._end = b""
         self._pid = 0
@@ -84,12 +85,12 @@ class Shell:
             return [self._path, "-c", command], environment(None)
         env = environment(self._base)
         self._lead(env)
-        return [self._path, *self.kind.takes, command], env
+        return self.kind.argv(self._path, command, self._directory), env
 
     def _lead(self, env: Dict[str, str]) -> None:
         """Have the shell read the files of ours; it gives the variable back to its own children."""
         name = self.kind.variable
-        if self._is_empty and name not in env:
+        if not name or (self._is_empty and name not in env):
             return
         if name in env:
             env[shellstate.ORIGINAL] = env[name]
@@ -113,15 +114,18 @@ class Shell:
         """Start the shell as for a command, for it to tell what its start-up files have set."""
         word = "state" + os.urandom(8).hex()
         self._fd, write = os.pipe()
-        program = _INHERITED % (write, word, word)
-        line = '{{ {}; }} >&{}; exec "{}" -ISc "{}"'.format(
-            shellstate.telling(self.kind.name, word), write, sys.executable, program
+        self._write = write
+        where: Any = "/proc/{}/fd/{}".format(os.getpid(), write) if self.kind.is_closing else write
+        program = _INHERITED % (where, word, word)
+        line = self.kind.asked.format(
+            tell=shellstate.telling(self.kind.name, word), fd=where, python=sys.executable, program=program
         )
         env = dict(os.environ, **{AGENT_MARKER: self._agent.identity})
         try:
             self._pid = self._spawn([self._path, "-c", line], env, [write], lambda _: self._told())
         finally:
-            os.close(write)
+            if not self.kind.is_closing or not self._pid:
+                self._close_write()
 
     def _spawn(self, argv: List[str], env: Dict[str, str], extra: List[int], on_exit: Callable[[int], Any]) -> int:
         null = os.open(os.devnull, os.O_RDWR)
@@ -204,6 +208,12 @@ class Shell:
             self._agent.loop.remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1
+        self._close_write()
+
+    def _close_write(self) -> None:
+        if self._write >= 0:
+            os.close(self._write)
+            self._write = -1
 
     def _over(self, state: str) -> None:
         if self._state != _READING:
@@ -231,7 +241,7 @@ def shell_for(agent: Any, path: str, env: Dict[str, str]) -> Optional[Shell]:
         env: The environment of the command.
     """
     kind = shellstate.KINDS.get(os.path.basename(path))
-    if kind is None or not kind.reads(env, os.environ):
+    if kind is None or env.get("HOME") != os.environ.get("HOME") or not kind.reads(env, os.environ):
         return None
     found = path if "/" in path else shutil.which(path, path=env.get("PATH"))
     if not found:
