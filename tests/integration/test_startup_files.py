@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from lazycluster import Runtime, RuntimeTask
+from lazycluster import LocalRuntime, Runtime, RuntimeTask
+from lazycluster.cli.app import cli
 from lazycluster.exceptions import TaskExecutionError
 from sshhosts import Hosts
 
@@ -132,6 +135,67 @@ def test_files_are_read_for_each_command_if_asked_for(bash_hosts: Hosts) -> None
         assert reads(bash_hosts) == before + 2
     with pytest.raises(ValueError, match="startup_files must be 'once' or 'always', not 'never'"):
         runtime(bash_hosts, startup_files="never")
+
+
+def test_option_of_the_command_line(bash_hosts: Hosts) -> None:
+    forget(bash_hosts)
+    arguments = ["run", "--config", str(bash_hosts.config_file), "-w", bash_hosts.names[0], "-N"]
+    found = CliRunner().invoke(cli, [*arguments, "--", "conda activate ml; echo $CONDA_DEFAULT_ENV"])
+    assert (found.exit_code, found.stdout, reads(bash_hosts)) == (0, "ml\n", 1)
+    found = CliRunner().invoke(cli, [*arguments, "--startup-files", "always", "--", "echo 1"])
+    assert (found.exit_code, found.stdout, reads(bash_hosts)) == (0, "noise on stdout\n1\ntrapped\n", 3)
+    found = CliRunner().invoke(cli, [*arguments, "--startup-files", "never", "--", "echo 1"])
+    assert found.exit_code == 2
+    assert "'never' is not one of 'once', 'always'" in found.output
+
+
+def test_what_is_kept_is_private_and_leaves_no_process(bash: Runtime, bash_hosts: Hosts) -> None:
+    output(bash, "true")
+    directory = bash.connection.hello.directory
+    found = bash_hosts[0].run(f"cd {directory} && stat -c '%a %n' shell-* shell-*/*").stdout.splitlines()
+    modes = {line.split()[1].rpartition("/")[2]: line.split()[0] for line in found}
+    assert modes.pop("state") == "600"
+    assert set(modes.values()) == {"600", "700"}
+    assert "Z" not in bash_hosts[0].run("ps -eo stat= | cut -c1").stdout
+
+
+def test_file_that_has_changed_is_read_by_the_next_connection(make_hosts: Callable[..., Hosts]) -> None:
+    hosts = make_hosts(1, files={".bashrc": "greet() { echo one; }\n"})
+    with runtime(hosts) as first:
+        assert output(first, "greet") == "one\n"
+        hosts[0].path(".bashrc").write_text("greet() { echo two; }\n")
+        assert output(first, "greet") == "one\n"
+        with runtime(hosts) as second, runtime(hosts, startup_files="always") as always:
+            assert output(second, "greet") == output(always, "greet") == "two\n"
+
+
+@pytest.mark.parametrize("kind", ["BASH_ENV", "SSH_CLIENT"])
+def test_own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    file = tmp_path / ".bashrc"
+    file.write_text(f"echo run >> {tmp_path}/count\necho noise\nhello() {{ echo hello; }}\nexport FROM_FILE=1\n")
+    for name in ("SHLVL", "SSH_CLIENT", "SSH2_CLIENT", "BASH_ENV"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(kind, str(file))
+    with LocalRuntime(shell="bash") as where:
+        for _ in range(3):
+            assert output(where, "hello; echo $FROM_FILE") == "hello\n1\n"
+        assert output(where, f"echo ${kind}").strip() == str(file)
+    assert (tmp_path / "count").read_text() == "run\n"
+
+
+def test_function_that_its_shell_prints_wrongly_leaves_all_as_it_was(make_hosts: Callable[..., Hosts]) -> None:
+    # bash prints the name as it stands, and cannot read that.
+    hosts = make_hosts(1, files={".bashrc": "echo noise\nfunction a=b { :; }\nhello() { echo hello; }\n"})
+    with runtime(hosts) as where:
+        assert output(where, "hello").splitlines()[-1] == "hello"
+
+
+def test_limits_of_a_task_hold_beside_those_of_the_files(bash: Runtime) -> None:
+    task = RuntimeTask("t").run_command("ulimit -v; conda activate ml; echo $CONDA_DEFAULT_ENV").limit(memory="300 MB")
+    bash.execute_task(task, execute_async=False)
+    assert int(task.execution_log[0].split()[0]) <= 300_000
+    assert task.execution_log[0].split()[1] == "ml"
 
 
 def test_variables_of_the_command_win(bash: Runtime, bash_hosts: Hosts) -> None:

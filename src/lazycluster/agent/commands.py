@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
 import signal
 import time
 from collections import deque
@@ -329,6 +328,8 @@ def _begin(channel: Channel, argv: List[str], env: Dict[str, str], waited: float
 def setup(channel: Channel) -> None:
     """Handle the request `setup`: run shell lines once, and tell the environment that they leave."""
     params = channel.params
+    import shutil  # here and not above: the first command does not wait for it
+
     shell = params.get("shell") or ("bash" if shutil.which("bash") else "sh")
     name = os.path.basename(shell)
     if name in ("csh", "tcsh", "fish"):

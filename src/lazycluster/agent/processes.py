@@ -179,7 +179,7 @@ def spawn(
     Raises:
         OSError: The program or the directory is not there or may not be used.
     """
-    path = _which(argv[0], env.get("PATH") or os.defpath, cwd)
+    path = which(argv[0], env.get("PATH") or os.defpath, cwd)
     actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate((stdin, stdout, stderr))]
     before = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
     for fd in extra:
@@ -215,7 +215,17 @@ def close_all_but(kept: Iterable[int]) -> None:
         os.closerange(low + 1, high)
 
 
-def _which(program: str, path: str, cwd: str) -> str:
+def which(program: str, path: str, cwd: str) -> str:
+    """Return the path of a program.
+
+    Args:
+        program: Its name, or its path, which is returned.
+        path: The directories to look in, as in PATH.
+        cwd: What they are relative to.
+
+    Raises:
+        FileNotFoundError: It is in none of them.
+    """
     if "/" in program:
         return program
     for directory in path.split(os.pathsep):

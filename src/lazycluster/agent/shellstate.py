@@ -86,6 +86,11 @@ def records(data: bytes) -> Optional[Records]:
     return found if found and found[-1][0] == "end" else None
 
 
+def quoted(path: str) -> str:
+    """Return a path as one word of any shell; `shlex` would take longer to import than this module."""
+    return "'{}'".format(path.replace("'", "'\\''"))
+
+
 class Bash:
     """bash: reads `.bashrc` for commands over ssh, unless told not to, and then the file that BASH_ENV names."""
 
@@ -95,7 +100,7 @@ class Bash:
     block = 1024
     asked = _ASKED
     is_closing = False
-    check = ("--norc", "-c", '. "{0}/state" && for f in "{0}"/*; do . "$f" || exit; done')
+    check = ("--norc", "-c", '. {0}/state && for f in {0}/*; do . "$f" || exit; done')
     tells = _BASH_TELLS
     at_login = ("bash", "BASH_VERSION")
 
@@ -200,7 +205,7 @@ def _bash_functions(found: Records, directory: str) -> Tuple[List[str], Dict[str
         else:
             file = "function-{}".format(len(files))
             files[file] = whole
-            lines.append('{0} () {{ builtin . {1}/{2}; {0} "$@"; }}\n'.format(name, directory, file))
+            lines.append('{0} () {{ builtin . {1}; {0} "$@"; }}\n'.format(name, quoted(directory + "/" + file)))
     return lines, files
 
 
@@ -213,7 +218,7 @@ class Zsh:
     block = 512
     asked = _ASKED
     is_closing = False
-    check = ("-f", "-c", '. "{0}/.zshenv"')
+    check = ("-f", "-c", ". {0}/.zshenv")
     tells = _ZSH_TELLS
     at_login = ("zsh", "ZSH_VERSION")
 
@@ -257,7 +262,7 @@ class Fish:
     file = "state"
     block = 1024
     asked = 'begin; {tell}; end >&{fd}; exec "{python}" -ISc "{program}"'
-    check = ("--no-config", "-c", 'source "{0}/state"')
+    check = ("--no-config", "-c", "source {0}/state")
     tells = _FISH_TELLS
     is_closing = False
     at_login = None  # it cannot go on writing when it has become another program
@@ -265,7 +270,7 @@ class Fish:
     @staticmethod
     def argv(path: str, command: str, directory: str) -> List[str]:
         """Return what runs a line without reading the start-up files."""
-        return [path, "--no-config", "-C", "source {}/state".format(directory), "-c", command]
+        return [path, "--no-config", "-C", "source {}/state".format(quoted(directory)), "-c", command]
 
     @staticmethod
     def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
@@ -294,7 +299,7 @@ class Tcsh:
     file = "state"
     block = 0
     asked = '( {tell} ) > {fd}; exec "{python}" -ISc "{program}"'
-    check = ("-f", "-c", 'source "{0}/state"')
+    check = ("-f", "-c", "source {0}/state")
     tells = _TCSH_TELLS
     is_closing = True  # all descriptors that it gets
     at_login = None
@@ -302,7 +307,7 @@ class Tcsh:
     @staticmethod
     def argv(path: str, command: str, directory: str) -> List[str]:
         """Return what runs a line without reading the start-up files; aliases hold from the next line on."""
-        return [path, "-f", "-c", "source {}/state\n{}".format(directory, command)]
+        return [path, "-f", "-c", "source {}/state\n{}".format(quoted(directory), command)]
 
     @staticmethod
     def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
@@ -320,8 +325,7 @@ class Tcsh:
                 if value[:1] == "(" and value[-1:] == ")" and not set(value) & set(";|&<>"):
                     value = value[1:-1]
                 if tab:
-                    quoted = value.replace("'", "'\\''").replace("!", "\\!")
-                    lines.append("alias {} '{}'\n".format(name, quoted))
+                    lines.append("alias {} {}\n".format(name, quoted(value).replace("!", "\\!")))
         return {"state": "".join([*lines, *(line + "\n" for line in more if line.startswith("umask"))])}
 
     @staticmethod

@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
 
 from . import shellstate
-from .processes import AGENT_MARKER, TASK_MARKER, explained, send_signal, spawn
+from .processes import AGENT_MARKER, TASK_MARKER, explained, send_signal, spawn, which
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 _READ_LIMIT = 60.0  # seconds for start-up files; where they take longer, each shell goes on reading them by itself
 _MOST = 64 * 1024 * 1024  # bytes that a shell may tell
-_HIDDEN = (AGENT_MARKER, TASK_MARKER, "_", "SHLVL", "PWD", "OLDPWD", "BASH_ENV", "ZDOTDIR")
+_HIDDEN = (AGENT_MARKER, TASK_MARKER, "_", "SHLVL", "PWD", "OLDPWD")
 _UNREAD, _READING, _READ, _UNKNOWN = "unread", "reading", "read", "unknown"
 # What a shell becomes when it has told of itself: what it leaves to a program is told by a program.
 _INHERITED = (
@@ -183,8 +182,9 @@ class Shell:
             self._over(_READ)
             return
         env = dict(os.environ, **{AGENT_MARKER: self._agent.identity})
+        env.pop(self.kind.variable, None)
         # A shell may print functions in a way that it cannot read: then it is left to itself.
-        argv = [self._path, *(part.format(directory) for part in self.kind.check)]
+        argv = [self._path, *(part.format(shellstate.quoted(directory)) for part in self.kind.check)]
         self._pid = self._spawn(argv, env, [], lambda status: self._over(_UNKNOWN if status else _READ))
 
     def _inherited(self, found: Any) -> List[str]:
@@ -243,9 +243,10 @@ def shell_for(agent: Any, path: str, env: Dict[str, str]) -> Optional[Shell]:
     kind = shellstate.KINDS.get(os.path.basename(path))
     if kind is None or env.get("HOME") != os.environ.get("HOME") or not kind.reads(env, os.environ):
         return None
-    found = path if "/" in path else shutil.which(path, path=env.get("PATH"))
-    if not found:
-        return None
+    try:
+        found = which(path, env.get("PATH") or os.defpath, "/")
+    except OSError:
+        return None  # which is for its start to tell
     agent.listen()
     real = os.path.realpath(found)
     if real not in _shells and os.path.basename(real) in shellstate.KINDS:

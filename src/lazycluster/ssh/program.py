@@ -15,8 +15,11 @@ from types import CodeType
 from lazycluster.agent import bootstrap, shellstate
 
 OLDEST_PYTHON = (3, 8)
-# What each start of an agent imports.
-_CORE = ("guardian", "logout", "loop", "presence", "processes", "server", "session", "tcp", "wire")
+# What each start of an agent imports, and its first command.
+_CORE = (
+    *("guardian", "logout", "loop", "presence", "processes", "server", "session", "tcp", "wire"),
+    *("commands", "memory", "shellstate", "startup"),
+)
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
 _STUB = (
