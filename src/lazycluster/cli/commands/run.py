@@ -44,7 +44,8 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
     "--startup-files",
     type=click.Choice(["once", "always"]),
     default="once",
-    help="Read .bashrc and the like when connecting, or again for the command (once).",
+    metavar="WHEN",
+    help="Read .bashrc etc. once or always (once).",
 )
 @click.option("--gather", is_flag=True, help="Show output at the end, equal output once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
