@@ -253,6 +253,7 @@ def test_input_and_end_of_a_command_that_waits_for_the_files(make_hosts: Callabl
         assert not hosts[0].path("never").exists()
 
 
+_HIDING = "".join(f"{name}() {{ :; }}\n" for name in ("declare", "echo", "compgen", "shopt", "alias", "printf"))
 _EMPTY = "case $- in *i*) ;; *) return;; esac\necho run >> ~/count\n"
 
 
@@ -264,6 +265,7 @@ _EMPTY = "case $- in *i*) ;; *) return;; esac\necho run >> ~/count\n"
         ({".bashrc": "set -u; set -e; set -o pipefail\n"}, "echo $-; false | true; echo no", "ehuBc\n"),
         ({".bashrc": "shopt -s expand_aliases; alias greet='echo hi'\n"}, "greet you", "hi you\n"),
         ({".bashrc": "readonly FIXED=1; IFS=_; echo() { printf '<%s>' $1; }\n"}, "echo 1_$FIXED", "<1><1>"),
+        ({".bashrc": f"hi() {{ builtin echo hi; }}\nread() {{ sleep 9; }}\n{_HIDING}"}, "hi; printf no", "hi\n"),
         ({".bashrc": "head -c 500000 /dev/zero | tr '\\0' x; f() { :; }\n"}, "f; echo done", "done\n"),
     ],
 )  # fmt: skip

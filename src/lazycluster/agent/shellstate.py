@@ -21,11 +21,13 @@ _FLAGS = {  # of `ulimit`, and the bytes that one of its units is; 0: a block, w
 _LAZY = 400  # characters of a function from which on it is read when it is called for the first time
 
 _BASH_TELLS = (
-    "builtin echo {0} option; shopt -p; set +o; set +eux; builtin echo {0} alias; alias -p; "
-    "builtin echo {0} variable IFS; declare -p IFS; unset IFS; set -f; "
-    "compgen -A variable | while read -r n; do builtin echo {0} variable $n; declare -p $n; done; "
-    "builtin echo {0} names; declare -F; "
-    "compgen -A function | while read -r n; do builtin echo {0} function $n; declare -f $n; done"
+    "builtin echo {0} option; builtin shopt -p; set +o; set +eux; builtin echo {0} alias; builtin alias -p; "
+    "builtin echo {0} variable IFS; builtin declare -p IFS; unset IFS; set -f; "
+    "builtin compgen -A variable | while builtin read -r n; do "
+    "builtin echo {0} variable $n; builtin declare -p $n; done; "
+    "builtin echo {0} names; builtin declare -F; "
+    "builtin compgen -A function | while builtin read -r n; do "
+    "builtin echo {0} function $n; builtin declare -f $n; done"
 )
 _ZSH_TELLS = (
     "builtin print -r -- {0} option; setopt; emulate zsh; builtin print -r -- {0} alias; alias -L; "

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _READ_LIMIT = 60.0  # seconds for start-up files; where they take longer, each shell goes on reading them by itself
+_TOLD_LIMIT = 10.0  # seconds for what a login shell tells: it has read its files when it became the agent
 _MOST = 64 * 1024 * 1024  # bytes that a shell may tell
 _HIDDEN = (AGENT_MARKER, TASK_MARKER, "_", "SHLVL", "PWD", "OLDPWD")
 _UNREAD, _READING, _READ, _UNKNOWN = "unread", "reading", "read", "unknown"
@@ -60,6 +61,7 @@ class Shell:
         self._end = b""
         self._pid = 0
         self._timer: Any = None
+        self._is_watched = False
         self._waiting: List[Callable[[], Any]] = []
 
     @property
@@ -99,14 +101,16 @@ class Shell:
     def read(self) -> None:
         """Have the shell tell, or listen to what it has told."""
         self._state = _READING
-        self._timer = self._agent.loop.call_later(_READ_LIMIT, self._give_up)
+        limit = _READ_LIMIT if self._fd < 0 else _TOLD_LIMIT
+        self._timer = self._agent.loop.call_later(limit, self._give_up)
         try:
             if self._fd < 0:
                 self._ask()
         except OSError:
-            self._over(_UNKNOWN)
+            self._give_up()
             return
         os.set_blocking(self._fd, False)
+        self._is_watched = True
         self._agent.loop.add_reader(self._fd, self._readable)
 
     def _ask(self) -> None:
@@ -205,7 +209,8 @@ class Shell:
 
     def _close(self) -> None:
         if self._fd >= 0:
-            self._agent.loop.remove_reader(self._fd)
+            if self._is_watched:
+                self._agent.loop.remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1
         self._close_write()
