@@ -367,7 +367,7 @@ def test_an_interpreters_name_is_one_word_for_a_shell(shell: str, python: str) -
     """The one line that a login shell is given, with `printf` in the place of `exec PYTHON`."""
     assume(not python.startswith("~/"))
     for command in (remote_command(python, "0123"), bulk_command(python, "0123", "/tmp/it's $HOME/agent.sock")):
-        line = command.replace("exec ", "printf '%s\\0' ", 1)
+        line = "printf '%s\\0' ".join(command.rsplit("exec ", 1))
         done = subprocess.run([shell, "-c", line], capture_output=True, check=True)
         words = done.stdout.decode().split("\0")
         assert words[:2] == [python, "-ISc"]

@@ -146,6 +146,11 @@ def forbid_cores() -> None:
         pass  # the hard limit is 0, which allows no file either
 
 
+def core_limit() -> Tuple[int, int]:
+    """Return the limit of core dumps that what `spawn` starts has: the user's own."""
+    return _cores or resource.getrlimit(resource.RLIMIT_CORE)
+
+
 # --- starting ------------------------------------------------------------------------------------
 def explained(why: Optional[str]) -> str:
     """Return what the system says of what it refuses, and what that means if it is not plain."""

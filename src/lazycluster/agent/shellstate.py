@@ -342,7 +342,7 @@ def inherited_lines(
     """Return what sets the limits that differ from the agent's own, and the umask."""
     lines = ["umask {:04o}".format(umask)]
     for name, (flag, unit) in _FLAGS.items():
-        if name not in limits or name not in own:
+        if name not in limits or name not in own or not (unit or block):
             continue
         for how, value, before in zip("SH", limits[name], own[name]):
             if value not in (before, -1):

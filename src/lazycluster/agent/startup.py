@@ -15,7 +15,7 @@ import signal
 import sys
 
 from . import shellstate
-from .processes import AGENT_MARKER, TASK_MARKER, explained, send_signal, spawn, which
+from .processes import AGENT_MARKER, TASK_MARKER, core_limit, explained, send_signal, spawn, which
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ _INHERITED = (
 
 def own_limits() -> Dict[str, Tuple[int, int]]:
     """Return the limits of this process by their names."""
-    return {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")}
+    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+    return {**{name: resource.getrlimit(getattr(resource, name)) for name in names}, "RLIMIT_CORE": core_limit()}
 
 
 class Shell:
