@@ -174,7 +174,7 @@ class Zygote:
             os.close(fd)
         self.tell(id=message["id"], pid=pid)
 
-    def _add_library(self, sources: Dict[str, Tuple[str, bool, str]]) -> None:
+    def _add_library(self, sources: Dict[str, Tuple[str, bool, str, str]]) -> None:
         """Take the pickling library from the manager, which both sides must have in the same version."""
         try:
             _part("localmodules").install_library(sources)

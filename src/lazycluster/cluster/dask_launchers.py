@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lazycluster import _loop
-from lazycluster.agent import filenames, memory, ownership
+from lazycluster.agent import filenames, localmodules, memory, ownership
 from lazycluster.mongo import memfile, strangers
 from lazycluster.utils import Environment
 
@@ -37,7 +37,7 @@ CheckVersions = Literal["error", "warn", "ignore"]
 
 _PROGRAMS = Path(__file__).with_name("dask_programs")
 _PACKAGE = "lazycluster_dask"
-_SHARED = (Path(filenames.__file__), Path(memfile.__file__), Path(strangers.__file__))
+_SHARED = tuple(Path(str(module.__file__)) for module in (filenames, localmodules, memfile, strangers))
 # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
 SOFTWARE = Software("DaskCluster", "dask", ("dask", "distributed"), ("dask", "distributed", "cloudpickle"))
 

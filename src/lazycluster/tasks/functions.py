@@ -24,6 +24,7 @@ from typing import Any
 import cloudpickle
 
 from lazycluster import _loop
+from lazycluster.agent.localmodules import Source
 from lazycluster.exceptions import AgentError
 from lazycluster.ssh.channel import Collected
 from lazycluster.ssh.connection import Connection
@@ -55,6 +56,7 @@ class Outcome:
         type_name: The name of the exception's class.
         message: The exception's text.
         traceback: The traceback on the host, as text.
+        hint: What to do about it, if the host knows.
         phase: What the host was doing: "load" (importing what the call needs), "run", or "result" (pickling it).
         exit: The exit status of its process, if it ended without an outcome.
         signal: The signal that ended it.
@@ -67,6 +69,7 @@ class Outcome:
     exception: BaseException | None = None
     type_name: str = ""
     message: str = ""
+    hint: str = ""
     traceback: str = ""
     phase: str = ""
     exit: int | None = None
@@ -89,7 +92,9 @@ class Outcome:
         starts = {"load": f"{name}() could not be loaded on the host: ", "result": ""}
         start = starts.get(self.phase, f"{name}() raised ")
         text = start + headline
-        if self.type_name == "ModuleNotFoundError":
+        if self.hint:
+            text += f". Next step: {self.hint}"
+        elif self.type_name == "ModuleNotFoundError":
             text += (
                 '. Next step: have the manager\'s packages on the host with environment="manager" (which leaves out '
                 'tools: EnvironmentSpec("manager", exclude=[]) has them, too), install it there, or choose another '
@@ -230,13 +235,13 @@ def library_for(connection: Connection) -> dict[str, Any]:
 
 
 @functools.cache
-def _library() -> tuple[str, dict[str, tuple[str, bool, str]]]:
+def _library() -> tuple[str, dict[str, Source]]:
     root = Path(cloudpickle.__file__).parent
     sources = {}
     for name in ["__init__", *(module.name for module in pkgutil.iter_modules([str(root)]))]:
         text = (root / f"{name}.py").read_text(encoding="utf-8")
         full = "cloudpickle" if name == "__init__" else f"cloudpickle.{name}"
-        sources[full] = (text, name == "__init__", f"<cloudpickle of the manager>/{name}.py")
+        sources[full] = (text, name == "__init__", f"<cloudpickle of the manager>/{name}.py", "")
     return hashlib.sha256(repr(sources).encode()).hexdigest(), sources
 
 
@@ -366,6 +371,7 @@ async def _raised(told: Mapping[str, Any], phase: str) -> Outcome:
         exception=exception,
         type_name=told["type"],
         message=message,
+        hint=told.get("hint", ""),
         traceback=with_lines(told["traceback"]),
         phase=phase,
     )

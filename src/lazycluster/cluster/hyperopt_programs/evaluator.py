@@ -201,6 +201,8 @@ def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
     except BaseException as raised:  # noqa: BLE001 - an objective that ends its interpreter has failed like any other
         error = raised
         text = traceback.format_exc()
+        hint = objectives.next_step(raised)
+        text += f"Next step: {hint}\n" if hint else ""
         print(text, file=sys.stderr, flush=True)  # noqa: T201
         if jobs.current is not None:
             trial = jobs.current
