@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import posixpath
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,12 @@ from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerEr
 
 from .making import Maker
 from .place import RUN_LIMIT, Place
-from .plan import Plan, Target
-from .resolving import resolve, settings_for
+from .plan import Locked, Plan, Target
+from .problems import IndexUnreachableError
+from .resolving import resolve, resolve_installed, settings_for
 from .sharing import Shared
 from .spec import EnvironmentSpec
+from .uv import MANAGER
 from .wheels import digest_of
 
 if TYPE_CHECKING:
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from .index import IndexSettings
 
 __all__ = ["Activation", "HostEnvironment", "Place"]
+
+logger = logging.getLogger("lazycluster")
 
 _LIMIT = 60.0
 
@@ -132,7 +138,16 @@ class HostEnvironment:
     async def _found_or_made(self, refresh: bool) -> str:
         self._tell("finding versions of packages")
         settings = await settings_for(self.spec)
-        plan = await self._plan(settings, refresh)
+        try:
+            plan = await self._plan(settings, await self._target(), refresh)
+            return await Maker(self._place, self.spec, plan, settings, self._tell).find_or_make()
+        except IndexUnreachableError as error:
+            if self.spec.kind != "manager" or error.host != MANAGER:
+                raise
+            self._tell("no index; taking what is installed here")
+            logger.info("%s: %s; the packages are taken from what is installed here", self._place.host, error.problem)
+        target = await self._target()
+        plan = self._planned(target, await resolve_installed(self.spec, target, settings))
         return await Maker(self._place, self.spec, plan, settings, self._tell).find_or_make()
 
     def _tell(self, stage: str) -> None:
@@ -149,11 +164,11 @@ class HostEnvironment:
             self._place.host, f"on the {error.host}: {error.problem}", error.package, error.hint, error.output
         )
 
-    async def _plan(self, settings: IndexSettings, refresh: bool) -> Plan:
+    async def _target(self) -> Target:
         wanted = self.spec.python
         python = (3, int(wanted[2:])) if wanted else sys.version_info[:2]
         try:
-            target = Target.of(python, await self._place.ask("facts", root=self.spec.cache_dir))
+            return Target.of(python, await self._place.ask("facts", root=self.spec.cache_dir))
         except ValueError as error:
             raise EnvironmentBuildError(
                 self._place.host,
@@ -161,7 +176,11 @@ class HostEnvironment:
                 "",
                 "see what 'uname -sm' and 'getconf GNU_LIBC_VERSION' print there",
             ) from error
-        packages = await resolve(self.spec, target, settings, refresh)
+
+    async def _plan(self, settings: IndexSettings, target: Target, refresh: bool) -> Plan:
+        return self._planned(target, await resolve(self.spec, target, settings, refresh))
+
+    def _planned(self, target: Target, packages: Sequence[Locked]) -> Plan:
         return Plan(target, tuple(packages), tuple(digest_of(locked) for locked in packages), str(self.spec))
 
     async def _existing(self) -> Activation:

@@ -82,7 +82,8 @@ class Target:
         tags = filename[: -len(".whl")].split("-")[-3:]
         if len(tags) < 3 or tags[2] == "any":
             return len(tags) == 3
-        fits = f"cp{self.python[0]}{self.python[1]}" in tags[0].split(".") or "abi3" in tags[1].split(".")
+        pythons = tags[0].split(".")
+        fits = f"cp{self.python[0]}{self.python[1]}" in pythons or "py3" in pythons or "abi3" in tags[1].split(".")
         return fits and self.system in ("linux", "darwin") and any(
             part.endswith(self.machine) for part in tags[2].split(".")
         )  # fmt: skip
@@ -102,6 +103,7 @@ class Locked:
         sha256: The hash of that; empty if the index does not say.
         directory: The directory on the manager that it is built from.
         vcs: The repository that it is built from, as ``git+url@commit``.
+        installed: The directory with its metadata, if it is made from what is installed on the manager.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Locked:
     sha256: str = ""
     directory: str = ""
     vcs: str = ""
+    installed: str = ""
 
     @property
     def filename(self) -> str:

@@ -20,7 +20,7 @@ from .index import IndexSettings, hide
 from .problems import explained
 from .programs import run_here
 
-__all__ = ["LOWEST", "MANAGER", "Uv", "find_uv", "run_uv"]
+__all__ = ["LOWEST", "MANAGER", "RETRIES", "Uv", "find_uv", "run_uv"]
 
 MANAGER = "manager"
 LOWEST = (0, 11, 15)
@@ -30,6 +30,9 @@ LOWEST = (0, 11, 15)
 _SAYS = re.compile(r"uv (\d{1,9}\.\d{1,9}\.\d{1,9}[0-9A-Za-z.+-]{0,40})(?:\s|$)", re.ASCII)
 
 _chosen: Uv | None = None
+
+RETRIES = {"UV_HTTP_RETRIES": "1", "UV_HTTP_CONNECT_TIMEOUT": "5"}
+"""Variables for uv where there is another way if the index cannot be reached; those of the user count more."""
 
 
 class Uv(NamedTuple):
@@ -139,7 +142,8 @@ async def run_uv(
     Raises:
         EnvironmentBuildError: If it fails.
     """
-    variables = {**os.environ, **settings.env, **(env or {}), "UV_NO_PROGRESS": "1", "NO_COLOR": "1"}
+    own = {name: value for name, value in (env or {}).items() if name not in RETRIES or name not in os.environ}
+    variables = {**os.environ, **settings.env, **own, "UV_NO_PROGRESS": "1", "NO_COLOR": "1"}
     variables.pop("VIRTUAL_ENV", None)
     if settings.ca_file:
         variables.setdefault("SSL_CERT_FILE", settings.ca_file)
