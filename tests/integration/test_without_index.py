@@ -102,10 +102,12 @@ def test_what_was_fetched_before_is_taken_first(
     for name in ("alpha", "beta"):
         index.add(name)
     host = make_hosts(1)[0]
-    site = _install(monkeypatch, tmp_path / "prefix", "alpha", "beta")
-    with connect(host, "manager") as runtime:
-        runtime.prepare()
-    _disconnect(monkeypatch)
+    with index.at("127.0.0.2"):  # until the end of the block
+        monkeypatch.setenv("NO_PROXY", "127.0.0.2")
+        monkeypatch.setenv("UV_DEFAULT_INDEX", index.url)
+        site = _install(monkeypatch, tmp_path / "prefix", "alpha", "beta")
+        with connect(host, "manager") as runtime:
+            runtime.prepare()
     with connect(host, "manager") as runtime:  # all is there
         assert runtime.call(version_of, "alpha") == "1.0"
     assert len(environments(host)) == 1

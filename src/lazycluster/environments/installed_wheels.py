@@ -151,7 +151,7 @@ def _entries(info: Path, name: str, version: str) -> Iterator[_Entry]:
     for row in csv.reader(io.StringIO(text)):
         if not row or "__pycache__/" in row[0]:
             continue
-        path = os.path.normpath(f"{site}/{row[0]}")
+        path = os.path.normpath(os.path.join(site, row[0]))
         inner, is_script = _name_in_wheel(path, site, f"{name}-{version}.data", row[0])
         folder, _, last = path.rpartition("/")
         if is_script and last in scripts:
