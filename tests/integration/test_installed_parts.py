@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,9 @@ def test_objectives_of_hyperopt_find_them_too(make_hosts: Any, edpk: ModuleType,
     environment = install_on(hosts[0], tmp_path)
     functions = [getattr(edpk, name) for name in _EXPECTED]
 
+    def failing(x: float) -> Any:
+        return (Path(str(edpk.__file__)).parent / "gone.txt").read_text()
+
     def objective(x: float) -> dict[str, Any]:
         return {"loss": x, "status": "ok", "found": [function() for function in functions]}
 
@@ -127,9 +131,16 @@ def test_objectives_of_hyperopt_find_them_too(make_hosts: Any, edpk: ModuleType,
         options: dict[str, Any] = {"show_progressbar": False, "return_argmin": False}
         hyperopt.fmin(objective, space, hyperopt.rand.suggest, 1, trials=trials, **options)
         (result,) = trials.results
+        failed = cluster.trials("failed")
+        options["catch_eval_exceptions"] = True
+        with contextlib.suppress(hyperopt.exceptions.AllTrialsFailed):
+            hyperopt.fmin(failing, space, hyperopt.rand.suggest, 1, trials=failed, **options)
+        (document,) = failed.handle.jobs.find({"exp_key": "failed"})
+        assert f"{_ADVICE}, not its data" in document["traceback"]
         assert [tuple(one) if isinstance(one, list) else one for one in result["found"]] == list(_EXPECTED.values())
 
 
+@pytest.mark.parametrize("edpk", ["as source"], indirect=True)
 def test_the_code_is_the_managers_though_others_have_imported_the_copy(
     make_hosts: Any, edpk: ModuleType, tmp_path: Path
 ) -> None:

@@ -282,11 +282,12 @@ def missing_part(error: BaseException) -> str:
 
 def _advice(name: str) -> str:
     top = name.partition(".")[0]
-    text = "of the local module {} only the code travels, not its data and compiled parts".format(top)
+    text = "of the local module {} only the code travels, not its data and compiled parts; if this is one of them, "
+    text = text.format(top)
     if _finder.spec(top).submodule_search_locations:
-        return text + ", and what is installed on the host has it not: bring that up to date, e.g. by prepare()"
+        return text + "bring what is installed on the host up to date, e.g. by prepare()"
     return text + (
-        ': have them on the hosts (environment="manager" installs there what is installed here, also by '
+        'have it on the hosts (environment="manager" installs there what is installed here, also by '
         '"pip install -e"), or send the file and pass its path'
     )
 
