@@ -497,7 +497,12 @@ def test_a_module_that_is_named_like_one_of_the_standard_library(host: DirectZyg
     module: Any = sys.modules["turtledemo"]
     here, file, path = host.call(module.where)
     assert here == str(Path(module.__file__).with_name("paths.py"))
-    assert (file, path) == (module.__file__, [])
+    assert (file, path) == (module.__file__, [str(Path(module.__file__).parent)])  # this is the same machine
+    call = dump_call(module.where)
+    Path(module.__file__).write_text("# of another version\n")
+    outcome = host.run(call)[1]
+    assert outcome is not None
+    assert outcome.value[2] == []
 
 
 def test_names_of_projects(tmp_path: Path) -> None:

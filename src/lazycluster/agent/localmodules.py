@@ -118,6 +118,15 @@ def show_lines(file: str, text: str) -> None:
     linecache.cache[file] = (len(text), None, text.splitlines(True), file)
 
 
+def _is_here(file: str, text: str) -> bool:
+    """Whether this is the manager's machine, or has its directory: the file is where it is there, and the same."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read() == text.encode("utf-8")
+    except (OSError, UnicodeEncodeError):
+        return False
+
+
 # --- modules in memory ----------------------------------------------------------------------------
 class LocalModule(types.ModuleType):
     """A module of which only what the function uses was sent.
@@ -161,6 +170,8 @@ class LocalFinder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         spec = importlib.machinery.ModuleSpec(name, self, origin=filename, is_package=is_package)
         if is_package and copy is not None:
             spec.submodule_search_locations = list(copy.paths)
+        elif is_package and self._copies is not None and _is_here(filename, text):
+            spec.submodule_search_locations = [os.path.dirname(filename)]
         spec.has_location = True
         return spec
 
