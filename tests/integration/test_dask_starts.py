@@ -246,10 +246,10 @@ def test_workers_need_a_master(group: RuntimeGroup) -> None:
 
 _UNCHECKED = """
 import sys
-from lazycluster.agent import filenames
+from lazycluster.agent import filenames, localmodules
 from lazycluster.cluster import dask_programs
 from lazycluster.mongo import memfile, strangers
-for module in (filenames, memfile, strangers):  # they are sent along with the programs
+for module in (filenames, localmodules, memfile, strangers):  # they are sent along with the programs
     name = module.__name__.rpartition(".")[2]
     setattr(dask_programs, name, module)
     sys.modules["lazycluster.cluster.dask_programs." + name] = module

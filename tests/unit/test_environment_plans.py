@@ -9,7 +9,6 @@ import pytest
 
 from lazycluster import EnvironmentSpec
 from lazycluster.environments.activation import HostEnvironment
-from lazycluster.environments.index import IndexSettings
 from lazycluster.environments.place import Place
 from lazycluster.environments.plan import Locked, Target
 from lazycluster.exceptions import EnvironmentBuildError
@@ -48,7 +47,7 @@ def test_a_platform_that_cannot_be_is_an_error(evil: str, what: str) -> None:
     place = Place("host1", Host())  # type: ignore[arg-type]
     environment = HostEnvironment(place, EnvironmentSpec(["numpy"]))
     with pytest.raises(EnvironmentBuildError, match=f"its {what} is") as caught:
-        asyncio.run(environment._plan(IndexSettings(), False))
+        asyncio.run(environment._target())
     assert caught.value.host == "host1" and "\n" not in caught.value.problem
 
 

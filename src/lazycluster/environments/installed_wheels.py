@@ -285,7 +285,7 @@ def make_wheel(locked: Locked, target: Target, folder: Path) -> Path:
 def _add(archive: zipfile.ZipFile, entry: _Entry) -> tuple[str, str, str]:
     """Add a file; returns its line of RECORD."""
     restored = _restored(entry)
-    kind, _, expected = entry.hashed.partition("=")
+    kind, _, recorded = entry.hashed.partition("=")
     check, written, size = hashlib.new(kind), hashlib.sha256(), 0
     try:
         path = Path(entry.path)
@@ -303,7 +303,7 @@ def _add(archive: zipfile.ZipFile, entry: _Entry) -> tuple[str, str, str]:
                 size = target.write(restored)
     except OSError as error:
         raise UnfitError(f"its file {entry.path} cannot be read: {error.strerror}") from None
-    if _encoded(check.digest()) != expected.rstrip("="):
+    if _encoded(check.digest()) != recorded.rstrip("="):
         raise UnfitError(f"its file {entry.path} was changed after the installation: its hash is not that of RECORD")
     return entry.name, f"sha256={_encoded(written.digest())}", str(size)
 
