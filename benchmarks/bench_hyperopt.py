@@ -31,7 +31,8 @@ _CLIENT = """
 import sys, time
 from pymongo import MongoClient
 port, password, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-jobs = MongoClient("127.0.0.1", port, username="me", password=password, authSource="admin").db.jobs
+known = {"tls": True, "tlsCAFile": sys.argv[5]}
+jobs = MongoClient("127.0.0.1", port, username="me", password=password, authSource="admin", **known).db.jobs
 jobs.find_one()
 print("there", flush=True)
 sys.stdin.readline()
@@ -55,6 +56,9 @@ class Server:
 
         launcher = EmbeddedMongoLauncher(None)  # type: ignore[arg-type]
         launcher.hyperopt.dbpath = Path(folder, "db")
+        launcher.hyperopt.password, launcher.hyperopt.user = PASSWORD, "me"
+        launcher.hyperopt.make_identity(folder)
+        self.authority = str(launcher.hyperopt.authority_file)
         source = launcher.program().source
         assert isinstance(source, Source)
         message = source.message()
@@ -65,7 +69,7 @@ class Server:
         code = f"import sys; sys.path.append({str(package.parent)!r})\nfrom {package.name}.program import main; main()"
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
-        told = {"ports": {"master": 0}, "dbpath": f"{folder}/db", "user": "me", "password": PASSWORD}
+        told = launcher.settings({"master": 0})
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(told) + "\n")
@@ -75,7 +79,8 @@ class Server:
     def client(self) -> Any:
         from pymongo import MongoClient
 
-        return MongoClient("127.0.0.1", self.port, username="me", password=PASSWORD, authSource="admin")
+        known = {"tls": True, "tlsCAFile": self.authority}
+        return MongoClient("127.0.0.1", self.port, username="me", password=PASSWORD, authSource="admin", **known)
 
     def memory(self, what: str) -> float:
         """Return what the server uses or has used, in MB: ``VmRSS`` or ``VmHWM``."""
@@ -132,7 +137,8 @@ def _reserve_and_finish(found: Server, each: int) -> tuple[float, str]:
         client.db.jobs.insert_many(_job(number, 0) for number in range(CLIENTS * each))
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", _CLIENT, str(found.port), PASSWORD, str(each)]
-    clients = [subprocess.Popen([*command, str(number)], stdin=pipe, stdout=pipe) for number in range(CLIENTS)]
+    numbered = [[*command, str(number), found.authority] for number in range(CLIENTS)]
+    clients = [subprocess.Popen(one, stdin=pipe, stdout=pipe) for one in numbered]
     for one in clients:
         assert one.stdout is not None
         one.stdout.readline()
@@ -178,7 +184,7 @@ def _database() -> Iterator[Row]:
             _indexes(jobs)
             jobs.insert_many(_job(number, 2) for number in range(MANY))
         trials_of = compat.load().MongoTrials
-        url = f"mongo://me:{PASSWORD}@127.0.0.1:{found.port}/bench/jobs?authSource=admin"
+        url = f"mongo://me:{PASSWORD}@127.0.0.1:{found.port}/bench/jobs?authSource=admin&tlsCAFile={found.authority}"
         trials = trials_of(url, exp_key="bench", refresh=False)
         times = []
         for _ in range(REPEAT):

@@ -18,7 +18,7 @@ from typing import Any
 from lazycluster import RuntimeManager
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
 
-EVALUATIONS = 24
+EVALUATIONS = 16
 
 
 @contextmanager
@@ -57,9 +57,10 @@ def search(cluster: HyperoptCluster) -> None:
     options: dict[str, Any] = {"max_evals": EVALUATIONS, "max_queue_len": 6, "show_progressbar": False}
     best = fmin(objective, space, algo=tpe.suggest, trials=cluster.trials("cancer"), **options)
     progress = cluster.progress("cancer")
-    print(f"   {progress}")
-    print(f"   by worker: {progress.per_worker}")
-    print(f"   wrong in {progress.best_loss:.1%} of the cases with {space_eval(space, best)}")
+    print(f"   by worker: {', '.join(f'{name}: {count}' for name, count in sorted(progress.per_worker.items()))}")
+    print(f"   wrong in {progress.best_loss:.1%} of the cases with")
+    for name, value in space_eval(space, best).items():
+        print(f"     {name} = {value:.4g}")
     assert progress.done == EVALUATIONS
     assert progress.best_loss is not None
     assert progress.best_loss < 0.06
@@ -77,9 +78,9 @@ def main(config_file: str | None = None, picture: str | None = None) -> None:
             load_breast_cancer(as_frame=True).frame.to_csv(path, index=False)
             group.send_file(str(path), "cancer.csv", execute_async=False)
         with HyperoptCluster(group, dbpath=f"{folder}/trials") as cluster:
-            with step("Start a Hyperopt cluster: the database here, a worker on each host, through ssh only"):
+            with step("Start a Hyperopt cluster: database here, workers there, through ssh only"):
                 cluster.start()
-            with step(f"Search the parameters of gradient boosting, {EVALUATIONS} times trained 3 times"):
+            with step(f"Tune gradient boosting: {EVALUATIONS} evaluations, each trains it 3 times"):
                 search(cluster)
             if picture:
                 cluster.plot("cancer", picture)

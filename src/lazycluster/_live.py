@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Lines"]
+__all__ = ["Lines", "write"]
 
 _LONGEST = 128 * 1024  # bytes of a line that is shown as one
 
@@ -41,13 +41,17 @@ class Lines:
 
 
 def _show(host: str, lines: Sequence[str]) -> None:
-    stream = sys.stdout
-    text = "".join(f"[{host}] {line}\n" for line in lines)
     # A closed or broken standard output is no reason for what runs to suffer.
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        try:
-            stream.write(text)
-        except UnicodeEncodeError:
-            encoding = stream.encoding or "ascii"
-            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        stream.flush()
+        write("".join(f"[{host}] {line}\n" for line in lines))
+        sys.stdout.flush()
+
+
+def write(text: str) -> None:
+    """Write a text to standard output; what its encoding has no bytes for is escaped."""
+    stream = sys.stdout
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))

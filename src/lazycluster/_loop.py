@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
-from . import _progress, _waiting
+from . import _memory, _progress, _waiting
 from .exceptions import harmless
 
 T = TypeVar("T")
@@ -49,10 +49,13 @@ def get_loop() -> asyncio.AbstractEventLoop:
 
 def _main(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
+    loop.set_exception_handler(_memory.guard)
     while True:
         try:
             loop.run_forever()
             break
+        except MemoryError:
+            _memory.relieve()  # in the loop's own code: what was to be done is done in the next round
         except (SystemExit, KeyboardInterrupt):
             # They end an event loop, and with this one everybody who waits would wait for ever. Ctrl-C comes to the
             # main thread only, so it was code of somebody's own that has raised this, e.g. in a callback.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "InvalidRuntimeError",
     "InvalidRuntimesError",
     "LazyclusterError",
+    "NoAnswerError",
     "NoPortsLeftError",
     "NoRuntimesDetectedError",
     "NoRuntimesError",
@@ -36,12 +38,17 @@ __all__ = [
 ]
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """Return a text of a host as it can be shown: what would steer a terminal, or hide a part of it, is escaped."""
     return _CONTROL.sub(_escaped, text.replace("\r\n", "\n"))
+
+
+def one_line(text: str) -> str:
+    """Return a text of a host as it can be shown within a line: it cannot begin another one, of another host, say."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _escaped(found: re.Match[str]) -> str:
@@ -128,6 +135,32 @@ class ConnectionLostError(LazyclusterError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.host, self.detail)
+
+
+class NoAnswerError(LazyclusterError):
+    """A host whose connection works has not done in time what was asked of it.
+
+    Attributes:
+        host: The host.
+        awaited: What was waited for, e.g. ``an answer to 'ports'``.
+        seconds: For how long.
+        detail: What else is known, e.g. that the link is interrupted.
+    """
+
+    def __init__(self, host: str, awaited: str, seconds: float, detail: str = "") -> None:
+        self.host = host
+        self.awaited = awaited
+        self.seconds = seconds
+        self.detail = detail
+        waited = f"waited {seconds:g} s in vain for {awaited}"
+        text = f"{waited}; {detail}" if detail else f"connected, but {waited}"
+        super().__init__(
+            f"{host}: {text}\n"
+            f"  Next step: see what holds it up, e.g. little memory, or a disk that hangs: ssh {shlex.quote(host)} df"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.awaited, self.seconds, self.detail)
 
 
 class AgentError(LazyclusterError):

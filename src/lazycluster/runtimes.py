@@ -46,7 +46,8 @@ class Runtime(Belongings, Shown):
         host: As `ssh` takes it: an alias of your ssh configuration, a name, ``user@host`` or ``user@host:port``.
         working_dir: A directory on the host, made if it is missing and kept; ``~`` and environment variables are
             understood. By default a temporary directory, which is removed at the end. Tasks find its path in the
-            environment variable :attr:`WORKING_DIR_ENV_VAR_NAME`.
+            environment variable :attr:`WORKING_DIR_ENV_VAR_NAME`. One that another user owns or may write to is an
+            error; see ``Environment.trust_group`` for groups.
         connection_kwargs: How to reach the host, beyond what your ssh configuration says: ``user``, ``port``,
             ``key_filename``, ``password``, ``passphrase``, ``timeout`` (seconds), ``config_file``, ``proxy_jump``,
             ``host_keys`` (``"strict"`` or ``"accept-new"``), ``ssh_options``, ``relay`` (``"agent"``: ports are carried
@@ -64,6 +65,8 @@ class Runtime(Belongings, Shown):
             first needed, or by :meth:`prepare`: ``"manager"`` for what is installed here, a list of requirements, a
             ``requirements.txt``, ``pyproject.toml``, ``uv.lock`` or ``pylock.toml`` of this machine, the path of an
             environment on the host, or an :class:`~lazycluster.EnvironmentSpec`.
+        startup_files: When the start-up files of the shell (``.bashrc``, ``.zshenv``) are read: ``"once"`` per
+            connection, and what they set holds for all commands; or ``"always"``, as the shell itself does it.
 
     Attributes:
         WORKING_DIR_ENV_VAR_NAME: The environment variable that tells tasks the working directory.
@@ -95,10 +98,10 @@ class Runtime(Belongings, Shown):
         env: Mapping[str, Any] | None = None,
         shell: str | None = None,
         environment: Any = None,
+        startup_files: str = "once",
     ) -> None:
-        spec = HostSpec(
-            host, working_dir, connection_kwargs, python, setup, env or {}, shell, False, may_ask(), environment
-        )
+        own = (host, working_dir, connection_kwargs, python, setup, env or {}, shell)
+        spec = HostSpec(*own, ask=may_ask(), environment=environment, startup_files=startup_files)
         # A person who is asked something must see the question.
         with _progress.shown(False if spec.ask else None):
             self._begin(_loop.run(connected(spec)))
@@ -211,9 +214,15 @@ class Runtime(Belongings, Shown):
         if detach:
             detached.check_options(task, retries)
             return _loop.run(self.detach_soon(task, detached.checked(task)))
-        started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug, retries=tries)
-        if not execute_async:
-            started._finish_sync()
+        started = task if getattr(task, "status", "") == "pending" else None
+        try:
+            started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug, retries=tries)
+            if not execute_async:
+                started._finish_sync()
+        except KeyboardInterrupt:  # maybe before the wait, which ends what it waits for, has begun
+            if not execute_async and started is not None:
+                started._end_sync()
+            raise
         return started
 
     def detached_tasks(self) -> list[DetachedTask]:
@@ -447,6 +456,7 @@ class LocalRuntime(Runtime):
         shell: See :class:`Runtime`.
         host: The name that it goes by.
         environment: See :class:`Runtime`.
+        startup_files: See :class:`Runtime`.
 
     Examples:
         >>> with LocalRuntime() as runtime:        # doctest: +SKIP
@@ -464,7 +474,9 @@ class LocalRuntime(Runtime):
         shell: str | None = None,
         host: str = "localhost",
         environment: Any = None,
+        startup_files: str = "once",
     ) -> None:
         own = sys.executable if python is None and setup is None else python
-        spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, True, environment=environment)
+        more = {"environment": environment, "startup_files": startup_files}
+        spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, True, **more)
         self._begin(_loop.run(connected(spec)))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import errno
 import itertools
 import logging
 import os
-import stat
 import threading
 from pathlib import Path
 from urllib.parse import quote
+
+from lazycluster.agent.ownership import make
 
 __all__ = ["Environment", "Timestamp", "new_log_file_path", "private_directory", "safe_name"]
 
@@ -20,6 +20,16 @@ _LONGEST_NAME = 120  # characters; file systems allow 255 bytes, and a stamp fol
 _numbers = itertools.count(1)
 _making = threading.Lock()
 _known: set[Path] = set()  # directories that are nobody else's
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` and ``~user`` expanded; as in a shell, that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (Path.expanduser raises RuntimeError)
+
+
+def default_directory() -> Path:
+    """Return where the library keeps its files unless the user chooses another place."""
+    return Path(os.environ.get("XDG_STATE_HOME") or expanded("~/.local/state")).absolute() / "lazycluster"
 
 
 class Environment:
@@ -32,6 +42,10 @@ class Environment:
         progress: Whether it is shown how far things are that take more than two seconds: connecting, copying, starting
             a cluster. It is shown on a terminal and in a notebook, and never written to files. See also ``progress`` of
             :class:`~lazycluster.RuntimeGroup` and :class:`~lazycluster.RuntimeManager`.
+        trust_group: Whether directories are used, here and on the hosts, that their group may write to: main directory,
+            ``working_dir``, ``cache_dir``, ``dbpath``, ``local_directory``. Its members can have any code run as you.
+            Without it they are refused, as are those that another user owns or everybody may write to. By default what
+            the environment variable ``LAZYCLUSTER_TRUST_GROUP`` says (``1``).
 
     Examples:
         >>> Environment.set_main_directory("/tmp/my-experiment")
@@ -39,10 +53,9 @@ class Environment:
         '/tmp/my-experiment'
     """
 
-    main_directory: str = str(
-        Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()).absolute() / "lazycluster"
-    )
+    main_directory: str = str(default_directory())
     progress: bool = True
+    trust_group: bool = os.environ.get("LAZYCLUSTER_TRUST_GROUP", "").lower() in ("1", "true", "yes", "on")
 
     @classmethod
     def set_main_directory(cls, dir: str | os.PathLike[str]) -> None:
@@ -60,7 +73,7 @@ class Environment:
         text = os.fspath(dir)
         if not text or "\0" in text:
             raise ValueError(f"not usable as a directory: {text!r}")
-        path = Path(text).expanduser().absolute()
+        path = expanded(text).absolute()
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file, not a directory")
         cls.main_directory = str(path)
@@ -135,29 +148,22 @@ def safe_name(name: str) -> str:
     return quoted
 
 
-def private_directory(*parts: str) -> Path:
+def private_directory(*parts: str, main: Path | None = None) -> Path:
     """Return a directory below the main directory; made if it is missing, readable for its owner only.
+
+    Args:
+        *parts: Its path below that.
+        main: Another one in place of the main directory.
 
     Raises:
         OSError: If it cannot be made.
     """
-    path = Path(Environment.main_directory).joinpath(*parts)
+    path = (main or Path(Environment.main_directory)).joinpath(*parts)
     if path not in _known or not path.is_dir():
         with _making:
-            for directory in (*reversed(path.parents), path):
-                if not directory.is_dir():
-                    directory.mkdir(mode=0o700, exist_ok=True)
-                _check_owner(directory)
+            make(str(path), 0o700, Environment.trust_group)
             _known.add(path)
     return path
-
-
-def _check_owner(directory: Path) -> None:
-    """Refuse what another user may have made in a place where everybody may write: what is in it would be his."""
-    if directory.parent.stat().st_mode & stat.S_IWOTH and directory.lstat().st_uid not in (0, os.geteuid()):
-        raise PermissionError(
-            errno.EPERM, "another user has made it, and could replace what is in it; choose another", str(directory)
-        )
 
 
 def new_log_file_path(host: str, task: str) -> Path:

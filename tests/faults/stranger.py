@@ -3,7 +3,8 @@
 Standard input holds JSON: ``addresses`` ([host, port] each), ``identities`` (by name: authority, certificate and key as
 text, or None for TLS without any), ``paths`` to get at, ``secrets`` to look for, ``ways`` if not all are. The answer is
 JSON, too: all that worked. An address is asked in plain, by HTTP, and in Dask's own language with each
-identity; with the way ``mongo`` as a database, ``mongo USER PASSWORD`` with a login.
+identity; with the way ``mongo`` as a database that shows any certificate, ``mongo USER PASSWORD`` with a login;
+``mongo-plain`` is the same without TLS.
 """
 
 from __future__ import annotations
@@ -62,9 +63,11 @@ async def ask_raw(host: str, port: int, text: bytes) -> str:
     return "" if refused else repr(answer)
 
 
-def ask_mongo(host: str, port: int, *login: str) -> str:
+def ask_mongo(host: str, port: int, way: str, *login: str) -> str:
     """Try to read, write and rule a database; returns what could be done."""
-    options = dict(zip(("username", "password"), login, strict=False))
+    options: dict[str, Any] = dict(zip(("username", "password"), login, strict=False))
+    if way == "mongo":
+        options |= {"tls": True, "tlsAllowInvalidCertificates": True}
     done = []
     with pymongo.MongoClient(host, port, serverSelectionTimeoutMS=2000, directConnection=True, **options) as client:
         database = client["strange"]
@@ -88,7 +91,7 @@ async def attempt(host: str, port: int, way: str, identities: dict[str, Any]) ->
         writer.close()
         return "is open"
     if way.startswith("mongo"):
-        return await asyncio.to_thread(ask_mongo, host, port, *way.split()[1:])
+        return await asyncio.to_thread(ask_mongo, host, port, *way.split())
     if way == "plain":
         return await ask_dask(host, port, "tcp")
     if way in identities:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import leaks
-from lazycluster import LocalRuntime, Runtime, RuntimeGroup, RuntimeTask
+from lazycluster import DetachedTask, LocalRuntime, Runtime, RuntimeGroup, RuntimeTask
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
+from lazycluster.tasks import detached_records
 from patience import until
 
 _PATIENCE = 40.0
@@ -181,3 +185,138 @@ def test_nobody_else_can_read_it(hosts: Any) -> None:
         modes = hosts[0].run(f"stat -c %a {place}/{task.id}/log {place}/{task.id}/*.json").stdout.split()
         assert set(modes) == {"600"}
         task.remove()
+
+
+class Attack:
+    """What makes a directory where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self._path,)
+
+
+def rewritten(host: Any, task: DetachedTask, outcome: object, **changes: Any) -> None:
+    """Have a host say something else of a task that has ended."""
+    place = host.path(f"~/.local/state/lazycluster/detached/{task.id}")
+    state = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps({**state, **changes}))
+    (place / "outcome-0").write_bytes(pickle.dumps(outcome))
+
+
+RETURNED = [{"ok": True, "status": "returned"}]
+RAISED = [{"ok": True, "status": "raised"}]
+
+
+@pytest.mark.parametrize("steps", [RETURNED, RAISED, [*RETURNED, *RETURNED]])
+@pytest.mark.parametrize("again", [True, False])
+def test_what_was_a_command_is_never_unpickled(hosts: Any, tmp_path: Path, steps: Any, again: bool) -> None:
+    with connect(hosts) as runtime:
+        task = runtime.execute_task(RuntimeTask("plain").run_command("true"), detach=True)
+        task.join(_PATIENCE)
+        rewritten(hosts[0], task, Attack(tmp_path / "harm"), steps=steps)
+        if again:
+            (task,) = runtime.detached_tasks()
+        for trust_host in (False, True):  # what is known here counts also then
+            with pytest.raises(LazyclusterError, match=r"host1: .* was a function, but it was a command") as caught:
+                task.result(trust_host=trust_host)
+            assert not isinstance(caught.value, TaskExecutionError)
+        assert not (tmp_path / "harm").exists()
+        task.remove()
+
+
+@pytest.fixture
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.mark.usefixtures("_own_state")
+def test_without_a_record_nothing_is_unpickled_unless_it_is_asked_for(hosts: Any) -> None:
+    with connect(hosts) as runtime:
+        runtime.execute_task(RuntimeTask("far").call(abs, -3), detach=True).join(_PATIENCE)
+        (record,) = detached_records.directory().iterdir()
+        content = record.read_bytes()
+        damages: list[Callable[[], Any]] = [
+            record.unlink,
+            lambda: record.write_bytes(content[:-5]),
+            lambda: record.write_bytes(content.replace(b"host1", b"other")),
+            lambda: (record.write_bytes(content), record.chmod(0o666)),
+        ]
+        for damage in damages:
+            damage()
+            (task,) = runtime.detached_tasks()
+            with pytest.raises(
+                LazyclusterError, match=r"host1: .* step 1 is a function(.|\n)*trust_host=True"
+            ) as caught:
+                task.result()
+            assert str(record) in str(caught.value)
+            assert task.result(trust_host=True) == 3
+        record.chmod(0o600)
+        (task,) = runtime.detached_tasks()
+        assert task.result() == 3
+        task.remove()
+        assert not record.exists()
+
+
+def test_a_host_that_says_less_than_it_was_told_is_not_believed(hosts: Any) -> None:
+    with connect(hosts) as runtime:
+        task = runtime.execute_task(RuntimeTask("two").call(abs, -3).call(abs, -4), detach=True)
+        assert task.result(_PATIENCE) == 4
+        for steps in ([], RETURNED, [{"ok": True, "exit": 0, "signal": None}, *RETURNED]):
+            rewritten(hosts[0], task, [1], steps=steps)
+            with pytest.raises(LazyclusterError, match="not of each of its steps"):
+                task.result()
+        task.remove()
+
+
+@pytest.mark.usefixtures("_own_state")
+def test_records_are_private_and_hold_no_secrets(make: Callable[..., Runtime]) -> None:
+    with make(env={"TOKEN": "hidden"}) as runtime:
+        task = runtime.execute_task(RuntimeTask("quiet").run_command("echo hidden").call(len, "hidden"), detach=True)
+        (record,) = detached_records.directory().iterdir()
+        assert (record.parent.stat().st_mode & 0o777, record.stat().st_mode & 0o777) == (0o700, 0o600)
+        assert json.loads(record.read_text()) == {"host": runtime.host, "steps": 2, "functions": [1]}
+        assert task.result(_PATIENCE) == 6
+        task.remove()
+        assert list(detached_records.directory().iterdir()) == []
+
+
+def test_a_record_that_cannot_be_written_does_not_keep_a_task_from_being_started(
+    hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    with connect(hosts) as runtime:
+        task = runtime.execute_task(RuntimeTask("far").call(abs, -3), detach=True)
+        assert task.result(_PATIENCE) == 3
+        assert "trust_host=True" in caplog.text
+        (found,) = runtime.detached_tasks()
+        with pytest.raises(LazyclusterError, match="cannot be used: Not a directory"):
+            found.result()
+        found.remove()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"created": 10**400}, {"created": float("nan")}, {"created": 1e300}, {"created": "x"}, {"name": "\ud800"},
+        {"labels": [["x"] * 40]}, {"id": "../../x"}, {"name": json.loads("[" * 60 + "]" * 60)},
+    ],
+)  # fmt: skip
+def test_a_host_that_talks_nonsense_does_not_hide_the_tasks_of_others(
+    hosts: Any, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    kwargs = {"config_file": hosts.config_file}
+    with RuntimeGroup(hosts=hosts.names[:2], connection_kwargs=kwargs, python=sys.executable) as group:
+        started = group.execute_task(RuntimeTask("plain").run_command("true"), broadcast=True, detach=True)
+        about = hosts[0].path(f"~/.local/state/lazycluster/detached/{started[0].id}/task.json")
+        before = about.read_text()
+        about.write_text(json.dumps({**json.loads(before), **change}))
+        assert [task.host for task in group.detached_tasks()] == ["host2"]
+        assert "host1" in caplog.text
+        with pytest.raises(LazyclusterError, match="host1"):
+            group.get_runtime("host1").detached_tasks()
+        about.write_text(before)
+        for task in group.detached_tasks():
+            task.remove()

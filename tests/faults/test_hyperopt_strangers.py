@@ -40,8 +40,11 @@ def cluster(module_hosts: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def _attempts(addresses: Any, cluster: HyperoptCluster, **more: Any) -> str:
-    secrets = [cluster._hyperopt.password]
-    return json.dumps({"addresses": addresses, "identities": {}, "ways": _STRANGE, "secrets": secrets, **more})
+    assert cluster._hyperopt.identity is not None
+    secrets = [cluster._hyperopt.password, cluster._hyperopt.identity.key.splitlines()[2][:40]]
+    # Nobody is answered who does not ask by TLS, whatever he knows.
+    ways = [*_STRANGE, f"mongo-plain hyperopt {cluster._hyperopt.password}"]
+    return json.dumps({"addresses": addresses, "identities": {}, "ways": ways, "secrets": secrets, **more})
 
 
 def test_who_knows_the_password_is_answered(cluster: HyperoptCluster, module_hosts: Any) -> None:
@@ -78,3 +81,14 @@ def test_another_host_on_the_network_reaches_nothing(cluster: HyperoptCluster, m
     assert (module_hosts.manager_address, cluster.master_port) in addresses
     attempts = {"addresses": addresses, "identities": {}, "ways": ["connect"]}
     assert on_host(module_hosts[1], "root", json.dumps(attempts)) == []
+
+
+def test_no_core_dump_has_the_password(cluster: HyperoptCluster, module_hosts: Any) -> None:
+    """One byte: a limit of 0 is none where the kernel pipes dumps to a program."""
+    inner = cluster._worker_launcher.workers[0].service.pid
+    worker = next(found.pid for found in module_hosts[0].processes() if found.inner_pid == inner)
+    evaluators = [found.pid for found in procfs.descendants(worker)]
+    assert evaluators
+    for pid in (cluster._master_launcher._service.pid, worker, *evaluators):
+        lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
+        assert [line[26:].split()[0] for line in lines if line.startswith("Max core file size")] == ["1"]

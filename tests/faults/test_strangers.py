@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import resource
+import socket
 import stat
 import sys
 from collections.abc import Iterator
@@ -19,10 +21,12 @@ pytest.importorskip("cryptography")
 
 from knocking import NOBODY, below, here, loopback, on_host, private
 
-from lazycluster import Environment, RuntimeGroup
+from lazycluster import Environment, RuntimeGroup, RuntimeTask
 from lazycluster.cluster.certificates import Identity, make_credentials
 from lazycluster.cluster.dask_cluster import DaskCluster
 from lazycluster.exceptions import LazyclusterError
+from lazycluster.mongo.strangers import LINES, MOST_SILENT
+from patience import until
 from sshhosts import PASSWORD, procfs
 
 pytestmark = [
@@ -129,6 +133,94 @@ def test_another_user_of_the_manager_is_refused(cluster: DaskCluster) -> None:
     assert {"askpass.sock", "agent.sock"} <= {os.path.basename(path) for path in paths}
     found = here(NOBODY, _attempts(loopback(ports), paths=paths, secrets=_secrets(cluster)))
     assert set(found) - {f"{top} can be seen" for top in (folder, keeper)} == set()
+
+
+def _descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def _soft_limit(pid: int, name: str) -> str:
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    return next(line[26:].split()[0] for line in lines if line.startswith(f"Max {name}"))
+
+
+def _outer(host: Any, inner: int) -> int:
+    """Return the number by which the system outside knows a process of a host."""
+    return next(int(found.pid) for found in host.processes() if found.inner_pid == inner)
+
+
+def _listening(cluster: DaskCluster, host: Any) -> Iterator[tuple[str, int, int]]:
+    """What listens, beside tunnels: what it is, its port, and the process."""
+    scheduler = cluster._master_launcher._service.pid
+    yield "scheduler", cluster.master_port, scheduler
+    yield "dashboard", int(cluster.dashboard_link.split("/")[2].split(":")[1]), scheduler
+    worker = cluster._worker_launcher.workers[0]
+    nanny = _outer(host, worker.service.pid)
+    yield "nanny", worker.ports["nanny"], nanny
+    listeners = {port: found.pid for found in host.processes() for port in _ports_of(found.pid)}
+    for use in ("worker", "dashboard"):
+        yield f"{use} of the worker", worker.ports[use], listeners[worker.ports[use]]
+
+
+def _ports_of(pid: int) -> set[int]:
+    with contextlib.suppress(OSError):
+        inodes = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+        lines = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+        return {int(line[1].split(":")[1], 16) for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in inodes}
+    return set()
+
+
+def test_idle_connections_do_not_use_up_descriptors(cluster: DaskCluster, module_hosts: Any) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for what, port, pid in _listening(cluster, module_hosts[0]):
+        before = _descriptors(pid)
+        assert _soft_limit(pid, "open files") == str(min(most, 65600)), what
+        with contextlib.ExitStack() as stack:
+            idle = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+                for _ in range(2 * MOST_SILENT)
+            ]
+            for one in idle[:MOST_SILENT]:
+                assert one.recv(1) == b"", what  # ended, since there are too many
+            assert _descriptors(pid) < before + MOST_SILENT + 20, what
+            with cluster.get_client(timeout=30) as client:
+                assert client.submit(sum, [1, 2], pure=False).result(timeout=30) == 3
+                assert all(client.run(os.getpid).values())
+        until(lambda: _descriptors(pid) < before + 20, f"the {what} to have let go of all")  # noqa: B023
+
+
+def test_strangers_do_not_fill_the_log(cluster: DaskCluster) -> None:
+    log = cluster._master_launcher._service.log_file
+    before = log.read_bytes().count(b"\n")
+    dashboard = int(cluster.dashboard_link.split("/")[2].split(":")[1])
+    for number in range(100):
+        for port in (cluster.master_port, dashboard):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=30) as one:
+                one.sendall(b"GET /%d HTTP/1.1\r\nConnection: close\r\n\r\n" % number)
+                while one.recv(4096):
+                    pass
+    with cluster.get_client(timeout=30) as client:
+        assert client.submit(sum, [1, 2], pure=False).result(timeout=30) == 3
+    written = log.read_bytes().count(b"\n") - before
+    assert written < 3 * LINES  # of 200 that were wrong
+
+
+def test_core_dumps_of_those_who_have_secrets(cluster: DaskCluster, module_hosts: Any) -> None:
+    """One byte: a limit of 0 is none where the kernel pipes dumps to a program."""
+    processes = {pid: what for what, _, pid in _listening(cluster, module_hosts[0])}
+    processes[cluster._master_launcher._service.place.connection.hello.pid] = "keeper"
+    processes[_outer(module_hosts[0], cluster._group.runtimes[0].connection.hello.pid)] = "agent"
+    assert len(processes) == 5
+    for pid, what in processes.items():
+        assert _soft_limit(pid, "core file size") == "1", what
+    # What the user runs has the limits that his processes have on the host.
+    theirs = module_hosts[0].run("ulimit -c; ulimit -Hc", user="lazy").stdout
+    task = RuntimeTask("limits").run_command("ulimit -c; ulimit -Hc")
+    runtime = cluster._group.runtimes[0]
+    runtime.execute_task(task, execute_async=False)
+    assert "".join(task.execution_log).split() == theirs.split()
+    limits = runtime.call(resource.getrlimit, resource.RLIMIT_CORE)
+    assert ["unlimited" if limit == resource.RLIM_INFINITY else str(limit // 512) for limit in limits] == theirs.split()
 
 
 def test_sockets_without_a_file_are_nobodys(cluster: DaskCluster, module_hosts: Any) -> None:

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import signal
+import ssl
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ async def main() -> None:
         parser.add_argument(name, required=True)
     parser.add_argument("--auth", action="store_true", required=True)
     parser.add_argument("--nounixsocket", action="store_true")
+    parser.add_argument("--tlsMode", choices=["requireTLS"], required=True)
+    parser.add_argument("--tlsCertificateKeyFile", required=True)
+    parser.add_argument("--tlsCAFile", required=True)
+    parser.add_argument("--tlsAllowConnectionsWithoutCertificates", action="store_true", required=True)
     options = parser.parse_args()
     assert options.bind_ip == "127.0.0.1"
     path = Path(options.dbpath)
@@ -59,7 +64,10 @@ async def main() -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     store = Store(str(path / "stand-in"))
-    server = Server(StandIn(store, path / "users.json"), True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(options.tlsCertificateKeyFile)
+    tls.load_verify_locations(options.tlsCAFile)
+    server = Server(StandIn(store, path / "users.json"), True, tls)
     await server.listen(int(options.port))
     await stop.wait()
     await server.close()

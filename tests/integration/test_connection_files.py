@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ def test_dask(tmp_path: Path) -> None:
             cluster.write_connection_file(path)
         cluster.start()
         cluster.write_connection_file(path)
+        assert json.loads(path.read_text())["manager"] == os.getpid()
         with pytest.raises(ClusterError, match="is of a DaskCluster"):
             HyperoptCluster.connect(path)
         program = (

@@ -25,6 +25,7 @@ from cluster_groups import ssh_group
 
 from lazycluster import RuntimeGroup
 from lazycluster.cluster.dask_cluster import DaskCluster
+from lazycluster.cluster.exceptions import ClusterStartError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this module
 
@@ -232,3 +233,26 @@ def test_more_workers_can_be_started(group: RuntimeGroup, cluster: DaskCluster, 
     client.wait_for_workers(4, timeout=20)
     assert "host1-1" in _workers(client)
     assert client.submit(lambda: 3, workers=["host1-1"], pure=False).result(timeout=20) == 3
+
+
+def test_what_does_not_fit_in_memory_goes_where_nobody_else_may_write(group: RuntimeGroup, module_hosts: Any) -> None:
+    """It is unpickled when it is wanted again."""
+    for host in module_hosts:
+        host.run("chmod 711 /home/lazy && mkdir -p -m 777 /home/lazy/open && mkdir -p -m 1777 /home/lazy/all")
+    with (
+        DaskCluster(group, local_directory="/home/lazy/open") as cluster,
+        pytest.raises(
+            ClusterStartError,
+            match=r"local_directory /home/lazy/open cannot be used: /home/lazy/open: everybody may write",
+        ),
+    ):
+        cluster.start()
+    with DaskCluster(group, local_directory="/home/lazy/all") as cluster:
+        cluster.start()
+        with cluster.get_client(timeout=10) as client:
+            places = client.run(lambda dask_worker: dask_worker.local_directory)
+            modes = client.run(
+                lambda dask_worker: os.stat(os.path.dirname(dask_worker.local_directory)).st_mode & 0o777
+            )
+    assert all(path.startswith("/home/lazy/all/dask-scratch-space-") for path in places.values())
+    assert set(modes.values()) == {0o700}

@@ -92,8 +92,14 @@ def _looked_at(client: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_all_see_what_those_of_a_local_cluster_see(hosts: Any, configured: None, tmp_path: Path) -> None:
+def test_all_see_what_those_of_a_local_cluster_see(
+    hosts: Any, configured: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from distributed import Client, LocalCluster
+
+    # Of what LocalCluster preloads, beside it in /tmp.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
     with (
         connect(hosts.config_file, [hosts[0].name]) as group,

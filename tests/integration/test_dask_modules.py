@@ -21,6 +21,8 @@ from lazycluster.cluster.dask_cluster import DaskCluster  # noqa: E402
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory with modules that are on the path of the manager."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    # Bytecode is not told from that of a text of the same length and second.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:

@@ -246,10 +246,14 @@ def test_workers_need_a_master(group: RuntimeGroup) -> None:
 
 _UNCHECKED = """
 import sys
-from lazycluster.agent import filenames
+from lazycluster.agent import filenames, localmodules
 from lazycluster.cluster import dask_programs
+from lazycluster.mongo import memfile, strangers
+for module in (filenames, localmodules, memfile, strangers):  # they are sent along with the programs
+    name = module.__name__.rpartition(".")[2]
+    setattr(dask_programs, name, module)
+    sys.modules["lazycluster.cluster.dask_programs." + name] = module
 from lazycluster.cluster.dask_programs import common, scheduler
-dask_programs.filenames = filenames  # it is sent along with the programs
 common.check_ports = lambda ports: None  # as if the port had been free then
 scheduler.main()
 """
@@ -273,7 +277,14 @@ def test_a_port_that_is_taken_when_the_scheduler_has_looked_already(tmp_path: Pa
     try:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             for port, expected in ((taken.getsockname()[1], "port_taken"), (_port(), "ready")):
-                settings = {"prefix": "x", "modules": "", "protocol": "tcp", "security": {}, "options": {}}
+                settings = {
+                    "prefix": "x",
+                    "modules": "",
+                    "protocol": "tcp",
+                    "security": {},
+                    "options": {},
+                    "configuration": {},
+                }
                 ports = {"master": port, "dashboard": _port()}
                 program.stdin.write(json.dumps({**settings, "ports": ports}) + "\n")
                 program.stdin.flush()

@@ -19,7 +19,7 @@ from lazycluster import EnvironmentSpec, RuntimeGroup, RuntimeTask, _loop
 from lazycluster.environments import from_interpreter
 from lazycluster.environments.activation import HostEnvironment
 from lazycluster.environments.keeping import Store, list_on
-from lazycluster.exceptions import TaskExecutionError
+from lazycluster.exceptions import EnvironmentBuildError, TaskExecutionError
 from patience import until
 from wheelhouse import Index, make_project
 
@@ -279,6 +279,30 @@ def test_one_that_may_only_be_read_is_used(make_hosts: Any, index: Index) -> Non
         assert runtime.call(version_of, "alpha") == "1.0"
         assert str(runtime.environment_path).startswith("/home/lazy/shared/envs/")
     assert host.run("find /home/lazy/shared | sort").stdout == before
+
+
+def test_one_that_others_may_have_changed_is_not_used(make_hosts: Any, index: Index) -> None:
+    index.add("alpha")
+    host = make_hosts(1)[0]
+    host.run("chmod 711 /home/lazy && mkdir -p -m 1777 /home/lazy/all")
+    for mode in (0o777, 0o775):
+        host.run(f"cd /home/lazy && mkdir -p {mode:o} && chown lazy:users {mode:o} && chmod {mode:o} {mode:o}")
+        with (
+            connect(host, EnvironmentSpec(["alpha"], cache_dir=f"/home/lazy/{mode:o}")) as runtime,
+            pytest.raises(
+                EnvironmentBuildError, match=rf"may write to it(.|\n)*/home/lazy/{mode:o}(.|\n)*cache_dir="
+            ) as caught,
+        ):
+            runtime.prepare()
+        assert caught.value.host == host.name
+    spec = EnvironmentSpec(["alpha"], cache_dir="/home/lazy/all/mine")
+    with connect(host, spec) as runtime:
+        assert runtime.call(version_of, "alpha") == "1.0"
+    for owner, mode in (("4242", "755"), ("lazy", "777")):
+        host.run(f"chown -R {owner} /home/lazy/all/mine/envs && chmod {mode} /home/lazy/all/mine/envs")
+        host.run("chmod 711 /home/lazy/all/mine")
+        with connect(host, spec) as runtime, pytest.raises(EnvironmentBuildError, match="/home/lazy/all/mine/envs"):
+            runtime.prepare()
 
 
 @pytest.mark.soak

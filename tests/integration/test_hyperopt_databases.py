@@ -25,6 +25,7 @@ from lazycluster import RuntimeGroup
 from lazycluster.cluster.exceptions import ClusterError, MasterStartError
 from lazycluster.cluster.hyperopt_cluster import EmbeddedMongoLauncher, HyperoptCluster, LocalMongoLauncher
 from lazycluster.exceptions import PortInUseError
+from patience import until
 
 pytestmark = [  # by hyperopt
     pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),
@@ -62,9 +63,18 @@ def test_mongod_is_used_where_it_is_asked_for(
             assert "--fork" not in command
             passwords.add(cluster._hyperopt.password)
             assert stat.S_IMODE((tmp_path / "db" / "lazycluster-password").stat().st_mode) == 0o600
-            stranger: MongoClient = MongoClient("127.0.0.1", cluster.master_port)  # type: ignore[type-arg]
+            tls = {"tls": True, "tlsAllowInvalidCertificates": True}
+            stranger: MongoClient = MongoClient("127.0.0.1", cluster.master_port, **tls)  # type: ignore[type-arg]
             with stranger, pytest.raises(OperationFailure, match="requires authentication"):
                 stranger.db.c.find_one()
+            with MongoClient(cluster.pymongo_url) as client:
+                assert client["hyperopt"].jobs.count_documents({}) == attempt
+            assert cluster._hyperopt.identity is not None
+            assert not any(
+                cluster._hyperopt.identity.key.encode() in path.read_bytes()
+                for path in (tmp_path / "db").rglob("*")
+                if path.is_file()
+            )
             jobs = cluster.trials("one").handle.jobs
             assert jobs.count_documents({"x": 1}) == attempt
             jobs.insert_one({"x": 1})
@@ -103,7 +113,33 @@ def test_mongod_that_does_not_start(group: RuntimeGroup, tmp_path: Path, monkeyp
         assert cluster.progress().done == 0
 
 
-@pytest.mark.parametrize("name", ["hyperopt", "pymongo"])
+def test_a_database_whose_port_somebody_else_takes_says_so(
+    group: RuntimeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EmbeddedMongoLauncher, "RESTARTS", 1)
+    with HyperoptCluster(group, EmbeddedMongoLauncher, dbpath=str(tmp_path / "db")) as cluster:
+        cluster.start_master()
+        port = cluster.master_port
+        assert cluster._master_launcher.process is not None
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            cluster._master_launcher.process.kill()
+            until(lambda: _bound(other, port), "the port")
+            other.listen()
+            until(lambda: cluster.master is not None and cluster.master.state == "failed", "the failure")
+        assert cluster.master is not None
+        assert f"another program has taken its port {port}" in cluster.master.problem
+
+
+def _bound(one: socket.socket, port: int | None) -> bool:
+    try:
+        one.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["hyperopt", "pymongo", "cryptography"])
 def test_software_that_is_missing_here(
     group: RuntimeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

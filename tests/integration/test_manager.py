@@ -82,6 +82,8 @@ def test_groups_of_some_hosts(hosts: Any) -> None:
             ({}, [one, two, three]),
             ({"include_hosts": two}, [two]),
             ({"include_hosts": ["host[13]"]}, [one, three]),
+            ({"include_hosts": "host[1, 3]"}, [one, three]),
+            ({"exclude_hosts": "host{3..2}"}, [one]),
             ({"exclude_hosts": "*2"}, [one, three]),
             ({"min_memory": 1, "min_cpu_cores": 1, "installed_executables": "sh"}, [one, two, three]),
             ({"filter_commands": f'[ "$(hostname)" = {three} ] && echo true'}, [three]),
@@ -93,6 +95,9 @@ def test_groups_of_some_hosts(hosts: Any) -> None:
             {"include_hosts": one, "exclude_hosts": two},
             {"include_hosts": "unknown"},
             {"exclude_hosts": "unknown"},
+            {"exclude_hosts": "host[1, 12]"},
+            {"include_hosts": "host[^1]"},
+            {"include_hosts": "host[1,x]"},
         ):
             with pytest.raises(ValueError, match=r"."):
                 manager.create_group(**wrong)

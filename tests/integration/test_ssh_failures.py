@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lazycluster import _loop
-from lazycluster.exceptions import InvalidRuntimeError
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 from lazycluster.ssh.openssh import SshConnection
 from sshhosts import PASSWORD
 
@@ -176,3 +176,195 @@ def test_on_the_way(make_hosts):
     assert error.reason == "unreachable"
     assert "AllowTcpForwarding" in str(error)
     assert "jump host" in str(error)
+
+
+# What sshd prints before the login, and a start-up file of the shell after it: as much like ssh's own words as can be.
+BANNER = """\
+Idle sessions are timed out after 15 minutes. Accounts with a leaked host key will be revoked.
+ssh: Could not resolve hostname github.com: Temporary failure in name resolution
+Authenticated to nobody (via proxy).
+lazy@nowhere: Permission denied (publickey).
+Host key verification failed.
+command-line: line 1: see the manual
+bash: line 1: exec: python3: not found
+kex_exchange_identification: Connection closed by remote host
+Connection closed by UNKNOWN port 65535
+"""
+STARTUP = f"""\
+cat >&2 <<'END'
+{BANNER}Traceback (most recent call last):
+ImportError: No module named banners
+END
+case "$(cat ~/mode)" in
+  exit) echo 'no time today' >&2; exit 3;;
+  fail) exit 255;;
+  kill) kill -9 $$;;
+  hang) read -r answer;;
+esac
+"""
+
+
+def looks_like_the_banner(text):
+    return [line for line in BANNER.splitlines() if line in text]
+
+
+@pytest.fixture
+def talkative(make_hosts):
+    return make_hosts(
+        1, sshd={"Banner": "/home/lazy/banner"}, files={"banner": BANNER, ".bashrc": STARTUP, "mode": "work\n"}
+    )
+
+
+def test_a_banner_and_start_up_files_are_no_reason(talkative, key, tmp_path):
+    hosts, mode = talkative, talkative[0].path("~/mode")
+    opens("host1", config_file=hosts.config_file)
+    errors = {
+        "key": failure("host1", config_file=changed(hosts, tmp_path), key_filename=key, passphrase="sesame"),
+        "unknown": failure(
+            "host1", config_file=changed(hosts, tmp_path, UserKnownHostsFile="/dev/null"), host_keys="strict"
+        ),
+    }
+    for name, given in (("exit", {}), ("fail", {}), ("kill", {}), ("hang", {"timeout": 1})):
+        mode.write_text(name)
+        errors[name] = failure("host1", config_file=hosts.config_file, **given)
+    mode.write_text("work")
+    connection = SshConnection("host1", {"config_file": hosts.config_file}, python="/no/such/python3")
+    with pytest.raises(InvalidRuntimeError) as caught:
+        _loop.run(connection.open(), 60)
+    errors["python"] = caught.value
+    reasons = {"key": "auth", "unknown": "host_key", "python": "python"}
+    assert {name: error.reason for name, error in errors.items()} == {
+        name: reasons.get(name, "shell") for name in errors
+    }
+    assert "no time today" in str(errors["exit"])
+    assert "exit status 255" in str(errors["fail"])
+    for name in ("key", "unknown", "python", "hang"):
+        assert not looks_like_the_banner(str(errors[name])), name
+
+
+def test_a_banner_is_no_reason_for_a_lost_link(talkative):
+    hosts = talkative
+
+    async def lose():
+        connection = SshConnection("host1", {"config_file": hosts.config_file, "grace": 0})
+        await connection.open()
+        try:
+            waiting = connection.request("run", argv=["sleep", "60"])
+            for session in hosts[0].sessions():
+                hosts[0].run(["kill", "-9", str(session.inner_pid)], check=False)
+            await waiting
+        finally:
+            await connection.close()
+
+    with pytest.raises(ConnectionLostError) as caught:
+        _loop.run(lose(), 60)
+    assert not looks_like_the_banner(str(caught.value))
+    assert "ImportError" not in str(caught.value)
+    # Which of ssh's own words come first depends on whether it was just about to write.
+    assert re.search(r"closed by remote host|Broken pipe|reset by peer", str(caught.value))
+
+
+def test_the_banner_of_a_jump_host_is_no_reason(make_hosts, key, tmp_path):
+    hosts = make_hosts(1, bastion=True, bastion_sshd={"Banner": "/run/host/banner"})
+    hosts.bastion.path("/run/host/banner").write_text(BANNER)
+    opens("host1", config_file=hosts.config_file)
+    error = failure("host1", config_file=changed(hosts, tmp_path), key_filename=key, passphrase="sesame")
+    assert (error.reason, "at the jump host" in str(error)) == ("auth", True)
+    assert not looks_like_the_banner(str(error))
+    config = Path(hosts.config_file).read_text()
+    (tmp_path / "refused").write_text(config.replace("HostName 198.19.", "Port 1\n    HostName 198.19."))
+    error = failure("host1", config_file=str(tmp_path / "refused"))
+    assert (error.reason, "the jump host (" in str(error) or "the jump host cannot" in str(error)) == ("refused", True)
+
+
+@pytest.fixture
+def signed(hosts, make_hosts, tmp_path):
+    """A host whose key an authority signs, as often as wanted, and a configuration that knows the authority only."""
+    hosts = make_hosts(1)
+    for name in ("ca", "other"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    config = Path(hosts.config_file).read_text()
+    known = Path(re.search(r"UserKnownHostsFile (\S+)", config)[1]).read_text()
+    (tmp_path / "host.pub").write_text(known.partition(" ")[2])
+    authority = (tmp_path / "ca.pub").read_text()
+
+    def sign(*options, by="ca", known=f"@cert-authority {hosts[0].address} {authority}", **given):
+        argv = ["ssh-keygen", "-q", "-s", str(tmp_path / by), "-I", "id", *options, str(tmp_path / "host.pub")]
+        subprocess.run(argv, check=True)
+        hosts[0].path("/run/host/cert.pub").write_text((tmp_path / "host-cert.pub").read_text())
+        hosts[0].restart_sshd(HostCertificate="/run/host/cert.pub")
+        (tmp_path / "known").write_text(known)
+        path = tmp_path / "config"
+        path.write_text(f"Host *\n  UserKnownHostsFile {tmp_path}/known\n  {given.get('line', '')}\n{config}")
+        return str(path)
+
+    sign.address, sign.authority, sign.key = hosts[0].address, authority, known.partition(" ")[2]
+    return sign
+
+
+@pytest.mark.parametrize("policy", ["yes", "ask"])
+def test_host_certificates(signed, policy):
+    line = f"StrictHostKeyChecking {policy}"
+    name = ("-h", "-n", signed.address)
+    opens("host1", config_file=signed(*name, line=line))
+    for arguments, said in (
+        ((*name, "-V", "20200101:20210101"), "is not valid: expired"),
+        ((*name, "-V", "20990101:20990102"), "is not valid: not yet valid"),
+        (("-h", "-n", "elsewhere.example"), "is not valid: name is not a listed principal"),
+    ):
+        error = failure("host1", config_file=signed(*arguments, line=line))
+        assert error.reason == "host_key"
+        assert "the certificate of the host " in str(error)
+        assert said in str(error)
+        assert "do not take its key on trust" in str(error)
+        assert "accept-new" not in str(error)
+    for revoked in (signed.key, signed.authority):
+        known = f"@cert-authority {signed.address} {signed.authority}@revoked * {revoked}"
+        error = failure("host1", config_file=signed(*name, known=known, line=line))
+        assert (error.reason, "certificate, or the authority that signed it, is marked as revoked" in str(error)) == (
+            "host_key",
+            True,
+        )
+    error = failure("host1", config_file=signed(*name, by="other", line=line))
+    assert error.reason == "host_key"
+    assert "shows no certificate of an authority that" in str(error)
+    assert "accept-new" not in str(error)
+    # Who trusts no authority for it still hears of the usual way.
+    error = failure("host1", config_file=signed(*name, known="", line=line))
+    assert (error.reason, "accept-new" in str(error)) == ("host_key", True)
+
+
+def test_a_user_certificate_in_place_of_a_host_certificate(signed):
+    error = failure("host1", config_file=signed("-n", signed.address, line="StrictHostKeyChecking yes"))
+    assert error.reason == "host_key"
+    assert "not a host certificate" in str(error)
+    assert "accept-new" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("-n", "lazy", "-V", "20200101:20210101"), "has expired (2021-01-01T00:00:00)"),
+        (("-n", "lazy", "-V", "20990101:20990102"), "is not valid before 2099-01-01T00:00:00"),
+        (("-n", "other"), "names other as principals, not lazy"),
+        (("-h", "-n", "lazy"), "is that of a host, not of a user"),
+    ],
+)
+def test_user_certificates(make_hosts, tmp_path, options, said):
+    hosts = make_hosts(1, sshd={"TrustedUserCAKeys": "/run/host/ca.pub"})
+    for name in ("ca", "me"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    hosts[0].path("/run/host/ca.pub").write_text((tmp_path / "ca.pub").read_text())
+    config, key = changed(hosts, tmp_path), str(tmp_path / "me")
+
+    def sign(*options):
+        argv = ["ssh-keygen", "-q", "-s", str(tmp_path / "ca"), "-I", "id", *options, str(tmp_path / "me.pub")]
+        subprocess.run(argv, check=True)
+
+    sign("-n", "lazy")
+    opens("host1", config_file=config, key_filename=key)
+    sign(*options)
+    error = failure("host1", config_file=config, key_filename=key)
+    assert error.reason == "auth"
+    assert f"the certificate {key}-cert.pub {said}" in str(error)
+    assert "have your key signed again" in error.hint

@@ -162,11 +162,13 @@ def init(spec, go):
 
 def reap(sshd):
     """Do what a first process does. An sshd that ends before it has listened ends the host, and says why."""
+    # Else it is lost when there is no child, as after a restart of sshd, and one comes and ends.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while True:
         try:
             ended, _ = os.wait()
         except ChildProcessError:
-            signal.pause()
+            signal.sigwait({signal.SIGCHLD})
             continue
         if ended == sshd:
             with open("/run/host/sshd.log") as log:

@@ -418,3 +418,43 @@ def test_whoever_watches_a_connection_is_told_of_its_states() -> None:
 
     _loop.run(whole(), timeout=60)
     assert told == [("connecting", False), ("open", False), ("interrupted", True), ("lost", True), ("closed", False)]
+
+
+_CORES = """
+import os, resource, signal
+from lazycluster.agent import processes
+
+def dumped(spawned):
+    if spawned is None:
+        pid = os.fork()
+        if not pid:
+            os.abort()
+    else:
+        null = os.open(os.devnull, os.O_RDWR)
+        pid = processes.spawn(["sh", "-c", "kill -ABRT $$"], dict(os.environ), ".", null, null, null, cores=spawned)
+    return os.WCOREDUMP(os.waitpid(pid, 0)[1])
+
+hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+before = dumped(None)
+processes.forbid_cores()
+processes.forbid_cores()
+print(before, dumped(None), dumped(False), dumped(True), resource.getrlimit(resource.RLIMIT_CORE) == (1, hard))
+"""
+
+
+def test_no_core_dump_is_made_of_the_agent(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", _CORES], cwd=tmp_path, capture_output=True, text=True, check=True)
+    before, *after = ended.stdout.split()
+    if before == "False":
+        pytest.skip("this system makes none here")
+    assert after == ["False", "False", "True", "True"]
+
+
+def test_a_hard_limit_of_no_core_dumps_is_no_error() -> None:
+    code = (
+        "import resource; from lazycluster.agent import processes; resource.setrlimit(resource.RLIMIT_CORE, (0, 0));"
+        "processes.forbid_cores(); print(resource.getrlimit(resource.RLIMIT_CORE))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout in ("(0, 0)\n", "(1, 0)\n")

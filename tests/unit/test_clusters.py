@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import pickle
@@ -343,9 +344,13 @@ def test_a_worker_process_that_ends_is_told_of_unless_it_was_to_end(
 ) -> None:
     connection: Any = Lost()
     service = Service(Program("worker"), Place("host", connection), "worker 0")
-    if asked:
-        service.end()
-    service._on_event({"state": "message", "event": "respawned", "detail": {"status": 255}})
+
+    async def hear() -> None:
+        if asked:
+            service.end()
+        service._on_event({"state": "message", "event": "respawned", "detail": {"status": 255}})
+
+    asyncio.run(hear())
     assert ("its worker process: it has ended with exit status 255" in caplog.text) is not asked
     assert service.respawns == (0 if asked else 1)
 

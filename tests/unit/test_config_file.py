@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -26,6 +28,10 @@ Host *
     User me
     ServerAliveInterval = 5
 """
+
+_ADD = (
+    """import os, sys; from lazycluster.ssh.config_file import *; add_host("gpu", {"HostName": "gpu"}, sys.argv[1])"""
+)
 
 
 @pytest.fixture
@@ -50,7 +56,7 @@ def test_a_host_is_added_before_what_holds_for_all(config: Path) -> None:
     meaning = _means(config, "gpu")
     assert (meaning["hostname"], meaning["user"], meaning["port"]) == ("gpu.lab", "root", "2222")
     assert meaning["serveraliveinterval"] == "5"
-    assert stat.S_IMODE(config.stat().st_mode) == 0o600
+    assert stat.S_IMODE(config.stat().st_mode) == 0o644
     assert config.with_name("config" + BACKUP).read_text() == _TEXT
     assert sorted(path.name for path in config.parent.iterdir()) == ["config", "config" + BACKUP]
 
@@ -92,6 +98,107 @@ def test_a_link_stays_one(config: Path, tmp_path: Path) -> None:
     add_host("gpu", {"HostName": "gpu.lab"}, link)
     assert link.is_symlink()
     assert "Host gpu" in config.read_text()
+
+
+@pytest.mark.parametrize("link", ["../dotfiles/config", "one"])
+def test_the_file_of_a_repository_is_changed_and_its_links_stay(tmp_path: Path, link: str) -> None:
+    for folder in ("dotfiles", "ssh"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "dotfiles" / "config").write_text(_TEXT)
+    (tmp_path / "ssh" / "one").symlink_to("../dotfiles/config")
+    config = tmp_path / "ssh" / "config"
+    config.symlink_to(link)
+    done = CliRunner().invoke(cli, ["delete-runtime", "a", "--config", str(config)])
+    assert done.exit_code == 0, done.output
+    assert config.readlink() == Path(link)
+    assert "Host b " in (tmp_path / "dotfiles" / "config").read_text()
+    backup = tmp_path / "dotfiles" / ("config" + BACKUP)
+    assert backup.read_text() == _TEXT and str(backup) in done.output
+    assert sorted(path.name for path in config.parent.iterdir()) == ["config", "one"]
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.symlink_to("new")
+    add_host("gpu", {"HostName": "gpu.lab"}, config)
+    assert config.is_symlink() and "Host gpu" in (tmp_path / "new").read_text()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ConfigurationError, match="a link that leads to itself"):
+        add_host("gpu", {"HostName": "gpu.lab"}, tmp_path / "loop")
+    assert (tmp_path / "loop").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("mode", "after"), [(0o600, 0o600), (0o644, 0o644), (0o640, 0o640), (0o664, 0o644), (0o666, 0o644), (0o700, 0o700)]
+)
+@pytest.mark.parametrize("names", [1, 2])
+def test_the_mode_and_other_names_are_kept(config: Path, tmp_path: Path, mode: int, after: int, names: int) -> None:
+    """But ssh refuses a configuration that others may write to: what is in it is run."""
+    config.chmod(mode)
+    if names == 2:
+        (tmp_path / "other").hardlink_to(config)
+    add_host("gpu", {"HostName": "gpu.lab"}, config)
+    assert stat.S_IMODE(config.stat().st_mode) == after
+    assert config.stat().st_nlink == names
+    assert _means(config, "gpu")["hostname"] == "gpu.lab"
+    remove_host("gpu", config)
+    assert config.read_text() == _TEXT
+
+
+def test_owner_group_and_attributes_are_kept(config: Path) -> None:
+    try:
+        os.setxattr(config, "user.mine", b"kept")
+    except (AttributeError, OSError):
+        pytest.skip("no extended attributes here")
+    if os.geteuid() == 0:
+        os.chown(config, 12345, 23456)
+    before = config.stat()
+    add_host("gpu", {"HostName": "gpu.lab"}, config)
+    after = config.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+    assert os.getxattr(config, "user.mine") == b"kept"
+
+
+def test_what_cannot_be_given_to_another_file_is_written_in_place(config: Path) -> None:
+    """The owner of a file that somebody else may write to, say."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    for folder in (config.parent, *config.parents):
+        if str(folder).startswith("/tmp/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    config.parent.chmod(0o777)
+    os.chown(config, 12345, 65534)
+    config.chmod(0o664)
+    program = _ADD.replace("; add", "; os.setgroups([]); os.setgid(65534); os.setuid(65534); add")
+    done = subprocess.run([sys.executable, "-c", program, str(config)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    inode = config.stat()
+    assert (inode.st_uid, inode.st_gid, stat.S_IMODE(inode.st_mode)) == (12345, 65534, 0o664)
+    assert "Host gpu" in config.read_text()
+    assert sorted(path.name for path in config.parent.iterdir()) == ["config", "config" + BACKUP]
+
+
+def test_a_file_that_is_mounted(config: Path) -> None:
+    """Nothing can be put in its place."""
+    script = 'mount --bind "$1" "$1" || exit 77; exec "$0" -c "$2" "$1"'
+    argv = ["unshare", "-m", "sh", "-c", script, sys.executable, str(config), _ADD]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip("needs the right to mount")
+    assert done.returncode == 0, done.stderr
+    assert _means(config, "gpu")["hostname"] == "gpu"
+    assert sorted(path.name for path in config.parent.iterdir()) == ["config", "config" + BACKUP]
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o444])
+@pytest.mark.parametrize("arguments", [["add-runtime", "gpu", "gpu.lab"], ["delete-runtime", "a"]])
+def test_a_read_only_file_is_not_changed(config: Path, mode: int, arguments: list[str]) -> None:
+    config.chmod(mode)
+    done = CliRunner().invoke(cli, [*arguments, "--config", str(config)])
+    assert isinstance(done.exception, ConfigurationError)
+    assert "read-only" in str(done.exception) and f"chmod u+w {config}" in str(done.exception)
+    assert (config.read_text(), stat.S_IMODE(config.stat().st_mode)) == (_TEXT, mode)
+    assert [path.name for path in config.parent.iterdir()] == ["config"]
 
 
 @pytest.mark.parametrize(

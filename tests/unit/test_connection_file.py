@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 
 from lazycluster.cluster import connection_file
+from lazycluster.cluster.dask_cluster import DaskCluster
 from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
 
 
 def test_written_and_read(tmp_path: Path) -> None:
@@ -213,6 +216,55 @@ def test_what_is_not_trusted(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ClusterError, match="is no file"):
         connection_file.read(tmp_path / "fifo", "Engine")
+
+
+def _document(path: Path, engine: str, content: dict[str, Any]) -> Path:
+    path.write_text(json.dumps({"format": 1, "engine": engine, **content}))
+    path.chmod(0o600)
+    return path
+
+
+_NO_KEYS = {"tls_ca_file": "x\ny", "tls_client_key": "x\ny", "tls_client_cert": "x\ny"}
+_OLD = {"scheduler": "tcp://127.0.0.1:1"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "content", "why"),
+    [
+        (DaskCluster, {}, "scheduler is missing"),
+        (DaskCluster, _OLD, "security is missing"),
+        (DaskCluster, {**_OLD, "security": None}, "security is no object"),
+        (DaskCluster, {**_OLD, "security": {"tls_ca_file": ["x"]}}, "security.tls_ca_file is"),
+        (DaskCluster, {**_OLD, "security": {}, "manager": "7"}, "manager is '7'"),
+        (DaskCluster, {"scheduler": 7, "security": {}}, "scheduler is 7"),
+        (DaskCluster, {"scheduler": "", "security": {}}, "cannot be used"),
+        (DaskCluster, {"scheduler": "new://x", "security": {}}, "cannot be used"),
+        (DaskCluster, {"scheduler": "tls://127.0.0.1:1", "security": {"option": "new"}}, "cannot be used"),
+        (DaskCluster, {"scheduler": "tls://127.0.0.1:1", "security": {}}, "cannot be used"),
+        (DaskCluster, {"scheduler": "tls://127.0.0.1:1", "security": _NO_KEYS}, "cannot be used"),
+        (HyperoptCluster, {}, "mongo_trial_url is missing"),
+        (HyperoptCluster, {"mongo_trial_url": None}, "mongo_trial_url is None"),
+        (HyperoptCluster, {"mongo_trial_url": "mongo://u:secret"}, "no address of a database"),
+        (HyperoptCluster, {"mongo_trial_url": "mongo://u:secret@127.0.0.1:secret/a/b"}, "no address of a database"),
+    ],
+)
+def test_a_document_of_another_shape(
+    tmp_path: Path, engine: type[DaskCluster | HyperoptCluster], content: dict[str, Any], why: str
+) -> None:
+    path = _document(tmp_path / "file.json", engine.__name__, content)
+    with pytest.raises(ClusterError, match=why) as caught:
+        engine.connect(path)
+    assert str(path) in str(caught.value) and "another version of lazycluster" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("more", "process"), [({}, "the process, which"), ({"manager": 77}, "the process 77, which")])
+def test_a_cluster_that_does_not_answer(tmp_path: Path, more: dict[str, Any], process: str) -> None:
+    """Also one whose file is of a version that does not tell its process."""
+    path = _document(tmp_path / "file.json", "DaskCluster", {**_OLD, "security": {}, **more})
+    with pytest.raises(ClusterError, match="does not answer") as caught:
+        DaskCluster.connect(path, timeout=0.2)
+    assert process in str(caught.value)
 
 
 def test_a_place_that_is_not_there(tmp_path: Path) -> None:

@@ -42,6 +42,22 @@ def test_bars_do_not_overwrite_what_is_said(piped: bool, monkeypatch: pytest.Mon
     assert shown.endswith("\r\x1b[1A\x1b[2K")  # nor does an empty line stay where the bars were
 
 
+def test_what_left_nothing_out_anywhere_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with copying.Copying(["host1", "host2"], quiet=True) as copies:
+        for host, unused in (("host1", ("a", "b\n")), ("host2", ("b\n", "c")), ("host2", ("a", "b\n", "c"))):
+            copies.add(host, TransferResult("x", 0, 0, 0, 0, 0.0, unused=unused))
+            copies.done(Outcome(host))
+    copies.warn(["a", "b\n", "b\n", "c", "d"])
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.splitlines() == ["--exclude 'b\\n' left nothing out: it is a name, or a path below what is copied"]
+
+
+def test_of_copies_that_failed_nothing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    copying.Copying(["host1"], quiet=True).warn(["a"])
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("command", ["put", "list-runtimes"])
 def test_nothing_else_says_how_far_it_is_on_the_same_terminal(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     displays = []

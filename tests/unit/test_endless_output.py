@@ -37,6 +37,9 @@ class _Talkative:
 
         return SimpleNamespace(result=result, close=lambda: None)
 
+    async def answered(self, channel: Any, awaited: str, within: float = 30.0) -> Any:
+        return await channel.result()
+
 
 def test_the_end_is_kept_from_the_beginning_of_a_line() -> None:
     tail = Tail(10)

@@ -29,7 +29,7 @@ from lazycluster.agent import tree
 from lazycluster.agent.expand import absolute, expand
 from lazycluster.agent.files import destination
 from lazycluster.agent.receiver import Receiver
-from lazycluster.agent.sender import RESUME, Sender
+from lazycluster.agent.sender import COMPARE, RESUME, Sender
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
 from lazycluster.ssh.transfer import TransferError, TransferResult, get, send
 
@@ -279,6 +279,77 @@ def test_expand():
     assert expand(b"~nobody-of-that-name/x", {}) == b"~nobody-of-that-name/x"
     assert absolute(b"x", b"~/w", env) == b"/h/w/x"
     assert absolute(b"x", b"", env) == b"/h/x"
+
+
+_SUB, _ALL_SUBS = {"sub/x", "sub/deep/a.pyc"}, {"sub/x", "sub/deep/a.pyc", "deep/sub/x"}
+
+
+_PATTERNS = [
+    ("sub", _ALL_SUBS),
+    ("sub/", _ALL_SUBS),
+    ("./sub", _SUB),
+    ("./sub/", _SUB),
+    ("project/sub", _SUB),
+    ("./project//sub/", _SUB),
+    ("../{here}/project/sub", _SUB),
+    ("{tmp}/project/sub", _SUB),
+    ("{tmp}/project/../project/sub", _SUB),
+    ("{tmp}/link/sub", _SUB),
+    ("link/sub", _SUB),
+    ("$THERE/project/sub", _SUB),
+    ("/sub", _SUB),
+    ("deep/sub", {"deep/sub/x"}),
+    ("./deep/./sub/x", {"deep/sub/x"}),
+    ("project/*/*.pyc", {"sub/deep/a.pyc"}),
+    ("{tmp}/project/s*", _SUB),
+    ("**/sub", _ALL_SUBS),
+    ("*.pyc", {"a.pyc", "sub/deep/a.pyc"}),
+    ("[1]", {"[1]"}),
+    ("nothing", set()),
+    ("./deep/a.pyc", set()),
+    ("../sub", set()),
+    ("{tmp}/sub", set()),
+    ("{tmp}/project", set()),
+    (".", set()),
+    ("/", set()),
+    ("", set()),
+    ("{tmp}/project-not/sub", set()),
+]
+
+
+@pytest.mark.parametrize("way", ["send", "get"])
+@pytest.mark.parametrize("source", ["project", "link/", "{tmp}/project"])
+def test_what_is_left_out(host, tmp_path, monkeypatch, way, source):
+    names = {"a.pyc", "keep", "sub/x", "sub/deep/a.pyc", "deep/sub/x", "[1]"}
+    for name in names:
+        path = tmp_path / "project" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "link").symlink_to("project")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("THERE", str(tmp_path))
+    copy = do_send if way == "send" else do_get
+    for number, (pattern, gone) in enumerate(_PATTERNS):
+        written = pattern.format(tmp=tmp_path, here=tmp_path.name)
+        copied = tmp_path / f"copy{number}"
+        result = copy(host, source.format(tmp=tmp_path), str(copied), cwd=tmp_path, exclude=[written])
+        found = {str(path.relative_to(copied)) for path in copied.rglob("*") if path.is_file()}
+        assert found == names - gone, pattern
+        assert result.unused == (() if gone else (written,))
+
+
+@pytest.mark.parametrize("way", ["send", "get"])
+def test_patterns_that_leave_nothing_out_are_told(host, tmp_path, way):
+    """But not those of what others have left out already, nor twice."""
+    (tmp_path / "project" / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "project" / "file").touch()
+    copy = do_send if way == "send" else do_get
+    patterns = ["sub", "./sub/deep", "s*", "other", "other", "./subb", "caf\u00e9", "\udcff", "sub\0"]
+    result = copy(host, tmp_path / "project", str(tmp_path / "copy"), cwd=tmp_path, exclude=patterns)
+    assert result.unused == ("other", "other", "./subb", "caf\u00e9", "\udcff", "sub\0")
+    assert os.listdir(tmp_path / "copy") == ["file"]
+    result = copy(host, tmp_path / "project" / "file", str(tmp_path / "one"), cwd=tmp_path, exclude=["file"])
+    assert result.unused == ("file",)  # what was named itself is copied
 
 
 # --- errors ----------------------------------------------------------------------------------------
@@ -745,6 +816,27 @@ def test_host_that_allows_one_session_only(host, tmp_path):
     run(work())
 
 
+@pytest.mark.parametrize("when", ["_child", "_answer"])
+def test_a_folder_that_becomes_a_link_while_it_is_sent_is_not_followed(host, tmp_path, monkeypatch, when):
+    """Who may write to a folder that is sent could have anything sent that its sender may read."""
+    source = tmp_path / "source"
+    for folder in ("source/sub", "outside"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_text(folder)
+    plain = getattr(Sender, when)
+
+    def replacing(self, *arguments):
+        seen = plain(self, *arguments) if when == "_child" else None
+        if not (source / "sub").is_symlink():
+            (source / "sub").rename(tmp_path / "old")
+            (source / "sub").symlink_to(tmp_path / "outside")
+        return seen if when == "_child" else plain(self, *arguments)
+
+    monkeypatch.setattr(Sender, when, replacing)
+    assert "is a link or file, not a folder" in str(fails(do_send, host, source, "there", cwd=tmp_path))
+    assert not (tmp_path / "there" / "sub" / "file").exists()
+
+
 # --- a host that means harm ------------------------------------------------------------------------
 @contextlib.contextmanager
 def draining(sock):
@@ -863,6 +955,37 @@ def test_a_file_replaces_a_link_and_does_not_follow_it(inside):
     assert (inside / "file").read_bytes() == b"evil"
     # Never a program that runs as its owner.
     assert stat.S_IMODE((inside / "file").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("becomes", ["link", "other"])
+@pytest.mark.parametrize("answer", [3, COMPARE])
+def test_what_is_replaced_while_it_is_looked_at_is_not_changed(inside, monkeypatch, becomes, answer):
+    """Who may write to the destination may put a link, or another file, in the place of one just then."""
+    inside.mkdir()
+    outside = inside.parent / "outside" / "file"
+    (inside / "file").write_bytes(b"mine")
+    os.utime(inside / "file", ns=(1, 1))
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (inside / "file", outside)}
+
+    def replaced(*_):
+        (inside / "file").rename(inside / "file.old")
+        if becomes == "link":
+            (inside / "file").symlink_to(outside)
+        else:
+            (inside / "file").write_bytes(b"mine")
+            (inside / "file").chmod(modes[outside])
+        return answer
+
+    monkeypatch.setattr(Receiver, "_time_alike", replaced)
+    hostile = Hostile(inside)
+    hostile.send(frames.ENTRIES, [["f", "file", 1, 0o777, 4]])
+    if answer == COMPARE:
+        hostile.send(frames.SAME, frames.SUMMARY.pack(4, 0, 0o777, 1))
+    hostile.outcome()
+    assert stat.S_IMODE(outside.stat().st_mode) == modes[outside]
+    assert stat.S_IMODE((inside / "file.old").stat().st_mode) == modes[inside / "file"]
+    if answer == 3 and becomes == "other":
+        assert stat.S_IMODE((inside / "file").stat().st_mode) == modes[outside]
 
 
 def test_one_file_stays_one_file(inside):

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from lazycluster import LocalRuntime, RuntimeGroup, _loop
+from lazycluster import LocalRuntime, RuntimeGroup, _hostlog, _loop
 from lazycluster.agent import wire
-from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
+from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
+from lazycluster.ssh import answers
+from lazycluster.ssh import link as link_module
 from lazycluster.ssh.channel import Channel
 from lazycluster.ssh.hello import Hello
 from lazycluster.ssh.link import AgentLink
@@ -145,6 +147,56 @@ def test_an_error_of_a_host_does_not_steer_the_terminal() -> None:
     asyncio.run(attempt())
 
 
+@pytest.mark.parametrize("kind", ["problem", "crash"])
+def test_what_a_host_has_logged_is_limited_in_number(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not by equal text: a million different ones would fill the log, and keep all others waiting."""
+    monkeypatch.setattr(_hostlog, "SPAN", 1.0)
+    monkeypatch.setattr(_hostlog, "_accounts", {})
+    caplog.set_level(logging.WARNING, "lazycluster")
+
+    async def attempt() -> None:
+        async with linked() as (link, host, lost):
+            channel = link.open_channel("ping", {})
+            for number in range(3000):
+                await host.say(wire.json_frame(0, wire.EVENT, {kind: f"no {number}"}))
+            await host.say(wire.json_frame(1, wire.RESULT, {"ok": True}))
+            assert await channel.result() == {}
+            assert not lost
+            while "more messages of this host were left out" not in caplog.text:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(attempt())
+    told = [record.getMessage() for record in caplog.records if "left out" not in record.getMessage()]
+    assert len(told) % _hostlog.MOST == 0
+    left_out = [record.args[1] for record in caplog.records if "left out" in record.getMessage()]
+    assert len(told) + sum(left_out) <= 3000
+    assert sum(left_out) > 1000
+
+
+def test_a_host_that_says_very_much_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a mebibyte of short frames takes long: what else is to be done does not wait for all of them."""
+    handled: list[str] = []
+
+    async def attempt() -> None:
+        async with linked() as (loud, _, lost), linked() as (quiet, other, _):
+            monkeypatch.setattr(link_module, "_TURN", 0.0)
+            loud.open_channel("run", {}, event=lambda _: handled.append("loud"))
+            answer = quiet.open_channel("ping", {})
+            loud._feed(wire.json_frame(1, wire.EVENT, {}) * 5000)
+            await other.say(wire.json_frame(1, wire.RESULT, {"ok": True}))
+            await answer.result()
+            handled.append("quiet")
+            while handled.count("loud") < 5000:
+                await asyncio.sleep(0)
+            assert not lost
+
+    asyncio.run(attempt())
+    assert handled.index("quiet") < 100
+    assert handled.count("loud") == 5000  # nothing is lost, or comes twice
+
+
 def test_errors_can_be_shown_whatever_is_in_them() -> None:
     text = "".join(map(chr, range(0x300))) + "\udc80\ud800"
     shown = str(LazyclusterError(text))
@@ -163,9 +215,13 @@ def test_errors_can_be_shown_whatever_is_in_them() -> None:
         ({"op": "setup"}, {"env": []}, "env is no object"),
         ({"op": "interpreters"}, {"interpreters": [{"path": "/p"}]}, "interpreters.version is missing"),
         ({"op": "run"}, {"exit": "0", "signal": None}, "exit is '0'"),
-        ({"op": "run"}, {"exit": float("nan"), "signal": None}, "exit is nan"),
+        ({"op": "run"}, {"exit": float("nan"), "signal": None}, "NaN is not finite"),
         ({"op": "call"}, {"status": {}}, "status is"),
-        ({"op": "activity"}, dict.fromkeys(("busy", "total", "tasks", "workers", "tunnels"), float("inf")), "is inf"),
+        (
+            {"op": "activity"},
+            dict.fromkeys(("busy", "total", "tasks", "workers", "tunnels"), float("inf")),
+            "Infinity is not finite",
+        ),
         ({"op": "usage"}, {"services": {"7": [1, "2"]}, "time": 1.0, "hertz": 100}, "services.7 is '2'"),
         ({"op": "detached", "do": "list"}, {"tasks": [None]}, "tasks is no object"),
         ({"op": "environment", "action": "find"}, {"found": "yes", "prefix": "/"}, "found is 'yes'"),
@@ -173,6 +229,24 @@ def test_errors_can_be_shown_whatever_is_in_them() -> None:
         ({"op": "environment", "action": "wheels"}, {"missing": None, "directory": "/"}, "missing is no list"),
         ({"op": "environment", "action": "compiled"}, {"compiled": 1.0}, "compiled is 1.0"),
         ({"op": "environment", "action": "sift"}, {"removed": "all"}, "removed is 'all'"),
+        ({"op": "ports"}, {"free": [-1]}, "free is -1"),
+        ({"op": "ports"}, {"free": [65536]}, "free is 65536"),
+        ({"op": "ports"}, {"free": [True]}, "free is True"),
+        ({"op": "ports"}, {"free": [], "denied": 7}, "denied is no list"),
+        ({"op": "nonce"}, {"port": 22.0, "nonce": ""}, "port is 22.0"),
+        ({"op": "nonce"}, {"port": 22, "nonce": "\udc80"}, "nonce is"),
+        ({"op": "mkdtemp"}, {"path": "\ud800"}, "is no text"),
+        ({"op": "mkdtemp"}, {"path": "\udc7f"}, "is no text"),
+        ({"op": "ping"}, {"a": {"\ud800": 1}}, "is no text"),
+        ({"op": "ping"}, {"a": 10**400}, "more than 64 bits"),
+        ({"op": "ping"}, {"a": 2**64}, "more than 64 bits"),
+        ({"op": "ping"}, {"a": [-(2**63) - 1]}, "more than 64 bits"),
+        ({"op": "ping"}, {"a": json.loads("[" * 60 + "]" * 60)}, "nested too deeply"),
+        ({"op": "ping"}, {"a": float("-inf")}, "-Infinity is not finite"),
+        ({"op": "run"}, {"exit": 2**40, "signal": None}, "exit is 1099511627776"),
+        ({"op": "run"}, {"exit": 0, "signal": -9}, "signal is -9"),
+        ({"op": "detached", "do": "list"}, {"tasks": [{"id": "../x"}]}, "tasks.id is '../x'"),
+        ({"op": "environment", "action": "facts"}, {"root": "/", "system": "../x"}, "system is '../x'"),
         ({"op": "expand"}, {"path": "x" * 1_000_000, "directory": "x" * 1_000_000, "identity": None}, "directory is"),
     ],
 )
@@ -189,6 +263,47 @@ def test_an_answer_that_makes_no_sense_is_an_error(request_: dict[str, Any], ans
             assert len(str(caught.value)) < 1000
 
     asyncio.run(attempt())
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b'{"a":%s}' % (b"1" * 5000), b'{"a":1e999}', b'{"a":-%s}' % (b"9" * 20), b'{"a":"\\ud800"}', b'{"a":NaN}'],
+)
+@pytest.mark.parametrize("kind", [wire.RESULT, wire.EVENT])
+def test_a_value_that_cannot_be_used_ends_its_request_alone(kind: int, payload: bytes) -> None:
+    async def attempt() -> None:
+        async with linked() as (link, host, lost):
+            channel = link.open_channel("info", {}, event=lambda _: None)
+            other = link.open_channel("ping", {})
+            await host.say(wire.frame(1, kind, payload) + wire.json_frame(2, wire.RESULT, {"ok": True}))
+            with pytest.raises(AgentError, match=r"host1: what it answered to 'info' makes no sense"):
+                await asyncio.wait_for(channel.result(), 10)
+            assert await other.result() == {}
+            assert not lost
+
+    asyncio.run(attempt())
+
+
+@pytest.mark.parametrize("payload", [b'{"hello":%s}' % (b"1" * 5000), b'{"user":"\\ud800"}'])
+def test_a_hello_that_cannot_be_used_is_told_at_once(payload: bytes) -> None:
+    async def attempt() -> None:
+        async with linked() as (link, host, lost):
+            await host.say(wire.frame(0, wire.EVENT, payload))
+            with pytest.raises(InvalidRuntimeError, match="host1"):
+                await asyncio.wait_for(link.hello, 10)
+            assert not lost
+            await host.say(wire.frame(0, wire.EVENT, payload))
+            with pytest.raises(ConnectionLostError):
+                await asyncio.wait_for(link.open_channel("ping", {}).result(), 10)
+
+    asyncio.run(attempt())
+
+
+@pytest.mark.parametrize(
+    "message", [{"a": 2**64 - 1, "b": -(2**63)}, {"a": 1e300, "b": -0.0}, {"name": "\udc80\udcff"}, {"a": "\U0001f600"}]
+)
+def test_what_an_agent_may_say_is_left_as_it_is(message: dict[str, Any]) -> None:
+    assert answers.decoded(json.dumps(message).encode()) == message
 
 
 @pytest.mark.parametrize("kind", [wire.EVENT, wire.OUTPUT])

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazycluster.cli.hostsets import HostSetError, expand, fold, from_lines, match
+from lazycluster._hostsets import fits
+from lazycluster.cli.hostsets import HostSetError, expand, fold, from_lines, match, without
+from lazycluster.ssh.destination import parse_destination
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,34 @@ from lazycluster.cli.hostsets import HostSetError, expand, fold, from_lines, mat
         ("me@[::1]:22", ["me@[::1]:22"]),
         ("gpu-*,[ab]1", ["gpu-*", "[ab]1"]),
         ("node[1-3].lab.org", ["node1.lab.org", "node2.lab.org", "node3.lab.org"]),
+        # blanks as in ClusterShell
+        ("n[1, 12]", ["n1", "n12"]),
+        ("n[1 - 3]", ["n1", "n2", "n3"]),
+        ("n[ 01 - 05 / 2 , 9 ] , m", ["n01", "n03", "n05", "n9", "m"]),
+        ("n[1,\t2],\n m", ["n1", "n2", "m"]),
+        # ranges as in bash
+        ("n{3..1}", ["n3", "n2", "n1"]),
+        ("n{10..1..3}", ["n10", "n7", "n4", "n1"]),
+        ("n{1..10..-3}", ["n1", "n4", "n7", "n10"]),
+        ("n{9..011}", ["n009", "n010", "n011"]),
+        ("n{01..3}", ["n01", "n02", "n03"]),
+        ("n{1..3..0}", ["n1", "n2", "n3"]),
+        ("n{-1..1}", ["n-1", "n0", "n1"]),
+        ("n{-01..1}", ["n-01", "n000", "n001"]),
+        ("n{05..-1..3}", ["n05", "n02", "n-1"]),
+        ("n{-0..1}", ["n0", "n1"]),
+        ("n{a..c}", ["na", "nb", "nc"]),
+        ("n{E..A..2}", ["nE", "nC", "nA"]),
+        ("n{a,}", ["na", "n"]),
+        ("{,a}", ["a"]),
+        ("{{1..2},x}y", ["1y", "2y", "xy"]),
+        ("{n[1-2],m}{a,b}", ["n1a", "n1b", "n2a", "n2b", "ma", "mb"]),
+        # patterns
+        ("n[!1]", ["n[!1]"]),
+        ("n[a-c0-9_]?", ["n[a-c0-9_]?"]),
+        ("{gpu-*,cpu[ab]}[1-2]", ["gpu-*1", "gpu-*2", "cpu[ab]1", "cpu[ab]2"]),
+        # addresses
+        ("[::1],ssh://me@[fe80::1%eth0]:22,::1", ["[::1]", "ssh://me@[fe80::1%eth0]:22", "::1"]),
     ],
 )
 def test_expand(text: str, names: list[str]) -> None:
@@ -33,11 +63,77 @@ def test_expand(text: str, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["n[3-1]", "n[1", "n1]", "n{a", "n[1-999999999]", "n[1-5/0]", "n[-]", "a[1-999]b[1-999]c[1-9]"]
+    ("text", "hint"),
+    [
+        *((text, "has no partner") for text in ("n[1", "n1]", "n{a", "n{a,b", "n}", "n{a,b}}", "a]b[", "n{1..2")),
+        *((text, "empty range") for text in ("n[3-1]", "n[1-5/0]")),
+        *((text, "a range is written") for text in ("n[-]", "n[1-3,]", "n[,1]", "n[1 2]", "n[1--3]", "n[-1]", "n[/2]")),
+        *((text, "same length") for text in ("n[1-010]", "n[01-100]", "n[9-011]")),
+        ("n[^1]", "[!1]"),
+        ("n[a,b]", "{a,b}"),
+        *((text, "brackets hold") for text in ("n[]", "n[ ]", "n[c-a]", "n[a-]", "n[1*]", "n[a b]", "n[!]", "n[a:b]")),
+        *((text, "brackets hold") for text in ("n[\u0661-\u0663]", "n[1;ls]", "n[$HOME]", "n[::1]")),
+        *((text, "cannot hold brackets") for text in ("n[[1]]", "{[}]")),
+        *((text, "braces hold words") for text in ("n{a}", "n{}", "n{1-3}")),
+        *(
+            (text, "a range is written")
+            for text in ("n{a..3}", "n{1..}", "n{1...3}", "n{1..2..3..4}", "n{A..c}", "{..}")
+        ),
+        *((text, "braces of its own") for text in ("n{1..2,3}", "n{1,2..3}")),
+        *((text, "braces hold no blanks") for text in ("n{a, b}", "n{1 .. 3}", "n{a b,c}")),
+        *((text, "commas between") for text in ("a b", "n [1-2]", "n[1-2] m", "a\tb", "a\nb")),
+        *((text, "-x") for text in ("a&b", "a!b", "a^b", "n[1-3]!n2", "&a", "a!")),
+        ("a,^hosts.txt", "^FILE"),
+        *((text, "begins with '-'") for text in ("-a", "a,-oProxyCommand=touch x", "-[1-2]")),
+    ],
 )
-def test_nonsense(text: str) -> None:
-    with pytest.raises(HostSetError):
+def test_neither_a_set_nor_a_pattern(text: str, hint: str) -> None:
+    with pytest.raises(HostSetError) as caught:
         expand(text)
+    assert hint in str(caught.value).partition(": ")[2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n[1-999999999]",
+        "a[1-999]b[1-999]c[1-9]",
+        "{a,a}" * 26,
+        "{" * 2000 + "a" + "}" * 2000,
+        "{a," * 2000 + "a" + "}" * 2000,
+        "[" * 2000,
+        "x" * 10**6 + "{1..99999}",
+        "n[1]" * 10**5,
+        "n[" + "1-99999," * 10**4 + "1]",
+        "n{" + "{1..99999}," * 10**3 + "a}",
+        "n{1..999999999999}",
+        "n[" + "9" * 5000 + "]",
+        "n{1.." + "9" * 5000 + "}",
+        "n{0..1.." + "9" * 5000 + "}",
+        "{1..60000},{1..60000}a,b",
+    ],
+)
+def test_too_much_is_refused_at_once(text: str) -> None:
+    """Without the time, the memory or the recursion that it would take; and the error does not repeat it all."""
+    with pytest.raises(HostSetError) as caught:
+        expand(text)
+    assert len(str(caught.value)) < 200
+
+
+def test_what_is_many_but_not_too_many() -> None:
+    assert len(expand("n[1-100000]")) == 100_000
+    assert expand("n" + "[1]" * 1000) == ["n" + "1" * 1000]
+    assert len(expand("{a,b}" * 16)) == 2**16
+
+
+@given(st.text("na01,-[]{}./! ^*", max_size=20))
+def test_any_text_is_refused_or_stands_for_names(text: str) -> None:
+    """What is left in a name beside a pattern's own characters is what a host's name may have."""
+    try:
+        names = expand(text)
+    except HostSetError:
+        return
+    assert all(name and not set(name) & set("{}, ^") for name in names)
 
 
 def test_match() -> None:
@@ -49,9 +145,54 @@ def test_match() -> None:
         match(["x*"], known)
     with pytest.raises(HostSetError, match="@all"):
         match(["@gpus"], known)
+    with pytest.raises(HostSetError, match="says the user"):
+        match(["me@gpu-*"], known)
+    for name in ("-oProxyCommand=x", "a;b", "a:b", "me@", "a$b"):
+        with pytest.raises(HostSetError):
+            match([name], known)
+
+
+@pytest.mark.parametrize(
+    ("named", "excluded", "left"),
+    [
+        ("n[1-3]", "n[1, 3]", ["n2"]),
+        ("n[1-3]", "n*", []),  # also hosts that the configuration does not know
+        ("n[1-3],me@n1:22,[::1]:22", "n1,::1", ["n2", "n3"]),
+        ("n1,me@n1", "me@n1", ["n1"]),
+        ("@all", "gpu-*", ["node1"]),
+        ("n1", "@all", ["n1"]),
+        ("n1", "other", ["n1"]),
+    ],
+)
+def test_without(named: str, excluded: str, left: list[str]) -> None:
+    known = ["node1", "gpu-a", "gpu-b"]
+    assert without(match(expand(named), known), expand(excluded), known) == left
+
+
+def test_what_is_meant_in_python() -> None:
+    known = ["n1", "n2", "n3", "n12", "n13", "gpu-a"]
+    for text, names in {
+        "n1": ["n1"],
+        "n[1, 12]": ["n1", "n12"],
+        "n[1-3]": ["n1", "n2", "n3"],
+        "n[12-13]": ["n12", "n13"],
+        "n[13]": ["n1", "n3"],
+        "n?": ["n1", "n2", "n3"],
+        "gpu-*,n{2..1}": ["n1", "n2", "gpu-a"],
+    }.items():
+        assert [host for host in known if fits(host, text)] == names
+    for text in ("n[^1]", "n[1,a]", "n[13],gpu-a", "n[13]x[1-2]", "a!b", "{a,a}" * 26):
+        with pytest.raises(HostSetError):
+            fits("n1", text)
+    assert fits("[::1]:22", "[::1]:22")
 
 
 def test_lines() -> None:
+    assert from_lines("n[1, 12] , m # x\nn[1 - 2]") == ["n1", "n12", "m", "n2"]
+    with pytest.raises(HostSetError, match="partner"):
+        from_lines("n[1,\n2]")
+    with pytest.raises(HostSetError, match="more than"):
+        from_lines("a[1-60000]\nb[1-60000]")
     assert from_lines("a b # c\n\n# all of it\nnode[1-2],c\n") == ["a", "b", "node1", "node2", "c"]
 
 
@@ -72,3 +213,15 @@ def test_fold_and_expand_are_inverse(names: list[str]) -> None:
 @given(st.lists(st.integers(0, 99).map("{:02d}".format).map("node{}".format), min_size=1))
 def test_fold_keeps_zeros(names: list[str]) -> None:
     assert sorted(expand(fold(names))) == sorted(set(names))
+
+
+@pytest.mark.parametrize("name", ["n" + "9" * 5000, "n" + "0" * 40 + "1", "n\u0661", "n" + "1" * 18 + "2"])
+def test_fold_leaves_strange_names_as_they_are(name: str) -> None:
+    assert fold([name]) == name
+
+
+@pytest.mark.parametrize("name", ["n[1-2]", "me@n[1-2]:22", "n[1", "n^1"])
+def test_a_set_is_no_name(name: str) -> None:
+    """Where one host is named, as in `Runtime`, ssh would look for a host of that name."""
+    with pytest.raises(ValueError, match="is not a host"):
+        parse_destination(name)

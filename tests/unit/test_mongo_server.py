@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import resource
@@ -28,9 +29,10 @@ from bson import encode
 from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
-from lazycluster.cluster.hyperopt_programs import trials, worker
+from lazycluster.cluster.certificates import make_identities
+from lazycluster.cluster.hyperopt_programs import compat, trials, worker
 from lazycluster.mongo import scram
-from lazycluster.mongo.strangers import IDLE_LIMIT, MOST_SILENT, SILENT_LIMIT, Strangers
+from lazycluster.mongo.strangers import IDLE_LIMIT, LINES, MOST_SILENT, PERIOD, SILENT_LIMIT, FewLines, Strangers
 
 _PASSWORD = "a-secret_of-32-characters"
 _HEADER = struct.Struct("<iiii")
@@ -39,8 +41,10 @@ _HEADER = struct.Struct("<iiii")
 class Server:
     """The program, in a process of its own."""
 
-    def __init__(self, path: Path, before: Callable[[], None] | None = None) -> None:
+    def __init__(self, path: Path, before: Callable[[], None] | None = None, tls: bool = False) -> None:
         self.path = path
+        self.authority, identities = make_identities("database")
+        self._identity = identities["database"] if tls else None
         self._before = before
         self.port = 0
         self.clients: list[Any] = []
@@ -49,10 +53,14 @@ class Server:
     def start(self) -> None:
         code = "from lazycluster.mongo.program import main; main()"
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, preexec_fn=self._before
-        )
+        self.log = self.path.with_name("log")
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=log, text=True, preexec_fn=self._before
+            )
         settings = {"ports": {"master": self.port}, "dbpath": str(self.path), "user": "me", "password": _PASSWORD}
+        if self._identity is not None:
+            settings["tls"] = {"certificate": self._identity.certificate, "key": self._identity.key}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(settings) + "\n")
@@ -62,7 +70,9 @@ class Server:
 
     def client(self, password: str | None = _PASSWORD, **options: Any) -> Any:
         login = {} if password is None else {"username": "me", "password": password, "authSource": "admin"}
-        self.clients.append(MongoClient("127.0.0.1", self.port, serverSelectionTimeoutMS=5000, **login, **options))
+        self.clients.append(
+            MongoClient("127.0.0.1", self.port, **{"serverSelectionTimeoutMS": 5000, **login, **options})
+        )
         return self.clients[-1]
 
     def socket(self) -> socket.socket:
@@ -84,8 +94,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _server(path: Path, before: Callable[[], None] | None = None) -> Iterator[Server]:
-    server = Server(path / "db", before)
+def _server(path: Path, before: Callable[[], None] | None = None, tls: bool = False) -> Iterator[Server]:
+    server = Server(path / "db", before, tls)
     try:
         yield server
     finally:
@@ -273,6 +283,85 @@ def test_strangers_do_not_use_up_the_descriptors(tmp_path: Path) -> None:
         collection = server.client().db.c
         collection.insert_one({"_id": 1})
         assert collection.find_one() == {"_id": 1}
+
+
+@pytest.fixture
+def encrypted(tmp_path: Path) -> Iterator[Server]:
+    """A server as clusters start it, and the file with the certificate by which it is known."""
+    with _server(tmp_path, tls=True) as server:
+        (tmp_path / "authority.pem").write_text(server.authority)
+        yield server
+
+
+def test_the_server_is_known_by_its_certificate(encrypted: Server, tmp_path: Path) -> None:
+    known = {"tls": True, "tlsCAFile": str(tmp_path / "authority.pem")}
+    collection = encrypted.client(**known).db.c
+    collection.insert_one({"_id": 1, "x": b"x" * 10_000_000})
+    assert len(collection.find_one()["x"]) == 10_000_000
+    (tmp_path / "another.pem").write_text(make_identities("database")[0])
+    for options in ({}, {"tls": True, "tlsCAFile": str(tmp_path / "another.pem")}, {"tls": True}):
+        with pytest.raises(ConnectionFailure) as caught:
+            encrypted.client(**{**options, "serverSelectionTimeoutMS": 300}).db.c.find_one()
+        text = compat.unreachable(caught.value)
+        assert "<" not in text
+        assert text.startswith("another program than the database" if options else "the database cannot be reached")
+    assert collection.count_documents({}) == 1
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00" + b"\xff" * 512, b"\x16\x03\x01\xff\xff", b"\0" * 3000]
+)
+def test_what_is_no_tls_ends_the_connection(encrypted: Server, tmp_path: Path, data: bytes) -> None:
+    with encrypted.socket() as stranger:
+        stranger.sendall(data)
+        stranger.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            while stranger.recv(1000):
+                pass
+    known = {"tls": True, "tlsCAFile": str(tmp_path / "authority.pem")}
+    assert encrypted.client(**known).db.c.find_one() is None
+
+
+def test_unfinished_handshakes_keep_nobody_out(encrypted: Server, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(encrypted.socket()) for _ in range(MOST_SILENT + 3)]
+        for one in silent[3:]:
+            one.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a handshake
+        assert [one.recv(1) for one in silent[:3]] == [b""] * 3
+        known = {"tls": True, "tlsCAFile": str(tmp_path / "authority.pem")}
+        assert encrypted.client(**known).db.c.find_one() is None
+
+
+def test_strangers_do_not_fill_the_log(encrypted: Server, tmp_path: Path) -> None:
+    for number in range(5 * LINES):
+        with encrypted.socket() as stranger:
+            stranger.sendall(b"%d of many" % number)
+            stranger.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(100)[:0] == b""
+    known = {"tls": True, "tlsCAFile": str(tmp_path / "authority.pem")}
+    assert encrypted.client(**known).db.c.find_one() is None
+    lines = encrypted.log.read_text().splitlines()
+    assert len(lines) == LINES
+    assert "further such lines are left out" in lines[-1]
+
+
+def test_lines_are_counted_whatever_they_say() -> None:
+    now = [0.0]
+    few = FewLines(lambda: now[0])
+
+    def written(level: int, text: str) -> str:
+        record = logging.LogRecord("strange", level, "", 1, "%s", (text,), None)
+        return record.getMessage() if few.filter(record) else ""
+
+    lines = [written((logging.INFO, logging.ERROR)[number % 2], f"line {number} %d") for number in range(LINES + 50)]
+    assert [line for line in lines if line] == [
+        *(f"line {number} %d" for number in range(LINES - 1)),
+        f"line {LINES - 1} %d [further such lines are left out for a while]",
+    ]
+    now[0] = PERIOD
+    assert written(logging.WARNING, "later %d") == "later %d [50 such lines were left out]"
+    assert written(logging.WARNING, "then") == "then"
 
 
 def test_a_stranger_cannot_keep_the_server_busy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from direct_zygote import DirectZygote, ready_zygote
 
+from lazycluster.tasks import localcode
 from lazycluster.tasks.pickling import dump_call, name_of
 
 
@@ -453,3 +454,73 @@ def test_what_cannot_even_be_shown_is_told_of_all_the_same():
     with pytest.raises(TypeError) as caught:
         dump_call(len, ({"k" * 1_000_000: threading.Lock()},))
     assert len(str(caught.value)) < 1000
+
+
+# --- what hosts have installed -------------------------------------------------------------------
+def test_parts_of_a_namespace_that_are_installed_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A namespace has parts of several distributions: one is local here, the other is installed there."""
+    mine, site = tmp_path / "checkout", tmp_path / "site-packages"
+    own_text = """
+        from some_space import other
+
+        def value():
+            return other.VALUE
+
+        def late():
+            import some_space.more
+            return some_space.more.VALUE, some_space.__name__
+    """
+    files = ((mine, "own", textwrap.dedent(own_text)), (site, "other", "VALUE = 'installed'\n"))
+    for folder, name, text in (*files, (site, "more", "VALUE = 'more'\n")):
+        (folder / "some_space").mkdir(parents=True, exist_ok=True)
+        (folder / "some_space" / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(str(folder))
+    own: Any = importlib.import_module("some_space.own")
+    try:
+        with DirectZygote(env={**os.environ, "PYTHONPATH": str(site)}) as zygote:
+            assert zygote.facts().get("ready")
+            zygote.give_library()
+            for _ in range(2):
+                assert zygote.call(own.value) == "installed"
+                assert zygote.call(own.late) == ("more", "some_space")
+    finally:
+        for name in [name for name in sys.modules if name.startswith("some_space")]:
+            del sys.modules[name]
+
+
+def test_a_module_that_is_named_like_one_of_the_standard_library(host: DirectZygote, local: Any) -> None:
+    """Also like a package of it, which has data and submodules of its own."""
+    local(
+        turtledemo__paths="def here():\n    return __file__\n",
+        turtledemo____init__="from . import paths\n\n\ndef where():\n    return paths.here(), __file__, __path__\n",
+    )
+    module: Any = sys.modules["turtledemo"]
+    here, file, path = host.call(module.where)
+    assert here == str(Path(module.__file__).with_name("paths.py"))
+    assert (file, path) == (module.__file__, [str(Path(module.__file__).parent)])  # this is the same machine
+    call = dump_call(module.where)
+    Path(module.__file__).write_text("# of another version\n")
+    outcome = host.run(call)[1]
+    assert outcome is not None
+    assert outcome.value[2] == []
+
+
+def test_names_of_projects(tmp_path: Path) -> None:
+    folder = tmp_path / "src" / "package"
+    folder.mkdir(parents=True)
+    expected = {
+        "": "",
+        '[build-system]\nname = "no"\n[project]\nversion = "1"\n# name = "no"\nname = "the-name"\n': "the-name",
+        "[tool.poetry]\nname = 'of-poetry'\n": "of-poetry",
+        "[project]\ndynamic = []\n[tool.other]\nname = 'no'\n": "",
+    }
+    for text, name in expected.items():
+        (tmp_path / "pyproject.toml").write_text(text)
+        localcode.distribution_of.cache_clear()
+        assert localcode.distribution_of(str(folder)) == name
+    (tmp_path / "setup.cfg").write_text("[metadata]\nversion = 1\nname = of-setup-cfg\n")
+    localcode.distribution_of.cache_clear()
+    assert localcode.distribution_of(str(folder)) == "of-setup-cfg"
+    (tmp_path / "src" / "egg.egg-info").mkdir()
+    localcode.distribution_of.cache_clear()
+    assert localcode.distribution_of(str(folder)) == "egg"

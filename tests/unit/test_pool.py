@@ -138,10 +138,34 @@ def test_answers_are_found_wherever_they_are_cut(step: int) -> None:
         ANSWER.pack(RETURNED, number, 0.5, size) + bytes([number]) * size for number, size in enumerate(sizes)
     )
     found: list[Any] = []
-    stream = Stream(lambda kind, number, elapsed, parts, size: found.append((number, b"".join(parts), size)))
+    given_up: list[int] = []
+    stream = Stream(
+        lambda kind, number, elapsed, parts, size: found.append((number, b"".join(parts), size)),
+        lambda number, error: given_up.append(number),
+    )
     for start in range(0, len(data), step):
         stream.feed(b"head" + data[start : start + step], 4)
     assert found == [(number, bytes([number]) * size, size) for number, size in enumerate(sizes)]
+    assert not given_up
+
+
+@pytest.mark.parametrize("step", [1, 22, 600])
+def test_an_answer_that_is_given_up_is_passed_over(step: int) -> None:
+    """What it holds is let go of at once, and the next answer is found where it begins."""
+    data = b"".join(ANSWER.pack(RETURNED, n, 0.5, 1000) + bytes([n]) * 1000 for n in range(3))
+    found: list[Any] = []
+    stream = Stream(
+        lambda kind, number, elapsed, parts, size: found.append((number, b"".join(parts))),
+        lambda number, error: found.append((number, error)),
+    )
+    error, refused = MemoryError("full"), False
+    for start in range(0, len(data), step):
+        if not refused and len(found) == 1 and stream.held:
+            stream.give_up(error)
+            refused = True
+            assert not stream.held
+        stream.feed(data[start : start + step], 0)
+    assert found == [(0, bytes(1000)), (1, error), (2, b"\2" * 1000)]
 
 
 def test_lines_are_shown_whole(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:

@@ -371,7 +371,7 @@ def test_an_interpreters_name_is_one_word_for_a_shell(shell: str, python: str) -
     assume(not python.startswith("~/"))
     sockets = ["/tmp/it's $HOME/agent.sock", "/caf\u00e9/agent.sock"]
     for command in (remote_command(python, "0123"), *(line(python, "0123", sockets, 7) for line in _FURTHER)):
-        line = command.replace("exec ", "printf '%s\\0' ", 1)
+        line = "printf '%s\\0' ".join(command.rsplit("exec ", 1))
         done = subprocess.run([shell, "-c", line], capture_output=True, check=True)
         words = done.stdout.decode().split("\0")
         assert words[:2] == [python, "-ISc"]

@@ -97,7 +97,7 @@ def _lives(pid: int) -> bool:
 
 
 def _resolving(program: Path, monkeypatch: pytest.MonkeyPatch) -> Coroutine[Any, Any, Any]:
-    monkeypatch.setattr(uv, "find_uv", lambda: str(program))
+    monkeypatch.setattr(uv, "_chosen", uv.Uv(str(program), "99.0.0"))
     target = Target((3, 13), "linux", "x86_64", "glibc", "2.36")
     return resolving.resolve(EnvironmentSpec(["something"]), target, IndexSettings())
 

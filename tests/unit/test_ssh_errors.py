@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lazycluster.ssh.config import Settings
-from lazycluster.ssh.errors import classify, is_retryable
+from lazycluster.ssh.diagnosis import Circumstances
+from lazycluster.ssh.errors import classify, is_retryable, last_words
 
 PROXY_ENDED = (
     "kex_exchange_identification: Connection closed by remote host\r\nConnection closed by UNKNOWN port 65535\r\n"
@@ -46,6 +47,8 @@ def told(said, status=255, kwargs=None, **more):
         (CHANGED, "host_key", 'ssh-keygen -f "/home/me/known_hosts" -R "[h]:22022"'),
         ("me@h: Permission denied (publickey).\r\n", "auth", "ssh-copy-id -F none me@h"),
         ("Received disconnect from 1.2.3.4 port 22:2: Too many authentication failures\r\n", "auth", "key_filename"),
+        ("Received disconnect from 1.2.3.4 port 22:2: Too many authentication failures\r\n"
+         "Disconnected from 1.2.3.4 port 22\r\n", "auth", "key_filename"),
         ('Load key "/k": error in libcrypto\r\nme@h: Permission denied (publickey).\r\n', "auth", 'Load key "/k"'),
         ("/x/config: line 3: Bad configuration option: fooo\r\n/x/config: terminating, 1 bad configuration options\r\n",
          "config", "/x/config, line 3: Bad configuration option: fooo"),
@@ -148,3 +151,124 @@ def test_whose_disk_is_full(why):
     assert (error.host, error.reason) == ("me@h", "disk")
     assert f"on the host: /tmp: {why}; /var/tmp: {why}\n  Next step: free some space" in str(error)
     assert not is_retryable(error)
+
+
+DENIED = "me@h: Permission denied (publickey).\r\n"
+NO_PYTHON = "bash: line 1: python3: command not found\n"
+
+
+@pytest.mark.parametrize(
+    "banner",
+    [
+        "Idle sessions are timed out after 15 minutes.\n",
+        "Accounts with a leaked host key will be revoked.\n",
+        "ssh: Could not resolve hostname github.com: Temporary failure in name resolution\n",
+        "ssh: connect to host h port 22: Connection refused\n",
+        "write: Broken pipe\n",
+        "command-line: line 1: see the manual\n",
+        "/etc/motd: terminating, 1 bad configuration options\n",
+        "Host key verification failed.\n",
+        CHANGED,
+        "Certificate invalid: expired\n",
+        "exec request failed on channel 0\n",
+        "Unable to negotiate with h port 22: no matching cipher found.\n",
+        "Traceback (most recent call last):\nImportError: No module named motd\n",
+        "python3: not found\n",
+        "bash: fork: Resource temporarily unavailable\n" * 5 + "a\nb\nc\nd\n",
+        "Authenticated to h (via proxy).\n",
+        PROXY_ENDED,
+    ],
+)
+def test_words_like_those_of_ssh_are_no_reason(banner):
+    """Of the host's banner, of a start-up file, or of what the host has ssh ask; where they are told apart, and not."""
+    for error in (told(banner + DENIED), told(DENIED, heard=banner), told(banner + DENIED, heard="", logged_in=True)):
+        assert error.reason == "auth"
+        assert "accept-new" not in str(error)
+    for error in (
+        told(banner + NO_PYTHON, 127, logged_in=True),
+        told(banner + NO_PYTHON, 127),
+        told("", 127, heard=banner + NO_PYTHON, logged_in=True),
+        told("", 127, heard=banner + NO_PYTHON),
+    ):
+        assert error.reason == "python"
+        assert str(error).partition("\n")[0].endswith(f"does not run on the host: {NO_PYTHON.strip()}")
+    for status in (3, 0, 255, -1):
+        assert told("", status, heard=banner, logged_in=True).reason == "shell"
+    assert told("", None, heard=banner, logged_in=True, phase="timeout").reason == "shell"
+    ended = told(f"Received disconnect from 10.0.0.1 port 22:11: bye\n{banner}Disconnected from 10.0.0.1 port 22\n")
+    asking = told(banner, None, heard="", phase="timeout")  # as what it is to be asked by keyboard-interactive
+    assert (ended.reason, asking.reason) == ("ssh", "timeout")
+    error = told("", None, heard=banner, phase="timeout")
+    assert (error.reason, banner.strip() in str(error)) == ("timeout", False)
+    dropped = told("Connection closed by 10.0.0.1 port 22\r\n", heard=banner)
+    assert (dropped.reason, banner.strip() in str(dropped)) == ("dropped", False)
+
+
+def test_what_a_jump_host_says():
+    """Its ssh has no log of its own, but its last words tell what failed there; its banner tells nothing."""
+    known = Circumstances(proxy_is_ssh=True)
+    banner = "ssh: Could not resolve hostname x: no\nme@gate: Permission denied (motd).\nWelcome.\n"
+    for heard, reason, words in (
+        ("ssh: connect to host gate port 22: Connection refused\n", "refused", "at the jump host"),
+        (banner + "me@gate: Permission denied (publickey).\n", "auth", "me@gate takes publickey"),
+        (banner + "channel 0: open failed: connect failed: No route to host\nstdio forwarding failed\n",
+         "unreachable", "the jump host cannot connect"),
+        (banner, "dropped", "MaxStartups"),
+        (banner + "bash: line 1: motd: not found\n", "dropped", "MaxStartups"),
+        ("", "dropped", "MaxStartups"),
+    ):  # fmt: skip
+        error = told(PROXY_ENDED, heard=heard, known=known)
+        assert (error.reason, words in str(error)) == (reason, True)
+        assert "motd" not in str(error)
+        assert "Welcome" not in str(error)
+    error = told(PROXY_ENDED, heard="nc: no such program\n")
+    assert (error.reason, "nc: no such program" in str(error)) == ("proxy", True)
+    # The host was reached through it, and closes the connection: what it has printed is not the jump host's word.
+    error = told("Connection closed by UNKNOWN port 65535\n", heard="me@gate: Permission denied (x).\n", known=known)
+    assert (error.reason, "denied" in str(error)) == ("dropped", False)
+
+
+def test_an_option_that_ssh_does_not_know():
+    error = told("", heard="command-line: line 0: Bad configuration option: fooo\r\n")
+    assert (error.reason, "Bad configuration option: fooo" in str(error)) == ("config", True)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("Authenticated to h (via proxy).\nConnection to h closed by remote host.\n", "dropped"),
+        ("Timeout, server h not responding.\n", "timeout"),
+        ("client_loop: send disconnect: Broken pipe\n", "dropped"),
+    ],
+)
+def test_lost_after_the_login(said, reason):
+    for status in (255, None):
+        error = told(said, status, heard="Host key verification failed.\n", logged_in=True)
+        assert (error.reason, "verification" in str(error)) == (reason, False)
+
+
+def test_last_words():
+    said = (
+        "** WARNING: connection is not using a post-quantum key exchange algorithm.\r\n"
+        '** This session may be vulnerable to "store now, decrypt later" attacks.\r\n'
+        'Authenticated to h ([10.0.0.1]:22) using "publickey".\r\n'
+        "channel 5: open failed: connect failed: Connection refused\r\nconnect_to 127.0.0.1 port 1: failed.\r\n"
+    )
+    assert last_words(said) == ""
+    end = "Timeout, server h not responding.\r\nTransferred: sent 1, received 2 bytes, in 1.0 seconds\r\n"
+    assert last_words(said + end) == "Timeout, server h not responding."
+
+
+def test_certificates_of_hosts():
+    error = told("Certificate invalid: expired\r\nHost key verification failed.\r\n", asked=[QUESTION])
+    assert error.reason == "host_key"
+    assert "the certificate of the host [h]:22022 is not valid: expired" in str(error)
+    assert "accept-new" not in str(error)
+    ca = Circumstances(authority="/home/me/known_hosts")
+    for asked in ([QUESTION], []):
+        error = told("Host key verification failed.\r\n", asked=asked, known=ca)
+        assert error.reason == "host_key"
+        assert "no certificate of an authority that /home/me/known_hosts names for it" in str(error)
+        assert "accept-new" not in str(error)
+    error = told(DENIED, known=Circumstances(certificates=("the certificate /k-cert.pub has expired (2021)",)))
+    assert (error.reason, "/k-cert.pub has expired (2021)" in str(error)) == ("auth", True)

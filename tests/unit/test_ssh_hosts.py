@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 
 import pytest
 
@@ -80,6 +82,56 @@ def test_endless_includes_end(write, caplog):
     path = write("Host a\nHost *\nInclude {here}/config\n")
     assert names(path) == ["a"]
     assert "nested too deeply" in caplog.text
+
+
+ACCEPTED = {
+    "home of nobody": b"Include ~nosuchuser/*\nInclude ~nosuchuser\nInclude ~nosuchuser/a ~nosuchuser/b\n",
+    "home of nobody, quoted": b'Include "~nosuchuser/a b" ~/nothing/*\n',
+    "bad globs": b"Include {here}/[ {here}/[!] {here}/[z-a]* {here}/**none {here}/*/../*/*.none\n",
+    "a name that is too long": b"Include {here}/" + b"x" * 3000 + b"/*\n",
+    "many stars": b"Match host " + b"*a" * 40 + b"z\nHost " + b"*a" * 40 + b"z\nHost *\n",
+    "a folder": b"Include {here}/folder {here}/folder/*\n",
+    "a link to itself": b"Include {here}/loop/* {here}/*/loop\n",
+    "a file that is none": b"Include {here}/folder/../config.none\n",
+    "bytes that are no text": b"# \xff\xfe\x80\n  User \xff\xfe\n",
+    "a null character": b"# \0\nInclude {here}/none\0*\nUser me\0you\n",
+    "what ends lines elsewhere": "# a\x0cHost b\x0bHost c\x1cHost d\x85Host e\u2028Host f\rHost g\n".encode(),
+    "a long line": b"# " + b"x" * 200_000 + b"\nUser m" + b" " * 60_000 + b"\n",
+    "brackets": b"Host [a-z] a[ {x}\nHost *\n",
+}
+
+
+@pytest.mark.parametrize("text", ACCEPTED.values(), ids=ACCEPTED)
+def test_what_ssh_accepts_can_be_read(tmp_path, text):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "loop").symlink_to("loop")
+    path = tmp_path / "config"
+    path.write_bytes(b"Host a\n HostName 192.0.2.1\n" + text.replace(b"{here}", os.fsencode(tmp_path)) + b"Host a z\n")
+    done = subprocess.run(["ssh", "-G", "-F", path, "a"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [name for name in names(path) if not name.startswith(("[", "a[", "{"))] == ["a", "z"]
+    assert asyncio.run(jump_key(Settings.parse("a", {"config_file": str(path)}))) == frozenset()
+
+
+def test_what_would_be_read_for_ever_is_given_up_as_by_ssh(write, caplog):
+    for number in range(9):
+        write("Host x\n", f"other{number}")
+    path = write("Host a\nHost *\n Include {here}/*\nHost b\n")
+    done = subprocess.run(["ssh", "-G", "-F", path, "a"], capture_output=True, check=False)
+    assert b"Too many recursive" in done.stderr
+    assert names(path) == ["a"]
+    assert caplog.text.count("nested too deeply") == 1
+
+
+def test_a_configuration_that_cannot_be_named(tmp_path, caplog):
+    for path in ("~nosuchuser/config", tmp_path / "x\0y", tmp_path, tmp_path / "file" / "config"):
+        (tmp_path / "file").touch()
+        caplog.clear()
+        assert configured_hosts(path) == []
+        assert "not read" in caplog.text
+        if "\0" not in str(path):
+            with pytest.raises(ValueError, match="no readable file"):
+                Settings.parse("a", {"config_file": str(path)})
 
 
 def test_a_file_that_is_not_there(tmp_path, caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lazycluster.ssh import askpass
 from lazycluster.ssh.config import Settings
 from lazycluster.ssh.prompts import Prompter
 
@@ -129,3 +131,18 @@ def test_nothing_is_answered_after_the_end():
         assert prompter.asked("c") == prompter.answered("c") == []
 
     serve({"password": "sesame"}, conversation)
+
+
+def test_no_core_dump_is_made_of_who_is_told_a_password(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        env = {askpass.SOCKET: str(tmp_path / "s"), askpass.TOKEN: "t"}
+        with subprocess.Popen([sys.executable, "-I", "-S", askpass.__file__, "?"], env=env, stdout=-1) as asking:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                limits = Path(f"/proc/{asking.pid}/limits").read_text().splitlines()
+                connection.sendall(b'["secret", false]')
+            assert asking.communicate()[0] == b"secret\n"
+    assert [line[26:].split()[0] for line in limits if line.startswith("Max core file size")] == ["1"]

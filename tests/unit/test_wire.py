@@ -22,6 +22,19 @@ def test_frames_survive_any_cut() -> None:
         assert got == frames
 
 
+def test_frames_can_be_taken_one_by_one() -> None:
+    """Who stops goes on with the next; who has no room for one passes it over."""
+    frames = [(number, wire.STDOUT, bytes([number]) * 100) for number in range(5)]
+    decoder = wire.Decoder()
+    decoder.put(b"".join(wire.frame(*one) for one in frames) + b"\0\0")
+    assert next(decoder.frames()) == frames[0]
+    assert next(decoder.frames()) == frames[1]
+    assert decoder.skip() == 2
+    assert list(decoder.frames()) == frames[3:]
+    assert not list(decoder.frames())
+    assert decoder.total == 5 * (100 + wire.HEADER.size) + 2
+
+
 def test_json_keeps_names_that_are_not_utf8() -> None:
     name = b"caf\xe9\n".decode("utf-8", "surrogateescape")
     [(_, _, payload)] = wire.Decoder().feed(wire.json_frame(1, wire.REQUEST, {"path": name}))

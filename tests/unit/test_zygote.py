@@ -299,7 +299,8 @@ def host_with_modules(tmp_path: Path) -> Iterator[DirectZygote]:
     }
     for name, source in modules.items():
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
-    with DirectZygote(env={**os.environ, "PYTHONPATH": str(tmp_path)}) as zygote:
+    # Hosts buffer what is printed, whatever the environment of the tests says.
+    with DirectZygote(env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": ""}) as zygote:
         assert zygote.facts()["ready"]
         assert zygote.give_library()["library"]
         yield zygote

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 
 from lazycluster import _loop
-from lazycluster.exceptions import LazyclusterError
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.detached import DetachedTask, checked
 from lazycluster.tasks.task import RuntimeTask
 
-__all__ = ["detach_on", "detached_on"]
+from .members import answers_of
 
-_logger = logging.getLogger("lazycluster")
+__all__ = ["detach_on", "detached_on"]
 
 
 def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTask]:
@@ -51,21 +49,7 @@ def detached_on(runtimes: Sequence[Runtime]) -> list[DetachedTask]:
     Raises:
         LazyclusterError: If none answers.
     """
-
-    async def ask() -> list[list[DetachedTask] | BaseException]:
-        return await asyncio.gather(*(one.detached_tasks_soon() for one in runtimes), return_exceptions=True)
-
-    found: list[DetachedTask] = []
-    errors: list[LazyclusterError] = []
-    for answer in _loop.run(ask()):
-        if isinstance(answer, LazyclusterError):
-            errors.append(answer)
-        elif isinstance(answer, BaseException):
-            raise answer
-        else:
-            found += answer
-    if errors and len(errors) == len(runtimes):
-        raise errors[0]
-    for error in errors:
-        _logger.warning("its detached tasks are not listed: %s", error)
-    return sorted(found, key=lambda one: one.created)
+    answers = _loop.run(
+        answers_of(runtimes, lambda runtime: runtime.detached_tasks_soon(), "its detached tasks are not listed")
+    )
+    return sorted((task for found in answers.values() for task in found), key=lambda task: task.created)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from lazycluster import _loop, _progress
+from lazycluster._hostsets import fits, is_pattern, selected
 from lazycluster._runtime.filters import Filter, why_not
 from lazycluster._runtime.questions import listed
 from lazycluster._runtime.session import Session
@@ -25,8 +25,6 @@ from .connecting import close_all, connect_all
 from .settings import Common
 
 __all__ = ["choose_hosts", "detect", "open_again", "select"]
-
-_GLOB = frozenset("*?[")
 
 
 def detect(common: Common, config_file: str | os.PathLike[str] | None) -> tuple[dict[str, Session], dict[str, str]]:
@@ -92,29 +90,27 @@ def choose_hosts(
     Args:
         active: The hosts that can be used.
         inactive: Those that cannot, with the reasons.
-        include_hosts: Names or patterns such as ``gpu-*``.
+        include_hosts: Names, sets such as ``node[01-12]``, or patterns such as ``gpu-*``.
         exclude_hosts: The same.
 
     Raises:
-        ValueError: If both are given, or a name is not known, or a host that is to be included cannot be used.
+        ValueError: If both are given, or a name is not known, or a host that is to be included cannot be used, or a set
+            makes no sense.
     """
     included, excluded = listed(include_hosts), listed(exclude_hosts)
     if included and excluded:
         raise ValueError("either include_hosts or exclude_hosts can be given, not both")
-    for name in included or excluded:
-        if name in active or set(name) & _GLOB:
+    names = [name for text in included or excluded for name in ([text] if text in active else selected(text))]
+    for name in names:
+        if name in active or is_pattern(name):
             continue
         if name not in inactive:
             raise ValueError(f"{name!r} was not detected; there are: {', '.join(active)}")
         if included:
             raise ValueError(f"{name!r} cannot be used: {inactive[name]}")
     if included:
-        return [host for host in active if _matches(host, included)]
-    return [host for host in active if not _matches(host, excluded)]
-
-
-def _matches(host: str, patterns: Iterable[str]) -> bool:
-    return any(host == pattern or fnmatch.fnmatchcase(host, pattern) for pattern in patterns)
+        return [host for host in active if any(fits(host, text) for text in included)]
+    return [host for host in active if not any(fits(host, text) for text in excluded)]
 
 
 async def select(sessions: Sequence[Session], wanted: Filter) -> list[Session]:

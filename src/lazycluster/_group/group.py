@@ -42,10 +42,11 @@ class RuntimeGroup(Executing, Spreading, Shown):
         env: See :class:`Runtime`.
         shell: See :class:`Runtime`.
         environment: See :class:`Runtime`; made on all hosts at once.
+        startup_files: See :class:`Runtime`.
         settings: What holds for single hosts: a dictionary such as ``{"host-1": {"user": "me", "python": "auto"}}``,
             or the path of a TOML file with a table for each host. Keys are those of `connection_kwargs` and
-            ``working_dir``, ``python``, ``setup``, ``env``, ``shell``, ``environment``; a name may be a pattern such as
-            ``"gpu-*"``. Without `hosts`, the hosts that it names are the group.
+            ``working_dir``, ``python``, ``setup``, ``env``, ``shell``, ``environment``, ``startup_files``; a name may
+            be a pattern such as ``"gpu-*"``. Without `hosts`, the hosts that it names are the group.
         on_unreachable: ``"raise"`` if all hosts must be usable, or ``"skip"`` to go on without the others, see
             :attr:`unreachable_hosts`.
         progress: Whether it is shown, on a terminal or in a notebook, how far things are that take more than two
@@ -83,6 +84,7 @@ class RuntimeGroup(Executing, Spreading, Shown):
         env: Mapping[str, Any] | None = None,
         shell: str | None = None,
         environment: Any = None,
+        startup_files: str = "once",
         settings: PerHost | str | os.PathLike[str] | None = None,
         on_unreachable: str = "raise",
         progress: bool | None = None,
@@ -106,6 +108,7 @@ class RuntimeGroup(Executing, Spreading, Shown):
             per_host,
             environment=environment,
             progress=progress,
+            startup_files=startup_files,
         )
         self._lock = threading.RLock()
         self._tasks: list[RuntimeTask] = []

@@ -44,6 +44,7 @@ class RuntimeManager(Shown):
         setup: Likewise.
         env: Likewise.
         environment: Likewise; groups may have others.
+        startup_files: Likewise.
         settings: Per host, see :class:`lazycluster.RuntimeGroup`.
         progress: Likewise, also for the groups.
 
@@ -65,6 +66,7 @@ class RuntimeManager(Shown):
         setup: str | None = None,
         env: Mapping[str, Any] | None = None,
         environment: Any = None,
+        startup_files: str = "once",
         settings: PerHost | str | os.PathLike[str] | None = None,
         progress: bool | None = None,
     ) -> None:
@@ -79,6 +81,7 @@ class RuntimeManager(Shown):
             settings=read_settings(settings),
             environment=environment,
             progress=progress,
+            startup_files=startup_files,
         )
         self._sessions, self._inactive = detect(self._common, kwargs.get("config_file"))
         self._closed = False
@@ -109,7 +112,7 @@ class RuntimeManager(Shown):
         """Make a group of all hosts that can be used, or of some of them.
 
         Args:
-            include_hosts: Only these: names, or patterns such as ``gpu-*``.
+            include_hosts: Only these: names, sets such as ``node[01-12]``, or patterns such as ``gpu-*``, ``gpu[13]``.
             exclude_hosts: All but these.
             gpu_required: Only hosts with a GPU.
             min_memory: Only hosts with so many megabytes of memory.

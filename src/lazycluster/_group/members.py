@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
 
 from lazycluster import _loop, _progress
 from lazycluster._runtime.questions import listed
@@ -23,9 +24,11 @@ from lazycluster.runtimes import Runtime
 from .connecting import Connected, close_all, connect_all
 from .settings import Common
 
-__all__ = ["Members", "connect", "prepare_all", "warn_of_aliases"]
+__all__ = ["Members", "answers_of", "connect", "prepare_all", "warn_of_aliases"]
 
 _logger = logging.getLogger("lazycluster")
+
+T = TypeVar("T")
 
 
 def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[list[Runtime], dict[str, str]]:
@@ -90,6 +93,30 @@ async def prepare_all(runtimes: Sequence[Runtime], refresh: bool = False) -> Non
         raise EnvironmentsBuildError(builds)
     if errors:
         raise errors[0]
+
+
+async def answers_of(runtimes: Iterable[Runtime], ask: Callable[[Runtime], Awaitable[T]], problem: str) -> dict[str, T]:
+    """Ask hosts something at once, and return the answers by host.
+
+    One that does not answer, or talks nonsense, is left out, with a warning in the log.
+
+    Args:
+        runtimes: The hosts.
+        ask: Asks one.
+        problem: What the warning says.
+
+    Raises:
+        Exception: If there is no answer at all: why there is none of the first host.
+    """
+    asked = {runtime.host: ask(runtime) for runtime in runtimes}
+    answers = dict(zip(asked, await asyncio.gather(*asked.values(), return_exceptions=True), strict=True))
+    errors = {host: answer for host, answer in answers.items() if isinstance(answer, BaseException)}
+    for error in errors.values():
+        if not isinstance(error, Exception) or len(errors) == len(answers):
+            raise error
+    for host, error in errors.items():
+        _logger.warning("%s: %s: %s", host, problem, error)
+    return {host: answer for host, answer in answers.items() if not isinstance(answer, BaseException)}
 
 
 def warn_of_aliases(runtimes: Iterable[Runtime]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -10,12 +11,12 @@ from lazycluster import _loop, _progress
 from lazycluster._runtime.questions import listed
 from lazycluster._runtime.views import info_table
 from lazycluster._views.view import View, show
-from lazycluster.environments.keeping import Host, Removal, Store, list_on, on_all, prune_on, remove_on
+from lazycluster.environments.keeping import Host, Removal, Store, list_on, prune_on, remove_on
 from lazycluster.environments.spec import ROOT
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.runtimes import Runtime
 
-from .members import Members, connect, prepare_all, warn_of_aliases
+from .members import Members, answers_of, connect, prepare_all, warn_of_aliases
 from .settings import Common
 from .status import HostCallback, HostStatus, status_of, watch
 from .views import hosts_view, reasons
@@ -179,10 +180,15 @@ class Membership:
     def list_environments(self, cache_dir: str = ROOT) -> dict[str, Store]:
         """Return the Python environments that the hosts keep, with sizes, age and last use, by host.
 
+        Hosts that cannot be asked are left out, with a warning in the log; so they are below.
+
         Args:
             cache_dir: Where they are kept, see :class:`~lazycluster.EnvironmentSpec`.
+
+        Raises:
+            LazyclusterError: If no host can be asked.
         """
-        return self._on_stores(lambda host: list_on(host, cache_dir))
+        return self._on_stores(lambda host: list_on(host, cache_dir), "its environments are not listed")
 
     def remove_environments(self, ids: str | Iterable[str], cache_dir: str = ROOT) -> dict[str, Removal]:
         """Remove Python environments from the hosts; those in use stay.
@@ -192,7 +198,7 @@ class Membership:
             cache_dir: See :meth:`list_environments`.
         """
         names = listed(ids)
-        return self._on_stores(lambda host: remove_on(host, names, cache_dir))
+        return self._on_stores(lambda host: remove_on(host, names, cache_dir), "its environments are not removed")
 
     def prune_environments(
         self, size_limit: int | None = None, unused_for: float | None = None, cache_dir: str = ROOT
@@ -204,11 +210,13 @@ class Membership:
             unused_for: All that was not used for so many seconds.
             cache_dir: See :meth:`list_environments`.
         """
-        return self._on_stores(lambda host: prune_on(host, size_limit, unused_for, cache_dir))
+        return self._on_stores(
+            lambda host: prune_on(host, size_limit, unused_for, cache_dir), "its environments are not pruned"
+        )
 
-    def _on_stores(self, work: Callable[[Host], Awaitable[T]]) -> dict[str, T]:
+    def _on_stores(self, work: Callable[[Host], Awaitable[T]], problem: str) -> dict[str, T]:
         self._check_open()
-        return _loop.run(on_all([runtime.connection for runtime in self.runtimes], work))
+        return _loop.run(answers_of(self.runtimes, lambda runtime: work(runtime.connection), problem))
 
     # --- environment variables -----------------------------------------------------------------
     def set_env_variables(self, env_variables: Mapping[str, Any]) -> None:
@@ -231,9 +239,13 @@ class Membership:
 
     # --- information ---------------------------------------------------------------------------
     def fill_runtime_info_buffers_async(self) -> None:
-        """Have all runtimes ask their hosts for their :attr:`Runtime.info`, without waiting for the answers."""
+        """Have all runtimes ask their hosts for their :attr:`Runtime.info`, without waiting for the answers.
+
+        That a host cannot be asked is said when its information is wanted.
+        """
         for runtime in self.runtimes:
-            runtime.fill_info_buffer()
+            with contextlib.suppress(LazyclusterError):
+                runtime.fill_info_buffer()
 
     def print_hosts(self) -> None:
         """Print the hosts."""
@@ -247,6 +259,13 @@ class Membership:
         )
 
     def print_runtime_info(self) -> None:
-        """Print what machines the hosts are, as a table."""
+        """Print what machines the hosts are, as a table; in the row of a host that cannot be asked it says why."""
         self.fill_runtime_info_buffers_async()
-        show(View(tables=(info_table(self.hosts, [runtime.info for runtime in self.runtimes]),)))
+        show(View(tables=(info_table(self.hosts, [_info_of(runtime) for runtime in self.runtimes]),)))
+
+
+def _info_of(runtime: Runtime) -> dict[str, Any]:
+    try:
+        return runtime.info
+    except LazyclusterError as error:
+        return {"error": str(error).partition("\n")[0]}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
+from lazycluster._hostsets import fits
 from lazycluster._runtime.session import HostSpec
+from lazycluster.utils import expanded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,7 +24,7 @@ _logger = logging.getLogger("lazycluster")
 
 PerHost: TypeAlias = Mapping[str, Mapping[str, Any]]
 
-_OWN = ("working_dir", "python", "setup", "env", "shell", "environment")
+_OWN = ("working_dir", "python", "setup", "env", "shell", "environment", "startup_files")
 
 
 def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str, dict[str, Any]]:
@@ -43,7 +43,7 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
     if isinstance(settings, (str, os.PathLike)):
         where = os.fspath(settings)
         try:
-            settings = tomllib.loads(Path(where).expanduser().read_text(encoding="utf-8"))
+            settings = tomllib.loads(expanded(where).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"the settings cannot be read: {where}: {error}") from error
     if not isinstance(settings, Mapping):
@@ -55,8 +55,8 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
 
 
 def host_names(settings: Mapping[str, Any]) -> list[str]:
-    """Return the hosts that settings name, patterns left out."""
-    return [host for host in settings if not set(host) & set("*?[")]
+    """Return the hosts that settings name, sets and patterns left out."""
+    return [host for host in settings if not set(host) & set("*?[{,")]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,9 @@ class Common:
     """What holds for all hosts, unless the settings of a host say otherwise; what may be secret is in no `repr`.
 
     Attributes:
-        working_dir, connection_kwargs, python, setup, env, shell, environment: See :class:`lazycluster.Runtime`.
-        settings: Per host or pattern such as ``gpu-*``, from :func:`read_settings`; what comes later wins.
+        working_dir, connection_kwargs, python, setup, env, shell, environment, startup_files: See
+            :class:`lazycluster.Runtime`.
+        settings: Per host, set or pattern such as ``gpu-*``, from :func:`read_settings`; what comes later wins.
         ask: Whether a person may be asked.
         progress: Whether it is shown how far things are; None: as `Environment.progress` says.
     """
@@ -80,6 +81,7 @@ class Common:
     ask: bool = False
     environment: Any = None
     progress: bool | None = None
+    startup_files: str = "once"
 
     def spec(self, host: str) -> HostSpec:
         """Return what holds for a host.
@@ -91,7 +93,7 @@ class Common:
         own["env"] = dict(self.env or {})
         kwargs = dict(self.connection_kwargs or {})
         for pattern, values in (self.settings or {}).items():
-            if pattern != host and not fnmatch.fnmatchcase(host, pattern):
+            if not fits(host, pattern):
                 continue
             for key, value in values.items():
                 if key == "env":
@@ -108,6 +110,6 @@ class Common:
         """Return what holds for each of some hosts; warns of settings that hold for none."""
         names = list(hosts)
         for pattern in self.settings or {}:
-            if not any(pattern == name or fnmatch.fnmatchcase(name, pattern) for name in names):
+            if not any(fits(name, pattern) for name in names):
                 _logger.warning("settings: no host is named %r", pattern)
         return [self.spec(name) for name in names]

@@ -16,6 +16,7 @@ from lazycluster.tasks.steps import SendFile, Step
 __all__ = ["gates"]
 
 _PROBE = ".lazycluster-probe-{}"
+_LONGEST_PATH = 4096
 
 
 async def gates(runtimes: Sequence[Runtime], steps: Sequence[Step]) -> list[asyncio.Lock | None]:
@@ -68,9 +69,14 @@ async def _directory(runtime: Runtime, path: str) -> tuple[str, int] | None:
         return None
     try:
         found = await runtime.ask("expand", path=path, cwd=context.cwd, env=dict(context.env))
-        while not found["directory"] and found["path"] != "/":
-            found = await runtime.ask("expand", path=posixpath.dirname(found["path"]))
+        above = str(found["path"])[:_LONGEST_PATH]
+        # What a host says must not make this endless: the names that are asked for become shorter.
+        while not found["directory"] and above.strip("/"):
+            above = posixpath.dirname(above)
+            found = await runtime.ask("expand", path=above)
     except AgentError:
+        return None
+    if not found["directory"] or len(found["identity"] or ()) != 2:
         return None
     return str(found["path"]), int(found["identity"][1])
 

@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lazycluster import _loop
 from lazycluster._progress import Progress
 from lazycluster._tail import Tail
-from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
-from lazycluster.ssh.connection import Connection
+from lazycluster.exceptions import (
+    AgentError,
+    ConnectionLostError,
+    InvalidRuntimeError,
+    LazyclusterError,
+    NoAnswerError,
+)
+from lazycluster.ssh.connection import ANSWER_LIMIT, Connection
 from lazycluster.ssh.local import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.tasks.execution import Context
@@ -28,10 +34,8 @@ __all__ = ["ANSWER_LIMIT", "HostSpec", "Lease", "Session", "connected", "may_ask
 
 T = TypeVar("T")
 
-ANSWER_LIMIT = 30.0
-"""Seconds that a host gets to answer a question."""
-
 _SETUP_LIMIT = 300.0  # seconds: set-up lines may fetch something
+STARTUP_FILES = ("once", "always")
 _POSIX_SHELLS = ("bash", "zsh", "sh", "dash", "ksh", "ash")
 
 
@@ -50,6 +54,7 @@ class HostSpec:
         local: The manager's own machine, without ssh.
         ask: Whether a person may be asked for a password and the like.
         environment: The Python environment there, see :class:`lazycluster.environments.EnvironmentSpec`.
+        startup_files: When the shell of commands reads its start-up files: ``once`` per connection, or ``always``.
     """
 
     host: str
@@ -62,8 +67,12 @@ class HostSpec:
     local: bool = False
     ask: bool = False
     environment: Any = None
+    startup_files: str = "once"
 
     def __post_init__(self) -> None:
+        if self.startup_files not in STARTUP_FILES:
+            wanted = " or ".join(map(repr, STARTUP_FILES))
+            raise ValueError(f"{self.host}: startup_files must be {wanted}, not {self.startup_files!r}")
         if self.environment is not None:
             from lazycluster.environments.spec import EnvironmentSpec
 
@@ -200,8 +209,14 @@ class Session:
     async def _run_setup(self, script: str) -> dict[str, str]:
         shell = self.spec.shell if os.path.basename(self.spec.shell or "") in _POSIX_SHELLS else None
         try:
-            request = self.connection.request("setup", script=script, shell=shell, env=dict(self.spec.env))
-            answer = await asyncio.wait_for(request, _SETUP_LIMIT)
+            answer = await self.connection.request(
+                "setup",
+                within=_SETUP_LIMIT,
+                script=script,
+                shell=shell,
+                env=dict(self.spec.env),
+                startup_files=self.spec.startup_files,
+            )
         except AgentError as error:
             output = str(error.evidence.get("output", "")).strip()
             raise InvalidRuntimeError(
@@ -210,7 +225,7 @@ class Session:
                 f"{error.message}\n{output}" if output else error.message,
                 "run the setup lines on the host by hand",
             ) from error
-        except asyncio.TimeoutError:
+        except NoAnswerError:
             detail = f"the setup lines have not ended within {_SETUP_LIMIT:g} s"
             raise InvalidRuntimeError(self.spec.host, "setup", detail, "make them shorter; they get no input") from None
         return dict(answer["env"])
@@ -245,7 +260,9 @@ class Session:
             self.temporary.append(answer["path"])
             return str(answer["path"])
         try:
-            answer = await self._ask("mkdir", path=self.spec.working_dir, env={**self.base_env, **self.spec.env})
+            answer = await self._ask(
+                "mkdir", path=self.spec.working_dir, env={**self.base_env, **self.spec.env}, checked=True
+            )
         except AgentError as error:
             raise self._no_working_dir(error.message) from error
         if not answer.get("writable", True):
@@ -262,9 +279,9 @@ class Session:
 
     async def _ask(self, op: str, **params: Any) -> dict[str, Any]:
         try:
-            return await asyncio.wait_for(self.connection.request(op, **params), ANSWER_LIMIT)
-        except asyncio.TimeoutError:
-            detail = f"no answer to {op!r} within {ANSWER_LIMIT:g} s"
+            return await self.connection.request(op, **params)
+        except NoAnswerError as error:
+            detail = f"no answer to {op!r} within {error.seconds:g} s"
             raise InvalidRuntimeError(self.spec.host, "timeout", detail, "see how busy the host is") from None
 
     # --- use -----------------------------------------------------------------------------------
@@ -307,6 +324,7 @@ class Session:
             self.spec.shell,
             self,
             generation=self._generation,
+            startup_files=self.spec.startup_files,
         )
         if self.environment is None:
             return context
@@ -319,15 +337,11 @@ class Session:
 
         Raises:
             AgentError: If the host answers with an error.
-            LazyclusterError: If it does not answer in time, or the runtime cannot be used.
+            NoAnswerError: If it does not answer in time.
+            LazyclusterError: If the runtime cannot be used.
         """
         self.check()
-        try:
-            return await asyncio.wait_for(self.connection.request(op, **params), ANSWER_LIMIT)
-        except asyncio.TimeoutError:
-            interrupted = f"; its link is interrupted: {self.connection.why}"
-            more = interrupted if self.connection.state == "interrupted" else ""
-            raise LazyclusterError(f"{self.host}: no answer to {op!r} within {ANSWER_LIMIT:g} s{more}") from None
+        return await self.connection.request(op, **params)
 
     async def capture(self, context: Context, **command: Any) -> tuple[int, str]:
         """Run a short command under a deadline.
@@ -341,15 +355,10 @@ class Session:
         """
         self.check()
         output = Tail()
-        params = {"shell": context.shell, "cwd": context.cwd, "env": dict(context.env), "merge": True, **command}
+        params = {**context.for_shell(None), "env": dict(context.env), "merge": True, **command}
         channel = self.connection.channel("run", params, stdout=output.put)
-        try:
-            result = await asyncio.wait_for(channel.result(), ANSWER_LIMIT)
-        except asyncio.TimeoutError:
-            what = command.get("command") or command.get("argv")
-            raise LazyclusterError(f"{self.host}: not ended within {ANSWER_LIMIT:g} s: {what}") from None
-        finally:
-            channel.close()
+        what = command.get("command") or command.get("argv")
+        result = await self.connection.answered(channel, f"the end of {what}")
         status = -result["signal"] if result.get("signal") else result.get("exit") or 0
         return status, output.text()
 

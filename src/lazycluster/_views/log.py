@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lazycluster._live import write
 from lazycluster._progress import in_notebook
 from lazycluster.exceptions import printable
 
@@ -66,7 +66,7 @@ def show_logs(logs: Sequence[LoggedTask]) -> None:
     if in_notebook() or (short and max(map(len, as_text(view, _WIDEST * 10).splitlines())) <= min(columns(), _WIDEST)):
         show(view)
     else:
-        sys.stdout.write("".join(f"{line}\n" for log in logs for line in _lines(log)))
+        write("".join(f"{line}\n" for log in logs for line in _lines(log)))
 
 
 def _table(logs: Sequence[LoggedTask]) -> Table:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from lazycluster._live import write
 from lazycluster._progress import in_notebook
 from lazycluster.exceptions import printable
 
@@ -99,7 +100,7 @@ def show(view: View) -> None:
 
         display({"text/html": as_html(view), "text/plain": as_text(view, columns())}, raw=True)
     else:
-        sys.stdout.write(as_text(view, columns(), sys.stdout))
+        write(as_text(view, columns(), sys.stdout))
 
 
 def columns() -> int:

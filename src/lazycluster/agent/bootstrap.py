@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
 import os
+import stat
 import struct
 import sys
 from importlib import import_module
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "lazycluster_agent"
 NO_DIRECTORY = "lazycluster: no private directory can be made: "  # how the line begins that tells the manager so
+TOLD_FD = 8  # by which the login shell tells what it has read; zsh takes no number of two digits
 
 
 class _Finder:
@@ -73,8 +75,10 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     Over ssh they become daemons, and this process stays as long as the agent does: sshd watches it. As a plain
     subprocess of the manager (`local`), this process is the guardian itself.
     """
+    told = -1 if local else _told()
     sys.meta_path.insert(0, _Finder(sources, codes))
     guardian = import_module(PACKAGE + ".guardian")
+    import_module(PACKAGE + ".processes").forbid_cores()
     # With an umask that takes away what the user himself needs, nothing that is made can be used.
     os.umask(os.umask(0o077) & 0o077)
     directory, listener = _listening()
@@ -83,6 +87,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     if not local:
         if _fork(directory):
             listener.close()
+            _close(told)
             _stay(hand_over(path, [0, 1], b"session"))
         os.setsid()
         _forget_streams()
@@ -94,7 +99,8 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
         os.close(held)
         if local:
             _forget_streams()
-        _serve(directory, listener, me, watched, local)
+        _serve(directory, listener, me, watched, local, told)
+    _close(told)
     os.close(watched)
     listener.close()
     if local:
@@ -125,18 +131,46 @@ def _fork(directory: str) -> int:
         raise
 
 
-def _serve(directory: str, listener: socket.socket, guardian: int, alive: int, local: bool) -> None:
+def _serve(directory: str, listener: socket.socket, guardian: int, alive: int, local: bool, told: int) -> None:
     status = 1
     try:
         server = import_module(PACKAGE + ".server")
-        status = 0 if server.Agent(directory, listener, guardian, alive, local).run() else 3
+        agent = server.Agent(directory, listener, guardian, alive, local)
+        agent.listen_to_shell(told)
+        status = 0 if agent.run() else 3
     finally:
         os._exit(status)
+
+
+def _told() -> int:
+    """Return the descriptor by which the login shell tells what its start-up files have set, -1 if it does not."""
+    try:
+        if not stat.S_ISFIFO(os.fstat(TOLD_FD).st_mode):
+            return -1
+        os.set_inheritable(TOLD_FD, False)
+    except OSError:
+        return -1
+    return TOLD_FD
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
 
 
 def _stay(connection: socket.socket) -> None:
     for fd in (0, 1):
         os.close(fd)
+    import signal
+
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_IGN
+    )  # the part of the login shell that tells of it is a child of this process
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
     while connection.recv(4096):
         pass
     os._exit(0)

@@ -103,7 +103,8 @@ def describe_error(error: BaseException, known: Dict[Any, str]) -> Dict[str, Any
     kind = type(error)
     plain = kind.__module__ in ("builtins", "__main__")
     name = kind.__qualname__ if plain else kind.__module__ + "." + kind.__qualname__
-    return {"type": name, "message": text, "traceback": format_error(error), "exception": pickled}
+    hint = localmodules.missing_part(error)
+    return {"type": name, "message": text, "hint": hint, "traceback": format_error(error), "exception": pickled}
 
 
 def format_error(error: BaseException) -> str:
@@ -236,7 +237,7 @@ def _imported(before: Set[str]) -> List[str]:
     """Return what this call imported that a later one may find imported already."""
     found = []
     for name, module in list(sys.modules.items()):
-        if name in before or name.startswith("lazycluster."):
+        if name in before or name.startswith("lazycluster.") or localmodules.is_local(name):
             continue
         origin = getattr(getattr(module, "__spec__", None), "origin", None) or ""
         if origin in ("built-in", "frozen") or origin.startswith(_STANDARD) or _INSTALLED & set(origin.split("/")):

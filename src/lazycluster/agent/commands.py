@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
 import signal
+import time
 from collections import deque
 
 from . import memory
@@ -24,7 +24,7 @@ from .processes import (
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Deque, Dict, List, Optional, Tuple
+    from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
     from .session import Channel
 
@@ -38,16 +38,15 @@ def login_shell() -> str:
     return shell if shell and os.access(shell, os.X_OK) else "/bin/sh"
 
 
-def arguments(params: Dict[str, Any]) -> List[str]:
-    """Return the argv that a request asks for: a program as it is, or a line for a shell."""
-    if params.get("argv"):
-        return [str(part) for part in params["argv"]]
-    return [params.get("shell") or login_shell(), "-c", params["command"]]
+def environment(channel: Channel, task: str = "", base: Optional[Dict[str, str]] = None) -> Dict[str, str]:
+    """Return the whole environment of a request.
 
-
-def environment(channel: Channel, task: str = "") -> Dict[str, str]:
-    """Return the whole environment of a request: the host's own, what the runtime adds, and our markers."""
-    env = dict(os.environ)
+    Args:
+        channel: The request, with what the runtime adds.
+        task: The marker of its task.
+        base: The host's own environment; the agent's if None.
+    """
+    env = dict(os.environ if base is None else base)
     env.update(channel.params.get("env") or {})
     return marked_environment(channel, env, task)
 
@@ -91,13 +90,21 @@ class Process:
         cwd: Its working directory.
         has_input: Whether its standard input is the channel's INPUT; else it is empty.
         merge: Whether standard error joins standard output.
+        cores: See `spawn`.
 
     Raises:
         OSError: It cannot be started.
     """
 
     def __init__(
-        self, channel: Channel, argv: List[str], env: Dict[str, str], cwd: str, has_input: bool, merge: bool
+        self,
+        channel: Channel,
+        argv: List[str],
+        env: Dict[str, str],
+        cwd: str,
+        has_input: bool,
+        merge: bool,
+        cores: bool = True,
     ) -> None:
         self.channel = channel
         self.task = env.get(TASK_MARKER, "")
@@ -105,7 +112,7 @@ class Process:
         self.ending: Optional[Ending] = None
         out_read, out_write, err_read, err_write, in_read, in_write = _streams(has_input, merge)
         try:
-            self.pid = spawn(argv, env, cwd, in_read, out_write, err_write)
+            self.pid = spawn(argv, env, cwd, in_read, out_write, err_write, cores=cores)
         except BaseException:
             for fd in {out_read, err_read, in_write} - {-1}:
                 os.close(fd)
@@ -249,22 +256,58 @@ class _Command(Process):
         self.channel.result(**fields)
 
 
+def _in_shell(channel: Channel, path: str, line: str, begin: Callable[[List[str], Dict[str, str]], Any]) -> None:
+    """Call `begin` with argv and environment of a line of shell, once the shell's start-up files have been read."""
+    params = channel.params
+    task = params.get("task") or ""
+    env = environment(channel, task)
+    shell = None
+    if params.get("startup_files") != "always":
+        from . import startup
+
+        shell = startup.shell_for(channel.agent, path, env)
+    if shell is None:
+        begin([path, "-c", line], env)
+        return
+    found = shell
+
+    def go_on() -> None:
+        begin(*found.invocation(line, lambda base: environment(channel, task, base)))
+
+    if found.is_read:
+        go_on()
+    else:
+        startup.Waiting(channel, found, go_on)
+
+
 def run(channel: Channel) -> None:
     """Handle the request `run`: a command, whose output is streamed and whose exit status is the result."""
     params = channel.params
-    task = params.get("task") or ""
-    argv = arguments(params)
-    limited = params.get("limits") or {}
+    if params.get("argv"):
+        _begin(channel, [str(part) for part in params["argv"]], environment(channel, params.get("task") or ""))
+        return
+    path = params.get("shell") or login_shell()
+    asked = time.monotonic()
+
+    def begin(argv: List[str], env: Dict[str, str]) -> None:
+        _begin(channel, argv, env, time.monotonic() - asked)
+
+    _in_shell(channel, path, params["command"], begin)
+
+
+def _begin(channel: Channel, argv: List[str], env: Dict[str, str], waited: float = 0.0) -> None:
+    params = channel.params
+    limited = dict(params.get("limits") or {})
     if limited:
         from . import limits
 
         argv = limits.wrapped(argv, limited)
+        if limited.get("wall") is not None:
+            limited["wall"] -= waited
     before = memory.note()
     cwd = os.path.join(os.path.expanduser("~"), params.get("cwd") or "")
     try:
-        command = _Command(
-            channel, argv, environment(channel, task), cwd, bool(params.get("input")), bool(params.get("merge"))
-        )
+        command = _Command(channel, argv, env, cwd, bool(params.get("input")), bool(params.get("merge")))
     except OSError as error:
         # Which of the two is missing cannot be told from the error alone.
         if os.path.isdir(cwd):
@@ -285,6 +328,8 @@ def run(channel: Channel) -> None:
 def setup(channel: Channel) -> None:
     """Handle the request `setup`: run shell lines once, and tell the environment that they leave."""
     params = channel.params
+    import shutil  # here and not above: the first command does not wait for it
+
     shell = params.get("shell") or ("bash" if shutil.which("bash") else "sh")
     name = os.path.basename(shell)
     if name in ("csh", "tcsh", "fish"):
@@ -294,8 +339,11 @@ def setup(channel: Channel) -> None:
     os.set_blocking(read, False)
     # The descriptor is handed down by number, since the lines may use standard output for themselves.
     script = "{}\n{}\nenv -0 >&{} || exit\n".format(*_checking(name, params["script"]), write)
-    argv = [shell, "-c", script]
-    _Setup(channel, argv, environment(channel), params.get("cwd") or os.path.expanduser("~"), read, write)
+
+    def begin(argv: List[str], env: Dict[str, str]) -> None:
+        _Setup(channel, argv, env, params.get("cwd") or os.path.expanduser("~"), read, write)
+
+    _in_shell(channel, shell, script, begin)
 
 
 def _checking(shell: str, script: str) -> Tuple[str, str]:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import stat
 import time
 from importlib import import_module
 
@@ -19,6 +18,8 @@ from .deletion import remove as delete
 from .deletion import remove_tree
 from .guardian import SSHD_FILE
 from .logout import kills_at_logout
+from .ownership import make
+from .paths import trusts_group
 from .processes import explained, start_time
 from .wire import MAX_PAYLOAD
 
@@ -43,18 +44,18 @@ def _boot() -> str:
         return ""
 
 
-def place() -> str:
+def place(trust_group: bool) -> str:
     """Return the directory that holds those of the tasks, made for this user only.
+
+    Args:
+        trust_group: See `ownership.check`.
 
     Raises:
         OSError: It cannot be made, or somebody else could have.
     """
     base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
     path = os.path.join(base, "lazycluster", "detached")
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    inode = os.lstat(path)
-    if not stat.S_ISDIR(inode.st_mode) or inode.st_uid != os.getuid() or inode.st_mode & 0o022:
-        raise PermissionError(1, "others may write there, or own it", path)
+    make(path, 0o700, trust_group)
     return path
 
 
@@ -156,7 +157,7 @@ class _Task:
 
     def __init__(self, agent: Any, params: Dict[str, Any]) -> None:
         self.agent = agent
-        self.directory = os.path.join(place(), str(params["id"]))
+        self.directory = os.path.join(place(bool(params.get("trust_group"))), str(params["id"]))
         os.mkdir(self.directory, 0o700)
         self._steps: List[Dict[str, Any]] = params["steps"]
         self._over: List[Dict[str, Any]] = []
@@ -324,7 +325,7 @@ def _lives(about: Dict[str, Any]) -> bool:
 
 def detached(channel: "Channel") -> None:
     """Handle the request `detached`: tell about tasks (`list`, `state`, `log`, `outcome`), `cancel` or `remove` one."""
-    params, root = channel.params, place()
+    params, root = channel.params, place(trusts_group(channel))
     action = params["do"]
     if action == "list":
         found = [_told(os.path.join(root, name)) for name in sorted(os.listdir(root)) if _NAME.fullmatch(name)]

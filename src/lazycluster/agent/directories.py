@@ -46,11 +46,13 @@ def private_directory(candidates: Sequence[str], longest: int, prepare: Callable
     """
     errors = []
     for place in candidates:
-        path = os.path.join(place, PREFIX + os.urandom(6).hex())
+        # The links that lead there may be others'.
+        real = os.path.realpath(place)
+        path = os.path.join(real, PREFIX + os.urandom(6).hex())
         try:
-            if len(os.fsencode(place)) > longest or not os.path.isabs(place):
+            if len(os.fsencode(real)) > longest or not os.path.isabs(place):
                 raise OSError(errno.ENAMETOOLONG, _UNSUITABLE.format(longest))
-            is_safe(place)
+            is_safe(real)
             os.mkdir(path, 0o700)
             try:
                 os.chmod(path, 0o700)  # the umask may have taken away what this user needs
@@ -88,9 +90,17 @@ def _discard(path: str) -> None:
 
 
 def is_safe(place: str) -> bool:
-    """Check that nobody else can rename or replace what this user makes in a directory."""
+    """Check that nobody else can rename or replace what this user makes in a directory, or the directory itself."""
+    place = os.path.realpath(place)
     inode = os.stat(place)
     owners = (0, os.getuid())
+    above = place
+    while above != "/":
+        above = os.path.dirname(above)
+        way = os.stat(above)
+        written = way.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not way.st_mode & stat.S_ISVTX
+        if written or way.st_uid not in (*owners, _NOBODY):
+            raise OSError(1, "others could replace " + place)
     if inode.st_mode & stat.S_ISVTX:
         # Its owner may replace what is in it all the same; but in some containers that of /tmp is a user who is none.
         if inode.st_uid in (*owners, _NOBODY):

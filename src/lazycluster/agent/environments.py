@@ -20,7 +20,8 @@ import time
 
 from .deletion import remove_tree
 from .envprogram import MANIFEST
-from .paths import meant
+from .ownership import check, make
+from .paths import meant, trusts_group
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _ID = re.compile(r"py\d{2,3}-[0-9a-f]{12,64}")
 _WHEEL = re.compile(r"[0-9a-f]{16,64}")
 _PARTS = ("cache", "envs", "python", "uv", "wheels")
 _EMPTY = {"lost+found"}  # what a directory has that is a file system of its own
+_RUN_FROM = ("build", "find", "survey", "wheels")
 _WAIT = 0.1  # seconds between two tries for a lock that somebody else has
 _ST_NOEXEC = 8
 _MOST_COMPILERS = 8  # processes at once
@@ -55,9 +57,19 @@ def environment(channel: Channel) -> None:
         channel.fail("value", "unknown action {!r}".format(action))
         return
     try:
+        if action in _RUN_FROM:
+            _check_owner(channel)
         handler(channel)
     except NotOursError as error:
         channel.fail("value", str(error))
+
+
+def _check_owner(channel: Channel) -> None:
+    """Check that nobody else has put there what will be run, as far as it is there."""
+    root = root_of(channel)
+    for path in (root, *(os.path.join(root, part) for part in _PARTS)):
+        if os.path.lexists(path):
+            check(path, trusts_group(channel))
 
 
 def root_of(channel: Channel) -> str:
@@ -332,8 +344,12 @@ class _Build:
         channel.on_abandon = self._abandon
         channel.on_control = self._control
         try:
-            claim(root, make=True)
-            os.makedirs(os.path.dirname(prefix), mode=0o700, exist_ok=True)
+            trusted = trusts_group(channel)
+            make(root, 0o700, trusted)
+            claim(root, make=True)  # before there are parts, by which a root of an earlier version is known
+            for part in _PARTS:
+                if part != "wheels":
+                    make(os.path.join(root, part), 0o700, trusted)
             if getattr(os.statvfs(root), "f_flag", 0) & _ST_NOEXEC:
                 channel.fail("noexec", "{} is on a file system from which nothing can be run (noexec)".format(root))
                 return
@@ -499,6 +515,8 @@ def _wheels(channel: Channel) -> None:
             os.utime(path[: -len(name)])  # the time of the last use; the file's own is what the installer looks at
         else:
             missing.append(folder)
+    if missing:
+        make(place, 0o700, trusts_group(channel))
     channel.result(missing=missing, directory=place)
 
 

@@ -30,10 +30,12 @@ def serve(incoming: int, outgoing: int, parts: Optional[Parts] = None, heir: Any
         signal.signal(number, _end)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     stream = Stream(incoming, outgoing)
+    stream.tell_busy()
     try:
         while True:
             if stream.header() != REQUEST:
                 return
+            stream.busy = True
             try:
                 handle(stream, stream.message(), parts)
             except CopyError:
@@ -41,6 +43,8 @@ def serve(incoming: int, outgoing: int, parts: Optional[Parts] = None, heir: Any
     except StreamClosedError:
         if parts is not None and heir is not None:
             parts.hand_over(heir)
+    finally:
+        stream.tell_nothing()
 
 
 def _end(number: int, frame: Any) -> NoReturn:
@@ -56,7 +60,7 @@ def handle(stream: Stream, request: Dict[str, Any], parts: Optional[Parts] = Non
         Receiver(stream, lambda folder, name: destination(path, cwd, env, folder, name), Tally(), parts).run()
     else:
         exclude = [raw(pattern) for pattern in request.get("exclude") or ()]
-        Sender(stream, lambda: source(path or b"", cwd, env), Tally(), exclude).run()
+        Sender(stream, lambda: source(path or b"", cwd, env), Tally(), exclude, cwd, env).run()
 
 
 def source(path: bytes, cwd: bytes, env: Mapping[str, str]) -> Tuple[bytes, bytes]:

@@ -9,7 +9,15 @@ from typing import Mapping
 from .deletion import RefusedError
 from .deletion import remove as delete
 from .expand import absolute, home
+from .ownership import make
 from .session import Channel
+
+_OPEN = 0o755  # whatever the umask lets through, others may not write
+
+
+def trusts_group(channel: Channel) -> bool:
+    """Whether the user has said that directories may be used that their group may write to."""
+    return bool(channel.params.get("trust_group"))
 
 
 def meant(path: str, cwd: str, env: Mapping[str, str]) -> str:
@@ -32,13 +40,16 @@ def _path(channel: Channel) -> str:
 
 
 def mkdir(channel: Channel) -> None:
-    """Handle the request `mkdir`: make a directory and its parents."""
+    """Handle the request `mkdir`: make a directory and its parents; `checked`: nobody else may write to it."""
     path = _path(channel)
     if os.path.lexists(path) and not os.path.isdir(path):
         channel.fail("os", "not a directory: {}".format(path))
         return
     created = not os.path.isdir(path)
-    os.makedirs(path, exist_ok=True)
+    if channel.params.get("checked"):
+        make(path, _OPEN, trusts_group(channel))
+    else:
+        os.makedirs(path, exist_ok=True)
     channel.result(path=path, created=created, writable=os.access(path, os.W_OK | os.X_OK))
 
 

@@ -223,8 +223,11 @@ class Presence:
         loop.add_reader(fds[0], readable)
 
     def _replace(self, connection: socket.socket, fds: List[int], secret: bytes, total: int) -> None:
+        from hmac import compare_digest
+
         session, old = self.session, self._line
-        if not self._secret or secret != self._secret or session is None or self._agent.ending:
+        known = bool(self._secret) and compare_digest(secret, self._secret)
+        if not known or session is None or self._agent.ending:
             _refuse(connection, fds)
             return
         self._heard = time.monotonic()

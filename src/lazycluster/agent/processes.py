@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import time
 
@@ -191,6 +192,28 @@ def out_of_reach(pids: Iterable[int]) -> str:
     return text.format(", ".join(shown)) + "  Next step: end them on the host, as that user or with `sudo kill`"
 
 
+# --- core dumps ----------------------------------------------------------------------------------
+_NO_CORE = 1  # byte: unlike 0, the kernel also obeys it where /proc/sys/kernel/core_pattern names a program
+_cores: Optional[Tuple[int, int]] = None  # the user's own limit, once this process has another one
+
+
+def forbid_cores() -> None:
+    """Have no core dump made of this process, which holds secrets; what `spawn` starts has the user's limit again."""
+    global _cores
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    if _cores is None:
+        _cores = soft, hard
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (_NO_CORE, hard))
+    except ValueError:
+        pass  # the hard limit is 0, which allows no file either
+
+
+def core_limit() -> Tuple[int, int]:
+    """Return the limit of core dumps that what `spawn` starts has: the user's own."""
+    return _cores or resource.getrlimit(resource.RLIMIT_CORE)
+
+
 # --- starting ------------------------------------------------------------------------------------
 def explained(why: Optional[str]) -> str:
     """Return what the system says of what it refuses, and what that means if it is not plain."""
@@ -207,6 +230,7 @@ def spawn(
     stdout: int,
     stderr: int,
     extra: Sequence[int] = (),
+    cores: bool = True,
 ) -> int:
     """Start a program in a session of its own and return its pid.
 
@@ -218,21 +242,26 @@ def spawn(
         stdout: The descriptor that becomes its standard output.
         stderr: The descriptor that becomes its standard error.
         extra: Descriptors that it inherits under the same numbers.
+        cores: Whether it may leave core dumps as far as the user's own limit allows; not if it is told secrets.
 
     Raises:
         OSError: The program or the directory is not there or may not be used.
     """
-    path = _which(argv[0], env.get("PATH") or os.defpath, cwd)
+    path = which(argv[0], env.get("PATH") or os.defpath, cwd)
     actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate((stdin, stdout, stderr))]
     before = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
     for fd in extra:
         os.set_inheritable(fd, True)
     try:
-        os.chdir(cwd)  # posix_spawn has no argument for it, and the agent has one thread
+        os.chdir(cwd)  # posix_spawn has no argument for it, nor for limits, and the agent has one thread
+        if cores and _cores is not None:
+            resource.setrlimit(resource.RLIMIT_CORE, _cores)
         return os.posix_spawn(
             path, list(argv), dict(env), file_actions=actions, setsid=True, setsigmask=[], setsigdef=_RESET
         )
     finally:
+        if cores and _cores is not None:
+            forbid_cores()
         for fd in extra:
             os.set_inheritable(fd, False)
         os.fchdir(before)
@@ -254,7 +283,17 @@ def close_all_but(kept: Iterable[int]) -> None:
         os.closerange(low + 1, high)
 
 
-def _which(program: str, path: str, cwd: str) -> str:
+def which(program: str, path: str, cwd: str) -> str:
+    """Return the path of a program.
+
+    Args:
+        program: Its name, or its path, which is returned.
+        path: The directories to look in, as in PATH.
+        cwd: What they are relative to.
+
+    Raises:
+        FileNotFoundError: It is in none of them.
+    """
     if "/" in program:
         return program
     for directory in path.split(os.pathsep):

@@ -31,6 +31,7 @@ from .stream import (
     SAME,
     START,
     SUMMARY,
+    UNUSED,
     WINDOW,
     CopyError,
     Stream,
@@ -140,6 +141,7 @@ class Receiver:
             LAST: self._last,
             SAME: self._same,
             LISTED: self._listed,
+            UNUSED: self._unused,
             MISSED: self._missed,
         }
         stream = self._stream
@@ -177,6 +179,9 @@ class Receiver:
 
     def _listed(self) -> None:
         self._tally.total = _within_64_bits(self._stream.message(int))
+
+    def _unused(self) -> None:
+        self._tally.unused = [str(pattern) for pattern in self._stream.message(list)]
 
     def _entries(self) -> None:
         self._between_files()
@@ -273,7 +278,7 @@ class Receiver:
         size, _, mode, mtime = SUMMARY.unpack(self._stream.payload())
         try:
             directory, last = self._tree_there().parent(self._wanted[0].name)
-            fd = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+            fd = _opened(last, directory)
             try:
                 os.fchmod(fd, mode & 0o777)
                 # This also sets the time of the last change to now: the time when both were known to be equal.
@@ -350,8 +355,8 @@ class Receiver:
             return bytes([WANTED])
         if alike == COMPARE:
             return self._with_digest(directory, last)
-        if stat.S_IMODE(there.st_mode) != mode & 0o777:
-            os.chmod(last, mode & 0o777, dir_fd=directory)
+        if stat.S_IMODE(there.st_mode) != mode & 0o777 and not _set_mode(last, directory, there, mode & 0o777):
+            return bytes([WANTED])
         return bytes([NOT_WANTED])
 
     def _time_alike(self, there: os.stat_result, mtime: int) -> int:
@@ -367,13 +372,33 @@ class Receiver:
 
     def _with_digest(self, directory: int, name: bytes) -> bytes:
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+            fd = _opened(name, directory)
         except PermissionError:
             return bytes([WANTED])
         try:
             return bytes([COMPARE]) + digest(fd)
         finally:
             os.close(fd)
+
+
+def _opened(name: bytes, directory: int) -> int:
+    """Open a file for what has to be of this very file: a name may have become a link since it was looked at."""
+    return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+
+
+def _set_mode(name: bytes, directory: int, there: os.stat_result, mode: int) -> bool:
+    """Give a file its mode; return whether that was possible, and it is still the file that was looked at."""
+    try:
+        fd = _opened(name, directory)
+    except OSError:  # replaced by a link, removed, or not readable
+        return False
+    try:
+        same = os.path.samestat(os.fstat(fd), there)
+        if same:
+            os.fchmod(fd, mode)
+        return same
+    finally:
+        os.close(fd)
 
 
 def _within_64_bits(value: Any) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fnmatch
 import os
 import stat
 import time
 import zlib
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
+from .exclusion import Exclusion
 from .stream import (
     ABORT,
     BATCH,
@@ -30,6 +30,7 @@ from .stream import (
     SAME,
     START,
     SUMMARY,
+    UNUSED,
     WINDOW,
     CopyError,
     Stream,
@@ -37,6 +38,7 @@ from .stream import (
     Tally,
     text,
 )
+from .tree import Tree
 
 DIGEST_SIZE = 16
 WANTED, NOT_WANTED, COMPARE, RESUME = 1, 0, 2, 3
@@ -50,8 +52,9 @@ SHRANK = "shrank while it was being copied"
 REWRITTEN = "was rewritten while it was being copied"
 VANISHED = "vanished while its folder was being copied"
 
-# Path and size.
-_File = Tuple[bytes, int]
+# Path, for messages; its name in the folder; size.
+_File = Tuple[bytes, bytes, int]
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def what_is(mode: int) -> str:
@@ -89,13 +92,21 @@ class Sender:
         stream: Where to.
         find: Returns the source's path, and the name that it goes by if the destination gives none.
         tally: Counts what is done.
-        exclude: Patterns of what is left out of a folder: of names, or with a slash in it of paths below the folder.
+        exclude: Patterns of what is left out of a folder; see `exclusion`.
+        cwd: What paths in these are relative to, beside the folder.
+        env: Variables that may stand in them.
     """
 
     def __init__(
-        self, stream: Stream, find: Callable[[], Tuple[bytes, bytes]], tally: Tally, exclude: Sequence[bytes] = ()
+        self,
+        stream: Stream,
+        find: Callable[[], Tuple[bytes, bytes]],
+        tally: Tally,
+        exclude: Sequence[bytes] = (),
+        cwd: bytes = b"",
+        env: Optional[Mapping[str, str]] = None,
     ) -> None:
-        self._exclude = [pattern.strip(b"/") for pattern in exclude]
+        self._patterns, self._cwd, self._env = exclude, cwd, env or {}
         self._stream = stream
         self._find = find
         self._tally = tally
@@ -104,6 +115,11 @@ class Sender:
         self._done: Optional[Dict[str, Any]] = None
         self._listed = 0
         self._is_folder = False
+        # Names lead from the folder through real directories only: others may put links in their place meanwhile. One
+        # tree to look what there is, one to read it from, since either is somewhere else most of the time.
+        self._excluded: Optional[Exclusion] = None
+        self._looked: Optional[Tree] = None
+        self._read: Optional[Tree] = None
 
     def run(self) -> Dict[str, Any]:
         """Send everything; return what the receiver says of it.
@@ -121,19 +137,16 @@ class Sender:
             if self._done is None:
                 self._stream.skip_until(DONE)
             raise
+        finally:
+            for tree in (self._looked, self._read):
+                if tree is not None:
+                    tree.close()
 
     def _copy(self) -> Dict[str, Any]:
         path, name = self._find()
-        try:
-            # A link that is named is followed; those inside a folder are sent as links.
-            source = os.stat(path)
-        except OSError as error:
-            if os.path.islink(path):
-                raise CopyError(path, "a symbolic link to nothing", error.errno) from error
-            raise CopyError.of(path, error) from error
+        source = self._found(path)
         self._is_folder = folder = stat.S_ISDIR(source.st_mode)
-        if not folder and not stat.S_ISREG(source.st_mode):
-            raise CopyError(path, "is {}, not a file or folder".format(what_is(source.st_mode)))
+        excluded = self._excluded = Exclusion(self._patterns, path, self._cwd, self._env)
         self._stream.put_json(START, {"folder": folder, "name": text(name), "now": time.time_ns()})
         waiting: Deque[List[_File]] = deque()
         for entries, files in self._batches(path, source, folder):
@@ -144,12 +157,31 @@ class Sender:
                 self._answer(waiting.popleft())
         self._stream.put_json(LISTED, self._listed)
         self._tally.total = self._listed
+        self._tally.unused = [text(pattern) for pattern in excluded.unused]
+        if self._tally.unused:
+            self._stream.put_json(UNUSED, self._tally.unused)
         while waiting:
             self._answer(waiting.popleft())
         self._stream.put_json(END, self._tally.left_out)
         while self._done is None:
             self._take()
         return self._done
+
+    def _found(self, path: bytes) -> os.stat_result:
+        """Return what is to be sent; a folder is held open."""
+        try:
+            # A link that is named is followed; those inside a folder are sent as links.
+            source = os.stat(path)
+            if stat.S_ISDIR(source.st_mode):
+                self._looked, self._read = Tree(path), Tree(path)
+                return os.fstat(self._looked.root)
+        except OSError as error:
+            if os.path.islink(path) and not os.path.exists(path):
+                raise CopyError(path, "a symbolic link to nothing", error.errno) from error
+            raise CopyError.of(path, error) from error
+        if not stat.S_ISREG(source.st_mode):
+            raise CopyError(path, "is {}, not a file or folder".format(what_is(source.st_mode)))
+        return source
 
     # --- what there is -------------------------------------------------------------------------
     def _batches(
@@ -160,10 +192,11 @@ class Sender:
         # The first ones are small, so that the other side has something to do soon.
         most = _FIRST_BATCH
         length = 0
-        for entry, where in self._folder(path, source) if folder else [(_entry(b"", source), os.path.realpath(path))]:
+        one = [(_entry(b"", source), os.path.realpath(path), b"")]
+        for entry, where, name in self._folder(path, source) if folder else one:
             entries.append(entry)
             if entry[0] == "f":
-                files.append((where, entry[4]))
+                files.append((where, name, entry[4]))
                 self._listed += entry[4]
             length += len(entry[1]) + (len(entry[3]) if entry[0] == "l" else 0)
             if len(entries) == most or length > BATCH_TEXT:
@@ -173,7 +206,7 @@ class Sender:
         if entries:
             yield entries, files
 
-    def _folder(self, root: bytes, inode: os.stat_result) -> Iterator[Tuple[List[Any], bytes]]:
+    def _folder(self, root: bytes, inode: os.stat_result) -> Iterator[Tuple[List[Any], bytes, bytes]]:
         while self._ready is None:
             self._take()
         destination = self._ready.get("identity")
@@ -185,29 +218,36 @@ class Sender:
                 if not relative:
                     raise CopyError(path, "is the destination, too: a folder cannot be copied onto itself")
                 raise CopyError(path, "is the destination: a folder cannot be copied into itself")
-            yield _entry(relative, inode), path
+            yield _entry(relative, inode), path, relative
             prefix = relative + b"/" if relative else b""
             try:
-                with os.scandir(path) as found:
+                assert self._looked is not None
+                directory = self._looked.directory(relative)
+                with os.scandir(directory) as found:
                     for child in found:
-                        seen = self._child(child, prefix + child.name)
+                        name = prefix + os.fsencode(child.name)
+                        where = os.path.join(root, name)
+                        seen = self._child(child, name, directory, where)
                         if isinstance(seen, list):
-                            yield seen, child.path
+                            yield seen, where, name
                         elif seen is not None:
-                            pending.append((child.path, prefix + child.name, seen))
-            except OSError as error:
+                            pending.append((where, name, seen))
+            except (OSError, CopyError) as error:
+                missed = _unreadable(path, error) if isinstance(error, OSError) else error
                 if not relative:
-                    raise CopyError.of(path, error) from error
-                self._miss(_unreadable(path, error))
+                    raise missed from None
+                self._miss(missed)
 
     def _miss(self, error: CopyError, wanted: bool = False) -> None:
         """Go on without a file or folder; the receiver learns of it, and whether it was waiting for it."""
         self._tally.miss(error)
         self._stream.put_json(MISSED, {**error.message_to_send(), "wanted": wanted})
 
-    def _child(self, child: "os.DirEntry[bytes]", name: bytes) -> Union[List[Any], os.stat_result, None]:
+    def _child(
+        self, child: "os.DirEntry[str]", name: bytes, directory: int, where: bytes
+    ) -> Union[List[Any], os.stat_result, None]:
         """Return an entry, or the inode of a folder; nothing for what has just been removed or cannot be sent."""
-        if any(fnmatch.fnmatchcase(name if b"/" in p else child.name, p) for p in self._exclude):
+        if self._excluded is not None and self._excluded(name):
             return None
         try:
             inode = child.stat(follow_symlinks=False)
@@ -216,14 +256,14 @@ class Sender:
             if stat.S_ISREG(inode.st_mode):
                 return _entry(name, inode)
             if stat.S_ISLNK(inode.st_mode):
-                return ["l", text(name), inode.st_mtime_ns, text(os.readlink(child.path))]
+                return ["l", text(name), inode.st_mtime_ns, text(os.readlink(os.path.basename(name), dir_fd=directory))]
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._miss(CopyError.of(child.path, error))
+            self._miss(CopyError.of(where, error))
             return None
         if len(self._tally.left_out) < _MOST_LEFT_OUT:
-            self._tally.left_out.append("{} is {}".format(text(child.path), what_is(inode.st_mode)))
+            self._tally.left_out.append("{} is {}".format(text(where), what_is(inode.st_mode)))
         return None
 
     # --- what is wanted ------------------------------------------------------------------------
@@ -249,7 +289,7 @@ class Sender:
             self._take()
         needs = self._answers.popleft()
         at = 0
-        for path, size in files:
+        for path, name, size in files:
             need = needs[at] if at < len(needs) else NOT_WANTED
             at += 1
             if need == COMPARE:
@@ -266,21 +306,29 @@ class Sender:
                 self._tally.file(False)
                 continue
             try:
-                self._open_and_send(path, theirs if need == COMPARE else None, there)
+                self._open_and_send(path, name, theirs if need == COMPARE else None, there)
             except CopyError as error:
                 if error.remote or not self._is_folder:
                     raise
                 self._miss(error, wanted=True)
 
-    def _open_and_send(self, path: bytes, theirs: Optional[bytes], there: Optional[Tuple[int, int]]) -> None:
+    def _open_and_send(
+        self, path: bytes, name: bytes, theirs: Optional[bytes], there: Optional[Tuple[int, int]]
+    ) -> None:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = self._opened(path, name)
             try:
                 self._send_file(fd, path, theirs, there)
             finally:
                 os.close(fd)
         except OSError as error:
             raise (_unreadable(path, error) if self._is_folder else CopyError.of(path, error)) from error
+
+    def _opened(self, path: bytes, name: bytes) -> int:
+        if self._read is None:
+            return os.open(path, _READ)
+        directory, last = self._read.parent(name)
+        return os.open(last, _READ, dir_fd=directory)
 
     def _send_file(
         self, fd: int, path: bytes, theirs: Optional[bytes], there: Optional[Tuple[int, int]] = None

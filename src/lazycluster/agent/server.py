@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
 _SWEEP_DELAY = 0.5
+_LISTEN_DELAY = 0.05  # seconds: what the manager asks for first, comes first
 _PAUSE = 0.1  # seconds without new connections when there are no descriptors left
 
 # request -> (module, function); modules are imported when they are first needed, which keeps the start short
@@ -76,12 +77,33 @@ class Agent:
         self.ending = False
         self._presence = Presence(self, local)
         self._further: Dict[str, socket.socket] = {}  # where it listens beside its directory
+        self._told = -1
         self._parts: Any = None  # what copies have left unfinished
         self._orderly = False
         self.loop.report = self.report
         self._listen(listener)
         self.loop.add_reader(alive, self._orphaned)  # it becomes readable only when the guardian has died
         self.loop.call_later(_FIRST_SESSION_LIMIT, self._look_for_session)
+
+    def listen_to_shell(self, fd: int) -> None:
+        """Take what the login shell has told before it became this agent.
+
+        Args:
+            fd: Where, -1 if it has told nothing.
+        """
+        if fd < 0:
+            return
+        self._told = fd
+        self.loop.call_later(_LISTEN_DELAY, self.listen)
+
+    def listen(self) -> None:
+        """Do so now, if it has not been done."""
+        if self._told >= 0:
+            from .commands import login_shell
+            from .startup import listen
+
+            fd, self._told = self._told, -1
+            listen(self, login_shell(), fd)
 
     def run(self) -> bool:
         """Serve until the manager has gone; returns whether it said so."""

@@ -87,7 +87,7 @@ class _Run(Process):
     def __init__(self, service: "_Service", argv: List[str], env: Dict[str, str], cwd: str) -> None:
         self._service = service
         self._line = b""
-        super().__init__(cast("Channel", service.outlet), argv, env, cwd, True, False)
+        super().__init__(cast("Channel", service.outlet), argv, env, cwd, True, False, cores=not service.is_ours)
         running[self.pid] = self._started
 
     def on_stdout(self, data: bytes) -> None:
@@ -160,6 +160,7 @@ class _Service:
         self._share: Optional[gpus.Share] = None
         self._gpus = gpus.wanted(params)
         self._run: Optional[_Run] = None
+        self.is_ours = not params.get("argv")  # so it is told keys and passwords
         self.directory = tempfile.mkdtemp(prefix="service-", dir=channel.agent.directory)
         self._env = dict(environment(channel, self._task), **{SCRATCH: self._make("scratch")})
         self._argv = self._arguments(params)

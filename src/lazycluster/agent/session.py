@@ -30,6 +30,9 @@ if TYPE_CHECKING:
         def heard(self) -> None:
             """Note that the manager is alive."""
 
+        def listen(self) -> None:
+            """Take what the login shell has told, if it has not been taken."""
+
         def go_alone(self) -> None:
             """Do not depend on a manager any more."""
 

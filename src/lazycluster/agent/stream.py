@@ -11,16 +11,20 @@ A copy has a sender and a receiver; the manager asks for it and is one of the tw
     sender    FROM? DATA* LAST | SAME the wanted files in their order; FROM says from where on, if that was asked; LAST
                                       carries size and checksum of the whole
     sender    MISSED                  instead of LAST, also after DATA: a file of a folder cannot be sent, the rest can
-    sender    LISTED, END             all is listed (sizes are known); all is sent
+    sender    LISTED, UNUSED?, END    all is listed (sizes are known), with what was of no use for that; all is sent
     receiver  DONE                    the last frame of every copy
     receiver  ERROR, sender ABORT     what fails is told by a frame, ABORT follows an ERROR, DONE an ABORT
 
 Several batches are under way at once, so nothing waits for a round trip per file. The frames towards the sender are
 small enough to fit into the buffers of a pipe together, so the two never wait for each other.
+
+The process on the host says BUSY every few seconds, whatever it is busy with (a digest of a large file, a slow disk):
+so the manager can tell it from one that does nothing any more.
 """
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import json
 import os
@@ -29,7 +33,9 @@ import struct
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
-REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM, MISSED = range(1, 16)
+REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM, BUSY, UNUSED, MISSED = (
+    range(1, 18)
+)
 
 #: How many entries a batch has, and how many batches may be unanswered: the answers must fit into 64 KiB.
 BATCH = 768
@@ -43,6 +49,7 @@ SUMMARY = struct.Struct("!QIIq")
 #: What says how much of a file is there: the bytes, and their checksum.
 BEGINNING = struct.Struct("!QI")
 
+_LAST_FRAMES = frozenset((END, DONE, ABORT))  # after which a process on the host only waits for the manager
 _HEADER = struct.Struct("!BI")
 _OUT = 256 * 1024
 _IN = 1024 * 1024
@@ -52,6 +59,7 @@ _SMALL = 64 * 1024
 _LARGEST = 8 * 1024 * 1024  # a batch whose names are all escaped
 _UNDER_WAY = 256 * 1024 * 1024  # bytes that buffers between the two sides may hold, and much more
 _REPORT_EVERY = 0.1
+_BUSY_EVERY = 5.0  # seconds
 _MOST_MISSED = 100
 
 
@@ -113,6 +121,7 @@ class Tally:
         sent: Files that were sent.
         skipped: Files that were there already.
         left_out: Names of what is neither file, folder nor link, and why.
+        unused: Patterns that left nothing out.
         missed: What of a folder could not be sent, though the rest was; of very many only the first.
         missed_count: How many that are.
     """
@@ -121,6 +130,7 @@ class Tally:
         self.files = self.bytes = self.sent = self.skipped = 0
         self.total: Optional[int] = None
         self.left_out: List[str] = []
+        self.unused: List[str] = []
         self.missed: List[CopyError] = []
         self.missed_count = 0
         self._report = report
@@ -157,6 +167,13 @@ class Stream:
     Args:
         incoming: Descriptor to read from.
         outgoing: Descriptor to write to; may be the same.
+
+    Attributes:
+        received: Whether anything has come.
+        moved: How many bytes have come or gone.
+        signs: How many of them only said that the other side is busy.
+        waits: Whether it waits at present for the other side to take or send something.
+        busy: Whether the other side is told every few seconds that this process lives; see `tell_busy`.
     """
 
     def __init__(self, incoming: int, outgoing: int) -> None:
@@ -168,7 +185,9 @@ class Stream:
         self._start = self._end = self._unread = 0
         self._out = memoryview(bytearray(_OUT))
         self._filled = 0
-        self.received = False
+        self.received = self.waits = self.busy = self._tells = False
+        self.moved = self.signs = 0
+        self._writing = _thread.allocate_lock()
         for fd in (incoming, outgoing):
             os.set_blocking(fd, True)
             try:
@@ -177,9 +196,32 @@ class Stream:
             except OSError:
                 pass  # no pipe, or no such thing here: it works without
 
+    # --- signs of life -------------------------------------------------------------------------
+    def tell_busy(self) -> None:
+        """From now on, say BUSY from time to time while `busy` is set, which the last frames of a copy end."""
+        self._tells = True
+        _thread.start_new_thread(self._tell_busy, ())
+
+    def tell_nothing(self) -> None:
+        """Say it no more: the descriptors may be closed now."""
+        self.busy = self._tells = False  # without the lock: the thread may have it as long as nobody reads
+
+    def _tell_busy(self) -> None:
+        try:
+            while self._tells:
+                time.sleep(_BUSY_EVERY)
+                if self.busy:
+                    with self._writing:
+                        if self.busy:
+                            os.write(self._outgoing, _HEADER.pack(BUSY, 0))
+        except OSError:
+            pass  # the other side is gone, as the copy will notice
+
     # --- writing -------------------------------------------------------------------------------
     def put(self, kind: int, payload: bytes = b"") -> None:
         """Write a frame, at the latest before the next read that has to wait."""
+        if kind in _LAST_FRAMES:
+            self.busy = False
         if self._filled + _HEADER.size + len(payload) > _OUT:
             self.flush()
         if _HEADER.size + len(payload) > _OUT:
@@ -213,28 +255,49 @@ class Stream:
             self._write(self._out[:filled])
 
     def _write(self, data: memoryview) -> None:
+        self.waits = True
         try:
-            while data:
-                data = data[os.write(self._outgoing, data) :]
+            with self._writing:
+                while data:
+                    count = os.write(self._outgoing, data)
+                    self.moved += count
+                    data = data[count:]
         except OSError as error:
             raise StreamClosedError(error.strerror) from error
+        finally:
+            self.waits = False
 
     # --- reading -------------------------------------------------------------------------------
     def readable(self) -> bool:
-        """Whether there is something to read."""
-        return self._start < self._end or bool(self._poll.poll(0))
+        """Whether there is something to read that says more than that the other side lives."""
+        while True:
+            while not self._unread and self._end - self._start >= _HEADER.size and self._in[self._start] == BUSY:
+                self._skip_sign()
+            if self._start < self._end:
+                return True
+            if not self._poll.poll(0):
+                return False
+            self._read()
 
     def header(self) -> int:
         """Wait for a frame; return its kind. What was not read of the frame before is skipped."""
         if self._unread:
             for _ in self.pieces():
                 pass
-        while self._end - self._start < _HEADER.size:
-            self._read()
+        while True:
+            while self._end - self._start < _HEADER.size:
+                self._read()
+            if self._in[self._start] != BUSY:
+                break
+            self._skip_sign()
         kind: int
         kind, self._unread = _HEADER.unpack_from(self._in, self._start)
         self._start += _HEADER.size
         return kind
+
+    def _skip_sign(self) -> None:
+        self._start += _HEADER.size
+        self.signs += _HEADER.size
 
     def pieces(self) -> Iterator[memoryview]:
         """Return the payload piece by piece, as it comes; each is valid until the next is asked for."""
@@ -277,11 +340,15 @@ class Stream:
             rest = bytes(self._in[self._start : self._end])
             self._start, self._end = 0, len(rest)
             self._in[: len(rest)] = rest
+        self.waits = True
         try:
             count = os.readv(self._incoming, [self._in[self._end :]])
         except OSError as error:
             raise StreamClosedError(error.strerror) from error
+        finally:
+            self.waits = False
         if not count:
             raise StreamClosedError("it has ended")
         self.received = True
+        self.moved += count
         self._end += count

@@ -1,4 +1,4 @@
-"""Where received files go: a directory that nothing is written out of, and files that appear when they are complete."""
+"""A directory that no name leads out of, for files to go to or come from; and files that appear when complete."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class PartFile:
 
 
 class Tree:
-    """The directory that a copy goes to. Names in it lead through real directories only, never through links.
+    """The directory that a copy goes to or comes from. Names in it lead through real directories only.
 
     Args:
         root: Its path.
@@ -185,6 +185,14 @@ class Tree:
             self._open.append((folder, self._enter(self._open[-1][1], folder, name)))
         self._latest = folder_of
         return self._open[-1][1], last
+
+    def directory(self, name: bytes) -> int:
+        """Return the descriptor of a folder, valid until the next call; of the directory itself if the name is empty.
+
+        Raises:
+            CopyError: If the name leads out of the tree.
+        """
+        return self.parent(name + b"/x")[0] if name else self.root
 
     def _enter(self, directory: int, folder: bytes, name: bytes) -> int:
         try:

@@ -100,30 +100,60 @@ class Decoder:
     def __init__(self, limit: int = FROM_MANAGER) -> None:
         self.total = 0
         self._buffer = bytearray()
+        self._position = 0  # where in the buffer the next frame begins
         self._limit = limit
 
     def feed(self, data: bytes) -> Iterator[Tuple[int, int, bytes]]:
-        """Yield (channel, kind, payload) for each frame that `data` completes.
+        """Take bytes, and yield (channel, kind, payload) for each frame that is complete now.
 
         Raises:
             ProtocolError: The stream holds something else than frames.
         """
+        self.put(data)
+        return self.frames()
+
+    def put(self, data: bytes) -> None:
+        """Take bytes; a `MemoryError` leaves all as it was."""
+        self._buffer += data
         self.total += len(data)
-        buffer = self._buffer
-        buffer += data
-        position, end, head = 0, len(buffer), HEADER.size
+
+    def frames(self) -> Iterator[Tuple[int, int, bytes]]:
+        """Yield (channel, kind, payload) for each frame that is there and was not yielded before.
+
+        Who stops in between goes on with another call. A `MemoryError` leaves the frame where it is.
+
+        Raises:
+            ProtocolError: The stream holds something else than frames.
+        """
+        buffer, end, head = self._buffer, len(self._buffer), HEADER.size
         try:
-            while end - position >= head:
-                length, channel, kind = HEADER.unpack_from(buffer, position)
+            while end - self._position >= head:
+                length, channel, kind = HEADER.unpack_from(buffer, self._position)
                 if kind not in _KINDS or length > (self._limit if kind in _MESSAGES else MAX_BYTES):
-                    raise ProtocolError("not a frame: {!r}".format(bytes(buffer[position : position + 64])))
-                if end - position - head < length:
+                    wrong = bytes(buffer[self._position : self._position + 64])
+                    raise ProtocolError("not a frame: {!r}".format(wrong))
+                start = self._position + head
+                if end - start < length:
                     break
-                start = position + head
-                position = start + length
-                yield channel, kind, bytes(memoryview(buffer)[start:position])
+                payload = bytes(memoryview(buffer)[start : start + length])
+                self._position = start + length
+                yield channel, kind, payload
         finally:
-            del buffer[:position]
+            self._forget_read()
+
+    def skip(self) -> int:
+        """Drop the next frame, which is there; return its channel."""
+        length, channel, _ = HEADER.unpack_from(self._buffer, self._position)
+        self._position += HEADER.size + length
+        self._forget_read()
+        return int(channel)
+
+    def _forget_read(self) -> None:
+        try:
+            del self._buffer[: self._position]
+        except MemoryError:
+            return  # it is as it was, and tried again
+        self._position = 0
 
 
 class Outbox:

@@ -174,7 +174,7 @@ class Zygote:
             os.close(fd)
         self.tell(id=message["id"], pid=pid)
 
-    def _add_library(self, sources: Dict[str, Tuple[str, bool, str]]) -> None:
+    def _add_library(self, sources: Dict[str, Tuple[str, bool, str, str]]) -> None:
         """Take the pickling library from the manager, which both sides must have in the same version."""
         try:
             _part("localmodules").install_library(sources)
@@ -219,6 +219,7 @@ class Zygote:
         except UnsafeError as error:
             self.tell(unsafe=str(error))
             os._exit(0)
+        _drop_output()
         self._woken, self._wake = _wake_pipe()
         self._watch_children()
         gc.collect()
@@ -260,6 +261,15 @@ def _import(name: str, descriptors: Any) -> bool:
         if (fd, target) not in descriptors and target.startswith(("socket:", "pipe:", "anon_inode:", "/dev/nvidia")):
             raise UnsafeError(name)
     return True
+
+
+def _drop_output() -> None:
+    """Write what imports have printed to where it is read by nobody: whatever is forked would print it again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # noqa: BLE001, S112  (an import may have put anything there)
+            continue
 
 
 def _check_threads(name: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import os
+import select
 import signal
 import sys
 from typing import Any
@@ -13,7 +15,7 @@ import click
 
 from lazycluster import __version__
 
-from .errors import INTERRUPTED, OutputGoneError, complain, report
+from .errors import FAILED, INTERRUPTED, OutputGoneError, complain, report
 
 __all__ = ["cli", "main"]
 
@@ -93,38 +95,118 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Run the command line, and exit with its status."""
     _open_standard_streams()
-    # Behind the command it is the option of a program that is run on hosts.
-    debug = "--debug" in itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _terminate)
     try:
-        status = cli.main(standalone_mode=False, prog_name="lazycluster")
+        status = _flushed(_run())
+    except (OutputGoneError, BrokenPipeError):
+        status = 128 + signal.SIGPIPE  # as a program that it ended: whoever reads our output has had enough of it
+        _discard(1, 2)
+    sys.exit(status)
+
+
+def _run() -> int:
+    # Behind the command it is the option of a program that is run on hosts.
+    debug = "--debug" in itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:])
+    try:
+        status = _status(cli.main(standalone_mode=False, prog_name="lazycluster"))
+        sys.stdout.flush()
     except click.exceptions.Exit as end:
-        status = end.exit_code
+        return _status(end.exit_code)
     except click.ClickException as error:
-        status = complain(error)
+        return complain(error)
     except (click.Abort, KeyboardInterrupt) as error:
         ended = isinstance(error.__cause__, (KeyboardInterrupt, EOFError))  # click has ended the line of the ^C
         sys.stderr.write("Interrupted.\n" if ended else "\nInterrupted.\n")
-        status = INTERRUPTED
+        return INTERRUPTED
     except OutputGoneError:
-        _end_by_pipe()
+        raise
     except Exception as error:  # noqa: BLE001 - an error's place is on the screen, its traceback in --debug
-        status = report(error, debug)
-    _flush()
-    sys.exit(_status(status))
+        return report(error, debug)
+    return status
+
+
+def _flushed(status: int) -> int:
+    """Write what has not been written yet; returns the exit status, which is not 0 if that fails."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if status == 0:
+            report(error, debug=False)
+        status = status or FAILED
+        _discard(1)
+    sys.stderr.flush()
+    return status
+
+
+def _discard(*descriptors: int) -> None:
+    """Have what is still to be written go nowhere: the interpreter would complain of it at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(null, descriptor)
+    os.close(null)
 
 
 def _open_standard_streams() -> None:
-    """Have an empty one where a standard stream was closed: Python has None then, and other files get its number."""
-    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    """Make the standard streams usable, whatever they are.
+
+    Where one was closed, Python has None, and other files would get its number: it is an empty one. What the encoding
+    of one has no bytes for is escaped: the output would be lost otherwise, after the work has been done.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
             if null != fd:
                 os.dup2(null, fd)
                 os.close(null)
-            setattr(sys, name, os.fdopen(fd, mode))
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
+    sys.stdout = _opened(_OutputStream(1, "w", closefd=False), sys.stdout)
+    sys.stderr = _opened(_ErrorStream(2, "w", closefd=False), sys.stderr)
+
+
+def _opened(stream: _Stream, before: Any) -> io.TextIOWrapper:
+    before.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(stream),
+        encoding=before.encoding,
+        errors="backslashreplace",
+        line_buffering=before.line_buffering,
+        write_through=before.write_through,
+    )
+
+
+class _Stream(io.FileIO):
+    """A standard stream; another program that it is shared with may have made it non-blocking."""
+
+    def write(self, data: Any) -> int:
+        while (written := super().write(data)) is None:
+            select.select([], [self], [])
+        return written
+
+
+class _OutputStream(_Stream):
+    """Standard output. That nobody reads it any more ends the command."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise OutputGoneError from None
+
+
+class _ErrorStream(_Stream):
+    """Standard error. That it cannot be written, as on a full disk, must not cost what goes to standard output."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(data)
 
 
 def _terminate(number: int, frame: Any) -> None:
@@ -135,17 +217,3 @@ def _terminate(number: int, frame: Any) -> None:
 
 def _status(value: Any) -> int:
     return value if isinstance(value, int) else 0
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _end_by_pipe()
-
-
-def _end_by_pipe() -> None:
-    """End as a program that SIGPIPE ended: whoever reads our output has had enough of it."""
-    # What is still to be written has no reader: without this the interpreter would complain at its end.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(128 + signal.SIGPIPE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from lazycluster import _loop
 from lazycluster._tail import Tail
 from lazycluster._views.cells import megabytes
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
+from lazycluster.ssh.answers import check_shape, decoded_text
 
 from .wording import spelled
 
@@ -195,14 +195,14 @@ class Checkup:
         before = time.time()
         channel = connection.channel("run", {"argv": argv, "merge": True}, stdout=output.put)
         try:
-            await asyncio.wait_for(channel.result(), _LIMIT)
-            now, space, inodes, noexec = json.loads(output.text())
-        except (LazyclusterError, asyncio.TimeoutError, ValueError) as error:
+            await connection.answered(channel, "what its clock and its temporary directory say")
+            told = decoded_text(output.text())
+            check_shape(told, [(int, float)])
+            now, space, inodes, noexec = told
+        except (LazyclusterError, ValueError) as error:
             said = output.text().strip() or str(error)
             self._set("temporary files", "failed", said, "see what is wrong with the host's temporary directory")
             return
-        finally:
-            channel.close()
         free = f"{hello.directory.rpartition('/')[0]}, {megabytes(space)} free" + (", noexec" if noexec else "")
         if space < _LITTLE_SPACE or not inodes:
             self._set("temporary files", "failed", free, "make some space there")
@@ -218,10 +218,9 @@ class Checkup:
 
     async def _packages(self, connection: SshConnection) -> None:
         try:
-            request = connection.request("packages", python="python3", env={}, names=list(_PACKAGES))
-            answer = await asyncio.wait_for(request, _LIMIT)
-        except (LazyclusterError, asyncio.TimeoutError) as error:
-            self._set("packages", "differs", str(error) or "no answer")
+            answer = await connection.request("packages", python="python3", env={}, names=list(_PACKAGES))
+        except LazyclusterError as error:
+            self._set("packages", "differs", str(error))
             return
         version = answer["version"]
         if tuple(version[:2]) != sys.version_info[:2]:

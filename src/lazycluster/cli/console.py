@@ -7,12 +7,16 @@ import sys
 import zlib
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from lazycluster.exceptions import one_line, printable
+
 from .errors import OutputGoneError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["errors", "host_style", "is_terminal", "output", "person_is_there"]
+__all__ = ["errors", "host_style", "is_terminal", "lines_of", "output", "person_is_there", "tell"]
 
 # Readable on dark and on light, and none that says good or bad.
 _STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_blue")
@@ -38,6 +42,17 @@ def _console(**options: Any) -> Console:
             raise OutputGoneError  # rich would end the process, on whichever thread this is
 
     return Ours(highlight=False, **options)
+
+
+def tell(text: str, err: bool = False) -> None:
+    """Print a line. Whatever hosts have said in it, it stays one, and does not steer the terminal."""
+    click.echo(one_line(text), err=err)
+
+
+def lines_of(text: str) -> list[str]:
+    """Return what is said of one host, in lines of which only the first could be taken for another host's."""
+    first, *rest = printable(text).split("\n")
+    return [first, *(f"  {line.strip()}" if line.strip() and not line.startswith("  ") else line for line in rest)]
 
 
 def is_terminal() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,9 @@ from rich.text import Text
 
 from lazycluster._views.cells import megabytes
 from lazycluster._words import counted
-from lazycluster.exceptions import printable
+from lazycluster.exceptions import one_line
 
-from .console import errors, host_style, output
+from .console import errors, host_style, lines_of, output
 from .fanout import Outcome
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Copying:
         self._quiet = quiet
         self._sums: dict[str, list[float]] = {host: [0, 0, 0, 0.0] for host in hosts}
         self._left_out: dict[str, list[str]] = {}
+        self._unused: set[str] | None = None  # of no copy, as far as they are complete
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._lock = threading.Lock()
@@ -94,6 +96,16 @@ class Copying:
         sums[2] += result.skipped
         sums[3] += result.seconds
         self._left_out.setdefault(host, []).extend(result.left_out)
+        self._unused = set(result.unused) if self._unused is None else self._unused.intersection(result.unused)
+
+    def warn(self, exclude: Sequence[str]) -> None:
+        """Say which patterns have left nothing out of any copy: what they were to keep back may be there now."""
+        for pattern in dict.fromkeys(exclude):
+            if pattern in (self._unused or ()):
+                text = (
+                    f"--exclude {shlex.quote(pattern)} left nothing out: it is a name, or a path below what is copied"
+                )
+                errors().print(one_line(text), markup=False, soft_wrap=True, style="yellow")
 
     def done(self, outcome: Outcome) -> None:
         """Say how it ended on a host."""
@@ -102,9 +114,10 @@ class Copying:
             if self._bars is not None and host in self._tasks:
                 self._bars.remove_task(self._tasks.pop(host))
         for name in self._left_out.get(host, ()):
-            errors().print(f"{host}: left out: {printable(name)}", markup=False, soft_wrap=True)
+            errors().print(f"{host}: left out: {one_line(name)}", markup=False, soft_wrap=True)
         if outcome.error:
-            errors().print(Text.assemble((f"{host}:", "bold red"), " ", printable(outcome.error)), soft_wrap=True)
+            error = "\n".join(lines_of(outcome.error))
+            errors().print(Text.assemble((f"{host}:", "bold red"), " ", error), soft_wrap=True)
         elif not self._quiet:
             files, size, skipped, seconds = self._sums[host]
             same = f", {skipped:.0f} unchanged" if skipped else ""

@@ -34,13 +34,15 @@ class OutputGoneError(Exception):
 
 def show_error(text: str) -> None:
     """Print an error to standard error; the first word of the cause and of the next step stand out on a terminal."""
+    from lazycluster.exceptions import printable
+
     from .console import errors
 
-    head, _, rest = text.partition("\n")
+    head, _, rest = printable(text).partition("\n")
     out = errors()
     out.print("[bold red]error:[/] ", end="")
     out.print(head, markup=False, highlight=False, soft_wrap=True)
-    for line in rest.splitlines():
+    for line in rest.split("\n") if rest else ():
         step = line.strip().startswith("Next step:")
         out.print(line, markup=False, highlight=False, soft_wrap=True, style="cyan" if step else None)
 

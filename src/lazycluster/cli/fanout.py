@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ async def _on_host(targets: Targets, name: str, work: Work) -> Outcome:
         return Outcome(name, UNREACHABLE, _told(error, name), "unreachable")
     except ConnectionLostError as error:
         return Outcome(name, UNREACHABLE, _told(error, name), "unreachable")
-    except (LazyclusterError, OSError, ValueError, TypeError, asyncio.TimeoutError) as error:
+    except (LazyclusterError, OSError, ValueError, TypeError) as error:
         return Outcome(name, FAILED, _told(error, name), "error")
     finally:
         if connection is not None:
@@ -94,10 +93,6 @@ async def _on_host(targets: Targets, name: str, work: Work) -> Outcome:
 
 
 def _told(error: Exception, host: str) -> str:
-    if isinstance(error, asyncio.TimeoutError) and not str(error):  # the link is fine: a request waits for the system
-        return (
-            f"connected, but it did not answer in time: a disk of it may hang\n  Next step: ssh {shlex.quote(host)} df"
-        )
     return spelled_next_steps(str(error).removeprefix(f"{host}: ")) or type(error).__name__
 
 

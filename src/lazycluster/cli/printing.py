@@ -12,10 +12,10 @@ from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _loop, _waiting
-from lazycluster.exceptions import printable
+from lazycluster.exceptions import one_line, printable
 from lazycluster.ssh.terminal import is_asking, when_answered
 
-from .console import errors, host_style, output
+from .console import errors, host_style, lines_of, output
 from .errors import OutputGoneError
 from .fanout import Outcome
 from .hostsets import fold
@@ -163,11 +163,16 @@ def _say(outcome: Outcome) -> None:
     told = _told(outcome)
     if told:
         out = errors()
-        first, *rest = printable(told).split("\n")
+        first, *rest = lines_of(told)
         out.print(f"[bold red]{outcome.host}:[/]", end=" ", soft_wrap=True)
         out.print(first, markup=False, soft_wrap=True, style="red" if outcome.error else None)
         for line in rest:
             out.print(line, markup=False, soft_wrap=True, style="cyan" if "Next step:" in line else None)
+
+
+def _encoded(text: str, stream: Any) -> bytes:
+    """Return the bytes of a text that stand before those of a host: as the stream itself would write it."""
+    return text.encode(stream.encoding, "backslashreplace")
 
 
 class _Lines(Printer):
@@ -207,7 +212,7 @@ class _Lines(Printer):
                 with console.capture() as styled:
                     console.print(host.rjust(self._width), style=host_style(host), end=": ", markup=False)
                 text = styled.get()
-            self._labels[host, name] = text.encode("utf-8", "surrogateescape")
+            self._labels[host, name] = _encoded(text, getattr(sys, name))
         return self._labels[host, name]
 
     def done(self, outcome: Outcome) -> None:
@@ -215,8 +220,8 @@ class _Lines(Printer):
             if rest := self._partial.pop((outcome.host, name), b""):
                 self.put(getattr(sys, name), self._label_of(outcome.host, name) + rest + b"\n")
         if told := _told(outcome):
-            label = self._label_of(outcome.host, "stderr") or f"{outcome.host}: ".encode()
-            lines = printable(told).encode("utf-8", "surrogateescape").split(b"\n")
+            label = self._label_of(outcome.host, "stderr") or _encoded(f"{outcome.host}: ", sys.stderr)
+            lines = _encoded(printable(told), sys.stderr).split(b"\n")
             self.put(sys.stderr, b"".join(label + line + b"\n" for line in lines))
 
 
@@ -261,8 +266,13 @@ class _Gathered(_Kept):
                 groups.setdefault((text, _told(outcome) if outcome.kind == "done" else ""), []).append(outcome.host)
         console = output()
         for (text, told), hosts in groups.items():
-            names = fold(hosts) + (f" ({len(hosts)} hosts)" if len(hosts) > 1 else "") + (f": {told}" if told else "")
-            console.print(f"── {names}", style="bold", markup=False, soft_wrap=True)
+            names = (
+                fold(hosts)
+                + (f" ({len(hosts)} hosts)" if len(hosts) > 1 else "")
+                + (f": {one_line(told)}" if told else "")
+            )
+            line = "--" if console.options.ascii_only else "──"
+            console.print(f"{line} {names}", style="bold", markup=False, soft_wrap=True)
             sys.stdout.flush()
             sys.stdout.buffer.write(text if text.endswith(b"\n") or not text else text + b"\n")
             sys.stdout.buffer.flush()

@@ -18,9 +18,9 @@ from lazycluster._words import counted
 from lazycluster.cluster.dask_cluster import DaskCluster
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
-from lazycluster.exceptions import printable
+from lazycluster.exceptions import one_line
 
-from .console import is_terminal, output
+from .console import is_terminal, lines_of, output
 from .errors import OutputGoneError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
 
     def tell(event: ClusterEvent) -> None:
         try:
-            output().print(printable(str(event)), markup=False, soft_wrap=True)
+            output().print("\n".join(lines_of(str(event))), markup=False, soft_wrap=True)
         except OutputGoneError:
             over.set()
 
@@ -139,7 +139,7 @@ def _view(cluster: MasterWorkerCluster, work: Callable[[], str]) -> RenderableTy
         name = worker.name.rpartition(" ")[2]
         table.add_row(name, worker.host, state, str(worker.restarts), str(worker.pid or ""), *figures)
     problems = [_problem(worker) for worker in cluster.workers if worker.state == "failed"]
-    return Group(Text(), table, *problems, Text(printable(line), style="dim"))
+    return Group(Text(), table, *problems, Text(one_line(line), style="dim"))
 
 
 def _figures(used: ProcessUsage | None) -> tuple[str, str]:
@@ -149,4 +149,4 @@ def _figures(used: ProcessUsage | None) -> tuple[str, str]:
 
 
 def _problem(worker: ProcessStatus) -> Text:
-    return Text(f"{worker.name} on {worker.host}: {printable(worker.problem)}", style="red")
+    return Text(f"{worker.name} on {worker.host}: {one_line(worker.problem)}", style="red")

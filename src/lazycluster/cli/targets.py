@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from lazycluster.cli.console import tell
 
 from . import hostsets
 from .wording import names_its_options
@@ -218,9 +219,9 @@ def targets(
             named += hostsets.from_lines(hostfile.read())
         if not hosts and hostfile is None:
             named = hostsets.expand(default if default is not None else _ask(config))
-        known = _configured(config) if any(_is_pattern(name) for name in named) or exclude_hosts else []
-        left_out = set(hostsets.match([n for v in exclude_hosts for n in hostsets.expand(v)], known))
-        names = [name for name in hostsets.match(named, known) if name not in left_out]
+        excluded = [name for value in exclude_hosts for name in _read(value)]
+        known = _configured(config) if any(map(hostsets.is_pattern, named)) or hostsets.ALL in named or excluded else []
+        names = hostsets.without(hostsets.match(named, known), excluded, known)
     except hostsets.HostSetError as error:
         raise click.UsageError(str(error)) from None
     except UnicodeDecodeError:
@@ -238,15 +239,13 @@ def _read(value: str) -> list[str]:
     if value == "-":
         return hostsets.from_lines(sys.stdin.read())
     if value.startswith("^"):
+        from lazycluster.utils import expanded
+
         try:
-            return hostsets.from_lines(Path(value[1:]).expanduser().read_text())
+            return hostsets.from_lines(expanded(value[1:]).read_text())
         except OSError as error:
             raise click.UsageError(f"the hosts cannot be read from {value[1:]}: {error.strerror}") from None
     return hostsets.expand(value)
-
-
-def _is_pattern(name: str) -> bool:
-    return name.startswith("@") or bool(set(name) & set("*?["))
 
 
 def _no_hosts(config: str | None, named: Sequence[str], given: bool) -> str:
@@ -269,6 +268,6 @@ def _ask(config: str | None) -> str:
         raise click.UsageError(f"no hosts are named: use -w HOSTS, or -w @all for all active ones{have}")
     if not known:
         raise click.UsageError(_no_hosts(config, [], False))
-    click.echo(f"Hosts of the ssh configuration: {hostsets.fold(known)}", err=True)
+    tell(f"Hosts of the ssh configuration: {hostsets.fold(known)}", err=True)
     answer: str = click.prompt("On which hosts (@all for all)", err=True)
     return answer

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lazycluster import _loop, _progress
 from lazycluster._views.cells import cells, number
-from lazycluster.exceptions import LazyclusterError, printable
+from lazycluster.exceptions import LazyclusterError, one_line, printable
 
 from .columns import GAP, fitting
 from .console import output
@@ -51,7 +51,7 @@ class _Watched:
             try:
                 await connection.open()
                 await self._ask(connection)
-            except (LazyclusterError, OSError, asyncio.TimeoutError) as error:
+            except (LazyclusterError, OSError) as error:
                 self.state, self.why = "inactive", str(error) or type(error).__name__
             finally:
                 await connection.close()
@@ -60,10 +60,10 @@ class _Watched:
     async def _ask(self, connection: Connection) -> None:
         for turn in range(1_000_000_000):
             with_gpus = turn % _GPUS_EVERY == 0
-            info = await asyncio.wait_for(connection.request("info", gpus=with_gpus), 30)
+            info = await connection.request("info", gpus=with_gpus)
             if not with_gpus:
                 info["gpus"] = self.info.get("gpus", [])
-            self._note(await asyncio.wait_for(connection.request("activity"), 30))
+            self._note(await connection.request("activity"))
             self.info, self.state, self.why = info, "active", ""
             await asyncio.sleep(_REFRESH)
 
@@ -118,7 +118,7 @@ def _table(watched: list[_Watched], long: bool) -> Group:
 def _shown(one: _Watched) -> dict[str, str]:
     found = {**cells(one.info), "cpu": one.cpu, "gpus": _gpus(one.info)} if one.info else {}
     running = {name: str(one.activity[name]) for name in _RUNNING if name in one.activity}
-    return {name: printable(text).replace("\n", " ") for name, text in {**found, **running}.items()}
+    return {name: one_line(text) for name, text in {**found, **running}.items()}
 
 
 def _gpus(info: dict[str, Any]) -> str:

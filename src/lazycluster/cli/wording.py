@@ -89,5 +89,5 @@ def _one(found: re.Match[str]) -> str:
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text) if text else None
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # it may be what a host has said
         return None

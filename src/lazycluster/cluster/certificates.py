@@ -54,7 +54,23 @@ class Credentials:
 
 
 def make_credentials() -> Credentials:
-    """Make the credentials of one cluster.
+    """Make the credentials of one Dask cluster.
+
+    Raises:
+        ModuleNotFoundError: If the package `cryptography` is not installed.
+    """
+    authority, identities = make_identities("scheduler", "worker", "client")
+    return Credentials(authority, **identities)
+
+
+def make_identities(*roles: str) -> tuple[str, dict[str, Identity]]:
+    """Make identities of one cluster, signed by an authority of its own, whose key is forgotten then.
+
+    Args:
+        roles: What the identities are for.
+
+    Returns:
+        The certificate of the authority, and the identities.
 
     Raises:
         ModuleNotFoundError: If the package `cryptography` is not installed.
@@ -71,8 +87,7 @@ def make_credentials() -> Credentials:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    identities = {role: _identity(role, certificate, key) for role in ("scheduler", "worker", "client")}
-    return Credentials(_pem(certificate), **identities)
+    return _pem(certificate), {role: _identity(role, certificate, key) for role in roles}
 
 
 def _identity(role: str, issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey) -> Identity:

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster.agent.deletion import SEARCH
+from lazycluster.ssh.answers import check_shape
+from lazycluster.utils import expanded
 
 from .exceptions import ClusterError
 
-__all__ = ["check", "read", "remove", "write"]
+__all__ = ["check", "read", "remove", "unanswered", "unusable", "write"]
 
 _FORMAT = 1
 _MOST = 1024 * 1024
@@ -83,7 +85,7 @@ def check(path: str | os.PathLike[str]) -> None:
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(path).expanduser().absolute()
+    return expanded(path).absolute()
 
 
 @contextlib.contextmanager
@@ -179,12 +181,13 @@ def _rename_to_new(folder: int, made: str, name: str) -> None:
         os.rename(made, name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
-def read(path: str | os.PathLike[str], engine: str) -> dict[str, Any]:
+def read(path: str | os.PathLike[str], engine: str, shape: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read what another process has written.
 
     Args:
         path: The file.
         engine: The name of the cluster's class.
+        shape: What the engine needs to find in it, as `check_shape` takes it.
 
     Returns:
         What was written.
@@ -192,7 +195,7 @@ def read(path: str | os.PathLike[str], engine: str) -> dict[str, Any]:
     Raises:
         ClusterError: If there is no such file, it is not this user's own, others may read it, or it is of another kind.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -214,7 +217,28 @@ def read(path: str | os.PathLike[str], engine: str) -> dict[str, Any]:
         raise ClusterError(f"{file} is no connection file of this version of lazycluster")
     if document.get("engine") != engine:
         raise ClusterError(f"{file} is of a {document.get('engine')}, not of a {engine}")
+    try:
+        check_shape(document, shape or {})
+    except ValueError as error:
+        raise unusable(file, str(error)) from None
     return document
+
+
+def unusable(path: str | os.PathLike[str], why: str) -> ClusterError:
+    """Return the error for a document that has another shape, as those of other versions may have."""
+    return ClusterError(
+        f"the connection file {path} cannot be used: {why}; another version of lazycluster may have written it\n"
+        "  Next step: connect with the version that started the cluster, or start it again with this one"
+    )
+
+
+def unanswered(path: str | os.PathLike[str], found: Mapping[str, Any], why: str) -> ClusterError:
+    """Return the error for a cluster that does not answer."""
+    process = f"the process {found['manager']}" if "manager" in found else "the process"
+    return ClusterError(
+        f"the cluster of {path} does not answer: {why}\n"
+        f"  Next step: see whether {process}, which started it, still runs"
+    )
 
 
 def _check(file: Path, inode: os.stat_result) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import ssl
 import time
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["DaskCluster", "LocalMasterLauncher", "RoundRobinLauncher"]
 
 _AGAIN = 0.1  # seconds between two attempts to connect to a scheduler that is being replaced
+_CONNECTION = {"scheduler": str, "security": {...: (str, bool, type(None))}, "manager?": int}
 
 
 class DaskCluster(ElasticCluster):
@@ -189,14 +191,13 @@ class DaskCluster(ElasticCluster):
         from .dask_programs.tls import MemorySecurity
 
         keep_file_names(dumps)
-        found = connection_file.read(path, DaskCluster.__name__)
+        found = connection_file.read(path, DaskCluster.__name__, _CONNECTION)
         try:
             client = Client(found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout)
+        except (TypeError, ValueError, ssl.SSLError) as error:  # no arguments of distributed's, no address, no key
+            raise connection_file.unusable(path, str(error)) from error
         except (OSError, TimeoutError) as error:
-            raise ClusterError(
-                f"the cluster of {path} does not answer: {error}\n"
-                f"  Next step: see whether the process {found['manager']}, which started it, still runs"
-            ) from error
+            raise connection_file.unanswered(path, found, str(error)) from error
         be_patient(client)
         return client
 

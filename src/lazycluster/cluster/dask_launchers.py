@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lazycluster import _loop
-from lazycluster.agent import filenames, memory
+from lazycluster.agent import filenames, localmodules, memory, ownership
+from lazycluster.mongo import memfile, strangers
+from lazycluster.utils import Environment
 
 from . import dask_scaling
 from .certificates import Credentials, make_credentials
@@ -24,6 +26,7 @@ from .versions import Software
 from .workers import ServiceWorkerLauncher, Worker
 
 if TYPE_CHECKING:
+    from lazycluster.exceptions import LazyclusterError
     from lazycluster.runtime_mgmt import RuntimeGroup
 
     from .places import Place
@@ -34,7 +37,7 @@ CheckVersions = Literal["error", "warn", "ignore"]
 
 _PROGRAMS = Path(__file__).with_name("dask_programs")
 _PACKAGE = "lazycluster_dask"
-_FILE_NAMES = Path(filenames.__file__)
+_SHARED = tuple(Path(str(module.__file__)) for module in (filenames, localmodules, memfile, strangers))
 # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
 SOFTWARE = Software("DaskCluster", "dask", ("dask", "distributed"), ("dask", "distributed", "cloudpickle"))
 
@@ -131,7 +134,7 @@ class LocalMasterLauncher(ServiceMasterLauncher):
         """The program of the scheduler."""
         return Program(
             "dask-scheduler",
-            source=Source(_PROGRAMS, "scheduler", _PACKAGE, (_FILE_NAMES,)),
+            source=Source(_PROGRAMS, "scheduler", _PACKAGE, _SHARED),
             marker=common.MARKER,
             restarts=self.RESTARTS,
             at_restart="what it knew is gone: computations that were running are lost, submit them again",
@@ -178,20 +181,24 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
 
     def program(self, place: Place) -> Program:
         """The program of a worker."""
-        source = Source(_PROGRAMS, "worker", _PACKAGE, (Path(memory.__file__), _FILE_NAMES))
+        shared = (*_SHARED, Path(memory.__file__), Path(ownership.__file__))
+        source = Source(_PROGRAMS, "worker", _PACKAGE, shared)
         return Program(
             "dask-worker", source=source, env=BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
         )
 
-    async def greet(self, workers: Sequence[Worker]) -> None:
+    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check the software of the hosts, before anything listens."""
-        await SOFTWARE.check_workers(workers, self.dask.check_versions, common.versions())
-        await self.dask.modules.share([worker.place for worker in workers])
+        silent = await SOFTWARE.check_workers(workers, self.dask.check_versions, common.versions())
+        others = [worker for worker in workers if worker.name not in silent]
+        failed = await self.dask.modules.share([worker.place for worker in others])
         await self.dask.read_configuration()
+        return {**silent, **{w.name: failed[w.place.host] for w in others if w.place.host in failed}}
 
     async def furnish(self, place: Place) -> None:
         """Send the user's modules."""
-        await self.dask.modules.share([place])
+        for error in (await self.dask.modules.share([place])).values():
+            raise error
 
     async def dismiss(self, workers: Sequence[Worker]) -> dict[str, str]:
         """Have the scheduler retire workers."""
@@ -221,6 +228,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             "memory_limit": dask.memory_limit,
             "resources": dict(dask.resources) if dask.resources else {"GPU": self.gpus.count} if self.gpus else None,
             "local_directory": dask.local_directory,
+            "trust_group": Environment.trust_group,
             "modules": dask.modules.directory_on(worker.place.host),
             "options": dict(dask.worker_options),
             "configuration": dask.configuration,

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lazycluster._views.view import Fact
 from lazycluster._words import counted
+from lazycluster.utils import expanded
 
 from . import connection_file
 from .exceptions import ClusterError
 from .hyperopt_masters import EmbeddedMongoLauncher, LocalMongoLauncher, default_launcher
-from .hyperopt_programs import compat, trials
+from .hyperopt_programs import compat, messages, trials
 from .hyperopt_progress import SearchProgress, progress_of
 from .hyperopt_settings import HyperoptSettings, checked_name, checked_seconds, database, make_directory
 from .hyperopt_workers import SOFTWARE, RoundRobinLauncher
@@ -107,8 +108,8 @@ class HyperoptCluster(MasterWorkerCluster):
             lease=checked_seconds(lease, "lease"),
         )
         if dbpath is not None:
-            self._hyperopt.dbpath = Path(dbpath).expanduser().absolute()
-        SOFTWARE.check_manager()
+            self._hyperopt.dbpath = expanded(dbpath).absolute()
+        SOFTWARE.check_manager("cryptography")
         compat.load()
         compat.no_workers = ClusterError
         make_directory(self._hyperopt.dbpath)
@@ -151,19 +152,23 @@ class HyperoptCluster(MasterWorkerCluster):
     def mongo_url(self) -> str:
         """The address of the database as hyperopt writes it: ``mongo://user:password@host:port/dbname``.
 
-        It has the password: do not print it.
+        It has the password: do not print it. That the database is the right one is checked in this process only;
+        `mongo_trial_url` also says how others know it.
         """
-        return self._hyperopt.url(self._port())
+        return self._hyperopt.url(self._port()).partition("?")[0]
 
     @property
     def mongo_trial_url(self) -> str:
-        """The address of the trials, which `MongoTrials` takes. It has the password: do not print it."""
-        return f"{self.mongo_url}/jobs"
+        """The address of the trials, which `MongoTrials` takes. It has the password: do not print it.
+
+        It also names the file with the certificate by which the database is known, which is there as long as it runs.
+        """
+        return self._hyperopt.url(self._port(), path="/jobs")
 
     @property
     def pymongo_url(self) -> str:
         """The address of the database for `pymongo.MongoClient`. It has the password: do not print it."""
-        return self._hyperopt.url(self._port(), "mongodb") + "?authSource=admin"
+        return self._hyperopt.url(self._port(), "mongodb", options=compat.LOGIN)
 
     def start_master(self, master_port: int | None = None, timeout: int = 3, debug: bool = False) -> None:
         """Start the database. Trials that an earlier cluster left unfinished are put back into the queue.
@@ -171,6 +176,8 @@ class HyperoptCluster(MasterWorkerCluster):
         See `MasterWorkerCluster.start_master`.
         """
         super().start_master(master_port, timeout, debug)
+        if self._hyperopt.authority_file is not None:
+            compat.trust(messages.LOOPBACK, self._port(), str(self._hyperopt.authority_file))
         if hasattr(self._master_launcher, "hyperopt"):
             with database(self._hyperopt, self._port()) as found:
                 found.jobs.create_index([("state", 1), ("exp_key", 1)])
@@ -202,10 +209,19 @@ class HyperoptCluster(MasterWorkerCluster):
             exp_key: The name of the search; None: all searches in this database.
 
         Raises:
-            ClusterError: If the file is not there, or is not this user's own.
+            ClusterError: If the file is not there, is not this user's own, or its cluster does not answer.
         """
-        found = connection_file.read(path, HyperoptCluster.__name__)
-        return compat.load().MongoTrials(found["mongo_trial_url"], exp_key=exp_key)
+        shape = {"mongo_trial_url": str, "manager?": int}
+        found = connection_file.read(path, HyperoptCluster.__name__, shape)
+        trials = compat.load().MongoTrials
+        from pymongo.errors import PyMongoError
+
+        try:
+            return trials(found["mongo_trial_url"], exp_key=exp_key)
+        except (ValueError, TypeError):  # they may tell a part of it, which has a password in it
+            raise connection_file.unusable(path, "mongo_trial_url is no address of a database") from None
+        except PyMongoError as error:
+            raise connection_file.unanswered(path, found, str(error)) from error
 
     def _connection(self) -> dict[str, Any]:
         return {"mongo_trial_url": self.mongo_trial_url}

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lazycluster.mongo import memfile
+
 from .exceptions import MasterStartError
 from .hyperopt_programs import messages
 from .hyperopt_settings import HyperoptSettings, make_directory
@@ -47,8 +49,21 @@ class _DatabaseLauncher(ServiceMasterLauncher):
 
     def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
         """What the database is told."""
-        shared = self.hyperopt
-        return {"ports": dict(ports), "dbpath": str(shared.dbpath), "user": shared.user, "password": shared.password}
+        shared, identity = self.hyperopt, self.hyperopt.identity
+        login = {"user": shared.user, "password": shared.password}
+        tls = {"certificate": identity.certificate, "key": identity.key} if identity is not None else None
+        return {"ports": dict(ports), "dbpath": str(shared.dbpath), **login, "tls": tls}
+
+    async def prepare(self, debug: bool) -> None:
+        """Start the process, and make the certificates by which the database is known."""
+        await super().prepare(debug)
+        if self.hyperopt.identity is None:
+            assert self._space is not None
+            self.hyperopt.make_identity(self._space.directory)
+
+    async def _stop(self) -> None:
+        self.hyperopt.forget_identity()
+        await super()._stop()
 
     def start(self, ports: list[int] | int, timeout: int = 0, debug: bool = False) -> list[int]:
         """Start the database.
@@ -113,12 +128,12 @@ class LocalMongoLauncher(_DatabaseLauncher):
             )
         make_directory(self.hyperopt.dbpath)
         self.hyperopt.password = _kept_password(self.hyperopt.dbpath / _PASSWORD, self.hyperopt.password)
-        source = Source(PROGRAMS, "mongod", PACKAGE)
+        source = Source(PROGRAMS, "mongod", PACKAGE, (Path(memfile.__file__),))
         return Program("mongod", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=10.0)
 
     def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
         """What the watching program is told."""
-        return {**super().settings(ports), "argv": self._argv(ports["master"])}
+        return {**super().settings(ports), "argv": self._argv(ports["master"]), "authority": self.hyperopt.authority}
 
     def _argv(self, port: int) -> list[str]:
         return [
@@ -127,7 +142,10 @@ class LocalMongoLauncher(_DatabaseLauncher):
         ]
 
     def get_mongod_start_cmd(self) -> str:
-        """Return the shell command that starts `mongod`. It stays in the foreground, so that it can be watched."""
+        """Return the shell command that starts `mongod`. It stays in the foreground, so that it can be watched.
+
+        The cluster adds the options for TLS, whose files are in the memory of the program that watches it.
+        """
         return shlex.join(self._argv(self.port or 27017))
 
     def get_mongod_stop_cmd(self) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
+from lazycluster.agent.ownership import make
 from lazycluster.utils import Environment
 
-from .hyperopt_programs import messages
+from .certificates import Identity, make_identities
+from .hyperopt_programs import compat, messages
 
 _ANSWER_LIMIT = 5000  # milliseconds
 
@@ -29,6 +33,10 @@ class HyperoptSettings:
         lease: Seconds without a sign of life after which the trials of a worker are put back.
         user: Who logs in. hyperopt looks for this one, and no other, in the database ``admin``.
         password: The password, made anew for each cluster.
+        authority: The certificate by which the database is known, made anew for each start of it; "" if it is one
+            that somebody else's launcher starts, and that has none.
+        identity: Its own certificate and key.
+        authority_file: The file on the manager with the certificate of the authority, for clients of the database.
     """
 
     dbpath: Path = field(default_factory=lambda: Path(Environment.main_directory) / "mongodb")
@@ -39,14 +47,45 @@ class HyperoptSettings:
     lease: float = 30.0
     user: str = "hyperopt"
     password: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+    authority: str = field(default="", repr=False)
+    identity: Identity | None = None
+    authority_file: Path | None = None
 
-    def url(self, port: int, scheme: str = "mongo") -> str:
-        """Return the address of the database, password included."""
-        return f"{scheme}://{self.user}:{self.password}@{messages.LOOPBACK}:{port}/{self.dbname}"
+    def url(self, port: int, scheme: str = "mongo", path: str = "", options: Mapping[str, str] | None = None) -> str:
+        """Return the address of the database, password included.
+
+        Args:
+            port: The port.
+            scheme: How it begins.
+            path: What follows the name of the database.
+            options: What follows in the query, beside what tells how the database is known.
+        """
+        address = f"{scheme}://{self.user}:{self.password}@{messages.LOOPBACK}:{port}/{self.dbname}{path}"
+        known = {"tls": "true", compat.AUTHORITY: str(self.authority_file)} if self.authority_file else {}
+        query = urlencode({**(options or {}), **known}, safe="/")
+        return f"{address}?{query}" if query else address
 
     def login(self, port: int) -> dict[str, Any]:
         """Return what our own programs log in with."""
-        return {"port": port, "dbname": self.dbname, "user": self.user, "password": self.password}
+        login = {"port": port, "dbname": self.dbname, "user": self.user, "password": self.password}
+        return {**login, "authority": self.authority}
+
+    def make_identity(self, directory: str) -> None:
+        """Make certificates for a database that is to be started.
+
+        Args:
+            directory: A private directory, where that of the authority is put.
+        """
+        self.authority, identities = make_identities("database")
+        self.identity = identities["database"]
+        self.authority_file = Path(directory, f"database-{secrets.token_hex(4)}.pem")
+        self.authority_file.write_text(self.authority, "ascii")
+
+    def forget_identity(self) -> None:
+        """Forget the certificates: the database has ended."""
+        if self.authority_file is not None:
+            self.authority_file.unlink(missing_ok=True)
+        self.authority, self.identity, self.authority_file = "", None, None
 
 
 def make_directory(path: Path) -> None:
@@ -57,9 +96,10 @@ def make_directory(path: Path) -> None:
         OSError: If it cannot be made.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make(str(path), 0o700, Environment.trust_group)
     except PermissionError as error:
-        raise PermissionError(error.errno, f"the directory of the database cannot be made: {path}") from None
+        why = f"{error.filename}: {error.strerror}" if error.errno == errno.EPERM else str(path)
+        raise PermissionError(error.errno, f"the directory of the database cannot be used: {why}") from None
 
 
 def checked_name(name: str) -> str:
@@ -88,7 +128,7 @@ def connect(settings: HyperoptSettings, port: int) -> Any:
     """Return a client of the database of a cluster, to be closed."""
     from pymongo import MongoClient
 
-    url = settings.url(port, "mongodb") + "?authSource=admin"
+    url = settings.url(port, "mongodb", options=compat.LOGIN)
     return MongoClient(url, serverSelectionTimeoutMS=_ANSWER_LIMIT, directConnection=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .hyperopt_leases import LeaseKeeper
@@ -18,6 +18,7 @@ from .versions import Software
 from .workers import ServiceWorkerLauncher, Worker
 
 if TYPE_CHECKING:
+    from lazycluster.exceptions import LazyclusterError
     from lazycluster.runtime_mgmt import RuntimeGroup
 
     from .places import Place
@@ -58,9 +59,9 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         source = Source(PROGRAMS, "worker", PACKAGE, SHARED)
         return Program("hyperopt-worker", source=source, marker=messages.MARKER, restarts=self.RESTARTS)
 
-    async def greet(self, workers: Sequence[Worker]) -> None:
+    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check the software of the hosts, before anything listens."""
-        await SOFTWARE.check_workers(workers, self.hyperopt.check_versions, messages.versions())
+        return await SOFTWARE.check_workers(workers, self.hyperopt.check_versions, messages.versions())
 
     def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
         """What a worker is told."""
@@ -114,7 +115,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             try:
                 work()
             except PyMongoError as error:
-                logger.error("the database could not be told that a worker has gone: %s", error)
+                logger.error("the database could not be told that a worker has gone: %s", compat.unreachable(error))
 
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         self._threads.append(threading.Thread(target=run, name="lazycluster-put-back", daemon=True))

@@ -99,13 +99,11 @@ class ServiceMasterLauncher(MasterLauncher):
     async def _start(self, ports: list[int] | int, limit: float, debug: bool) -> list[int]:
         await self.prepare(debug)
         assert self._space is not None and self._service is not None
-        places = usable(places_of(self._group))
-        connections: list[Connection] = [self._space.keeper, *(place.connection for place in places)]
         supply = PortSupply(ports if isinstance(ports, list) else [])
         spare = PortSupply(port for port in self.spare_ports if port != ports)
         self._supplies += [supply, spare]
         try:
-            await asyncio.wait_for(self._serve(ports, supply, spare, places, connections), limit)
+            await self._serve(ports, supply, spare, limit)
         except asyncio.TimeoutError:
             hint = f"a longer time-out than {limit:g} s, or see the log"
             raise as_kind(MasterStartError, self._service.not_ready(limit, hint)) from None
@@ -113,17 +111,13 @@ class ServiceMasterLauncher(MasterLauncher):
             raise as_kind(MasterStartError, error) from None
         return [port for port in supply.left if port not in self.ports.values()] if isinstance(ports, list) else []
 
-    async def _serve(
-        self,
-        ports: list[int] | int,
-        supply: PortSupply,
-        spare: PortSupply,
-        places: Sequence[Place],
-        connections: Sequence[Connection],
-    ) -> None:
-        service = self._service
-        assert service is not None
+    async def _serve(self, ports: list[int] | int, supply: PortSupply, spare: PortSupply, limit: float) -> None:
+        service, space = self._service, self._space
+        assert service is not None and space is not None
         for _ in range(_PORT_ROUNDS):
+            # In each round anew: who has not answered is not waited for again.
+            places = usable(places_of(self._group))
+            connections: list[Connection] = [space.keeper, *(place.connection for place in places)]
             if isinstance(ports, int):
                 await _check_free(ports, connections)
                 port = ports
@@ -135,8 +129,8 @@ class ServiceMasterLauncher(MasterLauncher):
             failed = await self.network.share_master(port, places)
             clash = next((error for error in failed.values() if isinstance(error, PortInUseError)), None)
             if clash is None:
-                await service.send(self.settings(taken))
-                name, fields = await ready_or_port_taken(service)
+                # The hosts have deadlines of their own: only the master's own time counts for it.
+                name, fields = await asyncio.wait_for(self._tell(service, taken), limit)
                 if name == "ready":
                     self._is_ready(taken)
                     return
@@ -145,6 +139,10 @@ class ServiceMasterLauncher(MasterLauncher):
             if isinstance(ports, int) and clash.port == ports:
                 raise clash
         raise NoPortsLeftError("every port that was chosen for the master was taken before it was used")
+
+    async def _tell(self, service: Service, ports: dict[str, int]) -> tuple[str, dict[str, Any]]:
+        await service.send(self.settings(ports))
+        return await ready_or_port_taken(service)
 
     def _is_ready(self, ports: dict[str, int]) -> None:
         assert self._service is not None and self._service.pid is not None

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import importlib.machinery
+import json
 import logging
+import os
 import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +41,12 @@ _LOOK = 0.5  # seconds between two looks at the files
 _PATIENCE = 60.0  # seconds for a host to take what has changed
 _READINGS = 10  # tries to read all files while none of them changes
 _STAMP = "stamp"
+_MOST_DATA = 16 * 1024 * 1024  # bytes of all data files
+_MOST_FILES = 500  # of a package; they are all looked at whenever something is submitted
+_NO_DATA = ("node_modules", "venv", "build", "dist")
+# Code goes by itself, compiled code fits this machine, and keys are for this user.
+_NO_DATA_SUFFIXES = (".py", ".pyc", ".pyo", ".so", ".pyd", ".pem", ".key", *importlib.machinery.EXTENSION_SUFFIXES)
+_DISTRIBUTIONS = ".distributions.json"  # names the distributions that modules are of
 
 
 @dataclass
@@ -48,12 +58,14 @@ class _Copy:
         path: The directory there.
         generation: Which agent's directory that is in.
         is_old: Whether its link was interrupted when something had changed.
+        files: What is in the directory.
     """
 
     connection: Connection
     path: str
     generation: int
     is_old: bool = False
+    files: set[str] = field(default_factory=set)
 
 
 class LocalModules:
@@ -69,7 +81,7 @@ class LocalModules:
         self.version = 0
         self._space: workspace.Workspace | None = None
         self._hosts: dict[str, _Copy] = {}
-        self._written: dict[str, str] = {}
+        self._written: dict[str, str | bytes] = {}
         self._stamps: dict[str, int] = {}
         self._seen: set[str] = set()
         self._is_new = False
@@ -95,23 +107,30 @@ class LocalModules:
                 self._watcher = asyncio.ensure_future(self._watch())
         await self.sync()
 
-    async def share(self, places: Iterable[Place]) -> None:
+    async def share(self, places: Iterable[Place]) -> dict[str, LazyclusterError]:
         """Have the present modules on hosts, too; those that have lost their agent, and all with it, get them again.
 
-        Raises:
-            LazyclusterError: If a host does not take them.
+        Returns:
+            Why some hosts have not got them.
         """
         await self.open()
 
         async def add(place: Place) -> None:
-            answer = await asyncio.wait_for(place.connection.request("mkdtemp"), _PATIENCE)
+            answer = await place.connection.request("mkdtemp", within=_PATIENCE)
             self._hosts[place.host] = _Copy(place.connection, str(answer["path"]), place.connection.generation)
             await self._send(place.host)
 
         async with self._sharing:
             known = [host for host, copy in self._hosts.items() if copy.connection.generation == copy.generation]
             new = {place.host: place for place in places if place.host not in known}
-            await asyncio.gather(*(add(place) for place in new.values()))
+            results = await asyncio.gather(*(add(place) for place in new.values()), return_exceptions=True)
+        failed: dict[str, LazyclusterError] = {}
+        for host, result in zip(new, results, strict=True):
+            if isinstance(result, LazyclusterError):
+                failed[host] = result
+            elif isinstance(result, BaseException):
+                raise result
+        return failed
 
     def directory_on(self, host: str) -> str:
         """Return where a host has them; empty if it has none."""
@@ -129,7 +148,7 @@ class LocalModules:
         hosts, self._hosts = self._hosts, {}
         for copy in hosts.values():
             if copy.connection.state == "open":
-                removing = asyncio.ensure_future(copy.connection.request("remove", path=copy.path))
+                removing = asyncio.ensure_future(copy.connection.request("remove", within=_PATIENCE, path=copy.path))
                 await copy.connection.heard_out(removing, _PATIENCE)
         directory, self.directory = self.directory, ""
         self._written, self._stamps, self._seen, self._local = {}, {}, set(), set()
@@ -205,6 +224,10 @@ class LocalModules:
         copy.is_old = copy.connection.state != "open"
         if copy.is_old:
             return
+        files = set(self._written)
+        for name in sorted(copy.files - files):
+            await asyncio.wait_for(copy.connection.request("remove", path=f"{copy.path}/modules/{name}"), _PATIENCE)
+        copy.files = files
         # The stamp comes last: what it stands for is complete when it is there.
         for name in ("modules", _STAMP):
             source = Path(self.directory, name)
@@ -226,7 +249,7 @@ class LocalModules:
                 logger.warning("changed modules cannot be sent: %s", error)
 
 
-def _write(directory: Path, texts: Mapping[str, str], written: Mapping[str, str]) -> None:
+def _write(directory: Path, texts: Mapping[str, str | bytes], written: Mapping[str, str | bytes]) -> None:
     """Have texts in a directory, in the place of what was written there before."""
     modules = directory / "modules"
     modules.mkdir(exist_ok=True)
@@ -235,7 +258,7 @@ def _write(directory: Path, texts: Mapping[str, str], written: Mapping[str, str]
             path = modules / name
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
             partial.replace(path)
     for name in written.keys() - texts.keys():
         (modules / name).unlink(missing_ok=True)
@@ -255,7 +278,7 @@ def _is_sent(name: str, module: types.ModuleType | None) -> bool:
         return False
 
 
-def _read(names: frozenset[str]) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
+def _read(names: frozenset[str]) -> tuple[dict[str, tuple[str | bytes, str]], dict[str, int]]:
     """Return what `_sources` does, and the times of change of the files that it was read from."""
     sources = _sources(names)
     for _ in range(_READINGS):
@@ -266,18 +289,83 @@ def _read(names: frozenset[str]) -> tuple[dict[str, tuple[str, str]], dict[str, 
     return sources, stamps
 
 
-def _sources(names: frozenset[str]) -> dict[str, tuple[str, str]]:
-    """Return text and path of modules, and of all local ones that they or the main script import, by file name."""
+def _sources(names: frozenset[str]) -> dict[str, tuple[str | bytes, str]]:
+    """Return content and path of modules, of all local ones that they or the main script import, and of their data.
+
+    By file name.
+    """
     wanted = set(names)
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     if isinstance(main, str) and main.endswith(".py"):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             wanted |= localcode.imported_by(Path(main).read_text(encoding="utf-8"), main)
-    found = {}
-    for name, (text, is_package, path) in localcode.sources_of(wanted).items():
+    found: dict[str, tuple[str | bytes, str]] = {}
+    distributions, packages = {}, {}
+    for name, (text, is_package, path, distribution) in localcode.sources_of(wanted).items():
         file = name.replace(".", "/") + ("/__init__.py" if is_package else ".py")
         found[file] = (text, path)
+        if distribution:
+            distributions[name] = distribution
+        if is_package and path and name.rpartition(".")[0] not in packages:
+            packages[name] = path
+    found.update(_data_of(packages))
+    found[_DISTRIBUTIONS] = (json.dumps(distributions, sort_keys=True), "")
     return found
+
+
+# --- data of packages -----------------------------------------------------------------------------
+def _data_of(packages: Mapping[str, str]) -> dict[str, tuple[bytes, str]]:
+    """Return content and path of what lies in the directories of packages beside their code, by file name.
+
+    Args:
+        packages: The file of each package by its name.
+    """
+    found: dict[str, tuple[bytes, str]] = {}
+    room = _MOST_DATA
+    for name, file in sorted(packages.items()):
+        folder = Path(file).parent
+        try:
+            paths = _data_files(folder)
+            size = sum(path.stat().st_size for path in paths)
+            if size > room or len(paths) > _MOST_FILES:
+                _warn_of_data(name, str(folder))
+                continue
+            found.update({f"{name.replace('.', '/')}/{path.relative_to(folder)}": _with_path(path) for path in paths})
+        except OSError as error:
+            logger.warning("the data of the package %s cannot be read: %s", name, error)
+            continue
+        room -= size
+    return found
+
+
+def _with_path(path: Path) -> tuple[bytes, str]:
+    return path.read_bytes(), str(path)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(one for one in folders if not one.startswith((".", "__pycache__")) and one not in _NO_DATA)
+        if "pyvenv.cfg" in names:
+            folders[:] = []
+            continue
+        wanted = [name for name in sorted(names) if not name.startswith(".") and not name.endswith(_NO_DATA_SUFFIXES)]
+        found += [path for path in (Path(place, name) for name in wanted) if path.is_file()]
+        if len(found) > _MOST_FILES:
+            break
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_of_data(name: str, folder: str) -> None:
+    logger.warning(
+        "the data files of the package %s are not sent: %s has more than %d, or together they have more than %d MiB. "
+        'Next step: install the package on the hosts, e.g. by environment="manager", or send the data yourself',
+        name,
+        folder,
+        _MOST_FILES,
+        _MOST_DATA // 1024**2,
+    )
 
 
 def _stamp(path: str) -> int:

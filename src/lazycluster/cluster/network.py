@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoPortsLeftError
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, NoPortsLeftError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, close_tunnels, open_tunnels
@@ -128,7 +128,7 @@ async def free_everywhere(ports: Sequence[int], connections: Sequence[Connection
     async def ask(connection: Connection) -> set[int]:
         try:
             return set((await connection.request("ports", ports=list(ports)))["free"])
-        except ConnectionLostError:
+        except (ConnectionLostError, NoAnswerError):
             return set(ports)
 
     answers = await asyncio.gather(*(ask(connection) for connection in connections))
@@ -136,10 +136,20 @@ async def free_everywhere(ports: Sequence[int], connections: Sequence[Connection
 
 
 class Network:
-    """The tunnels of one cluster."""
+    """The tunnels of one cluster.
+
+    Attributes:
+        on_lost: Called with a tunnel whose port cannot be had again, after the link to its host dropped.
+    """
 
     def __init__(self) -> None:
         self._tunnels: dict[int, list[Tunnel]] = {}
+        self.on_lost: Callable[[Tunnel], object] | None = None
+
+    def _keep(self, port: int, tunnel: Tunnel) -> None:
+        self._tunnels.setdefault(port, []).append(tunnel)
+        if self.on_lost is not None:
+            tunnel.on_lost.append(self.on_lost)
 
     async def share_master(self, port: int, places: Iterable[Place]) -> dict[str, LazyclusterError]:
         """Make a port of the manager reachable on hosts.
@@ -152,7 +162,9 @@ class Network:
         reached = {place.network for place in places if place.host in open_to}
         wanted = _one_per_network([place for place in places if place.network not in reached])
         outcomes = await open_tunnels([TunnelRequest(place.connection, "to_runtime", port, port) for place in wanted])
-        self._tunnels.setdefault(port, []).extend(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
+        for outcome in outcomes:
+            if isinstance(outcome, Tunnel):
+                self._keep(port, outcome)
         failed = {
             place.network: outcome
             for place, outcome in zip(wanted, outcomes, strict=True)
@@ -184,7 +196,7 @@ class Network:
         failed: dict[int, tuple[str, LazyclusterError]] = {}
         for request, outcome in zip(requests, await open_tunnels(requests), strict=True):
             if isinstance(outcome, Tunnel):
-                self._tunnels.setdefault(request.local_port, []).append(outcome)
+                self._keep(request.local_port, outcome)
             elif not isinstance(outcome, ConnectionLostError):
                 failed.setdefault(request.local_port, (request.connection.host, outcome))
         for port in failed:
@@ -210,7 +222,7 @@ class Network:
         failed: dict[tuple[str, str], LazyclusterError] = {}
         for request, outcome in zip(requests, await open_tunnels(requests), strict=True):
             if isinstance(outcome, Tunnel):
-                self._tunnels.setdefault(request.local_port, []).append(outcome)
+                self._keep(request.local_port, outcome)
             else:
                 home = next(place for place in places if place.connection is request.connection)
                 failed.setdefault(home.network, outcome)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lazycluster.exceptions import LazyclusterError
+from lazycluster.exceptions import LazyclusterError, NoAnswerError
 
 from .exceptions import ClusterError
 from .places import Place, usable
@@ -115,9 +115,8 @@ async def rooms(places: Sequence[Place], gpus: Gpus, present: Mapping[str, int])
 
 async def _ask(place: Place, gpus: Gpus) -> dict[str, Any] | str:
     try:
-        request = place.connection.request("gpus", env=dict(place.env), idle=gpus.idle)
-        return await asyncio.wait_for(request, _ANSWER_LIMIT)
-    except asyncio.TimeoutError:
+        return await place.connection.request("gpus", within=_ANSWER_LIMIT, env=dict(place.env), idle=gpus.idle)
+    except NoAnswerError:
         return f"it did not tell its GPUs within {_ANSWER_LIMIT:g} s"
     except LazyclusterError as error:
         return str(error)

@@ -13,6 +13,7 @@ from .exceptions import ClusterError
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
+    from lazycluster.runtimes import Runtime
     from lazycluster.ssh.connection import Connection
     from lazycluster.tasks.execution import Context
 
@@ -57,6 +58,8 @@ def places_of(group: RuntimeGroup) -> list[Place]:
             if runtime.connection.state == "interrupted":
                 # What has to be ready within some time cannot wait for as long as a link is given to come back.
                 raise ConnectionLostError(runtime.host, f"the link is interrupted: {runtime.connection.why}")
+            if runtime.connection.unanswered is not None:
+                raise runtime.connection.unanswered
         except LazyclusterError as error:
             places.append(Place(runtime.host, runtime.connection, problem=error))
         else:
@@ -82,8 +85,14 @@ async def place_again(group: RuntimeGroup, connection: Connection) -> Place:
 
 
 async def prepared_places(group: RuntimeGroup) -> list[Place]:
-    """Return the places of a group's runtimes once the Python environments there are made, all at once."""
-    made = await asyncio.gather(*(runtime.prepare_soon() for runtime in group.runtimes), return_exceptions=True)
+    """Return the places of a group's runtimes once they answer, and their Python environments are made, all at once."""
+
+    async def ready(runtime: Runtime) -> None:
+        await runtime.prepare_soon()
+        if runtime.connection.state == "open":
+            await runtime.connection.request("ping")
+
+    made = await asyncio.gather(*(ready(runtime) for runtime in group.runtimes), return_exceptions=True)
     places = places_of(group)
     for index, error in enumerate(made):
         if isinstance(error, LazyclusterError):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _lifetime, _loop, _progress
+from lazycluster._live import write
 from lazycluster._views.log import settled
 from lazycluster._views.view import headline
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
@@ -243,7 +244,8 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
             ClusterError: If the cluster does not run, its engine knows no such file, or there is something else.
             OSError: If it cannot be written.
         """
-        file = connection_file.write(path, type(self).__name__, self._connection(), self._files_owner)
+        content = {"manager": os.getpid(), **self._connection()}
+        file = connection_file.write(path, type(self).__name__, content, self._files_owner)
         self._connection_files.append(file)
         return file
 
@@ -256,8 +258,8 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
         self._group.print_log()
         for launcher in (self._master_launcher, self._worker_launcher):
             for service in getattr(launcher, "services", []):
-                print(headline(f"{service.label} on {service.place.host} ({service.log_file})"))  # noqa: T201
-                print(settled(service.last_output(1 << 20)))  # noqa: T201
+                head = headline(f"{service.label} on {service.place.host} ({service.log_file})")
+                write(f"{head}\n{settled(service.last_output(1 << 20))}\n")
 
     def cleanup(self) -> None:
         """End the workers, the master and the tunnels. Doing it again does nothing.

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from lazycluster import _hostlog
 from lazycluster._live import Lines
 from lazycluster.agent.restarts import Restarts
 from lazycluster.exceptions import AgentError, LazyclusterError
-from lazycluster.ssh.answers import check_shape
+from lazycluster.ssh.answers import NAME, check_shape
 from lazycluster.utils import new_log_file_path
 
 from .exceptions import MasterStartError, ServiceError
@@ -40,6 +41,13 @@ _SAID: dict[str, dict[str, Any]] = {
     "ready": {"pid": int, "detail": dict},
     "starting": {"pid": int, "gpus": [dict]},
     "exited": {"exit?": (int, type(None)), "signal?": (int, type(None))},
+}
+
+# The same of what our own programs say.
+_MESSAGES: dict[str, dict[str, Any]] = {
+    "versions": {"python": [int], "executable": NAME, "packages": {...: (str, type(None))}},
+    "port_taken": {"port": range(1, 65536)},
+    "respawned": {"status?": (int, type(None)), "out_of_memory?": (str, type(None))},
 }
 
 State = Literal["new", "starting", "ready", "restarting", "ended", "failed"]
@@ -113,6 +121,8 @@ class Service:
         self._watching: asyncio.Task[None] | None = None
         self._stopping = False
         self._was_ready = False
+        self._given_up = self._hint = ""
+        self._port_taken = 0
 
     # --- starting ------------------------------------------------------------------------------
     def start(self) -> None:
@@ -197,11 +207,14 @@ class Service:
         if "restarts" in event:
             self.restarts = self._restarts_before + event["restarts"]
         if state == "message":
+            check_shape(event["detail"], _MESSAGES.get(event["event"], {}))
             self._heard(event["event"], event["detail"])
         elif state == "ready":
-            self.state, self.detail, self._was_ready, self.pid = "ready", event["detail"], True, event["pid"]
+            again, self._was_ready = self._was_ready, True
+            self.state, self.detail, self.pid = "ready", event["detail"], event["pid"]
             self._say("ready", self.detail)
-            self._note("ready", "again" if self.restarts else "")
+            if not again or _hostlog.may_say(self.place.host):
+                self._note("ready", "again" if self.restarts else "")
             self._changed()
         elif state == "starting":
             self.pid, self.state, self.gpus = event["pid"], "starting", event["gpus"]
@@ -212,9 +225,10 @@ class Service:
 
     def _is_restarted(self, problem: str) -> None:
         self.state, self.problem = "restarting", problem
-        lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
-        logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, problem, lost)
-        self._note("restarting", f"{problem}, and is started again{lost}")
+        if _hostlog.may_say(self.place.host):
+            lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
+            logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, problem, lost)
+            self._note("restarting", f"{problem}, and is started again{lost}")
         self._changed()
 
     def _heard(self, name: str, fields: dict[str, Any]) -> None:
@@ -224,10 +238,14 @@ class Service:
             self.respawns += 1
             self.exit_status = fields.get("status")
             self.problem = self._how(str(fields.get("out_of_memory") or ""))
+            if not _hostlog.may_say(self.place.host):
+                return
             logger.warning("%s: %s: its worker process: %s", self.place.host, self.label, self.problem)
             self._note("respawned", self.problem)
         elif name == "port_taken" and self._was_ready:
             # Nobody waits to choose other ports: the others know it by this one. It is tried again, up to the limit.
+            port = fields.get("port")
+            self._port_taken = port if isinstance(port, int) else 0
             self.signal("KILL")
         else:
             self._say(name, fields)
@@ -238,6 +256,9 @@ class Service:
 
     def _how(self, out_of_memory: str) -> str:
         status = self.exit_status
+        if self._port_taken:
+            port, self._port_taken = self._port_taken, 0
+            return f"another program has taken its port {port}"
         if out_of_memory:
             return _OUT_OF_MEMORY.get(out_of_memory, _OUT_OF_MEMORY["host"])
         if status is None:
@@ -259,6 +280,8 @@ class Service:
     async def _watch(self) -> None:
         try:
             await self._follow()
+            if self._given_up:
+                raise self._failure(self._given_up, hint=self._hint)
             self.state = "ended"
         except ServiceError as error:
             self.error = error
@@ -286,7 +309,8 @@ class Service:
                 return
             except AgentError as error:
                 self.exit_status = _status(error.evidence)
-                raise self._failure(error.message, str(error.evidence.get("output", ""))) from None
+                taken = f": another program has taken its port {self._port_taken}" if self._port_taken else ""
+                raise self._failure(error.message + taken, str(error.evidence.get("output", ""))) from None
             except LazyclusterError as error:
                 problem = await self._come_back(error)
                 if problem is not None:
@@ -295,7 +319,7 @@ class Service:
     async def _come_back(self, problem: LazyclusterError) -> LazyclusterError | None:
         """Start it on the agent that takes the place of the lost one; returns why it is not started if it is not."""
         connection = self.place.connection
-        while self._renew is not None and self._was_ready and not self._stopping:
+        while self._renew is not None and self._was_ready and not self._stopping and not self._given_up:
             delay = self._agents.next() if connection.state in ("interrupted", "open") else None
             if delay is None:
                 break
@@ -309,6 +333,8 @@ class Service:
                 settings = await self._renew(self)
                 self._begin(again=True)
                 await self.send(settings)
+                if self._given_up:
+                    self.signal("END")
                 return None
             except LazyclusterError as error:
                 problem = error
@@ -316,7 +342,7 @@ class Service:
                 self._away = False
         return problem
 
-    def _failure(self, problem: str, output: str = "") -> ServiceError:
+    def _failure(self, problem: str, output: str = "", hint: str = "") -> ServiceError:
         return ServiceError(
             self.label,
             self.place.host,
@@ -324,6 +350,7 @@ class Service:
             exit_status=self.exit_status,
             output=output,
             log_file=str(self.log_file),
+            hint=hint,
         )
 
     def last_output(self, limit: int = 4000) -> str:
@@ -358,6 +385,17 @@ class Service:
             self.signal("END")
             if self._away:
                 self._watching.cancel()
+
+    def give_up(self, problem: str, hint: str = "") -> None:
+        """Have it end for good, as failed: it can do nothing any more where it is.
+
+        Args:
+            problem: Why.
+            hint: The next step.
+        """
+        if self._watching is not None and not self._given_up and not self._stopping:
+            self._given_up, self._hint = problem, hint
+            self.signal("END")
 
     def _close_log(self) -> None:
         if self._live is not None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster import _loop
+from lazycluster.ssh.probes import network_of
+from lazycluster.ssh.tunnels import Tunnel
 
 from .contracts import WorkerLauncher
 from .exceptions import ClusterError
@@ -59,6 +61,7 @@ class Staff(WorkerLauncher):
     def __init__(self, runtime_group: RuntimeGroup) -> None:
         super().__init__(runtime_group)
         self.network = Network()
+        self.network.on_lost = self._port_lost
         self.watch: Watch | None = None
         self.workers: list[Worker] = []
         self._prepared: list[Worker] = []
@@ -106,6 +109,20 @@ class Staff(WorkerLauncher):
     def _per_host(self) -> Counter[str]:
         return Counter(worker.place.host for worker in self.workers)
 
+    def _port_lost(self, tunnel: Tunnel) -> None:
+        """End the workers behind a port that somebody else has taken: they would go on talking to him, in vain."""
+        ours = tunnel.direction == "from_runtime"
+        port, owner = (tunnel.local_port, "the manager") if ours else (tunnel.remote_port, tunnel.host)
+        role = "by which it was reached" if ours else "by which it reached the rest of the cluster"
+        problem = (
+            f"port {port} of {owner}, {role}, could not be opened again after the link to {tunnel.host} was "
+            "interrupted: another program listens there now, or the sshd forbids it"
+        )
+        hint = f"look on {owner} who that is (ss -ltnp), end it, and start a worker anew with scale()"
+        for worker in [*self.workers, *self._prepared]:
+            if network_of(worker.place.connection) == tunnel.network and (not ours or port in worker.ports.values()):
+                worker.service.give_up(problem, hint)
+
     # --- leaving -------------------------------------------------------------------------------
     async def forget_gone(self) -> None:
         """Let go of what belonged to workers whose processes have ended for good."""
@@ -131,6 +148,7 @@ class Staff(WorkerLauncher):
                 self._ports_per_host.pop(worker.place.host, None)
             self._tunnelled.difference_update((worker.place.host, port) for port in worker.ports.values())
         await self._clear(workers)
+        self._supplies = [supply for supply in self._supplies if supply.in_use]
 
     async def _clear(self, workers: Sequence[Worker]) -> None:
         """End the processes of workers, and free their ports."""
@@ -140,7 +158,6 @@ class Staff(WorkerLauncher):
                 await self.network.close(port)
             for supply in self._supplies:
                 supply.release(worker.ports.values())
-        self._supplies = [supply for supply in self._supplies if supply.in_use]
 
     # --- the end -------------------------------------------------------------------------------
     async def _drop_prepared(self) -> None:

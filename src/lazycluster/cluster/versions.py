@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazycluster._extras import install_command
+from lazycluster.exceptions import LazyclusterError
 
 from .exceptions import ClusterError, ServiceError, VersionMismatchError, WorkerStartError
 from .workers import Worker
@@ -53,7 +54,9 @@ class Software:
                 f"  Next step: {install_command(self.extra)}"
             )
 
-    async def check_workers(self, workers: Sequence[Worker], policy: str, here: dict[str, str | None]) -> None:
+    async def check_workers(
+        self, workers: Sequence[Worker], policy: str, here: dict[str, str | None]
+    ) -> dict[str, LazyclusterError]:
         """Compare what the programs of workers say of their hosts' software with the manager's.
 
         Args:
@@ -61,20 +64,28 @@ class Software:
             policy: What happens on a difference: ``error``, ``warn`` or ``ignore``. What is missing is an error always.
             here: The manager's versions.
 
+        Returns:
+            By name the workers that did not say anything, with the error.
+
         Raises:
-            WorkerStartError: If one did not say anything.
+            WorkerStartError: If one has ended instead.
             VersionMismatchError: If a host does not match.
         """
         manager = self._row({_PYTHON: list(sys.version_info[:3]), "packages": here})
         hosts: dict[str, dict[str, str]] = {}
         executables: dict[str, str] = {}
-        for worker, fields in zip(workers, await _greetings(workers), strict=True):
+        greetings = await _greetings(workers)
+        silent = {worker.name: _silent(worker) for worker in workers if worker.name not in greetings}
+        for worker in workers:
+            if worker.name in silent:
+                continue
+            fields = greetings[worker.name]
             hosts[worker.place.host] = self._row(fields)
             executables[worker.place.host] = str(fields["executable"])
         unusable = {host for host, row in hosts.items() if any(row[name] == "-" for name in self.needed)}
         differing = [host for host, row in hosts.items() if host in unusable or self._differs(row, manager)]
         if not differing or (policy == "ignore" and not unusable):
-            return
+            return silent
         marked = [(host, {name: self._marked(name, row, manager) for name in row}) for host, row in hosts.items()]
         what = f"the software of {', '.join(differing)} does not match the manager's (- is missing, < differs):"
         same = '  have the manager\'s packages on all hosts: RuntimeGroup(..., environment="manager")'
@@ -85,6 +96,7 @@ class Software:
         if policy == "error" or unusable:
             raise VersionMismatchError(message, differing)
         logger.warning("%s", message)
+        return silent
 
     def _row(self, fields: dict[str, Any]) -> dict[str, str]:
         names = dict.fromkeys((*self.needed, *self.same))
@@ -111,10 +123,18 @@ class Software:
         return f"  {host}: {executable} -m pip install {' '.join(wanted)}"
 
 
-async def _greetings(workers: Sequence[Worker]) -> list[dict[str, Any]]:
+def _silent(worker: Worker) -> LazyclusterError:
+    return WorkerStartError(
+        worker.service.label, worker.place.host, f"the host has started nothing that told its versions in {_LIMIT:g} s"
+    )
+
+
+async def _greetings(workers: Sequence[Worker]) -> dict[str, dict[str, Any]]:
+    """Return by name what workers say first, of those that do so in time."""
+    waits = {asyncio.ensure_future(worker.service.wait_for("versions")): worker.name for worker in workers}
     try:
-        waits = (worker.service.wait_for("versions") for worker in workers)
-        return list(await asyncio.wait_for(asyncio.gather(*waits), _LIMIT))
+        done, _ = await asyncio.wait(waits, timeout=_LIMIT, return_when=asyncio.FIRST_EXCEPTION)
+        return {waits[task]: task.result() for task in done}
     except ServiceError as error:
         raise WorkerStartError(
             error.name,
@@ -124,8 +144,10 @@ async def _greetings(workers: Sequence[Worker]) -> list[dict[str, Any]]:
             output=error.output,
             log_file=error.log_file,
         ) from None
-    except asyncio.TimeoutError:
-        raise ClusterError(f"the hosts did not tell their versions within {_LIMIT:g} s") from None
+    finally:
+        for task in waits:
+            task.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
 
 
 def _table(entries: list[tuple[str, dict[str, str]]]) -> list[str]:

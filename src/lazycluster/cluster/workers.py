@@ -5,13 +5,13 @@ from __future__ import annotations
 import abc
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lazycluster import _loop
 from lazycluster._progress import Progress
-from lazycluster.exceptions import LazyclusterError, NoPortsLeftError, PortInUseError
+from lazycluster.exceptions import LazyclusterError, NoAnswerError, NoPortsLeftError, PortInUseError
 from lazycluster.ssh import workspace
 
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
@@ -59,8 +59,13 @@ class ServiceWorkerLauncher(Staff):
     def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
         """Return what the program of one worker is told."""
 
-    async def greet(self, workers: Sequence[Worker]) -> None:
-        """Check what the programs say before they get their settings; raise an error to give up."""
+    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
+        """Check what the programs say before they get their settings; raise an error to give up.
+
+        Returns:
+            By name the workers to be left out, and why.
+        """
+        return {}
 
     async def furnish(self, place: Place) -> None:
         """Put on a host, which has lost what it had, what its workers need beside their settings."""
@@ -119,7 +124,8 @@ class ServiceWorkerLauncher(Staff):
                 self._prepared.append(Worker(name, place, siblings, service))
         self._check_failures()
         if self._prepared:
-            await self.greet(list(self._prepared))
+            await self._give_up(await self.greet(list(self._prepared)))
+            self._check_failures()
 
     def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
         """See `WorkerLauncher.start`."""
@@ -208,10 +214,10 @@ class ServiceWorkerLauncher(Staff):
             for use in self.port_uses
         ]
         failed = {**await self.network.extend(present, places), **failed}
-        for worker in list(self._prepared):
-            error = failed.get(worker.place.host)
-            if error is not None:
-                await self._give_up(worker, error)
+        for place in (worker.place for worker in self._prepared):
+            if place.connection.unanswered is not None:
+                failed.setdefault(place.host, place.connection.unanswered)
+        await self._give_up({w.name: failed[w.place.host] for w in self._prepared if w.place.host in failed})
         self._check_failures()
 
     async def _give_ports(self, workers: Sequence[Worker], supply: PortSupply, places: Sequence[Place]) -> None:
@@ -219,19 +225,24 @@ class ServiceWorkerLauncher(Staff):
         waiting = list(workers) if self.port_uses else []
         keeper = await workspace.acquire()
         try:
-            connections = [keeper.keeper, *(place.connection for place in places)]
             for _ in range(_PORT_ROUNDS):
                 if not waiting:
                     return
-                waiting = await self._one_round(waiting, supply, places, connections)
+                connections = [keeper.keeper, *(place.connection for place in places)]
+                waiting, silent = await self._one_round(waiting, supply, places, connections)
+                places = [place for place in places if place.host not in silent]
         finally:
             await keeper.release()
         raise NoPortsLeftError("every port that was chosen for a worker was taken before it was used")
 
     async def _one_round(
         self, workers: list[Worker], supply: PortSupply, places: Sequence[Place], connections: Sequence[Connection]
-    ) -> list[Worker]:
-        """Try ports for some workers; returns those that need other ones."""
+    ) -> tuple[list[Worker], set[str]]:
+        """Try ports for some workers.
+
+        Returns:
+            Those workers that need other ones, and the hosts that do not answer, whose workers are given up.
+        """
         width = len(self.port_uses)
         numbers = await supply.take(width * len(workers), connections)
         listeners = []
@@ -241,16 +252,20 @@ class ServiceWorkerLauncher(Staff):
             )
             listeners += [Listener(worker.place, worker.ports[use.name], use.reach) for use in self.port_uses]
         failed = await self.network.open(listeners, places)
+        silent = {host: error for host, error in failed.values() if isinstance(error, NoAnswerError)}
         again = []
         for worker in workers:
             errors = [failed[port][1] for port in worker.ports.values() if port in failed]
             if errors:
                 for port in worker.ports.values():
                     await self.network.close(port)
-                if not all(isinstance(error, PortInUseError) for error in errors):
-                    raise next(error for error in errors if not isinstance(error, PortInUseError))
+                for error in errors:
+                    if not isinstance(error, (PortInUseError, NoAnswerError)):
+                        raise error
                 again.append(worker)
-        return again
+        await self._give_up({w.name: silent[w.place.host] for w in self._prepared if w.place.host in silent})
+        self._check_failures()
+        return [worker for worker in again if worker.place.host not in silent], set(silent)
 
     # --- bringing them up ----------------------------------------------------------------------
     async def _bring_up_all(
@@ -271,7 +286,7 @@ class ServiceWorkerLauncher(Staff):
                     if error is None:
                         progress.advance()
                     elif isinstance(error, LazyclusterError):
-                        await self._give_up(tasks[task], error)
+                        await self._give_up({tasks[task].name: error})
                     else:
                         raise error
                 if not self._enough():
@@ -279,7 +294,7 @@ class ServiceWorkerLauncher(Staff):
             for task in pending:
                 error = tasks[task].service.not_ready(self.START_LIMIT)
                 if self._enough() or not self._failed:
-                    await self._give_up(tasks[task], as_kind(WorkerStartError, error))
+                    await self._give_up({tasks[task].name: as_kind(WorkerStartError, error)})
         finally:
             for task in pending:
                 task.cancel()
@@ -307,10 +322,18 @@ class ServiceWorkerLauncher(Staff):
         await self.furnish(worker.place)
         return self.settings(worker, self._master_port)
 
-    async def _give_up(self, worker: Worker, error: LazyclusterError) -> None:
-        self._failed[worker.name] = error
-        self._prepared.remove(worker)
-        await self._clear([worker])
+    async def _give_up(self, errors: Mapping[str, LazyclusterError]) -> None:
+        """Go on without some workers, given by their names; those that were given up before are left as they are."""
+        given_up = [worker for worker in self._prepared if worker.name in errors]
+        if not given_up:
+            return
+        for worker in given_up:
+            error = errors[worker.name]
+            if isinstance(error, NoAnswerError):
+                error = WorkerStartError(worker.service.label, worker.place.host, str(error))
+            self._failed[worker.name] = error
+        self._prepared = [worker for worker in self._prepared if worker not in given_up]
+        await self._clear(given_up)
 
     def _enough(self) -> bool:
         wanted = len(self._prepared) + len(self._failed)

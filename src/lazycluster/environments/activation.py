@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import posixpath
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lazycluster._progress import Progress
-from lazycluster.exceptions import AgentError, EnvironmentBuildError
+from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerError
 
 from .making import Maker
-from .place import Place
-from .plan import Plan, Target
-from .resolving import resolve, settings_for
+from .place import RUN_LIMIT, Place
+from .plan import Locked, Plan, Target
+from .problems import IndexUnreachableError
+from .resolving import resolve, resolve_installed, settings_for
 from .sharing import Shared
 from .spec import EnvironmentSpec
+from .uv import MANAGER
 from .wheels import digest_of
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from .index import IndexSettings
 
 __all__ = ["Activation", "HostEnvironment", "Place"]
+
+logger = logging.getLogger("lazycluster")
 
 _LIMIT = 60.0
 
@@ -101,7 +105,7 @@ class HostEnvironment:
         active = await self.ready()
         if self.spec.kind != "path":
             name = posixpath.basename(active.prefix)
-            await self._place.ask("compiled", None, root=self.spec.cache_dir, id=name)
+            await self._place.ask("compiled", RUN_LIMIT, root=self.spec.cache_dir, id=name)
 
     async def applied(self, context: Context) -> Context:
         """Return a context in the environment, which is made before if need be."""
@@ -116,9 +120,9 @@ class HostEnvironment:
                 progress.advance()
         except AgentError as error:
             raise EnvironmentBuildError(self._place.host, error.message) from error
-        except asyncio.TimeoutError:
+        except NoAnswerError as error:
             raise EnvironmentBuildError(
-                self._place.host, "the host does not answer", "", "see how busy it is, and try again"
+                self._place.host, f"the host does not answer: {error}", "", "see how busy it is, and try again"
             ) from None
         except EnvironmentBuildError as error:
             raise self._of_this_host(error) from error.__cause__
@@ -133,7 +137,16 @@ class HostEnvironment:
     async def _found_or_made(self, refresh: bool) -> str:
         self._tell("finding versions of packages")
         settings = await settings_for(self.spec)
-        plan = await self._plan(settings, refresh)
+        try:
+            plan = await self._plan(settings, await self._target(), refresh)
+            return await Maker(self._place, self.spec, plan, settings, self._tell).find_or_make()
+        except IndexUnreachableError as error:
+            if self.spec.kind != "manager" or error.host != MANAGER:
+                raise
+            self._tell("no index; taking what is installed here")
+            logger.info("%s: %s; the packages are taken from what is installed here", self._place.host, error.problem)
+        target = await self._target()
+        plan = self._planned(target, await resolve_installed(self.spec, target, settings))
         return await Maker(self._place, self.spec, plan, settings, self._tell).find_or_make()
 
     def _tell(self, stage: str) -> None:
@@ -150,18 +163,29 @@ class HostEnvironment:
             self._place.host, f"on the {error.host}: {error.problem}", error.package, error.hint, error.output
         )
 
-    async def _plan(self, settings: IndexSettings, refresh: bool) -> Plan:
+    async def _target(self) -> Target:
         wanted = self.spec.python
         python = (3, int(wanted[2:])) if wanted else sys.version_info[:2]
-        target = Target.of(python, await self._place.ask("facts", root=self.spec.cache_dir))
-        packages = await resolve(self.spec, target, settings, refresh)
+        try:
+            return Target.of(python, await self._place.ask("facts", root=self.spec.cache_dir))
+        except ValueError as error:
+            raise EnvironmentBuildError(
+                self._place.host,
+                f"the host tells of no platform that there is: {error}",
+                "",
+                "see what 'uname -sm' and 'getconf GNU_LIBC_VERSION' print there",
+            ) from error
+
+    async def _plan(self, settings: IndexSettings, target: Target, refresh: bool) -> Plan:
+        return self._planned(target, await resolve(self.spec, target, settings, refresh))
+
+    def _planned(self, target: Target, packages: Sequence[Locked]) -> Plan:
         return Plan(target, tuple(packages), tuple(digest_of(locked) for locked in packages), str(self.spec))
 
     async def _existing(self) -> Activation:
         """Check an environment or interpreter that is on the host already."""
         path, host = str(self.spec.source), self._place.host
-        request = self._place.connection.request("expand", path=path, env=dict(self._place.env))
-        found = await asyncio.wait_for(request, _LIMIT)
+        found = await self._expand(path=path, env=dict(self._place.env))
         real = str(found["path"])
         hint = "name a virtual environment, a conda environment or an interpreter that is on the host"
         if found["directory"] is None:
@@ -169,14 +193,14 @@ class HostEnvironment:
         python = f"{real}/bin/python" if found["directory"] else real
         try:
             answer = await self._place.connection.request(
-                "packages", python=python, env=dict(self._place.env), names=[]
+                "packages", within=_LIMIT, python=python, env=dict(self._place.env), names=[]
             )
         except AgentError as error:
             raise EnvironmentBuildError(host, f"{real} cannot be used: {error.message}", "", hint) from error
         self._check_version(real, answer["version"])
         if not found["directory"]:
             return await self._of_interpreter(real)
-        conda = await asyncio.wait_for(self._place.connection.request("expand", path=f"{real}/conda-meta"), _LIMIT)
+        conda = await self._expand(path=f"{real}/conda-meta")
         return Activation(real, python, bool(conda["directory"]))
 
     def _check_version(self, path: str, version: list[int]) -> None:
@@ -187,6 +211,8 @@ class HostEnvironment:
 
     async def _of_interpreter(self, python: str) -> Activation:
         prefix = posixpath.dirname(posixpath.dirname(python))
-        request = self._place.connection.request("expand", path=f"{prefix}/pyvenv.cfg")
-        found = await asyncio.wait_for(request, _LIMIT)
+        found = await self._expand(path=f"{prefix}/pyvenv.cfg")
         return Activation(prefix if found["directory"] is False else "", python)
+
+    async def _expand(self, **params: Any) -> dict[str, Any]:
+        return await self._place.connection.request("expand", within=_LIMIT, **params)

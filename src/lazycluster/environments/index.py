@@ -23,6 +23,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from lazycluster.utils import expanded
+
 from .logins import Login
 
 __all__ = ["IndexSettings", "bare", "hide", "read_settings"]
@@ -124,7 +126,7 @@ def _uv_files(env: Mapping[str, str]) -> Iterable[dict[str, Any]]:
     if env.get("UV_CONFIG_FILE") or env.get("UV_NO_CONFIG"):
         yield from _toml(Path(env.get("UV_CONFIG_FILE", "")))
         return
-    config = Path(env.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    config = expanded(env.get("XDG_CONFIG_HOME") or "~/.config")
     for path in (config / "uv/uv.toml", Path("/etc/xdg/uv/uv.toml"), Path("/etc/uv/uv.toml")):
         yield from _toml(path)
     for folder in (Path.cwd(), *Path.cwd().parents):
@@ -198,8 +200,8 @@ def _pip_files(env: Mapping[str, str]) -> list[Path]:
     only = env.get("PIP_CONFIG_FILE")
     if only == os.devnull:
         return []
-    config = Path(env.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    paths = [Path("/etc/xdg/pip/pip.conf"), Path("/etc/pip.conf"), Path("~/.pip/pip.conf").expanduser()]
+    config = expanded(env.get("XDG_CONFIG_HOME") or "~/.config")
+    paths = [Path("/etc/xdg/pip/pip.conf"), Path("/etc/pip.conf"), expanded("~/.pip/pip.conf")]
     paths += [config / "pip/pip.conf", Path(sys.prefix) / "pip.conf"]
     return [*paths, Path(only)] if only else paths
 

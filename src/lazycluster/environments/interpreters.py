@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ __all__ = ["base_interpreter"]
 
 logger = logging.getLogger("lazycluster")
 
-_SEARCH_LIMIT = 120.0  # seconds
+_ANSWER_LIMIT, _SEARCH_LIMIT = 60.0, 120.0  # seconds
 
 
 async def base_interpreter(place: Place, target: Target, root: str, settings: IndexSettings, found: str) -> str:
@@ -50,7 +49,9 @@ async def base_interpreter(place: Place, target: Target, root: str, settings: In
 
 async def _named(place: Place, target: Target, python: str) -> str:
     try:
-        answer = await place.connection.request("packages", python=python, env=dict(place.env), names=[])
+        answer = await place.connection.request(
+            "packages", within=_ANSWER_LIMIT, python=python, env=dict(place.env), names=[]
+        )
     except AgentError as error:
         raise EnvironmentBuildError(
             place.host, error.message, "", 'name a Python that is there: python="..."'
@@ -83,8 +84,8 @@ async def _sent(place: Place, target: Target, root: str, settings: IndexSettings
 
 
 async def _none(place: Place, target: Target, error: EnvironmentBuildError) -> EnvironmentBuildError:
-    request = place.connection.request("interpreters", env=dict(place.env))
-    found = (await asyncio.wait_for(request, _SEARCH_LIMIT))["interpreters"]
+    answer = await place.connection.request("interpreters", within=_SEARCH_LIMIT, env=dict(place.env))
+    found = answer["interpreters"]
     have = ", ".join(f"{'.'.join(map(str, one['version']))} ({one['path']})" for one in found) or "none"
     return EnvironmentBuildError(
         place.host,

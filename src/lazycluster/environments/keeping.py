@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from lazycluster.exceptions import AgentError, LazyclusterError
 
 from .spec import ROOT
 
 __all__ = ["Host", "KeptEnvironment", "Removal", "Store", "list_on", "prune_on", "remove_on"]
-
-T = TypeVar("T")
 
 _LIMIT = 300.0  # seconds: removing much takes long on some file systems
 
@@ -141,15 +138,6 @@ async def prune_on(
 
 async def _ask(host: Host, action: str, **params: Any) -> dict[str, Any]:
     try:
-        return await asyncio.wait_for(host.request("environment", action=action, **params), _LIMIT)
-    except asyncio.TimeoutError:
-        raise LazyclusterError(f"{host.host}: no answer within {_LIMIT:g} s") from None
+        return await host.request("environment", within=_LIMIT, action=action, **params)
     except AgentError as error:
         raise LazyclusterError(f"{host.host}: {error.message}") from error
-
-
-async def on_all(hosts: Iterable[Host], work: Callable[[Host], Awaitable[T]]) -> dict[str, T]:
-    """Do something on many hosts at once; returns the answers by host."""
-    chosen = list(hosts)
-    answers = await asyncio.gather(*(work(host) for host in chosen))
-    return {host.host: answer for host, answer in zip(chosen, answers, strict=True)}

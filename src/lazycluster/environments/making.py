@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +15,17 @@ from lazycluster._progress import size as shown_size
 from lazycluster._words import counted
 from lazycluster.agent import envprogram
 from lazycluster.agent.environments import LOCK_FILE
-from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError
+from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError, NoAnswerError
 from lazycluster.ssh import transfer
+from lazycluster.ssh.answers import NAME, check_shape, decoded_text
 
 from .index import IndexSettings
 from .interpreters import base_interpreter
 from .keeping import prune_on
-from .place import Place
+from .place import ANSWER_LIMIT, RUN_LIMIT, Place
 from .plan import Plan, Wheel
 from .spec import EnvironmentSpec, normalized
-from .uv import uv_version
+from .uv import find_uv
 from .uv_binaries import send_uv
 from .wheels import forget_damaged, provide
 
@@ -75,7 +75,10 @@ class Maker:
             EnvironmentBuildError: If it cannot be made.
         """
         params: dict[str, Any] = {"root": self._spec.cache_dir, "id": self._plan.id}
-        found = await self._place.ask("find", **params)
+        try:
+            found = await self._place.ask("find", **params)
+        except AgentError as error:
+            raise self._refused(error) from error
         if found["found"]:
             return str(found["prefix"])
         self._say("making the environment %s for %s: %d packages", self._plan.id, self._spec, len(self._plan.packages))
@@ -100,27 +103,25 @@ class Maker:
 
     async def _make(self, params: dict[str, Any]) -> str:
         """Make it under the host's lock; whatever interrupts this leaves nothing that could be taken for complete."""
-        began: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        began: asyncio.Future[dict[str, Any]] = loop.create_future()
+        waits: asyncio.Future[None] = loop.create_future()
 
         def on_event(event: dict[str, Any]) -> None:
-            if event["state"] == "waiting":
-                self._tell("somebody else makes the same")
-                self._say("somebody else makes the same environment; waiting")
-            elif event["state"] == "kept":
-                logger.warning("%s: %s was in the way: it is no environment, and is kept", self._host, event["path"])
-            elif not began.done():
-                began.set_result(event)
+            self._on_build_event(event, began, waits)
 
         channel = self._place.connection.channel("environment", {"action": "build", **params}, event=on_event)
         ended = asyncio.ensure_future(channel.result())
         try:
-            await asyncio.wait([began, ended], return_when=asyncio.FIRST_COMPLETED)
+            await self._first_of([began, waits, ended], "its lock on the environments there", ANSWER_LIMIT)
+            await self._first_of([began, ended], "the end of what somebody else makes there", RUN_LIMIT)
             if not ended.done():
                 event = began.result()
                 if event["problem"] != "missing":
                     logger.warning("%s: %s is damaged, and made anew: %s", self._host, self._plan.id, event["problem"])
                 manifest = await self._fill(event["directory"])
                 channel.control(finish=manifest)
+                await self._first_of([ended], "the environment to be finished", RUN_LIMIT)
             return str((await ended)["prefix"])
         except AgentError as error:
             raise self._refused(error) from error
@@ -131,6 +132,27 @@ class Maker:
                 channel.close()
                 ended.cancel()
             await asyncio.gather(ended, return_exceptions=True)
+
+    def _on_build_event(
+        self, event: dict[str, Any], began: asyncio.Future[dict[str, Any]], waits: asyncio.Future[None]
+    ) -> None:
+        check_shape(event, {"state": str})
+        if event["state"] == "waiting":
+            if not waits.done():
+                waits.set_result(None)
+                self._tell("somebody else makes the same")
+                self._say("somebody else makes the same environment; waiting")
+        elif event["state"] == "kept":
+            check_shape(event, {"path": NAME})
+            logger.warning("%s: %s was in the way: it is no environment, and is kept", self._host, event["path"])
+        elif not began.done():
+            check_shape(event, {"directory": NAME, "problem": NAME})
+            began.set_result(event)
+
+    async def _first_of(self, futures: Sequence[asyncio.Future[Any]], awaited: str, limit: float) -> None:
+        done, _ = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise NoAnswerError(self._host, awaited, limit)
 
     def _refused(self, error: AgentError) -> EnvironmentBuildError:
         hint = 'choose another directory: EnvironmentSpec(..., cache_dir="/path/on/the/host")'
@@ -172,7 +194,7 @@ class Maker:
             **await self._verify(directory),
             "python": python,
             "source": str(self._spec),
-            "uv": await uv_version(),
+            "uv": (await find_uv()).version,
             "target": str(self._plan.target),
             "wheels": [wheel.folder for wheel in self._sent],
         }
@@ -224,7 +246,7 @@ class Maker:
         """
         self._tell("looking for damaged packages")
         folders = [wheel.folder for wheel in self._sent]
-        told = await self._place.ask("sift", None, root=self._spec.cache_dir, folders=folders)
+        told = await self._place.ask("sift", RUN_LIMIT, root=self._spec.cache_dir, folders=folders)
         damaged = any(await asyncio.gather(*(forget_damaged(wheel) for wheel in self._sent))) or told["removed"]
         if damaged:
             logger.warning("%s: packages that were kept have been damaged; they are sent again", self._host)
@@ -294,7 +316,8 @@ class Maker:
         argv = envprogram.command(f"{directory}/bin/python", "check", directory)
         text = await self._place.run(argv, {}, f"running {directory}/bin/python")
         try:
-            found: dict[str, Any] = json.loads(text.splitlines()[-1])
+            found: dict[str, Any] = decoded_text(text.splitlines()[-1])
+            check_shape(found, {"packages": {...: str}, "size": range(2**63)})
         except (ValueError, IndexError):
             raise EnvironmentBuildError(
                 self._host, f"{argv[0]} does not say what is installed", "", "see what it printed, above", text

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lazycluster._tail import Tail
-from lazycluster.exceptions import AgentError, EnvironmentBuildError
+from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerError
 
 from .index import hide
 from .problems import explained
@@ -16,10 +15,10 @@ from .problems import explained
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
-__all__ = ["ANSWER_LIMIT", "Place"]
+__all__ = ["ANSWER_LIMIT", "RUN_LIMIT", "Place"]
 
 ANSWER_LIMIT = 60.0  # seconds for a question
-_RUN_LIMIT = 3600.0  # seconds for a program
+RUN_LIMIT = 3600.0  # seconds for a program
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,9 @@ class Place:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     python: str | None = None
 
-    async def ask(self, action: str, within: float | None = ANSWER_LIMIT, **params: Any) -> dict[str, Any]:
+    async def ask(self, action: str, within: float = ANSWER_LIMIT, **params: Any) -> dict[str, Any]:
         """Ask the agent about environments."""
-        request = self.connection.request("environment", action=action, **params)
-        return await asyncio.wait_for(request, within)
+        return await self.connection.request("environment", within=within, action=action, **params)
 
     async def run(self, argv: Sequence[str], env: Mapping[str, str], what: str) -> str:
         """Run a program there, and return what it printed, of very much the end.
@@ -53,17 +51,12 @@ class Place:
         params = {"argv": list(argv), "cwd": "/", "env": {**self.env, **env}, "merge": True}
         channel = self.connection.channel("run", params, stdout=output.put)
         try:
-            result = await asyncio.wait_for(channel.result(), _RUN_LIMIT)
+            result = await self.connection.answered(channel, f"the end of {what}", RUN_LIMIT)
         except AgentError as error:
             raise EnvironmentBuildError(self.host, f"{what}: {error.message}") from error
-        except asyncio.TimeoutError:
+        except NoAnswerError:
             said = hide(output.text())
-            raise EnvironmentBuildError(self.host, f"{what} takes more than {_RUN_LIMIT:g} s", output=said) from None
-        except BaseException:
-            channel.control(signal="END")
-            raise
-        finally:
-            channel.close()
+            raise EnvironmentBuildError(self.host, f"{what} takes more than {RUN_LIMIT:g} s", output=said) from None
         said = hide(output.text())
         if result.get("exit") != 0:
             if result.get("signal"):

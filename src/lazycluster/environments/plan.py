@@ -14,6 +14,12 @@ from urllib.parse import unquote, urlsplit
 __all__ = ["Locked", "Plan", "Target", "Wheel"]
 
 _GLIBC = (17, 28, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40)  # the versions that uv knows
+_PLATFORM = {
+    "system": re.compile(r"[a-z][a-z0-9]{0,30}"),
+    "machine": re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,30}"),
+    "libc": re.compile("glibc|musl"),
+    "libc version": re.compile(r"(\d{1,9}\.\d{1,9}[0-9A-Za-z.+-]{0,30})?", re.ASCII),
+}
 _VERSION = re.compile(r"^\d+\.(\d+)")
 
 
@@ -37,11 +43,21 @@ class Target:
 
     @classmethod
     def of(cls, python: tuple[int, int], facts: Mapping[str, Any]) -> Target:
-        """Return what a host's facts say."""
-        machine = str(facts["machine"])
-        if facts["system"] != "linux":
-            return cls(python, str(facts["system"]), machine, "", "")
-        libc, version = facts["libc"]
+        """Return what a host's facts say.
+
+        Raises:
+            ValueError: It is no platform; the names of directories on the manager and arguments of uv are made of it.
+        """
+        system, machine = str(facts["system"]), str(facts["machine"])
+        libc, version = [*map(str, facts["libc"]), "", ""][:2]
+        said = {"system": system, "machine": machine}
+        if system == "linux":
+            said.update({"libc": libc, "libc version": version})
+        for what, value in said.items():
+            if not _PLATFORM[what].fullmatch(value):
+                raise ValueError(f"its {what} is {value!r:.80}")
+        if system != "linux":
+            return cls(python, system, machine, "", "")
         return cls(python, "linux", {"arm64": "aarch64"}.get(machine, machine), libc, version)
 
     @property
@@ -66,7 +82,8 @@ class Target:
         tags = filename[: -len(".whl")].split("-")[-3:]
         if len(tags) < 3 or tags[2] == "any":
             return len(tags) == 3
-        fits = f"cp{self.python[0]}{self.python[1]}" in tags[0].split(".") or "abi3" in tags[1].split(".")
+        pythons = tags[0].split(".")
+        fits = f"cp{self.python[0]}{self.python[1]}" in pythons or "py3" in pythons or "abi3" in tags[1].split(".")
         return fits and self.system in ("linux", "darwin") and any(
             part.endswith(self.machine) for part in tags[2].split(".")
         )  # fmt: skip
@@ -86,6 +103,7 @@ class Locked:
         sha256: The hash of that; empty if the index does not say.
         directory: The directory on the manager that it is built from.
         vcs: The repository that it is built from, as ``git+url@commit``.
+        installed: The directory with its metadata, if it is made from what is installed on the manager.
     """
 
     name: str
@@ -94,11 +112,12 @@ class Locked:
     sha256: str = ""
     directory: str = ""
     vcs: str = ""
+    installed: str = ""
 
     @property
     def filename(self) -> str:
         """The name of the file."""
-        return unquote(urlsplit(self.url).path.rpartition("/")[2])
+        return unquote(urlsplit(self.url).path).rpartition("/")[2]
 
     @property
     def is_wheel(self) -> bool:

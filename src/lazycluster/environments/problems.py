@@ -6,7 +6,12 @@ import re
 
 from lazycluster.exceptions import EnvironmentBuildError
 
-__all__ = ["explained"]
+__all__ = ["IndexUnreachableError", "explained"]
+
+
+class IndexUnreachableError(EnvironmentBuildError):
+    """The index, or what it names, cannot be reached now."""
+
 
 # Only where a word begins: what has no spaces in it for a megabyte is read once, not from each of its characters.
 _NAME = r"(?<![A-Za-z0-9._-])`?(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)"
@@ -15,6 +20,22 @@ _CLOCK = "check the clock there, and the certificates"
 # The first that matches says what it is about. Where none does, the output speaks for itself.
 _KNOWN: tuple[tuple[str, str, str], ...] = (
     (r"No space left on device|disk quota exceeded", "the disk is full", "free some space there"),
+    (
+        r"network (was|is) disabled|network connectivity is disabled",
+        "the network is disabled",
+        "enable it: it is disabled by UV_OFFLINE or in the configuration of uv on the manager",
+    ),
+    (
+        r"invalid peer certificate|certificate verify failed|CertificateExpired|NotValidYet|UnknownIssuer",
+        "the certificate of the index is not accepted",
+        _CLOCK + "; a certificate authority of your own is named with SSL_CERT_FILE on the manager",
+    ),
+    (
+        r"error sending request for url|client error \(Connect\)|cause: (tcp connect|dns) error"
+        r"|unable to access '[^']*': (Could not resolve|Failed to connect|Couldn't connect)|HTTP status server error",
+        "the index cannot be reached",
+        "check the network and the index in the configuration of pip or uv on the manager",
+    ),
     (
         rf"Because {_NAME}\s+was\s+not\s+found\s+in\s+the\s+(package|provided|registry)",
         "there is no package {package}",
@@ -53,18 +74,13 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
         "check its address and branch, and that git can clone it here without being asked anything",
     ),
     (
-        r"invalid peer certificate|certificate verify failed|CertificateExpired|NotValidYet|UnknownIssuer",
-        "the certificate of the index is not accepted",
-        _CLOCK + "; a certificate authority of your own is named with SSL_CERT_FILE on the manager",
-    ),
-    (
         r"401 Unauthorized|403 Forbidden|Missing credentials",
         "the index wants other credentials",
         "check name and password of the index in the configuration of pip or uv on the manager",
     ),
     (
         r"dns error|error sending request|Connection refused|tcp connect error|timed out|Could not connect"
-        r"|Failed to fetch|Network is unreachable|network connectivity is disabled",
+        r"|Failed to fetch|Network is unreachable",
         "the index cannot be reached",
         "check the network and the index in the configuration of pip or uv on the manager",
     ),
@@ -80,6 +96,7 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
     ),
     (r"TOML parse error|Failed to parse|Couldn't parse", "the file or a requirement cannot be read", "correct it"),
 )
+_UNREACHABLE = ("the network is disabled", "the index cannot be reached")
 
 
 def explained(host: str, what: str, output: str, package: str = "") -> EnvironmentBuildError:
@@ -95,7 +112,8 @@ def explained(host: str, what: str, output: str, package: str = "") -> Environme
         found = re.search(pattern, output, re.IGNORECASE)
         if found:
             package = package or (found.groupdict().get("package") or "").rstrip(".:`")
-            return EnvironmentBuildError(
+            kind = IndexUnreachableError if problem in _UNREACHABLE else EnvironmentBuildError
+            return kind(
                 host, f"{what}: {problem.format(package=package)}", package, hint.format(package=package), output
             )
     return EnvironmentBuildError(host, f"{what} failed", package, "see what it printed, above", output)

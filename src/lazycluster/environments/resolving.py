@@ -14,23 +14,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from lazycluster import _loop
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
 from . import from_interpreter
 from .index import IndexSettings, bare, read_settings
+from .installed_wheels import UnfitError, installed_digest, read_installed
 from .logins import expanded, for_git, logins_in, plain, with_passwords
 from .plan import Locked, Target
 from .sharing import Shared
 from .spec import EnvironmentSpec, normalized
-from .uv import MANAGER, run_uv
+from .uv import MANAGER, RETRIES, run_uv
+from .wheels import is_kept
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["resolve", "settings_for"]
+__all__ = ["resolve", "resolve_installed", "settings_for"]
 
 _HASH = re.compile(r"--hash[= ]sha256:([0-9a-f]{64})")
 _PINNED = re.compile(r"^\s*([A-Za-z0-9][\w.-]*)\s*(?:\[[^]]*\])?\s*==\s*([^\s;\\]+)")
@@ -39,6 +42,7 @@ _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _FORMAT = 1
 
 _running: Shared[str, list[Locked]] = Shared()
+_reading: Shared[str, list[Locked]] = Shared()
 
 
 @dataclass
@@ -84,14 +88,71 @@ async def resolve(
         EnvironmentBuildError: If there is no solution; names the package where one is concerned.
     """
     question = await _question(spec, settings)
-    key = _key(spec, question, target, settings)
-    store = private_directory("environments", "resolved") / f"{key}.json"
+    store = _store_of(spec, question, target, settings)
     known = None if refresh else _remembered(store)
     if known is None:
-        known = await _running.do(key, lambda: _ask(spec, question, target, settings, store))
+        known = await _running.do(store.stem, lambda: _ask(spec, question, target, settings, store))
     unwanted = {normalized(name) for name in spec.exclude or ()}
     everything = {normalized(locked.name): locked for locked in [*known, *question.known]}
     return [locked for name, locked in sorted(everything.items()) if name not in unwanted]
+
+
+async def resolve_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[Locked]:
+    """Return the packages of the manager's environment such that no index is needed.
+
+    What was fetched or built before is taken, else what is installed.
+
+    Raises:
+        EnvironmentBuildError: If that is not possible for a package; names them all, with the reasons.
+    """
+    key = repr((spec, target, settings.stamp))
+    return await _reading.do(key, lambda: _of_installed(spec, target, settings))
+
+
+async def _of_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[Locked]:
+    known = await _kept(spec, target, settings)
+    return await _loop.in_thread(_chosen, spec, target, known)
+
+
+def _chosen(spec: EnvironmentSpec, target: Target, known: Mapping[str, Locked]) -> list[Locked]:
+    """Return for each package what is kept of it, else what is installed; for a thread."""
+    found, problems = [], {}
+    for one in from_interpreter.requirements(spec.exclude):
+        if normalized(one.name) in known:
+            found.append(known[normalized(one.name)])
+        elif one.is_directory:
+            found.append(_of_directory(one))
+        else:
+            try:
+                digest = installed_digest(read_installed(Path(one.path), target))
+            except UnfitError as error:
+                problems[one.name] = str(error)
+                continue
+            found.append(Locked(one.name, one.version, sha256=digest, installed=one.path))
+    if problems:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in problems.items())
+        raise EnvironmentBuildError(
+            MANAGER,
+            f"the index cannot be reached, and not all packages can be taken from what is installed here: {reasons}",
+            next(iter(problems)) if len(problems) == 1 else "",
+            "use it once while the index can be reached, or leave them out: "
+            f"EnvironmentSpec(..., exclude={sorted(problems)})",
+        )
+    return sorted(found, key=lambda locked: normalized(locked.name))
+
+
+async def _kept(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> dict[str, Locked]:
+    """Return by name the packages that can be had as the index has them, since they are kept here."""
+    question = _of_manager(spec)
+    store = _store_of(spec, question, target, settings)
+    packages = _remembered(store)
+    if packages is None:
+        try:
+            packages = await _ask(spec, replace(question, options=["--offline"]), target, settings, store)
+        except EnvironmentBuildError:
+            packages = []
+    everything = [*packages, *(locked for locked in question.known if not locked.directory)]
+    return {normalized(locked.name): locked for locked in everything if is_kept(locked, target)}
 
 
 # --- the question ---------------------------------------------------------------------------------
@@ -130,19 +191,23 @@ def _of_manager(spec: EnvironmentSpec) -> _Question:
         if not one.origin:
             question.lines.append(f"{one.name}=={one.version}")
         elif one.is_directory:
-            if not Path(one.origin).is_dir():
-                raise EnvironmentBuildError(
-                    MANAGER,
-                    f"{one.name} was installed from {one.origin}, which does not exist any more",
-                    one.name,
-                    f"install it anew, or leave it out: EnvironmentSpec(..., exclude=[{one.name!r}])",
-                )
-            question.known.append(Locked(one.name, directory=one.origin))
+            question.known.append(_of_directory(one))
         elif one.origin.startswith(("git+", "hg+", "svn+", "bzr+")):
             question.known.append(Locked(one.name, one.version, vcs=one.origin))
         else:
             question.known.append(Locked(one.name, one.version, url=one.origin))
     return question
+
+
+def _of_directory(one: from_interpreter.Installed) -> Locked:
+    if not Path(one.origin).is_dir():
+        raise EnvironmentBuildError(
+            MANAGER,
+            f"{one.name} was installed from {one.origin}, which does not exist any more",
+            one.name,
+            f"install it anew, or leave it out: EnvironmentSpec(..., exclude=[{one.name!r}])",
+        )
+    return Locked(one.name, directory=one.origin)
 
 
 def _of_project(spec: EnvironmentSpec) -> _Question:
@@ -290,7 +355,7 @@ async def _ask(
         settings,
         stdin="\n".join(question.lines) + "\n",
         cwd=question.folder,
-        env=for_git(settings.logins, os.environ),
+        env={**for_git(settings.logins, os.environ), **(RETRIES if spec.kind == "manager" else {})},
         what=f"resolving {spec} for {target}",
     )
     packages = tomllib.loads(text).get("packages", [])
@@ -359,6 +424,10 @@ def _check_hashes(found: Iterable[Locked], hashes: Mapping[tuple[str, str], set[
 
 
 # --- what is remembered ---------------------------------------------------------------------------
+def _store_of(spec: EnvironmentSpec, question: _Question, target: Target, settings: IndexSettings) -> Path:
+    return private_directory("environments", "resolved") / f"{_key(spec, question, target, settings)}.json"
+
+
 def _key(spec: EnvironmentSpec, question: _Question, target: Target, settings: IndexSettings) -> str:
     file = question.file
     content = [

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from lazycluster.utils import expanded
+
 from .index import hide
 
 __all__ = ["ROOT", "EnvironmentSpec", "normalized"]
@@ -46,7 +48,8 @@ class EnvironmentSpec:
         extras: Extras of a ``pyproject.toml`` or ``uv.lock``.
         groups: Dependency groups of a ``pyproject.toml`` or ``uv.lock``.
         python: The minor version, e.g. ``"3.12"``; by default the manager's, which functions need.
-        cache_dir: Where environments are kept on the hosts.
+        cache_dir: Where environments are kept on the hosts. Nobody else may own it or write to it; see
+            ``Environment.trust_group`` for groups.
         network: Where hosts get packages from: ``"host"``: from the index by themselves; ``"manager"``: the manager
             sends them; ``"auto"``: by themselves where they can reach it, else from the manager.
         size_limit: Bytes that environments and packages may take on a host; when a new one has been made, those used
@@ -157,7 +160,7 @@ class EnvironmentSpec:
     def file(self) -> Path:
         """The file, if the source is one."""
         assert isinstance(self.source, str)
-        return Path(self.source).expanduser().absolute()
+        return expanded(self.source).absolute()
 
     @property
     def requirements(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from lazycluster.utils import private_directory
 
 from .index import IndexSettings
 from .plan import Target
-from .uv import find_uv, run_uv, uv_version
+from .uv import find_uv, run_uv
 
 if TYPE_CHECKING:
     from .place import Place
@@ -27,10 +27,10 @@ async def send_uv(place: Place, target: Target, root: str, settings: IndexSettin
     Raises:
         EnvironmentBuildError: If there is none for the host's platform.
     """
-    version = await uv_version()
+    here, version = await find_uv()
     path = f"{root}/uv/{version}/uv"
     if target.system == sys.platform and target.machine == os.uname().machine:
-        sent = await transfer.send(place.connection, find_uv(), path, cwd="", env={})
+        sent = await transfer.send(place.connection, here, path, cwd="", env={})
         if sent.skipped:  # it has run there before
             return path
         try:

@@ -24,13 +24,15 @@ from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
 from .index import IndexSettings, bare, hide
+from .installed_wheels import make_wheel
 from .logins import for_git
 from .plan import Locked, Target, Wheel
+from .problems import IndexUnreachableError
 from .programs import run_here
 from .sharing import Shared
-from .uv import MANAGER, run_uv
+from .uv import MANAGER, RETRIES, run_uv
 
-__all__ = ["digest_of", "forget_damaged", "provide"]
+__all__ = ["digest_of", "forget_damaged", "is_kept", "provide"]
 
 AT_ONCE = 8
 """Downloads at once."""
@@ -52,6 +54,8 @@ def digest_of(locked: Locked) -> str:
     """Return what tells the content of a package from others, without building or fetching it."""
     if locked.directory:
         return tree_digest(Path(locked.directory))
+    if locked.installed:
+        return locked.sha256
     parts = urlsplit(locked.url)
     if parts.scheme == "file" and not locked.sha256:
         return _file_digest(Path(unquote(parts.path)))
@@ -155,9 +159,7 @@ async def _provide(locked: Locked, digest: str, target: Target, settings: IndexS
     global _slots
     if _slots is None:
         _slots = asyncio.Semaphore(AT_ONCE)
-    store = private_directory("environments", "wheels") / hashlib.sha256(digest.encode()).hexdigest()[:32]
-    if not locked.is_wheel:
-        store = store.with_name(f"{store.name}-{target.version}")
+    store = _store_of(locked, digest, target)
     path = _there(store)
     if path is None:
         async with _slots:
@@ -165,6 +167,16 @@ async def _provide(locked: Locked, digest: str, target: Target, settings: IndexS
     os.utime(store)  # the time of the last use
     sha256 = locked.sha256 if locked.is_wheel and locked.sha256 else await _loop.in_thread(_file_digest, path)
     return Wheel(locked.name, locked.version or path.name.split("-")[1], path, sha256)
+
+
+def _store_of(locked: Locked, digest: str, target: Target) -> Path:
+    store = private_directory("environments", "wheels") / hashlib.sha256(digest.encode()).hexdigest()[:32]
+    return store if locked.is_wheel else store.with_name(f"{store.name}-{target.version}")
+
+
+def is_kept(locked: Locked, target: Target) -> bool:
+    """Tell whether a package was fetched or built before, so that nothing must be reached to have it."""
+    return _there(_store_of(locked, digest_of(locked), target)) is not None
 
 
 def _there(store: Path) -> Path | None:
@@ -176,6 +188,8 @@ async def _make(locked: Locked, target: Target, settings: IndexSettings, store: 
     try:
         if locked.directory:
             await _build(Path(locked.directory), locked, target, settings, made)
+        elif locked.installed:
+            await _loop.in_thread(make_wheel, locked, target, made)
         elif locked.vcs:
             await _build_repository(locked, target, settings, made)
         else:
@@ -208,7 +222,27 @@ async def _build(source: Path, locked: Locked, target: Target, settings: IndexSe
     # Of the manager's own version there is an interpreter for sure: this one.
     python = sys.executable if target.python == sys.version_info[:2] else target.version
     arguments += ["--python", python, str(source)]
-    await run_uv(arguments, settings, cwd=made, what=f"building {locked.label}", package=locked.name)
+    what = f"building {locked.label}"
+    try:
+        await run_uv(arguments, settings, cwd=made, env=RETRIES, what=what, package=locked.name)
+        return
+    except IndexUnreachableError as error:
+        unreachable = error
+    # What the build needs may be kept by uv, or be installed here.
+    for options in (["--offline"], ["--offline", "--no-build-isolation"]):
+        try:
+            await run_uv([*arguments, *options], settings, cwd=made, what=what, package=locked.name)
+            return
+        except EnvironmentBuildError:
+            continue
+    raise IndexUnreachableError(
+        MANAGER,
+        f"{unreachable.problem}, and what building it needs is not installed here",
+        locked.name,
+        f"install what the build-system of {locked.name} requires here, reach the index once, or leave it out: "
+        f"EnvironmentSpec(..., exclude=[{locked.name!r}])",
+        unreachable.output,
+    )
 
 
 async def _build_repository(locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
@@ -237,7 +271,8 @@ async def _git(locked: Locked, arguments: list[str], env: Mapping[str, str]) -> 
             "install git here",
         ) from error  # fmt: skip
     if ended.status != 0:
-        raise EnvironmentBuildError(
+        # git says why in the user's language, so every failure counts as one to reach it.
+        raise IndexUnreachableError(
             MANAGER, f"the repository of {locked.label} cannot be fetched", locked.name,
             "check that you can clone it here without being asked anything", hide(ended.errors),
         )  # fmt: skip
@@ -267,7 +302,9 @@ def _fetch(locked: Locked, settings: IndexSettings, made: Path) -> Path:
 
 def _download(locked: Locked, settings: IndexSettings, path: Path) -> None:
     error: Exception | None = None
-    for _ in range(_TRIES):
+    if os.environ.get("UV_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        error = OSError("the network is disabled by UV_OFFLINE")
+    for _ in range(0 if error else _TRIES):
         try:
             with _open(locked.url, settings) as answer, path.open("wb") as file:
                 shutil.copyfileobj(answer, file, _CHUNK)
@@ -286,7 +323,10 @@ def _download(locked: Locked, settings: IndexSettings, path: Path) -> None:
                     MANAGER, f"{locked.label}: the disk of the manager is full", locked.name, "free some space there"
                 ) from failed
             error = failed
-    raise EnvironmentBuildError(
+            if isinstance(getattr(failed, "reason", failed), TimeoutError):
+                break  # it was waited for long enough
+    is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
+    raise (EnvironmentBuildError if is_refused else IndexUnreachableError)(
         MANAGER,
         f"{locked.label} cannot be fetched from {urlsplit(bare(locked.url)).netloc}: {error}",
         locked.name,

@@ -23,7 +23,7 @@ def main() -> None:
     def told(event: str, **fields: Any) -> None:
         print(f"waiting for connections on port {fields['port']}", file=sys.stderr)  # noqa: T201
 
-    asyncio.run(serve(options.dbpath, options.port, None, None, told))
+    asyncio.run(serve(options.dbpath, options.port, None, None, told=told))
 
 
 if __name__ == "__main__":

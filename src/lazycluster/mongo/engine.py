@@ -12,6 +12,7 @@ from . import administration, reading, scram, writing
 from .cursors import Cursors
 from .errors import CommandError, bad_value
 from .store import Store
+from .strangers import limited_logger
 
 logger = logging.getLogger("lazycluster.mongo")
 
@@ -82,7 +83,8 @@ class Engine:
             full = "full" in str(error)
             return CommandError(_DISK_FULL if full else 8, f"the database cannot be used: {error}").reply()
         except Exception as error:  # a fault of ours must not end the server for everybody
-            logger.exception("a command failed")
+            log = logger if session.authenticated or self._credentials is None else limited_logger()
+            log.exception("a command failed")
             return CommandError(8, f"{type(error).__name__}: {error}").reply()
 
     def _run(self, session: Session, command: Document) -> Document:

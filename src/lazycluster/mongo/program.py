@@ -30,7 +30,7 @@ def main() -> None:
         settings = json.loads(line)
         port = settings["ports"]["master"]
         try:
-            asyncio.run(serve(settings["dbpath"], port, settings["user"], settings["password"]))
+            asyncio.run(serve(settings["dbpath"], port, settings["user"], settings["password"], settings.get("tls")))
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
@@ -39,7 +39,14 @@ def main() -> None:
             return
 
 
-async def serve(dbpath: str, port: int, user: str | None, password: str | None, told: Any = emit) -> None:
+async def serve(
+    dbpath: str,
+    port: int,
+    user: str | None,
+    password: str | None,
+    tls: dict[str, str] | None = None,
+    told: Any = emit,
+) -> None:
     """Serve until asked to end.
 
     Args:
@@ -47,17 +54,21 @@ async def serve(dbpath: str, port: int, user: str | None, password: str | None, 
         port: The port on the loopback interface.
         user: Who may log in; None: nobody has to.
         password: The password.
+        tls: The server's ``certificate`` and ``key``, as PEM texts; None: nothing is encrypted.
         told: What is called with ``"ready"`` and the port once it listens.
 
     Raises:
         SystemExit: If the directory cannot be used.
         OSError: If the port cannot.
     """
+    from .encryption import server_context
     from .engine import Engine
     from .scram import Credentials
     from .server import Server
     from .store import Store, StoreError
+    from .strangers import limit_lines
 
+    limit_lines("asyncio")
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -66,7 +77,8 @@ async def serve(dbpath: str, port: int, user: str | None, password: str | None, 
     except StoreError as error:
         raise SystemExit(str(error)) from None
     credentials = Credentials.of(user, password) if user and password else None
-    server = Server(Engine(store, credentials), credentials is not None)
+    context = server_context(**tls) if tls else None
+    server = Server(Engine(store, credentials), credentials is not None, context)
     try:
         told("ready", port=await server.listen(port))
         await stop.wait()

@@ -92,7 +92,7 @@ class Conversation:
     def _final(self, payload: bytes) -> bytes:
         without_proof, _, proof = payload.rpartition(b",p=")
         attributes = _attributes(without_proof)
-        if attributes.get(b"c") != b"biws" or attributes.get(b"r") != self._nonce:
+        if attributes.get(b"c") != b"biws" or not hmac.compare_digest(attributes.get(b"r", b""), self._nonce):
             raise _failed()
         message = self._said + b"," + without_proof
         signature = _hmac(self._credentials.stored_key, message)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
 import socket
+import ssl
 import time
 from collections import deque
 from typing import Any
 
-from . import wire
+from . import encryption, wire
 from .engine import Engine, Session
 from .errors import CommandError
-from .strangers import Strangers
+from .strangers import Strangers, limited_logger, room_for_connections
 
 logger = logging.getLogger("lazycluster.mongo")
 
@@ -22,7 +22,6 @@ LOOPBACK = "127.0.0.1"
 _LARGEST_BEFORE_LOGIN = 64 * 1024  # a stranger shall not make the server hold more
 _MOST_AT_ONCE = 16  # requests of a stranger; drivers wait for each answer before they log in
 _MOST_CONNECTIONS = 4000
-_OTHER_FILES = 64  # descriptors that are for something else
 _HIGH_WATER = 1024 * 1024
 _BACKLOG = 512
 _SWEEP_EVERY = 1.0
@@ -35,6 +34,7 @@ class _Connection(asyncio.Protocol):
         self._server = server
         self._received = bytearray()
         self._transport: Any = None
+        self._tls = encryption.Channel(server.tls) if server.tls is not None else None
         self.session = Session()
         self.held: deque[wire.Request] = deque()
         self.writable = True
@@ -52,14 +52,23 @@ class _Connection(asyncio.Protocol):
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def data_received(self, data: bytes) -> None:
-        self._received += data
         try:
+            self._received += data if self._tls is None else self._decrypted(data)
             self._parse()
-        except wire.ProtocolError as error:
-            logger.warning("a connection is closed: %s", error)
+        except (wire.ProtocolError, ssl.SSLError) as error:
+            log = logger if self.session.authenticated else limited_logger()
+            log.warning("a connection is closed: %s", error)
             self._transport.abort()
             return
         self._server.wake()
+
+    def _decrypted(self, data: bytes) -> bytes:
+        assert self._tls is not None
+        try:
+            return self._tls.received(data)
+        finally:
+            if answer := self._tls.pending():
+                self._write(answer)
 
     def _parse(self) -> None:
         received = self._received
@@ -81,6 +90,13 @@ class _Connection(asyncio.Protocol):
                     raise wire.ProtocolError("many requests at once of somebody who has not logged in")
 
     def send(self, data: bytes) -> None:
+        """Send an answer."""
+        try:
+            self._write(data if self._tls is None else self._tls.encrypted(data))
+        except ssl.SSLError:  # it has said that it takes no more
+            self._transport.abort()
+
+    def _write(self, data: bytes) -> None:
         if not self._transport.is_closing():
             self._transport.write(data)
 
@@ -109,13 +125,15 @@ class Server:
     Args:
         engine: What runs the commands.
         asks_for_login: Whether clients have to log in.
+        tls: What connections are encrypted with; None: they are not.
     """
 
-    def __init__(self, engine: Engine, asks_for_login: bool) -> None:
+    def __init__(self, engine: Engine, asks_for_login: bool, tls: ssl.SSLContext | None = None) -> None:
         self._engine = engine
         self.asks_for_login = asks_for_login
+        self.tls = tls
         self.connections: set[_Connection] = set()
-        self.most = _room_for_connections()
+        self.most = room_for_connections(_MOST_CONNECTIONS)
         self.strangers: Strangers[_Connection] = Strangers(time.monotonic, _Connection.abort, self.most)
         self.pending: deque[tuple[_Connection, wire.Request]] = deque()
         self._woken = False
@@ -173,20 +191,6 @@ class Server:
         for connection in list(self.connections):
             connection.abort()
         await asyncio.sleep(0)
-
-
-def _room_for_connections() -> int:
-    """Have as many descriptors as are allowed, since each worker has several connections; returns how many are left."""
-    wanted = _MOST_CONNECTIONS + _OTHER_FILES
-    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in _limits())
-    if soft < wanted:
-        soft = min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, _limits()[1]))
-    return max(1, min(wanted, soft) - _OTHER_FILES)
-
-
-def _limits() -> tuple[int, int]:
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def _bytes_of(request: wire.Request, document: dict[str, Any]) -> bytes:

@@ -1,7 +1,13 @@
-"""Connections that have not logged in: how many there may be, and for how long, so that they keep nobody out."""
+"""Connections of those who have not shown who they are: limits, so that they keep nobody out.
+
+How many of them there may be, and for how long, and how many lines of the log they may fill.
+"""
 
 from __future__ import annotations
 
+import logging
+import resource
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -9,6 +15,9 @@ SILENT_LIMIT = 10.0  # seconds for the first request
 IDLE_LIMIT = 60.0  # seconds between two: drivers ask every ten how the server is, on connections that never log in
 MOST_SILENT = 200  # connections that have asked for nothing yet
 MOST = 2000  # those that have, and have not logged in
+LINES = 20  # of the log, within a period
+PERIOD = 600.0  # seconds
+_OTHER_FILES = 64  # descriptors that are for something else than connections
 
 C = TypeVar("C")
 
@@ -28,6 +37,9 @@ class Strangers(Generic[C]):
         self._most_silent, self._most = min(MOST_SILENT, room // 2), min(MOST, room // 2)
         self._silent: dict[C, float] = {}  # in the order of the times, as the next
         self._heard: dict[C, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._silent) + len(self._heard)
 
     def came(self, connection: C) -> None:
         """Note a new one."""
@@ -58,3 +70,62 @@ class Strangers(Generic[C]):
     def _drop(self, connection: C) -> None:
         self.gone(connection)
         self._end(connection)
+
+
+def limited_logger() -> logging.Logger:
+    """Return the logger for what strangers cause."""
+    logger = logging.getLogger("lazycluster.strangers")
+    limit_lines(logger.name)
+    return logger
+
+
+def limit_lines(*names: str) -> None:
+    """Have loggers write few lines. Doing it again does nothing."""
+    for name in names:
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, FewLines) for one in logger.filters):
+            logger.addFilter(FewLines())
+
+
+class FewLines(logging.Filter):
+    """Lets few lines of a logger through within a period, whatever they say: strangers decide how many there are.
+
+    The first line of the next period says how many were left out.
+
+    Args:
+        clock: Tells the time.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._since: float | None = None
+        self._count = self._left_out = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a line is written."""
+        now = self._clock()
+        if self._since is None or now - self._since >= PERIOD:
+            left_out, self._since, self._count, self._left_out = self._left_out, now, 0, 0
+            if left_out:
+                record.msg, record.args = f"{record.getMessage()} [{left_out} such lines were left out]", ()
+        self._count += 1
+        if self._count == LINES:
+            record.msg, record.args = f"{record.getMessage()} [further such lines are left out for a while]", ()
+        self._left_out += self._count > LINES
+        return self._count <= LINES
+
+
+def room_for_connections(most: int) -> int:
+    """Have as many descriptors as are needed and allowed; returns how many connections there may be.
+
+    Args:
+        most: How many there are to be, at most.
+    """
+    wanted = most + _OTHER_FILES
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    return max(1, min(wanted, soft) - _OTHER_FILES)

@@ -27,7 +27,7 @@ from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterE
 from lazycluster.ssh.answers import check_shape
 from lazycluster.tasks.functions import library_for, resolve_auto
 
-from .chunks import Answer, Chunk
+from .chunks import Answer, Chunk, Failure
 from .streams import Lines, Stream
 
 if TYPE_CHECKING:
@@ -378,8 +378,14 @@ class Crew:
         number = WORKER.unpack_from(data)[0]
         stream = self._streams.get(number)
         if stream is None:
-            stream = self._streams[number] = Stream(self._answer)
+            stream = self._streams[number] = Stream(self._answer, self._no_room)
         stream.feed(data, WORKER.size)
+
+    def _no_room(self, number: int, error: MemoryError) -> None:
+        chunk = self._forget(number)
+        if chunk is not None:
+            chunk.sink.settle(chunk, Failure(error))
+            self._owner.deal_soon()
 
     def _answer(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
         if not 0 <= elapsed < math.inf:

@@ -121,11 +121,6 @@ class Dealer:
                 self._scheduled = False
                 raise
 
-    @property
-    def has_workers(self) -> bool:
-        """Whether workers were there, on any host, which have been given the first calls."""
-        return any(crew.workers for crew in self._crews)
-
     # --- on the loop ---------------------------------------------------------------------------
     def _start(self, imports: Sequence[str]) -> None:
         if self._closed or self._crews:

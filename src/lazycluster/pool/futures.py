@@ -153,11 +153,11 @@ class Futures:
         """Cancel the futures whose calls were not given to a host.
 
         Args:
-            begun: How many of the first count as given if no worker is there yet that one could be given to.
+            begun: How many of the first count as given if none was yet, since no worker is there, or just came.
         """
         with self._lock:
             futures = [future for future, _ in self._open.values()]
-        if not self._dealer.has_workers:
+        if not any(future.running() or future.done() for future in futures):
             futures = futures[begun:]
         for future in futures:
             future.cancel()

@@ -110,15 +110,17 @@ def _described(told: dict[str, Any], host: str, name: str) -> BaseException:
             exception = None
     phase = told.get("phase", "run")
     traceback = with_lines(told["traceback"])
+    hint = told.get("hint", "")
     if exception is not None and phase == "run":
-        exception.__cause__ = RemoteTraceback(host, told.get("pid", 0), traceback)
+        text = f"{traceback}\nNext step: {hint}" if hint else traceback
+        exception.__cause__ = RemoteTraceback(host, told.get("pid", 0), text)
         return exception
     message = told["message"]
     if phase == "result":
         kind = told["result_type"].removeprefix("builtins.")
         message = f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
         traceback = ""
-    outcome = Outcome("raised", type_name=told["type"], message=message, traceback=traceback, phase=phase)
+    outcome = Outcome("raised", type_name=told["type"], message=message, hint=hint, traceback=traceback, phase=phase)
     error = TaskExecutionError(f"{host}: {outcome.describe(name.partition('(')[0])}", host=host, what=name)
     error.__cause__ = exception
     return error

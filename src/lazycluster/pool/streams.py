@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from lazycluster import _live
+from lazycluster import _live, _memory
 from lazycluster.agent.poolwire import ANSWER
 
 __all__ = ["Lines", "Stream"]
@@ -14,12 +14,25 @@ _logger = logging.getLogger("lazycluster")
 
 
 class Stream:
-    """Cuts what one worker says into answers."""
+    """Cuts what one worker says into answers.
 
-    __slots__ = ("_answer", "_head", "_left", "_parts", "_rest")
+    Args:
+        answer: Is called with each: its kind, the number of its chunk, the seconds that it took, its parts, their size.
+        given_up: Is called instead, with the number of the chunk and the error, if there was no memory for it.
 
-    def __init__(self, answer: Callable[[int, int, float, list[bytes], int], None]) -> None:
-        self._answer = answer
+    Attributes:
+        held: How many bytes of the present answer are kept.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[int, int, float, list[bytes], int], None],
+        given_up: Callable[[int, MemoryError], None],
+    ) -> None:
+        self._answer, self._given_up = answer, given_up
+        self._error: MemoryError | None = None  # why the present answer is not kept
+        self.held = 0
+        _memory.hold(self)
         self._rest = b""
         self._head: tuple[int, int, float, int] | None = None
         self._parts: list[bytes] = []
@@ -38,15 +51,34 @@ class Stream:
                 self._head = ANSWER.unpack_from(data, position)
                 self._left = self._head[3]
                 position += ANSWER.size
-            part = data[position : position + self._left]
-            position += len(part)
-            self._left -= len(part)
-            self._parts.append(part)
+            count = min(self._left, end - position)
+            self._take(data, position, count)
+            position += count
+            self._left -= count
             if self._left:
                 return
             kind, number, elapsed, size = self._head
-            parts, self._parts, self._head = self._parts, [], None
-            self._answer(kind, number, elapsed, parts, size)
+            parts, error = self._parts, self._error
+            self._parts, self._head, self._error, self.held = [], None, None, 0
+            if error is not None:
+                self._given_up(number, error)
+            else:
+                self._answer(kind, number, elapsed, parts, size)
+
+    def _take(self, data: bytes, position: int, count: int) -> None:
+        if self._error is not None:
+            return
+        try:
+            self._parts.append(data[position : position + count])
+            self.held += count
+        except MemoryError:
+            self.give_up(_memory.no_room(self.held))
+
+    def give_up(self, error: MemoryError) -> None:
+        """Let go of the present answer; what else comes of it is not kept."""
+        self._parts.clear()
+        self.held = 0
+        self._error = error
 
 
 class Lines(_live.Lines):

@@ -150,7 +150,7 @@ class AgentRelay:
                 await target.ask(number, close=number)
             if answer["errno"] == errno.EADDRINUSE:
                 raise PortInUseError(port, host)
-            raise TunnelError(f"{host}: nothing can listen on port {port}: {answer['message']}")
+            raise TunnelError(f"{host}: nothing can listen on port {port}: {answer.get('message')}")
 
     async def _close(self, number: int) -> None:
         self._tunnels.pop(number, None)
@@ -282,11 +282,14 @@ class AgentRelay:
         return connection.state == "open"
 
     def _give_up(self, why: str) -> None:
-        for tunnel in self._tunnels.values():
-            tunnel.gone()
-        if self._tunnels and not self._stopped:
-            logger.error("%s: not forwarded any more: %s: %s", self._host, counted(len(self._tunnels), "port"), why)
-        self._tunnels.clear()
+        tunnels, self._tunnels = list(self._tunnels.values()), {}
+        if tunnels and not self._stopped:
+            logger.error("%s: not forwarded any more: %s: %s", self._host, counted(len(tunnels), "port"), why)
+        for tunnel in tunnels:
+            if self._stopped:
+                tunnel.gone()
+            else:
+                tunnel.lost()
 
     def stop(self) -> None:
         """End the relay, because the connection is about to end."""

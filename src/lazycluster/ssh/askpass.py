@@ -7,8 +7,10 @@ ssh sends an empty password to the host when the question for one is declined, a
 host counts each as an attack. So where nothing can follow from it, the ssh that asks is ended instead.
 """
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +22,9 @@ TIMEOUT = 600.0
 
 def main() -> int:
     """Ask the manager, and print its answer."""
+    with contextlib.suppress(ValueError):  # the hard limit is 0
+        # No core dump: 1 byte, since the kernel ignores a limit of 0 where dumps are piped to a program.
+        resource.setrlimit(resource.RLIMIT_CORE, (1, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     question = {
         "token": os.environ.get(TOKEN, ""),
         "prompt": " ".join(sys.argv[1:]),

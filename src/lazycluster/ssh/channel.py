@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lazycluster import _memory
 from lazycluster.agent import wire
 from lazycluster.exceptions import AgentError
 
-from .answers import check_answer
+from .answers import check_answer, decoded
 
 if TYPE_CHECKING:
     from .link import AgentLink
@@ -41,6 +42,37 @@ def message_frame(number: int, kind: int, message: dict[str, Any]) -> bytes:
             "  Next step: send what is large as a file (send_file), or as an argument of a function"
         )
     return frame
+
+
+class Collected:
+    """A binary result as it comes, in parts; it is given up if memory runs out and nothing else takes more.
+
+    Attributes:
+        held: How many bytes have come.
+        channel: What they come through; it fails if they are given up.
+    """
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.channel: Channel | None = None
+        self._parts: list[bytes] = []
+        _memory.hold(self)
+
+    def add(self, data: bytes) -> None:
+        """Take a part."""
+        self._parts.append(data)
+        self.held += len(data)
+
+    def taken(self) -> list[bytes]:
+        """Return the parts, which are the caller's from now on."""
+        parts, self._parts, self.held = self._parts, [], 0
+        return parts
+
+    def give_up(self, error: MemoryError) -> None:
+        """Let go of what has come, and have whoever waits for the whole get an error."""
+        self.taken()
+        if self.channel is not None:
+            self.channel.give_up(error)
 
 
 class Channel:
@@ -91,6 +123,11 @@ class Channel:
             "  Next step: see who has changed what runs on that host; our agent does not say that",
         )
 
+    async def ended(self, seconds: float) -> bool:
+        """Wait for the end for so many seconds at most; returns whether it has come."""
+        await asyncio.wait([self._done], timeout=seconds)
+        return self._done.done()
+
     async def send(self, data: bytes | memoryview) -> None:
         """Send input, no faster than it is consumed. What comes after the channel's end is dropped."""
         view = memoryview(data)
@@ -128,17 +165,13 @@ class Channel:
     def received(self, kind: int, payload: bytes) -> None:
         """Handle one frame from the agent."""
         if kind == wire.RESULT:
-            message = wire.loads(payload)  # what is no result leaves the channel to the end of the link
-            self._link.forget(self._number)
-            if not self._done.done():
-                self._done.set_result(message)
-            self._more_credit.set()
+            self._result(payload)
         elif kind == wire.CREDIT:
             self._credit += int.from_bytes(payload[:4], "big")
             self._more_credit.set()
         elif kind == wire.EVENT:
             if self._event is not None:
-                self._take(self._event, wire.loads(payload))
+                self._take(self._tell, payload)
         else:
             sink = self._sinks.get(kind)
             if sink is not None and kind == wire.OUTPUT:
@@ -146,16 +179,37 @@ class Channel:
             elif sink is not None:
                 sink(payload)
 
+    def _result(self, payload: bytes) -> None:
+        try:
+            message = decoded(payload)  # what is no message leaves the channel to the end of the link
+        except ValueError as error:
+            self._link.forget(self._number)
+            self.fail(self._nonsense(error))
+            return
+        self._link.forget(self._number)
+        if not self._done.done():
+            self._done.set_result(message)
+        self._more_credit.set()
+
+    def _tell(self, payload: bytes) -> None:
+        assert self._event is not None
+        self._event(decoded(payload))
+
     def _take(self, sink: Callable[[Any], Any], said: Any) -> None:
         """Hand on what has a form; if it has not, nobody may wait for what will not come."""
         try:
             sink(said)
-        except OSError:
-            raise  # of a file here
+        except (OSError, MemoryError, wire.ProtocolError):
+            raise  # of a file here, or of this process; or it is no message at all
         except Exception as error:
             logger.debug("%s: what a request was answered cannot be handled", self._link.host, exc_info=True)
+            self.give_up(self._nonsense(error))
+
+    def give_up(self, error: Exception) -> None:
+        """Drop the channel, which ends the work, with an error for whoever waits for its result."""
+        if not self._done.done():
             self._abandon()
-            self.fail(self._nonsense(error))
+            self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """End the channel because the link has gone."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster.exceptions import InvalidRuntimeError
+from lazycluster.utils import expanded
 
 from .destination import Destination, check_user, parse_destination
 from .hosts import CONFIG_VARIABLE
@@ -180,10 +181,7 @@ def _span(what: str, value: Any) -> float:
 def _path(what: str, value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{what} must be a path, not {type(value).__name__}")
-    try:
-        return str(Path(_text(what, os.fspath(value))).expanduser())
-    except RuntimeError as error:
-        raise ValueError(f"{what}: {error}") from None
+    return str(expanded(_text(what, os.fspath(value))))
 
 
 def _keys(what: str, value: Any) -> tuple[str, ...]:
@@ -315,6 +313,7 @@ def ssh_argv(
     version: tuple[int, int],
     *,
     ask: bool = False,
+    log: str | None = None,
 ) -> list[str]:
     """Return the command line of the one ssh process of a host, a multiplexing master.
 
@@ -324,6 +323,8 @@ def ssh_argv(
         remote_command: What the host's login shell is to run.
         version: The client's version, see :func:`ssh_version`.
         ask: Whether a person answers its questions, and may mistype.
+        log: A file that takes ssh's own words, also that it has logged in. Standard error has those of others then: the
+            banner of the host's sshd, what a ProxyCommand or jump host's ssh says, and the host's login shell.
 
     Returns:
         The command line. It holds no secret.
@@ -337,6 +338,8 @@ def ssh_argv(
     if settings.config_file:
         argv += ["-F", settings.config_file]
     argv += ["-M", "-S", control_path.replace("%", "%%"), "-T"]
+    if log is not None:
+        argv += ["-E", log, "-o", "LogLevel=VERBOSE"]
     # ssh takes the first value that it sees for an option: ours stand before the user's.
     for option in _options(settings, version, ask):
         argv += ["-o", option]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
+import shlex
 import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
+
+from lazycluster.utils import expanded
 
 from .hosts import configured_hosts, user_config
 
@@ -34,7 +39,7 @@ def _file(path: str | os.PathLike[str] | None) -> Path:
         return user_config()
     if os.fspath(path).lower() == "none":
         raise ConfigurationError("'none' stands for no configuration at all, and cannot be changed")
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str] | None = None) -> Path:
@@ -168,8 +173,7 @@ class _Change:
     """A file that is being changed."""
 
     def __init__(self, path: Path) -> None:
-        # A link is followed: many keep their configuration in a repository.
-        self.path = path.resolve()
+        self.path = path
         self.existed = self.path.exists()
         self.text = self.path.read_bytes() if self.existed else b""
         self._before = self.text
@@ -211,18 +215,32 @@ class _Change:
         """Put the new text in the place of the old, of which a copy is kept."""
         if self.text == self._before:
             return
+        if self.existed:
+            self._keep_backup()
         new = self._written(".new")
         try:
-            new.chmod(0o600)
-            if self.existed:
-                owner = self.path.stat()
-                with contextlib.suppress(PermissionError):
-                    os.chown(new, owner.st_uid, owner.st_gid)
-                self._keep_backup()
-            new.replace(self.path)
-        except BaseException:
+            if not self.existed or _made_alike(new, self.path):
+                try:
+                    new.replace(self.path)
+                    return
+                except OSError as error:
+                    if error.errno != errno.EBUSY:  # mounted, as into a container
+                        raise
+            self._write_in_place()
+        finally:
             new.unlink(missing_ok=True)
-            raise
+
+    def _write_in_place(self) -> None:
+        """Write into the file itself, which keeps all that it has beside its text: other names, say."""
+        with self.path.open("r+b") as file:
+            try:
+                _fill(file, self.text)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    _fill(file, self._before)
+                raise
+            with contextlib.suppress(PermissionError):
+                os.fchmod(file.fileno(), _mode(os.fstat(file.fileno())))
 
     def _keep_backup(self) -> None:
         backup = self.path.with_name(self.path.name + BACKUP)
@@ -232,17 +250,77 @@ class _Change:
         Path(name).replace(backup)
 
 
+def _fill(file: BinaryIO, text: bytes) -> None:
+    file.seek(0)
+    file.write(text)
+    file.flush()
+    file.truncate(len(text))
+    os.fsync(file.fileno())
+
+
+def _mode(inode: os.stat_result) -> int:
+    """Return the mode that a configuration keeps: ssh refuses one that others may write to, who could run anything."""
+    return stat.S_IMODE(inode.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _made_alike(new: Path, old: Path) -> bool:
+    """Give a new file owner, extended attributes (access lists are some) and mode of the one that it replaces.
+
+    Returns:
+        Whether nothing is lost if it does; other names of the old file would be.
+    """
+    inode = old.stat()
+    if inode.st_nlink > 1:
+        return False
+    try:
+        made = new.stat()
+        if (made.st_uid, made.st_gid) != (inode.st_uid, inode.st_gid):
+            os.chown(new, inode.st_uid, inode.st_gid)
+        attributes = _attributes(old)
+        for name, value in attributes.items() - _attributes(new).items():
+            os.setxattr(new, name, value)
+        new.chmod(_mode(inode))
+        return _attributes(new).keys() == attributes.keys()
+    except OSError:
+        return False
+
+
+def _attributes(path: Path) -> dict[str, bytes]:
+    if not hasattr(os, "listxattr"):
+        return {}
+    try:
+        return {name: os.getxattr(path, name) for name in os.listxattr(path)}
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return {}
+        raise
+
+
+def _check_writable(path: Path) -> None:
+    if not path.stat().st_mode & stat.S_IWUSR or not os.access(path, os.W_OK):
+        raise ConfigurationError(
+            f"{path} is read-only, so it was not changed\n"
+            f"  Next step: {shlex.join(['chmod', 'u+w', str(path)])} if it may be changed, or choose another: --config"
+        )
+
+
 @contextlib.contextmanager
 def _changing(path: Path) -> Iterator[_Change]:
     """Change a file, if nothing goes wrong; two who do it at once do it one after the other."""
-    folder = path.resolve().parent
+    # A link is followed: many keep their configuration in a repository.
+    path = Path(os.path.realpath(path))
+    folder = path.parent
     if not folder.exists():
         folder.mkdir(mode=0o700, parents=True)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigurationError(f"{path} is no file")
+        if path.is_symlink():
+            raise ConfigurationError(f"{path} is a link that leads to itself")
+        if path.exists():
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ConfigurationError(f"{path} is no file")
+            _check_writable(path)
         change = _Change(path)
         yield change
         change.commit()

@@ -11,9 +11,10 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal
 
-from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
 
 from .channel import Bytes, Channel, Event
+from .errors import last_words
 from .hello import Hello
 from .link import AgentLink
 from .mark import Mark, StartError, read_mark
@@ -25,6 +26,10 @@ State = Literal["new", "connecting", "open", "interrupted", "lost", "closed"]
 
 logger = logging.getLogger("lazycluster")
 
+ANSWER_LIMIT = 30.0
+"""Seconds that a host gets to answer a question, if nothing else is said."""
+
+_TICK = 1.0
 _START_LIMIT = 30.0  # seconds for a further agent to start, on a connection that works
 _STOP_PATIENCE = 6.0  # seconds that the agent gets to end what it started
 _QUIET = 5.0
@@ -66,6 +71,7 @@ class Connection(abc.ABC):
         self._noise = bytearray()
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
+        self._unanswered: NoAnswerError | None = None
         self._given_up = -1.0  # when the host was heard last of all, if that was too long ago for somebody
         self.at_close: list[Callable[[], Any]] = []
 
@@ -134,17 +140,24 @@ class Connection(abc.ABC):
         except BaseException as error:
             os.close(fd_in)
             os.close(fd_out)
-            if isinstance(error, (StartError, asyncio.TimeoutError)):
+            if isinstance(error, asyncio.TimeoutError):
+                raise self._start_overdue() from None
+            if isinstance(error, StartError):
                 raise ConnectionLostError(self.host, f"no further agent could be started there: {error}") from error
             raise
         link = AgentLink(self.host, fd_in, fd_out, lambda error: link.lost(str(error or "it has ended")), mark.rest)
         link.send_soon(payload(False, mark.tag))
         try:
             await asyncio.wait_for(link.hello, _START_LIMIT)
-        except BaseException:
+        except BaseException as error:
             link.lost("it was given up")
+            if isinstance(error, asyncio.TimeoutError):
+                raise self._start_overdue() from None
             raise
         return link
+
+    def _start_overdue(self) -> NoAnswerError:
+        return NoAnswerError(self.host, "a further agent to start", _START_LIMIT)
 
     # --- the agent -----------------------------------------------------------------------------
     @property
@@ -181,36 +194,86 @@ class Connection(abc.ABC):
         assert self._link is not None
         return self._link.open_channel(op, params or {}, stdout, stderr, output, event)
 
-    async def request(self, op: str, **params: Any) -> dict[str, Any]:
+    async def request(self, op: str, *, within: float | None = None, **params: Any) -> dict[str, Any]:
         """Send a request and wait for its result.
+
+        Args:
+            op: What is asked for.
+            within: Seconds for the answer; None: as long as any question may take.
+            **params: What the agent must know for it.
 
         Raises:
             AgentError: If the agent answers with an error.
             ConnectionLostError: If the connection ends before.
+            NoAnswerError: If no answer comes in time.
         """
-        channel = self.channel(op, params)
+        return await self.answered(self.channel(op, params), f"an answer to {op!r}", within)
+
+    async def answered(
+        self, channel: Channel, awaited: str, within: float | None = None, came: Callable[[], int] = lambda: 0
+    ) -> dict[str, Any]:
+        """Wait for the result of a channel; it is closed if that does not come.
+
+        Args:
+            channel: The channel.
+            awaited: What is waited for, for messages.
+            within: See `request`.
+            came: Returns how much of the answer has come, if it comes in parts: then each has so much time.
+
+        Raises:
+            AgentError, ConnectionLostError, NoAnswerError: See `request`.
+        """
+        limit = ANSWER_LIMIT if within is None else within
         try:
+            if not await self._in_time(channel, limit, came):
+                interrupted = f"its link is interrupted: {self.why}" if self.state == "interrupted" else ""
+                self._unanswered = NoAnswerError(self.host, awaited, limit, interrupted)
+                raise self._unanswered
+            self._unanswered = None
             return await channel.result()
-        except asyncio.CancelledError:
+        finally:
             channel.close()
-            raise
+
+    async def _in_time(self, channel: Channel, limit: float, came: Callable[[], int]) -> bool:
+        """Wait for the end of a channel; time in which this process slept, or did not listen, does not count."""
+        loop, left, before = asyncio.get_running_loop(), limit, came()
+        while left > 0:
+            began, step = loop.time(), min(left, _TICK)
+            if await channel.ended(step):
+                return True
+            if came() != before:
+                left, before = limit, came()
+            elif self._link is None or not self._link.is_held:
+                left -= min(max(loop.time() - began, step), 2 * step)
+        return False
+
+    @property
+    def unanswered(self) -> NoAnswerError | None:
+        """What the host was asked in vain, if nothing was answered since; None if it answers."""
+        return self._unanswered
 
     def hold(self, held: bool) -> None:
         """Listen to nothing that the agent says for the time being, so that its host waits; or go on."""
         if self._link is not None:
             self._link.hold(held)
 
-    async def reached(self) -> None:
+    async def reached(self, within: float | None = None) -> None:
         """Wait while the connection is interrupted.
+
+        Args:
+            within: Seconds; None: until it is decided whether it comes back.
 
         Raises:
             ConnectionLostError: If it is lost.
+            NoAnswerError: If that takes longer.
         """
         if self.state == "interrupted":
             news = asyncio.Event()
             forget = self.on_state(lambda *_: news.set())
             try:
-                await news.wait()
+                await asyncio.wait_for(news.wait(), within)
+            except asyncio.TimeoutError:
+                raise NoAnswerError(self.host, "its link to come back", within or 0.0, self.why) from None
             finally:
                 forget()
         self.check()
@@ -340,10 +403,7 @@ class Connection(abc.ABC):
         """End the process, which usually has ended, and return what it says about that."""
         assert self._process is not None
         await self._process.end()
-        lines = dict.fromkeys(line.strip() for line in self._process.errors.splitlines())
-        # That nobody listens where a forwarded port leads is no reason to end.
-        reasons = [line for line in lines if line and not line.startswith("connect_to ")]
-        return "; ".join(reasons[-3:]) or "the agent on the host has ended"
+        return last_words(self._process.errors) or "the agent on the host has ended"
 
     async def _lost(self, why: str) -> None:
         """Tell everyone who waits that nothing more will come, and why."""

@@ -9,7 +9,7 @@ __all__ = ["Destination", "check_user", "parse_destination"]
 
 # A name may reach a shell through the %h and %r of the user's ProxyCommand or "Match exec": the characters that newer
 # versions of ssh refuse themselves are refused here for all versions.
-_HOSTILE = re.compile(r"[\x00-\x20\x7f\s'`\"$\\;&<>|(){}!*?,#]")
+_HOSTILE = re.compile(r"[\x00-\x20\x7f\s'`\"$\\;&<>|(){}\[\]!*?,#^]")
 _HOSTILE_USER = re.compile(r"[\x00-\x20\x7f\s'`\";&<>|(){}]")
 
 

@@ -14,15 +14,28 @@ from lazycluster.agent.bootstrap import NO_DIRECTORY
 from lazycluster.exceptions import InvalidRuntimeError
 
 from .config import Settings
+from .diagnosis import NOTHING_KNOWN, Circumstances
 
-__all__ = ["FULL", "classify", "is_retryable", "no_room_here", "no_room_in", "no_room_there"]
+__all__ = ["FULL", "classify", "is_retryable", "last_words", "no_room_here", "no_room_in", "no_room_there"]
 
 _EVIDENCE_LINES = 4
 _OUTPUT_SHOWN = 300
 _NOISE = re.compile(
     r"@+|@.*@|Warning: Permanently added .*|Pseudo-terminal will not .*|Killed by signal \d+\.|\*\* .*|"
+    r"Authenticated to .*|Transferred: sent .*|Bytes per second: .*|"
 )
+# That nobody listens where a forwarded port leads is no reason to end.
+_ABOUT_PORTS = re.compile(r"connect_to .*|channel \d+: open failed: .*")
+_LAST_WORDS = 3
 _PROXY_ENDED = "UNKNOWN port 65535"
+_PROXY_CLOSED = re.compile(r"kex_exchange_identification: .*|Connection closed by UNKNOWN port 65535")
+
+
+def last_words(said: str) -> str:
+    """Return the end of what ssh itself said of a link that is lost; empty if that tells no reason."""
+    lines = dict.fromkeys(line.strip() for line in said.splitlines())
+    reasons = [line for line in lines if not _NOISE.fullmatch(line) and not _ABOUT_PORTS.fullmatch(line)]
+    return "; ".join(reasons[-_LAST_WORDS:])
 
 
 def is_retryable(error: InvalidRuntimeError) -> bool:
@@ -43,15 +56,17 @@ class _Case:
     phase: str
     logged_in: bool
     python: str
+    shell_said: str
+    known: Circumstances
 
     def find(self, pattern: str) -> re.Match[str] | None:
-        """Search what ssh said; ``^`` and ``$`` are those of a line."""
-        return re.search(pattern, self.said, re.MULTILINE | re.IGNORECASE)
+        """Find the last place in what ssh said; ``^`` and ``$`` are those of a line."""
+        return next(reversed([*re.finditer(pattern, self.said, re.MULTILINE | re.IGNORECASE)]), None)
 
     @property
     def by_proxy(self) -> bool:
         """Whether what ended is a ProxyCommand or the ssh to a jump host: only then ssh knows no address."""
-        return _PROXY_ENDED in self.said
+        return _PROXY_ENDED in (_useful(self.said) or [""])[-1]
 
     @property
     def where(self) -> str:
@@ -64,9 +79,7 @@ class _Case:
     @property
     def evidence(self) -> str:
         """The last lines that say something."""
-        lines = [line.strip() for line in self.said.splitlines()]
-        useful = [line for line in lines if not _NOISE.fullmatch(line)]
-        return "\n".join(useful[-_EVIDENCE_LINES:])
+        return "\n".join(_useful(self.said)[-_EVIDENCE_LINES:])
 
     @property
     def printed(self) -> str:
@@ -105,12 +118,17 @@ def classify(
     phase: str = "ended",
     logged_in: bool = False,
     python: str = "python3",
+    heard: str | None = None,
+    known: Circumstances = NOTHING_KNOWN,
 ) -> InvalidRuntimeError:
     """Say why a host could not be reached.
 
+    ssh's last own words tell the reason, and after a login only what came since then. What a host's sshd prints as its
+    banner, or a start-up file of the login shell, may look like ssh's words, but comes before the last ones.
+
     Args:
         settings: How it was tried.
-        said: What ssh printed to standard error, and the host's shell through it.
+        said: What ssh said.
         status: ssh's exit status, None if it still ran or is not known.
         asked: What ssh asked and was not told.
         answered: What ssh asked and was told from the settings.
@@ -118,16 +136,59 @@ def classify(
         phase: ``timeout`` if the time was up, else ``ended``.
         logged_in: Whether ssh is known to have logged in.
         python: The interpreter that was to be started.
+        heard: What others printed to ssh's standard error: before the login the host's sshd, a jump host's ssh or a
+            ProxyCommand, then the host's shell. None if it is not known apart from what ssh said.
+        known: What else is known.
 
     Returns:
         The error, to be raised.
     """
-    case = _Case(settings, said.replace("\r", ""), status, asked, answered, output, phase, logged_in, python)
-    for rule in _RULES:
+    said = said.replace("\r", "")
+    heard = heard if heard is None else heard.replace("\r", "")
+    if heard is not None and _DENIED.fullmatch((_useful(said) or [""])[-1]):
+        logged_in = False  # what said that it has is what the host's sshd had ssh print
+    if heard is not None and not logged_in and _PROXY_ENDED in said and "kex_exchange_identification: " in said:
+        # The host was not reached. Whoever was to lead there has said why.
+        said = f"{heard}\n{said}"
+    if heard is not None and not said and status == _SSH_FAILED and phase == "ended" and not logged_in:
+        said = heard  # an error in its command line, which it reads before it knows of its log
+    logged_in = logged_in or bool(output) or (status is not None and status >= 0 and status != _SSH_FAILED)
+    shell_said = said if heard is None else heard if logged_in else ""
+    case = _Case(
+        settings, said, status, asked, answered, output, phase, logged_in, python, shell_said=shell_said, known=known
+    )
+    for rule in _rules(case):
         error = rule(case)
         if error is not None:
             return error
     return _unknown(case)
+
+
+_SSH_FAILED = 255
+_OF_PYTHON = (None, 1, 134)  # exit statuses of an interpreter that fails, and of a tcsh that finds none
+_DENIED = re.compile(r"\S+: Permission denied \(.*\)\.?")
+
+
+def _useful(text: str) -> list[str]:
+    """Return the lines that say something."""
+    return [line for line in map(str.strip, text.splitlines()) if not _NOISE.fullmatch(line)]
+
+
+def _rules(case: _Case) -> Sequence[_Rule]:
+    """Return what may be the reason, most likely first."""
+    if case.logged_in:
+        return _AFTER_LOGIN
+    lines = _useful(case.said)
+    while case.by_proxy and lines and _PROXY_CLOSED.fullmatch(lines[-1]):
+        del lines[-1]
+    if case.phase == "ended" and lines:  # else they are not its last ones
+        for pattern, rule in _SAID_LAST:
+            # What is wrong in the configuration of a jump host's ssh is so in our own ssh's first.
+            if pattern.fullmatch(lines[-1]) and not (case.by_proxy and rule is _config):
+                return (rule,)
+    if case.asked:
+        return (_host_key if _host_question(case) else _auth, _dropped)
+    return (_dropped, *_AFTER_LOGIN) if case.phase == "ended" else ()
 
 
 def _config(case: _Case) -> InvalidRuntimeError | None:
@@ -148,12 +209,15 @@ def _config(case: _Case) -> InvalidRuntimeError | None:
 
 
 def _host_key(case: _Case) -> InvalidRuntimeError | None:
-    question = next((text for text in case.asked if "authenticity of host" in text), "")
+    question = _host_question(case)
     if changed := case.find(r"host key for (\S+) has changed"):
         return _changed_key(case, changed[1])
     if case.find(r"REVOKED HOST KEY|host key .*revoked"):
         hint = "do not connect; ask whoever runs the host for its new key"
-        return case.error("host_key", f"{case.where}the host's key is marked as revoked:\n{case.evidence}", hint)
+        what = "certificate, or the authority that signed it," if case.find(r"-CERT host key") else "key"
+        return case.error("host_key", f"{case.where}the host's {what} is marked as revoked:\n{case.evidence}", hint)
+    if found := case.find(r"^Certificate (?:invalid: |for .*?(?=contains)|(?=lacks))(?P<why>.*)$"):
+        return _bad_certificate(case, found["why"])
     if not (question or case.find(r"Host key verification failed|host key is known for")):
         return None
     name = re.search(r"host '(.*?)(?: \(.*?\))?' can't", question) or case.find(r"key is known for (\S+) and")
@@ -161,11 +225,40 @@ def _host_key(case: _Case) -> InvalidRuntimeError | None:
     detail = f"{case.where}the host key of {name[1] if name else case.settings.target} is unknown"
     if key:
         detail += f" ({key[1]}, {key[2]})"
+    if case.known.authority:
+        detail += f", and it shows no certificate of an authority that {case.known.authority} names for it"
+        hint = (
+            "do not take the key on trust: have the host's administrator get its key signed (HostCertificate in its "
+            "sshd_config), or correct the @cert-authority line"
+        )
+        return case.error("host_key", detail, hint)
     hint = (
         f"run '{case.plain_ssh}' once, compare the fingerprint with what the host's administrator says, and "
         'accept it; or take new hosts on trust: connection_kwargs={"host_keys": "accept-new"}'
     )
     return case.error("host_key", detail, hint)
+
+
+def _host_question(case: _Case) -> str:
+    return next((text for text in case.asked if text.startswith("The authenticity of host ")), "")
+
+
+def _bad_certificate(case: _Case, why: str) -> InvalidRuntimeError:
+    name = _host_question(case) or case.settings.target
+    found = re.search(r"host '(.*?)(?: \(.*?\))?' can't", name)
+    detail = f"{case.where}the certificate of the host {found[1] if found else name} is not valid: {why}"
+    again = (
+        "the host's administrator has to have its key signed again: ssh-keygen -s CA_KEY -I ID -h -n NAME HOST_KEY.pub"
+    )
+    hints = {
+        "expired": again,
+        "not yet valid": f"check this machine's clock; if it is right, {again}",
+        "name is not a listed principal": (
+            "connect by a name that the certificate is for (HostName or HostKeyAlias in your ssh configuration); or "
+            f"{again}"
+        ),
+    }
+    return case.error("host_key", detail, f"do not take its key on trust; {hints.get(why, again)}")
 
 
 def _changed_key(case: _Case, name: str) -> InvalidRuntimeError:
@@ -231,6 +324,7 @@ def _auth(case: _Case) -> InvalidRuntimeError | None:
         parts.append(problem[0].strip())
     if case.find(r"signing failed|agent refused"):
         parts.append("the ssh agent did not sign with a key that the host would take")
+    parts += case.known.certificates
     if case.asked:
         questions = dict.fromkeys(" ".join(text.split()) for text in case.asked)
         parts.append("ssh would have asked: " + " / ".join(questions))
@@ -255,6 +349,8 @@ def _auth_cause(case: _Case) -> str:
 
 def _auth_hint(case: _Case) -> str:
     settings = case.settings
+    if case.known.certificates:
+        return "have your key signed again, for this account: ssh-keygen -s CA_KEY -I ID -n USER KEY.pub"
     if case.find("Too many authentication failures"):
         return "name the right key as key_filename in connection_kwargs"
     if _mentions(case.answered, "password"):
@@ -273,6 +369,11 @@ def _auth_hint(case: _Case) -> str:
     )
 
 
+def _disconnected(case: _Case) -> InvalidRuntimeError | None:
+    # What it says is the host's own text, of any number of lines.
+    return _auth(case) if case.find(r"^Received disconnect from .*Too many authentication failures") else None
+
+
 def _protocol(case: _Case) -> InvalidRuntimeError | None:
     if found := case.find(r"^(Unable to negotiate with .*|Protocol major versions differ.*|Bad server host key.*)$"):
         hint = "the two versions of OpenSSH have no algorithm in common; ssh_options can allow an older one"
@@ -285,14 +386,14 @@ def _dropped(case: _Case) -> InvalidRuntimeError | None:
     if not case.find(ended):
         return None
     own = [line for line in case.evidence.splitlines() if not re.search(r"^kex_|^Connection |^ssh_dispatch", line)]
-    if case.by_proxy and own:
+    if case.by_proxy and own and not case.known.proxy_is_ssh:  # an ssh says why it failed, and then that is the reason
         detail = "the ProxyCommand or the jump host failed: " + "; ".join(own)
         return case.error("proxy", detail, f"try '{case.plain_ssh}' by hand")
     hint = (
         "if it stays so: is it an ssh server? MaxStartups in sshd_config of the host (or jump host) limits how many "
         "may connect at once"
     )
-    said = "; ".join(case.evidence.splitlines())
+    said = "; ".join(line for line in case.evidence.splitlines() if not case.known.proxy_is_ssh or line not in own)
     return case.error("dropped", f"{case.where}the connection was dropped during the handshake: {said}", hint)
 
 
@@ -329,13 +430,33 @@ def no_room_there(settings: Settings, places: str) -> InvalidRuntimeError:
 def _no_room(case: _Case) -> InvalidRuntimeError | None:
     full = "|".join(map(os.strerror, FULL))
     if here := case.find(rf"^unix_listener: cannot bind to path (.*: (?:{full}))$"):
-        return no_room_here(here[1])  # the control socket, on this side
-    places = no_room_in(f"{case.said}\n{case.output}")
+        return no_room_here(here[1])  # ssh's control socket, which it makes after the login
+    places = no_room_in(f"{case.shell_said}\n{case.output}")
     return no_room_there(case.settings, places) if places else None
 
 
+def _lost(case: _Case) -> InvalidRuntimeError | None:
+    """The link was lost when ssh had logged in already, as ssh itself says."""
+    if case.status not in (None, _SSH_FAILED) or case.shell_said is case.said:
+        return None
+    words = last_words(case.said)
+    if re.search(r"timed out|not responding", words, re.IGNORECASE):
+        return case.error("timeout", f"it does not answer any more: {words}", f"check the network. {_MORE_TIME}")
+    if re.search(r"Broken pipe|Connection .*(?:closed|reset)|Disconnected from", words):
+        hint = f"try '{case.plain_ssh}': does the host end sessions, or is it about to shut down?"
+        return case.error("dropped", f"the connection was lost right after the login: {words}", hint)
+    return None
+
+
+def _ending(case: _Case) -> list[str]:
+    """Return the last lines of the host's shell: what a start-up file printed, or a banner, comes before them."""
+    return [*_useful(case.shell_said)[-_EVIDENCE_LINES:], *_useful(case.output)[-_EVIDENCE_LINES:]]
+
+
 def _no_process(case: _Case) -> InvalidRuntimeError | None:
-    if not re.search(r"(?:BlockingIOError|fork\b.*|Cannot fork).*(?:unavailable|fork)", f"{case.said}\n{case.output}"):
+    if case.phase == "timeout" or not re.search(
+        r"(?:BlockingIOError|fork\b.*|Cannot fork).*(?:unavailable|fork)", "\n".join(_ending(case))
+    ):
         return None
     detail = "no process can be started on the host: its limit of processes is reached"
     hint = "end what runs there under this account, or raise the limit (ulimit -u, or that of a control group)"
@@ -343,27 +464,31 @@ def _no_process(case: _Case) -> InvalidRuntimeError | None:
 
 
 def _no_python(case: _Case) -> InvalidRuntimeError | None:
-    if case.status == 255 and not case.output:
-        return None  # ssh's own failure
+    if case.phase == "timeout" or (case.status == _SSH_FAILED and not case.output and not case.logged_in):
+        return None  # it did not end, or it was ssh that failed
     name, base = re.escape(case.python), re.escape(PurePath(case.python).name)
-    text = case.said + "\n" + case.output
     before = rf"(?:{name}|{base})\W.*(?:not found|no such file|permission denied)"
-    missing = rf"{before}|(?:not found|unknown command)\W.*{base}"
-    if re.search(missing, text, re.IGNORECASE) or case.status in (126, 127):
+    missing = re.compile(rf"{before}|(?:not found|unknown command)\W.*{base}", re.IGNORECASE)
+    last = [lines[-1] for lines in (_useful(case.shell_said), _useful(case.output)) if lines]
+    may_be = case.status in _OF_PYTHON  # else a start-up file has printed that
+    if case.status in (126, 127) or (may_be and any(map(missing.search, last))):
         hint = (
             "install Python 3.8 or newer there, link one as python3 into a directory of the PATH that commands have "
             'over ssh, or name its path with python="/path/to/python3"'
         )
-        said = case.evidence or case.printed
+        named = [line for line in _ending(case) if missing.search(line)]
+        said = (named or last or [f"exit status {case.status}"])[-1]
         return case.error("python", f"{case.python} does not run on the host: {said}", hint)
-    if re.search(r"Traceback \(most recent|SyntaxError|ImportError|No module named|Fatal Python error", text):
+    if may_be and re.search(
+        r"Traceback \(most recent|SyntaxError|ImportError|No module named|Fatal Python error", "\n".join(last)
+    ):
         hint = 'name another interpreter with python="/path/to/python3"'
-        return case.error("python", f"{case.python} failed on the host: {case.evidence}", hint)
+        return case.error("python", f"{case.python} failed on the host: {'; '.join(_ending(case))}", hint)
     return None
 
 
 def _shell(case: _Case) -> InvalidRuntimeError | None:
-    if found := case.find(r"(?:exec|shell|subsystem) request failed on channel.*|This service allows.*"):
+    if found := case.find(r"^(?:exec|shell|subsystem) request failed on channel.*$"):
         return case.error("shell", found[0].strip(), "the account must be allowed to run commands")
     if case.phase == "timeout":
         if not case.printed and not case.logged_in:
@@ -372,11 +497,11 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
         detail = f"the login shell did not start Python within the time allowed; {said}"
         hint = f"'{case.plain_ssh} true' must end by itself: does a start-up file of the shell wait for input?"
         return case.error("shell", detail, f"{hint} {_MORE_TIME}")
-    if case.status is None or (case.status in (255, -15) and not case.printed):
+    if case.status is None or (case.status in (_SSH_FAILED, -15) and not case.printed and not case.logged_in):
         return None
     detail = f"the login shell ended with exit status {case.status} instead of starting Python"
-    if case.printed or case.evidence:
-        detail += f": {case.printed or case.evidence}"
+    if printed := case.printed or "\n".join(_useful(case.shell_said)[-_EVIDENCE_LINES:]):
+        detail += f"; it printed: {printed}"
     hint = (
         f"'{case.plain_ssh} true' must succeed: does a start-up file of the shell end it (exit), or replace it (exec)? "
         "May the account log in at all?"
@@ -389,18 +514,26 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
 _MORE_TIME = 'Or allow more time: connection_kwargs={"timeout": 60}'
 
 _Rule = Callable[[_Case], "InvalidRuntimeError | None"]
-_RULES: tuple[_Rule, ...] = (
-    _config,
-    _host_key,
-    _dns,
-    _network,
-    _auth,
-    _protocol,
-    _dropped,
-    _no_room,
-    _no_process,
-    _no_python,
-    _shell,
+_AFTER_LOGIN: tuple[_Rule, ...] = (_no_room, _lost, _no_process, _no_python, _shell)
+
+# How ssh ends, line by line: what its last line is tells what kind of failure it was.
+_SAID_LAST: tuple[tuple[re.Pattern[str], _Rule], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), rule)
+    for pattern, rule in (
+        (r".* terminating, \d+ bad configuration options?|\S.*? line \d+: .*|Bad owner or permissions on .*", _config),
+        (r"Can't open user config file .*|jumphost loop.*", _config),
+        (r"Host key verification failed\.", _host_key),
+        (r"ssh: Could not resolve hostname .*", _dns),
+        (r"ssh: connect to host .*|stdio forwarding failed", _network),
+        (r"(?:\S+: )?(?:Timeout, server |Connection |banner exchange: ).*(?:timed out|not responding).*", _network),
+        (r"\S+: Permission denied \(.*\)\.?|.*\bToo many authentication failures.*", _auth),
+        (r"Authentication failed\.?|.*no more authentication methods.*", _auth),
+        (r"Disconnected from .*", _disconnected),
+        (r"Unable to negotiate with .*|Protocol major versions differ.*|Bad server host key.*", _protocol),
+        (r"kex_exchange_identification: .*|ssh_dispatch_run_fatal: .*|Connection (?:closed|reset) by .*", _dropped),
+        (r"[\w:. ]*: Broken pipe", _dropped),
+        (r"(?:exec|shell|subsystem) request failed on channel.*", _shell),
+    )
 )
 
 

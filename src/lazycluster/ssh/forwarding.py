@@ -18,6 +18,8 @@ from .relay import Relay
 
 __all__ = ["open_on"]
 
+_RETURN_LIMIT = 30.0  # seconds for a link that is interrupted when a tunnel is wanted
+
 
 async def open_on(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
     """Open tunnels of one connection; none stays open if this is cancelled.
@@ -31,7 +33,7 @@ async def open_on(connection: Connection, requests: list[TunnelRequest]) -> list
     """
     outcomes: list[Outcome] = []
     try:
-        await connection.reached()
+        await connection.reached(_RETURN_LIMIT)
         alike = any(request.local_port == request.remote_port for request in requests)
         shared = connection.local or (alike and await same_network(connection))
         rest = []
@@ -141,7 +143,8 @@ async def _check_exposed(connection: Connection, opened: dict[int, Tunnel], outc
     listening = {tunnel.remote_port: index for index, tunnel in opened.items() if tunnel.direction == "to_runtime"}
     if not listening:
         return
-    exposed = (await connection.request("exposed", ports=list(listening)))["exposed"]
+    answer = await connection.request("exposed", ports=list(listening))
+    exposed = set(answer["exposed"]).intersection(listening)
     await close_tunnels(opened[listening[port]] for port in exposed)
     for port in exposed:
         outcomes[listening[port]] = ForwardingForbiddenError(

@@ -76,6 +76,7 @@ class Tunnel:
         local_port: The manager's port.
         remote_port: The host's port.
         request: What was wanted.
+        on_lost: Called with the tunnel when its port cannot be had again, after the link to the host dropped.
     """
 
     def __init__(self, request: TunnelRequest, undo: Callable[[], Awaitable[None]] | None, *, by_ssh: bool) -> None:
@@ -84,6 +85,7 @@ class Tunnel:
         self.local_port = request.local_port
         self.remote_port = request.remote_port
         self.request = request
+        self.on_lost: list[Callable[[Tunnel], object]] = []
         self._undo = undo
         self._by_ssh = by_ssh
         self._closed = False
@@ -113,9 +115,16 @@ class Tunnel:
         self._closed = True
         self._over.set()
 
+    def lost(self) -> None:
+        """Note that its port cannot be had again."""
+        told = [] if self._closed else list(self.on_lost)
+        self.gone()
+        for tell in told:
+            tell(self)
+
     def _lost(self, forward: Forward) -> None:
         if forward.key == self.request.forward.key:
-            self.gone()
+            self.lost()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is closed, or its connection is; returns whether it is.

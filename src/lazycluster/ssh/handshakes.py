@@ -144,8 +144,14 @@ def _mentions_proxy(config_file: str | None) -> bool:
     if config_file == "none":
         return False
     files = [Path(config_file)] if config_file else [user_config(), SYSTEM_CONFIG]
-    stamp = tuple((str(path), path.stat().st_mtime_ns if path.exists() else 0) for path in files)
-    return _mentions_proxy_now(stamp)
+    return _mentions_proxy_now(tuple((str(path), _changed(path)) for path in files))
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0  # ssh says why, where it cannot go on without it
 
 
 @functools.lru_cache(maxsize=16)

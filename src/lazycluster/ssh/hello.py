@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .answers import NAME, check_shape
+
 __all__ = ["Hello"]
 
 
@@ -36,10 +38,17 @@ class Hello:
         Raises:
             ValueError: If it makes no sense.
         """
-        kinds = {"python": list, "pid": int, "uid": int, "booted": int}
-        values: dict[str, Any] = {field.name: message.get(field.name) for field in fields(cls)}
-        wrong = [name for name, value in values.items() if not isinstance(value, kinds.get(name, str))]
-        python = [part for part in message.get("python") or () if isinstance(part, int)]
-        if wrong or len(python) != 3:
-            raise ValueError(f"the agent says of its host what makes no sense: {', '.join(wrong or ['python'])}")
-        return cls(**{**values, "python": tuple(python)})
+        try:
+            check_shape(message, _SHAPE)
+            if len(message["python"]) != 3:
+                raise ValueError("python has not three numbers")
+        except ValueError as error:
+            raise ValueError(f"the agent says of its host what makes no sense: {error}") from None
+        values = {field.name: message[field.name] for field in fields(cls)}
+        return cls(**{**values, "python": tuple(message["python"])})
+
+
+_SHAPE: dict[str, Any] = {
+    **{field.name: NAME for field in fields(Hello)}, "python": [range(2**16)], "pid": range(1, 2**31),
+    "uid": range(2**32), "booted": range(2**63),
+}  # fmt: skip

@@ -6,6 +6,7 @@ service. What an option means for a connection is left to ssh.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import logging
 import os
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from lazycluster.utils import expanded
 
 from .destination import parse_destination
 
@@ -32,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 SYSTEM_CONFIG = Path("/etc/ssh/ssh_config")
 _INCLUDE_DEPTH = 16  # as in ssh
-_LINE = re.compile(r"\s*([A-Za-z]\w*)(?:\s*=\s*|\s+)(.*?)\s*")
+_LINE = re.compile(r"([A-Za-z]\w*)(?:\s*=\s*|\s+)(.*)")
 _WORD = re.compile(r'"((?:[^"\\]|\\.)*)"|\'((?:[^\'\\]|\\.)*)\'|(\S+)')
 # A ProxyCommand that is an ssh of its own: its last words are the jump host, or the jump host and a netcat.
 _SSH_PROXY = re.compile(r"\bssh\s+(.*)")
@@ -76,10 +79,10 @@ CONFIG_VARIABLE = "LAZYCLUSTER_SSH_CONFIG"
 def user_config() -> Path:
     """Return the path of the user's own configuration. Like ssh, this does not heed ``$HOME``."""
     try:
-        home = pwd.getpwuid(os.getuid()).pw_dir
+        home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     except KeyError:
-        home = str(Path("~").expanduser())
-    return Path(home) / ".ssh" / "config"
+        home = expanded("~")
+    return home / ".ssh" / "config"
 
 
 def configured_hosts(config_file: str | os.PathLike[str] | None = None) -> list[ConfiguredHost]:
@@ -96,9 +99,7 @@ def configured_hosts(config_file: str | os.PathLike[str] | None = None) -> list[
     config_file = config_file if config_file is not None else os.environ.get(CONFIG_VARIABLE) or None
     if config_file is not None and os.fspath(config_file) == "none":
         return []
-    path = Path(config_file).expanduser() if config_file is not None else user_config()
-    if config_file is None and not path.exists():
-        return []
+    path = expanded(config_file) if config_file is not None else user_config()
     warnings: list[str] = []
     lines = list(config_lines(path, warnings))
     for warning in dict.fromkeys(warnings):
@@ -177,48 +178,68 @@ def _matches(patterns: Sequence[str], name: str) -> bool:
     hit = False
     for pattern in patterns:
         negated = pattern.startswith("!")
-        wild = re.escape(pattern.lstrip("!").lower()).replace(r"\*", ".*").replace(r"\?", ".")
-        if re.fullmatch(wild, name.lower()):
+        # Brackets have no meaning for ssh. This takes no exponential time, whatever stars there are.
+        if fnmatch.fnmatchcase(name.lower(), pattern.lstrip("!").lower().replace("[", "[[]")):
             if negated:
                 return False
             hit = True
     return hit
 
 
-def config_lines(
-    path: Path, warnings: list[str], *, scope: Scope = (), base: Path | None = None, depth: int = 0
-) -> Iterator[ConfigLine]:
+class _TooDeepError(Exception):
+    """Includes are nested so deeply that ssh gives up."""
+
+
+def config_lines(path: Path, warnings: list[str]) -> Iterator[ConfigLine]:
     """Read a configuration file, and what it includes, as ssh does.
 
     Args:
         path: The file.
         warnings: Takes a line for each file that cannot be read.
-        scope: The blocks around the line that included it.
-        base: Where relative includes start; by default the folder of the system's or the user's configuration.
-        depth: How many files include it.
 
     Yields:
         Its lines in order; a ``Host`` line has the scope of the blocks around its file.
     """
-    base = base or (SYSTEM_CONFIG.parent if path == SYSTEM_CONFIG else user_config().parent)
+    base = SYSTEM_CONFIG.parent if path == SYSTEM_CONFIG else user_config().parent
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
+        yield from _lines_of(path, warnings, (), base, 0)
+    except _TooDeepError as error:
+        # ssh goes no further, either; each level may include all files of a folder, which would take for ever.
+        warnings.append(str(error))
+
+
+def _lines_of(path: Path, warnings: list[str], scope: Scope, base: Path, depth: int) -> Iterator[ConfigLine]:
+    """Read one file.
+
+    Args:
+        path: The file.
+        warnings: Takes a line for each file that cannot be read.
+        scope: The blocks around the line that included it.
+        base: Where relative includes start.
+        depth: How many files include it.
+
+    Raises:
+        _TooDeepError: If includes are nested too deeply.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    except (OSError, ValueError) as error:
         if not (depth == 0 and isinstance(error, FileNotFoundError) and path in (SYSTEM_CONFIG, user_config())):
-            warnings.append(f"{path}: not read: {error.strerror or error}")
+            warnings.append(f"{path}: not read: {getattr(error, 'strerror', None) or error}")
         return
     block: Scope = ()
-    for number, raw in enumerate(text.splitlines(), 1):
-        found = _LINE.fullmatch(raw)
+    for number, raw in enumerate(text.split("\n"), 1):
+        found = _LINE.fullmatch(raw.partition("\0")[0].strip())  # ssh sees nothing of a line beyond a null character
         if found is None:
             continue  # empty, a comment, or nonsense, which ssh itself reports
         keyword, words, place = found.group(1).lower(), _words(found.group(2)), f"{path}:{number}"
         if keyword == "include":
             for included in _included(words, base):
                 if depth + 1 >= _INCLUDE_DEPTH:
-                    warnings.append(f"{place}: includes are nested too deeply, {included} is not read")
-                else:
-                    yield from config_lines(included, warnings, scope=scope + block, base=base, depth=depth + 1)
+                    raise _TooDeepError(
+                        f"{place}: includes are nested too deeply: {included} is not read, nor all else"
+                    )
+                yield from _lines_of(included, warnings, scope + block, base, depth + 1)
             continue
         if keyword == "host":
             block = (tuple(words),)
@@ -238,6 +259,7 @@ def _words(text: str) -> list[str]:
 
 def _included(words: Sequence[str], base: Path) -> Iterator[Path]:
     for word in words:
-        path = Path(os.path.expandvars(word)).expanduser()
-        # Path.glob takes no absolute patterns.
-        yield from (Path(name) for name in sorted(glob.glob(str(base / path))))  # noqa: PTH207
+        if word:
+            path = expanded(os.path.expandvars(word))
+            # Path.glob takes no absolute patterns.
+            yield from (Path(name) for name in sorted(glob.glob(str(base / path))))  # noqa: PTH207

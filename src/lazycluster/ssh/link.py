@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from lazycluster import _hostlog, _memory
 from lazycluster.agent import wire
-from lazycluster.exceptions import ConnectionLostError, printable
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, printable
+from lazycluster.utils import Environment
 
+from .answers import decoded
 from .channel import Bytes, Channel, Event, message_frame
 
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024
+_TURN = 0.005  # seconds for what one host says, before others have their turn
+_NO_MEMORY_PAUSE, _NO_MEMORY_TRIES = 0.5, 10  # seconds between tries to handle what there is no memory for
 _LAST_WORDS = 2.0  # seconds for what an agent said before it stopped listening
 _ASK_EVERY = 0.5  # seconds between two questions to an agent that is waited for
 _WARN_AGAIN = 60.0  # seconds without the same problem after which it is logged once more
@@ -60,6 +67,10 @@ class AgentLink:
         self._lost_error: ConnectionLostError | None = None
         self._in = self._out = -1
         self.is_held = False
+        self._listening = False
+        self._tries = 0
+        self._fresh: deque[bytes] = deque()  # what was read and not decoded yet
+        self._again: asyncio.Handle | None = None  # handles what is left of what was read
         self.attach(fd_in, fd_out)
         if early:
             self._loop.call_soon(self._feed, early)  # not at once: whoever is told must know this object
@@ -71,8 +82,7 @@ class AgentLink:
         os.set_blocking(fd_in, False)
         os.set_blocking(fd_out, False)
         self.heard = self._loop.time()
-        if not self.is_held:
-            self._loop.add_reader(fd_in, self._readable)
+        self._listen()
         self._flush()
         if early:
             self._feed(early)
@@ -81,7 +91,7 @@ class AgentLink:
         """Close the streams; what is to be sent waits for others."""
         if not self.is_attached:
             return
-        self._loop.remove_reader(self._in)
+        self._listen(False)
         self._write_later(False)
         if self._unheard is not None:
             self._unheard.cancel()
@@ -95,10 +105,17 @@ class AgentLink:
         if held == self.is_held:
             return
         self.is_held, self.heard = held, self._loop.time()
-        if self.is_attached and held:
-            self._loop.remove_reader(self._in)
-        elif self.is_attached:
-            self._loop.add_reader(self._in, self._readable)
+        self._listen()
+
+    def _listen(self, wanted: bool = True) -> None:
+        """Read when something comes, unless there is a reason not to."""
+        wanted = wanted and self.is_attached and not self.is_held and self._again is None
+        if wanted != self._listening:
+            self._listening = wanted
+            if wanted:
+                self._loop.add_reader(self._in, self._readable)
+            else:
+                self._loop.remove_reader(self._in)
 
     @property
     def is_attached(self) -> bool:
@@ -179,6 +196,8 @@ class AgentLink:
             raise ConnectionLostError(self.host, self._lost_error.detail)
         number = self._next
         asked = {**params, "op": op}
+        if Environment.trust_group:
+            asked["trust_group"] = True
         request = message_frame(number, wire.REQUEST, asked)
         self._next += 1
         channel = Channel(self, number, asked, stdout, stderr, output, event)
@@ -237,6 +256,10 @@ class AgentLink:
         except OSError as error:
             self._ended(error)
             return
+        except MemoryError:
+            if not _memory.relieve():
+                self._handle_later(_NO_MEMORY_PAUSE)
+            return
         if data:
             self.heard = self._loop.time()
             self._feed(data)
@@ -244,14 +267,58 @@ class AgentLink:
             self._ended(None)
 
     def _feed(self, data: bytes) -> None:
+        self._fresh.append(data)
+        if self._again is None:
+            self._handle()
+
+    def _handle(self) -> None:
+        """Handle what was read: of much a part, the rest after what else is to be done on the loop."""
+        self._again = None
         try:
-            for number, kind, payload in self._decoder.feed(data):
-                self._dispatch(number, kind, payload)
+            pause = self._decode()
+            if pause is not None:
+                self._handle_later(pause)
         except wire.ProtocolError as error:
+            self._fresh.clear()
             self._ended(error)
             return
+        except MemoryError:
+            self._make_room()
+        finally:
+            self._listen()
         if self._outbox.keeps and self.received - self._told >= wire.ACK_UNIT:
             self.beat()
+
+    def _make_room(self) -> None:
+        """Try again to handle what was read, once something else was given up, or later."""
+        room = _memory.relieve()
+        self._tries = 0 if room else self._tries + 1
+        if self._tries > _NO_MEMORY_TRIES and not self._fresh:  # a frame is there, but has no room
+            self._tries = 0
+            self._out_of_memory(self._decoder.skip())
+        self._handle_later(0.0 if room else _NO_MEMORY_PAUSE)
+
+    def _handle_later(self, seconds: float) -> None:
+        self.heard = self._loop.time()  # it is not the host that is late
+        self._again = self._loop.call_later(seconds, self._handle) if seconds else self._loop.call_soon(self._handle)
+        self._listen()
+
+    def _decode(self) -> float | None:
+        """Handle frames; returns after how many seconds to go on, None if all are handled."""
+        while self._fresh:
+            self._decoder.put(self._fresh[0])
+            self._fresh.popleft()
+        end = time.perf_counter() + _TURN
+        for number, kind, payload in self._decoder.frames():
+            self._dispatch(number, kind, payload)
+            if time.perf_counter() > end:
+                return 0.0
+        return None
+
+    def _out_of_memory(self, number: int) -> None:
+        channel = self._channels.get(number)
+        if channel is not None:
+            channel.give_up(MemoryError(f"this process has no memory left for what {self.host} answers"))
 
     def _dispatch(self, number: int, kind: int, payload: bytes) -> None:
         channel = self._channels.get(number)
@@ -260,25 +327,43 @@ class AgentLink:
                 channel.received(kind, payload)
             except wire.ProtocolError:
                 raise
+            except MemoryError:
+                _memory.relieve()
+                self._out_of_memory(number)
             except Exception:
-                logger.exception("%s: what a request was answered could not be handled", self.host)
+                if _hostlog.may_say(self.host):
+                    logger.exception("%s: what a request was answered could not be handled", self.host)
         elif kind == wire.ACK:
             if self._outbox.keeps:
                 self._outbox.acknowledge(int.from_bytes(payload[: wire.TOTAL_SIZE], "big"))
             if not self._is_full():
                 self._room.set()
         elif number == 0 and kind == wire.EVENT:
-            self._said(wire.loads(payload))
+            self._said_of_itself(payload)
+
+    def _said_of_itself(self, payload: bytes) -> None:
+        try:
+            message = decoded(payload)
+        except ValueError as error:
+            text = f"the agent says of its host what makes no sense: {error}"
+            if self.hello.done():
+                raise wire.ProtocolError(text) from None
+            self.hello.set_exception(InvalidRuntimeError(self.host, "protocol", text))
+            self.hello.exception()  # whoever waits gets it; that nobody does is no error
+            return
+        self._said(message)
 
     def _said(self, message: dict[str, Any]) -> None:
         """Handle what the agent says of itself."""
         if "crash" in message:
+            if not _hostlog.may_say(self.host):
+                return
             logger.error("%s: the agent has crashed:\n%s", self.host, printable(str(message["crash"])[-_CRASH:]))
         elif "problem" in message:
             text = printable(str(message["problem"])[-_CRASH:])
             (when, before), now = self.problem, self._loop.time()
             self.problem = now, text
-            if text != before or now - when > _WARN_AGAIN:
+            if (text != before or now - when > _WARN_AGAIN) and _hostlog.may_say(self.host):
                 logger.warning("%s: %s", self.host, text)
         elif not self.hello.done():
             self.hello.set_result(message)
@@ -292,6 +377,10 @@ class AgentLink:
         """End the link: close its streams, tell everyone who waits that it has gone, and why."""
         self.detach()
         self._outbox.clear()
+        self._fresh.clear()
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         self._lost_error = ConnectionLostError(self.host, detail)
         self._room.set()
         if not self.hello.done():

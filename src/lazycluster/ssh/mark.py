@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ __all__ = ["Mark", "StartError", "past_noise", "read_mark"]
 
 _NOISE_LIMIT = 1024 * 1024
 _SHOWN = 4096
+_LINE = re.compile(rb"([0-9]{1,5})\.([0-9]{1,5})\.([0-9]{1,5}) ([A-Za-z0-9_.+-]{1,100})(?: (kept|new))?")
 
 
 class StartError(Exception):
@@ -79,7 +81,8 @@ async def read_mark(fd: int, mark: bytes, exited: asyncio.Future[int], seen: byt
         end = seen.find(b"\n", start + len(mark)) if start >= 0 else -1
         if end >= 0:
             loop.remove_reader(fd)
-            found.set_result(_parsed(bytes(seen[start + len(mark) : end]), bytes(seen[end + 1 :])))
+            parsed = _parsed(bytes(seen[start + len(mark) : end]), bytes(seen[end + 1 :]))
+            found.set_exception(StartError("", None)) if parsed is None else found.set_result(parsed)
         elif not data or len(seen) > _NOISE_LIMIT:
             loop.remove_reader(fd)
             found.set_exception(StartError("", None))
@@ -118,6 +121,10 @@ async def past_noise(stream: socket.socket, mark: bytes) -> None:
     stream.setblocking(True)
 
 
-def _parsed(line: bytes, rest: bytes) -> Mark:
-    numbers, tag, *more = [*line.decode("ascii", "replace").split(), ""][:3]
-    return Mark(tuple(int(part) for part in numbers.split(".") if part.isdigit()), tag, more == ["kept"], rest)
+def _parsed(line: bytes, rest: bytes) -> Mark | None:
+    """Return what the line says; None if it is not the line of our program."""
+    words = _LINE.fullmatch(line.strip())
+    if words is None:
+        return None
+    version = tuple(int(words[number]) for number in (1, 2, 3))
+    return Mark(version, words[4].decode("ascii"), words[5] == b"kept", rest)

@@ -83,6 +83,10 @@ class Forward:
         """Return it as the protocol wants it."""
         return (int(self.direction), self.listen_host, self.listen_port, self.connect_host, self.connect_port)
 
+    def __str__(self) -> str:
+        of = "the host" if self.direction is Direction.REMOTE else "the manager"
+        return f"port {self.listen_port} of {of}"
+
     @property
     def key(self) -> tuple[Any, ...]:
         """What a master tells it from others by: its listener, or, where the host chooses the port, both ends."""

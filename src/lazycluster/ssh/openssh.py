@@ -18,10 +18,11 @@ from typing import Any
 
 from lazycluster import _forks, _loop
 from lazycluster.agent.directories import SOCKET
-from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, NoAnswerError
 
 from . import workspace
 from .config import Settings, ssh_argv, ssh_version
+from .diagnosis import circumstances
 from .errors import classify, is_retryable, no_room_in, no_room_there
 from .further import FurtherSession, NoAgentError, open_session
 from .handshakes import limiter
@@ -35,12 +36,13 @@ from .returning import ReturningConnection
 ATTEMPTS = 6
 _START_MARGIN = 15.0  # at most so many seconds beyond the time-out, for the login shell and Python on a loaded host
 _ASK_LIMIT = 180.0  # seconds for a person to answer ssh's questions
+_SESSION_LIMIT = 30.0  # seconds for a further session to start on a connection that works
 _LOOK_EVERY = 0.1
 
 _PORTS_LIMIT = 5.0  # seconds within which ports can be had again that the link had before it dropped
 _PORTS_DELAY = 0.2
 
-_MORE_FILES = "allow this process more open files (ulimit -n): each host takes six"
+_MORE_FILES = "allow this process more open files (ulimit -n): each host takes seven"
 _numbers = itertools.count(1)
 logger = logging.getLogger("lazycluster")
 
@@ -115,13 +117,14 @@ class SshConnection(ReturningConnection):
         marker = new_marker()
         version = ssh_version() if ssh_version.cache_info().currsize else await _loop.in_thread(ssh_version)
         settings = replace(self.settings, timeout=timeout)
-        argv = ssh_argv(settings, control, self._command(marker), version, ask=self._ask)
+        log = f"{control}.log"
+        argv = ssh_argv(settings, control, self._command(marker), version, ask=self._ask, log=log)
         space.prompter.register(self._name, settings, self._ask)
         deadline = timeout + min(2 * timeout, _START_MARGIN)
         process: WatchedProcess | None = None
         try:
             async with limiter(settings):
-                self._process = process = WatchedProcess(argv, space.prompter.env(self._name))
+                self._process = process = WatchedProcess(argv, space.prompter.env(self._name), log)
                 space.watch(process.pid)
                 space.prompter.started(self._name, process.pid)
                 bringing_up = asyncio.ensure_future(self._bring_up(process, marker))
@@ -129,7 +132,6 @@ class SshConnection(ReturningConnection):
                     await _logged_in(control, bringing_up)
                 await asyncio.wait_for(bringing_up, deadline)
         except BaseException as error:
-            logged_in = Path(control).exists()  # ssh makes it as soon as it has logged in, and removes it at its end
             if process is not None:
                 try:
                     if self.state == "connecting":  # the agent may be there already, and would wait for our return
@@ -137,8 +139,10 @@ class SshConnection(ReturningConnection):
                 finally:
                     process.signal(signal.SIGTERM)
                     await process.end()
-            failure = self._failure(error, process, logged_in)
-            self._forget_attempt()
+            try:
+                failure = await self._failure(error, process)
+            finally:
+                self._forget_attempt()
             if failure is not None:
                 raise failure from None
             raise
@@ -154,14 +158,14 @@ class SshConnection(ReturningConnection):
             if self._process is not None:
                 self._space.unwatch(self._process.pid)
             self._space.prompter.forget(self._name)
-            with contextlib.suppress(OSError):
-                Path(self._space.directory, self._name).unlink()
+            for name in (self._name, f"{self._name}.log"):
+                with contextlib.suppress(OSError):
+                    Path(self._space.directory, name).unlink()
 
-    def _failure(
-        self, error: BaseException, process: WatchedProcess | None, logged_in: bool
-    ) -> InvalidRuntimeError | None:
+    async def _failure(self, error: BaseException, process: WatchedProcess | None) -> InvalidRuntimeError | None:
+        if process is None:
+            return None
         assert self._space is not None
-        said = process.errors if process is not None else ""
         asked = self._space.prompter.asked(self._name)
         answered = self._space.prompter.answered(self._name)
         if isinstance(error, StartError):
@@ -170,16 +174,19 @@ class SshConnection(ReturningConnection):
             phase, output, status = "timeout", shown(self._noise), None
         else:
             return None
+        way = ssh_argv(self.settings, os.path.join(self._space.directory, "none"), "true", ssh_version())
         return classify(
             self.settings,
-            said,
+            process.errors,
             status,
             asked=asked,
             answered=answered,
             output=output,
             phase=phase,
-            logged_in=logged_in,
+            logged_in=process.is_logged_in,
             python=self._python,
+            heard=process.heard,
+            known=await circumstances(way, process.errors, asked),
         )
 
     async def bulk(self) -> socket.socket:
@@ -200,7 +207,10 @@ class SshConnection(ReturningConnection):
     async def _bulk(self) -> socket.socket:
         marker = new_marker()
         session = await self._session(bulk_command(self.hello.executable, marker, self._sockets, self.hello.pid))
-        await session.started(marker)
+        try:
+            await asyncio.wait_for(session.started(marker), _SESSION_LIMIT)
+        except asyncio.TimeoutError:
+            raise NoAnswerError(self.host, "a further session for copying files", _SESSION_LIMIT) from None
         return session.stream
 
     @property
@@ -282,7 +292,13 @@ class SshConnection(ReturningConnection):
 
     def _give_up(self, forward: Forward, error: MuxError) -> None:
         self._forwards.pop(forward.key, None)
-        logger.error("%s: %s is not forwarded any more: %s", self.host, forward, error)
+        logger.error(
+            "%s: %s is not forwarded any more, since another program has taken it while the link was down, or the "
+            "host's sshd forbids it: %s",
+            self.host,
+            forward,
+            error,
+        )
         for tell in list(self.on_port_lost):
             tell(forward)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import socket
 import weakref
 from collections.abc import Callable, Coroutine, Hashable, MutableMapping
@@ -84,7 +85,7 @@ async def _is_same_network(connection: Connection) -> bool:
     port, expected = answer["port"], answer["nonce"].encode()
     with contextlib.suppress(OSError, asyncio.TimeoutError):
         reader, writer = await asyncio.wait_for(asyncio.open_connection(LOOPBACK, port), _DIRECT_TIMEOUT)
-        if await _read(reader, writer, len(expected), _DIRECT_TIMEOUT) == expected:
+        if secrets.compare_digest(await _read(reader, writer, len(expected), _DIRECT_TIMEOUT), expected):
             return True
     if connection not in _connects:
         # The listener on the host is still there, and goes when it has been connected to.
@@ -113,7 +114,7 @@ async def _delivers(connection: Connection, port: int, expected: bytes) -> bool:
         raise
     try:
         reader, writer = await asyncio.open_connection(sock=ours)
-        return bool(await _read(reader, writer, len(expected), _TIMEOUT) == expected)
+        return secrets.compare_digest(await _read(reader, writer, len(expected), _TIMEOUT), expected)
     finally:
         session.close()
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,12 @@ from collections.abc import Mapping, Sequence
 from lazycluster import _forks
 
 _TAIL = 16 * 1024
+_NO_LOG, _CLOSED = -1, -2  # instead of a descriptor
+# The last word of an ssh whose link has ended is not in its log.
+_FAREWELL = re.compile(
+    rb"(?:^|\n)((?:Connection to \S+ closed by remote host\.|(?:Read from|Write to) remote host \S+: [^\n]*)\s*)$"
+)
+_LOGGED_IN = re.compile(rb"^Authenticated to ", re.MULTILINE)
 _PIPE_SIZE = 1024 * 1024
 
 
@@ -21,11 +28,14 @@ class ErrorTail:
 
     Args:
         fd: The read end of its pipe, which is this object's from now on.
+
+    Attributes:
+        seen: The end of what it has printed so far.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._seen = bytearray()
+        self.seen = bytearray()
         self._loop = asyncio.get_running_loop()
         _forks.not_for_children(fd)
         os.set_blocking(fd, False)
@@ -33,19 +43,25 @@ class ErrorTail:
 
     @property
     def text(self) -> str:
-        """The end of what it has printed so far."""
-        return self._seen.decode("utf-8", "replace")
+        """What `seen` holds, as text."""
+        return self.seen.decode("utf-8", "replace")
 
     def _read(self) -> bool:
         try:
             data = os.read(self._fd, 65536)
         except BlockingIOError:
             return False
-        self._seen += data
-        del self._seen[:-_TAIL]
+        self.seen += data
+        del self.seen[:-_TAIL]
         if not data:
             self._let_go()
         return bool(data)
+
+    def forget(self) -> None:
+        """Forget what it has printed until now."""
+        if self._fd >= 0:
+            self._read()
+        self.seen.clear()
 
     def close(self) -> None:
         """Take what is there, and wait for no more: a grandchild (a ProxyCommand) may hold the other end."""
@@ -60,18 +76,40 @@ class ErrorTail:
             self._fd = -1
 
 
+def _reader_of_named_pipe(path: str) -> int:
+    os.mkfifo(path, 0o600)
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 class WatchedProcess:
     """A child whose end and whose error output the loop waits for.
 
     It is in a session of its own: a Ctrl-C in the terminal is for the manager, which ends its children in order.
 
+    Args:
+        argv: Its command line.
+        env: Further variables of its environment.
+        log: If it is an ssh with a log of its own: the path of a named pipe, which is made for that.
+
     Attributes:
         pid: Its process id.
         exited: Is done with its exit status when it has ended and its error output has been read.
+        is_logged_in: Whether its log says that it has logged in. From then on `heard` begins anew.
     """
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None = None, log: str | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self.is_logged_in = False
+        self._log_text = bytearray()
+        self._log_fd = _NO_LOG if log is None else _reader_of_named_pipe(log)
+        try:
+            self._start(argv, env)
+        except BaseException:
+            if self._log_fd >= 0:
+                os.close(self._log_fd)
+            raise
+
+    def _start(self, argv: Sequence[str], env: Mapping[str, str] | None) -> None:
         self._popen = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,
@@ -87,6 +125,9 @@ class WatchedProcess:
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._errors = ErrorTail(os.dup(self._popen.stderr.fileno()))
         self._popen.stderr.close()
+        if self._log_fd >= 0:
+            _forks.not_for_children(self._log_fd)
+            self._loop.add_reader(self._log_fd, self._read_log)
         self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else -1
         if self._pidfd >= 0:
             self._loop.add_reader(self._pidfd, self._ended)
@@ -106,7 +147,15 @@ class WatchedProcess:
 
     @property
     def errors(self) -> str:
-        """The end of what it printed to standard error."""
+        """The end of what it said: in its log, or on standard error if it has none."""
+        if self._log_fd == _NO_LOG:
+            return self.heard
+        farewell = _FAREWELL.search(self._errors.seen) if self.is_logged_in else None
+        return (self._log_text + (farewell.group(1) if farewell else b"")).decode("utf-8", "replace")
+
+    @property
+    def heard(self) -> str:
+        """The end of what came from standard error if it has a log: it only passes that on."""
         return self._errors.text
 
     def signal(self, number: int) -> None:
@@ -130,6 +179,28 @@ class WatchedProcess:
             if stream is not None and not stream.closed:
                 stream.close()
 
+    def _read_log(self) -> None:
+        try:
+            data = os.read(self._log_fd, 65536)
+        except BlockingIOError:
+            return
+        if not data:  # whoever has written to it has ended
+            self._loop.remove_reader(self._log_fd)
+            return
+        self._log_text += data
+        if not self.is_logged_in and _LOGGED_IN.search(self._log_text):
+            self.is_logged_in = True
+            if b"Transferred: " not in self._log_text:  # else it is over already, and this holds all that came
+                self._errors.forget()  # the banner, which came before
+        del self._log_text[:-_TAIL]
+
+    def _close_log(self) -> None:
+        if self._log_fd >= 0:
+            self._read_log()
+            self._loop.remove_reader(self._log_fd)
+            os.close(self._log_fd)
+            self._log_fd = _CLOSED
+
     def _poll(self) -> None:
         if self._popen.poll() is None:
             self._loop.call_later(0.05, self._poll)
@@ -141,6 +212,7 @@ class WatchedProcess:
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
+        self._close_log()
         self._errors.close()
         self._close_streams()
         if not self.exited.done():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import marshal
+import os
 import secrets
 import shlex
 import sys
@@ -12,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
 
-from lazycluster.agent import bootstrap
+from lazycluster.agent import bootstrap, shellstate
 
 OLDEST_PYTHON = (3, 8)
-# What each start of an agent imports.
-_CORE = ("directories", "guardian", "logout", "loop", "presence", "processes", "server", "session", "tcp", "wire")
+# What each start of an agent imports, and its first command.
+_CORE = (
+    *("directories", "guardian", "logout", "loop", "presence", "processes", "server", "session", "tcp", "wire"),
+    *("commands", "memory", "shellstate", "startup"),
+)
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
 _STUB = (
@@ -67,12 +71,12 @@ def stub(marker: str) -> str:
 
 def remote_command(python: str, marker: str) -> str:
     """Return the line for the login shell; it works in bash, dash, zsh, fish and tcsh."""
-    return f"exec {_quoted(python)} -ISc '{stub(marker)}'"
+    return f"{_told()}exec {_quoted(python)} -ISc '{stub(marker)}'"
 
 
 def rejoin_command(python: str, marker: str, sockets: Sequence[str], pid: int) -> str:
     """Return the line that finds an agent again, or else starts a new one; see `bulk_command`."""
-    return f"exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, **_address(sockets, pid))}'"
+    return f"{_told()}exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, **_address(sockets, pid))}'"
 
 
 def bulk_command(python: str, marker: str, sockets: Sequence[str], pid: int) -> str:
@@ -94,8 +98,13 @@ def _address(sockets: Sequence[str], pid: int) -> dict[str, str]:
     }
 
 
+def _told() -> str:
+    """Return what has the login shell tell the agent what its start-up files have set beside the environment."""
+    return shellstate.telling_at_login("state" + secrets.token_hex(8), bootstrap.TOLD_FD)
+
+
 def _literal(path: str) -> str:
-    return f"bytes([{','.join(str(byte) for byte in path.encode())}])"
+    return f"bytes([{','.join(str(byte) for byte in os.fsencode(path))}])"
 
 
 def _quoted(python: str) -> str:

@@ -101,8 +101,7 @@ class ReturningConnection(Connection, abc.ABC):
             answer = await channel.result()
         except LazyclusterError:
             return
-        grace = answer.get("grace")
-        self.grace = float(grace) if isinstance(grace, (int, float)) else 0.0
+        self.grace = min(float(answer["grace"]), max(self.settings.grace, self.settings.link_timeout))
         self.refusal = printable(str(answer.get("refusal"))[:_REFUSAL_SHOWN])
         if not self.grace:
             link.keep_nothing()
@@ -148,7 +147,7 @@ class ReturningConnection(Connection, abc.ABC):
         self._last_beat = now
         link.beat()
         quiet = now - link.heard
-        if quiet > _HANGS * self.settings.link_timeout and self.grace:
+        if quiet > _HANGS * self.settings.link_timeout:
             link.detach()
             self._ended(link, TimeoutError(f"nothing was heard for {quiet:.0f} s"))
             return

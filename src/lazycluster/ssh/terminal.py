@@ -9,6 +9,8 @@ import termios
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lazycluster.exceptions import printable
+
 __all__ = ["ask_on_terminal", "is_asking", "when_answered"]
 
 _LONGEST = 4096
@@ -90,7 +92,7 @@ async def ask_on_terminal(question: str, *, secret: bool) -> str | None:
         return None
     try:
         with _question(), _echo_off(terminal) if secret else contextlib.nullcontext():
-            os.write(terminal, question.encode(errors="replace"))
+            os.write(terminal, printable(question).encode(errors="replace"))  # a host may have put it
             try:
                 return await _read_line(terminal)
             finally:

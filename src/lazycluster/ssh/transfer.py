@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import socket
+import struct
+import termios
 import threading
 import time
 import weakref
@@ -23,7 +26,7 @@ from lazycluster.agent.parts import Parts
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import REWRITTEN, SHRANK, Sender
 from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
-from lazycluster.exceptions import ConnectionLostError, LazyclusterError, printable
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, printable
 
 from .streams import HostConnection, Pool, SessionError, hang_up
 
@@ -36,6 +39,12 @@ AT_ONCE = 8
 _PATIENCE = 10.0
 
 _OTHERS_SHOWN = 10
+#: For how long nothing at all may come of a host while it is waited for: it says every five seconds that it is busy.
+_SILENCE_LIMIT = 60.0
+
+#: For how long it may say that and do nothing else, in seconds: e.g. look through a file of terabytes.
+_BUSY_LIMIT = 3600.0
+_LOOK_EVERY = 1.0
 
 Progress = Callable[[int, "int | None", int], object]
 
@@ -117,6 +126,7 @@ class TransferResult:
         skipped: How many of them were there already, unchanged.
         seconds: How long it took.
         left_out: What is neither file, folder nor link, with its kind: it is not copied.
+        unused: Those of the patterns in `exclude` that left nothing out.
     """
 
     path: str
@@ -126,6 +136,7 @@ class TransferResult:
     skipped: int
     seconds: float
     left_out: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 async def send(
@@ -149,7 +160,8 @@ async def send(
         env: Variables that may stand in `remote_path`, beside those of the host.
         progress: Called from another thread with the bytes done, the bytes in all (None while they are not known) and
             the files done.
-        exclude: What to leave out of a folder: patterns of names, or with a slash in it of paths below the folder.
+        exclude: What to leave out of a folder: patterns of names, or with a slash in it of paths, below the folder or
+            from the current directory: ``*.pyc``, ``data/raw``, ``./data``.
 
     Returns:
         What was done.
@@ -164,10 +176,11 @@ async def send(
     here = os.getcwdb()
 
     def copy(stream: Stream, tally: Tally) -> str:
-        sender = Sender(stream, lambda: source(local, here, {}), tally, [os.fsencode(name) for name in exclude])
+        patterns = [os.fsencode(name) for name in exclude]
+        sender = Sender(stream, lambda: source(local, here, {}), tally, patterns, here)
         return str(sender.run().get("path", ""))
 
-    return await _Copy(connection, request, copy, os.fspath(local_path), progress).run()
+    return await _Copy(connection, request, copy, os.fspath(local_path), progress, exclude).run()
 
 
 async def get(
@@ -189,7 +202,7 @@ async def get(
         cwd: Directory on the host that a relative `remote_path` starts at.
         env: Variables that may stand in `remote_path`, beside those of the host.
         progress: See `send`.
-        exclude: See `send`.
+        exclude: See `send`; paths are those of the host, from `cwd` there.
 
     Returns:
         What was done.
@@ -217,7 +230,7 @@ async def get(
 
     parts = Parts()
     try:
-        return await _Copy(connection, request, copy, remote, progress).run()
+        return await _Copy(connection, request, copy, remote, progress, exclude).run()
     finally:
         parts.close()
 
@@ -249,6 +262,7 @@ class _Copy:
     copy: Callable[[Stream, Tally], str]
     path: str
     progress: Progress | None
+    exclude: Sequence[str]
 
     async def run(self) -> TransferResult:
         self.connection.check()
@@ -265,7 +279,7 @@ class _Copy:
                 async with pool.slots, limit:
                     work = await self._attempt(pool)
                 break
-            except (StreamClosedError, ConnectionLostError) as error:
+            except (StreamClosedError, ConnectionLostError, NoAnswerError) as error:
                 # When a link that has dropped is back, the copy goes on with the files that are not there yet.
                 await self.connection.answering()
                 if self.connection.interruptions == interruptions:
@@ -273,7 +287,7 @@ class _Copy:
         tally = work.tally
         return TransferResult(
             work.path, tally.files, tally.bytes, tally.sent, tally.skipped, time.monotonic() - began,
-            tuple(tally.left_out),
+            tuple(tally.left_out), tuple(pattern for pattern in self.exclude if pattern in tally.unused),
         )  # fmt: skip
 
     async def _attempt(self, pool: Pool) -> _Work:
@@ -342,6 +356,7 @@ class _Work:
         self._copy = copy
         self._sock = sock
         self.ended = asyncio.Event()
+        self._stream: Stream | None = None
         self._loop = asyncio.get_running_loop()
         self.tally = Tally(copy.progress)
         self.error: BaseException | None = None
@@ -351,19 +366,49 @@ class _Work:
 
     async def run(self) -> None:
         """Have it done; a cancelled one is ended and cleaned up on both sides before this returns."""
-        threading.Thread(target=self._work, name=f"copy {self._copy.connection.host}", daemon=True).start()
+        thread = threading.Thread(target=self._work, name=f"copy {self._copy.connection.host}", daemon=True)
         try:
-            await self.ended.wait()
-        except asyncio.CancelledError:
+            thread.start()
+        except RuntimeError as error:  # there are too many, or no memory for its stack
+            self.ended.set()
+            text = f"no thread can be started for the copy: {error}"
+            raise TransferError(self._copy.connection.host, "manager", self._copy.path, None, text) from error
+        try:
+            await self._watch()
+        except (asyncio.CancelledError, NoAnswerError):
             hang_up(self._sock)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.ended.wait(), _PATIENCE)
             self.usable = False
             raise
 
+    async def _watch(self) -> None:
+        """Wait for the end, as long as the host does its part of it.
+
+        Raises:
+            NoAnswerError: If it does not.
+        """
+        connection, sign, moved = self._copy.connection, -1, -1
+        silent = idle = 0.0
+        while not self.ended.is_set():
+            began = self._loop.time()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.ended.wait(), _LOOK_EVERY)
+            passed = min(self._loop.time() - began, 2 * _LOOK_EVERY)  # else it was this process that slept
+            stream, before = self._stream, (sign, moved)
+            if stream is None:
+                continue
+            sign, moved = stream.moved + _unread(self._sock), stream.moved - stream.signs
+            waits = stream.waits and connection.state == "open"
+            silent = silent + passed if waits and sign == before[0] else 0.0
+            idle = idle + passed if waits and moved == before[1] else 0.0
+            for passed, limit in ((silent, _SILENCE_LIMIT), (idle, _BUSY_LIMIT)):
+                if passed >= limit:
+                    raise NoAnswerError(connection.host, f"the process there to go on with {self._copy.path}", limit)
+
     def _work(self) -> None:
         try:
-            stream = Stream(self._sock.fileno(), self._sock.fileno())
+            stream = self._stream = Stream(self._sock.fileno(), self._sock.fileno())
             try:
                 stream.put_json(REQUEST, self._copy.request)
                 self.path = self._copy.copy(stream, self.tally)
@@ -378,3 +423,11 @@ class _Work:
             self.error = error
         with contextlib.suppress(RuntimeError):  # the event loop has been closed
             self._loop.call_soon_threadsafe(self.ended.set)
+
+
+def _unread(sock: socket.socket) -> int:
+    """Return how many bytes have come that were not read yet."""
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0])
+    except OSError:
+        return 0

@@ -26,6 +26,7 @@ class Context:
         keeper: What must live as long as something is carried out, for the connection to stay.
         prepare: What makes the Python environment that functions, commands and workers need, and returns the context
             in it; None if there is nothing to be made. See :meth:`prepared`.
+        startup_files: When the shell reads its start-up files: ``once`` per connection, or ``always``.
         generation: Which agent of the host the working directory belongs to; 0: it depends on none.
     """
 
@@ -38,6 +39,15 @@ class Context:
     keeper: object = field(default=None, repr=False, compare=False)
     prepare: Callable[[Context], Awaitable[Context]] | None = field(default=None, repr=False, compare=False)
     generation: int = 0
+    startup_files: str = "once"
+
+    def for_shell(self, shell: str | None) -> dict[str, str | None]:
+        """Return the part of a request that says how and where a line of shell is run.
+
+        Args:
+            shell: Another shell than that of the context.
+        """
+        return {"shell": shell or self.shell, "cwd": self.cwd, "startup_files": self.startup_files}
 
     async def prepared(self) -> Context:
         """Return the context in which something can be run, once all is there that this needs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
 from lazycluster._tail import Tail
-from lazycluster.exceptions import AgentError, LazyclusterError, TaskExecutionError, printable
+from lazycluster.exceptions import AgentError, LazyclusterError, NoAnswerError, TaskExecutionError, printable
+from lazycluster.ssh.channel import Channel, Collected
 from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.destination import parse_destination
 
+from . import detached_records
+from .detached_records import DetachedRecord
 from .perform import failure_of, prepare
 from .steps import RunCommand, RunFunction
 from .variables import checked_variables
@@ -24,7 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DetachedTask", "check_options", "checked", "detached_tasks", "start"]
 
+_logger = logging.getLogger("lazycluster")
+
 _START_LIMIT = 120.0  # seconds for it to be on its way
+_PART = 1024 * 1024  # bytes of a call that are sent within that time
 _ANSWER_LIMIT = 30.0
 _END_LIMIT = 20.0  # seconds for a task to end that is cancelled
 _LOG_SHOWN = 64 * 1024 * 1024  # bytes of a log
@@ -45,13 +53,13 @@ class DetachedTask:
         created: When it was started, in seconds since 1970.
     """
 
-    def __init__(self, connection: Connection, about: Mapping[str, Any]) -> None:
+    def __init__(self, connection: Connection, about: Mapping[str, Any], record: DetachedRecord | None = None) -> None:
         self.id = str(about["id"])
         self.name = printable(str(about.get("name")))
         self.host = connection.host
-        created = about.get("created")
-        self.created = float(created) if isinstance(created, (int, float)) else 0.0
+        self.created = float(about.get("created") or 0)
         self._connection = connection
+        self._record = record  # what was started, if it was by this object; else it is looked for when it is needed
 
     # --- how it is -----------------------------------------------------------------------------
     async def _ask(self, do: str, **params: Any) -> dict[str, Any]:
@@ -72,12 +80,21 @@ class DetachedTask:
         text = tail.text()
         return f"[the log is longer; this is the end of it]\n{text}" if tail.is_cut else text
 
-    async def _read(self, take: Callable[[bytes], Any], **params: Any) -> None:
-        channel = self._connection.channel("detached", {"id": self.id, **params}, output=take)
-        try:
-            await channel.result()
-        finally:
-            channel.close()
+    async def _read(
+        self, take: Callable[[bytes], Any], received: Collected | None = None, *, do: str, **params: Any
+    ) -> None:
+        came = 0
+
+        def put(data: bytes) -> None:
+            nonlocal came
+            came += len(data)
+            take(data)
+
+        channel = self._connection.channel("detached", {"id": self.id, "do": do, **params}, output=put)
+        if received is not None:
+            received.channel = channel
+        what = f"more of the {do} of the detached task {self.name!r}"
+        await self._connection.answered(channel, what, _ANSWER_LIMIT, lambda: came)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end, however it ends.
@@ -101,44 +118,104 @@ class DetachedTask:
             delay = min(2 * delay, _LONGEST_LOOK)
         return about
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None, *, trust_host: bool = False) -> Any:
         """Wait for its end and return what its last function returned, None if it has none.
+
+        What a function returned or raised is unpickled here, and unpickling can run any code. So it is done only for
+        steps that are functions by the record of whoever started the task on this machine; what the host says of that
+        does not count.
 
         Args:
             timeout: Seconds; None: as long as it takes.
+            trust_host: Believe the host which steps are functions, if there is no such record here: the task was
+                started on another machine, or by another account.
 
         Raises:
             TaskExecutionError: If a step failed, or it was cancelled or lost.
+            LazyclusterError: If a function's result is there, but no record that one was started; or what the host
+                says differs from the record.
             TimeoutError: If it takes longer; it goes on.
         """
-        return _loop.run(self._result(timeout))
+        return _loop.run(self._result(timeout, trust_host))
 
-    async def _result(self, timeout: float | None) -> Any:
-        from . import functions
-
+    async def _result(self, timeout: float | None, trust_host: bool) -> Any:
         about = await self._ended(timeout)
         value = None
-        for number, (label, fields) in enumerate(zip(about["labels"], about["steps"], strict=False)):
-            if not fields.get("ok"):
+        for number, fields in enumerate(about["steps"]):
+            if not fields["ok"]:
                 raise self._failed(about, number, str(fields.get("message")))
             if fields.get("limit"):
                 raise self._failed(about, number, f"a limit of the task has ended it: {fields['limit']}")
-            if "status" not in fields:
+            if "status" in fields:
+                value = await self._returned(about, number, trust_host)
+            else:
                 self._check_command(about, number, fields)
-                continue
-            parts: list[bytes] = []
-            if fields["status"] in ("returned", "raised"):
-                await self._read(parts.append, do="outcome", step=number)
-            outcome = await functions.outcome_of(fields, parts)
-            if outcome.status != "returned":
-                text = outcome.describe(str(label).removesuffix("()"))
-                status = -outcome.signal if outcome.signal else outcome.exit
-                raise self._failed(about, number, text, status) from outcome.exception
-            value = outcome.value
         if about["state"] != "done":
             why = {"cancelled": "it was cancelled", "lost": "it was killed, or its host was restarted"}
             raise self._failed(about, len(about["steps"]), why.get(about["state"], "it has failed"))
+        await self._check_complete(about)
         return value
+
+    async def _returned(self, about: Mapping[str, Any], number: int, trust_host: bool) -> Any:
+        """Return what the function in a step has returned, if it may be unpickled."""
+        from . import functions
+
+        fields = about["steps"][number]
+        received = Collected()
+        if fields["status"] in ("returned", "raised"):
+            record, why = await self._known()
+            if record is None and not trust_host:
+                raise self._unknown(number, why)
+            if record is not None and number not in record.functions:
+                raise self._contradiction(
+                    f"its step {number + 1} was a function, but it was a command; it is not unpickled"
+                )
+            await self._read(received.add, received, do="outcome", step=number)
+        outcome = await functions.outcome_of(fields, received.taken())
+        if outcome.status == "returned":
+            return outcome.value
+        label = str(about["labels"][number]) if number < len(about["labels"]) else "the function"
+        status = -outcome.signal if outcome.signal else outcome.exit
+        text = outcome.describe(label.removesuffix("()"))
+        raise self._failed(about, number, text, status) from outcome.exception
+
+    # --- what is known of it here --------------------------------------------------------------
+    async def _known(self) -> tuple[DetachedRecord | None, str]:
+        """Return the record of what was started, or None and why there is none."""
+        if self._record is not None:
+            return self._record, ""
+        where = detached_records.directory() / f"{self.id}.json"
+        try:
+            record = await _loop.in_thread(detached_records.find, self.id)
+        except (OSError, ValueError) as error:
+            return None, f"the record {where} cannot be used: {getattr(error, 'strerror', None) or error}"
+        if record is None:
+            return None, f"there is no record on this machine that one was started ({where})"
+        if not _same_host(record.host, self.host):
+            return None, f"it was started on {printable(record.host)}, by the record {where}"
+        self._record = record
+        return record, ""
+
+    async def _check_complete(self, about: Mapping[str, Any]) -> None:
+        """Check that the host has told of every step that all is done: else the result might be one of fewer."""
+        record, _ = await self._known()
+        told = {number for number, fields in enumerate(about["steps"]) if "status" in fields}
+        if record is not None and (len(about["steps"]) != record.steps or told != record.functions):
+            raise self._contradiction("it is done, but not of each of its steps what has become of it")
+
+    def _unknown(self, number: int, why: str) -> LazyclusterError:
+        return LazyclusterError(
+            f"{self.host}: detached task {self.name!r}: the host says that its step {number + 1} is a function, but "
+            f"{why}. Its result is not unpickled, since by that the host could run any code here\n"
+            "  Next step: ask for it on the machine, and with the account, that have started the task; or, if you "
+            "trust the host: result(trust_host=True)"
+        )
+
+    def _contradiction(self, said: str) -> LazyclusterError:
+        return LazyclusterError(
+            f"{self.host}: detached task {self.name!r}: the host says that {said}; that differs from what was started\n"
+            "  Next step: see who has changed what is kept there; our agent does not say that"
+        )
 
     def _check_command(self, about: Mapping[str, Any], number: int, fields: Mapping[str, Any]) -> None:
         try:
@@ -172,6 +249,7 @@ class DetachedTask:
         """Do what :meth:`remove` does; for the layers above, on the loop."""
         await self._cancel()
         await self._ask("remove")
+        await _loop.in_thread(detached_records.forget, self.id)
 
     def __repr__(self) -> str:
         return f"<DetachedTask {self.name!r} {self.id} on {self.host}>"
@@ -181,14 +259,14 @@ async def detached_tasks(connection: Connection) -> list[DetachedTask]:
     """Return the detached tasks of a host, the oldest first."""
     connection.check()
     answer = await _asked(connection, do="list")
-    found = [DetachedTask(connection, about) for about in answer["tasks"] if isinstance(about.get("id"), str)]
+    found = [DetachedTask(connection, about) for about in answer["tasks"]]
     return sorted(found, key=lambda task: task.created)
 
 
 async def _asked(connection: Connection, **params: Any) -> dict[str, Any]:
     try:
-        return await asyncio.wait_for(connection.request("detached", **params), _ANSWER_LIMIT)
-    except asyncio.TimeoutError:
+        return await connection.request("detached", within=_ANSWER_LIMIT, **params)
+    except NoAnswerError:
         raise LazyclusterError(
             f"{connection.host}: it has said nothing of its detached tasks for {_ANSWER_LIMIT:g} s; they go on.\n"
             "  Next step: try again when it can be reached"
@@ -268,8 +346,9 @@ async def start(
         params["limits"] = task.limits.message(time.monotonic())
         steps.append({"op": "call" if call else "run", "params": params, "size": len(pickled), "label": step.label})
         data.append(pickled)
+    task_id = secrets.token_hex(8)
     request = {
-        "id": secrets.token_hex(8),
+        "id": task_id,
         "name": task.name,
         "created": time.time(),
         "cwd": cwd,
@@ -278,12 +357,12 @@ async def start(
     }
     link = await connection.another_agent()
     try:
+        record = await _recorded(connection.host, task_id, [call is not None for call in calls])
         channel = link.open_channel("detach", request)
-        for part in data:
-            await channel.send(part)
-        await channel.send_end()
+        await _sent(channel, data)
         await asyncio.wait_for(channel.result(), _START_LIMIT)
     except AgentError as error:
+        await _loop.in_thread(detached_records.forget, task_id)
         raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from error
     except asyncio.TimeoutError:
         raise LazyclusterError(
@@ -292,7 +371,38 @@ async def start(
         ) from None
     finally:
         link.lost("it goes on alone")
-    return DetachedTask(connection, request)
+    return DetachedTask(connection, request, record)
+
+
+async def _recorded(host: str, task_id: str, functions: Sequence[bool]) -> DetachedRecord:
+    """Write down what is about to be started, so that it is known when the task is found again."""
+    try:
+        return await _loop.in_thread(detached_records.keep, task_id, host, functions)
+    except OSError as error:
+        if any(functions):
+            _logger.warning(
+                "%s: which steps of the detached task are functions cannot be recorded: %s. Other processes need "
+                "result(trust_host=True) to get their results",
+                host,
+                error,
+            )
+        return DetachedRecord(host, len(functions), frozenset(n for n, one in enumerate(functions) if one))
+
+
+def _same_host(one: str, other: str) -> bool:
+    """Whether two names are of one host, whatever account and port stand with them."""
+    try:
+        return parse_destination(one).host.lower() == parse_destination(other).host.lower()
+    except ValueError:
+        return one == other
+
+
+async def _sent(channel: Channel, data: Sequence[bytes]) -> None:
+    """Send what may be large, under a deadline for each part of it."""
+    for part in data:
+        for start in range(0, len(part), _PART):
+            await asyncio.wait_for(channel.send(memoryview(part)[start : start + _PART]), _START_LIMIT)
+    await asyncio.wait_for(channel.send_end(), _START_LIMIT)
 
 
 def _step(
@@ -303,6 +413,5 @@ def _step(
     marker = secrets.token_hex(16)
     if call is not None:
         return params_for_another_agent(call, python, env, cwd, marker), b"".join(call.parts)
-    shell = step.shell or context.shell
-    command = {"command": step.command, "shell": shell, "cwd": cwd, "env": env, "task": marker, "merge": True}
-    return command, b""
+    own = {"command": step.command, "cwd": cwd, "env": env, "task": marker, "merge": True}
+    return {**context.for_shell(step.shell), **own}, b""

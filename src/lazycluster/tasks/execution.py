@@ -301,9 +301,13 @@ class Execution:
         try:
             self.wait()
         except BaseException:
-            self.cancel()
-            self.future.wait(_CLEANUP_LIMIT)
+            self.end_and_wait()
             raise
+
+    def end_and_wait(self) -> None:
+        """Have it end, and wait until it has."""
+        self.cancel()
+        self.future.wait(_CLEANUP_LIMIT)
 
     def cancel(self, kill: bool = False) -> bool:
         """Ask for the end of all that it runs.

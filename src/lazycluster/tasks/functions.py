@@ -24,7 +24,9 @@ from typing import Any
 import cloudpickle
 
 from lazycluster import _loop
+from lazycluster.agent.localmodules import Source
 from lazycluster.exceptions import AgentError
+from lazycluster.ssh.channel import Collected
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.hello import Hello
 
@@ -32,6 +34,7 @@ from . import localcode
 from .limits import memory_hint
 from .pickling import PickledCall, dump_call
 
+_SEARCH_LIMIT = 120.0  # seconds to look through the host's interpreters
 END_PATIENCE = 5.0  # seconds that a cancelled call gets to end on the host
 _SMALL = 1024 * 1024  # bytes of a result that is unpickled on the loop's thread
 _LARGEST_SOURCE = 16 * 1024 * 1024  # bytes
@@ -53,6 +56,7 @@ class Outcome:
         type_name: The name of the exception's class.
         message: The exception's text.
         traceback: The traceback on the host, as text.
+        hint: What to do about it, if the host knows.
         phase: What the host was doing: "load" (importing what the call needs), "run", or "result" (pickling it).
         exit: The exit status of its process, if it ended without an outcome.
         signal: The signal that ended it.
@@ -65,6 +69,7 @@ class Outcome:
     exception: BaseException | None = None
     type_name: str = ""
     message: str = ""
+    hint: str = ""
     traceback: str = ""
     phase: str = ""
     exit: int | None = None
@@ -87,7 +92,9 @@ class Outcome:
         starts = {"load": f"{name}() could not be loaded on the host: ", "result": ""}
         start = starts.get(self.phase, f"{name}() raised ")
         text = start + headline
-        if self.type_name == "ModuleNotFoundError":
+        if self.hint:
+            text += f". Next step: {self.hint}"
+        elif self.type_name == "ModuleNotFoundError":
             text += (
                 '. Next step: have the manager\'s packages on the host with environment="manager" (which leaves out '
                 'tools: EnvironmentSpec("manager", exclude=[]) has them, too), install it there, or choose another '
@@ -147,8 +154,9 @@ async def call(
         "limits": dict(limits or {}),
         **library_for(connection),
     }
-    received: list[bytes] = []
-    channel = connection.channel("call", params, stdout=stdout, stderr=stderr, output=received.append, event=event)
+    received = Collected()
+    channel = connection.channel("call", params, stdout=stdout, stderr=stderr, output=received.add, event=event)
+    received.channel = channel
     try:
         for part in pickled.parts:
             await channel.send(part)
@@ -159,7 +167,7 @@ async def call(
         if not await connection.heard_out(asyncio.ensure_future(channel.result()), END_PATIENCE):
             channel.close()
         raise
-    return await outcome_of(result, received)
+    return await outcome_of(result, received.taken())
 
 
 def _params(pickled: PickledCall, python: str | None, env: dict[str, str], cwd: str, task: str) -> dict[str, Any]:
@@ -195,11 +203,11 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
         return known[path]
     wanted = list(sys.version_info[:2])
     with contextlib.suppress(AgentError):
-        usual = await connection.request("packages", python="python3", env=dict(env), names=[])
+        usual = await connection.request("packages", within=_SEARCH_LIMIT, python="python3", env=dict(env), names=[])
         if usual["version"][:2] == wanted:
             known[path] = "python3"
             return "python3"
-    found = (await connection.request("interpreters", env=dict(env)))["interpreters"]
+    found = (await connection.request("interpreters", within=_SEARCH_LIMIT, env=dict(env)))["interpreters"]
     for one in found:
         if one["version"][:2] == wanted:
             known[path] = str(one["path"])
@@ -227,22 +235,23 @@ def library_for(connection: Connection) -> dict[str, Any]:
 
 
 @functools.cache
-def _library() -> tuple[str, dict[str, tuple[str, bool, str]]]:
+def _library() -> tuple[str, dict[str, Source]]:
     root = Path(cloudpickle.__file__).parent
     sources = {}
     for name in ["__init__", *(module.name for module in pkgutil.iter_modules([str(root)]))]:
         text = (root / f"{name}.py").read_text(encoding="utf-8")
         full = "cloudpickle" if name == "__init__" else f"cloudpickle.{name}"
-        sources[full] = (text, name == "__init__", f"<cloudpickle of the manager>/{name}.py")
+        sources[full] = (text, name == "__init__", f"<cloudpickle of the manager>/{name}.py", "")
     return hashlib.sha256(repr(sources).encode()).hexdigest(), sources
 
 
 # --- what comes back ------------------------------------------------------------------------------
 class _Received(io.RawIOBase):
-    """Reads from the parts in which a result arrived, and lets each go when it was read."""
+    """Reads from the parts in which a result arrived, and takes each out of the list when it was read."""
 
     def __init__(self, parts: list[bytes]) -> None:
-        self._parts = list(reversed(parts))
+        parts.reverse()
+        self._parts = parts
         self._offset = 0
 
     def readable(self) -> bool:
@@ -325,6 +334,11 @@ async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
         )
     try:
         value = await _load_anywhere(parts)
+    except MemoryError as error:
+        parts.clear()
+        error.__traceback__ = None  # it holds what was unpickled so far
+        text = f"the result came, but there is no memory left here to unpickle it: {error}"
+        return Outcome("raised", exception=error, type_name="MemoryError", message=text, phase="result")
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
         text = f"the result came, but cannot be unpickled here: {type(error).__name__}: {error}"
         return Outcome("raised", exception=error, type_name=type(error).__qualname__, message=text, phase="result")
@@ -357,6 +371,7 @@ async def _raised(told: Mapping[str, Any], phase: str) -> Outcome:
         exception=exception,
         type_name=told["type"],
         message=message,
+        hint=told.get("hint", ""),
         traceback=with_lines(told["traceback"]),
         phase=phase,
     )

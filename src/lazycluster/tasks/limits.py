@@ -63,6 +63,8 @@ class Limits:
 
     def time_is_up(self) -> TaskExecutionError:
         """Return the error that says that a task took too long."""
+        if self.wall is None:
+            return TaskExecutionError("the host says that it was ended for its wall_time, but it has none")
         return TaskExecutionError(f"it was ended after its wall_time of {self.wall:g} s; allow it more with limit()")
 
     def explain(self, message: str, status: int | None, memory_error: bool = False) -> str:

@@ -6,6 +6,7 @@ import dis
 import functools
 import importlib.machinery
 import os
+import re
 import sys
 import sysconfig
 import types
@@ -20,6 +21,14 @@ _STANDARD = tuple(
     {os.path.realpath(path) + os.sep for path in map(sysconfig.get_path, ("stdlib", "platstdlib")) if path}
 )
 _EXTENSIONS = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+# Where a project says its name; read without a parser of TOML, which Python 3.10 does not have.
+_PROJECT_NAMES = {
+    "pyproject.toml": re.compile(
+        r"""^\[(?:project|tool\.poetry)\][^\n]*\n(?:(?!\[)[^\n]*\n)*?name\s*=\s*["']([\w.-]+)["']""", re.MULTILINE
+    ),
+    "setup.cfg": re.compile(r"^\[metadata\][^\n]*\n(?:(?!\[)[^\n]*\n)*?name\s*=\s*([\w.-]+)", re.MULTILINE),
+}
+_MOST_LEVELS = 6  # directories above a module in which its project is looked for
 # Ours and the pickling library are on the host in the manager's version, or not at all.
 _NEVER = {"lazycluster", "cloudpickle"}
 
@@ -53,6 +62,16 @@ def is_local(module: types.ModuleType) -> bool:
     # Made by a program, not found by an import: it belongs to what made it.
     parent = sys.modules.get(root)
     return spec is None if parent is None or parent is module else is_local(parent)
+
+
+def is_part(name: str) -> bool:
+    """Tell whether a module is local or belongs to a local package, as its compiled parts do."""
+    while name:
+        module = sys.modules.get(name)
+        if module is not None and isinstance(getattr(module, "__file__", None), str) and is_local(module):
+            return True
+        name = name.rpartition(".")[0]
+    return False
 
 
 @functools.lru_cache(maxsize=8192)
@@ -150,13 +169,33 @@ def source_of(name: str) -> Source | None:
         return None
     is_package = spec.submodule_search_locations is not None
     if spec.origin is None or not Path(spec.origin).is_absolute():
-        return ("", True, "") if is_package else None
+        return ("", True, "", "") if is_package else None
     try:
         stamp = Path(spec.origin).stat().st_mtime_ns
     except OSError:
         stamp = 0  # inside an archive
     text = _text(spec.loader, spec.name, spec.origin, stamp)
-    return None if text is None else (text, is_package, spec.origin)
+    return None if text is None else (text, is_package, spec.origin, distribution_of(str(Path(spec.origin).parent)))
+
+
+@functools.lru_cache(maxsize=1024)
+def distribution_of(folder: str) -> str:
+    """Return the name of the project that a directory is in; empty if there is none that says its name."""
+    for place in [Path(folder), *Path(folder).parents][:_MOST_LEVELS]:
+        for name, pattern in _PROJECT_NAMES.items():
+            try:
+                found = pattern.search((place / name).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError):
+                continue
+            if found:
+                return found[1]
+        try:
+            eggs = sorted(place.glob("*.egg-info"))
+        except OSError:
+            eggs = []
+        if eggs:
+            return eggs[0].stem
+    return ""
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lazycluster._progress import Progress
-from lazycluster.exceptions import LazyclusterError, TaskExecutionError, printable
+from lazycluster.exceptions import LazyclusterError, TaskExecutionError, one_line
 
 from . import fetched
 from .limits import Limits, memory_hint
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Work", "failure_of", "perform", "prepare"]
 
+_PIDS = range(1, 2**31)
 _END_LIMIT = 20.0  # seconds that the host gets to end a command in stages
 
 
@@ -60,7 +61,7 @@ class Work:
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Take what the host tells of the process."""
-        if isinstance(event.get("pid"), int):
+        if event.get("pid") in _PIDS:
             self.pid = event["pid"]
 
 
@@ -124,10 +125,9 @@ async def perform(index: int, step: Step, context: Context, env: Mapping[str, st
 
 
 async def _run_command(step: RunCommand, context: Context, env: Mapping[str, str], work: Work) -> StepResult:
-    params = {
+    params: dict[str, Any] = {
         "command": step.command,
-        "shell": step.shell or context.shell,
-        "cwd": context.cwd,
+        **context.for_shell(step.shell),
         "env": dict(env),
         "task": work.marker,
         # One stream, so that errors stand where they belong.
@@ -258,14 +258,9 @@ async def _get_file(step: GetFile, context: Context, env: Mapping[str, str], wor
 
 def _summary(verb: str, source: str, target: str, result: TransferResult) -> bytes:
     files = f"{result.files} file" + ("s" if result.files != 1 else "")
-    text = f"{verb} {_one_line(source)} as {_one_line(target)}: {files}, {result.bytes} bytes"
+    text = f"{verb} {one_line(source)} as {one_line(target)}: {files}, {result.bytes} bytes"
     if result.skipped:
         text += f"; {result.skipped} of them were there already, unchanged"
     for left_out in result.left_out:
-        text += f"\nnot copied: {_one_line(left_out)}"
+        text += f"\nnot copied: {one_line(left_out)}"
     return f"{text}\n".encode("utf-8", "backslashreplace")
-
-
-def _one_line(name: str) -> str:
-    """Return what a host calls something, so that it cannot be taken for another line, or steer a terminal."""
-    return printable(name).replace("\n", "\\n")

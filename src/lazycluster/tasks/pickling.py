@@ -36,6 +36,8 @@ _PLAIN = (int, str, float, bool, bytes, complex, type(None))
 _CODE = (types.FunctionType, type, types.ModuleType, _CACHED)
 # Where the functions of a module are those of an object behind it: the module, and where the object is.
 _GENERATORS = (("random", "random", "_inst"), ("numpy.random", "numpy.random.mtrand", "_rand"))
+# What a module has on the host by itself: where it is there.
+_OF_THE_PLACE = frozenset(("__file__", "__path__", "__spec__", "__loader__", "__cached__"))
 # A function that uses these may do so to set up what it imports then: it must not find that imported already.
 _SETS_UP = frozenset(("environ", "putenv", "unsetenv", "meta_path"))
 
@@ -205,10 +207,16 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
 
     def _dynamic_function_reduce(self, func: types.FunctionType) -> Any:
         module = sys.modules.get(func.__globals__.get("__name__", ""))
-        if module is not None and vars(module) is func.__globals__ and localcode.is_local(module):
+        is_local = module is not None and vars(module) is func.__globals__ and localcode.is_local(module)
+        if module is not None and is_local:
             self.globals_ref.setdefault(id(func.__globals__), _Globals(module))
         self._look_into(func)
-        return super()._dynamic_function_reduce(func)
+        reduced = super()._dynamic_function_reduce(func)
+        if is_local and func.__globals__["__name__"] != "__main__":
+            sent = reduced[2][1]["__globals__"]
+            for name in _OF_THE_PLACE & sent.keys():
+                del sent[name]
+        return reduced
 
     def _reduce_globals(self, module: types.ModuleType) -> Any:
         if self._from_source(module):
@@ -239,8 +247,9 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         return self._by_source and localcode.source_of(name) is not None
 
     def _note_import(self, name: Any) -> None:
-        if isinstance(name, str):
-            self.imports.setdefault(name)
+        # What is part of a local package must be imported after the code of the manager, so not ahead of the call.
+        if isinstance(name, str) and name not in self.imports and not localcode.is_part(name):
+            self.imports[name] = None
 
     def _offer(self, obj: Any) -> None:
         """Let what is a member of its module here be so on the host, where others may look for it."""
@@ -249,7 +258,7 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
             self._ship(module, obj.__qualname__, obj)
 
     def _ship(self, module: types.ModuleType, name: str, value: Any) -> None:
-        if self._from_source(module) or (module.__name__, name) in self._shipped:
+        if self._from_source(module) or name in _OF_THE_PLACE or (module.__name__, name) in self._shipped:
             return
         self._shipped.add((module.__name__, name))
         if isinstance(value, (*_PLAIN, *_CODE)) or localcode.source_of(module.__name__) is None or _can_be_sent(value):

@@ -140,6 +140,11 @@ class RuntimeTask(Recipe, Shown):
         execution.wait_or_cancel()
         execution.raise_once()
 
+    def _end_sync(self) -> None:
+        """End what was to be waited for, if it has begun."""
+        if self._execution is not None:
+            self._execution.end_and_wait()
+
     def _started(self) -> Execution:
         if self._execution is None:
             raise LazyclusterError(f"task {self.name!r} has not been executed yet")

@@ -39,7 +39,7 @@ def cleanup(
     import json
 
     from lazycluster import _loop
-    from lazycluster.cli.console import errors, output
+    from lazycluster.cli.console import errors, lines_of, output
     from lazycluster.cli.fanout import everywhere, exit_status
 
     found: dict[str, dict[str, Any]] = {}
@@ -49,7 +49,8 @@ def cleanup(
 
     def tell(outcome: Outcome) -> None:
         if outcome.error:
-            errors().print(f"{outcome.host}: {outcome.error}", markup=False, soft_wrap=True)
+            text = "\n".join(lines_of(f"{outcome.host}: {outcome.error}"))
+            errors().print(text, markup=False, soft_wrap=True)
         elif not as_json:
             _show(outcome.host, found[outcome.host])
 
@@ -73,17 +74,15 @@ async def _here(found: dict[str, dict[str, Any]]) -> Outcome:
 
 
 async def _clean(connection: Connection, found: dict[str, dict[str, Any]]) -> Outcome:
-    import asyncio
-
     from lazycluster.cli.fanout import Outcome
 
-    found[connection.host] = await asyncio.wait_for(connection.request("leftovers"), 60)
+    found[connection.host] = await connection.request("leftovers", within=60.0)
     return Outcome(connection.host)
 
 
 def _show(host: str, left: dict[str, Any]) -> None:
     from lazycluster.cli.console import output
-    from lazycluster.exceptions import printable
+    from lazycluster.exceptions import one_line
 
     say = output().print
     entries = [f"ended the process {process['pid']}: {process['command']}" for process in left["processes"]]
@@ -91,4 +90,4 @@ def _show(host: str, left: dict[str, Any]) -> None:
     if not entries:
         say(f"{host}: nothing was left", markup=False)
     for entry in entries:
-        say(f"{host}: {printable(entry)}", markup=False, soft_wrap=True)
+        say(f"{host}: {one_line(entry)}", markup=False, soft_wrap=True)

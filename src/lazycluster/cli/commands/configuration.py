@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lazycluster.cli.console import tell
 from lazycluster.cli.targets import Targets, complete_hosts, how_to_connect
 from lazycluster.cli.wording import names_its_options, spelled_next_steps
 from lazycluster.ssh.hosts import CONFIG_VARIABLE
+from lazycluster.utils import expanded
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
@@ -73,7 +75,7 @@ def add_runtime(
     if port is not None:
         entries["Port"] = str(port)
     if id_file is not None:
-        if "%" not in id_file and not os.access(Path(id_file).expanduser(), os.R_OK):
+        if "%" not in id_file and not os.access(expanded(id_file), os.R_OK):
             raise click.UsageError(f"there is no readable key {id_file}")
         entries["IdentityFile"] = id_file if id_file.startswith(("~", "%")) else str(Path(id_file).absolute())
     for option in options:
@@ -83,13 +85,13 @@ def add_runtime(
         entries[key.strip()] = value.strip()
     public = _public_key(id_file) if copy_id else None
     path = add_host(name, entries, config)
-    click.echo(f"{name} was added to {path}.")
+    tell(f"{name} was added to {path}.")
     if public is not None:
         _copy_id(name, config, public, accept_new_host_key)
     if check or accept_new_host_key:
         return _check(name, config, accept_new_host_key)
     if not copy_id:
-        click.echo(f"Next step: see that it can be used: {_doctor(name, config)}")
+        tell(f"Next step: see that it can be used: {_doctor(name, config)}")
     return 0
 
 
@@ -108,7 +110,8 @@ def delete_runtime(name: str, config: str | None) -> None:
     from lazycluster.ssh.config_file import BACKUP, remove_host
 
     path = remove_host(name, config)
-    click.echo(f"{name} was removed from {path}; what it was before is in {path.name}{BACKUP}.")
+    backup = os.path.realpath(path) + BACKUP
+    tell(f"{name} was removed from {path}; what it was before is in {backup}.")
 
 
 def _doctor(name: str, config: str | None) -> str:
@@ -116,8 +119,8 @@ def _doctor(name: str, config: str | None) -> str:
 
 
 def _public_key(id_file: str | None) -> Path:
-    folder = Path("~/.ssh").expanduser()
-    candidates = [Path(id_file + ".pub").expanduser()] if id_file else [folder / f"{name}.pub" for name in _KEYS]
+    folder = expanded("~/.ssh")
+    candidates = [expanded(id_file + ".pub")] if id_file else [folder / f"{name}.pub" for name in _KEYS]
     for candidate in candidates:
         if candidate.exists():
             return candidate
@@ -139,7 +142,7 @@ def _copy_id(name: str, config: str | None, key: Path, accept: bool) -> None:
     if accept:
         options += ["-o", "StrictHostKeyChecking=accept-new"]
     _meet(name, config, accept)
-    Path("~/.ssh").expanduser().mkdir(mode=0o700, exist_ok=True)  # it works there, wherever the configuration is
+    expanded("~/.ssh").mkdir(mode=0o700, exist_ok=True)  # it works there, wherever the configuration is
     # It talks to the person at the terminal itself: the fingerprint of a new host, the password.
     if subprocess.run([program, *options, "--", name], check=False).returncode != 0:
         raise click.ClickException(
@@ -182,7 +185,7 @@ def _check(name: str, config: str | None, accept: bool) -> int:
 
     async def work(connection: Connection) -> Outcome:
         version = ".".join(map(str, connection.hello.python))
-        click.echo(f"{name} can be used: {connection.hello.user}@{connection.hello.hostname}, Python {version}.")
+        tell(f"{name} can be used: {connection.hello.user}@{connection.hello.hostname}, Python {version}.")
         return Outcome(name)
 
     chosen = Targets([name], settings=how_to_connect(config, None, accept), ask=person_is_there())
@@ -192,5 +195,5 @@ def _check(name: str, config: str | None, accept: bool) -> int:
             f"{name}: {outcome.error}\n  It is in the configuration all the same; see also: {_doctor(name, config)}"
         )
     else:
-        click.echo(f"To see to ports and packages, too: {_doctor(name, config)}")
+        tell(f"To see to ports and packages, too: {_doctor(name, config)}")
     return outcome.status

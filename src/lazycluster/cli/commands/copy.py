@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +21,7 @@ _exclude = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Leave out files and folders: '*.pyc', 'data/raw'.",
+    help="Leave out files and folders: '*.pyc', 'data/raw', './data'.",
 )
 _quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing of what went well.")
 
@@ -51,9 +50,11 @@ def put(
 
     Exit status: 0 if all is on all hosts, 255 if a host was not reached, else 1.
     """
+    from lazycluster.utils import expanded
+
     *paths, destination = _with_destination(sources)
     for path in paths:
-        if not os.path.lexists(Path(path).expanduser()):
+        if not os.path.lexists(expanded(path)):
             raise click.UsageError(f"there is no file or folder {path}")
     if len(paths) > 1 and not destination.endswith("/"):
         destination += "/"
@@ -69,7 +70,7 @@ def put(
             copying.add(connection.host, result)
 
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
-    return _copy(chosen, send, fanout, quiet)
+    return _copy(chosen, send, fanout, quiet, exclude)
 
 
 @click.command()
@@ -95,8 +96,10 @@ def get(
 
     Exit status: 0 if all is here, 255 if a host was not reached, else 1.
     """
+    from lazycluster.utils import expanded
+
     *paths, destination = _with_destination(sources)
-    base = Path(destination).expanduser()
+    base = expanded(destination)
     if base.exists() and not base.is_dir():
         raise click.UsageError(f"{destination} is a file: name a directory, which takes one per host")
 
@@ -113,7 +116,7 @@ def get(
             copying.add(connection.host, result)
 
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
-    return _copy(chosen, fetch, fanout, quiet)
+    return _copy(chosen, fetch, fanout, quiet, exclude)
 
 
 def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
@@ -124,7 +127,7 @@ def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
     return sources
 
 
-def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool) -> int:
+def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool, exclude: tuple[str, ...] = ()) -> int:
     from lazycluster import _loop, _progress
     from lazycluster.cli.copying import Copying
     from lazycluster.cli.fanout import Outcome, everywhere, exit_status
@@ -137,4 +140,5 @@ def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool) -> int:
             return Outcome(connection.host)
 
         outcomes = _loop.run(everywhere(chosen, work, fanout, copying.done))
+    copying.warn(exclude)
     return exit_status(outcomes, chosen.everyone)

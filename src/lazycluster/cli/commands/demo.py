@@ -11,11 +11,18 @@ from lazycluster._words import counted
 from lazycluster.cli.targets import connection_options, host_options, targets
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lazycluster import RuntimeGroup, RuntimeTask
 
 __all__ = ["demo"]
 
 _PYTHON = {
+    "": """\
+    from lazycluster import RuntimeGroup
+
+    with RuntimeGroup(hosts=[...]) as group:
+        total = sum(group.map(inside, range(20)))""",
     "dask": """\
     from lazycluster import RuntimeGroup
     from lazycluster.cluster.dask_cluster import DaskCluster
@@ -32,6 +39,10 @@ _PYTHON = {
         best = fmin(objective, space, algo=tpe.suggest, max_evals=20, trials=cluster.trials("first"))""",
 }
 
+_DASK_EXTRA = """\
+The extra "dask" adds Dask clusters (lazycluster start dask).
+  In a checkout, pip install '.[dask]' installs it, too."""
+
 
 @click.command()
 @click.argument("engine", type=click.Choice(["dask", "hyperopt"]), required=False)
@@ -41,10 +52,10 @@ def demo(
     engine: str | None, hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool,
 ) -> None:  # fmt: skip
-    """Show what it does: some commands, a function, and a small cluster.
+    """Show what it does: a command, a function, many calls, and a small cluster.
 
-    Without ENGINE the cluster is one of Dask, if that is installed. Without -w it runs on this machine alone, without
-    ssh. Nothing stays behind.
+    Without -w it runs on this machine alone, without ssh. Nothing stays behind.
+    The cluster is one of Dask; it is left out if Dask is not installed here.
 
     \b
     Examples:
@@ -53,7 +64,15 @@ def demo(
     """
     from lazycluster import LocalRuntime, RuntimeGroup
     from lazycluster.cli.console import output
+    from lazycluster.exceptions import LazyclusterError
 
+    missing = ""
+    try:
+        _check(engine or "dask")
+    except LazyclusterError as error:
+        if engine is not None:
+            raise
+        missing = str(error)
     say = output().print
     if hosts or hostfile is not None:
         chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
@@ -69,26 +88,39 @@ def demo(
         group = RuntimeGroup([LocalRuntime()])
     with group:
         _basics(group)
-        if engine is None and (missing := _missing()):
-            say("\nNo cluster", style="bold")
-            say(f"  {missing}", markup=False, soft_wrap=True)
-        else:
-            engine = engine or "dask"
-            {"dask": _dask, "hyperopt": _hyperopt}[engine](group)
-            say("\nThe same in Python:", style="bold")
-            say(_PYTHON[engine], markup=False, soft_wrap=True)
+        _calls(group)
+        shown = "" if missing else engine or "dask"
+        if shown:
+            {"dask": _dask, "hyperopt": _hyperopt}[shown](group)
+        say("\nThe same in Python", style="bold")
+        say(_PYTHON[shown], markup=False, soft_wrap=True)
+    if missing:
+        say("\nNot shown: a Dask cluster", style="bold")
+        say(f"  {missing}\n  {_DASK_EXTRA}", markup=False, soft_wrap=True)
     say("\nAll of it has ended, and nothing is left on the hosts.")
+
+
+def _check(engine: str) -> None:
+    """Raise an error, with the next step, if packages that an engine needs are not installed here."""
+    if engine == "dask":
+        from lazycluster.cluster import dask_launchers
+
+        dask_launchers.SOFTWARE.check_manager("cryptography")
+    else:
+        from lazycluster.cluster import hyperopt_workers
+
+        hyperopt_workers.SOFTWARE.check_manager("cryptography")
 
 
 def _basics(group: RuntimeGroup) -> None:
     from lazycluster import RuntimeTask
     from lazycluster.cli.console import output
-    from lazycluster.exceptions import printable
+    from lazycluster.exceptions import one_line
 
     say = output().print
     say("\nA command on each host", style="bold")
     for host, text in _everywhere(group, RuntimeTask("command").run_command("echo $(uname -sm), $(nproc) cores")):
-        say(f"  {host}: {printable(text)}", markup=False)
+        say(f"  {host}: {one_line(text)}", markup=False)
 
     def where() -> None:
         import platform
@@ -98,7 +130,7 @@ def _basics(group: RuntimeGroup) -> None:
 
     say("\nA Python function on each host", style="bold")
     for host, text in _everywhere(group, RuntimeTask("function").run_function(where)):
-        say(f"  {host}: {printable(text)}", markup=False)
+        say(f"  {host}: {one_line(text)}", markup=False)
 
 
 def _everywhere(group: RuntimeGroup, task: RuntimeTask) -> list[tuple[str, str]]:
@@ -108,16 +140,33 @@ def _everywhere(group: RuntimeGroup, task: RuntimeTask) -> list[tuple[str, str]]
     return [(str(done.host), done.execution_log[0].strip()) for done in tasks]
 
 
-def _missing() -> str:
-    """Return what a cluster of Dask needs that is not installed, and the next step."""
-    from lazycluster.cluster.dask_launchers import SOFTWARE
-    from lazycluster.cluster.exceptions import ClusterError
+def _calls(group: RuntimeGroup) -> None:
+    from lazycluster.cli.console import output
 
-    try:
-        SOFTWARE.check_manager("cryptography")
-    except ClusterError as error:
-        return str(error)
-    return ""
+    output().print("\nMany calls, spread over all cores of these hosts", style="bold")
+    began = time.perf_counter()
+    _say_pi(sum(group.map(_inside(), range(_CALLS))), "calls", began)
+
+
+_CALLS, _POINTS = 20, 100_000
+
+
+def _inside() -> Callable[[int], int]:
+    # A function within a function goes to the hosts by value: they have no lazycluster.
+    def inside(seed: int, points: int = _POINTS) -> int:
+        import random
+
+        numbers = random.Random(seed)
+        return sum(numbers.random() ** 2 + numbers.random() ** 2 < 1 for _ in range(points))
+
+    return inside
+
+
+def _say_pi(hits: int, what: str, began: float) -> None:
+    from lazycluster.cli.console import output
+
+    pi, duration = 4 * hits / (_CALLS * _POINTS), time.perf_counter() - began
+    output().print(f"  pi is about {pi:.4f}: {_CALLS} {what} of {_POINTS:,} random points in {duration:.1f} s")
 
 
 def _dask(group: RuntimeGroup) -> None:
@@ -132,17 +181,8 @@ def _dask(group: RuntimeGroup) -> None:
         workers = counted(group.runtime_count, "worker")
         say(f"  started in {time.perf_counter() - began:.1f} s: a scheduler here, {workers} there")
         with cluster.get_client(timeout=10) as client:
-
-            def inside(seed: int) -> int:
-                import random
-
-                numbers = random.Random(seed)
-                return sum(numbers.random() ** 2 + numbers.random() ** 2 < 1 for _ in range(100_000))
-
             began = time.perf_counter()
-            hits = sum(client.gather(client.map(inside, range(20))))
-            pi = 4 * hits / 2_000_000
-            say(f"  pi is about {pi:.4f}: 20 tasks of 100,000 random points in {time.perf_counter() - began:.1f} s")
+            _say_pi(sum(client.gather(client.map(_inside(), range(_CALLS)))), "tasks", began)
 
 
 def _hyperopt(group: RuntimeGroup) -> None:

@@ -12,7 +12,7 @@ import click
 from lazycluster.cli.targets import complete_hosts, connection_options, targets
 
 if TYPE_CHECKING:
-    from lazycluster.cli.checkup import Checkup
+    from lazycluster.cli.checkup import Checkup, Step
     from lazycluster.cli.targets import Targets
 
 __all__ = ["doctor"]
@@ -80,19 +80,26 @@ def _show(checkup: Checkup) -> None:
 
     from lazycluster.cli.checkup import STEPS
     from lazycluster.cli.console import is_terminal, output
-    from lazycluster.exceptions import printable
+    from lazycluster.exceptions import one_line
 
     out = output()
-    out.print(Text(printable(checkup.host), style="bold"))
+    out.print(Text(one_line(checkup.host), style="bold"))
     name, state = max(map(len, STEPS)), max(map(len, _STYLES))
     for step in checkup.steps:
         row = Table.grid(padding=(0, 2, 0, 0))
         row.add_column(width=name + 2)
         row.add_column(width=state)
         row.add_column(overflow="fold")
-        row.add_row(f"  {step.name}", Text(step.state, style=_STYLES[step.state]), Text(printable(step.detail)))
+        row.add_row(f"  {step.name}", Text(step.state, style=_STYLES[step.state]), Text(_detail(step)))
         out.print(row, width=None if is_terminal() else _UNLIMITED)
         if step.mend:
             # In one line, so that commands can be copied from it.
-            out.print(Text(f"    -> {printable(step.mend)}", style="cyan"), soft_wrap=True)
+            out.print(Text(f"    -> {one_line(step.mend)}", style="cyan"), soft_wrap=True)
     out.print()
+
+
+def _detail(step: Step) -> str:
+    """Return what is said of a step: of what is well, what the host says of itself; else an error, of several lines."""
+    from lazycluster.exceptions import one_line, printable
+
+    return one_line(step.detail) if step.state == "ok" else printable(step.detail)

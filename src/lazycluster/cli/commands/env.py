@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lazycluster._words import counted
+from lazycluster.cli.console import lines_of, tell
 from lazycluster.cli.targets import connection_options, host_options, targets
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def build(
         raise click.UsageError(str(error)) from None
     unwanted = left_out(spec.exclude) if spec.kind == "manager" else ()
     if unwanted:
-        click.echo(f"left out: {', '.join(unwanted)}", err=True)
+        tell(f"left out: {', '.join(unwanted)}", err=True)
 
     async def work(connection: Connection) -> str:
         made = HostEnvironment(Place(connection.host, connection), spec)
@@ -132,7 +133,7 @@ def build(
 
     paths, status = _on_hosts(work, options)
     for path in dict.fromkeys(paths):
-        click.echo(path)
+        tell(path)
     return status
 
 
@@ -201,27 +202,27 @@ def _on_hosts(work: Callable[[Connection], Awaitable[T]], options: dict[str, Any
     outcomes = _loop.run(everywhere(chosen, one))
     for outcome in outcomes:
         if outcome.kind != "done" and not (chosen.everyone and outcome.kind == "unreachable"):
-            show_error(f"{outcome.host}: {outcome.error}")
+            show_error("\n".join(lines_of(f"{outcome.host}: {outcome.error}")))
     return [found[name] for name in chosen.names if name in found], exit_status(outcomes, chosen.everyone)
 
 
 def _show(store: Store) -> None:
-    click.echo(f"{store.host}: {store.path}, {_size(store.size)} in all")
+    tell(f"{store.host}: {store.path}, {_size(store.size)} in all")
     for one in store.environments:
         state = "in use" if one.in_use else f"used {_time(one.unused)} ago"
         made = f"made {_time(one.age)} ago" if one.age is not None else ""
         problem = f"  damaged: {one.problem}" if one.problem else ""
         packages = counted(len(one.packages), "package")
-        click.echo(f"  {one.id}  {_size(one.size):>8}  {packages:>13}  {made}, {state}  {one.source}{problem}")
+        tell(f"  {one.id}  {_size(one.size):>8}  {packages:>13}  {made}, {state}  {one.source}{problem}")
 
 
 def _tell(removal: Removal) -> None:
     freed = f", {_size(removal.freed)} freed" if removal.freed is not None else ""
-    click.echo(f"{removal.host}: {len(removal.removed)} removed{freed}")
+    tell(f"{removal.host}: {len(removal.removed)} removed{freed}")
     for name in removal.in_use:
-        click.echo(f"  {name} stays: it is in use")
+        tell(f"  {name} stays: it is in use")
     for name in removal.unknown:
-        click.echo(f"  {name} is not there")
+        tell(f"  {name} is not there")
 
 
 def _size(count: float) -> str:

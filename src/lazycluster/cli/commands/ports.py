@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazycluster.cli.console import tell
 from lazycluster.cli.targets import (
     Targets,
     complete_hosts,
@@ -95,7 +96,7 @@ async def _forward(connection: Connection, pairs: list[tuple[int | None, int]]) 
         for local, remote in pairs:
             wanted = local if local is not None else [remote, *range(max(remote, 1024) + 1, min(remote + 100, 65536))]
             tunnel = await open_from_runtime(connection, remote, wanted)
-            click.echo(f"localhost:{tunnel.local_port} -> {connection.host}:{remote}")
+            tell(f"localhost:{tunnel.local_port} -> {connection.host}:{remote}")
         await _until_it_is_lost([connection])
     finally:
         await connection.close()
@@ -112,7 +113,7 @@ async def _expose(chosen: Targets, pairs: list[tuple[int, int]]) -> None:
         for local, remote in pairs:
             await open_to_runtimes(connections, local, remote)
             for connection in connections:
-                click.echo(f"{connection.host}:{remote} -> localhost:{local}")
+                tell(f"{connection.host}:{remote} -> localhost:{local}")
         await _until_it_is_lost(connections)
     finally:
         await asyncio.gather(*(connection.close() for connection in connections), return_exceptions=True)
@@ -123,7 +124,7 @@ async def _until_it_is_lost(connections: list[Connection]) -> None:
 
     from lazycluster.exceptions import ConnectionLostError
 
-    click.echo("Until Ctrl-C.", err=True)
+    tell("Until Ctrl-C.", err=True)
     lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def fail(connection: Connection, why: str) -> None:

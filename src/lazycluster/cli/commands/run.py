@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazycluster.cli.console import tell
 from lazycluster.cli.targets import Seconds, Whole, connection_options, host_options, targets
 
 if TYPE_CHECKING:
@@ -39,6 +40,13 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
     help="Run this local script; its arguments come after --.",
 )
 @click.option("--interpreter", default="python3", metavar="PYTHON", help="The Python for --python (python3).")
+@click.option(
+    "--startup-files",
+    type=click.Choice(["once", "always"]),
+    default="once",
+    metavar="WHEN",
+    help="Read .bashrc etc. once or always (once).",
+)
 @click.option("--gather", is_flag=True, help="Show output at the end, equal output once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 @click.option("-N", "--no-label", is_flag=True, help="Print lines without the host's name.")
@@ -47,8 +55,8 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
 def run(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, cwd: str | None, env: tuple[str, ...],
-    timeout: float | None, fanout: int, use_stdin: bool, script: str | None, interpreter: str, gather: bool,
-    as_json: bool, no_label: bool, command: tuple[str, ...],
+    timeout: float | None, fanout: int, use_stdin: bool, script: str | None, interpreter: str, startup_files: str,
+    gather: bool, as_json: bool, no_label: bool, command: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Run a command on many hosts at once.
 
@@ -70,7 +78,7 @@ def run(
 
     if not command and script is None:
         raise click.UsageError("no command is given: lazycluster run -w HOSTS -- COMMAND")
-    if use_stdin and (hosts == ("-",) or getattr(hostfile, "name", "") == "<stdin>"):
+    if use_stdin and ("-" in (*hosts, *exclude_hosts) or getattr(hostfile, "name", "") == "<stdin>"):
         raise click.UsageError("standard input cannot hold both the hosts and the command's input")
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
     # The mark by which the live view counts it.
@@ -78,6 +86,7 @@ def run(
         "task": secrets.token_hex(8),
         "env": _variables(env),
         "cwd": cwd,
+        "startup_files": startup_files,
         "input": use_stdin,
         "merge": gather and not as_json,
     }
@@ -97,7 +106,7 @@ def run(
     outcomes = out.during(work())
     out.finish(outcomes)
     if chosen.everyone and all(outcome.kind == "unreachable" for outcome in outcomes):
-        click.echo("No host was reached.", err=True)
+        tell("No host was reached.", err=True)
     return exit_status(outcomes, chosen.everyone)
 
 

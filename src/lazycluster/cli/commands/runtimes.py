@@ -94,15 +94,13 @@ class _Listing:
         return outcomes
 
     async def _ask(self, connection: Connection) -> Outcome:
-        import asyncio
-
         from lazycluster.cli.fanout import Outcome
 
         started = time.perf_counter()
-        await asyncio.wait_for(connection.request("ping"), 30)
+        await connection.request("ping")
         info = {"latency": time.perf_counter() - started}
         if self._long:
-            info.update(await asyncio.wait_for(connection.request("info"), 30))
+            info.update(await connection.request("info"))
         self.infos[connection.host] = info
         return Outcome(connection.host)
 
@@ -111,7 +109,7 @@ class _Listing:
         from rich.text import Text
 
         from lazycluster._views.cells import cells
-        from lazycluster.exceptions import printable
+        from lazycluster.exceptions import one_line
 
         if outcome.kind != "done":
             self._show_inactive(outcome)
@@ -120,7 +118,7 @@ class _Listing:
         if outcome.host in self.infos:
             info = self.infos[outcome.host]
             row["latency"] = f"{info['latency'] * 1000:.1f} ms"
-            row.update({name: printable(cell) for name, cell in cells(info).items()} if self._long else {})
+            row.update({name: one_line(cell) for name, cell in cells(info).items()} if self._long else {})
         output().print(Text(self._line(row)), soft_wrap=True)
 
     def _show_inactive(self, outcome: Outcome) -> None:

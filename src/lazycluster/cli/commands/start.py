@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -167,10 +166,11 @@ def _serve(
 def _check_connection_file(path: str | None) -> None:
     """Refuse a connection file that could not be written, before the cluster starts."""
     from lazycluster.cluster.connection_file import check
+    from lazycluster.utils import expanded
 
     if path is None:
         return
-    if not Path(path).expanduser().absolute().parent.is_dir():
+    if not expanded(path).absolute().parent.is_dir():
         raise click.UsageError(f"--connection-file {path}: there is no such directory")
     check(path)
 

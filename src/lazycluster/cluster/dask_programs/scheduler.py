@@ -37,6 +37,7 @@ async def _serve(settings: dict[str, Any]) -> None:
     import dask
 
     from .dashboards import Dashboard
+    from .doors import limit_strangers
     from .tls import MemorySecurity
 
     ports, prefix = settings["ports"], settings["prefix"]
@@ -44,6 +45,7 @@ async def _serve(settings: dict[str, Any]) -> None:
     common.configure(settings["configuration"])
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     sent_modules.install(settings["modules"])
+    limit_strangers()
     scheduler = _scheduler_class()(
         host=common.LOOPBACK,
         port=ports["master"],

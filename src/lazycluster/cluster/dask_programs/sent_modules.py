@@ -5,12 +5,18 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from . import localmodules  # type: ignore[attr-defined]  # it is sent along
+
 STAMP = "stamp"
 """The file beside the directory of the modules that is replaced after they have changed."""
+
+DISTRIBUTIONS = ".distributions.json"
+"""The file among the modules that says by name which distributions they are of."""
 
 LOOK = 0.25
 """Seconds between two looks at it."""
@@ -19,8 +25,18 @@ LOOK = 0.25
 class _Loader(importlib.machinery.SourceFileLoader):
     """Compiles a module anew each time: bytecode in files cannot be told from that of the second before."""
 
+    def __init__(self, fullname: str, path: str, shown: str) -> None:
+        super().__init__(fullname, path)
+        self._shown = shown  # its file as others see it: where what belongs to the module is beside it
+
     def get_code(self, fullname: str) -> Any:
-        return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True)
+        text = self.get_data(self.path)
+        if self._shown != self.path:
+            localmodules.show_lines(self._shown, text.decode("utf-8", "replace"))
+        return compile(text, self.path, "exec", dont_inherit=True)
+
+    def get_resource_reader(self, name: Any = None) -> Any:
+        return importlib.machinery.SourceFileLoader(name, self._shown).get_resource_reader(name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -29,6 +45,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.stamp = self.read_stamp()
+        self._copies = localmodules.InstalledCopies(_Finder)
 
     def read_stamp(self) -> bytes:
         """Return what changes when the modules do."""
@@ -40,30 +57,32 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """Find one of the modules."""
         base = self.directory / "modules" / name.replace(".", "/")
-        package = base / "__init__.py"
-        if package.is_file():
-            # What was not sent of a package, such as its data, may be installed.
-            places = [str(base), *_installed(name, path)]
-            loader = _Loader(name, str(package))
-            return importlib.util.spec_from_file_location(
-                name, package, loader=loader, submodule_search_locations=places
-            )
-        file = base.with_suffix(".py")
-        if file.is_file():
-            return importlib.util.spec_from_file_location(name, file, loader=_Loader(name, str(file)))
-        return None
+        file = base / "__init__.py"
+        is_package = file.is_file()
+        if not is_package:
+            file = base.with_suffix(".py")
+            if not file.is_file():
+                return None
+        # What was not sent of a package, such as its data, may be installed.
+        copy = self._copies.find(name, is_package, self._distributions().get(name, ""))
+        shown = copy.file if copy is not None and copy.file else str(file)
+        places = [str(base), *(copy.paths if copy is not None else ())] if is_package else None
+        loader = _Loader(name, str(file), shown)
+        return importlib.util.spec_from_file_location(name, shown, loader=loader, submodule_search_locations=places)
+
+    def _distributions(self) -> Any:
+        try:
+            return json.loads((self.directory / "modules" / DISTRIBUTIONS).read_bytes())
+        except OSError:
+            return {}
+
+    def forget(self) -> None:
+        """Forget what was found."""
+        self._copies = localmodules.InstalledCopies(_Finder)
 
     def is_ours(self, module: Any) -> bool:
         """Whether a module was sent."""
         return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), _Loader)
-
-
-def _installed(name: str, path: Any) -> list[str]:
-    try:
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-    except (ImportError, ValueError):
-        return []
-    return list(spec.submodule_search_locations or ()) if spec is not None else []
 
 
 _finder: _Finder | None = None
@@ -85,6 +104,7 @@ def refresh() -> None:
     if stamp == _finder.stamp:
         return
     _finder.stamp = stamp
+    _finder.forget()
     importlib.invalidate_caches()
     for name in [name for name, module in list(sys.modules.items()) if _finder.is_ours(module)]:
         sys.modules.pop(name, None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from distributed import Security
+
+try:
+    from .memfile import in_memory  # type: ignore[import-not-found,unused-ignore]  # it is sent along
+except ImportError:
+    from lazycluster.mongo.memfile import in_memory
 
 
 class MemorySecurity(Security):  # type: ignore[misc]
@@ -35,17 +37,5 @@ class MemorySecurity(Security):  # type: ignore[misc]
     def _get_tls_context(self, tls: dict[str, Any], purpose: Any) -> Any:
         with contextlib.ExitStack() as files:
             given = {name: tls[name] for name in ("cert", "key") if "\n" in str(tls.get(name))}
-            paths = {name: files.enter_context(_in_memory(text)) for name, text in given.items()}
+            paths = {name: files.enter_context(in_memory(text)) for name, text in given.items()}
             return super()._get_tls_context({**tls, **paths}, purpose)
-
-
-@contextlib.contextmanager
-def _in_memory(text: str) -> Iterator[str]:
-    """Have a text under a path that only this process can open; where there is no such thing, it is the text itself."""
-    if not hasattr(os, "memfd_create") or not Path("/proc/self/fd").is_dir():
-        yield text
-        return
-    with os.fdopen(os.memfd_create("tls"), "w") as file:
-        file.write(text)
-        file.flush()
-        yield f"/proc/self/fd/{file.fileno()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -9,6 +10,7 @@ import os
 import sys
 import tempfile
 import threading
+from ssl import SSLError
 from typing import Any
 
 from . import common
@@ -92,7 +94,10 @@ def _fork_instead(path: Any, arguments: list[Any], kept: Any) -> int:
 
 
 async def _serve(forked: bool, settings: dict[str, Any]) -> None:
+    import dask
+
     from . import sent_modules, worker_process
+    from .doors import limit_strangers
     from .nanny import WatchedNanny, answers
     from .tls import MemorySecurity
 
@@ -101,8 +106,14 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     common.configure(settings["configuration"])
     worker_process.configure(forked and not _has_own_environment(settings["configuration"]))
     security = MemorySecurity(**settings["security"])
+    limit_strangers()
     # A scheduler that is started again may need longer than a worker, which gives up at the first refusal.
-    await common.first(answers(settings["scheduler"], security), stop.wait())
+    try:
+        await common.first(answers(settings["scheduler"], security), stop.wait())
+    except (OSError, ValueError, asyncio.TimeoutError) as error:
+        cause = common.root_of(error)
+        other = "another program answers in its place" if isinstance(cause, SSLError) else "it does not answer"
+        raise SystemExit(f"the scheduler cannot be reached at {settings['scheduler']}: {other}: {cause}") from None
     if stop.is_set():
         return
     sent_modules.install(settings["modules"])  # for its plugins, and for functions that run in it
@@ -118,7 +129,9 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
         nthreads=settings["nthreads"] or max(1, _cores() // settings["siblings"]),
         memory_limit=settings["memory_limit"] if settings["memory_limit"] != "auto" else _share(settings["siblings"]),
         resources=settings["resources"],
-        local_directory=_local_directory(settings),
+        local_directory=_scratch(
+            settings["local_directory"] or dask.config.get("temporary-directory", default=None), settings["trust_group"]
+        ),
         dashboard_address=f"{common.LOOPBACK}:{ports['dashboard']}",
         http_prefix="/" + settings["prefix"],
         modules=settings["modules"],
@@ -162,13 +175,6 @@ def _has_own_environment(configuration: dict[str, Any]) -> bool:
     return True
 
 
-def _local_directory(settings: dict[str, Any]) -> str:
-    import dask
-
-    configured = dask.config.get("temporary-directory", default=None)
-    return str(settings["local_directory"] or configured or os.environ["LAZYCLUSTER_SCRATCH"])
-
-
 async def _start(nanny: Any, ports: dict[str, int]) -> None:
     try:
         await nanny
@@ -183,6 +189,22 @@ async def _start(nanny: Any, ports: dict[str, int]) -> None:
         raise
     if nanny.worker_address is None:
         raise SystemExit("the worker process did not start")
+
+
+def _scratch(local_directory: str | None, trust_group: bool) -> str:
+    """Return where a worker writes what does not fit in memory: it unpickles that, so nobody else may write there."""
+    if local_directory is None:
+        return os.environ["LAZYCLUSTER_SCRATCH"]
+    from . import ownership  # type: ignore[attr-defined]  # it is sent along with these modules
+
+    # distributed takes a name that has this in it as it is; else it would share a directory with other users.
+    path = os.path.join(local_directory, f"dask-scratch-space-{os.getuid()}")
+    try:
+        ownership.make(path, 0o700, trust_group)
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise SystemExit(f"local_directory {local_directory} cannot be used: {why}") from None
+    return path
 
 
 def _cores() -> int:

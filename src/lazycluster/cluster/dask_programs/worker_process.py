@@ -11,6 +11,7 @@ from distributed import Security, Worker
 from . import filenames, sent_modules, serialization  # type: ignore[attr-defined]  # the first is sent along
 from .common import PortTakenError
 from .dashboards import Dashboard
+from .doors import limit_strangers
 from .tls import MemorySecurity
 
 
@@ -28,6 +29,7 @@ class PagedWorker(Worker):  # type: ignore[misc]
     def __init__(self, *arguments: Any, modules: str = "", **options: Any) -> None:
         sent_modules.install(modules)
         serialization.keep_file_names(filenames.dumps)
+        limit_strangers()
         if isinstance(options.get("security"), Security):  # its nanny's, which was pickled
             options["security"] = MemorySecurity.of(options["security"])
         super().__init__(*arguments, **options)

@@ -15,11 +15,17 @@ import warnings
 from collections.abc import Callable
 from timeit import default_timer
 from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 T = TypeVar("T")
 
+LOGIN = {"authSource": "admin"}
+AUTHORITY = "tlsCAFile"
+"""What the parameter of an address is called that says by which certificate a database is known."""
+
 _PATIENCE = 60.0  # seconds that one waits for a server that is being started again
 _clients: dict[tuple[Any, ...], Any] = {}
+_trusted: dict[tuple[str, int], str] = {}  # the file with the certificate by which the database at an address is known
 _connecting = threading.Lock()
 _loaded = False
 _NEW, _DONE = 0, 2  # as in hyperopt.base
@@ -46,6 +52,7 @@ def load() -> Any:
         _loaded = True
         _give_back_methods()
         mongoexp.connection_with_tunnel = functools.partial(_connect, mongoexp.connection_with_tunnel)
+        mongoexp.connection_from_string = functools.partial(_connect_to_address, mongoexp.connection_from_string)
         _make_patient(mongoexp)
         _make_watchful(mongoexp.MongoTrials)
         _keep_limits(mongoexp.MongoTrials)
@@ -91,6 +98,14 @@ def patient(action: Callable[[], T]) -> T:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
+
+
+def unreachable(error: Exception) -> str:
+    """Return what PyMongo says of a database that does not answer, without all that it knows of its servers."""
+    text = str(error).partition(", Timeout:")[0].partition(" (configured timeouts")[0]
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return f"another program than the database of this cluster listens on its port: {text}"
+    return f"the database cannot be reached: {text}"
 
 
 def find_and_modify(
@@ -180,17 +195,40 @@ def _connect(
 
     password = pw or mongoexp.read_pw()
     source = auth_dbname or ("admin" if user == "hyperopt" else dbname)
-    key = (os.getpid(), host, port, user, password, source)
+    tls = tls_options(host, port)
+    key = (os.getpid(), host, port, user, password, source, tls.get(AUTHORITY))
     with _connecting:
         if key not in _clients:
-            login: dict[str, Any] = {"username": user, "password": password, "authSource": source}
+            login: dict[str, Any] = {"username": user, "password": password, "authSource": source, **tls}
             _clients[key] = MongoClient(host, port, document_class=SON, w=1, journal=True, **login)
         return _clients[key], None
+
+
+def _connect_to_address(original: Callable[..., Any], address: str) -> Any:
+    """Connect as hyperopt does, which does not look at what an address says of TLS."""
+    found = urlsplit(address)
+    authority = parse_qs(found.query).get(AUTHORITY)
+    if authority and found.hostname and found.port:
+        trust(found.hostname, found.port, authority[-1])
+    return original(address)
+
+
+def trust(host: str, port: int, authority: str) -> None:
+    """Have the database at an address known by the certificate in a file."""
+    _trusted[host, port] = authority
+
+
+def tls_options(host: str, port: int) -> dict[str, Any]:
+    """Return how a client makes sure that a database is the right one."""
+    authority = _trusted.get((host, port))
+    return {"tls": True, AUTHORITY: authority} if authority else {}
 
 
 def close_clients(port: int) -> None:
     """Close what is connected to a server on this machine, which is about to end."""
     with _connecting:
+        for address in [address for address in _trusted if address[1] == port]:
+            del _trusted[address]
         for key in [key for key in _clients if key[0] == os.getpid() and key[2] == port]:
             _clients.pop(key).close()
 

@@ -152,6 +152,15 @@ def serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: i
         left: Whose trials are to be put back first, why, and whether they have failed for good.
         writing: Where to say that everything is ready, and if the database cannot be reached any more.
     """
+    try:
+        _serve(settings, owner, left, writing)
+    except ConnectionFailure as error:
+        print(f"lazycluster: {compat.unreachable(error)}", file=sys.stderr, flush=True)  # noqa: T201
+        os.write(writing, messages.CUT_OFF)
+        os._exit(1)
+
+
+def _serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: int) -> NoReturn:
     jobs, url = connect(settings)
     jobs.owner = (settings["name"], owner)
     mongoexp.pickler = types.SimpleNamespace(loads=lambda data: _Domain(objectives.loads(data), jobs))
@@ -161,13 +170,9 @@ def serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: i
     worker = mongoexp.MongoWorker(jobs, settings["poll_interval"], exp_key=settings["exp_key"], logfilename=None)
     messages.emit("ready", name=settings["name"])
     os.write(writing, messages.READY)
-    try:
-        while True:
-            _clear(root)
-            _evaluate_one(worker, jobs, owner)
-    except ConnectionFailure:
-        os.write(writing, messages.CUT_OFF)
-        raise
+    while True:
+        _clear(root)
+        _evaluate_one(worker, jobs, owner)
 
 
 def _clear(root: Path) -> None:
@@ -186,8 +191,8 @@ def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
     jobs.current = None
     try:
         worker.run_one(owner, erase_created_workdir=True)
-    except ConnectionFailure:
-        traceback.print_exc()
+    except ConnectionFailure as failure:
+        print(f"lazycluster: {compat.unreachable(failure)}", file=sys.stderr, flush=True)  # noqa: T201
         # Not the objective's fault: the trial is evaluated again.
         compat.patient(lambda: trials.put_back(jobs.jobs, owner, "the connection to the database broke"))
     except TrialLostError as lost:
@@ -196,6 +201,8 @@ def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
     except BaseException as raised:  # noqa: BLE001 - an objective that ends its interpreter has failed like any other
         error = raised
         text = traceback.format_exc()
+        hint = objectives.next_step(raised)
+        text += f"Next step: {hint}\n" if hint else ""
         print(text, file=sys.stderr, flush=True)  # noqa: T201
         if jobs.current is not None:
             trial = jobs.current

@@ -9,13 +9,11 @@ from __future__ import annotations
 import time
 from typing import Any, NoReturn
 
-from . import compat, trials
+from . import compat, messages, trials
 
 compat.load()
 from pymongo import MongoClient  # noqa: E402  (compat says first what is missing)
 from pymongo.errors import PyMongoError  # noqa: E402
-
-LOOPBACK = "127.0.0.1"
 
 
 def beat(settings: dict[str, Any]) -> NoReturn:
@@ -23,12 +21,13 @@ def beat(settings: dict[str, Any]) -> NoReturn:
     login = {"username": settings["user"], "password": settings["password"]} if settings["user"] else {}
     limit = int(1000 * settings["lease"])
     client: Any = MongoClient(
-        LOOPBACK,
+        messages.LOOPBACK,
         settings["port"],
         directConnection=True,
         serverSelectionTimeoutMS=limit,
         socketTimeoutMS=limit,
         **login,
+        **compat.tls_options(messages.LOOPBACK, settings["port"]),
     )
     mine = {"state": trials.RUNNING, "owner": settings["name"]}
     while True:

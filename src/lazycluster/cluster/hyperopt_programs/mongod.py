@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import messages
+from . import memfile, messages  # type: ignore[attr-defined]  # one is sent along with these modules
 
 _PR_SET_PDEATHSIG = 1
 _STEP = 0.05  # seconds between two looks at a program that says nothing when it is ready
@@ -34,16 +34,38 @@ def main() -> None:
     while True:
         settings = messages.read_settings()
         port = settings["ports"]["master"]
+        argv, files = _with_tls(settings)
         if _is_free(port):
-            process = subprocess.Popen(settings["argv"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent, pass_fds=files)
             _end_with(process)
             if _answers(process, port):
                 break
         messages.emit("port_taken", port=port)
-    _make_user(port, settings["user"], settings["password"])
+    _make_user(port, settings)
     messages.emit("ready", port=port, mongod=process.pid)
     status = process.wait()
     raise SystemExit(status if status >= 0 else 128 - status)
+
+
+def _with_tls(settings: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """Return the command with the options for TLS, and the descriptors of the files in memory that they name.
+
+    Where there are no such files, they are in this program's directory, which is removed when it ends.
+    """
+    tls = settings["tls"]
+    texts = {"--tlsCertificateKeyFile": tls["certificate"] + tls["key"], "--tlsCAFile": settings["authority"]}
+    argv, files = [*settings["argv"], "--tlsMode", "requireTLS"], []
+    for option, text in texts.items():
+        fd = memfile.memory_file(text)
+        if fd is None:
+            path = Path(os.environ["LAZYCLUSTER_SCRATCH"], option.strip("-"))
+            path.write_text(text, "ascii")
+        else:
+            path = Path(f"/proc/self/fd/{fd}")
+            files.append(fd)
+        argv += [option, str(path)]
+    # Who comes shows that he knows the password; it is the server that shows a certificate.
+    return [*argv, "--tlsAllowConnectionsWithoutCertificates"], files
 
 
 def _die_with_parent() -> None:
@@ -99,13 +121,16 @@ def _listens(pid: int, port: int) -> bool:
     return False
 
 
-def _make_user(port: int, user: str, password: str) -> None:
+def _make_user(port: int, settings: dict[str, Any]) -> None:
     """Make the user, or find it made: whoever comes from the same machine may make the first one."""
     from pymongo import MongoClient
     from pymongo.errors import OperationFailure
 
+    user, password = settings["user"], settings["password"]
+    authority = Path(os.environ["LAZYCLUSTER_SCRATCH"], "authority.pem")
+    authority.write_text(settings["authority"], "ascii")
     options: dict[str, Any] = {"serverSelectionTimeoutMS": 30_000, "directConnection": True}
-    options["socketTimeoutMS"] = _ANSWER_LIMIT
+    options |= {"socketTimeoutMS": _ANSWER_LIMIT, "tls": True, "tlsCAFile": str(authority)}
     client: Any = MongoClient(messages.LOOPBACK, port, **options)
     try:
         client.admin.command("createUser", user, pwd=password, roles=["root"], mechanisms=["SCRAM-SHA-256"])

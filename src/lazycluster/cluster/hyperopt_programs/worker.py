@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import messages
@@ -33,9 +34,13 @@ def main() -> None:
     for name in _ONE_THREAD:
         os.environ.setdefault(name, "1")
     # Imported while the server starts; the settings come when it answers.
-    from . import evaluator, heart
+    from . import compat, evaluator, heart
 
     settings = messages.read_settings()
+    if settings["authority"]:
+        authority = Path(os.environ["LAZYCLUSTER_SCRATCH"], "database.pem")  # it is no secret
+        authority.write_text(settings["authority"], "ascii")
+        compat.trust(messages.LOOPBACK, settings["port"], str(authority))
     children: set[int] = set()
     _end_with(children)
     beating = _fork(lambda: heart.beat(settings), children)

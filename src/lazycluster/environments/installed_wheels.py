@@ -1,0 +1,339 @@
+"""Wheels made from the files of distributions that are installed here, for when no index can be reached."""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from platform import libc_ver
+
+from lazycluster.exceptions import EnvironmentBuildError
+
+from .elf import needs_of
+from .plan import Locked, Target
+from .spec import normalized
+from .uv import MANAGER
+
+__all__ = ["UnfitError", "installed_digest", "make_wheel", "read_installed"]
+
+_DIRECTORY = re.compile(r"^(?P<name>[^-]+)-(?P<version>[^-]+)\.dist-info$")
+_MANY = re.compile(r"^(many|musl)linux_(\d+)_(\d+)_(\w+)$")
+_LEGACY = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
+# What an installer writes for itself.
+_OF_INSTALLER = {"INSTALLER", "REQUESTED", "RECORD", "RECORD.jws", "RECORD.p7s"}
+_OF_INSTALLER |= {"direct_url.json", "uv_cache.json", "uv_build.json", "provenance_url.json"}
+# They link compiled code against libraries of their own, or leave out the hashes.
+_SYSTEMS = ("conda", "mamba", "debian", "apt", "dpkg", "rpm", "dnf", "yum", "zypper", "pacman", "apk", "nix", "guix")
+# What every Linux with glibc has (PEP 599, without those for graphics).
+_BASE = re.compile(
+    r"^(ld-linux.*|libc|libm|libdl|librt|libpthread|libutil|libnsl|libresolv|libgcc_s|libstdc\+\+)\.so(\.\d+)*$"
+)
+_HASHES = ("sha256", "sha384", "sha512")
+_DATE = (1980, 1, 1, 0, 0, 0)
+_CHUNK = 1024 * 1024
+_LAUNCHER = re.compile(rb"\A#!/bin/sh\n'''exec' [^\n]*\n' '''\n|\A#![^\n]*python[^\n]*\n")
+
+
+class UnfitError(Exception):
+    """No wheel for a host can be made from the files of a distribution; the text says why."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file of a distribution.
+
+    Attributes:
+        name: Its name in the wheel.
+        path: Where it is.
+        hashed: Its hash as RECORD has it, such as ``sha256=...``.
+        is_script: Whether it names the interpreter of this machine, which the wheel leaves open.
+    """
+
+    name: str
+    path: str
+    hashed: str
+    is_script: bool = False
+
+
+@dataclass(frozen=True)
+class InstalledWheel:
+    """A distribution as it is installed, in terms of a wheel.
+
+    Attributes:
+        filename: The name of the wheel.
+        info: The name of its directory with metadata.
+        entries: Its files.
+    """
+
+    filename: str
+    info: str
+    entries: tuple[_Entry, ...]
+
+
+# --- what there is --------------------------------------------------------------------------------
+def read_installed(info: Path, target: Target) -> InstalledWheel:
+    """Return what a distribution consists of.
+
+    Args:
+        info: Its directory with metadata.
+        target: What it has to fit.
+
+    Raises:
+        UnfitError: If no wheel for the target can be made from it.
+    """
+    match = _DIRECTORY.match(info.name)
+    if match is None:
+        raise UnfitError("it is installed in an old way, without a list of its files")
+    _check_installer(info)
+    tags = _tags(_read(info / "WHEEL", "it has no file WHEEL, so what it fits is unknown"))
+    entries = tuple(sorted(_entries(info, match["name"], match["version"]), key=lambda entry: entry.name))
+    _check_fit(tags, entries, target)
+    pythons, abis, platforms = (".".join(dict.fromkeys(part)) for part in zip(*tags, strict=True))
+    return InstalledWheel(f"{match['name']}-{match['version']}-{pythons}-{abis}-{platforms}.whl", info.name, entries)
+
+
+def installed_digest(wheel: InstalledWheel) -> str:
+    """Return what tells the content of a distribution from others, wherever it is installed."""
+    content = []
+    for entry in wheel.entries:
+        restored = _restored(entry)
+        hashed = entry.hashed if restored is None else f"restored={hashlib.sha256(restored).hexdigest()}"
+        content.append([entry.name, hashed])
+    return "installed-" + hashlib.sha256(json.dumps([wheel.filename, content]).encode()).hexdigest()
+
+
+def _read(path: Path, problem: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UnfitError(problem) from None
+
+
+def _check_installer(info: Path) -> None:
+    try:
+        installer = (info / "INSTALLER").read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        installer = []
+    name = installer[0].lower() if installer else ""
+    if name in _SYSTEMS:
+        raise UnfitError(f"{name} has installed it, which may link it against libraries that no host has")
+    if info.parent.name == "dist-packages" and not name:
+        raise UnfitError("the system's package manager has installed it, which may link it against its own libraries")
+
+
+def _tags(text: str) -> list[tuple[str, str, str]]:
+    found = []
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        parts = value.strip().split("-")
+        if key == "Tag" and len(parts) == 3:
+            found.append((parts[0], parts[1], parts[2]))
+    if not found:
+        raise UnfitError("its file WHEEL does not say what it fits")
+    return found
+
+
+def _entries(info: Path, name: str, version: str) -> Iterator[_Entry]:
+    site = info.parent
+    scripts = _entry_points(info)
+    text = _read(info / "RECORD", "it has no RECORD, the list of its files")
+    for row in csv.reader(io.StringIO(text)):
+        if not row or "__pycache__/" in row[0]:
+            continue
+        path = os.path.normpath(os.path.join(site, row[0]))
+        inner, is_script = _name_in_wheel(path, site, f"{name}-{version}.data", row[0])
+        folder, _, last = path.rpartition("/")
+        if is_script and last in scripts:
+            continue  # whoever installs the wheel makes it from the entry point
+        if last in _OF_INSTALLER and folder == str(info):
+            continue
+        if len(row) < 2 or row[1].partition("=")[0] not in _HASHES:
+            raise UnfitError(f"its RECORD has no hash of {row[0]}")
+        yield _Entry(inner, path, row[1], is_script)
+
+
+def _name_in_wheel(path: str, site: Path, data: str, recorded: str) -> tuple[str, bool]:
+    """Return the name of a file in the wheel, and whether it is a script."""
+    if path.startswith(f"{site}/"):
+        inner, in_data = path[len(str(site)) + 1 :], ""
+    else:
+        prefix = next((folder.parent for folder in site.parents if folder.name in ("lib", "lib64")), None)
+        if prefix is None or not path.startswith(f"{prefix}/") or recorded.startswith("/"):
+            raise UnfitError(f"it has files in other places: {recorded}")
+        inner, in_data = path[len(str(prefix)) + 1 :], f"{data}/data/"
+    if inner.startswith("bin/") and inner.count("/") == 1:  # below the site with `pip install --target`
+        return f"{data}/scripts/{inner[4:]}", True
+    return in_data + inner, False
+
+
+def _entry_points(info: Path) -> set[str]:
+    parser = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=False)
+    parser.optionxform = str  # type: ignore[method-assign,assignment]
+    try:
+        parser.read(info / "entry_points.txt", encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        raise UnfitError("its file entry_points.txt cannot be read") from None
+    groups = ("console_scripts", "gui_scripts")
+    return {name for group in groups if parser.has_section(group) for name in parser.options(group)}
+
+
+# --- what it fits ---------------------------------------------------------------------------------
+def _check_fit(tags: list[tuple[str, str, str]], entries: tuple[_Entry, ...], target: Target) -> None:
+    """Make sure that one of the tags fits, and where no tag says so that compiled code does."""
+    reasons = [reason for reason in (_misfit(tag, target) for tag in tags) if reason is not None]
+    if len(reasons) == len(tags):
+        raise UnfitError(reasons[0])
+    if not any(platform.startswith(("manylinux", "musllinux")) for _, _, platform in tags):
+        for entry in entries:
+            if entry.is_script or ".so" in entry.path.rpartition("/")[2]:
+                _check_compiled(entry, entries, target)
+
+
+def _misfit(tag: tuple[str, str, str], target: Target) -> str | None:
+    """Return why a tag does not fit; None if it does."""
+    python, abi, platform = tag
+    here = f"cp{target.python[0]}{target.python[1]}"
+    match = re.match(r"^(cp|py)3(\d*)$", python)
+    minor = int(match[2]) if match and match[2] else 0
+    compatible = match is not None and (match[1] == "py" or abi == "abi3") and minor <= target.python[1]
+    if python != here and not compatible:
+        return f"it is for {python}, and the host's Python is {target.version}"
+    if platform == "any":
+        return None
+    if target.system != "linux" or sys.platform != "linux":
+        return f"it is compiled for {platform}, and the host is {target.platform}"
+    if platform == f"linux_{target.machine}":
+        here = libc_ver()[0] or "musl"
+        return None if target.libc == here else f"it is compiled for {here}, and the host has {target.libc}"
+    return None if _is_many(platform, target) else f"it is compiled for {platform}, and the host is {target.platform}"
+
+
+def _is_many(platform: str, target: Target) -> bool:
+    """Whether a target is among those that a platform tag stands for (PEP 600, PEP 656)."""
+    legacy, _, machine = platform.partition("_")
+    found = _MANY.match(platform)
+    if legacy in _LEGACY:
+        return target.libc == "glibc" and machine == target.machine and _LEGACY[legacy] <= _glibc(target)
+    if found is None or found[4] != target.machine:
+        return False
+    if found[1] == "musl":
+        return target.libc == "musl"
+    return target.libc == "glibc" and (int(found[2]), int(found[3])) <= _glibc(target)
+
+
+def _glibc(target: Target) -> tuple[int, int]:
+    match = re.match(r"^(\d+)\.(\d+)", target.libc_version)
+    return (int(match[1]), int(match[2])) if match else (2, 17)
+
+
+def _check_compiled(entry: _Entry, entries: tuple[_Entry, ...], target: Target) -> None:
+    try:
+        needs = needs_of(Path(entry.path))
+    except (OSError, ValueError) as error:
+        raise UnfitError(f"{entry.name} cannot be read: {error}") from None
+    if needs is None:
+        return
+    if target.system != "linux" or target.machine != os.uname().machine:
+        raise UnfitError(f"{entry.name} is compiled for this machine, and the host is {target.platform}")
+    own = {other.path.rpartition("/")[2] for other in entries}
+    foreign = sorted(name for name in needs.libraries - own if not _BASE.match(name))
+    if foreign:
+        raise UnfitError(f"{entry.name} is linked against {', '.join(foreign)}, which is no part of it")
+    if target.libc == "glibc" and needs.glibc > _glibc(target):
+        wanted = ".".join(map(str, needs.glibc))
+        raise UnfitError(f"{entry.name} needs glibc {wanted}, and the host has {target.libc_version}")
+
+
+# --- making it ------------------------------------------------------------------------------------
+def make_wheel(locked: Locked, target: Target, folder: Path) -> Path:
+    """Make a wheel from installed files, whose hashes are checked; for a thread. The same files give the same wheel.
+
+    Raises:
+        EnvironmentBuildError: If a file is not what was installed.
+    """
+    try:
+        wheel = read_installed(Path(locked.installed), target)
+        path = folder / wheel.filename
+        record = []
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for entry in wheel.entries:
+                record.append(_add(archive, entry))
+            lines = [",".join(_quoted(value) for value in row) for row in record]
+            lines.append(f"{wheel.info}/RECORD,,")
+            archive.writestr(_zip_info(f"{wheel.info}/RECORD", 0o644), "\n".join(lines) + "\n")
+    except UnfitError as error:
+        raise EnvironmentBuildError(
+            MANAGER,
+            f"no wheel of {locked.label} can be made from what is installed: {error}",
+            locked.name,
+            f"install {locked.name} anew, or leave it out: EnvironmentSpec(..., exclude=[{normalized(locked.name)!r}])",
+        ) from error
+    return path
+
+
+def _add(archive: zipfile.ZipFile, entry: _Entry) -> tuple[str, str, str]:
+    """Add a file; returns its line of RECORD."""
+    restored = _restored(entry)
+    kind, _, recorded = entry.hashed.partition("=")
+    check, written, size = hashlib.new(kind), hashlib.sha256(), 0
+    try:
+        path = Path(entry.path)
+        status = path.stat()
+        is_executable = bool(status.st_mode & stat.S_IXUSR)
+        info = _zip_info(entry.name, 0o755 if is_executable else 0o644)
+        with path.open("rb") as file, archive.open(info, "w", force_zip64=status.st_size >= 1 << 31) as target:
+            while data := file.read(_CHUNK):
+                check.update(data)
+                if restored is None:
+                    written.update(data)
+                    size += target.write(data)
+            if restored is not None:
+                written.update(restored)
+                size = target.write(restored)
+    except OSError as error:
+        raise UnfitError(f"its file {entry.path} cannot be read: {error.strerror}") from None
+    if _encoded(check.digest()) != recorded.rstrip("="):
+        raise UnfitError(f"its file {entry.path} was changed after the installation: its hash is not that of RECORD")
+    return entry.name, f"sha256={_encoded(written.digest())}", str(size)
+
+
+def _restored(entry: _Entry) -> bytes | None:
+    """Return a script as its wheel had it, which names no interpreter; None if it is none."""
+    if not entry.is_script:
+        return None
+    try:
+        with Path(entry.path).open("rb") as file:
+            if file.read(2) != b"#!":
+                return None
+            file.seek(0)
+            content = file.read()
+    except OSError:
+        return None  # whoever makes the wheel says so
+    return _LAUNCHER.sub(b"#!python\n", content, count=1) if _LAUNCHER.match(content) else None
+
+
+def _zip_info(name: str, mode: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, _DATE)
+    info.compress_type = zipfile.ZIP_DEFLATED
+    info.external_attr = (stat.S_IFREG | mode) << 16
+    info.create_system = 3  # Unix
+    return info
+
+
+def _encoded(digest: bytes) -> str:
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode("ascii")
+
+
+def _quoted(value: str) -> str:
+    return '"' + value.replace('"', '""') + '"' if set(value) & set(',"\n') else value

@@ -1,0 +1,56 @@
+"""What hosts and indexes say, before names on the manager are made of it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from lazycluster import EnvironmentSpec
+from lazycluster.environments.activation import HostEnvironment
+from lazycluster.environments.place import Place
+from lazycluster.environments.plan import Locked, Target
+from lazycluster.exceptions import EnvironmentBuildError
+
+_FACTS = {"system": "linux", "machine": "x86_64", "libc": ["glibc", "2.36"]}
+_EVIL = ["", "../../x", "/etc/x", "..", "-x", "a b", "x\n", "x\0", "é", "x" * 300, "$(x)", "--find-links=x", "x\x1b[2J"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "platform"),
+    [
+        ({}, "x86_64-manylinux_2_36"),
+        ({"machine": "armv7l"}, "armv7l-manylinux_2_36"),
+        ({"machine": "arm64", "libc": ["musl", ""]}, "aarch64-unknown-linux-musl"),
+        ({"libc": ["glibc", "2.31.9000-rc1"]}, "x86_64-manylinux_2_31"),
+        ({"system": "darwin", "machine": "arm64", "libc": ["musl", ""]}, "aarch64-apple-darwin"),
+    ],
+)
+def test_platforms(changed: dict[str, Any], platform: str) -> None:
+    assert Target.of((3, 13), {**_FACTS, **changed}).platform == platform
+
+
+@pytest.mark.parametrize("evil", _EVIL)
+@pytest.mark.parametrize("what", ["system", "machine", "libc", "libc version"])
+def test_a_platform_that_cannot_be_is_an_error(evil: str, what: str) -> None:
+    """It would be a part of paths on the manager, and of uv's arguments."""
+    libc = {"libc": [evil, "2.36"], "libc version": ["glibc", evil]}.get(what, _FACTS["libc"])
+    facts = {**_FACTS, "libc": libc, **({what: evil} if what in _FACTS else {})}
+    if (what, evil) == ("libc version", ""):
+        return  # as musl has it
+
+    class Host:
+        async def request(self, op: str, **params: Any) -> dict[str, Any]:
+            return facts
+
+    place = Place("host1", Host())  # type: ignore[arg-type]
+    environment = HostEnvironment(place, EnvironmentSpec(["numpy"]))
+    with pytest.raises(EnvironmentBuildError, match=f"its {what} is") as caught:
+        asyncio.run(environment._target())
+    assert caught.value.host == "host1" and "\n" not in caught.value.problem
+
+
+@pytest.mark.parametrize("name", ["..%2F..%2Fx.whl", "%2Fetc%2Fx.whl", "a/..%2Fx.whl", "x.whl#/y", "x.whl?a=/../b"])
+def test_the_name_of_a_file_leads_nowhere(name: str) -> None:
+    assert Locked("x", url=f"https://index.invalid/files/{name}").filename == "x.whl"
