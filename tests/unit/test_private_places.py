@@ -62,6 +62,14 @@ def test_what_is_made_is_private_and_new(monkeypatch: pytest.MonkeyPatch) -> Non
             shutil.rmtree(path)
 
 
+def test_a_link_leads_to_the_place_itself(tmp_path: Path) -> None:
+    """Whoever may change the link later changes nothing for what was made."""
+    (tmp_path / "place").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("place")
+    made = directories.private_directory([str(tmp_path / "link")], 1000, directories.note_host)
+    assert Path(made).parent == tmp_path.resolve() / "place"
+
+
 @pytest.mark.parametrize("umask", [0o777, 0o177])
 def test_an_umask_takes_nothing_from_the_user_himself(umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)

@@ -151,6 +151,14 @@ def test_whose_disk_is_full(why):
     assert (error.host, error.reason) == ("me@h", "disk")
     assert f"on the host: /tmp: {why}; /var/tmp: {why}\n  Next step: free some space" in str(error)
     assert not is_retryable(error)
+    # As they come when ssh's own words are told apart from those of others.
+    said = 'Authenticated to h ([10.0.0.1]:22) using "publickey".\r\n'
+    here = told(f"{said}unix_listener: cannot bind to path /tmp/l/1.jI8j: {why}\r\n", heard="", logged_in=True)
+    there = told(said, 1, heard=f"noise\nlazycluster: no private directory can be made: {why}\n", logged_in=True)
+    assert (here.reason, there.reason) == ("manager", "disk")
+    banner = f"unix_listener: cannot bind to path /tmp/l/1: {why}\n"
+    assert told(said, 3, heard=banner, logged_in=True).reason == "shell"
+    assert told(DENIED, heard=banner).reason == "auth"
 
 
 DENIED = "me@h: Permission denied (publickey).\r\n"
