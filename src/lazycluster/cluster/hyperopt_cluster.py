@@ -18,6 +18,7 @@ from lazycluster._words import counted
 from lazycluster.utils import expanded
 
 from . import connection_file
+from .contracts import DEFAULT_TIMEOUT
 from .exceptions import ClusterError
 from .hyperopt_masters import EmbeddedMongoLauncher, LocalMongoLauncher, default_launcher
 from .hyperopt_programs import compat, messages, trials
@@ -170,7 +171,7 @@ class HyperoptCluster(MasterWorkerCluster):
         """The address of the database for `pymongo.MongoClient`. It has the password: do not print it."""
         return self._hyperopt.url(self._port(), "mongodb", options=compat.LOGIN)
 
-    def start_master(self, master_port: int | None = None, timeout: int = 3, debug: bool = False) -> None:
+    def start_master(self, master_port: int | None = None, timeout: int = DEFAULT_TIMEOUT, debug: bool = False) -> None:
         """Start the database. Trials that an earlier cluster left unfinished are put back into the queue.
 
         See `MasterWorkerCluster.start_master`.
