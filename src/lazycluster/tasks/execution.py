@@ -13,7 +13,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop, _progress, _waiting
-from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError, TaskExecutionError
+from lazycluster.exceptions import (
+    AgentError,
+    ConnectionLostError,
+    GroupTaskError,
+    LazyclusterError,
+    TaskExecutionError,
+)
 
 from .context import Context
 from .limits import Limits
@@ -23,6 +29,7 @@ from .retrying import Retries
 from .steps import Step, StepResult
 
 if TYPE_CHECKING:
+    from .broadcast import Broadcast
     from .pickling import PickledCall
 
 __all__ = ["Context", "Execution", "settled", "wait_for"]
@@ -35,7 +42,7 @@ _CLEANUP_LIMIT = 30.0  # seconds for a cancelled execution to end what it starte
 class TaskFuture(_waiting.Future[Any]):
     """The future of an execution; whoever asks it for the result has seen the error."""
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution | Broadcast) -> None:
         super().__init__()
         self._execution = execution
 
@@ -155,6 +162,21 @@ class Execution:
     def is_over(self) -> bool:
         """Whether it has ended."""
         return self.future.done()
+
+    @property
+    def host(self) -> str:
+        """The host that executes it."""
+        return self.context.host
+
+    @property
+    def where(self) -> str:
+        """The host, for people."""
+        return self.context.host
+
+    @property
+    def pid(self) -> int | None:
+        """The process on the host that carries out the present step."""
+        return self.work.pid
 
     def start(self) -> Execution:
         """Begin; returns itself."""
@@ -291,6 +313,12 @@ class Execution:
         """
         return wait_for([self], timeout)
 
+    def too_long(self, timeout: float | None) -> str:
+        """Return what is said if it has not ended in time."""
+        connection = self.context.connection
+        waiting = f"; the link to it is interrupted: {connection.why}" if connection.state == "interrupted" else ""
+        return f"task {self.name!r} on {self.host} has not ended within {timeout} s{waiting}"
+
     def wait_or_cancel(self) -> None:
         """Wait for the end; if the wait is interrupted (Ctrl-C), the execution is ended, too."""
         try:
@@ -364,6 +392,25 @@ def wait_for(executions: Sequence[Execution], timeout: float | None = None) -> b
         return board.wait([execution.future for execution in executions], timeout)
     finally:
         board.close()
+
+
+def raise_failures(executions: Sequence[Execution]) -> None:
+    """Raise what failed in executions and was not raised yet.
+
+    Raises:
+        TaskExecutionError: If one failed.
+        GroupTaskError: If several failed.
+    """
+    errors = []
+    for execution in executions:
+        try:
+            execution.raise_once()
+        except TaskExecutionError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise GroupTaskError(errors)
 
 
 async def settled(future: concurrent.futures.Future[Any]) -> None:
