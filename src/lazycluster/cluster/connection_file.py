@@ -203,7 +203,7 @@ def read(path: str | os.PathLike[str], engine: str, shape: Mapping[str, Any] | N
             f"there is no connection file {file}\n  Next step: see whether the cluster still runs; it goes with it"
         ) from None
     except OSError as error:
-        raise ClusterError(f"the connection file {file} cannot be read: {error.strerror}") from error
+        raise ClusterError(f"the connection file {file} cannot be read: {error.strerror}") from None
     try:
         _check(file, os.fstat(fd))
         text = os.read(fd, _MOST)

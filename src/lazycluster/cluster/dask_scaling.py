@@ -39,7 +39,7 @@ async def _scheduler(address: str, arguments: Mapping[str, Any]) -> AsyncIterato
     try:
         yield scheduler
     except OSError as error:
-        raise ClusterError(f"the scheduler does not answer: {error}") from error
+        raise ClusterError(f"the scheduler does not answer: {error}") from None
     finally:
         await scheduler.close_rpc()
 

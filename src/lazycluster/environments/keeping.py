@@ -140,4 +140,4 @@ async def _ask(host: Host, action: str, **params: Any) -> dict[str, Any]:
     try:
         return await host.request("environment", within=_LIMIT, action=action, **params)
     except AgentError as error:
-        raise LazyclusterError(f"{host.host}: {error.message}") from error
+        raise LazyclusterError(f"{host.host}: {error.message}") from None

@@ -219,14 +219,14 @@ class AgentRelay:
                     raise TunnelError(
                         f"{self._host}: there is no further session for the relay through its agent: {error}. "
                         "Next step: allow at least MaxSessions 2 in its sshd_config, or end what else uses it"
-                    ) from error
+                    ) from None
             # The session must be held until it ends, which it does with the process on the host.
             self._session = asyncio.ensure_future(session.wait())
             try:
                 await past_noise(ours, expected(marker))
             except (StartError, OSError) as error:
                 text = f"{self._host}: the relay does not start, and printed: {str(error) or 'nothing'}"
-                raise TunnelError(text) from error
+                raise TunnelError(text) from None
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as giver:
                 giver.connect(await here.socket)
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", ours.fileno(), ours.fileno()))]

@@ -102,7 +102,7 @@ class SshConnection(ReturningConnection):
             await self._release()
             if isinstance(error, OSError):
                 hint = _MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-                raise InvalidRuntimeError(self.host, "ssh", str(error), hint) from error
+                raise InvalidRuntimeError(self.host, "ssh", str(error), hint) from None
             raise
         self._opened()
 
@@ -198,7 +198,7 @@ class SshConnection(ReturningConnection):
                 session = await mux.new_session(command, theirs.fileno(), theirs.fileno(), null.fileno())
             except MuxError as error:
                 ours.close()
-                raise ConnectionLostError(self.host, f"no further session for copying files: {error}") from error
+                raise ConnectionLostError(self.host, f"no further session for copying files: {error}") from None
         # The session must be held until the command on the host has ended, which it does when our end is closed.
         task = asyncio.ensure_future(session.wait())
         self._sessions.add(task)
@@ -210,7 +210,7 @@ class SshConnection(ReturningConnection):
             if isinstance(error, asyncio.TimeoutError):
                 raise NoAnswerError(self.host, "a further session for copying files", _SESSION_LIMIT) from None
             if isinstance(error, (StartError, OSError)):
-                raise StreamClosedError(f"it did not start, and printed: {str(error) or 'nothing'}") from error
+                raise StreamClosedError(f"it did not start, and printed: {str(error) or 'nothing'}") from None
             raise
         return ours
 
@@ -227,7 +227,7 @@ class SshConnection(ReturningConnection):
                 )
             except MuxError as error:
                 ours.close()
-                raise ConnectionLostError(self.host, f"no further session: {error}") from error
+                raise ConnectionLostError(self.host, f"no further session: {error}") from None
         task = asyncio.ensure_future(session.wait())
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
@@ -261,7 +261,7 @@ class SshConnection(ReturningConnection):
             if asyncio.get_running_loop().time() > deadline:
                 for forward, error in failed:
                     if not error.refused:  # nobody has said that it cannot be had: the next attempt asks again
-                        raise ConnectionLostError(self.host, str(error)) from error
+                        raise ConnectionLostError(self.host, str(error)) from None
                     self._give_up(forward, error)
             if failed:
                 await asyncio.sleep(_PORTS_DELAY)

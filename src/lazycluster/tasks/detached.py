@@ -374,7 +374,7 @@ async def start(
         await asyncio.wait_for(channel.result(), _START_LIMIT)
     except AgentError as error:
         await _loop.in_thread(detached_records.forget, task_id)
-        raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from error
+        raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from None
     except asyncio.TimeoutError:
         raise LazyclusterError(
             f"{connection.host}: task {task.name!r} was not detached within {_START_LIMIT:g} s.\n"

@@ -18,6 +18,7 @@ from lazycluster.exceptions import (
     ConnectionLostError,
     GroupTaskError,
     LazyclusterError,
+    NoAnswerError,
     TaskExecutionError,
 )
 
@@ -26,7 +27,7 @@ from .limits import Limits
 from .output import TaskLog
 from .perform import Work, perform, prepare
 from .retrying import Retries
-from .steps import Step, StepResult
+from .steps import RunFunction, Step, StepResult
 
 if TYPE_CHECKING:
     from .broadcast import Broadcast
@@ -260,7 +261,7 @@ class Execution:
             result = StepResult(self._log.end_step(step.label), error.exit_status)
             if isinstance(error.__cause__, AgentError):
                 error = self._lost_agent() or error  # what it says then is but a consequence
-            raise _complete(error, self, index, step, result.output) from error.__cause__
+            raise _complete(error, self, index, step, result.output) from _cause(error, step)
         except asyncio.CancelledError:
             result = StepResult(self._log.end_step(step.label))
             raise
@@ -419,6 +420,14 @@ async def settled(future: concurrent.futures.Future[Any]) -> None:
     loop = asyncio.get_running_loop()
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(over.set))
     await over.wait()
+
+
+def _cause(error: TaskExecutionError, step: Step) -> BaseException | None:
+    """Return what caused an error, if that says more than the error: what a user's function raised, a lost host."""
+    cause = error.__cause__
+    if isinstance(step, RunFunction) or isinstance(cause, (ConnectionLostError, NoAnswerError)):
+        return cause
+    return None if isinstance(cause, (LazyclusterError, OSError)) else cause
 
 
 def _complete(
