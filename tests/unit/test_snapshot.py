@@ -7,6 +7,7 @@ import pytest
 from api import snapshot
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of packages, when they are imported
 @pytest.mark.parametrize("part", snapshot.PARTS)
 def test_what_others_rely_on_is_what_it_was(part: str) -> None:
     if part == "names":
