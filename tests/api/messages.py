@@ -40,7 +40,7 @@ class _Texts:
             return
         if isinstance(node, ast.ClassDef):
             within = node.name
-        text = _text(node)
+        text = template(node)
         if text is not None:
             if len(text.split()) > 1 and _WORD.search(text) and not _is_program(text):
                 yield f"{kind or 'text'}: {json.dumps(text, ensure_ascii=False)}"
@@ -63,11 +63,11 @@ def _is_program(text: str) -> bool:
 def _docstrings(tree: ast.AST) -> Iterator[int]:
     """Yield the docstrings, and the texts that stand alone: they describe attributes."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and _text(node.value) is not None:
+        if isinstance(node, ast.Expr) and template(node.value) is not None:
             yield id(node.value)
 
 
-def _text(node: ast.AST) -> str | None:
+def template(node: ast.AST) -> str | None:
     """Return the template that an expression stands for, None if it is no text."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
@@ -75,7 +75,7 @@ def _text(node: ast.AST) -> str | None:
         parts = (str(part.value) if isinstance(part, ast.Constant) else _HOLE for part in node.values)
         return "".join(parts)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        left, right = _text(node.left), _text(node.right)
+        left, right = template(node.left), template(node.right)
         if left is not None or right is not None:
             return (_HOLE if left is None else left) + (_HOLE if right is None else right)
     if _is_format(node):
@@ -99,7 +99,7 @@ def _inner(node: ast.AST) -> Iterator[ast.AST]:
         yield from (part.value for part in node.values if isinstance(part, ast.FormattedValue))
     elif isinstance(node, ast.BinOp):
         for side in (node.left, node.right):
-            if _text(side) is None:
+            if template(side) is None:
                 yield side
             else:
                 yield from _inner(side)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from api import messages, names
+from api import messages, names, stored
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).with_name("snapshot")
@@ -66,6 +66,7 @@ PARTS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "names": ("Public names, by the modules that the documentation imports them from", names.lines),
     "help": ("The help of all commands at 80 columns", help_lines),
     "errors": ("The texts of errors, logs and output; {} stands for what is put in", messages.lines),
+    "stored": ("Names that stand in what is stored, set or configured elsewhere, and do not change", stored.lines),
 }
 
 

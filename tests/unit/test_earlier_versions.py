@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import collections
+import importlib
 import json
 import pickle
-import pickletools
 import re
 import shutil
 import sqlite3
@@ -20,6 +20,7 @@ import pytest
 
 import lazycluster.cluster.exceptions
 import lazycluster.exceptions
+from api import stored
 from lazycluster import EnvironmentSpec, LocalRuntime, RuntimeTask, _loop
 from lazycluster.agent import environments
 from lazycluster.cluster import connection_file
@@ -29,6 +30,7 @@ from lazycluster.environments import keeping
 from lazycluster.exceptions import LazyclusterError, PortInUseError, TaskExecutionError
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
+_SENT = "lazycluster.agent.localmodules "  # stands for a module that is sent along: see test_objectives
 _VERSIONS = sorted(path for path in _FIXTURES.iterdir() if path.is_dir() and path.name != "__pycache__")
 
 
@@ -299,29 +301,12 @@ def test_objectives(left: Path) -> None:
 
 
 # --- names -----------------------------------------------------------------------------------------
-def test_all_names_of_ours_in_pickles_are_known(left: Path, pickles: dict[str, bytes]) -> None:
+def test_all_names_of_ours_in_pickles_are_known() -> None:
     """Such names are constants, which do not follow those of modules."""
-    found: set[str] = set()
-    for data in [*pickles.values(), *(path.read_bytes() for path in left.glob("state/detached/*/outcome-*"))]:
-        found.update(_names(data))
-    assert "lazycluster.exceptions PortInUseError" in found
-    for name in found:
+    found = stored.pickled(_FIXTURES)
+    assert {"lazycluster.exceptions PortInUseError", "lazycluster.agent.localmodules module_globals"} <= found
+    for name in found - {name for name in found if name.startswith(_SENT)}:
         module, _, attribute = name.partition(" ")
-        value: Any = __import__(module, fromlist=["x"])
+        value: Any = importlib.import_module(module)
         for part in attribute.split("."):
             value = getattr(value, part)
-
-
-def _names(data: bytes) -> Iterator[str]:
-    """Yield "module name" of what a pickle names of ours."""
-    texts: list[str] = []
-    memo: list[Any] = []
-    for operation, argument, _ in pickletools.genops(data):
-        if isinstance(argument, str):
-            texts.append(argument)
-        elif operation.name == "MEMOIZE":
-            memo.append(texts[-1] if texts else None)
-        elif operation.name in ("BINGET", "LONG_BINGET") and isinstance(memo[argument], str):
-            texts.append(memo[argument])
-        elif operation.name == "STACK_GLOBAL" and texts[-2].startswith("lazycluster"):
-            yield f"{texts[-2]} {texts[-1]}"
