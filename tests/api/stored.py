@@ -64,10 +64,13 @@ class _Literals:
         self.variables: set[str] = set()
         self.loggers: set[str] = set()
         for path in sorted(SOURCES.rglob("*.py")):
+            module = ".".join(path.relative_to(SOURCES.parent).with_suffix("").parts)
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                self._take(node, ".".join(path.relative_to(SOURCES.parent).with_suffix("").parts))
+                self._take(node, module)
 
     def _take(self, node: ast.AST, module: str) -> None:
+        if not isinstance(node, (ast.Constant, ast.JoinedStr, ast.Call)):
+            return
         text = template(node)
         if isinstance(node, ast.Constant) and isinstance(node.value, bytes):
             text = node.value.decode("latin-1")
@@ -75,7 +78,7 @@ class _Literals:
             self.texts.add(text)
             if re.fullmatch(r"_?LAZYCLUSTER_[A-Z_]+", text):
                 self.variables.add(text)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "getLogger":
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "getLogger":
             (argument,) = node.args or [None]
             if isinstance(argument, ast.Constant):
                 self.loggers.add(str(argument.value))
