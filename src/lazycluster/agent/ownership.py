@@ -151,7 +151,7 @@ class _Users:
         else:
             return
         if sticky:
-            why = "{} may write to it, and could put something into it; choose a directory of your own in it".format(who)
+            why = "{} may write to it, and could put something into it; choose one of your own in it".format(who)
         else:
             why = "{} may write to it, and could replace what is in it ({})".format(who, change)
         raise _refusal(why, directory.path)
