@@ -91,6 +91,8 @@ def _absolute(path: str | os.PathLike[str]) -> Path:
 @contextlib.contextmanager
 def _folder_of(file: Path) -> Iterator[int]:
     """Hold the directory of a file: its name may become another one's meanwhile."""
+    if file.name in ("", ".."):  # the root, or above something: there is no name to be given
+        raise _not_replaced(file, "is a directory")
     fd = os.open(file.parent, SEARCH)
     try:
         yield fd
@@ -211,7 +213,7 @@ def read(path: str | os.PathLike[str], engine: str, shape: Mapping[str, Any] | N
         os.close(fd)
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise ClusterError(f"{file} is no connection file of this version of lazycluster")

@@ -194,7 +194,8 @@ class DaskCluster(ElasticCluster):
         found = connection_file.read(path, DaskCluster.__name__, _CONNECTION)
         try:
             client = Client(found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout)
-        except (TypeError, ValueError, ssl.SSLError) as error:  # no arguments of distributed's, no address, no key
+        except (TypeError, ValueError, ssl.SSLError, RuntimeError) as error:
+            # These are no arguments of distributed's, no address or one without TLS, or no key.
             raise connection_file.unusable(path, str(error)) from None
         except (OSError, TimeoutError) as error:
             raise connection_file.unanswered(path, found, str(error)) from None
