@@ -151,6 +151,10 @@ _PROGRAMS = {
                             "target=work); t.start(); t.join()\n" + _WAIT, [], -signal.SIGTERM),
     "a forked child": (_THING + "pid = os.fork()\nif not pid: threading.Event().wait()\nos.kill(pid, signal.SIGTERM)\n"
                        "print(os.WTERMSIG(os.waitpid(pid, 0)[1]))\n" + _WAIT, ["15", "cleaned up"], -signal.SIGTERM),
+    "a forked child with things of its own": (_THING + "pid = os.fork()\nif not pid:\n" + _THING.replace("\n", "\n    ")
+                                              + "\n    os.kill(os.getpid(), signal.SIGTERM); threading.Event().wait()\n"
+                                              "print(os.WTERMSIG(os.waitpid(pid, 0)[1]))\n" + _WAIT,
+                                              ["cleaned up", "15", "cleaned up"], -signal.SIGTERM),
 }  # fmt: skip
 
 
