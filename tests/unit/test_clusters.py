@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import os
 import pickle
+import ssl
 import tempfile
 import threading
 from pathlib import Path
@@ -303,6 +305,28 @@ def test_certificates_are_for_one_cluster_only() -> None:
     assert worker["require_encryption"] is True
     assert "tls_scheduler_key" not in worker
     assert worker["tls_client_key"] == worker["tls_worker_key"]
+
+
+def test_certificates_are_valid_by_the_strict_rules() -> None:
+    """Those of OpenSSL, which are Python's default since 3.13; only newer versions of distributed turn them off."""
+    pytest.importorskip("cryptography")
+    from lazycluster.cluster.certificates import make_identities
+    from lazycluster.mongo.memfile import in_memory
+
+    authority, identities = make_identities("server")
+    at_server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    at_client = ssl.create_default_context(cadata=authority)
+    at_client.verify_flags |= ssl.VERIFY_X509_STRICT
+    with in_memory(identities["server"].certificate) as certificate, in_memory(identities["server"].key) as key:
+        at_server.load_cert_chain(certificate, key)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = at_server.wrap_bio(to_server, to_client, server_side=True)
+    client = at_client.wrap_bio(to_client, to_server, server_hostname="localhost")
+    for side in (client, server, client):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert client.version() == "TLSv1.3"
+    assert client.getpeercert()["subject"] == ((("commonName", "lazycluster server"),),)
 
 
 def test_a_private_key_is_loaded_from_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
