@@ -186,9 +186,18 @@ def _submit(client: Any, module: Any) -> Any:
     return {client.submit(module.present, pure=False).result(timeout=20)}
 
 
+def _submit_on_the_loop(client: Any, module: Any) -> Any:
+    """As the libraries do that have coroutines of their own for `client.sync`."""
+
+    async def submit() -> Any:
+        return await client.submit(module.present, pure=False)
+
+    return {client.sync(submit)}
+
+
 _WAYS = (
     _run, _run_on_nannies, _run_on_scheduler, _scheduler_plugin, _worker_plugin, _nanny_plugin, _worker_callbacks,
-    _scatter, _variable, _queue, _dataset, _actor, _submit,
+    _scatter, _variable, _queue, _dataset, _actor, _submit, _submit_on_the_loop,
 )  # fmt: skip
 
 
@@ -204,7 +213,7 @@ def one_worker() -> Iterator[Any]:
 @pytest.mark.parametrize("way", _WAYS)
 def test_code_is_the_present_one_in_whatever_way_it_is_sent(one_worker: Any, folder: Path, way: Any) -> None:
     name = f"sent{way.__name__}"
-    for value in (1, 2, 3):
+    for value in (1, 2, 3, 4):
         module = _write_sent(folder, name, value)
         assert way(one_worker, module) == {value}
 
