@@ -219,6 +219,18 @@ def test_code_is_the_present_one_in_whatever_way_it_is_sent(one_worker: Any, fol
 
 
 @pytest.mark.keeps("manager")
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8", "utf-8-sig", "shift_jis"])
+def test_modules_in_an_encoding_of_their_own(one_worker: Any, folder: Path, encoding: str) -> None:
+    letter = "あ" if encoding == "shift_jis" else "é"
+    text = f"# -*- coding: {encoding} -*-\n\n\ndef letter():\n    return '{letter}'\n"
+    name = "encoded_" + encoding.replace("-", "_")
+    (folder / f"{name}.py").write_text(text, encoding=encoding)
+    importlib.invalidate_caches()
+    module = importlib.import_module(name)
+    assert one_worker.submit(module.letter, pure=False).result(timeout=20) == letter
+
+
+@pytest.mark.keeps("manager")
 def test_an_actor_gets_an_object_of_a_module_that_is_new(one_worker: Any, folder: Path) -> None:
     first = _write_sent(folder, "sent_actor_class", 1)
     actor = one_worker.submit(first.Counter, actor=True, pure=False).result(timeout=20)
