@@ -170,7 +170,8 @@ def _clean_up_on_sigterm() -> None:
         return
     # ValueError: a subinterpreter.
     with contextlib.suppress(ValueError):
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # A forked child has its parent's.
+        if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, _terminate):
             signal.signal(signal.SIGTERM, _terminate)
             _termination.owner = os.getpid()
 

@@ -74,6 +74,19 @@ class LazyclusterError(Exception):
     def __str__(self) -> str:
         return printable(super().__str__())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, vars(self))
+
+
+def _restore(
+    kind: type[LazyclusterError], arguments: tuple[Any, ...], attributes: Mapping[str, Any]
+) -> LazyclusterError:
+    """Return an error as it was when it was pickled, whatever its constructor takes. Pickles name this function."""
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(attributes)
+    return error
+
 
 class InvalidRuntimeError(LazyclusterError):
     """A host cannot be used as a runtime.
@@ -100,9 +113,6 @@ class InvalidRuntimeError(LazyclusterError):
             message += f"\n  Next step: {hint}"
         super().__init__(message)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.host, self.reason, self.detail, self.hint)
-
 
 class InvalidRuntimesError(InvalidRuntimeError):
     """Several hosts cannot be used as runtimes.
@@ -120,9 +130,6 @@ class InvalidRuntimesError(InvalidRuntimeError):
         hint = 'mend what is said of each, or go on without them: on_unreachable="skip"'
         super().__init__(hosts, reasons.pop() if len(reasons) == 1 else "several", detail, hint)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.errors,)
-
 
 class ConnectionLostError(LazyclusterError):
     """The connection to a host ended while something still depended on it."""
@@ -132,9 +139,6 @@ class ConnectionLostError(LazyclusterError):
         self.detail = detail
         message = f"{host}: the connection was lost" + (f": {detail}" if detail else "")
         super().__init__(f"{message}\n  Next step: see that the host is up and reachable, then connect to it anew")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.host, self.detail)
 
 
 class NoAnswerError(LazyclusterError):
@@ -159,9 +163,6 @@ class NoAnswerError(LazyclusterError):
             f"  Next step: see what holds it up, e.g. little memory, or a disk that hangs: ssh {shlex.quote(host)} df"
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.host, self.awaited, self.seconds, self.detail)
-
 
 class AgentError(LazyclusterError):
     """The agent on a host answered a request with an error.
@@ -179,9 +180,6 @@ class AgentError(LazyclusterError):
         self.message = message
         self.evidence = dict(evidence or {})
         super().__init__(f"{host}: {message}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.host, self.kind, self.message, self.evidence)
 
 
 class TaskExecutionError(LazyclusterError):
@@ -221,15 +219,10 @@ class TaskExecutionError(LazyclusterError):
         self.log_file = log_file
         super().__init__(message)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _task_error, (type(self), dict(self.__dict__))
 
-
-def _task_error(cls: type[TaskExecutionError], values: dict[str, Any]) -> TaskExecutionError:
-    error = cls.__new__(cls, values["message"])
-    Exception.__init__(error, values["message"])
-    error.__dict__.update(values)
-    return error
+def _task_error(cls: type[TaskExecutionError], values: dict[str, Any]) -> LazyclusterError:
+    """Return an error that an earlier version has pickled."""
+    return _restore(cls, (values["message"],), values)
 
 
 class GroupTaskError(TaskExecutionError):
@@ -260,9 +253,6 @@ class RemoteTraceback(LazyclusterError):  # noqa: N818  (it is what an exception
         self.pid = pid
         self.traceback = traceback
         super().__init__(f"on {host}, in the process {pid}:\n{traceback.rstrip()}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.host, self.pid, self.traceback)
 
 
 class BrokenPoolError(LazyclusterError, concurrent.futures.BrokenExecutor):
@@ -301,16 +291,13 @@ class WorkerLostError(BrokenPoolError):
         self.output = output
         super().__init__(message)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        values = {name: value for name, value in self.__dict__.items() if name != "message"}
-        return _lost_error, (type(self), self.message, values)
-
 
 class HostsLostError(WorkerLostError):
     """No host is left to run a call on."""
 
 
 def _lost_error(cls: type[WorkerLostError], message: str, values: dict[str, Any]) -> WorkerLostError:
+    """Return an error that an earlier version has pickled."""
     return cls(message, **values)
 
 
@@ -342,9 +329,6 @@ class ForwardingForbiddenError(TunnelError):
             'carried by our agent there: connection_kwargs={"relay": "agent"}'
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.host, self.problem)
-
 
 class PortInUseError(LazyclusterError):
     """A port that was asked for is taken.
@@ -361,9 +345,6 @@ class PortInUseError(LazyclusterError):
         where = "this machine (the manager)" if host == "localhost" else host
         message = f"port {port} is already in use on {where}" + (f": {detail}" if detail else "")
         super().__init__(f"{message}\n  Next step: name another port, or a list of ports to choose from")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.port, self.host, self.detail)
 
 
 class NoPortsLeftError(LazyclusterError):
@@ -398,9 +379,6 @@ class EnvironmentBuildError(LazyclusterError):
             lines.append(f"  Next step: {hint}")
         super().__init__("\n".join(lines))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.host, self.problem, self.package, self.hint, self.output)
-
 
 class EnvironmentsBuildError(EnvironmentBuildError):
     """The environment cannot be made on several hosts.
@@ -415,6 +393,3 @@ class EnvironmentsBuildError(EnvironmentBuildError):
         text = "\n".join(str(error) for error in self.errors)
         packages = {error.package for error in self.errors}
         super().__init__(hosts, f"for each:\n{text}", packages.pop() if len(packages) == 1 else "")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.errors,)

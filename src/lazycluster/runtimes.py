@@ -207,12 +207,15 @@ class Runtime(Belongings, Shown):
 
         Raises:
             TaskExecutionError: If it is waited for and a step failed.
-            ValueError: If the task has no steps, or is to be detached and copies files, or retries make no sense.
+            ValueError: If the task has no steps, or is to be detached and copies files, or retries make no sense, or
+                other options are given with `detach` that do not apply to it.
             LazyclusterError: If the runtime cannot be used any more.
         """
         tries = self.own_retries(retries, retry_on)
         if detach:
-            detached.check_options(task, retries)
+            detached.check_options(
+                task, retries=retries, omit_on_join=omit_on_join, debug=debug, wait=not execute_async
+            )
             return _loop.run(self.detach_soon(task, detached.checked(task)))
         started = task if getattr(task, "status", "") == "pending" else None
         try:
@@ -384,7 +387,7 @@ class Runtime(Belongings, Shown):
 
     def print_log(self) -> None:
         """Print what each step of each task printed, as a table."""
-        show_logs([task._log() for task in self.tasks])
+        show_logs([log for task in self.tasks for log in task._logs()])
 
     def clear_tasks(self) -> None:
         """Forget all tasks that have ended. Those that still run are kept, so that :meth:`join` waits for them."""

@@ -379,6 +379,26 @@ def test_on_one_host_other_failures_are_tried_again_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
+        ({"debug": True}, "prints nothing here: leave out debug"),
+        ({"omit_on_join": True}, "leave out omit_on_join, or detach"),
+        ({"execute_async": False}, "leave out execute_async=False"),
+    ],
+)
+def test_options_that_do_not_apply_to_a_detached_task_are_refused(options: dict[str, Any], error: str) -> None:
+    task = RuntimeTask("plain").run_command("true")
+    with RuntimeGroup([LocalRuntime(host="one")]) as group:
+        with pytest.raises(ValueError, match=error):
+            group.runtimes[0].execute_task(task, detach=True, **options)
+        if "omit_on_join" not in options:
+            for broadcast in (False, True):
+                with pytest.raises(ValueError, match=error):
+                    group.execute_task(task, broadcast=broadcast, detach=True, **options)
+        assert group.detached_tasks() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
         ({"retries": -1}, "retries must be >= 0"),
         ({"retries": "many"}, "retries must be an integer"),
         ({"retries": 1, "retry_on": "monday"}, "retry_on"),

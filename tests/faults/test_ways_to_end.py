@@ -149,8 +149,14 @@ _PROGRAMS = {
                        ["cleaned up"], -signal.SIGTERM),
     "not the main thread": ("def work():\n    global thing" + _THING.replace("\n", "\n    ") + "\nt = threading.Thread("
                             "target=work); t.start(); t.join()\n" + _WAIT, [], -signal.SIGTERM),
-    "a forked child": (_THING + "pid = os.fork()\nif not pid: threading.Event().wait()\nos.kill(pid, signal.SIGTERM)\n"
+    # Python forgets a signal that a child gets before it has begun.
+    "a forked child": (_THING + "begun = os.pipe()\npid = os.fork()\nif not pid:\n    os.write(begun[1], b'.')\n"
+                       "    threading.Event().wait()\nos.read(begun[0], 1)\nos.kill(pid, signal.SIGTERM)\n"
                        "print(os.WTERMSIG(os.waitpid(pid, 0)[1]))\n" + _WAIT, ["15", "cleaned up"], -signal.SIGTERM),
+    "a forked child with things of its own": (_THING + "pid = os.fork()\nif not pid:\n" + _THING.replace("\n", "\n    ")
+                                              + "\n    os.kill(os.getpid(), signal.SIGTERM); threading.Event().wait()\n"
+                                              "print(os.WTERMSIG(os.waitpid(pid, 0)[1]))\n" + _WAIT,
+                                              ["cleaned up", "15", "cleaned up"], -signal.SIGTERM),
 }  # fmt: skip
 
 

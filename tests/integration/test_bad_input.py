@@ -8,11 +8,14 @@ import os
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 
 from lazycluster import LocalRuntime, Runtime, RuntimeGroup, RuntimeManager, RuntimeTask, _loop
+from lazycluster.cluster.dask_cluster import DaskCluster
+from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
 from lazycluster.exceptions import (
     InvalidRuntimeError,
     InvalidRuntimesError,
@@ -289,3 +292,45 @@ def test_callbacks_that_want_to_end_the_process_end_no_thread_of_ours(caplog):
 def test_whoever_waits_for_a_thread_is_told_that_it_raised_stop_iteration():
     with pytest.raises(RuntimeError, match="next raised StopIteration"):
         _loop.run(_loop.in_thread(next, iter([])), 30)
+
+
+# --- files that are missing ------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (lambda local, path: local.send_file(path / "no"), "No such file"),
+        (lambda local, _: local.get_file("no"), "No such file"),
+        (lambda local, path: local.execute_task(RuntimeTask().send_file(path / "no"), execute_async=False), "No such"),
+        (lambda local, _: local.execute_task(RuntimeTask().get_file("no")).join(), "No such file"),
+        (lambda local, path: local.send_file(path / "file", f"{path}/file/sub"), "is a file, not a folder"),
+        (lambda local, path: local.get_file("/etc/passwd", f"{path}/file/sub"), "is a file, not a folder"),
+        (lambda local, path: local.create_dir(f"{path}/file/sub"), "Not a directory"),
+        (lambda _, path: LocalRuntime(working_dir=f"{path}/file/sub"), "the working directory"),
+        (lambda _, path: LocalRuntime(python=str(path / "python")), "No such file"),
+        (lambda _, path: LocalRuntime(environment=str(path / "requirements.txt")), "there is no file"),
+        (lambda _, path: Runtime("h", connection_kwargs={"config_file": str(path / "no")}), "no readable file"),
+        (lambda _, path: RuntimeGroup(hosts=["h"], settings=path / "no.toml"), "No such file"),
+        (lambda _, path: DaskCluster.connect(path / "no"), "no connection file"),
+        (lambda _, path: DaskCluster.connect(path / "file" / "sub"), "Not a directory"),
+        (lambda _, path: HyperoptCluster.connect(path / "file" / "sub"), "Not a directory"),
+    ],
+)
+def test_a_file_that_is_missing_or_in_the_way_is_one_error(local, tmp_path, action, said):
+    (tmp_path / "file").touch()
+    with pytest.raises((LazyclusterError, ValueError)) as caught:
+        action(local, tmp_path)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert said in str(caught.value)
+    assert shown.count("Traceback (most recent call last)") == 1, shown
+
+
+def test_the_one_error_of_a_copy_has_the_next_step(local, tmp_path):
+    for copy in (lambda: local.send_file(tmp_path / "no"), lambda: local.get_file("no")):
+        with pytest.raises(TaskExecutionError, match=r"No such file or directory\n  Next step: check the path"):
+            copy()
+
+
+def test_what_a_function_has_raised_stays_the_cause(local, tmp_path):
+    with pytest.raises(TaskExecutionError) as caught:
+        local.call(open, str(tmp_path / "no"))
+    assert isinstance(caught.value.__cause__, FileNotFoundError)

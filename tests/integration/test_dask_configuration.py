@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import subprocess
 import sys
@@ -169,4 +170,17 @@ def test_files_and_variables_count_and_defaults_do_not(tmp_path: Path) -> None:
     program = "from lazycluster.cluster.dask_configuration import configuration as c; print(c())"
     environment = {"DASK_CONFIG": str(tmp_path), "DASK_OWN__VARIABLE": "[1, 2]", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "{'own': {'variable': [1, 2], 'file': 1}}\n"
+    assert ast.literal_eval(done.stdout) == {"own": {"variable": [1, 2], "file": 1}}
+
+
+def test_other_threads_may_change_it_meanwhile() -> None:
+    class Watched(dict[str, int]):
+        def items(self) -> Any:
+            held.append(dask.config.config_lock.locked())
+            return super().items()
+
+    held: list[bool] = []
+    with dask.config.set({"own": Watched(number=1)}):
+        assert configuration()["own"] == {"number": 1}
+    assert held
+    assert all(held)

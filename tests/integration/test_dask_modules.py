@@ -186,9 +186,18 @@ def _submit(client: Any, module: Any) -> Any:
     return {client.submit(module.present, pure=False).result(timeout=20)}
 
 
+def _submit_on_the_loop(client: Any, module: Any) -> Any:
+    """As the libraries do that have coroutines of their own for `client.sync`."""
+
+    async def submit() -> Any:
+        return await client.submit(module.present, pure=False)
+
+    return {client.sync(submit)}
+
+
 _WAYS = (
     _run, _run_on_nannies, _run_on_scheduler, _scheduler_plugin, _worker_plugin, _nanny_plugin, _worker_callbacks,
-    _scatter, _variable, _queue, _dataset, _actor, _submit,
+    _scatter, _variable, _queue, _dataset, _actor, _submit, _submit_on_the_loop,
 )  # fmt: skip
 
 
@@ -204,9 +213,21 @@ def one_worker() -> Iterator[Any]:
 @pytest.mark.parametrize("way", _WAYS)
 def test_code_is_the_present_one_in_whatever_way_it_is_sent(one_worker: Any, folder: Path, way: Any) -> None:
     name = f"sent{way.__name__}"
-    for value in (1, 2, 3):
+    for value in (1, 2, 3, 4):
         module = _write_sent(folder, name, value)
         assert way(one_worker, module) == {value}
+
+
+@pytest.mark.keeps("manager")
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8", "utf-8-sig", "shift_jis"])
+def test_modules_in_an_encoding_of_their_own(one_worker: Any, folder: Path, encoding: str) -> None:
+    letter = "あ" if encoding == "shift_jis" else "é"
+    text = f"# -*- coding: {encoding} -*-\n\n\ndef letter():\n    return '{letter}'\n"
+    name = "encoded_" + encoding.replace("-", "_")
+    (folder / f"{name}.py").write_text(text, encoding=encoding)
+    importlib.invalidate_caches()
+    module = importlib.import_module(name)
+    assert one_worker.submit(module.letter, pure=False).result(timeout=20) == letter
 
 
 @pytest.mark.keeps("manager")

@@ -342,6 +342,46 @@ def test_more_at_once_than_there_are_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_a_call_that_waits_for_descriptors_can_be_cancelled(tmp_path: Path) -> None:
+    """It ends although nothing else does, and does not take the turn of the next one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+
+    def held(gate: str) -> int:
+        with open(gate) as file:
+            return len(file.read())
+
+    async def work(connection: LocalConnection) -> None:
+        started = asyncio.Event()
+
+        def called(event: Callable[[Any], Any] = lambda _: None) -> asyncio.Future[Outcome]:
+            return asyncio.ensure_future(functions.call(connection, held, (str(gate),), python=HERE, event=event))
+
+        first = called(lambda _: started.set())
+        others = [called() for _ in range(40)]
+        turn = asyncio.Event()
+        last = called(lambda _: turn.set())
+        await asyncio.wait_for(started.wait(), 30)
+        await connection.request("info")
+        others[-1].cancel()  # it waits
+        await asyncio.wait_for(asyncio.wait([others[-1]]), 30)
+        for other in others:
+            other.cancel()
+        await asyncio.wait_for(turn.wait(), 30)
+        await asyncio.wait_for(asyncio.wait(others), 30)
+        assert not first.done()
+        with await _loop.in_thread(lambda: gate.open("w")):
+            pass
+        assert [outcome.value for outcome in await asyncio.gather(first, last)] == [0, 0]
+
+    try:
+        with_connection(work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_on_a_host(hosts: Any) -> None:
     async def work() -> list[Outcome]:
         connection = SshConnection(hosts.names[0], {"config_file": hosts.config_file})

@@ -272,6 +272,89 @@ def test_failures_are_raised_together_and_once(locals_: RuntimeGroup) -> None:
     assert [task.exception.exit_status for task in tasks] == [7, 7]
 
 
+def test_a_broadcast_task_shows_what_becomes_of_its_copies(
+    locals_: RuntimeGroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for host in locals_.hosts:
+        os.mkfifo(tmp_path / host)
+        locals_.get_runtime(host).add_env_variables({"WHO": host})
+    task = RuntimeTask("shared").run_command('echo "$WHO"').call(os.getenv, "WHO").run_command(f"cat {tmp_path}/$WHO")
+    assert repr(task) == "<RuntimeTask 'shared': 3 steps, pending>"
+    copies = locals_.execute_task(task, broadcast=True)
+    assert task not in copies
+    with pytest.raises(TimeoutError, match="'shared' has not ended within 0 s on one, two"):
+        task.join(timeout=0)
+    with pytest.raises(TimeoutError, match="on one, two"):
+        task.result(timeout=0)
+    with pytest.raises(LazyclusterError, match="being executed"):
+        task.run_command("true")
+    process = task.process
+    assert process is not None
+    assert (process.is_alive(), process.exitcode, process.pid, task.status in ("pending", "running")) == (
+        *(True, None, None, True),
+    )
+    for host in locals_.hosts:
+        (tmp_path / host).write_text("go on")
+    task.join()
+    assert repr(task) == "<RuntimeTask 'shared': 3 steps, done on one, two>"
+    assert (task.status, task.host, task.exception, task.execution_log_file_path) == ("done", None, None, None)
+    assert (process.is_alive(), process.exitcode) == (False, 0)
+    assert task.execution_log == ["one\n", "", "go on", "two\n", "", "go on"]
+    assert task.execution_log == [text for one in copies for text in one.execution_log]
+    assert list(task.function_returns) == task.result() == task.future.result() == ["one", "two"]
+    task.print_log()
+    printed = capsys.readouterr().out
+    locals_.print_log()
+    assert capsys.readouterr().out == printed
+    shown = task._repr_html_()
+    assert all(part in shown for part in ("RuntimeTask shared", "one", "two", "3 of 3", "done"))
+    assert "pending" not in shown
+
+
+def test_a_broadcast_task_that_fails_or_is_cancelled_says_so(locals_: RuntimeGroup, tmp_path: Path) -> None:
+    locals_.get_runtime("one").add_env_variables({"WHO": "one"})
+    task = RuntimeTask("some").call(os.getenv, "WHO").run_command('[ "$WHO" = one ] || exit 7')
+    locals_.execute_task(task, broadcast=True)
+    with pytest.raises(TaskExecutionError, match="two: task 'some', step 2 of 2 failed") as raised:
+        task.join()
+    task.join()
+    locals_.join()  # it was raised
+    assert task.exception is raised.value
+    assert (task.status, task.process and task.process.exitcode) == ("failed", 7)
+    assert list(task.function_returns) == ["one", None]
+    with pytest.raises(TaskExecutionError):
+        task.result()
+    assert "exit status 7" in task._repr_html_()
+    assert "1 of 2" in task._repr_html_()
+
+    # As always, a task that is executed again is a copy, and the results of the first stay.
+    locals_.set_env_variables({"WHO": "none"})
+    copies = locals_.execute_task(task, broadcast=True)
+    with pytest.raises(GroupTaskError):
+        locals_.join()
+    assert [one.status for one in copies] == ["failed", "failed"]
+    assert task.exception is raised.value
+    own = locals_.get_runtime("two").execute_task(task)
+    own.process.join()
+    assert own is not task
+    assert own.exception is not None
+    several = RuntimeTask("several").run_command("exit 3")
+    locals_.execute_task(several, broadcast=True)
+    with pytest.raises(GroupTaskError, match="2 tasks failed, on one, two"):
+        several.result()
+    assert isinstance(several.exception, GroupTaskError)
+
+    lasting = RuntimeTask("lasting").run_command("sleep 300")
+    copies = locals_.execute_task(lasting, broadcast=True)
+    assert lasting.cancel()
+    lasting.join()
+    assert lasting.status == "cancelled"
+    assert [one.status for one in copies] == ["cancelled"] * 2
+    with pytest.raises(concurrent.futures.CancelledError):
+        lasting.result()
+    assert not lasting.cancel()
+
+
 def test_what_cannot_be_executed(locals_: RuntimeGroup) -> None:
     task = RuntimeTask().run_command("true")
     with pytest.raises(ValueError, match="three"):

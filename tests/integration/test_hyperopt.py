@@ -289,10 +289,12 @@ def test_limits_hold_though_workers_take_trials_as_fast_as_they_are_queued(
     from hyperopt.early_stop import no_progress_loss
     from hyperopt.mongoexp import MongoTrials
 
+    from lazycluster.cluster.hyperopt_programs import compat
+
     counted = MongoTrials.count_by_state_unsynced.__wrapped__
 
     def drained(self: Any, arg: Any) -> int:
-        look = vars(self).get("lazycluster_look")
+        look = compat._look_for(self)
         # As if they were that fast: after each trial that is queued, the queue is empty.
         return look.queue_length(0) if arg == NEW and look is not None else counted(self, arg)
 
@@ -331,6 +333,29 @@ def test_two_searches_at_once(cluster: HyperoptCluster) -> None:
     assert _states(second.result()) == {DONE: 9}
     losses = [document["result"]["loss"] == -document["misc"]["vals"]["x"][0] for document in second.result()]
     assert all(losses)
+
+
+def test_two_searches_with_limits_share_their_trials(cluster: HyperoptCluster) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy
+    from hyperopt import fmin, hp, rand
+
+    trials = cluster.trials("shared")
+
+    def search(seconds: int) -> Any:
+        return fmin(
+            lambda x: x**2,
+            hp.uniform("x", -10, 10),
+            algo=rand.suggest,
+            trials=trials,
+            timeout=seconds,
+            rstate=numpy.random.default_rng(seconds),
+            show_progressbar=False,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [set(best) for best in pool.map(search, (2, 3))] == [{"x"}, {"x"}]
 
 
 def test_the_password_is_nowhere_to_be_seen(cluster: HyperoptCluster, group: RuntimeGroup) -> None:

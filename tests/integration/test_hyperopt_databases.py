@@ -113,6 +113,15 @@ def test_mongod_that_does_not_start(group: RuntimeGroup, tmp_path: Path, monkeyp
         assert cluster.progress().done == 0
 
 
+def test_a_given_time_out_is_honoured(group: RuntimeGroup, tmp_path: Path) -> None:
+    with HyperoptCluster(group, EmbeddedMongoLauncher, dbpath=str(tmp_path / "db")) as cluster:
+        with pytest.raises(MasterStartError, match="hyperopt-database: it was not ready within 0 s"):
+            cluster.start_master(timeout=0)
+        assert cluster.master_port is None
+        cluster.start_master()
+        assert cluster.master_port is not None
+
+
 def test_a_database_whose_port_somebody_else_takes_says_so(
     group: RuntimeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

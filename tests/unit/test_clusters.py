@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import math
 import os
 import pickle
+import ssl
 import tempfile
 import threading
 from pathlib import Path
@@ -16,11 +19,19 @@ import pytest
 from lazycluster import _loop
 from lazycluster.cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
 from lazycluster.cluster import network as networks
-from lazycluster.cluster.exceptions import ClusterError, ClusterStartError, MasterStartError, WorkerStartError
+from lazycluster.cluster.dask_launchers import LocalMasterLauncher
+from lazycluster.cluster.exceptions import (
+    ClusterError,
+    ClusterStartError,
+    MasterStartError,
+    ServiceError,
+    WorkerStartError,
+)
+from lazycluster.cluster.hyperopt_masters import EmbeddedMongoLauncher
 from lazycluster.cluster.network import PortSupply, PortUse, Reach
 from lazycluster.cluster.places import Place
 from lazycluster.cluster.programs import Program
-from lazycluster.cluster.services import Service
+from lazycluster.cluster.services import Service, as_kind
 from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
 from lazycluster.exceptions import ConnectionLostError, NoPortsLeftError, NoRuntimesError, PortInUseError
 
@@ -108,6 +119,50 @@ def test_a_given_port_is_passed_on_as_it_is() -> None:
         cluster.start(2, 1001, True)
         assert cluster._master_launcher.asked == (1001, 3, True)
         assert cluster._worker_launcher.asked == (2, 1001, [1000, 1002], True)
+
+
+class Timed(LocalMasterLauncher):
+    limit = -1.0
+
+    async def _start(self, ports: Any, limit: float, debug: bool) -> list[int]:
+        self.limit = limit
+        return []
+
+
+class TimedDatabase(EmbeddedMongoLauncher):
+    limit = -1.0
+
+    async def _start(self, ports: Any, limit: float, debug: bool) -> list[int]:
+        self.limit = limit
+        return []
+
+
+@pytest.mark.parametrize("kind", [Timed, TimedDatabase])
+def test_a_given_time_out_holds_also_if_it_is_the_number_of_the_default(kind: Any) -> None:
+    for timeout in (0, 3, 100, 0.5):
+        launcher = kind(Group())
+        launcher.start(1000, timeout)
+        assert launcher.limit == timeout
+        with _cluster(None, launcher, Workers) as cluster:
+            cluster.start_master(1000, timeout)
+            assert launcher.limit == timeout
+    with _cluster(None, launcher, Workers) as cluster:
+        launcher.start(1000)
+        assert launcher.limit == launcher.START_LIMIT
+        launcher.limit = -1.0
+        cluster.start_master(1000)
+        assert launcher.limit == launcher.START_LIMIT
+    for wrong, error in (
+        ("3", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+        (-1, ValueError),
+        (math.nan, ValueError),
+    ):
+        launcher = kind(Group())
+        with pytest.raises(error, match="timeout must be"):
+            launcher.start(1000, wrong)
+        assert launcher.limit == -1.0
 
 
 def test_launchers_of_earlier_documents_take_no_debug() -> None:
@@ -226,19 +281,17 @@ def test_errors_tell_what_happened_and_where() -> None:
         "  Next step: do",
     ]
     assert "2 parts" in str(ClusterStartError([error, PortInUseError(5)]))
-    assert MasterStartError().host == "localhost"
-    assert "exit status 3" in str(MasterStartError("gone", exit_status=3))
+    assert str(MasterStartError()) == "localhost: master: the master did not start"
+    assert "exit status 3" in str(MasterStartError(problem="gone", exit_status=3))
 
 
-def test_errors_can_be_pickled() -> None:
-    for error in (
-        WorkerStartError("worker-1", "host", "it ended", exit_status=1, output="x"),
-        MasterStartError("gone", "host", exit_status=3, name="scheduler"),
-        ClusterStartError([PortInUseError(5)]),
-    ):
-        copy = pickle.loads(pickle.dumps(error))
-        assert str(copy) == str(error)
-        assert type(copy) is type(error)
+def test_errors_of_processes_take_the_same_arguments_in_the_same_order() -> None:
+    general = ServiceError("it", "host", "it ended", exit_status=-9, output="a", log_file="/x", hint="do")
+    for kind in (MasterStartError, WorkerStartError):
+        error = kind("it", "host", "it ended", exit_status=-9, output="a", log_file="/x", hint="do")
+        assert (str(error), vars(error)) == (str(general), vars(general))
+        assert vars(as_kind(kind, general)) == vars(general)
+        assert type(as_kind(kind, general)) is kind
 
 
 def test_certificates_are_for_one_cluster_only() -> None:
@@ -252,6 +305,28 @@ def test_certificates_are_for_one_cluster_only() -> None:
     assert worker["require_encryption"] is True
     assert "tls_scheduler_key" not in worker
     assert worker["tls_client_key"] == worker["tls_worker_key"]
+
+
+def test_certificates_are_valid_by_the_strict_rules() -> None:
+    """Those of OpenSSL, which are Python's default since 3.13; only newer versions of distributed turn them off."""
+    pytest.importorskip("cryptography")
+    from lazycluster.cluster.certificates import make_identities
+    from lazycluster.mongo.memfile import in_memory
+
+    authority, identities = make_identities("server")
+    at_server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    at_client = ssl.create_default_context(cadata=authority)
+    at_client.verify_flags |= ssl.VERIFY_X509_STRICT
+    with in_memory(identities["server"].certificate) as certificate, in_memory(identities["server"].key) as key:
+        at_server.load_cert_chain(certificate, key)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = at_server.wrap_bio(to_server, to_client, server_side=True)
+    client = at_client.wrap_bio(to_client, to_server, server_hostname="localhost")
+    for side in (client, server, client):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert client.version() == "TLSv1.3"
+    assert client.getpeercert()["subject"] == ((("commonName", "lazycluster server"),),)
 
 
 def test_a_private_key_is_loaded_from_no_file(monkeypatch: pytest.MonkeyPatch) -> None:

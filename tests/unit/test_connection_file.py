@@ -207,7 +207,7 @@ def test_what_is_not_trusted(tmp_path: Path) -> None:
         with pytest.raises(ClusterError, match="another user"):
             connection_file.read(path, "Engine")
         os.chown(path, 0, -1)
-    for text in ("", "[]", "{}", "\x00" * 100):
+    for text in ("", "[]", "{}", "\x00" * 100, "[" * 100_000):
         path.write_text(text)
         with pytest.raises(ClusterError, match="no connection file"):
             connection_file.read(path, "Engine")
@@ -239,6 +239,7 @@ _OLD = {"scheduler": "tcp://127.0.0.1:1"}
         (DaskCluster, {"scheduler": 7, "security": {}}, "scheduler is 7"),
         (DaskCluster, {"scheduler": "", "security": {}}, "cannot be used"),
         (DaskCluster, {"scheduler": "new://x", "security": {}}, "cannot be used"),
+        (DaskCluster, {"scheduler": "127.0.0.1:1", "security": {"require_encryption": True}}, "encryption required"),
         (DaskCluster, {"scheduler": "tls://127.0.0.1:1", "security": {"option": "new"}}, "cannot be used"),
         (DaskCluster, {"scheduler": "tls://127.0.0.1:1", "security": {}}, "cannot be used"),
         (DaskCluster, {"scheduler": "tls://127.0.0.1:1", "security": _NO_KEYS}, "cannot be used"),
@@ -270,3 +271,12 @@ def test_a_cluster_that_does_not_answer(tmp_path: Path, more: dict[str, Any], pr
 def test_a_place_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         connection_file.write(tmp_path / "missing" / "file.json", "Engine", {}, "me")
+
+
+@pytest.mark.parametrize("path", ["/", "..", "."])
+def test_what_can_only_be_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ClusterError, match="is a directory"):
+        connection_file.check(path)
+    with pytest.raises(ClusterError, match="is a directory"):
+        connection_file.write(path, "Engine", {}, "me")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.agent import environments, keeping
 from lazycluster.agent.envprogram import MANIFEST
 from lazycluster.environments.making import Maker
@@ -192,3 +193,13 @@ def test_a_manifest_is_a_file(tmp_path: Path) -> None:
     for wrong in ("", "[]", "{}", "null", "\0", text.replace("{", '{"id": "work", ')):
         (prefix / MANIFEST).write_text(wrong)
         assert not environments.is_ours(str(prefix)), wrong
+
+
+@pytest.mark.parametrize("path", ["", " ", "a\0b", None])
+def test_a_variable_that_is_not_set_does_not_name_the_default_directory(path: Any) -> None:
+    with RuntimeGroup([LocalRuntime()]) as group:
+        for act in (group.list_environments, group.prune_environments):
+            with pytest.raises(ValueError, match="cache_dir must be a directory"):
+                act(cache_dir=path)
+        with pytest.raises(ValueError, match="cache_dir must be a directory"):
+            group.remove_environments([_ID], cache_dir=path)

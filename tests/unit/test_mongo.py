@@ -237,6 +237,8 @@ def test_collections_and_databases(db: Database) -> None:
         ("find", "c", {"filter": {"a": {"$gt": Regex("a")}}}, 2, "RegEx as arg to predicate over field 'a'"),
         ("find", "c", {"filter": {"a": {"$not": 3}}}, 2, "$not needs a regex"),
         ("find", "c", {"filter": {"a": Regex("(")}}, 2, "'(' is not supported"),
+        ("find", "c", {"filter": {"a": {"$in": [Regex("^[[:alpha:]_]")]}}}, 2, "[:alpha:] is unknown"),
+        ("find", "c", {"filter": {"a": {"$options": "i"}}}, 2, "$options needs a $regex"),
         ("find", "c", {"filter": {"a": {"$regex": "a", "$options": 3}}}, 2, "$regex has to be a string"),
         ("listDatabases", 1, {"filter": {"sizeOnDisk": {"$gt": 1}}}, 2, "cannot be filtered by sizeOnDisk"),
         ("listDatabases", 1, {"filter": {"name": {"$near": 1}}}, 2, "unknown operator: $near"),

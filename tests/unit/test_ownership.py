@@ -48,6 +48,8 @@ def _made(path: Path, mode: int, owner: int = 0, group: int = 0) -> Path:
 _REFUSED: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "another user's": (lambda top: _made(top / "a", 0o700, _OTHER), "a", "another user's"),
     "everybody writes": (lambda top: _made(top / "a", 0o777), "a", "everybody may write"),
+    "everybody adds, as in /tmp": (lambda top: _made(top / "a", 0o1777), "a", "could put something into it"),
+    "the group adds": (lambda top: _made(top / "a", 0o1770, 0, _OTHER), "a", "its group may write"),
     "the group writes": (lambda top: _made(top / "a", 0o775, 0, _OTHER), "a", "its group may write"),
     "another user's, the group writes": (lambda top: _made(top / "a", 0o775, _OTHER, _OTHER), "a", "another user's"),
     "on the way everybody writes": (
@@ -83,7 +85,6 @@ _USED: dict[str, Callable[[Path], Path]] = {
     "one's own": lambda top: _made(top / "a", 0o700),
     "shared for reading": lambda top: _made(top / "a", 0o755),
     "a group of one's own": lambda top: _made(top / "a", 0o775),
-    "where all may write, as /tmp": lambda top: _made(top / "a", 0o1777),
     "below such a one": lambda top: _made(_made(top / "a", 0o1777) / "b", 0o700),
     "below another user's": lambda top: _made(_made(top / "a", 0o755, _OTHER) / "b", 0o700),
     "where nobody else gets to": lambda top: _made(_made(top / "a", 0o700) / "b", 0o777),

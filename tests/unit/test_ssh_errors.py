@@ -46,6 +46,7 @@ def told(said, status=255, kwargs=None, **more):
         (CHANGED, "host_key", "CHANGED: it now shows ED25519, SHA256:uM9f5jZ7"),
         (CHANGED, "host_key", 'ssh-keygen -f "/home/me/known_hosts" -R "[h]:22022"'),
         ("me@h: Permission denied (publickey).\r\n", "auth", "ssh-copy-id -F none me@h"),
+        ("A banner without a newline me@h: Permission denied (publickey).\r\n", "auth", "me@h takes publickey"),
         ("Received disconnect from 1.2.3.4 port 22:2: Too many authentication failures\r\n", "auth", "key_filename"),
         ("Received disconnect from 1.2.3.4 port 22:2: Too many authentication failures\r\n"
          "Disconnected from 1.2.3.4 port 22\r\n", "auth", "key_filename"),

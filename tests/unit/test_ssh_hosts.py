@@ -134,6 +134,22 @@ def test_a_configuration_that_cannot_be_named(tmp_path, caplog):
                 Settings.parse("a", {"config_file": str(path)})
 
 
+@pytest.mark.parametrize("what", ["device", "pipe", "large"])
+def test_what_has_no_end_is_not_read(tmp_path, caplog, what):
+    odd = tmp_path / "odd"
+    if what == "pipe":
+        os.mkfifo(odd)
+    elif what == "large":
+        with odd.open("wb") as file:
+            file.truncate(1 << 34)
+    else:
+        odd.symlink_to("/dev/zero")
+    (tmp_path / "config").write_text(f"Host a\nInclude {odd} /dev/null\nHost b\n")
+    assert names(tmp_path / "config") == ["a", "b"]
+    assert caplog.text.count("not read") == 1
+    assert f"{odd}: not read" in caplog.text
+
+
 def test_a_file_that_is_not_there(tmp_path, caplog):
     assert configured_hosts(tmp_path / "none") == []
     assert "not read" in caplog.text

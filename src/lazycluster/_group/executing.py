@@ -44,8 +44,9 @@ class Executing(Membership):
         Args:
             task: The task.
             host: Where; by default on the host that executes the fewest tasks at the moment.
-            broadcast: On all hosts. Copies of the task are made, since each holds what came out of it. What a step
-                fetches goes to ``<directory>/<host>/<name>``, so that no host overwrites what another gave.
+            broadcast: On all hosts. Copies of the task are made, since each holds what came out of it; the task itself
+                shows what becomes of all. What a step fetches goes to ``<directory>/<host>/<name>``, so that no host
+                overwrites what another gave.
             execute_async: Return at once; else wait for the end.
             debug: Print what the steps print to standard output as it comes, each line with its host. Else it is
                 logged with level debug after each step.
@@ -60,7 +61,8 @@ class Executing(Membership):
             `broadcast` a list of them, one per host.
 
         Raises:
-            ValueError: If the host is not in the group, or given together with `broadcast`, or retries make no sense.
+            ValueError: If the host is not in the group, or given together with `broadcast`, or retries make no sense,
+                or other options are given with `detach` that do not apply to it.
             TaskExecutionError: If it is waited for and fails.
             GroupTaskError: If it is waited for and fails on several hosts; holds all of their errors.
             LazyclusterError: If it cannot be detached; then it runs on no host.
@@ -72,12 +74,13 @@ class Executing(Membership):
             raise ValueError("either host or broadcast can be given, not both")
         with _progress.shown(self.progress):
             if detach:
-                check_options(task, retries)
+                check_options(task, retries=retries, debug=debug, wait=not execute_async)
                 found = detach_on(self.runtimes if broadcast else [self.get_runtime(host)], task)
                 return found if broadcast else found[0]
             if not broadcast:
                 return self._execute_on_one(task, host, execute_async, debug, retries, retry_on)
             tasks = start_on_all(self.runtimes, task, debug, lambda one: one.own_retries(retries, retry_on))
+            task._was_broadcast(tasks)
             with self._lock:
                 self._tasks += tasks
             if not execute_async:
@@ -197,7 +200,7 @@ class Executing(Membership):
 
     def print_log(self) -> None:
         """Print what each step of each task printed that was started through the group, as a table."""
-        show_logs([task._log() for task in list(self._tasks)])
+        show_logs([log for task in list(self._tasks) for log in task._logs()])
 
     def clear_tasks(self) -> None:
         """Forget all tasks that have ended, here and in the runtimes."""

@@ -45,7 +45,7 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
         try:
             settings = tomllib.loads(expanded(where).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"the settings cannot be read: {where}: {error}") from error
+            raise ValueError(f"the settings cannot be read: {where}: {error}") from None
     if not isinstance(settings, Mapping):
         raise TypeError(f"settings must be a dictionary or the path of a TOML file, not {type(settings).__name__}")
     for host, values in settings.items():

@@ -7,9 +7,8 @@ import itertools
 import threading
 from collections.abc import Sequence
 
-from lazycluster.exceptions import GroupTaskError, TaskExecutionError
 from lazycluster.ssh.tunnels import Tunnel
-from lazycluster.tasks.execution import wait_for
+from lazycluster.tasks.execution import raise_failures, wait_for
 from lazycluster.tasks.handles import ProcessHandle, TaskProcess
 from lazycluster.tasks.task import RuntimeTask
 
@@ -154,16 +153,7 @@ def join_all(tasks: Sequence[RuntimeTask]) -> None:
         TaskExecutionError: If one failed.
         GroupTaskError: If several failed.
     """
-    executions = [task._started() for task in tasks]
+    executions = [execution for task in tasks for execution in task._executions()]
     executions = [execution for execution in executions if not execution.omit_on_join]
     wait_for(executions)
-    errors = []
-    for execution in executions:
-        try:
-            execution.raise_once()
-        except TaskExecutionError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise GroupTaskError(errors)
+    raise_failures(executions)

@@ -291,7 +291,7 @@ class HostQuestions:
         try:
             self._ask("mkdir", path=path, **self._place())
         except AgentError as error:
-            raise PathCreationError(f"{self._session.host}: {path} cannot be made: {error.message}") from error
+            raise PathCreationError(f"{self._session.host}: {path} cannot be made: {error.message}") from None
 
     def create_tempdir(self) -> str:
         """Make an empty directory on the host that is removed when the runtime is cleaned up.
@@ -305,7 +305,7 @@ class HostQuestions:
         try:
             path = str(self._ask("mkdtemp")["path"])
         except AgentError as error:
-            raise PathCreationError(f"{self._session.host}: no temporary directory: {error.message}") from error
+            raise PathCreationError(f"{self._session.host}: no temporary directory: {error.message}") from None
         self._session.temporary.append(path)
         return path
 
@@ -329,7 +329,7 @@ class HostQuestions:
             self._ask("remove", path=path, folder=True, kept=self._kept(), **self._place())
         except AgentError as error:
             if error.kind == "value":
-                raise ValueError(f"{error}\n  Next step: correct the path") from error
+                raise ValueError(f"{error}\n  Next step: correct the path") from None
             if error.evidence.get("errno") == errno.ENOENT:
                 return True
             logger.warning("%s: not all of %s was removed: %s", self._session.host, path, error.message)

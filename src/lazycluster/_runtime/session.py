@@ -177,7 +177,7 @@ class Session:
         except BaseException as error:
             await session.close()
             if isinstance(error, (AgentError, ConnectionLostError)):
-                raise InvalidRuntimeError(spec.host, "lost", str(error)) from error
+                raise InvalidRuntimeError(spec.host, "lost", str(error)) from None
             raise
         return session
 
@@ -224,7 +224,7 @@ class Session:
                 "setup",
                 f"{error.message}\n{output}" if output else error.message,
                 "run the setup lines on the host by hand",
-            ) from error
+            ) from None
         except NoAnswerError:
             detail = f"the setup lines have not ended within {_SETUP_LIMIT:g} s"
             raise InvalidRuntimeError(self.spec.host, "setup", detail, "make them shorter; they get no input") from None
@@ -251,7 +251,7 @@ class Session:
             await self._ask("packages", python=python, env={**self.base_env, **self.spec.env}, names=[])
         except AgentError as error:
             hint = 'name the path of an interpreter on the host, or use python="auto"'
-            raise InvalidRuntimeError(self.spec.host, "python", error.message, hint) from error
+            raise InvalidRuntimeError(self.spec.host, "python", error.message, hint) from None
 
     async def _make_working_dir(self) -> str:
         self._generation = self.connection.generation
@@ -264,7 +264,7 @@ class Session:
                 "mkdir", path=self.spec.working_dir, env={**self.base_env, **self.spec.env}, checked=True
             )
         except AgentError as error:
-            raise self._no_working_dir(error.message) from error
+            raise self._no_working_dir(error.message) from None
         if not answer.get("writable", True):
             raise self._no_working_dir(f"{answer['path']} is not writable")
         return str(answer["path"])

@@ -23,10 +23,11 @@ class _Directory(NamedTuple):
 
 
 def check(path: str, trust_group: bool = False) -> None:
-    """Check that nobody else can replace a directory, or what is in it.
+    """Check that nobody else can replace a directory, or put something into it.
 
     On the way to it, through links as well, there may be directories of other users, but none that others may write to
-    without a sticky bit; and in one with a sticky bit what leads on must be a trusted user's.
+    without a sticky bit; and in one with a sticky bit what leads on must be a trusted user's. Such a bit does not help
+    the directory itself: others could not replace what is there, but add a module that is imported from there.
 
     Args:
         path: The directory; it exists.
@@ -61,7 +62,7 @@ def check(path: str, trust_group: bool = False) -> None:
         else:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), entry)
     users.check_owner(way[-1])
-    users.check_writers(way[-1])
+    users.check_writers(way[-1], is_used=True)
 
 
 def make(path: str, mode: int, trust_group: bool = False) -> bool:
@@ -137,10 +138,11 @@ class _Users:
             return False
         return not inode.st_mode & stat.S_IXGRP or self._trusts(inode.st_gid)
 
-    def check_writers(self, directory: _Directory) -> None:
-        """Refuse a directory in which others can replace what is there."""
+    def check_writers(self, directory: _Directory, is_used: bool = False) -> None:
+        """Refuse a directory in which others can replace what is there, or, if it `is_used`, add something."""
         mode = directory.inode.st_mode
-        if directory.closed or mode & stat.S_ISVTX:
+        sticky = bool(mode & stat.S_ISVTX)
+        if directory.closed or (sticky and not is_used):
             return
         if mode & stat.S_IWOTH:
             who, change = "everybody", "chmod o-w forbids that"
@@ -148,8 +150,11 @@ class _Users:
             who, change = "its group", "chmod g-w forbids that; LAZYCLUSTER_TRUST_GROUP=1 on the manager allows it"
         else:
             return
-        why = "{} may write to it, and could replace what is in it ({})"
-        raise _refusal(why.format(who, change), directory.path)
+        if sticky:
+            why = "{} may write to it, and could put something into it; choose one of your own in it".format(who)
+        else:
+            why = "{} may write to it, and could replace what is in it ({})".format(who, change)
+        raise _refusal(why, directory.path)
 
     def check_owner(self, directory: _Directory) -> None:
         """Refuse a directory of another user; the group that he shares it with may be trusted."""

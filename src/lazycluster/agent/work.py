@@ -115,9 +115,6 @@ class Work:
         on_done: Is called with the fields of the result when it is over.
     """
 
-    _running = 0  # those that hold descriptors
-    _parked: List["Work"] = []  # those for which there were none left
-
     def __init__(
         self,
         channel: Channel,
@@ -126,6 +123,7 @@ class Work:
         on_done: Callable[[Dict[str, Any]], Any],
     ) -> None:
         self._channel, self._interpreter, self._on_done = channel, interpreter, on_done
+        self._queue = interpreter.queue
         self._message = message
         self._clock: Any = None
         self._killed_before = memory.note()
@@ -161,13 +159,12 @@ class Work:
         try:
             out, their_out, err, their_err, ours, theirs, feed = _streams()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE) and Work._running:
-                Work._parked.append(self)
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._queue.wait(self.start):
                 return
             self._failed = error.strerror or str(error)  # no other end of a call will let it begin
             self._finish()
             return
-        Work._running += 1
+        self._queue.running += 1
         self._out = Pump(channel, out, self._stdout, self._maybe_over)
         self._err = Pump(channel, err, self._stderr, self._maybe_over)
         self._feed = Feed(channel, feed)
@@ -266,10 +263,8 @@ class Work:
             if source is not None:
                 source.close()
         if self._out is not None:
-            Work._running -= 1
-            parked, Work._parked = Work._parked[:1], Work._parked[1:]
-            for work in parked:
-                self._channel.loop.call_soon(work.start)
+            self._queue.running -= 1
+        self._queue.next()  # also if this one was never forked: it may have been the one whose turn it was
 
     # --- signals -------------------------------------------------------------------------------
     def signal(self, name: str) -> None:
@@ -288,7 +283,9 @@ class Work:
     def end(self) -> None:
         """End the process and all that it started."""
         self._wanted_end = True
-        if self._pid and self._ending is None and not self._over:
+        if self._queue.leave(self.start):
+            self._finish()
+        elif self._pid and self._ending is None and not self._over:
             self._ending = Ending(self._channel.loop, self._tree, self._ended)
 
     def _tree(self) -> List[int]:

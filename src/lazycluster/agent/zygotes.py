@@ -25,6 +25,37 @@ _CAN_WARM = os.path.isdir("/proc/self/task")  # else it cannot be known whether 
 _ERROR_SIZE = 4000
 
 
+class ForkQueue:
+    """Calls that wait until there are descriptors for their processes; one queue for all interpreters of an agent.
+
+    Attributes:
+        running: How many calls hold descriptors.
+    """
+
+    def __init__(self, agent: "Owner") -> None:
+        self.running = 0
+        self._loop = agent.loop
+        self._waiting: List[Callable[[], Any]] = []
+
+    def wait(self, start: Callable[[], Any]) -> bool:
+        """Have a call started when another one has ended; returns False if there is none."""
+        if self.running:
+            self._waiting.append(start)
+        return bool(self.running)
+
+    def leave(self, start: Callable[[], Any]) -> bool:
+        """Forget a call; returns False if it does not wait."""
+        waits = start in self._waiting
+        if waits:
+            self._waiting.remove(start)
+        return waits
+
+    def next(self) -> None:
+        """Start the call that has waited longest."""
+        if self._waiting:
+            self._loop.call_soon(self._waiting.pop(0))
+
+
 class Interpreter:
     """One interpreter with one environment: its clean zygote, and perhaps a warmed one.
 
@@ -35,6 +66,7 @@ class Interpreter:
         agent: The agent.
         python: The interpreter.
         env: The whole environment of its processes.
+        queue: Where calls wait for descriptors.
 
     Raises:
         OSError: It cannot be started.
@@ -42,8 +74,9 @@ class Interpreter:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, agent: "Owner", python: str, env: Dict[str, str]) -> None:
+    def __init__(self, agent: "Owner", python: str, env: Dict[str, str], queue: ForkQueue) -> None:
         self.loop = agent.loop
+        self.queue = queue
         self.facts: Dict[str, Any] = {}  # version and executable, when it has started
         self.error = ""  # why it does not work
         self._waiting: List[Callable[[], Any]] = []
@@ -318,6 +351,7 @@ class Zygotes:
 
     def __init__(self, agent: "Owner") -> None:
         self._agent = agent
+        self._queue = ForkQueue(agent)
         self._kept: Dict[Tuple[str, FrozenSet[Tuple[str, str]]], Interpreter] = {}
         self.libraries: Dict[str, bytes] = {}  # digest -> the message that has a zygote import it
 
@@ -336,7 +370,7 @@ class Zygotes:
         found = self._kept.pop(key, None)
         if found is None or found.ended or found.error:
             self._make_room()
-            found = Interpreter(self._agent, os.path.expanduser(python), env)
+            found = Interpreter(self._agent, os.path.expanduser(python), env, self._queue)
         self._kept[key] = found
         return found
 

@@ -84,6 +84,7 @@ def make_identities(*roles: str) -> tuple[str, dict[str, Identity]]:
     certificate = (
         _builder(name, name, key)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_signs_certificates(), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
@@ -108,6 +109,15 @@ def _identity(role: str, issuer: x509.Certificate, issuer_key: ec.EllipticCurveP
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ).decode()
     return Identity(_pem(certificate), text)
+
+
+def _signs_certificates() -> x509.KeyUsage:
+    # Python 3.13 wants it to be said; only newer versions of distributed turn that off.
+    from cryptography import x509
+
+    others = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+              "encipher_only", "decipher_only", "crl_sign")  # fmt: skip
+    return x509.KeyUsage(key_cert_sign=True, **dict.fromkeys(others, False))
 
 
 def _name(text: str) -> x509.Name:

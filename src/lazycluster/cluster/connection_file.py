@@ -91,6 +91,8 @@ def _absolute(path: str | os.PathLike[str]) -> Path:
 @contextlib.contextmanager
 def _folder_of(file: Path) -> Iterator[int]:
     """Hold the directory of a file: its name may become another one's meanwhile."""
+    if file.name in ("", ".."):  # the root, or above something: there is no name to be given
+        raise _not_replaced(file, "is a directory")
     fd = os.open(file.parent, SEARCH)
     try:
         yield fd
@@ -203,7 +205,7 @@ def read(path: str | os.PathLike[str], engine: str, shape: Mapping[str, Any] | N
             f"there is no connection file {file}\n  Next step: see whether the cluster still runs; it goes with it"
         ) from None
     except OSError as error:
-        raise ClusterError(f"the connection file {file} cannot be read: {error.strerror}") from error
+        raise ClusterError(f"the connection file {file} cannot be read: {error.strerror}") from None
     try:
         _check(file, os.fstat(fd))
         text = os.read(fd, _MOST)
@@ -211,7 +213,7 @@ def read(path: str | os.PathLike[str], engine: str, shape: Mapping[str, Any] | N
         os.close(fd)
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise ClusterError(f"{file} is no connection file of this version of lazycluster")

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["MasterLauncher", "RuntimeCluster", "WorkerLauncher"]
 
+
+class DefaultTimeout(int):
+    """Documented default of a time-out, told apart from the same number given by a user, which holds as it is."""
+
+
+DEFAULT_TIMEOUT = DefaultTimeout(3)  # seconds
+
 AnyCluster = TypeVar("AnyCluster", bound="RuntimeCluster")
 
 
@@ -48,13 +55,13 @@ class MasterLauncher(abc.ABC):
         return self._process
 
     @abc.abstractmethod
-    def start(self, ports: list[int] | int, timeout: int = 3, debug: bool = False) -> list[int]:
+    def start(self, ports: list[int] | int, timeout: int = DEFAULT_TIMEOUT, debug: bool = False) -> list[int]:
         """Start the master.
 
         Args:
             ports: The port of the master; or a list, of which the first port is taken that is free on the manager and
                 in the group.
-            timeout: Seconds until it must be there.
+            timeout: Seconds until it must be there; by default 3, see `MasterWorkerCluster.start_master`.
             debug: Whether its output is printed as it comes.
 
         Returns:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client
+from distributed.protocol.pickle import dumps
 
 from lazycluster import _loop
+
+from .dask_scaling import scheduler_at
 
 if TYPE_CHECKING:
     from .local_modules import LocalModules
@@ -20,7 +22,6 @@ _BACK = 30.0  # seconds for a scheduler that is started again; distributed's own
 
 # What carries no code, and is on the path of each result.
 _WITHOUT_CODE = frozenset({"gather", "who_has", "identity"})
-_updating: ContextVar[bool] = ContextVar("updating", default=False)
 
 
 class UpToDateClient(Client):  # type: ignore[misc]
@@ -40,7 +41,6 @@ class UpToDateClient(Client):  # type: ignore[misc]
     def __init__(self, address: Any, modules: LocalModules, **options: Any) -> None:
         self._local_modules = modules
         self._version = modules.version
-        self._updated = asyncio.Lock()
         super().__init__(address, **options)
         be_patient(self)
 
@@ -56,10 +56,7 @@ class UpToDateClient(Client):  # type: ignore[misc]
     def _graph_to_futures(self, *arguments: Any, **options: Any) -> Any:
         # Without this method a change is noticed later.
         if self._is_old():
-            if self.asynchronous:
-                self._local_modules.sync_now()
-            else:
-                self.sync(self.update_modules)
+            _loop.run(self._update())  # another loop than the client's, which this may be called on
         return super()._graph_to_futures(*arguments, **options)
 
     def _is_old(self) -> bool:
@@ -67,28 +64,29 @@ class UpToDateClient(Client):  # type: ignore[misc]
 
     async def update_modules(self) -> None:
         """Have the present modules on the hosts, and those forgotten that were imported there."""
-        if not self._is_old() or _updating.get():
+        if self._is_old():
+            await asyncio.wrap_future(_loop.submit(self._update()))
+
+    async def _update(self) -> None:
+        """Do so, on lazycluster's own loop."""
+        version = await self._local_modules.sync_changes()
+        if version <= self._version or self._calls is None:  # it is not connected any more
             return
-        async with self._updated:
-            version = await asyncio.wrap_future(_loop.submit(self._local_modules.sync_changes()))
-            if version == self._version:
-                return
 
-            def refresh() -> None:  # in a function, so that it goes by value: the hosts have nothing of this package
-                from importlib import import_module
+        def refresh() -> None:  # in a function, so that it goes by value: the hosts have nothing of this package
+            from importlib import import_module
 
-                import_module("lazycluster_dask.sent_modules").refresh()
+            import_module("lazycluster_dask.sent_modules").refresh()
 
-            _updating.set(True)  # for what is called from here
-            try:
-                await asyncio.gather(
-                    self._run(refresh, on_error="ignore"),  # what fails has gone, and starts with the present version
-                    self._run(refresh, on_error="ignore", nanny=True),
-                    self._run_on_scheduler(refresh),
-                )
-            finally:
-                _updating.set(False)
-            self._version = version
+        call = {"function": dumps(refresh), "args": dumps(()), "kwargs": dumps({}), "wait": True}
+        async with scheduler_at(self._calls.address, self.connection_args) as scheduler:
+            await asyncio.gather(
+                # What fails has gone, and starts with the present version.
+                scheduler.broadcast(msg={"op": "run", **call}, on_error="ignore"),
+                scheduler.broadcast(msg={"op": "run", **call}, nanny=True, on_error="ignore"),
+                scheduler.run_function(**call),
+            )
+        self._version = max(version, self._version)
 
 
 class _Calls:

@@ -23,11 +23,12 @@ from lazycluster._words import counted
 from lazycluster.agent.filenames import dumps
 
 from . import connection_file
-from .dask_launchers import SOFTWARE, CheckVersions, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
+from .dask_launchers import SOFTWARE, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
 from .dask_programs import common
 from .dask_scaling import ElasticCluster
 from .exceptions import ClusterError
 from .runtime_cluster import MasterLauncher, WorkerLauncher
+from .versions import CheckVersions, checked_policy
 from .views import ready
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ class DaskCluster(ElasticCluster):
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
     ) -> None:
-        if check_versions not in ("error", "warn", "ignore"):
-            raise ValueError(f"check_versions must be 'error', 'warn' or 'ignore', not {check_versions!r}")
+        checked_policy(check_versions)
         if nthreads is not None and (isinstance(nthreads, bool) or not isinstance(nthreads, int) or nthreads < 1):
             raise ValueError(f"nthreads must be an integer of at least 1, not {nthreads!r}")
         self._dask = DaskSettings(
@@ -167,7 +167,7 @@ class DaskCluster(ElasticCluster):
                     raise TimeoutError(
                         f"the scheduler did not answer within {timeout:g} s: {error}\n"
                         "  Next step: if it was just restarted, give it more time: get_client(timeout=30)"
-                    ) from error
+                    ) from None
                 time.sleep(_AGAIN)
 
     @staticmethod
@@ -194,10 +194,11 @@ class DaskCluster(ElasticCluster):
         found = connection_file.read(path, DaskCluster.__name__, _CONNECTION)
         try:
             client = Client(found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout)
-        except (TypeError, ValueError, ssl.SSLError) as error:  # no arguments of distributed's, no address, no key
-            raise connection_file.unusable(path, str(error)) from error
+        except (TypeError, ValueError, ssl.SSLError, RuntimeError) as error:
+            # These are no arguments of distributed's, no address or one without TLS, or no key.
+            raise connection_file.unusable(path, str(error)) from None
         except (OSError, TimeoutError) as error:
-            raise connection_file.unanswered(path, found, str(error)) from error
+            raise connection_file.unanswered(path, found, str(error)) from None
         be_patient(client)
         return client
 

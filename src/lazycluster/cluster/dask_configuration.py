@@ -32,7 +32,9 @@ def configuration() -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     lost = []
-    for key, value in _changes(dask.config.config, dask.config.merge(*dask.config.defaults)):
+    with dask.config.config_lock:  # other threads may use `set()`
+        changes = list(_changes(dask.config.config, dask.config.merge(*dask.config.defaults)))
+    for key, value in changes:
         name = ".".join(key)
         if key[0] in _OF_OTHERS or any(name == own or name.startswith(own + ".") for own in _HERE):
             continue

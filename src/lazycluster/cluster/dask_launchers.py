@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop
 from lazycluster.agent import filenames, localmodules, memory, ownership
@@ -22,7 +22,7 @@ from .launchers import ServiceMasterLauncher
 from .local_modules import LocalModules
 from .network import PortUse, Reach
 from .programs import Program, Source
-from .versions import Software
+from .versions import CheckVersions, Software
 from .workers import ServiceWorkerLauncher, Worker
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from .places import Place
 
 __all__ = ["SOFTWARE", "CheckVersions", "DaskSettings", "LocalMasterLauncher", "RoundRobinLauncher"]
-
-CheckVersions = Literal["error", "warn", "ignore"]
 
 _PROGRAMS = Path(__file__).with_name("dask_programs")
 _PACKAGE = "lazycluster_dask"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distributed import Status
     from distributed.deploy.adaptive import Adaptive
 
-__all__ = ["ElasticCluster", "dismiss", "expendable"]
+__all__ = ["ElasticCluster", "dismiss", "expendable", "scheduler_at"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -32,14 +32,23 @@ _LIMITS = ("minimum_cores", "maximum_cores", "minimum_memory", "maximum_memory")
 
 
 @asynccontextmanager
-async def _scheduler(address: str, arguments: Mapping[str, Any]) -> AsyncIterator[Any]:
+async def scheduler_at(address: str, arguments: Mapping[str, Any]) -> AsyncIterator[Any]:
+    """Have a scheduler to call.
+
+    Args:
+        address: Where it is.
+        arguments: How one connects to it.
+
+    Raises:
+        ClusterError: If it does not answer.
+    """
     from distributed.core import rpc
 
     scheduler = rpc(address, connection_args=arguments)
     try:
         yield scheduler
     except OSError as error:
-        raise ClusterError(f"the scheduler does not answer: {error}") from error
+        raise ClusterError(f"the scheduler does not answer: {error}") from None
     finally:
         await scheduler.close_rpc()
 
@@ -56,7 +65,7 @@ async def dismiss(address: str, arguments: Mapping[str, Any], workers: Sequence[
         By name why a worker could not be retired.
     """
     addresses = {str(worker.service.detail.get("address")): worker for worker in workers}
-    async with _scheduler(address, arguments) as scheduler:
+    async with scheduler_at(address, arguments) as scheduler:
         known = [address for address in await scheduler.ncores() if address in addresses]
         if not known:
             return {}
@@ -76,7 +85,7 @@ async def expendable(
 ) -> list[Worker] | None:
     """Return those of some workers that the scheduler can spare the best; None if it does not say."""
     by_name = {worker.name: worker for worker in workers}
-    async with _scheduler(address, arguments) as scheduler:
+    async with scheduler_at(address, arguments) as scheduler:
         names = await scheduler.workers_to_close(n=count, attribute="name")
     chosen = [by_name[str(name)] for name in names if str(name) in by_name]
     return chosen if len(chosen) == count else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lazycluster.exceptions import LazyclusterError
+from lazycluster.exceptions import _restore as _restore  # what earlier versions have pickled names it here
 
 __all__ = [
     "ClusterError",
@@ -19,17 +20,6 @@ __all__ = [
 
 class ClusterError(LazyclusterError):
     """Base class of the errors of clusters."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, vars(self))
-
-
-def _restore(kind: type[ClusterError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> ClusterError:
-    """Return an error as it was when it was pickled, whatever its constructor takes."""
-    error = kind.__new__(kind, *arguments)
-    error.args = arguments
-    error.__dict__.update(attributes)
-    return error
 
 
 class ServiceError(ClusterError):
@@ -83,9 +73,14 @@ class ServiceError(ClusterError):
 class MasterStartError(ServiceError):
     """The master of a cluster did not start."""
 
-    def __init__(self, problem: str = "the master did not start", host: str = "localhost", **evidence: object) -> None:
-        name = str(evidence.pop("name", "master"))
-        super().__init__(name, host, problem, **evidence)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        name: str = "master",
+        host: str = "localhost",
+        problem: str = "the master did not start",
+        **evidence: Any,
+    ) -> None:
+        super().__init__(name, host, problem, **evidence)
 
 
 class WorkerStartError(ServiceError):

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lazycluster._views.view import Fact
 from lazycluster._words import counted
 from lazycluster.utils import expanded
 
 from . import connection_file
+from .contracts import DEFAULT_TIMEOUT
 from .exceptions import ClusterError
 from .hyperopt_masters import EmbeddedMongoLauncher, LocalMongoLauncher, default_launcher
 from .hyperopt_programs import compat, messages, trials
@@ -25,6 +26,7 @@ from .hyperopt_progress import SearchProgress, progress_of
 from .hyperopt_settings import HyperoptSettings, checked_name, checked_seconds, database, make_directory
 from .hyperopt_workers import SOFTWARE, RoundRobinLauncher
 from .runtime_cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
+from .versions import CheckVersions, checked_policy
 
 if TYPE_CHECKING:
     from hyperopt.mongoexp import MongoTrials
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedMongoLauncher", "HyperoptCluster", "LocalMongoLauncher", "RoundRobinLauncher", "SearchProgress"]
 
 logger = logging.getLogger("lazycluster")
-
-CheckVersions = Literal["error", "warn", "ignore"]
 
 
 class HyperoptCluster(MasterWorkerCluster):
@@ -98,13 +98,11 @@ class HyperoptCluster(MasterWorkerCluster):
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
     ) -> None:
-        if check_versions not in ("error", "warn", "ignore"):
-            raise ValueError(f"check_versions must be 'error', 'warn' or 'ignore', not {check_versions!r}")
         self._hyperopt = HyperoptSettings(
             dbname=checked_name(dbname),
             poll_interval=checked_seconds(worker_poll_intervall, "the poll interval"),
             exp_key=exp_key,
-            check_versions=check_versions,
+            check_versions=checked_policy(check_versions),
             lease=checked_seconds(lease, "lease"),
         )
         if dbpath is not None:
@@ -170,7 +168,7 @@ class HyperoptCluster(MasterWorkerCluster):
         """The address of the database for `pymongo.MongoClient`. It has the password: do not print it."""
         return self._hyperopt.url(self._port(), "mongodb", options=compat.LOGIN)
 
-    def start_master(self, master_port: int | None = None, timeout: int = 3, debug: bool = False) -> None:
+    def start_master(self, master_port: int | None = None, timeout: int = DEFAULT_TIMEOUT, debug: bool = False) -> None:
         """Start the database. Trials that an earlier cluster left unfinished are put back into the queue.
 
         See `MasterWorkerCluster.start_master`.
@@ -221,7 +219,7 @@ class HyperoptCluster(MasterWorkerCluster):
         except (ValueError, TypeError):  # they may tell a part of it, which has a password in it
             raise connection_file.unusable(path, "mongo_trial_url is no address of a database") from None
         except PyMongoError as error:
-            raise connection_file.unanswered(path, found, str(error)) from error
+            raise connection_file.unanswered(path, found, str(error)) from None
 
     def _connection(self) -> dict[str, Any]:
         return {"mongo_trial_url": self.mongo_trial_url}

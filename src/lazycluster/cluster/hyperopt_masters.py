@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster.mongo import memfile
 
+from .contracts import DefaultTimeout
 from .exceptions import MasterStartError
 from .hyperopt_programs import messages
 from .hyperopt_settings import HyperoptSettings, make_directory
@@ -26,6 +27,7 @@ PROGRAMS = _CLUSTER / "hyperopt_programs"
 PACKAGE = "lazycluster_hyperopt"
 SHARED = tuple(_CLUSTER.parent / "agent" / name for name in ("deletion.py", "localmodules.py"))
 _SERVER = _CLUSTER.parent / "mongo"
+_DEFAULT_TIMEOUT = DefaultTimeout(0)  # as documented: as soon as it answers
 _OURS, _THEIRS = "lazycluster-mongo.sqlite", "WiredTiger"
 _PASSWORD = "lazycluster-password"  # noqa: S105  (a file's name)
 
@@ -65,13 +67,13 @@ class _DatabaseLauncher(ServiceMasterLauncher):
         self.hyperopt.forget_identity()
         await super()._stop()
 
-    def start(self, ports: list[int] | int, timeout: int = 0, debug: bool = False) -> list[int]:
+    def start(self, ports: list[int] | int, timeout: int = _DEFAULT_TIMEOUT, debug: bool = False) -> list[int]:
         """Start the database.
 
         Args:
             ports: Its port; or a list, of which the first port is taken that is free on the manager and in the group.
-            timeout: Seconds until it must be there; 0, or the 3 of `MasterWorkerCluster.start_master`: as soon as it
-                answers, up to a limit of our own.
+            timeout: Seconds until it must be there. A number that you give holds as it is; by default the database may
+                take as long as it needs, up to a limit of our own.
             debug: Whether its output is printed as it comes.
 
         Returns:
@@ -82,12 +84,12 @@ class _DatabaseLauncher(ServiceMasterLauncher):
             NoPortsLeftError: If no port of the list is free.
             MasterStartError: If it was not there in time; the message has the end of its output.
         """
-        return super().start(ports, timeout or 3, debug)
+        return super().start(ports, timeout, debug)
 
     def _refuse(self, name: str, file: str, maker: str) -> None:
         if (self.hyperopt.dbpath / file).exists():
             problem = f"{self.hyperopt.dbpath} has a database of {maker}"
-            raise MasterStartError(problem, name=name, hint=f"use {maker}, or another dbpath")
+            raise MasterStartError(name, problem=problem, hint=f"use {maker}, or another dbpath")
 
 
 class EmbeddedMongoLauncher(_DatabaseLauncher):
@@ -122,8 +124,8 @@ class LocalMongoLauncher(_DatabaseLauncher):
         self._refuse("mongod", _OURS, "EmbeddedMongoLauncher")
         if shutil.which("mongod") is None:
             raise MasterStartError(
-                "it is not on the PATH",
-                name="mongod",
+                "mongod",
+                problem="it is not on the PATH",
                 hint="install MongoDB, or leave the launcher out to use lazycluster's own server",
             )
         make_directory(self.hyperopt.dbpath)

@@ -16,6 +16,7 @@ from lazycluster.utils import Environment
 
 from .certificates import Identity, make_identities
 from .hyperopt_programs import compat, messages
+from .versions import CheckVersions
 
 _ANSWER_LIMIT = 5000  # milliseconds
 
@@ -43,7 +44,7 @@ class HyperoptSettings:
     dbname: str = "hyperopt"
     poll_interval: float = 0.1
     exp_key: str | None = None
-    check_versions: str = "error"
+    check_versions: CheckVersions = "error"
     lease: float = 30.0
     user: str = "hyperopt"
     password: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)

@@ -13,7 +13,7 @@ from lazycluster import _loop
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError
 from lazycluster.ssh import workspace
 
-from .contracts import MasterLauncher
+from .contracts import DEFAULT_TIMEOUT, DefaultTimeout, MasterLauncher
 from .exceptions import ClusterError, MasterStartError, ServiceError
 from .health import Watch
 from .network import Network, PortSupply, free_everywhere
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ServiceMasterLauncher", "prepare"]
 
-_DEFAULT_TIMEOUT = 3  # as documented; see `MasterWorkerCluster.start_master`
 _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
 
 
@@ -85,16 +84,25 @@ class ServiceMasterLauncher(MasterLauncher):
         )
         self._service.start()
 
-    def start(self, ports: list[int] | int, timeout: int = _DEFAULT_TIMEOUT, debug: bool = False) -> list[int]:
+    def start(self, ports: list[int] | int, timeout: int = DEFAULT_TIMEOUT, debug: bool = False) -> list[int]:
         """See `MasterLauncher.start`."""
         if self._port is not None:
             raise ClusterError(f"the master runs already, on port {self._port}")
-        limit = max(timeout, self.START_LIMIT) if timeout == _DEFAULT_TIMEOUT else timeout
+        limit = self._limit(timeout)
         try:
             return _loop.run(self._start(ports, limit, debug))
         except BaseException:
             _loop.run(self._stop())
             raise
+
+    def _limit(self, timeout: float) -> float:
+        if isinstance(timeout, DefaultTimeout):
+            return max(timeout, self.START_LIMIT)
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
+        if not timeout >= 0:  # NaN is not, either
+            raise ValueError(f"timeout must be at least 0 seconds, not {timeout:g}")
+        return timeout
 
     async def _start(self, ports: list[int] | int, limit: float, debug: bool) -> list[int]:
         await self.prepare(debug)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import importlib.machinery
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,7 +260,7 @@ def _write(directory: Path, texts: Mapping[str, str | bytes], written: Mapping[s
             path = modules / name
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-            partial.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+            partial.write_bytes(text.encode(_declared_encoding(text)) if isinstance(text, str) else text)
             partial.replace(path)
     for name in written.keys() - texts.keys():
         (modules / name).unlink(missing_ok=True)
@@ -266,6 +268,10 @@ def _write(directory: Path, texts: Mapping[str, str | bytes], written: Mapping[s
     partial = stamp.with_name(".stamp")
     partial.write_text(secrets.token_hex(16))
     partial.replace(stamp)
+
+
+def _declared_encoding(text: str) -> str:
+    return tokenize.detect_encoding(io.BytesIO(text.encode("utf-8", "replace")).readline)[0]
 
 
 def _is_sent(name: str, module: types.ModuleType | None) -> bool:
@@ -370,6 +376,6 @@ def _warn_of_data(name: str, folder: str) -> None:
 
 def _stamp(path: str) -> int:
     try:
-        return Path(path).stat().st_mtime_ns
+        return os.stat(path).st_mtime_ns  # noqa: PTH116  (six times as fast; a client asks this of all files at each call)
     except OSError:
         return 0

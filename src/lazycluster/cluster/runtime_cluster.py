@@ -25,7 +25,7 @@ from lazycluster._views.view import headline
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 
 from . import connection_file
-from .contracts import MasterLauncher, RuntimeCluster, WorkerLauncher
+from .contracts import DEFAULT_TIMEOUT, MasterLauncher, RuntimeCluster, WorkerLauncher
 from .exceptions import ClusterError
 from .launchers import ServiceMasterLauncher, prepare
 from .placement import Gpus
@@ -173,14 +173,15 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
                     raise ClusterError(ENDED) from error
                 raise
 
-    def start_master(self, master_port: int | None = None, timeout: int = 3, debug: bool = False) -> None:
+    def start_master(self, master_port: int | None = None, timeout: int = DEFAULT_TIMEOUT, debug: bool = False) -> None:
         """Start the master.
 
         Args:
             master_port: Its port; by default ``DEFAULT_MASTER_PORT``, or another one if that is not free on the
                 manager and in the group.
-            timeout: Seconds until it must be there. With the default, a master that is alive may take longer, up to a
-                limit of the engine's own: on a loaded machine, some need more than 3 s to import what they are made of.
+            timeout: Seconds until it must be there. A number that you give holds as it is. By default it is 3, and a
+                master that is alive may take longer, up to a limit of the engine's own: on a loaded machine, some need
+                more than 3 s to import what they are made of.
             debug: Whether its output is printed as it comes.
 
         Raises:

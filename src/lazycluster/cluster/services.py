@@ -20,7 +20,7 @@ from lazycluster.exceptions import AgentError, LazyclusterError
 from lazycluster.ssh.answers import NAME, check_shape
 from lazycluster.utils import new_log_file_path
 
-from .exceptions import MasterStartError, ServiceError
+from .exceptions import ServiceError
 from .health import Watch
 from .places import Place
 from .programs import Program
@@ -440,14 +440,14 @@ async def stop_all(services: Sequence[Service]) -> None:
         logger.warning("%s: it has not said that it has ended %s", host, ", ".join(labels))
 
 
-def as_kind(kind: type[Any], error: ServiceError) -> Any:
+def as_kind(kind: type[ServiceError], error: ServiceError) -> ServiceError:
     """Return an error as one of a more specific kind."""
-    evidence = {
-        "exit_status": error.exit_status,
-        "output": error.output,
-        "log_file": error.log_file,
-        "hint": error.hint,
-    }
-    if kind is MasterStartError:
-        return MasterStartError(error.problem, error.host, name=error.name, **evidence)
-    return kind(error.name, error.host, error.problem, **evidence)
+    return kind(
+        error.name,
+        error.host,
+        error.problem,
+        exit_status=error.exit_status,
+        output=error.output,
+        log_file=error.log_file,
+        hint=error.hint,
+    )

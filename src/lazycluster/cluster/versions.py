@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lazycluster._extras import install_command
 from lazycluster.exceptions import LazyclusterError
@@ -20,6 +20,19 @@ logger = logging.getLogger("lazycluster")
 
 _LIMIT = 60.0  # seconds
 _PYTHON = "python"
+
+CheckVersions = Literal["error", "warn", "ignore"]
+
+
+def checked_policy(policy: CheckVersions) -> CheckVersions:
+    """Return what is to happen if versions do not match.
+
+    Raises:
+        ValueError: If it makes no sense.
+    """
+    if policy not in get_args(CheckVersions):
+        raise ValueError(f"check_versions must be 'error', 'warn' or 'ignore', not {policy!r}")
+    return policy
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class Software:
             )
 
     async def check_workers(
-        self, workers: Sequence[Worker], policy: str, here: dict[str, str | None]
+        self, workers: Sequence[Worker], policy: CheckVersions, here: dict[str, str | None]
     ) -> dict[str, LazyclusterError]:
         """Compare what the programs of workers say of their hosts' software with the manager's.
 

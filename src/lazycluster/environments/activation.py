@@ -119,7 +119,7 @@ class HostEnvironment:
                 prefix = await self._found_or_made(refresh)
                 progress.advance()
         except AgentError as error:
-            raise EnvironmentBuildError(self._place.host, error.message) from error
+            raise EnvironmentBuildError(self._place.host, error.message) from None
         except NoAnswerError as error:
             raise EnvironmentBuildError(
                 self._place.host, f"the host does not answer: {error}", "", "see how busy it is, and try again"
@@ -131,7 +131,7 @@ class HostEnvironment:
             hint = "see to the directory of lazycluster on the manager (Environment.main_directory), and to its disk"
             raise EnvironmentBuildError(
                 self._place.host, f"on the manager: {where}{error.strerror or error}", "", hint
-            ) from error
+            ) from None
         return Activation(prefix, f"{prefix}/bin/python")
 
     async def _found_or_made(self, refresh: bool) -> str:
@@ -174,7 +174,7 @@ class HostEnvironment:
                 f"the host tells of no platform that there is: {error}",
                 "",
                 "see what 'uname -sm' and 'getconf GNU_LIBC_VERSION' print there",
-            ) from error
+            ) from None
 
     async def _plan(self, settings: IndexSettings, target: Target, refresh: bool) -> Plan:
         return self._planned(target, await resolve(self.spec, target, settings, refresh))
@@ -196,7 +196,7 @@ class HostEnvironment:
                 "packages", within=_LIMIT, python=python, env=dict(self._place.env), names=[]
             )
         except AgentError as error:
-            raise EnvironmentBuildError(host, f"{real} cannot be used: {error.message}", "", hint) from error
+            raise EnvironmentBuildError(host, f"{real} cannot be used: {error.message}", "", hint) from None
         self._check_version(real, answer["version"])
         if not found["directory"]:
             return await self._of_interpreter(real)

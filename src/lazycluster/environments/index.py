@@ -50,14 +50,12 @@ class IndexSettings:
     Attributes:
         env: Environment variables that tell uv so, beside its own configuration files.
         urls: The addresses of indexes, with credentials where they have some.
-        from_pip: Whether pip's configuration says so.
         ca_file: The file of certificates that servers are checked with; None: those of the system.
         logins: The credentials of addresses that requirements name.
     """
 
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     urls: tuple[str, ...] = field(default=(), repr=False)
-    from_pip: bool = False
     ca_file: str | None = None
     logins: tuple[Login, ...] = field(default=(), repr=False)
 
@@ -183,7 +181,7 @@ def _from_pip(env: Mapping[str, str]) -> IndexSettings:
     hosts = values.get("trusted-host", "").split()
     if hosts:
         variables["UV_INSECURE_HOST"] = " ".join(hosts)
-    return IndexSettings(variables, tuple(urls), bool(urls), _ca_file(env, values))
+    return IndexSettings(variables, tuple(urls), _ca_file(env, values))
 
 
 def _pip_values(env: Mapping[str, str]) -> dict[str, str]:

@@ -55,7 +55,7 @@ async def _named(place: Place, target: Target, python: str) -> str:
     except AgentError as error:
         raise EnvironmentBuildError(
             place.host, error.message, "", 'name a Python that is there: python="..."'
-        ) from error
+        ) from None
     if tuple(answer["version"][:2]) != target.python:
         version = ".".join(map(str, answer["version"]))
         raise EnvironmentBuildError(

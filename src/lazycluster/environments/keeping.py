@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from lazycluster.exceptions import AgentError, LazyclusterError
 
-from .spec import ROOT
+from .spec import ROOT, check_cache_dir
 
 __all__ = ["Host", "KeptEnvironment", "Removal", "Store", "list_on", "prune_on", "remove_on"]
 
@@ -136,8 +136,9 @@ async def prune_on(
     return Removal(host.host, tuple(told["removed"]), tuple(told["in_use"]), freed=freed)
 
 
-async def _ask(host: Host, action: str, **params: Any) -> dict[str, Any]:
+async def _ask(host: Host, action: str, root: str, **params: Any) -> dict[str, Any]:
+    check_cache_dir(root)
     try:
-        return await host.request("environment", within=_LIMIT, action=action, **params)
+        return await host.request("environment", within=_LIMIT, action=action, root=root, **params)
     except AgentError as error:
-        raise LazyclusterError(f"{host.host}: {error.message}") from error
+        raise LazyclusterError(f"{host.host}: {error.message}") from None

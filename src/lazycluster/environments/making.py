@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from lazycluster import _loop
@@ -28,9 +28,6 @@ from .spec import EnvironmentSpec, normalized
 from .uv import find_uv
 from .uv_binaries import send_uv
 from .wheels import forget_damaged, provide
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Maker"]
 
@@ -78,7 +75,7 @@ class Maker:
         try:
             found = await self._place.ask("find", **params)
         except AgentError as error:
-            raise self._refused(error) from error
+            raise self._refused(error) from None
         if found["found"]:
             return str(found["prefix"])
         self._say("making the environment %s for %s: %d packages", self._plan.id, self._spec, len(self._plan.packages))
@@ -124,9 +121,9 @@ class Maker:
                 await self._first_of([ended], "the environment to be finished", RUN_LIMIT)
             return str((await ended)["prefix"])
         except AgentError as error:
-            raise self._refused(error) from error
+            raise self._refused(error) from None
         except transfer.TransferError as error:
-            raise EnvironmentBuildError(self._host, str(error), "", error.hint) from error
+            raise EnvironmentBuildError(self._host, str(error), "", error.hint) from None
         finally:
             if not ended.done():
                 channel.close()

@@ -53,7 +53,7 @@ class Place:
         try:
             result = await self.connection.answered(channel, f"the end of {what}", RUN_LIMIT)
         except AgentError as error:
-            raise EnvironmentBuildError(self.host, f"{what}: {error.message}") from error
+            raise EnvironmentBuildError(self.host, f"{what}: {error.message}") from None
         except NoAnswerError:
             said = hide(output.text())
             raise EnvironmentBuildError(self.host, f"{what} takes more than {RUN_LIMIT:g} s", output=said) from None

@@ -318,14 +318,14 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EnvironmentBuildError(MANAGER, f"{path} cannot be read: {error}", "", "check the file") from error
+        raise EnvironmentBuildError(MANAGER, f"{path} cannot be read: {error}", "", "check the file") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(_read(path))
     except tomllib.TOMLDecodeError as error:
-        raise EnvironmentBuildError(MANAGER, f"{path} is no TOML: {error}", "", "correct the file") from error
+        raise EnvironmentBuildError(MANAGER, f"{path} is no TOML: {error}", "", "correct the file") from None
 
 
 def _hashes(texts: Iterable[str]) -> dict[tuple[str, str], set[str]]:

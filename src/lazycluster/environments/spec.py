@@ -13,7 +13,7 @@ from lazycluster.utils import expanded
 
 from .index import hide
 
-__all__ = ["ROOT", "EnvironmentSpec", "normalized"]
+__all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "normalized"]
 
 ROOT = "~/.cache/lazycluster"
 """Where environments are kept on a host."""
@@ -28,6 +28,16 @@ _PYTHON = re.compile(r"^3\.\d{1,2}$")
 def normalized(name: str) -> str:
     """Return the name of a package as it is compared."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def check_cache_dir(path: object) -> None:
+    """Check what is named as the directory that hosts keep environments in.
+
+    Raises:
+        ValueError: It can be none; "" is no name of the default one.
+    """
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        raise ValueError(f"cache_dir must be a directory on the hosts, not {path!r}")
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,7 @@ class EnvironmentSpec:
             raise ValueError(f'python of an environment must be a minor version such as "3.12", not {self.python!r}')
         if self.network not in ("auto", "host", "manager"):
             raise ValueError(f'network must be "auto", "host" or "manager", not {self.network!r}')
-        if not isinstance(self.cache_dir, str) or not self.cache_dir.strip() or "\0" in self.cache_dir:
-            raise ValueError(f"cache_dir must be a directory on the hosts, not {self.cache_dir!r}")
+        check_cache_dir(self.cache_dir)
         limit = self.size_limit
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
             raise ValueError(f"size_limit must be a number of bytes, not {limit!r}")

@@ -81,7 +81,7 @@ async def _version_of(path: str) -> str:
     try:
         ended = await run_here([path, "--version"], {**os.environ, "NO_COLOR": "1"})
     except OSError as error:
-        raise _not_run(error) from error
+        raise _not_run(error) from None
     found = _SAYS.match(ended.output)
     if ended.status != 0 or found is None:
         said = hide(ended.output or ended.errors)
@@ -94,7 +94,7 @@ async def _check_cache(path: str) -> None:
     try:
         ended = await run_here([path, "cache", "dir"], {**os.environ, "NO_COLOR": "1"})
     except OSError as error:
-        raise _not_run(error) from error
+        raise _not_run(error) from None
     directory = ended.output.strip()
     if ended.status != 0 or not directory:
         return  # it says by itself what is wrong, when it is used
@@ -102,7 +102,7 @@ async def _check_cache(path: str) -> None:
         make(directory, 0o700, Environment.trust_group)
     except PermissionError as error:
         problem = f"uv's cache {directory} cannot be used: {error.filename}: {error.strerror}"
-        raise EnvironmentBuildError(MANAGER, problem, "uv", "set UV_CACHE_DIR to a directory of your own") from error
+        raise EnvironmentBuildError(MANAGER, problem, "uv", "set UV_CACHE_DIR to a directory of your own") from None
     except OSError:
         return  # the same
 
@@ -150,7 +150,7 @@ async def run_uv(
     try:
         ended = await run_here([(await find_uv()).path, *arguments], variables, stdin=stdin, cwd=cwd)
     except OSError as error:
-        raise _not_run(error) from error
+        raise _not_run(error) from None
     if ended.status != 0:
         raise explained(MANAGER, what or f"uv {arguments[0]}", hide(ended.errors), package)
     return ended.output

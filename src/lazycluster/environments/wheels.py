@@ -71,7 +71,7 @@ def tree_digest(directory: Path) -> str:
     try:
         files = list(_sources(directory))
     except OSError as error:
-        raise EnvironmentBuildError(MANAGER, f"{directory} cannot be read: {error}", directory.name) from error
+        raise EnvironmentBuildError(MANAGER, f"{directory} cannot be read: {error}", directory.name) from None
     if len(files) > _MOST_FILES:
         raise EnvironmentBuildError(
             MANAGER,
@@ -120,7 +120,7 @@ def _file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return _digest_of_file(file.fileno())
     except OSError as error:
-        raise EnvironmentBuildError(MANAGER, f"{path} cannot be read: {error.strerror}", path.name) from error
+        raise EnvironmentBuildError(MANAGER, f"{path} cannot be read: {error.strerror}", path.name) from None
 
 
 def _digest_of_file(descriptor: int) -> str:
@@ -287,7 +287,7 @@ def _fetch(locked: Locked, settings: IndexSettings, made: Path) -> Path:
         try:
             shutil.copyfile(unquote(parts.path), path)
         except OSError as error:
-            raise EnvironmentBuildError(MANAGER, f"{locked.label}: {error}", locked.name) from error
+            raise EnvironmentBuildError(MANAGER, f"{locked.label}: {error}", locked.name) from None
     else:
         _download(locked, settings, path)
     if locked.sha256 and _file_digest(path) != locked.sha256:

@@ -15,6 +15,7 @@ Document = dict[str, Any]
 Test = Callable[[Document], bool]
 
 _DEEPEST = 100  # how many conditions may stand in one another
+_POSIX_CLASS = re.compile(r"\[:\^?[a-z]+:\]")  # in MongoDB's regular expressions; Python takes it for something else
 
 
 def compile_filter(conditions: Any, depth: int = 0) -> Test:
@@ -66,7 +67,7 @@ def _field(path: str, wanted: Any, depth: int) -> Test:
             if not (_is_regex(operand) or operators(operand)):
                 raise bad_value("$not needs a regex or a document with operators")
             tests.append(_negated(_field(path, operand, depth + 1)))
-        elif name != "$options":
+        elif name != "$options" or "$regex" not in wanted:
             if name not in _OPERATORS:
                 raise bad_value(f"unknown operator: {name}")
             tests.append(_OPERATORS[name](path, operand))
@@ -145,6 +146,8 @@ def _regex(path: str, pattern: Any, options: Any = "") -> Test:
     elif not isinstance(pattern, Regex):
         raise bad_value("$regex has to be a string")
     try:
+        if found := _POSIX_CLASS.search(pattern.pattern):
+            raise re.error(f"{found.group()} is unknown")
         compiled = pattern.try_compile()
     except re.error as error:
         raise bad_value(f"the regular expression {pattern.pattern!r} is not supported: {error}") from None
@@ -158,7 +161,12 @@ def _regex(path: str, pattern: Any, options: Any = "") -> Test:
     return lambda document: any(matches(value) for value in spread(document, path))
 
 
+def _options(path: str, wanted: Any) -> Test:
+    raise bad_value("$options needs a $regex")
+
+
 _OPERATORS: dict[str, Callable[[str, Any], Test]] = {
+    "$options": _options,
     "$eq": _equal,
     "$ne": _unequal,
     "$in": _within,

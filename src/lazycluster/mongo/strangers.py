@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 SILENT_LIMIT = 10.0  # seconds for the first request
 IDLE_LIMIT = 60.0  # seconds between two: drivers ask every ten how the server is, on connections that never log in
-MOST_SILENT = 200  # connections that have asked for nothing yet
+MOST_SILENT = 1000  # connections that have asked for nothing yet; all workers of a large cluster may come at once
 MOST = 2000  # those that have, and have not logged in
 LINES = 20  # of the log, within a period
 PERIOD = 600.0  # seconds

@@ -214,7 +214,7 @@ class AgentRelay:
             raise TunnelError(
                 f"{self._host}: there is no further session for the relay through its agent: {error}. "
                 "Next step: allow at least MaxSessions 2 in its sshd_config, or end what else uses it"
-            ) from error
+            ) from None
         # The session must be held until it ends, which it does with the process on the host.
         self._session = session.ended
         with session.stream as ours:
@@ -222,7 +222,7 @@ class AgentRelay:
                 await session.started(marker)
             except SessionError as error:
                 hint = f". Next step: {error.hint}" if error.hint else ""
-                raise TunnelError(f"{self._host}: the relay does not start: {error.detail}{hint}") from error
+                raise TunnelError(f"{self._host}: the relay does not start: {error.detail}{hint}") from None
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as giver:
                 giver.connect(await here.socket)
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", ours.fileno(), ours.fileno()))]

@@ -269,7 +269,7 @@ def ssh_version() -> tuple[int, int]:
     try:
         done = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise InvalidRuntimeError("localhost", "ssh", f"the ssh client does not run: {error}", hint) from error
+        raise InvalidRuntimeError("localhost", "ssh", f"the ssh client does not run: {error}", hint) from None
     text = (done.stderr + done.stdout).decode(errors="replace").strip()
     found = re.search(r"OpenSSH\w*?_(\d+)\.(\d+)", text)
     if not found:

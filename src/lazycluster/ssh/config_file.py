@@ -189,7 +189,7 @@ class _Change:
             argv = ["ssh", "-G", "-F", str(temporary), "--", name]
             done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ConfigurationError(f"ssh cannot be asked whether the configuration is right: {error}") from error
+            raise ConfigurationError(f"ssh cannot be asked whether the configuration is right: {error}") from None
         finally:
             temporary.unlink()
         said = done.stderr.decode(errors="replace").replace(str(temporary), str(self.path)).strip()

@@ -143,7 +143,7 @@ class Connection(abc.ABC):
             if isinstance(error, asyncio.TimeoutError):
                 raise self._start_overdue() from None
             if isinstance(error, StartError):
-                raise ConnectionLostError(self.host, f"no further agent could be started there: {error}") from error
+                raise ConnectionLostError(self.host, f"no further agent could be started there: {error}") from None
             raise
         link = AgentLink(self.host, fd_in, fd_out, lambda error: link.lost(str(error or "it has ended")), mark.rest)
         link.send_soon(payload(False, mark.tag))

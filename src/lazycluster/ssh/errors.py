@@ -166,7 +166,8 @@ def classify(
 
 _SSH_FAILED = 255
 _OF_PYTHON = (None, 1, 134)  # exit statuses of an interpreter that fails, and of a tcsh that finds none
-_DENIED = re.compile(r"\S+: Permission denied \(.*\)\.?")
+# A banner may end without a newline: then ssh's own words are at the end of its last line.
+_DENIED = re.compile(r"(?:\S+|.*\S@\S+): Permission denied \(.*\)\.?")
 
 
 def _useful(text: str) -> list[str]:
@@ -312,7 +313,7 @@ def _network(case: _Case) -> InvalidRuntimeError | None:
 
 
 def _auth(case: _Case) -> InvalidRuntimeError | None:
-    denied = case.find(r"^(?P<who>\S+): Permission denied \((?P<methods>.*)\)\.?\s*$")
+    denied = case.find(r"(?:^|\s)(?P<who>\S+): Permission denied \((?P<methods>.*)\)\.?\s*$")
     gave_up = case.find(r"Too many authentication failures|Authentication failed|no more authentication")
     # A question about a key may well stay open on the way to a success: alone it explains nothing.
     if not (denied or gave_up or (case.asked and case.status != 0 and not case.output)):
@@ -526,7 +527,7 @@ _SAID_LAST: tuple[tuple[re.Pattern[str], _Rule], ...] = tuple(
         (r"ssh: Could not resolve hostname .*", _dns),
         (r"ssh: connect to host .*|stdio forwarding failed", _network),
         (r"(?:\S+: )?(?:Timeout, server |Connection |banner exchange: ).*(?:timed out|not responding).*", _network),
-        (r"\S+: Permission denied \(.*\)\.?|.*\bToo many authentication failures.*", _auth),
+        (rf"{_DENIED.pattern}|.*\bToo many authentication failures.*", _auth),
         (r"Authentication failed\.?|.*no more authentication methods.*", _auth),
         (r"Disconnected from .*", _disconnected),
         (r"Unable to negotiate with .*|Protocol major versions differ.*|Bad server host key.*", _protocol),

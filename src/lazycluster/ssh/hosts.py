@@ -6,12 +6,14 @@ service. What an option means for a connection is left to ssh.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import logging
 import os
 import pwd
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ _log = logging.getLogger(__name__)
 
 SYSTEM_CONFIG = Path("/etc/ssh/ssh_config")
 _INCLUDE_DEPTH = 16  # as in ssh
+_LARGEST = 16 << 20  # bytes of a configuration file
 _LINE = re.compile(r"([A-Za-z]\w*)(?:\s*=\s*|\s+)(.*)")
 _WORD = re.compile(r'"((?:[^"\\]|\\.)*)"|\'((?:[^\'\\]|\\.)*)\'|(\S+)')
 # A ProxyCommand that is an ssh of its own: its last words are the jump host, or the jump host and a netcat.
@@ -208,6 +211,24 @@ def config_lines(path: Path, warnings: list[str]) -> Iterator[ConfigLine]:
         warnings.append(str(error))
 
 
+def _content(path: Path) -> bytes:
+    """Return what is in a file. A device may never end, and a pipe may have nobody who writes to it.
+
+    Raises:
+        OSError: If it is no file, or a very large one.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            if path.samefile(os.devnull):
+                return b""
+            raise OSError(errno.EINVAL, "it is no regular file")
+        text = file.read(_LARGEST + 1)
+    if len(text) > _LARGEST:
+        raise OSError(errno.EFBIG, f"it has more than {_LARGEST >> 20} MiB")
+    return text
+
+
 def _lines_of(path: Path, warnings: list[str], scope: Scope, base: Path, depth: int) -> Iterator[ConfigLine]:
     """Read one file.
 
@@ -222,7 +243,7 @@ def _lines_of(path: Path, warnings: list[str], scope: Scope, base: Path, depth: 
         _TooDeepError: If includes are nested too deeply.
     """
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        text = _content(path).decode("utf-8", "surrogateescape")
     except (OSError, ValueError) as error:
         if not (depth == 0 and isinstance(error, FileNotFoundError) and path in (SYSTEM_CONFIG, user_config())):
             warnings.append(f"{path}: not read: {getattr(error, 'strerror', None) or error}")

@@ -47,9 +47,6 @@ class MuxError(LazyclusterError):
         self.refused = refused
         super().__init__(message)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.refused)
-
 
 Answer: TypeAlias = "tuple[int, Reader] | MuxError"
 

@@ -105,7 +105,7 @@ class SshConnection(ReturningConnection):
             await self._release()
             if isinstance(error, OSError):
                 hint = _MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-                raise InvalidRuntimeError(self.host, "ssh", str(error), hint) from error
+                raise InvalidRuntimeError(self.host, "ssh", str(error), hint) from None
             raise
         self._opened()
 
@@ -223,7 +223,7 @@ class SshConnection(ReturningConnection):
         try:
             session = await open_session(self.mux, command)
         except MuxError as error:
-            raise ConnectionLostError(self.host, f"no further session: {error}") from error
+            raise ConnectionLostError(self.host, f"no further session: {error}") from None
         self._sessions.add(session.ended)
         session.ended.add_done_callback(lambda ended: self._session_ended(session, ended))
         return session
@@ -250,9 +250,9 @@ class SshConnection(ReturningConnection):
             return await self._begin(session.stream.detach(), ours_out, marker, session.ended)
         except ConnectionLostError as error:
             if places := no_room_in(session.printed):
-                raise no_room_there(self.settings, places) from error
+                raise no_room_there(self.settings, places) from None
             if session.printed:
-                raise ConnectionLostError(self.host, f"{error.detail}\n{session.printed}") from error
+                raise ConnectionLostError(self.host, f"{error.detail}\n{session.printed}") from None
             raise
 
     async def _start_agent(self, fd_in: int, fd_out: int, mark: Mark) -> None:
@@ -285,7 +285,7 @@ class SshConnection(ReturningConnection):
             if asyncio.get_running_loop().time() > deadline:
                 for forward, error in failed:
                     if not error.refused:  # nobody has said that it cannot be had: the next attempt asks again
-                        raise ConnectionLostError(self.host, str(error)) from error
+                        raise ConnectionLostError(self.host, str(error)) from None
                     self._give_up(forward, error)
             if failed:
                 await asyncio.sleep(_PORTS_DELAY)

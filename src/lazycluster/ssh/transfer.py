@@ -283,7 +283,8 @@ class _Copy:
                 # When a link that has dropped is back, the copy goes on with the files that are not there yet.
                 await self.connection.answering()
                 if self.connection.interruptions == interruptions:
-                    raise self._explained(error, self.connection.problem_since(attempted)) from error
+                    explained = self._explained(error, self.connection.problem_since(attempted))
+                    raise explained from explained.__cause__
         tally = work.tally
         return TransferResult(
             work.path, tally.files, tally.bytes, tally.sent, tally.skipped, time.monotonic() - began,
@@ -305,7 +306,8 @@ class _Copy:
             if work.error is None:
                 return work
             if not isinstance(work.error, StreamClosedError):
-                raise self._explained(work.error) from work.error
+                explained = self._explained(work.error)
+                raise explained from explained.__cause__  # it says all that the other one does
             if not used or work.answered:
                 raise work.error
             # The process on the host had ended while it was idle.
@@ -372,7 +374,7 @@ class _Work:
         except RuntimeError as error:  # there are too many, or no memory for its stack
             self.ended.set()
             text = f"no thread can be started for the copy: {error}"
-            raise TransferError(self._copy.connection.host, "manager", self._copy.path, None, text) from error
+            raise TransferError(self._copy.connection.host, "manager", self._copy.path, None, text) from None
         try:
             await self._watch()
         except (asyncio.CancelledError, NoAnswerError):

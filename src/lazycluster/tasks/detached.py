@@ -273,8 +273,10 @@ async def _asked(connection: Connection, **params: Any) -> dict[str, Any]:
         ) from None
 
 
-def check_options(task: object, retries: int) -> None:
-    """Refuse what cannot be detached.
+def check_options(
+    task: object, *, retries: int = 0, omit_on_join: bool = False, debug: bool = False, wait: bool = False
+) -> None:
+    """Refuse what cannot be detached, and options of other tasks.
 
     Raises:
         TypeError, ValueError: It cannot.
@@ -285,6 +287,15 @@ def check_options(task: object, retries: int) -> None:
         raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
     if retries:
         raise ValueError("nobody watches a detached task who could try it again: leave out retries, or detach")
+    if debug:
+        raise ValueError("a detached task prints nothing here: leave out debug, and see its log(); or leave out detach")
+    if omit_on_join:
+        raise ValueError("no join() waits for a detached task: leave out omit_on_join, or detach")
+    if wait:
+        raise ValueError(
+            "a detached task is not waited for when it is started: leave out execute_async=False, and call join() of "
+            "what is returned; or leave out detach"
+        )
 
 
 def checked(task: RuntimeTask) -> list[PickledCall | None]:
@@ -363,7 +374,7 @@ async def start(
         await asyncio.wait_for(channel.result(), _START_LIMIT)
     except AgentError as error:
         await _loop.in_thread(detached_records.forget, task_id)
-        raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from error
+        raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from None
     except asyncio.TimeoutError:
         raise LazyclusterError(
             f"{connection.host}: task {task.name!r} was not detached within {_START_LIMIT:g} s.\n"

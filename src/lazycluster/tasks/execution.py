@@ -13,16 +13,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lazycluster import _loop, _progress, _waiting
-from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError, TaskExecutionError
+from lazycluster.exceptions import (
+    AgentError,
+    ConnectionLostError,
+    GroupTaskError,
+    LazyclusterError,
+    NoAnswerError,
+    TaskExecutionError,
+)
 
 from .context import Context
 from .limits import Limits
 from .output import TaskLog
 from .perform import Work, perform, prepare
 from .retrying import Retries
-from .steps import Step, StepResult
+from .steps import RunFunction, Step, StepResult
 
 if TYPE_CHECKING:
+    from .broadcast import Broadcast
     from .pickling import PickledCall
 
 __all__ = ["Context", "Execution", "settled", "wait_for"]
@@ -35,7 +43,7 @@ _CLEANUP_LIMIT = 30.0  # seconds for a cancelled execution to end what it starte
 class TaskFuture(_waiting.Future[Any]):
     """The future of an execution; whoever asks it for the result has seen the error."""
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution | Broadcast) -> None:
         super().__init__()
         self._execution = execution
 
@@ -156,6 +164,21 @@ class Execution:
         """Whether it has ended."""
         return self.future.done()
 
+    @property
+    def host(self) -> str:
+        """The host that executes it."""
+        return self.context.host
+
+    @property
+    def where(self) -> str:
+        """The host, for people."""
+        return self.context.host
+
+    @property
+    def pid(self) -> int | None:
+        """The process on the host that carries out the present step."""
+        return self.work.pid
+
     def start(self) -> Execution:
         """Begin; returns itself."""
         self.context.connection.check()
@@ -238,7 +261,7 @@ class Execution:
             result = StepResult(self._log.end_step(step.label), error.exit_status)
             if isinstance(error.__cause__, AgentError):
                 error = self._lost_agent() or error  # what it says then is but a consequence
-            raise _complete(error, self, index, step, result.output) from error.__cause__
+            raise _complete(error, self, index, step, result.output) from _cause(error, step)
         except asyncio.CancelledError:
             result = StepResult(self._log.end_step(step.label))
             raise
@@ -290,6 +313,12 @@ class Execution:
             Whether it has ended.
         """
         return wait_for([self], timeout)
+
+    def too_long(self, timeout: float | None) -> str:
+        """Return what is said if it has not ended in time."""
+        connection = self.context.connection
+        waiting = f"; the link to it is interrupted: {connection.why}" if connection.state == "interrupted" else ""
+        return f"task {self.name!r} on {self.host} has not ended within {timeout} s{waiting}"
 
     def wait_or_cancel(self) -> None:
         """Wait for the end; if the wait is interrupted (Ctrl-C), the execution is ended, too."""
@@ -366,12 +395,39 @@ def wait_for(executions: Sequence[Execution], timeout: float | None = None) -> b
         board.close()
 
 
+def raise_failures(executions: Sequence[Execution]) -> None:
+    """Raise what failed in executions and was not raised yet.
+
+    Raises:
+        TaskExecutionError: If one failed.
+        GroupTaskError: If several failed.
+    """
+    errors = []
+    for execution in executions:
+        try:
+            execution.raise_once()
+        except TaskExecutionError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise GroupTaskError(errors)
+
+
 async def settled(future: concurrent.futures.Future[Any]) -> None:
     """Wait until a future is done, without asking it what came out, as :func:`asyncio.wrap_future` would."""
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(over.set))
     await over.wait()
+
+
+def _cause(error: TaskExecutionError, step: Step) -> BaseException | None:
+    """Return what caused an error, if that says more than the error: what a user's function raised, a lost host."""
+    cause = error.__cause__
+    if isinstance(step, RunFunction) or isinstance(cause, (ConnectionLostError, NoAnswerError)):
+        return cause
+    return None if isinstance(cause, (LazyclusterError, OSError)) else cause
 
 
 def _complete(

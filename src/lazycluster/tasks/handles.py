@@ -6,6 +6,7 @@ import abc
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .broadcast import Broadcast
     from .execution import Execution
 
 __all__ = ["ProcessHandle", "TaskProcess"]
@@ -56,20 +57,23 @@ class ProcessHandle(abc.ABC):
 
 
 class TaskProcess(ProcessHandle):
-    """The work of one task on its host.
+    """The work of one task on its host, or hosts.
 
     Args:
-        execution: The execution of the task.
+        execution: The execution of the task, or those of its copies.
     """
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution | Broadcast) -> None:
         self._execution = execution
         self.name = execution.name
 
     @property
     def pid(self) -> int | None:
-        """The process on the host that carries out the present step; None between steps and for copies of files."""
-        return self._execution.work.pid
+        """The process on the host that carries out the present step, None between steps and for copies of files.
+
+        None also if the task is executed on several hosts.
+        """
+        return self._execution.pid
 
     @property
     def exitcode(self) -> int | None:

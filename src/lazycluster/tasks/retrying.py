@@ -49,7 +49,8 @@ class Retries:
         found = await self.elsewhere(self.tried)
         if found is not None:
             self.left -= 1
-            why = str(error.__cause__ or error.message).partition("\n")[0]
+            # The first line of the message says which step it is, the second why.
+            why = str(error.__cause__ or error.message.partition("\n")[2] or error.message).strip().partition("\n")[0]
             _logger.warning("%s: task %r has failed and is tried again on %s: %s", context.host, task, found.host, why)
         return found
 

@@ -12,11 +12,12 @@ from lazycluster._views.view import Shown, View
 from lazycluster._words import counted
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
 
+from .broadcast import Broadcast
 from .execution import Context, Execution
 from .handles import TaskProcess
 from .recipe import Recipe
 from .variables import checked_variables
-from .views import task_log, task_view
+from .views import broadcast_view, task_log, task_view
 
 if TYPE_CHECKING:
     import asyncio
@@ -49,6 +50,7 @@ class RuntimeTask(Recipe, Shown):
 
     A task object keeps what came out of **one** execution. To execute it again, also while it is running, is allowed:
     that makes a fresh copy, which is what the executing method returns. The results of the first stay as they are.
+    Executed on all hosts of a group at once (``broadcast=True``), it keeps what came out of all, host by host.
 
     Args:
         name: A name for logs and messages; by default ``task-<number>``.
@@ -67,7 +69,7 @@ class RuntimeTask(Recipe, Shown):
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name)
-        self._execution: Execution | None = None
+        self._execution: Execution | Broadcast | None = None
 
     def _refuse_while_running(self) -> None:
         if self._execution is not None and not self._execution.is_over:
@@ -137,15 +139,26 @@ class RuntimeTask(Recipe, Shown):
     def _finish_sync(self) -> None:
         """Wait for the end and raise what went wrong; an interrupted wait ends the execution."""
         execution = self._started()
+        assert isinstance(execution, Execution)
         execution.wait_or_cancel()
         execution.raise_once()
 
     def _end_sync(self) -> None:
         """End what was to be waited for, if it has begun."""
-        if self._execution is not None:
+        if isinstance(self._execution, Execution):
             self._execution.end_and_wait()
 
-    def _started(self) -> Execution:
+    def _was_broadcast(self, copies: Sequence[RuntimeTask]) -> None:
+        """Note that copies of the task are executed on several hosts: what comes out of them is shown for it, too."""
+        with self._lock:
+            if self._execution is None:
+                self._execution = Broadcast(self.name, [one for task in copies for one in task._executions()])
+
+    def _executions(self) -> Sequence[Execution]:
+        execution = self._started()
+        return execution.executions if isinstance(execution, Broadcast) else [execution]
+
+    def _started(self) -> Execution | Broadcast:
         if self._execution is None:
             raise LazyclusterError(f"task {self.name!r} has not been executed yet")
         return self._execution
@@ -153,8 +166,8 @@ class RuntimeTask(Recipe, Shown):
     # --- what came out -------------------------------------------------------------------------
     @property
     def host(self) -> str | None:
-        """The host that executes it; None before."""
-        return self._execution.context.host if self._execution else None
+        """The host that executes it; None before, and if copies of it are executed on several."""
+        return self._execution.host if self._execution else None
 
     @property
     def status(self) -> str:
@@ -183,6 +196,8 @@ class RuntimeTask(Recipe, Shown):
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end and return what the last function of the task returned, None if it has none.
 
+        Of a task that was executed on all hosts of a group, a list with what it returned on each.
+
         Args:
             timeout: Seconds; None: as long as it takes.
 
@@ -195,7 +210,7 @@ class RuntimeTask(Recipe, Shown):
         try:
             return self.future.result(timeout)
         except concurrent.futures.TimeoutError:
-            raise TimeoutError(self._too_long(timeout)) from None
+            raise TimeoutError(self._started().too_long(timeout)) from None
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end. Returns at once if it has not been executed, and silently if it was cancelled.
@@ -210,13 +225,8 @@ class RuntimeTask(Recipe, Shown):
         if self._execution is None:
             return
         if not self._execution.wait(timeout):
-            raise TimeoutError(self._too_long(timeout))
+            raise TimeoutError(self._execution.too_long(timeout))
         self._execution.raise_once()
-
-    def _too_long(self, timeout: float | None) -> str:
-        connection = self._started().context.connection
-        waiting = f"; the link to it is interrupted: {connection.why}" if connection.state == "interrupted" else ""
-        return f"task {self.name!r} on {self.host} has not ended within {timeout} s{waiting}"
 
     def cancel(self) -> bool:
         """Ask for the end of all that the task runs on the host: interrupted first, then terminated, then killed.
@@ -272,12 +282,16 @@ class RuntimeTask(Recipe, Shown):
 
     def print_log(self) -> None:
         """Print what each step printed, as a table; see :attr:`execution_log`."""
-        show_logs([self._log()])
+        show_logs(self._logs())
 
-    def _log(self) -> LoggedTask:
-        if self._execution is not None and not self._execution.omit_on_join:
-            self._execution.wait()
-        return task_log(self.name, self.steps, self._execution, self.exception)
+    def _logs(self) -> list[LoggedTask]:
+        execution = self._execution
+        if execution is not None and not execution.omit_on_join:
+            execution.wait()
+        if isinstance(execution, Broadcast):
+            execution.asked = True
+            return [task_log(self.name, self.steps, one, one.error) for one in execution.executions]
+        return [task_log(self.name, self.steps, execution, self.exception)]
 
     def cleanup(self) -> None:
         """End the task if it runs, and wait until it has ended. Its results stay readable."""
@@ -287,8 +301,10 @@ class RuntimeTask(Recipe, Shown):
             self._execution.report()
 
     def _view(self) -> View:
+        if isinstance(self._execution, Broadcast):
+            return broadcast_view(self._execution)
         return task_view(self.name, self.steps, self._execution)
 
     def __repr__(self) -> str:
-        where = f" on {self.host}" if self.host else ""
+        where = f" on {self._execution.where}" if self._execution else ""
         return f"<RuntimeTask {self.name!r}: {counted(len(self._steps), 'step')}, {self.status}{where}>"

@@ -8,10 +8,11 @@ from lazycluster._views.log import LoggedStep, LoggedTask
 from lazycluster._views.view import Cell, Fact, Table, Tone, View
 
 if TYPE_CHECKING:
+    from .broadcast import Broadcast
     from .execution import Execution
     from .steps import Step
 
-__all__ = ["status_cell", "task_log", "task_view"]
+__all__ = ["broadcast_view", "status_cell", "task_log", "task_view"]
 
 _TONES: dict[str, Tone] = {"done": "good", "failed": "bad", "cancelled": "bad", "pending": "dim"}
 _LABEL = 200  # characters of a step
@@ -32,13 +33,24 @@ def task_view(name: str, steps: tuple[Step, ...], execution: Execution | None) -
         if execution.log_file is not None and execution.results:
             facts.append(("log", execution.log_file))
         if execution.error is not None:
-            facts.append(("error", Cell("\n".join(str(execution.error).splitlines()[:2][-1:]).strip(), "bad")))
+            facts.append(("error", Cell(_cause(execution.error), "bad")))
     rows: list[list[Cell | str]] = [
         [str(number), _short(step.label), _step_status(number - 1, execution)] for number, step in enumerate(steps, 1)
     ]
     return View(
         f"RuntimeTask {name}", status_cell(status), facts, (Table(("", "step", "status"), rows, right=frozenset({""})),)
     )
+
+
+def broadcast_view(broadcast: Broadcast) -> View:
+    """Return what is shown of a task that was executed on several hosts."""
+    rows: list[list[Cell | str]] = []
+    for one in broadcast.executions:
+        done = max(0, len(one.results) - (one.is_over and one.status != "done"))
+        error = Cell(_cause(one.error), "bad") if one.error is not None else ""
+        rows.append([one.context.host, f"{done} of {len(one.steps)}", status_cell(one.status), error])
+    table = Table(("host", "steps", "status", "error"), rows, right=frozenset({"steps"}))
+    return View(f"RuntimeTask {broadcast.name}", status_cell(broadcast.status), tables=(table,))
 
 
 def task_log(name: str, steps: tuple[Step, ...], execution: Execution | None, failure: Exception | None) -> LoggedTask:
@@ -50,8 +62,7 @@ def task_log(name: str, steps: tuple[Step, ...], execution: Execution | None, fa
         LoggedStep(_short(step.label), _step_status(index, execution), outputs[index] if index < len(outputs) else "")
         for index, step in enumerate(execution.steps)
     ]
-    # The first line of the message says which step it is, the second why; the rest is its output again.
-    error = "" if failure is None else str(failure).splitlines()[:2][-1].strip()
+    error = "" if failure is None else _cause(failure)
     return LoggedTask(execution.context.host, name, execution.status, logged, error)
 
 
@@ -64,6 +75,11 @@ def _step_status(index: int, execution: Execution | None) -> Cell:
     if last and execution.is_over and execution.status != "done":
         return status_cell(execution.status)
     return status_cell("done")
+
+
+def _cause(error: Exception) -> str:
+    """Return why a step failed: the first line of the message says which step it is, the second why."""
+    return "\n".join(str(error).splitlines()[:2][-1:]).strip()
 
 
 def _short(text: str) -> str:

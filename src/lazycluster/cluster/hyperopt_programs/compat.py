@@ -28,6 +28,7 @@ _clients: dict[tuple[Any, ...], Any] = {}
 _trusted: dict[tuple[str, int], str] = {}  # the file with the certificate by which the database at an address is known
 _connecting = threading.Lock()
 _loaded = False
+_searching = threading.local()  # as `look`: the `_Look` of the search that runs in this thread
 _NEW, _DONE = 0, 2  # as in hyperopt.base
 _LOOK_EVERY = 1.0  # seconds, as often as hyperopt does when its queue is full
 no_workers: Callable[[str], Exception] = RuntimeError
@@ -292,28 +293,35 @@ def _keep_limits(trials: Any) -> None:
             return run(self, *arguments, **options)
         if self.early_stop_fn is not None and not hasattr(self.early_stop_fn, "of_finished_trials"):
             self.early_stop_fn = _of_finished_trials(self.early_stop_fn)
-        look = self.trials.lazycluster_look = _Look(self)
+        outer = getattr(_searching, "look", None)
+        look = _searching.look = _Look(self)
         try:
             return run(self, *arguments, **options)
         finally:
             look.end()
-            del self.trials.lazycluster_look
+            _searching.look = outer
 
     @functools.wraps(insert)
     def insert_trial_docs(self: Any, *arguments: Any, **options: Any) -> Any:
-        look = vars(self).get("lazycluster_look")
+        look = _look_for(self)
         if look is not None:
             look.queued = True
         return insert(self, *arguments, **options)
 
     @functools.wraps(counted)
     def count_by_state_unsynced(self: Any, arg: Any) -> Any:
-        look = vars(self).get("lazycluster_look")
+        look = _look_for(self)
         number = counted(self, arg)
         return number if look is None or arg != _NEW else look.queue_length(number)
 
     search_class.run, trials.insert_trial_docs = run_within_limits, insert_trial_docs
     trials.count_by_state_unsynced = count_by_state_unsynced
+
+
+def _look_for(trials: Any) -> _Look | None:
+    """Return that of the search which runs in this thread with these trials; other searches may share them."""
+    look: _Look | None = getattr(_searching, "look", None)
+    return look if look is not None and look.search.trials is trials else None
 
 
 def _of_finished_trials(early_stop_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -332,15 +340,13 @@ def _of_finished_trials(early_stop_fn: Callable[..., Any]) -> Callable[..., Any]
 class _Look:
     """The time since a search has looked at its limits.
 
-    Args:
-        search: The search, a `FMinIter` of hyperopt.
-
     Attributes:
+        search: The search, a `FMinIter` of hyperopt.
         queued: Whether trials were queued since the length of the queue was asked for.
     """
 
     def __init__(self, search: Any) -> None:
-        self._search = search
+        self.search = search
         self._pause = search.poll_interval_secs
         self._began = time.monotonic()
         self.queued = False
@@ -352,16 +358,16 @@ class _Look:
             self._began = time.monotonic()
             return number
         self.queued = False
-        timeout = self._search.timeout
-        over = timeout is not None and default_timer() - self._search.start_time >= timeout
-        if number >= self._search.max_queue_len or not (over or time.monotonic() - self._began >= _LOOK_EVERY):
+        timeout = self.search.timeout
+        over = timeout is not None and default_timer() - self.search.start_time >= timeout
+        if number >= self.search.max_queue_len or not (over or time.monotonic() - self._began >= _LOOK_EVERY):
             return number
-        self._search.poll_interval_secs = 0.0  # workers wait for trials: it is only to look
-        return int(self._search.max_queue_len)
+        self.search.poll_interval_secs = 0.0  # workers wait for trials: it is only to look
+        return int(self.search.max_queue_len)
 
     def end(self) -> None:
         """Have the search pause again as it would."""
-        self._search.poll_interval_secs = self._pause
+        self.search.poll_interval_secs = self._pause
 
 
 def tell_problem(database: Any, problem: str | None) -> None:
