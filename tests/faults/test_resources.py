@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lazycluster import Runtime, RuntimeGroup, RuntimeTask, _loop
-from lazycluster.agent import processes
+from lazycluster.agent import memory, processes
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, TaskExecutionError
 from lazycluster.runtimes import LocalRuntime
 from patience import until
@@ -231,6 +231,8 @@ def test_a_control_group_that_runs_out_of_memory(memory_group: Path) -> None:
     with LocalRuntime() as runtime:
         for pid in (runtime.connection.hello.pid, processes.parent_of(runtime.connection.hello.pid)):
             (memory_group / "cgroup.procs").write_text(str(pid))
+        moved = time.monotonic()
+        until(lambda: time.monotonic() - moved > memory._FRESH, "what is known of the group before to be too old")
         assert runtime.call(_take, 20_000_000) == 20_000_000
         with pytest.raises(TaskExecutionError, match=r"out of memory") as caught:
             runtime.call(_take, 500_000_000)

@@ -345,8 +345,10 @@ def test_shutdown_before_workers_are_there_keeps_a_call_for_each(group: RuntimeG
     futures = [executor.submit(abs, -number) for number in range(20)]
     executor.shutdown(wait=wait, cancel_futures=True)
     concurrent.futures.wait(futures)
-    assert [future.cancelled() for future in futures] == [False] * 2 + [True] * 18
-    assert [future.result() for future in futures[:2]] == [0, 1]
+    begun = [future for future in futures if not future.cancelled()]
+    assert begun == futures[: len(begun)]
+    assert 2 <= len(begun) < 20
+    assert [future.result() for future in begun] == list(range(len(begun)))
     executor.shutdown()
 
 

@@ -18,6 +18,7 @@ from lazycluster.cluster.exceptions import (
     VersionMismatchError,
     WorkerStartError,
 )
+from lazycluster.environments.problems import IndexUnreachableError
 from lazycluster.exceptions import (
     AgentError,
     BrokenPoolError,
@@ -75,6 +76,7 @@ ERRORS = [
     PathCreationError("not made"),
     _NO_ENVIRONMENT,
     EnvironmentsBuildError([_NO_ENVIRONMENT]),
+    IndexUnreachableError("manager", "the index cannot be reached"),
     ClusterError("closed"),
     ServiceError("worker-1", "host-1", "it ended", exit_status=-9, output="a\nb\n", log_file="/x", hint="do"),
     MasterStartError(host="host-1", problem="gone", exit_status=3, name="scheduler"),

@@ -251,6 +251,8 @@ _finder = LocalFinder({}, InstalledCopies(LocalFinder))
 
 def install(sources: Dict[str, Source]) -> None:
     """Let the manager's local modules be imported."""
+    # Stored objectives of 1.0.0rc1 say nothing of the distributions that their modules are of.
+    sources = {name: (*source[:3], source[3] if len(source) > 3 else "") for name, source in sources.items()}
     _finder.update(sources)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)

@@ -19,6 +19,7 @@ from .diagnosis import NOTHING_KNOWN, Circumstances
 __all__ = ["FULL", "classify", "is_retryable", "last_words", "no_room_here", "no_room_in", "no_room_there"]
 
 _EVIDENCE_LINES = 4
+_BASH_CANNOT_FORK = 254  # its exit status
 _OUTPUT_SHOWN = 300
 _NOISE = re.compile(
     r"@+|@.*@|Warning: Permanently added .*|Pseudo-terminal will not .*|Killed by signal \d+\.|\*\* .*|"
@@ -455,9 +456,10 @@ def _ending(case: _Case) -> list[str]:
 
 
 def _no_process(case: _Case) -> InvalidRuntimeError | None:
-    if case.phase == "timeout" or not re.search(
-        r"(?:BlockingIOError|fork\b.*|Cannot fork).*(?:unavailable|fork)", "\n".join(_ending(case))
-    ):
+    said = re.search(r"(?:BlockingIOError|fork\b.*|Cannot fork).*(?:unavailable|fork)", "\n".join(_ending(case)))
+    # What it tells the agent of its start-up files needs a process, too: there bash says nothing.
+    unsaid = case.status == _BASH_CANNOT_FORK and not case.shell_said.strip()
+    if case.phase == "timeout" or not (said or unsaid):
         return None
     detail = "no process can be started on the host: its limit of processes is reached"
     hint = "end what runs there under this account, or raise the limit (ulimit -u, or that of a control group)"

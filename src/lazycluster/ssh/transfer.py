@@ -75,6 +75,8 @@ class TransferError(LazyclusterError, OSError):
         others: What else of the folder was not copied, a line each with the reason; of very many the first.
     """
 
+    others: Sequence[str] = ()
+
     def __init__(
         self,
         host: str,
@@ -92,7 +94,8 @@ class TransferError(LazyclusterError, OSError):
         self.errno = errno
         self.strerror = strerror
         self.hint = hint
-        self.others = tuple(others)
+        if others:
+            self.others = tuple(others)
 
     def __str__(self) -> str:
         where = "the manager" if self.side == "manager" else self.side
