@@ -39,11 +39,12 @@ def _alarm() -> Iterator[None]:
 def _interrupted(wait: Callable[[], object], most: float) -> None:
     """Do something again and again until it is interrupted, within some seconds."""
     try:
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, most))
+        # And once more a second later: one that comes while garbage is collected is lost.
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, most), 1.0)
         while True:
             wait()
     except KeyboardInterrupt:
-        pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _condition_of(waited: Any) -> Any:
