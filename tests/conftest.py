@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import shutil
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,18 @@ _MARKER = f"LAZYCLUSTER_TEST_RUN={os.getpid()}"
 _QUICK = {"KexAlgorithms": "curve25519-sha256"}
 _DIRECTORY_MARKERS = ("unit", "integration", "faults")
 
+_HANG = 120.0  # seconds after a test's own time-out (signal or thread, which it may swallow) until its process is ended
+
 _own_network = False
 _temporary = Path()
 _state = Path()
+_terminal = -1  # the descriptor of the standard error that is not captured
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give this run a network namespace and a directory for temporary files of its own, before anything uses either."""
-    global _own_network, _temporary, _state
+    global _own_network, _temporary, _state, _terminal
+    _terminal = os.dup(sys.__stderr__.fileno())  # pytest captures nothing while it calls this
     # Whoever starts the tests in the background may have these ignored, and children would inherit that.
     for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -53,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the directory for temporary files."""
+    os.close(_terminal)
     tempfile.tempdir = None
     shutil.rmtree(_temporary, ignore_errors=True)
     shutil.rmtree(_state, ignore_errors=True)
@@ -70,6 +77,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             folder = item.path.relative_to(_HERE).parts[0]
             if folder in _DIRECTORY_MARKERS:
                 item.add_marker(folder)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name a failed test at once: who ends a run that hangs would otherwise see no name."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        os.write(_terminal, f"\n{report.outcome}: {report.nodeid} ({report.when})\n".encode())
+
+
+def _bounded(item: pytest.Item) -> Generator[None, Any, Any]:
+    """End this process, with the tracebacks of its threads, when a part of a test ends in no way."""
+    marker = item.get_closest_marker("timeout")
+    own = float(marker.args[0]) if marker is not None and marker.args else float(item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(own + _HANG, exit=True, file=_terminal)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Bound the set-up."""
+    return (yield from _bounded(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Bound the test itself."""
+    return (yield from _bounded(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Bound the tear-down."""
+    return (yield from _bounded(item))
 
 
 def _skip(reason: HostsUnavailableError) -> None:
