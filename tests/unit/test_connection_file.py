@@ -280,3 +280,23 @@ def test_what_can_only_be_a_directory(tmp_path: Path, monkeypatch: pytest.Monkey
         connection_file.check(path)
     with pytest.raises(ClusterError, match="is a directory"):
         connection_file.write(path, "Engine", {}, "me")
+
+
+@pytest.mark.parametrize("address", ["new://x", "tcp://127.0.0.1:1"])
+def test_a_client_that_could_not_connect_is_closed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """Else the garbage collector closes it, and waits for ever if it does so while another client starts its loop."""
+    distributed = pytest.importorskip("distributed")
+    made, start = [], distributed.Client.start
+
+    def noted(client: Any, **options: Any) -> None:
+        made.append(client)
+        start(client, **options)
+
+    monkeypatch.setattr(distributed.Client, "start", noted)
+    path = _document(tmp_path / "file.json", "DaskCluster", {"scheduler": address, "security": {}})
+    with pytest.raises(ClusterError):
+        DaskCluster.connect(path, timeout=0.2)
+    assert [client.status for client in made] == ["closed"]
+    assert not made[0]._loop_runner.is_started()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+import contextlib
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed import Client
 from distributed.protocol.pickle import dumps
@@ -15,10 +16,12 @@ from .dask_scaling import scheduler_at
 if TYPE_CHECKING:
     from .local_modules import LocalModules
 
-__all__ = ["UpToDateClient", "be_patient"]
+__all__ = ["UpToDateClient", "connected"]
+
+C = TypeVar("C", bound=Client)
 
 _BACK = 30.0  # seconds for a scheduler that is started again; distributed's own default
-
+_CLOSED = 5.0  # seconds for a client that is not connected to end its loop
 
 # What carries no code, and is on the path of each result.
 _WITHOUT_CODE = frozenset({"gather", "who_has", "identity"})
@@ -42,7 +45,6 @@ class UpToDateClient(Client):  # type: ignore[misc]
         self._local_modules = modules
         self._version = modules.version
         super().__init__(address, **options)
-        be_patient(self)
 
     @property
     def scheduler(self) -> Any:
@@ -107,6 +109,29 @@ class _Calls:
         return up_to_date
 
 
-def be_patient(client: Client) -> None:
-    """Have a client wait for a scheduler that is started again, however short the time was to connect at first."""
+def connected(kind: type[C], *arguments: Any, **options: Any) -> C:
+    """Return a client that waits for a scheduler that is started again, however short the time was to connect at first.
+
+    One that cannot connect is closed before its error is raised. Otherwise the garbage collector closes it: at any
+    moment, and for ever if that is while distributed starts or stops the loop of another client, since the lock of
+    `distributed.utils.LoopRunner` waits for its own thread.
+
+    Args:
+        kind: The class of the client.
+        *arguments: Its arguments, see `distributed.Client`.
+        **options: Its options.
+
+    Raises:
+        Exception: What the class raises.
+    """
+    client: Any = object.__new__(kind)
+    try:
+        client.__init__(*arguments, **options)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the error that counts is the one that is being raised
+            client.close(timeout=_CLOSED)
+            client._loop_runner.stop()  # which `close` leaves to run where connecting has closed the rest
+        raise
     client._timeout = max(client._timeout, _BACK)
+    made: C = client
+    return made

@@ -154,14 +154,14 @@ class DaskCluster(ElasticCluster):
         """
         from distributed.comm import CommClosedError
 
-        from .dask_client import UpToDateClient
+        from .dask_client import UpToDateClient, connected
 
         deadline = time.monotonic() + timeout
         while True:
             self._check_running()
             try:
                 left = max(0.0, deadline - time.monotonic())
-                return UpToDateClient(self, self._dask.modules, timeout=left)
+                return connected(UpToDateClient, self, self._dask.modules, timeout=left)
             except CommClosedError as error:  # the scheduler has ended while it answered; there will be another one
                 if time.monotonic() + _AGAIN >= deadline:
                     raise TimeoutError(
@@ -186,20 +186,21 @@ class DaskCluster(ElasticCluster):
         """
         from distributed import Client
 
-        from .dask_client import be_patient
+        from .dask_client import connected
         from .dask_programs.serialization import keep_file_names
         from .dask_programs.tls import MemorySecurity
 
         keep_file_names(dumps)
         found = connection_file.read(path, DaskCluster.__name__, _CONNECTION)
         try:
-            client = Client(found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout)
+            client: Client = connected(
+                Client, found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout
+            )
         except (TypeError, ValueError, ssl.SSLError, RuntimeError) as error:
             # These are no arguments of distributed's, no address or one without TLS, or no key.
             raise connection_file.unusable(path, str(error)) from None
         except (OSError, TimeoutError) as error:
             raise connection_file.unanswered(path, found, str(error)) from None
-        be_patient(client)
         return client
 
     def _connection(self) -> dict[str, Any]:
