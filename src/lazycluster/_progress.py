@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
@@ -29,7 +30,8 @@ _SILENT = 2.0  # seconds; who waits shorter need not read anything
 _EVERY = 0.25
 _NAMED = 3  # of those that are waited for
 
-_board: ContextVar[Board | None] = ContextVar("lazycluster progress", default=None)
+# Referred to weakly: Ctrl-C may come before a ``with`` block has taken its board back, and then nobody else does.
+_board: ContextVar[weakref.ref[Board] | None] = ContextVar("lazycluster progress", default=None)
 
 
 class Progress:
@@ -63,7 +65,7 @@ class Progress:
         return [] if self._waiting is None else list(self._waiting())
 
     def __enter__(self) -> Progress:
-        board = _board.get()
+        board = _surrounding()
         if board is not None:
             board.add(self)
         return self
@@ -95,11 +97,13 @@ class Board:
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Board]:
         """Have it show what is begun meanwhile in this context, and in coroutines that are started from it."""
-        token = _board.set(self)
+        outer, mine = _board.get(), weakref.ref(self)
         try:
+            _board.set(mine)
             yield self
         finally:
-            _board.reset(token)
+            if _board.get() is mine:  # else this is done late, when what Ctrl-C has left behind is thrown away
+                _board.set(outer)
 
     def result(self, future: _waiting.Future[T], timeout: float | None = None) -> T:
         """Wait for a future and return its result, as it does itself; what takes long is shown."""
@@ -152,6 +156,12 @@ class Board:
             self._display = None
 
 
+def _surrounding() -> Board | None:
+    """Return the board of the ``with`` block that this is in, or that this coroutine was started in."""
+    reference = _board.get()
+    return None if reference is None else reference()
+
+
 def _all_done(futures: Sequence[_waiting.Future[Any]], timeout: float | None) -> bool:
     end = None if timeout is None else time.monotonic() + timeout
     return all(future.wait(None if end is None else max(0.0, end - time.monotonic())) for future in futures)
@@ -164,7 +174,7 @@ def shown(wanted: bool | None = None) -> Iterator[Board]:
     Args:
         wanted: Whether anything is shown; None: as the surrounding block says, or `Environment.progress`.
     """
-    outer = _board.get()
+    outer = _surrounding()
     if outer is not None and (wanted is not False or not outer.wanted):
         yield outer
         return
@@ -178,7 +188,7 @@ def shown(wanted: bool | None = None) -> Iterator[Board]:
 
 def present() -> Board:
     """Return a board for work that goes on after the present call: it is shown to whoever waits for that."""
-    outer = _board.get()
+    outer = _surrounding()
     return Board(None if outer is None else outer.wanted)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import sys
 import threading
@@ -213,3 +214,34 @@ def test_copies_to_many_hosts_are_summed_up_also_for_those_that_have_ended(termi
 )
 def test_sizes(count: float, text: str) -> None:
     assert _progress.size(count) == text
+
+
+def test_whenever_ctrl_c_comes_nothing_of_it_stays() -> None:
+    """Between any two steps: what is waited for later is no part of what was interrupted."""
+
+    def interrupted(step: int) -> bool:
+        left = step
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename in (_progress.__file__, contextlib.__file__):
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with shown():
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    step = 1
+    while interrupted(step):
+        assert _progress._surrounding() is None, step
+        step += 1
+    assert step > 20

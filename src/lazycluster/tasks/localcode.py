@@ -8,7 +8,6 @@ import importlib.machinery
 import os
 import re
 import sys
-import sysconfig
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +16,13 @@ from typing import Any, NamedTuple
 from lazycluster.agent.localmodules import Source
 
 _INSTALLED = {"site-packages", "dist-packages"}
+_LIBRARY = os.path.dirname(os.__file__)
+# As sysconfig has them: which stays broken for the rest of the process if Ctrl-C comes while it is asked first.
 _STANDARD = tuple(
-    {os.path.realpath(path) + os.sep for path in map(sysconfig.get_path, ("stdlib", "platstdlib")) if path}
+    {
+        os.path.realpath(path) + os.sep
+        for path in (_LIBRARY, os.path.join(sys.exec_prefix, sys.platlibdir, os.path.basename(_LIBRARY)))
+    }
 )
 _EXTENSIONS = tuple(importlib.machinery.EXTENSION_SUFFIXES)
 # Where a project says its name; read without a parser of TOML, which Python 3.10 does not have.
