@@ -23,7 +23,8 @@ from typing import Any
 from harness import Row, seconds, settings, slower, ssh_hosts
 
 from controlgroups import ControlGroupsUnavailableError
-from lazycluster import Environment, RuntimeGroup, _loop
+from lazycluster import Environment, RuntimeGroup
+from lazycluster.core import event_loop
 from sshhosts import procfs
 
 PACKAGES = ["dask[distributed]", "scikit-learn", "pandas"]
@@ -124,7 +125,7 @@ def _first_import(hosts: Any) -> Row:
         (first,) = group.call(_import_all).values()
         environment = group.runtimes[0]._session.environment
         assert environment is not None
-        _loop.run(environment.compiled())
+        event_loop.run(environment.compiled())
     with _group(hosts, 1, environment=PACKAGES) as group:
         (later,) = group.call(_import_all).values()
     return Row("its first import of all three: processor time", first, "s", peer="modules compiled", theirs=later)

@@ -14,7 +14,7 @@ from typing import Any
 
 from harness import Row, in_turns, settings, ssh_hosts
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.ssh.transfer import get, send
 
@@ -44,11 +44,11 @@ def connections(hosts: Any) -> Iterator[list[SshConnection]]:
     async def all_of(works: list[Awaitable[None]]) -> None:
         await asyncio.gather(*works)
 
-    _loop.run(all_of([connection.open() for connection in made]))
+    event_loop.run(all_of([connection.open() for connection in made]))
     try:
         yield made
     finally:
-        _loop.run(all_of([connection.close() for connection in made]))
+        event_loop.run(all_of([connection.close() for connection in made]))
 
 
 def rows() -> Iterator[Row]:
@@ -85,7 +85,7 @@ def ours(work: Callable[..., Awaitable[Any]], paths: list[Path], *calls: tuple[A
 
     def run() -> None:
         clear(*paths)
-        _loop.run(all_of())
+        event_loop.run(all_of())
 
     return run
 

@@ -19,7 +19,7 @@ from harness import Row, seconds, settings, ssh_hosts
 
 from lazycluster import RuntimeGroup
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
-from lazycluster.cluster.hyperopt_programs import compat
+from lazycluster.engines.hyperopt.programs import compat
 
 CLIENTS = 16
 MANY = 10_000
@@ -51,8 +51,8 @@ class Server:
     """The embedded server, started as a cluster starts it."""
 
     def __init__(self, folder: str) -> None:
-        from lazycluster.cluster.hyperopt_masters import EmbeddedMongoLauncher
         from lazycluster.cluster.programs import Source
+        from lazycluster.engines.hyperopt.masters import EmbeddedMongoLauncher
 
         launcher = EmbeddedMongoLauncher(None)  # type: ignore[arg-type]
         launcher.hyperopt.dbpath = Path(folder, "db")

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from harness import Row, settings, ssh_hosts
 
-from lazycluster import RuntimeGroup, _loop
+from lazycluster import RuntimeGroup
 from lazycluster.cluster.network import Listener, Network, Reach
-from lazycluster.cluster.places import places_of
+from lazycluster.cluster.worker_hosts import places_of
+from lazycluster.core import event_loop
 
 COUNT = 64
 FIRST_PORT = 25100
@@ -24,10 +25,10 @@ def rows() -> Iterator[Row]:
             listeners = [Listener(place, FIRST_PORT + i, Reach.EVERYBODY) for i, place in enumerate(places)]
             network = Network()
             start = time.perf_counter()
-            failed = _loop.run(network.open(listeners, places))
+            failed = event_loop.run(network.open(listeners, places))
             took = time.perf_counter() - start
             assert not failed, failed
             yield Row(f"open the {COUNT * COUNT} tunnels of {COUNT} workers", took, "s")
             start = time.perf_counter()
-            _loop.run(network.close())
+            event_loop.run(network.close())
             yield Row("close them", time.perf_counter() - start, "s")

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lazycluster.agent import stream, wire
-from lazycluster.ssh import answers
+from lazycluster.ssh import agent_replies
 
 _NONE = type(None)
 _HIDDEN = "x\x1b]0;t\x07\udcff\n../../\0y"  # may be a name
@@ -36,7 +36,7 @@ class Attack:
 
 # --- answers of all shapes --------------------------------------------------------------------------
 def made(shape: Any, leaf: Callable[[Any], Any], length: int) -> Any:
-    """Return something of a shape of `lazycluster.ssh.answers`."""
+    """Return something of a shape of `lazycluster.ssh.agent_replies`."""
     if isinstance(shape, list):
         return [made(shape[0], leaf, length) for _ in range(length)]
     if isinstance(shape, dict):
@@ -51,7 +51,7 @@ def lowest(shape: Any) -> Any:
     """Return the least that is allowed."""
     if isinstance(shape, range):
         return shape.start
-    if isinstance(shape, answers._Between):
+    if isinstance(shape, agent_replies._Between):
         return shape.low
     if isinstance(shape, re.Pattern):
         return "" if shape.fullmatch("") else "0" * 16
@@ -62,7 +62,7 @@ def highest(shape: Any) -> Any:
     """Return the most that is allowed."""
     if isinstance(shape, range):
         return shape[-1]
-    if isinstance(shape, answers._Between):
+    if isinstance(shape, agent_replies._Between):
         return shape.high
     if isinstance(shape, re.Pattern):
         return "f" * 16
@@ -72,7 +72,7 @@ def highest(shape: Any) -> Any:
 
 def wrong(shape: Any) -> Any:
     """Return something of another type."""
-    if isinstance(shape, (range, answers._Between)) or shape in (int, bool):
+    if isinstance(shape, (range, agent_replies._Between)) or shape in (int, bool):
         return "1"
     return 7
 
@@ -81,7 +81,7 @@ def too_large(shape: Any) -> Any:
     """Return a number that is out of range, or a text that is none."""
     if isinstance(shape, range):
         return shape.start - 1
-    if isinstance(shape, answers._Between):
+    if isinstance(shape, agent_replies._Between):
         return shape.high * 2
     return 10**400 if shape in (int, bool) else "\ud800"
 
@@ -174,7 +174,7 @@ class Liar:
             self._say(number, kind, self._harm)
         if op in ("run", "call", "relay", "pool", "service", "environment build"):
             self._say(number, wire.EVENT, encoded({"pid": -1, "state": 7, "event": [], "ready": [], "done": {}}))
-        lie = {"ok": True, "status": "returned", **self._lie(answers._SHAPES.get(op, {}))}
+        lie = {"ok": True, "status": "returned", **self._lie(agent_replies._SHAPES.get(op, {}))}
         for task in [*lie.get("tasks", []), lie.get("task")]:
             # What is done, and was a function, would be fetched and unpickled.
             if isinstance(task, dict) and isinstance(task.get("steps"), list):
@@ -183,7 +183,7 @@ class Liar:
 
     def _answer_truly(self, number: int, request: dict[str, Any]) -> None:
         home = os.path.expanduser("~")
-        shape = answers._SHAPES.get(request["op"], {})
+        shape = agent_replies._SHAPES.get(request["op"], {})
         truth = {"ok": True, **made(shape, lowest, 0), "path": home, "exit": 0, "signal": None, "grace": 0}
         if request["op"] == "run":
             said = request.get("argv", [""])[-1]
@@ -200,8 +200,8 @@ class Liar:
         request = other.message()
         kinds = (stream.START, stream.ENTRIES) if request["op"] == "get" else (stream.READY, stream.NEED)
         shapes = (
-            {"now": int, "folder": bool, "name": answers.NAME, "identity": [int]},
-            [[str, answers.NAME, int, int]],
+            {"now": int, "folder": bool, "name": agent_replies.NAME, "identity": [int]},
+            [[str, agent_replies.NAME, int, int]],
         )
         for kind, shape in zip(kinds, shapes, strict=True):
             payload = encoded(self._lie(shape))

@@ -7,14 +7,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lazycluster import _joblib
+from .pool import joblib_registration
 
 if TYPE_CHECKING:
-    from lazycluster.environments.spec import EnvironmentSpec
-    from lazycluster.runtime_mgmt import RuntimeGroup, RuntimeManager
-    from lazycluster.runtimes import LocalRuntime, Runtime, RuntimeTask
-    from lazycluster.tasks.detached import DetachedTask
-    from lazycluster.utils import Environment
+    from .environments.spec import EnvironmentSpec
+    from .runtime_mgmt import RuntimeGroup, RuntimeManager
+    from .runtimes import LocalRuntime, Runtime, RuntimeTask
+    from .tasks.detached import DetachedTask
+    from .utils import Environment
 
 __all__ = [
     "DetachedTask",
@@ -61,4 +61,4 @@ if not (sys.argv and os.path.basename(sys.argv[0]) == "lazycluster"):
         __getattr__(_name)
 
 
-_joblib.announce()
+joblib_registration.announce()

@@ -1,6 +1,6 @@
 """The command line as ``python -m lazycluster``."""
 
-from lazycluster.cli import main
+from .cli import main
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lazycluster._group.group import RuntimeGroup
-from lazycluster._group.manager import RuntimeManager
+from .group.group import RuntimeGroup
+from .group.manager import RuntimeManager
 
 __all__ = ["RuntimeGroup", "RuntimeManager"]

@@ -10,23 +10,24 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from lazycluster import _lifetime, _loop, _progress
-from lazycluster._runtime.belongings import Belongings
-from lazycluster._runtime.ledger import Ledger, join_all
-from lazycluster._runtime.session import HostSpec, Session, connected, may_ask
-from lazycluster._runtime.views import runtime_view
-from lazycluster._views.log import show_logs
-from lazycluster._views.view import Shown
-from lazycluster.ssh.tunnels import close_tunnels
-from lazycluster.tasks import detached
-from lazycluster.tasks.detached import DetachedTask
-from lazycluster.tasks.execution import Context, settled
-from lazycluster.tasks.task import RuntimeTask
-from lazycluster.tasks.variables import checked_variables
+from .core import event_loop, lifetime
+from .output import progress
+from .output.execution_log import show_logs
+from .output.view import Shown
+from .runtime.belongings import Belongings
+from .runtime.registry import Registry, join_all
+from .runtime.session import HostSession, HostSpec, connected, may_ask
+from .runtime.views import runtime_view
+from .ssh.tunnels import close_tunnels
+from .tasks import detached
+from .tasks.detached import DetachedTask
+from .tasks.execution import Context, settled
+from .tasks.task import RuntimeTask
+from .tasks.variables import checked_variables
 
 if TYPE_CHECKING:
-    from lazycluster.tasks.pickling import PickledCall
-    from lazycluster.tasks.retrying import Retries
+    from .tasks.pickling import PickledCall
+    from .tasks.retries import Retries
 
 __all__ = ["LocalRuntime", "Runtime", "RuntimeTask"]
 
@@ -103,19 +104,19 @@ class Runtime(Belongings, Shown):
         own = (host, working_dir, connection_kwargs, python, setup, env or {}, shell)
         spec = HostSpec(*own, ask=may_ask(), environment=environment, startup_files=startup_files)
         # A person who is asked something must see the question.
-        with _progress.shown(False if spec.ask else None):
-            self._begin(_loop.run(connected(spec)))
+        with progress.shown(False if spec.ask else None):
+            self._begin(event_loop.run(connected(spec)))
 
-    def _begin(self, session: Session) -> None:
+    def _begin(self, session: HostSession) -> None:
         self._session = session
-        self._ledger = Ledger()
+        self._ledger = Registry()
         self._env = dict(session.spec.env)
         self._info = None
         self._info_lock = threading.Lock()
-        _lifetime.register(self)
+        lifetime.register(self)
 
     @classmethod
-    def from_session(cls: type[R], session: Session) -> R:
+    def from_session(cls: type[R], session: HostSession) -> R:
         """Return a runtime on a host that is connected already; for the layers above."""
         runtime = cls.__new__(cls)
         runtime._begin(session)
@@ -216,7 +217,7 @@ class Runtime(Belongings, Shown):
             detached.check_options(
                 task, retries=retries, omit_on_join=omit_on_join, debug=debug, wait=not execute_async
             )
-            return _loop.run(self.detach_soon(task, detached.checked(task)))
+            return event_loop.run(self.detach_soon(task, detached.checked(task)))
         started = task if getattr(task, "status", "") == "pending" else None
         try:
             started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug, retries=tries)
@@ -234,7 +235,7 @@ class Runtime(Belongings, Shown):
         Raises:
             LazyclusterError: If the runtime cannot be used.
         """
-        return _loop.run(self.detached_tasks_soon())
+        return event_loop.run(self.detached_tasks_soon())
 
     async def detached_tasks_soon(self) -> list[DetachedTask]:
         """Do what :meth:`detached_tasks` does; for the layers above, on the loop."""
@@ -409,7 +410,7 @@ class Runtime(Belongings, Shown):
         Results of tasks stay readable. Doing it again does nothing. Errors that nobody has asked for are logged.
         """
         if self.is_ours:
-            _loop.run(self.cleanup_soon())
+            event_loop.run(self.cleanup_soon())
 
     async def cleanup_soon(self) -> None:
         """Do what :meth:`cleanup` does; for the layers above, on the loop."""
@@ -482,4 +483,4 @@ class LocalRuntime(Runtime):
         own = sys.executable if python is None and setup is None else python
         more = {"environment": environment, "startup_files": startup_files}
         spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, True, **more)
-        self._begin(_loop.run(connected(spec)))
+        self._begin(event_loop.run(connected(spec)))

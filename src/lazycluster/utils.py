@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from urllib.parse import quote
 
-from lazycluster.agent.ownership import make
+from .agent.ownership import make
 
 __all__ = ["Environment", "Timestamp", "new_log_file_path", "private_directory", "safe_name"]
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask, _loop
+from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask
+from lazycluster.core import event_loop
 from patience import until
 
 pytestmark = pytest.mark.timeout(100, method="thread")  # the other one needs the signal that is used here
@@ -28,7 +29,7 @@ def _interrupt(*_: object) -> None:
 @pytest.fixture(autouse=True)
 def _alarm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have a signal raise `KeyboardInterrupt`, as Ctrl-C does."""
-    _loop.get_loop()
+    event_loop.get_loop()
     before = signal.signal(signal.SIGALRM, _interrupt)
     # Python drops what is raised in the callback of a weak reference; and a coroutine may not yet be anybody's.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
@@ -77,9 +78,9 @@ def test_nothing_goes_on_that_nobody_waits_for() -> None:
 
     def check() -> None:
         try:
-            _loop.run(work())
+            event_loop.run(work())
         except KeyboardInterrupt:
-            assert _loop.submit(asyncio.sleep(0, 1)).result() == 1  # what was begun before has begun
+            assert event_loop.submit(asyncio.sleep(0, 1)).result() == 1  # what was begun before has begun
             assert under_way == [0]
             raise
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask, _loop
-from lazycluster.agent import restarts
+from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask
+from lazycluster.agent import restart_policy
 from lazycluster.agent.guardian import KEEP_FILE
+from lazycluster.core import event_loop
 from lazycluster.exceptions import HostsLostError, LazyclusterError, TaskExecutionError, WorkerLostError
-from lazycluster.pool import crew
+from lazycluster.pool import host_pool
 from lazycluster.ssh import workspace
 from patience import until
 
@@ -72,21 +73,21 @@ def test_the_keeper_is_replaced(hosts: Any, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_what_the_keeper_was_to_remove_at_the_managers_end_is_there_after_its_own() -> None:
-    space = _loop.run(workspace.acquire())
+    space = event_loop.run(workspace.acquire())
     try:
         os.kill(space.keeper.hello.pid, signal.SIGKILL)
         until(lambda: (space.keeper.state, space.keeper.generation) == ("open", 2), "another keeper")
         assert Path(space.directory).is_dir()
     finally:
-        _loop.run(space.release())
+        event_loop.run(space.release())
     assert not Path(space.directory).exists()
 
 
 def test_a_keeper_that_is_killed_again_and_again_is_given_up_in_the_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(restarts, "_BACKOFF", 0.001)
-    space = _loop.run(workspace.acquire())
+    monkeypatch.setattr(restart_policy, "_BACKOFF", 0.001)
+    space = event_loop.run(workspace.acquire())
     try:
         for generation in range(1, 7):
             until(lambda g=generation: (space.keeper.state, space.keeper.generation) == ("open", g), "another keeper")
@@ -94,7 +95,7 @@ def test_a_keeper_that_is_killed_again_and_again_is_given_up_in_the_end(
         until(lambda: space.keeper.state == "lost", "the end")
         assert "if this process is killed, something may be left" in caplog.text
     finally:
-        _loop.run(space.release())
+        event_loop.run(space.release())
 
 
 # --- calls -----------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) 
 def test_a_host_that_cannot_be_reached_does_not_hold_up_the_rest(
     group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(crew, "AWAY_PATIENCE", 0.1)
+    monkeypatch.setattr(host_pool, "AWAY_PATIENCE", 0.1)
     connection = group.get_runtime("two").connection
     agent = connection.hello.pid
 
@@ -231,7 +232,7 @@ def test_a_host_that_cannot_be_reached_does_not_hold_up_the_rest(
         return x
 
     def become(state: Any) -> None:
-        _loop.get_loop().call_soon_threadsafe(connection._become, state)
+        event_loop.get_loop().call_soon_threadsafe(connection._become, state)
 
     results = group.map(counted, range(200))
     got = [next(results) for _ in range(20)]

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from lazycluster import Runtime, RuntimeGroup, RuntimeTask, _loop
-from lazycluster.agent import memory, processes
+from lazycluster import Runtime, RuntimeGroup, RuntimeTask
+from lazycluster.agent import oom, processes
+from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, TaskExecutionError
 from lazycluster.runtimes import LocalRuntime
 from patience import until
@@ -65,7 +66,7 @@ def test_a_manager_that_does_not_take_output_makes_the_command_wait() -> None:
             result: dict[str, Any] = await channel.result()
             return result
 
-        pouring = _loop.submit(pour())
+        pouring = event_loop.submit(pour())
         try:
             _until(lambda: pids)
             seen = [-1]
@@ -232,7 +233,7 @@ def test_a_control_group_that_runs_out_of_memory(memory_group: Path) -> None:
         for pid in (runtime.connection.hello.pid, processes.parent_of(runtime.connection.hello.pid)):
             (memory_group / "cgroup.procs").write_text(str(pid))
         moved = time.monotonic()
-        until(lambda: time.monotonic() - moved > memory._FRESH, "what is known of the group before to be too old")
+        until(lambda: time.monotonic() - moved > oom._FRESH, "what is known of the group before to be too old")
         assert runtime.call(_take, 20_000_000) == 20_000_000
         with pytest.raises(TaskExecutionError, match=r"out of memory") as caught:
             runtime.call(_take, 500_000_000)

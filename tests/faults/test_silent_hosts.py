@@ -14,8 +14,8 @@ import pytest
 
 from lazycluster import RuntimeGroup, RuntimeTask, runtimes
 from lazycluster.cluster import services
-from lazycluster.ssh import connection, handles
-from lazycluster.tasks import functions, perform
+from lazycluster.ssh import connection, tunnel_handles
+from lazycluster.tasks import functions, step_run
 from patience import until
 
 _FOR_EVER = 3600.0
@@ -28,8 +28,8 @@ def _endless(monkeypatch: pytest.MonkeyPatch) -> None:
         (services, "_STOP_LIMIT"),
         (runtimes, "_END_LIMIT"),
         (connection, "_STOP_PATIENCE"),
-        (handles, "_ANSWER_LIMIT"),
-        (perform, "_END_LIMIT"),
+        (tunnel_handles, "_ANSWER_LIMIT"),
+        (step_run, "_END_LIMIT"),
         (functions, "END_PATIENCE"),
     ):
         assert hasattr(module, name)

@@ -17,7 +17,7 @@ import pytest
 from lazycluster import Runtime, RuntimeGroup, RuntimeTask
 from lazycluster.agent import bootstrap
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, TaskExecutionError
-from lazycluster.ssh import connection, openssh, program, transfer
+from lazycluster.ssh import agent_program, connection, openssh, transfer
 from patience import until
 
 # A host that keeps its link alive and leaves those requests unanswered that a file in its home names.
@@ -49,8 +49,8 @@ def mutable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         assert before in module.read_text()
         module.write_text(module.read_text().replace(before, after))
     told = SimpleNamespace(**{**vars(bootstrap), "__file__": str(agent / "bootstrap.py")})
-    monkeypatch.setattr(program, "bootstrap", told)
-    program.payload.cache_clear()
+    monkeypatch.setattr(agent_program, "bootstrap", told)
+    agent_program.payload.cache_clear()
     files: list[Path] = []
 
     def mute(host: Any, *operations: str) -> None:
@@ -58,7 +58,7 @@ def mutable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         files[-1].write_text(" ".join(operations))
 
     yield mute
-    program.payload.cache_clear()
+    agent_program.payload.cache_clear()
     for file in files:
         file.unlink(missing_ok=True)
 

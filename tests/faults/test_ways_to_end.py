@@ -123,12 +123,12 @@ def test_process_1_of_a_container_is_stopped(hosts: Any, work: str) -> None:
 
 
 # Programs that have something to clean up, what they print when they get SIGTERM once they are ready, and their status.
-_BEFORE = "import os, signal, sys, threading; from lazycluster import _lifetime\n"
+_BEFORE = "import os, signal, sys, threading; from lazycluster.core import lifetime\n"
 _THING = """
 class Thing:
     def cleanup(self): os.write(1, b"cleaned up\\n")
 thing = Thing()
-_lifetime.register(thing)
+lifetime.register(thing)
 """
 _WAIT = "print('ready', flush=True); threading.Event().wait()\n"
 _PROGRAMS = {
@@ -139,7 +139,7 @@ _PROGRAMS = {
     "handler after": (_THING + "signal.signal(signal.SIGTERM, lambda *_: os._exit(7))\n" + _WAIT, [], 7),
     "ignored": ("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + _THING
                 + "print('ready', flush=True); sys.stdin.read()\n", ["cleaned up"], 0),
-    "default again": (_THING + "signal.signal(signal.SIGTERM, signal.SIG_DFL); _lifetime.register(thing)\n" + _WAIT,
+    "default again": (_THING + "signal.signal(signal.SIGTERM, signal.SIG_DFL); lifetime.register(thing)\n" + _WAIT,
                       [], -signal.SIGTERM),
     "finally": (_THING + "try:\n    print('ready', flush=True); threading.Event().wait()\n"
                 "finally: os.write(1, b'own\\n')\n", ["cleaned up", "own"], -signal.SIGTERM),

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lazycluster.mongo.engine import Engine, Session
-from lazycluster.mongo.scram import Credentials
-from lazycluster.mongo.server import Server
-from lazycluster.mongo.store import Store
+from lazycluster.engines.hyperopt.mongo.dispatch import ClientSession, Dispatcher
+from lazycluster.engines.hyperopt.mongo.scram import Credentials
+from lazycluster.engines.hyperopt.mongo.server import Server
+from lazycluster.engines.hyperopt.mongo.store import Store
 
 
-class StandIn(Engine):
+class StandIn(Dispatcher):
     def __init__(self, store: Store, users: Path) -> None:
         self.users = users
         super().__init__(store, self._known())
@@ -29,7 +29,7 @@ class StandIn(Engine):
         known = json.loads(self.users.read_text()) if self.users.exists() else {"user": "", "pwd": ""}
         return Credentials.of(known["user"], known["pwd"])
 
-    def run(self, session: Session, command: dict[str, Any]) -> dict[str, Any]:
+    def run(self, session: ClientSession, command: dict[str, Any]) -> dict[str, Any]:
         if "createUser" in command and not self.users.exists():
             self.users.write_text(json.dumps({"user": command["createUser"], "pwd": command["pwd"]}))
             self._credentials = self._known()

@@ -24,7 +24,7 @@ from lazycluster import RuntimeGroup
 from lazycluster.exceptions import PortInUseError, TunnelError
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh import workspace
-from lazycluster.ssh.agentrelay import AgentRelay
+from lazycluster.ssh.agent_relay import AgentRelay
 
 _SIZE = 6_000_000
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lazycluster import LocalRuntime, Runtime, RuntimeGroup, RuntimeManager, RuntimeTask, _loop
+from lazycluster import LocalRuntime, Runtime, RuntimeGroup, RuntimeManager, RuntimeTask
 from lazycluster.cluster.dask_cluster import DaskCluster
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+from lazycluster.core import event_loop
 from lazycluster.exceptions import (
     InvalidRuntimeError,
     InvalidRuntimesError,
@@ -282,7 +283,7 @@ def test_callbacks_that_want_to_end_the_process_end_no_thread_of_ours(caplog):
             future = executor.submit(time.sleep, 0.2)
             future.add_done_callback(callback)
             assert executor.submit(pow, 2, 3).result(30) == 8
-        _loop.get_loop().call_soon_threadsafe(callback)
+        event_loop.get_loop().call_soon_threadsafe(callback)
         assert local.call(pow, 2, 3) == 8
         group.on_state(callback)
     assert len(called) >= 4
@@ -291,7 +292,7 @@ def test_callbacks_that_want_to_end_the_process_end_no_thread_of_ours(caplog):
 
 def test_whoever_waits_for_a_thread_is_told_that_it_raised_stop_iteration():
     with pytest.raises(RuntimeError, match="next raised StopIteration"):
-        _loop.run(_loop.in_thread(next, iter([])), 30)
+        event_loop.run(event_loop.in_thread(next, iter([])), 30)
 
 
 # --- files that are missing ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 from lazycluster.ssh.openssh import SshConnection
 from patience import until
@@ -43,7 +43,7 @@ def with_connections(
         finally:
             await asyncio.gather(*[connection.close() for connection in connections])
 
-    return _loop.run(whole(), timeout=90)
+    return event_loop.run(whole(), timeout=90)
 
 
 def refused(hosts: Any, **kwargs: Any) -> InvalidRuntimeError:
@@ -191,7 +191,7 @@ def test_lost_hosts_are_noticed(make_hosts: Make, failure: str) -> None:
 
 _MANAGER = """
     import asyncio, sys
-    from lazycluster import _loop
+    from lazycluster.core import event_loop
     from lazycluster.ssh.openssh import SshConnection
 
     async def main():
@@ -205,7 +205,7 @@ _MANAGER = """
         print("ready", flush=True)
         await asyncio.sleep(600)
 
-    _loop.run(main())
+    event_loop.run(main())
 """
 
 
@@ -250,7 +250,7 @@ def test_interrupted_when_just_connected(hosts: Any, monkeypatch: pytest.MonkeyP
         with pytest.raises(asyncio.CancelledError):
             await opening
 
-    _loop.run(interrupted())
+    event_loop.run(interrupted())
 
 
 def test_interrupted_while_connecting(hosts: Any) -> None:
@@ -263,4 +263,4 @@ def test_interrupted_while_connecting(hosts: Any) -> None:
             await asyncio.wait([opening])
             await connection.close()
 
-    _loop.run(interrupted(), timeout=60)
+    event_loop.run(interrupted(), timeout=60)

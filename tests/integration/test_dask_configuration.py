@@ -20,7 +20,7 @@ import dask
 from cluster_groups import connect
 
 from lazycluster.cluster.dask_cluster import DaskCluster
-from lazycluster.cluster.dask_configuration import configuration
+from lazycluster.engines.dask.configuration import configuration
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this module
 
@@ -167,7 +167,7 @@ def test_values_that_cannot_travel_are_named(caplog: pytest.LogCaptureFixture) -
 
 def test_files_and_variables_count_and_defaults_do_not(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("own: {file: 1}\ndistributed: {worker: {use-file-locking: true}}\n")
-    program = "from lazycluster.cluster.dask_configuration import configuration as c; print(c())"
+    program = "from lazycluster.engines.dask.configuration import configuration as c; print(c())"
     environment = {"DASK_CONFIG": str(tmp_path), "DASK_OWN__VARIABLE": "[1, 2]", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert ast.literal_eval(done.stdout) == {"own": {"variable": [1, 2], "file": 1}}

@@ -28,11 +28,7 @@ import leaks
 from lazycluster import RuntimeGroup
 from lazycluster.cluster import MasterLauncher, WorkerLauncher
 from lazycluster.cluster.dask_cluster import DaskCluster, LocalMasterLauncher, RoundRobinLauncher
-from lazycluster.cluster.exceptions import (
-    ClusterError,
-    MasterStartError,
-    VersionMismatchError,
-)
+from lazycluster.cluster.exceptions import ClusterError, MasterStartError, VersionMismatchError
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError
 
 pytestmark = [
@@ -247,13 +243,13 @@ def test_workers_need_a_master(group: RuntimeGroup) -> None:
 _UNCHECKED = """
 import sys
 from lazycluster.agent import filenames, localmodules
-from lazycluster.cluster import dask_programs
-from lazycluster.mongo import memfile, strangers
-for module in (filenames, localmodules, memfile, strangers):  # they are sent along with the programs
+from lazycluster.engines.dask import programs
+from lazycluster.engines.hyperopt.mongo import auth_limit, memory_file
+for module in (filenames, localmodules, memory_file, auth_limit):  # they are sent along with the programs
     name = module.__name__.rpartition(".")[2]
-    setattr(dask_programs, name, module)
-    sys.modules["lazycluster.cluster.dask_programs." + name] = module
-from lazycluster.cluster.dask_programs import common, scheduler
+    setattr(programs, name, module)
+    sys.modules["lazycluster.engines.dask.programs." + name] = module
+from lazycluster.engines.dask.programs import common, scheduler
 common.check_ports = lambda ports: None  # as if the port had been free then
 scheduler.main()
 """
@@ -316,7 +312,7 @@ def test_dask_missing_on_a_host_is_an_error_with_a_table(bare_python: str) -> No
 
 
 def test_other_versions_can_be_accepted(group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from lazycluster.cluster.dask_programs import common
+    from lazycluster.engines.dask.programs import common
 
     monkeypatch.setattr(common, "versions", lambda: {"dask": "1.0", "distributed": "1.0"})
     with DaskCluster(group) as cluster, pytest.raises(VersionMismatchError, match=r"manager +3\.\d+ +1\.0"):

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from environment_hosts import ROOT, connect, environments, everything, prefix, version_of
 
-from lazycluster import EnvironmentSpec, RuntimeGroup, RuntimeTask, _loop
-from lazycluster.environments import from_interpreter
+from lazycluster import EnvironmentSpec, RuntimeGroup, RuntimeTask
+from lazycluster.core import event_loop
+from lazycluster.environments import installed_packages
 from lazycluster.environments.activation import HostEnvironment
-from lazycluster.environments.keeping import Store, list_on
+from lazycluster.environments.cache import Store, list_on
 from lazycluster.exceptions import EnvironmentBuildError, TaskExecutionError
 from patience import until
 from wheelhouse import Index, make_project
@@ -136,7 +137,7 @@ def test_what_is_left_out_is_said(
     caplog.set_level(logging.INFO, "lazycluster")
     for number, (exclude, (without, said)) in enumerate(expected.items()):
         caplog.clear()
-        from_interpreter._tell.cache_clear()
+        installed_packages._tell.cache_clear()
         with connect(host, EnvironmentSpec("manager", exclude)) as runtime:
             with monkeypatch.context() as changed:
                 _installed_only(changed, tmp_path / str(number), *everything_there)
@@ -151,7 +152,7 @@ def test_what_is_left_out_is_said(
 
 
 def _store(runtime: Any) -> Store:
-    return _loop.run(list_on(runtime.connection))
+    return event_loop.run(list_on(runtime.connection))
 
 
 # --- where packages come from ---------------------------------------------------------------------

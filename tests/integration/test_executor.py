@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from lazycluster import LocalRuntime, RuntimeGroup, _waiting
+from lazycluster import LocalRuntime, RuntimeGroup
+from lazycluster.core import interruptible
 from lazycluster.exceptions import BrokenPoolError, LazyclusterError, TaskExecutionError, WorkerLostError
 from patience import until
 from sshhosts import procfs
@@ -141,7 +142,7 @@ def change():
 
 
 def test_in_a_callback_a_shutdown_does_not_wait_for_the_callback(group: RuntimeGroup) -> None:
-    over = _waiting.Event()
+    over = interruptible.Event()
     executor = group.executor()
 
     def end(future: concurrent.futures.Future[int]) -> None:

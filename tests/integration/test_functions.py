@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, ConnectionLostError
-from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.tasks import functions
 from lazycluster.tasks.functions import Outcome
@@ -43,7 +43,7 @@ def with_connection(work: Callable[[LocalConnection], Awaitable[Any]]) -> Any:
         async with connected() as connection:
             return await work(connection)
 
-    return _loop.run(main(), timeout=90)
+    return event_loop.run(main(), timeout=90)
 
 
 def call(function: Any, *args: Any, **options: Any) -> Outcome:
@@ -372,7 +372,7 @@ def test_a_call_that_waits_for_descriptors_can_be_cancelled(tmp_path: Path) -> N
         await asyncio.wait_for(turn.wait(), 30)
         await asyncio.wait_for(asyncio.wait(others), 30)
         assert not first.done()
-        with await _loop.in_thread(lambda: gate.open("w")):
+        with await event_loop.in_thread(lambda: gate.open("w")):
             pass
         assert [outcome.value for outcome in await asyncio.gather(first, last)] == [0, 0]
 
@@ -393,7 +393,7 @@ def test_on_a_host(hosts: Any) -> None:
         finally:
             await connection.close()
 
-    outcomes = _loop.run(work(), timeout=60)
+    outcomes = event_loop.run(work(), timeout=60)
     assert [outcome.value for outcome in outcomes[:2]] == [hosts.names[0], 20_000_000]
     assert len(outcomes[2].value) == 9_000_000
 

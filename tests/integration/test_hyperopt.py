@@ -289,7 +289,7 @@ def test_limits_hold_though_workers_take_trials_as_fast_as_they_are_queued(
     from hyperopt.early_stop import no_progress_loss
     from hyperopt.mongoexp import MongoTrials
 
-    from lazycluster.cluster.hyperopt_programs import compat
+    from lazycluster.engines.hyperopt.programs import compat
 
     counted = MongoTrials.count_by_state_unsynced.__wrapped__
 

@@ -183,7 +183,7 @@ _PLUGIN = """
 import contextlib
 import threading
 
-from lazycluster.cluster.hyperopt_programs import compat
+from lazycluster.engines.hyperopt.programs import compat
 
 mongoexp = compat.load()
 lock, temp_dir = threading.Lock(), mongoexp.temp_dir

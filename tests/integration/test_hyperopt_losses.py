@@ -78,7 +78,7 @@ def _meanwhile(work: Callable[[], None]) -> Iterator[None]:
 
 
 def test_a_late_write_is_refused(tmp_path: Path) -> None:
-    from lazycluster.cluster.hyperopt_programs import evaluator, trials
+    from lazycluster.engines.hyperopt.programs import evaluator, trials
 
     with local_group(1) as group, HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
         cluster.start_master()
@@ -254,7 +254,7 @@ def test_a_search_survives_all_of_it(make_hosts: Callable[..., Any], tmp_path: P
 
 
 def test_only_the_directory_of_a_trial_is_removed_after_it(tmp_path: Path) -> None:
-    from lazycluster.cluster.hyperopt_programs import evaluator
+    from lazycluster.engines.hyperopt.programs import evaluator
 
     work = tmp_path / "lost" / "if this fails" / "work"
     (work / "data").mkdir(parents=True)

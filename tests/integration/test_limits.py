@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lazycluster import RuntimeGroup, RuntimeTask
-from lazycluster.agent import memory
+from lazycluster.agent import oom
 from lazycluster.exceptions import TaskExecutionError
 from lazycluster.runtimes import LocalRuntime
 from lazycluster.tasks.limits import Limits, memory_hint
@@ -155,20 +155,20 @@ def test_what_the_system_tells_of_processes_that_it_ended(tmp_path: Path) -> Non
     (tmp_path / "proc/self/cgroup").write_text("0::/user/mine\n")
     (tmp_path / "proc/vmstat").write_text("nr_free 1\noom_kill 4\n")
     (group / "memory.events").write_text("low 0\noom 1\noom_kill 2\n")
-    before = memory.killed(str(tmp_path))
+    before = oom.killed(str(tmp_path))
     assert before == (2, 4)
     (tmp_path / "proc/vmstat").write_text("nr_free 1\noom_kill 5\n")
-    assert memory.verdict(before, memory.killed(str(tmp_path))) == "host"
+    assert oom.verdict(before, oom.killed(str(tmp_path))) == "host"
     (group / "memory.events").write_text("low 0\noom 1\noom_kill 3\n")
-    assert memory.verdict(before, memory.killed(str(tmp_path))) == "limit"
-    assert memory.verdict(before, before) == ""
-    assert memory.killed(str(tmp_path / "nothing")) == (None, None)
-    assert memory.verdict((None, None), (1, 1)) == ""
+    assert oom.verdict(before, oom.killed(str(tmp_path))) == "limit"
+    assert oom.verdict(before, before) == ""
+    assert oom.killed(str(tmp_path / "nothing")) == (None, None)
+    assert oom.verdict((None, None), (1, 1)) == ""
     old = tmp_path / "sys/fs/cgroup/memory/job"
     old.mkdir(parents=True)
     (old / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 7\n")
     (tmp_path / "proc/self/cgroup").write_text("11:memory:/job\n1:name=systemd:/x\n")
-    assert memory.killed(str(tmp_path)) == (7, 5)
+    assert oom.killed(str(tmp_path)) == (7, 5)
 
 
 def test_a_killed_process_is_told_of(runtime: LocalRuntime) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 import liar
-from lazycluster import DetachedTask, Environment, EnvironmentSpec, Runtime, RuntimeGroup, RuntimeTask, _loop
+from lazycluster import DetachedTask, Environment, EnvironmentSpec, Runtime, RuntimeGroup, RuntimeTask
 from lazycluster.agent import stream, wire
 from lazycluster.cli.checkup import Checkup
+from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, NoPortsLeftError
-from lazycluster.ssh import answers
+from lazycluster.ssh import agent_replies
 from lazycluster.ssh.openssh import SshConnection
 
 
@@ -36,7 +37,7 @@ def harm(tmp_path: Path) -> Path:
 def python(hosts: Any, harm: Path) -> Iterator[Callable[..., str]]:
     """What puts a liar on a host, and returns the path that Python is expected at."""
     folder = hosts[0].path("~/liar")
-    for module in (wire, stream, answers):
+    for module in (wire, stream, agent_replies):
         file = folder / f"{module.__name__.replace('.', '/')}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(str(module.__file__), file)
@@ -258,7 +259,7 @@ def test_a_checkup_of_a_host_that_lies(python: Callable[..., str], hosts: Any, h
         await checkup.run(SshConnection("host1", {"config_file": hosts.config_file}, python=program))
         return checkup
 
-    checkup = _loop.run(check())
+    checkup = event_loop.run(check())
     states = {step.name: step.state for step in checkup.steps}
     assert states["temporary files"] == "failed"
     assert [name for name, state in states.items() if state == "not reached"] == ["clock"]  # asked with the files

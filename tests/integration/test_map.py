@@ -18,13 +18,7 @@ from typing import Any
 import pytest
 
 from lazycluster import LocalRuntime, RuntimeGroup
-from lazycluster.exceptions import (
-    AgentError,
-    LazyclusterError,
-    RemoteTraceback,
-    TaskExecutionError,
-    WorkerLostError,
-)
+from lazycluster.exceptions import AgentError, LazyclusterError, RemoteTraceback, TaskExecutionError, WorkerLostError
 from patience import until
 from sshhosts import procfs
 
@@ -235,7 +229,7 @@ def test_the_functions_own_exception_with_its_traceback_there(group: RuntimeGrou
         assert isinstance(cause, RemoteTraceback)
         assert cause.host in group.hosts
         assert 'raise LookupError("three")' in str(cause)
-        assert "poolworker" not in str(cause)
+        assert "pool_worker" not in str(cause)
 
 
 def test_tracebacks_of_functions_that_workers_have_made(group: RuntimeGroup) -> None:

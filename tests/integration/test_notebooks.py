@@ -181,14 +181,20 @@ def _sleeping(host: Any) -> bool:
 
 
 def test_a_notebook_shows_how_far_it_is(kernel: Kernel, hosts: Any) -> None:
-    kernel.run("from lazycluster import _progress, LocalRuntime, _loop\nimport asyncio\n_progress._SILENT = 0.0")
+    kernel.run(
+        "import asyncio\n"
+        "from lazycluster import LocalRuntime\n"
+        "from lazycluster.core import event_loop\n"
+        "from lazycluster.output import progress\n"
+        "progress._SILENT = 0.0"
+    )
     kernel.run(
         "async def work():\n"
-        "    with _progress.Progress('Connecting <b>', 2, 'hosts') as progress:\n"
-        "        progress.advance()\n"
+        "    with progress.Progress('Connecting <b>', 2, 'hosts') as shown:\n"
+        "        shown.advance()\n"
         "        await asyncio.sleep(0.02)\n"
     )
-    text, shown = kernel.run("_loop.run(work())")
+    text, shown = kernel.run("event_loop.run(work())")
     assert not text
     assert "<progress" in shown[0]["text/html"]
     assert "Connecting &lt;b&gt;: 1 of 2 hosts" in shown[0]["text/html"]

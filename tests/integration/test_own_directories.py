@@ -14,7 +14,7 @@ import pytest
 
 from lazycluster import Runtime, RuntimeTask
 from lazycluster.exceptions import TaskExecutionError
-from lazycluster.ssh.program import NO_AGENT, bulk_command
+from lazycluster.ssh.agent_program import NO_AGENT, bulk_command
 from patience import until
 
 pytestmark = pytest.mark.skipif(

@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 
 import leaks
-from lazycluster import _loop
 from lazycluster.agent import wire
 from lazycluster.cluster.exceptions import ServiceError
-from lazycluster.cluster.places import Place
-from lazycluster.cluster.process import MasterProcess
+from lazycluster.cluster.master_process import MasterProcess
 from lazycluster.cluster.programs import Program, Source
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.usage import Meter, ProcessUsage
+from lazycluster.cluster.worker_hosts import WorkerHost
+from lazycluster.core import event_loop
 from lazycluster.ssh.channel import Channel
-from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.utils import Environment
 
 MARKER = "@@"
@@ -45,7 +45,7 @@ def _run(work: Callable[[LocalConnection], Awaitable[Any]]) -> Any:
         finally:
             await connection.close()
 
-    return _loop.run(main(), 60)
+    return event_loop.run(main(), 60)
 
 
 def _source(tmp_path: Path, text: str) -> Source:
@@ -60,7 +60,7 @@ def _source(tmp_path: Path, text: str) -> Source:
 
 def _service(connection: LocalConnection, source: Source | None = None, **options: Any) -> Service:
     program = Program("thing", source=source, marker=MARKER if source else "", **options)
-    return Service(program, Place("here", connection, sys.executable), "thing 1")
+    return Service(program, WorkerHost("here", connection, sys.executable), "thing 1")
 
 
 async def _state(service: Service, *states: str) -> None:
@@ -249,7 +249,7 @@ def test_output_without_newlines_and_with_any_bytes(tmp_path: Path) -> None:
 
     async def work(connection: LocalConnection) -> None:
         program = Program("thing", argv=("sh", "-c", script), marker=MARKER)
-        service = Service(program, Place("here", connection), "thing 1")
+        service = Service(program, WorkerHost("here", connection), "thing 1")
         service.start()
         deadline = time.monotonic() + 20
         while service.log_file.stat().st_size < 3_000_012 and time.monotonic() < deadline:

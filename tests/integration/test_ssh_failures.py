@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
 from lazycluster.ssh.openssh import SshConnection
 from sshhosts import PASSWORD
@@ -21,7 +21,7 @@ from sshhosts import PASSWORD
 def failure(host, **kwargs):
     connection = SshConnection(host, kwargs)
     with pytest.raises(InvalidRuntimeError) as caught:
-        _loop.run(connection.open(), 60)
+        event_loop.run(connection.open(), 60)
     assert caught.value.host == host
     assert caught.value.hint
     assert str(caught.value).startswith(f"{host}: ")
@@ -30,8 +30,8 @@ def failure(host, **kwargs):
 
 def opens(host, **kwargs):
     connection = SshConnection(host, kwargs)
-    _loop.run(connection.open(), 60)
-    _loop.run(connection.close(), 60)
+    event_loop.run(connection.open(), 60)
+    event_loop.run(connection.close(), 60)
 
 
 def changed(hosts, tmp_path, **options):
@@ -150,7 +150,7 @@ def test_configuration(hosts, tmp_path):
 def test_python(hosts):
     connection = SshConnection("host1", {"config_file": hosts.config_file}, python="/no/such/python3")
     with pytest.raises(InvalidRuntimeError) as caught:
-        _loop.run(connection.open(), 60)
+        event_loop.run(connection.open(), 60)
     assert caught.value.reason == "python"
     assert "/no/such/python3" in str(caught.value)
 
@@ -230,7 +230,7 @@ def test_a_banner_and_start_up_files_are_no_reason(talkative, key, tmp_path):
     mode.write_text("work")
     connection = SshConnection("host1", {"config_file": hosts.config_file}, python="/no/such/python3")
     with pytest.raises(InvalidRuntimeError) as caught:
-        _loop.run(connection.open(), 60)
+        event_loop.run(connection.open(), 60)
     errors["python"] = caught.value
     reasons = {"key": "auth", "unknown": "host_key", "python": "python"}
     assert {name: error.reason for name, error in errors.items()} == {
@@ -257,7 +257,7 @@ def test_a_banner_is_no_reason_for_a_lost_link(talkative):
             await connection.close()
 
     with pytest.raises(ConnectionLostError) as caught:
-        _loop.run(lose(), 60)
+        event_loop.run(lose(), 60)
     assert not looks_like_the_banner(str(caught.value))
     assert "ImportError" not in str(caught.value)
     # Which of ssh's own words come first depends on whether it was just about to write.

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from filetrees import make_tree, state
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh.connection import Connection
-from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.ssh.transfer import TransferError, get, send
 
@@ -36,7 +36,7 @@ def with_connections(connections: list[Connection], body: Callable[..., Awaitabl
         finally:
             await asyncio.gather(*[connection.close() for connection in connections])
 
-    return _loop.run(whole(), timeout=90)
+    return event_loop.run(whole(), timeout=90)
 
 
 def over_ssh(hosts: Any, body: Callable[..., Awaitable[Any]], **settings: Any) -> Any:
@@ -253,7 +253,7 @@ def test_interrupted(make_hosts: Any, tmp_path: Path, way: str, how: str) -> Non
 
 _MANAGER = """
     import os
-    from lazycluster import _loop
+    from lazycluster.core import event_loop
     from lazycluster.ssh.openssh import SshConnection
     from lazycluster.ssh.transfer import get, send
 
@@ -265,7 +265,7 @@ _MANAGER = """
                 print("copying", flush=True)
         await {copy}
 
-    _loop.run(main())
+    event_loop.run(main())
 """
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import ForwardingForbiddenError, NoPortsLeftError, PortInUseError, TunnelError
 from lazycluster.ssh import openssh
-from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.ssh.probes import can_connect, network_of, same_network
 from lazycluster.ssh.tunnels import (
@@ -40,11 +40,11 @@ def connected(hosts, *names):
     async def each(what):
         await asyncio.gather(*(getattr(connection, what)() for connection in connections))
 
-    _loop.run(each("open"), 60)
+    event_loop.run(each("open"), 60)
     try:
         yield connections
     finally:
-        _loop.run(each("close"), 60)
+        event_loop.run(each("close"), 60)
 
 
 @contextlib.contextmanager
@@ -59,11 +59,11 @@ def service(text=b"hello", port=0):
     async def stop():
         server.close()
 
-    server = _loop.run(start(), 10)
+    server = event_loop.run(start(), 10)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
-        _loop.run(stop(), 10)
+        event_loop.run(stop(), 10)
 
 
 def free_port():
@@ -91,9 +91,9 @@ def test_ports_are_checked(port, error):
 
 def test_there_and_back(hosts):
     with connected(hosts, "host1", "host2") as (one, two), service() as port:
-        assert not _loop.run(same_network(one))
-        assert _loop.run(can_connect(one))
-        with _loop.run(open_to_runtime(one, port)) as there:
+        assert not event_loop.run(same_network(one))
+        assert event_loop.run(can_connect(one))
+        with event_loop.run(open_to_runtime(one, port)) as there:
             assert (there.host, there.direction, there.local_port, there.remote_port) == (
                 "host1",
                 "to_runtime",
@@ -103,10 +103,10 @@ def test_there_and_back(hosts):
             assert there.is_open
             assert on_host(hosts[0], port) == "hello"
             here = free_port()
-            with _loop.run(open_from_runtime(one, port, here)) as back:
+            with event_loop.run(open_from_runtime(one, port, here)) as back:
                 assert read(here) == b"hello"
                 assert "open" in repr(back)
-                with _loop.run(open_to_runtime(two, back.local_port, 23456)):
+                with event_loop.run(open_to_runtime(two, back.local_port, 23456)):
                     assert on_host(hosts[1], 23456) == "hello"
             back.close()
             assert not back.is_open
@@ -118,43 +118,43 @@ def test_there_and_back(hosts):
 
 def test_taken_ports(hosts):
     with connected(hosts, "host1", "host2") as (one, two), service() as port:
-        with _loop.run(open_to_runtime(one, port, 24000)):
+        with event_loop.run(open_to_runtime(one, port, 24000)):
             with pytest.raises(PortInUseError) as caught:
-                _loop.run(open_to_runtime(one, port, 24000))
+                event_loop.run(open_to_runtime(one, port, 24000))
             assert (caught.value.port, caught.value.host) == (24000, "host1")
             with pytest.raises(PortInUseError):
-                _loop.run(open_to_runtimes([two, one], port, 24000))
+                event_loop.run(open_to_runtimes([two, one], port, 24000))
             assert hosts[1].listening_ports() == []
             with pytest.raises(NoPortsLeftError, match="host1"):
-                _loop.run(open_to_runtime(one, port, [24000]))
-            tunnels = _loop.run(open_to_runtimes([one, two], port, range(24000, 24010)))
+                event_loop.run(open_to_runtime(one, port, [24000]))
+            tunnels = event_loop.run(open_to_runtimes([one, two], port, range(24000, 24010)))
             assert [tunnel.remote_port for tunnel in tunnels] == [24001, 24001]
-            _loop.run(close_tunnels(tunnels))
+            event_loop.run(close_tunnels(tunnels))
             with socket.create_server(("127.0.0.1", 0)) as blocker:
                 taken = blocker.getsockname()[1]
                 with pytest.raises(PortInUseError) as caught:
-                    _loop.run(open_from_runtime(one, 24000, taken))
+                    event_loop.run(open_from_runtime(one, 24000, taken))
                 assert (caught.value.port, caught.value.host) == (taken, "localhost")
                 free = free_port()
-                with _loop.run(open_from_runtime(one, 24000, [taken, free])) as tunnel:
+                with event_loop.run(open_from_runtime(one, 24000, [taken, free])) as tunnel:
                     assert tunnel.local_port == free
                     assert read(free) == b"hello"
                 with pytest.raises(NoPortsLeftError):
-                    _loop.run(open_from_runtime(one, 24000, [taken]))
+                    event_loop.run(open_from_runtime(one, 24000, [taken]))
         with pytest.raises(NoPortsLeftError, match="empty"):
-            _loop.run(open_to_runtime(one, port, []))
+            event_loop.run(open_to_runtime(one, port, []))
         with pytest.raises(TunnelError, match="privileged on host1"):
-            _loop.run(open_to_runtime(one, port, 80))
+            event_loop.run(open_to_runtime(one, port, 80))
 
 
 def test_forbidden_forwarding_is_named(make_hosts):
     hosts = make_hosts(1, forwarding=False)
     with connected(hosts, "host1") as (one,), service() as port:
-        assert not _loop.run(can_connect(one))
+        assert not event_loop.run(can_connect(one))
         with pytest.raises(TunnelError, match=r"host1.*AllowTcpForwarding, PermitListen"):
-            _loop.run(open_to_runtime(one, port, 24000))
+            event_loop.run(open_to_runtime(one, port, 24000))
         with pytest.raises(TunnelError, match=r"host1.*AllowTcpForwarding, PermitOpen"):
-            _loop.run(open_from_runtime(one, 24000))
+            event_loop.run(open_from_runtime(one, 24000))
         assert 24000 not in hosts[0].listening_ports()
 
 
@@ -162,17 +162,17 @@ def test_one_permitted_port_is_enough(make_hosts):
     hosts = make_hosts(1, sshd={"PermitOpen": "127.0.0.1:24000", "PermitListen": "127.0.0.1:24000"})
     with connected(hosts, "host1") as (one,), service() as port:
         with pytest.raises(TunnelError, match="PermitListen"):
-            _loop.run(open_to_runtime(one, port, 24001))
+            event_loop.run(open_to_runtime(one, port, 24001))
         here = free_port()
-        with _loop.run(open_to_runtime(one, port, 24000)), _loop.run(open_from_runtime(one, 24000, here)):
+        with event_loop.run(open_to_runtime(one, port, 24000)), event_loop.run(open_from_runtime(one, 24000, here)):
             assert read(here) == b"hello"
 
 
 def test_gateway_ports_of_the_user_do_not_matter(make_hosts):
     hosts = make_hosts(1, ssh_config=("GatewayPorts yes", "LocalForward 23999 localhost:1"))
-    with connected(hosts, "host1") as (one,), service() as port, _loop.run(open_to_runtime(one, port, 24000)):
+    with connected(hosts, "host1") as (one,), service() as port, event_loop.run(open_to_runtime(one, port, 24000)):
         here = free_port()
-        with _loop.run(open_from_runtime(one, 24000, here)):
+        with event_loop.run(open_from_runtime(one, 24000, here)):
             assert read(here) == b"hello"
             lines = Path("/proc/net/tcp").read_text().splitlines()
             listening = [line.split()[1] for line in lines if line.split()[3] == "0A"]
@@ -185,7 +185,7 @@ def test_a_host_that_makes_every_tunnel_public_is_refused(make_hosts):
     hosts = make_hosts(1, sshd={"GatewayPorts": "yes"})
     with connected(hosts, "host1") as (one,), service() as port:
         requests = [TunnelRequest(one, "to_runtime", port, remote) for remote in (24000, 24001)]
-        outcomes = _loop.run(open_tunnels([*requests, TunnelRequest(one, "from_runtime", free_port(), 22)]))
+        outcomes = event_loop.run(open_tunnels([*requests, TunnelRequest(one, "from_runtime", free_port(), 22)]))
         assert [type(outcome) for outcome in outcomes] == [ForwardingForbiddenError, ForwardingForbiddenError, Tunnel]
         assert re.search(r"host1: port 24000 .* GatewayPorts", str(outcomes[0]))
         assert hosts[0].listening_ports() == []
@@ -194,14 +194,14 @@ def test_a_host_that_makes_every_tunnel_public_is_refused(make_hosts):
 
 def test_a_host_that_lets_the_client_choose_the_address_is_as_good_as_any(make_hosts):
     hosts = make_hosts(1, sshd={"GatewayPorts": "clientspecified"})
-    with connected(hosts, "host1") as (one,), service() as port, _loop.run(open_to_runtime(one, port, 24000)):
+    with connected(hosts, "host1") as (one,), service() as port, event_loop.run(open_to_runtime(one, port, 24000)):
         assert on_host(hosts[0], 24000) == "hello"
 
 
 def test_a_connection_that_ends_takes_its_tunnels_along(hosts):
     with service() as port:
         with connected(hosts, "host1") as (one,):
-            tunnel = _loop.run(open_to_runtime(one, port, 24000))
+            tunnel = event_loop.run(open_to_runtime(one, port, 24000))
             assert tunnel.is_open
         assert not tunnel.is_open
         tunnel.close()
@@ -218,20 +218,20 @@ def test_a_port_that_cannot_be_had_again_is_lost_for_good_and_said_so(hosts, mon
 
     monkeypatch.setattr(openssh, "_PORTS_LIMIT", 0.0)
     with service() as port, connected(hosts, "host1") as (one,):
-        there, here = _loop.run(open_to_runtime(one, port, 24000)), free_port()
-        back = _loop.run(open_from_runtime(one, 24000, here))
+        there, here = event_loop.run(open_to_runtime(one, port, 24000)), free_port()
+        back = event_loop.run(open_from_runtime(one, 24000, here))
         monkeypatch.setattr(SshConnection, "_attempt", attempt_later)
         os.kill(one._process.pid, signal.SIGKILL)
         until(lambda: one.state == "interrupted", "the loss of the link")
         with service(port=here):
-            _loop.get_loop().call_soon_threadsafe(taken.set)
+            event_loop.get_loop().call_soon_threadsafe(taken.set)
             assert back.wait(30)
             assert not back.is_open
             until(lambda: one.state == "open", "the link")
             assert there.is_open
             assert on_host(hosts[0], 24000) == "hello"
         assert "is not forwarded any more" in caplog.text
-        with _loop.run(open_from_runtime(one, 24000, here)):  # the port is free again
+        with event_loop.run(open_from_runtime(one, 24000, here)):  # the port is free again
             assert read(here) == b"hello"
 
 
@@ -240,11 +240,11 @@ def test_a_mesh_at_once(hosts):
         start = time.perf_counter()
         requests = [TunnelRequest(c, "to_runtime", port, 21000 + n) for c in connections for n in range(100)]
         requests.append(TunnelRequest(connections[0], "to_runtime", port, 80))
-        outcomes = _loop.run(open_tunnels(requests))
+        outcomes = event_loop.run(open_tunnels(requests))
         assert time.perf_counter() - start < 10
         assert [isinstance(outcome, Tunnel) for outcome in outcomes] == [True] * 300 + [False]
         assert on_host(hosts[2], 21099) == "hello"
-        _loop.run(close_tunnels(outcomes[:-1]))
+        event_loop.run(close_tunnels(outcomes[:-1]))
         assert [host.listening_ports() for host in hosts] == [[], [], []]
 
 
@@ -265,29 +265,29 @@ def test_two_names_of_one_machine(hosts, tmp_path):
             await asyncio.gather(*(connection.close() for connection in connections))
 
     with service() as port:
-        _loop.run(main(port), 60)
+        event_loop.run(main(port), 60)
 
 
 def test_without_ssh_the_same_port_needs_nothing_and_another_is_relayed():
     connection = LocalConnection()
-    _loop.run(connection.open(), 30)
+    event_loop.run(connection.open(), 30)
     try:
         with service() as port:
-            assert _loop.run(same_network(connection))
-            with _loop.run(open_to_runtime(connection, port)) as same:
+            assert event_loop.run(same_network(connection))
+            with event_loop.run(open_to_runtime(connection, port)) as same:
                 assert (same.remote_port, same.is_open) == (port, True)
             assert read(port) == b"hello"
             other = free_port()
-            with _loop.run(open_from_runtime(connection, port, [other])) as relayed:
+            with event_loop.run(open_from_runtime(connection, port, [other])) as relayed:
                 assert relayed.local_port == other
                 assert read(other) == b"hello"
                 with pytest.raises(PortInUseError):
-                    _loop.run(open_from_runtime(connection, port, other))
+                    event_loop.run(open_from_runtime(connection, port, other))
             with pytest.raises(ConnectionRefusedError):
                 read(other)
-            left_open = _loop.run(open_to_runtime(connection, port, free_port()))
+            left_open = event_loop.run(open_to_runtime(connection, port, free_port()))
     finally:
-        _loop.run(connection.close(), 30)
+        event_loop.run(connection.close(), 30)
     assert not left_open.is_open
     with pytest.raises(ConnectionRefusedError):
         read(left_open.remote_port)

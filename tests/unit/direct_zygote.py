@@ -13,7 +13,7 @@ import sys
 import threading
 from typing import Any
 
-from lazycluster.agent.zygotelink import STUB, program
+from lazycluster.agent.zygote_link import STUB, program
 from lazycluster.tasks import functions
 from lazycluster.tasks.pickling import PickledCall, dump_call
 

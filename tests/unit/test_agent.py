@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from lazycluster import _loop
 from lazycluster.agent import processes
+from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
-from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.local_connection import LocalConnection
 
 Body = Callable[[LocalConnection], Awaitable[Any]]
 
@@ -33,7 +33,7 @@ def with_agent(body: Body) -> Any:
         finally:
             await connection.close()
 
-    return _loop.run(whole(), timeout=60)
+    return event_loop.run(whole(), timeout=60)
 
 
 async def run(connection: LocalConnection, command: str, **params: Any) -> tuple[dict[str, Any], bytes, bytes]:
@@ -316,8 +316,8 @@ def test_nothing_survives_the_managers_sudden_death(forks: bool) -> None:
     mark = f"781{os.getpid()}"
     program = f"""
         import asyncio, os, time
-        from lazycluster import _loop
-        from lazycluster.ssh.local import LocalConnection
+        from lazycluster.core import event_loop
+        from lazycluster.ssh.local_connection import LocalConnection
 
         async def main():
             connection = LocalConnection()
@@ -331,7 +331,7 @@ def test_nothing_survives_the_managers_sudden_death(forks: bool) -> None:
                                stdout=tell)
             await asyncio.sleep(60)
 
-        _loop.run(main())
+        event_loop.run(main())
     """
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
@@ -341,11 +341,11 @@ def test_nothing_survives_the_managers_sudden_death(forks: bool) -> None:
             child, place = manager.stdout.readline().split()
             directory = Path(place)
             # The shell has spoken, but its children may not have become what they are to be.
-            assert _loop.run(until(lambda: len(carrying(f"sleep\0{mark}")) == 2))
+            assert event_loop.run(until(lambda: len(carrying(f"sleep\0{mark}")) == 2))
         finally:
             manager.kill()
     try:
-        assert _loop.run(until(lambda: not carrying(f"sleep\0{mark}") and not directory.exists()))
+        assert event_loop.run(until(lambda: not carrying(f"sleep\0{mark}") and not directory.exists()))
     finally:
         if forks:
             os.kill(int(child), signal.SIGKILL)
@@ -357,7 +357,7 @@ def test_use_after_close_and_in_a_forked_child() -> None:
         await connection.open()
         return connection
 
-    connection = _loop.run(opened())
+    connection = event_loop.run(opened())
     pid = os.fork()
     if pid == 0:
         try:
@@ -366,10 +366,10 @@ def test_use_after_close_and_in_a_forked_child() -> None:
         except LazyclusterError as error:
             os._exit(0 if "forked child" in str(error) else 2)
     assert os.waitpid(pid, 0)[1] == 0
-    _loop.run(connection.close())
-    _loop.run(connection.close())
+    event_loop.run(connection.close())
+    event_loop.run(connection.close())
     with pytest.raises(LazyclusterError, match="closed"):
-        _loop.run(connection.request("ping"))
+        event_loop.run(connection.request("ping"))
 
 
 def test_loop_run_cancels_and_waits_for_cleanup() -> None:
@@ -383,15 +383,15 @@ def test_loop_run_cancels_and_waits_for_cleanup() -> None:
             cleaned.append("yes")
 
     with pytest.raises(TimeoutError, match="not done within"):
-        _loop.run(slow(), timeout=0.05)
+        event_loop.run(slow(), timeout=0.05)
     assert cleaned == ["yes"]
 
     async def nested() -> None:
         coroutine: Coroutine[Any, Any, None] = asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="event-loop thread"):
-            _loop.run(coroutine)
+            event_loop.run(coroutine)
 
-    _loop.run(nested())
+    event_loop.run(nested())
 
 
 def test_whoever_watches_a_connection_is_told_of_its_states() -> None:
@@ -416,7 +416,7 @@ def test_whoever_watches_a_connection_is_told_of_its_states() -> None:
         assert connection.why
         await connection.close()
 
-    _loop.run(whole(), timeout=60)
+    event_loop.run(whole(), timeout=60)
     assert told == [("connecting", False), ("open", False), ("interrupted", True), ("lost", True), ("closed", False)]
 
 

@@ -16,10 +16,8 @@ from typing import Any, cast
 
 import pytest
 
-from lazycluster import _loop
 from lazycluster.cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
 from lazycluster.cluster import network as networks
-from lazycluster.cluster.dask_launchers import LocalMasterLauncher
 from lazycluster.cluster.exceptions import (
     ClusterError,
     ClusterStartError,
@@ -27,12 +25,14 @@ from lazycluster.cluster.exceptions import (
     ServiceError,
     WorkerStartError,
 )
-from lazycluster.cluster.hyperopt_masters import EmbeddedMongoLauncher
 from lazycluster.cluster.network import PortSupply, PortUse, Reach
-from lazycluster.cluster.places import Place
 from lazycluster.cluster.programs import Program
 from lazycluster.cluster.services import Service, as_kind
+from lazycluster.cluster.worker_hosts import WorkerHost
 from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
+from lazycluster.core import event_loop
+from lazycluster.engines.dask.launchers import LocalMasterLauncher
+from lazycluster.engines.hyperopt.masters import EmbeddedMongoLauncher
 from lazycluster.exceptions import ConnectionLostError, NoPortsLeftError, NoRuntimesError, PortInUseError
 
 
@@ -245,7 +245,7 @@ def _free(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 
 def _take(supply: PortSupply, count: int) -> list[int]:
-    return _loop.run(supply.take(count, []))
+    return event_loop.run(supply.take(count, []))
 
 
 def test_ports_are_handed_out_once(_free: set[int]) -> None:
@@ -311,7 +311,7 @@ def test_certificates_are_valid_by_the_strict_rules() -> None:
     """Those of OpenSSL, which are Python's default since 3.13; only newer versions of distributed turn them off."""
     pytest.importorskip("cryptography")
     from lazycluster.cluster.certificates import make_identities
-    from lazycluster.mongo.memfile import in_memory
+    from lazycluster.engines.hyperopt.mongo.memory_file import in_memory
 
     authority, identities = make_identities("server")
     at_server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -334,7 +334,7 @@ def test_a_private_key_is_loaded_from_no_file(monkeypatch: pytest.MonkeyPatch) -
     pytest.importorskip("cryptography")
     distributed = pytest.importorskip("distributed")
     from lazycluster.cluster.certificates import make_credentials
-    from lazycluster.cluster.dask_programs.tls import MemorySecurity
+    from lazycluster.engines.dask.programs.tls import MemorySecurity
 
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a temporary file")
@@ -390,19 +390,19 @@ def test_a_process_whose_host_cannot_be_prepared_again_fails_whatever_the_error(
 
     async def whole() -> Service:
         lost: Any = Lost()
-        service = Service(Program("worker", restarts=2), Place("host1", lost), "worker 1", renew=renew)
+        service = Service(Program("worker", restarts=2), WorkerHost("host1", lost), "worker 1", renew=renew)
         service._channel, service._was_ready = lost, True
         await service._watch()
         return service
 
-    service = _loop.run(whole())
+    service = event_loop.run(whole())
     assert service.state == "failed" and "no such place" in service.problem
     assert service.error is not None and service.error.host == "host1"
 
 
 def test_what_a_worker_prints_without_an_end_is_shown_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
     connection: Any = Lost()
-    service = Service(Program("worker"), Place("host", connection), "worker 0", debug=True)
+    service = Service(Program("worker"), WorkerHost("host", connection), "worker 0", debug=True)
     for _ in range(100):
         service._on_output(b"x" * 100_000)
     service._on_output(b"\nlast")
@@ -418,7 +418,7 @@ def test_a_worker_process_that_ends_is_told_of_unless_it_was_to_end(
     asked: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     connection: Any = Lost()
-    service = Service(Program("worker"), Place("host", connection), "worker 0")
+    service = Service(Program("worker"), WorkerHost("host", connection), "worker 0")
 
     async def hear() -> None:
         if asked:
@@ -434,7 +434,7 @@ def test_more_workers_than_ports_are_refused_before_any_is_started() -> None:
     class Few(ServiceWorkerLauncher):
         port_uses = (PortUse("worker", Reach.EVERYBODY), PortUse("nanny", Reach.MANAGER))
 
-        def program(self, place: Place) -> Program:
+        def program(self, place: WorkerHost) -> Program:
             raise AssertionError("nothing is to be started")
 
         def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
@@ -444,7 +444,7 @@ def test_more_workers_than_ports_are_refused_before_any_is_started() -> None:
     with pytest.raises(NoPortsLeftError, match="100000 workers need 200000 ports, but only 3 may be used"):
         launcher.start(100_000, 1000, [1001, 1002, 1003])
     with pytest.raises(NoPortsLeftError, match="2 workers need 4 ports"):
-        _loop.run(launcher.scale(2, 1000, [1001, 1002, 1003]))
+        event_loop.run(launcher.scale(2, 1000, [1001, 1002, 1003]))
     launcher.check_ports(1, [1001, 1002])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lazycluster.cli import watching
+from lazycluster.cli import live_view
 from lazycluster.cli.columns import fitting
 
 
@@ -22,16 +22,16 @@ def test_what_matters_least_is_left_out_first() -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_live_view_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    monkeypatch.setattr(watching, "output", lambda: console)
+    monkeypatch.setattr(live_view, "output", lambda: console)
     gigabyte = 2**30
     info: dict[str, Any] = {"os": "Debian GNU/Linux 12 (bookworm)", "cpu_cores": 128, "load": [127.5, 1, 1]}
     info |= {"memory": 1000 * gigabyte, "memory_free": 100 * gigabyte, "disk_total": 9 * 2**40, "disk_free": 2**40}
     info |= {"gpus": [{"name": "NVIDIA A100", "utilization": 90.0}] * 8}
-    hosts = [watching._Watched(name) for name in ("gpu-node-1", "gpu-node-2")]
+    hosts = [live_view._Watched(name) for name in ("gpu-node-1", "gpu-node-2")]
     hosts[0].state, hosts[0].info, hosts[0].cpu = "active", info, "100%"
     hosts[0].activity = {"tasks": 1000, "workers": 128, "tunnels": 12}
     hosts[1].state, hosts[1].why = "inactive", "gone\033[2J"
-    console.print(watching._table(hosts, long=True))
+    console.print(live_view._table(hosts, long=True))
     head, first, second, *why = console.export_text().rstrip("\n").split("\n")
     console.file.close()
     assert max(map(len, (head, first, second))) <= width

@@ -8,11 +8,12 @@ import io
 import pytest
 from rich.console import Console
 
-from lazycluster import _loop, _progress
-from lazycluster.cli import copying, fanout, watching
+from lazycluster.cli import copy_progress, fanout, live_view
 from lazycluster.cli.commands import copy
 from lazycluster.cli.fanout import Outcome
 from lazycluster.cli.targets import Targets
+from lazycluster.core import event_loop
+from lazycluster.output import progress
 from lazycluster.ssh.transfer import TransferResult
 
 
@@ -24,9 +25,9 @@ def test_bars_do_not_overwrite_what_is_said(piped: bool, monkeypatch: pytest.Mon
         for name, file, terminal in (("output", out, not piped), ("errors", err, True))
     }
     for name, console in consoles.items():
-        monkeypatch.setattr(copying, name, lambda console=console: console)
+        monkeypatch.setattr(copy_progress, name, lambda console=console: console)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    with copying.Copying(["host1", "host2"], quiet=False) as copies:
+    with copy_progress.Copying(["host1", "host2"], quiet=False) as copies:
         for host in ("host1", "host2"):
             show = copies.progress(host)
             assert show is not None
@@ -43,7 +44,7 @@ def test_bars_do_not_overwrite_what_is_said(piped: bool, monkeypatch: pytest.Mon
 
 
 def test_what_left_nothing_out_anywhere_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with copying.Copying(["host1", "host2"], quiet=True) as copies:
+    with copy_progress.Copying(["host1", "host2"], quiet=True) as copies:
         for host, unused in (("host1", ("a", "b\n")), ("host2", ("b\n", "c")), ("host2", ("a", "b\n", "c"))):
             copies.add(host, TransferResult("x", 0, 0, 0, 0, 0.0, unused=unused))
             copies.done(Outcome(host))
@@ -54,7 +55,7 @@ def test_what_left_nothing_out_anywhere_is_told_once(capsys: pytest.CaptureFixtu
 
 
 def test_of_copies_that_failed_nothing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    copying.Copying(["host1"], quiet=True).warn(["a"])
+    copy_progress.Copying(["host1"], quiet=True).warn(["a"])
     assert capsys.readouterr() == ("", "")
 
 
@@ -62,20 +63,20 @@ def test_of_copies_that_failed_nothing_is_told(capsys: pytest.CaptureFixture[str
 def test_nothing_else_says_how_far_it_is_on_the_same_terminal(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     displays = []
 
-    def display() -> _progress._Nowhere:
+    def display() -> progress._Nowhere:
         displays.append(command)
-        return _progress._Nowhere()
+        return progress._Nowhere()
 
     async def slow(*_: object) -> list[Outcome]:
         await asyncio.sleep(0.05)
         return [Outcome("host1")]
 
-    monkeypatch.setattr(_progress, "_SILENT", 0.0)
-    monkeypatch.setattr(_progress, "_display", display)
+    monkeypatch.setattr(progress, "_SILENT", 0.0)
+    monkeypatch.setattr(progress, "_display", display)
     monkeypatch.setattr(fanout, "everywhere", slow)
-    monkeypatch.setattr(watching._Watched, "follow", slow)
+    monkeypatch.setattr(live_view._Watched, "follow", slow)
     targets = Targets(["host1"])
-    assert (copy._copy(targets, slow, 1, True) if command == "put" else watching.watch(targets, False)) == 0
+    assert (copy._copy(targets, slow, 1, True) if command == "put" else live_view.watch(targets, False)) == 0
     assert not displays
-    _loop.run(slow())
+    event_loop.run(slow())
     assert displays  # where nothing else does

@@ -19,7 +19,7 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 
 import lazycluster
-from lazycluster import _extras
+from lazycluster.core import extras
 
 _ROOT = Path(__file__).parents[2]
 _NAME = f"lazycluster-{lazycluster.__version__}"
@@ -234,22 +234,22 @@ def test_texts_that_are_found(text: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("extra", ["dask", "hyperopt", "environments"])
 def test_what_an_extra_brings_can_be_installed_without_it(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = shlex.split(_extras.install_command(extra))
+    words = shlex.split(extras.install_command(extra))
     packages = [Requirement(word) for word in words[words.index("install") + 1 :] if not word.startswith("-")]
     assert {"dask": "dask", "hyperopt": "pymongo", "environments": "uv"}[extra] in {one.name for one in packages}
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
     monkeypatch.setattr(sys, "executable", "/with space/python")
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    assert _extras.install_command(extra).startswith("uv pip install --python '/with space/python' ")
+    assert extras.install_command(extra).startswith("uv pip install --python '/with space/python' ")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert _extras.install_command(extra).startswith("'/with space/python' -m pip install ")
+    assert extras.install_command(extra).startswith("'/with space/python' -m pip install ")
 
 
 def test_extras_of_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def requires(name: str) -> list[str]:
-        raise _extras.metadata.PackageNotFoundError(name)
+        raise extras.metadata.PackageNotFoundError(name)
 
     for stand_in in (requires, lambda name: None, lambda name: ["click>=8", "cloudpickle; extra == 'all'"]):
-        monkeypatch.setattr(_extras.metadata, "requires", stand_in)
-        assert _extras.install_command("dask").endswith("install '.[dask]' in a checkout of lazycluster")
+        monkeypatch.setattr(extras.metadata, "requires", stand_in)
+        assert extras.install_command("dask").endswith("install '.[dask]' in a checkout of lazycluster")

@@ -21,12 +21,13 @@ import pytest
 import lazycluster.cluster.exceptions
 import lazycluster.exceptions
 from api import stored
-from lazycluster import EnvironmentSpec, LocalRuntime, RuntimeTask, _loop
+from lazycluster import EnvironmentSpec, LocalRuntime, RuntimeTask
 from lazycluster.agent import environments
 from lazycluster.cluster import connection_file
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.hyperopt_cluster import SearchProgress
-from lazycluster.environments import keeping
+from lazycluster.core import event_loop
+from lazycluster.environments import cache
 from lazycluster.exceptions import LazyclusterError, PortInUseError, TaskExecutionError
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -162,15 +163,15 @@ def _prefixes(root: Path) -> list[Path]:
 def test_environments_are_found_and_removed(root: Path) -> None:
     (prefix,) = _prefixes(root)
     with LocalRuntime() as runtime:
-        store = _loop.run(keeping.list_on(runtime.connection, str(root)))
+        store = event_loop.run(cache.list_on(runtime.connection, str(root)))
         (kept,) = store.environments
         assert (kept.id, kept.path, kept.problem, kept.in_use) == (prefix.name, str(prefix), None, False)
         assert (kept.packages, kept.source) == ({"alpha": "1.0"}, "[alpha]")
-        found = _loop.run(runtime.connection.request("environment", action="find", root=str(root), id=prefix.name))
+        found = event_loop.run(runtime.connection.request("environment", action="find", root=str(root), id=prefix.name))
         assert (found["found"], found["prefix"]) == (True, str(prefix))
     with LocalRuntime() as runtime:  # the first one's agent has used it until it ended
-        assert _loop.run(keeping.prune_on(runtime.connection, 0, cache_dir=str(root))).removed == (prefix.name,)
-        assert _loop.run(keeping.list_on(runtime.connection, str(root))).environments == ()
+        assert event_loop.run(cache.prune_on(runtime.connection, 0, cache_dir=str(root))).removed == (prefix.name,)
+        assert event_loop.run(cache.list_on(runtime.connection, str(root))).environments == ()
     assert not prefix.exists()
     assert list((root / "wheels").iterdir()) == []
 
@@ -199,7 +200,7 @@ def test_the_connection_file_of_a_search(left: Path) -> None:
     pytest.importorskip("hyperopt")
     from lazycluster.cluster.certificates import make_identities
     from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
-    from lazycluster.cluster.hyperopt_programs import compat
+    from lazycluster.engines.hyperopt.programs import compat
 
     file = left / "hyperopt.json"
     text = file.read_text()
@@ -209,7 +210,7 @@ def test_the_connection_file_of_a_search(left: Path) -> None:
     certificate, identities = make_identities("database")
     tls = {"certificate": identities["database"].certificate, "key": identities["database"].key}
     settings = {"dbpath": str(left / "search-plain"), "user": user, "password": password, "tls": tls}
-    argv = [sys.executable, "-c", "from lazycluster.mongo.program import main; main()"]
+    argv = [sys.executable, "-c", "from lazycluster.engines.hyperopt.mongo.program import main; main()"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -291,7 +292,7 @@ def test_objectives(left: Path) -> None:
         "import sys, warnings\n"
         "warnings.simplefilter('ignore')\n"
         "import lazycluster.agent.localmodules\n"
-        "from lazycluster.cluster.hyperopt_programs import objectives\n"
+        "from lazycluster.engines.hyperopt.programs import objectives\n"
         "sys.modules[objectives.__package__ + '.localmodules'] = lazycluster.agent.localmodules\n"  # it is sent along
         "sys.modules['lazycluster.agent.localmodules'] = None\n"  # hosts do not have this package
         "for name in sys.argv[1:]:\n"

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from lazycluster._tail import Tail
 from lazycluster.cli.checkup import STEPS, Checkup
-from lazycluster.environments.place import Place
-from lazycluster.environments.programs import run_here
+from lazycluster.environments.build_host import BuildHost
+from lazycluster.environments.subprocesses import run_here
 from lazycluster.exceptions import EnvironmentBuildError
+from lazycluster.output.tail import Tail
 from patience import until
 from sshhosts import procfs
 
@@ -52,7 +52,7 @@ def test_the_end_is_kept_from_the_beginning_of_a_line() -> None:
 
 
 def test_of_a_program_on_a_host() -> None:
-    place = Place("host1", _Talkative())  # type: ignore[arg-type]
+    place = BuildHost("host1", _Talkative())  # type: ignore[arg-type]
     with pytest.raises(EnvironmentBuildError, match=r"host1: .*making it failed") as caught:
         asyncio.run(place.run(["thing"], {}, "making it"))
     assert 0 < len(caught.value.output) <= _MEBIBYTE

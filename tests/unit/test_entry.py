@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from lazycluster import _loop
 from lazycluster.cli import console, fanout
 from lazycluster.cli.commands import run
 from lazycluster.cli.errors import INTERRUPTED, OutputGoneError
 from lazycluster.cli.fanout import everywhere
 from lazycluster.cli.targets import Targets
+from lazycluster.core import event_loop
 from lazycluster.exceptions import NoAnswerError
 
 # Ctrl-C at the first import that is not the interpreter's own, as of a busy machine or a slow disk.
@@ -120,5 +120,5 @@ def test_an_output_that_goes_while_hosts_answer_ends_it(monkeypatch: pytest.Monk
     with open(given, "w", buffering=1) as nobody:
         out = console._console(file=nobody)
         with pytest.raises(OutputGoneError):
-            _loop.run(everywhere(Targets(["a", "b"]), work, on_done=lambda outcome: out.print(outcome.host)))
+            event_loop.run(everywhere(Targets(["a", "b"]), work, on_done=lambda outcome: out.print(outcome.host)))
         os.dup2(os.open(os.devnull, os.O_WRONLY), given)  # what is left in the buffer

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from lazycluster import EnvironmentSpec
+from lazycluster.environments.credentials import Credential, for_git, logins_in, plain, with_passwords
 from lazycluster.environments.index import IndexSettings, hide
-from lazycluster.environments.logins import Login, for_git, logins_in, plain, with_passwords
 from lazycluster.environments.plan import Target
-from lazycluster.environments.resolving import resolve, settings_for
+from lazycluster.environments.resolution import resolve, settings_for
 from lazycluster.exceptions import EnvironmentBuildError
 
 _ADDRESS = "https://example.invalid/team/thing.git"
@@ -27,7 +27,9 @@ def test_they_are_told_from_the_address(monkeypatch: pytest.MonkeyPatch) -> None
     assert plain(line) == (
         "thing @ git+https://example.invalid/team/thing.git@main#subdirectory=x ; python_version > '3'"
     )
-    assert logins_in("git+https://m%40e:p%2Fw@example.invalid/team/thing.git@v1") == [Login(_ADDRESS, "m@e", "p/w")]
+    assert logins_in("git+https://m%40e:p%2Fw@example.invalid/team/thing.git@v1") == [
+        Credential(_ADDRESS, "m@e", "p/w")
+    ]
     for same in (
         "thing @ git+ssh://git@example.invalid/thing.git",
         "thing @ https://me:s3cret@example.invalid/thing-1-py3-none-any.whl",  # uv fetches it by itself
@@ -57,7 +59,7 @@ def test_git_knows_them_and_gives_them_to_nobody_else(tmp_path: Path) -> None:
     kept.write_text("https://other:other@example.invalid\n")
     (tmp_path / ".gitconfig").write_text("[credential]\n\thelper = store\n")
     odd = "p $(touch x) '\"%s\\"
-    known = for_git([Login(_ADDRESS, "me", odd)], {"GIT_CONFIG_COUNT": "1", "X": "y"})
+    known = for_git([Credential(_ADDRESS, "me", odd)], {"GIT_CONFIG_COUNT": "1", "X": "y"})
     variables = {"GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "somebody", **known}
     assert f"username=me\npassword={odd}\n" in _answer(variables, tmp_path)
     assert "password=other\n" in _answer(variables, tmp_path, "https://example.invalid/elsewhere.git")
@@ -69,8 +71,8 @@ def test_a_name_alone_may_have_a_password_that_git_knows(tmp_path: Path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".git-credentials").write_text("https://me:known@example.invalid\n")
     (tmp_path / ".gitconfig").write_text("[credential]\n\thelper = store\n")
-    told = asyncio.run(with_passwords([Login(_ADDRESS, "me", None), Login(_ADDRESS, "a-token", None)]))
-    assert told == (Login(_ADDRESS, "me", "known"), Login(_ADDRESS, "a-token", None))
+    told = asyncio.run(with_passwords([Credential(_ADDRESS, "me", None), Credential(_ADDRESS, "a-token", None)]))
+    assert told == (Credential(_ADDRESS, "me", "known"), Credential(_ADDRESS, "a-token", None))
     assert "username=a-token\npassword=\n" in _answer(for_git(told[1:], {}), tmp_path)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lazycluster import EnvironmentSpec
 from lazycluster.environments.activation import HostEnvironment
-from lazycluster.environments.place import Place
+from lazycluster.environments.build_host import BuildHost
 from lazycluster.environments.plan import Locked, Target
 from lazycluster.exceptions import EnvironmentBuildError
 
@@ -44,7 +44,7 @@ def test_a_platform_that_cannot_be_is_an_error(evil: str, what: str) -> None:
         async def request(self, op: str, **params: Any) -> dict[str, Any]:
             return facts
 
-    place = Place("host1", Host())  # type: ignore[arg-type]
+    place = BuildHost("host1", Host())  # type: ignore[arg-type]
     environment = HostEnvironment(place, EnvironmentSpec(["numpy"]))
     with pytest.raises(EnvironmentBuildError, match=f"its {what} is") as caught:
         asyncio.run(environment._target())

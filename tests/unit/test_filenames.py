@@ -21,7 +21,7 @@ import pytest
 from direct_zygote import DirectZygote, ready_zygote
 
 from lazycluster.agent import filenames
-from lazycluster.pool.packing import pack
+from lazycluster.pool.serialization import pack
 from lazycluster.tasks.functions import with_lines
 from lazycluster.tasks.pickling import dump_call
 

@@ -24,10 +24,10 @@ import pytest
 
 import lazycluster.agent
 from filetrees import make_tree, state
+from lazycluster.agent import directory_tree
 from lazycluster.agent import stream as frames
-from lazycluster.agent import tree
-from lazycluster.agent.expand import absolute, expand
 from lazycluster.agent.files import destination
+from lazycluster.agent.path_expansion import absolute, expand
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import COMPARE, RESUME, Sender
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
@@ -61,7 +61,9 @@ class FakeConnection:
         self.processes: list[subprocess.Popen] = []
         self._python = python
         self._pipes = pipes
-        self._code = SERVE if unnamed else SERVE.replace("; serve", "; import agent.tree as t; t._UNNAMED = 0; serve")
+        self._code = (
+            SERVE if unnamed else SERVE.replace("; serve", "; import agent.directory_tree as t; t._UNNAMED = 0; serve")
+        )
 
     def check(self) -> None:
         if self.state != "open":
@@ -688,7 +690,7 @@ def settled(check, patience=5.0) -> bool:
 def test_interrupted(tmp_path, endless, way, how, unnamed, monkeypatch):
     host = FakeConnection(unnamed=unnamed)
     if not unnamed:
-        monkeypatch.setattr(tree, "_UNNAMED", 0)
+        monkeypatch.setattr(directory_tree, "_UNNAMED", 0)
     target = tmp_path / "to" / "file"
 
     async def work():
@@ -888,7 +890,7 @@ class Hostile:
         receiver = Receiver(
             frames.Stream(ours.fileno(), ours.fileno()),
             lambda folder, name: destination(os.fsencode(self.root), b"/", {}, folder, name),
-            frames.Tally(),
+            frames.ByteCounter(),
         )
         telling = threading.Thread(target=self._tell, args=[theirs])
         with theirs, draining(theirs):
@@ -1048,7 +1050,7 @@ def test_the_same_folder_again_and_again_takes_no_memory(inside):
 
 def test_folders_take_a_limited_memory(inside, monkeypatch):
     """Each has to be remembered until the end, however long a list a host sends."""
-    monkeypatch.setattr("lazycluster.agent.tree._MOST_NAMES", 100_000)
+    monkeypatch.setattr("lazycluster.agent.directory_tree._MOST_NAMES", 100_000)
     hostile = Hostile(inside)
     hostile.send(frames.ENTRIES, [["d", f"{i}" * 20, 1, 0o755, 0] for i in range(frames.BATCH)])
     assert "more folders than make sense" in str(hostile.outcome())
@@ -1067,7 +1069,7 @@ def test_a_receiver_that_says_what_it_likes_takes_no_memory(tmp_path, answers, w
         script += struct.pack("!BI", kind, len(payload)) + payload
     ours, theirs = socket.socketpair()
     found = os.fsencode(tmp_path / "file"), b"file"
-    sender = Sender(frames.Stream(ours.fileno(), ours.fileno()), lambda: found, frames.Tally())
+    sender = Sender(frames.Stream(ours.fileno(), ours.fileno()), lambda: found, frames.ByteCounter())
     with ours, theirs, draining(theirs):
 
         def tell():

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 import lazycluster.cli
-from lazycluster import _loop
-from lazycluster.cli import console, copying, errors, fanout, printing, watching
+from lazycluster.cli import console, copy_progress, errors, fanout, live_view, printing
 from lazycluster.cli.checkup import Checkup
 from lazycluster.cli.commands import cleanup, configuration, doctor, env, runtimes
 from lazycluster.cli.fanout import Outcome
 from lazycluster.cli.targets import Targets
-from lazycluster.environments.keeping import KeptEnvironment, Removal, Store
+from lazycluster.core import event_loop
+from lazycluster.environments.cache import KeptEnvironment, Removal, Store
 from lazycluster.exceptions import one_line, printable
 
 _CLI = Path(lazycluster.cli.__file__).parent
@@ -54,7 +54,7 @@ def test_one_line() -> None:
 
 
 def test_errors_of_copies(capsys: pytest.CaptureFixture[str]) -> None:
-    with copying.Copying(["host1"], quiet=True) as copies:
+    with copy_progress.Copying(["host1"], quiet=True) as copies:
         result = SimpleNamespace(files=0, bytes=0, skipped=0, seconds=0.0, left_out=(_EVIL,), unused=())
         copies.add("host1", result)  # type: ignore[arg-type]
         copies.done(Outcome("host1", 1, f"cannot copy: {_EVIL}\n  Next step: none", "error"))
@@ -85,9 +85,9 @@ def test_list_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
     listing.show(Outcome("host1"))
     listing.finish([outcome])
     _only_about_host1(capsys)
-    watched = watching._Watched.__new__(watching._Watched)
+    watched = live_view._Watched.__new__(live_view._Watched)
     watched.info, watched.activity, watched.cpu = {"os": _EVIL, "python_version": _EVIL}, {"tasks": _EVIL}, "-"
-    assert all("\n" not in text and "\x1b" not in text for text in watching._shown(watched).values())
+    assert all("\n" not in text and "\x1b" not in text for text in live_view._shown(watched).values())
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_add_runtime_with_check(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr(fanout, "everywhere", answered)
     assert configuration._check("host1", None, False) == 0
     assert len(_shown(capsys)) == 3
-    assert _loop.get_loop() is not None
+    assert event_loop.get_loop() is not None
 
 
 def test_lines_are_printed_in_one_place() -> None:

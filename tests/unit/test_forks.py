@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lazycluster import _forks, _loop
+from lazycluster.core import event_loop, forks
 
 
 def in_child(work: Callable[[], bool]) -> bool:
@@ -31,7 +31,7 @@ def is_null(fd: int) -> bool:
 def test_a_child_does_not_hold_what_is_not_for_it() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        _forks.not_for_children(ours.fileno())
+        forks.not_for_children(ours.fileno())
         assert in_child(lambda: is_null(ours.fileno()) and not is_null(theirs.fileno()))
         theirs.sendall(b"x")
         assert ours.recv(1) == b"x"
@@ -39,7 +39,7 @@ def test_a_child_does_not_hold_what_is_not_for_it() -> None:
 
 def test_a_child_of_a_child_holds_nothing_either() -> None:
     read, write = os.pipe()
-    _forks.not_for_children(write)
+    forks.not_for_children(write)
     assert in_child(lambda: in_child(lambda: is_null(write)))
     os.close(read)
     os.close(write)
@@ -47,7 +47,7 @@ def test_a_child_of_a_child_holds_nothing_either() -> None:
 
 def test_a_file_with_the_number_of_one_that_was_closed_is_kept() -> None:
     read, write = os.pipe()
-    _forks.not_for_children(read, write)
+    forks.not_for_children(read, write)
     os.close(read)
     other = os.open("/proc/self/stat", os.O_RDONLY)
     assert other == read
@@ -58,18 +58,18 @@ def test_a_file_with_the_number_of_one_that_was_closed_is_kept() -> None:
 
 def test_the_loop_can_be_asked_for_while_it_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a finalizer, if garbage is collected just then."""
-    monkeypatch.setattr(_loop, "_running", {})
+    monkeypatch.setattr(event_loop, "_running", {})
     make, nested = asyncio.new_event_loop, []
 
     def collecting() -> asyncio.AbstractEventLoop:
         if not nested:
             nested.append(None)
-            nested[0] = _loop.get_loop()  # type: ignore[call-overload]
+            nested[0] = event_loop.get_loop()  # type: ignore[call-overload]
         return make()
 
     monkeypatch.setattr(asyncio, "new_event_loop", collecting)
     found: list[asyncio.AbstractEventLoop] = []
-    threads = [threading.Thread(target=lambda: found.append(_loop.get_loop()), daemon=True) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(event_loop.get_loop()), daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -80,10 +80,10 @@ def test_the_loop_can_be_asked_for_while_it_is_started(monkeypatch: pytest.Monke
 
 
 def test_a_child_has_a_loop_of_its_own() -> None:
-    loop = _loop.get_loop()
+    loop = event_loop.get_loop()
 
     def own() -> bool:
-        return _loop.get_loop() is not loop and _loop.run(asyncio.sleep(0, "it runs")) == "it runs"
+        return event_loop.get_loop() is not loop and event_loop.run(asyncio.sleep(0, "it runs")) == "it runs"
 
     assert in_child(own)
-    assert _loop.get_loop() is loop
+    assert event_loop.get_loop() is loop

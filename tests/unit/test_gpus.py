@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import fakegpus
-from lazycluster import _loop
 from lazycluster.agent import gpus
+from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError
-from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.local_connection import LocalConnection
 
 _SHOW = "env | grep ^CUDA; echo up; exec sleep 1000"
 
@@ -28,7 +28,7 @@ def with_agent(body: Callable[[LocalConnection], Awaitable[Any]]) -> Any:
         finally:
             await connection.close()
 
-    return _loop.run(whole(), timeout=60)
+    return event_loop.run(whole(), timeout=60)
 
 
 def _env(directory: Path, **more: str) -> dict[str, str]:
@@ -91,7 +91,7 @@ def test_a_program_that_tells_of_no_gpu(
 
 
 def _with_limit(limit: float, source: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    from lazycluster.ssh import program
+    from lazycluster.ssh import agent_program
 
     shorter = source.replace("_LIMIT = 20.0", f"_LIMIT = {limit}")
     assert shorter != source
@@ -101,11 +101,11 @@ def _with_limit(limit: float, source: str, directory: Path, monkeypatch: pytest.
         return shorter if path.name == "gpus.py" else read(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", patched)
-    program.payload.cache_clear()
+    agent_program.payload.cache_clear()
     try:
         return _ask(directory)
     finally:
-        program.payload.cache_clear()
+        agent_program.payload.cache_clear()
 
 
 def test_without_the_program_there_is_no_gpu(tmp_path: Path) -> None:

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from lazycluster import LocalRuntime, RuntimeGroup, _hostlog, _loop
+from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.agent import wire
+from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
-from lazycluster.ssh import answers
+from lazycluster.output import hostlog
+from lazycluster.ssh import agent_replies
 from lazycluster.ssh import link as link_module
+from lazycluster.ssh.agent_info import AgentInfo
 from lazycluster.ssh.channel import Channel
-from lazycluster.ssh.hello import Hello
 from lazycluster.ssh.link import AgentLink
 
 
@@ -152,8 +154,8 @@ def test_what_a_host_has_logged_is_limited_in_number(
     kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not by equal text: a million different ones would fill the log, and keep all others waiting."""
-    monkeypatch.setattr(_hostlog, "SPAN", 1.0)
-    monkeypatch.setattr(_hostlog, "_accounts", {})
+    monkeypatch.setattr(hostlog, "SPAN", 1.0)
+    monkeypatch.setattr(hostlog, "_accounts", {})
     caplog.set_level(logging.WARNING, "lazycluster")
 
     async def attempt() -> None:
@@ -169,7 +171,7 @@ def test_what_a_host_has_logged_is_limited_in_number(
 
     asyncio.run(attempt())
     told = [record.getMessage() for record in caplog.records if "left out" not in record.getMessage()]
-    assert len(told) % _hostlog.MOST == 0
+    assert len(told) % hostlog.MOST == 0
     left_out = [record.args[1] for record in caplog.records if "left out" in record.getMessage()]
     assert len(told) + sum(left_out) <= 3000
     assert sum(left_out) > 1000
@@ -303,7 +305,7 @@ def test_a_hello_that_cannot_be_used_is_told_at_once(payload: bytes) -> None:
     "message", [{"a": 2**64 - 1, "b": -(2**63)}, {"a": 1e300, "b": -0.0}, {"name": "\udc80\udcff"}, {"a": "\U0001f600"}]
 )
 def test_what_an_agent_may_say_is_left_as_it_is(message: dict[str, Any]) -> None:
-    assert answers.decoded(json.dumps(message).encode()) == message
+    assert agent_replies.decoded(json.dumps(message).encode()) == message
 
 
 @pytest.mark.parametrize("kind", [wire.EVENT, wire.OUTPUT])
@@ -347,7 +349,7 @@ def test_nobody_waits_for_workers_that_make_no_sense(said: dict[str, Any], monke
 
 def test_logs_do_not_steer_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
     """What ssh and the host's session print goes there, too."""
-    _loop.get_loop()
+    event_loop.get_loop()
     logging.getLogger("lazycluster").warning("%s: the link is interrupted: %s\x9b", "host1", "\x1b]0;title\x07 gone")
     logging.getLogger("lazycluster").warning("50 %% of %d", 7)
     assert [record.getMessage() for record in caplog.records] == [
@@ -371,8 +373,8 @@ _HELLO = {
     ],
 )  # fmt: skip
 def test_a_hello_is_checked(change: dict[str, Any]) -> None:
-    assert Hello.parse(json.loads(json.dumps(_HELLO))).python == (3, 11, 2)
+    assert AgentInfo.parse(json.loads(json.dumps(_HELLO))).python == (3, 11, 2)
     with pytest.raises(ValueError, match=next(iter(change))):
-        Hello.parse({**_HELLO, **change})
+        AgentInfo.parse({**_HELLO, **change})
     with pytest.raises(ValueError, match="python"):
-        Hello.parse({})
+        AgentInfo.parse({})

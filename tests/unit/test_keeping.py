@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from lazycluster import LocalRuntime, RuntimeGroup
-from lazycluster.agent import environments, keeping
-from lazycluster.agent.envprogram import MANIFEST
-from lazycluster.environments.making import Maker
+from lazycluster.agent import environment_cache, environments
+from lazycluster.agent.environment_program import MANIFEST
+from lazycluster.environments.build import Builder
 
 _ID = "py313-" + "0" * 20
 
@@ -30,11 +30,11 @@ def test_what_another_build_is_about_to_use_is_not_pruned(tmp_path: Path) -> Non
     building = environments.lock(str(tmp_path / "envs" / f"{_ID}.build"), fcntl.LOCK_EX)
     assert building is not None
     environments.claim(str(tmp_path))
-    keeping.prune_environments(str(tmp_path), 1000, None)
+    environment_cache.prune_environments(str(tmp_path), 1000, None)
     assert wheel.exists()
     assert unpacked.exists()
     os.close(building)
-    keeping.prune_environments(str(tmp_path), 1000, None)
+    environment_cache.prune_environments(str(tmp_path), 1000, None)
     assert not wheel.exists()
     assert not unpacked.exists()
 
@@ -49,7 +49,7 @@ def test_a_list_of_packages_may_be_longer_than_an_argument(tmp_path: Path) -> No
     text = "".join(f"line {number}: 'quoted' \"twice\" %s \\n ü\n" for number in range(20_000))
     here: Any = Here()
     nothing: Any = None
-    maker = Maker(here, nothing, nothing, nothing)
+    maker = Builder(here, nothing, nothing, nothing)
     for _ in range(2):  # a file that is there is written anew
         asyncio.run(maker._write(text, str(tmp_path / "file")))
         assert (tmp_path / "file").read_text() == text
@@ -99,13 +99,13 @@ def test_only_what_carries_our_manifest_is_listed_and_removed(tmp_path: Path) ->
     sent.write_bytes(bytes(50_000))
     foreign = _foreign(tmp_path)
     locks = sorted(path.name for path in (tmp_path / "envs").glob("*.use"))
-    told = keeping.list_environments(root)
+    told = environment_cache.list_environments(root)
     assert [one["id"] for one in told["environments"]] == [_ID]
     assert 100_000 <= told["size"] < 150_000
     names = ["work", "py313-" + "c" * 20, "py313-" + "b" * 20, "..", ".", "", "../wheels", ".git", "py313-" + "d" * 20]
-    assert keeping.remove_environments(root, names) == {"removed": [], "in_use": [], "unknown": names}
-    assert keeping.remove_damaged(root, ["mine", "", "..", ".", "a" * 24, "e" * 24]) == []
-    told = keeping.prune_environments(root, 0, 0)
+    assert environment_cache.remove_environments(root, names) == {"removed": [], "in_use": [], "unknown": names}
+    assert environment_cache.remove_damaged(root, ["mine", "", "..", ".", "a" * 24, "e" * 24]) == []
+    told = environment_cache.prune_environments(root, 0, 0)
     assert told["removed"] == [_ID]
     assert told["after"] == 0
     for gone in (ours, left, sent):
@@ -118,7 +118,7 @@ def test_only_what_carries_our_manifest_is_listed_and_removed(tmp_path: Path) ->
 def test_one_that_lost_its_manifest_while_it_was_being_locked_stays(tmp_path: Path) -> None:
     prefix = _made(tmp_path, _ID)
     (prefix / MANIFEST).unlink()
-    keeping.remove(str(tmp_path), _ID)
+    environment_cache.remove(str(tmp_path), _ID)
     assert (prefix / "bin" / "python").exists()
 
 
@@ -167,7 +167,7 @@ def test_a_root_of_an_earlier_version_is_recognised(evidence: str, others: bool,
         (tmp_path / "thesis").touch()
     environments.claim(str(tmp_path))
     assert (tmp_path / environments.MARKER).is_file()
-    keeping.prune_environments(str(tmp_path), 0, None)
+    environment_cache.prune_environments(str(tmp_path), 0, None)
     assert unpacked.exists() is others  # with others' files beside, it may be a cache of theirs
     assert prefix.exists() is (evidence == "lock")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lazycluster.agent import leftovers
-from lazycluster.agent.activity import count_tunnels
+from lazycluster.agent.host_load import count_tunnels
 from lazycluster.agent.leftovers import abandoned, remove_unfinished
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from lazycluster import _loop
 from lazycluster.cluster import local_modules
 from lazycluster.cluster.local_modules import LocalModules
+from lazycluster.core import event_loop
 from lazycluster.ssh import workspace
 
 
@@ -36,7 +36,7 @@ def test_what_is_under_way_at_the_end_writes_nowhere_else(
     module: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     modules = LocalModules()
-    _loop.run(modules.open())
+    event_loop.run(modules.open())
     before = getattr(local_modules, step)
     begun, go_on = threading.Event(), threading.Event()
 
@@ -50,7 +50,7 @@ def test_what_is_under_way_at_the_end_writes_nowhere_else(
     user = threading.Thread(target=modules.sync_now)
     user.start()
     assert begun.wait(30)
-    ending = threading.Thread(target=lambda: _loop.run(modules.close()))
+    ending = threading.Thread(target=lambda: event_loop.run(modules.close()))
     ending.start()
     if step == "_read":
         ending.join(30)
@@ -60,9 +60,9 @@ def test_what_is_under_way_at_the_end_writes_nowhere_else(
         assert not thread.is_alive()
     assert set(os.listdir()) <= {module.name, "__pycache__"}
     monkeypatch.undo()
-    _loop.run(modules.open())
+    event_loop.run(modules.open())
     sent = Path(modules.directory, "modules", module.name).read_text()
-    _loop.run(modules.close())
+    event_loop.run(modules.close())
     assert sent == "VALUE = 22\n"
 
 
@@ -73,9 +73,9 @@ def test_what_stands_in_for_a_module_may_answer_as_it_likes(module: Path, monkey
 
     monkeypatch.setitem(sys.modules, "loaded_later", Lazy())
     modules = LocalModules()
-    _loop.run(modules.open())
+    event_loop.run(modules.open())
     assert Path(modules.directory, "modules", module.name).exists()
-    _loop.run(modules.close())
+    event_loop.run(modules.close())
 
 
 def test_who_opens_them_at_the_same_time_shares_them() -> None:

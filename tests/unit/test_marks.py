@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from lazycluster import _loop
-from lazycluster.ssh.mark import StartError, past_noise
+from lazycluster.core import event_loop
+from lazycluster.ssh.start_marker import StartError, past_noise
 
 _MARK = b"\nlazy0123 "
 
@@ -26,7 +26,7 @@ def _read(*said: bytes) -> bytes:
     with ours:
         thread.start()
         try:
-            _loop.run(asyncio.wait_for(past_noise(ours, _MARK), 30))
+            event_loop.run(asyncio.wait_for(past_noise(ours, _MARK), 30))
             assert ours.getblocking()
             return b"".join(iter(lambda: ours.recv(65536), b""))
         finally:

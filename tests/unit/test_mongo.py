@@ -16,14 +16,14 @@ from bson import Binary, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazycluster.mongo import codec, wire
-from lazycluster.mongo.engine import Engine, Session
-from lazycluster.mongo.errors import CommandError
-from lazycluster.mongo.query import compile_filter, compile_projection
-from lazycluster.mongo.scram import Conversation, Credentials
-from lazycluster.mongo.store import Store, StoreError
-from lazycluster.mongo.update import compile_update
-from lazycluster.mongo.values import order
+from lazycluster.engines.hyperopt.mongo import codec, wire
+from lazycluster.engines.hyperopt.mongo.dispatch import ClientSession, Dispatcher
+from lazycluster.engines.hyperopt.mongo.errors import CommandError
+from lazycluster.engines.hyperopt.mongo.query import compile_filter, compile_projection
+from lazycluster.engines.hyperopt.mongo.scram import Conversation, Credentials
+from lazycluster.engines.hyperopt.mongo.store import Store, StoreError
+from lazycluster.engines.hyperopt.mongo.updates import compile_update
+from lazycluster.engines.hyperopt.mongo.values import order
 
 
 class Database:
@@ -32,10 +32,10 @@ class Database:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.store = Store(str(path))
-        self.engine = Engine(self.store, None)
+        self.engine = Dispatcher(self.store, None)
 
     def __call__(self, name: str, value: Any = 1, **fields: Any) -> dict[str, Any]:
-        reply = self.engine.run(Session(), {name: value, **fields, "$db": "db"})
+        reply = self.engine.run(ClientSession(), {name: value, **fields, "$db": "db"})
         assert self.engine.commit() is None
         return codec.decode(codec.encode(reply))
 
@@ -316,7 +316,7 @@ def test_ids_that_could_not_be_looked_for(db: Database, how: str, value: Any, co
 
 def test_databases_are_filtered(db: Database) -> None:
     for name in ("one", "two"):
-        db.engine.run(Session(), {"insert": "c", "documents": [{}], "$db": name})
+        db.engine.run(ClientSession(), {"insert": "c", "documents": [{}], "$db": name})
     db.engine.commit()
     for conditions, names in (
         ({}, ["one", "two"]),
@@ -432,8 +432,8 @@ def test_files_that_are_no_database(tmp_path: Path) -> None:
 # --- logging in ----------------------------------------------------------------------------------
 def test_only_who_logs_in_may_do_anything(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    engine = Engine(store, Credentials.of("me", "secret"))
-    session = Session()
+    engine = Dispatcher(store, Credentials.of("me", "secret"))
+    session = ClientSession()
     for name in ("find", "insert", "listDatabases", "dropDatabase", "nonsense", "getMore"):
         assert engine.run(session, {name: "c", "$db": "db"})["code"] == 13
     for payload in (b"", b"n,,n=me,r=", b"y,,n=me,r=x", b"n,,n=you", b"n,,m=1,n=me,r=x", 3, None):

@@ -30,9 +30,17 @@ from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
 from lazycluster.cluster.certificates import make_identities
-from lazycluster.cluster.hyperopt_programs import compat, trials, worker
-from lazycluster.mongo import scram
-from lazycluster.mongo.strangers import IDLE_LIMIT, LINES, MOST_SILENT, PERIOD, SILENT_LIMIT, FewLines, Strangers
+from lazycluster.engines.hyperopt.mongo import scram
+from lazycluster.engines.hyperopt.mongo.auth_limit import (
+    IDLE_LIMIT,
+    LINES,
+    MOST_SILENT,
+    PERIOD,
+    SILENT_LIMIT,
+    AuthLimit,
+    FewLines,
+)
+from lazycluster.engines.hyperopt.programs import compat, trials, worker
 
 _PASSWORD = "a-secret_of-32-characters"
 _HEADER = struct.Struct("<iiii")
@@ -51,7 +59,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        code = "from lazycluster.mongo.program import main; main()"
+        code = "from lazycluster.engines.hyperopt.mongo.program import main; main()"
         pipe = subprocess.PIPE
         self.log = self.path.with_name("log")
         with self.log.open("ab") as log:
@@ -378,7 +386,7 @@ def test_a_stranger_cannot_keep_the_server_busy(server: Server, monkeypatch: pyt
 
 def test_strangers_have_their_time() -> None:
     now, ended = [0.0], []
-    strangers: Strangers[str] = Strangers(lambda: now[0], ended.append)
+    strangers: AuthLimit[str] = AuthLimit(lambda: now[0], ended.append)
     for name in ("silent", "idle", "asking", "logged in"):
         strangers.came(name)
     for name in ("idle", "asking", "logged in"):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from direct_zygote import DirectZygote, ready_zygote
 
-from lazycluster.tasks import localcode
+from lazycluster.tasks import local_code
 from lazycluster.tasks.pickling import dump_call, name_of
 
 
@@ -314,7 +314,7 @@ def test_exception_group_and_notes(host: DirectZygote) -> None:
     assert isinstance(outcome.exception, ValueError)
     assert "KeyError: 'inner'" in outcome.traceback
     assert "direct cause" in outcome.traceback
-    assert "callee" not in outcome.traceback
+    assert "call_process" not in outcome.traceback
     assert 'raise KeyError("inner")' in outcome.traceback  # the line of code, which only the manager has
 
 
@@ -516,11 +516,11 @@ def test_names_of_projects(tmp_path: Path) -> None:
     }
     for text, name in expected.items():
         (tmp_path / "pyproject.toml").write_text(text)
-        localcode.distribution_of.cache_clear()
-        assert localcode.distribution_of(str(folder)) == name
+        local_code.distribution_of.cache_clear()
+        assert local_code.distribution_of(str(folder)) == name
     (tmp_path / "setup.cfg").write_text("[metadata]\nversion = 1\nname = of-setup-cfg\n")
-    localcode.distribution_of.cache_clear()
-    assert localcode.distribution_of(str(folder)) == "of-setup-cfg"
+    local_code.distribution_of.cache_clear()
+    assert local_code.distribution_of(str(folder)) == "of-setup-cfg"
     (tmp_path / "src" / "egg.egg-info").mkdir()
-    localcode.distribution_of.cache_clear()
-    assert localcode.distribution_of(str(folder)) == "egg"
+    local_code.distribution_of.cache_clear()
+    assert local_code.distribution_of(str(folder)) == "egg"

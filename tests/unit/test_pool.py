@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from lazycluster.agent.poolwire import ANSWER, BROKEN, CHUNK, LOCAL_CHUNK, MIXED, RETURNED
-from lazycluster.pool.blobs import Blobs, Sharing
+from lazycluster.agent.pool_protocol import ANSWER, BROKEN, CHUNK, LOCAL_CHUNK, MIXED, RETURNED
 from lazycluster.pool.chunks import Answer
-from lazycluster.pool.outcomes import read
-from lazycluster.pool.packing import Packed, pack, pack_calls
-from lazycluster.pool.sameness import Packer, state_of
-from lazycluster.pool.sizes import gpus_of, worker_counts
-from lazycluster.pool.streams import Lines, Stream
+from lazycluster.pool.function_cache import Packer, state_of
+from lazycluster.pool.output_streams import Lines, Stream
+from lazycluster.pool.results import read
+from lazycluster.pool.serialization import Packed, pack, pack_calls
+from lazycluster.pool.shared_objects import SharedObjects, Sharing
+from lazycluster.pool.worker_counts import gpus_of, worker_counts
 
 # --- packing -----------------------------------------------------------------------------------------------
 FACTOR: Any = 2
@@ -84,7 +84,7 @@ def test_functions_of_random_go_by_name() -> None:
 
 def test_large_arrays_are_told_by_what_they_hold() -> None:
     np = pytest.importorskip("numpy")
-    blobs = Blobs()
+    blobs = SharedObjects()
     sharing = Sharing(blobs)
     array = np.zeros((500, 500))
     number = sharing.share(array)
@@ -106,7 +106,7 @@ def test_large_arrays_are_told_by_what_they_hold() -> None:
 
 def test_large_arrays_are_told_by_their_types() -> None:
     np = pytest.importorskip("numpy")
-    sharing = Sharing(Blobs())
+    sharing = Sharing(SharedObjects())
     zeros = bytes(1 << 21)
     one, other = np.dtype("i8", metadata={"unit": "m"}), np.dtype("i8", metadata={"unit": "s"})
     records: list[Any] = [[("a", "i4"), ("b", "f4")], [("a", "M8[s]")]]
@@ -119,7 +119,7 @@ def test_large_arrays_are_told_by_their_types() -> None:
 
 
 def test_blobs_that_nobody_needs_are_dropped_the_oldest_first() -> None:
-    blobs = Blobs()
+    blobs = SharedObjects()
     made = [blobs.take(Packed("x", (b"",), 100 * 1024 * 1024, bytes([index]))) for index in range(4)]
     for blob in made[:3]:
         blobs.release(blob.number)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lazycluster.agent import presence, tcp
+from lazycluster.agent import manager_link, tcp
 from lazycluster.agent.loop import Loop
-from lazycluster.agent.presence import Presence
+from lazycluster.agent.manager_link import ManagerLink
 from patience import until
 
 
@@ -93,14 +93,14 @@ def test_an_sshd_that_has_lost_its_connection_may_take_its_time_to_end(
 ) -> None:
     """It is there in both cases, and has let go of the session's streams; only the connection tells."""
     _, client, pid = connected
-    monkeypatch.setattr(presence, "_peer", lambda _: pid)
-    monkeypatch.setattr(presence, "sshd_above", lambda _: os.getpid())
-    monkeypatch.setattr(presence, "_SSHD_LIMIT", 0.3)
+    monkeypatch.setattr(manager_link, "_peer", lambda _: pid)
+    monkeypatch.setattr(manager_link, "sshd_above", lambda _: os.getpid())
+    monkeypatch.setattr(manager_link, "_SSHD_LIMIT", 0.3)
     agent = _Agent()
-    one = Presence(agent, local=False)  # type: ignore[arg-type]
+    one = ManagerLink(agent, local=False)  # type: ignore[arg-type]
     one._timer.cancel()
     with socket.socket(socket.AF_UNIX) as unused:
-        one._line = presence.Line(unused)
+        one._line = manager_link.Line(unused)
         one.session = _Session(agent)  # type: ignore[assignment]
         one.grace = 60.0
         if goes == "link":

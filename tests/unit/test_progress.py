@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from lazycluster import Environment, _loop, _progress, _waiting
-from lazycluster._progress import Board, Progress, shown
+from lazycluster import Environment
+from lazycluster.core import event_loop, interruptible
+from lazycluster.output import progress as _progress
+from lazycluster.output.progress import Board, Progress, shown
 
 
 class Terminal(io.StringIO):
@@ -70,14 +72,14 @@ async def _connect(terminal: Terminal, *, until: str) -> str:
 
 
 def test_a_terminal_shows_how_far_it_is_and_is_clean_afterwards(terminal: Terminal) -> None:
-    assert _loop.run(_connect(terminal, until="host2, host3, host4, ...")) == "connected"
+    assert event_loop.run(_connect(terminal, until="host2, host3, host4, ...")) == "connected"
     assert terminal.lines[0] == "lazycluster: Connecting: 1 of 5 hosts; waiting for host2, host3, host4, ... (0 s)"
     assert terminal.getvalue().endswith("\r\033[K")
 
 
 def test_a_line_is_never_longer_than_the_terminal_is_wide(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    _loop.run(_connect(terminal, until="..."))
+    event_loop.run(_connect(terminal, until="..."))
     assert {len(line) for line in terminal.lines} == {39}
 
 
@@ -86,7 +88,7 @@ def test_names_cannot_steer_the_terminal(terminal: Terminal) -> None:
         with Progress("Connecting", 1, "hosts", lambda: ["\033]0;owned\007\nhost"]):
             await terminal.has("owned")
 
-    _loop.run(work())
+    event_loop.run(work())
     assert all("\033" not in line and "\007" not in line and "\n" not in line for line in terminal.lines)
 
 
@@ -97,7 +99,7 @@ def test_what_is_quick_is_not_shown(terminal: Terminal, monkeypatch: pytest.Monk
         with Progress("Connecting", 5):
             return 7
 
-    assert _loop.run(quick()) == 7
+    assert event_loop.run(quick()) == 7
     assert terminal.getvalue() == ""
 
 
@@ -123,7 +125,7 @@ def test_nothing_is_shown_where_it_is_not_wanted(terminal: Terminal, monkeypatch
             return "done"
 
     with shown(False if how == "block" else None), shown():
-        assert _loop.run(work()) == "done"
+        assert event_loop.run(work()) == "done"
     assert terminal.getvalue() == ""
     if how == "file":
         assert stream.getvalue() == ""
@@ -136,14 +138,14 @@ def test_ends_are_what_they_were_without_it(terminal: Terminal) -> None:
             raise TimeoutError("its own")
 
     with pytest.raises(TimeoutError, match="its own"):
-        _loop.run(fails())
+        event_loop.run(fails())
 
     async def lasts() -> None:
         with Progress("Sending", 1):
             await asyncio.Event().wait()
 
     with pytest.raises(TimeoutError, match="not done within"):
-        _loop.run(lasts(), timeout=0.05)
+        event_loop.run(lasts(), timeout=0.05)
     assert terminal.getvalue().endswith("\r\033[K")
 
 
@@ -169,7 +171,7 @@ def test_an_interrupted_wait_cleans_the_line(terminal: Terminal, monkeypatch: py
     monkeypatch.setattr(_progress._Terminal, "show", interrupted)
     with pytest.raises(KeyboardInterrupt), shown():
         try:
-            _loop.run(lasts())
+            event_loop.run(lasts())
         finally:
             monkeypatch.setattr(_progress._Terminal, "show", show)
     assert ended.is_set()
@@ -183,8 +185,8 @@ def test_several_waits_are_one_thing(terminal: Terminal) -> None:
             await terminal.has("2 of 3")
 
     with shown(), Progress("Starting the cluster"):
-        _loop.run(asyncio.sleep(0.01))
-        _loop.run(workers())
+        event_loop.run(asyncio.sleep(0.01))
+        event_loop.run(workers())
     assert terminal.lines[0].startswith("lazycluster: Starting the cluster (")
     assert terminal.lines[-1].startswith("lazycluster: Starting the cluster: workers: ")
 
@@ -199,7 +201,7 @@ def test_copies_to_many_hosts_are_summed_up_also_for_those_that_have_ended(termi
             part.set(done, total)
             ended.append(part)
     ended[0].__exit__()
-    future: _waiting.Future[None] = _waiting.Future()
+    future: interruptible.Future[None] = interruptible.Future()
     joint = Board(True, [board])
     assert not joint.wait([future], timeout=0.05)
     joint.close()

@@ -22,15 +22,15 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from lazycluster.agent import stream, wire
-from lazycluster.agent.expand import absolute, expand
+from lazycluster.agent.directory_tree import part_name
 from lazycluster.agent.files import destination, source
+from lazycluster.agent.path_expansion import absolute, expand
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
-from lazycluster.agent.tree import part_name
 from lazycluster.exceptions import printable
+from lazycluster.ssh.agent_program import bulk_command, rejoin_command, remote_command
 from lazycluster.ssh.config import Settings, ssh_argv
 from lazycluster.ssh.destination import parse_destination
-from lazycluster.ssh.program import bulk_command, rejoin_command, remote_command
 from lazycluster.utils import safe_name
 
 # The same examples in every run: what is new is looked for with LAZYCLUSTER_TEST_EXPLORE=1.
@@ -203,7 +203,7 @@ def _receive(script: list[tuple[int, bytes]], to: Path) -> None:
         receiver = Receiver(
             stream.Stream(ours.fileno(), ours.fileno()),
             lambda folder, name: destination(os.fsencode(to), b"/", {}, folder, name),
-            stream.Tally(),
+            stream.ByteCounter(),
         )
         with contextlib.suppress(stream.CopyError, stream.StreamClosedError):
             receiver.run()
@@ -225,12 +225,12 @@ def test_a_tree_arrives_as_it_is(tree: dict[tuple[bytes, ...], Any]) -> None:
             _make(root, path, content)
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            tally = stream.Tally()
+            tally = stream.ByteCounter()
             sender = Sender(stream.Stream(theirs.fileno(), theirs.fileno()), lambda: source(root, b"/", {}), tally)
             sending = threading.Thread(target=sender.run)
             sending.start()
             receiving = stream.Stream(ours.fileno(), ours.fileno())
-            Receiver(receiving, lambda f, n: destination(there, b"/", {}, f, n), stream.Tally()).run()
+            Receiver(receiving, lambda f, n: destination(there, b"/", {}, f, n), stream.ByteCounter()).run()
             sending.join()
         assert _contents(there) == _contents(root)
 

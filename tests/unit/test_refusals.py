@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 
-from lazycluster import _loop
-from lazycluster._runtime.session import HostSpec, Session
-from lazycluster.agent import bootstrap, commands, detached, memory, processes, server, wire
+from lazycluster.agent import bootstrap, commands, detached, oom, processes, server, wire
 from lazycluster.agent.loop import Loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError
+from lazycluster.runtime.session import HostSession, HostSpec
 from lazycluster.ssh import transfer
-from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.local_connection import LocalConnection
 
 
 def _rounds_until(loop: Loop, condition: Callable[[], Any], seconds: float = 20.0) -> None:
@@ -202,7 +202,7 @@ def test_requests_without_descriptors_fail_and_harm_no_others(tmp_path: Path) ->
         finally:
             await connection.close()
 
-    _loop.run(body(), timeout=60)
+    event_loop.run(body(), timeout=60)
 
 
 # --- detached tasks, and a disk that is full ------------------------------------------------------
@@ -284,12 +284,12 @@ def test_a_request_that_no_agent_takes_is_not_sent(monkeypatch: pytest.MonkeyPat
         finally:
             await connection.close()
 
-    _loop.run(body(), timeout=60)
+    event_loop.run(body(), timeout=60)
 
 
 def test_of_much_output_of_a_question_the_end_is_kept() -> None:
     async def body() -> tuple[int, str]:
-        session = await Session.open(HostSpec("localhost", local=True))
+        session = await HostSession.open(HostSpec("localhost", local=True))
         try:
             return await session.capture(
                 session.context({}, "WORKING_DIR"), command="head -c 5000000 /dev/zero; echo true"
@@ -297,7 +297,7 @@ def test_of_much_output_of_a_question_the_end_is_kept() -> None:
         finally:
             await session.close()
 
-    status, output = _loop.run(body(), timeout=60)
+    status, output = event_loop.run(body(), timeout=60)
     assert status == 0
     assert len(output) == 1024 * 1024
     assert output.endswith("\0true\n")
@@ -359,7 +359,7 @@ def test_a_command_that_may_not_be_ended_is_not_waited_for(child: subprocess.Pop
         result=lambda **fields: results.append(fields),
     )
     command = commands._Command(channel, ["true"], {}, "/", False, True)
-    command.killed_before = memory.note()
+    command.killed_before = oom.note()
     os.waitpid(command.pid, 0)
     command.pid, command._started = child.pid, processes.start_time(child.pid)
     command.end()

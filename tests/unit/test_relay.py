@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from lazycluster import _loop
-from lazycluster.agent import carried, wire
+from lazycluster.agent import relay_connection, wire
+from lazycluster.core import event_loop
 from lazycluster.ssh.config import Settings
-from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.local_connection import LocalConnection
 
 
 class _Played:
@@ -74,7 +74,7 @@ def _with_end(body: Callable[[_Played], Awaitable[None]]) -> None:
             await connection.close()
             played.stream.close()
 
-    _loop.run(whole(), timeout=60)
+    event_loop.run(whole(), timeout=60)
 
 
 @contextlib.asynccontextmanager
@@ -156,7 +156,7 @@ def test_a_port_where_nobody_listens_ends_the_connection() -> None:
 def test_it_sends_no_more_than_it_was_allowed() -> None:
     async def body(end: _Played) -> None:
         async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(bytes(3 * carried.WINDOW))
+            writer.write(bytes(3 * relay_connection.WINDOW))
             with contextlib.suppress(ConnectionError):
                 await reader.read()
             writer.close()
@@ -165,9 +165,9 @@ def test_it_sends_no_more_than_it_was_allowed() -> None:
             await end.ask(target=1, port=port)
             await end.send(1, wire.REQUEST, _tunnel(1))
             got = 0
-            while got < carried.WINDOW:
+            while got < relay_connection.WINDOW:
                 got += len((await end.frame())[2])
-            assert got == carried.WINDOW
+            assert got == relay_connection.WINDOW
             await end.ask(target=2, port=port)  # it has gone round its loop, and sent nothing
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(end.frame(), 0.05)

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazycluster.agent import logout, wire
-from lazycluster.agent.parts import Part, Parts, received
+from lazycluster.agent.partial_files import PartialFile, PartialFiles, received
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
-from lazycluster.agent.session import Channel, Session
+from lazycluster.agent.session import Channel, FrameSession
 from lazycluster.agent.spool import Spool
-from lazycluster.agent.stream import Stream, Tally
+from lazycluster.agent.stream import ByteCounter, Stream
 from lazycluster.ssh.link import AgentLink
 
 
@@ -166,7 +166,7 @@ class Echo:
     def heard(self) -> None:
         pass
 
-    def streams_ended(self, session: Session, error: Exception | None) -> None:
+    def streams_ended(self, session: FrameSession, error: Exception | None) -> None:
         if isinstance(error, wire.ProtocolError):
             self.errors.append(error)
         session.mute()
@@ -212,7 +212,7 @@ def descriptors(end: socket.socket) -> tuple[int, int]:
 
 async def _conversation(directory: Path, sizes: list[int], cuts: list[int]) -> None:
     agent = Echo(str(directory))
-    session = Session(agent)
+    session = FrameSession(agent)
     session.keep()
     manager_ended = asyncio.Event()
     line = Wire(cuts[0])
@@ -275,10 +275,10 @@ def test_a_channel_does_not_notice_that_its_streams_drop(sizes: list[int], cuts:
 
 
 # --- output that waits ----------------------------------------------------------------------------
-def with_session(body: Callable[[Session, Echo], None], directory: Path) -> None:
+def with_session(body: Callable[[FrameSession, Echo], None], directory: Path) -> None:
     async def whole() -> None:
         agent = Echo(str(directory))
-        body(Session(agent), agent)
+        body(FrameSession(agent), agent)
 
     _run(whole())
 
@@ -286,7 +286,7 @@ def with_session(body: Callable[[Session, Echo], None], directory: Path) -> None
 def test_output_of_a_host_that_cannot_be_reached_goes_to_a_file_and_comes_in_order(tmp_path: Path) -> None:
     piece = bytes(range(256)) * 1024
 
-    def body(session: Session, agent: Echo) -> None:
+    def body(session: FrameSession, agent: Echo) -> None:
         session.keep()
         channel = Channel(session, 1, {})
         count = 0
@@ -317,7 +317,7 @@ def test_output_of_a_host_that_cannot_be_reached_goes_to_a_file_and_comes_in_ord
 def test_who_prints_has_to_wait_when_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lazycluster.agent.spool.LIMIT", 1_000_000)
 
-    def body(session: Session, agent: Echo) -> None:
+    def body(session: FrameSession, agent: Echo) -> None:
         channel = Channel(session, 1, {})
         count = 0
         while session.writable:
@@ -414,29 +414,29 @@ def unnamed(directory: Path, data: bytes) -> int:
 def test_a_part_of_a_file_that_has_grown_is_taken_up_if_it_is_its_beginning(
     tmp_path: Path, now: bytes, sent: int
 ) -> None:
-    parts, source, there = Parts(), tmp_path / "source", tmp_path / "there"
+    parts, source, there = PartialFiles(), tmp_path / "source", tmp_path / "there"
     source.write_bytes(now)
-    parts.put(Part(os.fsencode(there), 500, 5, unnamed(tmp_path, b"x" * 100), 100, zlib.crc32(b"x" * 100)))
+    parts.put(PartialFile(os.fsencode(there), 500, 5, unnamed(tmp_path, b"x" * 100), 100, zlib.crc32(b"x" * 100)))
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         place = lambda folder, name: (os.fsencode(tmp_path), b"there", False)  # noqa: E731
-        receiver = Receiver(Stream(ours.fileno(), ours.fileno()), place, Tally(), parts)
+        receiver = Receiver(Stream(ours.fileno(), ours.fileno()), place, ByteCounter(), parts)
         stream = Stream(theirs.fileno(), theirs.fileno())
         went: list[int] = []
         fill = stream.fill
         stream.fill = lambda kind, length: (went.append(length), fill(kind, length))[1]  # type: ignore[method-assign]
         receiving = threading.Thread(target=receiver.run)
         receiving.start()
-        Sender(stream, lambda: (os.fsencode(source), b"source"), Tally()).run()
+        Sender(stream, lambda: (os.fsencode(source), b"source"), ByteCounter()).run()
         receiving.join()
     assert (there.read_bytes(), sum(went)) == (now, sent)
     parts.close()
 
 
 def test_a_part_is_taken_up_by_one_and_only_while_it_has_no_name(tmp_path: Path) -> None:
-    first, second = Parts(), Parts()
+    first, second = PartialFiles(), PartialFiles()
     fd = unnamed(tmp_path, b"x" * 100)
-    part = Part(b"/to/file", 1000, 5, fd, 100, 7)
+    part = PartialFile(b"/to/file", 1000, 5, fd, 100, 7)
     first.put(part)
     second.put(part._replace(fd=os.dup(fd)))
     assert first.take(b"/to/file", 1000, 6) is None
@@ -445,7 +445,7 @@ def test_a_part_is_taken_up_by_one_and_only_while_it_has_no_name(tmp_path: Path)
     assert taken is not None
     assert taken[:3] == part[:3]
     assert second.take(b"/to/file", 1000, 5) is None  # another process has it
-    third = Parts()
+    third = PartialFiles()
     third.put(taken._replace(fd=os.dup(taken.fd)))
     folder = os.open(tmp_path, os.O_RDONLY)
     os.link(f"/proc/self/fd/{taken.fd}", "file", dst_dir_fd=folder)  # with it, links are followed
@@ -457,9 +457,9 @@ def test_a_part_is_taken_up_by_one_and_only_while_it_has_no_name(tmp_path: Path)
 
 def test_parts_are_handed_over_and_only_the_latest_few_are_kept(tmp_path: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
-    parts, heir = Parts(), Parts()
+    parts, heir = PartialFiles(), PartialFiles()
     for number in range(10):
-        parts.put(Part(b"/caf\xe9%d" % number, 10, 20, unnamed(tmp_path, b"abc"), 3, number))
+        parts.put(PartialFile(b"/caf\xe9%d" % number, 10, 20, unnamed(tmp_path, b"abc"), 3, number))
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
@@ -473,6 +473,6 @@ def test_parts_are_handed_over_and_only_the_latest_few_are_kept(tmp_path: Path) 
     assert os.pread(taken.fd, 10, 0) == b"abc"
     os.close(taken.fd)
     heir.close()
-    heir.put(Part(b"/late", 1, 2, unnamed(tmp_path, b"x"), 1, 0))
+    heir.put(PartialFile(b"/late", 1, 2, unnamed(tmp_path, b"x"), 1, 0))
     assert heir.descriptors == []
     assert set(os.listdir("/proc/self/fd")) <= before

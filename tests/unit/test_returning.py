@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from lazycluster import _loop
 from lazycluster.agent import wire
+from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
 from lazycluster.ssh import connection as connection_module
 from lazycluster.ssh import link as link_module
 from lazycluster.ssh import openssh
 from lazycluster.ssh.config import Settings
 from lazycluster.ssh.link import AgentLink
-from lazycluster.ssh.local import LocalConnection
+from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.mux import Direction, Forward, MuxError
 from lazycluster.ssh.openssh import SshConnection
-from lazycluster.ssh.returning import ReturningConnection
+from lazycluster.ssh.reconnect import ReconnectingConnection
 
 FORWARDS = [Forward(Direction.REMOTE, 24300 + number, 24400 + number) for number in range(3)]
 
@@ -36,7 +36,7 @@ class Ended:
         """It has."""
 
 
-class Returning(ReturningConnection):
+class Returning(ReconnectingConnection):
     """One whose agents say nothing, over sockets; each attempt succeeds.
 
     Args:
@@ -107,7 +107,7 @@ def with_connection(body: Callable[[Any], Awaitable[None]], renewed: bool = True
                 connection._link.lost("the test has ended")  # nobody answers that it has stopped
             await connection.close()
 
-    _loop.run(whole(), timeout=30)
+    event_loop.run(whole(), timeout=30)
 
 
 def test_a_link_that_drops_while_a_new_agent_is_prepared_is_brought_back_and_that_done_again() -> None:
@@ -202,7 +202,7 @@ def test_an_agent_that_ends_right_after_its_hello_is_lost() -> None:
             await asyncio.wait_for(connection.request("ping"), 15)
         await connection.close()
 
-    _loop.run(whole(), timeout=60)
+    event_loop.run(whole(), timeout=60)
 
 
 def test_whoever_starts_an_agent_that_ends_meanwhile_is_told_at_once() -> None:
@@ -314,4 +314,4 @@ def test_ports_are_given_up_only_if_they_are_refused(
             link.detach()
         assert list(connection._forwards.values()) == left
 
-    _loop.run(whole())
+    event_loop.run(whole())

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 import patience
-from lazycluster import EnvironmentSpec, _loop
-from lazycluster.environments import resolving, uv, wheels
+from lazycluster import EnvironmentSpec
+from lazycluster.core import event_loop
+from lazycluster.environments import resolution, uv, wheels
 from lazycluster.environments.index import IndexSettings
 from lazycluster.environments.plan import Locked, Target
-from lazycluster.environments.sharing import Shared
+from lazycluster.environments.single_flight import SingleFlight
 
 
 def test_work_is_done_once_and_ends_with_the_last_who_wants_it() -> None:
@@ -23,7 +24,7 @@ def test_work_is_done_once_and_ends_with_the_last_who_wants_it() -> None:
     begun = asyncio.Event
 
     async def whole() -> None:
-        shared: Shared[str, int] = Shared()
+        shared: SingleFlight[str, int] = SingleFlight()
         go_on = begun()
 
         async def work() -> int:
@@ -59,7 +60,7 @@ def test_work_is_done_once_and_ends_with_the_last_who_wants_it() -> None:
 
 def test_whoever_comes_while_it_is_given_up_has_it_begun_anew() -> None:
     async def whole() -> None:
-        shared: Shared[str, int] = Shared()
+        shared: SingleFlight[str, int] = SingleFlight()
         turns: list[int] = []
 
         async def work() -> int:
@@ -99,7 +100,7 @@ def _lives(pid: int) -> bool:
 def _resolving(program: Path, monkeypatch: pytest.MonkeyPatch) -> Coroutine[Any, Any, Any]:
     monkeypatch.setattr(uv, "_chosen", uv.Uv(str(program), "99.0.0"))
     target = Target((3, 13), "linux", "x86_64", "glibc", "2.36")
-    return resolving.resolve(EnvironmentSpec(["something"]), target, IndexSettings())
+    return resolution.resolve(EnvironmentSpec(["something"]), target, IndexSettings())
 
 
 def _cloning(program: Path, monkeypatch: pytest.MonkeyPatch) -> Coroutine[Any, Any, Any]:
@@ -112,7 +113,7 @@ def test_programs_end_with_those_who_wait_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: Callable[..., Coroutine[Any, Any, Any]]
 ) -> None:
     pids = tmp_path / "pids"
-    work = _loop.submit(begin(_program(tmp_path / name, pids), monkeypatch))
+    work = event_loop.submit(begin(_program(tmp_path / name, pids), monkeypatch))
     patience.until(pids.exists, "the program")
     work.cancel()
     assert work.wait(30)

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 
 from lazycluster.ssh.config import Settings
-from lazycluster.ssh.handshakes import HandshakeLimiter, jump_key
-from lazycluster.ssh.hosts import configured_hosts
+from lazycluster.ssh.config_hosts import configured_hosts
+from lazycluster.ssh.connect_limit import ConnectLimit, jump_key
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_what_stands_between(write):
 
 def test_handshakes_are_limited_per_jump_host():
     async def main():
-        limiter = HandshakeLimiter(per_jump_host=2, at_once=5)
+        limiter = ConnectLimit(per_jump_host=2, at_once=5)
         now, most = {"j": 0, "": 0}, {"j": 0, "": 0}
 
         async def connect(kind):

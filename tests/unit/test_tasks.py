@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from lazycluster import RuntimeTask
-from lazycluster._group.broadcast import _for_host
 from lazycluster.exceptions import GroupTaskError, InvalidRuntimeError, InvalidRuntimesError, TaskExecutionError
-from lazycluster.tasks.fetched import claimed
-from lazycluster.tasks.output import TAIL_LIMIT, TaskLog
+from lazycluster.group.broadcast import _for_host
+from lazycluster.tasks.fetched_files import claimed
 from lazycluster.tasks.steps import GetFile, RunCommand, RunFunction, SendFile
+from lazycluster.tasks.task_log import TAIL_LIMIT, TaskLog
 from lazycluster.tasks.variables import checked_variables
 from lazycluster.utils import Environment, Timestamp, new_log_file_path, safe_name
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.ssh import workspace
 
 _ROUNDS = 20  # of the event loop
@@ -49,7 +49,7 @@ def test_all_of_them_have_ended(how: Callable[[asyncio.Task[list[None]]], object
     async def work() -> list[str]:
         done: list[str] = []
         parts = [_undone(done), asyncio.sleep(600), _undone(done), *([_fails()] if how is _failed else [])]
-        whole = asyncio.ensure_future(_loop.together([asyncio.ensure_future(part) for part in parts]))
+        whole = asyncio.ensure_future(event_loop.together([asyncio.ensure_future(part) for part in parts]))
         await how(whole)  # type: ignore[misc]
         return done
 
@@ -58,10 +58,10 @@ def test_all_of_them_have_ended(how: Callable[[asyncio.Task[list[None]]], object
 
 def test_results_come_in_order() -> None:
     async def work() -> None:
-        assert await _loop.together([]) == []
+        assert await event_loop.together([]) == []
         tasks = [asyncio.ensure_future(asyncio.sleep(delay, delay)) for delay in (0.01, 0)]
-        assert await _loop.together(tasks) == [0.01, 0]
-        assert [_loop.outcome(task, None) for task in tasks] == [0.01, 0]
+        assert await event_loop.together(tasks) == [0.01, 0]
+        assert [event_loop.outcome(task, None) for task in tasks] == [0.01, 0]
 
     asyncio.run(work())
 

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from lazycluster import _loop
-from lazycluster.agent import usage as agent_usage
+from lazycluster.agent import service_usage as agent_usage
 from lazycluster.agent.processes import start_time
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.usage import Meter, ProcessUsage
+from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError
 
 
@@ -61,7 +61,7 @@ def test_cpu_is_told_from_the_second_look_on() -> None:
         host.says(1.0, {"7": [5, 4096]})  # it was restarted
         assert await meter.look(services, 5) == {"a": ProcessUsage(None, 4096)}
 
-    _loop.run(work(), 30)
+    event_loop.run(work(), 30)
 
 
 def test_a_silent_host_is_waited_for_once_and_what_it_said_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_a_silent_host_is_waited_for_once_and_what_it_said_is_forgotten(monkeypa
         assert await meter.look(services, 5) == {}
         silent.answers.put_nowait(ConnectionLostError("silent", "it was restarted"))
 
-    _loop.run(work(), 30)
+    event_loop.run(work(), 30)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_nonsense_is_nothing(answer: Any) -> None:
         found = await meter.look(_looks(Worker("a", host, 1)), 5)
         assert found == {} or found == {"a": ProcessUsage(None, 0)}
 
-    _loop.run(work(), 30)
+    event_loop.run(work(), 30)
 
 
 def test_children_are_found_with_and_without_the_help_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lazycluster import RuntimeTask
-from lazycluster._group.views import group_view, manager_view
-from lazycluster._runtime.views import info_table, info_view, runtime_view
-from lazycluster._views.cells import cells, megabytes
-from lazycluster._views.log import LoggedStep, LoggedTask, settled, show_logs
-from lazycluster._views.view import Cell, Table, View, as_html, as_text
-from lazycluster._words import counted
-from lazycluster.cluster.hyperopt_progress import SearchProgress
 from lazycluster.cluster.views import cluster_view
-from lazycluster.ssh.hello import Hello
+from lazycluster.core.words import counted
+from lazycluster.engines.hyperopt.progress import SearchProgress
+from lazycluster.group.views import group_view, manager_view
+from lazycluster.output.execution_log import LoggedStep, LoggedTask, settled, show_logs
+from lazycluster.output.host_cells import cells, megabytes
+from lazycluster.output.view import Cell, Table, View, as_html, as_text
+from lazycluster.runtime.views import info_table, info_view, runtime_view
+from lazycluster.ssh.agent_info import AgentInfo
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>\033]0;owned\007\u202e$\\href{javascript:alert(1)}{x}$'"
 TAGS = {"div", "strong", "span", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "br"}
@@ -58,7 +58,7 @@ def _host(info: dict[str, Any] | None = None) -> Any:
     connection = SimpleNamespace(
         state="open",
         why=EVIL,
-        hello=Hello(python=(3, 9, 1), pid=1, uid=1, booted=1, **values),  # type: ignore[arg-type]
+        hello=AgentInfo(python=(3, 9, 1), pid=1, uid=1, booted=1, **values),  # type: ignore[arg-type]
     )
     return SimpleNamespace(
         host=EVIL,
@@ -156,7 +156,7 @@ def test_what_is_known_of_a_machine_is_shown_even_if_little_is() -> None:
 
 
 def test_a_host_that_does_not_answer_is_shown_without_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazycluster._runtime.views._BRIEFLY", 0.01)
+    monkeypatch.setattr("lazycluster.runtime.views._BRIEFLY", 0.01)
     silent = _host()
     silent.host = "silent"
     silent.fill_info_buffer = concurrent.futures.Future
@@ -203,7 +203,7 @@ def test_one_and_many() -> None:
 
 def test_the_live_view_shows_workers_of_older_versions_of_dask(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed")
-    from lazycluster.cli import serving
+    from lazycluster.cli import foreground
     from lazycluster.cluster.dask_cluster import DaskCluster
 
     class Older:
@@ -212,11 +212,11 @@ def test_the_live_view_shows_workers_of_older_versions_of_dask(monkeypatch: pyte
 
     monkeypatch.setattr(DaskCluster, "get_client", lambda *_, **__: contextlib.nullcontext(Older()))
     with contextlib.ExitStack() as stack:
-        assert serving._work(DaskCluster.__new__(DaskCluster), stack)() == "2 threads, 3 tasks running"
+        assert foreground._work(DaskCluster.__new__(DaskCluster), stack)() == "2 threads, 3 tasks running"
 
 
 def test_the_live_view_shows_what_workers_use_also_if_the_engine_does_not_answer() -> None:
-    from lazycluster.cli import serving
+    from lazycluster.cli import foreground
     from lazycluster.cluster.usage import ProcessUsage
 
     def worker(number: int) -> Any:
@@ -239,7 +239,7 @@ def test_the_live_view_shows_what_workers_use_also_if_the_engine_does_not_answer
         raise OSError("the scheduler does not answer")
 
     console = Console(width=80, file=io.StringIO())
-    console.print(serving._view(cast(Any, Busy()), fails))
+    console.print(foreground._view(cast(Any, Busy()), fails))
     lines = cast(io.StringIO, console.file).getvalue().splitlines()
     assert [line.split()[-2:] for line in lines[2:5]] == [["12%", "1.9M"], ["41", "3.0G"], ["0", "42"]]
     assert lines[5] == "not known: the scheduler does not answer"

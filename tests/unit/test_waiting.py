@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from lazycluster import _loop
-from lazycluster._waiting import Condition, Event, Future
+from lazycluster.core import event_loop
+from lazycluster.core.interruptible import Condition, Event, Future
 
 
 def _interrupt(*_: object) -> None:
@@ -145,5 +145,5 @@ def test_a_coroutine_that_is_never_begun_ends_without_a_warning() -> None:
         raise AssertionError("it was begun")
 
     coroutine = work()
-    _loop.Work(coroutine)
+    event_loop.LoopFuture(coroutine)
     assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import lazycluster
 from lazycluster.cli.app import cli
-from lazycluster.cli.wording import names_its_options, spelled, spelled_next_steps
+from lazycluster.cli.option_names import names_its_options, spelled, spelled_next_steps
 from lazycluster.exceptions import ForwardingForbiddenError, InvalidRuntimeError, InvalidRuntimesError
 
 _LIBRARY = Path(lazycluster.__file__).parent

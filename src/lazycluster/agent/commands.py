@@ -8,19 +8,8 @@ import signal
 import time
 from collections import deque
 
-from . import memory
-from .processes import (
-    AGENT_MARKER,
-    TASK_MARKER,
-    Ending,
-    Pump,
-    explained,
-    pipe,
-    send_signal,
-    spawn,
-    start_time,
-    tree_of,
-)
+from . import oom
+from .processes import AGENT_MARKER, TASK_MARKER, Ending, Pump, explained, pipe, send_signal, spawn, start_time, tree_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -252,7 +241,7 @@ class _Command(Process):
             if self.clock.over:
                 fields["limit"] = "wall"
         if fields["signal"] == signal.SIGKILL or fields["exit"] == 128 + signal.SIGKILL:
-            fields.update(memory.evidence(self.killed_before))
+            fields.update(oom.evidence(self.killed_before))
         self.channel.result(**fields)
 
 
@@ -263,9 +252,9 @@ def _in_shell(channel: Channel, path: str, line: str, begin: Callable[[List[str]
     env = environment(channel, task)
     shell = None
     if params.get("startup_files") != "always":
-        from . import startup
+        from . import shell_startup
 
-        shell = startup.shell_for(channel.agent, path, env)
+        shell = shell_startup.shell_for(channel.agent, path, env)
     if shell is None:
         begin([path, "-c", line], env)
         return
@@ -277,7 +266,7 @@ def _in_shell(channel: Channel, path: str, line: str, begin: Callable[[List[str]
     if found.is_read:
         go_on()
     else:
-        startup.Waiting(channel, found, go_on)
+        shell_startup.Waiting(channel, found, go_on)
 
 
 def run(channel: Channel) -> None:
@@ -304,7 +293,7 @@ def _begin(channel: Channel, argv: List[str], env: Dict[str, str], waited: float
         argv = limits.wrapped(argv, limited)
         if limited.get("wall") is not None:
             limited["wall"] -= waited
-    before = memory.note()
+    before = oom.note()
     cwd = os.path.join(os.path.expanduser("~"), params.get("cwd") or "")
     try:
         command = _Command(channel, argv, env, cwd, bool(params.get("input")), bool(params.get("merge")))

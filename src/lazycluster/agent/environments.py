@@ -19,7 +19,7 @@ import sys
 import time
 
 from .deletion import remove_tree
-from .envprogram import MANIFEST
+from .environment_program import MANIFEST
 from .ownership import check, make
 from .paths import meant, trusts_group
 
@@ -48,9 +48,9 @@ def environment(channel: Channel) -> None:
     """Handle the request `environment`; `action` says what."""
     action = str(channel.params.get("action"))
     if action in ("list", "remove", "prune", "sift"):
-        from . import keeping
+        from . import environment_cache
 
-        keeping.handle(channel, action)
+        environment_cache.handle(channel, action)
         return
     handler = _ACTIONS.get(action)
     if handler is None:
@@ -219,8 +219,8 @@ def _find(channel: Channel) -> None:
 
 
 def _survey(channel: Channel) -> None:
-    from .aside import aside
-    from .envsurvey import survey
+    from .environment_survey import survey
+    from .offload import aside
 
     params, root = channel.params, root_of(channel)
     aside(channel, lambda: survey(params["wanted"], params["addresses"], params.get("env") or {}, root))
@@ -459,7 +459,7 @@ def remove_unfinished(envs: str, name: str) -> None:
 def _compile(channel: Channel, prefix: str) -> None:
     """Have the modules of an environment compiled, unless they are, beside all else that goes on."""
     from .commands import marked_environment
-    from .envprogram import command, wants_compiling
+    from .environment_program import command, wants_compiling
     from .host_info import cpu_cores
     from .processes import spawn
 

@@ -6,7 +6,7 @@ import fnmatch
 import os
 from typing import Iterator, List, Mapping, Sequence
 
-from .expand import absolute
+from .path_expansion import absolute
 
 
 class Pattern:

@@ -8,14 +8,14 @@ import signal
 import stat
 from typing import Any, Dict, Mapping, NoReturn, Optional, Tuple
 
-from .expand import absolute, expand, home
-from .parts import Parts
+from .partial_files import PartialFiles
+from .path_expansion import absolute, expand, home
 from .receiver import Receiver
 from .sender import Sender, what_is
-from .stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
+from .stream import REQUEST, ByteCounter, CopyError, Stream, StreamClosedError, raw
 
 
-def serve(incoming: int, outgoing: int, parts: Optional[Parts] = None, heir: Any = None) -> None:
+def serve(incoming: int, outgoing: int, parts: Optional[PartialFiles] = None, heir: Any = None) -> None:
     """Do the copies that are asked for, one after the other, until the stream ends.
 
     Unfinished files are removed when it ends in the middle of a copy, and when this process is told to end.
@@ -51,16 +51,16 @@ def _end(number: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def handle(stream: Stream, request: Dict[str, Any], parts: Optional[Parts] = None) -> None:
+def handle(stream: Stream, request: Dict[str, Any], parts: Optional[PartialFiles] = None) -> None:
     """Do one copy."""
     env: Mapping[str, str] = request.get("env") or {}
     cwd = raw(request.get("cwd") or "")
     path = None if request.get("path") is None else raw(request["path"])
     if request["op"] == "send":
-        Receiver(stream, lambda folder, name: destination(path, cwd, env, folder, name), Tally(), parts).run()
+        Receiver(stream, lambda folder, name: destination(path, cwd, env, folder, name), ByteCounter(), parts).run()
     else:
         exclude = [raw(pattern) for pattern in request.get("exclude") or ()]
-        Sender(stream, lambda: source(path or b"", cwd, env), Tally(), exclude, cwd, env).run()
+        Sender(stream, lambda: source(path or b"", cwd, env), ByteCounter(), exclude, cwd, env).run()
 
 
 def source(path: bytes, cwd: bytes, env: Mapping[str, str]) -> Tuple[bytes, bytes]:

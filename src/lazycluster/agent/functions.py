@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from .commands import environment
+from .forked_call import ForkedCall
 from .paths import meant
 from .processes import explained
-from .work import Work
 from .zygotes import Zygotes
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -39,7 +39,7 @@ def call(channel: Channel) -> None:
     with_interpreter(
         channel,
         env,
-        lambda interpreter: Work(channel, interpreter, message, lambda fields: _called(channel, fields)).start,
+        lambda interpreter: ForkedCall(channel, interpreter, message, lambda fields: _called(channel, fields)).start,
     )
 
 
@@ -141,7 +141,7 @@ def _mismatch(channel: Channel, zygotes: Zygotes, interpreter: Interpreter, env:
             interpreters=found,
         )
 
-    Work(channel, interpreter, {"kind": "interpreters", "cwd": "/"}, tell).start()
+    ForkedCall(channel, interpreter, {"kind": "interpreters", "cwd": "/"}, tell).start()
 
 
 def _dotted(version: List[int]) -> str:
@@ -175,7 +175,7 @@ def _ask(channel: Channel, message: Dict[str, Any], own: bool) -> None:
         else:
             channel.fail("python", "the interpreter gave no answer", **fields)
 
-    work = Work(channel, asked, message, done)
+    work = ForkedCall(channel, asked, message, done)
 
     def ready() -> None:
         if asked.error:

@@ -8,8 +8,8 @@ from typing import Mapping
 
 from .deletion import RefusedError
 from .deletion import remove as delete
-from .expand import absolute, home
 from .ownership import make
+from .path_expansion import absolute, home
 from .session import Channel
 
 _OPEN = 0o755  # whatever the umask lets through, others may not write

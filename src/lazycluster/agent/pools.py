@@ -8,22 +8,10 @@ from __future__ import annotations
 
 import os
 
-from .hands import Hand
-from .poolqueue import Queue
-from .poolwire import (
-    BACK,
-    BLOB,
-    CANCEL,
-    DROP,
-    GIVEN,
-    GONE,
-    LARGE,
-    RECORD,
-    SLOT,
-    SLOT_SIZE,
-    SMALL,
-)
+from .pool_protocol import BACK, BLOB, CANCEL, DROP, GIVEN, GONE, LARGE, RECORD, SLOT, SLOT_SIZE, SMALL
+from .pool_queue import PoolQueue
 from .processes import Ending, Pump, descendants, explained, pipe, start_time, tree_of
+from .worker_handle import WorkerHandle
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -78,7 +66,7 @@ class Pool:
         self.channel, self._interpreter, self._message, self._most = channel, interpreter, message, most
         self._variables, self._renew, self._at_end = variables, renew, at_end
         self._renewing = False
-        self._hands: Dict[int, Hand] = {}  # by slot
+        self._hands: Dict[int, WorkerHandle] = {}  # by slot
         self._count = 0
         self._stillborn = 0
         self._blobs: Dict[int, int] = {}
@@ -95,7 +83,7 @@ class Pool:
         self._board_fd = nameless_file("board", directory)
         os.ftruncate(self._board_fd, SLOT_SIZE * most)
         self.board = mmap.mmap(self._board_fd, 0)
-        self._queue = Queue(channel.loop, self._push)
+        self._queue = PoolQueue(channel.loop, self._push)
         out, self._out = pipe()
         self._pump = Pump(channel, out, self._print, lambda: None)
         channel.on_input = self._input
@@ -216,7 +204,7 @@ class Pool:
                 for fd in (self._out, self._out, self._queue.fileno(), self._board_fd):
                     fds.append(os.dup(fd))
                 self._count += 1
-                hand = self._hands[slot] = Hand(self, self._count, slot)
+                hand = self._hands[slot] = WorkerHandle(self, self._count, slot)
             except OSError as error:
                 for fd in fds:
                     os.close(fd)
@@ -252,7 +240,7 @@ class Pool:
         """Note that a worker can be used."""
         self._stillborn = 0
 
-    def give(self, hand: Hand, blob: int) -> None:
+    def give(self, hand: WorkerHandle, blob: int) -> None:
         """Hand a blob to a worker."""
         fd = self._blobs.get(blob, -1)
         if fd < 0:
@@ -260,7 +248,7 @@ class Pool:
         else:
             hand.say(GIVEN.pack(blob, os.fstat(fd).st_size), [fd])
 
-    def gone(self, hand: Hand, fields: Dict[str, Any]) -> None:
+    def gone(self, hand: WorkerHandle, fields: Dict[str, Any]) -> None:
         """Handle the end of a worker."""
         self._hands.pop(hand.slot, None)
         number, index = hand.chunk()
@@ -280,7 +268,7 @@ class Pool:
             self._lost_worker(hand, fields)
         self._push()
 
-    def _lost_worker(self, hand: Hand, fields: Dict[str, Any]) -> None:
+    def _lost_worker(self, hand: WorkerHandle, fields: Dict[str, Any]) -> None:
         """Handle the end of a worker that had nothing to do, or had not yet said what."""
         if fields.get("failed"):
             self._no_more(explained(fields["failed"]))

@@ -11,7 +11,8 @@ import zlib
 from collections import deque
 from typing import Any, Callable, Deque, List, NamedTuple, Optional, Tuple
 
-from .parts import WORTH_IT, Part, Parts
+from .directory_tree import DirectoryTree, PartFile
+from .partial_files import WORTH_IT, PartialFile, PartialFiles
 from .sender import COMPARE, NOT_WANTED, RESUME, WANTED, digest, identity, what_is
 from .stream import (
     ABORT,
@@ -33,14 +34,13 @@ from .stream import (
     SUMMARY,
     UNUSED,
     WINDOW,
+    ByteCounter,
     CopyError,
     Stream,
     StreamClosedError,
-    Tally,
     raw,
     text,
 )
-from .tree import PartFile, Tree
 
 _SECOND = 10**9
 _PLACE = Callable[[bool, bytes], Tuple[bytes, Optional[bytes], bool]]
@@ -50,7 +50,7 @@ class _Wanted(NamedTuple):
     name: bytes
     size: int
     mtime: int
-    part: Optional[Part]
+    part: Optional[PartialFile]
 
 
 class Receiver:
@@ -64,12 +64,12 @@ class Receiver:
         parts: What earlier tries have left; takes what this one leaves.
     """
 
-    def __init__(self, stream: Stream, place: _PLACE, tally: Tally, parts: Optional[Parts] = None) -> None:
+    def __init__(self, stream: Stream, place: _PLACE, tally: ByteCounter, parts: Optional[PartialFiles] = None) -> None:
         self._stream = stream
         self._place = place
         self._tally = tally
         self._parts = parts
-        self._tree: Optional[Tree] = None
+        self._tree: Optional[DirectoryTree] = None
         self._file_name: Optional[bytes] = None
         self._made = False
         self._wanted: Deque[_Wanted] = deque()
@@ -118,7 +118,7 @@ class Receiver:
         fd, wanted = self._part.given_up(), self._wanted[0]
         if fd >= 0:
             whole = self._tree_there().whole(wanted.name)
-            self._parts.put(Part(whole, wanted.size, wanted.mtime, fd, self._size, self._checksum))
+            self._parts.put(PartialFile(whole, wanted.size, wanted.mtime, fd, self._size, self._checksum))
 
     def _release(self) -> None:
         for wanted in self._wanted:
@@ -172,7 +172,7 @@ class Receiver:
         self._clocks_apart = time.time_ns() - int(message["now"])
         path, self._file_name, self._made = self._place(bool(message["folder"]), raw(message["name"]))
         try:
-            self._tree = Tree(path)
+            self._tree = DirectoryTree(path)
         except OSError as error:
             raise CopyError.of(path, error) from error
         self._stream.put_json(READY, {"identity": identity(os.fstat(self._tree.root))})
@@ -325,7 +325,7 @@ class Receiver:
         if self._part is not None:
             raise StreamClosedError("a frame in the middle of a file")
 
-    def _tree_there(self) -> Tree:
+    def _tree_there(self) -> DirectoryTree:
         if self._tree is None:
             raise StreamClosedError("an unexpected frame")
         return self._tree

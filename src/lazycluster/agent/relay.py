@@ -15,8 +15,8 @@ import signal
 import socket
 import struct
 
-from .carried import COUNT, Connection
 from .loop import Loop
+from .relay_connection import COUNT, RelayedConnection
 from .wire import REQUEST, RESULT, Decoder, Outbox, ProtocolError, frame
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -45,7 +45,7 @@ class End:
 
     def __init__(self, loop: Loop, stream: Tuple[int, int], control: socket.socket, first: bool) -> None:
         self.loop = loop
-        self.connections: Dict[int, Connection] = {}
+        self.connections: Dict[int, RelayedConnection] = {}
         self.congested = False
         self._in, self._out = stream
         self._control = control
@@ -128,7 +128,7 @@ class End:
             self.send(frame(number, RESULT))
             return
         # Whether it is refused is told when it becomes writable.
-        self.connections[number] = Connection(self, number, sock, status != 0)
+        self.connections[number] = RelayedConnection(self, number, sock, status != 0)
 
     def _accept(self, tunnel: int) -> None:
         listener = self._listeners[tunnel]
@@ -144,7 +144,7 @@ class End:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         number, self._next = self._next, self._next + 2
         self.send(frame(number, REQUEST, COUNT.pack(tunnel)))
-        self.connections[number] = Connection(self, number, sock, False)
+        self.connections[number] = RelayedConnection(self, number, sock, False)
 
     def _watch(self, tunnel: int) -> None:
         if tunnel in self._listeners:

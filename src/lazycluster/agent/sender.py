@@ -10,6 +10,7 @@ import zlib
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
+from .directory_tree import DirectoryTree
 from .exclusion import Exclusion
 from .stream import (
     ABORT,
@@ -32,13 +33,12 @@ from .stream import (
     SUMMARY,
     UNUSED,
     WINDOW,
+    ByteCounter,
     CopyError,
     Stream,
     StreamClosedError,
-    Tally,
     text,
 )
-from .tree import Tree
 
 DIGEST_SIZE = 16
 WANTED, NOT_WANTED, COMPARE, RESUME = 1, 0, 2, 3
@@ -101,7 +101,7 @@ class Sender:
         self,
         stream: Stream,
         find: Callable[[], Tuple[bytes, bytes]],
-        tally: Tally,
+        tally: ByteCounter,
         exclude: Sequence[bytes] = (),
         cwd: bytes = b"",
         env: Optional[Mapping[str, str]] = None,
@@ -118,8 +118,8 @@ class Sender:
         # Names lead from the folder through real directories only: others may put links in their place meanwhile. One
         # tree to look what there is, one to read it from, since either is somewhere else most of the time.
         self._excluded: Optional[Exclusion] = None
-        self._looked: Optional[Tree] = None
-        self._read: Optional[Tree] = None
+        self._looked: Optional[DirectoryTree] = None
+        self._read: Optional[DirectoryTree] = None
 
     def run(self) -> Dict[str, Any]:
         """Send everything; return what the receiver says of it.
@@ -173,7 +173,7 @@ class Sender:
             # A link that is named is followed; those inside a folder are sent as links.
             source = os.stat(path)
             if stat.S_ISDIR(source.st_mode):
-                self._looked, self._read = Tree(path), Tree(path)
+                self._looked, self._read = DirectoryTree(path), DirectoryTree(path)
                 return os.fstat(self._looked.root)
         except OSError as error:
             if os.path.islink(path) and not os.path.exists(path):

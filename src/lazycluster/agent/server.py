@@ -13,7 +13,7 @@ from importlib import import_module
 
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
-from .presence import Presence
+from .manager_link import ManagerLink
 from .processes import AGENT_MARKER, Ending, become_plain, close_all_but, descendants, explained, marks, start_time
 from .session import Channel
 
@@ -21,7 +21,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Tuple
 
-    from .session import Session
+    from .session import FrameSession
 
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
 _SWEEP_DELAY = 0.5
@@ -48,11 +48,11 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "detach": ("detached", "detach"),
     "detached": ("detached", "detached"),
     "relay": ("relay", "relay"),
-    "pool": ("poolstart", "pool"),
+    "pool": ("pool_request", "pool"),
     "environment": ("environments", "environment"),
-    "activity": ("activity", "activity"),
-    "tunnels": ("activity", "tunnels"),
-    "usage": ("usage", "usage"),
+    "activity": ("host_load", "activity"),
+    "tunnels": ("host_load", "tunnels"),
+    "usage": ("service_usage", "usage"),
     "leftovers": ("leftovers", "leftovers"),
 }
 
@@ -75,7 +75,7 @@ class Agent:
         self._guardian = guardian
         self._alive_fd = alive
         self.ending = False
-        self._presence = Presence(self, local)
+        self._presence = ManagerLink(self, local)
         self._further: Dict[str, socket.socket] = {}  # where it listens beside its directory
         self._told = -1
         self._parts: Any = None  # what copies have left unfinished
@@ -100,7 +100,7 @@ class Agent:
         """Do so now, if it has not been done."""
         if self._told >= 0:
             from .commands import login_shell
-            from .startup import listen
+            from .shell_startup import listen
 
             fd, self._told = self._told, -1
             listen(self, login_shell(), fd)
@@ -186,9 +186,9 @@ class Agent:
     def _serve_bulk(self, connection: socket.socket, fds: List[int]) -> None:
         """Have a process of its own serve copies on the streams of another ssh session."""
         from . import files
-        from .parts import Parts
+        from .partial_files import PartialFiles
 
-        self._parts = self._parts or Parts()
+        self._parts = self._parts or PartialFiles()
         ours, theirs = socket.socketpair()
         try:
             pid = os.fork()
@@ -214,7 +214,7 @@ class Agent:
 
     def _inherit(self, connection: socket.socket) -> None:
         """Keep what a process could not finish whose link has dropped, for the one that comes after it."""
-        from .parts import received
+        from .partial_files import received
 
         try:
             part = received(connection)
@@ -295,7 +295,7 @@ class Agent:
         """Note that the manager is alive."""
         self._presence.heard()
 
-    def streams_ended(self, session: Session, error: Optional[Exception]) -> None:
+    def streams_ended(self, session: FrameSession, error: Optional[Exception]) -> None:
         """Handle the end of the manager's streams."""
         self._presence.streams_ended(session, error)
 

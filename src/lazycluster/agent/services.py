@@ -12,11 +12,11 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, cast
 
-from . import gpus, memory
+from . import gpus, oom
 from .commands import Process, environment, outcome
 from .deletion import remove_tree
 from .processes import Ending, explained, tree_of
-from .restarts import Restarts
+from .restart_policy import RestartPolicy
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -144,7 +144,7 @@ class _Service:
         self._task = "{}.{}".format(params.get("task") or "service", os.urandom(6).hex())
         self._marker = (params.get("marker") or "").encode()
         self._ready_text = (params.get("ready") or "").encode()
-        self._restarts = Restarts(int(params.get("restarts") or 0))
+        self._restarts = RestartPolicy(int(params.get("restarts") or 0))
         self.patience = float(params.get("patience") or _PATIENCE)
         self._cwd = os.path.join(os.path.expanduser("~"), params.get("cwd") or "")
         self._kept: List[bytes] = []
@@ -156,7 +156,7 @@ class _Service:
         self._cut_off = False  # it says that it ends since it has lost those that it works with
         self._waiting: Optional[Any] = None
         self._late: Optional[Any] = None
-        self._killed_before = memory.killed()
+        self._killed_before = oom.killed()
         self._share: Optional[gpus.Share] = None
         self._gpus = gpus.wanted(params)
         self._run: Optional[_Run] = None
@@ -303,8 +303,8 @@ class _Service:
         self._in_time()
         ended: Dict[str, Any] = dict(outcome(status))
         if ended["signal"] == signal.SIGKILL:
-            before, self._killed_before = self._killed_before, memory.killed()
-            ended["out_of_memory"] = memory.verdict(before, self._killed_before)
+            before, self._killed_before = self._killed_before, oom.killed()
+            ended["out_of_memory"] = oom.verdict(before, self._killed_before)
         fields = dict(ended, pid=run.pid if run else None, output=self.outlet.last_words())
         self._tell("exited", **fields)
         if self._ending:

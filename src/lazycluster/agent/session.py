@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         def go_alone(self) -> None:
             """Do not depend on a manager any more."""
 
-        def streams_ended(self, session: "Session", error: Optional[Exception]) -> None:
+        def streams_ended(self, session: "FrameSession", error: Optional[Exception]) -> None:
             """Handle the end of the manager's streams, or that they hold something else than frames."""
 
 
@@ -63,7 +63,7 @@ class Channel:
         agent: The agent.
     """
 
-    def __init__(self, session: "Session", number: int, params: Dict[str, Any]) -> None:
+    def __init__(self, session: "FrameSession", number: int, params: Dict[str, Any]) -> None:
         self.params = params
         self.agent: "Owner" = session.agent
         self.loop: "Loop" = session.agent.loop
@@ -135,7 +135,7 @@ class Channel:
             self._session.channels.pop(self._number, None)
 
 
-class Session:
+class FrameSession:
     """What is said to and by one manager, over streams that may be replaced.
 
     Attributes:

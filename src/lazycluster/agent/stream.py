@@ -111,7 +111,7 @@ def raw(path: str) -> bytes:
     return str.encode(path, "utf-8", "surrogateescape")
 
 
-class Tally:
+class ByteCounter:
     """What a copy has done so far.
 
     Attributes:

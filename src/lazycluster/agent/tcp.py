@@ -15,7 +15,7 @@ _ESTABLISHED = "01"
 _MAPPED = "0000000000000000FFFF0000"
 
 
-class Connection:
+class TcpConnection:
     """A connection that stood once; see `of_session`."""
 
     def __init__(self, local: Tuple[str, str], peer: Tuple[str, str]) -> None:
@@ -39,14 +39,14 @@ class Connection:
         return False
 
 
-def of_session(pid: int) -> Optional[Connection]:
+def of_session(pid: int) -> Optional[TcpConnection]:
     """Return the connection that a process of an ssh session came by; None where it cannot be seen."""
     try:
         with open("/proc/{}/environ".format(pid), "rb") as file:
             variables = file.read().split(b"\0")
         found = [value[len(b"SSH_CONNECTION=") :] for value in variables if value.startswith(b"SSH_CONNECTION=")]
         peer, peer_port, local, local_port = found[0].decode("ascii").split()
-        connection = Connection((local, local_port), (peer, peer_port))
+        connection = TcpConnection((local, local_port), (peer, peer_port))
     except (OSError, ValueError, IndexError):  # e.g. "UNKNOWN", where sshd got its streams from something else
         return None
     return connection if connection.stands() else None

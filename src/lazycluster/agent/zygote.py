@@ -23,8 +23,14 @@ import types
 from typing import Any, Dict, List, Tuple
 
 HEAD = struct.Struct("!I")  # before each message: its length
-PARTS = ("localmodules", "filenames", "interpreters", "limits", "callee")  # of the children; each needs those before it
-POOL_PARTS = ("poolwire", "poolworker")  # those that only workers of pools run: loaded when the first is wanted
+PARTS = (
+    "localmodules",
+    "filenames",
+    "interpreters",
+    "limits",
+    "call_process",
+)  # of the children; each needs those before it
+POOL_PARTS = ("pool_protocol", "pool_worker")  # those that only workers of pools run: loaded when the first is wanted
 _PACKAGE = "lazycluster.agent"  # they have the same names as on the manager, since pickles refer to them
 _READ_SIZE = 64 * 1024
 _ROOM_FOR_FDS = 64
@@ -204,9 +210,9 @@ class Zygote:
                 os.close(fd)
             os.set_inheritable(fds[2], False)
             if message.get("kind") == "pool":
-                status = _part("poolworker").main(fds[2:], message)
+                status = _part("pool_worker").main(fds[2:], message)
             else:
-                status = _part("callee").main(fds[2], message)
+                status = _part("call_process").main(fds[2], message)
         finally:
             os._exit(status)
 

@@ -8,14 +8,14 @@ import socket
 import sys
 
 from .processes import spawn
-from .zygotelink import HEAD, STUB, Zygote, program
+from .zygote_link import HEAD, STUB, ZygoteLink, program
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Optional, Set, Tuple
 
     from .session import Owner
-    from .zygotelink import Report
+    from .zygote_link import Report
 
 MOST_INTERPRETERS = 4  # interpreters (with an environment) for which zygotes are kept
 START_LIMIT = 30.0  # seconds for an interpreter to start
@@ -82,12 +82,12 @@ class Interpreter:
         self._waiting: List[Callable[[], Any]] = []
         self._library = ""
         self._calls = 0
-        self._warmed: Optional[Zygote] = None
+        self._warmed: Optional[ZygoteLink] = None
         self._have: Set[str] = set()  # what the warmed zygote has imported
         self._stamps: List[Tuple[str, int]] = []
         self._bad: Set[str] = set()  # what must not be imported before a fork, or cannot be
         self._unsafe: Set[str] = set()  # packages of which something must not be imported before a fork
-        self._candidate: Optional[Zygote] = None
+        self._candidate: Optional[ZygoteLink] = None
         self._wanted: List[str] = []
         self._asked: Set[str] = set()
         self._warm_limit: Any = None
@@ -108,7 +108,7 @@ class Interpreter:
             os.close(their_errors)
         self._errors = errors
         self.loop.add_reader(errors, self._read_errors)
-        self.clean = Zygote(self.loop, ours, self._on_message, self._on_end)
+        self.clean = ZygoteLink(self.loop, ours, self._on_message, self._on_end)
         self.clean.pid = pid
         self._limit = self.loop.call_later(START_LIMIT, self._too_slow)
         self.clean.write(program())
@@ -250,7 +250,7 @@ class Interpreter:
             return
         self._asked = set(names)
         number = next(self._numbers)
-        candidate = Zygote(self.loop, ours, self._on_candidate, self._candidate_ended)
+        candidate = ZygoteLink(self.loop, ours, self._on_candidate, self._candidate_ended)
         self._candidate = candidate
 
         def report(said: Dict[str, Any]) -> None:

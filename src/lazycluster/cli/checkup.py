@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from lazycluster import _loop
-from lazycluster._tail import Tail
-from lazycluster._views.cells import megabytes
+from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
-from lazycluster.ssh.answers import check_shape, decoded_text
+from lazycluster.output.host_cells import megabytes
+from lazycluster.output.tail import Tail
+from lazycluster.ssh.agent_replies import check_shape, decoded_text
 
-from .wording import spelled
+from .option_names import spelled
 
 if TYPE_CHECKING:
     from lazycluster.ssh.openssh import SshConnection
@@ -115,8 +115,8 @@ class Checkup:
 
     async def run(self, connection: SshConnection) -> None:
         """Check one step after the other. The connection is closed in the end."""
-        way = await _loop.in_thread(_way, connection)
-        probing = asyncio.ensure_future(_loop.in_thread(_probe, way))
+        way = await event_loop.in_thread(_way, connection)
+        probing = asyncio.ensure_future(event_loop.in_thread(_probe, way))
         try:
             await connection.open()
         except InvalidRuntimeError as error:

@@ -88,7 +88,7 @@ def report(error: Exception, debug: bool) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, (LazyclusterError, OSError, ValueError, TypeError)):
-        from .wording import spelled_next_steps
+        from .option_names import spelled_next_steps
 
         show_error(spelled_next_steps(str(error)) or type(error).__name__)
     else:

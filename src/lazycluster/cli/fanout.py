@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
 from lazycluster.ssh.connection import Connection
 
 from .errors import FAILED, TIMED_OUT, UNREACHABLE
+from .option_names import spelled_next_steps
 from .targets import Targets
-from .wording import spelled_next_steps
 
 __all__ = ["FANOUT", "Outcome", "everywhere", "exit_status", "open_all"]
 
@@ -72,7 +72,7 @@ async def everywhere(
         on_done(outcome)
         return outcome
 
-    return await _loop.together([asyncio.ensure_future(one(name)) for name in targets.names])
+    return await event_loop.together([asyncio.ensure_future(one(name)) for name in targets.names])
 
 
 async def _on_host(targets: Targets, name: str, work: Work) -> Outcome:

@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lazycluster import _loop, _waiting
+from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import one_line, printable
 from lazycluster.ssh.terminal import is_asking, when_answered
 
 from .console import errors, host_style, lines_of, output
 from .errors import OutputGoneError
 from .fanout import Outcome
-from .hostsets import fold
+from .host_arguments import fold
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
@@ -47,7 +47,7 @@ class Printer(abc.ABC):
         self._size = 0
         self._closed = False
         self._held = 0
-        self._change = _waiting.Condition()
+        self._change = interruptible.Condition()
         self._connections: set[Connection] = set()
 
     # --- on the loop's thread ------------------------------------------------------------------
@@ -102,7 +102,7 @@ class Printer(abc.ABC):
             connection.hold(full)
 
     def _steer_soon(self) -> None:
-        _loop.get_loop().call_soon_threadsafe(self._steer)
+        event_loop.get_loop().call_soon_threadsafe(self._steer)
 
     # --- on the main thread --------------------------------------------------------------------
     def during(self, work: Coroutine[Any, Any, T]) -> T:
@@ -112,7 +112,7 @@ class Printer(abc.ABC):
             OutputGoneError: If nobody reads it any more; the work was ended.
             KeyboardInterrupt: Likewise.
         """
-        future = _loop.submit(work)
+        future = event_loop.submit(work)
         future.add_done_callback(lambda _: self._wake())
         try:
             while self._print_some(future):

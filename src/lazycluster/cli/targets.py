@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lazycluster.cli.console import tell
-
-from . import hostsets
-from .wording import names_its_options
+from . import host_arguments
+from .console import tell
+from .option_names import names_its_options
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
@@ -106,13 +105,13 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the names of hosts for a shell, also after a comma."""
     head, comma, last = incomplete.rpartition(",")
-    known = [*_configured(ctx.params.get("config")), hostsets.ALL]
+    known = [*_configured(ctx.params.get("config")), host_arguments.ALL]
     named = head.split(",")
     return [head + comma + name for name in known if name.startswith(last) and name not in named]
 
 
 def _configured(config: str | None) -> list[str]:
-    from lazycluster.ssh.hosts import configured_hosts
+    from lazycluster.ssh.config_hosts import configured_hosts
 
     return [host.name for host in configured_hosts(config) if not host.skipped]
 
@@ -216,40 +215,44 @@ def targets(
     try:
         named = [name for value in hosts for name in _read(value)]
         if hostfile is not None:
-            named += hostsets.from_lines(hostfile.read())
+            named += host_arguments.from_lines(hostfile.read())
         if not hosts and hostfile is None:
-            named = hostsets.expand(default if default is not None else _ask(config))
+            named = host_arguments.expand(default if default is not None else _ask(config))
         excluded = [name for value in exclude_hosts for name in _read(value)]
-        known = _configured(config) if any(map(hostsets.is_pattern, named)) or hostsets.ALL in named or excluded else []
-        names = hostsets.without(hostsets.match(named, known), excluded, known)
-    except hostsets.HostSetError as error:
+        known = (
+            _configured(config)
+            if any(map(host_arguments.is_pattern, named)) or host_arguments.ALL in named or excluded
+            else []
+        )
+        names = host_arguments.without(host_arguments.match(named, known), excluded, known)
+    except host_arguments.HostSetError as error:
         raise click.UsageError(str(error)) from None
     except UnicodeDecodeError:
         raise click.UsageError("the file with the hosts is no text") from None
     if not names:
         raise click.UsageError(_no_hosts(config, named, bool(hosts) or hostfile is not None))
     settings = how_to_connect(config, connect_timeout, accept_new_host_key, relay)
-    everyone = hostsets.ALL in named
+    everyone = host_arguments.ALL in named
     # Whoever looks at what there is wants no questions about each host that has never been used.
-    looking = everyone and default == hostsets.ALL
+    looking = everyone and default == host_arguments.ALL
     return Targets(names, everyone, settings, ask=person_is_there() and not looking)
 
 
 def _read(value: str) -> list[str]:
     if value == "-":
-        return hostsets.from_lines(sys.stdin.read())
+        return host_arguments.from_lines(sys.stdin.read())
     if value.startswith("^"):
         from lazycluster.utils import expanded
 
         try:
-            return hostsets.from_lines(expanded(value[1:]).read_text())
+            return host_arguments.from_lines(expanded(value[1:]).read_text())
         except OSError as error:
             raise click.UsageError(f"the hosts cannot be read from {value[1:]}: {error.strerror}") from None
-    return hostsets.expand(value)
+    return host_arguments.expand(value)
 
 
 def _no_hosts(config: str | None, named: Sequence[str], given: bool) -> str:
-    if named and named != [hostsets.ALL]:
+    if named and named != [host_arguments.ALL]:
         return "no host is left: all that are named are excluded"
     if given and not named:
         return "no hosts are named: what stands for them is empty"
@@ -264,10 +267,10 @@ def _ask(config: str | None) -> str:
 
     known = _configured(config)
     if not person_is_there():
-        have = f" (the ssh configuration has {hostsets.fold(known)})" if known else ""
+        have = f" (the ssh configuration has {host_arguments.fold(known)})" if known else ""
         raise click.UsageError(f"no hosts are named: use -w HOSTS, or -w @all for all active ones{have}")
     if not known:
         raise click.UsageError(_no_hosts(config, [], False))
-    tell(f"Hosts of the ssh configuration: {hostsets.fold(known)}", err=True)
+    tell(f"Hosts of the ssh configuration: {host_arguments.fold(known)}", err=True)
     answer: str = click.prompt("On which hosts (@all for all)", err=True)
     return answer

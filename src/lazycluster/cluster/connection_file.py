@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster.agent.deletion import SEARCH
-from lazycluster.ssh.answers import check_shape
+from lazycluster.ssh.agent_replies import check_shape
 from lazycluster.utils import expanded
 
 from .exceptions import ClusterError

@@ -6,17 +6,17 @@ import abc
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 
 from .network import Listener, Network, Reach
-from .places import places_of, usable
+from .worker_hosts import places_of, usable
 
 if TYPE_CHECKING:
     from subprocess import Popen
 
     from lazycluster.runtime_mgmt import RuntimeGroup
 
-    from .process import MasterProcess
+    from .master_process import MasterProcess
 
 __all__ = ["MasterLauncher", "RuntimeCluster", "WorkerLauncher"]
 
@@ -125,7 +125,7 @@ class WorkerLauncher(abc.ABC):
             PortInUseError: If a port is taken on the manager or on a host.
             TunnelError: If a host does not allow it.
         """
-        _loop.run(self._setup_worker_tunnels())
+        event_loop.run(self._setup_worker_tunnels())
 
     async def _setup_worker_tunnels(self) -> None:
         places = usable(places_of(self._group))
@@ -147,7 +147,7 @@ class WorkerLauncher(abc.ABC):
 
     def cleanup(self) -> None:
         """Release all resources. Doing it again does nothing."""
-        _loop.run(self._worker_tunnels.close())
+        event_loop.run(self._worker_tunnels.close())
         self._tunnelled.clear()
         self._ports_per_host.clear()
 

@@ -9,18 +9,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError
 from lazycluster.ssh import workspace
 
 from .contracts import DEFAULT_TIMEOUT, DefaultTimeout, MasterLauncher
 from .exceptions import ClusterError, MasterStartError, ServiceError
 from .health import Watch
+from .master_process import MasterProcess
 from .network import Network, PortSupply, free_everywhere
-from .places import MANAGER, Place, places_of, usable
-from .process import MasterProcess
 from .programs import Program
 from .services import Service, as_kind, ready_or_port_taken, stop_all
+from .worker_hosts import MANAGER, WorkerHost, places_of, usable
 from .workers import ServiceWorkerLauncher
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ServiceMasterLauncher(MasterLauncher):
             return
         if self._space is None:
             self._space = await workspace.acquire()
-        place = Place(MANAGER, self._space.keeper, sys.executable, {}, os.getcwd())
+        place = WorkerHost(MANAGER, self._space.keeper, sys.executable, {}, os.getcwd())
         program = self.program()
         self._service = Service(
             program,
@@ -90,9 +90,9 @@ class ServiceMasterLauncher(MasterLauncher):
             raise ClusterError(f"the master runs already, on port {self._port}")
         limit = self._limit(timeout)
         try:
-            return _loop.run(self._start(ports, limit, debug))
+            return event_loop.run(self._start(ports, limit, debug))
         except BaseException:
-            _loop.run(self._stop())
+            event_loop.run(self._stop())
             raise
 
     def _limit(self, timeout: float) -> float:
@@ -166,7 +166,7 @@ class ServiceMasterLauncher(MasterLauncher):
     def _signal(self, name: str) -> None:
         service = self._service
         if service is not None:
-            _loop.get_loop().call_soon_threadsafe(service.signal, name)
+            event_loop.get_loop().call_soon_threadsafe(service.signal, name)
 
     def _changed(self, service: Service) -> None:
         if not isinstance(self._process, MasterProcess):
@@ -190,7 +190,7 @@ class ServiceMasterLauncher(MasterLauncher):
 
     def cleanup(self) -> None:
         """End the master. Doing it again does nothing."""
-        _loop.run(self._stop())
+        event_loop.run(self._stop())
         self.ports = {}
         super().cleanup()
 
@@ -203,6 +203,6 @@ async def _check_free(port: int, connections: Sequence[Connection]) -> None:
 
 async def prepare(master: ServiceMasterLauncher, worker: ServiceWorkerLauncher, count: int, debug: bool) -> None:
     """Start all processes at once; they wait for their settings, and meanwhile import what they are made of."""
-    await _loop.together(
+    await event_loop.together(
         [asyncio.ensure_future(master.prepare(debug)), asyncio.ensure_future(worker.prepare(count, debug))]
     )

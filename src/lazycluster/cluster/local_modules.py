@@ -23,17 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh import transfer, workspace
-from lazycluster.tasks import localcode
+from lazycluster.tasks import local_code
 
 if TYPE_CHECKING:
     import types
 
     from lazycluster.ssh.connection import Connection
 
-    from .places import Place
+    from .worker_hosts import WorkerHost
 
 __all__ = ["LocalModules"]
 
@@ -109,7 +109,7 @@ class LocalModules:
                 self._watcher = asyncio.ensure_future(self._watch())
         await self.sync()
 
-    async def share(self, places: Iterable[Place]) -> dict[str, LazyclusterError]:
+    async def share(self, places: Iterable[WorkerHost]) -> dict[str, LazyclusterError]:
         """Have the present modules on hosts, too; those that have lost their agent, and all with it, get them again.
 
         Returns:
@@ -117,7 +117,7 @@ class LocalModules:
         """
         await self.open()
 
-        async def add(place: Place) -> None:
+        async def add(place: WorkerHost) -> None:
             answer = await place.connection.request("mkdtemp", within=_PATIENCE)
             self._hosts[place.host] = _Copy(place.connection, str(answer["path"]), place.connection.generation)
             await self._send(place.host)
@@ -190,7 +190,7 @@ class LocalModules:
 
     def sync_now(self) -> int:
         """Have what has changed on all hosts before this returns; returns `version`. For a user's thread."""
-        return _loop.run(self.sync_changes()) if self.changes() else self.version
+        return event_loop.run(self.sync_changes()) if self.changes() else self.version
 
     async def sync(self) -> None:
         """Have what has changed on all hosts."""
@@ -198,7 +198,7 @@ class LocalModules:
             directory = self.directory
             self._is_new = False  # before the look, not to miss those that come meanwhile
             self._find_new()
-            sources, stamps = await _loop.in_thread(_read, frozenset(self._local))
+            sources, stamps = await event_loop.in_thread(_read, frozenset(self._local))
             if self._space is None or self.directory != directory:
                 return  # it was closed meanwhile
             self._stamps = stamps
@@ -206,7 +206,7 @@ class LocalModules:
             if texts == self._written:
                 return
             # Whoever is cancelled here leaves it to `close` to wait for the thread.
-            self._writing = asyncio.ensure_future(_loop.in_thread(_write, Path(directory), texts, self._written))
+            self._writing = asyncio.ensure_future(event_loop.in_thread(_write, Path(directory), texts, self._written))
             await asyncio.shield(self._writing)
             if self.directory != directory:
                 return
@@ -279,7 +279,7 @@ def _is_sent(name: str, module: types.ModuleType | None) -> bool:
     if name == "__main__" or module is None:
         return False
     try:
-        return getattr(module, "__spec__", None) is not None and localcode.is_local(module)
+        return getattr(module, "__spec__", None) is not None and local_code.is_local(module)
     except Exception:  # noqa: BLE001  (anything may stand in for a module, and answer as it likes)
         return False
 
@@ -304,10 +304,10 @@ def _sources(names: frozenset[str]) -> dict[str, tuple[str | bytes, str]]:
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     if isinstance(main, str) and main.endswith(".py"):
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            wanted |= localcode.imported_by(Path(main).read_text(encoding="utf-8"), main)
+            wanted |= local_code.imported_by(Path(main).read_text(encoding="utf-8"), main)
     found: dict[str, tuple[str | bytes, str]] = {}
     distributions, packages = {}, {}
-    for name, (text, is_package, path, distribution) in localcode.sources_of(wanted).items():
+    for name, (text, is_package, path, distribution) in local_code.sources_of(wanted).items():
         file = name.replace(".", "/") + ("/__init__.py" if is_package else ".py")
         found[file] = (text, path)
         if distribution:

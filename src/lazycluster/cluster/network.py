@@ -18,7 +18,7 @@ from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, close_tunnels, open_tunnels
 
-from .places import Place
+from .worker_hosts import WorkerHost
 
 _AT_ONCE = 48  # candidates that are looked at beyond those that are needed
 
@@ -53,7 +53,7 @@ class Listener:
         reach: Who is to reach it.
     """
 
-    place: Place
+    place: WorkerHost
     port: int
     reach: Reach
 
@@ -151,7 +151,7 @@ class Network:
         if self.on_lost is not None:
             tunnel.on_lost.append(self.on_lost)
 
-    async def share_master(self, port: int, places: Iterable[Place]) -> dict[str, LazyclusterError]:
+    async def share_master(self, port: int, places: Iterable[WorkerHost]) -> dict[str, LazyclusterError]:
         """Make a port of the manager reachable on hosts.
 
         Returns:
@@ -173,7 +173,7 @@ class Network:
         return {place.host: failed[place.network] for place in places if place.network in failed}
 
     async def open(
-        self, listeners: Sequence[Listener], places: Sequence[Place]
+        self, listeners: Sequence[Listener], places: Sequence[WorkerHost]
     ) -> dict[int, tuple[str, LazyclusterError]]:
         """Make ports of workers reachable.
 
@@ -203,7 +203,7 @@ class Network:
             await self.close(port)
         return failed
 
-    async def extend(self, listeners: Sequence[Listener], places: Sequence[Place]) -> dict[str, LazyclusterError]:
+    async def extend(self, listeners: Sequence[Listener], places: Sequence[WorkerHost]) -> dict[str, LazyclusterError]:
         """Make ports of workers that are open already reachable on hosts that are new.
 
         Returns:
@@ -245,6 +245,6 @@ class Network:
             await close_tunnels(tunnels)
 
 
-def _one_per_network(places: Iterable[Place]) -> list[Place]:
+def _one_per_network(places: Iterable[WorkerHost]) -> list[WorkerHost]:
     """Return one place of those that share their ports (two names of one machine)."""
     return list({place.network: place for place in reversed(list(places))}.values())

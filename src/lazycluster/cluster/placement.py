@@ -11,7 +11,7 @@ from typing import Any
 from lazycluster.exceptions import LazyclusterError, NoAnswerError
 
 from .exceptions import ClusterError
-from .places import Place, usable
+from .worker_hosts import WorkerHost, usable
 
 __all__ = ["Gpus", "in_turn", "rooms"]
 
@@ -41,8 +41,8 @@ class Gpus:
 
 
 def in_turn(
-    places: Sequence[Place], count: int, present: Mapping[str, int], room: Mapping[str, int] | None = None
-) -> list[Place]:
+    places: Sequence[WorkerHost], count: int, present: Mapping[str, int], room: Mapping[str, int] | None = None
+) -> list[WorkerHost]:
     """Return the places of some new workers: each where there are the fewest, in the group's order.
 
     Args:
@@ -74,7 +74,7 @@ def in_turn(
     return chosen
 
 
-async def rooms(places: Sequence[Place], gpus: Gpus, present: Mapping[str, int]) -> dict[str, int]:
+async def rooms(places: Sequence[WorkerHost], gpus: Gpus, present: Mapping[str, int]) -> dict[str, int]:
     """Return for each host how many more workers its GPUs suffice for. Logs which hosts are left out, and why.
 
     Args:
@@ -113,7 +113,7 @@ async def rooms(places: Sequence[Place], gpus: Gpus, present: Mapping[str, int])
     return found
 
 
-async def _ask(place: Place, gpus: Gpus) -> dict[str, Any] | str:
+async def _ask(place: WorkerHost, gpus: Gpus) -> dict[str, Any] | str:
     try:
         return await place.connection.request("gpus", within=_ANSWER_LIMIT, env=dict(place.env), idle=gpus.idle)
     except NoAnswerError:

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lazycluster import _lifetime, _loop, _progress
-from lazycluster._live import write
-from lazycluster._views.log import settled
-from lazycluster._views.view import headline
+from lazycluster.core import event_loop, lifetime
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
+from lazycluster.output import progress
+from lazycluster.output.execution_log import settled
+from lazycluster.output.live_lines import write
+from lazycluster.output.view import headline
 
 from . import connection_file
 from .contracts import DEFAULT_TIMEOUT, MasterLauncher, RuntimeCluster, WorkerLauncher
@@ -107,7 +108,7 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
         self._master_launcher = _launcher(master_launcher, runtime_group) or self._default_master_launcher()
         self._worker_launcher = _launcher(worker_launcher, runtime_group) or self._default_worker_launcher()
         self._connect_launchers()
-        _lifetime.register(self)
+        lifetime.register(self)
         self._forgetting: Any = None
 
     # --- what an engine states -----------------------------------------------------------------
@@ -305,12 +306,12 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
     @contextlib.contextmanager
     def _shown(self, what: str) -> Iterator[None]:
         """Show how far something is that takes long."""
-        with _progress.shown(getattr(self._group, "progress", None)), _progress.Progress(what):
+        with progress.shown(getattr(self._group, "progress", None)), progress.Progress(what):
             yield
 
     def _end_when_forgotten(self) -> None:
         if self._forgetting is None or not self._forgetting.alive:
-            self._forgetting = _lifetime.when_forgotten(self, (self._worker_launcher, self._master_launcher))
+            self._forgetting = lifetime.when_forgotten(self, (self._worker_launcher, self._master_launcher))
 
     def _begun(self, state: str) -> None:
         """Note what has been reached, unless somebody ends it meanwhile."""
@@ -375,7 +376,7 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
         master, worker = self._master_launcher, self._worker_launcher
         if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
             worker.check_ports(count, self._ports)
-            _loop.run(prepare(master, worker, count, debug))
+            event_loop.run(prepare(master, worker, count, debug))
 
     def _share_with_custom_workers(self, port: int) -> None:
         try:

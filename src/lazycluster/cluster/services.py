@@ -13,17 +13,17 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from lazycluster import _hostlog
-from lazycluster._live import Lines
-from lazycluster.agent.restarts import Restarts
+from lazycluster.agent.restart_policy import RestartPolicy
 from lazycluster.exceptions import AgentError, LazyclusterError
-from lazycluster.ssh.answers import NAME, check_shape
+from lazycluster.output import hostlog
+from lazycluster.output.live_lines import Lines
+from lazycluster.ssh.agent_replies import NAME, check_shape
 from lazycluster.utils import new_log_file_path
 
 from .exceptions import ServiceError
 from .health import Watch
-from .places import Place
 from .programs import Program
+from .worker_hosts import WorkerHost
 
 logger = logging.getLogger("lazycluster")
 
@@ -86,7 +86,7 @@ class Service:
     def __init__(
         self,
         program: Program,
-        place: Place,
+        place: WorkerHost,
         label: str,
         *,
         debug: bool = False,
@@ -111,7 +111,7 @@ class Service:
         self._on_change = on_change
         self._watch_of = watch
         self._renew = renew
-        self._agents = Restarts(program.restarts)
+        self._agents = RestartPolicy(program.restarts)
         self._restarts_before = 0  # under agents that are lost
         self._away = False
         self._log: io.FileIO | None = None
@@ -213,7 +213,7 @@ class Service:
             again, self._was_ready = self._was_ready, True
             self.state, self.detail, self.pid = "ready", event["detail"], event["pid"]
             self._say("ready", self.detail)
-            if not again or _hostlog.may_say(self.place.host):
+            if not again or hostlog.may_say(self.place.host):
                 self._note("ready", "again" if self.restarts else "")
             self._changed()
         elif state == "starting":
@@ -225,7 +225,7 @@ class Service:
 
     def _is_restarted(self, problem: str) -> None:
         self.state, self.problem = "restarting", problem
-        if _hostlog.may_say(self.place.host):
+        if hostlog.may_say(self.place.host):
             lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
             logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, problem, lost)
             self._note("restarting", f"{problem}, and is started again{lost}")
@@ -238,7 +238,7 @@ class Service:
             self.respawns += 1
             self.exit_status = fields.get("status")
             self.problem = self._how(str(fields.get("out_of_memory") or ""))
-            if not _hostlog.may_say(self.place.host):
+            if not hostlog.may_say(self.place.host):
                 return
             logger.warning("%s: %s: its worker process: %s", self.place.host, self.label, self.problem)
             self._note("respawned", self.problem)

@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.tunnels import Tunnel
 
@@ -17,8 +17,8 @@ from .contracts import WorkerLauncher
 from .exceptions import ClusterError
 from .health import Watch
 from .network import Network, PortSupply
-from .places import Place
 from .services import Service, stop_all
+from .worker_hosts import WorkerHost
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -44,7 +44,7 @@ class Worker:
     """
 
     name: str
-    place: Place
+    place: WorkerHost
     siblings: int
     service: Service
     ports: dict[str, int] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Staff(WorkerLauncher):
             ClusterError: If that happened.
         """
         try:
-            return _loop.run(self._tracked(work))
+            return event_loop.run(self._tracked(work))
         except concurrent.futures.CancelledError:
             raise ClusterError(ENDED) from None
 
@@ -181,6 +181,6 @@ class Staff(WorkerLauncher):
 
     def cleanup(self) -> None:
         """End the workers. Doing it again does nothing."""
-        _loop.run(self._stop())
+        event_loop.run(self._stop())
         self._numbers.clear()
         super().cleanup()

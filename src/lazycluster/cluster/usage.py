@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lazycluster._views.cells import number
 from lazycluster.exceptions import LazyclusterError
+from lazycluster.output.host_cells import number
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection

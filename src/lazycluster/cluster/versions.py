@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lazycluster._extras import install_command
+from lazycluster.core.extras import install_command
 from lazycluster.exceptions import LazyclusterError
 
 from .exceptions import ClusterError, ServiceError, VersionMismatchError, WorkerStartError

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lazycluster._views.cells import gpus, number
-from lazycluster._views.view import Cell, Fact, Shown, Table, Tone, View
-from lazycluster._words import counted
+from lazycluster.core.words import counted
+from lazycluster.output.host_cells import gpus, number
+from lazycluster.output.view import Cell, Fact, Shown, Table, Tone, View
 
 if TYPE_CHECKING:
     from .contracts import MasterLauncher, WorkerLauncher

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 
 from .exceptions import ClusterError
 from .health import ClusterEvent, EventCallback, ProcessStatus, Watch
@@ -62,7 +62,7 @@ class WatchedCluster(ShownCluster):
             >>> for name, used in cluster.usage().items():                       # doctest: +SKIP
             ...     print(name, used.cpu, used.memory)
         """
-        return _loop.run(self._meter.look(self._services(self._worker_launcher), timeout))
+        return event_loop.run(self._meter.look(self._services(self._worker_launcher), timeout))
 
     @property
     def events(self) -> list[ClusterEvent]:

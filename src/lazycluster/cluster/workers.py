@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lazycluster import _loop
-from lazycluster._progress import Progress
+from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError, NoAnswerError, NoPortsLeftError, PortInUseError
+from lazycluster.output.progress import Progress
 from lazycluster.ssh import workspace
 
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
 from .network import Listener, PortSupply, PortUse
 from .placement import Gpus, in_turn, rooms
-from .places import Place, place_again, places_of, prepared_places, usable
 from .programs import Program
 from .services import Service, as_kind, ready_or_port_taken
 from .staff import Staff, Worker
+from .worker_hosts import WorkerHost, place_again, places_of, prepared_places, usable
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -52,7 +52,7 @@ class ServiceWorkerLauncher(Staff):
 
     # --- what an engine states -----------------------------------------------------------------
     @abc.abstractmethod
-    def program(self, place: Place) -> Program:
+    def program(self, place: WorkerHost) -> Program:
         """Return what is to run on a host."""
 
     @abc.abstractmethod
@@ -67,7 +67,7 @@ class ServiceWorkerLauncher(Staff):
         """
         return {}
 
-    async def furnish(self, place: Place) -> None:
+    async def furnish(self, place: WorkerHost) -> None:
         """Put on a host, which has lost what it had, what its workers need beside their settings."""
 
     def changed(self, service: Service) -> None:
@@ -78,7 +78,7 @@ class ServiceWorkerLauncher(Staff):
         """Return how many workers are started if nobody says: one per host, or as many as the GPUs suffice for."""
         if self.gpus is None:
             return len(self._group.runtimes)
-        return sum(_loop.run(rooms(places_of(self._group), self.gpus, self._per_host())).values())
+        return sum(event_loop.run(rooms(places_of(self._group), self.gpus, self._per_host())).values())
 
     def check_ports(self, count: int, ports: Sequence[int]) -> None:
         """Refuse to start more workers than there can be ports for: they would be started first.
@@ -92,7 +92,7 @@ class ServiceWorkerLauncher(Staff):
                 "Next step: start fewer, or pass more with ports="
             )
 
-    async def prepare(self, count: int, debug: bool, places: Sequence[Place] | None = None) -> None:
+    async def prepare(self, count: int, debug: bool, places: Sequence[WorkerHost] | None = None) -> None:
         """Start the processes, which wait for their settings, and check them."""
         places, existing = places or await prepared_places(self._group), self._per_host()
         room = None if self.gpus is None else await rooms(places, self.gpus, existing)
@@ -205,7 +205,7 @@ class ServiceWorkerLauncher(Staff):
                 logger.error("%s", error)
         return supply.left
 
-    async def _introduce(self, port: int, places: Sequence[Place]) -> None:
+    async def _introduce(self, port: int, places: Sequence[WorkerHost]) -> None:
         """Make the master, and the workers that are there, reachable on hosts that are new."""
         failed = await self.network.share_master(port, places)
         present = [
@@ -220,7 +220,7 @@ class ServiceWorkerLauncher(Staff):
         await self._give_up({w.name: failed[w.place.host] for w in self._prepared if w.place.host in failed})
         self._check_failures()
 
-    async def _give_ports(self, workers: Sequence[Worker], supply: PortSupply, places: Sequence[Place]) -> None:
+    async def _give_ports(self, workers: Sequence[Worker], supply: PortSupply, places: Sequence[WorkerHost]) -> None:
         """Choose ports for workers and make them reachable."""
         waiting = list(workers) if self.port_uses else []
         keeper = await workspace.acquire()
@@ -236,7 +236,7 @@ class ServiceWorkerLauncher(Staff):
         raise NoPortsLeftError("every port that was chosen for a worker was taken before it was used")
 
     async def _one_round(
-        self, workers: list[Worker], supply: PortSupply, places: Sequence[Place], connections: Sequence[Connection]
+        self, workers: list[Worker], supply: PortSupply, places: Sequence[WorkerHost], connections: Sequence[Connection]
     ) -> tuple[list[Worker], set[str]]:
         """Try ports for some workers.
 
@@ -269,7 +269,7 @@ class ServiceWorkerLauncher(Staff):
 
     # --- bringing them up ----------------------------------------------------------------------
     async def _bring_up_all(
-        self, master_port: int, supply: PortSupply, places: Sequence[Place], progress: Progress
+        self, master_port: int, supply: PortSupply, places: Sequence[WorkerHost], progress: Progress
     ) -> None:
         tasks = {
             asyncio.ensure_future(self._bring_up(worker, master_port, supply, places)): worker
@@ -301,7 +301,9 @@ class ServiceWorkerLauncher(Staff):
             await asyncio.gather(*pending, return_exceptions=True)
         self._check_failures()
 
-    async def _bring_up(self, worker: Worker, master_port: int, supply: PortSupply, places: Sequence[Place]) -> None:
+    async def _bring_up(
+        self, worker: Worker, master_port: int, supply: PortSupply, places: Sequence[WorkerHost]
+    ) -> None:
         try:
             for _ in range(_PORT_ROUNDS):
                 await worker.service.send(self.settings(worker, master_port))
@@ -346,5 +348,5 @@ class ServiceWorkerLauncher(Staff):
             raise errors[0] if len(errors) == 1 else ClusterStartError(errors)
 
 
-def _problems(places: Sequence[Place]) -> list[str]:
+def _problems(places: Sequence[WorkerHost]) -> list[str]:
     return [f"  {place.host}: {place.problem}" for place in places if place.problem is not None]

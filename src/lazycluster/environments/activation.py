@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lazycluster._progress import Progress
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerError
+from lazycluster.output.progress import Progress
 
-from .making import Maker
-from .place import RUN_LIMIT, Place
+from .build import Builder
+from .build_host import RUN_LIMIT, BuildHost
 from .plan import Locked, Plan, Target
-from .problems import IndexUnreachableError
-from .resolving import resolve, resolve_installed, settings_for
-from .sharing import Shared
+from .resolution import resolve, resolve_installed, settings_for
+from .single_flight import SingleFlight
 from .spec import EnvironmentSpec
 from .uv import MANAGER
+from .uv_errors import IndexUnreachableError
 from .wheels import digest_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .index import IndexSettings
 
-__all__ = ["Activation", "HostEnvironment", "Place"]
+__all__ = ["Activation", "BuildHost", "HostEnvironment"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -78,11 +78,11 @@ class HostEnvironment:
         active: What it is, once it was found or made.
     """
 
-    def __init__(self, place: Place, spec: EnvironmentSpec) -> None:
+    def __init__(self, place: BuildHost, spec: EnvironmentSpec) -> None:
         self.spec = spec
         self.active: Activation | None = None
         self._place = place
-        self._preparing: Shared[None, Activation] = Shared()
+        self._preparing: SingleFlight[None, Activation] = SingleFlight()
         self._stage = ""  # how far it is, in a few words
 
     async def ready(self, *, again: bool = False, refresh: bool = False) -> Activation:
@@ -139,7 +139,7 @@ class HostEnvironment:
         settings = await settings_for(self.spec)
         try:
             plan = await self._plan(settings, await self._target(), refresh)
-            return await Maker(self._place, self.spec, plan, settings, self._tell).find_or_make()
+            return await Builder(self._place, self.spec, plan, settings, self._tell).find_or_make()
         except IndexUnreachableError as error:
             if self.spec.kind != "manager" or error.host != MANAGER:
                 raise
@@ -147,7 +147,7 @@ class HostEnvironment:
             logger.info("%s: %s; the packages are taken from what is installed here", self._place.host, error.problem)
         target = await self._target()
         plan = self._planned(target, await resolve_installed(self.spec, target, settings))
-        return await Maker(self._place, self.spec, plan, settings, self._tell).find_or_make()
+        return await Builder(self._place, self.spec, plan, settings, self._tell).find_or_make()
 
     def _tell(self, stage: str) -> None:
         self._stage = stage

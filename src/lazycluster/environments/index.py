@@ -25,7 +25,7 @@ else:
 
 from lazycluster.utils import expanded
 
-from .logins import Login
+from .credentials import Credential
 
 __all__ = ["IndexSettings", "bare", "hide", "read_settings"]
 
@@ -57,7 +57,7 @@ class IndexSettings:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     urls: tuple[str, ...] = field(default=(), repr=False)
     ca_file: str | None = None
-    logins: tuple[Login, ...] = field(default=(), repr=False)
+    logins: tuple[Credential, ...] = field(default=(), repr=False)
 
     def credentials(self, url: str) -> tuple[str, str] | None:
         """Return name and password for a file: its own, else those of an index on its server or the user's .netrc."""

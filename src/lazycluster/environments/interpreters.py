@@ -14,7 +14,7 @@ from .plan import Target
 from .uv import run_uv
 
 if TYPE_CHECKING:
-    from .place import Place
+    from .build_host import BuildHost
 
 __all__ = ["base_interpreter"]
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("lazycluster")
 _ANSWER_LIMIT, _SEARCH_LIMIT = 60.0, 120.0  # seconds
 
 
-async def base_interpreter(place: Place, target: Target, root: str, settings: IndexSettings, found: str) -> str:
+async def base_interpreter(place: BuildHost, target: Target, root: str, settings: IndexSettings, found: str) -> str:
     """Return the path of an interpreter of the wanted minor version on a host.
 
     Args:
@@ -47,7 +47,7 @@ async def base_interpreter(place: Place, target: Target, root: str, settings: In
         raise await _none(place, target, error) from error
 
 
-async def _named(place: Place, target: Target, python: str) -> str:
+async def _named(place: BuildHost, target: Target, python: str) -> str:
     try:
         answer = await place.connection.request(
             "packages", within=_ANSWER_LIMIT, python=python, env=dict(place.env), names=[]
@@ -67,7 +67,7 @@ async def _named(place: Place, target: Target, python: str) -> str:
     return str(answer["executable"])
 
 
-async def _sent(place: Place, target: Target, root: str, settings: IndexSettings) -> str:
+async def _sent(place: BuildHost, target: Target, root: str, settings: IndexSettings) -> str:
     """Have uv fetch an interpreter for the host's platform to the manager, and send it."""
     system = {"linux": "linux", "darwin": "macos"}.get(target.system, target.system)
     libc = {"glibc": "gnu", "musl": "musl"}.get(target.libc, "none")
@@ -83,7 +83,7 @@ async def _sent(place: Place, target: Target, root: str, settings: IndexSettings
     return f"{path}/bin/python{target.version}"
 
 
-async def _none(place: Place, target: Target, error: EnvironmentBuildError) -> EnvironmentBuildError:
+async def _none(place: BuildHost, target: Target, error: EnvironmentBuildError) -> EnvironmentBuildError:
     answer = await place.connection.request("interpreters", within=_SEARCH_LIMIT, env=dict(place.env))
     found = answer["interpreters"]
     have = ", ".join(f"{'.'.join(map(str, one['version']))} ({one['path']})" for one in found) or "none"

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lazycluster._extras import install_command
 from lazycluster.agent.ownership import make
+from lazycluster.core.extras import install_command
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import Environment
 
 from .index import IndexSettings, hide
-from .problems import explained
-from .programs import run_here
+from .subprocesses import run_here
+from .uv_errors import explained
 
 __all__ = ["LOWEST", "MANAGER", "RETRIES", "Uv", "find_uv", "run_uv"]
 

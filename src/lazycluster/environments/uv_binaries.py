@@ -16,12 +16,12 @@ from .plan import Target
 from .uv import find_uv, run_uv
 
 if TYPE_CHECKING:
-    from .place import Place
+    from .build_host import BuildHost
 
 __all__ = ["send_uv"]
 
 
-async def send_uv(place: Place, target: Target, root: str, settings: IndexSettings) -> str:
+async def send_uv(place: BuildHost, target: Target, root: str, settings: IndexSettings) -> str:
     """Return the path of uv on a host, in the manager's version; it is sent if it is not there.
 
     Raises:

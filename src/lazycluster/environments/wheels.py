@@ -19,18 +19,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
+from .credentials import for_git
 from .index import IndexSettings, bare, hide
 from .installed_wheels import make_wheel
-from .logins import for_git
 from .plan import Locked, Target, Wheel
-from .problems import IndexUnreachableError
-from .programs import run_here
-from .sharing import Shared
+from .single_flight import SingleFlight
+from .subprocesses import run_here
 from .uv import MANAGER, RETRIES, run_uv
+from .uv_errors import IndexUnreachableError
 
 __all__ = ["digest_of", "forget_damaged", "is_kept", "provide"]
 
@@ -45,7 +45,7 @@ _NOT_SOURCE = {".git", ".hg", ".svn", "__pycache__", ".venv", "venv", ".tox", ".
 _NOT_SOURCE |= {".pytest_cache", ".idea", ".vscode", "node_modules", "build", "dist", ".eggs"}
 _MOST_FILES = 20000
 
-_running: Shared[tuple[str, str], Wheel] = Shared()
+_running: SingleFlight[tuple[str, str], Wheel] = SingleFlight()
 _slots: asyncio.Semaphore | None = None
 
 
@@ -165,7 +165,7 @@ async def _provide(locked: Locked, digest: str, target: Target, settings: IndexS
         async with _slots:
             path = await _make(locked, target, settings, store)
     os.utime(store)  # the time of the last use
-    sha256 = locked.sha256 if locked.is_wheel and locked.sha256 else await _loop.in_thread(_file_digest, path)
+    sha256 = locked.sha256 if locked.is_wheel and locked.sha256 else await event_loop.in_thread(_file_digest, path)
     return Wheel(locked.name, locked.version or path.name.split("-")[1], path, sha256)
 
 
@@ -189,11 +189,11 @@ async def _make(locked: Locked, target: Target, settings: IndexSettings, store: 
         if locked.directory:
             await _build(Path(locked.directory), locked, target, settings, made)
         elif locked.installed:
-            await _loop.in_thread(make_wheel, locked, target, made)
+            await event_loop.in_thread(make_wheel, locked, target, made)
         elif locked.vcs:
             await _build_repository(locked, target, settings, made)
         else:
-            source = await _loop.in_thread(_fetch, locked, settings, made)
+            source = await event_loop.in_thread(_fetch, locked, settings, made)
             if not locked.is_wheel:
                 await _build(source, locked, target, settings, made)
                 source.unlink()
@@ -211,9 +211,9 @@ async def _make(locked: Locked, target: Target, settings: IndexSettings, store: 
 
 async def forget_damaged(wheel: Wheel) -> bool:
     """Remove a package that was kept here if it is not what it was any more; returns whether it was so."""
-    if not wheel.path.is_file() or await _loop.in_thread(_file_digest, wheel.path) == wheel.sha256:
+    if not wheel.path.is_file() or await event_loop.in_thread(_file_digest, wheel.path) == wheel.sha256:
         return False
-    await _loop.in_thread(shutil.rmtree, wheel.path.parent, True)
+    await event_loop.in_thread(shutil.rmtree, wheel.path.parent, True)
     return True
 
 

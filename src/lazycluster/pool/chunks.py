@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from .packing import PackedCalls
+from .serialization import PackedCalls
 
 __all__ = ["Answer", "Chunk", "Failure", "Sink"]
 
@@ -13,7 +13,7 @@ class Answer:
     """What a worker answered to a chunk; read where it is wanted, not on the loop's thread.
 
     Attributes:
-        kind: ``RETURNED``, ``MIXED`` or ``BROKEN``, see `lazycluster.agent.poolwire`.
+        kind: ``RETURNED``, ``MIXED`` or ``BROKEN``, see `lazycluster.agent.pool_protocol`.
         parts: The bytes as they came.
         size: How many they are.
         host: The host that it came from.

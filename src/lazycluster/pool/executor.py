@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lazycluster import _lifetime, _loop
+from lazycluster.core import event_loop, lifetime
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
-from .blobs import Blobs, Sharing
 from .chunks import Chunk
-from .crew import Plan
-from .dealer import Dealer
+from .function_cache import Packer
 from .futures import CallFuture, Futures
-from .mapping import MapRun, checked
-from .packing import Packed, pack, pack_calls
-from .sameness import Packer
-from .sizes import gpus_of, worker_counts
+from .host_pool import Plan
+from .map import MapRun, checked
+from .scheduler import Scheduler
+from .serialization import Packed, pack, pack_calls
+from .shared_objects import SharedObjects, Sharing
+from .worker_counts import gpus_of, worker_counts
 
 if TYPE_CHECKING:
     from lazycluster.runtimes import Runtime
@@ -75,7 +75,7 @@ class GroupExecutor(concurrent.futures.Executor):
         runtimes = [runtime for runtime in runtimes if counts[runtime.host] != 0]
         self.hosts = [runtime.host for runtime in runtimes]
         self._counts = [(runtime, counts[runtime.host]) for runtime in runtimes]
-        self._blobs = Blobs()
+        self._blobs = SharedObjects()
         self._packer = Packer()
         first = None
         if initializer is not None:
@@ -83,7 +83,7 @@ class GroupExecutor(concurrent.futures.Executor):
         gpus = gpus_of(gpus_per_call, idle_gpus)
         plans = [Plan(counts[host], first, debug, gpus) for host in self.hosts]
         contexts = [runtime.task_context() for runtime in runtimes]
-        self._dealer = Dealer(contexts, plans, self._blobs, [runtime.context_again for runtime in runtimes])
+        self._dealer = Scheduler(contexts, plans, self._blobs, [runtime.context_again for runtime in runtimes])
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._ending = threading.RLock()
@@ -93,7 +93,7 @@ class GroupExecutor(concurrent.futures.Executor):
         self._runs: weakref.WeakSet[MapRun] = weakref.WeakSet()
         self.at_end: list[Callable[[GroupExecutor], Any]] = []
         self._futures = Futures(self._dealer)
-        _lifetime.register(self)
+        lifetime.register(self)
 
     @property
     def usable(self) -> bool:
@@ -279,7 +279,7 @@ class GroupExecutor(concurrent.futures.Executor):
             if self._ended:
                 return
             try:
-                _loop.run(self._dealer.close(kill), _END_LIMIT)
+                event_loop.run(self._dealer.close(kill), _END_LIMIT)
                 self._ended = True
             finally:  # also after Ctrl-C, which leaves the rest to the next who calls this
                 self._futures.close()

@@ -10,12 +10,12 @@ import threading
 import weakref
 from typing import Any, TypeVar
 
-from lazycluster import _loop, _waiting
+from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import LazyclusterError
 
 from .chunks import Answer, Chunk, Failure
-from .dealer import Dealer
-from .outcomes import call_name, read, unreadable
+from .results import call_name, read, unreadable
+from .scheduler import Scheduler
 
 __all__ = ["CallFuture", "Futures"]
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 _NOTIFIED = "CANCELLED_AND_NOTIFIED"  # the state of a future that was cancelled, and whose waiters know
 
 
-class CallFuture(_waiting.Future[T]):
+class CallFuture(interruptible.Future[T]):
     """The future of a call. Where waiting for it would last for ever, asking for what came out is an error.
 
     Args:
@@ -57,7 +57,7 @@ class CallFuture(_waiting.Future[T]):
         if os.getpid() != self._owner:
             raise LazyclusterError(f"this call runs for the process {self._owner}; a forked child cannot wait for it")
         futures = self._futures()
-        if _loop.in_loop() or (futures is not None and futures.in_callback):
+        if event_loop.in_loop() or (futures is not None and futures.in_callback):
             raise LazyclusterError("a call cannot be waited for in a callback of the library: it would never end")
 
 
@@ -68,9 +68,9 @@ class Futures:
         dealer: Who has the calls run.
     """
 
-    def __init__(self, dealer: Dealer) -> None:
+    def __init__(self, dealer: Scheduler) -> None:
         self._dealer = dealer
-        self._lock = _waiting.Condition()
+        self._lock = interruptible.Condition()
         self._open: dict[Chunk, tuple[concurrent.futures.Future[Any], str]] = {}
         self._arrived: queue.SimpleQueue[tuple[Chunk, Answer | Failure] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None

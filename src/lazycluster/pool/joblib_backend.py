@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, SequentialBackend
 
-from lazycluster.agent.poolworker import joblib_batch
+from lazycluster.agent.pool_worker import joblib_batch
 
-from .blobs import Sharing
-from .packing import pack
+from .serialization import pack
+from .shared_objects import Sharing
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lazycluster import _memory
 from lazycluster.agent import wire
+from lazycluster.core import memory
 from lazycluster.exceptions import AgentError
 
-from .answers import check_answer, decoded
+from .agent_replies import check_answer, decoded
 
 if TYPE_CHECKING:
     from .link import AgentLink
@@ -56,7 +56,7 @@ class Collected:
         self.held = 0
         self.channel: Channel | None = None
         self._parts: list[bytes] = []
-        _memory.hold(self)
+        memory.hold(self)
 
     def add(self, data: bytes) -> None:
         """Take a part."""

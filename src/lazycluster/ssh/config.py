@@ -21,8 +21,8 @@ from typing import Any
 from lazycluster.exceptions import InvalidRuntimeError
 from lazycluster.utils import expanded
 
+from .config_hosts import CONFIG_VARIABLE
 from .destination import Destination, check_user, parse_destination
-from .hosts import CONFIG_VARIABLE
 from .options import check_options
 
 __all__ = ["MAX_CONTROL_PATH", "Destination", "Settings", "parse_destination", "ssh_argv", "ssh_version"]

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from lazycluster.utils import expanded
 
-from .hosts import configured_hosts, user_config
+from .config_hosts import configured_hosts, user_config
 
 __all__ = ["BACKUP", "ConfigurationError", "add_host", "remove_host"]
 

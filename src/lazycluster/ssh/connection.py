@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
 
+from .agent_info import AgentInfo
+from .agent_program import OLDEST_PYTHON, expected, payload
 from .channel import Bytes, Channel, Event
 from .errors import last_words
-from .hello import Hello
 from .link import AgentLink
-from .mark import Mark, StartError, read_mark
 from .mux import Forward
 from .process import WatchedProcess
-from .program import OLDEST_PYTHON, expected, payload
+from .start_marker import StartError, StartMarker, read_mark
 
 State = Literal["new", "connecting", "open", "interrupted", "lost", "closed"]
 
@@ -67,7 +67,7 @@ class Connection(abc.ABC):
         self._owner = os.getpid()
         self._process: WatchedProcess | None = None
         self._link: AgentLink | None = None
-        self._hello: Hello | None = None
+        self._hello: AgentInfo | None = None
         self._noise = bytearray()
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
@@ -161,7 +161,7 @@ class Connection(abc.ABC):
 
     # --- the agent -----------------------------------------------------------------------------
     @property
-    def hello(self) -> Hello:
+    def hello(self) -> AgentInfo:
         """What is known of the host."""
         if self._hello is None:
             raise LazyclusterError(f"{self.host}: not connected")
@@ -346,7 +346,7 @@ class Connection(abc.ABC):
             raise
         await self._start_agent(fd_in, fd_out, mark)
 
-    def _check_python(self, mark: Mark) -> None:
+    def _check_python(self, mark: StartMarker) -> None:
         if mark.version < OLDEST_PYTHON:
             text = ".".join(map(str, mark.version))
             oldest = ".".join(map(str, OLDEST_PYTHON))
@@ -357,12 +357,12 @@ class Connection(abc.ABC):
                 f'install a newer one there, or name the path of one with python="/path/to/python{oldest}"',
             )
 
-    async def _start_agent(self, fd_in: int, fd_out: int, mark: Mark) -> None:
+    async def _start_agent(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
         assert self._process is not None
         link = AgentLink(self.host, fd_in, fd_out, lambda error: self._ended(link, error), mark.rest)
         link.send_soon(payload(self.local, mark.tag))
         try:
-            hello = Hello.parse(await link.hello)
+            hello = AgentInfo.parse(await link.hello)
         except ValueError as error:
             link.lost("given up")
             raise InvalidRuntimeError(self.host, "protocol", str(error)) from None
@@ -375,7 +375,7 @@ class Connection(abc.ABC):
         self._link, self._hello = link, hello
         self.generation += 1
 
-    async def _take_up(self, fd_in: int, fd_out: int, mark: Mark) -> None:
+    async def _take_up(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
         """Go on with an agent that was there before."""
         raise StartError("nobody was left there", None)
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 
-from .hosts import hops_of_command
+from .config_hosts import hops_of_command
 
 __all__ = ["NOTHING_KNOWN", "Circumstances", "circumstances"]
 
@@ -51,7 +51,7 @@ async def circumstances(argv: Sequence[str], said: str, asked: Sequence[str]) ->
         asked: What it asked and was not told.
     """
     text = "\n".join([said, *asked])
-    return await _loop.in_thread(_circumstances, argv, text) if _WORTH_A_LOOK.search(text) else NOTHING_KNOWN
+    return await event_loop.in_thread(_circumstances, argv, text) if _WORTH_A_LOOK.search(text) else NOTHING_KNOWN
 
 
 def _circumstances(argv: Sequence[str], said: str) -> Circumstances:

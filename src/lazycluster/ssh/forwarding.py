@@ -6,15 +6,15 @@ import asyncio
 import errno
 import socket
 
-from lazycluster import _loop
+from lazycluster.core import event_loop
 from lazycluster.exceptions import ForwardingForbiddenError, LazyclusterError, PortInUseError, TunnelError
 
-from . import agentrelay
+from . import agent_relay
 from .connection import Connection
-from .handles import MANAGER, Outcome, Tunnel, TunnelRequest, close_tunnels
+from .local_relay import LocalRelay
 from .mux import LOOPBACK, MuxError
 from .probes import can_connect, mux_of, reaches, same_network
-from .relay import Relay
+from .tunnel_handles import MANAGER, Outcome, Tunnel, TunnelRequest, close_tunnels
 
 __all__ = ["open_on"]
 
@@ -59,7 +59,7 @@ async def open_on(connection: Connection, requests: list[TunnelRequest]) -> list
 
 async def _relay(request: TunnelRequest) -> Outcome:
     forward = request.forward
-    relay = Relay(forward.connect_port)
+    relay = LocalRelay(forward.connect_port)
     try:
         await relay.listen(forward.listen_port)
     except OSError as error:
@@ -71,13 +71,13 @@ async def _relay(request: TunnelRequest) -> Outcome:
 async def _forward(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
     outcomes = await _forward_by_ssh(connection, requests)
     forbidden = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, ForwardingForbiddenError)]
-    if forbidden and agentrelay.is_asked_for(connection):
-        relay = agentrelay.relay_of(connection)
+    if forbidden and agent_relay.is_asked_for(connection):
+        relay = agent_relay.relay_of(connection)
         opening = [asyncio.ensure_future(relay.open(requests[index])) for index in forbidden]
         try:
-            relayed = await _loop.together(opening)
+            relayed = await event_loop.together(opening)
         except BaseException:
-            opened = [*outcomes, *(_loop.outcome(task, None) for task in opening)]
+            opened = [*outcomes, *(event_loop.outcome(task, None) for task in opening)]
             await close_tunnels(outcome for outcome in opened if isinstance(outcome, Tunnel))
             raise
         for index, outcome in zip(forbidden, relayed, strict=True):

@@ -6,11 +6,11 @@ import asyncio
 import logging
 
 from lazycluster.agent.deletion import remove_tree
-from lazycluster.agent.restarts import Restarts
+from lazycluster.agent.restart_policy import RestartPolicy
 from lazycluster.exceptions import LazyclusterError
 
 from .link import AgentLink
-from .local import LocalConnection
+from .local_connection import LocalConnection
 
 __all__ = ["Keeper"]
 
@@ -28,7 +28,7 @@ class Keeper(LocalConnection):
 
     def __init__(self) -> None:
         super().__init__("localhost")
-        self._agents = Restarts(_MOST)
+        self._agents = RestartPolicy(_MOST)
 
     def _ended(self, link: AgentLink, error: Exception | None) -> None:
         if self._gone is None:

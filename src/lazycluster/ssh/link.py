@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from lazycluster import _hostlog, _memory
 from lazycluster.agent import wire
+from lazycluster.core import memory
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, printable
+from lazycluster.output import hostlog
 from lazycluster.utils import Environment
 
-from .answers import decoded
+from .agent_replies import decoded
 from .channel import Bytes, Channel, Event, message_frame
 
 _READ_SIZE = 256 * 1024
@@ -257,7 +258,7 @@ class AgentLink:
             self._ended(error)
             return
         except MemoryError:
-            if not _memory.relieve():
+            if not memory.relieve():
                 self._handle_later(_NO_MEMORY_PAUSE)
             return
         if data:
@@ -291,7 +292,7 @@ class AgentLink:
 
     def _make_room(self) -> None:
         """Try again to handle what was read, once something else was given up, or later."""
-        room = _memory.relieve()
+        room = memory.relieve()
         self._tries = 0 if room else self._tries + 1
         if self._tries > _NO_MEMORY_TRIES and not self._fresh:  # a frame is there, but has no room
             self._tries = 0
@@ -328,10 +329,10 @@ class AgentLink:
             except wire.ProtocolError:
                 raise
             except MemoryError:
-                _memory.relieve()
+                memory.relieve()
                 self._out_of_memory(number)
             except Exception:
-                if _hostlog.may_say(self.host):
+                if hostlog.may_say(self.host):
                     logger.exception("%s: what a request was answered could not be handled", self.host)
         elif kind == wire.ACK:
             if self._outbox.keeps:
@@ -356,14 +357,14 @@ class AgentLink:
     def _said(self, message: dict[str, Any]) -> None:
         """Handle what the agent says of itself."""
         if "crash" in message:
-            if not _hostlog.may_say(self.host):
+            if not hostlog.may_say(self.host):
                 return
             logger.error("%s: the agent has crashed:\n%s", self.host, printable(str(message["crash"])[-_CRASH:]))
         elif "problem" in message:
             text = printable(str(message["problem"])[-_CRASH:])
             (when, before), now = self.problem, self._loop.time()
             self.problem = now, text
-            if (text != before or now - when > _WARN_AGAIN) and _hostlog.may_say(self.host):
+            if (text != before or now - when > _WARN_AGAIN) and hostlog.may_say(self.host):
                 logger.warning("%s: %s", self.host, text)
         elif not self.hello.done():
             self.hello.set_result(message)

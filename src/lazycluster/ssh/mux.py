@@ -18,7 +18,7 @@ from lazycluster.exceptions import LazyclusterError
 
 from .mux_wire import Client, Reader, Reply, Request, pack
 
-__all__ = ["LOOPBACK", "Direction", "Forward", "Mux", "MuxError", "Session"]
+__all__ = ["LOOPBACK", "Direction", "Forward", "Mux", "MuxError", "MuxSession"]
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class Forward:
         return self.connect_host, self.connect_port
 
 
-class Session:
+class MuxSession:
     """A command on the host, on the connection of a master, with descriptors of ours as its stdio.
 
     It must be held as long as it lasts: the master ends a session whose client has gone.
@@ -200,7 +200,7 @@ class Mux:
         """
         return await asyncio.shield(self._keep(self._close_all(list(forwards))))
 
-    async def new_session(self, command: str, stdin: int, stdout: int, stderr: int) -> Session:
+    async def new_session(self, command: str, stdin: int, stdout: int, stderr: int) -> MuxSession:
         """Run a command on the host.
 
         Args:
@@ -220,7 +220,7 @@ class Mux:
         body = ("", 0, 0, 0, 0, no_escape, "", command)
         return await self._passenger(Request.NEW_SESSION, body, (stdin, stdout, stderr))
 
-    async def connect(self, port: int, stdin: int, stdout: int, host: str = LOOPBACK) -> Session:
+    async def connect(self, port: int, stdin: int, stdout: int, host: str = LOOPBACK) -> MuxSession:
         """Connect to a port as the host sees it, without a port that listens here.
 
         Args:
@@ -241,7 +241,7 @@ class Mux:
         """Wait until nothing is under way in the background."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _passenger(self, request: Request, body: tuple[int | str, ...], descriptors: Sequence[int]) -> Session:
+    async def _passenger(self, request: Request, body: tuple[int | str, ...], descriptors: Sequence[int]) -> MuxSession:
         client = await self._connect()
         try:
             return await asyncio.wait_for(self._start(client, request, body, descriptors), self.timeout)
@@ -254,7 +254,7 @@ class Mux:
 
     async def _start(
         self, client: Client, request: Request, body: tuple[int | str, ...], descriptors: Sequence[int]
-    ) -> Session:
+    ) -> MuxSession:
         number = next(self._ids)
         await client.send(pack(request, number, *body))
         for descriptor in descriptors:
@@ -264,7 +264,7 @@ class Mux:
             if reader.u32() != number:
                 continue
             if kind == Reply.SESSION_OPENED:
-                return Session(client, reader.u32())
+                return MuxSession(client, reader.u32())
             if kind in (Reply.FAILURE, Reply.DENIED):
                 hint = " (its MaxSessions?)" if request is Request.NEW_SESSION else ""
                 raise MuxError(f"the host refused{hint}: {reader.text()}")

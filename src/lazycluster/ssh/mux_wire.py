@@ -8,7 +8,7 @@ import socket
 import struct
 from enum import IntEnum
 
-from lazycluster import _forks
+from lazycluster.core import forks
 
 __all__ = ["Client", "Reader", "Reply", "Request", "pack"]
 
@@ -88,7 +88,7 @@ class Client:
     async def connect(cls, path: str) -> Client:
         """Connect, and exchange greetings."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        _forks.not_for_children(connection.fileno())
+        forks.not_for_children(connection.fileno())
         client = cls(connection)
         try:
             connection.setblocking(False)

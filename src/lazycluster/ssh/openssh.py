@@ -16,22 +16,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lazycluster import _forks, _loop
 from lazycluster.agent.directories import SOCKET
+from lazycluster.core import event_loop, forks
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, NoAnswerError
 
 from . import workspace
+from .agent_program import bulk_command, new_marker, rejoin_command, remote_command
 from .config import Settings, ssh_argv, ssh_version
+from .connect_limit import limiter
 from .diagnosis import circumstances
 from .errors import classify, is_retryable, no_room_in, no_room_there
-from .further import FurtherSession, NoAgentError, open_session
-from .handshakes import limiter
+from .extra_sessions import FurtherSession, NoAgentError, open_session
 from .link import AgentLink
-from .mark import Mark, StartError, shown
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
-from .program import bulk_command, new_marker, rejoin_command, remote_command
-from .returning import ReturningConnection
+from .reconnect import ReconnectingConnection
+from .start_marker import StartError, StartMarker, shown
 
 ATTEMPTS = 6
 _START_MARGIN = 15.0  # at most so many seconds beyond the time-out, for the login shell and Python on a loaded host
@@ -47,7 +47,7 @@ _numbers = itertools.count(1)
 logger = logging.getLogger("lazycluster")
 
 
-class SshConnection(ReturningConnection):
+class SshConnection(ReconnectingConnection):
     """The connection to a host over ssh.
 
     Args:
@@ -115,7 +115,7 @@ class SshConnection(ReturningConnection):
         self._name = f"{next(_numbers)}"
         control = os.path.join(space.directory, self._name)
         marker = new_marker()
-        version = ssh_version() if ssh_version.cache_info().currsize else await _loop.in_thread(ssh_version)
+        version = ssh_version() if ssh_version.cache_info().currsize else await event_loop.in_thread(ssh_version)
         settings = replace(self.settings, timeout=timeout)
         log = f"{control}.log"
         argv = ssh_argv(settings, control, self._command(marker), version, ask=self._ask, log=log)
@@ -245,7 +245,7 @@ class SshConnection(ReturningConnection):
         marker = new_marker()
         session = await self._session(remote_command(self.hello.executable, marker))
         ours_out = os.dup(session.stream.fileno())
-        _forks.not_for_children(ours_out)
+        forks.not_for_children(ours_out)
         try:
             return await self._begin(session.stream.detach(), ours_out, marker, session.ended)
         except ConnectionLostError as error:
@@ -255,7 +255,7 @@ class SshConnection(ReturningConnection):
                 raise ConnectionLostError(self.host, f"{error.detail}\n{session.printed}") from None
             raise
 
-    async def _start_agent(self, fd_in: int, fd_out: int, mark: Mark) -> None:
+    async def _start_agent(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
         self._further = []
         await super()._start_agent(fd_in, fd_out, mark)
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from lazycluster import _forks
+from lazycluster.core import forks
 
 _TAIL = 16 * 1024
 _NO_LOG, _CLOSED = -1, -2  # instead of a descriptor
@@ -37,7 +37,7 @@ class ErrorTail:
         self._fd = fd
         self.seen = bytearray()
         self._loop = asyncio.get_running_loop()
-        _forks.not_for_children(fd)
+        forks.not_for_children(fd)
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self._read)
 
@@ -120,13 +120,13 @@ class WatchedProcess:
             bufsize=0,
         )
         assert self._popen.stdin and self._popen.stdout and self._popen.stderr
-        _forks.not_for_children(*(pipe.fileno() for pipe in (self._popen.stdin, self._popen.stdout)))
+        forks.not_for_children(*(pipe.fileno() for pipe in (self._popen.stdin, self._popen.stdout)))
         self.pid = self._popen.pid
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._errors = ErrorTail(os.dup(self._popen.stderr.fileno()))
         self._popen.stderr.close()
         if self._log_fd >= 0:
-            _forks.not_for_children(self._log_fd)
+            forks.not_for_children(self._log_fd)
             self._loop.add_reader(self._log_fd, self._read_log)
         self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else -1
         if self._pidfd >= 0:
@@ -138,7 +138,7 @@ class WatchedProcess:
         """Return the descriptors of its output and its input; from now on they are the caller's to close."""
         assert self._popen.stdin and self._popen.stdout
         streams = os.dup(self._popen.stdout.fileno()), os.dup(self._popen.stdin.fileno())
-        _forks.not_for_children(*streams)
+        forks.not_for_children(*streams)
         for stream in streams:
             with contextlib.suppress(OSError, AttributeError):  # no Linux, or the user's limit for pipes is used up
                 fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)

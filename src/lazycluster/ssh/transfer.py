@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazycluster.agent.files import destination, source
-from lazycluster.agent.parts import Parts
+from lazycluster.agent.partial_files import PartialFiles
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import REWRITTEN, SHRANK, Sender
-from lazycluster.agent.stream import REQUEST, CopyError, Stream, StreamClosedError, Tally, raw
+from lazycluster.agent.stream import REQUEST, ByteCounter, CopyError, Stream, StreamClosedError, raw
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, printable
 
-from .streams import HostConnection, Pool, SessionError, hang_up
+from .copy_streams import HostConnection, Pool, SessionError, hang_up
 
 __all__ = ["TransferError", "TransferResult", "get", "send"]
 
@@ -178,7 +178,7 @@ async def send(
     request = {"op": "send", "path": _remote(remote_path), "cwd": cwd, "env": dict(env)}
     here = os.getcwdb()
 
-    def copy(stream: Stream, tally: Tally) -> str:
+    def copy(stream: Stream, tally: ByteCounter) -> str:
         patterns = [os.fsencode(name) for name in exclude]
         sender = Sender(stream, lambda: source(local, here, {}), tally, patterns, here)
         return str(sender.run().get("path", ""))
@@ -228,10 +228,10 @@ async def get(
         plain = asked not in (b"", b".", b"..") and b"$" not in asked and not asked.startswith(b"~")
         return destination(local, here, {}, folder, asked if plain else name, chosen=not plain and name != asked)
 
-    def copy(stream: Stream, tally: Tally) -> str:
+    def copy(stream: Stream, tally: ByteCounter) -> str:
         return os.fsdecode(Receiver(stream, place, tally, parts).run())
 
-    parts = Parts()
+    parts = PartialFiles()
     try:
         return await _Copy(connection, request, copy, remote, progress, exclude).run()
     finally:
@@ -262,7 +262,7 @@ class _Copy:
 
     connection: HostConnection
     request: dict[str, Any]
-    copy: Callable[[Stream, Tally], str]
+    copy: Callable[[Stream, ByteCounter], str]
     path: str
     progress: Progress | None
     exclude: Sequence[str]
@@ -294,11 +294,11 @@ class _Copy:
             tuple(tally.left_out), tuple(pattern for pattern in self.exclude if pattern in tally.unused),
         )  # fmt: skip
 
-    async def _attempt(self, pool: Pool) -> _Work:
+    async def _attempt(self, pool: Pool) -> CopyAttempt:
         while True:
             self.connection.check()
             sock, used = await pool.take(self.connection)
-            work = _Work(self, sock)
+            work = CopyAttempt(self, sock)
             try:
                 await work.run()
             finally:
@@ -332,7 +332,7 @@ class _Copy:
             )  # fmt: skip
         return error
 
-    def _incomplete(self, tally: Tally) -> TransferError:
+    def _incomplete(self, tally: ByteCounter) -> TransferError:
         """Return the error about the files of a folder that could not be sent; the others have arrived."""
         first, *more = tally.missed
         others = [f"{_shown(os.fsdecode(error.path))}: {printable(error.message)}" for error in more]
@@ -354,7 +354,7 @@ class _Copy:
         return _HINTS.get(error.errno or 0, "")
 
 
-class _Work:
+class CopyAttempt:
     """One attempt at a copy, in a thread of its own."""
 
     def __init__(self, copy: _Copy, sock: socket.socket) -> None:
@@ -363,7 +363,7 @@ class _Work:
         self.ended = asyncio.Event()
         self._stream: Stream | None = None
         self._loop = asyncio.get_running_loop()
-        self.tally = Tally(copy.progress)
+        self.tally = ByteCounter(copy.progress)
         self.error: BaseException | None = None
         self.path = ""
         self.answered = False

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-from lazycluster import _loop
-from lazycluster._words import counted
+from lazycluster.core import event_loop
+from lazycluster.core.words import counted
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError, TunnelError
 
 from .connection import Connection
 from .forwarding import open_on
-from .handles import Outcome, Tunnel, TunnelRequest, check_port, close_tunnels
 from .probes import network_of, same_network
+from .tunnel_handles import Outcome, Tunnel, TunnelRequest, check_port, close_tunnels
 
 __all__ = [
     "Tunnel",
@@ -63,9 +63,9 @@ async def open_tunnels(requests: Sequence[TunnelRequest]) -> list[Outcome]:
         for connection, indexes in per_connection.items()
     ]
     try:
-        parts = await _loop.together(tasks)
+        parts = await event_loop.together(tasks)
     except BaseException:
-        opened = [item for task in tasks for item in _loop.outcome(task, [])]
+        opened = [item for task in tasks for item in event_loop.outcome(task, [])]
         await close_tunnels(item for item in opened if isinstance(item, Tunnel))
         raise
     outcomes: dict[int, Outcome] = {}

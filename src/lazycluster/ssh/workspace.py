@@ -14,8 +14,8 @@ import shutil
 import socket
 from pathlib import Path
 
-from lazycluster import _loop
 from lazycluster.agent import directories
+from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError
 
 from .errors import FULL, no_room_here
@@ -55,7 +55,7 @@ class Workspace:
         self.directory = private_directory()
         try:
             starting = self.prompter.start(self.directory), self.keeper.open()
-            await _loop.together([asyncio.ensure_future(each) for each in starting])
+            await event_loop.together([asyncio.ensure_future(each) for each in starting])
             await self._tell()
             self.keeper.on_renewal.append(self._tell)
         except BaseException as error:

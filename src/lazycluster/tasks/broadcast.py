@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from lazycluster._words import counted
+from lazycluster.core.words import counted
 from lazycluster.exceptions import GroupTaskError, TaskExecutionError
 
 from .execution import Execution, TaskFuture, raise_failures, wait_for

@@ -9,16 +9,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lazycluster import _loop
-from lazycluster._tail import Tail
+from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, LazyclusterError, NoAnswerError, TaskExecutionError, printable
+from lazycluster.output.tail import Tail
 from lazycluster.ssh.channel import Channel, Collected
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.destination import parse_destination
 
 from . import detached_records
 from .detached_records import DetachedRecord
-from .perform import failure_of, prepare
+from .step_run import failure_of, prepare
 from .steps import RunCommand, RunFunction
 from .variables import checked_variables
 
@@ -71,12 +71,12 @@ class DetachedTask:
     @property
     def state(self) -> str:
         """``running``, ``done``, ``failed``, ``cancelled``, or ``lost`` (its host was restarted, or it was killed)."""
-        return str(_loop.run(self._about())["state"])
+        return str(event_loop.run(self._about())["state"])
 
     def log(self) -> str:
         """What it has printed so far; of more than 64 MiB the end, after a line that says so."""
         tail = Tail(_LOG_SHOWN)
-        _loop.run(self._read(tail.put, do="log"))
+        event_loop.run(self._read(tail.put, do="log"))
         text = tail.text()
         return f"[the log is longer; this is the end of it]\n{text}" if tail.is_cut else text
 
@@ -105,7 +105,7 @@ class DetachedTask:
         Raises:
             TimeoutError: If it takes longer; it goes on.
         """
-        _loop.run(self._ended(timeout))
+        event_loop.run(self._ended(timeout))
 
     async def _ended(self, timeout: float | None) -> dict[str, Any]:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -136,7 +136,7 @@ class DetachedTask:
                 says differs from the record.
             TimeoutError: If it takes longer; it goes on.
         """
-        return _loop.run(self._result(timeout, trust_host))
+        return event_loop.run(self._result(timeout, trust_host))
 
     async def _result(self, timeout: float | None, trust_host: bool) -> Any:
         about = await self._ended(timeout)
@@ -186,7 +186,7 @@ class DetachedTask:
             return self._record, ""
         where = detached_records.directory() / f"{self.id}.json"
         try:
-            record = await _loop.in_thread(detached_records.find, self.id)
+            record = await event_loop.in_thread(detached_records.find, self.id)
         except (OSError, ValueError) as error:
             return None, f"the record {where} cannot be used: {getattr(error, 'strerror', None) or error}"
         if record is None:
@@ -235,7 +235,7 @@ class DetachedTask:
     # --- its end -------------------------------------------------------------------------------
     def cancel(self) -> None:
         """End all that it runs, and wait until it has ended. Does nothing if it has ended already."""
-        _loop.run(self._cancel())
+        event_loop.run(self._cancel())
 
     async def _cancel(self) -> None:
         await self._ask("cancel")
@@ -243,13 +243,13 @@ class DetachedTask:
 
     def remove(self) -> None:
         """Remove what is known of it from the host: log, results, and its own working directory. Ends it before."""
-        _loop.run(self.remove_soon())
+        event_loop.run(self.remove_soon())
 
     async def remove_soon(self) -> None:
         """Do what :meth:`remove` does; for the layers above, on the loop."""
         await self._cancel()
         await self._ask("remove")
-        await _loop.in_thread(detached_records.forget, self.id)
+        await event_loop.in_thread(detached_records.forget, self.id)
 
     def __repr__(self) -> str:
         return f"<DetachedTask {self.name!r} {self.id} on {self.host}>"
@@ -373,7 +373,7 @@ async def start(
         await _sent(channel, data)
         await asyncio.wait_for(channel.result(), _START_LIMIT)
     except AgentError as error:
-        await _loop.in_thread(detached_records.forget, task_id)
+        await event_loop.in_thread(detached_records.forget, task_id)
         raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from None
     except asyncio.TimeoutError:
         raise LazyclusterError(
@@ -388,7 +388,7 @@ async def start(
 async def _recorded(host: str, task_id: str, functions: Sequence[bool]) -> DetachedRecord:
     """Write down what is about to be started, so that it is known when the task is found again."""
     try:
-        return await _loop.in_thread(detached_records.keep, task_id, host, functions)
+        return await event_loop.in_thread(detached_records.keep, task_id, host, functions)
     except OSError as error:
         if any(functions):
             _logger.warning(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lazycluster import _loop, _progress, _waiting
+from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import (
     AgentError,
     ConnectionLostError,
@@ -21,13 +21,14 @@ from lazycluster.exceptions import (
     NoAnswerError,
     TaskExecutionError,
 )
+from lazycluster.output import progress
 
 from .context import Context
 from .limits import Limits
-from .output import TaskLog
-from .perform import Work, perform, prepare
-from .retrying import Retries
+from .retries import Retries
+from .step_run import StepRun, perform, prepare
 from .steps import RunFunction, Step, StepResult
+from .task_log import TaskLog
 
 if TYPE_CHECKING:
     from .broadcast import Broadcast
@@ -40,7 +41,7 @@ _logger = logging.getLogger("lazycluster")
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled execution to end what it started
 
 
-class TaskFuture(_waiting.Future[Any]):
+class TaskFuture(interruptible.Future[Any]):
     """The future of an execution; whoever asks it for the result has seen the error."""
 
     def __init__(self, execution: Execution | Broadcast) -> None:
@@ -92,7 +93,7 @@ class Execution:
         env: The task's own environment variables.
         debug: Whether output is printed live.
         omit_on_join: Whether a join of the runtime passes it over.
-        calls: The pickled calls of its functions, from :func:`~lazycluster.tasks.perform.prepare`.
+        calls: The pickled calls of its functions, from :func:`~lazycluster.tasks.step_run.prepare`.
         gate: Held while files are sent, where hosts share a file system.
         retries: Whether and where it is tried again.
         limits: What it may use of its host.
@@ -133,7 +134,7 @@ class Execution:
         self.asked = False
         self.raised = False
         self.exitcode: int | None = None
-        self.board = _progress.present()
+        self.board = progress.present()
         self.future = TaskFuture(self)
         self._own_env = dict(env)
         self._env = {**context.env, **env}
@@ -144,7 +145,7 @@ class Execution:
         self._lock = threading.Lock()
         self._killing = False
         self._inner: concurrent.futures.Future[None] | None = None
-        self.work = Work(
+        self.work = StepRun(
             task=name,
             marker=secrets.token_hex(16),
             write=self._log.write,
@@ -183,7 +184,7 @@ class Execution:
         """Begin; returns itself."""
         self.context.connection.check()
         with self.board.in_use():
-            self._inner = inner = _loop.Work(self._run())
+            self._inner = inner = event_loop.LoopFuture(self._run())
             try:
                 inner.add_done_callback(self._ran)
                 inner.begin()
@@ -298,7 +299,7 @@ class Execution:
             raise LazyclusterError(
                 f"task {self.name!r} runs for the process {self._owner}; a forked child cannot wait for it"
             )
-        if _loop.in_loop():
+        if event_loop.in_loop():
             raise LazyclusterError(
                 f"task {self.name!r} cannot be waited for in a callback of the library: it would never end"
             )
@@ -352,7 +353,7 @@ class Execution:
                 return False
             self._killing = self._killing or kill
             if kill and self.work.kill is not None:
-                _loop.get_loop().call_soon_threadsafe(self.work.kill)
+                event_loop.get_loop().call_soon_threadsafe(self.work.kill)
             return self._inner.cancel()
 
     def raise_once(self) -> None:
@@ -388,7 +389,7 @@ def wait_for(executions: Sequence[Execution], timeout: float | None = None) -> b
     for execution in executions:
         execution.check_waiting()
     boards = [execution.board for execution in executions]
-    board = _progress.Board(any(board.wanted for board in boards), boards)
+    board = progress.Board(any(board.wanted for board in boards), boards)
     try:
         return board.wait([execution.future for execution in executions], timeout)
     finally:

@@ -23,14 +23,14 @@ from typing import Any
 
 import cloudpickle
 
-from lazycluster import _loop
 from lazycluster.agent.localmodules import Source
+from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError
+from lazycluster.ssh.agent_info import AgentInfo
 from lazycluster.ssh.channel import Collected
 from lazycluster.ssh.connection import Connection
-from lazycluster.ssh.hello import Hello
 
-from . import localcode
+from . import local_code
 from .limits import memory_hint
 from .pickling import PickledCall, dump_call
 
@@ -41,8 +41,8 @@ _LARGEST_SOURCE = 16 * 1024 * 1024  # bytes
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d{1,9})(?:, in .*)?$')
 
 # What is known of an agent ends with it; the connection may lead to another one later.
-_libraries: weakref.WeakKeyDictionary[Hello, str] = weakref.WeakKeyDictionary()
-_interpreters: weakref.WeakKeyDictionary[Hello, dict[str, str]] = weakref.WeakKeyDictionary()  # by PATH
+_libraries: weakref.WeakKeyDictionary[AgentInfo, str] = weakref.WeakKeyDictionary()
+_interpreters: weakref.WeakKeyDictionary[AgentInfo, dict[str, str]] = weakref.WeakKeyDictionary()  # by PATH
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ async def _load_anywhere(parts: list[bytes]) -> Any:
             return load_parts(parts, True)
         except _ImportNeededError:
             pass
-    return await _loop.in_thread(load_parts, parts, False)
+    return await event_loop.in_thread(load_parts, parts, False)
 
 
 async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
@@ -394,7 +394,7 @@ def with_lines(text: str) -> str:
         while lines and lines[0].startswith("    "):
             shown.append(lines.popleft())
         code = _line_here(match["file"], int(match["line"]))
-        if code and (not shown or (shown[0].strip() != code and localcode.is_local_file(match["file"]))):
+        if code and (not shown or (shown[0].strip() != code and local_code.is_local_file(match["file"]))):
             shown = [f"    {code}"]
         found += shown
     return "\n".join(found)

@@ -82,7 +82,7 @@ def memory_hint(verdict: str) -> str:
     """Return what is said of a process that was killed.
 
     Args:
-        verdict: What the host knows: see :func:`lazycluster.agent.memory.verdict`.
+        verdict: What the host knows: see :func:`lazycluster.agent.oom.verdict`.
     """
     if verdict == "limit":
         return ": out of memory, by the limit of its control group on the host"

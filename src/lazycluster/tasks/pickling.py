@@ -1,7 +1,7 @@
 """Calls as bytes: a function with all the local code that it reaches, and its arguments.
 
-Functions and classes of local modules (see `localcode`) go by value, and on the host they are the members of modules of
-the same names that exist in memory only: so a module's functions share its globals there, `import helpers` in a
+Functions and classes of local modules (see `local_code`) go by value, and on the host they are the members of modules
+of the same names that exist in memory only: so a module's functions share its globals there, `import helpers` in a
 function finds it, and what comes back is an instance of the manager's own class. What cannot go by value (a module's
 lock, say) makes the modules concerned go as sources, which the host runs.
 """
@@ -24,10 +24,10 @@ import cloudpickle
 from cloudpickle import cloudpickle as internals
 
 from lazycluster.agent import localmodules
-from lazycluster.agent.callee import Chunks
+from lazycluster.agent.call_process import Chunks
 from lazycluster.agent.filenames import FileNames
 
-from . import localcode
+from . import local_code
 
 _PROTOCOL = 5
 _OWN = ("builtins", "functools", "cloudpickle", "lazycluster")  # what the process of a call has in any case, or never
@@ -84,7 +84,7 @@ def dump_call(
     try:
         return _dump(function, tuple(args), named, by_source=True)
     except Exception:  # noqa: BLE001
-        from .culprits import explain
+        from .pickle_errors import explain
 
         raise TypeError(explain(function, tuple(args), named, first)) from first
 
@@ -164,7 +164,7 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
             pending, self.pending = self.pending, {}
             self.dump([(sys.modules[name], attributes) for name, attributes in pending.items()])
         self.dump(None)
-        return pickle.dumps(localcode.sources_of(self.needed), _PROTOCOL)
+        return pickle.dumps(local_code.sources_of(self.needed), _PROTOCOL)
 
     def installed(self) -> tuple[str, ...]:
         """Return the installed modules that the host will import for what was dumped."""
@@ -207,7 +207,7 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
 
     def _dynamic_function_reduce(self, func: types.FunctionType) -> Any:
         module = sys.modules.get(func.__globals__.get("__name__", ""))
-        is_local = module is not None and vars(module) is func.__globals__ and localcode.is_local(module)
+        is_local = module is not None and vars(module) is func.__globals__ and local_code.is_local(module)
         if module is not None and is_local:
             self.globals_ref.setdefault(id(func.__globals__), _Globals(module))
         self._look_into(func)
@@ -221,22 +221,22 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
     def _reduce_globals(self, module: types.ModuleType) -> Any:
         if self._from_source(module):
             return localmodules.imported_globals, (module.__name__,)
-        return localmodules.module_globals, localcode.identity(module)
+        return localmodules.module_globals, local_code.identity(module)
 
     def _reduce_module(self, module: types.ModuleType) -> Any:
-        if not localcode.is_local(module) or sys.modules.get(module.__name__) is not module:
+        if not local_code.is_local(module) or sys.modules.get(module.__name__) is not module:
             self._note_import(module.__name__)
             return super().reducer_override(module)
         if self._from_source(module):
             return importlib.import_module, (module.__name__,)
-        return localmodules.local_module, localcode.identity(module)
+        return localmodules.local_module, local_code.identity(module)
 
     # --- modules -------------------------------------------------------------------------------
     def _home(self, obj: Any) -> types.ModuleType | None:
         """Return the local module that an object belongs to."""
         name = getattr(obj, "__module__", None)
         module = sys.modules.get(name) if isinstance(name, str) else None
-        return module if isinstance(module, types.ModuleType) and localcode.is_local(module) else None
+        return module if isinstance(module, types.ModuleType) and local_code.is_local(module) else None
 
     def _from_source(self, module: types.ModuleType) -> bool:
         """Note that a local module is needed, and tell whether it is to be imported from its source."""
@@ -244,11 +244,11 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         if name == "__main__":
             return False
         self.needed.add(name)
-        return self._by_source and localcode.source_of(name) is not None
+        return self._by_source and local_code.source_of(name) is not None
 
     def _note_import(self, name: Any) -> None:
         # What is part of a local package must be imported after the code of the manager, so not ahead of the call.
-        if isinstance(name, str) and name not in self.imports and not localcode.is_part(name):
+        if isinstance(name, str) and name not in self.imports and not local_code.is_part(name):
             self.imports[name] = None
 
     def _offer(self, obj: Any) -> None:
@@ -261,7 +261,7 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         if self._from_source(module) or name in _OF_THE_PLACE or (module.__name__, name) in self._shipped:
             return
         self._shipped.add((module.__name__, name))
-        if isinstance(value, (*_PLAIN, *_CODE)) or localcode.source_of(module.__name__) is None or _can_be_sent(value):
+        if isinstance(value, (*_PLAIN, *_CODE)) or local_code.source_of(module.__name__) is None or _can_be_sent(value):
             self.pending.setdefault(module.__name__, {})[name] = value
 
     # --- what a function refers to -------------------------------------------------------------
@@ -271,7 +271,7 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         if id(code) in self._read:
             return
         self._read.add(id(code))
-        names = localcode.names_in(code)
+        names = local_code.names_in(code)
         if _SETS_UP & names or {"sys", "path"} <= names:
             self.fresh = True
         if code.co_flags & inspect.CO_COROUTINE:
@@ -283,8 +283,8 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
             if isinstance(value, types.ModuleType):
                 self._use(value, names, seen)
         package = func.__globals__.get("__package__") or ""
-        for statement in localcode.imports_in(code):
-            module, *members = localcode.absolute_names(statement, package) or [""]
+        for statement in local_code.imports_in(code):
+            module, *members = local_code.absolute_names(statement, package) or [""]
             if module and self._import(module, names, seen):
                 for name in members:
                     self._import(name, names, seen)
@@ -294,7 +294,7 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
 
     def _use(self, module: types.ModuleType, names: frozenset[str], seen: set[str]) -> None:
         """Ship those members of a local module that a function which uses it may mean."""
-        if module.__name__ in seen or not localcode.is_local(module) or sys.modules.get(module.__name__) is not module:
+        if module.__name__ in seen or not local_code.is_local(module) or sys.modules.get(module.__name__) is not module:
             return
         seen.add(module.__name__)
         members = vars(module)
@@ -308,12 +308,12 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         """Handle a module that a function imports; returns whether it is a local one."""
         module = sys.modules.get(name)
         if module is None:
-            if localcode.find_local(name) is None:
+            if local_code.find_local(name) is None:
                 self._note_import(name)
                 return False
             self.needed.add(name)
         elif isinstance(module, types.ModuleType):
-            if not localcode.is_local(module):
+            if not local_code.is_local(module):
                 self._note_import(name)
                 return False
             if not self._from_source(module):

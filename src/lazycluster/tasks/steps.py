@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from lazycluster.agent.expand import expand
+from lazycluster.agent.path_expansion import expand
 
 __all__ = ["GetFile", "RunCommand", "RunFunction", "SendFile", "Step", "StepResult", "on_manager"]
 

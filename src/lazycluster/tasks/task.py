@@ -7,14 +7,14 @@ import copy
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from lazycluster._views.log import LoggedTask, show_logs
-from lazycluster._views.view import Shown, View
-from lazycluster._words import counted
+from lazycluster.core.words import counted
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
+from lazycluster.output.execution_log import LoggedTask, show_logs
+from lazycluster.output.view import Shown, View
 
 from .broadcast import Broadcast
 from .execution import Context, Execution
-from .handles import TaskProcess
+from .process_handles import TaskProcess
 from .recipe import Recipe
 from .variables import checked_variables
 from .views import broadcast_view, task_log, task_view
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
     from .pickling import PickledCall
-    from .retrying import Retries
+    from .retries import Retries
 
 __all__ = ["RuntimeTask"]
 

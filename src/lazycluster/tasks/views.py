@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lazycluster._views.log import LoggedStep, LoggedTask
-from lazycluster._views.view import Cell, Fact, Table, Tone, View
+from lazycluster.output.execution_log import LoggedStep, LoggedTask
+from lazycluster.output.view import Cell, Fact, Table, Tone, View
 
 if TYPE_CHECKING:
     from .broadcast import Broadcast

@@ -38,9 +38,9 @@ def cleanup(
     """
     import json
 
-    from lazycluster import _loop
     from lazycluster.cli.console import errors, lines_of, output
     from lazycluster.cli.fanout import everywhere, exit_status
+    from lazycluster.core import event_loop
 
     found: dict[str, dict[str, Any]] = {}
 
@@ -55,15 +55,15 @@ def cleanup(
             _show(outcome.host, found[outcome.host])
 
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
-    tell(_loop.run(_here(found)))
-    outcomes = _loop.run(everywhere(chosen, work, on_done=tell))
+    tell(event_loop.run(_here(found)))
+    outcomes = event_loop.run(everywhere(chosen, work, on_done=tell))
     if as_json:
         output().print_json(json.dumps(found))
     return exit_status(outcomes, chosen.everyone)
 
 
 async def _here(found: dict[str, dict[str, Any]]) -> Outcome:
-    from lazycluster.ssh.local import LocalConnection
+    from lazycluster.ssh.local_connection import LocalConnection
 
     connection = LocalConnection("this machine")
     await connection.open()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from lazycluster.cli.console import tell
+from lazycluster.cli.option_names import names_its_options, spelled_next_steps
 from lazycluster.cli.targets import Targets, complete_hosts, how_to_connect
-from lazycluster.cli.wording import names_its_options, spelled_next_steps
-from lazycluster.ssh.hosts import CONFIG_VARIABLE
+from lazycluster.ssh.config_hosts import CONFIG_VARIABLE
 from lazycluster.utils import expanded
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def _copy_id(name: str, config: str | None, key: Path, accept: bool) -> None:
 
 def _meet(name: str, config: str | None, accept: bool) -> None:
     """See that the host is the one that is meant, before it gets a password: ssh-copy-id would ask thrice."""
-    from lazycluster import _loop
     from lazycluster.cli.console import person_is_there
+    from lazycluster.core import event_loop
     from lazycluster.exceptions import InvalidRuntimeError
     from lazycluster.ssh.openssh import SshConnection
 
@@ -168,7 +168,7 @@ def _meet(name: str, config: str | None, accept: bool) -> None:
             await connection.close()
 
     try:
-        _loop.run(knock())
+        event_loop.run(knock())
     except InvalidRuntimeError as error:
         if error.reason != "auth":  # which nobody has tried
             raise click.ClickException(
@@ -178,10 +178,10 @@ def _meet(name: str, config: str | None, accept: bool) -> None:
 
 
 def _check(name: str, config: str | None, accept: bool) -> int:
-    from lazycluster import _loop
     from lazycluster.cli.console import person_is_there
     from lazycluster.cli.errors import show_error
     from lazycluster.cli.fanout import Outcome, everywhere
+    from lazycluster.core import event_loop
 
     async def work(connection: Connection) -> Outcome:
         version = ".".join(map(str, connection.hello.python))
@@ -189,7 +189,7 @@ def _check(name: str, config: str | None, accept: bool) -> int:
         return Outcome(name)
 
     chosen = Targets([name], settings=how_to_connect(config, None, accept), ask=person_is_there())
-    (outcome,) = _loop.run(everywhere(chosen, work))
+    (outcome,) = event_loop.run(everywhere(chosen, work))
     if outcome.error:
         show_error(
             f"{name}: {outcome.error}\n  It is in the configuration all the same; see also: {_doctor(name, config)}"

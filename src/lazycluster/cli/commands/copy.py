@@ -10,7 +10,7 @@ import click
 from lazycluster.cli.targets import Whole, connection_options, host_options, targets
 
 if TYPE_CHECKING:
-    from lazycluster.cli.copying import Copying
+    from lazycluster.cli.copy_progress import Copying
     from lazycluster.cli.fanout import Outcome
     from lazycluster.ssh.connection import Connection
 
@@ -128,9 +128,10 @@ def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool, exclude: tuple[str, ...] = ()) -> int:
-    from lazycluster import _loop, _progress
-    from lazycluster.cli.copying import Copying
+    from lazycluster.cli.copy_progress import Copying
     from lazycluster.cli.fanout import Outcome, everywhere, exit_status
+    from lazycluster.core import event_loop
+    from lazycluster.output import progress as _progress
 
     # Two that show on one terminal how far things are would get in each other's way.
     with Copying(chosen.names, quiet) as copying, _progress.shown(wanted=False):
@@ -139,6 +140,6 @@ def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool, exclude: tuple[str, 
             await copy(connection, copying)
             return Outcome(connection.host)
 
-        outcomes = _loop.run(everywhere(chosen, work, fanout, copying.done))
+        outcomes = event_loop.run(everywhere(chosen, work, fanout, copying.done))
     copying.warn(exclude)
     return exit_status(outcomes, chosen.everyone)

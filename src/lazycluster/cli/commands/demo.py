@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster._words import counted
 from lazycluster.cli.targets import connection_options, host_options, targets
+from lazycluster.core.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,14 +25,14 @@ _PYTHON = {
         total = sum(group.map(inside, range(20)))""",
     "dask": """\
     from lazycluster import RuntimeGroup
-    from lazycluster.cluster.dask_cluster import DaskCluster
+    from lazycluster.engines.dask.cluster import DaskCluster
 
     with RuntimeGroup(hosts=[...]) as group, DaskCluster(group) as cluster:
         cluster.start()
         client = cluster.get_client()""",
     "hyperopt": """\
     from lazycluster import RuntimeGroup
-    from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+    from lazycluster.engines.hyperopt.cluster import HyperoptCluster
 
     with RuntimeGroup(hosts=[...]) as group, HyperoptCluster(group) as cluster:
         cluster.start()
@@ -103,11 +103,11 @@ def demo(
 def _check(engine: str) -> None:
     """Raise an error, with the next step, if packages that an engine needs are not installed here."""
     if engine == "dask":
-        from lazycluster.cluster import dask_launchers
+        from lazycluster.engines.dask import launchers
 
-        dask_launchers.SOFTWARE.check_manager("cryptography")
+        launchers.SOFTWARE.check_manager("cryptography")
     else:
-        from lazycluster.cluster import hyperopt_workers
+        from lazycluster.engines.hyperopt import workers as hyperopt_workers
 
         hyperopt_workers.SOFTWARE.check_manager("cryptography")
 
@@ -171,7 +171,7 @@ def _say_pi(hits: int, what: str, began: float) -> None:
 
 def _dask(group: RuntimeGroup) -> None:
     from lazycluster.cli.console import output
-    from lazycluster.cluster.dask_cluster import DaskCluster
+    from lazycluster.engines.dask.cluster import DaskCluster
 
     say = output().print
     say("\nA Dask cluster on these hosts", style="bold")
@@ -189,7 +189,7 @@ def _hyperopt(group: RuntimeGroup) -> None:
     import tempfile
 
     from lazycluster.cli.console import output
-    from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+    from lazycluster.engines.hyperopt.cluster import HyperoptCluster
 
     say = output().print
     say("\nA hyperparameter search on these hosts", style="bold")

@@ -37,10 +37,10 @@ def doctor(
 
     Exit status: 0 if all hosts can be used, else 1.
     """
-    from lazycluster import _loop
+    from lazycluster.core import event_loop
 
     chosen = targets(hosts, (), None, config, connect_timeout, accept_new_host_key, default="@all")
-    checkups = _loop.run(_check_all(chosen, as_json))
+    checkups = event_loop.run(_check_all(chosen, as_json))
     if as_json:
         document = [{"usable": checkup.usable, **asdict(checkup)} for checkup in checkups]
         sys.stdout.write(json.dumps(document, indent=2) + "\n")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lazycluster._words import counted
 from lazycluster.cli.console import lines_of, tell
 from lazycluster.cli.targets import connection_options, host_options, targets
+from lazycluster.core.words import counted
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import Outcome
-    from lazycluster.environments.keeping import Removal, Store
+    from lazycluster.environments.cache import Removal, Store
     from lazycluster.ssh.connection import Connection
 
 __all__ = ["env"]
@@ -78,7 +78,7 @@ def list_command(cache_dir: str, as_json: bool, **options: Any) -> int:
       lazycluster env list -w @all
       lazycluster env list -w gpu-a --json
     """
-    from lazycluster.environments.keeping import list_on
+    from lazycluster.environments.cache import list_on
 
     stores, status = _on_hosts(lambda connection: list_on(connection, cache_dir), options)
     if as_json:
@@ -111,9 +111,9 @@ def build(
       lazycluster env build -w @all --python 3.12 'numpy<3' pandas
     """
     from lazycluster import EnvironmentSpec
-    from lazycluster._progress import Progress
-    from lazycluster.environments.activation import HostEnvironment, Place
-    from lazycluster.environments.from_interpreter import left_out
+    from lazycluster.environments.activation import BuildHost, HostEnvironment
+    from lazycluster.environments.installed_packages import left_out
+    from lazycluster.output.progress import Progress
 
     try:
         spec = EnvironmentSpec(_source(what), exclude=exclude or None, python=python, cache_dir=cache_dir)
@@ -124,7 +124,7 @@ def build(
         tell(f"left out: {', '.join(unwanted)}", err=True)
 
     async def work(connection: Connection) -> str:
-        made = HostEnvironment(Place(connection.host, connection), spec)
+        made = HostEnvironment(BuildHost(connection.host, connection), spec)
         prefix = (await made.ready(refresh=refresh)).prefix
         with Progress("Compiling modules", 1, "hosts", lambda: [connection.host]) as progress:
             await made.compiled()
@@ -155,7 +155,7 @@ def remove(cache_dir: str, ids: tuple[str, ...], **options: Any) -> int:
     Example:
       lazycluster env remove -w 'node[1-3]' py313-3f2a9c17d0b4e86a5c21
     """
-    from lazycluster.environments.keeping import remove_on
+    from lazycluster.environments.cache import remove_on
 
     removals, status = _on_hosts(lambda connection: remove_on(connection, ids, cache_dir), options)
     for removal in removals:
@@ -177,7 +177,7 @@ def prune(cache_dir: str, size: int | None, unused: float | None, **options: Any
       lazycluster env prune -w @all --unused 30d
       lazycluster env prune -w @all --size 20G
     """
-    from lazycluster.environments.keeping import prune_on
+    from lazycluster.environments.cache import prune_on
 
     removals, status = _on_hosts(lambda connection: prune_on(connection, size, unused, cache_dir), options)
     for removal in removals:
@@ -188,9 +188,9 @@ def prune(cache_dir: str, size: int | None, unused: float | None, **options: Any
 # --- shared ---------------------------------------------------------------------------------------
 def _on_hosts(work: Callable[[Connection], Awaitable[T]], options: dict[str, Any]) -> tuple[list[T], int]:
     """Do something on the hosts that the options name; returns what came out, and the exit status."""
-    from lazycluster import _loop
     from lazycluster.cli.errors import show_error
     from lazycluster.cli.fanout import Outcome, everywhere, exit_status
+    from lazycluster.core import event_loop
 
     chosen = targets(**options)
     found: dict[str, T] = {}
@@ -199,7 +199,7 @@ def _on_hosts(work: Callable[[Connection], Awaitable[T]], options: dict[str, Any
         found[connection.host] = await work(connection)
         return Outcome(connection.host)
 
-    outcomes = _loop.run(everywhere(chosen, one))
+    outcomes = event_loop.run(everywhere(chosen, one))
     for outcome in outcomes:
         if outcome.kind != "done" and not (chosen.everyone and outcome.kind == "unreachable"):
             show_error("\n".join(lines_of(f"{outcome.host}: {outcome.error}")))

@@ -43,13 +43,13 @@ def forward(
       lazycluster forward gpu-a 8888   # then open http://localhost:8888
       lazycluster forward gpu-a 9000:8787 6006
     """
-    from lazycluster import _loop
     from lazycluster.cli.console import person_is_there
+    from lazycluster.core import event_loop
 
     pairs = [_pair(text) for text in ports]
     settings = how_to_connect(config, connect_timeout, accept_new_host_key, relay)
     chosen = Targets([host], settings=settings, ask=person_is_there())
-    _loop.run(_forward(chosen.connection(host), pairs))
+    event_loop.run(_forward(chosen.connection(host), pairs))
 
 
 @click.command()
@@ -71,11 +71,11 @@ def expose(
       lazycluster expose -w 'node[1-4]' 5432   # a database of yours
       lazycluster expose -w gpu-a 3128:8080
     """
-    from lazycluster import _loop
+    from lazycluster.core import event_loop
 
     pairs = [(first or last, last) for first, last in map(_pair, ports)]
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, relay=relay)
-    _loop.run(_expose(chosen, pairs))
+    event_loop.run(_expose(chosen, pairs))
 
 
 def _pair(text: str) -> tuple[int | None, int]:

@@ -60,7 +60,7 @@ def list_runtimes(
         raise click.UsageError("--watch needs a terminal")
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
     if watch:
-        from lazycluster.cli.watching import watch as watch_hosts
+        from lazycluster.cli.live_view import watch as watch_hosts
 
         return watch_hosts(chosen, long)
     listing = _Json(chosen) if as_json else _Listing(chosen, long)
@@ -82,12 +82,12 @@ class _Listing:
         self.infos: dict[str, dict[str, Any]] = {}
 
     def run(self) -> list[Outcome]:
-        from lazycluster import _loop
         from lazycluster.cli.fanout import everywhere
+        from lazycluster.core import event_loop
         from lazycluster.ssh.terminal import when_answered
 
         output().print(self._line({name: name.upper() for name in self._columns}), style="bold", soft_wrap=True)
-        outcomes = _loop.run(
+        outcomes = event_loop.run(
             everywhere(self._targets, self._ask, on_done=lambda outcome: when_answered(lambda: self.show(outcome)))
         )
         self.finish(outcomes)
@@ -108,8 +108,8 @@ class _Listing:
         """Print the row of a host."""
         from rich.text import Text
 
-        from lazycluster._views.cells import cells
         from lazycluster.exceptions import one_line
+        from lazycluster.output.host_cells import cells
 
         if outcome.kind != "done":
             self._show_inactive(outcome)
@@ -167,10 +167,10 @@ class _Json(_Listing):
         super().__init__(chosen, True)
 
     def run(self) -> list[Outcome]:
-        from lazycluster import _loop
         from lazycluster.cli.fanout import everywhere
+        from lazycluster.core import event_loop
 
-        outcomes = _loop.run(everywhere(self._targets, self._ask))
+        outcomes = event_loop.run(everywhere(self._targets, self._ask))
         document = []
         for outcome in outcomes:
             active = outcome.kind == "done"

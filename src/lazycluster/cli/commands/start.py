@@ -78,7 +78,7 @@ def _dask(
     """
 
     def make(group: RuntimeGroup) -> MasterWorkerCluster:
-        from lazycluster.cluster.dask_cluster import DaskCluster
+        from lazycluster.engines.dask.cluster import DaskCluster
 
         return DaskCluster(group, nthreads=threads, memory_limit=memory_limit, gpus_per_worker=gpus_per_worker)
 
@@ -114,7 +114,7 @@ def _hyperopt(
     """
 
     def make(group: RuntimeGroup) -> MasterWorkerCluster:
-        from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+        from lazycluster.engines.hyperopt.cluster import HyperoptCluster
 
         return HyperoptCluster(group, dbpath=dbpath, dbname=dbname, exp_key=exp_key)
 
@@ -136,10 +136,10 @@ def _serve(
     there: dict[str, Any],
     connection_file: str | None,
 ) -> None:
-    from lazycluster._words import counted
     from lazycluster.cli.console import errors
     from lazycluster.cli.errors import INTERRUPTED
-    from lazycluster.cli.serving import serve
+    from lazycluster.cli.foreground import serve
+    from lazycluster.core.words import counted
     from lazycluster.runtime_mgmt import RuntimeGroup
 
     _check_connection_file(connection_file)

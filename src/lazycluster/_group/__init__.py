@@ -1,1 +1,0 @@
-"""What a group of runtimes is made of."""

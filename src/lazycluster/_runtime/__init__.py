@@ -1,1 +1,0 @@
-"""What a runtime is made of."""

@@ -1,0 +1,303 @@
+"""Whether the manager is there: its streams, the loss and the return of them, and when it is taken for gone."""
+
+from __future__ import annotations
+
+import _socket as socket  # the module proper takes as long to import as all others together
+import os
+import signal
+import struct
+import time
+
+from . import tcp
+from .guardian import SSHD_FILE, sshd_above
+from .logout import kills_at_logout
+from .processes import Process
+from .session import FrameSession
+from .wire import TOTAL_SIZE, ProtocolError
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Any, Callable, List, Optional, Protocol
+
+    from .session import Channel, Owner
+
+    class Agent(Owner, Protocol):
+        """What this needs of the agent."""
+
+        ending: bool
+
+        def end(self) -> None:
+            """End everything."""
+
+
+SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
+_NO_SSHD = "the agent finds no sshd above its session, so it cannot tell the manager's end from that of the link"
+SECRET_SIZE = 16
+KEPT, GONE = b"K", b"N"
+_HEAD_LIMIT = 15.0  # seconds within which who wants to rejoin must say who it is
+_SOON = 0.1  # seconds within which the one end of a session's streams follows the other
+_SSHD_LIMIT = 1.0  # seconds that sshd gets to end after its streams have
+_LOOK_EVERY = 0.02
+
+
+class Line:
+    """The session of sshd that the streams come from.
+
+    Args:
+        connection: Held as long as its process on the host is to live.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        pid = _peer(connection)
+        sshd = sshd_above(pid) if pid else None
+        self._sshd = Process(sshd) if sshd else None
+        self._tcp = tcp.of_session(pid) if pid else None
+
+    @property
+    def up(self) -> bool:
+        """Whether sshd is there."""
+        return self._sshd is not None and self._sshd.alive
+
+    @property
+    def cut(self) -> bool:
+        """Whether the link has gone for certain: without sshd, or with one that is about to end."""
+        return not self.up or (self._tcp is not None and not self._tcp.stands())
+
+    def note(self, directory: str) -> None:
+        """Leave word for the guardian, which ends this session when the agent has ended."""
+        path = os.path.join(directory, SSHD_FILE)
+        with open(path + ".new", "w") as file:
+            sshd = self._sshd
+            file.write("{} {}".format(sshd.pid, sshd.started or 0) if sshd is not None else "0 0")
+        os.rename(path + ".new", path)
+
+    def signal(self, number: int) -> None:
+        """Send sshd a signal: it may hold ports, for a manager that it cannot reach."""
+        if self._sshd is not None:
+            self._sshd.signal(number)
+
+    def close(self) -> None:
+        """Let its process on the host end."""
+        self._connection.close()
+
+
+class ManagerLink:
+    """Keeps the one session with the manager.
+
+    The end of the streams alone does not tell why. While sshd has its connection the manager has ended, since ssh,
+    which has seen the end of its input, passed that on; without, the link has gone, and the manager may come back.
+
+    Args:
+        agent: The agent.
+        local: Whether the manager is this agent's parent, and no network between.
+
+    Attributes:
+        session: The session, once it has begun.
+        grace: For how many seconds the manager may be away.
+    """
+
+    def __init__(self, agent: "Agent", local: bool) -> None:
+        self.session: Optional[FrameSession] = None
+        self._agent = agent
+        self._local = local
+        self._line: Optional[Line] = None
+        self._heard = time.monotonic()
+        self._secret = b""
+        self.grace = 0.0
+        self._limit = 10.0
+        self._attempts = 0
+        self._alone = False
+        self._timer: Any = None
+        if not local:
+            self._look()
+
+    def begin(self, connection: socket.socket, fds: List[int]) -> FrameSession:
+        """Begin the session on the streams of the manager that has brought the agent."""
+        self._line = Line(connection)
+        self._heard = time.monotonic()
+        self.session = FrameSession(self._agent)
+        self.session.attach(fds[0], fds[1])
+        return self.session
+
+    def agree(self, channel: Channel) -> None:
+        """Handle the request `session`: the manager says by what it will be known, and for how long it may be away."""
+        params = channel.params
+        refusal = "" if self._line is not None and self._line.up else _NO_SSHD
+        if not refusal:
+            refusal = kills_at_logout()
+        if not refusal and params["grace"] > 0:
+            self._secret = bytes.fromhex(params["id"])
+            self.grace = max(float(params["grace"]), float(params["silence"]))
+            self._limit = float(params["silence"])
+            if self.session is not None:
+                self.session.keep()
+            self._timer.cancel()
+            self._look()
+        channel.result(grace=self.grace, refusal=refusal)
+
+    def go_alone(self) -> None:
+        """Do not depend on a manager any more: neither its silence nor its end matters."""
+        self._alone = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def heard(self) -> None:
+        """Note that the manager is alive."""
+        self._heard = time.monotonic()
+        if self.session is not None and self.session.silent:
+            self.session.silent = False
+
+    def _look(self) -> None:
+        quiet = time.monotonic() - self._heard
+        if quiet >= (self.grace or SILENCE_LIMIT - 1.0):
+            self._agent.end()
+            return
+        session = self.session
+        if self.grace and quiet >= self._limit and session is not None and session.attached and not session.silent:
+            session.fall_silent()
+        self._timer = self._agent.loop.call_later(self._limit / 2 if self.grace else SILENCE_LIMIT, self._look)
+
+    # --- loss ----------------------------------------------------------------------------------
+    def streams_ended(self, session: FrameSession, error: Optional[Exception]) -> None:
+        """Find out whether the manager has gone, or the link."""
+        session.mute()
+        if self._alone:
+            self._interrupted()
+            return
+        if self._local or not self.grace or isinstance(error, ProtocolError):
+            self._agent.end()
+            return
+        line, since = self._line, time.monotonic()
+
+        def judge() -> None:
+            if line is not self._line or not session.attached:
+                return  # the manager is back
+            if line is None or line.cut:
+                self._interrupted()
+            elif session.out_is_broken() and time.monotonic() - since < _SSHD_LIMIT:
+                # Where connections cannot be seen, both the end of sshd and that of the manager, while it is sent
+                # something, look like this at first.
+                self._agent.loop.call_later(_LOOK_EVERY, judge)
+            else:
+                self._agent.end()
+
+        self._agent.loop.call_later(_SOON, judge)
+
+    def _interrupted(self) -> None:
+        if self.session is not None:
+            self.session.detach()
+        if self._line is not None:
+            self._line.close()
+
+    # --- return --------------------------------------------------------------------------------
+    def rejoin(self, connection: socket.socket, fds: List[int]) -> None:
+        """Take the streams of another ssh session, if they come from the manager."""
+        loop = self._agent.loop
+        head = bytearray()
+        os.set_blocking(fds[0], False)
+
+        def over() -> None:
+            timer.cancel()
+            loop.remove_reader(fds[0])
+
+        def refuse() -> None:
+            over()
+            _refuse(connection, fds)
+
+        def readable() -> None:
+            try:
+                data = os.read(fds[0], SECRET_SIZE + TOTAL_SIZE - len(head))
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            head.extend(data)
+            if not data:
+                refuse()
+            elif len(head) == SECRET_SIZE + TOTAL_SIZE:
+                over()
+                self._replace(connection, fds, bytes(head[:SECRET_SIZE]), int.from_bytes(head[SECRET_SIZE:], "big"))
+
+        timer = loop.call_later(_HEAD_LIMIT, refuse)
+        loop.add_reader(fds[0], readable)
+
+    def _replace(self, connection: socket.socket, fds: List[int], secret: bytes, total: int) -> None:
+        from hmac import compare_digest
+
+        session, old = self.session, self._line
+        known = bool(self._secret) and compare_digest(secret, self._secret)
+        if not known or session is None or self._agent.ending:
+            _refuse(connection, fds)
+            return
+        self._heard = time.monotonic()
+        self._attempts += 1
+        attempt = self._attempts
+        session.detach()  # from now on nothing more is received: how much it was is about to be told
+        self._line = line = Line(connection)
+        if old is not None:
+            old.close()
+
+        def attach() -> None:
+            if attempt != self._attempts or self._agent.ending:
+                _refuse(connection, fds)
+                return
+            assert session is not None
+            try:
+                session.rewind(total)
+                try:
+                    line.note(self._agent.directory)
+                except OSError:
+                    pass  # the disk is full: the guardian may not be able to end this ssh session after a crash
+                os.write(fds[1], KEPT + session.received.to_bytes(TOTAL_SIZE, "big"))
+            except (ProtocolError, OSError):
+                _refuse(connection, fds)
+                return
+            session.attach(fds[0], fds[1])
+
+        _end_of(old, self._agent.loop, attach)
+
+    def close(self) -> None:
+        """End the session, and what it came with."""
+        if self.session is not None:
+            self.session.close()
+        if self._line is not None:
+            self._line.close()
+
+
+def _end_of(line: Optional[Line], loop: Any, then: Callable[[], Any]) -> None:
+    """Call `then` when an sshd has ended that has lost its client: it may still hold ports that are wanted again."""
+    began = time.monotonic()
+    sent: List[int] = []
+
+    def look() -> None:
+        waited = time.monotonic() - began
+        if line is None or not line.up or waited > 2 * _SSHD_LIMIT:
+            then()
+            return
+        number = signal.SIGTERM if waited < _SSHD_LIMIT else signal.SIGKILL
+        if number not in sent:
+            sent.append(number)
+            line.signal(number)
+        loop.call_later(_LOOK_EVERY, look)
+
+    look()
+
+
+def _refuse(connection: socket.socket, fds: List[int]) -> None:
+    try:
+        os.write(fds[1], GONE + bytes(TOTAL_SIZE))
+    except OSError:
+        pass  # it has gone itself
+    for fd in fds:
+        os.close(fd)
+    connection.close()
+
+
+def _peer(connection: socket.socket) -> int:
+    """Return the process that has connected; 0 where the system does not tell."""
+    try:
+        size = struct.calcsize("3i")
+        return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0])
+    except (AttributeError, OSError):
+        return 0

@@ -1,0 +1,152 @@
+"""A cluster that runs in the foreground: how to connect, and what its workers do, until it is told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.core.words import counted
+from lazycluster.engines.dask.cluster import DaskCluster
+from lazycluster.engines.hyperopt.cluster import HyperoptCluster
+from lazycluster.exceptions import one_line
+from lazycluster.output.host_cells import megabytes
+
+from .console import is_terminal, lines_of, output
+from .errors import OutputGoneError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from lazycluster.cluster.health import ClusterEvent, ProcessStatus
+    from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
+    from lazycluster.cluster.usage import ProcessUsage
+
+__all__ = ["serve"]
+
+_REFRESH = 1.0
+_STYLES = {"ready": "green", "failed": "bold red", "ended": "dim"}
+
+_PATIENCE = 0.5  # seconds for what hosts tell of their workers; the view goes on without it
+
+
+def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
+    """Show a cluster until Ctrl-C, or until it has failed for good.
+
+    Args:
+        cluster: A cluster that runs.
+        connection_file: Where other processes find out how to connect, if it was asked for.
+
+    Raises:
+        ClusterError: If it has failed.
+        OutputGoneError: If nobody reads any more what it prints.
+    """
+    for line in _how_to_connect(cluster, connection_file):
+        output().print(line, markup=False, soft_wrap=True)
+    output().print("Ctrl-C ends it.", style="dim")
+    over = threading.Event()
+
+    def tell(event: ClusterEvent) -> None:
+        try:
+            output().print("\n".join(lines_of(str(event))), markup=False, soft_wrap=True)
+        except OutputGoneError:
+            over.set()
+
+    with contextlib.ExitStack() as stack:
+        if is_terminal():
+            work = _work(cluster, stack)
+            view = Live(console=output(), refresh_per_second=1, get_renderable=lambda: _view(cluster, work))
+            stack.enter_context(view)
+        else:
+            stack.callback(cluster.on_event(tell))
+        while not over.wait(_REFRESH):
+            _check(cluster)
+    raise OutputGoneError
+
+
+def _check(cluster: MasterWorkerCluster) -> None:
+    master, workers = cluster.master, cluster.workers
+    if master is not None and master.state in ("failed", "ended"):
+        raise ClusterError(f"{master.name} has ended: {master.problem}\n{master.log}")
+    if workers and all(worker.state == "failed" for worker in workers):
+        last = workers[-1]
+        raise ClusterError(f"no worker is left; the last one, {last.name} on {last.host}: {last.problem}\n{last.log}")
+
+
+def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) -> list[str]:
+    name = type(cluster).__name__
+    workers = counted(len(cluster.workers), "worker")
+    lines = [f"{name} with {workers}, its master on port {cluster.master_port} of this machine."]
+    if connection_file is not None:
+        lines += [
+            "Connect from Python (the file holds secrets, and goes when the cluster ends):",
+            f"  from {type(cluster).__module__} import {name}",
+            f'  {name}.connect("{connection_file}")',
+        ]
+    else:
+        lines.append("For other processes to connect, start it with --connection-file FILE.")
+    if isinstance(cluster, DaskCluster):
+        lines.append(f"Dashboard (its address is a secret): {cluster.dashboard_link}")
+    return lines
+
+
+def _work(cluster: MasterWorkerCluster, stack: contextlib.ExitStack) -> Callable[[], str]:
+    """Return what says in a line what is done."""
+    if isinstance(cluster, DaskCluster):
+        client = stack.enter_context(cluster.get_client(timeout=10))
+
+        def dask() -> str:
+            workers = _all_workers(client)
+            threads = sum(w["nthreads"] for w in workers)
+            running = sum(w["metrics"].get("task_counts", {}).get("executing", 0) for w in workers)
+            return f"{counted(threads, 'thread')}, {counted(running, 'task')} running"
+
+        return dask
+    if isinstance(cluster, HyperoptCluster):
+        return lambda: str(cluster.progress())
+    return lambda: ""
+
+
+def _all_workers(client: Client) -> list[dict[str, Any]]:
+    try:
+        info = client.scheduler_info(n_workers=-1)
+    except TypeError:  # before 2025.4 it had all workers anyway
+        info = client.scheduler_info()
+    return list(info["workers"].values())
+
+
+def _view(cluster: MasterWorkerCluster, work: Callable[[], str]) -> RenderableType:
+    used: dict[str, ProcessUsage] = {}
+    try:
+        used = cluster.usage(_PATIENCE)
+        line = work()
+    except Exception as error:  # noqa: BLE001  (what is shown beside the table must not end the cluster)
+        line = f"not known: {error}"
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("WORKER", "HOST", "STATE", "RESTARTS", "PID", "CPU", "MEMORY"):
+        table.add_column(name, justify="left" if name in ("WORKER", "HOST", "STATE") else "right", no_wrap=True)
+    for worker in cluster.workers:
+        state = Text(worker.state, style=_STYLES.get(worker.state, "yellow"))
+        figures = _figures(used.get(worker.name))
+        name = worker.name.rpartition(" ")[2]
+        table.add_row(name, worker.host, state, str(worker.restarts), str(worker.pid or ""), *figures)
+    problems = [_problem(worker) for worker in cluster.workers if worker.state == "failed"]
+    return Group(Text(), table, *problems, Text(one_line(line), style="dim"))
+
+
+def _figures(used: ProcessUsage | None) -> tuple[str, str]:
+    if used is None:
+        return "", ""
+    return "" if used.cpu is None else f"{used.cpu:.0f}%", megabytes(used.memory)
+
+
+def _problem(worker: ProcessStatus) -> Text:
+    return Text(f"{worker.name} on {worker.host}: {one_line(worker.problem)}", style="red")

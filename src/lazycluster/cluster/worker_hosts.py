@@ -1,0 +1,108 @@
+"""Where the processes of a cluster may run: the hosts of a group, as the launchers see them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError
+
+from .exceptions import ClusterError
+
+if TYPE_CHECKING:
+    from lazycluster.runtime_mgmt import RuntimeGroup
+    from lazycluster.runtimes import Runtime
+    from lazycluster.ssh.connection import Connection
+    from lazycluster.tasks.execution import Context
+
+MANAGER = "localhost"
+
+
+@dataclass(frozen=True)
+class WorkerHost:
+    """A host and what holds there for every process.
+
+    Attributes:
+        host: The host, as the user named it.
+        connection: The connection to it.
+        python: The interpreter to be used; None for the one that the environment finds.
+        env: Environment variables beside the host's own.
+        cwd: The working directory.
+        problem: Why nothing can run there, None if it can.
+    """
+
+    host: str
+    connection: Connection
+    python: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    cwd: str = ""
+    problem: LazyclusterError | None = None
+
+    @property
+    def network(self) -> tuple[str, str]:
+        """What two hosts have in common exactly if a port of one is a port of the other."""
+        hello = self.connection.hello
+        if not (hello.boot_id and hello.network):
+            return (self.host, "")
+        return (hello.boot_id, hello.network)
+
+
+def places_of(group: RuntimeGroup) -> list[WorkerHost]:
+    """Return the places of a group's runtimes, in the group's order, those with a problem included."""
+    places = []
+    for runtime in group.runtimes:
+        try:
+            context = runtime.task_context()
+            if runtime.connection.state == "interrupted":
+                # What has to be ready within some time cannot wait for as long as a link is given to come back.
+                raise ConnectionLostError(runtime.host, f"the link is interrupted: {runtime.connection.why}")
+            if runtime.connection.unanswered is not None:
+                raise runtime.connection.unanswered
+        except LazyclusterError as error:
+            places.append(WorkerHost(runtime.host, runtime.connection, problem=error))
+        else:
+            places.append(_of(context))
+    return places
+
+
+def _of(context: Context) -> WorkerHost:
+    return WorkerHost(context.host, context.connection, context.python, dict(context.env), context.cwd)
+
+
+async def place_again(group: RuntimeGroup, connection: Connection) -> WorkerHost:
+    """Return the place at a connection whose host has lost all that was prepared there, once it is prepared again.
+
+    Raises:
+        LazyclusterError: If it cannot be, or the host is not in the group any more.
+    """
+    for runtime in group.runtimes:
+        if runtime.connection is connection:
+            await runtime.prepare_soon()
+            return _of(runtime.task_context())
+    raise ClusterError(f"{connection.host} has left the group, and lost what ran there")
+
+
+async def prepared_places(group: RuntimeGroup) -> list[WorkerHost]:
+    """Return the places of a group's runtimes once they answer, and their Python environments are made, all at once."""
+
+    async def ready(runtime: Runtime) -> None:
+        await runtime.prepare_soon()
+        if runtime.connection.state == "open":
+            await runtime.connection.request("ping")
+
+    made = await asyncio.gather(*(ready(runtime) for runtime in group.runtimes), return_exceptions=True)
+    places = places_of(group)
+    for index, error in enumerate(made):
+        if isinstance(error, LazyclusterError):
+            if places[index].problem is None:
+                places[index] = replace(places[index], problem=error)
+        elif isinstance(error, BaseException):
+            raise error
+    return places
+
+
+def usable(places: Sequence[WorkerHost]) -> list[WorkerHost]:
+    """Return those places where something can run."""
+    return [place for place in places if place.problem is None]

@@ -1,0 +1,1 @@
+"""Dask: https://distributed.dask.org."""

@@ -1,0 +1,137 @@
+"""A client of a Dask cluster whose hosts have the present version of the user's own modules before they need it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from distributed import Client
+from distributed.protocol.pickle import dumps
+
+from lazycluster.core import event_loop
+
+from .scaling import scheduler_at
+
+if TYPE_CHECKING:
+    from lazycluster.cluster.local_modules import LocalModules
+
+__all__ = ["UpToDateClient", "connected"]
+
+C = TypeVar("C", bound=Client)
+
+_BACK = 30.0  # seconds for a scheduler that is started again; distributed's own default
+_CLOSED = 5.0  # seconds for a client that is not connected to end its loop
+
+# What carries no code, and is on the path of each result.
+_WITHOUT_CODE = frozenset({"gather", "who_has", "identity"})
+
+
+class UpToDateClient(Client):  # type: ignore[misc]
+    """A client that has changed modules sent before it sends anything that may need them.
+
+    Work goes through `_graph_to_futures`. All else (`run`, plugins, `scatter`, variables and queues, calls of actors)
+    is a call of the scheduler, in some coroutine on the client's loop.
+
+    Args:
+        address: See `distributed.Client`.
+        modules: The user's own modules on the hosts.
+        **options: See `distributed.Client`.
+    """
+
+    _calls: Any = None
+
+    def __init__(self, address: Any, modules: LocalModules, **options: Any) -> None:
+        self._local_modules = modules
+        self._version = modules.version
+        super().__init__(address, **options)
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler, for calls; distributed sets it when it connects."""
+        return self._calls
+
+    @scheduler.setter
+    def scheduler(self, calls: Any) -> None:
+        self._calls = _Calls(calls, self) if hasattr(calls, "close_rpc") else calls
+
+    def _graph_to_futures(self, *arguments: Any, **options: Any) -> Any:
+        # Without this method a change is noticed later.
+        if self._is_old():
+            event_loop.run(self._update())  # another loop than the client's, which this may be called on
+        return super()._graph_to_futures(*arguments, **options)
+
+    def _is_old(self) -> bool:
+        return self._version != self._local_modules.version or self._local_modules.changes()
+
+    async def update_modules(self) -> None:
+        """Have the present modules on the hosts, and those forgotten that were imported there."""
+        if self._is_old():
+            await asyncio.wrap_future(event_loop.submit(self._update()))
+
+    async def _update(self) -> None:
+        """Do so, on lazycluster's own loop."""
+        version = await self._local_modules.sync_changes()
+        if version <= self._version or self._calls is None:  # it is not connected any more
+            return
+
+        def refresh() -> None:  # in a function, so that it goes by value: the hosts have nothing of this package
+            from importlib import import_module
+
+            import_module("lazycluster_dask.sent_modules").refresh()
+
+        call = {"function": dumps(refresh), "args": dumps(()), "kwargs": dumps({}), "wait": True}
+        async with scheduler_at(self._calls.address, self.connection_args) as scheduler:
+            await asyncio.gather(
+                # What fails has gone, and starts with the present version.
+                scheduler.broadcast(msg={"op": "run", **call}, on_error="ignore"),
+                scheduler.broadcast(msg={"op": "run", **call}, nanny=True, on_error="ignore"),
+                scheduler.run_function(**call),
+            )
+        self._version = max(version, self._version)
+
+
+class _Calls:
+    """The scheduler as a client calls it: before a call that may carry code, the hosts get the present modules."""
+
+    def __init__(self, calls: Any, client: UpToDateClient) -> None:
+        self._calls, self._client = calls, client
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._calls, name)
+        if name in _WITHOUT_CODE or name == "close_rpc" or not callable(call):
+            return call
+
+        async def up_to_date(*arguments: Any, **named: Any) -> Any:
+            await self._client.update_modules()
+            return await call(*arguments, **named)
+
+        return up_to_date
+
+
+def connected(kind: type[C], *arguments: Any, **options: Any) -> C:
+    """Return a client that waits for a scheduler that is started again, however short the time was to connect at first.
+
+    One that cannot connect is closed before its error is raised. Otherwise the garbage collector closes it: at any
+    moment, and for ever if that is while distributed starts or stops the loop of another client, since the lock of
+    `distributed.utils.LoopRunner` waits for its own thread.
+
+    Args:
+        kind: The class of the client.
+        *arguments: Its arguments, see `distributed.Client`.
+        **options: Its options.
+
+    Raises:
+        Exception: What the class raises.
+    """
+    client: Any = object.__new__(kind)
+    try:
+        client.__init__(*arguments, **options)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the error that counts is the one that is being raised
+            client.close(timeout=_CLOSED)
+            client._loop_runner.stop()  # which `close` leaves to run where connecting has closed the rest
+        raise
+    client._timeout = max(client._timeout, _BACK)
+    made: C = client
+    return made

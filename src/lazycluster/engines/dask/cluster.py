@@ -1,0 +1,375 @@
+"""A Dask cluster on the hosts of a group: https://distributed.dask.org.
+
+The scheduler runs on the manager, the workers on the hosts. All of them listen on loopback interfaces only; each
+reaches the others under the same loopback address and port, through the connections that the runtimes have anyway.
+Whoever connects needs a certificate of the cluster. The dashboards, which only show, are served without encryption on
+loopback under a secret path, which `DaskCluster.dashboard_link` has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+import time
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lazycluster.agent.filenames import dumps
+from lazycluster.cluster import connection_file
+from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.cluster.runtime_cluster import MasterLauncher, WorkerLauncher
+from lazycluster.cluster.versions import CheckVersions, checked_policy
+from lazycluster.cluster.views import ready
+from lazycluster.core import event_loop
+from lazycluster.core.words import counted
+from lazycluster.output.host_cells import megabytes, number
+from lazycluster.output.view import Cell, Fact
+
+from .launchers import SOFTWARE, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
+from .programs import common
+from .scaling import ElasticCluster
+
+if TYPE_CHECKING:
+    from distributed import Client, Security, Status
+
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+__all__ = ["DaskCluster", "LocalMasterLauncher", "RoundRobinLauncher"]
+
+_AGAIN = 0.1  # seconds between two attempts to connect to a scheduler that is being replaced
+_CONNECTION = {"scheduler": str, "security": {...: (str, bool, type(None))}, "manager?": int}
+
+
+class DaskCluster(ElasticCluster):
+    """A Dask cluster. The number of workers defaults to the number of runtimes in the group.
+
+    By default the scheduler is started on the manager, and the workers on the hosts in turn. With launchers of your
+    own, connections are encrypted only if they have an attribute ``dask`` (as those here have), which they use.
+
+    Args:
+        runtime_group: The hosts that can be used.
+        ports: The ports that may be used, see `MasterWorkerCluster`.
+        master_launcher: How the scheduler is started; by default `LocalMasterLauncher`.
+        worker_launcher: How the workers are started; by default `RoundRobinLauncher`.
+        nthreads: Threads per worker; by default the host's cores, divided by its workers.
+        memory_limit: Memory per worker, e.g. ``"4 GiB"``, bytes, a fraction of the host's memory, or None for no
+            limit; by default the host's memory, divided by its workers.
+        resources: Abstract resources of each worker, e.g. ``{"GPU": 1}``.
+        local_directory: Where workers write what does not fit in memory; by default a temporary directory.
+        min_workers: How many workers must be there for a start to succeed; by default all.
+        check_versions: What happens if Python, dask, distributed or cloudpickle of a host do not match the manager's:
+            ``error``, ``warn`` or ``ignore``.
+        worker_options: Further options of `distributed.Nanny`; what JSON cannot hold is not possible.
+        scheduler_options: Further options of `distributed.Scheduler`.
+        gpus_per_worker: How many GPUs of its host each worker gets for itself: ``CUDA_VISIBLE_DEVICES`` is set, by
+            default each has one thread and the resource ``{"GPU": gpus_per_worker}``. Then there is by default one
+            worker for each GPU, and hosts without GPUs get none.
+        idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
+
+    Raises:
+        ClusterError: If dask, distributed or cryptography is not installed here.
+        ValueError: If an argument makes no sense.
+
+    Examples:
+        >>> with DaskCluster(RuntimeGroup(hosts=["host-1", "host-2"])) as cluster:      # doctest: +SKIP
+        ...     cluster.start()
+        ...     client = cluster.get_client()
+        ...     print(sum(client.gather(client.map(lambda x: x + 1, range(10)))))
+        55
+    """
+
+    def __init__(
+        self,
+        runtime_group: RuntimeGroup,
+        ports: list[int] | None = None,
+        master_launcher: MasterLauncher | type[MasterLauncher] | None = None,
+        worker_launcher: WorkerLauncher | type[WorkerLauncher] | None = None,
+        *,
+        nthreads: int | None = None,
+        memory_limit: str | int | float | None = "auto",
+        resources: Mapping[str, float] | None = None,
+        local_directory: str | os.PathLike[str] | None = None,
+        min_workers: int | None = None,
+        check_versions: CheckVersions = "error",
+        worker_options: Mapping[str, Any] | None = None,
+        scheduler_options: Mapping[str, Any] | None = None,
+        gpus_per_worker: int | None = None,
+        idle_gpus: bool = False,
+    ) -> None:
+        checked_policy(check_versions)
+        if nthreads is not None and (isinstance(nthreads, bool) or not isinstance(nthreads, int) or nthreads < 1):
+            raise ValueError(f"nthreads must be an integer of at least 1, not {nthreads!r}")
+        self._dask = DaskSettings(
+            nthreads,
+            memory_limit,
+            resources,
+            None if local_directory is None else os.fspath(local_directory),
+            _checked_options(worker_options, "worker_options"),
+            _checked_options(scheduler_options, "scheduler_options"),
+            check_versions,
+        )
+        self._security: Security | None = None
+        super().__init__(
+            runtime_group,
+            ports,
+            master_launcher,
+            worker_launcher,
+            min_workers=min_workers,
+            gpus_per_worker=gpus_per_worker,
+            idle_gpus=idle_gpus,
+        )
+        SOFTWARE.check_manager(*(["cryptography"] if self._dask.secure else []))
+        _check_options(memory_limit, resources)
+
+    def _default_master_launcher(self) -> MasterLauncher:
+        return LocalMasterLauncher(self._group)
+
+    def _default_worker_launcher(self) -> WorkerLauncher:
+        return RoundRobinLauncher(self._group)
+
+    def _connect_launchers(self) -> None:
+        super()._connect_launchers()
+        launchers = (self._master_launcher, self._worker_launcher)
+        # A launcher that does not know of certificates starts something that does not ask for them.
+        self._dask.secure = all(hasattr(launcher, "dask") for launcher in launchers)
+        for launcher in launchers:
+            if hasattr(launcher, "dask"):
+                launcher.dask = self._dask
+
+    # --- for clients ---------------------------------------------------------------------------
+    def get_client(self, timeout: int = 2) -> Client:
+        """Return a connected client.
+
+        What it sends, in whatever way, runs with the present version of your own modules, which are sent to the hosts
+        again when their files have changed. Clients of other origin notice that within a second.
+
+        Args:
+            timeout: Seconds until it must be connected.
+
+        Raises:
+            TimeoutError: If it is not connected in time.
+            ClusterError: If the cluster does not run.
+        """
+        from distributed.comm import CommClosedError
+
+        from .client import UpToDateClient, connected
+
+        deadline = time.monotonic() + timeout
+        while True:
+            self._check_running()
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                return connected(UpToDateClient, self, self._dask.modules, timeout=left)
+            except CommClosedError as error:  # the scheduler has ended while it answered; there will be another one
+                if time.monotonic() + _AGAIN >= deadline:
+                    raise TimeoutError(
+                        f"the scheduler did not answer within {timeout:g} s: {error}\n"
+                        "  Next step: if it was just restarted, give it more time: get_client(timeout=30)"
+                    ) from None
+                time.sleep(_AGAIN)
+
+    @staticmethod
+    def connect(path: str | os.PathLike[str], timeout: float = 10) -> Client:
+        """Return a client of a cluster that another process of this user has started.
+
+        Args:
+            path: The file that `write_connection_file` or ``lazycluster start dask --connection-file`` has written.
+            timeout: Seconds until it must be connected.
+
+        Raises:
+            ClusterError: If the file is not there, is not this user's own, or its cluster does not answer.
+
+        Examples:
+            >>> client = DaskCluster.connect("cluster.json")        # doctest: +SKIP
+        """
+        from distributed import Client
+
+        from .client import connected
+        from .programs.serialization import keep_file_names
+        from .programs.tls import MemorySecurity
+
+        keep_file_names(dumps)
+        found = connection_file.read(path, DaskCluster.__name__, _CONNECTION)
+        try:
+            client: Client = connected(
+                Client, found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout
+            )
+        except (TypeError, ValueError, ssl.SSLError, RuntimeError) as error:
+            # These are no arguments of distributed's, no address or one without TLS, or no key.
+            raise connection_file.unusable(path, str(error)) from None
+        except (OSError, TimeoutError) as error:
+            raise connection_file.unanswered(path, found, str(error)) from None
+        return client
+
+    def _connection(self) -> dict[str, Any]:
+        return {
+            "scheduler": self.scheduler_address,
+            "security": self._dask.security("client"),
+            "dashboard": self.dashboard_link,
+        }
+
+    @property
+    def scheduler_address(self) -> str:
+        """The address of the scheduler, for clients."""
+        self._check_running()
+        assert self.master_port is not None
+        return self._dask.address(self.master_port)
+
+    @property
+    def security(self) -> Security:
+        """What a client authenticates itself with: `distributed.Client` takes it as ``security``."""
+        from .programs.serialization import keep_file_names
+        from .programs.tls import MemorySecurity
+
+        if self._security is None:
+            keep_file_names(dumps)
+            self._security = MemorySecurity(**self._dask.security("client"))
+        return self._security
+
+    @property
+    def dashboard_link(self) -> str:
+        """The address of the dashboard. Whoever knows it can look at the cluster, if he has an account here."""
+        self._check_running()
+        port = getattr(self._master_launcher, "ports", {}).get("dashboard")
+        if port is None:
+            raise ClusterError("the scheduler was started by a launcher of your own, which tells no dashboard")
+        return f"http://{common.LOOPBACK}:{port}/{self._dask.prefix}/status"
+
+    @property
+    def status(self) -> Status:
+        """What the cluster does, in distributed's own words."""
+        from distributed import Status
+
+        if self._state == "running" and self._scheduler_status() is not None:
+            return Status.failed if self._scheduler_status() else Status.closed
+        if self._state == "running" and self._problem():
+            return Status.failed
+        return Status[self._state]  # the same words, on purpose
+
+    def _worker_size(self, what: str) -> float:
+        from dask.utils import parse_bytes
+
+        if what == "cores" and self._dask.nthreads is not None:
+            return self._dask.nthreads
+        limit = self._dask.memory_limit
+        if what == "memory" and limit not in ("auto", None) and not (isinstance(limit, float) and limit <= 1):
+            return float(parse_bytes(limit))
+        key, argument = ("nthreads", "nthreads") if what == "cores" else ("memory_limit", "memory_limit")
+        sizes = {number(worker.detail.get(key)) for worker in self._processes if worker.state == "ready"}
+        if len(sizes) != 1 or not min(sizes):
+            seen = " and ".join(f"{size:g}" for size in sorted(sizes)) or "none is there"
+            raise ClusterError(
+                f"limits of {what} need workers of one size, and these have none in common: {seen}\n"
+                f"  Next step: say {argument}= when you make the cluster, or minimum= and maximum= workers here"
+            )
+        return sizes.pop()
+
+    def _scheduler_access(self) -> tuple[str, Mapping[str, Any]]:
+        assert self.master_port is not None
+        return self._dask.access(self.master_port)
+
+    def _scheduler_status(self) -> int | None:
+        process = self._master_launcher.process
+        return process.poll() if process is not None else None
+
+    def _check_running(self) -> None:
+        self._check_alive()
+        if self._state in ("running", "starting") and self.master_port is not None:
+            status = self._scheduler_status()
+            if status is None:
+                return
+            raise ClusterError(f"the scheduler has ended (status {status}): call cleanup(), then start()")
+        how = {"created": "was not started: call start()", "failed": "did not start"}
+        raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it anew')}")
+
+    # --- the end -------------------------------------------------------------------------------
+    def cleanup(self) -> None:
+        """End the workers, the scheduler and the tunnels. Doing it again does nothing."""
+        try:
+            self._end_adapting()
+        finally:
+            super().cleanup()
+
+    def _let_go(self) -> None:
+        event_loop.run(self._dask.modules.close())
+        self._dask.forget()
+        self._security = None
+
+    def close(self, timeout: float | None = None) -> _Closed:
+        """Do what `cleanup` does. The result can be awaited, as `distributed.Client.shutdown` does.
+
+        Args:
+            timeout: Without use; here because the clusters of distributed have it.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.cleanup()
+            return _Closed(None)
+        return _Closed(loop.run_in_executor(None, self.cleanup))
+
+    def __await__(self) -> Generator[Any, None, DaskCluster]:
+        """Return the cluster: clients await it, to have it started; this one is."""
+        self._check_running()
+        return self
+        yield
+
+    def _facts(self) -> list[Fact]:
+        details = [worker.detail for worker in self._processes if worker.state == "ready"]
+        threads, memory = (sum(number(detail.get(key)) for detail in details) for key in ("nthreads", "memory_limit"))
+        facts = super()._facts()
+        if self._state == "running" and self._scheduler_status() is None:
+            facts[0] = ("scheduler", self.scheduler_address)
+            # The path of the dashboard is a secret, and outputs of notebooks are stored, committed and sent around.
+            facts.insert(1, ("dashboard", Cell("its address is secret: see cluster.dashboard_link", "dim")))
+        if details:
+            facts += [("threads", f"{threads:g}"), ("memory", megabytes(memory) if memory else "no limit")]
+        return facts
+
+    def _columns(self) -> dict[str, list[str]]:
+        details = [worker.detail for worker in self._processes]
+        limits = [number(detail.get("memory_limit")) for detail in details]
+        return {
+            "threads": [f"{number(detail.get('nthreads')):g}" for detail in details],
+            "memory": [megabytes(limit) if limit else "no limit" for limit in limits],
+        }
+
+    def __repr__(self) -> str:
+        return f"<DaskCluster {self._state}, port {self.master_port}, {counted(ready(self._processes), 'worker')}>"
+
+
+def _check_options(memory_limit: object, resources: Mapping[str, object] | None) -> None:
+    """Refuse what every worker would stumble over, some seconds later."""
+    if isinstance(memory_limit, str) and memory_limit != "auto":
+        from dask.utils import parse_bytes
+
+        try:
+            parse_bytes(memory_limit)
+        except ValueError:
+            raise ValueError(f"memory_limit must be a size such as '4 GiB', not {memory_limit!r}") from None
+    for name, amount in (resources or {}).items():
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+            raise ValueError(f"resources: the amount of {name!r} must be a number, not {amount!r}")
+
+
+def _checked_options(options: Mapping[str, Any] | None, what: str) -> Mapping[str, Any]:
+    """Return options if they can be sent as JSON, which the processes get once they are there."""
+    for name, value in (options or {}).items():
+        try:
+            json.dumps({name: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what}: {name!r} cannot be sent, since JSON cannot hold it: {error}") from None
+    return options or {}
+
+
+class _Closed:
+    """The end of a cluster, which may be awaited."""
+
+    def __init__(self, ending: asyncio.Future[None] | None) -> None:
+        self._ending = ending
+
+    def __await__(self) -> Generator[Any, None, None]:
+        if self._ending is not None:
+            yield from asyncio.shield(self._ending).__await__()

@@ -1,0 +1,83 @@
+"""Dashboards: only for those who know the cluster's secret path, and imported only when somebody looks."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import importlib
+from typing import Any
+
+from tornado import web
+
+from .connection_limits import Door
+
+_MISSING = "This dashboard needs bokeh, which cannot be imported here ({}). Next step: pip install 'bokeh>=3.8.2'"
+
+
+class _Attach(web.RequestHandler):
+    """Answers the first visitor: imports bokeh, which takes a second, and sends him to the page that is there then."""
+
+    def initialize(self, dashboard: Dashboard) -> None:
+        self._dashboard = dashboard
+
+    async def get(self) -> None:
+        await self._dashboard.attach()
+        if self._dashboard.problem:
+            self.set_status(501)
+            self.finish(_MISSING.format(self._dashboard.problem))
+        else:
+            self.redirect(self.request.uri or "/")
+
+
+class Dashboard:
+    """The pages of a scheduler or a worker.
+
+    Other users of the machine can connect to its loopback interface: so nothing is answered outside the path that the
+    cluster's user was told.
+
+    Args:
+        server: The scheduler or worker, whose HTTP server runs.
+        module: The module of distributed with its pages.
+        prefix: The secret first part of the path.
+    """
+
+    def __init__(self, server: Any, module: str, prefix: str) -> None:
+        self._server, self._module, self._prefix = server, module, prefix
+        self._attaching: asyncio.Task[None] | None = None
+        self.problem = ""
+        self._application = server.http_application
+        self._find = self._application.find_handler
+        self._application.find_handler = self._find_handler
+        self._door = Door()
+        self._serve_stream = server.http_server.handle_stream
+        server.http_server.handle_stream = self._handle_stream
+
+    def _handle_stream(self, stream: Any, address: Any) -> Any:
+        """Serve a connection, which has to ask for something below the path before long."""
+        self._door.came(stream)
+        return self._serve_stream(stream, address)
+
+    def _find_handler(self, request: Any, **kwargs: Any) -> Any:
+        first = request.path.split("/", 2)[1] if "/" in request.path else ""
+        if not hmac.compare_digest(first.encode(), self._prefix.encode()):
+            return self._application.get_handler_delegate(request, web.ErrorHandler, {"status_code": 404})
+        self._door.known(request.connection.stream)
+        found = self._find(request, **kwargs)
+        attached = self._attaching is not None and self._attaching.done() and not self.problem
+        if attached or (found is not None and not issubclass(found.handler_class, web.ErrorHandler)):
+            return found
+        return self._application.get_handler_delegate(request, _Attach, {"dashboard": self})
+
+    async def attach(self) -> None:
+        """Add the pages, once."""
+        if self._attaching is None:
+            self._attaching = asyncio.ensure_future(self._attach())
+        await asyncio.shield(self._attaching)
+
+    async def _attach(self) -> None:
+        try:
+            pages = await asyncio.to_thread(importlib.import_module, self._module)
+        except ImportError as error:
+            self.problem = str(error)
+            return
+        pages.connect(self._application, self._server.http_server, self._server, prefix="/" + self._prefix)

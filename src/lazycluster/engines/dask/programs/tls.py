@@ -1,0 +1,41 @@
+"""TLS whose private keys are in no file, however briefly: nothing can be left of them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from distributed import Security
+
+try:
+    from .memory_file import in_memory  # type: ignore[import-not-found,unused-ignore]  # it is sent along
+except ImportError:
+    from lazycluster.engines.hyperopt.mongo.memory_file import in_memory
+
+
+class MemorySecurity(Security):  # type: ignore[misc]
+    """What distributed calls security. Its own writes the key that it was given into a temporary file, to load it.
+
+    Pickled it is distributed's own again: this class may not be where it is unpickled.
+
+    Examples:
+        >>> security = MemorySecurity.of(Security(tls_client_key="-----BEGIN ..."))        # doctest: +SKIP
+    """
+
+    @classmethod
+    def of(cls, security: Security) -> MemorySecurity:
+        """Return the same as one of this class."""
+        same = cls.__new__(cls)
+        for name in Security.__slots__:
+            setattr(same, name, getattr(security, name))
+        return same
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = super().__reduce_ex__(2)[2]
+        return Security, (), state
+
+    def _get_tls_context(self, tls: dict[str, Any], purpose: Any) -> Any:
+        with contextlib.ExitStack() as files:
+            given = {name: tls[name] for name in ("cert", "key") if "\n" in str(tls.get(name))}
+            paths = {name: files.enter_context(in_memory(text)) for name, text in given.items()}
+            return super()._get_tls_context({**tls, **paths}, purpose)

@@ -1,0 +1,1 @@
+"""Hyperopt: https://hyperopt.github.io/hyperopt."""

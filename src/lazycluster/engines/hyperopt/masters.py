@@ -1,0 +1,171 @@
+"""The database of a Hyperopt cluster, on the manager: our own small server, or the user's `mongod`."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lazycluster.agent import deletion, localmodules
+from lazycluster.cluster.contracts import DefaultTimeout
+from lazycluster.cluster.exceptions import MasterStartError
+from lazycluster.cluster.launchers import ServiceMasterLauncher
+from lazycluster.cluster.programs import Program, Source
+
+from .mongo import memory_file
+from .programs import messages
+from .settings import HyperoptSettings, make_directory
+
+if TYPE_CHECKING:
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+__all__ = ["EmbeddedMongoLauncher", "LocalMongoLauncher"]
+
+PROGRAMS = Path(__file__).with_name("programs")
+PACKAGE = "lazycluster_hyperopt"
+SHARED = tuple(Path(str(module.__file__)) for module in (deletion, localmodules))
+_SERVER = Path(__file__).with_name("mongo")
+_DEFAULT_TIMEOUT = DefaultTimeout(0)  # as documented: as soon as it answers
+_OURS, _THEIRS = "lazycluster-mongo.sqlite", "WiredTiger"
+_PASSWORD = "lazycluster-password"  # noqa: S105  (a file's name)
+
+
+def default_launcher(dbpath: Path) -> type[EmbeddedMongoLauncher | LocalMongoLauncher]:
+    """Return the launcher for a directory: `mongod` if it has made the files, else our own server."""
+    if (dbpath / _THEIRS).exists() and not (dbpath / _OURS).exists():
+        return LocalMongoLauncher
+    return EmbeddedMongoLauncher
+
+
+class _DatabaseLauncher(ServiceMasterLauncher):
+    """What the launchers of databases share."""
+
+    RESTARTS = 5
+    """How often a database that dies is started again within minutes, on the same port; workers wait for it."""
+
+    def __init__(self, runtime_group: RuntimeGroup) -> None:
+        super().__init__(runtime_group)
+        self.hyperopt = HyperoptSettings()
+
+    def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
+        """What the database is told."""
+        shared, identity = self.hyperopt, self.hyperopt.identity
+        login = {"user": shared.user, "password": shared.password}
+        tls = {"certificate": identity.certificate, "key": identity.key} if identity is not None else None
+        return {"ports": dict(ports), "dbpath": str(shared.dbpath), **login, "tls": tls}
+
+    async def prepare(self, debug: bool) -> None:
+        """Start the process, and make the certificates by which the database is known."""
+        await super().prepare(debug)
+        if self.hyperopt.identity is None:
+            assert self._space is not None
+            self.hyperopt.make_identity(self._space.directory)
+
+    async def _stop(self) -> None:
+        self.hyperopt.forget_identity()
+        await super()._stop()
+
+    def start(self, ports: list[int] | int, timeout: int = _DEFAULT_TIMEOUT, debug: bool = False) -> list[int]:
+        """Start the database.
+
+        Args:
+            ports: Its port; or a list, of which the first port is taken that is free on the manager and in the group.
+            timeout: Seconds until it must be there. A number that you give holds as it is; by default the database may
+                take as long as it needs, up to a limit of our own.
+            debug: Whether its output is printed as it comes.
+
+        Returns:
+            The ports of the list that are left; an empty list if a single port was given.
+
+        Raises:
+            PortInUseError: If a single port was given, and it is not free on the manager and on all hosts.
+            NoPortsLeftError: If no port of the list is free.
+            MasterStartError: If it was not there in time; the message has the end of its output.
+        """
+        return super().start(ports, timeout, debug)
+
+    def _refuse(self, name: str, file: str, maker: str) -> None:
+        if (self.hyperopt.dbpath / file).exists():
+            problem = f"{self.hyperopt.dbpath} has a database of {maker}"
+            raise MasterStartError(name, problem=problem, hint=f"use {maker}, or another dbpath")
+
+
+class EmbeddedMongoLauncher(_DatabaseLauncher):
+    """Starts our own server on the manager: as much of a MongoDB as hyperopt needs; see `lazycluster.mongo`.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+    """
+
+    def program(self) -> Program:
+        """The program of the server."""
+        self._refuse("hyperopt-database", _THEIRS, "mongod")
+        make_directory(self.hyperopt.dbpath)
+        source = Source(_SERVER, "program", "lazycluster_mongo")
+        return Program("hyperopt-database", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=5.0)
+
+
+class LocalMongoLauncher(_DatabaseLauncher):
+    """Starts the user's own `mongod` on the manager: on loopback only, with a password.
+
+    It is watched by a small program, which makes the user and ends with it. The password is kept in the directory of
+    the database, where only the owner can read it, since the database remembers it, too.
+
+    This was tried with a stand-in for `mongod` only, not with a real one.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+    """
+
+    def program(self) -> Program:
+        """The program that watches `mongod`."""
+        self._refuse("mongod", _OURS, "EmbeddedMongoLauncher")
+        if shutil.which("mongod") is None:
+            raise MasterStartError(
+                "mongod",
+                problem="it is not on the PATH",
+                hint="install MongoDB, or leave the launcher out to use lazycluster's own server",
+            )
+        make_directory(self.hyperopt.dbpath)
+        self.hyperopt.password = _kept_password(self.hyperopt.dbpath / _PASSWORD, self.hyperopt.password)
+        source = Source(PROGRAMS, "mongod", PACKAGE, (Path(memory_file.__file__),))
+        return Program("mongod", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=10.0)
+
+    def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
+        """What the watching program is told."""
+        return {**super().settings(ports), "argv": self._argv(ports["master"]), "authority": self.hyperopt.authority}
+
+    def _argv(self, port: int) -> list[str]:
+        return [
+            *("mongod", "--dbpath", str(self.hyperopt.dbpath), "--bind_ip", messages.LOOPBACK),
+            *("--port", str(port), "--auth", "--nounixsocket"),
+        ]
+
+    def get_mongod_start_cmd(self) -> str:
+        """Return the shell command that starts `mongod`. It stays in the foreground, so that it can be watched.
+
+        The cluster adds the options for TLS, whose files are in the memory of the program that watches it.
+        """
+        return shlex.join(self._argv(self.port or 27017))
+
+    def get_mongod_stop_cmd(self) -> str:
+        """Return the shell command that stops the `mongod` of the database's directory."""
+        return shlex.join(["mongod", "--dbpath", str(self.hyperopt.dbpath), "--shutdown"])
+
+
+def _kept_password(path: Path, new: str) -> str:
+    """Return the password that is kept in a file; the new one if there is none yet."""
+    try:
+        with open(path, "x", encoding="ascii", opener=_private) as file:
+            file.write(new)
+    except FileExistsError:
+        return path.read_text("ascii").strip()
+    return new
+
+
+def _private(path: str, flags: int) -> int:
+    import os
+
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,87 @@
+"""The server as a program of its own, which is told what to do on its standard input."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+MARKER = "\x1elazycluster "
+
+
+def emit(event: str, **fields: Any) -> None:
+    """Tell the manager something."""
+    os.write(1, (MARKER + json.dumps({"event": event, **fields}) + "\n").encode())
+
+
+def main() -> None:
+    """Serve with the settings that come, until asked to end; if the port is taken, say so and wait for others."""
+    from . import dispatch, server  # noqa: F401  (imported while the manager gets ready to send the settings)
+
+    os.umask(0o077)
+    while True:
+        line = sys.stdin.readline()
+        if not line:
+            raise SystemExit("the manager ended before it sent the settings")
+        settings = json.loads(line)
+        port = settings["ports"]["master"]
+        try:
+            asyncio.run(serve(settings["dbpath"], port, settings["user"], settings["password"], settings.get("tls")))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            emit("port_taken", port=port)
+        else:
+            return
+
+
+async def serve(
+    dbpath: str,
+    port: int,
+    user: str | None,
+    password: str | None,
+    tls: dict[str, str] | None = None,
+    told: Any = emit,
+) -> None:
+    """Serve until asked to end.
+
+    Args:
+        dbpath: The directory of the documents.
+        port: The port on the loopback interface.
+        user: Who may log in; None: nobody has to.
+        password: The password.
+        tls: The server's ``certificate`` and ``key``, as PEM texts; None: nothing is encrypted.
+        told: What is called with ``"ready"`` and the port once it listens.
+
+    Raises:
+        SystemExit: If the directory cannot be used.
+        OSError: If the port cannot.
+    """
+    from .auth_limit import limit_lines
+    from .dispatch import Dispatcher
+    from .scram import Credentials
+    from .server import Server
+    from .store import Store, StoreError
+    from .tls_context import server_context
+
+    limit_lines("asyncio")
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        store = Store(dbpath)
+    except StoreError as error:
+        raise SystemExit(str(error)) from None
+    credentials = Credentials.of(user, password) if user and password else None
+    context = server_context(**tls) if tls else None
+    server = Server(Dispatcher(store, credentials), credentials is not None, context)
+    try:
+        told("ready", port=await server.listen(port))
+        await stop.wait()
+    finally:
+        await server.close()
+        store.close()

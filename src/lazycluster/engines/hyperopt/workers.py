@@ -1,0 +1,156 @@
+"""The workers of a Hyperopt cluster, and what becomes of the trials of those that have gone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lazycluster.cluster.programs import Program, Source
+from lazycluster.cluster.services import Service
+from lazycluster.cluster.versions import Software
+from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
+
+from .leases import LeaseKeeper
+from .masters import PACKAGE, PROGRAMS, SHARED
+from .objectives import send_local_modules
+from .programs import compat, messages, trials
+from .settings import HyperoptSettings, checked_name, checked_seconds, database
+
+if TYPE_CHECKING:
+    from lazycluster.cluster.worker_hosts import WorkerHost
+    from lazycluster.exceptions import LazyclusterError
+    from lazycluster.runtime_mgmt import RuntimeGroup
+
+__all__ = ["SOFTWARE", "RoundRobinLauncher"]
+
+logger = logging.getLogger("lazycluster")
+
+SOFTWARE = Software("HyperoptCluster", "hyperopt", ("hyperopt", "pymongo"), ("hyperopt", "cloudpickle"))
+_TOLD = 5  # workers whose end is told
+
+
+class RoundRobinLauncher(ServiceWorkerLauncher):
+    """Starts Hyperopt workers on the hosts in turn, each of them supervised.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+        dbname: The name of the database.
+        poll_interval: Seconds between two looks of an idle worker for a trial, at most.
+
+    Raises:
+        ValueError: If the name is empty, or the interval is not a positive number.
+    """
+
+    RESTARTS = 10
+    """How often a worker that dies is started again within minutes. An objective does not make it die."""
+
+    def __init__(self, runtime_group: RuntimeGroup, dbname: str, poll_interval: float) -> None:
+        super().__init__(runtime_group)
+        interval = checked_seconds(poll_interval, "the poll interval")
+        self.hyperopt = HyperoptSettings(dbname=checked_name(dbname), poll_interval=interval)
+        self._threads: list[threading.Thread] = []
+        self._master: int | None = None
+        self._leases: LeaseKeeper | None = None
+
+    def program(self, place: WorkerHost) -> Program:
+        """The program of a worker."""
+        source = Source(PROGRAMS, "worker", PACKAGE, SHARED)
+        return Program("hyperopt-worker", source=source, marker=messages.MARKER, restarts=self.RESTARTS)
+
+    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
+        """Check the software of the hosts, before anything listens."""
+        return await SOFTWARE.check_workers(workers, self.hyperopt.check_versions, messages.versions())
+
+    def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
+        """What a worker is told."""
+        shared = self.hyperopt
+        special = {"name": worker.name, "exp_key": shared.exp_key}
+        times = {"poll_interval": shared.poll_interval, "lease": shared.lease}
+        return {**shared.login(master_port), **times, **special}
+
+    def start(
+        self, worker_count: int, master_port: int, ports: list[int] | None = None, debug: bool = True
+    ) -> list[int]:
+        """Start workers in the group.
+
+        Args:
+            worker_count: How many.
+            master_port: The port of the database.
+            ports: Without use: workers listen on no port.
+            debug: Whether the output of the workers is printed as it comes.
+
+        Returns:
+            `ports`, as they were given.
+
+        Raises:
+            ClusterError: If a worker does not start; the message has its output.
+        """
+        self._master = master_port
+        left = super().start(worker_count, master_port, list(ports or []), debug)
+        send_local_modules()
+        self._say_what_is_left(master_port)
+        if self._leases is None:
+            self._leases = LeaseKeeper(self.hyperopt, master_port)
+        return left
+
+    # --- workers that have gone for good -------------------------------------------------------
+    def changed(self, service: Service) -> None:
+        """Put the trial of a worker that is not started again back into the queue. For the event loop's thread."""
+        port = self._master
+        worker = next((one for one in [*self.workers, *self._prepared] if one.service is service), None)
+        if port is not None and worker is not None:
+            if service.state == "failed":
+                self._in_thread(lambda: self._gone(worker.name, port))
+            elif service.state == "ready" and worker in self.workers:
+                self._in_thread(lambda: self._say_what_is_left(port))
+
+    def _in_thread(self, work: Callable[[], None]) -> None:
+        """Do something that waits for the database."""
+
+        def run() -> None:
+            from pymongo.errors import PyMongoError
+
+            try:
+                work()
+            except PyMongoError as error:
+                logger.error("the database could not be told that a worker has gone: %s", compat.unreachable(error))
+
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads.append(threading.Thread(target=run, name="lazycluster-put-back", daemon=True))
+        self._threads[-1].start()
+
+    def _gone(self, name: str, port: int) -> None:
+        with database(self.hyperopt, port) as found:
+            number = compat.patient(lambda: trials.put_back(found.jobs, name, f"the worker {name} has gone"))
+        if number:
+            logger.warning("%s has gone; %d of its trials are put back into the queue", name, number)
+        self._say_what_is_left(port)
+
+    def _say_what_is_left(self, port: int) -> None:
+        """Tell searches that wait for a result if there is nobody left who could give them one."""
+        gone = [worker for worker in self.workers if worker.service.state in ("failed", "ended")]
+        problem = None
+        if self.workers and len(gone) == len(self.workers):
+            causes = [f"{one.name}: {getattr(one.service.error, 'problem', 'it has ended')}" for one in gone[:_TOLD]]
+            more = [f"and {len(gone) - _TOLD} more"] if len(gone) > _TOLD else []
+            problem = (
+                f"no worker is left that could evaluate trials ({'; '.join([*causes, *more])}). Next step: end this "
+                "cluster, start one on the same dbpath with hosts that can be reached, and call fmin with the same "
+                "exp_key: the trials are kept"
+            )
+            logger.error("%s", problem)
+        with database(self.hyperopt, port) as found:
+            compat.patient(lambda: compat.tell_problem(found, problem))
+
+    def cleanup(self) -> None:
+        """End the workers. Doing it again does nothing."""
+        self._master = None  # what ends from now on ends because it is to
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        if self._leases is not None:
+            self._leases.stop()
+            self._leases = None
+        super().cleanup()

@@ -1,0 +1,227 @@
+"""The runtimes of a group: connected, chosen, and told apart."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import textwrap
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
+
+from lazycluster.core import event_loop
+from lazycluster.core.words import counted
+from lazycluster.exceptions import (
+    EnvironmentBuildError,
+    EnvironmentsBuildError,
+    InvalidRuntimeError,
+    InvalidRuntimesError,
+    NoRuntimesError,
+)
+from lazycluster.output import progress
+from lazycluster.runtime.questions import listed
+from lazycluster.runtime.session import HostSession
+from lazycluster.runtimes import Runtime
+
+from .connect import Connected, close_all, connect_all
+from .settings import Common
+
+__all__ = ["Members", "answers_of", "connect", "prepare_all", "warn_of_aliases"]
+
+_logger = logging.getLogger("lazycluster")
+
+T = TypeVar("T")
+
+
+def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[list[Runtime], dict[str, str]]:
+    """Connect hosts, all at once.
+
+    Args:
+        hosts: The hosts.
+        common: What holds for them.
+        on_unreachable: ``raise``, or ``skip`` to go on with the others.
+
+    Returns:
+        The runtimes in the order of the hosts, and why others were skipped.
+
+    Raises:
+        InvalidRuntimeError: If a host cannot be used and is not to be skipped.
+        NoRuntimesError: If all were skipped.
+    """
+    specs = common.specs(hosts)
+    with progress.shown(common.progress):
+        connected = event_loop.run(connect_all(specs))
+    failed = {spec.host: item for spec, item in zip(specs, connected, strict=True) if not isinstance(item, HostSession)}
+    if failed and on_unreachable == "raise":
+        _close(connected)
+        errors = list(failed.values())
+        raise errors[0] if len(errors) == 1 else InvalidRuntimesError(errors)
+    sessions = [item for item in connected if isinstance(item, HostSession)]
+    if not sessions:
+        reasons = textwrap.indent("\n".join(map(str, failed.values())), "  ")
+        raise NoRuntimesError(f"of {counted(len(specs), 'host')}, none can be used:\n{reasons}")
+    for error in failed.values():
+        _logger.warning("skipped: %s", error)
+    return [Runtime.from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
+
+
+def distinct(hosts: Iterable[str]) -> list[str]:
+    """Return hosts as a list; raises an error if there is none, or one twice."""
+    if isinstance(hosts, str):
+        raise TypeError(f"hosts must be a list, e.g. [{hosts!r}]")
+    names = list(hosts)
+    if not names:
+        raise ValueError("a group needs at least one host")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the host {name!r} is given twice")
+    return names
+
+
+def _close(connected: Iterable[Connected]) -> None:
+    event_loop.run(close_all([item for item in connected if not isinstance(item, InvalidRuntimeError)]))
+
+
+async def prepare_all(runtimes: Sequence[Runtime], refresh: bool = False) -> None:
+    """Make the Python environments of some runtimes, all at once.
+
+    Raises:
+        EnvironmentBuildError: If one cannot be made; if there are several, it holds all of their errors.
+    """
+    made = await asyncio.gather(*(runtime.prepare_soon(refresh) for runtime in runtimes), return_exceptions=True)
+    errors = [error for error in made if isinstance(error, BaseException)]
+    builds = [error for error in errors if isinstance(error, EnvironmentBuildError)]
+    if len(builds) == len(errors) > 1:
+        raise EnvironmentsBuildError(builds)
+    if errors:
+        raise errors[0]
+
+
+async def answers_of(runtimes: Iterable[Runtime], ask: Callable[[Runtime], Awaitable[T]], problem: str) -> dict[str, T]:
+    """Ask hosts something at once, and return the answers by host.
+
+    One that does not answer, or talks nonsense, is left out, with a warning in the log.
+
+    Args:
+        runtimes: The hosts.
+        ask: Asks one.
+        problem: What the warning says.
+
+    Raises:
+        Exception: If there is no answer at all: why there is none of the first host.
+    """
+    asked = {runtime.host: ask(runtime) for runtime in runtimes}
+    answers = dict(zip(asked, await asyncio.gather(*asked.values(), return_exceptions=True), strict=True))
+    errors = {host: answer for host, answer in answers.items() if isinstance(answer, BaseException)}
+    for error in errors.values():
+        if not isinstance(error, Exception) or len(errors) == len(answers):
+            raise error
+    for host, error in errors.items():
+        _logger.warning("%s: %s: %s", host, problem, error)
+    return {host: answer for host, answer in answers.items() if not isinstance(answer, BaseException)}
+
+
+def warn_of_aliases(runtimes: Iterable[Runtime]) -> None:
+    """Log a warning for each runtime that is the same account on the same machine as one before."""
+    first: dict[object, str] = {}
+    for runtime in runtimes:
+        other = first.setdefault(runtime.identity, runtime.host)
+        if other != runtime.host:
+            _logger.warning(
+                "%s is the same account on the same machine as %s: its CPUs and memory count twice", runtime.host, other
+            )
+
+
+class Members:
+    """The runtimes of a group by host, in the order in which they were added."""
+
+    def __init__(self, runtimes: Iterable[Runtime]) -> None:
+        self._runtimes: dict[str, Runtime] = {}
+        for runtime in runtimes:
+            self.add(runtime)
+
+    def add(self, runtime: Runtime) -> None:
+        """Add a runtime.
+
+        Raises:
+            TypeError: If it is none.
+            ValueError: If its host is contained already.
+        """
+        if not isinstance(runtime, Runtime):
+            raise TypeError(f"a group is made of Runtime objects, not of {type(runtime).__name__}")
+        self.refuse_duplicate(runtime.host)
+        self._runtimes[runtime.host] = runtime
+
+    def refuse_duplicate(self, host: str) -> None:
+        """Raise a ValueError if the host is contained already."""
+        if host in self._runtimes:
+            raise ValueError(f"{host} is contained in the group already")
+
+    def remove(self, host: str) -> Runtime:
+        """Remove a runtime and return it.
+
+        Raises:
+            ValueError: If it is not contained.
+        """
+        runtime = self.get(host)
+        del self._runtimes[host]
+        return runtime
+
+    def get(self, host: str) -> Runtime:
+        """Return a runtime.
+
+        Raises:
+            ValueError: If it is not contained.
+        """
+        try:
+            return self._runtimes[host]
+        except (KeyError, TypeError):
+            known = ", ".join(self.hosts) or "none"
+            raise ValueError(f"{host!r} is not in the group; its hosts are: {known}") from None
+
+    def __contains__(self, host: object) -> bool:
+        return host in self._runtimes
+
+    @property
+    def all(self) -> list[Runtime]:
+        """The runtimes."""
+        return list(self._runtimes.values())
+
+    @property
+    def hosts(self) -> list[str]:
+        """Their hosts."""
+        return list(self._runtimes)
+
+    def some(
+        self, include_hosts: str | Iterable[str] | None = None, exclude_hosts: str | Iterable[str] | None = None
+    ) -> dict[str, Runtime]:
+        """Return some of the runtimes by host.
+
+        Args:
+            include_hosts: Only these.
+            exclude_hosts: All but these.
+
+        Raises:
+            ValueError: If both are given, or a host is not contained.
+        """
+        included, excluded = listed(include_hosts), listed(exclude_hosts)
+        if included and excluded:
+            raise ValueError("either include_hosts or exclude_hosts can be given, not both")
+        for host in (*included, *excluded):
+            self.get(host)
+        if included:
+            return {host: self.get(host) for host in included}
+        return {host: runtime for host, runtime in self._runtimes.items() if host not in excluded}
+
+    def least_busy(self) -> Runtime:
+        """Return the runtime that executes the fewest tasks; of several, the one that was given the fewest so far.
+
+        A host that was lost executes none, and would be given all.
+
+        Raises:
+            NoRuntimesError: If there is none.
+        """
+        if not self._runtimes:
+            raise NoRuntimesError("the group is empty: add a runtime with add_runtime()")
+        usable = [runtime for runtime in self.all if runtime.connection.state == "open"]
+        candidates = usable or self.all
+        return min(candidates, key=lambda runtime: (runtime.alive_task_process_count, runtime.started_task_count))

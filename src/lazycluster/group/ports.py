@@ -1,0 +1,108 @@
+"""Ports of a group: free everywhere, and exposed everywhere or nowhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+from lazycluster.agent.ports import is_free
+from lazycluster.core.words import counted
+from lazycluster.exceptions import NoPortsLeftError, PortInUseError
+from lazycluster.runtime.questions import checked_ports, pick_port
+from lazycluster.runtimes import Runtime
+from lazycluster.ssh.tunnels import Tunnel, check_port, close_tunnels, open_from_runtime, open_to_runtimes
+
+__all__ = ["expose_from_one", "expose_to_all", "free_everywhere", "one_per_network"]
+
+
+def one_per_network(runtimes: Sequence[Runtime]) -> list[Runtime]:
+    """Return the runtimes without those that share the ports of one that comes before."""
+    seen = set()
+    chosen = []
+    for runtime in runtimes:
+        hello = runtime.connection.hello
+        network = (hello.boot_id, hello.network) if hello.boot_id and hello.network else runtime.host
+        if network not in seen:
+            seen.add(network)
+            chosen.append(runtime)
+    return chosen
+
+
+async def free_everywhere(runtimes: Sequence[Runtime], ports: Sequence[int], on_manager: bool) -> list[int]:
+    """Return those of some ports that are free on all hosts, tried by binding.
+
+    Args:
+        runtimes: The hosts.
+        ports: The ports.
+        on_manager: Whether they must be free on the manager, too.
+    """
+    answers = await asyncio.gather(*(runtime.free_ports(ports) for runtime in runtimes))
+    free = set(ports).intersection(*answers)
+    return [port for port in ports if port in free and (not on_manager or is_free(port) is None)]
+
+
+async def expose_to_all(
+    runtimes: Sequence[Runtime], local_port: int, ports: int | Iterable[int] | None
+) -> list[tuple[Runtime, Tunnel]]:
+    """Make a port of the manager reachable on hosts, under the same port on all of them, or on none.
+
+    Args:
+        runtimes: The hosts.
+        local_port: The manager's port.
+        ports: The port on the hosts, or several, of which the first that is free everywhere is taken.
+
+    Returns:
+        The tunnels, with the runtimes that they lead to.
+    """
+    chosen = one_per_network(runtimes)
+    connections = [runtime.connection for runtime in chosen]
+    tunnels = await open_to_runtimes(connections, check_port(local_port, "local_port"), ports)
+    return list(zip(chosen, tunnels, strict=True))
+
+
+async def expose_from_one(
+    source: Runtime, others: Sequence[Runtime], runtime_port: int, ports: int | Iterable[int] | None
+) -> tuple[int, list[tuple[Runtime, Tunnel]]]:
+    """Make a port of a host reachable on the manager and on other hosts, under the same port on all, or on none.
+
+    Args:
+        source: The host that has the service.
+        others: The other hosts.
+        runtime_port: The service's port.
+        ports: The port to be used, or several; by default the same.
+
+    Returns:
+        The port, and the tunnels with the runtimes that they lead to.
+
+    Raises:
+        PortInUseError: If the only port that was given is taken somewhere.
+        NoPortsLeftError: If several were given and each is taken somewhere.
+    """
+    check_port(runtime_port, "runtime_port")
+    candidates = [runtime_port] if ports is None else checked_ports(ports)
+    choice = ports is not None and not isinstance(ports, int)
+    here = one_per_network([source, *others])[1:]  # those that do not share the ports of the source
+    if choice:
+        free = await free_everywhere(here, candidates, on_manager=False)
+        candidates = [pick_port(candidates, free, "the group"), *free[1:]]
+    for port in candidates:
+        try:
+            return port, await _expose_from_one(source, here, runtime_port, port)
+        except PortInUseError:
+            if not choice:
+                raise
+    raise NoPortsLeftError(
+        f"of the {counted(len(candidates), 'port')} that may be used, none is free on the manager and in the group"
+    )
+
+
+async def _expose_from_one(
+    source: Runtime, others: Sequence[Runtime], runtime_port: int, port: int
+) -> list[tuple[Runtime, Tunnel]]:
+    first = await open_from_runtime(source.connection, runtime_port, port)
+    try:
+        rest = await open_to_runtimes([runtime.connection for runtime in others], port, port) if others else []
+    except BaseException:
+        await close_tunnels([first])
+        raise
+    return [(source, first), *zip(others, rest, strict=True)]

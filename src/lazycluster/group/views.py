@@ -1,0 +1,55 @@
+"""What is shown of groups and of the manager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lazycluster.core.words import counted
+from lazycluster.output.view import Cell, Table, View
+from lazycluster.runtime.views import MACHINE, account, known_infos, lasting, state_cell
+
+if TYPE_CHECKING:
+    from lazycluster.runtime.session import HostSession
+    from lazycluster.runtimes import Runtime
+
+__all__ = ["group_view", "hosts_view", "manager_view", "reasons"]
+
+
+def group_view(runtimes: Sequence[Runtime], unreachable: Mapping[str, str]) -> View:
+    """Return what is shown of a group in a notebook."""
+    rows: list[list[Cell | str]] = []
+    cores = 0.0
+    for runtime, info in zip(runtimes, known_infos(runtimes), strict=True):
+        shown = lasting(info)
+        cores += float(shown.get("cores") or 0)
+        machine = [shown.get(name, "") for name in MACHINE]
+        running = str(runtime.alive_task_process_count)
+        rows.append([runtime.host, state_cell(runtime.connection), *machine, running])
+    count = counted(len(runtimes), "host")
+    state = Cell(f"{count}, {counted(cores, 'core')}" if cores else count)
+    table = Table(("host", "state", *MACHINE, "tasks"), rows, right=frozenset({"cores", "tasks"}))
+    return View("RuntimeGroup", state, tables=(table, *reasons("Skipped hosts", unreachable)))
+
+
+def hosts_view(title: str, hosts: Sequence[str]) -> View:
+    """Return the names of hosts."""
+    return View(tables=(Table((title,), [[host] for host in hosts] or [[Cell("none", "dim")]]),))
+
+
+def reasons(title: str, hosts: Mapping[str, str]) -> tuple[Table, ...]:
+    """Return hosts, each with what is said of it, as a table; none if there are no hosts."""
+    rows = [[host, why.removeprefix(f"{host}: ")] for host, why in hosts.items()]
+    return (Table(("host", "why"), rows, title),) if rows else ()
+
+
+def manager_view(sessions: Mapping[str, HostSession], inactive: Mapping[str, str]) -> View:
+    """Return what is shown of a manager in a notebook."""
+    rows: list[list[Cell | str]] = []
+    for host, session in sessions.items():
+        connection = session.connection
+        version = ".".join(map(str, connection.hello.python))
+        rows.append([host, state_cell(connection), account(connection), version])
+    state = Cell(f"{counted(len(sessions), 'active host')}, {len(inactive)} inactive")
+    table = Table(("host", "state", "account", "python"), rows)
+    return View("RuntimeManager", state, tables=(table, *reasons("Inactive hosts", inactive)))

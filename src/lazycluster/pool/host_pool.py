@@ -1,0 +1,392 @@
+"""The workers of one host: what is given to them, and what they answer. Lives on the loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lazycluster.agent.pool_protocol import BACK, BLOB, BROKEN, CANCEL, DROP, MIXED, RECORD, RETURNED, UNFIT, WORKER
+from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
+from lazycluster.ssh.agent_replies import check_shape
+from lazycluster.tasks.functions import library_for, resolve_auto
+
+from .chunks import Answer, Chunk, Failure
+from .output_streams import Lines, Stream
+
+if TYPE_CHECKING:
+    from lazycluster.ssh.channel import Channel
+    from lazycluster.tasks.context import Context
+
+    from .shared_objects import SharedObject, SharedObjects
+
+__all__ = ["HostPool", "Plan"]
+
+_logger = logging.getLogger("lazycluster")
+
+LOOKAHEAD = 0.025  # seconds of work that a host has in stock, so that its workers need not wait for the link
+_WORTH_MOVING = 2 * LOOKAHEAD  # seconds of work that a chunk must be to be taken from one host for another
+_MOST_STOCK = 1024  # chunks
+_BYTES_AHEAD = 32 * 1024 * 1024  # of arguments, or of results to come, beyond what the workers need at once
+_JOINED = 128 * 1024
+_SMOOTH = 0.2
+AWAY_PATIENCE = 5.0  # seconds after which calls of a host that cannot be reached are run elsewhere
+_CLOSE_LIMIT = 15.0  # seconds that a host gets to end its workers
+
+# What makes no sense is an error before anything is done: else a chunk could be let go of, and be nowhere.
+_READY = {"workers": int}
+_DIED = {"number": int, "at": int, "innocent": bool, "died": {"signal": (int, type(None))}}
+_BACK = {"back": [int]}
+
+
+class Owner(Protocol):
+    """What a crew needs of the dealer."""
+
+    blobs: SharedObjects
+
+    def deal_soon(self) -> None:
+        """Have more dealt: there is room."""
+
+    def died(self, crew: HostPool, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
+        """Handle the death of a worker under a call."""
+
+    def has_others(self, crew: HostPool) -> bool:
+        """Tell whether others can run what a crew has."""
+
+    def returned(self, chunks: list[Chunk]) -> None:
+        """Take chunks back that were not begun."""
+
+    def unfit(self, crew: HostPool, told: list[bytes]) -> None:
+        """Handle a failed initializer."""
+
+    def lost(self, crew: HostPool, error: LazyclusterError) -> None:
+        """Handle the end of a crew that was not asked for."""
+
+
+class Plan:
+    """What the workers of a pool are like on each host.
+
+    Attributes:
+        workers: How many, None for as many as the host has cores.
+        initializer: What each calls first.
+        gpus: What each has of the host's GPUs, as the agent's request `pool` takes it; None if it needs none.
+        debug: Whether what they print is printed here.
+    """
+
+    def __init__(
+        self, workers: int | None, initializer: SharedObject | None, debug: bool, gpus: dict[str, Any] | None = None
+    ) -> None:
+        self.workers = workers
+        self.gpus = gpus
+        self.initializer = initializer
+        self.debug = debug
+
+
+class HostPool:
+    """The workers of one host.
+
+    Args:
+        owner: Who deals.
+        context: The host, and how functions are run there.
+        plan: What the workers are like.
+
+    Attributes:
+        host: The host.
+        workers: How many there are; 0 until that is known.
+        in_flight: The chunks that the host has, by number, in the order in which they were given.
+        duration: Seconds that a chunk takes, None until one has been answered.
+        asked_back: Whether it was asked to give chunks back.
+        over: Whether it has ended.
+        away: Whether its host cannot be reached at the moment, but may come back.
+    """
+
+    def __init__(self, owner: Owner, context: Context, plan: Plan) -> None:
+        self.host = context.host
+        self.workers = 0
+        self.in_flight: dict[int, Chunk] = {}
+        self.duration: float | None = None
+        self.asked_back = False
+        self.over = False
+        self.away = False
+        self._elsewhere: list[int] = []  # chunks that were given to others while it was away
+        self._patience: asyncio.TimerHandle | None = None
+        self._owner, self._context, self._plan = owner, context, plan
+        self._next = 1
+        self._channel: Channel | None = None
+        self._streams: dict[int, Stream] = {}
+        self._out: list[bytes] = []
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._has: set[int] = set()  # blobs
+        self._bytes = 0
+        self._result_size = 0.0
+        self._ended = asyncio.Event()
+        self._lines = Lines(context.host, plan.debug)
+
+    # --- its life ------------------------------------------------------------------------------
+    async def run(self, imports: Sequence[str]) -> None:
+        """Have workers on the host until it is closed; `imports` are the modules that they will need first."""
+        error: LazyclusterError | None = None
+        sender: asyncio.Task[None] | None = None
+        forget: Callable[[], None] = lambda: None  # noqa: E731
+        try:
+            self._channel = await self._open(imports)
+            forget = self._context.connection.on_state(self._on_state)
+            sender = asyncio.ensure_future(self._send())
+            await self._channel.result()
+            if not self._closing:
+                error = ConnectionLostError(self.host, "its workers were ended")
+        except LazyclusterError as caught:
+            error = caught
+        except Exception as caught:  # a fault of ours must not let anybody wait for ever
+            _logger.exception("%s: the pool has failed", self.host)
+            error = AgentError(self.host, "internal", f"{type(caught).__name__}: {caught}")
+        finally:
+            self.over = True
+            self._ended.set()
+            forget()
+            if self._patience is not None:
+                self._patience.cancel()
+            if sender is not None:
+                sender.cancel()
+        if error is not None and not self._closing:
+            self._owner.lost(self, error)
+
+    async def _open(self, imports: Sequence[str]) -> Channel:
+        context, plan = await self._context.prepared(), self._plan
+        python = context.python
+        if python == "auto":
+            python = await resolve_auto(context.connection, context.env)
+        params = {
+            "python": python,
+            "env": dict(context.env),
+            "cwd": context.cwd,
+            "task": secrets.token_hex(16),
+            "name": "pool",
+            "workers": plan.workers,
+            "gpus": plan.gpus,
+            "imports": list(imports),
+            "initializer": plan.initializer.number if plan.initializer else 0,
+            "version": list(sys.version_info[:3]),
+            **library_for(context.connection),
+        }
+        return context.connection.channel(
+            "pool", params, stdout=self._lines.feed, output=self._output, event=self._event
+        )
+
+    async def close(self, kill: bool) -> None:
+        """End the workers.
+
+        Args:
+            kill: Whatever they do; else they are idle, and run their exit handlers.
+        """
+        self._closing = True
+        channel = self._channel
+        if channel is not None and not self.over:
+            try:
+                if not self.workers:
+                    channel.close()  # it has not begun
+                elif kill:
+                    channel.control(signal="END")
+                else:
+                    await channel.send_end()
+                ended = asyncio.ensure_future(self._ended.wait())
+                if not await self._context.connection.heard_out(ended, _CLOSE_LIMIT):
+                    channel.close()
+            except LazyclusterError:
+                pass  # the host has gone, and all with it
+        self._lines.end()
+
+    # --- what it is given ----------------------------------------------------------------------
+    @property
+    def room(self) -> int:
+        """How many more chunks it should be given now."""
+        if self.over or self.away or not self.workers:
+            return 0
+        return self._capacity() - len(self.in_flight)
+
+    @property
+    def has_suspect(self) -> bool:
+        """Whether it has a call that is one of those which hosts may have been lost by."""
+        return any(chunk.suspect for chunk in self.in_flight.values())
+
+    @property
+    def may_come_back(self) -> bool:
+        """Whether its host may be there again soon, with another agent."""
+        return self._context.connection.state in ("open", "interrupted")
+
+    @property
+    def idle(self) -> int:
+        """How many workers have nothing to do."""
+        return 0 if self.over or self.away else max(0, self.workers - len(self.in_flight))
+
+    @property
+    def stock(self) -> int:
+        """How many chunks that were not begun it may have that are worth to be given to others."""
+        short = self.duration is not None and self.duration < _WORTH_MOVING
+        if self.over or self.away or self.asked_back or short:
+            return 0
+        return max(0, len(self.in_flight) - self.workers)
+
+    def _capacity(self) -> int:
+        workers = self.workers
+        if self.duration is None:
+            ahead = workers
+        else:
+            ahead = min(_MOST_STOCK, math.ceil(workers * LOOKAHEAD / max(self.duration, 1e-5)))
+        large = self._bytes > _BYTES_AHEAD or self._result_size * (workers + ahead) > _BYTES_AHEAD
+        return workers if large else workers + ahead
+
+    def give(self, chunk: Chunk) -> None:
+        """Give the host a chunk; it is sent with the next `flush`."""
+        chunk.number = number = self._next
+        self._next += 1
+        packed = chunk.packed
+        self._bytes += packed.size
+        if self._plan.initializer is not None:
+            self._provide(self._plan.initializer.number)
+        self._provide(chunk.blob)
+        for blob in chunk.shared:
+            self._provide(blob)
+        self.in_flight[number] = chunk
+        self._out.append(RECORD.pack(packed.kind, chunk.blob, number, chunk.first, chunk.count, packed.size))
+        self._out.extend(packed.parts)
+
+    def _provide(self, blob: int) -> None:
+        if blob and blob not in self._has:
+            self._has.add(blob)
+            packed = self._owner.blobs[blob].packed
+            self._out.append(RECORD.pack(BLOB, blob, 0, 0, 0, packed.size))
+            self._out.extend(packed.parts)
+
+    def drop(self, blob: int) -> None:
+        """Let the host forget a blob."""
+        if blob in self._has:
+            self._has.discard(blob)
+            self._out.append(RECORD.pack(DROP, blob, 0, 0, 0, 0))
+
+    def cancel(self, chunk: Chunk) -> None:
+        """End a chunk; nothing will be heard of it."""
+        if self.in_flight.get(chunk.number) is chunk:
+            self._forget(chunk.number)
+            self._out.append(RECORD.pack(CANCEL, 0, chunk.number, 0, 0, 0))
+
+    def ask_back(self, count: int) -> None:
+        """Ask for chunks that were not begun."""
+        self.asked_back = True
+        self._out.append(RECORD.pack(BACK, 0, 0, 0, count, 0))
+
+    def flush(self) -> None:
+        """Send what was given."""
+        if self._out:
+            self._wake.set()
+
+    async def _send(self) -> None:
+        channel = self._channel
+        assert channel is not None
+        with contextlib.suppress(LazyclusterError):  # that the host is lost, `run` is told, too
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                out, self._out = self._out, []
+                if sum(map(len, out)) <= _JOINED:
+                    await channel.send(b"".join(out))
+                    continue
+                for part in out:
+                    await channel.send(part)
+
+    def _forget(self, number: int) -> Chunk | None:
+        chunk = self.in_flight.pop(number, None)
+        if chunk is not None:
+            self._bytes -= chunk.packed.size
+        return chunk
+
+    # --- a link that breaks and comes back -----------------------------------------------------
+    def _on_state(self, state: str, why: str) -> None:
+        if state == "interrupted":
+            self.away = True
+            self._wait_for_return()
+        elif state == "open" and self.away:
+            self.away = False
+            if self._patience is not None:
+                self._patience.cancel()
+            self._out.extend(RECORD.pack(CANCEL, 0, number, 0, 0, 0) for number in self._elsewhere)
+            self._elsewhere.clear()
+            self.flush()
+            self._owner.deal_soon()
+
+    def _wait_for_return(self) -> None:
+        self._patience = asyncio.get_running_loop().call_later(AWAY_PATIENCE, self._is_long_away)
+
+    def _is_long_away(self) -> None:
+        if self.over or not self.away:
+            return
+        self._wait_for_return()
+        if self.in_flight and self._owner.has_others(self):
+            _logger.warning("%s: cannot be reached: %d calls are run elsewhere", self.host, len(self.in_flight))
+            self._elsewhere += self.in_flight
+            self._owner.returned(self.take_all())
+
+    def take_all(self) -> list[Chunk]:
+        """Return what it has, and forget it."""
+        chunks = list(self.in_flight.values())
+        self.in_flight.clear()
+        self._bytes = 0
+        return chunks
+
+    # --- what it says --------------------------------------------------------------------------
+    def _event(self, message: dict[str, Any]) -> None:
+        # What makes no sense is an error before anything is done: else a chunk could be let go of, and be nowhere.
+        if message.get("ready"):
+            check_shape(message, _READY)
+            if message["workers"] < 1:
+                raise ValueError("there are no workers")
+            self.workers = message["workers"]
+            self._owner.deal_soon()
+        elif "died" in message:
+            check_shape(message, _DIED)
+            chunk = self._forget(message["number"])
+            if chunk is not None and message["innocent"]:
+                self._owner.returned([chunk])
+            elif chunk is not None:
+                self._owner.died(self, chunk, message["at"], message["died"])
+        elif "back" in message:
+            check_shape(message, _BACK)
+            self.asked_back = False
+            found = [self._forget(number) for number in message["back"]]
+            self._owner.returned([chunk for chunk in found if chunk is not None])
+        elif "pid" not in message:  # of what looks for another interpreter
+            raise ValueError("it is told of something that nobody knows")
+
+    def _output(self, data: bytes) -> None:
+        number = WORKER.unpack_from(data)[0]
+        stream = self._streams.get(number)
+        if stream is None:
+            stream = self._streams[number] = Stream(self._answer, self._no_room)
+        stream.feed(data, WORKER.size)
+
+    def _no_room(self, number: int, error: MemoryError) -> None:
+        chunk = self._forget(number)
+        if chunk is not None:
+            chunk.sink.settle(chunk, Failure(error))
+            self._owner.deal_soon()
+
+    def _answer(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
+        if not 0 <= elapsed < math.inf:
+            raise ValueError(f"a chunk took {elapsed} s")
+        if kind in (RETURNED, MIXED, BROKEN):
+            chunk = self._forget(number)
+            if chunk is None:
+                return  # it is wanted no more
+            before = self.duration
+            self.duration = elapsed if before is None else before + _SMOOTH * (elapsed - before)
+            self._result_size += _SMOOTH * (size - self._result_size)
+            chunk.sink.settle(chunk, Answer(kind, parts, size, self.host))
+            self._owner.deal_soon()
+        elif kind == UNFIT:
+            self._owner.unfit(self, parts)

@@ -1,0 +1,272 @@
+"""`map`: calls for each item of iterables, with as many under way as keep the hosts busy, and no more."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from lazycluster.core import event_loop, interruptible
+from lazycluster.exceptions import LazyclusterError
+from lazycluster.tasks.pickling import name_of
+
+from .chunks import Answer, Chunk, Failure
+from .results import call_name, read
+from .scheduler import Scheduler
+from .serialization import Packed, PackedCalls, pack_calls
+from .shared_objects import Sharing
+
+__all__ = ["MapRun", "checked"]
+
+Arrived = tuple[Chunk, Answer | Failure] | None  # None: nothing more will come
+
+_EAGER = 0.05  # seconds for which items are taken before the first result is asked for
+_MOST_OPEN = 2048  # chunks whose results have not been handed on, unless the caller says how many
+_MOST_BYTES = 128 * 1024 * 1024  # of arguments and results that are held here
+
+
+def checked(timeout: float | None, chunksize: int, buffersize: int | None) -> None:
+    """Refuse what makes no sense.
+
+    Raises:
+        TypeError, ValueError: It does not.
+    """
+    if timeout is not None and not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")
+    for name, value in (("chunksize", chunksize), ("buffersize", buffersize)):
+        if value is None and name == "buffersize":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, not {value}")
+
+
+class _Cell:
+    """The place of a chunk in the order of results."""
+
+    __slots__ = ("chunk", "left", "results", "size")
+
+    def __init__(self, count: int, chunk: Chunk) -> None:
+        self.left = count
+        self.results: list[tuple[bool, Any]] = [(False, None)] * count
+        self.chunk = chunk
+        self.size = chunk.packed.size
+
+
+class MapRun:
+    """One `map`.
+
+    Args:
+        dealer: Who has the calls run.
+        function: The function.
+        packed: The same, packed.
+        iterables: Their items are the arguments.
+        timeout: Seconds from now until the last result that is waited for.
+        chunksize: Calls per chunk.
+        buffersize: Calls whose results have not been handed on, at most.
+        ordered: Whether results come in the order of the items.
+    """
+
+    def __init__(
+        self,
+        dealer: Scheduler,
+        function: Callable[..., Any],
+        packed: Packed,
+        iterables: Sequence[Iterable[Any]],
+        *,
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        ordered: bool = True,
+    ) -> None:
+        self._dealer = dealer
+        self._function = function
+        self._name = name_of(function)
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._timeout = timeout
+        self._items: Iterator[tuple[Any, ...]] = zip(*iterables)  # noqa: B905  (as `map` does: until the shortest ends)
+        self._chunksize = chunksize if buffersize is None else min(chunksize, buffersize)
+        self._most = _MOST_OPEN if buffersize is None else max(1, buffersize // self._chunksize)
+        self._ordered = ordered
+        self._exhausted = False
+        self._open: dict[int, _Cell] = {}
+        self._next = 0  # the number of the next cell
+        self._bytes = 0
+        self._arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+        self._changed = interruptible.Condition()
+        self._unsettled = 0
+        self._sealed = False
+        self._sharing = Sharing(dealer.blobs)
+        self._blob = dealer.blobs.take(packed).number
+        self._closed = False
+
+    # --- a sink, on the loop's thread ----------------------------------------------------------
+    def name(self, chunk: Chunk, call: int) -> str:
+        """Return what to call a call in messages."""
+        return f"{call_name(self._name, chunk.packed, call)} (item {chunk.key * self._chunksize + call})"
+
+    def wanted(self, chunk: Chunk) -> bool:
+        """Tell whether results are still wanted."""
+        return not self._closed
+
+    def begins(self, chunk: Chunk) -> bool:
+        """Learn that a chunk is given to a host."""
+        return not self._closed
+
+    def settle(self, chunk: Chunk, outcome: Answer | Failure) -> None:
+        """Take what came out of a chunk."""
+        self._arrived.put((chunk, outcome))
+        with self._changed:
+            self._unsettled -= chunk.count
+            if not self._unsettled:
+                self._changed.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something that was submitted is not settled."""
+        return self._unsettled > 0 and not self._closed
+
+    # --- the executor's end --------------------------------------------------------------------
+    def wait(self) -> None:
+        """Wait until all that was submitted is settled."""
+        self._sealed = True
+        with self._changed:
+            self._changed.wait_for(lambda: not self._unsettled or self._closed)
+
+    def abandon(self) -> None:
+        """Let nobody wait for what will not come."""
+        self._sealed = True
+        self._arrived.put(None)
+
+    # --- in the caller's thread ----------------------------------------------------------------
+    def fill(self) -> None:
+        """Start with the first calls."""
+        end = time.monotonic() + _EAGER
+        try:
+            while self._has_room() and time.monotonic() < end:
+                self._submit()
+        except BaseException:
+            self.close()
+            raise
+
+    def _has_room(self) -> bool:
+        if self._exhausted or len(self._open) >= self._most:
+            return False
+        return self._bytes < _MOST_BYTES or len(self._open) < 2
+
+    def _submit(self) -> None:
+        """Take the items of one chunk and have it run."""
+        calls = list(islice(self._items, self._chunksize))
+        if not calls:
+            self._exhausted = True
+            return
+        try:
+            self._add(len(calls), pack_calls(self._function, calls, None, self._sharing.share))
+        except TypeError:
+            for arguments in calls:  # those that cannot be sent are to be told apart from those that can
+                self._submit_alone(arguments)
+
+    def _submit_alone(self, arguments: tuple[Any, ...]) -> None:
+        try:
+            self._add(1, pack_calls(self._function, [arguments], None, self._sharing.share))
+        except TypeError as error:
+            chunk = self._enter(1, PackedCalls(0, (), 0))
+            self._arrived.put((chunk, Failure(error)))
+
+    def _enter(self, count: int, packed: PackedCalls) -> Chunk:
+        chunk = Chunk(packed, 0, count, self._blob, self._sharing.taken(), self, self._next)
+        self._open[self._next] = _Cell(count, chunk)
+        self._next += 1
+        self._bytes += packed.size
+        return chunk
+
+    def _add(self, count: int, packed: PackedCalls) -> None:
+        if self._sealed:
+            raise RuntimeError("the executor was shut down before all items were taken")
+        chunk = self._enter(count, packed)
+        with self._changed:
+            self._unsettled += count
+        self._dealer.submit(chunk)
+
+    def results(self) -> Iterator[Any]:
+        """Yield what the calls return.
+
+        Raises:
+            TimeoutError: If a result did not come in time.
+            Exception: What a call has raised.
+        """
+        try:
+            ready: deque[int] = deque()
+            while True:
+                self._take_arrived(ready)
+                head = next(iter(self._open), None) if self._ordered else (ready[0] if ready else None)
+                if head is not None and self._open[head].left == 0:
+                    if not self._ordered:
+                        ready.popleft()
+                    yield from self._values(self._open.pop(head))
+                elif self._has_room():
+                    self._submit()
+                elif head is None and not self._open:
+                    return
+                else:
+                    self._receive(ready, self._arrived_in_time())
+        finally:
+            self.close()
+
+    def _values(self, cell: _Cell) -> Iterator[Any]:
+        self._bytes -= cell.size
+        if cell.chunk.shared:
+            self._dealer.release(cell.chunk.shared)
+        results = cell.results[::-1]
+        cell.results.clear()
+        while results:  # nothing here holds a result that was handed on: the caller alone decides how long it lives
+            good, *box = results.pop()
+            if not good:
+                raise box.pop()
+            yield box.pop()
+
+    def _arrived_in_time(self) -> Arrived:
+        if event_loop.in_loop():
+            raise LazyclusterError("results cannot be waited for in a callback of the library: they would never come")
+        if self._deadline is None:
+            return self._arrived.get()
+        try:
+            return self._arrived.get(timeout=max(0.0, self._deadline - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError(f"a result of {self._name}() did not come within {self._timeout:g} s") from None
+
+    def _take_arrived(self, ready: deque[int]) -> None:
+        while not self._arrived.empty():
+            self._receive(ready, self._arrived.get())
+
+    def _receive(self, ready: deque[int], arrived: Arrived) -> None:
+        if arrived is None:
+            raise concurrent.futures.CancelledError("the executor was ended")
+        chunk, outcome = arrived
+        cell = self._open[chunk.key]
+        name = functools.partial(self.name, chunk)
+        cell.results[chunk.first : chunk.first + chunk.count] = read(outcome, chunk.first, chunk.count, name)
+        cell.left -= chunk.count
+        cell.size += outcome.size
+        self._bytes += outcome.size
+        if cell.left == 0:
+            ready.append(chunk.key)
+
+    def close(self) -> None:
+        """End what still runs."""
+        if self._closed:
+            return
+        self._closed = True
+        left = [cell.chunk for cell in self._open.values() if cell.left]
+        shared = [blob for cell in self._open.values() for blob in cell.chunk.shared]
+        self._open.clear()
+        with self._changed:
+            self._changed.notify_all()
+        self._dealer.cancel(left)
+        self._dealer.release([*shared, *self._sharing.taken(), self._blob])

@@ -1,0 +1,1 @@
+"""One host: what runs there, its ports, its directories."""

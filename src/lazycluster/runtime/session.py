@@ -1,0 +1,406 @@
+"""A runtime's hold on a host: the connection, the environment that its set-up left, and its working directory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lazycluster.core import event_loop
+from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
+from lazycluster.output.progress import Progress
+from lazycluster.output.tail import Tail
+from lazycluster.ssh.connection import ANSWER_LIMIT, Connection
+from lazycluster.ssh.local_connection import LocalConnection
+from lazycluster.ssh.openssh import SshConnection
+from lazycluster.tasks.execution import Context
+from lazycluster.tasks.variables import checked_variables
+
+if TYPE_CHECKING:
+    from lazycluster.environments.activation import HostEnvironment
+
+__all__ = ["ANSWER_LIMIT", "HostSession", "HostSpec", "Lease", "connected", "may_ask"]
+
+T = TypeVar("T")
+
+_SETUP_LIMIT = 300.0  # seconds: set-up lines may fetch something
+STARTUP_FILES = ("once", "always")
+_POSIX_SHELLS = ("bash", "zsh", "sh", "dash", "ksh", "ash")
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What a user says of a host, checked when it is made; what may be secret is in no `repr`.
+
+    Attributes:
+        host: Its name, as `ssh` takes it.
+        working_dir: A directory there, made if it is missing; None: a temporary one, removed at the end.
+        connection_kwargs: See :class:`lazycluster.ssh.config.Settings`.
+        python: The interpreter: a path, a name, or ``auto`` for one of the manager's minor version.
+        setup: Shell lines whose environment is used for everything that runs there.
+        env: Environment variables.
+        shell: The shell for commands.
+        local: The manager's own machine, without ssh.
+        ask: Whether a person may be asked for a password and the like.
+        environment: The Python environment there, see :class:`lazycluster.environments.EnvironmentSpec`.
+        startup_files: When the shell of commands reads its start-up files: ``once`` per connection, or ``always``.
+    """
+
+    host: str
+    working_dir: str | None = None
+    connection_kwargs: Mapping[str, Any] | None = field(default=None, repr=False)
+    python: str | None = None
+    setup: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    shell: str | None = None
+    local: bool = False
+    ask: bool = False
+    environment: Any = None
+    startup_files: str = "once"
+
+    def __post_init__(self) -> None:
+        if self.startup_files not in STARTUP_FILES:
+            wanted = " or ".join(map(repr, STARTUP_FILES))
+            raise ValueError(f"{self.host}: startup_files must be {wanted}, not {self.startup_files!r}")
+        if self.environment is not None:
+            from lazycluster.environments.spec import EnvironmentSpec
+
+            object.__setattr__(self, "environment", EnvironmentSpec.of(self.environment))
+        if isinstance(self.setup, Sequence) and not isinstance(self.setup, str):
+            object.__setattr__(self, "setup", "\n".join(self.setup))
+        if isinstance(self.working_dir, os.PathLike):
+            object.__setattr__(self, "working_dir", os.fspath(self.working_dir))
+        for name in ("working_dir", "python", "setup", "shell"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{self.host}: {name} must be a string, not {type(value).__name__}")
+            if value is not None and (not value.strip() or "\0" in value):
+                raise ValueError(f"{self.host}: {name} is empty or contains a null character")
+        object.__setattr__(self, "env", checked_variables(self.env))
+
+    def connection(self) -> Connection:
+        """Return a connection that is not open yet."""
+        if self.local:
+            return LocalConnection(self.host)
+        # An interpreter that is named by its path serves for the agent, too: the host may have no other.
+        python = self.python if self.python and self.python.startswith("/") and not self.setup else None
+        return SshConnection(self.host, self.connection_kwargs, python=python, ask=self.ask)
+
+
+class Lease:
+    """A connection that several sessions use; the last one closes it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._users = 0
+
+    def take(self) -> Lease:
+        """Begin to use it."""
+        self._users += 1
+        return self
+
+    async def give_back(self) -> None:
+        """End the use."""
+        self._users -= 1
+        if self._users <= 0:
+            await self.connection.close()
+
+
+class HostSession:
+    """What a runtime knows and holds of its host. Make one with :meth:`open`.
+
+    Attributes:
+        spec: What the user said.
+        connection: The open connection.
+        base_env: The whole environment that the set-up left, else empty.
+        python: The interpreter for functions, None for ``python3`` as the environment finds it.
+        working_dir: The absolute path of the working directory.
+        environment: The Python environment, made when it is first needed.
+        state: ``open`` or ``closed``.
+    """
+
+    def __init__(self, spec: HostSpec, lease: Lease) -> None:
+        self.spec = spec
+        self.lease = lease.take()
+        self.connection = lease.connection
+        self.base_env: dict[str, str] = {}
+        self.python = spec.python
+        self.working_dir = ""
+        self.temporary: list[str] = []
+        self.environment: HostEnvironment | None = None
+        self._generation = 0  # which agent the working directory belongs to
+        self.state = "open"
+        self._owner = os.getpid()
+        self._released = False
+        self._let_go_done = {"done": False}
+        # A runtime that nobody refers to any more lets go of its host; not at exit, where one hook does it for all.
+        weakref.finalize(self, _let_go, lease, self._owner, self._let_go_done).atexit = False
+        self._renewal = _renewal(weakref.ref(self))
+
+    @classmethod
+    async def open(cls, spec: HostSpec, like: HostSession | None = None) -> HostSession:
+        """Connect, run the set-up, find the interpreter, make the working directory.
+
+        Args:
+            spec: What the user said of the host.
+            like: A session on the same host whose connection, environment and interpreter are to be shared.
+
+        Raises:
+            InvalidRuntimeError: If the host cannot be used, with the reason.
+        """
+        if like is None:
+            connection = spec.connection()
+            await connection.open()
+            session = cls(spec, Lease(connection))
+        else:
+            like.check()
+            session = cls(spec, like.lease)
+        try:
+            if like is None:
+                await session._prepare()
+            else:
+                session.base_env, session.python = like.base_env, like.python
+            session.working_dir = await session._make_working_dir()
+            session._choose_environment()
+            session.connection.on_renewal.append(session._renewal)
+        except BaseException as error:
+            await session.close()
+            if isinstance(error, (AgentError, ConnectionLostError)):
+                raise InvalidRuntimeError(spec.host, "lost", str(error)) from None
+            raise
+        return session
+
+    async def renew(self) -> None:
+        """Prepare the host once more: its agent has gone, with all that was prepared, and there is a new one."""
+        self.temporary.clear()
+        await self._prepare()
+        self.working_dir = await self._make_working_dir()
+        self._choose_environment()
+
+    async def _prepare(self) -> None:
+        if self.spec.setup is not None:
+            self.base_env = await self._run_setup(self.spec.setup)
+        if self.spec.python == "auto":
+            self.python = await self._matching_python()
+        elif self.spec.python is not None:
+            await self._check_python(self.spec.python)
+
+    def _choose_environment(self) -> None:
+        if self.spec.environment is None:
+            return
+        from lazycluster.environments.activation import BuildHost, HostEnvironment
+
+        # A path is the interpreter that the environment is made with; a LocalRuntime names the manager's own anyway.
+        named = self.python if self.python and self.python.startswith(("/", "~")) else None
+        env = {**self.base_env, **self.spec.env}
+        self.environment = HostEnvironment(BuildHost(self.host, self.connection, env, named), self.spec.environment)
+
+    async def _run_setup(self, script: str) -> dict[str, str]:
+        shell = self.spec.shell if os.path.basename(self.spec.shell or "") in _POSIX_SHELLS else None
+        try:
+            answer = await self.connection.request(
+                "setup",
+                within=_SETUP_LIMIT,
+                script=script,
+                shell=shell,
+                env=dict(self.spec.env),
+                startup_files=self.spec.startup_files,
+            )
+        except AgentError as error:
+            output = str(error.evidence.get("output", "")).strip()
+            raise InvalidRuntimeError(
+                self.spec.host,
+                "setup",
+                f"{error.message}\n{output}" if output else error.message,
+                "run the setup lines on the host by hand",
+            ) from None
+        except NoAnswerError:
+            detail = f"the setup lines have not ended within {_SETUP_LIMIT:g} s"
+            raise InvalidRuntimeError(self.spec.host, "setup", detail, "make them shorter; they get no input") from None
+        return dict(answer["env"])
+
+    async def _matching_python(self) -> str:
+        wanted = list(sys.version_info[:2])
+        answer = await self._ask("interpreters", env=self.base_env)
+        found = [(entry["path"], entry["version"]) for entry in answer["interpreters"]]
+        for path, version in found:
+            if list(version[:2]) == wanted:
+                return str(path)
+        have = ", ".join(f"{'.'.join(map(str, version))} ({path})" for path, version in found) or "none"
+        manager = ".".join(map(str, wanted))
+        raise InvalidRuntimeError(
+            self.spec.host,
+            "python",
+            f"no Python {manager}, the manager's version, was found; the host has: {have}",
+            f'install Python {manager} there, name its path with python="...", or activate it with setup="..."',
+        )
+
+    async def _check_python(self, python: str) -> None:
+        try:
+            await self._ask("packages", python=python, env={**self.base_env, **self.spec.env}, names=[])
+        except AgentError as error:
+            hint = 'name the path of an interpreter on the host, or use python="auto"'
+            raise InvalidRuntimeError(self.spec.host, "python", error.message, hint) from None
+
+    async def _make_working_dir(self) -> str:
+        self._generation = self.connection.generation
+        if self.spec.working_dir is None:
+            answer = await self._ask("mkdtemp")
+            self.temporary.append(answer["path"])
+            return str(answer["path"])
+        try:
+            answer = await self._ask(
+                "mkdir", path=self.spec.working_dir, env={**self.base_env, **self.spec.env}, checked=True
+            )
+        except AgentError as error:
+            raise self._no_working_dir(error.message) from None
+        if not answer.get("writable", True):
+            raise self._no_working_dir(f"{answer['path']} is not writable")
+        return str(answer["path"])
+
+    def _no_working_dir(self, why: str) -> InvalidRuntimeError:
+        return InvalidRuntimeError(
+            self.spec.host,
+            "working_dir",
+            f"the working directory {self.spec.working_dir} cannot be used: {why}",
+            "choose another working_dir, or none for a temporary one",
+        )
+
+    async def _ask(self, op: str, **params: Any) -> dict[str, Any]:
+        try:
+            return await self.connection.request(op, **params)
+        except NoAnswerError as error:
+            detail = f"no answer to {op!r} within {error.seconds:g} s"
+            raise InvalidRuntimeError(self.spec.host, "timeout", detail, "see how busy the host is") from None
+
+    # --- use -----------------------------------------------------------------------------------
+    @property
+    def host(self) -> str:
+        """The host as the user named it."""
+        return self.spec.host
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What two names of one account on one machine have in common."""
+        hello = self.connection.hello
+        return hello.boot_id, hello.machine_id, hello.hostname, hello.network, hello.uid
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the process that connected, not a forked child of it."""
+        return os.getpid() == self._owner
+
+    def check(self) -> None:
+        """Raise an error if the runtime cannot be used (any more, or in this process)."""
+        if self.state == "closed" and self.is_ours:
+            raise LazyclusterError(f"{self.host}: the runtime was closed (cleanup() was called); make a new one")
+        self.connection.check()
+
+    def context(self, variables: Mapping[str, Any], working_dir_name: str) -> Context:
+        """Return where and how tasks are carried out.
+
+        Args:
+            variables: The runtime's environment variables.
+            working_dir_name: The variable that tells the working directory.
+        """
+        env = {**self.base_env, working_dir_name: self.working_dir, **checked_variables(variables)}
+        context = Context(
+            self.host,
+            self.connection,
+            self.working_dir,
+            env,
+            self.python,
+            self.spec.shell,
+            self,
+            generation=self._generation,
+            startup_files=self.spec.startup_files,
+        )
+        if self.environment is None:
+            return context
+        if self.environment.active is not None:
+            return self.environment.active.apply(context)
+        return replace(context, prepare=self.environment.applied)
+
+    async def ask(self, op: str, **params: Any) -> dict[str, Any]:
+        """Ask the host something, under a deadline.
+
+        Raises:
+            AgentError: If the host answers with an error.
+            NoAnswerError: If it does not answer in time.
+            LazyclusterError: If the runtime cannot be used.
+        """
+        self.check()
+        return await self.connection.request(op, **params)
+
+    async def capture(self, context: Context, **command: Any) -> tuple[int, str]:
+        """Run a short command under a deadline.
+
+        Args:
+            context: Where.
+            **command: ``command`` or ``argv``, and ``shell``.
+
+        Returns:
+            Its exit status (negative: a signal) and what it printed, of much the end.
+        """
+        self.check()
+        output = Tail()
+        params = {**context.for_shell(None), "env": dict(context.env), "merge": True, **command}
+        channel = self.connection.channel("run", params, stdout=output.put)
+        what = command.get("command") or command.get("argv")
+        result = await self.connection.answered(channel, f"the end of {what}")
+        status = -result["signal"] if result.get("signal") else result.get("exit") or 0
+        return status, output.text()
+
+    # --- end -----------------------------------------------------------------------------------
+    async def close(self) -> None:
+        """Remove temporary directories and let go of the connection. Doing it again does nothing."""
+        if self._released:
+            return
+        self._released = True
+        self.state = "closed"
+        self._let_go_done["done"] = True
+        with contextlib.suppress(ValueError):
+            self.connection.on_renewal.remove(self._renewal)
+        try:
+            if self.connection.state == "open" and self.lease._users > 1:  # else they go with the agent
+                for path in self.temporary:
+                    removing = asyncio.ensure_future(self.connection.request("remove", path=path))
+                    await self.connection.heard_out(removing, ANSWER_LIMIT)
+            self.temporary.clear()
+        finally:
+            await self.lease.give_back()
+
+
+def _renewal(reference: weakref.ref[HostSession]) -> Callable[[], Awaitable[None]]:
+    async def renew() -> None:
+        session = reference()
+        if session is not None:
+            await session.renew()
+
+    return renew
+
+
+def _let_go(lease: Lease, owner: int, token: dict[str, bool]) -> None:
+    """Close the connection of a session that was garbage-collected."""
+    if not token["done"] and owner == os.getpid():
+        token["done"] = True
+        event_loop.submit(lease.give_back())
+
+
+async def connected(spec: HostSpec) -> HostSession:
+    """Return a session on one host; it is shown if that takes long."""
+    with Progress(f"Connecting {spec.host}"):
+        return await HostSession.open(spec)
+
+
+def may_ask() -> bool:
+    """Whether a person sits at a terminal who can be asked for a password."""
+    try:
+        return sys.stdin.isatty() and sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False

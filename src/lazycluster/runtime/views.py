@@ -1,0 +1,112 @@
+"""What is shown of a runtime."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lazycluster.exceptions import LazyclusterError
+from lazycluster.output.host_cells import cells, megabytes, number
+from lazycluster.output.view import Cell, Fact, Table, View
+
+if TYPE_CHECKING:
+    from lazycluster.runtimes import Runtime
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["MACHINE", "account", "info_table", "info_view", "known_infos", "lasting", "runtime_view", "state_cell"]
+
+MACHINE = ("os", "cores", "memory", "python", "gpus")
+_BRIEFLY = 1.0  # seconds that hosts get to answer before what is known is shown without them
+_TABLE = ("os", "cores", "load", "memory", "disk", "python", "gpus")
+
+
+def state_cell(connection: Connection) -> Cell:
+    """Return the state of a connection as a cell."""
+    state = connection.state
+    return Cell(state, "good" if state == "open" else "bad" if state in ("lost", "interrupted") else "dim")
+
+
+def account(connection: Connection) -> str:
+    """Return who we are on a host: ``user@hostname``."""
+    return f"{connection.hello.user}@{connection.hello.hostname}"
+
+
+def known_infos(runtimes: Sequence[Runtime]) -> list[dict[str, Any]]:
+    """Return what is known of hosts; those that were not asked are, but not waited for as long as it takes.
+
+    Args:
+        runtimes: The runtimes.
+
+    Returns:
+        Their :attr:`Runtime.info`, empty for those that do not answer.
+    """
+    asked: list[concurrent.futures.Future[dict[str, Any]] | None] = []
+    for runtime in runtimes:
+        asked.append(None)
+        if runtime.connection.state == "open" and runtime.is_ours:
+            with contextlib.suppress(LazyclusterError):
+                asked[-1] = runtime.fill_info_buffer()
+    concurrent.futures.wait([future for future in asked if future is not None], _BRIEFLY)
+    infos = []
+    for future in asked:
+        good = future is not None and future.done() and not future.cancelled() and future.exception() is None
+        infos.append(future.result() if good and future is not None else {})
+    return infos
+
+
+def lasting(info: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is shown of a machine that does not change from one moment to the next: see `MACHINE`."""
+    return {**cells(info), "memory": megabytes(number(info.get("memory"))) if info else ""}
+
+
+def runtime_view(runtime: Runtime) -> View:
+    """Return what is shown of a runtime in a notebook."""
+    shown = lasting(known_infos([runtime])[0])
+    tasks, alive = runtime.tasks, runtime.alive_task_process_count
+    where = runtime.working_dir + (" (temporary)" if runtime.has_temporary_working_dir else "")
+    facts: list[Fact] = [("account", account(runtime.connection)), ("working directory", where)]
+    facts += [(name, shown[name]) for name in MACHINE if shown.get(name)]
+    facts.append(("tasks", f"{alive} running, {len(tasks)} in all"))
+    for key, process in runtime.get_processes(only_alive=True).items():
+        if runtime.is_port_exposure_process(key):
+            facts.append(("port", process.name))
+    if runtime.connection.why:
+        facts.append(("why", Cell(runtime.connection.why, "bad")))
+    return View(f"{runtime.class_name} {runtime.host}", state_cell(runtime.connection), facts)
+
+
+def info_view(host: str, info: Mapping[str, Any], working_dir: str) -> View:
+    """Return all that is known of a host, as `Runtime.print_info` prints it."""
+    shown = cells(info)
+    facts: list[Fact] = [(name, shown[name]) for name in _TABLE if shown.get(name)]
+    told = {"os", "cpu_cores", "load", "memory", "memory_free", "disk_total", "disk_free", "python_version", "gpus"}
+    for name, value in info.items():
+        if name not in told and value not in ("", None, []):
+            facts.append((str(name).replace("_", " "), _duration(value) if name == "uptime" else str(value)))
+    for gpu in info.get("gpus") or []:
+        if isinstance(gpu, Mapping):
+            facts.append(("gpu", ", ".join(f"{key} {_amount(key, value)}" for key, value in gpu.items())))
+    facts.append(("working dir", working_dir))
+    return View(host, None, facts)
+
+
+def _duration(seconds: Any) -> str:
+    if not isinstance(seconds, (int, float)):
+        return str(seconds)
+    days, rest = divmod(int(seconds), 86400)
+    return f"{days} days {rest // 3600} h" if days else f"{rest // 3600} h {rest % 3600 // 60} min"
+
+
+def _amount(key: object, value: Any) -> str:
+    return megabytes(value) if "memory" in str(key) and isinstance(value, (int, float)) else str(value)
+
+
+def info_table(hosts: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what machines hosts are, as a table; an information may be an ``error`` instead."""
+    rows: list[list[Cell | str]] = []
+    for host, info in zip(hosts, infos, strict=True):
+        shown = cells(info) if "error" not in info else {"os": str(info["error"])}
+        rows.append([host, *(shown.get(name, "") for name in _TABLE)])
+    return Table(("host", *_TABLE), rows, right=frozenset({"cores", "load"}))

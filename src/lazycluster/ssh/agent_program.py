@@ -1,0 +1,141 @@
+"""The agent as text: what is sent to a host, and the one command that its login shell is given."""
+
+from __future__ import annotations
+
+import functools
+import marshal
+import os
+import secrets
+import shlex
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType
+
+from lazycluster.agent import bootstrap, shell_state
+
+OLDEST_PYTHON = (3, 8)
+# What each start of an agent imports, and its first command.
+_CORE = (
+    *("directories", "guardian", "logout", "loop", "manager_link", "processes", "server", "session", "tcp", "wire"),
+    *("commands", "oom", "shell_state", "shell_startup"),
+)
+
+# Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
+_STUB = (
+    "import os,sys,zlib,marshal;n=bytes([10]);"
+    'os.write(1,n+b"lazy"+b"{marker} %d.%d.%d"%sys.version_info[:3]+b" "+sys.implementation.cache_tag.encode()+n);'
+    "i=sys.stdin.buffer;"
+    "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
+)
+# Connects to the agent, also from a session that sees another /tmp than the agent does: through the root of that one's
+# file system, if what listens there is this user's.
+_FIND = (
+    "import os,sys,socket,struct,zlib,marshal;n=bytes([10]);s=socket.socket(1);"
+    "k=any(s.connect_ex(p)==0 for p in {paths}) or s.connect_ex({through})==0 and "
+    'struct.unpack("3i",s.getsockopt(socket.SOL_SOCKET,socket.SO_PEERCRED,12))[1]==os.getuid();'
+)
+# The same as the first on a host where an agent of this manager may wait: that one is given the streams.
+_REJOIN = (
+    _FIND + 'k and s.sendmsg([b"rejoin"],[(1,1,struct.pack("2i",0,1))]);'
+    'os.write(1,n+b"lazy"+b"{marker} %d.%d.%d"%sys.version_info[:3]+b" "+sys.implementation.cache_tag.encode()'
+    '+(b" kept" if k else b" new")+n);'
+    "k and (os.close(0),os.close(1),s.recv(1),os._exit(0));"
+    "i=sys.stdin.buffer;"
+    "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
+)
+NO_AGENT = "lazycluster: this session finds no agent"
+_BULK = (
+    _FIND + 'k or sys.exit("' + NO_AGENT + '");'
+    'os.write(1,n+b"lazy"+b"{marker} "+n);'
+    's.sendmsg([b"bulk"],[(1,1,struct.pack("2i",0,1))]);'
+    "os.close(0);os.close(1);s.recv(1)"
+)
+
+
+def new_marker() -> str:
+    """Return what the stub prints when Python has started; nothing else on the host can know it beforehand."""
+    return secrets.token_hex(8)
+
+
+def expected(marker: str) -> bytes:
+    """Return what to look for in the output: the stub puts it together, so an echo of the command does not match."""
+    return b"\nlazy" + marker.encode() + b" "
+
+
+def stub(marker: str) -> str:
+    """Return the program that reads the agent from its standard input."""
+    return _STUB.format(marker=marker)
+
+
+def remote_command(python: str, marker: str) -> str:
+    """Return the line for the login shell; it works in bash, dash, zsh, fish and tcsh."""
+    return f"{_told()}exec {_quoted(python)} -ISc '{stub(marker)}'"
+
+
+def rejoin_command(python: str, marker: str, sockets: Sequence[str], pid: int) -> str:
+    """Return the line that finds an agent again, or else starts a new one; see `bulk_command`."""
+    return f"{_told()}exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, **_address(sockets, pid))}'"
+
+
+def bulk_command(python: str, marker: str, sockets: Sequence[str], pid: int) -> str:
+    """Return the line by which a further session says that its shell has done, and gives the agent its streams.
+
+    Args:
+        python: The interpreter.
+        marker: What it says that by.
+        sockets: Where the agent listens; the first is in its own directory.
+        pid: The agent's process.
+    """
+    return f"exec {_quoted(python)} -ISc '{_BULK.format(marker=marker, **_address(sockets, pid))}'"
+
+
+def _address(sockets: Sequence[str], pid: int) -> dict[str, str]:
+    return {
+        "paths": f"[{','.join(map(_literal, sockets))}]",
+        "through": _literal(f"/proc/{pid}/root{sockets[0]}"),
+    }
+
+
+def _told() -> str:
+    """Return what has the login shell tell the agent what its start-up files have set beside the environment."""
+    return shell_state.telling_at_login("state" + secrets.token_hex(8), bootstrap.TOLD_FD)
+
+
+def _literal(path: str) -> str:
+    return f"bytes([{','.join(str(byte) for byte in os.fsencode(path))}])"
+
+
+def _quoted(python: str) -> str:
+    if python.startswith("~/"):
+        return "~/" + shlex.quote(python[2:])
+    return shlex.quote(python)
+
+
+@functools.lru_cache(maxsize=4)
+def payload(local: bool, cache_tag: str) -> bytes:
+    """Return what the stub reads: a line with the length, and the agent's program, compressed.
+
+    Args:
+        local: Whether the agent is a plain subprocess of the manager.
+        cache_tag: The host's `sys.implementation.cache_tag`. If it is ours, what every start needs is sent compiled,
+            which saves the host a third of its part.
+    """
+    sources = {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted(Path(bootstrap.__file__).parent.glob("*.py"))
+        if path.name != "__init__.py"
+    }
+    start = sources.pop("bootstrap")
+    if cache_tag == sys.implementation.cache_tag:
+        codes = {name: _compiled(name, sources[name]) for name in _CORE}
+        program = marshal.dumps((_compiled("bootstrap", start), (sources, codes, local)))
+    else:
+        program = marshal.dumps((start, (sources, {}, local)), 2)  # version 2: any Python reads it
+    packed = zlib.compress(program, 6)
+    return b"%d\n%s" % (len(packed), packed)
+
+
+def _compiled(module: str, source: str) -> CodeType:
+    return compile(source, bootstrap.file_name(module), "exec", dont_inherit=True)

@@ -1,0 +1,160 @@
+"""How many connections are being made at once.
+
+sshd drops connections at random when more than 10 have not yet authenticated (``MaxStartups 10:30:100``). A host sees
+one of ours, but a host that all others are reached through sees them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import re
+import subprocess
+import weakref
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from lazycluster.core import event_loop
+
+from .config import Settings, parse_destination
+from .config_hosts import SYSTEM_CONFIG, config_lines, hops_of_command, user_config
+
+__all__ = ["ConnectLimit", "jump_key", "limiter", "resolve"]
+
+PER_JUMP_HOST = 8
+AT_ONCE = 64
+_DEPTH = 4
+_RESOLVE_TIMEOUT = 20.0
+
+
+class ConnectLimit:
+    """Limits the handshakes in flight, for each jump host and in all. For one event loop."""
+
+    def __init__(self, per_jump_host: int = PER_JUMP_HOST, at_once: int = AT_ONCE) -> None:
+        self._per_jump_host = per_jump_host
+        self._all = asyncio.Semaphore(at_once)
+        self._jumps: dict[str, asyncio.Semaphore] = {}
+
+    @contextlib.asynccontextmanager
+    async def slot(self, settings: Settings) -> AsyncIterator[None]:
+        """Hold a place while connecting to a host.
+
+        Args:
+            settings: How the host is reached.
+        """
+        async with contextlib.AsyncExitStack() as places:
+            # All in the same order, or two could wait for each other.
+            for key in sorted(await jump_key(settings)):
+                jump = self._jumps.setdefault(key, asyncio.Semaphore(self._per_jump_host))
+                await places.enter_async_context(jump)
+            await places.enter_async_context(self._all)
+            yield
+
+
+_limiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ConnectLimit] = weakref.WeakKeyDictionary()
+
+
+def limiter(settings: Settings) -> contextlib.AbstractAsyncContextManager[None]:
+    """Return a place among the handshakes of this process, to be held while connecting."""
+    loop = asyncio.get_running_loop()
+    return _limiters.setdefault(loop, ConnectLimit()).slot(settings)
+
+
+async def jump_key(settings: Settings) -> frozenset[str]:
+    """Return what stands between the manager and a host: its jump hosts or its ProxyCommand; empty if nothing does."""
+    own = [option.partition("=")[2] for option in settings.ssh_options if option.lower().startswith("proxycommand=")]
+    if own:
+        return _proxy(own[0])
+    if settings.proxy_jump:
+        hops = _hops(settings.proxy_jump)
+    elif await event_loop.in_thread(_mentions_proxy, settings.config_file):
+        hops = await _configured_hops(settings)
+    else:
+        return frozenset()
+    return hops
+
+
+async def _configured_hops(settings: Settings, depth: int = 0) -> frozenset[str]:
+    values = await resolve(settings)
+    if command := values.get("proxycommand"):
+        return _proxy(command)
+    hops = _hops(values.get("proxyjump", "none"))
+    if depth >= _DEPTH:
+        return hops
+    outer: frozenset[str] = frozenset()
+    for hop in hops:
+        # A jump host may have one of its own, which then carries the connections to all that lie behind it.
+        inner = Settings(host=hop, target=hop, config_file=settings.config_file)
+        outer |= await _configured_hops(inner, depth + 1)
+    return hops | outer
+
+
+def _hops(jump: str) -> frozenset[str]:
+    if jump.lower() in ("", "none"):
+        return frozenset()
+    names = set()
+    for hop in jump.split(","):
+        try:
+            names.add(parse_destination(hop.strip()).host.lower())
+        except ValueError:
+            names.add(hop.strip())
+    return frozenset(names)
+
+
+def _proxy(command: str) -> frozenset[str]:
+    if command.lower() == "none":
+        return frozenset()
+    return _hops(",".join(hops_of_command(command))) or frozenset({command})
+
+
+async def resolve(settings: Settings) -> dict[str, str]:
+    """Return what the user's configuration says of a host, e.g. ``hostname``, ``user``, ``port``; asked once.
+
+    Args:
+        settings: The host, and the configuration file.
+
+    Returns:
+        The first value of each option, by its name in small letters; empty if ssh cannot say.
+    """
+    return await event_loop.in_thread(_resolve, settings.target, settings.user, settings.port, settings.config_file)
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolve(target: str, user: str | None, port: int | None, config_file: str | None) -> dict[str, str]:
+    argv = ["ssh", "-G"]
+    for flag, value in (("-F", config_file), ("-l", user), ("-p", port)):
+        if value is not None:
+            argv += [flag, str(value)]
+    try:
+        done = subprocess.run(
+            [*argv, "--", target], stdin=subprocess.DEVNULL, capture_output=True, timeout=_RESOLVE_TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values: dict[str, str] = {}
+    for line in done.stdout.decode(errors="replace").splitlines():
+        key, _, value = line.partition(" ")
+        values.setdefault(key, value)
+    return values
+
+
+def _mentions_proxy(config_file: str | None) -> bool:
+    """Whether a configuration file mentions a proxy at all: asking ssh costs 5 ms for each host."""
+    if config_file == "none":
+        return False
+    files = [Path(config_file)] if config_file else [user_config(), SYSTEM_CONFIG]
+    return _mentions_proxy_now(tuple((str(path), _changed(path)) for path in files))
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0  # ssh says why, where it cannot go on without it
+
+
+@functools.lru_cache(maxsize=16)
+def _mentions_proxy_now(stamp: tuple[tuple[str, int], ...]) -> bool:
+    proxy = re.compile(r"proxy(?:jump|command)", re.IGNORECASE)
+    return any(proxy.match(line.keyword) for path, _ in stamp for line in config_lines(Path(path), []))

@@ -1,0 +1,80 @@
+"""Agents on the manager's own machine: for a runtime without ssh, and the keeper."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+import sys
+
+from lazycluster.core import forks
+from lazycluster.exceptions import InvalidRuntimeError
+
+from .agent_program import new_marker, stub
+from .connection import Connection
+from .errors import no_room_here, no_room_in
+from .link import AgentLink
+from .process import WatchedProcess
+from .start_marker import StartError
+
+_DEADLINE = 20.0
+
+
+class LocalConnection(Connection):
+    """An agent as a plain subprocess of the manager.
+
+    Args:
+        host: The name that it goes by.
+        python: The interpreter that runs the agent; the manager's own by default.
+    """
+
+    local = True
+
+    def __init__(self, host: str = "localhost", python: str | None = None) -> None:
+        super().__init__(host)
+        self._python = python or sys.executable
+
+    async def open(self) -> None:
+        """Start the agent."""
+        self._become("connecting")
+        try:
+            await self._start()
+        except BaseException:
+            self._become("closed")
+            raise
+        self._opened()
+
+    async def _start(self) -> None:
+        marker = new_marker()
+        try:
+            process = WatchedProcess([self._python, "-ISc", stub(marker)])
+            self._process = process
+            await asyncio.wait_for(self._bring_up(process, marker), _DEADLINE)
+        except BaseException as error:
+            await self._hang_up()
+            if isinstance(error, (StartError, asyncio.TimeoutError, OSError)):
+                said = self._process.errors if self._process else str(error)
+                if places := no_room_in(said):
+                    raise no_room_here(places) from None
+                raise InvalidRuntimeError(self.host, "python", f"no agent can be started: {said}") from None
+            raise
+
+    async def another_agent(self) -> AgentLink:
+        """Start it as a daemon."""
+        self.check()
+        marker = new_marker()
+        process = WatchedProcess([self.hello.executable, "-ISc", stub(marker)])
+        fd_in, fd_out = process.take_streams()
+        return await self._begin(fd_in, fd_out, marker, process.exited)
+
+    async def bulk(self) -> socket.socket:
+        """Return a stream to a new process that copies files."""
+        self.check()
+        ours, theirs = socket.socketpair()
+        forks.not_for_children(ours.fileno(), theirs.fileno())
+        with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
+            agent.connect(os.path.join(self.hello.directory, "agent.sock"))
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", theirs.fileno(), theirs.fileno()))]
+            agent.sendmsg([b"bulk"], rights)
+        return ours
