@@ -195,7 +195,7 @@ class Liar:
 
     # --- copies -----------------------------------------------------------------------------------
     def _copy(self) -> None:
-        other = stream.Stream(0, 1)
+        other = stream.FrameStream(0, 1)
         other.header()
         request = other.message()
         kinds = (stream.START, stream.ENTRIES) if request["op"] == "get" else (stream.READY, stream.NEED)

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster.engines.hyperopt.mongo.dispatch import ClientSession, Dispatcher
-from lazycluster.engines.hyperopt.mongo.scram import Credentials
+from lazycluster.engines.hyperopt.mongo.scram import ScramCredentials
 from lazycluster.engines.hyperopt.mongo.server import Server
-from lazycluster.engines.hyperopt.mongo.store import Store
+from lazycluster.engines.hyperopt.mongo.store import DocumentStore
 
 
 class StandIn(Dispatcher):
-    def __init__(self, store: Store, users: Path) -> None:
+    def __init__(self, store: DocumentStore, users: Path) -> None:
         self.users = users
         super().__init__(store, self._known())
 
-    def _known(self) -> Credentials:
+    def _known(self) -> ScramCredentials:
         known = json.loads(self.users.read_text()) if self.users.exists() else {"user": "", "pwd": ""}
-        return Credentials.of(known["user"], known["pwd"])
+        return ScramCredentials.of(known["user"], known["pwd"])
 
     def run(self, session: ClientSession, command: dict[str, Any]) -> dict[str, Any]:
         if "createUser" in command and not self.users.exists():
@@ -63,7 +63,7 @@ async def main() -> None:
     (path / "WiredTiger").touch()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    store = Store(str(path / "stand-in"))
+    store = DocumentStore(str(path / "stand-in"))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(options.tlsCertificateKeyFile)
     tls.load_verify_locations(options.tlsCAFile)

@@ -19,7 +19,7 @@ from lazycluster import EnvironmentSpec, RuntimeGroup, RuntimeTask
 from lazycluster.core import event_loop
 from lazycluster.environments import installed_packages
 from lazycluster.environments.activation import HostEnvironment
-from lazycluster.environments.cache import Store, list_on
+from lazycluster.environments.cache import HostCache, list_on
 from lazycluster.exceptions import EnvironmentBuildError, TaskExecutionError
 from patience import until
 from wheelhouse import Index, make_project
@@ -151,7 +151,7 @@ def test_what_is_left_out_is_said(
         assert told == ([f'environment="manager" leaves out: {said} (exclude=[] leaves out nothing)'] if said else [])
 
 
-def _store(runtime: Any) -> Store:
+def _store(runtime: Any) -> HostCache:
     return event_loop.run(list_on(runtime.connection))
 
 

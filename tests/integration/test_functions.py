@@ -22,7 +22,7 @@ from lazycluster.exceptions import AgentError, ConnectionLostError
 from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.tasks import functions
-from lazycluster.tasks.functions import Outcome
+from lazycluster.tasks.functions import CallOutcome
 
 _PYENV = Path.home() / ".pyenv" / "versions"
 HERE = sys.executable
@@ -46,9 +46,9 @@ def with_connection(work: Callable[[LocalConnection], Awaitable[Any]]) -> Any:
     return event_loop.run(main(), timeout=90)
 
 
-def call(function: Any, *args: Any, **options: Any) -> Outcome:
+def call(function: Any, *args: Any, **options: Any) -> CallOutcome:
     options.setdefault("python", HERE)
-    outcome: Outcome = with_connection(lambda connection: functions.call(connection, function, args, **options))
+    outcome: CallOutcome = with_connection(lambda connection: functions.call(connection, function, args, **options))
     return outcome
 
 
@@ -167,7 +167,7 @@ def test_result_though_a_child_of_it_holds_its_output() -> None:
         subprocess.Popen(["sleep", "1000"])
         return pid
 
-    async def work(connection: LocalConnection) -> tuple[float, Outcome, list[bytes]]:
+    async def work(connection: LocalConnection) -> tuple[float, CallOutcome, list[bytes]]:
         printed: list[bytes] = []
         start = time.monotonic()
         outcome = await functions.call(connection, leave, python=HERE, stdout=printed.append)
@@ -181,8 +181,8 @@ def test_result_though_a_child_of_it_holds_its_output() -> None:
 
 
 def test_end_of_the_process() -> None:
-    assert call(sys.exit, 3) == Outcome("exited", exit=3)
-    assert call(os._exit, 4) == Outcome("exited", exit=4)
+    assert call(sys.exit, 3) == CallOutcome("exited", exit=3)
+    assert call(os._exit, 4) == CallOutcome("exited", exit=4)
     outcome = call(lambda: os.kill(os.getpid(), 9))
     assert (outcome.status, outcome.signal) == ("killed", signal.SIGKILL)
     assert "SIGKILL; the host may have run out of memory" in outcome.describe("f")
@@ -356,7 +356,7 @@ def test_a_call_that_waits_for_descriptors_can_be_cancelled(tmp_path: Path) -> N
     async def work(connection: LocalConnection) -> None:
         started = asyncio.Event()
 
-        def called(event: Callable[[Any], Any] = lambda _: None) -> asyncio.Future[Outcome]:
+        def called(event: Callable[[Any], Any] = lambda _: None) -> asyncio.Future[CallOutcome]:
             return asyncio.ensure_future(functions.call(connection, held, (str(gate),), python=HERE, event=event))
 
         first = called(lambda _: started.set())
@@ -383,7 +383,7 @@ def test_a_call_that_waits_for_descriptors_can_be_cancelled(tmp_path: Path) -> N
 
 
 def test_on_a_host(hosts: Any) -> None:
-    async def work() -> list[Outcome]:
+    async def work() -> list[CallOutcome]:
         connection = SshConnection(hosts.names[0], {"config_file": hosts.config_file})
         await connection.open()
         try:

@@ -55,7 +55,7 @@ class DirectZygote:
 
     def run(
         self, call: PickledCall, control: socket.socket | None = None, **request: Any
-    ) -> tuple[dict[str, Any], functions.Outcome | None, str, str, int]:
+    ) -> tuple[dict[str, Any], functions.CallOutcome | None, str, str, int]:
         """Return description, outcome, both outputs and the wait status of a call."""
         self.number += 1
         out, their_out = os.pipe()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lazycluster.cli import copy_progress, fanout, live_view
 from lazycluster.cli.commands import copy
-from lazycluster.cli.fanout import Outcome
+from lazycluster.cli.fanout import HostOutcome
 from lazycluster.cli.targets import Targets
 from lazycluster.core import event_loop
 from lazycluster.output import progress
@@ -34,8 +34,8 @@ def test_bars_do_not_overwrite_what_is_said(piped: bool, monkeypatch: pytest.Mon
             show(1, 3, 0)
         result = TransferResult(path="x", files=1, bytes=3_000_000, sent=1, skipped=0, seconds=2.0)
         copies.add("host1", result)
-        copies.done(Outcome("host1"))
-        copies.done(Outcome("host2", 1, "cannot copy: x\n  Next step: none", "error"))
+        copies.done(HostOutcome("host1"))
+        copies.done(HostOutcome("host2", 1, "cannot copy: x\n  Next step: none", "error"))
     said, shown = out.getvalue(), err.getvalue()
     assert "host1: 1 file, 2.9M in 2.0 s, 1.4M/s" in (said if piped else shown)
     assert said if piped else not said  # of two that write to one terminal, one does not know of the other's lines
@@ -47,7 +47,7 @@ def test_what_left_nothing_out_anywhere_is_told_once(capsys: pytest.CaptureFixtu
     with copy_progress.Copying(["host1", "host2"], quiet=True) as copies:
         for host, unused in (("host1", ("a", "b\n")), ("host2", ("b\n", "c")), ("host2", ("a", "b\n", "c"))):
             copies.add(host, TransferResult("x", 0, 0, 0, 0, 0.0, unused=unused))
-            copies.done(Outcome(host))
+            copies.done(HostOutcome(host))
     copies.warn(["a", "b\n", "b\n", "c", "d"])
     out, err = capsys.readouterr()
     assert not out
@@ -63,13 +63,13 @@ def test_of_copies_that_failed_nothing_is_told(capsys: pytest.CaptureFixture[str
 def test_nothing_else_says_how_far_it_is_on_the_same_terminal(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     displays = []
 
-    def display() -> progress._Nowhere:
+    def display() -> progress._NoDisplay:
         displays.append(command)
-        return progress._Nowhere()
+        return progress._NoDisplay()
 
-    async def slow(*_: object) -> list[Outcome]:
+    async def slow(*_: object) -> list[HostOutcome]:
         await asyncio.sleep(0.05)
-        return [Outcome("host1")]
+        return [HostOutcome("host1")]
 
     monkeypatch.setattr(progress, "_SILENT", 0.0)
     monkeypatch.setattr(progress, "_display", display)

@@ -87,10 +87,10 @@ class _Connected:
 
 
 def test_a_host_whose_system_hangs_is_told_and_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def work(connection: Any) -> fanout.Outcome:
+    async def work(connection: Any) -> fanout.HostOutcome:
         if connection.host == "bad":
             raise NoAnswerError("bad", "an answer to 'info'", 30)
-        return fanout.Outcome(connection.host)
+        return fanout.HostOutcome(connection.host)
 
     monkeypatch.setattr(Targets, "connection", lambda self, name: _Connected(name))
     bad, good = asyncio.run(everywhere(Targets(["bad", "good"]), work))
@@ -111,8 +111,8 @@ def test_an_output_that_nobody_reads_ends_it(tmp_path: Path) -> None:
 
 
 def test_an_output_that_goes_while_hosts_answer_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def work(connection: Any) -> fanout.Outcome:
-        return fanout.Outcome(connection.host)
+    async def work(connection: Any) -> fanout.HostOutcome:
+        return fanout.HostOutcome(connection.host)
 
     taken, given = os.pipe()
     os.close(taken)

@@ -888,7 +888,7 @@ class Hostile:
         self.send(frames.ABORT, {})
         ours, theirs = socket.socketpair()
         receiver = Receiver(
-            frames.Stream(ours.fileno(), ours.fileno()),
+            frames.FrameStream(ours.fileno(), ours.fileno()),
             lambda folder, name: destination(os.fsencode(self.root), b"/", {}, folder, name),
             frames.ByteCounter(),
         )
@@ -1069,7 +1069,7 @@ def test_a_receiver_that_says_what_it_likes_takes_no_memory(tmp_path, answers, w
         script += struct.pack("!BI", kind, len(payload)) + payload
     ours, theirs = socket.socketpair()
     found = os.fsencode(tmp_path / "file"), b"file"
-    sender = Sender(frames.Stream(ours.fileno(), ours.fileno()), lambda: found, frames.ByteCounter())
+    sender = Sender(frames.FrameStream(ours.fileno(), ours.fileno()), lambda: found, frames.ByteCounter())
     with ours, theirs, draining(theirs):
 
         def tell():

@@ -14,10 +14,10 @@ import lazycluster.cli
 from lazycluster.cli import console, copy_progress, errors, fanout, live_view, printing
 from lazycluster.cli.checkup import Checkup
 from lazycluster.cli.commands import cleanup, configuration, doctor, env, runtimes
-from lazycluster.cli.fanout import Outcome
+from lazycluster.cli.fanout import HostOutcome
 from lazycluster.cli.targets import Targets
 from lazycluster.core import event_loop
-from lazycluster.environments.cache import KeptEnvironment, Removal, Store
+from lazycluster.environments.cache import HostCache, KeptEnvironment, Removal
 from lazycluster.exceptions import one_line, printable
 
 _CLI = Path(lazycluster.cli.__file__).parent
@@ -57,14 +57,14 @@ def test_errors_of_copies(capsys: pytest.CaptureFixture[str]) -> None:
     with copy_progress.Copying(["host1"], quiet=True) as copies:
         result = SimpleNamespace(files=0, bytes=0, skipped=0, seconds=0.0, left_out=(_EVIL,), unused=())
         copies.add("host1", result)  # type: ignore[arg-type]
-        copies.done(Outcome("host1", 1, f"cannot copy: {_EVIL}\n  Next step: none", "error"))
+        copies.done(HostOutcome("host1", 1, f"cannot copy: {_EVIL}\n  Next step: none", "error"))
     _only_about_host1(capsys)
 
 
 @pytest.mark.parametrize("kind", ["lines", "gather"])
 def test_errors_of_commands(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     shown = printing.printer(kind, ["host1"], True)
-    outcome = Outcome("host1", 1, _EVIL, "error")
+    outcome = HostOutcome("host1", 1, _EVIL, "error")
 
     async def work() -> None:
         shown.done(outcome)
@@ -78,11 +78,11 @@ def test_errors_of_commands(capsys: pytest.CaptureFixture[str], kind: str) -> No
 def test_list_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
     listing = runtimes._Listing(Targets(["host1"]), True)
     listing.infos["host1"] = {"latency": 0.1, "os": _EVIL, "python_version": _EVIL, "gpus": [{"name": _EVIL}]}
-    listing.show(Outcome("host1"))
+    listing.show(HostOutcome("host1"))
     assert len(capsys.readouterr().out.splitlines()) == 1
-    outcome = Outcome("host1", 255, f"not usable as a runtime (lost): {_EVIL}", "unreachable")
+    outcome = HostOutcome("host1", 255, f"not usable as a runtime (lost): {_EVIL}", "unreachable")
     listing.show(outcome)
-    listing.show(Outcome("host1"))
+    listing.show(HostOutcome("host1"))
     listing.finish([outcome])
     _only_about_host1(capsys)
     watched = live_view._Watched.__new__(live_view._Watched)
@@ -100,7 +100,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_environments(capsys: pytest.CaptureFixture[str]) -> None:
     kept = KeptEnvironment("host1", _EVIL, _EVIL, _EVIL, _EVIL, {}, 1, 1.0, 1.0, False, _EVIL)
-    env._show(Store("host1", _EVIL, (kept,), 1))
+    env._show(HostCache("host1", _EVIL, (kept,), 1))
     env._tell(Removal("host1", (), (_EVIL,), (_EVIL,)))
     assert len(_shown(capsys)) == 6
     console.tell(_EVIL)
@@ -112,7 +112,7 @@ def test_environments(capsys: pytest.CaptureFixture[str]) -> None:
 def test_add_runtime_with_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     hello = SimpleNamespace(user=_EVIL, hostname=_EVIL, python=(3, 13, 0))
 
-    async def answered(chosen: Targets, work: Any) -> list[Outcome]:
+    async def answered(chosen: Targets, work: Any) -> list[HostOutcome]:
         return [await work(SimpleNamespace(host="host1", hello=hello))]
 
     monkeypatch.setattr(fanout, "everywhere", answered)

@@ -74,7 +74,7 @@ def test_what_is_no_message_ends_the_link_and_whoever_waits(kind: int, payload: 
             await host.say(wire.frame(1, kind, payload))
             with pytest.raises(ConnectionLostError):
                 await asyncio.wait_for(channel.result(), 10)
-            assert isinstance(lost[0], wire.ProtocolError)
+            assert isinstance(lost[0], wire.FrameError)
             assert len(str(lost[0])) < 500
 
     asyncio.run(attempt())

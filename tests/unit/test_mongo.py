@@ -20,8 +20,8 @@ from lazycluster.engines.hyperopt.mongo import codec, wire
 from lazycluster.engines.hyperopt.mongo.dispatch import ClientSession, Dispatcher
 from lazycluster.engines.hyperopt.mongo.errors import CommandError
 from lazycluster.engines.hyperopt.mongo.query import compile_filter, compile_projection
-from lazycluster.engines.hyperopt.mongo.scram import Conversation, Credentials
-from lazycluster.engines.hyperopt.mongo.store import Store, StoreError
+from lazycluster.engines.hyperopt.mongo.scram import Conversation, ScramCredentials
+from lazycluster.engines.hyperopt.mongo.store import DocumentStore, StoreError
 from lazycluster.engines.hyperopt.mongo.updates import compile_update
 from lazycluster.engines.hyperopt.mongo.values import order
 
@@ -31,7 +31,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.store = Store(str(path))
+        self.store = DocumentStore(str(path))
         self.engine = Dispatcher(self.store, None)
 
     def __call__(self, name: str, value: Any = 1, **fields: Any) -> dict[str, Any]:
@@ -412,7 +412,7 @@ def test_what_was_written_is_found_again(tmp_path: Path) -> None:
     first("createIndexes", "c", indexes=[{"key": {"k": 1}, "name": "k", "unique": True}])
     first("insert", "c", documents=[{"_id": 1, "k": 1}])
     with pytest.raises(StoreError, match=r"locked by another server that uses it \(process \d+\)"):
-        Store(str(tmp_path))
+        DocumentStore(str(tmp_path))
     first.store.close()
     second = Database(tmp_path)
     assert second.find({"k": 1}) == [{"_id": 1, "k": 1}]
@@ -423,16 +423,16 @@ def test_what_was_written_is_found_again(tmp_path: Path) -> None:
 def test_files_that_are_no_database(tmp_path: Path) -> None:
     (tmp_path / "lazycluster-mongo.sqlite").write_bytes(b"something else" * 100)
     with pytest.raises(StoreError, match="not a database"):
-        Store(str(tmp_path))
+        DocumentStore(str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be used"):
-        Store(str(tmp_path / "file" / "db"))
+        DocumentStore(str(tmp_path / "file" / "db"))
 
 
 # --- logging in ----------------------------------------------------------------------------------
 def test_only_who_logs_in_may_do_anything(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    engine = Dispatcher(store, Credentials.of("me", "secret"))
+    store = DocumentStore(str(tmp_path))
+    engine = Dispatcher(store, ScramCredentials.of("me", "secret"))
     session = ClientSession()
     for name in ("find", "insert", "listDatabases", "dropDatabase", "nonsense", "getMore"):
         assert engine.run(session, {name: "c", "$db": "db"})["code"] == 13
@@ -442,16 +442,16 @@ def test_only_who_logs_in_may_do_anything(tmp_path: Path) -> None:
     assert engine.run(session, {"saslStart": 1, "mechanism": "PLAIN", "payload": b""})["code"] == 334
     assert engine.run(session, {"saslContinue": 1, "payload": b""})["code"] == 18
     assert not session.authenticated
-    assert "stored_key" not in repr(Credentials.of("me", "secret"))
+    assert "stored_key" not in repr(ScramCredentials.of("me", "secret"))
     store.close()
 
 
 def test_a_wrong_proof_is_refused() -> None:
-    conversation = Conversation(Credentials.of("me", "secret"))
+    conversation = Conversation(ScramCredentials.of("me", "secret"))
     first = conversation.answer(b"n,,n=me,r=abc")
     nonce = first.split(b",")[0][2:]
     for proof in (b"", b"AAAA", b"%%", b"A" * 43 + b"="):
-        fresh = Conversation(Credentials.of("me", "secret"))
+        fresh = Conversation(ScramCredentials.of("me", "secret"))
         nonce = fresh.answer(b"n,,n=me,r=abc").split(b",")[0][2:]
         with pytest.raises(CommandError):
             fresh.answer(b"c=biws,r=" + nonce + b",p=" + proof)
@@ -510,5 +510,5 @@ def test_malformed_messages_are_told_from_others(tail: bytes, position: int, noi
         try:
             wire.length_of(message)
             wire.parse(message)
-        except wire.ProtocolError:
+        except wire.MessageError:
             continue

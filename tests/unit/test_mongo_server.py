@@ -379,7 +379,7 @@ def test_a_stranger_cannot_keep_the_server_busy(server: Server, monkeypatch: pyt
         while stranger.recv(1 << 20):
             pass  # it is cut off, after some answers
     assert server.client().db.c.find_one() is None
-    conversation = scram.Conversation(scram.Credentials.of("me", _PASSWORD))
+    conversation = scram.Conversation(scram.ScramCredentials.of("me", _PASSWORD))
     monkeypatch.setattr(scram, "hashlib", None)  # what is slow is done once, at the start
     assert conversation.answer(start["payload"]).startswith(b"r=abc")
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from lazycluster.agent.pool_protocol import ANSWER, BROKEN, CHUNK, LOCAL_CHUNK, MIXED, RETURNED
-from lazycluster.pool.chunks import Answer
+from lazycluster.pool.chunks import ChunkAnswer
 from lazycluster.pool.function_cache import Packer, state_of
-from lazycluster.pool.output_streams import Lines, Stream
+from lazycluster.pool.output_streams import WorkerLines, WorkerStream
 from lazycluster.pool.results import read
 from lazycluster.pool.serialization import Packed, pack, pack_calls
 from lazycluster.pool.shared_objects import SharedObjects, Sharing
@@ -139,7 +139,7 @@ def test_answers_are_found_wherever_they_are_cut(step: int) -> None:
     )
     found: list[Any] = []
     given_up: list[int] = []
-    stream = Stream(
+    stream = WorkerStream(
         lambda kind, number, elapsed, parts, size: found.append((number, b"".join(parts), size)),
         lambda number, error: given_up.append(number),
     )
@@ -154,7 +154,7 @@ def test_an_answer_that_is_given_up_is_passed_over(step: int) -> None:
     """What it holds is let go of at once, and the next answer is found where it begins."""
     data = b"".join(ANSWER.pack(RETURNED, n, 0.5, 1000) + bytes([n]) * 1000 for n in range(3))
     found: list[Any] = []
-    stream = Stream(
+    stream = WorkerStream(
         lambda kind, number, elapsed, parts, size: found.append((number, b"".join(parts))),
         lambda number, error: found.append((number, error)),
     )
@@ -169,13 +169,13 @@ def test_an_answer_that_is_given_up_is_passed_over(step: int) -> None:
 
 
 def test_lines_are_shown_whole(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = Lines("host", True)
+    lines = WorkerLines("host", True)
     for part in (b"on", b"e\ntw", b"o\n\xff", b"!"):
         lines.feed(part)
     lines.end()
     assert capsys.readouterr().out == "[host] one\n[host] two\n[host] \ufffd!\n"
     with caplog.at_level(logging.DEBUG, "lazycluster"):
-        Lines("host", False).feed(b"quiet\n")
+        WorkerLines("host", False).feed(b"quiet\n")
     assert "host: quiet" in caplog.text
     assert capsys.readouterr().out == ""
 
@@ -189,7 +189,7 @@ def host(name: str, cores: int) -> Any:
     ("kind", "content"), [(RETURNED, [1]), (RETURNED, 7), (MIXED, [(True, b"")]), (MIXED, [1, 2]), (BROKEN, {})]
 )
 def test_answers_that_make_no_sense_are_errors_of_each_call(kind: int, content: Any) -> None:
-    results = read(Answer(kind, [pickle.dumps(content)], 0, "host1"), 0, 2, lambda call: f"f({call})")
+    results = read(ChunkAnswer(kind, [pickle.dumps(content)], 0, "host1"), 0, 2, lambda call: f"f({call})")
     assert [good for good, _ in results] == [False, False]
     assert all(str(error).startswith("host1: the result of f(") for _, error in results)
 

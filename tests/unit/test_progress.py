@@ -159,7 +159,7 @@ def test_an_interrupted_wait_cleans_the_line(terminal: Terminal, monkeypatch: py
             finally:
                 ended.set()
 
-    show = _progress._Terminal.show
+    show = _progress._TerminalDisplay.show
     shows = iter([show, show])
 
     def interrupted(self: Any, text: str, share: float | None) -> None:
@@ -168,12 +168,12 @@ def test_an_interrupted_wait_cleans_the_line(terminal: Terminal, monkeypatch: py
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(_progress._Terminal, "show", interrupted)
+    monkeypatch.setattr(_progress._TerminalDisplay, "show", interrupted)
     with pytest.raises(KeyboardInterrupt), shown():
         try:
             event_loop.run(lasts())
         finally:
-            monkeypatch.setattr(_progress._Terminal, "show", show)
+            monkeypatch.setattr(_progress._TerminalDisplay, "show", show)
     assert ended.is_set()
     assert terminal.getvalue().endswith("\r\033[K")
 

@@ -87,11 +87,11 @@ def test_frames_arrive_as_they_were_sent(sent: list[tuple[int, int, bytes]], len
 )
 def test_any_bytes_are_frames_or_an_error(data: bytes, lengths: list[int]) -> None:
     decoder = wire.Decoder(wire.FROM_AGENT)
-    with contextlib.suppress(wire.ProtocolError):
+    with contextlib.suppress(wire.FrameError):
         for part in portions(data, lengths):
             for _, kind, payload in decoder.feed(part):
                 assert kind in wire._KINDS
-                with contextlib.suppress(wire.ProtocolError):
+                with contextlib.suppress(wire.FrameError):
                     assert isinstance(wire.loads(payload), dict)
     assert len(decoder._buffer) <= len(data)
 
@@ -201,7 +201,7 @@ def _receive(script: list[tuple[int, bytes]], to: Path) -> None:
         theirs.sendall(told + ends)  # short enough for the buffers of a socket
         theirs.shutdown(socket.SHUT_WR)
         receiver = Receiver(
-            stream.Stream(ours.fileno(), ours.fileno()),
+            stream.FrameStream(ours.fileno(), ours.fileno()),
             lambda folder, name: destination(os.fsencode(to), b"/", {}, folder, name),
             stream.ByteCounter(),
         )
@@ -226,10 +226,10 @@ def test_a_tree_arrives_as_it_is(tree: dict[tuple[bytes, ...], Any]) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             tally = stream.ByteCounter()
-            sender = Sender(stream.Stream(theirs.fileno(), theirs.fileno()), lambda: source(root, b"/", {}), tally)
+            sender = Sender(stream.FrameStream(theirs.fileno(), theirs.fileno()), lambda: source(root, b"/", {}), tally)
             sending = threading.Thread(target=sender.run)
             sending.start()
-            receiving = stream.Stream(ours.fileno(), ours.fileno())
+            receiving = stream.FrameStream(ours.fileno(), ours.fileno())
             Receiver(receiving, lambda f, n: destination(there, b"/", {}, f, n), stream.ByteCounter()).run()
             sending.join()
         assert _contents(there) == _contents(root)

@@ -21,9 +21,9 @@ from lazycluster.agent import logout, wire
 from lazycluster.agent.partial_files import PartialFile, PartialFiles, received
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
-from lazycluster.agent.session import Channel, FrameSession
+from lazycluster.agent.session import FrameSession, RequestChannel
 from lazycluster.agent.spool import Spool
-from lazycluster.agent.stream import ByteCounter, Stream
+from lazycluster.agent.stream import ByteCounter, FrameStream
 from lazycluster.ssh.link import AgentLink
 
 
@@ -116,13 +116,13 @@ def test_more_than_was_sent_cannot_have_arrived(total: int) -> None:
         outbox.write(write)
         outbox.acknowledge(40)
         if total > 100:
-            with pytest.raises(wire.ProtocolError):
+            with pytest.raises(wire.FrameError):
                 outbox.acknowledge(total)
         else:
             outbox.acknowledge(total)
             assert outbox.held == 100 - max(40, total)
         if total < 40:
-            with pytest.raises(wire.ProtocolError):
+            with pytest.raises(wire.FrameError):
                 outbox.rewind(total)
     finally:
         os.close(read)
@@ -150,7 +150,7 @@ class Echo:
         self.ended = asyncio.Event()
         self.errors: list[Exception] = []
 
-    def handle(self, channel: Channel) -> None:
+    def handle(self, channel: RequestChannel) -> None:
         count = 0
 
         def take(data: bytes) -> None:
@@ -167,7 +167,7 @@ class Echo:
         pass
 
     def streams_ended(self, session: FrameSession, error: Exception | None) -> None:
-        if isinstance(error, wire.ProtocolError):
+        if isinstance(error, wire.FrameError):
             self.errors.append(error)
         session.mute()
         self.ended.set()
@@ -288,7 +288,7 @@ def test_output_of_a_host_that_cannot_be_reached_goes_to_a_file_and_comes_in_ord
 
     def body(session: FrameSession, agent: Echo) -> None:
         session.keep()
-        channel = Channel(session, 1, {})
+        channel = RequestChannel(session, 1, {})
         count = 0
         while session.writable and count < 200:  # 50 MB: far more than memory is meant for
             channel.stdout(count.to_bytes(4, "big") + piece[4:])
@@ -318,7 +318,7 @@ def test_who_prints_has_to_wait_when_that_is_full(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("lazycluster.agent.spool.LIMIT", 1_000_000)
 
     def body(session: FrameSession, agent: Echo) -> None:
-        channel = Channel(session, 1, {})
+        channel = RequestChannel(session, 1, {})
         count = 0
         while session.writable:
             channel.stdout(bytes(100_000))
@@ -420,8 +420,8 @@ def test_a_part_of_a_file_that_has_grown_is_taken_up_if_it_is_its_beginning(
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         place = lambda folder, name: (os.fsencode(tmp_path), b"there", False)  # noqa: E731
-        receiver = Receiver(Stream(ours.fileno(), ours.fileno()), place, ByteCounter(), parts)
-        stream = Stream(theirs.fileno(), theirs.fileno())
+        receiver = Receiver(FrameStream(ours.fileno(), ours.fileno()), place, ByteCounter(), parts)
+        stream = FrameStream(theirs.fileno(), theirs.fileno())
         went: list[int] = []
         fill = stream.fill
         stream.fill = lambda kind, length: (went.append(length), fill(kind, length))[1]  # type: ignore[method-assign]

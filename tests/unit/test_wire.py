@@ -43,10 +43,10 @@ def test_json_keeps_names_that_are_not_utf8() -> None:
 
 @pytest.mark.parametrize("noise", [b"Welcome to this host!\r\n", b"\xff" * 20, wire.HEADER.pack(2**31, 1, wire.STDOUT)])
 def test_noise_is_an_error(noise: bytes) -> None:
-    with pytest.raises(wire.ProtocolError):
+    with pytest.raises(wire.FrameError):
         list(wire.Decoder().feed(noise))
 
 
 def test_broken_json_is_an_error() -> None:
-    with pytest.raises(wire.ProtocolError, match="not JSON"):
+    with pytest.raises(wire.FrameError, match="not JSON"):
         wire.loads(b"{")

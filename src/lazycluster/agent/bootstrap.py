@@ -24,7 +24,7 @@ NO_DIRECTORY = "lazycluster: no private directory can be made: "  # how the line
 TOLD_FD = 8  # by which the login shell tells what it has read; zsh takes no number of two digits
 
 
-class _Finder:
+class _AgentFinder:
     """Imports the agent's modules from memory, each compiled when it is first needed.
 
     It has the methods of finder and loader without their base classes, which would take longer to import than Python
@@ -76,7 +76,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     subprocess of the manager (`local`), this process is the guardian itself.
     """
     told = -1 if local else _told()
-    sys.meta_path.insert(0, _Finder(sources, codes))
+    sys.meta_path.insert(0, _AgentFinder(sources, codes))
     guardian = import_module(PACKAGE + ".guardian")
     import_module(PACKAGE + ".processes").forbid_cores()
     # With an umask that takes away what the user himself needs, nothing that is made can be used.

@@ -50,7 +50,7 @@ class Chunks:
         return view.nbytes
 
 
-class _Unpickler(pickle.Unpickler):
+class _CallUnpickler(pickle.Unpickler):
     """Finds our own modules without importing the package that they are of on the manager, which no host has."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -63,7 +63,7 @@ class _Unpickler(pickle.Unpickler):
 def load_call(file: IO[bytes]) -> Tuple[Callable[..., Any], Sequence[Any], Dict[str, Any]]:
     """Read a call from its stream of pickles."""
     localmodules.install(pickle.load(file))  # noqa: S301
-    unpickler = _Unpickler(file)
+    unpickler = _CallUnpickler(file)
     function, args, kwargs = unpickler.load()
     for portion in iter(unpickler.load, None):
         localmodules.fill(portion)

@@ -15,7 +15,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
-    from .session import Channel
+    from .session import RequestChannel
 
 
 def login_shell() -> str:
@@ -27,7 +27,7 @@ def login_shell() -> str:
     return shell if shell and os.access(shell, os.X_OK) else "/bin/sh"
 
 
-def environment(channel: Channel, task: str = "", base: Optional[Dict[str, str]] = None) -> Dict[str, str]:
+def environment(channel: RequestChannel, task: str = "", base: Optional[Dict[str, str]] = None) -> Dict[str, str]:
     """Return the whole environment of a request.
 
     Args:
@@ -40,7 +40,7 @@ def environment(channel: Channel, task: str = "", base: Optional[Dict[str, str]]
     return marked_environment(channel, env, task)
 
 
-def marked_environment(channel: Channel, env: Dict[str, str], task: str = "") -> Dict[str, str]:
+def marked_environment(channel: RequestChannel, env: Dict[str, str], task: str = "") -> Dict[str, str]:
     """Add the markers by which processes are found again."""
     env[AGENT_MARKER] = channel.agent.identity
     if task:
@@ -69,7 +69,7 @@ def _streams(has_input: bool, merge: bool) -> List[int]:
     return fds
 
 
-class Process:
+class CommandProcess:
     """A process whose output goes to a channel; the base of commands and services.
 
     Args:
@@ -87,7 +87,7 @@ class Process:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: RequestChannel,
         argv: List[str],
         env: Dict[str, str],
         cwd: str,
@@ -172,7 +172,7 @@ class Process:
 class Feed:
     """Writes the channel's INPUT to a descriptor, no faster than it is taken."""
 
-    def __init__(self, channel: Channel, fd: int) -> None:
+    def __init__(self, channel: RequestChannel, fd: int) -> None:
         self._channel, self._fd = channel, fd
         self._queue: Deque[bytes] = deque()
         self._end = False
@@ -230,7 +230,7 @@ class Feed:
             self._fd = -1
 
 
-class _Command(Process):
+class _Command(CommandProcess):
     clock: Any = None
     killed_before: Any = None
 
@@ -245,7 +245,7 @@ class _Command(Process):
         self.channel.result(**fields)
 
 
-def _in_shell(channel: Channel, path: str, line: str, begin: Callable[[List[str], Dict[str, str]], Any]) -> None:
+def _in_shell(channel: RequestChannel, path: str, line: str, begin: Callable[[List[str], Dict[str, str]], Any]) -> None:
     """Call `begin` with argv and environment of a line of shell, once the shell's start-up files have been read."""
     params = channel.params
     task = params.get("task") or ""
@@ -269,7 +269,7 @@ def _in_shell(channel: Channel, path: str, line: str, begin: Callable[[List[str]
         shell_startup.Waiting(channel, found, go_on)
 
 
-def run(channel: Channel) -> None:
+def run(channel: RequestChannel) -> None:
     """Handle the request `run`: a command, whose output is streamed and whose exit status is the result."""
     params = channel.params
     if params.get("argv"):
@@ -284,7 +284,7 @@ def run(channel: Channel) -> None:
     _in_shell(channel, path, params["command"], begin)
 
 
-def _begin(channel: Channel, argv: List[str], env: Dict[str, str], waited: float = 0.0) -> None:
+def _begin(channel: RequestChannel, argv: List[str], env: Dict[str, str], waited: float = 0.0) -> None:
     params = channel.params
     limited = dict(params.get("limits") or {})
     if limited:
@@ -314,7 +314,7 @@ def _begin(channel: Channel, argv: List[str], env: Dict[str, str], waited: float
     channel.event(pid=command.pid)
 
 
-def setup(channel: Channel) -> None:
+def setup(channel: RequestChannel) -> None:
     """Handle the request `setup`: run shell lines once, and tell the environment that they leave."""
     params = channel.params
     import shutil  # here and not above: the first command does not wait for it
@@ -346,10 +346,12 @@ def _checking(shell: str, script: str) -> Tuple[str, str]:
     return script, "[ $? -eq 0 ] || exit"
 
 
-class _Setup(Process):
+class _Setup(CommandProcess):
     """Runs set-up lines; what they print is kept for the error message."""
 
-    def __init__(self, channel: Channel, argv: List[str], env: Dict[str, str], cwd: str, read: int, write: int) -> None:
+    def __init__(
+        self, channel: RequestChannel, argv: List[str], env: Dict[str, str], cwd: str, read: int, write: int
+    ) -> None:
         self._result = bytearray()
         self._output: Deque[bytes] = deque(maxlen=64)
         self._read = read

@@ -27,7 +27,8 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional
 
-    from .session import Channel, Owner
+    from .session import RequestChannel, SessionOwner
+
 
 RUNNING, DONE, FAILED, CANCELLED, LOST = "running", "done", "failed", "cancelled", "lost"
 _STEPS = {"run": ("commands", "run"), "call": ("functions", "call")}
@@ -84,7 +85,7 @@ class Record:
 
     def __init__(self, task: "_Task", params: Dict[str, Any], outcome: str) -> None:
         self.params = params
-        self.agent: "Owner" = task.agent
+        self.agent: "SessionOwner" = task.agent
         self.loop = task.agent.loop
         self.open = True
         self._unwritten = bytearray()  # of the result, while the disk is full: its source is not read meanwhile
@@ -270,7 +271,7 @@ class _Task:
 _GOOD = (None, "returned")
 
 
-def detach(channel: "Channel") -> None:
+def detach(channel: "RequestChannel") -> None:
     """Handle the request `detach`: carry out a task, whatever becomes of the manager. INPUT is what its steps are fed.
 
     It must be the first request of an agent, which then does nothing else.
@@ -323,7 +324,7 @@ def _lives(about: Dict[str, Any]) -> bool:
     return same and start_time(int(pid or 0)) == started
 
 
-def detached(channel: "Channel") -> None:
+def detached(channel: "RequestChannel") -> None:
     """Handle the request `detached`: tell about tasks (`list`, `state`, `log`, `outcome`), `cancel` or `remove` one."""
     params, root = channel.params, place(trusts_group(channel))
     action = params["do"]
@@ -358,7 +359,7 @@ def detached(channel: "Channel") -> None:
 class _Reading:
     """Sends a file, no faster than it is taken."""
 
-    def __init__(self, channel: "Channel", path: str, offset: int) -> None:
+    def __init__(self, channel: "RequestChannel", path: str, offset: int) -> None:
         self._channel = channel
         self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         os.lseek(self._fd, offset, os.SEEK_SET)

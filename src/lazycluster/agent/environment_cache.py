@@ -28,10 +28,10 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Container, Dict, Iterator, List, Optional, Sequence, Tuple
 
-    from .session import Channel
+    from .session import RequestChannel
 
 
-def handle(channel: Channel, action: str) -> None:
+def handle(channel: RequestChannel, action: str) -> None:
     """Handle the request `environment` where it is about all that there are: on some file systems it takes long."""
     params, root = channel.params, root_of(channel)
     try:

@@ -27,7 +27,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
-    from .session import Channel
+    from .session import RequestChannel
 
 LOCK_FILE = "pylock.lazycluster.toml"  # in an environment: what is to be in it
 MARKER = ".lazycluster-environments"
@@ -44,7 +44,7 @@ _used: Dict[str, int] = {}  # environment -> descriptor whose lock says that it 
 _compiling: Dict[str, List[Callable[[], Any]]] = {}  # environment -> who waits until its modules are compiled
 
 
-def environment(channel: Channel) -> None:
+def environment(channel: RequestChannel) -> None:
     """Handle the request `environment`; `action` says what."""
     action = str(channel.params.get("action"))
     if action in ("list", "remove", "prune", "sift"):
@@ -64,7 +64,7 @@ def environment(channel: Channel) -> None:
         channel.fail("value", str(error))
 
 
-def _check_owner(channel: Channel) -> None:
+def _check_owner(channel: RequestChannel) -> None:
     """Check that nobody else has put there what will be run, as far as it is there."""
     root = root_of(channel)
     for path in (root, *(os.path.join(root, part) for part in _PARTS)):
@@ -72,7 +72,7 @@ def _check_owner(channel: Channel) -> None:
             check(path, trusts_group(channel))
 
 
-def root_of(channel: Channel) -> str:
+def root_of(channel: RequestChannel) -> str:
     """Return the directory that everything is in."""
     return meant(channel.params.get("root") or "~/.cache/lazycluster", "", {})
 
@@ -204,11 +204,11 @@ def facts() -> Dict[str, Any]:
     return {"system": sys.platform, "machine": os.uname().machine, "libc": libc or ["musl", ""]}
 
 
-def _facts(channel: Channel) -> None:
+def _facts(channel: RequestChannel) -> None:
     channel.result(root=root_of(channel), **facts())
 
 
-def _find(channel: Channel) -> None:
+def _find(channel: RequestChannel) -> None:
     prefix = _prefix(channel)
     problem = use(prefix)
     if problem is None:
@@ -218,7 +218,7 @@ def _find(channel: Channel) -> None:
         channel.result(found=False, prefix=prefix, problem=problem)
 
 
-def _survey(channel: Channel) -> None:
+def _survey(channel: RequestChannel) -> None:
     from .environment_survey import survey
     from .offload import aside
 
@@ -226,7 +226,7 @@ def _survey(channel: Channel) -> None:
     aside(channel, lambda: survey(params["wanted"], params["addresses"], params.get("env") or {}, root))
 
 
-def _prefix(channel: Channel) -> str:
+def _prefix(channel: RequestChannel) -> str:
     name = str(channel.params["id"])
     if not _ID.fullmatch(name):
         raise ValueError("not the name of an environment: {!r}".format(name))
@@ -325,7 +325,7 @@ def lock(path: str, kind: int) -> Optional[int]:
 
 
 # --- making one ----------------------------------------------------------------------------------
-def _build(channel: Channel) -> None:
+def _build(channel: RequestChannel) -> None:
     _Build(channel, root_of(channel), _prefix(channel))
 
 
@@ -335,7 +335,7 @@ class _Build:
     Whatever ends the channel before ends this, too, and removes what there is.
     """
 
-    def __init__(self, channel: Channel, root: str, prefix: str) -> None:
+    def __init__(self, channel: RequestChannel, root: str, prefix: str) -> None:
         self._channel, self._root, self._prefix = channel, root, prefix
         self._directory = ""
         self._lock: Optional[int] = None
@@ -456,7 +456,7 @@ def remove_unfinished(envs: str, name: str) -> None:
 
 
 # --- compiling its modules -----------------------------------------------------------------------
-def _compile(channel: Channel, prefix: str) -> None:
+def _compile(channel: RequestChannel, prefix: str) -> None:
     """Have the modules of an environment compiled, unless they are, beside all else that goes on."""
     from .commands import marked_environment
     from .environment_program import command, wants_compiling
@@ -485,7 +485,7 @@ def _compile(channel: Channel, prefix: str) -> None:
     channel.loop.on_exit(pid, ended)
 
 
-def _compiled(channel: Channel) -> None:
+def _compiled(channel: RequestChannel) -> None:
     """Tell when the modules of an environment have been compiled, as far as this agent sees to it."""
     prefix = _prefix(channel)
 
@@ -499,7 +499,7 @@ def _compiled(channel: Channel) -> None:
 
 
 # --- packages that are sent ----------------------------------------------------------------------
-def _wheels(channel: Channel) -> None:
+def _wheels(channel: RequestChannel) -> None:
     """Tell which packages have to be sent."""
     place = os.path.join(root_of(channel), "wheels")
     missing = []
@@ -520,7 +520,7 @@ def _wheels(channel: Channel) -> None:
     channel.result(missing=missing, directory=place)
 
 
-_ACTIONS: Dict[str, Callable[[Channel], None]] = {
+_ACTIONS: Dict[str, Callable[[RequestChannel], None]] = {
     "facts": _facts,
     "find": _find,
     "survey": _survey,

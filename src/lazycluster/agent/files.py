@@ -12,7 +12,7 @@ from .partial_files import PartialFiles
 from .path_expansion import absolute, expand, home
 from .receiver import Receiver
 from .sender import Sender, what_is
-from .stream import REQUEST, ByteCounter, CopyError, Stream, StreamClosedError, raw
+from .stream import REQUEST, ByteCounter, CopyError, FrameStream, StreamClosedError, raw
 
 
 def serve(incoming: int, outgoing: int, parts: Optional[PartialFiles] = None, heir: Any = None) -> None:
@@ -29,7 +29,7 @@ def serve(incoming: int, outgoing: int, parts: Optional[PartialFiles] = None, he
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _end)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    stream = Stream(incoming, outgoing)
+    stream = FrameStream(incoming, outgoing)
     stream.tell_busy()
     try:
         while True:
@@ -51,7 +51,7 @@ def _end(number: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def handle(stream: Stream, request: Dict[str, Any], parts: Optional[PartialFiles] = None) -> None:
+def handle(stream: FrameStream, request: Dict[str, Any], parts: Optional[PartialFiles] = None) -> None:
     """Do one copy."""
     env: Mapping[str, str] = request.get("env") or {}
     cwd = raw(request.get("cwd") or "")

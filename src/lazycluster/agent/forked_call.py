@@ -18,7 +18,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional
 
-    from .session import Channel
+    from .session import RequestChannel
     from .zygotes import Interpreter
 
 LINGER = 0.05  # seconds for which output is awaited that a process left to others when it ended
@@ -26,7 +26,7 @@ _HEAD = struct.Struct("!I")
 _RESERVE = 64  # descriptors that are left to other requests, and to the next steps of this one
 
 
-class Answer:
+class CallAnswer:
     """What a child of a zygote sends over its socket: a description, then as many bytes as that says.
 
     Args:
@@ -35,7 +35,7 @@ class Answer:
         on_end: Is called at the end of the stream.
     """
 
-    def __init__(self, channel: Channel, fd: int, on_end: Callable[[], Any]) -> None:
+    def __init__(self, channel: RequestChannel, fd: int, on_end: Callable[[], Any]) -> None:
         self.description: Optional[Dict[str, Any]] = None
         self.ended = False
         self.count = 0  # bytes that have come so far
@@ -117,7 +117,7 @@ class ForkedCall:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: RequestChannel,
         interpreter: Interpreter,
         message: Dict[str, Any],
         on_done: Callable[[Dict[str, Any]], Any],
@@ -168,7 +168,7 @@ class ForkedCall:
         self._out = Pump(channel, out, self._stdout, self._maybe_over)
         self._err = Pump(channel, err, self._stderr, self._maybe_over)
         self._feed = Feed(channel, feed)
-        self._answer = Answer(channel, ours.detach(), self._maybe_over)
+        self._answer = CallAnswer(channel, ours.detach(), self._maybe_over)
         for data in self._early:
             channel.on_input(data)
         self._early.clear()

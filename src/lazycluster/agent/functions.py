@@ -14,18 +14,18 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional
 
-    from .session import Channel
+    from .session import RequestChannel
     from .zygotes import Interpreter
 
 _zygotes: Dict[Any, Zygotes] = {}  # of each agent; there is one, except in tests
 
 
-def zygotes_of(channel: Channel) -> Zygotes:
+def zygotes_of(channel: RequestChannel) -> Zygotes:
     """Return what the agent keeps."""
     return _zygotes.setdefault(channel.agent, Zygotes(channel.agent))
 
 
-def call(channel: Channel) -> None:
+def call(channel: RequestChannel) -> None:
     """Handle the request `call`: a pickled function, whose outcome is the channel's OUTPUT."""
     params = channel.params
     env = environment(channel)
@@ -43,7 +43,7 @@ def call(channel: Channel) -> None:
     )
 
 
-def keep_library(channel: Channel) -> Optional[bytes]:
+def keep_library(channel: RequestChannel) -> Optional[bytes]:
     """Return what has a zygote import the pickling library, keeping it if it came with this request: it comes once."""
     params = channel.params
     libraries = zygotes_of(channel).libraries
@@ -53,7 +53,7 @@ def keep_library(channel: Channel) -> Optional[bytes]:
 
 
 def with_interpreter(
-    channel: Channel,
+    channel: RequestChannel,
     env: Dict[str, str],
     prepared: Callable[[Interpreter], Callable[[], Any]],
     failed: Callable[[], Any] = lambda: None,
@@ -95,14 +95,14 @@ def with_interpreter(
     chosen.when_ready(ready)
 
 
-def _called(channel: Channel, fields: Dict[str, Any]) -> None:
+def _called(channel: RequestChannel, fields: Dict[str, Any]) -> None:
     if fields["status"] == "failed":
         channel.fail("os", fields["message"], path=fields.get("path"))
     else:
         channel.result(**fields)
 
 
-def _interpreter(channel: Channel, zygotes: Zygotes, env: Dict[str, str]) -> Optional[Interpreter]:
+def _interpreter(channel: RequestChannel, zygotes: Zygotes, env: Dict[str, str]) -> Optional[Interpreter]:
     python = channel.params.get("python")
     try:
         return zygotes.get(python, env)
@@ -111,11 +111,11 @@ def _interpreter(channel: Channel, zygotes: Zygotes, env: Dict[str, str]) -> Opt
         return None
 
 
-def _fail_start(channel: Channel, python: Optional[str], why: str) -> None:
+def _fail_start(channel: RequestChannel, python: Optional[str], why: str) -> None:
     channel.fail("python", "the interpreter {} cannot be started: {}".format(python or "python3", why), python=python)
 
 
-def _mismatch(channel: Channel, zygotes: Zygotes, interpreter: Interpreter, env: Dict[str, str]) -> None:
+def _mismatch(channel: RequestChannel, zygotes: Zygotes, interpreter: Interpreter, env: Dict[str, str]) -> None:
     """Answer that the versions differ, with what else the host has to offer."""
     wanted = channel.params["version"]
     version = interpreter.facts["version"]
@@ -148,17 +148,17 @@ def _dotted(version: List[int]) -> str:
     return ".".join(str(part) for part in version)
 
 
-def packages(channel: Channel) -> None:
+def packages(channel: RequestChannel) -> None:
     """Handle the request `packages`: the versions of what is installed for an interpreter."""
     _ask(channel, {"kind": "packages", "names": [str(name) for name in channel.params.get("names") or []]}, False)
 
 
-def interpreters(channel: Channel) -> None:
+def interpreters(channel: RequestChannel) -> None:
     """Handle the request `interpreters`: those that the host has."""
     _ask(channel, {"kind": "interpreters"}, True)
 
 
-def _ask(channel: Channel, message: Dict[str, Any], own: bool) -> None:
+def _ask(channel: RequestChannel, message: Dict[str, Any], own: bool) -> None:
     """Have a zygote's child answer a question."""
     zygotes = zygotes_of(channel)
     env = environment(channel)

@@ -12,14 +12,14 @@ from __future__ import annotations
 import re
 import time
 
-from .commands import Process, environment, outcome
+from .commands import CommandProcess, environment, outcome
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Tuple
 
     from .loop import Loop
-    from .session import Channel
+    from .session import RequestChannel
 
     Survey = Callable[[List[Dict[str, Any]], str], Any]
     _Key = Tuple[Optional[str], ...]
@@ -48,7 +48,7 @@ class _State:
         self.stuck: List[_Program] = []  # calls of nvidia-smi that do not even end when they are killed
 
 
-def _state_of(channel: Channel) -> _State:
+def _state_of(channel: RequestChannel) -> _State:
     return _states.setdefault(channel.agent, _State())
 
 
@@ -62,7 +62,7 @@ class _Streams:
         self.loop = loop
 
 
-class _Program(Process):
+class _Program(CommandProcess):
     """A call of nvidia-smi. `then` gets its exit status, None if it took too long, and what it printed."""
 
     def __init__(
@@ -246,7 +246,7 @@ def visible(gpus: List[Dict[str, Any]], limits: Optional[str]) -> Tuple[List[Dic
     return found, "" if found or not gpus else "{}={} allows none of the GPUs".format(VISIBLE, limits)
 
 
-def survey(channel: Channel, env: Dict[str, str], users: bool, then: Survey) -> None:
+def survey(channel: RequestChannel, env: Dict[str, str], users: bool, then: Survey) -> None:
     """Call `then` with the GPUs, and with why there is none, or what is not known of them.
 
     Args:
@@ -309,7 +309,7 @@ def _identity(gpu: Dict[str, Any]) -> str:
 
 
 def take(
-    channel: Channel,
+    channel: RequestChannel,
     env: Dict[str, str],
     owner: str,
     per: int,
@@ -373,7 +373,7 @@ def wanted(params: Dict[str, Any]) -> Optional[Tuple[int, bool]]:
     return count, bool(asked.get("idle"))
 
 
-def gpus(channel: Channel) -> None:
+def gpus(channel: RequestChannel) -> None:
     """Handle the request `gpus`: tell the GPUs that work with the environment `env` could get.
 
     With `idle`, those that others use have the reason as `busy`. Those that were given to work here have its name as

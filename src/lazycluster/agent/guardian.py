@@ -11,7 +11,7 @@ import signal
 import time
 
 from .directories import further
-from .processes import Process, descendants, exists, parent_of, send_signal, start_time
+from .processes import ChildProcess, descendants, exists, parent_of, send_signal, start_time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
         sshd: The sshd process of the session that brought the agent, None if there is none.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # or sigtimedwait would not see it
-    session = Process(sshd) if sshd else None
+    session = ChildProcess(sshd) if sshd else None
     above = os.getppid()
     orderly = False
     while True:
@@ -76,9 +76,9 @@ def _present_sshd(directory: str) -> Optional[Tuple[int, int]]:
         return None
 
 
-def _as_noted(pid: int, started: int) -> Optional[Process]:
+def _as_noted(pid: int, started: int) -> Optional[ChildProcess]:
     """Return the sshd that the agent has left word of; None if there is none, or another process has its number."""
-    process = Process(pid) if pid else None
+    process = ChildProcess(pid) if pid else None
     return process if process is not None and (process.started or 0) == started else None
 
 

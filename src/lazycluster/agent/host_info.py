@@ -11,12 +11,12 @@ from typing import Any, Dict, List, Optional
 
 from .commands import environment
 from .gpus import survey
-from .session import Channel
+from .session import RequestChannel
 
 _UNLIMITED = 1 << 60  # control groups of version 1 say a number near 2**63 for "no limit"
 
 
-def info(channel: Channel) -> None:
+def info(channel: RequestChannel) -> None:
     """Handle the request `info`."""
     facts = gather()
     if not channel.params.get("gpus", True):

@@ -12,13 +12,13 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import List
 
-    from .session import Channel
+    from .session import RequestChannel
 
 
 _TUNNELS = "tunnels"  # the file in an agent's directory that tells others how many lead to its manager
 
 
-def tunnels(channel: Channel) -> None:
+def tunnels(channel: RequestChannel) -> None:
     """Handle the request `tunnels`: the manager tells how many it has; the sshd that carries them does not."""
     path = os.path.join(channel.agent.directory, _TUNNELS)
     with open(path + ".new", "w") as file:
@@ -27,7 +27,7 @@ def tunnels(channel: Channel) -> None:
     channel.result()
 
 
-def activity(channel: Channel) -> None:
+def activity(channel: RequestChannel) -> None:
     """Handle the request `activity`: ticks of the processors, and what this user's managers have running here."""
     running = {mark.rpartition(":")[2] for _, mark in marks(TASK_MARKER)}
     # The marks of services, such as the workers of clusters, begin with a name.

@@ -17,14 +17,14 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Dict, Iterator, List, Tuple
 
-    from .session import Channel
+    from .session import RequestChannel
 
 _YOUNG = 10.0  # seconds
 _SLOWEST = 60.0  # seconds from the making of a directory until its agent listens, on the slowest of hosts
 _UNFINISHED = re.compile(r".*/" + PREFIX + "[0-9a-f]{12}$")
 
 
-def leftovers(channel: Channel) -> None:
+def leftovers(channel: RequestChannel) -> None:
     """Handle the request `leftovers`: end and remove them, and tell what they were."""
     channel.result(**sweep(channel.agent.directory))
 

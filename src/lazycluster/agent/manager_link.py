@@ -11,17 +11,17 @@ import time
 from . import tcp
 from .guardian import SSHD_FILE, sshd_above
 from .logout import kills_at_logout
-from .processes import Process
+from .processes import ChildProcess
 from .session import FrameSession
-from .wire import TOTAL_SIZE, ProtocolError
+from .wire import TOTAL_SIZE, FrameError
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Callable, List, Optional, Protocol
 
-    from .session import Channel, Owner
+    from .session import RequestChannel, SessionOwner
 
-    class Agent(Owner, Protocol):
+    class LinkOwner(SessionOwner, Protocol):
         """What this needs of the agent."""
 
         ending: bool
@@ -51,7 +51,7 @@ class Line:
         self._connection = connection
         pid = _peer(connection)
         sshd = sshd_above(pid) if pid else None
-        self._sshd = Process(sshd) if sshd else None
+        self._sshd = ChildProcess(sshd) if sshd else None
         self._tcp = tcp.of_session(pid) if pid else None
 
     @property
@@ -97,7 +97,7 @@ class ManagerLink:
         grace: For how many seconds the manager may be away.
     """
 
-    def __init__(self, agent: "Agent", local: bool) -> None:
+    def __init__(self, agent: "LinkOwner", local: bool) -> None:
         self.session: Optional[FrameSession] = None
         self._agent = agent
         self._local = local
@@ -120,7 +120,7 @@ class ManagerLink:
         self.session.attach(fds[0], fds[1])
         return self.session
 
-    def agree(self, channel: Channel) -> None:
+    def agree(self, channel: RequestChannel) -> None:
         """Handle the request `session`: the manager says by what it will be known, and for how long it may be away."""
         params = channel.params
         refusal = "" if self._line is not None and self._line.up else _NO_SSHD
@@ -165,7 +165,7 @@ class ManagerLink:
         if self._alone:
             self._interrupted()
             return
-        if self._local or not self.grace or isinstance(error, ProtocolError):
+        if self._local or not self.grace or isinstance(error, FrameError):
             self._agent.end()
             return
         line, since = self._line, time.monotonic()
@@ -250,7 +250,7 @@ class ManagerLink:
                 except OSError:
                     pass  # the disk is full: the guardian may not be able to end this ssh session after a crash
                 os.write(fds[1], KEPT + session.received.to_bytes(TOTAL_SIZE, "big"))
-            except (ProtocolError, OSError):
+            except (FrameError, OSError):
                 _refuse(connection, fds)
                 return
             session.attach(fds[0], fds[1])

@@ -12,10 +12,10 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict
 
-    from .session import Channel
+    from .session import RequestChannel
 
 
-def aside(channel: Channel, work: Callable[[], Dict[str, Any]]) -> None:
+def aside(channel: RequestChannel, work: Callable[[], Dict[str, Any]]) -> None:
     """Have a child do some work, whose fields are the result of a channel.
 
     Args:

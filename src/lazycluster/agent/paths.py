@@ -10,12 +10,12 @@ from .deletion import RefusedError
 from .deletion import remove as delete
 from .ownership import make
 from .path_expansion import absolute, home
-from .session import Channel
+from .session import RequestChannel
 
 _OPEN = 0o755  # whatever the umask lets through, others may not write
 
 
-def trusts_group(channel: Channel) -> bool:
+def trusts_group(channel: RequestChannel) -> bool:
     """Whether the user has said that directories may be used that their group may write to."""
     return bool(channel.params.get("trust_group"))
 
@@ -34,12 +34,12 @@ def meant(path: str, cwd: str, env: Mapping[str, str]) -> str:
     return os.fsdecode(found)
 
 
-def _path(channel: Channel) -> str:
+def _path(channel: RequestChannel) -> str:
     params = channel.params
     return meant(params["path"], params.get("cwd") or "", params.get("env") or {})
 
 
-def mkdir(channel: Channel) -> None:
+def mkdir(channel: RequestChannel) -> None:
     """Handle the request `mkdir`: make a directory and its parents; `checked`: nobody else may write to it."""
     path = _path(channel)
     if os.path.lexists(path) and not os.path.isdir(path):
@@ -53,12 +53,12 @@ def mkdir(channel: Channel) -> None:
     channel.result(path=path, created=created, writable=os.access(path, os.W_OK | os.X_OK))
 
 
-def mkdtemp(channel: Channel) -> None:
+def mkdtemp(channel: RequestChannel) -> None:
     """Handle the request `mkdtemp`: make a directory that is removed when the agent ends."""
     channel.result(path=tempfile.mkdtemp(prefix="tmp-", dir=channel.agent.directory))
 
 
-def remove(channel: Channel) -> None:
+def remove(channel: RequestChannel) -> None:
     """Handle the request `remove`: remove a directory with all that it holds, or (unless `folder` is set) a file.
 
     What must not go is the error "value": see `deletion.remove`. So must the working directory `cwd`, the paths `kept`
@@ -81,7 +81,7 @@ def remove(channel: Channel) -> None:
     channel.result(path=path)
 
 
-def expanded(channel: Channel) -> None:
+def expanded(channel: RequestChannel) -> None:
     """Handle the request `expand`: tell what a path means, and what is there."""
     path = _path(channel)
     try:

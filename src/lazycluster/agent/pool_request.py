@@ -6,14 +6,14 @@ from . import gpus, host_info
 from .commands import environment, marked_environment
 from .functions import keep_library, with_interpreter
 from .paths import meant
-from .pools import Pool
+from .pools import WorkerPool
 from .processes import TASK_MARKER
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Callable, List
 
-    from .session import Channel
+    from .session import RequestChannel
     from .zygotes import Interpreter
 
 _THREAD_LIMITS = (
@@ -27,7 +27,7 @@ _THREAD_LIMITS = (
 _MOST_WORKERS = 4096
 
 
-def pool(channel: Channel) -> None:
+def pool(channel: RequestChannel) -> None:
     """Handle the request `pool`: see `poolwire` for what INPUT and OUTPUT are.
 
     With `gpus`, e.g. {"count": 1, "workers": 2, "idle": true}, there are as many workers as the host has shares of
@@ -55,7 +55,7 @@ def pool(channel: Channel) -> None:
     channel.on_abandon = taking.cancel
 
 
-def _begin(channel: Channel, most: int, shares: List[gpus.Share], together: int) -> None:
+def _begin(channel: RequestChannel, most: int, shares: List[gpus.Share], together: int) -> None:
     params = channel.params
     task = params.get("task") or ""
     env = environment(channel)
@@ -80,7 +80,7 @@ def _begin(channel: Channel, most: int, shares: List[gpus.Share], together: int)
         try:
             if channel.open:
                 variables = [shares[slot // together].variables for slot in range(most)] if shares else []
-                Pool(channel, interpreter, message, most, variables, renew, release)
+                WorkerPool(channel, interpreter, message, most, variables, renew, release)
                 return
         except OSError as error:
             channel.fail("os", "no pool can be made: {}".format(error.strerror), errno=error.errno)

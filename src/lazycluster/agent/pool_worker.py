@@ -83,7 +83,7 @@ class _Namespaces:
 _namespaces = _Namespaces()
 
 
-class _Unpickler(pickle.Unpickler):
+class _ArgumentsUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name == "_make_function" and module.startswith("cloudpickle"):
             return _namespaces.make_function
@@ -147,7 +147,7 @@ class _SharedObjects(Dict[int, Any]):
         return _load_blob(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY))
 
 
-class Worker:
+class PoolWorker:
     """The state of a worker.
 
     Args:
@@ -260,7 +260,7 @@ class Worker:
         file = io.BytesIO(data) if isinstance(data, memoryview) else data
 
         def load() -> Any:
-            unpickler = _Unpickler(file)
+            unpickler = _ArgumentsUnpickler(file)
             return unpickler.load() if kind == CHUNK else _load_local(file, unpickler)
 
         calls, kwargs = self._results.load(load)
@@ -309,7 +309,7 @@ def _load_blob(mapped: mmap.mmap) -> Any:
     buffers = [view[start : start + length] for start, length in places]
     mapped.seek(_LAYOUT.size + count * _BUFFER.size)
     del size
-    return _load_local(mapped, _Unpickler(mapped, buffers=buffers))
+    return _load_local(mapped, _ArgumentsUnpickler(mapped, buffers=buffers))
 
 
 def _load_local(file: Any, unpickler: pickle.Unpickler) -> Any:
@@ -366,7 +366,7 @@ def main(fds: List[int], request: Dict[str, Any]) -> int:
         told = json.dumps({"message": text}).encode("ascii")
         own.sendall(ANSWER.pack(UNFIT, 1, 0.0, len(told)) + told)
         return 1
-    worker = Worker(own, queue, board, request["slot"])
+    worker = PoolWorker(own, queue, board, request["slot"])
     try:
         if not worker.initialize(request.get("initializer") or 0):
             return 1

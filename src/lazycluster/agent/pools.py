@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Set
 
-    from .session import Channel
+    from .session import RequestChannel
     from .zygotes import Interpreter
 
 _STILLBORN = 3  # workers in a row that end before they are ready, after which there is no point in more
@@ -38,7 +38,7 @@ def nameless_file(name: str, directory: str) -> int:
         return fd
 
 
-class Pool:
+class WorkerPool:
     """The workers of one pool on this host.
 
     Args:
@@ -53,7 +53,7 @@ class Pool:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: RequestChannel,
         interpreter: Interpreter,
         message: Dict[str, Any],
         most: int,

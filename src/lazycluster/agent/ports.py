@@ -7,7 +7,7 @@ import os
 import socket
 from typing import List, Optional
 
-from .session import Channel
+from .session import RequestChannel
 
 _NONCE_LIMIT = 10.0
 _ELSEWHERE = "127.0.0.2"  # an address of every Linux host, that nobody who means 127.0.0.1 listens on
@@ -28,7 +28,7 @@ def is_free(port: int) -> Optional[int]:
     return None
 
 
-def free(channel: Channel) -> None:
+def free(channel: RequestChannel) -> None:
     """Handle the request `ports`: tell which of some ports are free, or only the first that is."""
     found: List[int] = []
     denied: List[int] = []
@@ -43,7 +43,7 @@ def free(channel: Channel) -> None:
     channel.result(free=found, denied=denied)
 
 
-def exposed(channel: Channel) -> None:
+def exposed(channel: RequestChannel) -> None:
     """Handle the request `exposed`: tell on which of some ports somebody listens for the whole network.
 
     They are known to have been free on all addresses, until something was asked to listen on 127.0.0.1 only.
@@ -60,7 +60,7 @@ def exposed(channel: Channel) -> None:
     channel.result(exposed=found)
 
 
-def nonce(channel: Channel) -> None:
+def nonce(channel: RequestChannel) -> None:
     """Handle the request `nonce`: listen on a port, and tell whoever connects to it first a secret.
 
     The manager that reads the secret has reached this very host.

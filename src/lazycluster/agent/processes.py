@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
     from .loop import Loop
-    from .session import Channel
+    from .session import RequestChannel
 
 AGENT_MARKER = "LAZYCLUSTER_AGENT"
 TASK_MARKER = "LAZYCLUSTER_TASK"
@@ -76,7 +76,7 @@ def exists(pid: int) -> bool:
     return True
 
 
-class Process:
+class ChildProcess:
     """A process, told from a later one of the same number, also where /proc hides it (``hidepid``).
 
     Args:
@@ -320,7 +320,9 @@ def pipe() -> Tuple[int, int]:
 class Pump:
     """Moves what a process prints from a pipe to a channel, no faster than the manager takes it."""
 
-    def __init__(self, channel: "Channel", fd: int, emit: Callable[[bytes], None], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, channel: "RequestChannel", fd: int, emit: Callable[[bytes], None], on_end: Callable[[], None]
+    ) -> None:
         self._channel, self._fd, self._emit, self._on_end = channel, fd, emit, on_end
         self._reading = False
         self.ended = False

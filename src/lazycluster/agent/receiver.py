@@ -36,7 +36,7 @@ from .stream import (
     WINDOW,
     ByteCounter,
     CopyError,
-    Stream,
+    FrameStream,
     StreamClosedError,
     raw,
     text,
@@ -64,7 +64,9 @@ class Receiver:
         parts: What earlier tries have left; takes what this one leaves.
     """
 
-    def __init__(self, stream: Stream, place: _PLACE, tally: ByteCounter, parts: Optional[PartialFiles] = None) -> None:
+    def __init__(
+        self, stream: FrameStream, place: _PLACE, tally: ByteCounter, parts: Optional[PartialFiles] = None
+    ) -> None:
         self._stream = stream
         self._place = place
         self._tally = tally

@@ -17,13 +17,13 @@ import struct
 
 from .loop import Loop
 from .relay_connection import COUNT, RelayedConnection
-from .wire import REQUEST, RESULT, Decoder, Outbox, ProtocolError, frame
+from .wire import REQUEST, RESULT, Decoder, FrameError, Outbox, frame
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Dict, List, Tuple
 
-    from .session import Channel
+    from .session import RequestChannel
 
 LOOPBACK = "127.0.0.1"
 _HIGH_WATER, _LOW_WATER = 2 * 1024 * 1024, 512 * 1024  # bytes that wait for the stream
@@ -33,7 +33,7 @@ _BACKLOG = 128
 _PAUSE = 0.1  # seconds without new connections when there are no descriptors left
 
 
-class End:
+class RelayEnd:
     """One end of a relay.
 
     Args:
@@ -115,7 +115,7 @@ class End:
         """Connect to the target of a tunnel, as the other end wants."""
         port = self._targets.get(COUNT.unpack(payload)[0])
         if number % 2 != self._parity or number in self.connections:
-            raise ProtocolError("a connection has the number of another")
+            raise FrameError("a connection has the number of another")
         try:
             if port is None:
                 raise OSError("no such tunnel")
@@ -225,7 +225,7 @@ def _serve(listener: socket.socket, path: str, control: socket.socket, first: bo
     listener.close()
     os.unlink(path)
     loop = Loop()
-    End(loop, _received(giver), control, first)
+    RelayEnd(loop, _received(giver), control, first)
     loop.run()
 
 
@@ -242,7 +242,7 @@ def _received(giver: socket.socket) -> Tuple[int, int]:
 class _Process:
     """The agent's hold on the process of an end."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: RequestChannel) -> None:
         self._channel = channel
         self._lines = b""
         path = os.path.join(channel.agent.directory, "relay-{}.sock".format(os.urandom(4).hex()))
@@ -266,7 +266,7 @@ class _Process:
             try:
                 _serve(listener, path, theirs, bool(channel.params.get("first")))
                 status = 0
-            except (OSError, ProtocolError, struct.error):
+            except (OSError, FrameError, struct.error):
                 pass  # the stream did not come, or what came is none of ours: the end of it is all there is to say
             finally:
                 os._exit(status)
@@ -312,7 +312,7 @@ class _Process:
         self._channel.result(status=status)
 
 
-def relay(channel: Channel) -> None:
+def relay(channel: RequestChannel) -> None:
     """Handle the request `relay`: be one end of a relay, the `first` or the other, as long as the channel is open.
 
     The event `socket` tells where its stream is awaited: as two descriptors that are sent over that socket. Then, with

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 
-from .wire import CREDIT, HEADER, INPUT, INPUT_END, MAX_PAYLOAD, RESULT, Outbox, ProtocolError, frame
+from .wire import CREDIT, HEADER, INPUT, INPUT_END, MAX_PAYLOAD, RESULT, FrameError, Outbox, frame
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .loop import Loop
 
-    class End(Protocol):
+    class ConnectionEnd(Protocol):
         """What carries connections."""
 
         loop: Loop
@@ -39,7 +39,7 @@ class RelayedConnection:
         connecting: Whether it is still to be seen if the socket can be connected.
     """
 
-    def __init__(self, end: End, number: int, sock: socket.socket, connecting: bool) -> None:
+    def __init__(self, end: ConnectionEnd, number: int, sock: socket.socket, connecting: bool) -> None:
         self._end, self._number, self._socket = end, number, sock
         self._fd = sock.fileno()
         self._connecting = connecting
@@ -89,7 +89,7 @@ class RelayedConnection:
     def _data(self, payload: bytes) -> None:
         self._ahead += len(payload)
         if self._ahead > WINDOW:
-            raise ProtocolError("more bytes came than were asked for")
+            raise FrameError("more bytes came than were asked for")
         if self._deaf:
             self._delivered(len(payload))
             return

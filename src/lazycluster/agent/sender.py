@@ -35,7 +35,7 @@ from .stream import (
     WINDOW,
     ByteCounter,
     CopyError,
-    Stream,
+    FrameStream,
     StreamClosedError,
     text,
 )
@@ -99,7 +99,7 @@ class Sender:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: FrameStream,
         find: Callable[[], Tuple[bytes, bytes]],
         tally: ByteCounter,
         exclude: Sequence[bytes] = (),

@@ -15,7 +15,7 @@ from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .manager_link import ManagerLink
 from .processes import AGENT_MARKER, Ending, become_plain, close_all_but, descendants, explained, marks, start_time
-from .session import Channel
+from .session import RequestChannel
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Agent:
         except Exception:
             session = self._presence.session
             if session is not None:
-                Channel(session, 0, {}).event(crash=_traceback())
+                RequestChannel(session, 0, {}).event(crash=_traceback())
                 session.flush_and_close()
             raise
         return self._orderly
@@ -120,7 +120,7 @@ class Agent:
     def report(self, text: str) -> None:
         """Tell the manager of something that went wrong, where no request is there to be failed."""
         if self._presence.session is not None:
-            Channel(self._presence.session, 0, {}).event(problem=text)
+            RequestChannel(self._presence.session, 0, {}).event(problem=text)
 
     # --- who is there --------------------------------------------------------------------------
     def _listen(self, listener: socket.socket) -> None:
@@ -151,7 +151,7 @@ class Agent:
                 _refuse_bulk(connection, fds, error)
         elif purpose == b"session" and self._presence.session is None and len(fds) == 2:
             session = self._presence.begin(connection, fds)
-            Channel(session, 0, {}).event(**self._hello())
+            RequestChannel(session, 0, {}).event(**self._hello())
             self.loop.call_later(_SWEEP_DELAY, self._sweep)
         elif purpose == b"rejoin" and len(fds) == 2:
             self._presence.rejoin(connection, fds)
@@ -228,7 +228,7 @@ class Agent:
         self.loop.call_later(self._presence.grace, lambda: self._parts.drop(part))
 
     # --- requests ------------------------------------------------------------------------------
-    def handle(self, channel: Channel) -> None:
+    def handle(self, channel: RequestChannel) -> None:
         """Start the work that a request asks for."""
         operation = str(channel.params.get("op"))
         try:
@@ -254,7 +254,7 @@ class Agent:
         except Exception as error:  # noqa: BLE001  (one broken request must not end the others)
             channel.fail("internal", "{}: {}".format(type(error).__name__, error), traceback=_traceback())
 
-    def _keep(self, channel: Channel) -> None:
+    def _keep(self, channel: RequestChannel) -> None:
         """Remember what is to be ended and removed if the manager dies (asked of the keeper only)."""
         path = os.path.join(self.directory, KEEP_FILE)
         with open(path + ".new", "w") as file:
@@ -280,7 +280,7 @@ class Agent:
                 pass  # after a crash of this process and its guardian, the next agent removes them
         return [os.path.join(directory, SOCKET) for directory in self._further]
 
-    def _stop(self, channel: Channel) -> None:
+    def _stop(self, channel: RequestChannel) -> None:
         self._orderly = True
 
         def told() -> None:
@@ -355,11 +355,11 @@ def _traceback() -> str:
 
 def _refuse_bulk(connection: socket.socket, fds: List[int], error: OSError) -> None:
     """Answer on the streams of a copy that there is nobody to do it."""
-    from .stream import DONE, ERROR, CopyError, Stream, StreamClosedError
+    from .stream import DONE, ERROR, CopyError, FrameStream, StreamClosedError
 
     try:
         told = CopyError(b"a process for that", explained(error.strerror), error.errno)
-        stream = Stream(fds[0], fds[-1])
+        stream = FrameStream(fds[0], fds[-1])
         stream.put_json(ERROR, told.message_to_send())
         stream.put_json(DONE, {})
         stream.flush()

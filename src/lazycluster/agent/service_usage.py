@@ -12,7 +12,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Dict, List, Optional
 
-    from .session import Channel
+    from .session import RequestChannel
 
 _KEPT = 0.5  # seconds for which an answer is good, at least: a shorter time tells little of processors
 _SHARE = 0.01  # of a processor is spent on this at most: what took long is kept for longer
@@ -21,7 +21,7 @@ _answer: Dict[str, Any] = {}
 _good_until = 0.0
 
 
-def usage(channel: Channel) -> None:
+def usage(channel: RequestChannel) -> None:
     """Handle the request `usage`: what each service of this agent, with all that it has started, uses of the host.
 
     Nothing is asked for by number: an agent tells of no process but those that its own manager has had started. The

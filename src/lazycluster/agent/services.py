@@ -13,14 +13,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, cast
 
 from . import gpus, oom
-from .commands import Process, environment, outcome
+from .commands import CommandProcess, environment, outcome
 from .deletion import remove_tree
 from .processes import Ending, explained, tree_of
 from .restart_policy import RestartPolicy
 
 if TYPE_CHECKING:
     from .loop import Loop
-    from .session import Channel
+    from .session import RequestChannel
 
 _HELD = 512 * 1024  # bytes of output that wait for a manager that is slow; what is older is dropped
 _TAIL = 8 * 1024  # bytes of output that are told with the end of the process
@@ -38,7 +38,7 @@ _BOOT = "import sys;sys.path[:]=[p for p in sys.path if p]+[sys.argv.pop(1)];fro
 class _Outlet:
     """Stands between a service and the channel: takes output at any time, so that the service never waits."""
 
-    def __init__(self, channel: "Channel") -> None:
+    def __init__(self, channel: "RequestChannel") -> None:
         self.loop: "Loop" = channel.loop
         self.open = True
         self.writable = True
@@ -81,13 +81,13 @@ class _Outlet:
         return b"".join(self.tail).decode("utf-8", "replace")[-_TAIL:]
 
 
-class _Run(Process):
+class _Run(CommandProcess):
     """The process of a service, from one start to its end."""
 
     def __init__(self, service: "_Service", argv: List[str], env: Dict[str, str], cwd: str) -> None:
         self._service = service
         self._line = b""
-        super().__init__(cast("Channel", service.outlet), argv, env, cwd, True, False, cores=not service.is_ours)
+        super().__init__(cast("RequestChannel", service.outlet), argv, env, cwd, True, False, cores=not service.is_ours)
         running[self.pid] = self._started
 
     def on_stdout(self, data: bytes) -> None:
@@ -137,7 +137,7 @@ class _Run(Process):
 class _Service:
     """A supervised program: its process, what it is fed, and what is told about it."""
 
-    def __init__(self, channel: "Channel") -> None:
+    def __init__(self, channel: "RequestChannel") -> None:
         params = channel.params
         self.channel = channel
         self.outlet = _Outlet(channel)
@@ -356,7 +356,7 @@ class _Service:
         tell()
 
 
-def service(channel: "Channel") -> None:
+def service(channel: "RequestChannel") -> None:
     """Handle the request `service`: run a program until the manager ends it, and start it again when it dies.
 
     It is asked for as `argv`, or as `source` (a small package of modules, one of which has a `main`) for `python`.

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from .loop import Loop
     from .spool import Spool
 
-    class Owner(Protocol):
+    class SessionOwner(Protocol):
         """What a session needs of the agent."""
 
         loop: Loop
         directory: str
         identity: str
 
-        def handle(self, channel: "Channel") -> None:
+        def handle(self, channel: "RequestChannel") -> None:
             """Start the work that a request asks for."""
 
         def heard(self) -> None:
@@ -51,7 +51,7 @@ def _nothing(*_: Any) -> None:
     pass
 
 
-class Channel:
+class RequestChannel:
     """The agent's side of one request.
 
     A handler assigns `on_input`, `on_input_end`, `on_control`, `on_drain` and `on_abandon` as it needs them, and ends
@@ -65,7 +65,7 @@ class Channel:
 
     def __init__(self, session: "FrameSession", number: int, params: Dict[str, Any]) -> None:
         self.params = params
-        self.agent: "Owner" = session.agent
+        self.agent: "SessionOwner" = session.agent
         self.loop: "Loop" = session.agent.loop
         self.open = True
         self.on_input: Callable[[bytes], Any] = _nothing
@@ -144,9 +144,9 @@ class FrameSession:
         silent: Whether nobody seems to listen, though the streams are there.
     """
 
-    def __init__(self, agent: "Owner") -> None:
+    def __init__(self, agent: "SessionOwner") -> None:
         self.agent = agent
-        self.channels: Dict[int, Channel] = {}
+        self.channels: Dict[int, RequestChannel] = {}
         self.silent = False
         self._in = self._out = -1
         self._muted = False
@@ -287,7 +287,7 @@ class FrameSession:
         try:
             for number, kind, payload in self._decoder.feed(data):
                 self._dispatch(number, kind, payload)
-        except wire.ProtocolError as error:
+        except wire.FrameError as error:
             self.agent.streams_ended(self, error)
             return
         if self._outbox.keeps and self.received - self._told >= wire.ACK_UNIT:
@@ -299,7 +299,7 @@ class FrameSession:
 
     def _dispatch(self, number: int, kind: int, payload: bytes) -> None:
         if kind == wire.REQUEST:
-            channel = Channel(self, number, wire.loads(payload))
+            channel = RequestChannel(self, number, wire.loads(payload))
             self.channels[number] = channel
             self.agent.handle(channel)
             return
@@ -324,7 +324,7 @@ class FrameSession:
         if before >= wire.HELD > self._outbox.held:
             self._drained()
 
-    def _control(self, number: int, channel: Channel, message: Dict[str, Any]) -> None:
+    def _control(self, number: int, channel: RequestChannel, message: Dict[str, Any]) -> None:
         if message.get("abandon"):
             channel.open = False
             self.channels.pop(number, None)

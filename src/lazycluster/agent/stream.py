@@ -161,7 +161,7 @@ class ByteCounter:
             self._report(self.bytes, self.bytes, self.files)
 
 
-class Stream:
+class FrameStream:
     """Frames over blocking descriptors; both ways have one buffer, which is all the memory that a copy takes.
 
     Args:

@@ -16,7 +16,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Deque, Dict, Iterator, Optional, Protocol, Tuple, Union
 
-    class Spool(Protocol):
+    class Overflow(Protocol):
         """What takes bytes where memory is not enough, and gives them back in order."""
 
         size: int
@@ -53,7 +53,7 @@ _MESSAGES = frozenset((REQUEST, CONTROL, EVENT, RESULT))
 _KINDS = _MESSAGES | {INPUT, INPUT_END, CREDIT, ACK, STDOUT, STDERR, OUTPUT}
 
 
-class ProtocolError(Exception):
+class FrameError(Exception):
     """The bytes that arrived are not frames."""
 
 
@@ -81,9 +81,9 @@ def loads(payload: bytes) -> Dict[str, Any]:
     try:
         message = json.loads(payload)
     except (ValueError, RecursionError) as error:
-        raise ProtocolError("a message is not JSON: {}".format(error)) from None
+        raise FrameError("a message is not JSON: {}".format(error)) from None
     if not isinstance(message, dict):
-        raise ProtocolError("a message is not an object, but {!r:.60}".format(message))
+        raise FrameError("a message is not an object, but {!r:.60}".format(message))
     return message
 
 
@@ -131,7 +131,7 @@ class Decoder:
                 length, channel, kind = HEADER.unpack_from(buffer, self._position)
                 if kind not in _KINDS or length > (self._limit if kind in _MESSAGES else MAX_BYTES):
                     wrong = bytes(buffer[self._position : self._position + 64])
-                    raise ProtocolError("not a frame: {!r}".format(wrong))
+                    raise FrameError("not a frame: {!r}".format(wrong))
                 start = self._position + head
                 if end - start < length:
                     break
@@ -173,7 +173,7 @@ class Outbox:
     def __init__(self) -> None:
         self.size = self.held = self.done = 0
         self.keeps = False
-        self.spool: Optional[Spool] = None
+        self.spool: Optional[Overflow] = None
         self._parts: Deque[memoryview] = deque()
         self._written: Deque[memoryview] = deque()
 
@@ -236,7 +236,7 @@ class Outbox:
         """
         count = max(0, total - self.done)
         if count > self.held:
-            raise ProtocolError("{} bytes are acknowledged, of {}".format(total, self.done + self.held))
+            raise FrameError("{} bytes are acknowledged, of {}".format(total, self.done + self.held))
         if not count:
             return
         self.done = total
@@ -263,7 +263,7 @@ class Outbox:
             ProtocolError: If not all of it is there.
         """
         if total < self.done:
-            raise ProtocolError("{} bytes have arrived, but {} are not kept any more".format(total, self.done))
+            raise FrameError("{} bytes have arrived, but {} are not kept any more".format(total, self.done))
         self.acknowledge(total)
         self._parts.extendleft(reversed(self._written))
         self._written.clear()

@@ -15,7 +15,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Dict, List, Optional, Tuple
 
-    from .pools import Pool
+    from .pools import WorkerPool
     from .zygotes import Interpreter
 
 _READ_SIZE = MAX_PAYLOAD - WORKER.size
@@ -36,7 +36,7 @@ class WorkerHandle:
         ending: Whether it is being ended on purpose.
     """
 
-    def __init__(self, pool: Pool, number: int, slot: int) -> None:
+    def __init__(self, pool: WorkerPool, number: int, slot: int) -> None:
         self.slot = slot
         self.pid = 0
         self.started: Optional[int] = None

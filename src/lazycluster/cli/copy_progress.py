@@ -24,7 +24,7 @@ from lazycluster.exceptions import one_line
 from lazycluster.output.host_cells import megabytes
 
 from .console import errors, host_style, lines_of, output
-from .fanout import Outcome
+from .fanout import HostOutcome
 
 if TYPE_CHECKING:
     from lazycluster.ssh.transfer import TransferResult
@@ -107,7 +107,7 @@ class Copying:
                 )
                 errors().print(one_line(text), markup=False, soft_wrap=True, style="yellow")
 
-    def done(self, outcome: Outcome) -> None:
+    def done(self, outcome: HostOutcome) -> None:
         """Say how it ended on a host."""
         host = outcome.host
         with self._lock:

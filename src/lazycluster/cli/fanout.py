@@ -16,13 +16,13 @@ from .errors import FAILED, TIMED_OUT, UNREACHABLE
 from .option_names import spelled_next_steps
 from .targets import Targets
 
-__all__ = ["FANOUT", "Outcome", "everywhere", "exit_status", "open_all"]
+__all__ = ["FANOUT", "HostOutcome", "everywhere", "exit_status", "open_all"]
 
 FANOUT = 64
 
 
 @dataclass
-class Outcome:
+class HostOutcome:
     """How the work on a host ended.
 
     Attributes:
@@ -40,15 +40,15 @@ class Outcome:
     seconds: float = 0.0
 
 
-Work = Callable[[Connection], Awaitable[Outcome]]
+Work = Callable[[Connection], Awaitable[HostOutcome]]
 
 
 async def everywhere(
     targets: Targets,
     work: Work,
     fanout: int = FANOUT,
-    on_done: Callable[[Outcome], Any] = lambda outcome: None,
-) -> list[Outcome]:
+    on_done: Callable[[HostOutcome], Any] = lambda outcome: None,
+) -> list[HostOutcome]:
     """Connect hosts and do something on each.
 
     If it is cancelled, the work ends on all hosts before this does.
@@ -64,7 +64,7 @@ async def everywhere(
     """
     slots = asyncio.Semaphore(fanout)
 
-    async def one(name: str) -> Outcome:
+    async def one(name: str) -> HostOutcome:
         async with slots:
             started = time.monotonic()
             outcome = await _on_host(targets, name, work)
@@ -75,18 +75,18 @@ async def everywhere(
     return await event_loop.together([asyncio.ensure_future(one(name)) for name in targets.names])
 
 
-async def _on_host(targets: Targets, name: str, work: Work) -> Outcome:
+async def _on_host(targets: Targets, name: str, work: Work) -> HostOutcome:
     connection = None
     try:
         connection = targets.connection(name)
         await connection.open()
         return await work(connection)
     except InvalidRuntimeError as error:
-        return Outcome(name, UNREACHABLE, _told(error, name), "unreachable")
+        return HostOutcome(name, UNREACHABLE, _told(error, name), "unreachable")
     except ConnectionLostError as error:
-        return Outcome(name, UNREACHABLE, _told(error, name), "unreachable")
+        return HostOutcome(name, UNREACHABLE, _told(error, name), "unreachable")
     except (LazyclusterError, OSError, ValueError, TypeError) as error:
-        return Outcome(name, FAILED, _told(error, name), "error")
+        return HostOutcome(name, FAILED, _told(error, name), "error")
     finally:
         if connection is not None:
             await connection.close()
@@ -96,7 +96,7 @@ def _told(error: Exception, host: str) -> str:
     return spelled_next_steps(str(error).removeprefix(f"{host}: ")) or type(error).__name__
 
 
-def exit_status(outcomes: Sequence[Outcome], everyone: bool = False) -> int:
+def exit_status(outcomes: Sequence[HostOutcome], everyone: bool = False) -> int:
     """Return the exit status of a command from those of its hosts.
 
     Args:

@@ -17,7 +17,7 @@ from lazycluster.ssh.terminal import is_asking, when_answered
 
 from .console import errors, host_style, lines_of, output
 from .errors import OutputGoneError
-from .fanout import Outcome
+from .fanout import HostOutcome
 from .host_arguments import fold
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _KEPT = 64 * 1024 * 1024  # bytes of a host's output that are kept for the end
 def printer(kind: str, hosts: Sequence[str], label: bool) -> Printer:
     """Return what prints: ``lines``, ``gather`` or ``json``."""
     if kind == "json":
-        return _Json()
+        return _JsonPrinter()
     return _Gathered() if kind == "gather" else _Lines(hosts, label)
 
 
@@ -60,7 +60,7 @@ class Printer(abc.ABC):
         """Take what a command wrote to its standard error."""
 
     @abc.abstractmethod
-    def done(self, outcome: Outcome) -> None:
+    def done(self, outcome: HostOutcome) -> None:
         """Take the end of a host's work."""
 
     def put(self, stream: Any, data: bytes) -> None:
@@ -146,11 +146,11 @@ class Printer(abc.ABC):
             stream.flush()
         return bool(items) or not future.done()
 
-    def finish(self, outcomes: Sequence[Outcome]) -> None:  # noqa: B027  (what comes at once needs none)
+    def finish(self, outcomes: Sequence[HostOutcome]) -> None:  # noqa: B027  (what comes at once needs none)
         """Print what is left for the end."""
 
 
-def _told(outcome: Outcome) -> str:
+def _told(outcome: HostOutcome) -> str:
     """Return what is said of a host whose work did not end well, else nothing."""
     if outcome.error:
         return outcome.error
@@ -159,7 +159,7 @@ def _told(outcome: Outcome) -> str:
     return f"exit status {outcome.status}" if outcome.status else ""
 
 
-def _say(outcome: Outcome) -> None:
+def _say(outcome: HostOutcome) -> None:
     told = _told(outcome)
     if told:
         out = errors()
@@ -215,7 +215,7 @@ class _Lines(Printer):
             self._labels[host, name] = _encoded(text, getattr(sys, name))
         return self._labels[host, name]
 
-    def done(self, outcome: Outcome) -> None:
+    def done(self, outcome: HostOutcome) -> None:
         for name in ("stdout", "stderr"):
             if rest := self._partial.pop((outcome.host, name), b""):
                 self.put(getattr(sys, name), self._label_of(outcome.host, name) + rest + b"\n")
@@ -246,7 +246,7 @@ class _Kept(Printer):
         if len(data) > room:
             self._cut.add(host)
 
-    def done(self, outcome: Outcome) -> None:
+    def done(self, outcome: HostOutcome) -> None:
         pass
 
     def _of(self, host: str, name: str) -> bytes:
@@ -256,7 +256,7 @@ class _Kept(Printer):
 class _Gathered(_Kept):
     """The output of each host at the end; hosts that printed the same together."""
 
-    def finish(self, outcomes: Sequence[Outcome]) -> None:
+    def finish(self, outcomes: Sequence[HostOutcome]) -> None:
         groups: dict[tuple[bytes, str], list[str]] = {}
         for outcome in outcomes:
             text = self._of(outcome.host, "stdout")
@@ -282,10 +282,10 @@ class _Gathered(_Kept):
                 _say(outcome)
 
 
-class _Json(_Kept):
+class _JsonPrinter(_Kept):
     """One document at the end."""
 
-    def finish(self, outcomes: Sequence[Outcome]) -> None:
+    def finish(self, outcomes: Sequence[HostOutcome]) -> None:
         document = [
             {
                 "host": outcome.host,

@@ -52,7 +52,7 @@ _DISTRIBUTIONS = ".distributions.json"  # names the distributions that modules a
 
 
 @dataclass
-class _Copy:
+class _HostCopy:
     """What one host has.
 
     Attributes:
@@ -82,7 +82,7 @@ class LocalModules:
         self.directory = ""
         self.version = 0
         self._space: workspace.Workspace | None = None
-        self._hosts: dict[str, _Copy] = {}
+        self._hosts: dict[str, _HostCopy] = {}
         self._written: dict[str, str | bytes] = {}
         self._stamps: dict[str, int] = {}
         self._seen: set[str] = set()
@@ -119,7 +119,7 @@ class LocalModules:
 
         async def add(place: WorkerHost) -> None:
             answer = await place.connection.request("mkdtemp", within=_PATIENCE)
-            self._hosts[place.host] = _Copy(place.connection, str(answer["path"]), place.connection.generation)
+            self._hosts[place.host] = _HostCopy(place.connection, str(answer["path"]), place.connection.generation)
             await self._send(place.host)
 
         async with self._sharing:

@@ -14,7 +14,7 @@ from lazycluster.output.progress import Progress
 
 from .build import Builder
 from .build_host import RUN_LIMIT, BuildHost
-from .plan import Locked, Plan, Target
+from .plan import InstallPlan, Locked, Target
 from .resolution import resolve, resolve_installed, settings_for
 from .single_flight import SingleFlight
 from .spec import EnvironmentSpec
@@ -176,11 +176,11 @@ class HostEnvironment:
                 "see what 'uname -sm' and 'getconf GNU_LIBC_VERSION' print there",
             ) from None
 
-    async def _plan(self, settings: IndexSettings, target: Target, refresh: bool) -> Plan:
+    async def _plan(self, settings: IndexSettings, target: Target, refresh: bool) -> InstallPlan:
         return self._planned(target, await resolve(self.spec, target, settings, refresh))
 
-    def _planned(self, target: Target, packages: Sequence[Locked]) -> Plan:
-        return Plan(target, tuple(packages), tuple(digest_of(locked) for locked in packages), str(self.spec))
+    def _planned(self, target: Target, packages: Sequence[Locked]) -> InstallPlan:
+        return InstallPlan(target, tuple(packages), tuple(digest_of(locked) for locked in packages), str(self.spec))
 
     async def _existing(self) -> Activation:
         """Check an environment or interpreter that is on the host already."""

@@ -23,7 +23,7 @@ from .build_host import ANSWER_LIMIT, RUN_LIMIT, BuildHost
 from .cache import prune_on
 from .index import IndexSettings
 from .interpreters import base_interpreter
-from .plan import Plan, Wheel
+from .plan import InstallPlan, Wheel
 from .spec import EnvironmentSpec, normalized
 from .uv import find_uv
 from .uv_binaries import send_uv
@@ -54,7 +54,7 @@ class Builder:
         self,
         place: BuildHost,
         spec: EnvironmentSpec,
-        plan: Plan,
+        plan: InstallPlan,
         settings: IndexSettings,
         tell: Callable[[str], Any] = lambda text: None,
     ) -> None:
@@ -363,7 +363,7 @@ class _Progress:
         self._tell(f"{self._done} of {self._total} packages{sent}")
 
 
-def pylock(plan: Plan, wheels: Mapping[str, Wheel], directory: str) -> str:
+def pylock(plan: InstallPlan, wheels: Mapping[str, Wheel], directory: str) -> str:
     """Return the packages as a lock file (PEP 751); those that were sent by their paths, others by their addresses."""
     lines = ['lock-version = "1.0"', 'created-by = "lazycluster"', f'requires-python = ">={plan.target.version}"']
     for locked in plan.packages:

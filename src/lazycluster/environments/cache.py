@@ -10,7 +10,7 @@ from lazycluster.exceptions import AgentError, LazyclusterError
 
 from .spec import ROOT, check_cache_dir
 
-__all__ = ["Host", "KeptEnvironment", "Removal", "Store", "list_on", "prune_on", "remove_on"]
+__all__ = ["Host", "HostCache", "KeptEnvironment", "Removal", "list_on", "prune_on", "remove_on"]
 
 _LIMIT = 300.0  # seconds: removing much takes long on some file systems
 
@@ -56,7 +56,7 @@ class KeptEnvironment:
 
 
 @dataclass(frozen=True)
-class Store:
+class HostCache:
     """What a host keeps for environments.
 
     Attributes:
@@ -91,7 +91,7 @@ class Removal:
     freed: int | None = None
 
 
-async def list_on(host: Host, cache_dir: str = ROOT) -> Store:
+async def list_on(host: Host, cache_dir: str = ROOT) -> HostCache:
     """Return what a host keeps."""
     found = await _ask(host, "list", root=cache_dir)
     now = found["now"]
@@ -111,7 +111,7 @@ async def list_on(host: Host, cache_dir: str = ROOT) -> Store:
         )
         for one in found["environments"]
     )
-    return Store(host.host, found["root"], environments, found["size"])
+    return HostCache(host.host, found["root"], environments, found["size"])
 
 
 async def remove_on(host: Host, ids: Sequence[str], cache_dir: str = ROOT) -> Removal:

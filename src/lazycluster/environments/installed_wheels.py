@@ -50,7 +50,7 @@ class UnfitError(Exception):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _WheelEntry:
     """A file of a distribution.
 
     Attributes:
@@ -78,7 +78,7 @@ class InstalledWheel:
 
     filename: str
     info: str
-    entries: tuple[_Entry, ...]
+    entries: tuple[_WheelEntry, ...]
 
 
 # --- what there is --------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _tags(text: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def _entries(info: Path, name: str, version: str) -> Iterator[_Entry]:
+def _entries(info: Path, name: str, version: str) -> Iterator[_WheelEntry]:
     site = info.parent
     scripts = _entry_points(info)
     text = _read(info / "RECORD", "it has no RECORD, the list of its files")
@@ -160,7 +160,7 @@ def _entries(info: Path, name: str, version: str) -> Iterator[_Entry]:
             continue
         if len(row) < 2 or row[1].partition("=")[0] not in _HASHES:
             raise UnfitError(f"its RECORD has no hash of {row[0]}")
-        yield _Entry(inner, path, row[1], is_script)
+        yield _WheelEntry(inner, path, row[1], is_script)
 
 
 def _name_in_wheel(path: str, site: Path, data: str, recorded: str) -> tuple[str, bool]:
@@ -189,7 +189,7 @@ def _entry_points(info: Path) -> set[str]:
 
 
 # --- what it fits ---------------------------------------------------------------------------------
-def _check_fit(tags: list[tuple[str, str, str]], entries: tuple[_Entry, ...], target: Target) -> None:
+def _check_fit(tags: list[tuple[str, str, str]], entries: tuple[_WheelEntry, ...], target: Target) -> None:
     """Make sure that one of the tags fits, and where no tag says so that compiled code does."""
     reasons = [reason for reason in (_misfit(tag, target) for tag in tags) if reason is not None]
     if len(reasons) == len(tags):
@@ -237,7 +237,7 @@ def _glibc(target: Target) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (2, 17)
 
 
-def _check_compiled(entry: _Entry, entries: tuple[_Entry, ...], target: Target) -> None:
+def _check_compiled(entry: _WheelEntry, entries: tuple[_WheelEntry, ...], target: Target) -> None:
     try:
         needs = needs_of(Path(entry.path))
     except (OSError, ValueError) as error:
@@ -282,7 +282,7 @@ def make_wheel(locked: Locked, target: Target, folder: Path) -> Path:
     return path
 
 
-def _add(archive: zipfile.ZipFile, entry: _Entry) -> tuple[str, str, str]:
+def _add(archive: zipfile.ZipFile, entry: _WheelEntry) -> tuple[str, str, str]:
     """Add a file; returns its line of RECORD."""
     restored = _restored(entry)
     kind, _, recorded = entry.hashed.partition("=")
@@ -308,7 +308,7 @@ def _add(archive: zipfile.ZipFile, entry: _Entry) -> tuple[str, str, str]:
     return entry.name, f"sha256={_encoded(written.digest())}", str(size)
 
 
-def _restored(entry: _Entry) -> bytes | None:
+def _restored(entry: _WheelEntry) -> bytes | None:
     """Return a script as its wheel had it, which names no interpreter; None if it is none."""
     if not entry.is_script:
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["Locked", "Plan", "Target", "Wheel"]
+__all__ = ["InstallPlan", "Locked", "Target", "Wheel"]
 
 _GLIBC = (17, 28, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40)  # the versions that uv knows
 _PLATFORM = {
@@ -162,7 +162,7 @@ class Wheel:
 
 
 @dataclass(frozen=True)
-class Plan:
+class InstallPlan:
     """An environment as it is to be.
 
     Attributes:

@@ -16,7 +16,7 @@ from lazycluster.exceptions import (
     NoRuntimesError,
 )
 from lazycluster.output import progress
-from lazycluster.runtime.filters import Filter, why_not
+from lazycluster.runtime.filters import HostFilter, why_not
 from lazycluster.runtime.questions import listed
 from lazycluster.runtime.session import HostSession
 from lazycluster.runtimes import Runtime
@@ -114,7 +114,7 @@ def choose_hosts(
     return [host for host in active if not any(fits(host, text) for text in excluded)]
 
 
-async def select(sessions: Sequence[HostSession], wanted: Filter) -> list[HostSession]:
+async def select(sessions: Sequence[HostSession], wanted: HostFilter) -> list[HostSession]:
     """Return the sessions whose hosts meet conditions.
 
     Args:
@@ -132,7 +132,7 @@ async def select(sessions: Sequence[HostSession], wanted: Filter) -> list[HostSe
     return chosen
 
 
-async def _why_not(session: HostSession, wanted: Filter) -> str | None:
+async def _why_not(session: HostSession, wanted: HostFilter) -> str | None:
     try:
         context = session.context(session.spec.env, Runtime.WORKING_DIR_ENV_VAR_NAME)
         info = {}

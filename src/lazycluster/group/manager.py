@@ -13,7 +13,7 @@ from lazycluster.core import event_loop, lifetime
 from lazycluster.core.words import counted
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from lazycluster.output.view import Shown, View, show
-from lazycluster.runtime.filters import Filter
+from lazycluster.runtime.filters import HostFilter
 from lazycluster.runtime.views import info_table
 from lazycluster.runtimes import Runtime
 
@@ -132,7 +132,7 @@ class RuntimeManager(Shown):
             InvalidRuntimeError: If the working directory cannot be made on one of them.
         """
         self._check_open()
-        wanted = Filter(gpu_required, min_memory, min_cpu_cores, installed_executables, filter_commands)
+        wanted = HostFilter(gpu_required, min_memory, min_cpu_cores, installed_executables, filter_commands)
         hosts = choose_hosts(self.hosts, self._inactive, include_hosts, exclude_hosts)
         if not hosts:
             what = f"include_hosts={include_hosts!r}" if include_hosts else f"exclude_hosts={exclude_hosts!r}"
@@ -140,7 +140,7 @@ class RuntimeManager(Shown):
         return event_loop.run(self._create(hosts, wanted, working_dir, environment))
 
     async def _create(
-        self, hosts: list[str], wanted: Filter, working_dir: str | None, environment: Any
+        self, hosts: list[str], wanted: HostFilter, working_dir: str | None, environment: Any
     ) -> RuntimeGroup:
         common = dataclasses.replace(self._common, working_dir=working_dir)
         if environment is not None:

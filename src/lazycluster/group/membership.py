@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from lazycluster.core import event_loop
-from lazycluster.environments.cache import Host, Removal, Store, list_on, prune_on, remove_on
+from lazycluster.environments.cache import Host, HostCache, Removal, list_on, prune_on, remove_on
 from lazycluster.environments.spec import ROOT
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.output import progress as _progress
@@ -178,7 +178,7 @@ class Membership:
         with _progress.shown(self.progress):
             event_loop.run(prepare_all(self.runtimes, refresh))
 
-    def list_environments(self, cache_dir: str = ROOT) -> dict[str, Store]:
+    def list_environments(self, cache_dir: str = ROOT) -> dict[str, HostCache]:
         """Return the Python environments that the hosts keep, with sizes, age and last use, by host.
 
         Hosts that cannot be asked are left out, with a warning in the log; so they are below.

@@ -130,8 +130,8 @@ class Board:
     def _show_until(self, futures: Sequence[interruptible.Future[Any]], timeout: float | None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
         if self._display is None:
-            self._display = _display() if self.wanted else _Nowhere()
-        every = None if isinstance(self._display, _Nowhere) else _EVERY
+            self._display = _display() if self.wanted else _NoDisplay()
+        every = None if isinstance(self._display, _NoDisplay) else _EVERY
         while True:
             self._tell()
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -246,7 +246,7 @@ class _Display(Protocol):
     def close(self) -> None: ...
 
 
-class _Nowhere:
+class _NoDisplay:
     def show(self, text: str, share: float | None) -> None:
         """Show nothing."""
 
@@ -254,7 +254,7 @@ class _Nowhere:
         """Remove nothing."""
 
 
-class _Terminal:
+class _TerminalDisplay:
     """A line on standard error that is gone at the end."""
 
     def show(self, text: str, share: float | None) -> None:
@@ -272,7 +272,7 @@ def _write(text: str) -> None:
         sys.stderr.flush()
 
 
-class _Notebook:
+class _NotebookDisplay:
     """A bar below the cell; its last state stays, as that of other bars in notebooks does."""
 
     def __init__(self) -> None:
@@ -303,12 +303,12 @@ class _Notebook:
 
 def _display() -> _Display:
     if in_notebook():
-        return _Notebook()
+        return _NotebookDisplay()
     try:
         terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
     except (AttributeError, ValueError):  # there is no standard error, or it was closed
         terminal = False
-    return _Terminal() if terminal else _Nowhere()
+    return _TerminalDisplay() if terminal else _NoDisplay()
 
 
 def in_notebook() -> bool:

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from .serialization import PackedCalls
 
-__all__ = ["Answer", "Chunk", "Failure", "Sink"]
+__all__ = ["Chunk", "ChunkAnswer", "Failure", "Sink"]
 
 
-class Answer:
+class ChunkAnswer:
     """What a worker answered to a chunk; read where it is wanted, not on the loop's thread.
 
     Attributes:
@@ -50,7 +50,7 @@ class Sink(Protocol):
     def begins(self, chunk: Chunk) -> bool:
         """Learn that a chunk is given to a host; returns whether it is still wanted."""
 
-    def settle(self, chunk: Chunk, outcome: Answer | Failure) -> None:
+    def settle(self, chunk: Chunk, outcome: ChunkAnswer | Failure) -> None:
         """Take what came out of a chunk, once."""
 
 

@@ -18,7 +18,7 @@ from lazycluster.tasks.pickling import name_of
 from .chunks import Chunk
 from .function_cache import Packer
 from .futures import CallFuture, Futures
-from .host_pool import Plan
+from .host_pool import PoolPlan
 from .map import MapRun, checked
 from .scheduler import Scheduler
 from .serialization import Packed, pack, pack_calls
@@ -81,7 +81,7 @@ class GroupExecutor(concurrent.futures.Executor):
         if initializer is not None:
             first = self._blobs.take(pack(functools.partial(initializer, *initargs)))
         gpus = gpus_of(gpus_per_call, idle_gpus)
-        plans = [Plan(counts[host], first, debug, gpus) for host in self.hosts]
+        plans = [PoolPlan(counts[host], first, debug, gpus) for host in self.hosts]
         contexts = [runtime.task_context() for runtime in runtimes]
         self._dealer = Scheduler(contexts, plans, self._blobs, [runtime.context_again for runtime in runtimes])
         self._owner = os.getpid()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import LazyclusterError
 
-from .chunks import Answer, Chunk, Failure
+from .chunks import Chunk, ChunkAnswer, Failure
 from .results import call_name, read, unreadable
 from .scheduler import Scheduler
 
@@ -72,7 +72,7 @@ class Futures:
         self._dealer = dealer
         self._lock = interruptible.Condition()
         self._open: dict[Chunk, tuple[concurrent.futures.Future[Any], str]] = {}
-        self._arrived: queue.SimpleQueue[tuple[Chunk, Answer | Failure] | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[tuple[Chunk, ChunkAnswer | Failure] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def add(self, future: concurrent.futures.Future[Any], name: str, chunk: Chunk) -> None:
@@ -123,7 +123,7 @@ class Futures:
         self._forget(chunk)
         return False
 
-    def settle(self, chunk: Chunk, outcome: Answer | Failure) -> None:
+    def settle(self, chunk: Chunk, outcome: ChunkAnswer | Failure) -> None:
         """Take what came out of a chunk."""
         if self._thread is None:  # here, since Ctrl-C does not come to the loop's thread
             self._thread = threading.Thread(target=self._settle_all, name="lazycluster futures", daemon=True)
@@ -192,7 +192,7 @@ class Futures:
             self._thread.join()
 
 
-def _settle(future: concurrent.futures.Future[Any], name: str, outcome: Answer | Failure) -> None:
+def _settle(future: concurrent.futures.Future[Any], name: str, outcome: ChunkAnswer | Failure) -> None:
     try:
         good, value = read(outcome, 0, 1, lambda _: f"{name}()")[0]
     except BaseException as error:  # noqa: BLE001  (a class's own code may even end the thread, and others wait)

@@ -16,8 +16,8 @@ from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterE
 from lazycluster.ssh.agent_replies import check_shape
 from lazycluster.tasks.functions import library_for, resolve_auto
 
-from .chunks import Answer, Chunk, Failure
-from .output_streams import Lines, Stream
+from .chunks import Chunk, ChunkAnswer, Failure
+from .output_streams import WorkerLines, WorkerStream
 
 if TYPE_CHECKING:
     from lazycluster.ssh.channel import Channel
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .shared_objects import SharedObject, SharedObjects
 
-__all__ = ["HostPool", "Plan"]
+__all__ = ["HostPool", "PoolPlan"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -44,7 +44,7 @@ _DIED = {"number": int, "at": int, "innocent": bool, "died": {"signal": (int, ty
 _BACK = {"back": [int]}
 
 
-class Owner(Protocol):
+class PoolOwner(Protocol):
     """What a crew needs of the dealer."""
 
     blobs: SharedObjects
@@ -68,7 +68,7 @@ class Owner(Protocol):
         """Handle the end of a crew that was not asked for."""
 
 
-class Plan:
+class PoolPlan:
     """What the workers of a pool are like on each host.
 
     Attributes:
@@ -105,7 +105,7 @@ class HostPool:
         away: Whether its host cannot be reached at the moment, but may come back.
     """
 
-    def __init__(self, owner: Owner, context: Context, plan: Plan) -> None:
+    def __init__(self, owner: PoolOwner, context: Context, plan: PoolPlan) -> None:
         self.host = context.host
         self.workers = 0
         self.in_flight: dict[int, Chunk] = {}
@@ -118,7 +118,7 @@ class HostPool:
         self._owner, self._context, self._plan = owner, context, plan
         self._next = 1
         self._channel: Channel | None = None
-        self._streams: dict[int, Stream] = {}
+        self._streams: dict[int, WorkerStream] = {}
         self._out: list[bytes] = []
         self._wake = asyncio.Event()
         self._closing = False
@@ -126,7 +126,7 @@ class HostPool:
         self._bytes = 0
         self._result_size = 0.0
         self._ended = asyncio.Event()
-        self._lines = Lines(context.host, plan.debug)
+        self._lines = WorkerLines(context.host, plan.debug)
 
     # --- its life ------------------------------------------------------------------------------
     async def run(self, imports: Sequence[str]) -> None:
@@ -367,7 +367,7 @@ class HostPool:
         number = WORKER.unpack_from(data)[0]
         stream = self._streams.get(number)
         if stream is None:
-            stream = self._streams[number] = Stream(self._answer, self._no_room)
+            stream = self._streams[number] = WorkerStream(self._answer, self._no_room)
         stream.feed(data, WORKER.size)
 
     def _no_room(self, number: int, error: MemoryError) -> None:
@@ -386,7 +386,7 @@ class HostPool:
             before = self.duration
             self.duration = elapsed if before is None else before + _SMOOTH * (elapsed - before)
             self._result_size += _SMOOTH * (size - self._result_size)
-            chunk.sink.settle(chunk, Answer(kind, parts, size, self.host))
+            chunk.sink.settle(chunk, ChunkAnswer(kind, parts, size, self.host))
             self._owner.deal_soon()
         elif kind == UNFIT:
             self._owner.unfit(self, parts)

@@ -15,7 +15,7 @@ from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
-from .chunks import Answer, Chunk, Failure
+from .chunks import Chunk, ChunkAnswer, Failure
 from .results import call_name, read
 from .scheduler import Scheduler
 from .serialization import Packed, PackedCalls, pack_calls
@@ -23,7 +23,7 @@ from .shared_objects import Sharing
 
 __all__ = ["MapRun", "checked"]
 
-Arrived = tuple[Chunk, Answer | Failure] | None  # None: nothing more will come
+Arrived = tuple[Chunk, ChunkAnswer | Failure] | None  # None: nothing more will come
 
 _EAGER = 0.05  # seconds for which items are taken before the first result is asked for
 _MOST_OPEN = 2048  # chunks whose results have not been handed on, unless the caller says how many
@@ -119,7 +119,7 @@ class MapRun:
         """Learn that a chunk is given to a host."""
         return not self._closed
 
-    def settle(self, chunk: Chunk, outcome: Answer | Failure) -> None:
+    def settle(self, chunk: Chunk, outcome: ChunkAnswer | Failure) -> None:
         """Take what came out of a chunk."""
         self._arrived.put((chunk, outcome))
         with self._changed:

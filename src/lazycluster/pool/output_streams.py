@@ -9,12 +9,12 @@ from lazycluster.agent.pool_protocol import ANSWER
 from lazycluster.core import memory
 from lazycluster.output import live_lines
 
-__all__ = ["Lines", "Stream"]
+__all__ = ["WorkerLines", "WorkerStream"]
 
 _logger = logging.getLogger("lazycluster")
 
 
-class Stream:
+class WorkerStream:
     """Cuts what one worker says into answers.
 
     Args:
@@ -82,7 +82,7 @@ class Stream:
         self._error = error
 
 
-class Lines(live_lines.Lines):
+class WorkerLines(live_lines.Lines):
     """What the workers of a host print, line by line: printed here with the host's name, or logged."""
 
     def __init__(self, host: str, shown: bool) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from lazycluster.agent.pool_protocol import BROKEN, CHUNK, RETURNED
 from lazycluster.exceptions import RemoteTraceback, TaskExecutionError
-from lazycluster.tasks.functions import Outcome, load_parts, loads, with_lines
+from lazycluster.tasks.functions import CallOutcome, load_parts, loads, with_lines
 
-from .chunks import Answer, Failure
+from .chunks import ChunkAnswer, Failure
 from .serialization import PackedCalls
 
 __all__ = ["call_name", "initializer_error", "read", "unreadable"]
@@ -20,7 +20,7 @@ _SHORT = 4096  # bytes of arguments that are shown
 Results = list[tuple[bool, Any]]
 
 
-def read(outcome: Answer | Failure, first: int, count: int, name: Callable[[int], str]) -> Results:
+def read(outcome: ChunkAnswer | Failure, first: int, count: int, name: Callable[[int], str]) -> Results:
     """Return for each call of a chunk whether it returned, and what it returned or raised.
 
     Args:
@@ -40,7 +40,7 @@ def read(outcome: Answer | Failure, first: int, count: int, name: Callable[[int]
     return results
 
 
-def _read(answer: Answer, first: int, count: int, name: Callable[[int], str]) -> Results:
+def _read(answer: ChunkAnswer, first: int, count: int, name: Callable[[int], str]) -> Results:
     content = _load(answer.parts)
     if answer.kind == RETURNED:
         return [(True, value) for value in content]
@@ -120,7 +120,9 @@ def _described(told: dict[str, Any], host: str, name: str) -> BaseException:
         kind = told["result_type"].removeprefix("builtins.")
         message = f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
         traceback = ""
-    outcome = Outcome("raised", type_name=told["type"], message=message, hint=hint, traceback=traceback, phase=phase)
+    outcome = CallOutcome(
+        "raised", type_name=told["type"], message=message, hint=hint, traceback=traceback, phase=phase
+    )
     error = TaskExecutionError(f"{host}: {outcome.describe(name.partition('(')[0])}", host=host, what=name)
     error.__cause__ = exception
     return error

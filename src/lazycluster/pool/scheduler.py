@@ -22,7 +22,7 @@ from lazycluster.exceptions import (
 )
 
 from .chunks import Chunk, Failure
-from .host_pool import HostPool, Plan
+from .host_pool import HostPool, PoolPlan
 from .results import initializer_error
 from .shared_objects import SharedObjects
 
@@ -54,7 +54,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, contexts: Sequence[Context], plans: Sequence[Plan], blobs: SharedObjects, again: Sequence[Again]
+        self, contexts: Sequence[Context], plans: Sequence[PoolPlan], blobs: SharedObjects, again: Sequence[Again]
     ) -> None:
         self.blobs = blobs
         self.error: BaseException | None = None

@@ -11,13 +11,13 @@ from lazycluster.tasks.execution import Context
 
 from .session import HostSession
 
-__all__ = ["Filter", "why_not"]
+__all__ = ["HostFilter", "why_not"]
 
 _FIND_EXECUTABLES = 'for name in "$@"; do command -v "$name" >/dev/null 2>&1 || printf "%s\\n" "$name"; done'
 
 
 @dataclass(frozen=True)
-class Filter:
+class HostFilter:
     """The conditions, checked when they are made.
 
     Attributes:
@@ -62,13 +62,13 @@ def _texts(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
     return texts
 
 
-async def why_not(session: HostSession, context: Context, info: Mapping[str, Any], wanted: Filter) -> str | None:
+async def why_not(session: HostSession, context: Context, info: Mapping[str, Any], wanted: HostFilter) -> str | None:
     """Return why a host does not meet the conditions; None if it does.
 
     Args:
         session: The host.
         context: Where commands are run.
-        info: What kind of machine it is; may be empty where `Filter.needs_info` is false.
+        info: What kind of machine it is; may be empty where `HostFilter.needs_info` is false.
         wanted: The conditions.
     """
     reason = _machine(info, wanted)
@@ -80,7 +80,7 @@ async def why_not(session: HostSession, context: Context, info: Mapping[str, Any
     return reason
 
 
-def _machine(info: Mapping[str, Any], wanted: Filter) -> str | None:
+def _machine(info: Mapping[str, Any], wanted: HostFilter) -> str | None:
     if wanted.gpu_required and not info.get("gpus"):
         problem = info.get("gpu_problem")
         return f"gpu_required: it has no GPU ({problem})" if problem else "gpu_required: it has no GPU"

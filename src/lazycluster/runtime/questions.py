@@ -18,7 +18,7 @@ from lazycluster.output.view import show
 from lazycluster.ssh.tunnels import check_port
 from lazycluster.tasks.execution import Context
 
-from .filters import Filter, why_not
+from .filters import HostFilter, why_not
 from .session import ANSWER_LIMIT, HostSession
 from .views import info_view
 
@@ -231,10 +231,10 @@ class HostQuestions:
             >>> runtime.check_filter(filter_commands='[ -d /data ] && echo true')          # doctest: +SKIP
             False
         """
-        wanted = Filter(gpu_required, min_memory, min_cpu_cores, installed_executables, filter_commands)
+        wanted = HostFilter(gpu_required, min_memory, min_cpu_cores, installed_executables, filter_commands)
         return self._wait(self.why_not(wanted)) is None
 
-    async def why_not(self, wanted: Filter) -> str | None:
+    async def why_not(self, wanted: HostFilter) -> str | None:
         """Return why the host does not meet conditions, None if it does; for the layers above, on the loop."""
         info: dict[str, Any] = {}
         if wanted.needs_info:

@@ -87,9 +87,9 @@ def decoded(payload: bytes) -> dict[str, Any]:
     try:
         message = decoded_text(payload.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise wire.ProtocolError(f"a message is not JSON: {error}") from None
+        raise wire.FrameError(f"a message is not JSON: {error}") from None
     if not isinstance(message, dict):
-        raise wire.ProtocolError(f"a message is not an object, but {message!r:.60}")
+        raise wire.FrameError(f"a message is not an object, but {message!r:.60}")
     return message
 
 

@@ -199,7 +199,7 @@ class Channel:
         """Hand on what has a form; if it has not, nobody may wait for what will not come."""
         try:
             sink(said)
-        except (OSError, MemoryError, wire.ProtocolError):
+        except (OSError, MemoryError, wire.FrameError):
             raise  # of a file here, or of this process; or it is no message at all
         except Exception as error:
             logger.debug("%s: what a request was answered cannot be handled", self._link.host, exc_info=True)

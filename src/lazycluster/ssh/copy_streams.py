@@ -59,7 +59,7 @@ class HostConnection(Protocol):
         """Return what the agent said of something that went wrong since then, in the loop's time; "" if nothing."""
 
 
-class Pool:
+class StreamPool:
     """The streams of one connection that wait for the next copy."""
 
     def __init__(self, connection: HostConnection) -> None:

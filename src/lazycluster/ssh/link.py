@@ -279,7 +279,7 @@ class AgentLink:
             pause = self._decode()
             if pause is not None:
                 self._handle_later(pause)
-        except wire.ProtocolError as error:
+        except wire.FrameError as error:
             self._fresh.clear()
             self._ended(error)
             return
@@ -326,7 +326,7 @@ class AgentLink:
         if channel is not None:
             try:
                 channel.received(kind, payload)
-            except wire.ProtocolError:
+            except wire.FrameError:
                 raise
             except MemoryError:
                 memory.relieve()
@@ -348,7 +348,7 @@ class AgentLink:
         except ValueError as error:
             text = f"the agent says of its host what makes no sense: {error}"
             if self.hello.done():
-                raise wire.ProtocolError(text) from None
+                raise wire.FrameError(text) from None
             self.hello.set_exception(InvalidRuntimeError(self.host, "protocol", text))
             self.hello.exception()  # whoever waits gets it; that nobody does is no error
             return

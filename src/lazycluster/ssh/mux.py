@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from lazycluster.exceptions import LazyclusterError
 
-from .mux_wire import Client, Reader, Reply, Request, pack
+from .mux_wire import MuxClient, MuxReply, MuxRequest, Reader, pack
 
 __all__ = ["LOOPBACK", "Direction", "Forward", "Mux", "MuxError", "MuxSession"]
 
@@ -102,7 +102,7 @@ class MuxSession:
     It must be held as long as it lasts: the master ends a session whose client has gone.
     """
 
-    def __init__(self, client: Client, session_id: int) -> None:
+    def __init__(self, client: MuxClient, session_id: int) -> None:
         self._client = client
         self._id = session_id
 
@@ -115,7 +115,7 @@ class MuxSession:
         try:
             while True:
                 kind, reader = await self._client.receive()
-                if kind == Reply.EXIT and reader.u32() == self._id:
+                if kind == MuxReply.EXIT and reader.u32() == self._id:
                     return reader.u32()
         except (EOFError, OSError):
             return 255
@@ -156,8 +156,8 @@ class Mux:
         Raises:
             MuxError: If it does not answer.
         """
-        kind, reader = await self._single(Request.ALIVE_CHECK)
-        if kind != Reply.ALIVE:
+        kind, reader = await self._single(MuxRequest.ALIVE_CHECK)
+        if kind != MuxReply.ALIVE:
             raise MuxError(f"unexpected answer {kind:#x} of the master on {self.control_path}")
         return reader.u32()
 
@@ -165,7 +165,7 @@ class Mux:
         """End the master and all that it forwards, now. No error if it has ended already."""
         # The master tends to be gone before its answer is sent.
         with contextlib.suppress(MuxError):
-            await self._single(Request.TERMINATE)
+            await self._single(MuxRequest.TERMINATE)
 
     async def open_forwards(self, forwards: Sequence[Forward]) -> list[int | MuxError]:
         """Open forwardings, many at once.
@@ -218,7 +218,7 @@ class Mux:
         """
         no_escape = 0xFFFFFFFF
         body = ("", 0, 0, 0, 0, no_escape, "", command)
-        return await self._passenger(Request.NEW_SESSION, body, (stdin, stdout, stderr))
+        return await self._passenger(MuxRequest.NEW_SESSION, body, (stdin, stdout, stderr))
 
     async def connect(self, port: int, stdin: int, stdout: int, host: str = LOOPBACK) -> MuxSession:
         """Connect to a port as the host sees it, without a port that listens here.
@@ -235,13 +235,15 @@ class Mux:
         Raises:
             MuxError: If the host cannot or must not connect, or the master does not answer.
         """
-        return await self._passenger(Request.NEW_STREAM, ("", host, port), (stdin, stdout))
+        return await self._passenger(MuxRequest.NEW_STREAM, ("", host, port), (stdin, stdout))
 
     async def aclose(self) -> None:
         """Wait until nothing is under way in the background."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _passenger(self, request: Request, body: tuple[int | str, ...], descriptors: Sequence[int]) -> MuxSession:
+    async def _passenger(
+        self, request: MuxRequest, body: tuple[int | str, ...], descriptors: Sequence[int]
+    ) -> MuxSession:
         client = await self._connect()
         try:
             return await asyncio.wait_for(self._start(client, request, body, descriptors), self.timeout)
@@ -253,7 +255,7 @@ class Mux:
             raise
 
     async def _start(
-        self, client: Client, request: Request, body: tuple[int | str, ...], descriptors: Sequence[int]
+        self, client: MuxClient, request: MuxRequest, body: tuple[int | str, ...], descriptors: Sequence[int]
     ) -> MuxSession:
         number = next(self._ids)
         await client.send(pack(request, number, *body))
@@ -263,10 +265,10 @@ class Mux:
             kind, reader = await client.receive()
             if reader.u32() != number:
                 continue
-            if kind == Reply.SESSION_OPENED:
+            if kind == MuxReply.SESSION_OPENED:
                 return MuxSession(client, reader.u32())
-            if kind in (Reply.FAILURE, Reply.DENIED):
-                hint = " (its MaxSessions?)" if request is Request.NEW_SESSION else ""
+            if kind in (MuxReply.FAILURE, MuxReply.DENIED):
+                hint = " (its MaxSessions?)" if request is MuxRequest.NEW_SESSION else ""
                 raise MuxError(f"the host refused{hint}: {reader.text()}")
 
     def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -288,7 +290,7 @@ class Mux:
                 self._open[forward.key] = forward
                 self._leads.setdefault(forward.key, []).append(forward.end)
                 fresh.append(index)
-        answers = await self._ask_all(Request.OPEN_FORWARD, [forwards[index] for index in fresh])
+        answers = await self._ask_all(MuxRequest.OPEN_FORWARD, [forwards[index] for index in fresh])
         for index, answer in zip(fresh, answers, strict=True):
             results[index] = result = await self._opened(forwards[index], answer)
             if isinstance(result, MuxError):
@@ -305,17 +307,17 @@ class Mux:
         # entry of the port: so that is done until ours is the oldest.
         leads = self._leads[forward.key]
         while isinstance(result, int) and leads[0] != forward.end:
-            closed = (await self._ask_all(Request.CLOSE_FORWARD, [forward]))[0]
+            closed = (await self._ask_all(MuxRequest.CLOSE_FORWARD, [forward]))[0]
             if (error := _error(closed)) is not None:
                 return error
             leads.pop(0)
             leads.append(forward.end)
-            result = _port(forward, (await self._ask_all(Request.OPEN_FORWARD, [forward]))[0])
+            result = _port(forward, (await self._ask_all(MuxRequest.OPEN_FORWARD, [forward]))[0])
         return result
 
     async def _close_all(self, forwards: list[Forward]) -> list[MuxError | None]:
         results = []
-        for forward, answer in zip(forwards, await self._ask_all(Request.CLOSE_FORWARD, forwards), strict=True):
+        for forward, answer in zip(forwards, await self._ask_all(MuxRequest.CLOSE_FORWARD, forwards), strict=True):
             results.append(error := _error(answer))
             if error is None:
                 self._open.pop(forward.key, None)
@@ -325,7 +327,7 @@ class Mux:
                     self._leads.pop(forward.key, None)
         return results
 
-    async def _single(self, request: Request) -> tuple[int, Reader]:
+    async def _single(self, request: MuxRequest) -> tuple[int, Reader]:
         answer = (await self._batch(request, [()]))[0]
         if isinstance(answer, MuxError):
             raise answer
@@ -333,7 +335,7 @@ class Mux:
             raise error
         return answer
 
-    async def _ask_all(self, request: Request, forwards: list[Forward]) -> list[Answer]:
+    async def _ask_all(self, request: MuxRequest, forwards: list[Forward]) -> list[Answer]:
         bodies = [forward.fields() for forward in forwards]
         clients = max(1, min(_CLIENTS, len(bodies) // _WORTH_A_CLIENT))
         parts = await asyncio.gather(*(self._batch(request, bodies[n::clients]) for n in range(clients)))
@@ -342,7 +344,7 @@ class Mux:
             answers[number::clients] = part
         return answers
 
-    async def _batch(self, request: Request, bodies: list[tuple[int | str, ...]]) -> list[Answer]:
+    async def _batch(self, request: MuxRequest, bodies: list[tuple[int | str, ...]]) -> list[Answer]:
         answers: list[Answer] = []
         if not bodies:
             return answers
@@ -358,7 +360,9 @@ class Mux:
                 client.close()
         return answers
 
-    async def _pipeline(self, client: Client, request: Request, bodies: list[tuple[int | str, ...]]) -> list[Answer]:
+    async def _pipeline(
+        self, client: MuxClient, request: MuxRequest, bodies: list[tuple[int | str, ...]]
+    ) -> list[Answer]:
         waiting = {next(self._ids): index for index in range(len(bodies))}
         answers: list[Answer] = [MuxError("not answered", refused=False)] * len(bodies)
         messages = b"".join(pack(request, number, *bodies[index]) for number, index in waiting.items())
@@ -374,9 +378,9 @@ class Mux:
                 answers[index] = self._lost(error)
         return answers
 
-    async def _connect(self) -> Client:
+    async def _connect(self) -> MuxClient:
         try:
-            return await asyncio.wait_for(Client.connect(self.control_path), self.timeout)
+            return await asyncio.wait_for(MuxClient.connect(self.control_path), self.timeout)
         except _GONE as error:
             raise self._lost(error) from error
 
@@ -389,7 +393,7 @@ def _error(answer: Answer) -> MuxError | None:
     if isinstance(answer, MuxError):
         return answer
     kind, reader = answer
-    if kind in (Reply.FAILURE, Reply.DENIED):
+    if kind in (MuxReply.FAILURE, MuxReply.DENIED):
         return MuxError(reader.text())
     return None
 
@@ -399,4 +403,4 @@ def _port(forward: Forward, answer: Answer) -> int | MuxError:
         return error
     assert not isinstance(answer, MuxError)
     kind, reader = answer
-    return reader.u32() if kind == Reply.REMOTE_PORT else forward.listen_port
+    return reader.u32() if kind == MuxReply.REMOTE_PORT else forward.listen_port

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from lazycluster.core import forks
 
-__all__ = ["Client", "Reader", "Reply", "Request", "pack"]
+__all__ = ["MuxClient", "MuxReply", "MuxRequest", "Reader", "pack"]
 
 _VERSION = 4
 _HELLO = 1
@@ -18,7 +18,7 @@ _LONGEST = 256 * 1024
 _CHUNK = 64 * 1024
 
 
-class Request(IntEnum):
+class MuxRequest(IntEnum):
     """What a client asks."""
 
     NEW_SESSION = 0x10000002
@@ -29,7 +29,7 @@ class Request(IntEnum):
     NEW_STREAM = 0x10000008
 
 
-class Reply(IntEnum):
+class MuxReply(IntEnum):
     """What a master answers."""
 
     OK = 0x80000001
@@ -77,7 +77,7 @@ class Reader:
         return self._take(self.u32()).decode(errors="replace")
 
 
-class Client:
+class MuxClient:
     """A connection to a master. Every method raises OSError or EOFError when the master has gone."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -85,7 +85,7 @@ class Client:
         self._received = bytearray()
 
     @classmethod
-    async def connect(cls, path: str) -> Client:
+    async def connect(cls, path: str) -> MuxClient:
         """Connect, and exchange greetings."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         forks.not_for_children(connection.fileno())

@@ -179,7 +179,7 @@ class ReconnectingConnection(Connection, abc.ABC):
         self._dropped.set()
         if self._is_returning:
             return  # the link has dropped again before it was back for good: whoever tries sees that
-        if self.grace and not isinstance(error, wire.ProtocolError) and self.state in ("open", "interrupted"):
+        if self.grace and not isinstance(error, wire.FrameError) and self.state in ("open", "interrupted"):
             self._returning = asyncio.ensure_future(self._return())
         else:
             super()._ended(link, error)

@@ -25,10 +25,10 @@ from lazycluster.agent.files import destination, source
 from lazycluster.agent.partial_files import PartialFiles
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import REWRITTEN, SHRANK, Sender
-from lazycluster.agent.stream import REQUEST, ByteCounter, CopyError, Stream, StreamClosedError, raw
+from lazycluster.agent.stream import REQUEST, ByteCounter, CopyError, FrameStream, StreamClosedError, raw
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, printable
 
-from .copy_streams import HostConnection, Pool, SessionError, hang_up
+from .copy_streams import HostConnection, SessionError, StreamPool, hang_up
 
 __all__ = ["TransferError", "TransferResult", "get", "send"]
 
@@ -178,7 +178,7 @@ async def send(
     request = {"op": "send", "path": _remote(remote_path), "cwd": cwd, "env": dict(env)}
     here = os.getcwdb()
 
-    def copy(stream: Stream, tally: ByteCounter) -> str:
+    def copy(stream: FrameStream, tally: ByteCounter) -> str:
         patterns = [os.fsencode(name) for name in exclude]
         sender = Sender(stream, lambda: source(local, here, {}), tally, patterns, here)
         return str(sender.run().get("path", ""))
@@ -228,7 +228,7 @@ async def get(
         plain = asked not in (b"", b".", b"..") and b"$" not in asked and not asked.startswith(b"~")
         return destination(local, here, {}, folder, asked if plain else name, chosen=not plain and name != asked)
 
-    def copy(stream: Stream, tally: ByteCounter) -> str:
+    def copy(stream: FrameStream, tally: ByteCounter) -> str:
         return os.fsdecode(Receiver(stream, place, tally, parts).run())
 
     parts = PartialFiles()
@@ -252,7 +252,7 @@ def _remote(path: str | os.PathLike[str] | None) -> str | None:
     return None if path is None else os.fspath(path)
 
 
-_pools: weakref.WeakKeyDictionary[HostConnection, Pool] = weakref.WeakKeyDictionary()
+_pools: weakref.WeakKeyDictionary[HostConnection, StreamPool] = weakref.WeakKeyDictionary()
 _limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
 
@@ -262,7 +262,7 @@ class _Copy:
 
     connection: HostConnection
     request: dict[str, Any]
-    copy: Callable[[Stream, ByteCounter], str]
+    copy: Callable[[FrameStream, ByteCounter], str]
     path: str
     progress: Progress | None
     exclude: Sequence[str]
@@ -271,7 +271,7 @@ class _Copy:
         self.connection.check()
         pool = _pools.get(self.connection)
         if pool is None:
-            pool = _pools[self.connection] = Pool(self.connection)
+            pool = _pools[self.connection] = StreamPool(self.connection)
         limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
         began = time.monotonic()
         while True:
@@ -294,7 +294,7 @@ class _Copy:
             tuple(tally.left_out), tuple(pattern for pattern in self.exclude if pattern in tally.unused),
         )  # fmt: skip
 
-    async def _attempt(self, pool: Pool) -> CopyAttempt:
+    async def _attempt(self, pool: StreamPool) -> CopyAttempt:
         while True:
             self.connection.check()
             sock, used = await pool.take(self.connection)
@@ -361,7 +361,7 @@ class CopyAttempt:
         self._copy = copy
         self._sock = sock
         self.ended = asyncio.Event()
-        self._stream: Stream | None = None
+        self._stream: FrameStream | None = None
         self._loop = asyncio.get_running_loop()
         self.tally = ByteCounter(copy.progress)
         self.error: BaseException | None = None
@@ -413,7 +413,7 @@ class CopyAttempt:
 
     def _work(self) -> None:
         try:
-            stream = self._stream = Stream(self._sock.fileno(), self._sock.fileno())
+            stream = self._stream = FrameStream(self._sock.fileno(), self._sock.fileno())
             try:
                 stream.put_json(REQUEST, self._copy.request)
                 self.path = self._copy.copy(stream, self.tally)

@@ -46,7 +46,7 @@ _interpreters: weakref.WeakKeyDictionary[AgentInfo, dict[str, str]] = weakref.We
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CallOutcome:
     """How a call ended.
 
     Attributes:
@@ -119,7 +119,7 @@ async def call(
     stderr: Callable[[bytes], Any] | None = None,
     event: Callable[[dict[str, Any]], Any] | None = None,
     limits: Mapping[str, Any] | None = None,
-) -> Outcome:
+) -> CallOutcome:
     """Call a function in a process of its own on a host.
 
     Args:
@@ -321,11 +321,11 @@ async def _load_anywhere(parts: list[bytes]) -> Any:
     return await event_loop.in_thread(load_parts, parts, False)
 
 
-async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
+async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> CallOutcome:
     """Return how a call ended, from the agent's answer and the parts of its output."""
     status = result["status"]
     if status in ("exited", "killed"):
-        return Outcome(
+        return CallOutcome(
             status,
             exit=result.get("exit"),
             signal=result.get("signal"),
@@ -338,16 +338,16 @@ async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> Outcome:
         parts.clear()
         error.__traceback__ = None  # it holds what was unpickled so far
         text = f"the result came, but there is no memory left here to unpickle it: {error}"
-        return Outcome("raised", exception=error, type_name="MemoryError", message=text, phase="result")
+        return CallOutcome("raised", exception=error, type_name="MemoryError", message=text, phase="result")
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
         text = f"the result came, but cannot be unpickled here: {type(error).__name__}: {error}"
-        return Outcome("raised", exception=error, type_name=type(error).__qualname__, message=text, phase="result")
+        return CallOutcome("raised", exception=error, type_name=type(error).__qualname__, message=text, phase="result")
     if status == "returned":
-        return Outcome("returned", value=value)
+        return CallOutcome("returned", value=value)
     return await _raised(value, result.get("phase", ""))
 
 
-async def _raised(told: Mapping[str, Any], phase: str) -> Outcome:
+async def _raised(told: Mapping[str, Any], phase: str) -> CallOutcome:
     exception: BaseException | None = None
     message = told["message"]
     if told["exception"] is not None:
@@ -358,7 +358,7 @@ async def _raised(told: Mapping[str, Any], phase: str) -> Outcome:
             exception = None
     if phase == "result":
         kind = told["result_type"].removeprefix("builtins.")
-        return Outcome(
+        return CallOutcome(
             "raised",
             exception=exception,
             type_name=told["type"],
@@ -366,7 +366,7 @@ async def _raised(told: Mapping[str, Any], phase: str) -> Outcome:
             + (", for instance a list of its items" if "generator" in kind else ""),
             phase=phase,
         )
-    return Outcome(
+    return CallOutcome(
         "raised",
         exception=exception,
         type_name=told["type"],

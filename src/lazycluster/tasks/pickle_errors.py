@@ -24,7 +24,7 @@ _HINTS = (
 )
 
 
-class _Nowhere:
+class _DiscardingFile:
     def write(self, data: Any) -> int:
         return 0
 
@@ -126,7 +126,7 @@ def _function_parts(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 def _failure(value: Any) -> Exception | None:
     try:
-        CallPickler(_Nowhere()).dump(value)
+        CallPickler(_DiscardingFile()).dump(value)
     except pickle.PicklingError as error:
         return error
     except Exception as error:  # noqa: BLE001  (any error of any __reduce__)

@@ -350,14 +350,14 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-class _Nowhere:
+class _NullFile:
     def write(self, data: Any) -> int:
         return 0
 
 
 def _can_be_sent(value: Any) -> bool:
     try:
-        CallPickler(_Nowhere()).dump(value)
+        CallPickler(_NullFile()).dump(value)
     except Exception:  # noqa: BLE001  (any error of any __reduce__)
         return False
     return True

@@ -9,7 +9,7 @@ import click
 from lazycluster.cli.targets import connection_options, host_options, targets
 
 if TYPE_CHECKING:
-    from lazycluster.cli.fanout import Outcome
+    from lazycluster.cli.fanout import HostOutcome
     from lazycluster.ssh.connection import Connection
 
 __all__ = ["cleanup"]
@@ -44,10 +44,10 @@ def cleanup(
 
     found: dict[str, dict[str, Any]] = {}
 
-    async def work(connection: Connection) -> Outcome:
+    async def work(connection: Connection) -> HostOutcome:
         return await _clean(connection, found)
 
-    def tell(outcome: Outcome) -> None:
+    def tell(outcome: HostOutcome) -> None:
         if outcome.error:
             text = "\n".join(lines_of(f"{outcome.host}: {outcome.error}"))
             errors().print(text, markup=False, soft_wrap=True)
@@ -62,7 +62,7 @@ def cleanup(
     return exit_status(outcomes, chosen.everyone)
 
 
-async def _here(found: dict[str, dict[str, Any]]) -> Outcome:
+async def _here(found: dict[str, dict[str, Any]]) -> HostOutcome:
     from lazycluster.ssh.local_connection import LocalConnection
 
     connection = LocalConnection("this machine")
@@ -73,11 +73,11 @@ async def _here(found: dict[str, dict[str, Any]]) -> Outcome:
         await connection.close()
 
 
-async def _clean(connection: Connection, found: dict[str, dict[str, Any]]) -> Outcome:
-    from lazycluster.cli.fanout import Outcome
+async def _clean(connection: Connection, found: dict[str, dict[str, Any]]) -> HostOutcome:
+    from lazycluster.cli.fanout import HostOutcome
 
     found[connection.host] = await connection.request("leftovers", within=60.0)
-    return Outcome(connection.host)
+    return HostOutcome(connection.host)
 
 
 def _show(host: str, left: dict[str, Any]) -> None:

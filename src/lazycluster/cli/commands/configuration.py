@@ -18,7 +18,7 @@ from lazycluster.ssh.config_hosts import CONFIG_VARIABLE
 from lazycluster.utils import expanded
 
 if TYPE_CHECKING:
-    from lazycluster.cli.fanout import Outcome
+    from lazycluster.cli.fanout import HostOutcome
     from lazycluster.ssh.connection import Connection
 
 __all__ = ["add_runtime", "delete_runtime"]
@@ -180,13 +180,13 @@ def _meet(name: str, config: str | None, accept: bool) -> None:
 def _check(name: str, config: str | None, accept: bool) -> int:
     from lazycluster.cli.console import person_is_there
     from lazycluster.cli.errors import show_error
-    from lazycluster.cli.fanout import Outcome, everywhere
+    from lazycluster.cli.fanout import HostOutcome, everywhere
     from lazycluster.core import event_loop
 
-    async def work(connection: Connection) -> Outcome:
+    async def work(connection: Connection) -> HostOutcome:
         version = ".".join(map(str, connection.hello.python))
         tell(f"{name} can be used: {connection.hello.user}@{connection.hello.hostname}, Python {version}.")
-        return Outcome(name)
+        return HostOutcome(name)
 
     chosen = Targets([name], settings=how_to_connect(config, None, accept), ask=person_is_there())
     (outcome,) = event_loop.run(everywhere(chosen, work))

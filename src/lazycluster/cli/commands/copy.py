@@ -11,7 +11,7 @@ from lazycluster.cli.targets import Whole, connection_options, host_options, tar
 
 if TYPE_CHECKING:
     from lazycluster.cli.copy_progress import Copying
-    from lazycluster.cli.fanout import Outcome
+    from lazycluster.cli.fanout import HostOutcome
     from lazycluster.ssh.connection import Connection
 
 __all__ = ["get", "put"]
@@ -129,16 +129,16 @@ def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
 
 def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool, exclude: tuple[str, ...] = ()) -> int:
     from lazycluster.cli.copy_progress import Copying
-    from lazycluster.cli.fanout import Outcome, everywhere, exit_status
+    from lazycluster.cli.fanout import HostOutcome, everywhere, exit_status
     from lazycluster.core import event_loop
     from lazycluster.output import progress as _progress
 
     # Two that show on one terminal how far things are would get in each other's way.
     with Copying(chosen.names, quiet) as copying, _progress.shown(wanted=False):
 
-        async def work(connection: Connection) -> Outcome:
+        async def work(connection: Connection) -> HostOutcome:
             await copy(connection, copying)
-            return Outcome(connection.host)
+            return HostOutcome(connection.host)
 
         outcomes = event_loop.run(everywhere(chosen, work, fanout, copying.done))
     copying.warn(exclude)

@@ -16,8 +16,8 @@ from lazycluster.cli.targets import connection_options, host_options, targets
 from lazycluster.core.words import counted
 
 if TYPE_CHECKING:
-    from lazycluster.cli.fanout import Outcome
-    from lazycluster.environments.cache import Removal, Store
+    from lazycluster.cli.fanout import HostOutcome
+    from lazycluster.environments.cache import HostCache, Removal
     from lazycluster.ssh.connection import Connection
 
 __all__ = ["env"]
@@ -189,15 +189,15 @@ def prune(cache_dir: str, size: int | None, unused: float | None, **options: Any
 def _on_hosts(work: Callable[[Connection], Awaitable[T]], options: dict[str, Any]) -> tuple[list[T], int]:
     """Do something on the hosts that the options name; returns what came out, and the exit status."""
     from lazycluster.cli.errors import show_error
-    from lazycluster.cli.fanout import Outcome, everywhere, exit_status
+    from lazycluster.cli.fanout import HostOutcome, everywhere, exit_status
     from lazycluster.core import event_loop
 
     chosen = targets(**options)
     found: dict[str, T] = {}
 
-    async def one(connection: Connection) -> Outcome:
+    async def one(connection: Connection) -> HostOutcome:
         found[connection.host] = await work(connection)
-        return Outcome(connection.host)
+        return HostOutcome(connection.host)
 
     outcomes = event_loop.run(everywhere(chosen, one))
     for outcome in outcomes:
@@ -206,7 +206,7 @@ def _on_hosts(work: Callable[[Connection], Awaitable[T]], options: dict[str, Any
     return [found[name] for name in chosen.names if name in found], exit_status(outcomes, chosen.everyone)
 
 
-def _show(store: Store) -> None:
+def _show(store: HostCache) -> None:
     tell(f"{store.host}: {store.path}, {_size(store.size)} in all")
     for one in store.environments:
         state = "in use" if one.in_use else f"used {_time(one.unused)} ago"

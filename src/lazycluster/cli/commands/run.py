@@ -14,7 +14,7 @@ from lazycluster.cli.targets import Seconds, Whole, connection_options, host_opt
 if TYPE_CHECKING:
     import asyncio
 
-    from lazycluster.cli.fanout import Outcome
+    from lazycluster.cli.fanout import HostOutcome
     from lazycluster.cli.printing import Printer
     from lazycluster.cli.shared_input import SharedInput
     from lazycluster.ssh.channel import Channel
@@ -94,7 +94,7 @@ def run(
         request.update({"command": command[0]} if len(command) == 1 else {"argv": list(command)})
     out = printer("json" if as_json else "gather" if gather else "lines", chosen.names, not no_label)
 
-    async def work() -> list[Outcome]:
+    async def work() -> list[HostOutcome]:
         source = SharedInput() if use_stdin else None
         job = _Job(request, out, timeout, source, script, interpreter, command)
         try:
@@ -130,10 +130,10 @@ class _Job:
         self._request, self._out, self._timeout, self._source = request, out, timeout, source
         self._script, self._interpreter, self._arguments = script, interpreter, arguments
 
-    async def on_host(self, connection: Connection) -> Outcome:
+    async def on_host(self, connection: Connection) -> HostOutcome:
         import asyncio
 
-        from lazycluster.cli.fanout import Outcome
+        from lazycluster.cli.fanout import HostOutcome
         from lazycluster.exceptions import AgentError
 
         host = connection.host
@@ -160,19 +160,19 @@ class _Job:
                     channel.control(signal="END")
                     if not await connection.heard_out(result, _END_LIMIT):
                         text = f"told to end after {self._timeout:g} s, and not heard of since"
-                        return Outcome(host, 124, text, "timeout")
+                        return HostOutcome(host, 124, text, "timeout")
                 ended = await result
         except AgentError as error:
-            return Outcome(host, 127 if error.kind == "os" else 1, self._told(error.message), "error")
+            return HostOutcome(host, 127 if error.kind == "os" else 1, self._told(error.message), "error")
         finally:
             if feeding is not None:
                 feeding.cancel()
             channel.close()
         if self._source is not None and self._source.error is not None:
-            return Outcome(host, 1, f"standard input cannot be passed on: {self._source.error}", "error")
+            return HostOutcome(host, 1, f"standard input cannot be passed on: {self._source.error}", "error")
         if late:
-            return Outcome(host, 124, f"ended after {self._timeout:g} s", "timeout")
-        return Outcome(host, 128 + ended["signal"] if ended.get("signal") else int(ended.get("exit") or 0))
+            return HostOutcome(host, 124, f"ended after {self._timeout:g} s", "timeout")
+        return HostOutcome(host, 128 + ended["signal"] if ended.get("signal") else int(ended.get("exit") or 0))
 
     def _told(self, message: str) -> str:
         if self._script is None and "not found on the PATH" in message and len(self._arguments) > 1:

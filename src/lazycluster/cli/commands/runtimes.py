@@ -15,7 +15,7 @@ from lazycluster.cli.console import is_terminal, output
 from lazycluster.cli.targets import Targets, connection_options, host_options, targets
 
 if TYPE_CHECKING:
-    from lazycluster.cli.fanout import Outcome
+    from lazycluster.cli.fanout import HostOutcome
     from lazycluster.ssh.connection import Connection
 
 __all__ = ["list_runtimes"]
@@ -63,7 +63,7 @@ def list_runtimes(
         from lazycluster.cli.live_view import watch as watch_hosts
 
         return watch_hosts(chosen, long)
-    listing = _Json(chosen) if as_json else _Listing(chosen, long)
+    listing = _JsonListing(chosen) if as_json else _Listing(chosen, long)
     outcomes = listing.run()
     if any(outcome.kind == "done" for outcome in outcomes):
         return exit_status(outcomes, chosen.everyone)
@@ -81,7 +81,7 @@ class _Listing:
         self._columns = {name: columns[name] for name in shown}
         self.infos: dict[str, dict[str, Any]] = {}
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> list[HostOutcome]:
         from lazycluster.cli.fanout import everywhere
         from lazycluster.core import event_loop
         from lazycluster.ssh.terminal import when_answered
@@ -93,8 +93,8 @@ class _Listing:
         self.finish(outcomes)
         return outcomes
 
-    async def _ask(self, connection: Connection) -> Outcome:
-        from lazycluster.cli.fanout import Outcome
+    async def _ask(self, connection: Connection) -> HostOutcome:
+        from lazycluster.cli.fanout import HostOutcome
 
         started = time.perf_counter()
         await connection.request("ping")
@@ -102,9 +102,9 @@ class _Listing:
         if self._long:
             info.update(await connection.request("info"))
         self.infos[connection.host] = info
-        return Outcome(connection.host)
+        return HostOutcome(connection.host)
 
-    def show(self, outcome: Outcome) -> None:
+    def show(self, outcome: HostOutcome) -> None:
         """Print the row of a host."""
         from rich.text import Text
 
@@ -121,7 +121,7 @@ class _Listing:
             row.update({name: one_line(cell) for name, cell in cells(info).items()} if self._long else {})
         output().print(Text(self._line(row)), soft_wrap=True)
 
-    def _show_inactive(self, outcome: Outcome) -> None:
+    def _show_inactive(self, outcome: HostOutcome) -> None:
         """Say in a few words why; all of it, with what may help, is said in the end."""
         from rich.text import Text
 
@@ -140,7 +140,7 @@ class _Listing:
         ]
         return "  ".join(padded).rstrip()
 
-    def finish(self, outcomes: list[Outcome]) -> None:
+    def finish(self, outcomes: list[HostOutcome]) -> None:
         """Say why hosts cannot be used."""
         from lazycluster.exceptions import printable
 
@@ -160,13 +160,13 @@ def _cause(error: str) -> list[str]:
     return re.sub(r"^not usable as a runtime \((.+?)\)", r"\1", error).split("\n")
 
 
-class _Json(_Listing):
+class _JsonListing(_Listing):
     """One document at the end."""
 
     def __init__(self, chosen: Targets) -> None:
         super().__init__(chosen, True)
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> list[HostOutcome]:
         from lazycluster.cli.fanout import everywhere
         from lazycluster.core import event_loop
 

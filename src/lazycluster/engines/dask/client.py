@@ -53,7 +53,7 @@ class UpToDateClient(Client):  # type: ignore[misc]
 
     @scheduler.setter
     def scheduler(self, calls: Any) -> None:
-        self._calls = _Calls(calls, self) if hasattr(calls, "close_rpc") else calls
+        self._calls = _UpToDateCalls(calls, self) if hasattr(calls, "close_rpc") else calls
 
     def _graph_to_futures(self, *arguments: Any, **options: Any) -> Any:
         # Without this method a change is noticed later.
@@ -91,7 +91,7 @@ class UpToDateClient(Client):  # type: ignore[misc]
         self._version = max(version, self._version)
 
 
-class _Calls:
+class _UpToDateCalls:
     """The scheduler as a client calls it: before a call that may carry code, the hosts get the present modules."""
 
     def __init__(self, calls: Any, client: UpToDateClient) -> None:

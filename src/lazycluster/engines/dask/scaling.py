@@ -264,7 +264,7 @@ class ElasticCluster(MasterWorkerCluster):
         return [port for port in self._all_ports if port not in taken]
 
 
-class _Calls:
+class _SchedulerCalls:
     """The scheduler, as somebody calls it who is to be ended without being cut short."""
 
     def __init__(self, scheduler: Any) -> None:
@@ -301,7 +301,7 @@ class _Adapting:
     def __init__(self, cluster: ElasticCluster, launcher: ServiceWorkerLauncher, scheduler: Any, loop: Any) -> None:
         self.strategy: Adaptive | None = None
         self.loop = loop
-        self.scheduler_comm = _Calls(scheduler)
+        self.scheduler_comm = _SchedulerCalls(scheduler)
         self._cluster, self._launcher = cluster, launcher
         self._failures = 0
         self._not_before = 0.0

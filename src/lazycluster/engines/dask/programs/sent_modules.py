@@ -39,13 +39,13 @@ class _Loader(importlib.machinery.SourceFileLoader):
         return importlib.machinery.SourceFileLoader(name, self._shown).get_resource_reader(name)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _SentFinder(importlib.abc.MetaPathFinder):
     """Finds the modules before those that may be installed under the same names."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.stamp = self.read_stamp()
-        self._copies = localmodules.InstalledCopies(_Finder)
+        self._copies = localmodules.InstalledCopies(_SentFinder)
 
     def read_stamp(self) -> bytes:
         """Return what changes when the modules do."""
@@ -78,21 +78,21 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     def forget(self) -> None:
         """Forget what was found."""
-        self._copies = localmodules.InstalledCopies(_Finder)
+        self._copies = localmodules.InstalledCopies(_SentFinder)
 
     def is_ours(self, module: Any) -> bool:
         """Whether a module was sent."""
         return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), _Loader)
 
 
-_finder: _Finder | None = None
+_finder: _SentFinder | None = None
 
 
 def install(directory: str | None) -> None:
     """Let the modules in a directory be imported."""
     global _finder
     if directory and _finder is None:
-        _finder = _Finder(Path(directory))
+        _finder = _SentFinder(Path(directory))
         sys.meta_path.insert(0, _finder)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import codec
 from .errors import CommandError
-from .store import Store
+from .store import DocumentStore
 
 Document = dict[str, Any]
 
@@ -44,7 +44,7 @@ class Cursors:
         store: The documents.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: DocumentStore) -> None:
         self._store = store
         self._cursors: dict[int, Cursor] = {}
 

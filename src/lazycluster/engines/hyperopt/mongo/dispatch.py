@@ -12,7 +12,7 @@ from . import admin_commands, read_commands, scram, write_commands
 from .auth_limit import limited_logger
 from .cursors import Cursors
 from .errors import CommandError, bad_value
-from .store import Store
+from .store import DocumentStore
 
 logger = logging.getLogger("lazycluster.mongo")
 
@@ -61,7 +61,7 @@ class Dispatcher:
         credentials: What those who connect have to know; None: nothing, everybody may do everything.
     """
 
-    def __init__(self, store: Store, credentials: scram.Credentials | None) -> None:
+    def __init__(self, store: DocumentStore, credentials: scram.ScramCredentials | None) -> None:
         self.store = store
         self.cursors = Cursors(store)
         self._credentials = credentials

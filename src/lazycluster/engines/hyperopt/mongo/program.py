@@ -63,9 +63,9 @@ async def serve(
     """
     from .auth_limit import limit_lines
     from .dispatch import Dispatcher
-    from .scram import Credentials
+    from .scram import ScramCredentials
     from .server import Server
-    from .store import Store, StoreError
+    from .store import DocumentStore, StoreError
     from .tls_context import server_context
 
     limit_lines("asyncio")
@@ -73,10 +73,10 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        store = Store(dbpath)
+        store = DocumentStore(dbpath)
     except StoreError as error:
         raise SystemExit(str(error)) from None
-    credentials = Credentials.of(user, password) if user and password else None
+    credentials = ScramCredentials.of(user, password) if user and password else None
     context = server_context(**tls) if tls else None
     server = Server(Dispatcher(store, credentials), credentials is not None, context)
     try:

@@ -23,7 +23,7 @@ def _hmac(key: bytes, message: bytes) -> bytes:
 
 
 @dataclass(frozen=True)
-class Credentials:
+class ScramCredentials:
     """What a server keeps of a password: it is not enough to log in with.
 
     Attributes:
@@ -36,7 +36,7 @@ class Credentials:
     server_key: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, user: str, password: str) -> Credentials:
+    def of(cls, user: str, password: str) -> ScramCredentials:
         """Return them for a password of printable ASCII characters."""
         salt = os.urandom(28)
         salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, ITERATIONS)
@@ -51,7 +51,7 @@ class Conversation:
         credentials: What is known of the user.
     """
 
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, credentials: ScramCredentials) -> None:
         self._credentials = credentials
         self._said = b""
         self._nonce = b""

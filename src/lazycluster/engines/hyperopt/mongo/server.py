@@ -34,9 +34,9 @@ class _Connection(asyncio.Protocol):
         self._server = server
         self._received = bytearray()
         self._transport: Any = None
-        self._tls = tls_context.Channel(server.tls) if server.tls is not None else None
+        self._tls = tls_context.TlsChannel(server.tls) if server.tls is not None else None
         self.session = ClientSession()
-        self.held: deque[wire.Request] = deque()
+        self.held: deque[wire.MongoRequest] = deque()
         self.writable = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -55,7 +55,7 @@ class _Connection(asyncio.Protocol):
         try:
             self._received += data if self._tls is None else self._decrypted(data)
             self._parse()
-        except (wire.ProtocolError, ssl.SSLError) as error:
+        except (wire.MessageError, ssl.SSLError) as error:
             log = logger if self.session.authenticated else limited_logger()
             log.warning("a connection is closed: %s", error)
             self._transport.abort()
@@ -87,7 +87,7 @@ class _Connection(asyncio.Protocol):
                 self._server.heard(self)
                 at_once += 1
                 if at_once > _MOST_AT_ONCE:
-                    raise wire.ProtocolError("many requests at once of somebody who has not logged in")
+                    raise wire.MessageError("many requests at once of somebody who has not logged in")
 
     def send(self, data: bytes) -> None:
         """Send an answer."""
@@ -135,7 +135,7 @@ class Server:
         self.connections: set[_Connection] = set()
         self.most = room_for_connections(_MOST_CONNECTIONS)
         self.strangers: AuthLimit[_Connection] = AuthLimit(time.monotonic, _Connection.abort, self.most)
-        self.pending: deque[tuple[_Connection, wire.Request]] = deque()
+        self.pending: deque[tuple[_Connection, wire.MongoRequest]] = deque()
         self._woken = False
         self._listener: asyncio.Server | None = None
         self._sweeping: asyncio.TimerHandle | None = None
@@ -171,7 +171,7 @@ class Server:
     def run_pending(self) -> None:
         """Run what has come, bring it to the disk, and only then answer."""
         self._woken = False
-        answers: list[tuple[_Connection, wire.Request, dict[str, Any]]] = []
+        answers: list[tuple[_Connection, wire.MongoRequest, dict[str, Any]]] = []
         while self.pending:
             connection, request = self.pending.popleft()
             answers.append((connection, request, self._engine.run(connection.session, request.command)))
@@ -193,7 +193,7 @@ class Server:
         await asyncio.sleep(0)
 
 
-def _bytes_of(request: wire.Request, document: dict[str, Any]) -> bytes:
+def _bytes_of(request: wire.MongoRequest, document: dict[str, Any]) -> bytes:
     try:
         data = wire.answer(request, document)
     except (OverflowError, ValueError, TypeError) as error:

@@ -109,7 +109,7 @@ def _keys_of(document: Document, path: str) -> set[bytes]:
 class Collection:
     """The documents of one collection."""
 
-    def __init__(self, store: Store, number: int, name: str) -> None:
+    def __init__(self, store: DocumentStore, number: int, name: str) -> None:
         self._sql = store.sql
         self.id = number
         self.name = name
@@ -315,7 +315,7 @@ def _present(values: Document) -> Document:
     return {name: value for name, value in values.items() if order(value) != order(None)}
 
 
-class Store:
+class DocumentStore:
     """All collections of a directory, which no other server may use meanwhile.
 
     Args:

@@ -34,7 +34,7 @@ def server_context(certificate: str, key: str) -> ssl.SSLContext:
     return context
 
 
-class Channel:
+class TlsChannel:
     """One connection's encryption.
 
     Args:

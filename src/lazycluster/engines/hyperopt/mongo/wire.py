@@ -18,12 +18,12 @@ _REQUIRED_BITS = 0xFFFF  # bits that must be understood
 _numbers = itertools.count(1)
 
 
-class ProtocolError(Exception):
+class MessageError(Exception):
     """What came is no message: the connection cannot be used any more."""
 
 
 @dataclass(frozen=True)
-class Request:
+class MongoRequest:
     """A command.
 
     Attributes:
@@ -47,11 +47,11 @@ def length_of(head: bytes | bytearray, limit: int = LARGEST) -> int:
     """
     length = int.from_bytes(head[:4], "little", signed=True)
     if not HEADER.size < length <= limit:
-        raise ProtocolError(f"a message of {length} bytes")
+        raise MessageError(f"a message of {length} bytes")
     return length
 
 
-def parse(data: bytes) -> Request:
+def parse(data: bytes) -> MongoRequest:
     """Return the request in a whole message.
 
     Raises:
@@ -64,23 +64,23 @@ def parse(data: bytes) -> Request:
         if operation == _OP_QUERY:
             return _query(number, data)
     except (struct.error, IndexError, ValueError) as error:
-        raise ProtocolError(f"malformed message: {error}") from None
+        raise MessageError(f"malformed message: {error}") from None
     except CommandError as error:
-        raise ProtocolError(error.message) from None
-    raise ProtocolError(f"operation {operation} is not supported")
+        raise MessageError(error.message) from None
+    raise MessageError(f"operation {operation} is not supported")
 
 
 def _document(data: bytes, start: int, end: int) -> tuple[bytes, int]:
     (size,) = struct.unpack_from("<i", data, start)
     if size < 5 or start + size > end:
-        raise ProtocolError(f"a document of {size} bytes")
+        raise MessageError(f"a document of {size} bytes")
     return data[start : start + size], start + size
 
 
-def _message(number: int, data: bytes) -> Request:
+def _message(number: int, data: bytes) -> MongoRequest:
     (flags,) = struct.unpack_from("<I", data, 16)
     if flags & _REQUIRED_BITS & ~(_CHECKSUM | _MORE_TO_COME):
-        raise ProtocolError(f"flags {flags:#x} are not known")
+        raise MessageError(f"flags {flags:#x} are not known")
     end = len(data) - 4 if flags & _CHECKSUM else len(data)
     command: dict[str, Any] | None = None
     sequences: dict[str, list[Any]] = {}
@@ -93,10 +93,10 @@ def _message(number: int, data: bytes) -> Request:
         elif kind == 1:
             position = _sequence(data, position, end, sequences)
         else:
-            raise ProtocolError(f"a section of kind {kind}")
+            raise MessageError(f"a section of kind {kind}")
     if command is None or any(name in command for name in sequences):
-        raise ProtocolError("a message without a command" if command is None else "a field that came twice")
-    return Request(number, {**command, **sequences}, not flags & _MORE_TO_COME)
+        raise MessageError("a message without a command" if command is None else "a field that came twice")
+    return MongoRequest(number, {**command, **sequences}, not flags & _MORE_TO_COME)
 
 
 def _sequence(data: bytes, position: int, end: int, sequences: dict[str, list[Any]]) -> int:
@@ -104,10 +104,10 @@ def _sequence(data: bytes, position: int, end: int, sequences: dict[str, list[An
     stop = position + size
     zero = data.index(b"\x00", position + 4)
     if stop > end or zero >= stop:
-        raise ProtocolError("a sequence that is longer than its message")
+        raise MessageError("a sequence that is longer than its message")
     name = data[position + 4 : zero].decode("utf-8")
     if name in sequences:
-        raise ProtocolError("a sequence that came twice")
+        raise MessageError("a sequence that came twice")
     documents = sequences[name] = []
     position = zero + 1
     while position < stop:
@@ -116,21 +116,21 @@ def _sequence(data: bytes, position: int, end: int, sequences: dict[str, list[An
     return int(stop)
 
 
-def _query(number: int, data: bytes) -> Request:
+def _query(number: int, data: bytes) -> MongoRequest:
     zero = data.index(b"\x00", 20)
     space = data[20:zero].decode("utf-8")
     database, _, collection = space.partition(".")
     if collection != "$cmd":
-        raise ProtocolError(f"queries of {space} in the old form are not supported")
+        raise MessageError(f"queries of {space} in the old form are not supported")
     body, _ = _document(data, zero + 9, len(data))
     command = codec.decode(body)
     inner = command.get("$query")
     if isinstance(inner, dict):
         command = inner
-    return Request(number, {**command, "$db": database}, legacy=True)
+    return MongoRequest(number, {**command, "$db": database}, legacy=True)
 
 
-def answer(request: Request, document: dict[str, Any]) -> bytes:
+def answer(request: MongoRequest, document: dict[str, Any]) -> bytes:
     """Return an answer as bytes."""
     body = codec.encode(document)
     if request.legacy:

@@ -15,7 +15,7 @@ def _localmodules() -> Any:
     return importlib.import_module(".localmodules", __package__)
 
 
-class _Unpickler(pickle.Unpickler):
+class _ObjectiveUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return getattr(_localmodules(), name) if module == _THEIRS else super().find_class(module, name)
 
@@ -26,7 +26,7 @@ def loads(data: bytes) -> Any:
         return pickle.loads(data)  # noqa: S301
     file = io.BytesIO(data[len(MAGIC) :])
     _localmodules().install(pickle.load(file))  # noqa: S301
-    unpickler = _Unpickler(file)
+    unpickler = _ObjectiveUnpickler(file)
     evaluate, _, _ = unpickler.load()
     for portion in iter(unpickler.load, None):
         _localmodules().fill(portion)
