@@ -173,7 +173,7 @@ def test_a_search_as_a_picture(cluster: HyperoptCluster, tmp_path: Path, monkeyp
     assert (progress.done, progress.failed, progress.best_loss) == (6, 1, 1.0)
     cluster.plot("of nothing", tmp_path / "nothing.svg")
     assert "no trial has ended yet" in (tmp_path / "nothing.svg").read_text()
-    for name in [name for name in sys.modules if name.endswith("hyperopt_plot")]:
+    for name in [name for name in sys.modules if name.endswith("hyperopt.plot")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ClusterError, match=r"matplotlib(.|\n)*Next step: .*pip install"):

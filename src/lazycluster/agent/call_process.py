@@ -30,7 +30,7 @@ _OOM_SCORE = "400"  # when memory runs out, the system shall take the function, 
 _STANDARD = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = {"site-packages", "dist-packages"}
 _MOST_MODULES = 4000
-_OURS = (__name__, __name__.rpartition(".")[0] + ".poolworker")
+_OURS = (__name__, __name__.rpartition(".")[0] + ".pool_worker")
 
 
 class Chunks:

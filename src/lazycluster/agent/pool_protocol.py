@@ -13,7 +13,7 @@ import struct
 
 RECORD = struct.Struct("!BIQIIQ")  # kind, blob (the function's), number, first, count, size
 # A chunk holds the arguments of several calls; of those, `count` are to be called, beginning with `first`.
-CHUNK, LOCAL_CHUNK = 1, 2  # the second begins with local modules, see `callee`
+CHUNK, LOCAL_CHUNK = 1, 2  # the second begins with local modules, see `call_process`
 LARGE = 64  # added to the kind of a chunk whose bytes come in a descriptor
 BLOB = 3  # what several chunks need: kept until it is dropped
 DROP = 4  # drop a blob

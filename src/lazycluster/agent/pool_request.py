@@ -28,7 +28,7 @@ _MOST_WORKERS = 4096
 
 
 def pool(channel: RequestChannel) -> None:
-    """Handle the request `pool`: see `poolwire` for what INPUT and OUTPUT are.
+    """Handle the request `pool`: see `pool_protocol` for what INPUT and OUTPUT are.
 
     With `gpus`, e.g. {"count": 1, "workers": 2, "idle": true}, there are as many workers as the host has shares of
     `count` GPUs, times `workers` that share one; each sees its own only.
