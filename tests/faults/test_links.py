@@ -354,11 +354,15 @@ def test_hosts_are_clean_when_the_manager_is_killed_after_its_links_have_returne
 _HOLD = "import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1]))); s.recv(1)"
 
 
-def test_hosts_are_clean_after_the_grace_when_the_manager_is_killed_together_with_ssh(hosts: Any) -> None:
+@pytest.mark.parametrize("pause", [0.0, 0.02])
+def test_hosts_are_clean_after_the_grace_when_the_manager_is_killed_together_with_ssh(hosts: Any, pause: float) -> None:
+    """Also when it has just started the next ssh: that one has its log to open."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         manager, clients = _working(hosts, server, 3, returned=False)
-        for pid in [*clients, manager.pid]:
+        for pid in clients:
             os.kill(pid, signal.SIGKILL)
+        time.sleep(pause)
+        manager.kill()
         manager.communicate()
         _clean(hosts, 3 + 1 + leaks.PATIENCE)
 

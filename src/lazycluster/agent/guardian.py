@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import time
 
 from .directories import further
@@ -118,8 +119,11 @@ def clean(directory: str) -> None:
             kept: Dict[str, Any] = json.load(file)
     except (OSError, ValueError):
         kept = {}
+    readers = _readers(kept.get("paths", []))
     _end_foreign([(int(pid), int(started)) for pid, started in kept.get("pids", [])])
     remove(kept.get("paths", []))
+    for fd in readers:
+        os.close(fd)
     remove([*further(directory), directory])
 
 
@@ -143,7 +147,32 @@ def remove(paths: Iterable[str]) -> None:
     from .deletion import remove_tree  # here and not above: the start of the agent does not wait for it
 
     for path in paths:
+        readers = _readers([path])
         remove_tree(path)
+        for fd in readers:
+            os.close(fd)
+
+
+def _readers(paths: Iterable[str]) -> List[int]:
+    """Open the named pipes in directories for reading.
+
+    An ssh that was started just before the manager was killed opens the one for its log: it would wait for a reader
+    for ever, also when the pipe has no name any more.
+    """
+    found = []
+    for path in paths:
+        try:
+            pipes = [
+                entry.path for entry in os.scandir(path) if stat.S_ISFIFO(entry.stat(follow_symlinks=False).st_mode)
+            ]
+        except OSError:
+            continue  # it is no directory, or not there
+        for pipe in pipes:
+            try:
+                found.append(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC))
+            except OSError:
+                pass  # it has gone
+    return found
 
 
 def sshd_above(pid: int) -> Optional[int]:
