@@ -170,7 +170,7 @@ def test_a_host_that_lost_its_agent_says_so_and_can_be_used_again(hosts: Any) ->
         first = runtime.working_dir
         assert runtime.call(os.getcwd) == first
         task = runtime.execute_task(RuntimeTask("sleep").run_command("sleep 300"))
-        os.kill(_pid_here(hosts[0], runtime.connection.hello.pid), signal.SIGKILL)
+        os.kill(_pid_here(hosts[0], runtime.connection.agent_info.pid), signal.SIGKILL)
         with pytest.raises(TaskExecutionError, match="the agent on the host has ended, and with it what ran there"):
             task.join()
         states.wait_for("interrupted", "open")
@@ -464,7 +464,7 @@ def test_a_task_does_not_go_on_where_its_working_directory_is_gone(hosts: Any, t
             states = States(runtime)
             task = runtime.execute_task(steps, retries=retries)
             _until(lambda: len(_files(there)) > 3, "some of the files")
-            os.kill(_pid_here(hosts[0], runtime.connection.hello.pid), signal.SIGKILL)
+            os.kill(_pid_here(hosts[0], runtime.connection.agent_info.pid), signal.SIGKILL)
             states.wait_for("interrupted", "open")
             if retries:
                 task.join()

@@ -70,7 +70,7 @@ def _where(client: Any, own_module: Any) -> set[str]:
 
 
 def lose_agent(hosts: Any, group: RuntimeGroup, number: int) -> None:
-    inner = group.runtimes[number].connection.hello.pid
+    inner = group.runtimes[number].connection.agent_info.pid
     os.kill(next(found.pid for found in hosts[number].processes() if found.inner_pid == inner), signal.SIGKILL)
 
 

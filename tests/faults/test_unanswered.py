@@ -223,7 +223,7 @@ def test_a_session_that_stands_still_is_replaced(hosts: Any) -> None:
 @pytest.mark.parametrize("grace", [0, 2])
 def test_an_agent_that_stands_still_is_lost_whatever_the_grace(grace: int, hosts: Any) -> None:
     with runtime(hosts, link_timeout=1, grace=grace) as host:
-        agent = host.connection.hello.pid
+        agent = host.connection.agent_info.pid
         agents = [process.pid for process in hosts[0].processes() if process.inner_pid == agent]
         task = RuntimeTask("endless").run_command("sleep 3600")
         host.execute_task(task)

@@ -188,7 +188,7 @@ def test_a_first_line_that_is_none_is_no_host_without_an_answer(connect: Callabl
 def test_names_that_are_no_text_are_names(connect: Callable[..., Runtime]) -> None:
     """A host may have directories whose names are not UTF-8."""
     with connect("bare", {"home": "/\udcff", "user": "\udce4"}) as runtime:
-        assert runtime.connection.hello.home == "/\udcff"
+        assert runtime.connection.agent_info.home == "/\udcff"
 
 
 @pytest.mark.parametrize("lie", ["wrong", "too-large", "digits"])

@@ -43,7 +43,7 @@ class WorkerHost:
     @property
     def network(self) -> tuple[str, str]:
         """What two hosts have in common exactly if a port of one is a port of the other."""
-        hello = self.connection.hello
+        hello = self.connection.agent_info
         if not (hello.boot_id and hello.network):
             return (self.host, "")
         return (hello.boot_id, hello.network)

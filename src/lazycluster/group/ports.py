@@ -20,7 +20,7 @@ def one_per_network(runtimes: Sequence[Runtime]) -> list[Runtime]:
     seen = set()
     chosen = []
     for runtime in runtimes:
-        hello = runtime.connection.hello
+        hello = runtime.connection.agent_info
         network = (hello.boot_id, hello.network) if hello.boot_id and hello.network else runtime.host
         if network not in seen:
             seen.add(network)

@@ -48,7 +48,7 @@ def manager_view(sessions: Mapping[str, HostSession], inactive: Mapping[str, str
     rows: list[list[Cell | str]] = []
     for host, session in sessions.items():
         connection = session.connection
-        version = ".".join(map(str, connection.hello.python))
+        version = ".".join(map(str, connection.agent_info.python))
         rows.append([host, state_cell(connection), account(connection), version])
     state = Cell(f"{counted(len(sessions), 'active host')}, {len(inactive)} inactive")
     table = Table(("host", "state", "account", "python"), rows)

@@ -287,7 +287,7 @@ class HostSession:
     @property
     def identity(self) -> tuple[Any, ...]:
         """What two names of one account on one machine have in common."""
-        hello = self.connection.hello
+        hello = self.connection.agent_info
         return hello.boot_id, hello.machine_id, hello.hostname, hello.network, hello.uid
 
     @property

@@ -30,7 +30,7 @@ def state_cell(connection: Connection) -> Cell:
 
 def account(connection: Connection) -> str:
     """Return who we are on a host: ``user@hostname``."""
-    return f"{connection.hello.user}@{connection.hello.hostname}"
+    return f"{connection.agent_info.user}@{connection.agent_info.hostname}"
 
 
 def known_infos(runtimes: Sequence[Runtime]) -> list[dict[str, Any]]:

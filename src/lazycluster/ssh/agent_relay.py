@@ -206,8 +206,8 @@ class AgentRelay:
     async def _join(self, connection: Connection, here: _End, there: _End) -> None:
         """Connect the two by a session."""
         marker = new_marker()
-        hello = connection.hello
-        command = bulk_command(hello.executable, marker, [await there.socket], hello.pid)
+        info = connection.agent_info
+        command = bulk_command(info.executable, marker, [await there.socket], info.pid)
         try:
             session = await open_session(mux_of(connection), command)
         except MuxError as error:

@@ -67,7 +67,7 @@ class Connection(abc.ABC):
         self._owner = os.getpid()
         self._process: WatchedProcess | None = None
         self._link: AgentLink | None = None
-        self._hello: AgentInfo | None = None
+        self._agent_info: AgentInfo | None = None
         self._noise = bytearray()
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
@@ -148,7 +148,7 @@ class Connection(abc.ABC):
         link = AgentLink(self.host, fd_in, fd_out, lambda error: link.lost(str(error or "it has ended")), mark.rest)
         link.send_soon(payload(False, mark.tag))
         try:
-            await asyncio.wait_for(link.hello, _START_LIMIT)
+            await asyncio.wait_for(link.started, _START_LIMIT)
         except BaseException as error:
             link.lost("it was given up")
             if isinstance(error, asyncio.TimeoutError):
@@ -161,11 +161,11 @@ class Connection(abc.ABC):
 
     # --- the agent -----------------------------------------------------------------------------
     @property
-    def hello(self) -> AgentInfo:
+    def agent_info(self) -> AgentInfo:
         """What is known of the host."""
-        if self._hello is None:
+        if self._agent_info is None:
             raise LazyclusterError(f"{self.host}: not connected")
-        return self._hello
+        return self._agent_info
 
     def check(self) -> None:
         """Raise an error if the connection cannot be used. May be called from any thread."""
@@ -362,7 +362,7 @@ class Connection(abc.ABC):
         link = AgentLink(self.host, fd_in, fd_out, lambda error: self._ended(link, error), mark.rest)
         link.send_soon(payload(self.local, mark.tag))
         try:
-            hello = AgentInfo.parse(await link.hello)
+            info = AgentInfo.parse(await link.started)
         except ValueError as error:
             link.lost("given up")
             raise InvalidRuntimeError(self.host, "protocol", str(error)) from None
@@ -372,7 +372,7 @@ class Connection(abc.ABC):
         except BaseException:
             link.lost("given up")
             raise
-        self._link, self._hello = link, hello
+        self._link, self._agent_info = link, info
         self.generation += 1
 
     async def _take_up(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
@@ -383,7 +383,7 @@ class Connection(abc.ABC):
         self._become("open")
         link = self._link
         if link is not None and not link.is_attached:
-            self._ended(link, None)  # it has ended since the agent said hello, when that was nobody's business yet
+            self._ended(link, None)  # it has ended before anybody waited for that
 
     # --- ending --------------------------------------------------------------------------------
     def _ended(self, link: AgentLink, error: Exception | None) -> None:

@@ -42,7 +42,7 @@ class Keeper(LocalConnection):
             logger.warning("the keeper on this machine was lost, and is replaced (%s)", why)
             assert self._link is not None
             self._link.lost(f"the keeper on this machine was lost ({why})")
-            remove_tree(self.hello.directory)
+            remove_tree(self.agent_info.directory)
             await asyncio.sleep(delay)
             try:
                 await self._start()

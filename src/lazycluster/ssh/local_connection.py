@@ -64,7 +64,7 @@ class LocalConnection(Connection):
         """Start it as a daemon."""
         self.check()
         marker = new_marker()
-        process = WatchedProcess([self.hello.executable, "-ISc", stub(marker)])
+        process = WatchedProcess([self.agent_info.executable, "-ISc", stub(marker)])
         fd_in, fd_out = process.take_streams()
         return await self._begin(fd_in, fd_out, marker, process.exited)
 
@@ -74,7 +74,7 @@ class LocalConnection(Connection):
         ours, theirs = socket.socketpair()
         forks.not_for_children(ours.fileno(), theirs.fileno())
         with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
-            agent.connect(os.path.join(self.hello.directory, "agent.sock"))
+            agent.connect(os.path.join(self.agent_info.directory, "agent.sock"))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", theirs.fileno(), theirs.fileno()))]
             agent.sendmsg([b"bulk"], rights)
         return ours

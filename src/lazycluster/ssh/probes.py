@@ -36,9 +36,9 @@ def mux_of(connection: Connection) -> Mux:
 
 def network_of(connection: Connection) -> Hashable:
     """Return what is equal for two connections that lead into one network: two names of one machine."""
-    hello = connection.hello
+    info = connection.agent_info
     # Containers of one machine share its boot id, but each has a network with a number of its own.
-    return (hello.boot_id, hello.network) if hello.boot_id and hello.network else id(connection)
+    return (info.boot_id, info.network) if info.boot_id and info.network else id(connection)
 
 
 async def same_network(connection: Connection) -> bool:

@@ -197,7 +197,7 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
     Raises:
         AgentError: If it has none; the message names those that it has.
     """
-    known = _interpreters.setdefault(connection.hello, {})
+    known = _interpreters.setdefault(connection.agent_info, {})
     path = env.get("PATH", "")
     if path in known:
         return known[path]
@@ -228,9 +228,9 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
 def library_for(connection: Connection) -> dict[str, Any]:
     """Return what to tell the host about the pickling library: its digest; at first also its sources."""
     digest, sources = _library()
-    if _libraries.get(connection.hello) == digest:
+    if _libraries.get(connection.agent_info) == digest:
         return {"library": digest}
-    _libraries[connection.hello] = digest
+    _libraries[connection.agent_info] = digest
     return {"library": digest, "sources": sources}
 
 

@@ -94,7 +94,7 @@ class RuntimeTask(Recipe, Shown):
         """
         if isinstance(connection, Executor):
             return connection.execute_task(self, execute_async=False, debug=debug)
-        task = self._launch(Context(connection.host, connection, connection.hello.home), debug=debug)
+        task = self._launch(Context(connection.host, connection, connection.agent_info.home), debug=debug)
         task._finish_sync()
         return task
 
