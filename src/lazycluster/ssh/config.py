@@ -37,7 +37,7 @@ DEFAULT_GRACE = 300.0
 """Seconds for which a host waits for a manager whose link has dropped."""
 
 MAX_CONTROL_PATH = 80
-"""ssh appends 17 characters to the path while it starts to listen, and a socket's path must stay below 104."""
+"""ssh appends 17 characters to the path while it starts to listen: see `core.unix.SOCKET_PATH_SIZE`."""
 
 _OLDEST_SSH = (7, 6)
 _LONGEST_SPAN = 30 * 86400
