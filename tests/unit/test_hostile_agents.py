@@ -20,7 +20,7 @@ from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRunti
 from lazycluster.output import hostlog
 from lazycluster.ssh import agent_replies
 from lazycluster.ssh import link as link_module
-from lazycluster.ssh.agent_info import AgentInfo
+from lazycluster.ssh.agent_replies import AgentInfo
 from lazycluster.ssh.channel import Channel
 from lazycluster.ssh.link import AgentLink
 

@@ -24,7 +24,7 @@ from lazycluster.output.execution_log import LoggedStep, LoggedTask, settled, sh
 from lazycluster.output.host_cells import cells, megabytes
 from lazycluster.output.view import Cell, Table, View, as_html, as_text
 from lazycluster.runtime.views import info_table, info_view, runtime_view
-from lazycluster.ssh.agent_info import AgentInfo
+from lazycluster.ssh.agent_replies import AgentInfo
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>\033]0;owned\007\u202e$\\href{javascript:alert(1)}{x}$'"
 TAGS = {"div", "strong", "span", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "br"}

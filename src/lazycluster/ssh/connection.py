@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
 
-from .agent_info import AgentInfo
 from .agent_program import OLDEST_PYTHON, expected, payload
+from .agent_replies import AgentInfo
 from .channel import Bytes, Channel, Event
 from .errors import last_words
 from .link import AgentLink

@@ -24,8 +24,7 @@ from . import workspace
 from .agent_program import bulk_command, new_marker, rejoin_command, remote_command
 from .config import Settings, ssh_argv, ssh_version
 from .connect_limit import limiter
-from .diagnosis import circumstances
-from .errors import classify, is_retryable, no_room_in, no_room_there
+from .errors import circumstances, classify, is_retryable, no_room_in, no_room_there
 from .extra_sessions import FurtherSession, NoAgentError, open_session
 from .link import AgentLink
 from .mux import Forward, Mux, MuxError

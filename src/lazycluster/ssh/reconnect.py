@@ -15,7 +15,7 @@ from lazycluster.agent import wire
 from lazycluster.agent.manager_link import KEPT, SECRET_SIZE, SILENCE_LIMIT
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, printable
 
-from .agent_info import AgentInfo
+from .agent_replies import AgentInfo
 from .channel import Channel
 from .config import Settings
 from .connection import Connection

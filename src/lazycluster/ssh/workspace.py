@@ -19,7 +19,7 @@ from lazycluster.core import event_loop, unix
 from lazycluster.exceptions import ConnectionLostError
 
 from .errors import FULL, no_room_here
-from .keeper import Keeper
+from .local_connection import Keeper
 from .prompts import Prompter
 
 _LONGEST = 50  # bytes of the directory's path, so that those of the sockets in it are below `unix.SOCKET_PATH_SIZE`

@@ -26,7 +26,7 @@ import cloudpickle
 from lazycluster.agent.localmodules import Source
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError
-from lazycluster.ssh.agent_info import AgentInfo
+from lazycluster.ssh.agent_replies import AgentInfo
 from lazycluster.ssh.channel import Collected
 from lazycluster.ssh.connection import Connection
 
