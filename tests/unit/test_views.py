@@ -58,7 +58,7 @@ def _host(info: dict[str, Any] | None = None) -> Any:
     connection = SimpleNamespace(
         state="open",
         why=EVIL,
-        hello=AgentInfo(python=(3, 9, 1), pid=1, uid=1, booted=1, **values),  # type: ignore[arg-type]
+        agent_info=AgentInfo(python=(3, 9, 1), pid=1, uid=1, booted=1, **values),  # type: ignore[arg-type]
     )
     return SimpleNamespace(
         host=EVIL,
