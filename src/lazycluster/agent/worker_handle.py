@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-import struct
 
+from . import descriptors
 from .commands import outcome
 from .forked_call import LINGER
 from .pool_protocol import ANSWER, NEED, READY, SLOT, SLOT_SIZE, UNFIT, WORKER
@@ -130,9 +130,8 @@ class WorkerHandle:
 
     def say(self, data: bytes, fds: List[int]) -> None:
         """Send it something; it takes one such message at a time."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("{}i".format(len(fds)), *fds))] if fds else []
         try:
-            self._own.sendmsg([data], rights)
+            descriptors.send(self._own, fds, data)
         except OSError:
             pass  # it has just died
 
