@@ -6,7 +6,7 @@ import logging
 import posixpath
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerError
@@ -23,8 +23,6 @@ from .uv_errors import IndexUnreachableError
 from .wheels import digest_of
 
 if TYPE_CHECKING:
-    from lazycluster.tasks.context import Context
-
     from .index import IndexSettings
 
 __all__ = ["Activation", "BuildHost", "HostEnvironment"]
@@ -60,11 +58,6 @@ class Activation:
         name = "CONDA_PREFIX" if self.conda else "VIRTUAL_ENV"
         rest = env.get("PATH", path)
         return {**env, "PATH": f"{self.prefix}/bin:{rest}" if rest else f"{self.prefix}/bin", name: self.prefix}
-
-    def apply(self, context: Context) -> Context:
-        """Return where and how tasks are carried out, in the environment."""
-        env = self.variables(context.env, context.connection.hello.path)
-        return replace(context, env=env, python=self.python, prepare=None)
 
 
 class HostEnvironment:
@@ -106,10 +99,6 @@ class HostEnvironment:
         if self.spec.kind != "path":
             name = posixpath.basename(active.prefix)
             await self._place.ask("compiled", RUN_LIMIT, root=self.spec.cache_dir, id=name)
-
-    async def applied(self, context: Context) -> Context:
-        """Return a context in the environment, which is made before if need be."""
-        return (await self.ready()).apply(context)
 
     async def _prepare(self, refresh: bool) -> Activation:
         try:
