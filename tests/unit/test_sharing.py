@@ -13,10 +13,10 @@ import pytest
 import patience
 from lazycluster import EnvironmentSpec
 from lazycluster.core import event_loop
+from lazycluster.core.single_flight import SingleFlight
 from lazycluster.environments import resolution, uv, wheels
 from lazycluster.environments.index import IndexSettings
 from lazycluster.environments.plan import Locked, Target
-from lazycluster.environments.single_flight import SingleFlight
 
 
 def test_work_is_done_once_and_ends_with_the_last_who_wants_it() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerError
 from lazycluster.output.progress import Progress
 
@@ -16,7 +17,6 @@ from .build import Builder
 from .build_host import RUN_LIMIT, BuildHost
 from .plan import InstallPlan, Locked, Target
 from .resolution import resolve, resolve_installed, settings_for
-from .single_flight import SingleFlight
 from .spec import EnvironmentSpec
 from .uv import MANAGER
 from .uv_errors import IndexUnreachableError

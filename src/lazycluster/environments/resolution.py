@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from lazycluster.core import event_loop
+from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
@@ -23,7 +24,6 @@ from .credentials import expanded, for_git, logins_in, plain, with_passwords
 from .index import IndexSettings, bare, read_settings
 from .installed_wheels import UnfitError, installed_digest, read_installed
 from .plan import Locked, Target
-from .single_flight import SingleFlight
 from .spec import EnvironmentSpec, normalized
 from .uv import MANAGER, RETRIES, run_uv
 from .wheels import is_kept

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from lazycluster.core import event_loop
+from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
@@ -27,7 +28,6 @@ from .credentials import for_git
 from .index import IndexSettings, bare, hide
 from .installed_wheels import make_wheel
 from .plan import Locked, Target, Wheel
-from .single_flight import SingleFlight
 from .subprocesses import run_here
 from .uv import MANAGER, RETRIES, run_uv
 from .uv_errors import IndexUnreachableError
