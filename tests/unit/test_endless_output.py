@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lazycluster.cli.checkup import STEPS, Checkup
-from lazycluster.environments.build_host import BuildHost
-from lazycluster.environments.subprocesses import run_here
+from lazycluster.environments.build import BuildHost
+from lazycluster.environments.uv import run_here
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.output.tail import Tail
 from patience import until

@@ -9,7 +9,7 @@ import pytest
 
 from lazycluster import EnvironmentSpec
 from lazycluster.environments.activation import HostEnvironment
-from lazycluster.environments.build_host import BuildHost
+from lazycluster.environments.build import BuildHost
 from lazycluster.environments.plan import Locked, Target
 from lazycluster.exceptions import EnvironmentBuildError
 

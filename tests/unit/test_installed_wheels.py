@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lazycluster.environments.elf import needs_of
-from lazycluster.environments.installed_wheels import UnfitError, installed_digest, make_wheel, read_installed
+from lazycluster.environments.installed_wheels import UnfitError, installed_digest, make_wheel, needs_of, read_installed
 from lazycluster.environments.plan import Locked, Target
 
 _SITE = Path(sysconfig.get_paths()["purelib"])

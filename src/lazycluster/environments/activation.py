@@ -13,13 +13,11 @@ from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerError
 from lazycluster.output.progress import Progress
 
-from .build import Builder
-from .build_host import RUN_LIMIT, BuildHost
+from .build import RUN_LIMIT, Builder, BuildHost
 from .plan import InstallPlan, Locked, Target
 from .resolution import resolve, resolve_installed, settings_for
 from .spec import EnvironmentSpec
-from .uv import MANAGER
-from .uv_errors import IndexUnreachableError
+from .uv import MANAGER, IndexUnreachableError
 from .wheels import digest_of
 
 if TYPE_CHECKING:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lazycluster.agent import environment_program
@@ -16,20 +20,22 @@ from lazycluster.core import event_loop
 from lazycluster.core.words import counted
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError, NoAnswerError
 from lazycluster.output.progress import size as shown_size
+from lazycluster.output.tail import Tail
 from lazycluster.ssh import transfer
 from lazycluster.ssh.agent_replies import NAME, check_shape, decoded_text
+from lazycluster.utils import private_directory
 
-from .build_host import ANSWER_LIMIT, RUN_LIMIT, BuildHost
 from .cache import prune_on
-from .index import IndexSettings
-from .interpreters import base_interpreter
-from .plan import InstallPlan, Wheel
+from .index import IndexSettings, hide
+from .plan import InstallPlan, Target, Wheel
 from .spec import EnvironmentSpec, normalized
-from .uv import find_uv
-from .uv_binaries import send_uv
+from .uv import explained, find_uv, run_uv
 from .wheels import forget_damaged, provide
 
-__all__ = ["Builder"]
+if TYPE_CHECKING:
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["ANSWER_LIMIT", "RUN_LIMIT", "BuildHost", "Builder", "base_interpreter", "send_uv"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -388,3 +394,168 @@ def _quoted(text: str) -> str:
 def _address(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+
+
+# --- the host -------------------------------------------------------------------------------------
+ANSWER_LIMIT = 60.0  # seconds for a question
+RUN_LIMIT = 3600.0  # seconds for a program
+
+
+@dataclass(frozen=True)
+class BuildHost:
+    """A host, and what holds there.
+
+    Attributes:
+        host: The host as the user named it.
+        connection: The connection to it.
+        env: The environment that the user's set-up left.
+        python: The interpreter that the user named, if it is a path.
+    """
+
+    host: str
+    connection: Connection
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    python: str | None = None
+
+    async def ask(self, action: str, within: float = ANSWER_LIMIT, **params: Any) -> dict[str, Any]:
+        """Ask the agent about environments."""
+        return await self.connection.request("environment", within=within, action=action, **params)
+
+    async def run(self, argv: Sequence[str], env: Mapping[str, str], what: str) -> str:
+        """Run a program there, and return what it printed, of very much the end.
+
+        Raises:
+            EnvironmentBuildError: If it fails.
+        """
+        output = Tail()
+        params = {"argv": list(argv), "cwd": "/", "env": {**self.env, **env}, "merge": True}
+        channel = self.connection.channel("run", params, stdout=output.put)
+        try:
+            result = await self.connection.answered(channel, f"the end of {what}", RUN_LIMIT)
+        except AgentError as error:
+            raise EnvironmentBuildError(self.host, f"{what}: {error.message}") from None
+        except NoAnswerError:
+            said = hide(output.text())
+            raise EnvironmentBuildError(self.host, f"{what} takes more than {RUN_LIMIT:g} s", output=said) from None
+        said = hide(output.text())
+        if result.get("exit") != 0:
+            if result.get("signal"):
+                said += f"\nended by signal {result['signal']}"
+            raise explained(self.host, what, said)
+        return said
+
+
+# --- its interpreter ------------------------------------------------------------------------------
+
+_ANSWER_LIMIT, _SEARCH_LIMIT = 60.0, 120.0  # seconds
+
+
+async def base_interpreter(place: BuildHost, target: Target, root: str, settings: IndexSettings, found: str) -> str:
+    """Return the path of an interpreter of the wanted minor version on a host.
+
+    Args:
+        place: The host.
+        target: What is wanted.
+        root: Where environments are kept there.
+        settings: Where packages come from.
+        found: One that the host has; empty if it has none.
+
+    Raises:
+        EnvironmentBuildError: If the host has none, and none can be had.
+    """
+    if place.python is not None:
+        return await _named(place, target, place.python)
+    if found:
+        return found
+    logger.info("%s: has no Python %s; one is fetched", place.host, target.version)
+    try:
+        return await _sent(place, target, root, settings)
+    except EnvironmentBuildError as error:
+        raise await _none(place, target, error) from error
+
+
+async def _named(place: BuildHost, target: Target, python: str) -> str:
+    try:
+        answer = await place.connection.request(
+            "packages", within=_ANSWER_LIMIT, python=python, env=dict(place.env), names=[]
+        )
+    except AgentError as error:
+        raise EnvironmentBuildError(
+            place.host, error.message, "", 'name a Python that is there: python="..."'
+        ) from None
+    if tuple(answer["version"][:2]) != target.python:
+        version = ".".join(map(str, answer["version"]))
+        raise EnvironmentBuildError(
+            place.host,
+            f"{python} is Python {version}, but the environment is for {target.version}",
+            "python",
+            f'name a Python {target.version} with python=, or choose EnvironmentSpec(..., python="{version[:4]}")',
+        )
+    return str(answer["executable"])
+
+
+async def _sent(place: BuildHost, target: Target, root: str, settings: IndexSettings) -> str:
+    """Have uv fetch an interpreter for the host's platform to the manager, and send it."""
+    system = {"linux": "linux", "darwin": "macos"}.get(target.system, target.system)
+    libc = {"glibc": "gnu", "musl": "musl"}.get(target.libc, "none")
+    name = f"cpython-{target.version}-{system}-{target.machine}-{libc}"
+    store = private_directory("environments", "python") / name
+    arguments = ["python", "install", "--no-bin", "--install-dir", str(store), name]
+    await run_uv(arguments, settings, what=f"fetching Python {target.version}")
+    folder = next((path for path in sorted(store.glob("cpython-*")) if path.is_dir() and not path.is_symlink()), None)
+    if folder is None:
+        raise EnvironmentBuildError(place.host, f"uv fetched no Python {target.version}", "python")
+    path = f"{root}/python/{folder.name}"
+    await transfer.send(place.connection, folder, path, cwd="", env={})
+    return f"{path}/bin/python{target.version}"
+
+
+async def _none(place: BuildHost, target: Target, error: EnvironmentBuildError) -> EnvironmentBuildError:
+    answer = await place.connection.request("interpreters", within=_SEARCH_LIMIT, env=dict(place.env))
+    found = answer["interpreters"]
+    have = ", ".join(f"{'.'.join(map(str, one['version']))} ({one['path']})" for one in found) or "none"
+    return EnvironmentBuildError(
+        place.host,
+        f"no Python {target.version} was found; the host has: {have}. It cannot be fetched, either: {error.problem}",
+        "python",
+        f"install Python {target.version} there, name its path with python=, or use another version: "
+        'EnvironmentSpec(..., python="3.x")',
+        error.output,
+    )
+
+
+# --- its uv ---------------------------------------------------------------------------------------
+async def send_uv(place: BuildHost, target: Target, root: str, settings: IndexSettings) -> str:
+    """Return the path of uv on a host, in the manager's version; it is sent if it is not there.
+
+    Raises:
+        EnvironmentBuildError: If there is none for the host's platform.
+    """
+    here, version = await find_uv()
+    path = f"{root}/uv/{version}/uv"
+    if target.system == sys.platform and target.machine == os.uname().machine:
+        sent = await transfer.send(place.connection, here, path, cwd="", env={})
+        if sent.skipped:  # it has run there before
+            return path
+        try:
+            await place.run([path, "--version"], {}, f"running {path}")
+            return path
+        except EnvironmentBuildError as error:
+            await place.connection.request("remove", path=path)
+            if "Permission denied" in error.output or target.system != "linux":
+                raise
+    path = f"{root}/uv/{version}-static/uv"
+    await transfer.send(place.connection, await _fetched(version, target, settings), path, cwd="", env={})
+    await place.run([path, "--version"], {}, f"running {path}")
+    return path
+
+
+async def _fetched(version: str, target: Target, settings: IndexSettings) -> Path:
+    """Return uv for another platform: on Linux the one that needs no libraries."""
+    platform = target.platform if target.system != "linux" else f"{target.machine}-unknown-linux-musl"
+    store = private_directory("environments", "uv", f"{version}-{platform}")
+    binary = store / "bin" / "uv"
+    if not binary.is_file():
+        arguments = ["pip", "install", "--quiet", "--no-deps", "--target", str(store), "--python-platform", platform]
+        await run_uv([*arguments, f"uv=={version}"], settings, what=f"fetching uv for {platform}")
+    return binary

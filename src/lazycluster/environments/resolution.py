@@ -20,12 +20,21 @@ from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
 from . import installed_packages
-from .credentials import expanded, for_git, logins_in, plain, with_passwords
-from .index import IndexSettings, bare, read_settings
+from .index import (
+    NO_PROMPTS,
+    Credential,
+    IndexSettings,
+    bare,
+    expand_variables,
+    for_git,
+    logins_in,
+    plain,
+    read_settings,
+)
 from .installed_wheels import UnfitError, installed_digest, read_installed
 from .plan import Locked, Target
 from .spec import EnvironmentSpec, normalized
-from .uv import MANAGER, RETRIES, run_uv
+from .uv import MANAGER, RETRIES, run_here, run_uv
 from .wheels import is_kept
 
 if sys.version_info >= (3, 11):
@@ -33,7 +42,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["resolve", "resolve_installed", "settings_for"]
+__all__ = ["resolve", "resolve_installed", "settings_for", "with_passwords"]
 
 _HASH = re.compile(r"--hash[= ]sha256:([0-9a-f]{64})")
 _PINNED = re.compile(r"^\s*([A-Za-z0-9][\w.-]*)\s*(?:\[[^]]*\])?\s*==\s*([^\s;\\]+)")
@@ -175,7 +184,7 @@ async def _question(spec: EnvironmentSpec, settings: IndexSettings) -> _Question
 def _of_requirements(file: Path) -> _Question:
     files = list(_included(file))
     for path in files[1:]:
-        _check_logins(path, expanded(_read(path)))
+        _check_logins(path, expand_variables(_read(path)))
     question = _Question(folder=file.parent, inputs=files, hashes=_hashes(_read(path) for path in files))
     text = _read(file) if file.is_file() else ""
     if plain(text) == text:
@@ -268,8 +277,23 @@ async def settings_for(spec: EnvironmentSpec) -> IndexSettings:
     text = "\n".join(spec.requirements)
     if spec.kind == "file":
         text = "\n".join(_read(path) for path in _included(spec.file))
-    logins = await with_passwords(logins_in(expanded(text)))
+    logins = await with_passwords(logins_in(expand_variables(text)))
     return replace(read_settings(), logins=logins)
+
+
+async def with_passwords(logins: Iterable[Credential]) -> tuple[Credential, ...]:
+    """Return credentials with the passwords that the user's git knows, where an address has a name only."""
+    return tuple([await _filled(login) if login.password is None else login for login in logins])
+
+
+async def _filled(login: Credential) -> Credential:
+    question = f"url={login.address}\nusername={login.user}\n\n"
+    try:
+        answer = await run_here(["git", "credential", "fill"], {**os.environ, **NO_PROMPTS}, stdin=question)
+    except OSError:  # who needs it says so
+        return login
+    lines = dict(line.partition("=")[::2] for line in answer.output.splitlines())
+    return replace(login, password=lines["password"]) if answer.status == 0 and lines.get("password") else login
 
 
 def _check_project(file: Path) -> None:

@@ -24,13 +24,10 @@ from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
-from .credentials import for_git
-from .index import IndexSettings, bare, hide
+from .index import IndexSettings, bare, for_git, hide
 from .installed_wheels import make_wheel
 from .plan import Locked, Target, Wheel
-from .subprocesses import run_here
-from .uv import MANAGER, RETRIES, run_uv
-from .uv_errors import IndexUnreachableError
+from .uv import MANAGER, RETRIES, IndexUnreachableError, run_here, run_uv
 
 __all__ = ["digest_of", "forget_damaged", "is_kept", "provide"]
 
