@@ -14,7 +14,7 @@ from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerEr
 from lazycluster.output.progress import Progress
 
 from .build import RUN_LIMIT, Builder, BuildHost
-from .plan import InstallPlan, Locked, Target
+from .plan import InstallPlan, LockedPackage, Target
 from .resolution import resolve, resolve_installed, settings_for
 from .spec import EnvironmentSpec
 from .uv import MANAGER, IndexUnreachableError
@@ -166,7 +166,7 @@ class HostEnvironment:
     async def _plan(self, settings: IndexSettings, target: Target, refresh: bool) -> InstallPlan:
         return self._planned(target, await resolve(self.spec, target, settings, refresh))
 
-    def _planned(self, target: Target, packages: Sequence[Locked]) -> InstallPlan:
+    def _planned(self, target: Target, packages: Sequence[LockedPackage]) -> InstallPlan:
         return InstallPlan(target, tuple(packages), tuple(digest_of(locked) for locked in packages), str(self.spec))
 
     async def _existing(self) -> Activation:

@@ -295,7 +295,7 @@ class Builder:
             for locked, digest, want in zip(self._plan.packages, self._plan.digests, wanted, strict=True)
             if want
         ]
-        progress = _Progress(self._host, len(chosen), self._tell)
+        progress = _TransferProgress(self._host, len(chosen), self._tell)
         wheels: dict[str, Wheel] = {}
 
         async def one(locked: Any, digest: str) -> None:
@@ -336,7 +336,7 @@ class Builder:
         return found
 
 
-class _Progress:
+class _TransferProgress:
     """Says how far the packages are."""
 
     def __init__(self, host: str, total: int, tell: Callable[[str], Any]) -> None:

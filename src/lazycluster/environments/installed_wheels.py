@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 from lazycluster.exceptions import EnvironmentBuildError
 
-from .plan import Locked, Target
+from .plan import LockedPackage, Target
 from .spec import normalized
 from .uv import MANAGER
 
-__all__ = ["Needs", "UnfitError", "installed_digest", "make_wheel", "needs_of", "read_installed"]
+__all__ = ["ElfRequirements", "RepackError", "elf_requirements", "installed_digest", "make_wheel", "read_installed"]
 
 _DIRECTORY = re.compile(r"^(?P<name>[^-]+)-(?P<version>[^-]+)\.dist-info$")
 _MANY = re.compile(r"^(many|musl)linux_(\d+)_(\d+)_(\w+)$")
@@ -47,7 +47,7 @@ _CHUNK = 1024 * 1024
 _LAUNCHER = re.compile(rb"\A#!/bin/sh\n'''exec' [^\n]*\n' '''\n|\A#![^\n]*python[^\n]*\n")
 
 
-class UnfitError(Exception):
+class RepackError(Exception):
     """No wheel for a host can be made from the files of a distribution; the text says why."""
 
 
@@ -96,7 +96,7 @@ def read_installed(info: Path, target: Target) -> InstalledWheel:
     """
     match = _DIRECTORY.match(info.name)
     if match is None:
-        raise UnfitError("it is installed in an old way, without a list of its files")
+        raise RepackError("it is installed in an old way, without a list of its files")
     _check_installer(info)
     tags = _tags(_read(info / "WHEEL", "it has no file WHEEL, so what it fits is unknown"))
     entries = tuple(sorted(_entries(info, match["name"], match["version"]), key=lambda entry: entry.name))
@@ -119,7 +119,7 @@ def _read(path: Path, problem: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UnfitError(problem) from None
+        raise RepackError(problem) from None
 
 
 def _check_installer(info: Path) -> None:
@@ -129,9 +129,9 @@ def _check_installer(info: Path) -> None:
         installer = []
     name = installer[0].lower() if installer else ""
     if name in _SYSTEMS:
-        raise UnfitError(f"{name} has installed it, which may link it against libraries that no host has")
+        raise RepackError(f"{name} has installed it, which may link it against libraries that no host has")
     if info.parent.name == "dist-packages" and not name:
-        raise UnfitError("the system's package manager has installed it, which may link it against its own libraries")
+        raise RepackError("the system's package manager has installed it, which may link it against its own libraries")
 
 
 def _tags(text: str) -> list[tuple[str, str, str]]:
@@ -142,7 +142,7 @@ def _tags(text: str) -> list[tuple[str, str, str]]:
         if key == "Tag" and len(parts) == 3:
             found.append((parts[0], parts[1], parts[2]))
     if not found:
-        raise UnfitError("its file WHEEL does not say what it fits")
+        raise RepackError("its file WHEEL does not say what it fits")
     return found
 
 
@@ -161,7 +161,7 @@ def _entries(info: Path, name: str, version: str) -> Iterator[_WheelEntry]:
         if last in _OF_INSTALLER and folder == str(info):
             continue
         if len(row) < 2 or row[1].partition("=")[0] not in _HASHES:
-            raise UnfitError(f"its RECORD has no hash of {row[0]}")
+            raise RepackError(f"its RECORD has no hash of {row[0]}")
         yield _WheelEntry(inner, path, row[1], is_script)
 
 
@@ -172,7 +172,7 @@ def _name_in_wheel(path: str, site: Path, data: str, recorded: str) -> tuple[str
     else:
         prefix = next((folder.parent for folder in site.parents if folder.name in ("lib", "lib64")), None)
         if prefix is None or not path.startswith(f"{prefix}/") or recorded.startswith("/"):
-            raise UnfitError(f"it has files in other places: {recorded}")
+            raise RepackError(f"it has files in other places: {recorded}")
         inner, in_data = path[len(str(prefix)) + 1 :], f"{data}/data/"
     if inner.startswith("bin/") and inner.count("/") == 1:  # below the site with `pip install --target`
         return f"{data}/scripts/{inner[4:]}", True
@@ -185,7 +185,7 @@ def _entry_points(info: Path) -> set[str]:
     try:
         parser.read(info / "entry_points.txt", encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError):
-        raise UnfitError("its file entry_points.txt cannot be read") from None
+        raise RepackError("its file entry_points.txt cannot be read") from None
     groups = ("console_scripts", "gui_scripts")
     return {name for group in groups if parser.has_section(group) for name in parser.options(group)}
 
@@ -195,7 +195,7 @@ def _check_fit(tags: list[tuple[str, str, str]], entries: tuple[_WheelEntry, ...
     """Make sure that one of the tags fits, and where no tag says so that compiled code does."""
     reasons = [reason for reason in (_misfit(tag, target) for tag in tags) if reason is not None]
     if len(reasons) == len(tags):
-        raise UnfitError(reasons[0])
+        raise RepackError(reasons[0])
     if not any(platform.startswith(("manylinux", "musllinux")) for _, _, platform in tags):
         for entry in entries:
             if entry.is_script or ".so" in entry.path.rpartition("/")[2]:
@@ -241,24 +241,24 @@ def _glibc(target: Target) -> tuple[int, int]:
 
 def _check_compiled(entry: _WheelEntry, entries: tuple[_WheelEntry, ...], target: Target) -> None:
     try:
-        needs = needs_of(Path(entry.path))
+        needs = elf_requirements(Path(entry.path))
     except (OSError, ValueError) as error:
-        raise UnfitError(f"{entry.name} cannot be read: {error}") from None
+        raise RepackError(f"{entry.name} cannot be read: {error}") from None
     if needs is None:
         return
     if target.system != "linux" or target.machine != os.uname().machine:
-        raise UnfitError(f"{entry.name} is compiled for this machine, and the host is {target.platform}")
+        raise RepackError(f"{entry.name} is compiled for this machine, and the host is {target.platform}")
     own = {other.path.rpartition("/")[2] for other in entries}
     foreign = sorted(name for name in needs.libraries - own if not _BASE.match(name))
     if foreign:
-        raise UnfitError(f"{entry.name} is linked against {', '.join(foreign)}, which is no part of it")
+        raise RepackError(f"{entry.name} is linked against {', '.join(foreign)}, which is no part of it")
     if target.libc == "glibc" and needs.glibc > _glibc(target):
         wanted = ".".join(map(str, needs.glibc))
-        raise UnfitError(f"{entry.name} needs glibc {wanted}, and the host has {target.libc_version}")
+        raise RepackError(f"{entry.name} needs glibc {wanted}, and the host has {target.libc_version}")
 
 
 # --- making it ------------------------------------------------------------------------------------
-def make_wheel(locked: Locked, target: Target, folder: Path) -> Path:
+def make_wheel(locked: LockedPackage, target: Target, folder: Path) -> Path:
     """Make a wheel from installed files, whose hashes are checked; for a thread. The same files give the same wheel.
 
     Raises:
@@ -274,7 +274,7 @@ def make_wheel(locked: Locked, target: Target, folder: Path) -> Path:
             lines = [",".join(_quoted(value) for value in row) for row in record]
             lines.append(f"{wheel.info}/RECORD,,")
             archive.writestr(_zip_info(f"{wheel.info}/RECORD", 0o644), "\n".join(lines) + "\n")
-    except UnfitError as error:
+    except RepackError as error:
         raise EnvironmentBuildError(
             MANAGER,
             f"no wheel of {locked.label} can be made from what is installed: {error}",
@@ -304,9 +304,9 @@ def _add(archive: zipfile.ZipFile, entry: _WheelEntry) -> tuple[str, str, str]:
                 written.update(restored)
                 size = target.write(restored)
     except OSError as error:
-        raise UnfitError(f"its file {entry.path} cannot be read: {error.strerror}") from None
+        raise RepackError(f"its file {entry.path} cannot be read: {error.strerror}") from None
     if _encoded(check.digest()) != recorded.rstrip("="):
-        raise UnfitError(f"its file {entry.path} was changed after the installation: its hash is not that of RECORD")
+        raise RepackError(f"its file {entry.path} was changed after the installation: its hash is not that of RECORD")
     return entry.name, f"sha256={_encoded(written.digest())}", str(size)
 
 
@@ -348,7 +348,7 @@ _NEEDED, _STRTAB, _VERNEED, _VERNEEDNUM = 1, 5, 0x6FFFFFFE, 0x6FFFFFFF  # kinds 
 _MOST = 10_000  # entries of a table
 
 
-class Needs(NamedTuple):
+class ElfRequirements(NamedTuple):
     """What a file needs.
 
     Attributes:
@@ -360,7 +360,7 @@ class Needs(NamedTuple):
     glibc: tuple[int, int]
 
 
-def needs_of(path: Path) -> Needs | None:
+def elf_requirements(path: Path) -> ElfRequirements | None:
     """Return what a file needs; None if it is no ELF file.
 
     Raises:
@@ -372,12 +372,12 @@ def needs_of(path: Path) -> Needs | None:
             return None
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _File(data).needs()
+                return _ElfFile(data).needs()
             except (struct.error, IndexError, StopIteration) as error:
                 raise ValueError(f"{path} is damaged") from error
 
 
-class _File:
+class _ElfFile:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._is_64 = data[4] == 2
@@ -415,12 +415,12 @@ class _File:
                     tag, value = self._unpack("QQ" if self._is_64 else "II", place)
                     yield tag, value
 
-    def needs(self) -> Needs:
+    def needs(self) -> ElfRequirements:
         """Return what it needs."""
         entries = list(self._entries())
         single = dict(entries)
         if _STRTAB not in single:
-            return Needs(frozenset(), (0, 0))  # linked statically
+            return ElfRequirements(frozenset(), (0, 0))  # linked statically
         names = self._offset(single[_STRTAB])
         libraries = {self._text(names + value).decode("utf-8", "replace") for tag, value in entries if tag == _NEEDED}
         versions = []
@@ -428,7 +428,7 @@ class _File:
             place = self._offset(single[_VERNEED])
             versions = [self._text(names + name) for name in self._versions(place, single.get(_VERNEEDNUM, 0))]
         found = [match for match in map(_GLIBC.match, versions) if match]
-        return Needs(frozenset(libraries), max(((int(one[1]), int(one[2])) for one in found), default=(0, 0)))
+        return ElfRequirements(frozenset(libraries), max(((int(one[1]), int(one[2])) for one in found), default=(0, 0)))
 
     def _versions(self, place: int, count: int) -> Iterator[int]:
         """Yield where the names are of the versions of symbols that are needed."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["InstallPlan", "Locked", "Target", "Wheel"]
+__all__ = ["InstallPlan", "LockedPackage", "Target", "Wheel"]
 
 _GLIBC = (17, 28, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40)  # the versions that uv knows
 _PLATFORM = {
@@ -93,7 +93,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Locked:
+class LockedPackage:
     """A package in one version, and where it is.
 
     Attributes:
@@ -173,7 +173,7 @@ class InstallPlan:
     """
 
     target: Target
-    packages: tuple[Locked, ...]
+    packages: tuple[LockedPackage, ...]
     digests: tuple[str, ...]
     source: str = field(default="", compare=False)
 

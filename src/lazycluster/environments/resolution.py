@@ -31,10 +31,10 @@ from .index import (
     plain,
     read_settings,
 )
-from .installed_wheels import UnfitError, installed_digest, read_installed
-from .plan import Locked, Target
+from .installed_wheels import RepackError, installed_digest, read_installed
+from .plan import LockedPackage, Target
 from .spec import EnvironmentSpec, normalized
-from .uv import MANAGER, RETRIES, run_here, run_uv
+from .uv import MANAGER, RETRIES, run_program, run_uv
 from .wheels import is_kept
 
 if sys.version_info >= (3, 11):
@@ -50,12 +50,12 @@ _INCLUDE = re.compile(r"^\s*(?:-r|-c|--requirement|--constraint)[ =]\s*(\S+)", r
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _FORMAT = 1
 
-_running: SingleFlight[str, list[Locked]] = SingleFlight()
-_reading: SingleFlight[str, list[Locked]] = SingleFlight()
+_running: SingleFlight[str, list[LockedPackage]] = SingleFlight()
+_reading: SingleFlight[str, list[LockedPackage]] = SingleFlight()
 
 
 @dataclass
-class _Question:
+class _ResolverInput:
     """What uv is asked.
 
     Attributes:
@@ -73,7 +73,7 @@ class _Question:
     file: Path | None = None
     folder: Path = field(default_factory=Path.cwd)
     dependencies: bool = True
-    known: list[Locked] = field(default_factory=list)
+    known: list[LockedPackage] = field(default_factory=list)
     inputs: list[Path] = field(default_factory=list)
     hashes: dict[tuple[str, str], set[str]] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ class _Question:
 
 async def resolve(
     spec: EnvironmentSpec, target: Target, settings: IndexSettings, refresh: bool = False
-) -> list[Locked]:
+) -> list[LockedPackage]:
     """Return the packages that an environment consists of.
 
     What was found is remembered, until the source or the settings change, or it is asked to look anew: so all hosts
@@ -106,7 +106,7 @@ async def resolve(
     return [locked for name, locked in sorted(everything.items()) if name not in unwanted]
 
 
-async def resolve_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[Locked]:
+async def resolve_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[LockedPackage]:
     """Return the packages of the manager's environment such that no index is needed.
 
     What was fetched or built before is taken, else what is installed.
@@ -118,12 +118,12 @@ async def resolve_installed(spec: EnvironmentSpec, target: Target, settings: Ind
     return await _reading.do(key, lambda: _of_installed(spec, target, settings))
 
 
-async def _of_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[Locked]:
+async def _of_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[LockedPackage]:
     known = await _kept(spec, target, settings)
     return await event_loop.in_thread(_chosen, spec, target, known)
 
 
-def _chosen(spec: EnvironmentSpec, target: Target, known: Mapping[str, Locked]) -> list[Locked]:
+def _chosen(spec: EnvironmentSpec, target: Target, known: Mapping[str, LockedPackage]) -> list[LockedPackage]:
     """Return for each package what is kept of it, else what is installed; for a thread."""
     found, problems = [], {}
     for one in installed_packages.requirements(spec.exclude):
@@ -134,10 +134,10 @@ def _chosen(spec: EnvironmentSpec, target: Target, known: Mapping[str, Locked]) 
         else:
             try:
                 digest = installed_digest(read_installed(Path(one.path), target))
-            except UnfitError as error:
+            except RepackError as error:
                 problems[one.name] = str(error)
                 continue
-            found.append(Locked(one.name, one.version, sha256=digest, installed=one.path))
+            found.append(LockedPackage(one.name, one.version, sha256=digest, installed=one.path))
     if problems:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in problems.items())
         raise EnvironmentBuildError(
@@ -150,7 +150,7 @@ def _chosen(spec: EnvironmentSpec, target: Target, known: Mapping[str, Locked]) 
     return sorted(found, key=lambda locked: normalized(locked.name))
 
 
-async def _kept(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> dict[str, Locked]:
+async def _kept(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> dict[str, LockedPackage]:
     """Return by name the packages that can be had as the index has them, since they are kept here."""
     question = _of_manager(spec)
     store = _store_of(spec, question, target, settings)
@@ -165,13 +165,13 @@ async def _kept(spec: EnvironmentSpec, target: Target, settings: IndexSettings) 
 
 
 # --- the question ---------------------------------------------------------------------------------
-async def _question(spec: EnvironmentSpec, settings: IndexSettings) -> _Question:
+async def _question(spec: EnvironmentSpec, settings: IndexSettings) -> _ResolverInput:
     if spec.kind == "manager":
         return _of_manager(spec)
     if spec.kind == "requirements":
         for line in spec.requirements:
             _check_project(Path(line) / "pyproject.toml")
-        return _Question(lines=[plain(line) for line in spec.requirements])
+        return _ResolverInput(lines=[plain(line) for line in spec.requirements])
     if spec.file_kind == "uv.lock":
         return await _of_uv_lock(spec, settings)
     if spec.file_kind == "pylock.toml":
@@ -181,11 +181,11 @@ async def _question(spec: EnvironmentSpec, settings: IndexSettings) -> _Question
     return _of_requirements(spec.file)
 
 
-def _of_requirements(file: Path) -> _Question:
+def _of_requirements(file: Path) -> _ResolverInput:
     files = list(_included(file))
     for path in files[1:]:
         _check_logins(path, expand_variables(_read(path)))
-    question = _Question(folder=file.parent, inputs=files, hashes=_hashes(_read(path) for path in files))
+    question = _ResolverInput(folder=file.parent, inputs=files, hashes=_hashes(_read(path) for path in files))
     text = _read(file) if file.is_file() else ""
     if plain(text) == text:
         question.file = file
@@ -194,21 +194,21 @@ def _of_requirements(file: Path) -> _Question:
     return question
 
 
-def _of_manager(spec: EnvironmentSpec) -> _Question:
-    question = _Question(dependencies=False)
+def _of_manager(spec: EnvironmentSpec) -> _ResolverInput:
+    question = _ResolverInput(dependencies=False)
     for one in installed_packages.requirements(spec.exclude):
         if not one.origin:
             question.lines.append(f"{one.name}=={one.version}")
         elif one.is_directory:
             question.known.append(_of_directory(one))
         elif one.origin.startswith(("git+", "hg+", "svn+", "bzr+")):
-            question.known.append(Locked(one.name, one.version, vcs=one.origin))
+            question.known.append(LockedPackage(one.name, one.version, vcs=one.origin))
         else:
-            question.known.append(Locked(one.name, one.version, url=one.origin))
+            question.known.append(LockedPackage(one.name, one.version, url=one.origin))
     return question
 
 
-def _of_directory(one: installed_packages.Installed) -> Locked:
+def _of_directory(one: installed_packages.InstalledPackage) -> LockedPackage:
     if not Path(one.origin).is_dir():
         raise EnvironmentBuildError(
             MANAGER,
@@ -216,41 +216,41 @@ def _of_directory(one: installed_packages.Installed) -> Locked:
             one.name,
             f"install it anew, or leave it out: EnvironmentSpec(..., exclude=[{one.name!r}])",
         )
-    return Locked(one.name, directory=one.origin)
+    return LockedPackage(one.name, directory=one.origin)
 
 
-def _of_project(spec: EnvironmentSpec) -> _Question:
+def _of_project(spec: EnvironmentSpec) -> _ResolverInput:
     options = [option for extra in spec.extras for option in ("--extra", extra)]
     options += [option for group in spec.groups for option in ("--group", f"{spec.file}:{group}")]
-    question = _Question(file=spec.file, folder=spec.file.parent, inputs=[spec.file], options=options)
+    question = _ResolverInput(file=spec.file, folder=spec.file.parent, inputs=[spec.file], options=options)
     _check_project(spec.file)
     project = _read_toml(spec.file)
     if "build-system" in project:  # else it is a list of requirements, and no package
         name = project.get("project", {}).get("name") or spec.file.parent.name
-        question.known.append(Locked(str(name), directory=str(spec.file.parent)))
+        question.known.append(LockedPackage(str(name), directory=str(spec.file.parent)))
     return question
 
 
-async def _of_uv_lock(spec: EnvironmentSpec, settings: IndexSettings) -> _Question:
+async def _of_uv_lock(spec: EnvironmentSpec, settings: IndexSettings) -> _ResolverInput:
     arguments = ["export", "--frozen", "--quiet", "--no-header", "--no-dev", "--no-annotate", "--no-editable"]
     arguments += ["--format", "requirements.txt", "--directory", str(spec.file.parent)]
     arguments += [option for extra in spec.extras for option in ("--extra", extra)]
     arguments += [option for group in spec.groups for option in ("--group", group)]
     text = await run_uv(arguments, settings, what=f"reading {spec.file}")
-    question = _Question(dependencies=False, hashes=_hashes([text]), inputs=[spec.file])
+    question = _ResolverInput(dependencies=False, hashes=_hashes([text]), inputs=[spec.file])
     for line in text.replace("\\\n", " ").splitlines():
         wanted = line.partition("--hash")[0].strip()
         if wanted.startswith(("./", "../", "/", ".")):
             path = wanted.partition(";")[0].strip()
             directory = (spec.file.parent / path).resolve()
-            question.known.append(Locked(_project_name(directory), directory=str(directory)))
+            question.known.append(LockedPackage(_project_name(directory), directory=str(directory)))
         elif wanted:
             question.lines.append(plain(wanted))
     return question
 
 
-def _of_pylock(lock: Mapping[str, Any], base: Path, file: Path) -> _Question:
-    question = _Question(dependencies=False, inputs=[file])
+def _of_pylock(lock: Mapping[str, Any], base: Path, file: Path) -> _ResolverInput:
+    question = _ResolverInput(dependencies=False, inputs=[file])
     for package in lock.get("packages", []):
         name, version = str(package["name"]), str(package.get("version", ""))
         if any(key in package for key in ("directory", "vcs", "archive")):
@@ -289,11 +289,11 @@ async def with_passwords(logins: Iterable[Credential]) -> tuple[Credential, ...]
 async def _filled(login: Credential) -> Credential:
     question = f"url={login.address}\nusername={login.user}\n\n"
     try:
-        answer = await run_here(["git", "credential", "fill"], {**os.environ, **NO_PROMPTS}, stdin=question)
+        answer = await run_program(["git", "credential", "fill"], {**os.environ, **NO_PROMPTS}, stdin=question)
     except OSError:  # who needs it says so
         return login
-    lines = dict(line.partition("=")[::2] for line in answer.output.splitlines())
-    return replace(login, password=lines["password"]) if answer.status == 0 and lines.get("password") else login
+    lines = dict(line.partition("=")[::2] for line in answer.stdout.splitlines())
+    return replace(login, password=lines["password"]) if answer.returncode == 0 and lines.get("password") else login
 
 
 def _check_project(file: Path) -> None:
@@ -364,8 +364,8 @@ def _hashes(texts: Iterable[str]) -> dict[tuple[str, str], set[str]]:
 
 # --- the answer -----------------------------------------------------------------------------------
 async def _ask(
-    spec: EnvironmentSpec, question: _Question, target: Target, settings: IndexSettings, store: Path
-) -> list[Locked]:
+    spec: EnvironmentSpec, question: _ResolverInput, target: Target, settings: IndexSettings, store: Path
+) -> list[LockedPackage]:
     if not question.lines and question.file is None:
         return []
     arguments = ["pip", "compile", "--quiet", "--no-header", "--format", "pylock.toml"]
@@ -395,15 +395,15 @@ async def _ask(
     return found
 
 
-def _locked_of(package: Mapping[str, Any], base: Path) -> list[Locked]:
+def _locked_of(package: Mapping[str, Any], base: Path) -> list[LockedPackage]:
     name, version = str(package["name"]), str(package.get("version", ""))
     if "directory" in package:
-        return [Locked(name, directory=str((base / package["directory"]["path"]).resolve()))]
+        return [LockedPackage(name, directory=str((base / package["directory"]["path"]).resolve()))]
     if "vcs" in package:
         vcs = package["vcs"]
         where = _repository(vcs["url"]) if vcs.get("url") else (base / vcs["path"]).resolve().as_uri()
         folder = f"#subdirectory={vcs['subdirectory']}" if vcs.get("subdirectory") else ""
-        return [Locked(name, version, vcs=f"{vcs['type']}+{where}@{vcs['commit-id']}{folder}")]
+        return [LockedPackage(name, version, vcs=f"{vcs['type']}+{where}@{vcs['commit-id']}{folder}")]
     entries = [package["archive"]] if "archive" in package else [*package.get("wheels", [])]
     if not entries and "sdist" in package:
         entries = [package["sdist"]]
@@ -415,7 +415,7 @@ def _locked_of(package: Mapping[str, Any], base: Path) -> list[Locked]:
             f"choose another version of {name}, or leave it out: EnvironmentSpec(..., exclude=[{name!r}])",
         )
     best = max(entries, key=lambda entry: _rank(_url_of(entry, base)))
-    return [Locked(name, version, url=_url_of(best, base), sha256=best.get("hashes", {}).get("sha256", ""))]
+    return [LockedPackage(name, version, url=_url_of(best, base), sha256=best.get("hashes", {}).get("sha256", ""))]
 
 
 def _repository(url: str) -> str:
@@ -435,7 +435,7 @@ def _rank(url: str) -> tuple[bool, bool, str]:
     return url.endswith(".whl"), "cp" in tags[min(1, len(tags) - 1)], tags[-1]
 
 
-def _check_hashes(found: Iterable[Locked], hashes: Mapping[tuple[str, str], set[str]]) -> None:
+def _check_hashes(found: Iterable[LockedPackage], hashes: Mapping[tuple[str, str], set[str]]) -> None:
     for locked in found:
         allowed = hashes.get((normalized(locked.name), locked.version))
         if allowed and locked.sha256 and locked.sha256 not in allowed:
@@ -448,11 +448,11 @@ def _check_hashes(found: Iterable[Locked], hashes: Mapping[tuple[str, str], set[
 
 
 # --- what is remembered ---------------------------------------------------------------------------
-def _store_of(spec: EnvironmentSpec, question: _Question, target: Target, settings: IndexSettings) -> Path:
+def _store_of(spec: EnvironmentSpec, question: _ResolverInput, target: Target, settings: IndexSettings) -> Path:
     return private_directory("environments", "resolved") / f"{_key(spec, question, target, settings)}.json"
 
 
-def _key(spec: EnvironmentSpec, question: _Question, target: Target, settings: IndexSettings) -> str:
+def _key(spec: EnvironmentSpec, question: _ResolverInput, target: Target, settings: IndexSettings) -> str:
     file = question.file
     content = [
         _FORMAT,
@@ -478,11 +478,11 @@ def _stat(path: Path) -> list[int]:
     return [inode.st_mtime_ns, inode.st_size]
 
 
-def _remembered(store: Path) -> list[Locked] | None:
+def _remembered(store: Path) -> list[LockedPackage] | None:
     try:
         content = json.loads(store.read_text(encoding="utf-8"))
         if all(_stat(Path(path)) == stamp for path, *stamp in content["inputs"]):
-            return [Locked(**package) for package in content["packages"]]
+            return [LockedPackage(**package) for package in content["packages"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None

@@ -25,12 +25,12 @@ __all__ = [
     "LOWEST",
     "MANAGER",
     "RETRIES",
-    "Ended",
+    "CompletedProcess",
     "IndexUnreachableError",
     "Uv",
     "explained",
     "find_uv",
-    "run_here",
+    "run_program",
     "run_uv",
 ]
 
@@ -91,12 +91,12 @@ def _installed() -> Iterator[str]:
 
 async def _version_of(path: str) -> str:
     try:
-        ended = await run_here([path, "--version"], {**os.environ, "NO_COLOR": "1"})
+        completed = await run_program([path, "--version"], {**os.environ, "NO_COLOR": "1"})
     except OSError as error:
         raise _not_run(error) from None
-    found = _SAYS.match(ended.output)
-    if ended.status != 0 or found is None:
-        said = hide(ended.output or ended.errors)
+    found = _SAYS.match(completed.stdout)
+    if completed.returncode != 0 or found is None:
+        said = hide(completed.stdout or completed.stderr)
         raise EnvironmentBuildError(MANAGER, f"{path} does not tell its version", "uv", "install it anew", said)
     return found[1]
 
@@ -104,11 +104,11 @@ async def _version_of(path: str) -> str:
 async def _check_cache(path: str) -> None:
     """Make sure that nobody else can put something into uv's own cache, whatever names it: what it builds is run."""
     try:
-        ended = await run_here([path, "cache", "dir"], {**os.environ, "NO_COLOR": "1"})
+        completed = await run_program([path, "cache", "dir"], {**os.environ, "NO_COLOR": "1"})
     except OSError as error:
         raise _not_run(error) from None
-    directory = ended.output.strip()
-    if ended.status != 0 or not directory:
+    directory = completed.stdout.strip()
+    if completed.returncode != 0 or not directory:
         return  # it says by itself what is wrong, when it is used
     try:
         make(directory, 0o700, Environment.trust_group)
@@ -160,12 +160,12 @@ async def run_uv(
     if settings.ca_file:
         variables.setdefault("SSL_CERT_FILE", settings.ca_file)
     try:
-        ended = await run_here([(await find_uv()).path, *arguments], variables, stdin=stdin, cwd=cwd)
+        completed = await run_program([(await find_uv()).path, *arguments], variables, stdin=stdin, cwd=cwd)
     except OSError as error:
         raise _not_run(error) from None
-    if ended.status != 0:
-        raise explained(MANAGER, what or f"uv {arguments[0]}", hide(ended.errors), package)
-    return ended.output
+    if completed.returncode != 0:
+        raise explained(MANAGER, what or f"uv {arguments[0]}", hide(completed.stderr), package)
+    return completed.stdout
 
 
 # --- what its output means ------------------------------------------------------------------------
@@ -285,21 +285,23 @@ _MOST_OUTPUT = 64 * 1024 * 1024  # bytes; what a lock file of thousands of packa
 _CHUNK = 64 * 1024
 
 
-class Ended(NamedTuple):
+class CompletedProcess(NamedTuple):
     """What came of a program.
 
     Attributes:
-        status: Its exit status.
-        output: What it printed.
-        errors: The end of what it printed to its standard error.
+        returncode: Its exit status.
+        stdout: What it printed.
+        stderr: The end of what it printed to its standard error.
     """
 
-    status: int
-    output: str
-    errors: str
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-async def run_here(argv: Sequence[str], env: Mapping[str, str], *, stdin: str = "", cwd: Path | None = None) -> Ended:
+async def run_program(
+    argv: Sequence[str], env: Mapping[str, str], *, stdin: str = "", cwd: Path | None = None
+) -> CompletedProcess:
     """Run a program until it ends; if this is cancelled, it is ended with all that it has started.
 
     Args:
@@ -327,7 +329,7 @@ async def run_here(argv: Sequence[str], env: Mapping[str, str], *, stdin: str = 
         output, errors, _ = await asyncio.gather(
             _end_of(process.stdout, Tail(_MOST_OUTPUT)), _end_of(process.stderr, Tail()), _feed(process.stdin, stdin)
         )
-        return Ended(await process.wait(), output, errors)
+        return CompletedProcess(await process.wait(), output, errors)
     except asyncio.CancelledError:
         await _end(await starting)
         raise

@@ -26,8 +26,8 @@ from lazycluster.utils import private_directory
 
 from .index import IndexSettings, bare, for_git, hide
 from .installed_wheels import make_wheel
-from .plan import Locked, Target, Wheel
-from .uv import MANAGER, RETRIES, IndexUnreachableError, run_here, run_uv
+from .plan import LockedPackage, Target, Wheel
+from .uv import MANAGER, RETRIES, IndexUnreachableError, run_program, run_uv
 
 __all__ = ["digest_of", "forget_damaged", "is_kept", "provide"]
 
@@ -47,7 +47,7 @@ _slots: asyncio.Semaphore | None = None
 
 
 # --- what it is -----------------------------------------------------------------------------------
-def digest_of(locked: Locked) -> str:
+def digest_of(locked: LockedPackage) -> str:
     """Return what tells the content of a package from others, without building or fetching it."""
     if locked.directory:
         return tree_digest(Path(locked.directory))
@@ -128,7 +128,7 @@ def _digest_of_file(descriptor: int) -> str:
 
 
 # --- as a wheel -----------------------------------------------------------------------------------
-async def provide(locked: Locked, digest: str, target: Target, settings: IndexSettings) -> Wheel:
+async def provide(locked: LockedPackage, digest: str, target: Target, settings: IndexSettings) -> Wheel:
     """Return a package as a wheel on this machine; what was fetched or built before is used again.
 
     Args:
@@ -152,7 +152,7 @@ async def provide(locked: Locked, digest: str, target: Target, settings: IndexSe
     return wheel
 
 
-async def _provide(locked: Locked, digest: str, target: Target, settings: IndexSettings) -> Wheel:
+async def _provide(locked: LockedPackage, digest: str, target: Target, settings: IndexSettings) -> Wheel:
     global _slots
     if _slots is None:
         _slots = asyncio.Semaphore(AT_ONCE)
@@ -166,12 +166,12 @@ async def _provide(locked: Locked, digest: str, target: Target, settings: IndexS
     return Wheel(locked.name, locked.version or path.name.split("-")[1], path, sha256)
 
 
-def _store_of(locked: Locked, digest: str, target: Target) -> Path:
+def _store_of(locked: LockedPackage, digest: str, target: Target) -> Path:
     store = private_directory("environments", "wheels") / hashlib.sha256(digest.encode()).hexdigest()[:32]
     return store if locked.is_wheel else store.with_name(f"{store.name}-{target.version}")
 
 
-def is_kept(locked: Locked, target: Target) -> bool:
+def is_kept(locked: LockedPackage, target: Target) -> bool:
     """Tell whether a package was fetched or built before, so that nothing must be reached to have it."""
     return _there(_store_of(locked, digest_of(locked), target)) is not None
 
@@ -180,7 +180,7 @@ def _there(store: Path) -> Path | None:
     return next(iter(store.glob("*.whl")), None)
 
 
-async def _make(locked: Locked, target: Target, settings: IndexSettings, store: Path) -> Path:
+async def _make(locked: LockedPackage, target: Target, settings: IndexSettings, store: Path) -> Path:
     made = Path(tempfile.mkdtemp(prefix=f".{store.name[:8]}-", dir=store.parent))
     try:
         if locked.directory:
@@ -214,7 +214,7 @@ async def forget_damaged(wheel: Wheel) -> bool:
     return True
 
 
-async def _build(source: Path, locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
+async def _build(source: Path, locked: LockedPackage, target: Target, settings: IndexSettings, made: Path) -> None:
     arguments = ["build", "--wheel", "--no-create-gitignore", "--out-dir", str(made)]
     # Of the manager's own version there is an interpreter for sure: this one.
     python = sys.executable if target.python == sys.version_info[:2] else target.version
@@ -242,7 +242,7 @@ async def _build(source: Path, locked: Locked, target: Target, settings: IndexSe
     )
 
 
-async def _build_repository(locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
+async def _build_repository(locked: LockedPackage, target: Target, settings: IndexSettings, made: Path) -> None:
     kind, _, rest = locked.vcs.partition("+")
     if kind != "git":
         raise EnvironmentBuildError(
@@ -259,24 +259,24 @@ async def _build_repository(locked: Locked, target: Target, settings: IndexSetti
     await _build(checkout / folder, locked, target, settings, made)
 
 
-async def _git(locked: Locked, arguments: list[str], env: Mapping[str, str]) -> None:
+async def _git(locked: LockedPackage, arguments: list[str], env: Mapping[str, str]) -> None:
     try:
-        ended = await run_here(["git", *arguments], {**os.environ, "GIT_TERMINAL_PROMPT": "0", **env})
+        completed = await run_program(["git", *arguments], {**os.environ, "GIT_TERMINAL_PROMPT": "0", **env})
     except OSError as error:
         raise EnvironmentBuildError(
             MANAGER, f"{locked.label} comes from a repository, and git cannot be run: {error}", locked.name,
             "install git here",
         ) from error  # fmt: skip
-    if ended.status != 0:
+    if completed.returncode != 0:
         # git says why in the user's language, so every failure counts as one to reach it.
         raise IndexUnreachableError(
             MANAGER, f"the repository of {locked.label} cannot be fetched", locked.name,
-            "check that you can clone it here without being asked anything", hide(ended.errors),
+            "check that you can clone it here without being asked anything", hide(completed.stderr),
         )  # fmt: skip
 
 
 # --- fetching -------------------------------------------------------------------------------------
-def _fetch(locked: Locked, settings: IndexSettings, made: Path) -> Path:
+def _fetch(locked: LockedPackage, settings: IndexSettings, made: Path) -> Path:
     """Fetch a file, and check its hash; for a thread."""
     parts = urlsplit(locked.url)
     path = made / (locked.filename or "file")
@@ -297,7 +297,7 @@ def _fetch(locked: Locked, settings: IndexSettings, made: Path) -> Path:
     return path
 
 
-def _download(locked: Locked, settings: IndexSettings, path: Path) -> None:
+def _download(locked: LockedPackage, settings: IndexSettings, path: Path) -> None:
     error: Exception | None = None
     if os.environ.get("UV_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         error = OSError("the network is disabled by UV_OFFLINE")
