@@ -18,7 +18,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from platform import libc_ver
 from typing import NamedTuple
 
 from lazycluster.exceptions import EnvironmentBuildError
@@ -30,8 +29,6 @@ from .uv import MANAGER
 __all__ = ["ElfRequirements", "RepackError", "elf_requirements", "installed_digest", "make_wheel", "read_installed"]
 
 _DIRECTORY = re.compile(r"^(?P<name>[^-]+)-(?P<version>[^-]+)\.dist-info$")
-_MANY = re.compile(r"^(many|musl)linux_(\d+)_(\d+)_(\w+)$")
-_LEGACY = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
 # What an installer writes for itself.
 _OF_INSTALLER = {"INSTALLER", "REQUESTED", "RECORD", "RECORD.jws", "RECORD.p7s"}
 _OF_INSTALLER |= {"direct_url.json", "uv_cache.json", "uv_build.json", "provenance_url.json"}
@@ -193,50 +190,16 @@ def _entry_points(info: Path) -> set[str]:
 # --- what it fits ---------------------------------------------------------------------------------
 def _check_fit(tags: list[tuple[str, str, str]], entries: tuple[_WheelEntry, ...], target: Target) -> None:
     """Make sure that one of the tags fits, and where no tag says so that compiled code does."""
-    reasons = [reason for reason in (_misfit(tag, target) for tag in tags) if reason is not None]
-    if len(reasons) == len(tags):
+    reasons = [target.mismatch(*tag) for tag in tags]
+    if all(reasons):
         raise RepackError(reasons[0])
+    platforms = [platform for (_, _, platform), reason in zip(tags, reasons, strict=True) if reason is None]
+    if "any" not in platforms and (target.system != "linux" or sys.platform != "linux"):
+        raise RepackError(f"it is compiled for {platforms[0]}, and the host is {target.platform}")
     if not any(platform.startswith(("manylinux", "musllinux")) for _, _, platform in tags):
         for entry in entries:
             if entry.is_script or ".so" in entry.path.rpartition("/")[2]:
                 _check_compiled(entry, entries, target)
-
-
-def _misfit(tag: tuple[str, str, str], target: Target) -> str | None:
-    """Return why a tag does not fit; None if it does."""
-    python, abi, platform = tag
-    here = f"cp{target.python[0]}{target.python[1]}"
-    match = re.match(r"^(cp|py)3(\d*)$", python)
-    minor = int(match[2]) if match and match[2] else 0
-    compatible = match is not None and (match[1] == "py" or abi == "abi3") and minor <= target.python[1]
-    if python != here and not compatible:
-        return f"it is for {python}, and the host's Python is {target.version}"
-    if platform == "any":
-        return None
-    if target.system != "linux" or sys.platform != "linux":
-        return f"it is compiled for {platform}, and the host is {target.platform}"
-    if platform == f"linux_{target.machine}":
-        here = libc_ver()[0] or "musl"
-        return None if target.libc == here else f"it is compiled for {here}, and the host has {target.libc}"
-    return None if _is_many(platform, target) else f"it is compiled for {platform}, and the host is {target.platform}"
-
-
-def _is_many(platform: str, target: Target) -> bool:
-    """Whether a target is among those that a platform tag stands for (PEP 600, PEP 656)."""
-    legacy, _, machine = platform.partition("_")
-    found = _MANY.match(platform)
-    if legacy in _LEGACY:
-        return target.libc == "glibc" and machine == target.machine and _LEGACY[legacy] <= _glibc(target)
-    if found is None or found[4] != target.machine:
-        return False
-    if found[1] == "musl":
-        return target.libc == "musl"
-    return target.libc == "glibc" and (int(found[2]), int(found[3])) <= _glibc(target)
-
-
-def _glibc(target: Target) -> tuple[int, int]:
-    match = re.match(r"^(\d+)\.(\d+)", target.libc_version)
-    return (int(match[1]), int(match[2])) if match else (2, 17)
 
 
 def _check_compiled(entry: _WheelEntry, entries: tuple[_WheelEntry, ...], target: Target) -> None:
@@ -252,7 +215,7 @@ def _check_compiled(entry: _WheelEntry, entries: tuple[_WheelEntry, ...], target
     foreign = sorted(name for name in needs.libraries - own if not _BASE.match(name))
     if foreign:
         raise RepackError(f"{entry.name} is linked against {', '.join(foreign)}, which is no part of it")
-    if target.libc == "glibc" and needs.glibc > _glibc(target):
+    if target.libc == "glibc" and needs.glibc > target.glibc:
         wanted = ".".join(map(str, needs.glibc))
         raise RepackError(f"{entry.name} needs glibc {wanted}, and the host has {target.libc_version}")
 

@@ -35,7 +35,7 @@ from .installed_wheels import RepackError, installed_digest, read_installed
 from .plan import LockedPackage, Target
 from .spec import EnvironmentSpec, normalized
 from .uv import MANAGER, RETRIES, run_program, run_uv
-from .wheels import is_kept
+from .wheels import is_cached
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -161,7 +161,7 @@ async def _kept(spec: EnvironmentSpec, target: Target, settings: IndexSettings) 
         except EnvironmentBuildError:
             packages = []
     everything = [*packages, *(locked for locked in question.known if not locked.directory)]
-    return {normalized(locked.name): locked for locked in everything if is_kept(locked, target)}
+    return {normalized(locked.name): locked for locked in everything if is_cached(locked, target)}
 
 
 # --- the question ---------------------------------------------------------------------------------

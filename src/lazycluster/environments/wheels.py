@@ -29,7 +29,7 @@ from .installed_wheels import make_wheel
 from .plan import LockedPackage, Target, Wheel
 from .uv import MANAGER, RETRIES, IndexUnreachableError, run_program, run_uv
 
-__all__ = ["digest_of", "forget_damaged", "is_kept", "provide"]
+__all__ = ["digest_of", "get_wheel", "is_cached", "remove_if_damaged"]
 
 AT_ONCE = 8
 """Downloads at once."""
@@ -128,7 +128,7 @@ def _digest_of_file(descriptor: int) -> str:
 
 
 # --- as a wheel -----------------------------------------------------------------------------------
-async def provide(locked: LockedPackage, digest: str, target: Target, settings: IndexSettings) -> Wheel:
+async def get_wheel(locked: LockedPackage, digest: str, target: Target, settings: IndexSettings) -> Wheel:
     """Return a package as a wheel on this machine; what was fetched or built before is used again.
 
     Args:
@@ -141,7 +141,7 @@ async def provide(locked: LockedPackage, digest: str, target: Target, settings: 
         EnvironmentBuildError: If it cannot be fetched or built, or does not fit.
     """
     key = (digest, "" if locked.is_wheel else target.version)
-    wheel = await _running.do(key, lambda: _provide(locked, digest, target, settings))
+    wheel = await _running.do(key, lambda: _get_wheel(locked, digest, target, settings))
     if not locked.is_wheel and not target.accepts(wheel.path.name):
         raise EnvironmentBuildError(
             MANAGER,
@@ -152,12 +152,12 @@ async def provide(locked: LockedPackage, digest: str, target: Target, settings: 
     return wheel
 
 
-async def _provide(locked: LockedPackage, digest: str, target: Target, settings: IndexSettings) -> Wheel:
+async def _get_wheel(locked: LockedPackage, digest: str, target: Target, settings: IndexSettings) -> Wheel:
     global _slots
     if _slots is None:
         _slots = asyncio.Semaphore(AT_ONCE)
     store = _store_of(locked, digest, target)
-    path = _there(store)
+    path = _wheel_in(store)
     if path is None:
         async with _slots:
             path = await _make(locked, target, settings, store)
@@ -171,12 +171,12 @@ def _store_of(locked: LockedPackage, digest: str, target: Target) -> Path:
     return store if locked.is_wheel else store.with_name(f"{store.name}-{target.version}")
 
 
-def is_kept(locked: LockedPackage, target: Target) -> bool:
+def is_cached(locked: LockedPackage, target: Target) -> bool:
     """Tell whether a package was fetched or built before, so that nothing must be reached to have it."""
-    return _there(_store_of(locked, digest_of(locked), target)) is not None
+    return _wheel_in(_store_of(locked, digest_of(locked), target)) is not None
 
 
-def _there(store: Path) -> Path | None:
+def _wheel_in(store: Path) -> Path | None:
     return next(iter(store.glob("*.whl")), None)
 
 
@@ -194,19 +194,19 @@ async def _make(locked: LockedPackage, target: Target, settings: IndexSettings, 
             if not locked.is_wheel:
                 await _build(source, locked, target, settings, made)
                 source.unlink()
-        path = _there(made)
+        path = _wheel_in(made)
         if path is None:
             raise EnvironmentBuildError(MANAGER, f"building {locked.label} gave no wheel", locked.name)
         for other in [other for other in made.iterdir() if other != path]:
             shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink()
         with contextlib.suppress(OSError):  # another process was faster
             made.rename(store)
-        return _there(store) or path
+        return _wheel_in(store) or path
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-async def forget_damaged(wheel: Wheel) -> bool:
+async def remove_if_damaged(wheel: Wheel) -> bool:
     """Remove a package that was kept here if it is not what it was any more; returns whether it was so."""
     if not wheel.path.is_file() or await event_loop.in_thread(_file_digest, wheel.path) == wheel.sha256:
         return False
