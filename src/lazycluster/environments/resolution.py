@@ -175,7 +175,7 @@ async def _question(spec: EnvironmentSpec, settings: IndexSettings) -> _Resolver
     if spec.file_kind == "uv.lock":
         return await _of_uv_lock(spec, settings)
     if spec.file_kind == "pylock.toml":
-        return _of_pylock(_read_toml(spec.file), spec.file.parent, spec.file)
+        return _of_pylock(_read_toml(spec.file), spec.file)
     if spec.file_kind == "pyproject.toml":
         return _of_project(spec)
     return _of_requirements(spec.file)
@@ -232,43 +232,33 @@ def _of_project(spec: EnvironmentSpec) -> _ResolverInput:
 
 
 async def _of_uv_lock(spec: EnvironmentSpec, settings: IndexSettings) -> _ResolverInput:
-    arguments = ["export", "--frozen", "--quiet", "--no-header", "--no-dev", "--no-annotate", "--no-editable"]
-    arguments += ["--format", "requirements.txt", "--directory", str(spec.file.parent)]
+    arguments = ["export", "--frozen", "--quiet", "--no-header", "--no-dev", "--no-editable"]
+    arguments += ["--format", "pylock.toml", "--directory", str(spec.file.parent)]
     arguments += [option for extra in spec.extras for option in ("--extra", extra)]
     arguments += [option for group in spec.groups for option in ("--group", group)]
     text = await run_uv(arguments, settings, what=f"reading {spec.file}")
-    question = _ResolverInput(dependencies=False, hashes=_hashes([text]), inputs=[spec.file])
-    for line in text.replace("\\\n", " ").splitlines():
-        wanted = line.partition("--hash")[0].strip()
-        if wanted.startswith(("./", "../", "/", ".")):
-            path = wanted.partition(";")[0].strip()
-            directory = (spec.file.parent / path).resolve()
-            question.known.append(LockedPackage(_project_name(directory), directory=str(directory)))
-        elif wanted:
-            question.lines.append(plain(wanted))
-    return question
+    return _of_pylock(tomllib.loads(text), spec.file)
 
 
-def _of_pylock(lock: Mapping[str, Any], base: Path, file: Path) -> _ResolverInput:
+def _of_pylock(lock: Mapping[str, Any], file: Path) -> _ResolverInput:
     question = _ResolverInput(dependencies=False, inputs=[file])
     for package in lock.get("packages", []):
         name, version = str(package["name"]), str(package.get("version", ""))
-        if any(key in package for key in ("directory", "vcs", "archive")):
-            question.known += _locked_of(package, base)
-            continue
         marker = f" ; {package['marker']}" if package.get("marker") else ""
+        if any(key in package for key in ("directory", "vcs", "archive")):
+            locked = _locked_of(package, file.parent)
+            if marker:  # uv tells whether it holds for the target
+                source = Path(locked.directory).as_uri() if locked.directory else locked.vcs or locked.url
+                question.lines.append(f"{name} @ {source}{marker}")
+            else:
+                question.known.append(locked)
+            continue
         question.lines.append(f"{name}=={version}{marker}")
         files = [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]
         hashes = {entry["hashes"]["sha256"] for entry in files if "sha256" in entry.get("hashes", {})}
         if hashes:
             question.hashes[normalized(name), version] = hashes
     return question
-
-
-def _project_name(directory: Path) -> str:
-    file = directory / "pyproject.toml"
-    name = _read_toml(file).get("project", {}).get("name") if file.is_file() else None
-    return str(name or directory.name)
 
 
 # --- credentials ----------------------------------------------------------------------------------
@@ -383,7 +373,7 @@ async def _ask(
         what=f"resolving {spec} for {target}",
     )
     packages = tomllib.loads(text).get("packages", [])
-    found = [locked for package in packages for locked in _locked_of(package, question.folder)]
+    found = [_locked_of(package, question.folder) for package in packages]
     _check_hashes(found, question.hashes)
     inputs = [*question.inputs]
     for locked in found:
@@ -395,15 +385,15 @@ async def _ask(
     return found
 
 
-def _locked_of(package: Mapping[str, Any], base: Path) -> list[LockedPackage]:
+def _locked_of(package: Mapping[str, Any], base: Path) -> LockedPackage:
     name, version = str(package["name"]), str(package.get("version", ""))
     if "directory" in package:
-        return [LockedPackage(name, directory=str((base / package["directory"]["path"]).resolve()))]
+        return LockedPackage(name, directory=str((base / package["directory"]["path"]).resolve()))
     if "vcs" in package:
         vcs = package["vcs"]
         where = _repository(vcs["url"]) if vcs.get("url") else (base / vcs["path"]).resolve().as_uri()
         folder = f"#subdirectory={vcs['subdirectory']}" if vcs.get("subdirectory") else ""
-        return [LockedPackage(name, version, vcs=f"{vcs['type']}+{where}@{vcs['commit-id']}{folder}")]
+        return LockedPackage(name, version, vcs=f"{vcs['type']}+{where}@{vcs['commit-id']}{folder}")
     entries = [package["archive"]] if "archive" in package else [*package.get("wheels", [])]
     if not entries and "sdist" in package:
         entries = [package["sdist"]]
@@ -415,7 +405,7 @@ def _locked_of(package: Mapping[str, Any], base: Path) -> list[LockedPackage]:
             f"choose another version of {name}, or leave it out: EnvironmentSpec(..., exclude=[{name!r}])",
         )
     best = max(entries, key=lambda entry: _rank(_url_of(entry, base)))
-    return [LockedPackage(name, version, url=_url_of(best, base), sha256=best.get("hashes", {}).get("sha256", ""))]
+    return LockedPackage(name, version, url=_url_of(best, base), sha256=best.get("hashes", {}).get("sha256", ""))
 
 
 def _repository(url: str) -> str:
