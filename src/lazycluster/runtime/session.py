@@ -22,7 +22,7 @@ from lazycluster.tasks.execution import Context
 from lazycluster.tasks.variables import checked_variables
 
 if TYPE_CHECKING:
-    from lazycluster.environments.activation import HostEnvironment
+    from lazycluster.environments.activation import Activation, HostEnvironment
 
 __all__ = ["ANSWER_LIMIT", "HostSession", "HostSpec", "Lease", "connected", "may_ask"]
 
@@ -323,8 +323,13 @@ class HostSession:
         if self.environment is None:
             return context
         if self.environment.active is not None:
-            return self.environment.active.apply(context)
-        return replace(context, prepare=self.environment.applied)
+            return _in_environment(context, self.environment.active)
+        environment = self.environment
+
+        async def prepare(context: Context) -> Context:
+            return _in_environment(context, await environment.ready())
+
+        return replace(context, prepare=prepare)
 
     async def ask(self, op: str, **params: Any) -> dict[str, Any]:
         """Ask the host something, under a deadline.
@@ -374,6 +379,11 @@ class HostSession:
             self.temporary.clear()
         finally:
             await self.lease.give_back()
+
+
+def _in_environment(context: Context, active: Activation) -> Context:
+    env = active.variables(context.env, context.connection.hello.path)
+    return replace(context, env=env, python=active.python, prepare=None)
 
 
 def _renewal(reference: weakref.ref[HostSession]) -> Callable[[], Awaitable[None]]:
