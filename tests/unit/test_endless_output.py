@@ -16,7 +16,7 @@ from lazycluster.cli.checkup import STEPS, Checkup
 from lazycluster.environments.build_host import BuildHost
 from lazycluster.environments.subprocesses import run_here
 from lazycluster.exceptions import EnvironmentBuildError
-from lazycluster.output.tail import Tail
+from lazycluster.output.lines import Tail
 from patience import until
 from sshhosts import procfs
 

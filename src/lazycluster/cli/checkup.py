@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 from lazycluster.output.host_cells import megabytes
-from lazycluster.output.tail import Tail
+from lazycluster.output.lines import Tail
 from lazycluster.ssh.agent_replies import check_shape, decoded_text
 
 from .option_names import spelled

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerError
-from lazycluster.output.tail import Tail
+from lazycluster.output.lines import Tail
 
 from .index import hide
 from .uv_errors import explained

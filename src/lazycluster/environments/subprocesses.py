@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lazycluster.output.tail import Tail
+from lazycluster.output.lines import Tail
 
 __all__ = ["Ended", "run_here"]
 
