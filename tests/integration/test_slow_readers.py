@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lazycluster.cli import printing
-from lazycluster.cli.errors import OutputGoneError
+from lazycluster.cli.console import OutputGoneError
 from lazycluster.cli.printing import Printer
 from lazycluster.ssh.openssh import SshConnection
 from patience import until

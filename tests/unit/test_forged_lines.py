@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lazycluster.cli
-from lazycluster.cli import console, copy_progress, errors, fanout, live_view, printing
+from lazycluster.cli import console, copy_progress, fanout, live_view, printing
 from lazycluster.cli.checkup import Checkup
 from lazycluster.cli.commands import cleanup, configuration, doctor, env, runtimes
 from lazycluster.cli.fanout import HostOutcome
@@ -104,7 +104,7 @@ def test_environments(capsys: pytest.CaptureFixture[str]) -> None:
     env._tell(Removal("host1", (), (_EVIL,), (_EVIL,)))
     assert len(_shown(capsys)) == 6
     console.tell(_EVIL)
-    errors.show_error("\n".join(console.lines_of(f"host1: {_EVIL}")))
+    console.show_error("\n".join(console.lines_of(f"host1: {_EVIL}")))
     cleanup._show("host1", {"processes": [{"pid": 1, "command": _EVIL}], "directories": [_EVIL]})
     _only_about_host1(capsys)
 

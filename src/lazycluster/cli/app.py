@@ -15,7 +15,7 @@ import click
 
 from lazycluster import __version__
 
-from .errors import FAILED, INTERRUPTED, OutputGoneError, complain, report
+from .console import FAILED, INTERRUPTED, OutputGoneError, complain, report
 
 __all__ = ["cli", "main"]
 

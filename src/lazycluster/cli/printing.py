@@ -15,8 +15,7 @@ from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import one_line, printable
 from lazycluster.ssh.terminal import is_asking, when_answered
 
-from .console import errors, host_style, lines_of, output
-from .errors import OutputGoneError
+from .console import OutputGoneError, errors, host_style, lines_of, output
 from .fanout import HostOutcome
 from .host_arguments import fold
 

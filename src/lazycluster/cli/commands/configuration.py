@@ -178,8 +178,7 @@ def _meet(name: str, config: str | None, accept: bool) -> None:
 
 
 def _check(name: str, config: str | None, accept: bool) -> int:
-    from lazycluster.cli.console import person_is_there
-    from lazycluster.cli.errors import show_error
+    from lazycluster.cli.console import person_is_there, show_error
     from lazycluster.cli.fanout import HostOutcome, everywhere
     from lazycluster.core import event_loop
 
