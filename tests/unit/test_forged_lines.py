@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lazycluster.cli
-from lazycluster.cli import console, copy_progress, fanout, live_view, printing
+from lazycluster.cli import console, copy_progress, fanout, live_view, streams
 from lazycluster.cli.checkup import Checkup
 from lazycluster.cli.commands import cleanup, configuration, doctor, env, runtimes
 from lazycluster.cli.fanout import HostOutcome
@@ -63,7 +63,7 @@ def test_errors_of_copies(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("kind", ["lines", "gather"])
 def test_errors_of_commands(capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    shown = printing.printer(kind, ["host1"], True)
+    shown = streams.printer(kind, ["host1"], True)
     outcome = HostOutcome("host1", 1, _EVIL, "error")
 
     async def work() -> None:
