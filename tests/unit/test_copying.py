@@ -11,7 +11,7 @@ from rich.console import Console
 from lazycluster.cli import copy_progress, fanout, live_view
 from lazycluster.cli.commands import copy
 from lazycluster.cli.fanout import HostOutcome
-from lazycluster.cli.targets import Targets
+from lazycluster.cli.options import Targets
 from lazycluster.core import event_loop
 from lazycluster.output import progress
 from lazycluster.ssh.transfer import TransferResult

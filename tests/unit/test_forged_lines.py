@@ -15,7 +15,7 @@ from lazycluster.cli import console, copy_progress, fanout, live_view, streams
 from lazycluster.cli.checkup import Checkup
 from lazycluster.cli.commands import cleanup, configuration, doctor, env, runtimes
 from lazycluster.cli.fanout import HostOutcome
-from lazycluster.cli.targets import Targets
+from lazycluster.cli.options import Targets
 from lazycluster.core import event_loop
 from lazycluster.environments.cache import HostCache, KeptEnvironment, Removal
 from lazycluster.exceptions import one_line, printable

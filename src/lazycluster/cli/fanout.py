@@ -14,7 +14,7 @@ from lazycluster.ssh.connection import Connection
 
 from .console import FAILED, TIMED_OUT, UNREACHABLE
 from .option_names import spelled_next_steps
-from .targets import Targets
+from .options import Targets
 
 __all__ = ["FANOUT", "HostOutcome", "everywhere", "exit_status", "open_all"]
 

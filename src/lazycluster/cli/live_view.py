@@ -17,7 +17,7 @@ from lazycluster.output.host_cells import cells, number
 
 from .columns import GAP, fitting
 from .console import output
-from .targets import Targets
+from .options import Targets
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection

@@ -21,7 +21,7 @@ from lazycluster.ssh.terminal import is_asking, when_answered
 
 from .console import OutputGoneError, errors, host_style, lines_of, output
 from .fanout import HostOutcome
-from .host_arguments import fold
+from .options import fold
 
 if TYPE_CHECKING:
     from lazycluster.ssh.channel import Channel

@@ -13,7 +13,7 @@ import click
 
 from lazycluster.cli.console import tell
 from lazycluster.cli.option_names import names_its_options, spelled_next_steps
-from lazycluster.cli.targets import Targets, complete_hosts, how_to_connect
+from lazycluster.cli.options import Targets, complete_hosts, how_to_connect
 from lazycluster.ssh.config_hosts import CONFIG_VARIABLE
 from lazycluster.utils import expanded
 

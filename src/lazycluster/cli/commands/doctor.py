@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lazycluster.cli.targets import complete_hosts, connection_options, targets
+from lazycluster.cli.options import complete_hosts, connection_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.checkup import Checkup, Step
-    from lazycluster.cli.targets import Targets
+    from lazycluster.cli.options import Targets
 
 __all__ = ["doctor"]
 

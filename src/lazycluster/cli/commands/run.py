@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazycluster.cli.console import tell
-from lazycluster.cli.targets import Seconds, Whole, connection_options, host_options, targets
+from lazycluster.cli.options import Seconds, Whole, connection_options, host_options, targets
 
 if TYPE_CHECKING:
     import asyncio

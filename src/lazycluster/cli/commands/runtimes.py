@@ -12,7 +12,7 @@ import click
 
 from lazycluster.cli.columns import fitting
 from lazycluster.cli.console import is_terminal, output
-from lazycluster.cli.targets import Targets, connection_options, host_options, targets
+from lazycluster.cli.options import Targets, connection_options, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import HostOutcome

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lazycluster.cli.targets import Whole, connection_options, host_options, relay_option, targets
+from lazycluster.cli.options import Whole, connection_options, host_options, relay_option, targets
 
 if TYPE_CHECKING:
     from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
