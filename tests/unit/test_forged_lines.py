@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lazycluster.cli
-from lazycluster.cli import console, copy_progress, fanout, live_view, streams
+from lazycluster.cli import console, copy_progress, fanout, streams
 from lazycluster.cli.checkup import Checkup
 from lazycluster.cli.commands import cleanup, configuration, doctor, env, runtimes
 from lazycluster.cli.fanout import HostOutcome
@@ -85,9 +85,9 @@ def test_list_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
     listing.show(HostOutcome("host1"))
     listing.finish([outcome])
     _only_about_host1(capsys)
-    watched = live_view._Watched.__new__(live_view._Watched)
+    watched = runtimes._Watched.__new__(runtimes._Watched)
     watched.info, watched.activity, watched.cpu = {"os": _EVIL, "python_version": _EVIL}, {"tasks": _EVIL}, "-"
-    assert all("\n" not in text and "\x1b" not in text for text in live_view._shown(watched).values())
+    assert all("\n" not in text and "\x1b" not in text for text in runtimes._shown(watched).values())
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
