@@ -12,8 +12,8 @@ import pytest
 
 import lazycluster.cli
 from lazycluster.cli import console, copy_progress, fanout, streams
-from lazycluster.cli.checkup import Checkup
 from lazycluster.cli.commands import cleanup, configuration, doctor, env, runtimes
+from lazycluster.cli.diagnosis import Diagnosis
 from lazycluster.cli.fanout import HostOutcome
 from lazycluster.cli.options import Targets
 from lazycluster.core import event_loop
@@ -91,10 +91,10 @@ def test_list_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    checkup = Checkup("host1")
-    for step, state in zip(checkup.steps, ("ok", "failed", "differs", "ok"), strict=False):
-        checkup._set(step.name, state, _EVIL, _EVIL)
-    doctor._show(checkup)
+    diagnosis = Diagnosis("host1")
+    for step, state in zip(diagnosis.steps, ("ok", "failed", "differs", "ok"), strict=False):
+        diagnosis._set(step.name, state, _EVIL, _EVIL)
+    doctor._show(diagnosis)
     _only_about_host1(capsys)
 
 
