@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from lazycluster.cli.checkup import STEPS, Checkup
+from lazycluster.cli.diagnosis import STEPS, Diagnosis
 from lazycluster.environments.build import BuildHost
 from lazycluster.environments.uv import run_program
 from lazycluster.exceptions import EnvironmentBuildError
-from lazycluster.output.tail import Tail
+from lazycluster.output.lines import Tail
 from patience import until
 from sshhosts import procfs
 
@@ -61,9 +61,9 @@ def test_of_a_program_on_a_host() -> None:
 
 
 def test_of_what_doctor_asks_a_host() -> None:
-    checkup = Checkup("host1")
-    asyncio.run(checkup._files_and_clock(_Talkative()))  # type: ignore[arg-type]
-    step = checkup.steps[STEPS.index("temporary files")]
+    diagnosis = Diagnosis("host1")
+    asyncio.run(diagnosis._files_and_clock(_Talkative()))  # type: ignore[arg-type]
+    step = diagnosis.steps[STEPS.index("temporary files")]
     assert step.state == "failed"
     assert 0 < len(step.detail) <= 2000
 

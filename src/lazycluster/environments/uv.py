@@ -16,7 +16,7 @@ from typing import NamedTuple
 from lazycluster.agent.ownership import make
 from lazycluster.core.extras import install_command
 from lazycluster.exceptions import EnvironmentBuildError
-from lazycluster.output.tail import Tail
+from lazycluster.output.lines import Tail
 from lazycluster.utils import Environment
 
 from .index import IndexSettings, hide

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
+from lazycluster.output.lines import Tail
 from lazycluster.output.progress import Progress
-from lazycluster.output.tail import Tail
 from lazycluster.ssh.connection import ANSWER_LIMIT, Connection
 from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
@@ -382,7 +382,7 @@ class HostSession:
 
 
 def _in_environment(context: Context, active: Activation) -> Context:
-    env = active.variables(context.env, context.connection.hello.path)
+    env = active.variables(context.env, context.connection.agent_info.path)
     return replace(context, env=env, python=active.python, prepare=None)
 
 
