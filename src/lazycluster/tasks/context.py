@@ -1,15 +1,18 @@
-"""Where and how tasks are carried out."""
+"""Where and how tasks are executed: the host and its environment, and the options of one execution."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
-__all__ = ["Context"]
+    from .pickling import PickledCall
+
+__all__ = ["Context", "ExecutionOptions"]
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,36 @@ class Context:
     async def prepared(self) -> Context:
         """Return the context in which something can be run, once all is there that this needs."""
         return self if self.prepare is None else await self.prepare(self)
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """The options of one execution of a task.
+
+    Attributes:
+        debug: Print output to standard output as it comes.
+        omit_on_join: Have a join of the runtime pass it over.
+        retries: How often it is begun again when its host is lost.
+        retry_on: ``"host"``, or ``"any"`` to begin it again whatever has failed.
+        next_context: Returns where it is begun again, given the hosts that were tried, perhaps after waiting for one;
+            None if there is no such host. It is called on the loop. By default the runtime that executes the task.
+        calls: For each step the pickled call of its function, as
+            :func:`~lazycluster.tasks.step_run.prepare` returns them, where they are shared by several hosts.
+        send_lock: Held while files are sent, where hosts share a file system: so only the first of them sends.
+    """
+
+    debug: bool = False
+    omit_on_join: bool = False
+    retries: int = 0
+    retry_on: str = "host"
+    next_context: Callable[[Sequence[str]], Awaitable[Context | None]] | None = field(default=None, repr=False)
+    calls: Sequence[PickledCall | Exception | None] | None = field(default=None, repr=False)
+    send_lock: asyncio.Lock | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.retries, int) or isinstance(self.retries, bool):
+            raise TypeError(f"retries must be an integer, not {type(self.retries).__name__}")
+        if self.retries < 0:
+            raise ValueError(f"retries must be >= 0, not {self.retries}")
+        if self.retry_on not in ("host", "any"):
+            raise ValueError(f"retry_on must be 'host' or 'any', not {self.retry_on!r}")

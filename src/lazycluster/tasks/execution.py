@@ -23,18 +23,16 @@ from lazycluster.exceptions import (
 )
 from lazycluster.output import progress
 
-from .context import Context
+from .context import Context, ExecutionOptions
 from .limits import Limits
-from .retries import Retries
 from .step_run import StepRun, perform, prepare
 from .steps import RunFunction, Step, StepResult
 from .task_log import TaskLog
 
 if TYPE_CHECKING:
     from .broadcast import Broadcast
-    from .pickling import PickledCall
 
-__all__ = ["Context", "Execution", "settled", "wait_for"]
+__all__ = ["Execution", "settled", "wait_for"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -91,11 +89,7 @@ class Execution:
         steps: What to do.
         context: Where and how.
         env: The task's own environment variables.
-        debug: Whether output is printed live.
-        omit_on_join: Whether a join of the runtime passes it over.
-        calls: The pickled calls of its functions, from :func:`~lazycluster.tasks.step_run.prepare`.
-        gate: Held while files are sent, where hosts share a file system.
-        retries: Whether and where it is tried again.
+        options: Its options.
         limits: What it may use of its host.
 
     Attributes:
@@ -115,19 +109,14 @@ class Execution:
         steps: Sequence[Step],
         context: Context,
         env: Mapping[str, str],
-        *,
-        debug: bool = False,
-        omit_on_join: bool = False,
-        calls: Sequence[PickledCall | Exception | None] | None = None,
-        gate: asyncio.Lock | None = None,
-        retries: Retries | None = None,
-        limits: Limits | None = None,
+        options: ExecutionOptions,
+        limits: Limits,
     ) -> None:
         self.name = name
         self.steps = tuple(steps)
         self.context = replace(context, keeper=None)
         self._keeper = context.keeper
-        self.omit_on_join = omit_on_join
+        self.omit_on_join = options.omit_on_join
         self.status = "pending"
         self.results: list[StepResult] = []
         self.error: TaskExecutionError | None = None
@@ -138,9 +127,10 @@ class Execution:
         self.future = TaskFuture(self)
         self._own_env = dict(env)
         self._env = {**context.env, **env}
-        self._debug = debug
-        self._retries = retries
-        self._log = TaskLog(context.host, name, debug)
+        self._options = options
+        self._retries_left = options.retries
+        self._tried: list[str] = []
+        self._log = TaskLog(context.host, name, options.debug)
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._killing = False
@@ -149,10 +139,10 @@ class Execution:
             task=name,
             marker=secrets.token_hex(16),
             write=self._log.write,
-            calls=list(prepare(self.steps) if calls is None else calls),
-            gate=gate,
-            keep_calls=retries is not None,
-            limits=limits or Limits(),
+            calls=list(prepare(self.steps) if options.calls is None else options.calls),
+            send_lock=options.send_lock,
+            keep_calls=options.retries > 0,
+            limits=limits,
         )
 
     @property
@@ -204,7 +194,7 @@ class Execution:
                         await self._step(index, step)
                     break
                 except TaskExecutionError as error:
-                    await self._go_elsewhere(error)
+                    await self._begin_again(error)
         except asyncio.CancelledError:
             self._finish("cancelled", -9 if self._killing else -15)
         except TaskExecutionError as error:
@@ -222,20 +212,43 @@ class Execution:
         else:
             self._finish("failed", 1, TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}"))
 
-    async def _go_elsewhere(self, error: TaskExecutionError) -> None:
+    async def _begin_again(self, error: TaskExecutionError) -> None:
         """Get ready to begin again, on another host or on this one when it is back, or raise the error."""
-        if self._retries is None:
+        if not self._options.retries:
             raise error
-        context = await self._retries.next(self.name, self.context, error)
+        context = await self._next_context(error)
         if context is None:
-            raise self._retries.told(error) from error.__cause__
+            raise self._with_tries(error) from error.__cause__
         self._log.close()
         self.context = replace(context, keeper=None)
         self._keeper = context.keeper
         self._env = {**context.env, **self._own_env}
-        self._log = TaskLog(context.host, self.name, self._debug)
+        self._log = TaskLog(context.host, self.name, self._options.debug)
         self.work.write = self._log.write
         self.results.clear()
+
+    async def _next_context(self, error: TaskExecutionError) -> Context | None:
+        """Return where the task is tried again after an error; None if it is not."""
+        host, options = self.context.host, self._options
+        self._tried.append(host)
+        host_failed = isinstance(error.__cause__, ConnectionLostError) or self.context.connection.state == "lost"
+        if options.next_context is None or not self._retries_left or not (options.retry_on == "any" or host_failed):
+            return None
+        found = await options.next_context(self._tried)
+        if found is not None:
+            self._retries_left -= 1
+            # The first line of the message says which step it is, the second why.
+            why = str(error.__cause__ or error.message.partition("\n")[2] or error.message).strip().partition("\n")[0]
+            _logger.warning("%s: task %r has failed and is tried again on %s: %s", host, self.name, found.host, why)
+        return found
+
+    def _with_tries(self, error: TaskExecutionError) -> TaskExecutionError:
+        """Return the last error so that it says what was tried before."""
+        if len(self._tried) < 2:
+            return error
+        text = f"{error.message}\n  It was tried {len(self._tried)} times, on {', '.join(self._tried)}."
+        values = {name: value for name, value in error.__dict__.items() if name != "message"}
+        return TaskExecutionError(text, **values)
 
     async def _prepare(self) -> None:
         if self.context.prepare is None:

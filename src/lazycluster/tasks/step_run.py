@@ -42,7 +42,7 @@ class StepRun:
         pid: The process on the host that does the present step, if one does.
         kill: Kills that process at once; to be called on the loop.
         calls: For each step the pickled call of its function, if it is one, or why there is none.
-        gate: Held while files are sent, where hosts share a file system: so only the first of them sends.
+        send_lock: Held while files are sent, see :class:`~lazycluster.tasks.context.ExecutionOptions`.
         keep_calls: Whether a call may be needed again.
         limits: What it may use of its host.
         began: When it began, by the monotonic clock.
@@ -54,7 +54,7 @@ class StepRun:
     pid: int | None = None
     kill: Callable[[], Any] | None = None
     calls: list[PickledCall | Exception | None] = field(default_factory=list)
-    gate: asyncio.Lock | None = None
+    send_lock: asyncio.Lock | None = None
     keep_calls: bool = False
     limits: Limits = field(default_factory=Limits)
     began: float = field(default_factory=time.monotonic)
@@ -226,7 +226,7 @@ async def _send_file(step: SendFile, context: Context, env: Mapping[str, str], w
 
     name = os.path.basename(os.fspath(step.local_path).rstrip("/"))
     with Progress(f"Sending {name}", unit="B") as progress:
-        async with work.gate or contextlib.nullcontext():
+        async with work.send_lock or contextlib.nullcontext():
             result = await transfer.send(
                 context.connection,
                 step.local_path,

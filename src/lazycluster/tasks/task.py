@@ -13,19 +13,15 @@ from lazycluster.output.execution_log import LoggedTask, show_logs
 from lazycluster.output.view import Shown, View
 
 from .broadcast import Broadcast
-from .execution import Context, Execution
+from .context import Context, ExecutionOptions
+from .execution import Execution
 from .process_handles import TaskProcess
 from .recipe import Recipe
 from .variables import checked_variables
 from .views import broadcast_view, task_log, task_view
 
 if TYPE_CHECKING:
-    import asyncio
-
     from lazycluster.ssh.connection import Connection
-
-    from .pickling import PickledCall
-    from .retries import Retries
 
 __all__ = ["RuntimeTask"]
 
@@ -94,37 +90,18 @@ class RuntimeTask(Recipe, Shown):
         """
         if isinstance(connection, Executor):
             return connection.execute_task(self, execute_async=False, debug=debug)
-        task = self._launch(Context(connection.host, connection, connection.hello.home), debug=debug)
+        task = self._launch(Context(connection.host, connection, connection.hello.home), ExecutionOptions(debug=debug))
         task._finish_sync()
         return task
 
-    def _launch(
-        self,
-        context: Context,
-        *,
-        debug: bool = False,
-        omit_on_join: bool = False,
-        calls: Sequence[PickledCall | Exception | None] | None = None,
-        gate: asyncio.Lock | None = None,
-        retries: Retries | None = None,
-    ) -> RuntimeTask:
+    def _launch(self, context: Context, options: ExecutionOptions) -> RuntimeTask:
         """Start an execution, see :class:`Execution`; returns the task that holds it."""
         with self._lock:
             if not self._steps:
                 raise ValueError(f"task {self.name!r} has no steps: add one, e.g. with run_command()")
             if self._execution is None:
-                execution = Execution(
-                    self.name,
-                    self._steps,
-                    context,
-                    checked_variables(self._env),
-                    debug=debug,
-                    omit_on_join=omit_on_join,
-                    calls=calls,
-                    gate=gate,
-                    retries=retries,
-                    limits=self._limits,
-                )
+                env = checked_variables(self._env)
+                execution = Execution(self.name, self._steps, context, env, options, self._limits)
                 self._execution = execution  # before it begins: whoever is interrupted can end it
                 try:
                     execution.start()
@@ -132,9 +109,7 @@ class RuntimeTask(Recipe, Shown):
                     self._execution = None
                     raise
                 return self
-        return copy.copy(self)._launch(
-            context, debug=debug, omit_on_join=omit_on_join, calls=calls, gate=gate, retries=retries
-        )
+        return copy.copy(self)._launch(context, options)
 
     def _finish_sync(self) -> None:
         """Wait for the end and raise what went wrong; an interrupted wait ends the execution."""
