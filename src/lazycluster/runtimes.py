@@ -21,11 +21,10 @@ from .runtime.session import HostSession, HostSpec, connected, may_ask
 from .runtime.views import runtime_view
 from .ssh.tunnels import close_tunnels
 from .tasks import detached
-from .tasks.context import Context, ExecutionOptions
+from .tasks.context import Context, ExecutionOptions, checked_variables
 from .tasks.detached import DetachedTask
 from .tasks.execution import settled
 from .tasks.task import RuntimeTask
-from .tasks.variables import checked_variables
 
 if TYPE_CHECKING:
     from .tasks.pickling import PickledCall

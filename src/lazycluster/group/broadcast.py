@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,8 +43,7 @@ def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: Execut
     started: list[RuntimeTask] = []
     try:
         for runtime, lock in zip(runtimes, locks, strict=True):
-            own = copy.deepcopy(task)
-            own.replace_steps([_for_host(step, runtime.host) for step in own.steps])
+            own = task._with_steps([_for_host(step, runtime.host) for step in task.steps])
             started.append(runtime.start_task(own, replace(options, send_lock=lock)))
     except BaseException:
         for other in started:

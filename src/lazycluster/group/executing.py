@@ -12,7 +12,7 @@ from lazycluster.output.execution_log import show_logs
 from lazycluster.runtime.registry import join_all
 from lazycluster.tasks.context import ExecutionOptions
 from lazycluster.tasks.detached import DetachedTask, check_options
-from lazycluster.tasks.process_handles import ProcessHandle
+from lazycluster.tasks.execution import ProcessHandle
 from lazycluster.tasks.task import RuntimeTask
 
 from .broadcast import start_on_all

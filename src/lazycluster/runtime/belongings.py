@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.tunnels import Tunnel, check_port, open_from_runtime, open_to_runtime
-from lazycluster.tasks.process_handles import ProcessHandle
+from lazycluster.tasks.execution import ProcessHandle
 
 from .questions import HostQuestions
 from .registry import Registry
