@@ -19,8 +19,8 @@ from lazycluster.agent.environments import LOCK_FILE
 from lazycluster.core import event_loop
 from lazycluster.core.words import counted
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, LazyclusterError, NoAnswerError
-from lazycluster.output.progress import size as shown_size
 from lazycluster.output.lines import Tail
+from lazycluster.output.progress import size as shown_size
 from lazycluster.ssh import transfer
 from lazycluster.ssh.agent_replies import NAME, check_shape, decoded_text
 from lazycluster.utils import private_directory
