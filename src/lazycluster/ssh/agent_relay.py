@@ -25,8 +25,7 @@ from . import workspace
 from .agent_program import bulk_command, new_marker
 from .channel import Channel
 from .connection import Connection
-from .copy_streams import SessionError
-from .extra_sessions import open_session
+from .extra_sessions import SessionError, open_session
 from .mux import MuxError
 from .tunnel_handles import MANAGER, Outcome, Tunnel, TunnelRequest
 

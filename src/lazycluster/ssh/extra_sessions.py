@@ -7,11 +7,11 @@ import contextlib
 import os
 import socket
 
+from lazycluster.agent.stream import StreamClosedError
 from lazycluster.core import forks
 from lazycluster.exceptions import printable
 
 from .agent_program import NO_AGENT, expected
-from .copy_streams import SessionError
 from .mux import Mux
 from .process import ErrorTail
 from .start_marker import StartError, past_noise
@@ -20,7 +20,21 @@ _LAST_LINES = 4
 _END_LIMIT = 1.0  # seconds for the end of a session that has closed its output
 
 
-class FurtherSession:
+class SessionError(StreamClosedError):
+    """A further session on a host did not start what it was to start.
+
+    Attributes:
+        detail: Why.
+        hint: The next step, if one is known.
+    """
+
+    def __init__(self, detail: str, hint: str = "") -> None:
+        self.detail = detail
+        self.hint = hint
+        super().__init__(detail)
+
+
+class ExtraSession:
     """A command on the host, on the connection of a master; see `open_session`.
 
     It must be held as long as it lasts.
@@ -74,7 +88,7 @@ class NoAgentError(SessionError):
     """A further session does not find the agent."""
 
 
-async def open_session(mux: Mux, command: str) -> FurtherSession:
+async def open_session(mux: Mux, command: str) -> ExtraSession:
     """Run a command in a further session.
 
     Args:
@@ -96,4 +110,4 @@ async def open_session(mux: Mux, command: str) -> FurtherSession:
         raise
     finally:
         os.close(write)
-    return FurtherSession(ours, asyncio.ensure_future(session.wait()), ErrorTail(read))
+    return ExtraSession(ours, asyncio.ensure_future(session.wait()), ErrorTail(read))

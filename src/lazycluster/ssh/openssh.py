@@ -25,7 +25,7 @@ from .agent_program import bulk_command, new_marker, rejoin_command, remote_comm
 from .config import Settings, ssh_argv, ssh_version
 from .connect_limit import limiter
 from .errors import circumstances, classify, is_retryable, no_room_in, no_room_there
-from .extra_sessions import FurtherSession, NoAgentError, open_session
+from .extra_sessions import ExtraSession, NoAgentError, open_session
 from .link import AgentLink
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
@@ -218,7 +218,7 @@ class SshConnection(ReconnectingConnection):
         """The sockets at which the agent listens."""
         return [os.path.join(self.agent_info.directory, SOCKET), *self._further]
 
-    async def _session(self, command: str) -> FurtherSession:
+    async def _session(self, command: str) -> ExtraSession:
         """Open a further session; it is held until the command on the host ends, as it does when our end is closed."""
         try:
             session = await open_session(self.mux, command)
@@ -228,7 +228,7 @@ class SshConnection(ReconnectingConnection):
         session.ended.add_done_callback(lambda ended: self._session_ended(session, ended))
         return session
 
-    def _session_ended(self, session: FurtherSession, ended: asyncio.Task[int]) -> None:
+    def _session_ended(self, session: ExtraSession, ended: asyncio.Task[int]) -> None:
         self._sessions.discard(ended)
         if not ended.cancelled() and ended.result() and session.printed:
             text = f"its session ended with exit status {ended.result()}, and printed: {session.printed}"

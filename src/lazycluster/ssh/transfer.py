@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
@@ -28,12 +29,19 @@ from lazycluster.agent.sender import REWRITTEN, SHRANK, Sender
 from lazycluster.agent.stream import REQUEST, ByteCounter, CopyError, FrameStream, StreamClosedError, raw
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, printable
 
-from .copy_streams import HostConnection, SessionError, StreamPool, hang_up
+from .connection import Connection
+from .extra_sessions import SessionError
 
 __all__ = ["TransferError", "TransferResult", "get", "send"]
 
 #: Copies at once, on all connections together: more do not make it faster.
 AT_ONCE = 8
+
+#: The same on one connection: sshd limits its sessions.
+_AT_ONCE_PER_HOST = 2
+
+#: How long sshd may take to let go of a session that has ended, in seconds.
+_LETTING_GO = 3.0
 
 #: How long a cancelled copy is waited for, in seconds.
 _PATIENCE = 10.0
@@ -143,7 +151,7 @@ class TransferResult:
 
 
 async def send(
-    connection: HostConnection,
+    connection: Connection,
     local_path: str | os.PathLike[str],
     remote_path: str | os.PathLike[str] | None = None,
     *,
@@ -187,7 +195,7 @@ async def send(
 
 
 async def get(
-    connection: HostConnection,
+    connection: Connection,
     remote_path: str | os.PathLike[str],
     local_path: str | os.PathLike[str] | None = None,
     *,
@@ -252,7 +260,7 @@ def _remote(path: str | os.PathLike[str] | None) -> str | None:
     return None if path is None else os.fspath(path)
 
 
-_pools: weakref.WeakKeyDictionary[HostConnection, StreamPool] = weakref.WeakKeyDictionary()
+_pools: weakref.WeakKeyDictionary[Connection, _StreamPool] = weakref.WeakKeyDictionary()
 _limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
 
@@ -260,7 +268,7 @@ _limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]
 class _Copy:
     """One copy, from the side of the event loop."""
 
-    connection: HostConnection
+    connection: Connection
     request: dict[str, Any]
     copy: Callable[[FrameStream, ByteCounter], str]
     path: str
@@ -271,7 +279,7 @@ class _Copy:
         self.connection.check()
         pool = _pools.get(self.connection)
         if pool is None:
-            pool = _pools[self.connection] = StreamPool(self.connection)
+            pool = _pools[self.connection] = _StreamPool(self.connection)
         limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
         began = time.monotonic()
         while True:
@@ -294,7 +302,7 @@ class _Copy:
             tuple(tally.left_out), tuple(pattern for pattern in self.exclude if pattern in tally.unused),
         )  # fmt: skip
 
-    async def _attempt(self, pool: StreamPool) -> CopyAttempt:
+    async def _attempt(self, pool: _StreamPool) -> CopyAttempt:
         while True:
             self.connection.check()
             sock, used = await pool.take(self.connection)
@@ -381,7 +389,7 @@ class CopyAttempt:
         try:
             await self._watch()
         except (asyncio.CancelledError, NoAnswerError):
-            hang_up(self._sock)
+            _hang_up(self._sock)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.ended.wait(), _PATIENCE)
             self.usable = False
@@ -436,3 +444,87 @@ def _unread(sock: socket.socket) -> int:
         return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0])
     except OSError:
         return 0
+
+
+# --- streams --------------------------------------------------------------------------------------
+class _StreamPool:
+    """The streams of one connection that wait for the next copy."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._idle: list[socket.socket] = []
+        self._busy: set[socket.socket] = set()
+        self._opening = asyncio.Lock()
+        self._returned = asyncio.Event()
+        self._last_closed = -_LETTING_GO
+        self.slots = asyncio.Semaphore(_AT_ONCE_PER_HOST)
+        connection.at_close.append(self.close)
+        connection.on_lost.append(lambda _: self.close())
+
+    async def take(self, connection: Connection) -> tuple[socket.socket, bool]:
+        """Return a stream, and whether it has been used before."""
+        # One at a time: so who is refused knows whether another copy here has what could be waited for.
+        async with self._opening:
+            while True:
+                sock = self._take_idle()
+                if sock is not None:
+                    return sock, True
+                try:
+                    sock = await connection.bulk()
+                except LazyclusterError:
+                    connection.check()
+                    if not await self._session_may_come():
+                        raise
+                else:
+                    self._busy.add(sock)
+                    return sock, False
+
+    def _take_idle(self) -> socket.socket | None:
+        while self._idle:
+            sock = self._idle.pop()
+            # It says nothing while it is idle: what can be read is its end.
+            waiting = select.poll()
+            waiting.register(sock, select.POLLIN)
+            if not waiting.poll(0):
+                self._busy.add(sock)
+                return sock
+            sock.close()
+            self._last_closed = time.monotonic()
+        return None
+
+    async def _session_may_come(self) -> bool:
+        """Wait while the host may still grant one though it has just refused it; return whether it may."""
+        if self._busy:
+            # It allows fewer sessions than we would like.
+            self._returned.clear()
+            await self._returned.wait()
+            return True
+        if time.monotonic() - self._last_closed < _LETTING_GO:
+            # It may not have noticed yet that one has ended, and does not say when it has.
+            await asyncio.sleep(0.05)
+            return True
+        return False
+
+    def give_back(self, sock: socket.socket, usable: bool) -> None:
+        """Keep a stream for the next copy, or close it."""
+        if sock in self._busy and usable:
+            self._idle.append(sock)
+        else:
+            sock.close()
+            self._last_closed = time.monotonic()
+        self._busy.discard(sock)
+        self._returned.set()
+
+    def close(self) -> None:
+        """Close the idle streams; those in use end, and are closed by who uses them."""
+        while self._idle:
+            self._idle.pop().close()
+        for sock in self._busy:
+            _hang_up(sock)
+        self._busy.clear()
+        self._returned.set()
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """End a stream that a thread may be using; the descriptor stays."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
