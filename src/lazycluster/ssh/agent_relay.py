@@ -12,8 +12,6 @@ import contextlib
 import errno
 import itertools
 import logging
-import socket
-import struct
 import weakref
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -26,6 +24,7 @@ from .agent_program import bulk_command, new_marker
 from .channel import Channel
 from .connection import Connection
 from .extra_sessions import SessionError, open_session
+from .local_connection import hand_over
 from .mux import MuxError
 from .tunnel_handles import MANAGER, Outcome, Tunnel, TunnelRequest
 
@@ -221,10 +220,7 @@ class AgentRelay:
             except SessionError as error:
                 hint = f". Next step: {error.hint}" if error.hint else ""
                 raise TunnelError(f"{self._host}: the relay does not start: {error.detail}{hint}") from None
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as giver:
-                giver.connect(await here.socket)
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", ours.fileno(), ours.fileno()))]
-                giver.sendmsg([b"stream"], rights)
+            hand_over(ours, b"stream", await here.socket)
         await asyncio.gather(here.ready, there.ready)
 
     # --- its end -------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 import sys
 
 from lazycluster.agent.deletion import remove_tree
+from lazycluster.agent.directories import SOCKET
 from lazycluster.agent.restart_policy import RestartPolicy
 from lazycluster.core import forks
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
@@ -21,7 +21,20 @@ from .link import AgentLink
 from .process import WatchedProcess
 from .start_marker import StartError
 
-_DEADLINE = 20.0
+_DEADLINE = 20.0  # seconds for an agent to start
+
+
+def hand_over(stream: socket.socket, purpose: bytes, path: str) -> None:
+    """Give a stream, both ways of it, to the process of this machine that listens on a unix socket.
+
+    Args:
+        stream: The stream; it stays open here.
+        purpose: What that process is told of it.
+        path: Where it listens.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as receiver:
+        receiver.connect(path)
+        socket.send_fds(receiver, [purpose], [stream.fileno(), stream.fileno()])
 
 
 class LocalConnection(Connection):
@@ -76,10 +89,8 @@ class LocalConnection(Connection):
         self.check()
         ours, theirs = socket.socketpair()
         forks.not_for_children(ours.fileno(), theirs.fileno())
-        with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
-            agent.connect(os.path.join(self.agent_info.directory, "agent.sock"))
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", theirs.fileno(), theirs.fileno()))]
-            agent.sendmsg([b"bulk"], rights)
+        with theirs:
+            hand_over(theirs, b"bulk", os.path.join(self.agent_info.directory, SOCKET))
         return ours
 
 
