@@ -15,7 +15,7 @@ from typing import Any
 from harness import Row, in_turns, settings, ssh_hosts
 
 from lazycluster.core import event_loop
-from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.ssh.transfer import get, send
 
 HOSTS = 8

@@ -22,8 +22,8 @@ from knocking import NOBODY
 
 from lazycluster import RuntimeGroup
 from lazycluster.cluster.certificates import make_identities
-from lazycluster.ssh import openssh
-from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh import ssh_connection
+from lazycluster.ssh.ssh_connection import SshConnection
 from patience import until
 
 pytestmark = [
@@ -84,7 +84,7 @@ class Held:
                 await asyncio.sleep(0.01)
             await attempt(connection, timeout)
 
-        monkeypatch.setattr(openssh, "_PORTS_LIMIT", 0.0)
+        monkeypatch.setattr(ssh_connection, "_PORTS_LIMIT", 0.0)
         monkeypatch.setattr(SshConnection, "_attempt", attempt_later)
         self._connection: Any = group.runtimes[0].connection
         os.kill(self._connection._process.pid, signal.SIGKILL)

@@ -17,7 +17,7 @@ import pytest
 from lazycluster import Runtime, RuntimeGroup, RuntimeTask
 from lazycluster.agent import bootstrap
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, TaskExecutionError
-from lazycluster.ssh import agent_program, connection, openssh, transfer
+from lazycluster.ssh import agent_program, connection, ssh_connection, transfer
 from patience import until
 
 # A host that keeps its link alive and leaves those requests unanswered that a file in its home names.
@@ -182,7 +182,7 @@ def test_a_copying_process_that_is_busy_is_waited_for(
 
 
 def test_a_further_session_that_does_not_start(hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openssh, "_SESSION_LIMIT", 1.0)
+    monkeypatch.setattr(ssh_connection, "_SESSION_LIMIT", 1.0)
     monkeypatch.setattr(connection, "_START_LIMIT", 1.0)
     (tmp_path / "small").write_bytes(b"x")
     start = hosts[0].path("~/.bashrc")

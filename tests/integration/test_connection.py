@@ -17,7 +17,7 @@ import pytest
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
-from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh.ssh_connection import SshConnection
 from patience import until
 
 Make = Callable[..., Any]
@@ -192,7 +192,7 @@ def test_lost_hosts_are_noticed(make_hosts: Make, failure: str) -> None:
 _MANAGER = """
     import asyncio, sys
     from lazycluster.core import event_loop
-    from lazycluster.ssh.openssh import SshConnection
+    from lazycluster.ssh.ssh_connection import SshConnection
 
     async def main():
         connections = [SshConnection(name, {{"config_file": {config!r}}}) for name in {names!r}]

@@ -20,7 +20,7 @@ import pytest
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, ConnectionLostError
 from lazycluster.ssh.local_connection import LocalConnection
-from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.tasks import functions
 from lazycluster.tasks.functions import CallOutcome
 

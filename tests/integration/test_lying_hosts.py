@@ -19,7 +19,7 @@ from lazycluster.cli.diagnosis import Diagnosis
 from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, NoPortsLeftError
 from lazycluster.ssh import agent_replies
-from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh.ssh_connection import SshConnection
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import pytest
 from lazycluster.cli import streams
 from lazycluster.cli.console import OutputGoneError
 from lazycluster.cli.streams import Printer
-from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh.ssh_connection import SshConnection
 from patience import until
 
 _GRACE = 3.0  # seconds without a word from its manager, after which a host ends everything

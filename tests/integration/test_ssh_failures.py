@@ -14,7 +14,7 @@ import pytest
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
-from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh.ssh_connection import SshConnection
 from sshhosts import PASSWORD
 
 

@@ -22,7 +22,7 @@ from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.local_connection import LocalConnection
-from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.ssh.transfer import TransferError, get, send
 
 HUGE = 200 * 10**9
@@ -254,7 +254,7 @@ def test_interrupted(make_hosts: Any, tmp_path: Path, way: str, how: str) -> Non
 _MANAGER = """
     import os
     from lazycluster.core import event_loop
-    from lazycluster.ssh.openssh import SshConnection
+    from lazycluster.ssh.ssh_connection import SshConnection
     from lazycluster.ssh.transfer import get, send
 
     async def main():

@@ -16,10 +16,10 @@ import pytest
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import ForwardingForbiddenError, NoPortsLeftError, PortInUseError, TunnelError
-from lazycluster.ssh import openssh
+from lazycluster.ssh import ssh_connection
 from lazycluster.ssh.local_connection import LocalConnection
-from lazycluster.ssh.openssh import SshConnection
 from lazycluster.ssh.probes import can_connect, network_of, same_network
+from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.ssh.tunnels import (
     Tunnel,
     TunnelRequest,
@@ -216,7 +216,7 @@ def test_a_port_that_cannot_be_had_again_is_lost_for_good_and_said_so(hosts, mon
         await taken.wait()
         await attempt(self, timeout)
 
-    monkeypatch.setattr(openssh, "_PORTS_LIMIT", 0.0)
+    monkeypatch.setattr(ssh_connection, "_PORTS_LIMIT", 0.0)
     with service() as port, connected(hosts, "host1") as (one,):
         there, here = event_loop.run(open_to_runtime(one, port, 24000)), free_port()
         back = event_loop.run(open_from_runtime(one, 24000, here))

@@ -16,13 +16,11 @@ from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
 from lazycluster.ssh import connection as connection_module
 from lazycluster.ssh import link as link_module
-from lazycluster.ssh import openssh
-from lazycluster.ssh.config import Settings
+from lazycluster.ssh import ssh_connection
 from lazycluster.ssh.link import AgentLink
 from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.mux import Direction, Forward, MuxError
-from lazycluster.ssh.openssh import SshConnection
-from lazycluster.ssh.reconnect import ReconnectingConnection
+from lazycluster.ssh.ssh_connection import SshConnection
 
 FORWARDS = [Forward(Direction.REMOTE, 24300 + number, 24400 + number) for number in range(3)]
 
@@ -36,7 +34,7 @@ class Ended:
         """It has."""
 
 
-class Returning(ReconnectingConnection):
+class Returning(SshConnection):
     """One whose agents say nothing, over sockets; each attempt succeeds.
 
     Args:
@@ -44,7 +42,7 @@ class Returning(ReconnectingConnection):
     """
 
     def __init__(self, renewed: bool, **settings: float) -> None:
-        super().__init__(Settings.parse("host", settings))
+        super().__init__("host", settings)
         self._process = Ended()  # type: ignore[assignment]
         self._renewed = renewed
         self._far: list[socket.socket] = []
@@ -71,10 +69,10 @@ class Returning(ReconnectingConnection):
         self._link = link = AgentLink(self.host, *fds, lambda error: self._ended(link, error))
         self.generation += 1
 
-    async def _let_go(self) -> None:
+    async def _release_process(self) -> None:
         pass
 
-    async def _restore(self) -> None:
+    async def _reopen_forwards(self) -> None:
         pass
 
     async def _release(self) -> None:
@@ -207,7 +205,7 @@ def test_an_agent_that_ends_right_after_its_hello_is_lost() -> None:
 
 def test_whoever_starts_an_agent_that_ends_meanwhile_is_told_at_once() -> None:
     async def body(connection: Returning) -> None:
-        connection._returning = asyncio.ensure_future(asyncio.Event().wait())  # type: ignore[arg-type]
+        connection._reconnecting = asyncio.ensure_future(asyncio.Event().wait())  # type: ignore[arg-type]
         read, write = os.pipe()
         other = AgentLink("host", read, os.dup(write), lambda error: connection._ended(other, error))
         os.close(write)
@@ -215,7 +213,7 @@ def test_whoever_starts_an_agent_that_ends_meanwhile_is_told_at_once() -> None:
         connection._ended(other, None)
         with pytest.raises(ConnectionLostError):
             await asyncio.wait_for(other.started, 5)
-        connection._returning.cancel()
+        connection._reconnecting.cancel()
 
     with_connection(body)
 
@@ -294,7 +292,7 @@ class FakeMux:
 def test_ports_are_given_up_only_if_they_are_refused(
     refused: bool, drops: bool, left: list[Forward], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openssh, "_PORTS_LIMIT", 60.0 if drops else 0.0)
+    monkeypatch.setattr(ssh_connection, "_PORTS_LIMIT", 60.0 if drops else 0.0)
 
     async def whole() -> None:
         connection = SshConnection("host")
@@ -306,10 +304,10 @@ def test_ports_are_given_up_only_if_they_are_refused(
         connection._forwards = {forward.key: forward for forward in FORWARDS}
         try:
             if refused:
-                await connection._restore()
+                await connection._reopen_forwards()
             else:
                 with pytest.raises(ConnectionLostError):
-                    await asyncio.wait_for(connection._restore(), 15)
+                    await asyncio.wait_for(connection._reopen_forwards(), 15)
         finally:
             link.detach()
         assert list(connection._forwards.values()) == left

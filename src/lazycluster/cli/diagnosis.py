@@ -21,7 +21,7 @@ from lazycluster.ssh.agent_replies import check_shape, decoded_text
 from .option_names import spelled
 
 if TYPE_CHECKING:
-    from lazycluster.ssh.openssh import SshConnection
+    from lazycluster.ssh.ssh_connection import SshConnection
 
 __all__ = ["STEPS", "Diagnosis", "Step"]
 

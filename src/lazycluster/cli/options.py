@@ -63,7 +63,7 @@ class Targets:
 
     def connection(self, name: str) -> Connection:
         """Return a connection to one of them that is not open yet."""
-        from lazycluster.ssh.openssh import SshConnection
+        from lazycluster.ssh.ssh_connection import SshConnection
 
         return SshConnection(name, self.settings, ask=self.ask)
 

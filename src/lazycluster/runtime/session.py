@@ -17,7 +17,7 @@ from lazycluster.output.lines import Tail
 from lazycluster.output.progress import Progress
 from lazycluster.ssh.connection import ANSWER_LIMIT, Connection
 from lazycluster.ssh.local_connection import LocalConnection
-from lazycluster.ssh.openssh import SshConnection
+from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.tasks.context import Context, checked_variables
 
 if TYPE_CHECKING:

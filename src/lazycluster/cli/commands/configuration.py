@@ -156,7 +156,7 @@ def _meet(name: str, config: str | None, accept: bool) -> None:
     from lazycluster.cli.console import person_is_there
     from lazycluster.core import event_loop
     from lazycluster.exceptions import InvalidRuntimeError
-    from lazycluster.ssh.openssh import SshConnection
+    from lazycluster.ssh.ssh_connection import SshConnection
 
     settings = {**how_to_connect(config, None, accept), "ssh_options": {"PreferredAuthentications": "none"}}
     connection = SshConnection(name, settings, ask=person_is_there())

@@ -51,7 +51,7 @@ async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
     import asyncio
 
     from lazycluster.cli.diagnosis import Diagnosis
-    from lazycluster.ssh.openssh import SshConnection
+    from lazycluster.ssh.ssh_connection import SshConnection
     from lazycluster.ssh.terminal import when_answered
 
     slots = asyncio.Semaphore(32)
