@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from lazycluster.core import event_loop
-from lazycluster.ssh.start_marker import StartError, past_noise
+from lazycluster.ssh.start_marker import StartError, skip_to_marker
 
-_MARK = b"\nlazy0123 "
+_MARKER = b"\nlazy0123 "
 
 
 def _read(*said: bytes) -> bytes:
@@ -26,7 +26,7 @@ def _read(*said: bytes) -> bytes:
     with ours:
         thread.start()
         try:
-            event_loop.run(asyncio.wait_for(past_noise(ours, _MARK), 30))
+            event_loop.run(asyncio.wait_for(skip_to_marker(ours, _MARKER), 30))
             assert ours.getblocking()
             return b"".join(iter(lambda: ours.recv(65536), b""))
         finally:
@@ -38,8 +38,8 @@ def _read(*said: bytes) -> bytes:
     [b"", b"noise", b"\n", b"\n\n", b"\nlazy", b"\nlazy0123", b"\nlazy0123 x\n", b"\nla\nlazy0123 \r", b"x" * 99],
 )
 def test_nothing_is_read_but_the_noise(noise: bytes) -> None:
-    assert _read(noise + _MARK + b"\nthe rest\n") == b"the rest\n"
-    assert _read(noise, _MARK[:4], _MARK[4:], b"\n", b"\nlazy0123 \n") == b"\nlazy0123 \n"
+    assert _read(noise + _MARKER + b"\nthe rest\n") == b"the rest\n"
+    assert _read(noise, _MARKER[:4], _MARKER[4:], b"\n", b"\nlazy0123 \n") == b"\nlazy0123 \n"
 
 
 def test_a_stream_without_a_mark() -> None:

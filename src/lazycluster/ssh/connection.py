@@ -26,7 +26,7 @@ from .errors import last_words
 from .link import AgentLink
 from .mux import Forward, Mux
 from .process import WatchedProcess
-from .start_marker import StartError, StartMarker, read_mark
+from .start_marker import StartError, StartMarker, read_marker
 
 State = Literal["new", "connecting", "open", "interrupted", "lost", "closed"]
 
@@ -74,7 +74,7 @@ class Connection(abc.ABC):
         self._process: WatchedProcess | None = None
         self._link: AgentLink | None = None
         self._agent_info: AgentInfo | None = None
-        self._noise = bytearray()
+        self._shell_output = bytearray()
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
         self._unanswered: NoAnswerError | None = None
@@ -142,7 +142,7 @@ class Connection(abc.ABC):
         for fd in (fd_in, fd_out):
             os.set_blocking(fd, False)
         try:
-            mark = await asyncio.wait_for(read_mark(fd_in, expected(marker), exited, bytearray()), _START_LIMIT)
+            start = await asyncio.wait_for(read_marker(fd_in, expected(marker), exited, bytearray()), _START_LIMIT)
         except BaseException as error:
             os.close(fd_in)
             os.close(fd_out)
@@ -151,8 +151,8 @@ class Connection(abc.ABC):
             if isinstance(error, StartError):
                 raise ConnectionLostError(self.host, f"no further agent could be started there: {error}") from None
             raise
-        link = AgentLink(self.host, fd_in, fd_out, lambda error: link.lost(str(error or "it has ended")), mark.rest)
-        link.send_soon(payload(False, mark.tag))
+        link = AgentLink(self.host, fd_in, fd_out, lambda error: link.lost(str(error or "it has ended")), start.rest)
+        link.send_soon(payload(False, start.tag))
         try:
             await asyncio.wait_for(link.started, _START_LIMIT)
         except BaseException as error:
@@ -343,27 +343,27 @@ class Connection(abc.ABC):
 
     # --- starting ------------------------------------------------------------------------------
     async def _bring_up(self, process: WatchedProcess, marker: str) -> None:
-        """Reach the agent through a process whose output is a shell's, until the mark; usually it has to be started."""
+        """Start an agent, or reach the one that waits, through a process whose output is a shell's up to the marker."""
         self._process = process
-        self._noise.clear()
+        self._shell_output.clear()
         fd_in, fd_out = process.take_streams()
         try:
             os.set_blocking(fd_in, False)
             os.set_blocking(fd_out, False)
-            mark = await read_mark(fd_in, expected(marker), process.exited, self._noise)
-            if mark.kept:
-                await self._take_up(fd_in, fd_out, mark)
+            start = await read_marker(fd_in, expected(marker), process.exited, self._shell_output)
+            if start.rejoined:
+                await self._rejoin(fd_in, fd_out, start)
                 return
-            self._check_python(mark)
+            self._check_python(start)
         except BaseException:
             os.close(fd_in)
             os.close(fd_out)
             raise
-        await self._start_agent(fd_in, fd_out, mark)
+        await self._start_agent(fd_in, fd_out, start)
 
-    def _check_python(self, mark: StartMarker) -> None:
-        if mark.version < OLDEST_PYTHON:
-            text = ".".join(map(str, mark.version))
+    def _check_python(self, start: StartMarker) -> None:
+        if start.version < OLDEST_PYTHON:
+            text = ".".join(map(str, start.version))
             oldest = ".".join(map(str, OLDEST_PYTHON))
             raise InvalidRuntimeError(
                 self.host,
@@ -372,10 +372,10 @@ class Connection(abc.ABC):
                 f'install a newer one there, or name the path of one with python="/path/to/python{oldest}"',
             )
 
-    async def _start_agent(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
+    async def _start_agent(self, fd_in: int, fd_out: int, start: StartMarker) -> None:
         assert self._process is not None
-        link = AgentLink(self.host, fd_in, fd_out, lambda error: self._ended(link, error), mark.rest)
-        link.send_soon(payload(self.local, mark.tag))
+        link = AgentLink(self.host, fd_in, fd_out, lambda error: self._ended(link, error), start.rest)
+        link.send_soon(payload(self.local, start.tag))
         try:
             info = AgentInfo.parse(await link.started)
         except ValueError as error:
@@ -390,7 +390,7 @@ class Connection(abc.ABC):
         self._link, self._agent_info = link, info
         self.generation += 1
 
-    async def _take_up(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
+    async def _rejoin(self, fd_in: int, fd_out: int, start: StartMarker) -> None:
         """Go on with an agent that was there before."""
         raise StartError("nobody was left there", None)
 

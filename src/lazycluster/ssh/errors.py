@@ -27,7 +27,7 @@ __all__ = [
 _EVIDENCE_LINES = 4
 _BASH_CANNOT_FORK = 254  # its exit status
 _OUTPUT_SHOWN = 300
-_NOISE = re.compile(
+_SAYS_NOTHING = re.compile(
     r"@+|@.*@|Warning: Permanently added .*|Pseudo-terminal will not .*|Killed by signal \d+\.|\*\* .*|"
     r"Authenticated to .*|Transferred: sent .*|Bytes per second: .*|"
 )
@@ -50,7 +50,7 @@ _PRINCIPALS = re.compile(r"^\s*Principals:[ \t]*(.*(?:\n {16,}.*)*)", re.MULTILI
 def last_words(said: str) -> str:
     """Return the end of what ssh itself said of a link that is lost; empty if that tells no reason."""
     lines = dict.fromkeys(line.strip() for line in said.splitlines())
-    reasons = [line for line in lines if not _NOISE.fullmatch(line) and not _ABOUT_PORTS.fullmatch(line)]
+    reasons = [line for line in lines if not _SAYS_NOTHING.fullmatch(line) and not _ABOUT_PORTS.fullmatch(line)]
     return "; ".join(reasons[-_LAST_WORDS:])
 
 
@@ -166,7 +166,7 @@ def classify(
         status: ssh's exit status, None if it still ran or is not known.
         asked: What ssh asked and was not told.
         answered: What ssh asked and was told from the settings.
-        output: What the host's login shell printed before the agent's mark.
+        output: What the host's login shell printed before the start marker.
         phase: ``timeout`` if the time was up, else ``ended``.
         logged_in: Whether ssh is known to have logged in.
         python: The interpreter that was to be started.
@@ -206,7 +206,7 @@ _DENIED = re.compile(r"(?:\S+|.*\S@\S+): Permission denied \(.*\)\.?")
 
 def _useful(text: str) -> list[str]:
     """Return the lines that say something."""
-    return [line for line in map(str.strip, text.splitlines()) if not _NOISE.fullmatch(line)]
+    return [line for line in map(str.strip, text.splitlines()) if not _SAYS_NOTHING.fullmatch(line)]
 
 
 def _rules(case: _Case) -> Sequence[_Rule]:

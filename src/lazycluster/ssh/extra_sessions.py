@@ -14,7 +14,7 @@ from lazycluster.exceptions import printable
 from .agent_program import NO_AGENT, expected
 from .mux import Mux
 from .process import ErrorTail
-from .start_marker import StartError, past_noise
+from .start_marker import StartError, skip_to_marker
 
 _LAST_LINES = 4
 _END_LIMIT = 1.0  # seconds for the end of a session that has closed its output
@@ -63,7 +63,7 @@ class ExtraSession:
             SessionError: It does not.
         """
         try:
-            await past_noise(self.stream, expected(marker))
+            await skip_to_marker(self.stream, expected(marker))
         except BaseException as error:
             self.stream.close()
             if isinstance(error, (StartError, OSError)):

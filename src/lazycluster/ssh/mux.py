@@ -180,11 +180,11 @@ class Mux:
         """
         # The master goes on with what it has been sent: a request that is forgotten half-way would leave a listener
         # that nobody knows. So it is always settled, and undone after.
-        opening = self._keep(self._open_all(list(forwards)))
+        opening = self._in_background(self._open_all(list(forwards)))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            self._keep(self._undo(opening, list(forwards)))
+            self._in_background(self._undo(opening, list(forwards)))
             raise
 
     async def close_forwards(self, forwards: Sequence[Forward]) -> list[MuxError | None]:
@@ -198,7 +198,7 @@ class Mux:
         Returns:
             For each None, or why it is not closed.
         """
-        return await asyncio.shield(self._keep(self._close_all(list(forwards))))
+        return await asyncio.shield(self._in_background(self._close_all(list(forwards))))
 
     async def new_session(self, command: str, stdin: int, stdout: int, stderr: int) -> MuxSession:
         """Run a command on the host.
@@ -271,7 +271,7 @@ class Mux:
                 hint = " (its MaxSessions?)" if request is MuxRequest.NEW_SESSION else ""
                 raise MuxError(f"the host refused{hint}: {reader.text()}")
 
-    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)

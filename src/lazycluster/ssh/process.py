@@ -15,7 +15,7 @@ from lazycluster.core import forks, unix
 _TAIL = 16 * 1024
 _NO_LOG, _CLOSED = -1, -2  # instead of a descriptor
 # The last word of an ssh whose link has ended is not in its log.
-_FAREWELL = re.compile(
+_LAST_LINE = re.compile(
     rb"(?:^|\n)((?:Connection to \S+ closed by remote host\.|(?:Read from|Write to) remote host \S+: [^\n]*)\s*)$"
 )
 _LOGGED_IN = re.compile(rb"^Authenticated to ", re.MULTILINE)
@@ -148,8 +148,8 @@ class WatchedProcess:
         """The end of what it said: in its log, or on standard error if it has none."""
         if self._log_fd == _NO_LOG:
             return self.heard
-        farewell = _FAREWELL.search(self._errors.seen) if self.is_logged_in else None
-        return (self._log_text + (farewell.group(1) if farewell else b"")).decode("utf-8", "replace")
+        last = _LAST_LINE.search(self._errors.seen) if self.is_logged_in else None
+        return (self._log_text + (last.group(1) if last else b"")).decode("utf-8", "replace")
 
     @property
     def heard(self) -> str:

@@ -39,7 +39,7 @@ from .extra_sessions import ExtraSession, NoAgentError, open_session
 from .link import AgentLink
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
-from .start_marker import StartError, StartMarker, shown
+from .start_marker import StartError, StartMarker, read_some, shown
 
 ATTEMPTS = 6
 _START_MARGIN = 15.0  # at most so many seconds beyond the time-out, for the login shell and Python on a loaded host
@@ -208,7 +208,7 @@ class SshConnection(Connection):
         if isinstance(error, StartError):
             phase, output, status = "ended", error.output, error.status
         elif isinstance(error, asyncio.TimeoutError):
-            phase, output, status = "timeout", shown(self._noise), None
+            phase, output, status = "timeout", shown(self._shell_output), None
         else:
             return None
         way = ssh_argv(self.settings, os.path.join(self._space.directory, "none"), "true", ssh_version())
@@ -295,10 +295,10 @@ class SshConnection(Connection):
             raise
 
     # --- the agreement about the grace period -----------------------------------------------------
-    async def _start_agent(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
+    async def _start_agent(self, fd_in: int, fd_out: int, start: StartMarker) -> None:
         self._further = []
         before, link = self._agent_info, self._link
-        await super()._start_agent(fd_in, fd_out, mark)
+        await super()._start_agent(fd_in, fd_out, start)
         if before is not None and link is not None:
             link.lost(self._what_became_of(before))
         self.grace, self.refusal = 0.0, ""
@@ -477,12 +477,12 @@ class SshConnection(Connection):
         for renew in list(self.on_renewal):
             await renew()
 
-    async def _take_up(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
+    async def _rejoin(self, fd_in: int, fd_out: int, start: StartMarker) -> None:
         link = self._link
         assert link is not None
         link.detach()
         os.write(fd_out, self._secret + link.received.to_bytes(wire.TOTAL_SIZE, "big"))
-        reply = await _read(fd_in, mark.rest, _REPLY_SIZE)
+        reply = await _read(fd_in, start.rest, _REPLY_SIZE)
         if not reply.startswith(KEPT) or len(reply) < _REPLY_SIZE:
             # It is about to end, as its directory tells the next attempt.
             raise StartError("the agent on the host does not wait for this manager any more", None)
@@ -598,22 +598,7 @@ async def _logged_in(control: str, work: asyncio.Future[None]) -> None:
 
 async def _read(fd: int, early: bytes, size: int) -> bytes:
     """Read at least `size` bytes from a non-blocking descriptor, fewer at its end."""
-    loop = asyncio.get_running_loop()
     data = bytearray(early)
-    while len(data) < size:
-        ready = asyncio.Event()
-        loop.add_reader(fd, ready.set)
-        try:
-            await ready.wait()
-        finally:
-            loop.remove_reader(fd)
-        try:
-            part = os.read(fd, 65536)
-        except BlockingIOError:
-            continue
-        except OSError:
-            part = b""
-        if not part:
-            break
+    while len(data) < size and (part := await read_some(fd)):
         data += part
     return bytes(data)

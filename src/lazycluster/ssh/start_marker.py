@@ -1,4 +1,4 @@
-"""What comes of a host's login shell, until Python has started there and says so."""
+"""The output of a host's login shell up to the marker that Python prints there when it has started."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import re
 import socket
 from dataclasses import dataclass
 
-__all__ = ["StartError", "StartMarker", "past_noise", "read_mark"]
+__all__ = ["StartError", "StartMarker", "read_marker", "read_some", "shown", "skip_to_marker"]
 
-_NOISE_LIMIT = 1024 * 1024
-_SHOWN = 4096
+_OUTPUT_LIMIT = 1024 * 1024  # bytes that a login shell may print
+_CHUNK = 64 * 1024
+_SHOWN = 4096  # bytes
 _LINE = re.compile(rb"([0-9]{1,5})\.([0-9]{1,5})\.([0-9]{1,5}) ([A-Za-z0-9_.+-]{1,100})(?: (kept|new))?")
 
 
@@ -20,7 +21,7 @@ class StartError(Exception):
     """The agent did not start.
 
     Attributes:
-        output: What came instead of the agent's mark.
+        output: What came instead of the marker.
         status: The exit status of the process, None if it still ran.
     """
 
@@ -32,18 +33,18 @@ class StartError(Exception):
 
 @dataclass(frozen=True)
 class StartMarker:
-    """What Python says when it has started on a host.
+    """The line that Python prints when it has started on a host.
 
     Attributes:
         version: Its version.
         tag: Its `sys.implementation.cache_tag`.
-        kept: Whether the streams lead to an agent that was there before.
+        rejoined: Whether the streams lead to an agent that was there before.
         rest: What came after.
     """
 
     version: tuple[int, ...]
     tag: str
-    kept: bool
+    rejoined: bool
     rest: bytes
 
 
@@ -52,71 +53,68 @@ def shown(seen: bytes | bytearray) -> str:
     return bytes(seen[-_SHOWN:]).decode("utf-8", "replace")
 
 
-async def read_mark(fd: int, mark: bytes, exited: asyncio.Future[int], seen: bytearray) -> StartMarker:
-    """Read until the mark's line.
+async def read_marker(fd: int, marker: bytes, exited: asyncio.Future[int], seen: bytearray) -> StartMarker:
+    """Read up to the marker's line.
 
     Args:
-        fd: Where from, non-blocking.
-        mark: How the line begins.
-        exited: Is done with the status of what is to print it when that has ended.
+        fd: The output of the login shell, non-blocking.
+        marker: The beginning of the line.
+        exited: Done with the status of what is to print it when that has ended.
         seen: Takes all that came, for the error message if this is cancelled.
 
     Raises:
         StartError: If it does not come.
     """
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[StartMarker] = loop.create_future()
-
-    def readable() -> None:
-        if found.done():
-            return  # nobody waits any more
-        try:
-            data = os.read(fd, 65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+    while True:
+        data = await read_some(fd)
         seen.extend(data)
-        start = seen.find(mark)
-        end = seen.find(b"\n", start + len(mark)) if start >= 0 else -1
+        start = seen.find(marker)
+        end = seen.find(b"\n", start + len(marker)) if start >= 0 else -1
         if end >= 0:
-            loop.remove_reader(fd)
-            parsed = _parsed(bytes(seen[start + len(mark) : end]), bytes(seen[end + 1 :]))
-            found.set_exception(StartError("", None)) if parsed is None else found.set_result(parsed)
-        elif not data or len(seen) > _NOISE_LIMIT:
-            loop.remove_reader(fd)
-            found.set_exception(StartError("", None))
+            parsed = _parsed(bytes(seen[start + len(marker) : end]), bytes(seen[end + 1 :]))
+            if parsed is not None:
+                return parsed
+        if end >= 0 or not data or len(seen) > _OUTPUT_LIMIT:
+            break
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(asyncio.shield(exited), 1.0)
+    raise StartError(shown(seen), exited.result() if exited.done() else None)
 
-    loop.add_reader(fd, readable)
+
+async def read_some(fd: int) -> bytes:
+    """Return what comes next through a non-blocking descriptor, nothing at its end."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(fd, ready.set)
     try:
-        return await found
-    except StartError:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.shield(exited), 1.0)
-        status = exited.result() if exited.done() else None
-        raise StartError(shown(seen), status) from None
-    except asyncio.CancelledError:
+        while True:
+            await ready.wait()
+            try:
+                return os.read(fd, _CHUNK)
+            except BlockingIOError:
+                ready.clear()
+            except OSError:
+                return b""
+    finally:
         loop.remove_reader(fd)
-        raise
 
 
-async def past_noise(stream: socket.socket, mark: bytes) -> None:
-    """Read a stream up to the end of the mark's line, and no further; a blocking one is so again in the end.
+async def skip_to_marker(stream: socket.socket, marker: bytes) -> None:
+    """Read a stream up to the end of the marker's line, and no further; a blocking one is so again in the end.
 
     Args:
         stream: The streams of a session, of which the login shell may say something first.
-        mark: How the line begins; nothing follows in it.
+        marker: The beginning of the line; nothing follows in it.
 
     Raises:
         StartError: If it does not come.
     """
-    loop, seen, wanted = asyncio.get_running_loop(), bytearray(), mark + b"\n"
+    loop, seen, wanted = asyncio.get_running_loop(), bytearray(), marker + b"\n"
     stream.setblocking(False)
     while not seen.endswith(wanted):
         begun = next(length for length in range(len(wanted) - 1, -1, -1) if seen.endswith(wanted[:length]))
         data = await loop.sock_recv(stream, len(wanted) - begun)
         seen += data
-        if not data or len(seen) > _NOISE_LIMIT:
+        if not data or len(seen) > _OUTPUT_LIMIT:
             raise StartError(shown(seen), None)
     stream.setblocking(True)
 

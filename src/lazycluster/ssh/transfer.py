@@ -186,9 +186,9 @@ async def send(
     request = {"op": "send", "path": _remote(remote_path), "cwd": cwd, "env": dict(env)}
     here = os.getcwdb()
 
-    def copy(stream: FrameStream, tally: ByteCounter) -> str:
+    def copy(stream: FrameStream, counter: ByteCounter) -> str:
         patterns = [os.fsencode(name) for name in exclude]
-        sender = Sender(stream, lambda: source(local, here, {}), tally, patterns, here)
+        sender = Sender(stream, lambda: source(local, here, {}), counter, patterns, here)
         return str(sender.run().get("path", ""))
 
     return await _Copy(connection, request, copy, os.fspath(local_path), progress, exclude).run()
@@ -236,8 +236,8 @@ async def get(
         plain = asked not in (b"", b".", b"..") and b"$" not in asked and not asked.startswith(b"~")
         return destination(local, here, {}, folder, asked if plain else name, chosen=not plain and name != asked)
 
-    def copy(stream: FrameStream, tally: ByteCounter) -> str:
-        return os.fsdecode(Receiver(stream, place, tally, parts).run())
+    def copy(stream: FrameStream, counter: ByteCounter) -> str:
+        return os.fsdecode(Receiver(stream, place, counter, parts).run())
 
     parts = PartialFiles()
     try:
@@ -296,10 +296,10 @@ class _Copy:
                 if self.connection.interruptions == interruptions:
                     explained = self._explained(error, self.connection.problem_since(attempted))
                     raise explained from explained.__cause__
-        tally = work.tally
+        counter = work.counter
         return TransferResult(
-            work.path, tally.files, tally.bytes, tally.sent, tally.skipped, time.monotonic() - began,
-            tuple(tally.left_out), tuple(pattern for pattern in self.exclude if pattern in tally.unused),
+            work.path, counter.files, counter.bytes, counter.sent, counter.skipped, time.monotonic() - began,
+            tuple(counter.left_out), tuple(pattern for pattern in self.exclude if pattern in counter.unused),
         )  # fmt: skip
 
     async def _attempt(self, pool: _StreamPool) -> CopyAttempt:
@@ -312,8 +312,8 @@ class _Copy:
             finally:
                 if work.ended.is_set():  # else a thread that cannot be ended still has it
                     pool.give_back(sock, work.usable)
-            if work.error is None and work.tally.missed:
-                raise self._incomplete(work.tally)
+            if work.error is None and work.counter.missed:
+                raise self._incomplete(work.counter)
             if work.error is None:
                 return work
             if not isinstance(work.error, StreamClosedError):
@@ -340,12 +340,12 @@ class _Copy:
             )  # fmt: skip
         return error
 
-    def _incomplete(self, tally: ByteCounter) -> TransferError:
+    def _incomplete(self, counter: ByteCounter) -> TransferError:
         """Return the error about the files of a folder that could not be sent; the others have arrived."""
-        first, *more = tally.missed
+        first, *more = counter.missed
         others = [f"{_shown(os.fsdecode(error.path))}: {printable(error.message)}" for error in more]
-        if tally.missed_count > len(tally.missed):
-            others.append(f"{tally.missed_count - len(tally.missed)} more")
+        if counter.missed_count > len(counter.missed):
+            others.append(f"{counter.missed_count - len(counter.missed)} more")
         hint = "the other files of the folder have arrived; copy it again for these, or exclude them"
         path = os.fsdecode(first.path)
         host = self.connection.host
@@ -371,7 +371,7 @@ class CopyAttempt:
         self.ended = asyncio.Event()
         self._stream: FrameStream | None = None
         self._loop = asyncio.get_running_loop()
-        self.tally = ByteCounter(copy.progress)
+        self.counter = ByteCounter(copy.progress)
         self.error: BaseException | None = None
         self.path = ""
         self.answered = False
@@ -424,8 +424,8 @@ class CopyAttempt:
             stream = self._stream = FrameStream(self._sock.fileno(), self._sock.fileno())
             try:
                 stream.put_json(REQUEST, self._copy.request)
-                self.path = self._copy.copy(stream, self.tally)
-                self.tally.finish()
+                self.path = self._copy.copy(stream, self.counter)
+                self.counter.finish()
                 self.usable = True
             except CopyError as error:
                 self.usable = True

@@ -35,7 +35,7 @@ class Workspace:
         self._users = 0
         self._started: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
-        self._kept: dict[int, int] = {}
+        self._watched: dict[int, int] = {}
         self._telling: asyncio.Task[None] | None = None
 
     async def acquire(self) -> None:
@@ -56,8 +56,8 @@ class Workspace:
         try:
             starting = self.prompter.start(self.directory), self.keeper.open()
             await event_loop.together([asyncio.ensure_future(each) for each in starting])
-            await self._tell()
-            self.keeper.on_renewal.append(self._tell)
+            await self._tell_keeper()
+            self.keeper.on_renewal.append(self._tell_keeper)
         except BaseException as error:
             shutil.rmtree(self.directory, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in FULL:
@@ -88,27 +88,27 @@ class Workspace:
         """Have a process ended when the manager dies."""
         started = unix.process_start_time(pid)
         if started is not None:
-            self._kept[pid] = started
-            self._tell_soon()
+            self._watched[pid] = started
+            self._tell_keeper_soon()
 
     def unwatch(self, pid: int) -> None:
         """Stop having an eye on a process."""
-        if self._kept.pop(pid, None) is not None:
-            self._tell_soon()
+        if self._watched.pop(pid, None) is not None:
+            self._tell_keeper_soon()
 
-    def _tell_soon(self) -> None:
+    def _tell_keeper_soon(self) -> None:
         # One message for all that changes in this round of the loop: 64 hosts connect at once.
         if self._telling is None and self.keeper.state in ("open", "interrupted"):
-            self._telling = asyncio.ensure_future(self._tell_once())
+            self._telling = asyncio.ensure_future(self._tell_keeper_once())
 
-    async def _tell_once(self) -> None:
+    async def _tell_keeper_once(self) -> None:
         await asyncio.sleep(0)
         self._telling = None
         with contextlib.suppress(Exception):  # the keeper's end is noticed by whoever depends on it
-            await self._tell()
+            await self._tell_keeper()
 
-    async def _tell(self) -> None:
-        await self.keeper.request("keep", pids=[list(pair) for pair in self._kept.items()], paths=[self.directory])
+    async def _tell_keeper(self) -> None:
+        await self.keeper.request("keep", pids=[list(pair) for pair in self._watched.items()], paths=[self.directory])
 
 
 _spaces: dict[asyncio.AbstractEventLoop, Workspace] = {}
