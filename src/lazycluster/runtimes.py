@@ -412,7 +412,7 @@ class Runtime(Belongings, Shown):
             ending = self._ledger.end_tasks()
             if ending:
                 ended = asyncio.gather(*(settled(future) for future in ending))
-                await self.connection.heard_out(ended, _END_LIMIT)
+                await self.connection.wait_while_heard(ended, _END_LIMIT)
         finally:  # also if Ctrl-C puts an end to the waiting: with the connection, everything on the host ends
             await self._session.close()
         self._ledger.report()

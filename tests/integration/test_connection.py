@@ -164,7 +164,7 @@ def test_password(make_hosts: Make) -> None:
 
 def test_one_session_more_is_enough(make_hosts: Make) -> None:
     async def body(connection: SshConnection) -> None:
-        (await connection.bulk()).close()
+        (await connection.open_copy_stream()).close()
         assert await run(connection, "echo ok") == (0, "ok\n")
 
     with_connections(make_hosts(1, max_sessions=2), body)

@@ -41,7 +41,7 @@ class Lost:
 
     state = "open"
 
-    async def reached(self) -> None:
+    async def wait_until_open(self) -> None:
         """It is."""
 
     async def result(self) -> Any:

@@ -37,7 +37,7 @@ class _Talkative:
 
         return SimpleNamespace(result=result, close=lambda: None)
 
-    async def answered(self, channel: Any, awaited: str, within: float = 30.0) -> Any:
+    async def result_of(self, channel: Any, awaited: str, within: float = 30.0) -> Any:
         return await channel.result()
 
 

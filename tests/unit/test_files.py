@@ -51,7 +51,7 @@ class FakeConnection:
     def problem_since(self, moment: float) -> str:
         return ""
 
-    async def answering(self) -> None:
+    async def wait_until_it_answers(self) -> None:
         """The host always answers at once."""
 
     def __init__(self, python: str = sys.executable, pipes: bool = False, unnamed: bool = True) -> None:
@@ -69,7 +69,7 @@ class FakeConnection:
         if self.state != "open":
             raise ConnectionLostError(self.host)
 
-    async def bulk(self) -> socket.socket:
+    async def open_copy_stream(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         command = [self._python, "-IS", "-c", self._code, str(AGENT.parent)]
         with theirs:
@@ -438,10 +438,10 @@ def test_not_into_itself(host, tmp_path):
 class Nobody(FakeConnection):
     """The host's process runs as another user."""
 
-    async def bulk(self):
+    async def open_copy_stream(self):
         become = "import os, hashlib; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
         self._code = SERVE.replace("serve(0", become + "serve(0")
-        return await super().bulk()
+        return await super().open_copy_stream()
 
 
 @pytest.fixture
@@ -762,9 +762,9 @@ def test_a_link_that_was_silent_before_it_dropped_is_waited_for(host, tmp_path, 
     (tmp_path / "file").write_text("x")
     host.state = "interrupted"
     monkeypatch.setattr(host, "check", lambda: None)
-    whole = host.bulk
+    whole = host.open_copy_stream
 
-    async def bulk():
+    async def open_copy_stream():
         """The session ends, as all do with the link; that is counted when it falls silent only."""
         sock = await whole()
         if len(host.processes) == 1:
@@ -774,8 +774,8 @@ def test_a_link_that_was_silent_before_it_dropped_is_waited_for(host, tmp_path, 
     async def answering():
         host.state = "open"
 
-    monkeypatch.setattr(host, "bulk", bulk)
-    monkeypatch.setattr(host, "answering", answering)
+    monkeypatch.setattr(host, "open_copy_stream", open_copy_stream)
+    monkeypatch.setattr(host, "wait_until_it_answers", answering)
     do_send(host, tmp_path / "file", tmp_path / "there")
     assert (tmp_path / "there").read_text() == "x"
     assert len(host.processes) == 2
@@ -796,14 +796,14 @@ def test_many_at_once(host, tmp_path):
 
 def test_host_that_allows_one_session_only(host, tmp_path):
     (tmp_path / "file").write_bytes(os.urandom(500_000))
-    whole = host.bulk
+    whole = host.open_copy_stream
 
-    async def bulk():
+    async def open_copy_stream():
         if host.processes:
             raise ConnectionLostError(host.host, "no further session")
         return await whole()
 
-    host.bulk = bulk
+    host.open_copy_stream = open_copy_stream
 
     async def work():
         await asyncio.gather(
@@ -1170,10 +1170,10 @@ def test_memory_stays_small(tmp_path):
     theirs.close()
     connection = FakeConnection()
 
-    async def bulk():
+    async def open_copy_stream():
         return ours
 
-    connection.bulk = bulk
+    connection.open_copy_stream = open_copy_stream
     with (tmp_path / "big").open("wb") as file:
         file.truncate(300_000_000)
     do_send(connection, tmp_path / "big", tmp_path / "there")

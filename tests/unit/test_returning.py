@@ -78,10 +78,10 @@ class Returning(SshConnection):
     async def _release(self) -> None:
         self.drop()
 
-    async def another_agent(self) -> AgentLink:
+    async def start_another_agent(self) -> AgentLink:
         raise NotImplementedError
 
-    async def bulk(self) -> socket.socket:
+    async def open_copy_stream(self) -> socket.socket:
         raise NotImplementedError
 
 

@@ -195,7 +195,7 @@ class Diagnosis:
         before = time.time()
         channel = connection.channel("run", {"argv": argv, "merge": True}, stdout=output.put)
         try:
-            await connection.answered(channel, "its clock and its temporary directory")
+            await connection.result_of(channel, "its clock and its temporary directory")
             told = decoded_text(output.text())
             check_shape(told, [(int, float)])
             now, space, inodes, noexec = told

@@ -151,7 +151,7 @@ class LocalModules:
         for copy in hosts.values():
             if copy.connection.state == "open":
                 removing = asyncio.ensure_future(copy.connection.request("remove", within=_PATIENCE, path=copy.path))
-                await copy.connection.heard_out(removing, _PATIENCE)
+                await copy.connection.wait_while_heard(removing, _PATIENCE)
         directory, self.directory = self.directory, ""
         self._written, self._stamps, self._seen, self._local = {}, {}, set(), set()
         if space is not None:

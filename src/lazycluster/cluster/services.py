@@ -328,7 +328,7 @@ class Service:
             self._is_restarted(getattr(problem, "detail", "") or str(problem))
             self._away = True
             try:
-                await connection.reached()
+                await connection.wait_until_open()
                 await asyncio.sleep(delay)
                 settings = await self._renew(self)
                 self._begin(again=True)
@@ -428,7 +428,7 @@ async def stop_all(services: Sequence[Service]) -> None:
 
     async def stop(service: Service) -> None:
         connection = service.place.connection
-        if not await connection.heard_out(asyncio.ensure_future(service.stop()), _STOP_LIMIT):
+        if not await connection.wait_while_heard(asyncio.ensure_future(service.stop()), _STOP_LIMIT):
             # It was told to; and when this connection is closed, the host ends it in any case.
             left.setdefault(connection.host, []).append(service.label)
 

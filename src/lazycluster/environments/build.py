@@ -87,7 +87,7 @@ class BuildHost:
         params = {"argv": list(argv), "cwd": "/", "env": {**self.env, **env}, "merge": True}
         channel = self.connection.channel("run", params, stdout=output.put)
         try:
-            result = await self.connection.answered(channel, f"the end of {what}", RUN_LIMIT)
+            result = await self.connection.result_of(channel, f"the end of {what}", RUN_LIMIT)
         except AgentError as error:
             raise EnvironmentBuildError(self.name, f"{what}: {error.message}") from None
         except NoAnswerError:

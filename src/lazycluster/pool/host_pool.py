@@ -196,7 +196,7 @@ class HostPool:
                 else:
                     await channel.send_end()
                 ended = asyncio.ensure_future(self._ended.wait())
-                if not await self._context.connection.heard_out(ended, _CLOSE_LIMIT):
+                if not await self._context.connection.wait_while_heard(ended, _CLOSE_LIMIT):
                     channel.close()
             except LazyclusterError:
                 pass  # the host has gone, and all with it

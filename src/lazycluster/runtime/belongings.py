@@ -108,7 +108,7 @@ class Belongings(HostQuestions):
         None if it is not coming back.
         """
         try:
-            await self.connection.reached()
+            await self.connection.wait_until_open()
             return self.task_context()
         except LazyclusterError:
             return None

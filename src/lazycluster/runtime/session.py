@@ -356,7 +356,7 @@ class HostSession:
         params = {**context.for_shell(None), "env": dict(context.env), "merge": True, **command}
         channel = self.connection.channel("run", params, stdout=output.put)
         what = command.get("command") or command.get("argv")
-        result = await self.connection.answered(channel, f"the end of {what}")
+        result = await self.connection.result_of(channel, f"the end of {what}")
         status = -result["signal"] if result.get("signal") else result.get("exit") or 0
         return status, output.text()
 
@@ -374,7 +374,7 @@ class HostSession:
             if self.connection.state == "open" and self.lease._users > 1:  # else they go with the agent
                 for path in self.temporary:
                     removing = asyncio.ensure_future(self.connection.request("remove", path=path))
-                    await self.connection.heard_out(removing, ANSWER_LIMIT)
+                    await self.connection.wait_while_heard(removing, ANSWER_LIMIT)
             self.temporary.clear()
         finally:
             await self.lease.give_back()

@@ -124,11 +124,11 @@ class Connection(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def bulk(self) -> socket.socket:
+    async def open_copy_stream(self) -> socket.socket:
         """Return a blocking stream to a new process on the host that copies files; closing it ends that process."""
 
     @abc.abstractmethod
-    async def another_agent(self) -> AgentLink:
+    async def start_another_agent(self) -> AgentLink:
         """Return a link to a further agent on the host, which is nobody's descendant; for the one who asks alone."""
 
     def forget_forwards(self, forwards: Iterable[Forward]) -> None:  # noqa: B027  (most have none)
@@ -222,9 +222,9 @@ class Connection(abc.ABC):
             ConnectionLostError: If the connection ends before.
             NoAnswerError: If no answer comes in time.
         """
-        return await self.answered(self.channel(op, params), f"an answer to {op!r}", within)
+        return await self.result_of(self.channel(op, params), f"an answer to {op!r}", within)
 
-    async def answered(
+    async def result_of(
         self, channel: Channel, awaited: str, within: float | None = None, came: Callable[[], int] = lambda: 0
     ) -> dict[str, Any]:
         """Wait for the result of a channel; it is closed if that does not come.
@@ -272,7 +272,7 @@ class Connection(abc.ABC):
         if self._link is not None:
             self._link.hold(held)
 
-    async def reached(self, within: float | None = None) -> None:
+    async def wait_until_open(self, within: float | None = None) -> None:
         """Wait while the connection is interrupted.
 
         Args:
@@ -293,7 +293,7 @@ class Connection(abc.ABC):
                 forget()
         self.check()
 
-    async def answering(self) -> None:
+    async def wait_until_it_answers(self) -> None:
         """Wait until the agent answers, over a link that may have to come back first.
 
         Raises:
@@ -301,7 +301,7 @@ class Connection(abc.ABC):
         """
         with contextlib.suppress(ConnectionLostError):  # the one that was there, perhaps not its successor
             await self.request("ping")
-        await self.reached()
+        await self.wait_until_open()
 
     def problem_since(self, moment: float) -> str:
         """Return what the agent said of something that went wrong since then, in the loop's time; "" if nothing."""
@@ -314,7 +314,7 @@ class Connection(abc.ABC):
         link = self._link
         return link is not None and link.is_attached and self._given_up != link.heard and self.state != "interrupted"
 
-    async def heard_out(self, work: asyncio.Future[Any], limit: float) -> bool:
+    async def wait_while_heard(self, work: asyncio.Future[Any], limit: float) -> bool:
         """Wait for what the host ends; not for long if it does not answer: it ends everything by itself.
 
         Args:
@@ -328,7 +328,7 @@ class Connection(abc.ABC):
         try:
             if link is not None and not work.done():
                 limit = limit if self.answers else min(limit, _UNHEARD_PATIENCE)
-                await link.heard_out(work, limit, quiet)
+                await link.wait_while_heard(work, limit, quiet)
                 if not work.done() and asyncio.get_running_loop().time() - link.heard >= min(quiet, limit):
                     self._given_up = link.heard
         finally:
@@ -459,7 +459,7 @@ class Connection(abc.ABC):
             return False
         try:
             stopping = asyncio.ensure_future(link.open_channel("stop", {}).result())
-            return await self.heard_out(stopping, _STOP_PATIENCE) and stopping.exception() is None
+            return await self.wait_while_heard(stopping, _STOP_PATIENCE) and stopping.exception() is None
         except LazyclusterError:
             return False
 

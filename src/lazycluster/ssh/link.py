@@ -155,7 +155,7 @@ class AgentLink:
         """Whether it may be used."""
         return self._lost_error is None
 
-    async def heard_out(self, work: asyncio.Future[Any], limit: float, quiet: float) -> bool:
+    async def wait_while_heard(self, work: asyncio.Future[Any], limit: float, quiet: float) -> bool:
         """Wait for what the agent is to do; but not if it says nothing at all, though it is asked to.
 
         Args:

@@ -76,7 +76,7 @@ class LocalConnection(Connection):
                 raise InvalidRuntimeError(self.host, "python", f"no agent can be started: {said}") from None
             raise
 
-    async def another_agent(self) -> AgentLink:
+    async def start_another_agent(self) -> AgentLink:
         """Start it as a daemon."""
         self.check()
         marker = new_marker()
@@ -84,7 +84,7 @@ class LocalConnection(Connection):
         fd_in, fd_out = process.take_streams()
         return await self._begin(fd_in, fd_out, marker, process.exited)
 
-    async def bulk(self) -> socket.socket:
+    async def open_copy_stream(self) -> socket.socket:
         """Return a stream to a new process that copies files."""
         self.check()
         ours, theirs = socket.socketpair()

@@ -227,7 +227,7 @@ class SshConnection(Connection):
         )
 
     # --- further sessions -------------------------------------------------------------------------
-    async def bulk(self) -> socket.socket:
+    async def open_copy_stream(self) -> socket.socket:
         """Return a stream to a new process that copies files: a further session on the same connection.
 
         Raises:
@@ -235,14 +235,14 @@ class SshConnection(Connection):
             SessionError: It does not reach the agent.
         """
         try:
-            return await self._bulk()
+            return await self._copy_stream()
         except NoAgentError:
             if len(self._sockets) > 1:
                 raise
         self._further = (await self.request("listen"))["sockets"]
-        return await self._bulk()
+        return await self._copy_stream()
 
-    async def _bulk(self) -> socket.socket:
+    async def _copy_stream(self) -> socket.socket:
         marker = new_marker()
         agent = self.agent_info
         session = await self._session(bulk_command(agent.executable, marker, self._sockets, agent.pid))
@@ -278,9 +278,9 @@ class SshConnection(Connection):
         when, text = self._session_problem
         return super().problem_since(moment) or (text if when >= moment else "")
 
-    async def another_agent(self) -> AgentLink:
+    async def start_another_agent(self) -> AgentLink:
         """Start it in a further session on the same connection."""
-        await self.reached()
+        await self.wait_until_open()
         marker = new_marker()
         session = await self._session(remote_command(self.agent_info.executable, marker))
         ours_out = os.dup(session.stream.fileno())

@@ -292,7 +292,7 @@ class _Copy:
                 break
             except (StreamClosedError, ConnectionLostError, NoAnswerError) as error:
                 # When a link that has dropped is back, the copy goes on with the files that are not there yet.
-                await self.connection.answering()
+                await self.connection.wait_until_it_answers()
                 if self.connection.interruptions == interruptions:
                     explained = self._explained(error, self.connection.problem_since(attempted))
                     raise explained from explained.__cause__
@@ -469,7 +469,7 @@ class _StreamPool:
                 if sock is not None:
                     return sock, True
                 try:
-                    sock = await connection.bulk()
+                    sock = await connection.open_copy_stream()
                 except LazyclusterError:
                     connection.check()
                     if not await self._session_may_come():

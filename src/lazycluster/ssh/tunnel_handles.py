@@ -189,7 +189,7 @@ async def _close_on(connection: Connection, forwards: list[Forward]) -> None:
         if connection.answers and any(forward.direction is Direction.REMOTE for forward in forwards):
             # ssh says "ok" when it has asked the host, without waiting. The host's sshd takes things in order: once
             # the agent behind it has answered, the listeners are closed.
-            await connection.heard_out(asyncio.ensure_future(connection.request("ping")), _ANSWER_LIMIT)
+            await connection.wait_while_heard(asyncio.ensure_future(connection.request("ping")), _ANSWER_LIMIT)
 
 
 _counts: weakref.WeakKeyDictionary[Connection, _TunnelCount] = weakref.WeakKeyDictionary()

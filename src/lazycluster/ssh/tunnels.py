@@ -203,7 +203,7 @@ async def _open_on(connection: Connection, requests: list[TunnelRequest]) -> lis
     """
     outcomes: list[Outcome] = []
     try:
-        await connection.reached(_RETURN_LIMIT)
+        await connection.wait_until_open(_RETURN_LIMIT)
         alike = any(request.local_port == request.remote_port for request in requests)
         shared = connection.local or (alike and await same_network(connection))
         rest = []

@@ -46,7 +46,7 @@ class Workspace:
         try:
             await asyncio.shield(self._started)
             with contextlib.suppress(ConnectionLostError):  # most of what is wanted is possible without a keeper
-                await self.keeper.reached()
+                await self.keeper.wait_until_open()
         except BaseException:
             await self.release()
             raise

@@ -94,7 +94,7 @@ class DetachedTask:
         if received is not None:
             received.channel = channel
         what = f"more of the {do} of the detached task {self.name!r}"
-        await self._connection.answered(channel, what, _ANSWER_LIMIT, lambda: came)
+        await self._connection.result_of(channel, what, _ANSWER_LIMIT, lambda: came)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end, however it ends.
@@ -366,7 +366,7 @@ async def start(
         "cwd_variable": cwd_variable,
         "steps": steps,
     }
-    link = await connection.another_agent()
+    link = await connection.start_another_agent()
     try:
         record = await _recorded(connection.host, task_id, [call is not None for call in calls])
         channel = link.open_channel("detach", request)

@@ -164,7 +164,7 @@ async def call(
         result = await channel.result()
     except asyncio.CancelledError:
         channel.control(signal="END")
-        if not await connection.heard_out(asyncio.ensure_future(channel.result()), END_PATIENCE):
+        if not await connection.wait_while_heard(asyncio.ensure_future(channel.result()), END_PATIENCE):
             channel.close()
         raise
     return await outcome_of(result, received.taken())

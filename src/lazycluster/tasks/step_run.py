@@ -156,7 +156,7 @@ async def _run_command(step: RunCommand, context: Context, env: Mapping[str, str
 async def _end(context: Context, channel: Channel) -> None:
     channel.control(signal="END")
     try:
-        await context.connection.heard_out(asyncio.ensure_future(channel.result()), _END_LIMIT)
+        await context.connection.wait_while_heard(asyncio.ensure_future(channel.result()), _END_LIMIT)
     finally:
         channel.close()
 

@@ -156,7 +156,7 @@ class _Job:
                 if not done:
                     late = True
                     channel.control(signal="END")
-                    if not await connection.heard_out(result, _END_LIMIT):
+                    if not await connection.wait_while_heard(result, _END_LIMIT):
                         text = f"told to end after {self._timeout:g} s, and not heard of since"
                         return HostOutcome(host, 124, text, "timeout")
                 ended = await result
