@@ -22,7 +22,7 @@ from .environments import (
     unfinished,
     wheels,
 )
-from .offload import aside
+from .offload import offload
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ def handle(channel: RequestChannel, action: str) -> None:
         channel.fail("value", str(error))
         return
     if action == "list":
-        aside(channel, lambda: list_environments(root))
+        offload(channel, lambda: list_environments(root))
     elif action == "remove":
-        aside(channel, lambda: remove_environments(root, params["ids"]))
+        offload(channel, lambda: remove_environments(root, params["ids"]))
     elif action == "sift":
-        aside(channel, lambda: {"removed": remove_damaged(root, params["folders"])})
+        offload(channel, lambda: {"removed": remove_damaged(root, params["folders"])})
     else:
-        aside(channel, lambda: prune_environments(root, params.get("limit"), params.get("age")))
+        offload(channel, lambda: prune_environments(root, params.get("limit"), params.get("age")))
 
 
 def kept(root: str) -> Iterator[Tuple[str, Dict[str, Any], float]]:

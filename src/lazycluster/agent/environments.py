@@ -249,10 +249,10 @@ def _find(channel: RequestChannel) -> None:
 
 def _survey(channel: RequestChannel) -> None:
     from .environment_survey import survey
-    from .offload import aside
+    from .offload import offload
 
     params, root = channel.params, root_of(channel)
-    aside(channel, lambda: survey(params["wanted"], params["addresses"], params.get("env") or {}, root))
+    offload(channel, lambda: survey(params["wanted"], params["addresses"], params.get("env") or {}, root))
 
 
 def _prefix(channel: RequestChannel) -> str:

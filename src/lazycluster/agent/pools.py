@@ -392,17 +392,17 @@ def pool(channel: RequestChannel) -> None:
     together = max(1, int(channel.params["gpus"].get("workers") or 1))
     shares_wanted = None if most is None else -(-most // together)
 
-    def given(shares: List[gpus.Share], problem: str) -> None:
+    def given(shares: List[gpus.GpuShare], problem: str) -> None:
         if problem:
             channel.fail("gpu", problem)
         else:
             _begin(channel, min(most or _MOST_WORKERS, len(shares) * together), shares, together)
 
-    taking = gpus.take(channel, environment(channel), "a pool", wanted[0], shares_wanted, wanted[1], given)
-    channel.on_abandon = taking.cancel
+    host = channel.agent.shared(gpus.HostGpus)
+    channel.on_abandon = host.take(environment(channel), "a pool", wanted[0], shares_wanted, wanted[1], given).cancel
 
 
-def _begin(channel: RequestChannel, most: int, shares: List[gpus.Share], together: int) -> None:
+def _begin(channel: RequestChannel, most: int, shares: List[gpus.GpuShare], together: int) -> None:
     params = channel.params
     task = params.get("task") or ""
     env = environment(channel)

@@ -164,7 +164,7 @@ class _Service:
         self._waiting: Optional[Any] = None
         self._late: Optional[Any] = None
         self._killed_before = oom.killed()
-        self._share: Optional[gpus.Share] = None
+        self._share: Optional[gpus.GpuShare] = None
         self._gpus = gpus.wanted(params)
         self._run: Optional[_Run] = None
         self.is_ours = not params.get("argv")  # so it is told keys and passwords
@@ -202,9 +202,9 @@ class _Service:
             return
         count, idle = self._gpus
         owner = self.channel.params.get("task") or "a service"
-        self._waiting = gpus.take(self.channel, self._env, owner, count, 1, idle, self._given)
+        self._waiting = self.channel.agent.shared(gpus.HostGpus).take(self._env, owner, count, 1, idle, self._given)
 
-    def _given(self, shares: List[gpus.Share], problem: str) -> None:
+    def _given(self, shares: List[gpus.GpuShare], problem: str) -> None:
         if problem:
             self._fail("gpu", problem, {"exit": None, "signal": None})
             return
