@@ -1,4 +1,4 @@
-"""What an ssh session runs on a host first: starts guardian and agent, and hands them the session's streams.
+"""First program of an ssh session on a host: starts guardian and agent, and gives them the session's streams.
 
 The manager sends the text of this module and a call of `main` with the sources of the others; nothing of it is
 written to the host's disk.

@@ -106,7 +106,7 @@ class Record:
 
     @property
     def writable(self) -> bool:
-        """Whether more of the result may come."""
+        """True if more of the result may come."""
         return not self._unwritten
 
     def output(self, data: bytes) -> None:

@@ -191,7 +191,7 @@ def prune_environments(root: str, limit: Optional[int], age: Optional[float]) ->
 
 
 def _fits(root: str, limit: Optional[int]) -> bool:
-    """Whether all together is small enough; if need be what no environment has goes first."""
+    """Return whether all together is small enough; if need be what no environment has goes first."""
     if limit is None or size_of_all(root) <= limit:
         return True
     # The cache of the installer does not count who uses what is in it, but the file system does.
@@ -202,7 +202,7 @@ def _fits(root: str, limit: Optional[int]) -> bool:
 
 
 def _is_building(envs: str) -> bool:
-    """Whether an environment is being made, by this agent or another."""
+    """Return whether an environment is being made, by this agent or another."""
     for name in os.listdir(envs) if os.path.isdir(envs) else ():
         if name.endswith(".build") and is_lock(os.path.join(envs, name)):
             fd = lock(os.path.join(envs, name), fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""What a host has for an environment: the right interpreter, a way to the packages. Runs in a child of the agent."""
+"""Survey of a host for an environment: the right interpreter, a way to the packages. Runs in a child of the agent."""
 
 from __future__ import annotations
 

@@ -162,12 +162,12 @@ def _mark(root: str, exclusive: bool) -> None:
 
 
 def is_exclusive(root: str) -> bool:
-    """Whether nobody but us had anything in a root when it was marked."""
+    """Return whether nobody but us had anything in a root when it was marked."""
     return bool((_read_json(os.path.join(root, MARKER)) or {}).get("exclusive"))
 
 
 def _made_before(root: str) -> bool:
-    """Whether environments were made in a root that is not marked: there is one, or the lock of one."""
+    """Return whether environments were made in a root that is not marked: there is one, or the lock of one."""
     envs = os.path.join(root, "envs")
     for name in os.listdir(envs) if os.path.isdir(envs) else ():
         path = os.path.join(envs, name)
@@ -177,7 +177,7 @@ def _made_before(root: str) -> bool:
 
 
 def is_lock(path: str) -> bool:
-    """Whether a file is the lock of an environment."""
+    """Return whether a file is the lock of an environment."""
     stem, suffix = os.path.splitext(os.path.basename(path))
     named = suffix in (".build", ".use") and _ID.fullmatch(stem)
     return bool(named) and _is_file(path) and os.lstat(path).st_size == 0
@@ -191,7 +191,7 @@ def _is_file(path: str) -> bool:
 
 
 def is_ours(prefix: str) -> bool:
-    """Whether a directory is an environment that we have made: it has our name and our manifest."""
+    """Return whether a directory is an environment that we have made: it has our name and our manifest."""
     named = _ID.fullmatch(os.path.basename(prefix)) is not None
     return named and not os.path.islink(prefix) and read_manifest(prefix) is not None
 

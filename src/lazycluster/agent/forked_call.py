@@ -27,7 +27,7 @@ _RESERVE = 64  # descriptors that are left to other requests, and to the next st
 
 
 class CallAnswer:
-    """What a child of a zygote sends over its socket: a description, then as many bytes as that says.
+    """Answer that a child of a zygote sends over its socket: a description, then as many bytes as that says.
 
     Attributes:
         description: The description, once it has come.
@@ -43,7 +43,7 @@ class CallAnswer:
 
     @property
     def complete(self) -> bool:
-        """Whether all of it has come."""
+        """True if all of it has come."""
         return self.description is not None and self._left == 0
 
     def feed(self, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""GPUs of the host: which there are, which of them others use, and which work was given which.
+"""GPUs of the host: their list, their users, and the work that they were given to.
 
 A forked child asks `nvidia-smi`. An inherited CUDA_VISIBLE_DEVICES narrows down what it says, as it does for CUDA. A
 device that is divided (MIG) is replaced by its parts; whether others use a part cannot be told.
@@ -213,7 +213,7 @@ def _identity(gpu: Gpu) -> str:
 
 
 class HostGpus:
-    """What one agent knows of the host's GPUs, and whom it has given them.
+    """The GPUs of the host as one agent knows them, and their owners.
 
     Attributes:
         owners: A GPU's identity -> who was given it.

@@ -1,4 +1,4 @@
-"""What kind of machine the host is, and how busy: read from /proc, /sys and control groups, in milliseconds."""
+"""Facts about the host's machine and its load: read from /proc, /sys and control groups, in milliseconds."""
 
 from __future__ import annotations
 

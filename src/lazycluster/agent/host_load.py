@@ -70,7 +70,7 @@ def ticks(path: str = "/proc/stat") -> List[int]:
 
 # --- services -------------------------------------------------------------------------------------
 class ServiceUsage:
-    """What the services of an agent use."""
+    """Processor time and memory that the services of an agent use."""
 
     def __init__(self, agent: Agent) -> None:
         from .services import RunningServices

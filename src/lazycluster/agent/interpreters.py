@@ -1,4 +1,4 @@
-"""What a host has: Python interpreters, and the packages of one of them. Runs in a zygote's child.
+"""Python interpreters of a host, and the packages of one of them. Runs in a zygote's child.
 
 Its imports are in the functions: every zygote loads this module, and few are ever asked.
 """

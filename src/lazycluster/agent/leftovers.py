@@ -1,4 +1,4 @@
-"""What agents of this user left that were killed together with their guardians, or by a crash of the machine."""
+"""Processes and directories of agents that were killed together with their guardians, or by a crash of the machine."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _names(path: str) -> List[str]:
 
 
 def _is_private(inode: os.stat_result, age: float) -> bool:
-    """Whether it is a directory of this user alone, as agents make them, and none that an agent is about to serve."""
+    """Return whether it is a directory of this user alone, as agents make them, and an agent would serve it by now."""
     alone = stat.S_ISDIR(inode.st_mode) and not inode.st_mode & 0o077 and inode.st_uid == os.getuid()
     return alone and inode.st_mtime < time.time() - age
 

@@ -1,4 +1,4 @@
-"""Whether the manager is there: its streams, the loss and the return of them, and when it is taken for gone."""
+"""The agent's link to its manager: the streams, their loss and return, and the time after which it has ended."""
 
 from __future__ import annotations
 

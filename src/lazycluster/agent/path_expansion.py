@@ -72,12 +72,12 @@ class Pattern:
             self._texts = list(dict.fromkeys(found))
 
     def fits(self, name: bytes) -> bool:
-        """Whether a path below the folder is meant. A ``*`` stands for slashes, too."""
+        """Return whether a path below the folder is meant. A ``*`` stands for slashes, too."""
         name = os.path.basename(name) if self._is_name else name
         return any(name == text or fnmatch.fnmatchcase(name, text) for text in self._texts)
 
     def is_below(self, name: bytes) -> bool:
-        """Whether only what is in a folder is meant."""
+        """Return whether only the contents of a folder are meant."""
         return not self._is_name and any(text.startswith(name + b"/") for text in self._texts)
 
 
@@ -103,7 +103,7 @@ class Exclusion:
         self._patterns = [Pattern(written, root, cwd, env) for written in patterns]
 
     def __call__(self, name: bytes) -> bool:
-        """Whether a path below the folder is left out."""
+        """Return whether a path below the folder is left out."""
         fitting = [pattern for pattern in self._patterns if pattern.fits(name)]
         if fitting:
             # What is in it is left out as well, for those who have named that.

@@ -397,7 +397,7 @@ def _unreadable(path: bytes, error: OSError) -> CopyError:
 
 
 def _begins_with(fd: int, count: int, checksum: int) -> bool:
-    """Whether the first bytes of a file have a checksum."""
+    """Return whether the first bytes of a file have a checksum."""
     block = memoryview(bytearray(256 * 1024))
     os.lseek(fd, 0, os.SEEK_SET)
     found = 0

@@ -254,7 +254,7 @@ class _Service:
             self._late = None
 
     def concerns(self, line: bytes) -> bool:
-        """Whether a line of output may be meant for us."""
+        """Return whether a line of output may be meant for us."""
         return any(text and text in line for text in (self._marker, self._ready_text))
 
     def heard(self, line: bytes) -> bool:

@@ -57,7 +57,7 @@ class RequestChannel:
 
     @property
     def writable(self) -> bool:
-        """Whether more may be sent now; if not, stop reading the source until `on_drain` is called."""
+        """True if more may be sent now; if not, stop reading the source until `on_drain` is called."""
         return self._session.writable
 
     def _send(self, kind: int, payload: bytes) -> None:
@@ -114,7 +114,7 @@ class RequestChannel:
 
 
 class FrameSession:
-    """What is said to and by one manager, over streams that may be replaced.
+    """Frames to and from one manager, over streams that may be replaced.
 
     Attributes:
         agent: Whose it is.
@@ -137,12 +137,12 @@ class FrameSession:
     # --- streams -------------------------------------------------------------------------------
     @property
     def attached(self) -> bool:
-        """Whether there are streams."""
+        """True if there are streams."""
         return self._in >= 0
 
     @property
     def received(self) -> int:
-        """How many bytes have come from the manager."""
+        """Bytes that have come from the manager."""
         return self._decoder.total
 
     def attach(self, fd_in: int, fd_out: int) -> None:
@@ -195,7 +195,7 @@ class FrameSession:
         self._drained()
 
     def out_is_broken(self) -> bool:
-        """Whether nobody can read what is sent."""
+        """Return whether nobody can read what is sent."""
         poll = select.poll()
         poll.register(self._out, 0)
         return bool(poll.poll(0))
@@ -203,7 +203,7 @@ class FrameSession:
     # --- out -----------------------------------------------------------------------------------
     @property
     def writable(self) -> bool:
-        """Whether more should be sent now."""
+        """True if more should be sent now."""
         box = self._outbox
         if self.attached and not self.silent:
             return box.size < _HIGH_WATER and box.held < wire.HELD

@@ -68,7 +68,7 @@ class Shell:
 
     @property
     def is_read(self) -> bool:
-        """Whether nothing is to be waited for."""
+        """True if nothing is to be waited for."""
         return self._state in (_READ, _UNKNOWN)
 
     def when_read(self, then: Callable[[], Any]) -> None:

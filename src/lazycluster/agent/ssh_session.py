@@ -43,12 +43,12 @@ class SshSession:
 
     @property
     def up(self) -> bool:
-        """Whether sshd is there."""
+        """True if sshd is there."""
         return self._sshd is not None and self._sshd.alive
 
     @property
     def cut(self) -> bool:
-        """Whether the link has gone for certain: without sshd, or with one that is about to end."""
+        """True if the link is lost for certain: without sshd, or with one that is about to end."""
         return not self.up or (self._tcp is not None and not self._tcp.stands())
 
     def note(self, directory: str) -> None:
@@ -112,7 +112,7 @@ class TcpConnection:
         self._lines = [line.format(ours, ports[0], theirs, ports[1], _ESTABLISHED) for ours, theirs in addresses]
 
     def stands(self) -> bool:
-        """Whether both sides still have it."""
+        """Return whether both sides still have it."""
         for path in _TABLES:
             try:
                 with open(path, encoding="ascii") as file:

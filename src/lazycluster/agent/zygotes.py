@@ -115,12 +115,12 @@ class Interpreter:
 
     @property
     def busy(self) -> bool:
-        """Whether something is under way or waits."""
+        """True if something is under way or waits."""
         return bool(self._calls or self._waiting or self._warm_waiting)
 
     @property
     def ended(self) -> bool:
-        """Whether it can be used no more."""
+        """True if it can be used no more."""
         return self.clean.ended
 
     # --- the start -----------------------------------------------------------------------------
