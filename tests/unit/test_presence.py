@@ -100,7 +100,7 @@ def test_an_sshd_that_has_lost_its_connection_may_take_its_time_to_end(
     one = ManagerLink(agent, local=False)  # type: ignore[arg-type]
     one._timer.cancel()
     with socket.socket(socket.AF_UNIX) as unused:
-        one._line = ssh_session.SshSession(unused)
+        one._ssh_session = ssh_session.SshSession(unused)
         one.session = _Session(agent)  # type: ignore[assignment]
         one.grace = 60.0
         if goes == "link":

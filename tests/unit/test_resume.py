@@ -463,7 +463,7 @@ def test_parts_are_handed_over_and_only_the_latest_few_are_kept(tmp_path: Path) 
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            parts.hand_over(theirs)
+            parts.send_to(theirs)
         while part := received(ours):
             heir.put(part)
     parts.close()

@@ -105,7 +105,7 @@ def _listening() -> Tuple[str, socket.socket]:
     """Make the agent's directory and the socket in it."""
     directories = import_module(PACKAGE + ".directories")
     try:
-        found: Tuple[str, socket.socket] = directories.listening(directories.places(), directories.LONGEST)
+        found: Tuple[str, socket.socket] = directories.listening(directories.parent_directories(), directories.LONGEST)
         return found
     except OSError as error:
         raise SystemExit(NO_DIRECTORY + str(error)) from None

@@ -45,7 +45,7 @@ def _boot() -> str:
         return ""
 
 
-def place(trust_group: bool) -> str:
+def tasks_directory(trust_group: bool) -> str:
     """Return the directory that holds those of the tasks, made for this user only.
 
     Args:
@@ -158,7 +158,7 @@ class _Task:
 
     def __init__(self, agent: Any, params: Dict[str, Any]) -> None:
         self.agent = agent
-        self.directory = os.path.join(place(bool(params.get("trust_group"))), str(params["id"]))
+        self.directory = os.path.join(tasks_directory(bool(params.get("trust_group"))), str(params["id"]))
         os.mkdir(self.directory, 0o700)
         self._steps: List[Dict[str, Any]] = params["steps"]
         self._over: List[Dict[str, Any]] = []
@@ -326,7 +326,7 @@ def _lives(about: Dict[str, Any]) -> bool:
 
 def detached(channel: "RequestChannel") -> None:
     """Handle the request `detached`: tell about tasks (`list`, `state`, `log`, `outcome`), `cancel` or `remove` one."""
-    params, root = channel.params, place(trusts_group(channel))
+    params, root = channel.params, tasks_directory(trusts_group(channel))
     action = params["do"]
     if action == "list":
         found = [_told(os.path.join(root, name)) for name in sorted(os.listdir(root)) if _NAME.fullmatch(name)]

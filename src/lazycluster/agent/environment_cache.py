@@ -111,9 +111,9 @@ def _is_used(prefix: str) -> bool:
 def remove_damaged(root: str, folders: Sequence[str]) -> List[str]:
     """Remove those of some packages that were sent whose content is not what it was; returns them."""
     removed = []
-    for folder, place in list(wheels(root)):
-        if folder in folders and any(not _has_hash(os.path.join(place, name), folder) for name in os.listdir(place)):
-            remove_tree(place)
+    for folder, path in list(wheels(root)):
+        if folder in folders and any(not _has_hash(os.path.join(path, name), folder) for name in os.listdir(path)):
+            remove_tree(path)
             removed.append(folder)
     return removed
 
@@ -212,9 +212,9 @@ def _is_building(envs: str) -> bool:
     return False
 
 
-def _remove_unshared(place: str) -> None:
-    for name in os.listdir(place) if os.path.isdir(place) else ():
-        path = os.path.join(place, name)
+def _remove_unshared(directory: str) -> None:
+    for name in os.listdir(directory) if os.path.isdir(directory) else ():
+        path = os.path.join(directory, name)
         if all(os.lstat(os.path.join(folder, n)).st_nlink < 2 for folder, _, names in os.walk(path) for n in names):
             remove_tree(path)
 

@@ -211,9 +211,9 @@ def unfinished(envs: str, name: str = "") -> Iterator[Tuple[str, str]]:
 
 def wheels(root: str) -> Iterator[Tuple[str, str]]:
     """Yield (folder, path) of each package that was sent: a folder named by a hash, with nothing but files in it."""
-    place = os.path.join(root, "wheels")
-    for name in os.listdir(place) if os.path.isdir(place) else ():
-        path = os.path.join(place, name)
+    store = os.path.join(root, "wheels")
+    for name in os.listdir(store) if os.path.isdir(store) else ():
+        path = os.path.join(store, name)
         named = _WHEEL.fullmatch(name) and not os.path.islink(path) and os.path.isdir(path)
         if named and all(_is_package(os.path.join(path, entry)) for entry in os.listdir(path)):
             yield name, path
@@ -512,12 +512,12 @@ def _compiled(channel: RequestChannel) -> None:
 # --- packages that are sent ----------------------------------------------------------------------
 def _wheels(channel: RequestChannel) -> None:
     """Tell which packages have to be sent."""
-    place = os.path.join(root_of(channel), "wheels")
+    store = os.path.join(root_of(channel), "wheels")
     missing = []
     for folder, name, size in channel.params["wheels"]:
         if not _WHEEL.fullmatch(folder) or "/" in name:
             raise ValueError("not the name of a package: {!r}".format(os.path.join(folder, name)))
-        path = os.path.join(place, folder, name)
+        path = os.path.join(store, folder, name)
         try:
             there = os.stat(path).st_size == size
         except OSError:
@@ -527,8 +527,8 @@ def _wheels(channel: RequestChannel) -> None:
         else:
             missing.append(folder)
     if missing:
-        make(place, 0o700, trusts_group(channel))
-    channel.result(missing=missing, directory=place)
+        make(store, 0o700, trusts_group(channel))
+    channel.result(missing=missing, directory=store)
 
 
 _ACTIONS: Dict[str, Callable[[RequestChannel], None]] = {

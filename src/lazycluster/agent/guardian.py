@@ -87,10 +87,10 @@ def end_descendants() -> None:
     """End all descendants of this process, first asking, then not, until none is left that this user may end."""
     deadline = time.monotonic() + _PATIENCE
     asked: List[int] = []
-    beyond: List[int] = []
+    refused: List[int] = []
     while True:
         _reap()
-        alive = [pid for pid in descendants([os.getpid()]) if pid not in beyond]
+        alive = [pid for pid in descendants([os.getpid()]) if pid not in refused]
         if not alive:
             return
         if time.monotonic() < deadline:
@@ -98,7 +98,7 @@ def end_descendants() -> None:
             send_signal((pid for pid in alive if pid not in asked), signal.SIGCONT)
             asked = alive
         else:
-            beyond += send_signal(alive, signal.SIGKILL)
+            refused += send_signal(alive, signal.SIGKILL)
         # A child's end is a signal, a grandchild's becomes one as soon as it is ours; look again soon in any case.
         signal.sigtimedwait([signal.SIGCHLD], 0.02)
 

@@ -7,7 +7,7 @@ import time
 
 from .directories import is_of_this_host
 from .leftovers import beside
-from .processes import TASK_MARKER, family, marks, start_time, stat_fields
+from .processes import TASK_MARKER, family, marked_processes, start_time, stat_fields
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def tunnels(channel: RequestChannel) -> None:
 
 def activity(channel: RequestChannel) -> None:
     """Handle the request `activity`: ticks of the processors, and what this user's managers have running here."""
-    running = {mark.rpartition(":")[2] for _, mark in marks(TASK_MARKER)}
-    # The marks of services, such as the workers of clusters, begin with a name.
-    workers = {mark for mark in running if " " in mark}
+    running = {marker.rpartition(":")[2] for _, marker in marked_processes(TASK_MARKER)}
+    # The markers of services, such as the workers of clusters, begin with a name.
+    workers = {marker for marker in running if " " in marker}
     busy, total = ticks()
     count = count_tunnels(channel.agent.directory)
     channel.result(busy=busy, total=total, tasks=len(running - workers), workers=len(workers), tunnels=count)

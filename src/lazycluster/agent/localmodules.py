@@ -97,9 +97,9 @@ def _is_installed(spec: Any, name: str, distribution: str) -> bool:
     base = spec.origin
     for _ in range(name.count(".") + (2 if spec.submodule_search_locations else 1)):
         base = os.path.dirname(base)
-    for place in [base, *(path for path in sys.path if os.path.basename(path) in _INSTALLED)]:
+    for directory in [base, *(path for path in sys.path if os.path.basename(path) in _INSTALLED)]:
         try:
-            entries = os.listdir(place)
+            entries = os.listdir(directory)
         except OSError:
             continue
         for entry in entries:
@@ -287,7 +287,7 @@ def missing_part(error: BaseException) -> str:
     path = getattr(error, "filename", None)
     if isinstance(error, FileNotFoundError) and isinstance(path, (str, os.PathLike)):
         for name, (_, _, filename, _) in _finder.sources.items():
-            folders = {os.path.dirname(place) for place in (filename, _finder.spec(name).origin) if place}
+            folders = {os.path.dirname(path) for path in (filename, _finder.spec(name).origin) if path}
             if any(os.fspath(path).startswith(folder + os.sep) for folder in folders):
                 return _advice(name)
     return ""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
 _NO_SSHD = "the agent finds no sshd above its session, so it cannot tell the manager's end from that of the link"
 SECRET_SIZE = 16
-KEPT, GONE = b"K", b"N"
+KEPT, NOT_KEPT = b"K", b"N"
 _HEAD_LIMIT = 15.0  # seconds within which who wants to rejoin must say who it is
 _SOON = 0.1  # seconds within which the one end of a session's streams follows the other
 _SSHD_LIMIT = 1.0  # seconds that sshd gets to end after its streams have
@@ -47,7 +47,7 @@ class ManagerLink:
         self.session: Optional[FrameSession] = None
         self._agent = agent
         self._local = local
-        self._line: Optional[SshSession] = None
+        self._ssh_session: Optional[SshSession] = None
         self._heard = time.monotonic()
         self._secret = b""
         self.grace = 0.0
@@ -60,7 +60,7 @@ class ManagerLink:
 
     def begin(self, connection: socket.socket, fds: List[int]) -> FrameSession:
         """Begin the session on the streams of the manager that has brought the agent."""
-        self._line = SshSession(connection)
+        self._ssh_session = SshSession(connection)
         self._heard = time.monotonic()
         self.session = FrameSession(self._agent)
         self.session.attach(fds[0], fds[1])
@@ -69,7 +69,7 @@ class ManagerLink:
     def agree(self, channel: RequestChannel) -> None:
         """Handle the request `session`: the manager says by what it will be known, and for how long it may be away."""
         params = channel.params
-        refusal = "" if self._line is not None and self._line.up else _NO_SSHD
+        refusal = "" if self._ssh_session is not None and self._ssh_session.up else _NO_SSHD
         if not refusal:
             refusal = kills_at_logout()
         if not refusal and params["grace"] > 0:
@@ -114,10 +114,10 @@ class ManagerLink:
         if self._local or not self.grace or isinstance(error, FrameError):
             self._agent.end()
             return
-        line, since = self._line, time.monotonic()
+        line, since = self._ssh_session, time.monotonic()
 
         def judge() -> None:
-            if line is not self._line or not session.attached:
+            if line is not self._ssh_session or not session.attached:
                 return  # the manager is back
             if line is None or line.cut:
                 self._interrupted()
@@ -133,8 +133,8 @@ class ManagerLink:
     def _interrupted(self) -> None:
         if self.session is not None:
             self.session.detach()
-        if self._line is not None:
-            self._line.close()
+        if self._ssh_session is not None:
+            self._ssh_session.close()
 
     # --- return --------------------------------------------------------------------------------
     def rejoin(self, connection: socket.socket, fds: List[int]) -> None:
@@ -171,7 +171,7 @@ class ManagerLink:
     def _replace(self, connection: socket.socket, fds: List[int], secret: bytes, total: int) -> None:
         from hmac import compare_digest
 
-        session, old = self.session, self._line
+        session, old = self.session, self._ssh_session
         known = bool(self._secret) and compare_digest(secret, self._secret)
         if not known or session is None or self._agent.ending:
             _refuse(connection, fds)
@@ -180,7 +180,7 @@ class ManagerLink:
         self._attempts += 1
         attempt = self._attempts
         session.detach()  # from now on nothing more is received: how much it was is about to be told
-        self._line = line = SshSession(connection)
+        self._ssh_session = line = SshSession(connection)
         if old is not None:
             old.close()
 
@@ -207,8 +207,8 @@ class ManagerLink:
         """End the session, and what it came with."""
         if self.session is not None:
             self.session.close()
-        if self._line is not None:
-            self._line.close()
+        if self._ssh_session is not None:
+            self._ssh_session.close()
 
 
 def _end_of(line: Optional[SshSession], loop: Any, then: Callable[[], Any]) -> None:
@@ -232,7 +232,7 @@ def _end_of(line: Optional[SshSession], loop: Any, then: Callable[[], Any]) -> N
 
 def _refuse(connection: socket.socket, fds: List[int]) -> None:
     try:
-        os.write(fds[1], GONE + bytes(TOTAL_SIZE))
+        os.write(fds[1], NOT_KEPT + bytes(TOTAL_SIZE))
     except OSError:
         pass  # it has gone itself
     for fd in fds:

@@ -28,7 +28,7 @@ READY = 5  # the worker has been initialised
 UNFIT = 6  # its initialisation has failed
 
 GIVEN = struct.Struct("!QQ")  # comes with the descriptor of a blob: number, size
-GONE = (1 << 64) - 1  # the size of a blob that is not there
+MISSING = (1 << 64) - 1  # the size of a blob that is not there
 
 WORKER = struct.Struct("!I")  # before each piece of OUTPUT
 

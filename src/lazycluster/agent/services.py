@@ -82,7 +82,7 @@ class _Outlet:
             self._held_size -= len(data)
             (self._channel.stderr if is_error else self._channel.stdout)(data)
 
-    def last_words(self) -> str:
+    def end_of_output(self) -> str:
         """Return the end of the output."""
         return b"".join(self.tail).decode("utf-8", "replace")[-_TAIL:]
 
@@ -312,7 +312,7 @@ class _Service:
         if ended["signal"] == signal.SIGKILL:
             before, self._killed_before = self._killed_before, oom.killed()
             ended["out_of_memory"] = oom.verdict(before, self._killed_before)
-        fields = dict(ended, pid=run.pid if run else None, output=self.outlet.last_words())
+        fields = dict(ended, pid=run.pid if run else None, output=self.outlet.end_of_output())
         self._tell("exited", **fields)
         if self._ending:
             self._finish(lambda: self.channel.result(restarts=self._restarts.count, **ended))
@@ -351,7 +351,7 @@ class _Service:
             self._finish(lambda: self.channel.result(restarts=self._restarts.count, exit=None, signal=None))
 
     def _fail(self, kind: str, message: str, ended: Dict[str, Any]) -> None:
-        fields = dict(ended, output=self.outlet.last_words(), ready=self._was_ready)
+        fields = dict(ended, output=self.outlet.end_of_output(), ready=self._was_ready)
         self._tell("failed", **fields)
         self._finish(lambda: self.channel.fail(kind, message, restarts=self._restarts.count, **fields))
 

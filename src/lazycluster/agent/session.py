@@ -22,7 +22,7 @@ _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024  # bytes queued for the manager above which sources are not read
 _LOW_WATER = 256 * 1024
 _IN_MEMORY = 4 * 1024 * 1024  # bytes that wait in memory while the manager cannot be reached; the rest goes to a file
-_LAST_WORDS = 2.0  # seconds that the manager gets to take what is left at the end
+_FLUSH_LIMIT = 2.0  # seconds that the manager gets to take what is left at the end
 
 
 def _nothing(*_: Any) -> None:
@@ -313,7 +313,7 @@ class FrameSession:
     # --- end -----------------------------------------------------------------------------------
     def flush_and_close(self) -> None:
         """Write what is queued, if the manager takes it soon, then close."""
-        deadline = time.monotonic() + _LAST_WORDS
+        deadline = time.monotonic() + _FLUSH_LIMIT
         poll = select.poll()
         if self.attached:
             poll.register(self._out, select.POLLOUT)

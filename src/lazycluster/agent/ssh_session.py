@@ -157,20 +157,20 @@ def kills_at_logout(root: str = "", session: str = "") -> str:
     if not (session or os.environ.get("XDG_SESSION_ID") or "/session-" in _read(root + "/proc/self/cgroup")):
         return ""  # logind knows nothing of it
     settings = {"KillUserProcesses": "no", "KillOnlyUsers": "", "KillExcludeUsers": "root"}
-    place = ""
+    file = ""
     for pattern in _LOGIND_FILES:
         for path in sorted(glob.glob(root + pattern)):
             for line in _read(path).splitlines():
                 name, equals, value = line.strip().partition("=")
                 if equals and name.strip() in settings:
                     settings[name.strip()] = value.strip()
-                    place = path[len(root) :] if name.strip() == "KillUserProcesses" else place
+                    file = path[len(root) :] if name.strip() == "KillUserProcesses" else file
     if settings["KillUserProcesses"].lower() not in ("yes", "true", "on", "1", "y", "t"):
         return ""
     user, only = _user(), settings["KillOnlyUsers"].split()
     if user in settings["KillExcludeUsers"].split() or (only and user not in only):
         return ""
-    return "the system ends a user's processes at logout (KillUserProcesses=yes in {})".format(place)
+    return "the system ends a user's processes at logout (KillUserProcesses=yes in {})".format(file)
 
 
 def _user() -> str:
