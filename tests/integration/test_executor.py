@@ -198,7 +198,7 @@ def test_a_cancelled_worker_that_had_gone_on_to_the_next_call_loses_nothing(
         worker = next(found for found in gc.get_objects() if type(found).__name__ == "PoolWorker")
 
         def die(*_: object) -> None:
-            worker._board[worker._place : worker._place + 16] = bytes(16)
+            worker._board[worker._offset : worker._offset + 16] = bytes(16)
             os._exit(0)
 
         signal.signal(signal.SIGTERM, die)
@@ -227,7 +227,7 @@ def test_a_call_is_cancelled_though_its_worker_has_not_noted_yet_that_it_has_it(
         Path(folder, "taken").touch()
         while not Path(folder, "cancelled").exists():
             time.sleep(0.001)
-        worker._board[worker._place : worker._place + 8] = number
+        worker._board[worker._offset : worker._offset + 8] = number
         time.sleep(600)
         return ""
 

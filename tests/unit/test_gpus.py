@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fakegpus
-from lazycluster.agent import gpus
+from lazycluster.agent import gpus, processes
+from lazycluster.agent.loop import Loop
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError
 from lazycluster.ssh.local_connection import LocalConnection
@@ -299,3 +303,36 @@ def test_work_that_is_ended_while_it_waits_for_its_gpu(tmp_path: Path) -> None:
         await _Services(connection, tmp_path).start("b")
 
     with_agent(body)
+
+
+# --- a driver that hangs -------------------------------------------------------------------------
+def test_nothing_more_is_asked_while_a_call_that_was_killed_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, told = Loop(), []
+    host = gpus.HostGpus(SimpleNamespace(loop=loop))  # type: ignore[arg-type]
+    monkeypatch.setattr(gpus, "_LIMIT", 0.2)
+    monkeypatch.setattr(gpus, "ask", lambda env, users: time.sleep(1000))
+    kill = os.kill
+    monkeypatch.setattr(os, "kill", lambda pid, number: None)  # as where the driver does not let it end
+    children = processes.children_of(os.getpid())
+
+    def ask() -> str:
+        before = len(told)
+        host.answers.clear()
+        host.survey({"PATH": "/none"}, False, lambda found, problem: told.append(problem))
+        loop.call_later(10, lambda: told.append("no answer"))
+        while len(told) == before:
+            loop._round()
+        return told[-1]
+
+    assert ask() == "nvidia-smi did not answer within 0.2 s"
+    assert "an earlier call of it was killed and has not ended yet" in ask()
+    monkeypatch.setattr(os, "kill", kill)
+    (child,) = set(processes.children_of(os.getpid())) - set(children)
+    kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 10
+    while host._hanging and time.monotonic() < deadline:
+        loop._round()
+    monkeypatch.setattr(gpus, "ask", lambda env, users: {"gpus": [], "problem": "none"})
+    assert ask() == "none"
+    os.waitpid(-1, 0)

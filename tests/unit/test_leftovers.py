@@ -18,7 +18,7 @@ from lazycluster.agent.leftovers import abandoned, remove_unfinished
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
-    monkeypatch.setattr(leftovers, "everywhere", lambda: [str(tmp_path / "other")])
+    monkeypatch.setattr(leftovers, "every_parent_directory", lambda: [str(tmp_path / "other")])
     return tmp_path
 
 

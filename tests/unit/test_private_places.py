@@ -51,7 +51,9 @@ def test_a_place_of_another_user_is_not_used(tmp_path: Path) -> None:
 
 def test_what_is_made_is_private_and_new(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    agents = (directories.private_directory(directories.places(), 60, directories.note_host) for _ in range(2))
+    agents = (
+        directories.private_directory(directories.parent_directories(), 60, directories.note_host) for _ in range(2)
+    )
     made = [*agents, workspace.private_directory()]
     try:
         assert len(set(made)) == 3

@@ -111,8 +111,8 @@ def agent(tmp_path: Path) -> Iterator[Any]:
     listener.listen()
     alive, held = os.pipe()
     agent = server.Agent(str(tmp_path), listener, os.getpid(), alive, True)
-    agent._presence.session = _Told()
-    agent._presence.session.agent = agent
+    agent._manager_link.session = _Told()
+    agent._manager_link.session.agent = agent
     yield agent
     listener.close()
     for fd in (alive, held):
@@ -128,7 +128,7 @@ def test_a_copy_that_gets_no_process_is_told_why(agent: Any, monkeypatch: pytest
     client = descriptors.send_to(agent._listener.getsockname(), [theirs.fileno()], b"bulk")
     theirs.close()
     agent._accept(agent._listener)
-    assert b"ulimit -u" in agent._presence.session.data
+    assert b"ulimit -u" in agent._manager_link.session.data
     assert b"ulimit -u" in ours.recv(4096)  # as an error of the copy
     assert ours.recv(1) == b""
     assert client.recv(1) == b""  # so the session on the host ends

@@ -1,1 +1,1 @@
-"""What runs on a host: Python 3.8 or newer, standard library only, imports nothing else of lazycluster."""
+"""The part that runs on hosts: Python 3.8 or newer, standard library only, imports nothing else of lazycluster."""

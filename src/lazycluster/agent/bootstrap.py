@@ -1,4 +1,4 @@
-"""What an ssh session runs on a host first: starts guardian and agent, and hands them the session's streams.
+"""First program of an ssh session on a host: starts guardian and agent, and gives them the session's streams.
 
 The manager sends the text of this module and a call of `main` with the sources of the others; nothing of it is
 written to the host's disk.
@@ -74,7 +74,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     os.umask(os.umask(0o077) & 0o077)
     directory, listener = _listening()
     path = listener.getsockname()
-    sshd = None if local else guardian.sshd_above(os.getpid())
+    sshd = None if local else import_module(PACKAGE + ".ssh_session").sshd_above(os.getpid())
     if not local:
         if _fork(directory):
             listener.close()
@@ -105,7 +105,7 @@ def _listening() -> Tuple[str, socket.socket]:
     """Make the agent's directory and the socket in it."""
     directories = import_module(PACKAGE + ".directories")
     try:
-        found: Tuple[str, socket.socket] = directories.listening(directories.places(), directories.LONGEST)
+        found: Tuple[str, socket.socket] = directories.listening(directories.parent_directories(), directories.LONGEST)
         return found
     except OSError as error:
         raise SystemExit(NO_DIRECTORY + str(error)) from None

@@ -1,4 +1,4 @@
-"""What runs in the process of one function call, forked from the zygote.
+"""Process of one function call, forked from the zygote.
 
 The call arrives as several pickles in one stream: the sources of local modules; the function and its arguments; then
 what the function's modules hold, in portions, until `None`. The outcome goes back over the same socket: a description

@@ -16,18 +16,18 @@ from importlib import import_module
 
 from .deletion import remove as delete
 from .deletion import remove_tree
-from .guardian import SSHD_FILE
-from .logout import kills_at_logout
 from .ownership import make
 from .paths import trusts_group
 from .processes import explained, start_time
+from .ssh_session import SSHD_FILE, kills_at_logout
 from .wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional
 
-    from .session import RequestChannel, SessionOwner
+    from .server import Agent
+    from .session import RequestChannel
 
 
 RUNNING, DONE, FAILED, CANCELLED, LOST = "running", "done", "failed", "cancelled", "lost"
@@ -45,7 +45,7 @@ def _boot() -> str:
         return ""
 
 
-def place(trust_group: bool) -> str:
+def tasks_directory(trust_group: bool) -> str:
     """Return the directory that holds those of the tasks, made for this user only.
 
     Args:
@@ -85,7 +85,7 @@ class Record:
 
     def __init__(self, task: "_Task", params: Dict[str, Any], outcome: str) -> None:
         self.params = params
-        self.agent: "SessionOwner" = task.agent
+        self.agent: Agent = task.agent
         self.loop = task.agent.loop
         self.open = True
         self._unwritten = bytearray()  # of the result, while the disk is full: its source is not read meanwhile
@@ -106,7 +106,7 @@ class Record:
 
     @property
     def writable(self) -> bool:
-        """Whether more of the result may come."""
+        """True if more of the result may come."""
         return not self._unwritten
 
     def output(self, data: bytes) -> None:
@@ -158,7 +158,7 @@ class _Task:
 
     def __init__(self, agent: Any, params: Dict[str, Any]) -> None:
         self.agent = agent
-        self.directory = os.path.join(place(bool(params.get("trust_group"))), str(params["id"]))
+        self.directory = os.path.join(tasks_directory(bool(params.get("trust_group"))), str(params["id"]))
         os.mkdir(self.directory, 0o700)
         self._steps: List[Dict[str, Any]] = params["steps"]
         self._over: List[Dict[str, Any]] = []
@@ -326,7 +326,7 @@ def _lives(about: Dict[str, Any]) -> bool:
 
 def detached(channel: "RequestChannel") -> None:
     """Handle the request `detached`: tell about tasks (`list`, `state`, `log`, `outcome`), `cancel` or `remove` one."""
-    params, root = channel.params, place(trusts_group(channel))
+    params, root = channel.params, tasks_directory(trusts_group(channel))
     action = params["do"]
     if action == "list":
         found = [_told(os.path.join(root, name)) for name in sorted(os.listdir(root)) if _NAME.fullmatch(name)]

@@ -13,44 +13,44 @@ if TYPE_CHECKING:
 
 PREFIX = "lazycluster-"
 SOCKET = "agent.sock"
-HOST_FILE = "host"  # names the host that a directory belongs to: several may share the place where it is
-LONGEST = 60  # bytes of the place of an agent's directory: the path of the socket in it must be short
+HOST_FILE = "host"  # names the host that a directory belongs to: several may share the file system that it is on
+LONGEST = 60  # bytes of the path of what an agent's directory is in: that of the socket in it must be short
 _FURTHER_FILE = "further"
-_ROOM = 64 * 1024  # bytes that a place must have: one that takes a name and no contents is of no use
+_ROOM = 64 * 1024  # bytes that there must be room for: a file system that takes a name and no contents is of no use
 _PROBE = "room"
 _UNSUITABLE = "not an absolute path of at most {} bytes, as sockets need"
 _NOBODY = 65534  # whom the system names where it knows no user of that number
 
 
-def places() -> List[str]:
+def parent_directories() -> List[str]:
     """Return where an agent's private directory may be, in order.
 
-    The path of a socket in it must be short, so the usual places come before the user's own.
+    The path of a socket in it must be short, so the usual directories come before the user's own.
     """
     found = ["/tmp", os.environ.get("TMPDIR", ""), "/var/tmp", "/dev/shm", os.environ.get("XDG_RUNTIME_DIR", "")]  # noqa: S108
-    return list(dict.fromkeys(place for place in found if place))
+    return list(dict.fromkeys(parent for parent in found if parent))
 
 
 def private_directory(candidates: Sequence[str], longest: int, prepare: Callable[[str], Any]) -> str:
-    """Make a directory for this user only, in the first place that has room for what belongs into it.
+    """Make a directory for this user only, in the first directory that has room for what belongs into it.
 
-    Nothing is left in the places that have not.
+    Nothing is left in those that have not.
 
     Args:
-        candidates: The places, in order.
-        longest: How many bytes the path of a place may have.
+        candidates: The directories to make it in, in order.
+        longest: How many bytes the path of such a directory may have.
         prepare: Makes what the directory is to hold from its beginning, and fails where that is not possible.
 
     Raises:
-        OSError: No place will do; each is named with the reason.
+        OSError: No directory will do; each is named with the reason.
     """
     errors = []
-    for place in candidates:
+    for parent in candidates:
         # The links that lead there may be others'.
-        real = os.path.realpath(place)
+        real = os.path.realpath(parent)
         path = os.path.join(real, PREFIX + os.urandom(6).hex())
         try:
-            if len(os.fsencode(real)) > longest or not os.path.isabs(place):
+            if len(os.fsencode(real)) > longest or not os.path.isabs(parent):
                 raise OSError(errno.ENAMETOOLONG, _UNSUITABLE.format(longest))
             is_safe(real)
             os.mkdir(path, 0o700)
@@ -63,7 +63,7 @@ def private_directory(candidates: Sequence[str], longest: int, prepare: Callable
                 _discard(path)
                 raise
         except OSError as error:
-            errors.append("{}: {}".format(place, error.strerror or error))
+            errors.append("{}: {}".format(parent, error.strerror or error))
     raise OSError("; ".join(errors))
 
 
@@ -89,18 +89,18 @@ def _discard(path: str) -> None:
         pass  # what made the start fail may make this fail; the next agent's clean-up finds it
 
 
-def is_safe(place: str) -> bool:
+def is_safe(directory: str) -> bool:
     """Check that nobody else can rename or replace what this user makes in a directory, or the directory itself."""
-    place = os.path.realpath(place)
-    inode = os.stat(place)
+    directory = os.path.realpath(directory)
+    inode = os.stat(directory)
     owners = (0, os.getuid())
-    above = place
+    above = directory
     while above != "/":
         above = os.path.dirname(above)
         way = os.stat(above)
         written = way.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not way.st_mode & stat.S_ISVTX
         if written or way.st_uid not in (*owners, _NOBODY):
-            raise OSError(1, "others could replace " + place)
+            raise OSError(1, "others could replace " + directory)
     if inode.st_mode & stat.S_ISVTX:
         # Its owner may replace what is in it all the same; but in some containers that of /tmp is a user who is none.
         if inode.st_uid in (*owners, _NOBODY):
@@ -137,10 +137,10 @@ def listening(candidates: Sequence[str], longest: int) -> Tuple[str, socket.sock
     return private_directory(candidates, longest, prepare), found[0]
 
 
-def everywhere() -> List[str]:
-    """Return all places where directories of agents may be, also those for sessions that see no other."""
+def every_parent_directory() -> List[str]:
+    """Return all directories that those of agents may be in, also those for sessions that see no other."""
     home = os.path.expanduser("~")
-    return [*places(), *([home] if os.path.isabs(home) else [])]
+    return [*parent_directories(), *([home] if os.path.isabs(home) else [])]
 
 
 def further(directory: str) -> List[str]:

@@ -146,7 +146,7 @@ class DirectoryTree:
 
     @property
     def unnamed(self) -> bool:
-        """Whether files without a name can be made in it."""
+        """True if files without a name can be made in it."""
         if self._unnamed is None:
             self._unnamed = has_unnamed_files(self.root)
         return self._unnamed

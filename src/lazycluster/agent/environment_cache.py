@@ -22,7 +22,7 @@ from .environments import (
     unfinished,
     wheels,
 )
-from .offload import aside
+from .offload import offload
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ def handle(channel: RequestChannel, action: str) -> None:
         channel.fail("value", str(error))
         return
     if action == "list":
-        aside(channel, lambda: list_environments(root))
+        offload(channel, lambda: list_environments(root))
     elif action == "remove":
-        aside(channel, lambda: remove_environments(root, params["ids"]))
+        offload(channel, lambda: remove_environments(root, params["ids"]))
     elif action == "sift":
-        aside(channel, lambda: {"removed": remove_damaged(root, params["folders"])})
+        offload(channel, lambda: {"removed": remove_damaged(root, params["folders"])})
     else:
-        aside(channel, lambda: prune_environments(root, params.get("limit"), params.get("age")))
+        offload(channel, lambda: prune_environments(root, params.get("limit"), params.get("age")))
 
 
 def kept(root: str) -> Iterator[Tuple[str, Dict[str, Any], float]]:
@@ -111,9 +111,9 @@ def _is_used(prefix: str) -> bool:
 def remove_damaged(root: str, folders: Sequence[str]) -> List[str]:
     """Remove those of some packages that were sent whose content is not what it was; returns them."""
     removed = []
-    for folder, place in list(wheels(root)):
-        if folder in folders and any(not _has_hash(os.path.join(place, name), folder) for name in os.listdir(place)):
-            remove_tree(place)
+    for folder, path in list(wheels(root)):
+        if folder in folders and any(not _has_hash(os.path.join(path, name), folder) for name in os.listdir(path)):
+            remove_tree(path)
             removed.append(folder)
     return removed
 
@@ -191,7 +191,7 @@ def prune_environments(root: str, limit: Optional[int], age: Optional[float]) ->
 
 
 def _fits(root: str, limit: Optional[int]) -> bool:
-    """Whether all together is small enough; if need be what no environment has goes first."""
+    """Return whether all together is small enough; if need be what no environment has goes first."""
     if limit is None or size_of_all(root) <= limit:
         return True
     # The cache of the installer does not count who uses what is in it, but the file system does.
@@ -202,7 +202,7 @@ def _fits(root: str, limit: Optional[int]) -> bool:
 
 
 def _is_building(envs: str) -> bool:
-    """Whether an environment is being made, by this agent or another."""
+    """Return whether an environment is being made, by this agent or another."""
     for name in os.listdir(envs) if os.path.isdir(envs) else ():
         if name.endswith(".build") and is_lock(os.path.join(envs, name)):
             fd = lock(os.path.join(envs, name), fcntl.LOCK_EX)
@@ -212,9 +212,9 @@ def _is_building(envs: str) -> bool:
     return False
 
 
-def _remove_unshared(place: str) -> None:
-    for name in os.listdir(place) if os.path.isdir(place) else ():
-        path = os.path.join(place, name)
+def _remove_unshared(directory: str) -> None:
+    for name in os.listdir(directory) if os.path.isdir(directory) else ():
+        path = os.path.join(directory, name)
         if all(os.lstat(os.path.join(folder, n)).st_nlink < 2 for folder, _, names in os.walk(path) for n in names):
             remove_tree(path)
 

@@ -1,4 +1,4 @@
-"""What the interpreter of an environment does for it: says what is in it, and compiles its modules.
+"""Program for the interpreter of an environment: says what is in it, and compiles its modules.
 
 This module stands alone: its text is given to that interpreter, whichever version that is.
 """

@@ -1,4 +1,4 @@
-"""What a host has for an environment: the right interpreter, a way to the packages. Runs in a child of the agent."""
+"""Survey of a host for an environment: the right interpreter, a way to the packages. Runs in a child of the agent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 
-from .interpreters import places, version_of
+from .interpreters import interpreter_directories, version_of
 
 _CONNECT_LIMIT = 2.0  # seconds
 
@@ -35,13 +35,15 @@ def survey(
 
 
 def matching(wanted: Sequence[int], root: str) -> Iterator[Tuple[str, List[int]]]:
-    """Yield (path, version) of the first interpreter of a minor version; it is looked for in more places.
+    """Yield (path, version) of the first interpreter of a minor version; it is looked for in more directories.
 
     Those that can be seen to be virtual environments are passed over: they may go at any time.
     """
     name = "python{}.{}".format(*wanted)
-    near = [path for directory in places() for path in (directory + "/" + name, directory + "/python3")]
-    far = [directory + "/" + name for directory in _far_places(root)]
+    near = [
+        path for directory in interpreter_directories() for path in (directory + "/" + name, directory + "/python3")
+    ]
+    far = [directory + "/" + name for directory in _far_directories(root)]
     seen: Set[str] = set()
     for pattern in near + far:
         for path in sorted(glob.glob(pattern)):
@@ -58,11 +60,11 @@ def matching(wanted: Sequence[int], root: str) -> Iterator[Tuple[str, List[int]]
                 return
 
 
-def _far_places(root: str) -> List[str]:
+def _far_directories(root: str) -> List[str]:
     home = glob.escape(os.path.expanduser("~"))
     roots = ["/opt", "/usr/local", "/usr/lib", "/srv", "/apps", "/sw", "/software", "/scratch", "/data", home]
     found = [glob.escape(root) + "/python/*/bin"]
-    found += ["{}/{}/bin".format(place, depth) for place in roots for depth in ("*", "*/*", "*/*/*")]
+    found += ["{}/{}/bin".format(top, depth) for top in roots for depth in ("*", "*/*", "*/*/*")]
     found += ["{}/{}/bin".format(home, depth) for depth in (".*", ".*/*", ".asdf/installs/python/*")]
     return found + [
         home + "/.local/share/mise/installs/python/*/bin",

@@ -27,6 +27,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
+    from .server import Agent
     from .session import RequestChannel
 
 LOCK_FILE = "pylock.lazycluster.toml"  # in an environment: what is to be in it
@@ -40,8 +41,36 @@ _WAIT = 0.1  # seconds between two tries for a lock that somebody else has
 _ST_NOEXEC = 8
 _MOST_COMPILERS = 8  # processes at once
 
-_used: Dict[str, int] = {}  # environment -> descriptor whose lock says that it is in use, as long as this agent lives
-_compiling: Dict[str, List[Callable[[], Any]]] = {}  # environment -> who waits until its modules are compiled
+
+class AgentEnvironments:
+    """The environments that an agent has to do with.
+
+    Attributes:
+        compiling: Environment -> who waits until its modules are compiled.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self._used: Dict[str, int] = {}  # environment -> descriptor whose lock says that it is in use
+        self.compiling: Dict[str, List[Callable[[], Any]]] = {}
+
+    def use(self, prefix: str) -> Optional[str]:
+        """Mark one as in use until the agent ends; returns why it cannot be used, None if it can."""
+        if read_manifest(prefix) is None:
+            return "missing"
+        if prefix not in self._used:
+            fd = _lock_in_use(prefix)
+            if fd is None:
+                return "being removed"
+            self._used[prefix] = fd
+        problem = damage(prefix)
+        if problem is None:
+            try:
+                os.utime(prefix + ".use")  # the time of the last use
+            except OSError:
+                pass
+            return None
+        os.close(self._used.pop(prefix))
+        return problem
 
 
 def environment(channel: RequestChannel) -> None:
@@ -133,12 +162,12 @@ def _mark(root: str, exclusive: bool) -> None:
 
 
 def is_exclusive(root: str) -> bool:
-    """Whether nobody but us had anything in a root when it was marked."""
+    """Return whether nobody but us had anything in a root when it was marked."""
     return bool((_read_json(os.path.join(root, MARKER)) or {}).get("exclusive"))
 
 
 def _made_before(root: str) -> bool:
-    """Whether environments were made in a root that is not marked: there is one, or the lock of one."""
+    """Return whether environments were made in a root that is not marked: there is one, or the lock of one."""
     envs = os.path.join(root, "envs")
     for name in os.listdir(envs) if os.path.isdir(envs) else ():
         path = os.path.join(envs, name)
@@ -148,7 +177,7 @@ def _made_before(root: str) -> bool:
 
 
 def is_lock(path: str) -> bool:
-    """Whether a file is the lock of an environment."""
+    """Return whether a file is the lock of an environment."""
     stem, suffix = os.path.splitext(os.path.basename(path))
     named = suffix in (".build", ".use") and _ID.fullmatch(stem)
     return bool(named) and _is_file(path) and os.lstat(path).st_size == 0
@@ -162,7 +191,7 @@ def _is_file(path: str) -> bool:
 
 
 def is_ours(prefix: str) -> bool:
-    """Whether a directory is an environment that we have made: it has our name and our manifest."""
+    """Return whether a directory is an environment that we have made: it has our name and our manifest."""
     named = _ID.fullmatch(os.path.basename(prefix)) is not None
     return named and not os.path.islink(prefix) and read_manifest(prefix) is not None
 
@@ -182,9 +211,9 @@ def unfinished(envs: str, name: str = "") -> Iterator[Tuple[str, str]]:
 
 def wheels(root: str) -> Iterator[Tuple[str, str]]:
     """Yield (folder, path) of each package that was sent: a folder named by a hash, with nothing but files in it."""
-    place = os.path.join(root, "wheels")
-    for name in os.listdir(place) if os.path.isdir(place) else ():
-        path = os.path.join(place, name)
+    store = os.path.join(root, "wheels")
+    for name in os.listdir(store) if os.path.isdir(store) else ():
+        path = os.path.join(store, name)
         named = _WHEEL.fullmatch(name) and not os.path.islink(path) and os.path.isdir(path)
         if named and all(_is_package(os.path.join(path, entry)) for entry in os.listdir(path)):
             yield name, path
@@ -210,7 +239,7 @@ def _facts(channel: RequestChannel) -> None:
 
 def _find(channel: RequestChannel) -> None:
     prefix = _prefix(channel)
-    problem = use(prefix)
+    problem = channel.agent.shared(AgentEnvironments).use(prefix)
     if problem is None:
         _compile(channel, prefix)
         channel.result(found=True, prefix=prefix)
@@ -220,10 +249,10 @@ def _find(channel: RequestChannel) -> None:
 
 def _survey(channel: RequestChannel) -> None:
     from .environment_survey import survey
-    from .offload import aside
+    from .offload import offload
 
     params, root = channel.params, root_of(channel)
-    aside(channel, lambda: survey(params["wanted"], params["addresses"], params.get("env") or {}, root))
+    offload(channel, lambda: survey(params["wanted"], params["addresses"], params.get("env") or {}, root))
 
 
 def _prefix(channel: RequestChannel) -> str:
@@ -231,26 +260,6 @@ def _prefix(channel: RequestChannel) -> str:
     if not _ID.fullmatch(name):
         raise ValueError("not the name of an environment: {!r}".format(name))
     return os.path.join(root_of(channel), "envs", name)
-
-
-def use(prefix: str) -> Optional[str]:
-    """Mark an environment as in use until this agent ends; returns why it cannot be used, None if it can."""
-    if read_manifest(prefix) is None:
-        return "missing"
-    if prefix not in _used:
-        fd = _lock_in_use(prefix)
-        if fd is None:
-            return "being removed"
-        _used[prefix] = fd
-    problem = damage(prefix)
-    if problem is None:
-        try:
-            os.utime(prefix + ".use")  # the time of the last use
-        except OSError:
-            pass
-        return None
-    os.close(_used.pop(prefix))
-    return problem
 
 
 def _lock_in_use(prefix: str) -> Optional[int]:
@@ -366,7 +375,7 @@ class _Build:
                 self._channel.event(state="waiting")
             self._timer = self._channel.loop.call_later(_WAIT, self._again)
             return
-        problem = use(self._prefix)
+        problem = self._channel.agent.shared(AgentEnvironments).use(self._prefix)
         if problem is None:
             self._release()
             _compile(self._channel, self._prefix)
@@ -414,7 +423,7 @@ class _Build:
             raise
         if old:
             remove_tree(old)
-        problem = use(self._prefix)
+        problem = self._channel.agent.shared(AgentEnvironments).use(self._prefix)
         self._release()
         if problem is None:
             _compile(self._channel, self._prefix)
@@ -476,10 +485,11 @@ def _compile(channel: RequestChannel, prefix: str) -> None:
     finally:
         os.close(null)
         os.close(lock_fd)
-    _compiling[prefix] = []
+    compiling = channel.agent.shared(AgentEnvironments).compiling
+    compiling[prefix] = []
 
     def ended(status: int) -> None:
-        for then in _compiling.pop(prefix):
+        for then in compiling.pop(prefix):
             then()
 
     channel.loop.on_exit(pid, ended)
@@ -488,12 +498,13 @@ def _compile(channel: RequestChannel, prefix: str) -> None:
 def _compiled(channel: RequestChannel) -> None:
     """Tell when the modules of an environment have been compiled, as far as this agent sees to it."""
     prefix = _prefix(channel)
+    compiling = channel.agent.shared(AgentEnvironments).compiling
 
     def tell() -> None:
         channel.result(compiled=bool((read_manifest(prefix) or {}).get("compiled")))
 
-    if prefix in _compiling:
-        _compiling[prefix].append(tell)
+    if prefix in compiling:
+        compiling[prefix].append(tell)
     else:
         tell()
 
@@ -501,12 +512,12 @@ def _compiled(channel: RequestChannel) -> None:
 # --- packages that are sent ----------------------------------------------------------------------
 def _wheels(channel: RequestChannel) -> None:
     """Tell which packages have to be sent."""
-    place = os.path.join(root_of(channel), "wheels")
+    store = os.path.join(root_of(channel), "wheels")
     missing = []
     for folder, name, size in channel.params["wheels"]:
         if not _WHEEL.fullmatch(folder) or "/" in name:
             raise ValueError("not the name of a package: {!r}".format(os.path.join(folder, name)))
-        path = os.path.join(place, folder, name)
+        path = os.path.join(store, folder, name)
         try:
             there = os.stat(path).st_size == size
         except OSError:
@@ -516,8 +527,8 @@ def _wheels(channel: RequestChannel) -> None:
         else:
             missing.append(folder)
     if missing:
-        make(place, 0o700, trusts_group(channel))
-    channel.result(missing=missing, directory=place)
+        make(store, 0o700, trusts_group(channel))
+    channel.result(missing=missing, directory=store)
 
 
 _ACTIONS: Dict[str, Callable[[RequestChannel], None]] = {

@@ -15,7 +15,7 @@ from .sender import Sender, what_is
 from .stream import REQUEST, ByteCounter, CopyError, FrameStream, StreamClosedError, raw
 
 
-def serve(incoming: int, outgoing: int, parts: Optional[PartialFiles] = None, heir: Any = None) -> None:
+def serve(incoming: int, outgoing: int, parts: Optional[PartialFiles] = None, successor: Any = None) -> None:
     """Do the copies that are asked for, one after the other, until the stream ends.
 
     Unfinished files are removed when it ends in the middle of a copy, and when this process is told to end.
@@ -24,7 +24,7 @@ def serve(incoming: int, outgoing: int, parts: Optional[PartialFiles] = None, he
         incoming: Descriptor to read from.
         outgoing: Descriptor to write to; may be the same.
         parts: What earlier copies have left unfinished.
-        heir: Is given what the copies of this process leave unfinished when the stream ends.
+        successor: Is given what the copies of this process leave unfinished when the stream ends.
     """
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _end)
@@ -41,8 +41,8 @@ def serve(incoming: int, outgoing: int, parts: Optional[PartialFiles] = None, he
             except CopyError:
                 pass  # the manager knows it
     except StreamClosedError:
-        if parts is not None and heir is not None:
-            parts.hand_over(heir)
+        if parts is not None and successor is not None:
+            parts.send_to(successor)
     finally:
         stream.tell_nothing()
 

@@ -27,7 +27,7 @@ _RESERVE = 64  # descriptors that are left to other requests, and to the next st
 
 
 class CallAnswer:
-    """What a child of a zygote sends over its socket: a description, then as many bytes as that says.
+    """Answer that a child of a zygote sends over its socket: a description, then as many bytes as that says.
 
     Attributes:
         description: The description, once it has come.
@@ -43,7 +43,7 @@ class CallAnswer:
 
     @property
     def complete(self) -> bool:
-        """Whether all of it has come."""
+        """True if all of it has come."""
         return self.description is not None and self._left == 0
 
     def feed(self, data: bytes) -> None:
@@ -99,7 +99,7 @@ class ForkedCall:
         self._failed = ""  # why it could not be forked
         self._tree = ProcessTree(self._task)
         self._status: Optional[int] = None
-        self._gone = False  # whether the process has ended
+        self._exited = False  # whether the process has ended
         self._over = False
         self._wanted_end = False
         self._ending: Optional[Ending] = None
@@ -153,7 +153,7 @@ class ForkedCall:
     def _report(self, said: Dict[str, Any]) -> None:
         if "status" in said:
             self._failed = said.get("failed", "")
-            self._gone = True
+            self._exited = True
             self._status = said["status"]
             self._maybe_over()
             if not self._over:
@@ -179,7 +179,7 @@ class ForkedCall:
             return  # a call that is being ended is over when nothing is left of it
         if not self._pumps or not all(pump.ended for pump in self._pumps):
             return
-        if self._gone or self._answer.complete:
+        if self._exited or self._answer.complete:
             self._finish()
 
     def _await_rest(self) -> None:
@@ -237,7 +237,7 @@ class ForkedCall:
         """Send a signal to the process group by name, or end the whole tree in stages for "END"."""
         if name == "END" or not self._pid:
             self.end()
-        elif not self._gone:
+        elif not self._exited:
             number = getattr(signal, "SIG" + name)
             try:
                 os.killpg(self._pid, number)
@@ -256,7 +256,7 @@ class ForkedCall:
 
     def _ended(self) -> None:
         self._ending = None
-        if self._gone:
+        if self._exited:
             self._finish()
 
 

@@ -12,14 +12,14 @@ import stat
 import time
 
 from .directories import further
-from .processes import ChildProcess, descendants, exists, parent_of, send_signal, start_time
+from .processes import ChildProcess, descendants, send_signal, start_time
+from .ssh_session import SSHD_FILE
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 KEEP_FILE = "keep.json"
-SSHD_FILE = "sshd"  # names the sshd that serves the manager now, if it is not the first
 _PR_SET_CHILD_SUBREAPER = 36
 _PATIENCE = 1.0
 _SLOWEST = 60.0  # seconds for what an ssh process has not sent yet: some megabytes, over a megabit per second
@@ -87,10 +87,10 @@ def end_descendants() -> None:
     """End all descendants of this process, first asking, then not, until none is left that this user may end."""
     deadline = time.monotonic() + _PATIENCE
     asked: List[int] = []
-    beyond: List[int] = []
+    refused: List[int] = []
     while True:
         _reap()
-        alive = [pid for pid in descendants([os.getpid()]) if pid not in beyond]
+        alive = [pid for pid in descendants([os.getpid()]) if pid not in refused]
         if not alive:
             return
         if time.monotonic() < deadline:
@@ -98,7 +98,7 @@ def end_descendants() -> None:
             send_signal((pid for pid in alive if pid not in asked), signal.SIGCONT)
             asked = alive
         else:
-            beyond += send_signal(alive, signal.SIGKILL)
+            refused += send_signal(alive, signal.SIGKILL)
         # A child's end is a signal, a grandchild's becomes one as soon as it is ours; look again soon in any case.
         signal.sigtimedwait([signal.SIGCHLD], 0.02)
 
@@ -173,24 +173,3 @@ def _readers(paths: Iterable[str]) -> List[int]:
             except OSError:
                 pass  # it has gone
     return found
-
-
-def sshd_above(pid: int) -> Optional[int]:
-    """Return the sshd process that `pid` descends from, None if there is none within a few generations.
-
-    Where /proc hides other users' processes (``hidepid``), it hides sshd's, too, also one that runs as this user: what
-    hides above a session is taken for it.
-    """
-    for _ in range(6):
-        parent = parent_of(pid)
-        if not parent or parent == 1:
-            return None
-        try:
-            with open("/proc/{}/comm".format(parent)) as file:
-                name = file.read().strip()
-        except OSError:
-            return parent if exists(parent) else None
-        if name in ("sshd", "sshd-session", "dropbear"):
-            return parent
-        pid = parent
-    return None

@@ -1,4 +1,4 @@
-"""What kind of machine the host is, and how busy: read from /proc, /sys and control groups, in milliseconds."""
+"""Facts about the host's machine and its load: read from /proc, /sys and control groups, in milliseconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from typing import Any, Dict, List, Optional
 
 from .commands import environment
-from .gpus import survey
+from .gpus import HostGpus
 from .session import RequestChannel
 
 _UNLIMITED = 1 << 60  # control groups of version 1 say a number near 2**63 for "no limit"
@@ -22,8 +22,7 @@ def info(channel: RequestChannel) -> None:
     if not channel.params.get("gpus", True):
         channel.result(**dict(facts, gpus=[], gpu_problem=""))
         return
-    survey(
-        channel,
+    channel.agent.shared(HostGpus).survey(
         environment(channel),
         False,
         lambda gpus, problem: channel.result(**dict(facts, gpus=gpus, gpu_problem=problem)),

@@ -1,4 +1,4 @@
-"""What a host has: Python interpreters, and the packages of one of them. Runs in a zygote's child.
+"""Python interpreters of a host, and the packages of one of them. Runs in a zygote's child.
 
 Its imports are in the functions: every zygote loads this module, and few are ever asked.
 """
@@ -40,7 +40,7 @@ def interpreters() -> Iterator[Tuple[str, List[int]]]:
     import re
 
     seen: Set[Tuple[str, ...]] = set()
-    for directory in places():
+    for directory in interpreter_directories():
         for path in sorted(glob.glob(directory + "/python3*"), key=lambda name: (len(name), name)):
             file = (os.path.realpath(directory), os.path.realpath(path))
             # What pyenv puts on the PATH is a script that starts one of those that are found anyway.
@@ -53,17 +53,17 @@ def interpreters() -> Iterator[Tuple[str, List[int]]]:
                 yield path, version
 
 
-def places() -> List[str]:
+def interpreter_directories() -> List[str]:
     """Return patterns of the directories in which interpreters usually are, those on the PATH first."""
     import glob
 
     home = os.path.expanduser("~")
-    places = [glob.escape(part) for part in os.environ.get("PATH", "").split(os.pathsep) if part]
-    places += ["/usr/bin", "/usr/local/bin", "/opt/*/bin", "/opt/conda/envs/*/bin"]
+    found = [glob.escape(part) for part in os.environ.get("PATH", "").split(os.pathsep) if part]
+    found += ["/usr/bin", "/usr/local/bin", "/opt/*/bin", "/opt/conda/envs/*/bin"]
     home = glob.escape(home)
     for conda in _CONDA:
-        places += ["{}/{}/bin".format(home, conda), "{}/{}/envs/*/bin".format(home, conda)]
-    return places + [
+        found += ["{}/{}/bin".format(home, conda), "{}/{}/envs/*/bin".format(home, conda)]
+    return found + [
         home + "/.local/bin",
         home + "/.pyenv/versions/*/bin",
         home + "/.local/share/uv/python/*/bin",

@@ -1,4 +1,4 @@
-"""What agents of this user left that were killed together with their guardians, or by a crash of the machine."""
+"""Processes and directories of agents that were killed together with their guardians, or by a crash of the machine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import signal
 import stat
 import time
 
-from .directories import HOST_FILE, PREFIX, SOCKET, everywhere, is_of_this_host
+from .directories import HOST_FILE, PREFIX, SOCKET, every_parent_directory, is_of_this_host
 from .guardian import remove
-from .processes import AGENT_MARKER, marks, send_signal, start_time, tree_of
+from .processes import AGENT_MARKER, marked_processes, send_signal, start_time, tree_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def orphans() -> List[Tuple[int, int]]:
     """Return the processes whose agent has gone, each with its start time."""
     space = namespace()
     found = []
-    for pid, mark in marks(AGENT_MARKER):
-        here, agent, started = (mark.rsplit("-", 2) + ["", ""])[:3]
+    for pid, marker in marked_processes(AGENT_MARKER):
+        here, agent, started = (marker.rsplit("-", 2) + ["", ""])[:3]
         # Numbers of another pid namespace (a container's, seen from outside) say nothing here.
         if here == space and agent.isdigit() and str(start_time(int(agent))) != started:
             begun = start_time(pid)
@@ -63,15 +63,15 @@ def orphans() -> List[Tuple[int, int]]:
 
 
 def beside(own: str) -> Iterator[str]:
-    """Yield the paths of what has the name of an agent's directory, in the place of our own and in the other places."""
-    for place in dict.fromkeys([os.path.dirname(own), *everywhere()]):
+    """Yield the paths of what has the name of an agent's directory, beside our own and wherever else they may be."""
+    for parent in dict.fromkeys([os.path.dirname(own), *every_parent_directory()]):
         try:
-            names = os.listdir(place)
+            names = os.listdir(parent)
         except OSError:
             continue
         for name in names:
             if name.startswith(PREFIX):
-                yield os.path.join(place, name)
+                yield os.path.join(parent, name)
 
 
 def abandoned(own: str) -> List[str]:
@@ -117,7 +117,7 @@ def _names(path: str) -> List[str]:
 
 
 def _is_private(inode: os.stat_result, age: float) -> bool:
-    """Whether it is a directory of this user alone, as agents make them, and none that an agent is about to serve."""
+    """Return whether it is a directory of this user alone, as agents make them, and an agent would serve it by now."""
     alone = stat.S_ISDIR(inode.st_mode) and not inode.st_mode & 0o077 and inode.st_uid == os.getuid()
     return alone and inode.st_mtime < time.time() - age
 

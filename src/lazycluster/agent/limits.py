@@ -1,4 +1,4 @@
-"""What a task may use of its host: set where its processes begin, and a clock for the time that it takes.
+"""Limits of what a task may use of its host: set where its processes begin; a clock for the time that it takes.
 
 This module stands alone: its text is also run in front of a command, and sent to the interpreters of functions.
 """

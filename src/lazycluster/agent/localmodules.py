@@ -92,14 +92,14 @@ class InstalledCopies:
 
 
 def _is_installed(spec: Any, name: str, distribution: str) -> bool:
-    """Whether a module is of a distribution that is installed: another one may have the same name by chance."""
+    """Return whether a module is of an installed distribution: another one may have the same name by chance."""
     wanted = {_normalized(distribution or name), _normalized(name), _normalized(name.partition(".")[0])}
     base = spec.origin
     for _ in range(name.count(".") + (2 if spec.submodule_search_locations else 1)):
         base = os.path.dirname(base)
-    for place in [base, *(path for path in sys.path if os.path.basename(path) in _INSTALLED)]:
+    for directory in [base, *(path for path in sys.path if os.path.basename(path) in _INSTALLED)]:
         try:
-            entries = os.listdir(place)
+            entries = os.listdir(directory)
         except OSError:
             continue
         for entry in entries:
@@ -119,7 +119,7 @@ def show_lines(file: str, text: str) -> None:
 
 
 def _is_here(file: str, text: str) -> bool:
-    """Whether this is the manager's machine, or has its directory: the file is where it is there, and the same."""
+    """Return whether this is the manager's machine, or has its directory: the same file at the same path."""
     try:
         with open(file, "rb") as opened:
             return opened.read() == text.encode("utf-8")
@@ -287,7 +287,7 @@ def missing_part(error: BaseException) -> str:
     path = getattr(error, "filename", None)
     if isinstance(error, FileNotFoundError) and isinstance(path, (str, os.PathLike)):
         for name, (_, _, filename, _) in _finder.sources.items():
-            folders = {os.path.dirname(place) for place in (filename, _finder.spec(name).origin) if place}
+            folders = {os.path.dirname(path) for path in (filename, _finder.spec(name).origin) if path}
             if any(os.fspath(path).startswith(folder + os.sep) for folder in folders):
                 return _advice(name)
     return ""
@@ -320,7 +320,7 @@ def fill(portion: Iterable[Tuple[types.ModuleType, Dict[str, Any]]]) -> None:
 
 
 def _is(one: Any, other: Any) -> bool:
-    """Whether two values are one, as far as pickles keep that."""
+    """Return whether two values are one, as far as pickles keep that."""
     return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and bool(one == other))
 
 

@@ -1,85 +1,31 @@
-"""Whether the manager is there: its streams, the loss and the return of them, and when it is taken for gone."""
+"""The agent's link to its manager: the streams, their loss and return, and the time after which it has ended."""
 
 from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
 import os
 import signal
-import struct
 import time
 
-from . import tcp
-from .guardian import SSHD_FILE, sshd_above
-from .logout import kills_at_logout
-from .processes import ChildProcess
 from .session import FrameSession
+from .ssh_session import SshSession, kills_at_logout
 from .wire import TOTAL_SIZE, FrameError
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, List, Optional, Protocol
+    from typing import Any, Callable, List, Optional
 
-    from .session import RequestChannel, SessionOwner
-
-    class LinkOwner(SessionOwner, Protocol):
-        """What this needs of the agent."""
-
-        ending: bool
-
-        def end(self) -> None:
-            """End everything."""
-
+    from .server import Agent
+    from .session import RequestChannel
 
 SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
 _NO_SSHD = "the agent finds no sshd above its session, so it cannot tell the manager's end from that of the link"
 SECRET_SIZE = 16
-KEPT, GONE = b"K", b"N"
+KEPT, NOT_KEPT = b"K", b"N"
 _HEAD_LIMIT = 15.0  # seconds within which who wants to rejoin must say who it is
 _SOON = 0.1  # seconds within which the one end of a session's streams follows the other
 _SSHD_LIMIT = 1.0  # seconds that sshd gets to end after its streams have
 _LOOK_EVERY = 0.02
-
-
-class Line:
-    """The session of sshd that the streams come from.
-
-    Args:
-        connection: Held as long as its process on the host is to live.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        pid = _peer(connection)
-        sshd = sshd_above(pid) if pid else None
-        self._sshd = ChildProcess(sshd) if sshd else None
-        self._tcp = tcp.of_session(pid) if pid else None
-
-    @property
-    def up(self) -> bool:
-        """Whether sshd is there."""
-        return self._sshd is not None and self._sshd.alive
-
-    @property
-    def cut(self) -> bool:
-        """Whether the link has gone for certain: without sshd, or with one that is about to end."""
-        return not self.up or (self._tcp is not None and not self._tcp.stands())
-
-    def note(self, directory: str) -> None:
-        """Leave word for the guardian, which ends this session when the agent has ended."""
-        path = os.path.join(directory, SSHD_FILE)
-        with open(path + ".new", "w") as file:
-            sshd = self._sshd
-            file.write("{} {}".format(sshd.pid, sshd.started or 0) if sshd is not None else "0 0")
-        os.rename(path + ".new", path)
-
-    def signal(self, number: int) -> None:
-        """Send sshd a signal: it may hold ports, for a manager that it cannot reach."""
-        if self._sshd is not None:
-            self._sshd.signal(number)
-
-    def close(self) -> None:
-        """Let its process on the host end."""
-        self._connection.close()
 
 
 class ManagerLink:
@@ -97,11 +43,11 @@ class ManagerLink:
         grace: For how many seconds the manager may be away.
     """
 
-    def __init__(self, agent: "LinkOwner", local: bool) -> None:
+    def __init__(self, agent: Agent, local: bool) -> None:
         self.session: Optional[FrameSession] = None
         self._agent = agent
         self._local = local
-        self._line: Optional[Line] = None
+        self._ssh_session: Optional[SshSession] = None
         self._heard = time.monotonic()
         self._secret = b""
         self.grace = 0.0
@@ -114,7 +60,7 @@ class ManagerLink:
 
     def begin(self, connection: socket.socket, fds: List[int]) -> FrameSession:
         """Begin the session on the streams of the manager that has brought the agent."""
-        self._line = Line(connection)
+        self._ssh_session = SshSession(connection)
         self._heard = time.monotonic()
         self.session = FrameSession(self._agent)
         self.session.attach(fds[0], fds[1])
@@ -123,7 +69,7 @@ class ManagerLink:
     def agree(self, channel: RequestChannel) -> None:
         """Handle the request `session`: the manager says by what it will be known, and for how long it may be away."""
         params = channel.params
-        refusal = "" if self._line is not None and self._line.up else _NO_SSHD
+        refusal = "" if self._ssh_session is not None and self._ssh_session.up else _NO_SSHD
         if not refusal:
             refusal = kills_at_logout()
         if not refusal and params["grace"] > 0:
@@ -168,10 +114,10 @@ class ManagerLink:
         if self._local or not self.grace or isinstance(error, FrameError):
             self._agent.end()
             return
-        line, since = self._line, time.monotonic()
+        line, since = self._ssh_session, time.monotonic()
 
         def judge() -> None:
-            if line is not self._line or not session.attached:
+            if line is not self._ssh_session or not session.attached:
                 return  # the manager is back
             if line is None or line.cut:
                 self._interrupted()
@@ -187,8 +133,8 @@ class ManagerLink:
     def _interrupted(self) -> None:
         if self.session is not None:
             self.session.detach()
-        if self._line is not None:
-            self._line.close()
+        if self._ssh_session is not None:
+            self._ssh_session.close()
 
     # --- return --------------------------------------------------------------------------------
     def rejoin(self, connection: socket.socket, fds: List[int]) -> None:
@@ -225,7 +171,7 @@ class ManagerLink:
     def _replace(self, connection: socket.socket, fds: List[int], secret: bytes, total: int) -> None:
         from hmac import compare_digest
 
-        session, old = self.session, self._line
+        session, old = self.session, self._ssh_session
         known = bool(self._secret) and compare_digest(secret, self._secret)
         if not known or session is None or self._agent.ending:
             _refuse(connection, fds)
@@ -234,7 +180,7 @@ class ManagerLink:
         self._attempts += 1
         attempt = self._attempts
         session.detach()  # from now on nothing more is received: how much it was is about to be told
-        self._line = line = Line(connection)
+        self._ssh_session = line = SshSession(connection)
         if old is not None:
             old.close()
 
@@ -261,11 +207,11 @@ class ManagerLink:
         """End the session, and what it came with."""
         if self.session is not None:
             self.session.close()
-        if self._line is not None:
-            self._line.close()
+        if self._ssh_session is not None:
+            self._ssh_session.close()
 
 
-def _end_of(line: Optional[Line], loop: Any, then: Callable[[], Any]) -> None:
+def _end_of(line: Optional[SshSession], loop: Any, then: Callable[[], Any]) -> None:
     """Call `then` when an sshd has ended that has lost its client: it may still hold ports that are wanted again."""
     began = time.monotonic()
     sent: List[int] = []
@@ -286,18 +232,9 @@ def _end_of(line: Optional[Line], loop: Any, then: Callable[[], Any]) -> None:
 
 def _refuse(connection: socket.socket, fds: List[int]) -> None:
     try:
-        os.write(fds[1], GONE + bytes(TOTAL_SIZE))
+        os.write(fds[1], NOT_KEPT + bytes(TOTAL_SIZE))
     except OSError:
         pass  # it has gone itself
     for fd in fds:
         os.close(fd)
     connection.close()
-
-
-def _peer(connection: socket.socket) -> int:
-    """Return the process that has connected; 0 where the system does not tell."""
-    try:
-        size = struct.calcsize("3i")
-        return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0])
-    except (AttributeError, OSError):
-        return 0

@@ -1,4 +1,4 @@
-"""Whether the system has ended processes because it had no memory left."""
+"""Processes that the system has ended because it had no memory left."""
 
 from __future__ import annotations
 

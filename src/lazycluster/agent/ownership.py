@@ -105,7 +105,7 @@ def _writable(inode: os.stat_result) -> bool:
 
 
 class _Users:
-    """Who is trusted.
+    """The users who are trusted.
 
     Attributes:
         trusted: The numbers of users.
@@ -121,7 +121,7 @@ class _Users:
             pass  # it has no home directory
 
     def _trusts(self, group: int) -> bool:
-        """Whether a group has no member who is not trusted; where each user has a group of his own, it has none."""
+        """Return whether all members of a group are trusted, as where each user has a group of their own."""
         if self._trust_group:
             return True
         import grp
@@ -133,7 +133,7 @@ class _Users:
         return known.pw_gid == group and found.gr_name == known.pw_name and set(found.gr_mem) <= {known.pw_name}
 
     def keep_out(self, inode: os.stat_result) -> bool:
-        """Whether only who is trusted gets into a directory."""
+        """Return whether only trusted users get into a directory."""
         if inode.st_uid not in self.trusted or inode.st_mode & stat.S_IXOTH:
             return False
         return not inode.st_mode & stat.S_IXGRP or self._trusts(inode.st_gid)

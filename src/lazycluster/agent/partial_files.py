@@ -90,7 +90,7 @@ class PartialFiles:
             while self._parts:
                 os.close(self._parts.pop().fd)
 
-    def hand_over(self, connection: Any) -> None:
+    def send_to(self, connection: Any) -> None:
         """Give all of them to another process."""
         for part in self._parts:
             message = json.dumps([text(part.path), *part[1:3], *part[4:]]).encode("ascii")

@@ -16,7 +16,7 @@ _OPEN = 0o755  # whatever the umask lets through, others may not write
 
 
 def trusts_group(channel: RequestChannel) -> bool:
-    """Whether the user has said that directories may be used that their group may write to."""
+    """Return whether the user allows directories that their group may write to."""
     return bool(channel.params.get("trust_group"))
 
 

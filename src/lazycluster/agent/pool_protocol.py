@@ -1,4 +1,4 @@
-"""What manager, agent and workers of a pool tell each other; used by all three.
+"""Messages between manager, agent and workers of a pool; used by all three.
 
 Manager to agent, in the INPUT of the pool's channel: records, each a head and `size` bytes.
 Agent to worker: chunks as they came, over a queue that all workers of the pool take from; blobs as descriptors, over a
@@ -28,7 +28,7 @@ READY = 5  # the worker has been initialised
 UNFIT = 6  # its initialisation has failed
 
 GIVEN = struct.Struct("!QQ")  # comes with the descriptor of a blob: number, size
-GONE = (1 << 64) - 1  # the size of a blob that is not there
+MISSING = (1 << 64) - 1  # the size of a blob that is not there
 
 WORKER = struct.Struct("!I")  # before each piece of OUTPUT
 

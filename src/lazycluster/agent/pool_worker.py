@@ -26,8 +26,8 @@ from .pool_protocol import (
     BROKEN,
     CHUNK,
     GIVEN,
-    GONE,
     LARGE,
+    MISSING,
     MIXED,
     NEED,
     READY,
@@ -159,7 +159,7 @@ class PoolWorker:
 
     def __init__(self, own: socket.socket, queue: socket.socket, board: mmap.mmap, slot: int) -> None:
         self._own, self._queue, self._board = own, queue, board
-        self._place = slot * SLOT_SIZE
+        self._offset = slot * SLOT_SIZE
         self._functions: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._results = _ResultPickler()
         localmodules.shared_objects = _SharedObjects(self._fetch)
@@ -184,13 +184,13 @@ class PoolWorker:
             if not record:
                 return
             kind, blob, number, first, count, size = RECORD.unpack_from(record)
-            SLOT.pack_into(self._board, self._place, number, first)
+            SLOT.pack_into(self._board, self._offset, number, first)
             data: Any = memoryview(record)[RECORD.size :]
             if kind & LARGE:
                 data = _mapped(fds[0])
                 kind &= ~LARGE
             self._run(kind, blob, number, first, count, data)
-            SLOT.pack_into(self._board, self._place, 0, 0)
+            SLOT.pack_into(self._board, self._offset, 0, 0)
 
     def _run(self, kind: int, blob: int, number: int, first: int, count: int, data: Any) -> None:
         start = time.perf_counter()
@@ -205,7 +205,7 @@ class PoolWorker:
         failed = False
         for index in range(first, first + count):
             if count > 1:
-                SLOT.pack_into(self._board, self._place, number, index)
+                SLOT.pack_into(self._board, self._offset, number, index)
             try:
                 value = function(*calls[index], **kwargs)
                 if type(value) is types.CoroutineType:
@@ -287,7 +287,7 @@ class PoolWorker:
         data, fds = descriptors.receive(self._own, 1, GIVEN.size)
         if not data:
             raise EOFError("the pool has ended")
-        if GIVEN.unpack(data)[1] == GONE:
+        if GIVEN.unpack(data)[1] == MISSING:
             raise LookupError("what the call needs has been dropped on the host")
         fd: int = fds[0]
         return fd

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 
-from .pool_protocol import BACK, BLOB, CANCEL, DROP, GIVEN, GONE, LARGE, RECORD, SLOT, SLOT_SIZE, SMALL
+from . import gpus, host_info
+from .commands import environment, marked_environment
+from .functions import keep_library, with_interpreter
+from .paths import meant
+from .pool_protocol import BACK, BLOB, CANCEL, DROP, GIVEN, LARGE, MISSING, RECORD, SLOT, SLOT_SIZE, SMALL
 from .pool_queue import PoolQueue
-from .processes import Ending, ProcessTree, Pump, explained, pipe
+from .processes import TASK_MARKER, Ending, ProcessTree, Pump, explained, pipe
 from .worker_handle import WorkerHandle
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -20,7 +24,16 @@ if TYPE_CHECKING:
     from .session import RequestChannel
     from .zygotes import Interpreter
 
-_STILLBORN = 3  # workers in a row that end before they are ready, after which there is no point in more
+_THREAD_LIMITS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+_MOST_WORKERS = 4096
+_MOST_FAILED_STARTS = 3  # workers in a row that end before they are ready, after which there is no point in more
 _LEAVE_LIMIT = 5.0  # seconds that idle workers get to run their exit handlers
 _FORK_WAIT = 0.02
 _LOOK_AGAIN = 1.0
@@ -66,9 +79,9 @@ class WorkerPool:
         self.channel, self._interpreter, self._message, self._most = channel, interpreter, message, most
         self._variables, self._renew, self._at_end = variables, renew, at_end
         self._renewing = False
-        self._hands: Dict[int, WorkerHandle] = {}  # by slot
+        self._workers: Dict[int, WorkerHandle] = {}  # by slot
         self._count = 0
-        self._stillborn = 0
+        self._failed_starts = 0
         self._blobs: Dict[int, int] = {}
         self._cancelled: Set[int] = set()  # that may still run
         self._suspects: Set[int] = set()
@@ -103,8 +116,8 @@ class WorkerPool:
 
     def _resume(self) -> None:
         self._pump.resume()
-        for hand in list(self._hands.values()):
-            hand.resume()
+        for worker in list(self._workers.values()):
+            worker.resume()
 
     # --- what the manager sends ----------------------------------------------------------------
     def _input(self, data: bytes) -> None:
@@ -173,7 +186,7 @@ class WorkerPool:
     def _push(self) -> None:
         """Fill the queue as far as it goes, and have enough workers."""
         self._queue.push()
-        self._hire()
+        self._start_workers()
 
     def _cancel(self, number: int) -> None:
         self._queue.drop(number)
@@ -184,34 +197,34 @@ class WorkerPool:
     def _end_cancelled(self) -> None:
         """End who runs what was cancelled; who has just taken it may not have noted that yet."""
         self._cancelled.intersection_update(self._queue.sent)
-        for hand in list(self._hands.values()):
-            if hand.chunk()[0] in self._cancelled:
-                hand.end()
+        for worker in list(self._workers.values()):
+            if worker.chunk()[0] in self._cancelled:
+                worker.end()
         if self._cancelled:
             self._look_later()
 
     # --- the workers ---------------------------------------------------------------------------
-    def _hire(self) -> None:
+    def _start_workers(self) -> None:
         wanted = min(self._most, len(self._queue))
-        if len(self._hands) < wanted and self._interpreter.ended and not self._over():
+        if len(self._workers) < wanted and self._interpreter.ended and not self._over():
             self._replace_interpreter()
             return
-        while len(self._hands) < wanted and not self._over():
-            slot = next(slot for slot in range(self._most) if slot not in self._hands)
+        while len(self._workers) < wanted and not self._over():
+            slot = next(slot for slot in range(self._most) if slot not in self._workers)
             SLOT.pack_into(self.board, slot * SLOT_SIZE, 0, 0)
             fds: List[int] = []
             try:
                 for fd in (self._out, self._out, self._queue.fileno(), self._board_fd):
                     fds.append(os.dup(fd))
                 self._count += 1
-                hand = self._hands[slot] = WorkerHandle(self, self._count, slot)
+                worker = self._workers[slot] = WorkerHandle(self, self._count, slot)
             except OSError as error:
                 for fd in fds:
                     os.close(fd)
                 self._no_more(explained(error.strerror))
                 return
             variables = self._variables[slot] if self._variables else {}
-            hand.start(self._interpreter, dict(self._message, slot=slot, variables=variables), fds)
+            worker.start(self._interpreter, dict(self._message, slot=slot, variables=variables), fds)
 
     def _replace_interpreter(self) -> None:
         """Go on with another one: this was ended, e.g. by a host that has run out of memory."""
@@ -227,9 +240,9 @@ class WorkerPool:
 
     def _no_more(self, why: str) -> None:
         """Go on with the workers that there are, if there are any."""
-        if not self._hands:
+        if not self._workers:
             self.fail("os", "no process can be started on the host: {}".format(why))
-        self._most = max(1, len(self._hands))
+        self._most = max(1, len(self._workers))
 
     def finished(self, number: int) -> None:
         """Note that the answer to a chunk has come as a whole."""
@@ -238,20 +251,20 @@ class WorkerPool:
 
     def is_ready(self) -> None:
         """Note that a worker can be used."""
-        self._stillborn = 0
+        self._failed_starts = 0
 
-    def give(self, hand: WorkerHandle, blob: int) -> None:
+    def give(self, worker: WorkerHandle, blob: int) -> None:
         """Hand a blob to a worker."""
         fd = self._blobs.get(blob, -1)
         if fd < 0:
-            hand.say(GIVEN.pack(blob, GONE), [])
+            worker.send(GIVEN.pack(blob, MISSING), [])
         else:
-            hand.say(GIVEN.pack(blob, os.fstat(fd).st_size), [fd])
+            worker.send(GIVEN.pack(blob, os.fstat(fd).st_size), [fd])
 
-    def gone(self, hand: WorkerHandle, fields: Dict[str, Any]) -> None:
+    def worker_ended(self, worker: WorkerHandle, fields: Dict[str, Any]) -> None:
         """Handle the end of a worker."""
-        self._hands.pop(hand.slot, None)
-        number, index = hand.chunk()
+        self._workers.pop(worker.slot, None)
+        number, index = worker.chunk()
         if self._ending is not None:
             return
         if self._closing:
@@ -261,21 +274,21 @@ class WorkerPool:
         fields["output"] = self._tail.decode("utf-8", "replace")
         if number in self._queue.sent:
             del self._queue.sent[number]
-            self.channel.event(died=fields, number=number, at=index, innocent=hand.ending)
-        elif hand.ending:  # it may have gone on, and taken another one, before the signal came
+            self.channel.event(died=fields, number=number, at=index, innocent=worker.ending)
+        elif worker.ending:  # it may have gone on, and taken another one, before the signal came
             self._look_later()
         else:
-            self._lost_worker(hand, fields)
+            self._lost_worker(worker, fields)
         self._push()
 
-    def _lost_worker(self, hand: WorkerHandle, fields: Dict[str, Any]) -> None:
+    def _lost_worker(self, worker: WorkerHandle, fields: Dict[str, Any]) -> None:
         """Handle the end of a worker that had nothing to do, or had not yet said what."""
         if fields.get("failed"):
             self._no_more(explained(fields["failed"]))
             return
-        if not hand.ready:
-            self._stillborn += 1
-            if self._stillborn >= _STILLBORN:
+        if not worker.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= _MOST_FAILED_STARTS:
                 self.fail("worker", "the workers end before they can do anything", **fields)
                 return
         self._look_later()
@@ -298,7 +311,7 @@ class WorkerPool:
             return
         self._end_cancelled()
         self._queue.take_back()
-        held = {hand.chunk()[0] for hand in self._hands.values()}
+        held = {worker.chunk()[0] for worker in self._workers.values()}
         missing = {number for number in self._queue.sent if number not in held}
         for number in missing & self._suspects:
             del self._queue.sent[number]
@@ -321,11 +334,11 @@ class WorkerPool:
         self._closing = True
         self._queue.end()
         self._maybe_closed()
-        if self._closing and self._hands:
+        if self._closing and self._workers:
             self.channel.loop.call_later(_LEAVE_LIMIT, self.end)
 
     def _maybe_closed(self) -> None:
-        if not self._hands:
+        if not self._workers:
             self.end()
 
     def end(self) -> None:
@@ -336,19 +349,19 @@ class WorkerPool:
         self._ending = Ending(self.channel.loop, self._tree, self._ended)
 
     def _tree(self) -> List[int]:
-        for hand in self._hands.values():
-            self._processes.add(hand.pid, hand.started)
+        for worker in self._workers.values():
+            self._processes.add(worker.pid, worker.started)
         return self._processes.living()
 
     def _ended(self) -> None:
         if self._pump.ended:
             return
-        if any(not hand.pid for hand in self._hands.values()):  # one that is just being forked
+        if any(not worker.pid for worker in self._workers.values()):  # one that is just being forked
             self.channel.loop.call_later(_FORK_WAIT, lambda: Ending(self.channel.loop, self._tree, self._ended))
             return
-        for hand in list(self._hands.values()):
-            hand.close()
-        self._hands.clear()
+        for worker in list(self._workers.values()):
+            worker.close()
+        self._workers.clear()
         self._pump.drain()
         self._pump.close()
         self._queue.close()
@@ -358,3 +371,67 @@ class WorkerPool:
         self.board.close()
         self._at_end()
         self.channel.result()
+
+
+# --- the request ----------------------------------------------------------------------------------
+def pool(channel: RequestChannel) -> None:
+    """Handle the request `pool`: see `pool_protocol` for what INPUT and OUTPUT are.
+
+    With `gpus`, e.g. {"count": 1, "workers": 2, "idle": true}, there are as many workers as the host has shares of
+    `count` GPUs, times `workers` that share one; each sees its own only.
+    """
+    keep_library(channel)
+    most = channel.params.get("workers")
+    if most is not None and (not isinstance(most, int) or not 0 < most <= _MOST_WORKERS):
+        channel.fail("value", "a host can have 1 to {} workers, not {!r}".format(_MOST_WORKERS, most))
+        return
+    wanted = gpus.wanted(channel.params)
+    if wanted is None:
+        _begin(channel, most or host_info.cpu_cores(), [], 1)
+        return
+    together = max(1, int(channel.params["gpus"].get("workers") or 1))
+    shares_wanted = None if most is None else -(-most // together)
+
+    def given(shares: List[gpus.GpuShare], problem: str) -> None:
+        if problem:
+            channel.fail("gpu", problem)
+        else:
+            _begin(channel, min(most or _MOST_WORKERS, len(shares) * together), shares, together)
+
+    host = channel.agent.shared(gpus.HostGpus)
+    channel.on_abandon = host.take(environment(channel), "a pool", wanted[0], shares_wanted, wanted[1], given).cancel
+
+
+def _begin(channel: RequestChannel, most: int, shares: List[gpus.GpuShare], together: int) -> None:
+    params = channel.params
+    task = params.get("task") or ""
+    env = environment(channel)
+    for name in _THREAD_LIMITS:
+        env.setdefault(name, str(max(1, host_info.cpu_cores() // most)))
+    message = {
+        "kind": "pool",
+        "cwd": meant(params.get("cwd") or "", "", env),
+        "task": marked_environment(channel, {}, task).get(TASK_MARKER, ""),
+        "name": params.get("name") or "",
+        "initializer": params.get("initializer") or 0,
+    }
+
+    def release() -> None:
+        for share in shares:
+            share.release()
+
+    def renew(then: Callable[[Interpreter], Any], failed: Callable[[], Any]) -> None:
+        with_interpreter(channel, env, lambda interpreter: lambda: then(interpreter), failed)
+
+    def begin(interpreter: Interpreter) -> None:
+        try:
+            if channel.open:
+                variables = [shares[slot // together].variables for slot in range(most)] if shares else []
+                WorkerPool(channel, interpreter, message, most, variables, renew, release)
+                return
+        except OSError as error:
+            channel.fail("os", "no pool can be made: {}".format(error.strerror), errno=error.errno)
+        release()
+
+    channel.on_abandon = lambda: None
+    renew(begin, release)

@@ -163,7 +163,7 @@ def family(pid: int) -> List[int]:
     return found
 
 
-def marks(marker: str) -> List[Tuple[int, str]]:
+def marked_processes(marker: str) -> List[Tuple[int, str]]:
     """Return (pid, value) of the processes that were started with `marker` in their environment."""
     prefix = os.fsencode(marker + "=")
     found: List[Tuple[int, str]] = []
@@ -189,7 +189,7 @@ def tree_of(pid: int, started: Optional[int], task: str) -> List[int]:
     if started is not None and start_time(pid) == started:
         found = [pid, *descendants([pid])]
     if task:
-        found += [other for other, value in marks(TASK_MARKER) if value == task and other not in found]
+        found += [other for other, value in marked_processes(TASK_MARKER) if value == task and other not in found]
     return [pid for pid in found if pid not in (os.getpid(), 0, 1)]
 
 
@@ -465,7 +465,7 @@ class Ending:
 
     _LOOK_EVERY = 0.02
     _LONGEST_LOOK = 0.25  # seconds that count for one look: while this process stood still, others may have, too
-    _SPARED = 25  # looks; see `_victims`
+    _SPARED = 25  # looks; see `_to_kill`
 
     def __init__(
         self,
@@ -477,7 +477,7 @@ class Ending:
         self._loop, self._find, self._on_end = loop, find, on_end
         self._stages = list(stages)
         self._told: Set[int] = set()
-        self._beyond: Set[int] = set()  # those that could not even be killed
+        self._refused: Set[int] = set()  # those that could not even be killed
         self._waited = 0.0
         self._looked = time.monotonic()
         self._spared = 0
@@ -485,7 +485,7 @@ class Ending:
 
     def _step(self) -> None:
         try:
-            alive = [pid for pid in self._find() if pid not in self._beyond]
+            alive = [pid for pid in self._find() if pid not in self._refused]
         except OSError:  # a process went while it was looked at, or there are no descriptors: this must not be the end
             self._loop.call_later(self._LOOK_EVERY, self._step)
             return
@@ -497,7 +497,7 @@ class Ending:
         # Repeated for those that appeared since, and for ever in the last stage: a process may fork while it is ended.
         new = [pid for pid in alive if pid not in self._told]
         if number == signal.SIGKILL:
-            self._beyond.update(send_signal(self._victims(alive), number))
+            self._refused.update(send_signal(self._to_kill(alive), number))
         else:
             send_signal(new, number)
         self._told.update(alive)
@@ -511,11 +511,11 @@ class Ending:
         self._loop.call_later(self._LOOK_EVERY, self._step)
 
     def _tell(self) -> None:
-        text = out_of_reach(sorted(self._beyond)) if self._beyond else ""
+        text = out_of_reach(sorted(self._refused)) if self._refused else ""
         if text and self._loop.report is not None:
             self._loop.report(text)
 
-    def _victims(self, alive: List[int]) -> List[int]:
+    def _to_kill(self, alive: List[int]) -> List[int]:
         """Return those to be killed: multiprocessing's tracker last, since it removes what others leave in /dev/shm."""
         others = [pid for pid in alive if not _is_tracker(pid)]
         if others:

@@ -43,7 +43,7 @@ from .stream import (
 )
 
 _SECOND = 10**9
-_PLACE = Callable[[bool, bytes], Tuple[bytes, Optional[bytes], bool]]
+_Destination = Callable[[bool, bytes], Tuple[bytes, Optional[bytes], bool]]
 
 
 class _Wanted(NamedTuple):
@@ -58,18 +58,18 @@ class Receiver:
 
     Args:
         stream: Where from.
-        place: Told whether it is a folder, and its name, makes the directory that it goes to; returns its path, the
-            name that a file gets in it, and whether the directory was made for this copy.
-        tally: Counts what is done.
+        destination: Told whether it is a folder, and its name, makes the directory that it goes to. Returns the path of
+            that, the name that a file gets in it, and whether the directory was made for this copy.
+        counter: Counts what is done.
         parts: What earlier tries have left; takes what this one leaves.
     """
 
     def __init__(
-        self, stream: FrameStream, place: _PLACE, tally: ByteCounter, parts: Optional[PartialFiles] = None
+        self, stream: FrameStream, destination: _Destination, counter: ByteCounter, parts: Optional[PartialFiles] = None
     ) -> None:
         self._stream = stream
-        self._place = place
-        self._tally = tally
+        self._destination = destination
+        self._counter = counter
         self._parts = parts
         self._tree: Optional[DirectoryTree] = None
         self._file_name: Optional[bytes] = None
@@ -82,7 +82,7 @@ class Receiver:
     def run(self) -> bytes:
         """Receive everything; return the path of the file or folder.
 
-        What of a folder cannot be read there is left out: the tally names it.
+        What of a folder cannot be read there is left out: the counter names it.
 
         Raises:
             CopyError: If something cannot be written here, or a single file cannot be read there. What was there before
@@ -155,7 +155,7 @@ class Receiver:
                 left_out = stream.message(list)
                 if self._wanted:
                     raise StreamClosedError("it has ended too early")
-                self._tally.left_out += [str(line) for line in left_out[:1000]]
+                self._counter.left_out += [str(line) for line in left_out[:1000]]
                 self._tree.settle()
                 return self._tree.whole(self._file_name or b"")
             try:
@@ -172,7 +172,7 @@ class Receiver:
     def _start(self) -> None:
         message = self._stream.message()
         self._clocks_apart = time.time_ns() - int(message["now"])
-        path, self._file_name, self._made = self._place(bool(message["folder"]), raw(message["name"]))
+        path, self._file_name, self._made = self._destination(bool(message["folder"]), raw(message["name"]))
         try:
             self._tree = DirectoryTree(path)
         except OSError as error:
@@ -180,10 +180,10 @@ class Receiver:
         self._stream.put_json(READY, {"identity": identity(os.fstat(self._tree.root))})
 
     def _listed(self) -> None:
-        self._tally.total = _within_64_bits(self._stream.message(int))
+        self._counter.total = _within_64_bits(self._stream.message(int))
 
     def _unused(self) -> None:
-        self._tally.unused = [str(pattern) for pattern in self._stream.message(list)]
+        self._counter.unused = [str(pattern) for pattern in self._stream.message(list)]
 
     def _entries(self) -> None:
         self._between_files()
@@ -209,8 +209,8 @@ class Receiver:
             size = int(entry[4])
             need = self._need(name, size, mtime, int(entry[3]))
             if need[0] == NOT_WANTED:
-                self._tally.moved(size)
-                self._tally.file(False)
+                self._counter.moved(size)
+                self._counter.file(False)
             else:
                 part = self._parts.take(tree.whole(name), size, mtime) if need[0] == WANTED and self._parts else None
                 if part is not None:
@@ -242,7 +242,7 @@ class Receiver:
             os.close(part.fd)
             raise self._failed(error) from error
         self._checksum, self._size = part.checksum, part.done
-        self._tally.moved(start)
+        self._counter.moved(start)
 
     def _data(self) -> None:
         if self._part is None:
@@ -253,7 +253,7 @@ class Receiver:
         for piece in self._stream.pieces():
             self._checksum = zlib.crc32(piece, self._checksum)
             self._size += len(piece)
-            self._tally.moved(len(piece))
+            self._counter.moved(len(piece))
             try:
                 part.write(piece)
             except OSError as error:
@@ -273,7 +273,7 @@ class Receiver:
                 raise self._failed(error) from error
         self._part = None
         self._wanted.popleft()
-        self._tally.file(True)
+        self._counter.file(True)
 
     def _same(self) -> None:
         self._between_files()
@@ -290,8 +290,8 @@ class Receiver:
         except OSError as error:
             raise self._failed(error) from error
         self._wanted.popleft()
-        self._tally.moved(size)
-        self._tally.file(False)
+        self._counter.moved(size)
+        self._counter.file(False)
 
     def _missed(self) -> None:
         """Go on without what cannot be read there; a file of that name that is here stays as it is."""
@@ -303,7 +303,7 @@ class Receiver:
             if self._part is not None:
                 self._part.discard()
                 self._part = None
-        self._tally.miss(CopyError.received(message))
+        self._counter.miss(CopyError.received(message))
 
     # --- files ---------------------------------------------------------------------------------
     def _begin(self) -> None:

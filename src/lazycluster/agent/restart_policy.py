@@ -1,4 +1,4 @@
-"""How often, and how soon, what has ended is started again: by the agent, and by the manager if the agent is lost."""
+"""Limit and delays of restarts: by the agent, and by the manager if the agent is lost."""
 
 from __future__ import annotations
 

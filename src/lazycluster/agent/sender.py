@@ -11,7 +11,7 @@ from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from .directory_tree import DirectoryTree
-from .exclusion import Exclusion
+from .path_expansion import Exclusion
 from .stream import (
     ABORT,
     BATCH,
@@ -91,8 +91,8 @@ class Sender:
     Args:
         stream: Where to.
         find: Returns the source's path, and the name that it goes by if the destination gives none.
-        tally: Counts what is done.
-        exclude: Patterns of what is left out of a folder; see `exclusion`.
+        counter: Counts what is done.
+        exclude: Patterns of what is left out of a folder; see `path_expansion.Pattern`.
         cwd: What paths in these are relative to, beside the folder.
         env: Variables that may stand in them.
     """
@@ -101,7 +101,7 @@ class Sender:
         self,
         stream: FrameStream,
         find: Callable[[], Tuple[bytes, bytes]],
-        tally: ByteCounter,
+        counter: ByteCounter,
         exclude: Sequence[bytes] = (),
         cwd: bytes = b"",
         env: Optional[Mapping[str, str]] = None,
@@ -109,7 +109,7 @@ class Sender:
         self._patterns, self._cwd, self._env = exclude, cwd, env or {}
         self._stream = stream
         self._find = find
-        self._tally = tally
+        self._counter = counter
         self._answers: Deque[bytes] = deque()
         self._ready: Optional[Dict[str, Any]] = None
         self._done: Optional[Dict[str, Any]] = None
@@ -124,7 +124,7 @@ class Sender:
     def run(self) -> Dict[str, Any]:
         """Send everything; return what the receiver says of it.
 
-        What of a folder cannot be read is left out: the tally names it.
+        What of a folder cannot be read is left out: the counter names it.
 
         Raises:
             CopyError: If a single file cannot be read here, or something cannot be written there.
@@ -156,13 +156,13 @@ class Sender:
             while len(waiting) == WINDOW or (waiting and self._stream.readable()):
                 self._answer(waiting.popleft())
         self._stream.put_json(LISTED, self._listed)
-        self._tally.total = self._listed
-        self._tally.unused = [text(pattern) for pattern in excluded.unused]
-        if self._tally.unused:
-            self._stream.put_json(UNUSED, self._tally.unused)
+        self._counter.total = self._listed
+        self._counter.unused = [text(pattern) for pattern in excluded.unused]
+        if self._counter.unused:
+            self._stream.put_json(UNUSED, self._counter.unused)
         while waiting:
             self._answer(waiting.popleft())
-        self._stream.put_json(END, self._tally.left_out)
+        self._stream.put_json(END, self._counter.left_out)
         while self._done is None:
             self._take()
         return self._done
@@ -240,7 +240,7 @@ class Sender:
 
     def _miss(self, error: CopyError, wanted: bool = False) -> None:
         """Go on without a file or folder; the receiver learns of it, and whether it was waiting for it."""
-        self._tally.miss(error)
+        self._counter.miss(error)
         self._stream.put_json(MISSED, {**error.message_to_send(), "wanted": wanted})
 
     def _child(
@@ -262,8 +262,8 @@ class Sender:
         except OSError as error:
             self._miss(CopyError.of(where, error))
             return None
-        if len(self._tally.left_out) < _MOST_LEFT_OUT:
-            self._tally.left_out.append("{} is {}".format(text(where), what_is(inode.st_mode)))
+        if len(self._counter.left_out) < _MOST_LEFT_OUT:
+            self._counter.left_out.append("{} is {}".format(text(where), what_is(inode.st_mode)))
         return None
 
     # --- what is wanted ------------------------------------------------------------------------
@@ -302,8 +302,8 @@ class Sender:
                 there = BEGINNING.unpack_from(needs, at)
                 at += BEGINNING.size
             if need == NOT_WANTED:
-                self._tally.moved(size)
-                self._tally.file(False)
+                self._counter.moved(size)
+                self._counter.file(False)
                 continue
             try:
                 self._open_and_send(path, name, theirs if need == COMPARE else None, there)
@@ -339,20 +339,20 @@ class Sender:
         same = theirs is not None and digest(fd) == theirs
         checksum = left = 0
         if same:
-            self._tally.moved(before.st_size)
+            self._counter.moved(before.st_size)
         else:
             start = 0
             if there is not None:
                 start = there[0] if there[0] <= before.st_size and _begins_with(fd, *there) else 0
                 checksum = there[1] if start else 0
                 self._stream.put(FROM, start.to_bytes(8, "big"))
-                self._tally.moved(start)
+                self._counter.moved(start)
             os.lseek(fd, start, os.SEEK_SET)
             left, checksum = self._send_data(fd, before.st_size - start, checksum)
             _check(fd, path, before, left, checksum)
         summary = SUMMARY.pack(before.st_size, checksum, stat.S_IMODE(before.st_mode), before.st_mtime_ns)
         self._stream.put(SAME if same else LAST, summary)
-        self._tally.file(not same)
+        self._counter.file(not same)
 
     def _send_data(self, fd: int, left: int, checksum: int) -> Tuple[int, int]:
         stream = self._stream
@@ -364,7 +364,7 @@ class Sender:
             checksum = zlib.crc32(room[:count], checksum)
             stream.fill(DATA, count)
             left -= count
-            self._tally.moved(count)
+            self._counter.moved(count)
             while stream.readable():
                 self._take()
         return left, checksum
@@ -397,7 +397,7 @@ def _unreadable(path: bytes, error: OSError) -> CopyError:
 
 
 def _begins_with(fd: int, count: int, checksum: int) -> bool:
-    """Whether the first bytes of a file have a checksum."""
+    """Return whether the first bytes of a file have a checksum."""
     block = memoryview(bytearray(256 * 1024))
     os.lseek(fd, 0, os.SEEK_SET)
     found = 0

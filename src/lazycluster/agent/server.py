@@ -14,14 +14,26 @@ from . import descriptors
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .manager_link import ManagerLink
-from .processes import AGENT_MARKER, Ending, become_plain, close_all_but, descendants, explained, marks, start_time
+from .processes import (
+    AGENT_MARKER,
+    Ending,
+    become_plain,
+    close_all_but,
+    descendants,
+    explained,
+    marked_processes,
+    start_time,
+)
 from .session import RequestChannel
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Optional, Tuple
+    from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar
 
+    from .partial_files import PartialFiles
     from .session import FrameSession
+
+    _T = TypeVar("_T")
 
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
 _WORD_LIMIT = 5.0  # seconds within which who has connected must say what for
@@ -50,11 +62,11 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "detach": ("detached", "detach"),
     "detached": ("detached", "detached"),
     "relay": ("relay", "relay"),
-    "pool": ("pool_request", "pool"),
+    "pool": ("pools", "pool"),
     "environment": ("environments", "environment"),
     "activity": ("host_load", "activity"),
     "tunnels": ("host_load", "tunnels"),
-    "usage": ("service_usage", "usage"),
+    "usage": ("host_load", "usage"),
     "leftovers": ("leftovers", "leftovers"),
 }
 
@@ -77,15 +89,22 @@ class Agent:
         self._guardian = guardian
         self._alive_fd = alive
         self.ending = False
-        self._presence = ManagerLink(self, local)
+        self._manager_link = ManagerLink(self, local)
         self._further: Dict[str, socket.socket] = {}  # where it listens beside its directory
         self._told = -1
-        self._parts: Any = None  # what copies have left unfinished
+        self._shared: Dict[Any, Any] = {}  # class -> its one object
         self._orderly = False
         self.loop.report = self.report
         self._listen(listener)
         self.loop.add_reader(alive, self._orphaned)  # it becomes readable only when the guardian has died
         self.loop.call_later(_FIRST_SESSION_LIMIT, self._look_for_session)
+
+    def shared(self, kind: Callable[[Agent], _T]) -> _T:
+        """Return the agent's one object of a class, made of the agent when it is first asked for."""
+        if kind not in self._shared:
+            self._shared[kind] = kind(self)
+        found: _T = self._shared[kind]
+        return found
 
     def listen_to_shell(self, fd: int) -> None:
         """Take what the login shell has told before it became this agent.
@@ -102,17 +121,17 @@ class Agent:
         """Do so now, if it has not been done."""
         if self._told >= 0:
             from .commands import login_shell
-            from .shell_startup import listen
+            from .shell_startup import Shells
 
             fd, self._told = self._told, -1
-            listen(self, login_shell(), fd)
+            self.shared(Shells).listen(login_shell(), fd)
 
     def run(self) -> bool:
         """Serve until the manager has gone; returns whether it said so."""
         try:
             self.loop.run()
         except Exception:
-            session = self._presence.session
+            session = self._manager_link.session
             if session is not None:
                 RequestChannel(session, 0, {}).event(crash=_traceback())
                 session.flush_and_close()
@@ -121,8 +140,8 @@ class Agent:
 
     def report(self, text: str) -> None:
         """Tell the manager of something that went wrong, where no request is there to be failed."""
-        if self._presence.session is not None:
-            RequestChannel(self._presence.session, 0, {}).event(problem=text)
+        if self._manager_link.session is not None:
+            RequestChannel(self._manager_link.session, 0, {}).event(problem=text)
 
     # --- who is there --------------------------------------------------------------------------
     def _listen(self, listener: socket.socket) -> None:
@@ -153,12 +172,12 @@ class Agent:
                 # Not only there: who has begun to send may find the streams closed before reading anything.
                 self.report("no process can be started for a copy: " + explained(error.strerror))
                 _refuse_bulk(connection, fds, error)
-        elif purpose == b"session" and self._presence.session is None and len(fds) == 2:
-            session = self._presence.begin(connection, fds)
-            RequestChannel(session, 0, {}).event(**self._hello())
+        elif purpose == b"session" and self._manager_link.session is None and len(fds) == 2:
+            session = self._manager_link.begin(connection, fds)
+            RequestChannel(session, 0, {}).event(**self._agent_info())
             self.loop.call_later(_SWEEP_DELAY, self._sweep)
         elif purpose == b"rejoin" and len(fds) == 2:
-            self._presence.rejoin(connection, fds)
+            self._manager_link.rejoin(connection, fds)
         else:
             if purpose in (b"bulk", b"rejoin") and not fds:
                 self.report("no streams can be taken: " + explained(os.strerror(errno.EMFILE)))
@@ -166,7 +185,7 @@ class Agent:
                 os.close(fd)
             connection.close()
 
-    def _hello(self) -> Dict[str, Any]:
+    def _agent_info(self) -> Dict[str, Any]:
         user = pwd.getpwuid(os.getuid()) if _known_user() else None
         return {
             "python": list(sys.version_info[:3]),
@@ -190,9 +209,8 @@ class Agent:
     def _serve_bulk(self, connection: socket.socket, fds: List[int]) -> None:
         """Have a process of its own serve copies on the streams of another ssh session."""
         from . import files
-        from .partial_files import PartialFiles
 
-        self._parts = self._parts or PartialFiles()
+        parts = self.shared(_unfinished)
         ours, theirs = socket.socketpair()
         try:
             pid = os.fork()
@@ -205,8 +223,8 @@ class Agent:
             status = 1
             try:
                 os.setsid()
-                close_all_but([*fds, theirs.fileno(), *self._parts.descriptors])
-                files.serve(fds[0], fds[-1], self._parts, theirs)
+                close_all_but([*fds, theirs.fileno(), *parts.descriptors])
+                files.serve(fds[0], fds[-1], parts, theirs)
                 status = 0
             finally:
                 os._exit(status)
@@ -228,8 +246,9 @@ class Agent:
             self.loop.remove_reader(connection.fileno())
             connection.close()
             return
-        self._parts.put(part)
-        self.loop.call_later(self._presence.grace, lambda: self._parts.drop(part))
+        parts = self.shared(_unfinished)
+        parts.put(part)
+        self.loop.call_later(self._manager_link.grace, lambda: parts.drop(part))
 
     # --- requests ------------------------------------------------------------------------------
     def handle(self, channel: RequestChannel) -> None:
@@ -243,7 +262,7 @@ class Agent:
             elif operation == "listen":
                 channel.result(sockets=self._listen_elsewhere())
             elif operation == "session":
-                self._presence.agree(channel)
+                self._manager_link.agree(channel)
             elif operation == "ping":
                 channel.result()
             elif operation in _HANDLERS:
@@ -267,13 +286,13 @@ class Agent:
         channel.result()
 
     def _listen_elsewhere(self) -> List[str]:
-        """Listen in all places where that is possible: sessions of this host may see some of them only."""
-        from .directories import LONGEST, SOCKET, everywhere, listening, note_further
+        """Listen in all directories where that is possible: sessions of this host may see some of them only."""
+        from .directories import LONGEST, SOCKET, every_parent_directory, listening, note_further
 
         if not self._further:
-            for place in dict.fromkeys(everywhere()):
+            for parent in dict.fromkeys(every_parent_directory()):
                 try:
-                    directory, listener = listening([place], LONGEST)
+                    directory, listener = listening([parent], LONGEST)
                 except OSError:
                     continue
                 self._further[directory] = listener
@@ -289,23 +308,23 @@ class Agent:
 
         def told() -> None:
             channel.result()
-            if self._presence.session is not None:
-                self._presence.session.flush_and_close()
+            if self._manager_link.session is not None:
+                self._manager_link.session.flush_and_close()
 
         self.end(told)
 
     # --- the end -------------------------------------------------------------------------------
     def heard(self) -> None:
         """Note that the manager is alive."""
-        self._presence.heard()
+        self._manager_link.heard()
 
     def streams_ended(self, session: FrameSession, error: Optional[Exception]) -> None:
         """Handle the end of the manager's streams."""
-        self._presence.streams_ended(session, error)
+        self._manager_link.streams_ended(session, error)
 
     def go_alone(self) -> None:
         """Do not depend on a manager any more."""
-        self._presence.go_alone()
+        self._manager_link.go_alone()
 
     def _sweep(self) -> None:
         from .leftovers import sweep
@@ -313,7 +332,7 @@ class Agent:
         sweep(self.directory)
 
     def _look_for_session(self) -> None:
-        if self._presence.session is None:
+        if self._manager_link.session is None:
             self.end()
 
     def _orphaned(self) -> None:
@@ -330,7 +349,7 @@ class Agent:
             try:
                 if then is not None:
                     then()
-                self._presence.close()
+                self._manager_link.close()
             finally:
                 self.loop.stop()
 
@@ -341,9 +360,16 @@ class Agent:
         me = os.getpid()
         if os.getppid() == self._guardian:
             return [pid for pid in descendants([me, self._guardian]) if pid != me]
-        # Whoever adopted us has other children, too; what was not adopted by us is found by its mark.
-        left = {pid for pid, mark in marks(AGENT_MARKER) if mark == self.identity}
+        # Whoever adopted us has other children, too; what was not adopted by us is found by its marker.
+        left = {pid for pid, marker in marked_processes(AGENT_MARKER) if marker == self.identity}
         return sorted(left.union(descendants([me])) - {me})
+
+
+def _unfinished(agent: Agent) -> PartialFiles:
+    """Return what copies have left unfinished."""
+    from .partial_files import PartialFiles
+
+    return PartialFiles()
 
 
 def identity() -> str:

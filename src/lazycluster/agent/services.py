@@ -20,6 +20,7 @@ from .restart_policy import RestartPolicy
 
 if TYPE_CHECKING:
     from .loop import Loop
+    from .server import Agent
     from .session import RequestChannel
 
 _HELD = 512 * 1024  # bytes of output that wait for a manager that is slow; what is older is dropped
@@ -30,9 +31,14 @@ _LASTED = 10.0  # seconds for which a service must have worked for its being cut
 _READY_AGAIN = 180.0  # seconds for a service that is started again to get ready
 SCRATCH = "LAZYCLUSTER_SCRATCH"  # the variable with the service's own directory, which is removed when it ends
 
-running: Dict[int, Optional[int]] = {}  # the first process of each service, and when it started
-
 _BOOT = "import sys;sys.path[:]=[p for p in sys.path if p]+[sys.argv.pop(1)];from {} import main;main()"
+
+
+class RunningServices(Dict[int, Optional[int]]):
+    """The first process of each service of an agent, and when it started."""
+
+    def __init__(self, agent: "Agent") -> None:
+        super().__init__()
 
 
 class _Outlet:
@@ -76,7 +82,7 @@ class _Outlet:
             self._held_size -= len(data)
             (self._channel.stderr if is_error else self._channel.stdout)(data)
 
-    def last_words(self) -> str:
+    def end_of_output(self) -> str:
         """Return the end of the output."""
         return b"".join(self.tail).decode("utf-8", "replace")[-_TAIL:]
 
@@ -88,7 +94,7 @@ class _Run(CommandProcess):
         self._service = service
         self._line = b""
         super().__init__(cast("RequestChannel", service.outlet), argv, env, cwd, True, False, cores=not service.is_ours)
-        running[self.pid] = self._started
+        service.running[self.pid] = self._started
 
     def on_stdout(self, data: bytes) -> None:
         lines = (self._line + data).split(b"\n")
@@ -113,7 +119,7 @@ class _Run(CommandProcess):
         self._service.outlet.put(True, data)
 
     def on_over(self, status: int) -> None:
-        running.pop(self.pid, None)
+        self._service.running.pop(self.pid, None)
         if self._line:
             self._service.outlet.put(False, self._line)
         self._service.over(status)
@@ -140,6 +146,7 @@ class _Service:
     def __init__(self, channel: "RequestChannel") -> None:
         params = channel.params
         self.channel = channel
+        self.running = channel.agent.shared(RunningServices)
         self.outlet = _Outlet(channel)
         self._task = "{}.{}".format(params.get("task") or "service", os.urandom(6).hex())
         self._marker = (params.get("marker") or "").encode()
@@ -157,7 +164,7 @@ class _Service:
         self._waiting: Optional[Any] = None
         self._late: Optional[Any] = None
         self._killed_before = oom.killed()
-        self._share: Optional[gpus.Share] = None
+        self._share: Optional[gpus.GpuShare] = None
         self._gpus = gpus.wanted(params)
         self._run: Optional[_Run] = None
         self.is_ours = not params.get("argv")  # so it is told keys and passwords
@@ -195,9 +202,9 @@ class _Service:
             return
         count, idle = self._gpus
         owner = self.channel.params.get("task") or "a service"
-        self._waiting = gpus.take(self.channel, self._env, owner, count, 1, idle, self._given)
+        self._waiting = self.channel.agent.shared(gpus.HostGpus).take(self._env, owner, count, 1, idle, self._given)
 
-    def _given(self, shares: List[gpus.Share], problem: str) -> None:
+    def _given(self, shares: List[gpus.GpuShare], problem: str) -> None:
         if problem:
             self._fail("gpu", problem, {"exit": None, "signal": None})
             return
@@ -247,7 +254,7 @@ class _Service:
             self._late = None
 
     def concerns(self, line: bytes) -> bool:
-        """Whether a line of output may be meant for us."""
+        """Return whether a line of output may be meant for us."""
         return any(text and text in line for text in (self._marker, self._ready_text))
 
     def heard(self, line: bytes) -> bool:
@@ -305,7 +312,7 @@ class _Service:
         if ended["signal"] == signal.SIGKILL:
             before, self._killed_before = self._killed_before, oom.killed()
             ended["out_of_memory"] = oom.verdict(before, self._killed_before)
-        fields = dict(ended, pid=run.pid if run else None, output=self.outlet.last_words())
+        fields = dict(ended, pid=run.pid if run else None, output=self.outlet.end_of_output())
         self._tell("exited", **fields)
         if self._ending:
             self._finish(lambda: self.channel.result(restarts=self._restarts.count, **ended))
@@ -344,7 +351,7 @@ class _Service:
             self._finish(lambda: self.channel.result(restarts=self._restarts.count, exit=None, signal=None))
 
     def _fail(self, kind: str, message: str, ended: Dict[str, Any]) -> None:
-        fields = dict(ended, output=self.outlet.last_words(), ready=self._was_ready)
+        fields = dict(ended, output=self.outlet.end_of_output(), ready=self._was_ready)
         self._tell("failed", **fields)
         self._finish(lambda: self.channel.fail(kind, message, restarts=self._restarts.count, **fields))
 

@@ -12,39 +12,17 @@ from .processes import explained
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Optional, Protocol
+    from typing import Any, Callable, Dict
 
     from .loop import Loop
+    from .server import Agent
     from .spool import Spool
-
-    class SessionOwner(Protocol):
-        """What a session needs of the agent."""
-
-        loop: Loop
-        directory: str
-        identity: str
-
-        def handle(self, channel: "RequestChannel") -> None:
-            """Start the work that a request asks for."""
-
-        def heard(self) -> None:
-            """Note that the manager is alive."""
-
-        def listen(self) -> None:
-            """Take what the login shell has told, if it has not been taken."""
-
-        def go_alone(self) -> None:
-            """Do not depend on a manager any more."""
-
-        def streams_ended(self, session: "FrameSession", error: Optional[Exception]) -> None:
-            """Handle the end of the manager's streams, or that they hold something else than frames."""
-
 
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024  # bytes queued for the manager above which sources are not read
 _LOW_WATER = 256 * 1024
 _IN_MEMORY = 4 * 1024 * 1024  # bytes that wait in memory while the manager cannot be reached; the rest goes to a file
-_LAST_WORDS = 2.0  # seconds that the manager gets to take what is left at the end
+_FLUSH_LIMIT = 2.0  # seconds that the manager gets to take what is left at the end
 
 
 def _nothing(*_: Any) -> None:
@@ -65,7 +43,7 @@ class RequestChannel:
 
     def __init__(self, session: "FrameSession", number: int, params: Dict[str, Any]) -> None:
         self.params = params
-        self.agent: "SessionOwner" = session.agent
+        self.agent: "Agent" = session.agent
         self.loop: "Loop" = session.agent.loop
         self.open = True
         self.on_input: Callable[[bytes], Any] = _nothing
@@ -79,7 +57,7 @@ class RequestChannel:
 
     @property
     def writable(self) -> bool:
-        """Whether more may be sent now; if not, stop reading the source until `on_drain` is called."""
+        """True if more may be sent now; if not, stop reading the source until `on_drain` is called."""
         return self._session.writable
 
     def _send(self, kind: int, payload: bytes) -> None:
@@ -136,7 +114,7 @@ class RequestChannel:
 
 
 class FrameSession:
-    """What is said to and by one manager, over streams that may be replaced.
+    """Frames to and from one manager, over streams that may be replaced.
 
     Attributes:
         agent: Whose it is.
@@ -144,7 +122,7 @@ class FrameSession:
         silent: Whether nobody seems to listen, though the streams are there.
     """
 
-    def __init__(self, agent: "SessionOwner") -> None:
+    def __init__(self, agent: "Agent") -> None:
         self.agent = agent
         self.channels: Dict[int, RequestChannel] = {}
         self.silent = False
@@ -159,12 +137,12 @@ class FrameSession:
     # --- streams -------------------------------------------------------------------------------
     @property
     def attached(self) -> bool:
-        """Whether there are streams."""
+        """True if there are streams."""
         return self._in >= 0
 
     @property
     def received(self) -> int:
-        """How many bytes have come from the manager."""
+        """Bytes that have come from the manager."""
         return self._decoder.total
 
     def attach(self, fd_in: int, fd_out: int) -> None:
@@ -217,7 +195,7 @@ class FrameSession:
         self._drained()
 
     def out_is_broken(self) -> bool:
-        """Whether nobody can read what is sent."""
+        """Return whether nobody can read what is sent."""
         poll = select.poll()
         poll.register(self._out, 0)
         return bool(poll.poll(0))
@@ -225,7 +203,7 @@ class FrameSession:
     # --- out -----------------------------------------------------------------------------------
     @property
     def writable(self) -> bool:
-        """Whether more should be sent now."""
+        """True if more should be sent now."""
         box = self._outbox
         if self.attached and not self.silent:
             return box.size < _HIGH_WATER and box.held < wire.HELD
@@ -236,7 +214,7 @@ class FrameSession:
 
         if self._outbox.spool is None:
             self._outbox.spool = Spool(self.agent.directory)
-        return self._outbox.spool  # type: ignore[return-value]
+        return self._outbox.spool
 
     def send(self, data: bytes) -> None:
         """Queue a frame and write what can be written at once."""
@@ -335,7 +313,7 @@ class FrameSession:
     # --- end -----------------------------------------------------------------------------------
     def flush_and_close(self) -> None:
         """Write what is queued, if the manager takes it soon, then close."""
-        deadline = time.monotonic() + _LAST_WORDS
+        deadline = time.monotonic() + _FLUSH_LIMIT
         poll = select.poll()
         if self.attached:
             poll.register(self._out, select.POLLOUT)

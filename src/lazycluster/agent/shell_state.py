@@ -1,4 +1,4 @@
-"""What a shell's start-up files have set beside its environment: told by one shell, taken over by others of its kind.
+"""State that a shell's start-up files set beside its environment: told by one shell, taken over by others of its kind.
 
 A shell tells it as records: a line with a random word, the kind of the record and a name, then the shell's own text
 for it. What is to be taken over is written as files, which the shells of commands read in place of the start-up files.
@@ -113,7 +113,7 @@ class Bash:
 
     @staticmethod
     def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
-        """Whether it would read start-up files that the user has not named just for this command."""
+        """Return whether it would read start-up files that the user has not named just for this command."""
         try:
             level = int(env.get("SHLVL") or 0)
         except ValueError:
@@ -144,7 +144,7 @@ class Bash:
 
     @staticmethod
     def is_empty(files: Mapping[str, str]) -> bool:
-        """Whether the files set nothing, so that the shell need not read them."""
+        """Return whether the files set nothing, so that the shell need not read them."""
         return files == {Bash.file: _restore("BASH_ENV") + ":\n"}
 
 
@@ -169,7 +169,7 @@ def _bash_options(lines: List[str]) -> Tuple[List[str], List[str]]:
 
 
 def _is_set(name: str, text: str) -> bool:
-    """Whether a variable of bash was set by start-up files and is not in the environment."""
+    """Return whether a variable of bash was set by start-up files and is not in the environment."""
     if name in _BASH_OWN or name.startswith("BASH"):
         return False
     if name == "IFS":
@@ -231,7 +231,7 @@ class Zsh:
 
     @staticmethod
     def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
-        """Whether it would read start-up files that the user has not named just for this command."""
+        """Return whether it would read start-up files that the user has not named just for this command."""
         return env.get("ZDOTDIR") == own.get("ZDOTDIR")
 
     @staticmethod
@@ -276,7 +276,7 @@ class Fish:
 
     @staticmethod
     def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
-        """Whether it would read start-up files that the user has not named just for this command."""
+        """Return whether it would read start-up files that the user has not named just for this command."""
         return env.get("XDG_CONFIG_HOME") == own.get("XDG_CONFIG_HOME")
 
     @staticmethod
@@ -313,7 +313,7 @@ class Tcsh:
 
     @staticmethod
     def reads(env: Mapping[str, str], own: Mapping[str, str]) -> bool:
-        """Whether it would read start-up files that the user has not named just for this command."""
+        """Return whether it would read start-up files that the user has not named just for this command."""
         return True
 
     @staticmethod

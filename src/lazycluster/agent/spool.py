@@ -38,7 +38,7 @@ class Spool:
 
     @property
     def full(self) -> bool:
-        """Whether no more should come."""
+        """True if no more should come."""
         return self.size >= self.limit or bool(self._rest)
 
     def put(self, data: Union[bytes, memoryview]) -> None:

@@ -112,7 +112,7 @@ def raw(path: str) -> bytes:
 
 
 class ByteCounter:
-    """What a copy has done so far.
+    """Counts of what a copy has done so far.
 
     Attributes:
         files: Files that are dealt with.
@@ -269,7 +269,7 @@ class FrameStream:
 
     # --- reading -------------------------------------------------------------------------------
     def readable(self) -> bool:
-        """Whether there is something to read that says more than that the other side lives."""
+        """Return whether there is something to read that says more than that the other side lives."""
         while True:
             while not self._unread and self._end - self._start >= _HEADER.size and self._in[self._start] == BUSY:
                 self._skip_sign()

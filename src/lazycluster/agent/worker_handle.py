@@ -105,7 +105,7 @@ class WorkerHandle:
                 self._pool.finished(self._number)
                 self._number = 0
 
-    def say(self, data: bytes, fds: List[int]) -> None:
+    def send(self, data: bytes, fds: List[int]) -> None:
         """Send it something; it takes one such message at a time."""
         try:
             descriptors.send(self._own, fds, data)
@@ -136,7 +136,7 @@ class WorkerHandle:
         if not self._over:
             fields = self._status or {}
             self.close()
-            self._pool.gone(self, fields)
+            self._pool.worker_ended(self, fields)
 
     def end(self) -> None:
         """End its process and all that this started."""

@@ -39,7 +39,7 @@ _REMADE = ("jemalloc_bg_thd",)  # threads that their library makes anew after a 
 
 
 class UnsafeError(Exception):
-    """What was imported does not survive a fork."""
+    """An import has made what does not survive a fork."""
 
 
 def main(sources: Dict[str, str]) -> None:

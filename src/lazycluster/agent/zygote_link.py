@@ -113,7 +113,7 @@ class ZygoteLink:
         except BlockingIOError:
             pass
         except OSError:
-            self._gone()
+            self._lost()
             return
         self._watch(bool(self._queue) and not self.ended)
 
@@ -134,7 +134,7 @@ class ZygoteLink:
         except OSError:
             data = b""
         if not data:
-            self._gone()
+            self._lost()
             return
         self._received += data
         while len(self._received) >= HEAD.size:
@@ -160,7 +160,7 @@ class ZygoteLink:
         if self._retired and not self.reports:
             self.close()
 
-    def _gone(self) -> None:
+    def _lost(self) -> None:
         if not self.ended:
             self.close()
             self._on_end()

@@ -130,7 +130,7 @@ def private_directory() -> str:
     Raises:
         InvalidRuntimeError: If it cannot be made anywhere; its reason is ``manager``.
     """
-    found = directories.places()
+    found = directories.parent_directories()
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime:  # on a host it is the last: it may go when the user logs out there
         found = [runtime, *(place for place in found if place != runtime)]
