@@ -1,23 +1,27 @@
-"""The same task on all hosts of a group."""
+"""The same task on all hosts of a group: started, detached, waited for."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 
 from lazycluster.core import event_loop
+from lazycluster.runtime.registry import join_all
 from lazycluster.runtimes import Runtime
+from lazycluster.tasks.detached import DetachedTask, checked
 from lazycluster.tasks.retries import Retries
 from lazycluster.tasks.step_run import prepare
 from lazycluster.tasks.steps import GetFile, Step, on_manager
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
 
+from .members import answers_of
 from .shared_filesystems import gates
 
-__all__ = ["start_on_all"]
+__all__ = ["detach_on", "detached_on", "join_or_end", "start_on_all"]
 
 
 def start_on_all(
@@ -73,3 +77,55 @@ def _for_host(step: Step, host: str) -> Step:
         else:
             directory, name = local.parent, local.name
     return GetFile(step.remote_path, str(directory / safe_name(host) / name))
+
+
+def join_or_end(tasks: Sequence[RuntimeTask]) -> None:
+    """Wait for the end of some tasks; after Ctrl-C they are cancelled, and what they left is removed."""
+    try:
+        join_all(tasks)
+    except (KeyboardInterrupt, SystemExit):
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            task.cleanup()
+        raise
+
+
+def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTask]:
+    """Start a task that does not end with this process on each of some hosts, at once.
+
+    Args:
+        runtimes: The hosts.
+        task: The task.
+
+    Returns:
+        The detached tasks, in the order of the hosts.
+
+    Raises:
+        LazyclusterError: If it cannot be started on one; those that were are removed.
+    """
+    calls = checked(task)
+
+    async def start() -> list[DetachedTask]:
+        starting = [asyncio.ensure_future(runtime.detach_soon(task, calls)) for runtime in runtimes]
+        try:
+            return list(await asyncio.gather(*starting))
+        except BaseException:
+            settled = await asyncio.gather(*starting, return_exceptions=True)
+            begun = [one for one in settled if isinstance(one, DetachedTask)]
+            await asyncio.gather(*(one.remove_soon() for one in begun), return_exceptions=True)
+            raise
+
+    return event_loop.run(start())
+
+
+def detached_on(runtimes: Sequence[Runtime]) -> list[DetachedTask]:
+    """Return the detached tasks of some hosts, the oldest first; hosts that do not answer are left out.
+
+    Raises:
+        LazyclusterError: If none answers.
+    """
+    answers = event_loop.run(
+        answers_of(runtimes, lambda runtime: runtime.detached_tasks_soon(), "its detached tasks are not listed")
+    )
+    return sorted((task for found in answers.values() for task in found), key=lambda task: task.created)

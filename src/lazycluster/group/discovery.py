@@ -22,7 +22,7 @@ from lazycluster.runtime.session import HostSession
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.config_hosts import CONFIG_VARIABLE, configured_hosts
 
-from .connect import close_all, connect_all
+from .members import close_all, connect_all
 from .settings import Common
 
 __all__ = ["choose_hosts", "detect", "open_again", "select"]

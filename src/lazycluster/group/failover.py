@@ -1,4 +1,4 @@
-"""Where a task of a group is tried again."""
+"""A task on one host of a group, tried again on other hosts when that one is lost."""
 
 from __future__ import annotations
 
@@ -14,32 +14,52 @@ if TYPE_CHECKING:
 
     from .members import Members
 
-__all__ = ["Failover"]
+__all__ = ["start_on_one"]
 
 
-class Failover:
+def start_on_one(
+    members: Members, task: RuntimeTask, host: str | None, debug: bool, retries: int, retry_on: str
+) -> RuntimeTask:
+    """Start a task on a host, or on the one that executes the fewest tasks; only this one has others to stand in.
+
+    Args:
+        members: The group's.
+        task: The task.
+        host: The host, None for any.
+        debug: Whether output is printed live.
+        retries: How often it is tried again.
+        retry_on: ``host`` or ``any``.
+
+    Returns:
+        The task that holds the execution.
+    """
+    runtime = members.least_busy() if host is None else members.get(host)
+    if not retries or host is not None:
+        return runtime.start_task(task, debug=debug, retries=runtime.own_retries(retries, retry_on))
+    failover = _Failover(members, retries, retry_on, runtime)
+    failover.task = started = runtime.start_task(task, debug=debug, retries=failover.retries)
+    return started
+
+
+class _Failover:
     """The tries of one task: each is a task of the runtime where it takes place.
 
     Args:
         members: The group's.
         count: How often it is tried again.
         retry_on: ``host`` or ``any``.
+        runtime: Where the first try takes place.
 
     Attributes:
         retries: What the task is told.
+        task: The task, once it has been started.
     """
 
-    def __init__(self, members: Members, count: int, retry_on: str) -> None:
+    def __init__(self, members: Members, count: int, retry_on: str, runtime: Runtime) -> None:
         self.retries = Retries(count, retry_on == "any", self._elsewhere)
         self._members = members
-        self._task: RuntimeTask | None = None
-        self._runtime: Runtime | None = None
-
-    def begun(self, task: RuntimeTask, runtime: Runtime) -> None:
-        """Note where the first try takes place."""
-        self._task = task
-        if self._runtime is None:
-            self._runtime = runtime
+        self._runtime = runtime
+        self.task: RuntimeTask | None = None
 
     async def _elsewhere(self, tried: Sequence[str]) -> Context | None:
         def worth(runtime: Runtime) -> tuple[bool, int, int]:
@@ -50,8 +70,8 @@ class Failover:
             context = await runtime.context_again()
             if context is None:  # it was lost or closed just now
                 continue
-            if self._task is not None and runtime is not self._runtime:
-                runtime.take_over(self._task, self._runtime)
+            if self.task is not None and runtime is not self._runtime:
+                runtime.take_over(self.task, self._runtime)
             self._runtime = runtime
             return context
         return None

@@ -17,9 +17,9 @@ from lazycluster.runtime.filters import HostFilter
 from lazycluster.runtime.views import info_table
 from lazycluster.runtimes import Runtime
 
-from .connect import close_all
 from .discovery import choose_hosts, detect, open_again, select
 from .group import RuntimeGroup
+from .members import close_all
 from .settings import Common, PerHost, read_settings
 from .views import hosts_view, manager_view, reasons
 
@@ -151,7 +151,7 @@ class RuntimeManager(Shown):
 
     def print_hosts(self) -> None:
         """Print the hosts that can be used, and the inactive ones with the reasons."""
-        show(View(tables=(*hosts_view("Active hosts", self.hosts).tables, *reasons("Inactive hosts", self._inactive))))
+        show(hosts_view("Active hosts", self.hosts, "Inactive hosts", self._inactive))
 
     def print_inactive_hosts(self) -> None:
         """Print the names in the configuration that cannot be used or were left out, with the reasons."""

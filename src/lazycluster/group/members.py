@@ -6,7 +6,7 @@ import asyncio
 import logging
 import textwrap
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from lazycluster.core import event_loop
 from lazycluster.core.words import counted
@@ -15,21 +15,79 @@ from lazycluster.exceptions import (
     EnvironmentsBuildError,
     InvalidRuntimeError,
     InvalidRuntimesError,
+    LazyclusterError,
     NoRuntimesError,
 )
 from lazycluster.output import progress
 from lazycluster.runtime.questions import listed
-from lazycluster.runtime.session import HostSession
+from lazycluster.runtime.session import HostSession, HostSpec
 from lazycluster.runtimes import Runtime
 
-from .connect import Connected, close_all, connect_all
 from .settings import Common
 
-__all__ = ["Members", "answers_of", "connect", "prepare_all", "warn_of_aliases"]
+__all__ = [
+    "Connected",
+    "Members",
+    "answers_of",
+    "clean_up",
+    "close_all",
+    "connect",
+    "connect_all",
+    "prepare_all",
+    "warn_of_aliases",
+]
 
 _logger = logging.getLogger("lazycluster")
 
 T = TypeVar("T")
+
+Connected: TypeAlias = HostSession | InvalidRuntimeError
+
+
+async def connect_all(specs: Sequence[HostSpec]) -> list[Connected]:
+    """Connect hosts, all at once.
+
+    If it is cancelled, all connections are closed.
+
+    Args:
+        specs: The hosts.
+
+    Returns:
+        For each host the session, or why there is none.
+    """
+    tasks = [asyncio.ensure_future(HostSession.open(spec)) for spec in specs]
+    waiting = {task: spec.host for task, spec in zip(tasks, specs, strict=True)}
+    try:
+        left = lambda: [host for task, host in waiting.items() if not task.done()]  # noqa: E731
+        with progress.Progress("Connecting", len(specs), "hosts", left) as shown:
+            for task in tasks:
+                task.add_done_callback(lambda _: shown.advance())
+            await asyncio.wait(tasks) if tasks else None
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        settled = await asyncio.gather(*tasks, return_exceptions=True)
+        await close_all([item for item in settled if isinstance(item, HostSession)])
+        raise
+    return [_outcome(task, spec.host) for task, spec in zip(tasks, specs, strict=True)]
+
+
+def _outcome(task: asyncio.Task[HostSession], host: str) -> Connected:
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if isinstance(error, InvalidRuntimeError):
+        return error
+    if isinstance(error, LazyclusterError):
+        return InvalidRuntimeError(host, "lost", str(error))
+    if isinstance(error, OSError):
+        return InvalidRuntimeError(host, "ssh", str(error))
+    raise error
+
+
+async def close_all(sessions: Sequence[HostSession]) -> None:
+    """Close sessions, all at once."""
+    await asyncio.gather(*(session.close() for session in sessions), return_exceptions=True)
 
 
 def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[list[Runtime], dict[str, str]]:
@@ -92,6 +150,18 @@ async def prepare_all(runtimes: Sequence[Runtime], refresh: bool = False) -> Non
     builds = [error for error in errors if isinstance(error, EnvironmentBuildError)]
     if len(builds) == len(errors) > 1:
         raise EnvironmentsBuildError(builds)
+    if errors:
+        raise errors[0]
+
+
+async def clean_up(runtimes: Iterable[Runtime]) -> None:
+    """Clean up some runtimes, all at once.
+
+    Raises:
+        Exception: What the first that failed has raised, after all have ended.
+    """
+    results = await asyncio.gather(*(runtime.cleanup_soon() for runtime in runtimes), return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
     if errors:
         raise errors[0]
 

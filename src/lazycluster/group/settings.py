@@ -55,8 +55,15 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
 
 
 def host_names(settings: Mapping[str, Any]) -> list[str]:
-    """Return the hosts that settings name, sets and patterns left out."""
-    return [host for host in settings if not set(host) & set("*?[{,")]
+    """Return the hosts that settings name, sets and patterns left out.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    hosts = [host for host in settings if not set(host) & set("*?[{,")]
+    if not hosts:
+        raise ValueError(f"the settings name no host, only patterns ({', '.join(settings)}): give hosts, too")
+    return hosts
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,13 @@ class GroupExecutor(concurrent.futures.Executor):
     Args:
         runtimes: The hosts.
         max_workers: Worker processes in all; by default as many on each host as it has cores.
-        initializer: Is called in each worker before anything else.
+        initializer: Is called in each worker before anything else. Functions of the same script see the globals that it
+            assigns.
         initargs: Its arguments.
         workers_per_host: Instead of `max_workers`: how many on each host, or on single ones by their names.
         gpus_per_call: How many GPUs of its host each worker has for itself: ``CUDA_VISIBLE_DEVICES`` is set, and there
-            are as many workers as there are GPUs for. With 0.5 two workers share one. Hosts without are left out.
+            are as many workers as there are GPUs for. With 0.5 two workers share one. Hosts without are left
+            out, with a word in the log.
         idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
         debug: Print what the calls print as it comes, each line with its host. Else it is logged with level debug.
 

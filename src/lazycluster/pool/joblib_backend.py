@@ -86,7 +86,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         """
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
-        total: int = self._group.kept_executor().worker_count
+        total: int = self._group._kept_executor().worker_count
         if n_jobs is None:
             return total
         return min(n_jobs, total) if n_jobs > 0 else max(total + 1 + n_jobs, 1)
@@ -119,7 +119,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         if initializer is not None:
             self._executor = self._initialized_executor(count, initializer, tuple(initargs))
             return count
-        kept: GroupExecutor = self._group.kept_executor()
+        kept: GroupExecutor = self._group._kept_executor()
         if count == kept.worker_count:
             self._executor = kept
         else:
