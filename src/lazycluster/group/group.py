@@ -583,7 +583,7 @@ class RuntimeGroup(Shown):
             workers_per_host=workers_per_host, gpus_per_call=gpus_per_call, idle_gpus=idle_gpus, debug=debug,
         )  # fmt: skip
         self._executors.add(executor)
-        executor.at_end.append(self._executors.discard)
+        executor._at_end.append(self._executors.discard)
         return executor
 
     def _kept_executor(self, gpus_per_call: float | None = None, idle_gpus: bool = False) -> GroupExecutor:
@@ -593,7 +593,7 @@ class RuntimeGroup(Shown):
             wanted = (self.runtimes, gpus_per_call, idle_gpus)
             if self._kept is None or self._kept[0] != wanted or not self._kept[1].usable:
                 if self._kept is not None:
-                    self._kept[1].retire()
+                    self._kept[1]._retire()
                 self._kept = wanted, self.executor(gpus_per_call=gpus_per_call, idle_gpus=idle_gpus)
             return self._kept[1]
 

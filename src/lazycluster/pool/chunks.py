@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from .serialization import PackedCalls
 
-__all__ = ["Chunk", "ChunkAnswer", "Failure", "Sink"]
+__all__ = ["Chunk", "ChunkResult", "Failure", "ResultSink"]
 
 
-class ChunkAnswer:
+class ChunkResult:
     """What a worker answered to a chunk; read where it is wanted, not on the loop's thread.
 
     Attributes:
@@ -38,19 +38,19 @@ class Failure:
         self.size = 0
 
 
-class Sink(Protocol):
+class ResultSink(Protocol):
     """Who waits for chunks. The methods are called on the loop's thread, and return at once."""
 
-    def name(self, chunk: Chunk, call: int) -> str:
+    def call_name(self, chunk: Chunk, call: int) -> str:
         """Return what to call one of the calls of a chunk in messages."""
 
-    def wanted(self, chunk: Chunk) -> bool:
+    def is_wanted(self, chunk: Chunk) -> bool:
         """Tell whether a chunk that waits is still wanted."""
 
-    def begins(self, chunk: Chunk) -> bool:
+    def mark_started(self, chunk: Chunk) -> bool:
         """Learn that a chunk is given to a host; returns whether it is still wanted."""
 
-    def settle(self, chunk: Chunk, outcome: ChunkAnswer | Failure) -> None:
+    def settle(self, chunk: Chunk, outcome: ChunkResult | Failure) -> None:
         """Take what came out of a chunk, once."""
 
 
@@ -67,7 +67,7 @@ class Chunk:
         sink: Who waits for it.
         key: What the sink knows it by.
         deaths: How many workers or hosts have died under it.
-        touched: On which hosts that was.
+        tried_on: On which hosts that was.
         suspect: Whether it is its last chance, and others were beside it when hosts were lost: any of them may have
             done it, so a host gets one of them at a time.
         cancelled: Whether it is wanted no more.
@@ -75,7 +75,7 @@ class Chunk:
 
     __slots__ = (
         "blob", "cancelled", "count", "deaths", "first", "key", "number", "packed", "shared", "sink", "suspect",
-        "touched",
+        "tried_on",
     )  # fmt: skip
 
     def __init__(
@@ -85,7 +85,7 @@ class Chunk:
         count: int,
         blob: int,
         shared: tuple[int, ...],
-        sink: Sink,
+        sink: ResultSink,
         key: Any = None,
     ) -> None:
         self.number = 0
@@ -97,14 +97,14 @@ class Chunk:
         self.sink = sink
         self.key = key
         self.deaths = 0
-        self.touched: tuple[str, ...] = ()
+        self.tried_on: tuple[str, ...] = ()
         self.suspect = False
         self.cancelled = False
 
     def part(self, first: int, count: int) -> Chunk:
         """Return a chunk of some of the calls."""
         chunk = Chunk(self.packed, first, count, self.blob, self.shared, self.sink, self.key)
-        chunk.deaths, chunk.touched, chunk.suspect = self.deaths, self.touched, self.suspect
+        chunk.deaths, chunk.tried_on, chunk.suspect = self.deaths, self.tried_on, self.suspect
         return chunk
 
     def calls(self) -> list[Chunk]:

@@ -16,13 +16,13 @@ from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
 from .chunks import Chunk
-from .function_cache import Packer
+from .function_cache import FunctionCache
 from .futures import CallFuture, Futures
-from .host_pool import PoolPlan
-from .map import MapRun, checked
-from .scheduler import Scheduler
+from .host_pool import PoolOptions
+from .map import MapRun, check_arguments
+from .scheduler import ChunkScheduler
 from .serialization import Packed, pack, pack_calls
-from .shared_objects import SharedObjects, Sharing
+from .shared_objects import BlobStore, SharedArrays
 from .worker_counts import gpus_of, worker_counts
 
 if TYPE_CHECKING:
@@ -77,30 +77,32 @@ class GroupExecutor(concurrent.futures.Executor):
         runtimes = [runtime for runtime in runtimes if counts[runtime.host] != 0]
         self.hosts = [runtime.host for runtime in runtimes]
         self._counts = [(runtime, counts[runtime.host]) for runtime in runtimes]
-        self._blobs = SharedObjects()
-        self._packer = Packer()
+        self._blobs = BlobStore()
+        self._functions = FunctionCache()
         first = None
         if initializer is not None:
             first = self._blobs.take(pack(functools.partial(initializer, *initargs)))
         gpus = gpus_of(gpus_per_call, idle_gpus)
-        plans = [PoolPlan(counts[host], first, debug, gpus) for host in self.hosts]
+        options = [PoolOptions(counts[host], first, debug, gpus) for host in self.hosts]
         contexts = [runtime.task_context() for runtime in runtimes]
-        self._dealer = Scheduler(contexts, plans, self._blobs, [runtime.context_again for runtime in runtimes])
-        self._owner = os.getpid()
+        self._scheduler = ChunkScheduler(
+            contexts, options, self._blobs, [runtime.context_again for runtime in runtimes]
+        )
+        self._owner_pid = os.getpid()
         self._lock = threading.Lock()
         self._ending = threading.RLock()
         self._started = False
         self._shut_down = False
         self._ended = False
         self._runs: weakref.WeakSet[MapRun] = weakref.WeakSet()
-        self.at_end: list[Callable[[GroupExecutor], Any]] = []
-        self._futures = Futures(self._dealer)
+        self._at_end: list[Callable[[GroupExecutor], Any]] = []
+        self._futures = Futures(self._scheduler)
         lifetime.register(self)
 
     @property
     def usable(self) -> bool:
         """Whether calls can be run."""
-        return not self._shut_down and self._dealer.error is None and os.getpid() == self._owner
+        return not self._shut_down and self._scheduler.error is None and os.getpid() == self._owner_pid
 
     @property
     def worker_count(self) -> int:
@@ -127,18 +129,18 @@ class GroupExecutor(concurrent.futures.Executor):
             RuntimeError: If the executor was shut down.
             LazyclusterError: If no host is left, or the workers cannot be started.
         """
-        return self.submit_shared(None, fn, *args, **kwargs)
+        return self._submit_shared(None, fn, *args, **kwargs)
 
-    def submit_shared(
-        self, sharing: Sharing | None, fn: Callable[..., T], /, *args: Any, **kwargs: Any
+    def _submit_shared(
+        self, sharing: SharedArrays | None, fn: Callable[..., T], /, *args: Any, **kwargs: Any
     ) -> concurrent.futures.Future[T]:
-        """Do what `submit` does, for a series whose arrays are shared, see :meth:`share`; for the layers above."""
+        """Do what `submit` does, for a series whose arrays are shared, see :meth:`_share`; for the layers above."""
         if not callable(fn):
             raise TypeError(f"{fn!r} is not a function")
         future: CallFuture[T] = CallFuture(self._futures)
-        sharing = sharing or Sharing(self._blobs)
+        sharing = sharing or SharedArrays(self._blobs)
         try:
-            packed = self._packer.pack(fn)
+            packed = self._functions.pack(fn)
             calls = pack_calls(fn, [args], kwargs or None, sharing.share)
         except TypeError as error:
             with self._lock:
@@ -151,18 +153,18 @@ class GroupExecutor(concurrent.futures.Executor):
             self._futures.add(future, name_of(fn), Chunk(calls, 0, 1, blob, sharing.taken(), self._futures))
         return future
 
-    def share(self) -> Sharing:
+    def _share(self) -> SharedArrays:
         """Begin a series of calls; for the layers above.
 
         Arrays in their arguments must not be changed until it is over.
         """
-        return Sharing(self._blobs, by_identity=True)
+        return SharedArrays(self._blobs, by_identity=True)
 
-    def unshare(self, sharing: Sharing) -> None:
+    def _unshare(self, sharing: SharedArrays) -> None:
         """End a series of calls; for the layers above."""
-        self._dealer.release(sharing.close())
+        self._scheduler.release(sharing.close())
 
-    def abort(self, futures: Iterable[concurrent.futures.Future[Any]]) -> None:
+    def _abort(self, futures: Iterable[concurrent.futures.Future[Any]]) -> None:
         """Cancel futures, and end those of their calls that run; for the layers above."""
         self._futures.abort(set(futures))
 
@@ -196,12 +198,12 @@ class GroupExecutor(concurrent.futures.Executor):
         """
         if not callable(fn):
             raise TypeError(f"{fn!r} is not a function")
-        checked(timeout, chunksize, buffersize)
-        packed = self._packer.pack(fn)
+        check_arguments(timeout, chunksize, buffersize)
+        packed = self._functions.pack(fn)
         with self._lock:
             self._begin(packed)
             run = MapRun(
-                self._dealer,
+                self._scheduler,
                 fn,
                 packed,
                 iterables,
@@ -217,18 +219,18 @@ class GroupExecutor(concurrent.futures.Executor):
     def _begin(self, packed: Packed, imports: tuple[str, ...] = ()) -> None:
         self._check()
         if not self._started:
-            self._dealer.start((*packed.imports, *imports), packed.fresh)  # twice, after Ctrl-C here, is no harm
+            self._scheduler.start((*packed.imports, *imports), packed.fresh)  # twice, after Ctrl-C here, is no harm
             self._started = True
 
     def _check(self) -> None:
-        if os.getpid() != self._owner:
+        if os.getpid() != self._owner_pid:
             raise LazyclusterError(
-                f"this executor belongs to the process {self._owner}; a forked child cannot use it. Make a new one"
+                f"this executor belongs to the process {self._owner_pid}; a forked child cannot use it. Make a new one"
             )
         if self._shut_down:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if self._dealer.error is not None:
-            raise self._dealer.error
+        if self._scheduler.error is not None:
+            raise self._scheduler.error
 
     # --- the end -------------------------------------------------------------------------------
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -242,7 +244,7 @@ class GroupExecutor(concurrent.futures.Executor):
         """
         with self._lock:
             self._shut_down = True
-        if os.getpid() != self._owner:
+        if os.getpid() != self._owner_pid:
             return
         if cancel_futures:
             self._futures.cancel_waiting(sum(count or 1 for _, count in self._counts))
@@ -261,7 +263,7 @@ class GroupExecutor(concurrent.futures.Executor):
             raise
         self._finish(kill=False)
 
-    def retire(self) -> None:
+    def _retire(self) -> None:
         """Shut down; for the layers above.
 
         Waits for the end, so that others can have what it held, unless that is for calls that run.
@@ -273,7 +275,7 @@ class GroupExecutor(concurrent.futures.Executor):
         """End the workers at once, whatever they do; futures that are not done are cancelled. Again: nothing."""
         with self._lock:
             self._shut_down = True
-        if os.getpid() == self._owner:
+        if os.getpid() == self._owner_pid:
             self._finish(kill=True)
 
     def _finish(self, kill: bool) -> None:
@@ -281,13 +283,13 @@ class GroupExecutor(concurrent.futures.Executor):
             if self._ended:
                 return
             try:
-                event_loop.run(self._dealer.close(kill), _END_LIMIT)
+                event_loop.run(self._scheduler.close(kill), _END_LIMIT)
                 self._ended = True
             finally:  # also after Ctrl-C, which leaves the rest to the next who calls this
                 self._futures.close()
                 for run in list(self._runs):
                     run.abandon()
-                for call in self.at_end:
+                for call in self._at_end:
                     call(self)
 
     def __exit__(

@@ -11,12 +11,12 @@ from lazycluster.tasks import local_code
 
 from .serialization import PLAIN, Packed, pack
 
-__all__ = ["Packer"]
+__all__ = ["FunctionCache"]
 
 _KEPT = 128
 
 
-class Packer:
+class FunctionCache:
     """Packs functions, each state of one once."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Packer:
 
     def pack(self, function: Any) -> Packed:
         """Pack a function, see :func:`~lazycluster.pool.serialization.pack`."""
-        key = state_of(function)
+        key = cache_key(function)
         if key is None:
             return pack(function)
         found = self._known.get(key)
@@ -36,7 +36,7 @@ class Packer:
         return found[0]
 
 
-def state_of(function: Any) -> tuple[Any, ...] | None:
+def cache_key(function: Any) -> tuple[Any, ...] | None:
     """Return what is equal as long as a function would be packed to the same; None if that cannot be told."""
     if type(function) is not types.FunctionType:
         return None

@@ -16,26 +16,26 @@ from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterE
 from lazycluster.ssh.agent_replies import check_shape
 from lazycluster.tasks.functions import library_for, resolve_auto
 
-from .chunks import Chunk, ChunkAnswer, Failure
-from .output_streams import WorkerLines, WorkerStream
+from .chunks import Chunk, ChunkResult, Failure
+from .output_streams import ResultDecoder, WorkerLines
 
 if TYPE_CHECKING:
     from lazycluster.ssh.channel import Channel
     from lazycluster.tasks.context import Context
 
-    from .shared_objects import SharedObject, SharedObjects
+    from .shared_objects import Blob, BlobStore
 
-__all__ = ["HostPool", "PoolPlan"]
+__all__ = ["PoolOptions", "RemotePool"]
 
 _logger = logging.getLogger("lazycluster")
 
 LOOKAHEAD = 0.025  # seconds of work that a host has in stock, so that its workers need not wait for the link
 _WORTH_MOVING = 2 * LOOKAHEAD  # seconds of work that a chunk must be to be taken from one host for another
-_MOST_STOCK = 1024  # chunks
+_MAX_AHEAD = 1024  # chunks
 _BYTES_AHEAD = 32 * 1024 * 1024  # of arguments, or of results to come, beyond what the workers need at once
 _JOINED = 128 * 1024
 _SMOOTH = 0.2
-AWAY_PATIENCE = 5.0  # seconds after which calls of a host that cannot be reached are run elsewhere
+AWAY_LIMIT = 5.0  # seconds after which calls of a host that cannot be reached are run elsewhere
 _CLOSE_LIMIT = 15.0  # seconds that a host gets to end its workers
 
 # What makes no sense is an error before anything is done: else a chunk could be let go of, and be nowhere.
@@ -44,31 +44,31 @@ _DIED = {"number": int, "at": int, "innocent": bool, "died": {"signal": (int, ty
 _BACK = {"back": [int]}
 
 
-class PoolOwner(Protocol):
-    """What a crew needs of the dealer."""
+class SchedulerCallbacks(Protocol):
+    """What a pool needs of the scheduler."""
 
-    blobs: SharedObjects
+    blobs: BlobStore
 
-    def deal_soon(self) -> None:
+    def dispatch_soon(self) -> None:
         """Have more dealt: there is room."""
 
-    def died(self, crew: HostPool, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
+    def worker_died(self, pool: RemotePool, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
         """Handle the death of a worker under a call."""
 
-    def has_others(self, crew: HostPool) -> bool:
-        """Tell whether others can run what a crew has."""
+    def has_others(self, pool: RemotePool) -> bool:
+        """Tell whether others can run what a pool has."""
 
-    def returned(self, chunks: list[Chunk]) -> None:
+    def requeue(self, chunks: list[Chunk]) -> None:
         """Take chunks back that were not begun."""
 
-    def unfit(self, crew: HostPool, told: list[bytes]) -> None:
+    def initializer_failed(self, pool: RemotePool, parts: list[bytes]) -> None:
         """Handle a failed initializer."""
 
-    def lost(self, crew: HostPool, error: LazyclusterError) -> None:
-        """Handle the end of a crew that was not asked for."""
+    def pool_lost(self, pool: RemotePool, error: LazyclusterError) -> None:
+        """Handle the end of a pool that was not asked for."""
 
 
-class PoolPlan:
+class PoolOptions:
     """What the workers of a pool are like on each host.
 
     Attributes:
@@ -79,7 +79,7 @@ class PoolPlan:
     """
 
     def __init__(
-        self, workers: int | None, initializer: SharedObject | None, debug: bool, gpus: dict[str, Any] | None = None
+        self, workers: int | None, initializer: Blob | None, debug: bool, gpus: dict[str, Any] | None = None
     ) -> None:
         self.workers = workers
         self.gpus = gpus
@@ -87,46 +87,46 @@ class PoolPlan:
         self.debug = debug
 
 
-class HostPool:
+class RemotePool:
     """The workers of one host.
 
     Args:
         owner: Who deals.
         context: The host, and how functions are run there.
-        plan: What the workers are like.
+        options: What the workers are like.
 
     Attributes:
         host: The host.
         workers: How many there are; 0 until that is known.
         in_flight: The chunks that the host has, by number, in the order in which they were given.
         duration: Seconds that a chunk takes, None until one has been answered.
-        asked_back: Whether it was asked to give chunks back.
+        stealing: Whether it was asked to give chunks back.
         over: Whether it has ended.
         away: Whether its host cannot be reached at the moment, but may come back.
     """
 
-    def __init__(self, owner: PoolOwner, context: Context, plan: PoolPlan) -> None:
+    def __init__(self, owner: SchedulerCallbacks, context: Context, options: PoolOptions) -> None:
         self.host = context.host
         self.workers = 0
         self.in_flight: dict[int, Chunk] = {}
         self.duration: float | None = None
-        self.asked_back = False
+        self.stealing = False
         self.over = False
         self.away = False
-        self._elsewhere: list[int] = []  # chunks that were given to others while it was away
-        self._patience: asyncio.TimerHandle | None = None
-        self._owner, self._context, self._plan = owner, context, plan
+        self._reassigned: list[int] = []  # chunks that were given to others while it was away
+        self._away_timer: asyncio.TimerHandle | None = None
+        self._owner, self._context, self._options = owner, context, options
         self._next = 1
         self._channel: Channel | None = None
-        self._streams: dict[int, WorkerStream] = {}
+        self._streams: dict[int, ResultDecoder] = {}
         self._out: list[bytes] = []
-        self._wake = asyncio.Event()
+        self._flushed = asyncio.Event()
         self._closing = False
-        self._has: set[int] = set()  # blobs
+        self._sent_blobs: set[int] = set()  # blobs
         self._bytes = 0
         self._result_size = 0.0
         self._ended = asyncio.Event()
-        self._lines = WorkerLines(context.host, plan.debug)
+        self._lines = WorkerLines(context.host, options.debug)
 
     # --- its life ------------------------------------------------------------------------------
     async def run(self, imports: Sequence[str]) -> None:
@@ -150,15 +150,15 @@ class HostPool:
             self.over = True
             self._ended.set()
             forget()
-            if self._patience is not None:
-                self._patience.cancel()
+            if self._away_timer is not None:
+                self._away_timer.cancel()
             if sender is not None:
                 sender.cancel()
         if error is not None and not self._closing:
-            self._owner.lost(self, error)
+            self._owner.pool_lost(self, error)
 
     async def _open(self, imports: Sequence[str]) -> Channel:
-        context, plan = await self._context.prepared(), self._plan
+        context, options = await self._context.prepared(), self._options
         python = context.python
         if python == "auto":
             python = await resolve_auto(context.connection, context.env)
@@ -168,10 +168,10 @@ class HostPool:
             "cwd": context.cwd,
             "task": secrets.token_hex(16),
             "name": "pool",
-            "workers": plan.workers,
-            "gpus": plan.gpus,
+            "workers": options.workers,
+            "gpus": options.gpus,
             "imports": list(imports),
-            "initializer": plan.initializer.number if plan.initializer else 0,
+            "initializer": options.initializer.number if options.initializer else 0,
             "version": list(sys.version_info[:3]),
             **library_for(context.connection),
         }
@@ -204,11 +204,11 @@ class HostPool:
 
     # --- what it is given ----------------------------------------------------------------------
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """How many more chunks it should be given now."""
         if self.over or self.away or not self.workers:
             return 0
-        return self._capacity() - len(self.in_flight)
+        return self._chunk_limit() - len(self.in_flight)
 
     @property
     def has_suspect(self) -> bool:
@@ -221,53 +221,53 @@ class HostPool:
         return self._context.connection.state in ("open", "interrupted")
 
     @property
-    def idle(self) -> int:
+    def idle_workers(self) -> int:
         """How many workers have nothing to do."""
         return 0 if self.over or self.away else max(0, self.workers - len(self.in_flight))
 
     @property
-    def stock(self) -> int:
+    def stealable(self) -> int:
         """How many chunks that were not begun it may have that are worth to be given to others."""
         short = self.duration is not None and self.duration < _WORTH_MOVING
-        if self.over or self.away or self.asked_back or short:
+        if self.over or self.away or self.stealing or short:
             return 0
         return max(0, len(self.in_flight) - self.workers)
 
-    def _capacity(self) -> int:
+    def _chunk_limit(self) -> int:
         workers = self.workers
         if self.duration is None:
             ahead = workers
         else:
-            ahead = min(_MOST_STOCK, math.ceil(workers * LOOKAHEAD / max(self.duration, 1e-5)))
+            ahead = min(_MAX_AHEAD, math.ceil(workers * LOOKAHEAD / max(self.duration, 1e-5)))
         large = self._bytes > _BYTES_AHEAD or self._result_size * (workers + ahead) > _BYTES_AHEAD
         return workers if large else workers + ahead
 
-    def give(self, chunk: Chunk) -> None:
+    def assign(self, chunk: Chunk) -> None:
         """Give the host a chunk; it is sent with the next `flush`."""
         chunk.number = number = self._next
         self._next += 1
         packed = chunk.packed
         self._bytes += packed.size
-        if self._plan.initializer is not None:
-            self._provide(self._plan.initializer.number)
-        self._provide(chunk.blob)
+        if self._options.initializer is not None:
+            self._send_blob(self._options.initializer.number)
+        self._send_blob(chunk.blob)
         for blob in chunk.shared:
-            self._provide(blob)
+            self._send_blob(blob)
         self.in_flight[number] = chunk
         self._out.append(RECORD.pack(packed.kind, chunk.blob, number, chunk.first, chunk.count, packed.size))
         self._out.extend(packed.parts)
 
-    def _provide(self, blob: int) -> None:
-        if blob and blob not in self._has:
-            self._has.add(blob)
+    def _send_blob(self, blob: int) -> None:
+        if blob and blob not in self._sent_blobs:
+            self._sent_blobs.add(blob)
             packed = self._owner.blobs[blob].packed
             self._out.append(RECORD.pack(BLOB, blob, 0, 0, 0, packed.size))
             self._out.extend(packed.parts)
 
     def drop(self, blob: int) -> None:
         """Let the host forget a blob."""
-        if blob in self._has:
-            self._has.discard(blob)
+        if blob in self._sent_blobs:
+            self._sent_blobs.discard(blob)
             self._out.append(RECORD.pack(DROP, blob, 0, 0, 0, 0))
 
     def cancel(self, chunk: Chunk) -> None:
@@ -276,23 +276,23 @@ class HostPool:
             self._forget(chunk.number)
             self._out.append(RECORD.pack(CANCEL, 0, chunk.number, 0, 0, 0))
 
-    def ask_back(self, count: int) -> None:
+    def steal(self, count: int) -> None:
         """Ask for chunks that were not begun."""
-        self.asked_back = True
+        self.stealing = True
         self._out.append(RECORD.pack(BACK, 0, 0, 0, count, 0))
 
     def flush(self) -> None:
         """Send what was given."""
         if self._out:
-            self._wake.set()
+            self._flushed.set()
 
     async def _send(self) -> None:
         channel = self._channel
         assert channel is not None
-        with contextlib.suppress(LazyclusterError):  # that the host is lost, `run` is told, too
+        with contextlib.suppress(LazyclusterError):  # `run` learns of a lost host, too
             while True:
-                await self._wake.wait()
-                self._wake.clear()
+                await self._flushed.wait()
+                self._flushed.clear()
                 out, self._out = self._out, []
                 if sum(map(len, out)) <= _JOINED:
                     await channel.send(b"".join(out))
@@ -310,27 +310,27 @@ class HostPool:
     def _on_state(self, state: str, why: str) -> None:
         if state == "interrupted":
             self.away = True
-            self._wait_for_return()
+            self._start_away_timer()
         elif state == "open" and self.away:
             self.away = False
-            if self._patience is not None:
-                self._patience.cancel()
-            self._out.extend(RECORD.pack(CANCEL, 0, number, 0, 0, 0) for number in self._elsewhere)
-            self._elsewhere.clear()
+            if self._away_timer is not None:
+                self._away_timer.cancel()
+            self._out.extend(RECORD.pack(CANCEL, 0, number, 0, 0, 0) for number in self._reassigned)
+            self._reassigned.clear()
             self.flush()
-            self._owner.deal_soon()
+            self._owner.dispatch_soon()
 
-    def _wait_for_return(self) -> None:
-        self._patience = asyncio.get_running_loop().call_later(AWAY_PATIENCE, self._is_long_away)
+    def _start_away_timer(self) -> None:
+        self._away_timer = asyncio.get_running_loop().call_later(AWAY_LIMIT, self._on_away_limit)
 
-    def _is_long_away(self) -> None:
+    def _on_away_limit(self) -> None:
         if self.over or not self.away:
             return
-        self._wait_for_return()
+        self._start_away_timer()
         if self.in_flight and self._owner.has_others(self):
             _logger.warning("%s: cannot be reached: %d calls are run elsewhere", self.host, len(self.in_flight))
-            self._elsewhere += self.in_flight
-            self._owner.returned(self.take_all())
+            self._reassigned += self.in_flight
+            self._owner.requeue(self.take_all())
 
     def take_all(self) -> list[Chunk]:
         """Return what it has, and forget it."""
@@ -347,19 +347,19 @@ class HostPool:
             if message["workers"] < 1:
                 raise ValueError("there are no workers")
             self.workers = message["workers"]
-            self._owner.deal_soon()
+            self._owner.dispatch_soon()
         elif "died" in message:
             check_shape(message, _DIED)
             chunk = self._forget(message["number"])
             if chunk is not None and message["innocent"]:
-                self._owner.returned([chunk])
+                self._owner.requeue([chunk])
             elif chunk is not None:
-                self._owner.died(self, chunk, message["at"], message["died"])
+                self._owner.worker_died(self, chunk, message["at"], message["died"])
         elif "back" in message:
             check_shape(message, _BACK)
-            self.asked_back = False
+            self.stealing = False
             found = [self._forget(number) for number in message["back"]]
-            self._owner.returned([chunk for chunk in found if chunk is not None])
+            self._owner.requeue([chunk for chunk in found if chunk is not None])
         elif "pid" not in message:  # of what looks for another interpreter
             raise ValueError("it is told of something that nobody knows")
 
@@ -367,16 +367,16 @@ class HostPool:
         number = WORKER.unpack_from(data)[0]
         stream = self._streams.get(number)
         if stream is None:
-            stream = self._streams[number] = WorkerStream(self._answer, self._no_room)
+            stream = self._streams[number] = ResultDecoder(self._on_result, self._out_of_memory)
         stream.feed(data, WORKER.size)
 
-    def _no_room(self, number: int, error: MemoryError) -> None:
+    def _out_of_memory(self, number: int, error: MemoryError) -> None:
         chunk = self._forget(number)
         if chunk is not None:
             chunk.sink.settle(chunk, Failure(error))
-            self._owner.deal_soon()
+            self._owner.dispatch_soon()
 
-    def _answer(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
+    def _on_result(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
         if not 0 <= elapsed < math.inf:
             raise ValueError(f"a chunk took {elapsed} s")
         if kind in (RETURNED, MIXED, BROKEN):
@@ -386,7 +386,7 @@ class HostPool:
             before = self.duration
             self.duration = elapsed if before is None else before + _SMOOTH * (elapsed - before)
             self._result_size += _SMOOTH * (size - self._result_size)
-            chunk.sink.settle(chunk, ChunkAnswer(kind, parts, size, self.host))
-            self._owner.deal_soon()
+            chunk.sink.settle(chunk, ChunkResult(kind, parts, size, self.host))
+            self._owner.dispatch_soon()
         elif kind == UNFIT:
-            self._owner.unfit(self, parts)
+            self._owner.initializer_failed(self, parts)

@@ -13,7 +13,7 @@ from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, SequentialBa
 from lazycluster.agent.pool_worker import joblib_batch
 
 from .serialization import pack
-from .shared_objects import Sharing
+from .shared_objects import SharedArrays
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -70,7 +70,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         self._executor: GroupExecutor | None = None
         self._own: dict[int, GroupExecutor] = {}
         self._initialized: tuple[tuple[int, bytes], GroupExecutor] | None = None
-        self._sharing: Sharing | None = None
+        self._sharing: SharedArrays | None = None
         self._lock = threading.Lock()
         self._futures: set[concurrent.futures.Future[Any]] = set()
 
@@ -137,7 +137,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         last = self._initialized
         if last is None or last[0] != wanted or not last[1].usable:
             if last is not None:
-                last[1].retire()
+                last[1]._retire()
             self._initialized = last = (
                 wanted,
                 self._group.executor(max_workers=count, initializer=initializer, initargs=initargs),
@@ -152,13 +152,13 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     def start_call(self) -> None:
         """Begin a ``Parallel``."""
         if self._executor is not None:
-            self._sharing = self._executor.share()
+            self._sharing = self._executor._share()
 
     def stop_call(self) -> None:
         """End a ``Parallel``."""
         sharing, self._sharing = self._sharing, None
         if sharing is not None and self._executor is not None:
-            self._executor.unshare(sharing)
+            self._executor._unshare(sharing)
 
     def submit(self, func: Any, callback: Callable[[Any], Any] | None = None) -> concurrent.futures.Future[Any]:
         """Have a batch of calls run.
@@ -169,7 +169,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         """
         assert self._executor is not None
         calls = [(function, args, kwargs) for function, args, kwargs in func.items]
-        future = self._executor.submit_shared(self._sharing, joblib_batch, calls, False)
+        future = self._executor._submit_shared(self._sharing, joblib_batch, calls, False)
         with self._lock:
             self._futures.add(future)
         future.add_done_callback(self._forget)
@@ -194,7 +194,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         with self._lock:
             futures, self._futures = self._futures, set()
         if self._executor is not None:
-            self._executor.abort(futures)
+            self._executor._abort(futures)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("joblib's backend for a group of hosts cannot be sent elsewhere")

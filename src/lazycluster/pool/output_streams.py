@@ -9,17 +9,17 @@ from lazycluster.agent.pool_protocol import ANSWER
 from lazycluster.core import memory
 from lazycluster.output import live_lines
 
-__all__ = ["WorkerLines", "WorkerStream"]
+__all__ = ["ResultDecoder", "WorkerLines"]
 
 _logger = logging.getLogger("lazycluster")
 
 
-class WorkerStream:
+class ResultDecoder:
     """Cuts what one worker says into answers.
 
     Args:
-        answer: Is called with each: its kind, the number of its chunk, the seconds that it took, its parts, their size.
-        given_up: Is called instead, with the number of the chunk and the error, if there was no memory for it.
+        on_result: Is called with each: kind, number of the chunk, seconds that it took, parts, their size.
+        on_memory_error: Is called instead, with the number of the chunk and the error, if there was no memory for it.
 
     Attributes:
         held: How many bytes of the present answer are kept.
@@ -27,10 +27,10 @@ class WorkerStream:
 
     def __init__(
         self,
-        answer: Callable[[int, int, float, list[bytes], int], None],
-        given_up: Callable[[int, MemoryError], None],
+        on_result: Callable[[int, int, float, list[bytes], int], None],
+        on_memory_error: Callable[[int, MemoryError], None],
     ) -> None:
-        self._answer, self._given_up = answer, given_up
+        self._on_result, self._on_memory_error = on_result, on_memory_error
         self._error: MemoryError | None = None  # why the present answer is not kept
         self.held = 0
         memory.hold(self)
@@ -62,9 +62,9 @@ class WorkerStream:
             parts, error = self._parts, self._error
             self._parts, self._head, self._error, self.held = [], None, None, 0
             if error is not None:
-                self._given_up(number, error)
+                self._on_memory_error(number, error)
             else:
-                self._answer(kind, number, elapsed, parts, size)
+                self._on_result(kind, number, elapsed, parts, size)
 
     def _take(self, data: bytes, position: int, count: int) -> None:
         if self._error is not None:

@@ -10,7 +10,7 @@ from lazycluster.agent.pool_protocol import BROKEN, CHUNK, RETURNED
 from lazycluster.exceptions import RemoteTraceback, TaskExecutionError
 from lazycluster.tasks.functions import CallOutcome, load_parts, loads, with_lines
 
-from .chunks import ChunkAnswer, Failure
+from .chunks import ChunkResult, Failure
 from .serialization import PackedCalls
 
 __all__ = ["call_name", "initializer_error", "read", "unreadable"]
@@ -20,7 +20,7 @@ _SHORT = 4096  # bytes of arguments that are shown
 Results = list[tuple[bool, Any]]
 
 
-def read(outcome: ChunkAnswer | Failure, first: int, count: int, name: Callable[[int], str]) -> Results:
+def read(outcome: ChunkResult | Failure, first: int, count: int, name: Callable[[int], str]) -> Results:
     """Return for each call of a chunk whether it returned, and what it returned or raised.
 
     Args:
@@ -40,7 +40,7 @@ def read(outcome: ChunkAnswer | Failure, first: int, count: int, name: Callable[
     return results
 
 
-def _read(answer: ChunkAnswer, first: int, count: int, name: Callable[[int], str]) -> Results:
+def _read(answer: ChunkResult, first: int, count: int, name: Callable[[int], str]) -> Results:
     content = _load(answer.parts)
     if answer.kind == RETURNED:
         return [(True, value) for value in content]
