@@ -19,7 +19,7 @@ from lazycluster.agent import restart_policy
 from lazycluster.agent.guardian import KEEP_FILE
 from lazycluster.core import event_loop
 from lazycluster.exceptions import HostsLostError, LazyclusterError, TaskExecutionError, WorkerLostError
-from lazycluster.pool import host_pool
+from lazycluster.pool import remote_pool
 from lazycluster.ssh import workspace
 from patience import until
 
@@ -223,7 +223,7 @@ def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) 
 def test_a_host_that_cannot_be_reached_does_not_hold_up_the_rest(
     group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(host_pool, "AWAY_LIMIT", 0.1)
+    monkeypatch.setattr(remote_pool, "AWAY_LIMIT", 0.1)
     connection = group.get_runtime("two").connection
     agent = connection.hello.pid
 

@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 
 from lazycluster.agent.pool_protocol import ANSWER, BROKEN, CHUNK, LOCAL_CHUNK, MIXED, RETURNED
-from lazycluster.pool.chunks import ChunkResult
-from lazycluster.pool.function_cache import FunctionCache, cache_key
-from lazycluster.pool.output_streams import ResultDecoder, WorkerLines
-from lazycluster.pool.results import read
-from lazycluster.pool.serialization import Packed, pack, pack_calls
-from lazycluster.pool.shared_objects import BlobStore, SharedArrays
-from lazycluster.pool.worker_counts import gpus_of, worker_counts
+from lazycluster.pool.blob_store import BlobStore, SharedArrays
+from lazycluster.pool.chunks import ChunkResult, read
+from lazycluster.pool.executor import gpus_of, worker_counts
+from lazycluster.pool.remote_pool import ResultDecoder, WorkerLines
+from lazycluster.pool.serialization import FunctionCache, Packed, cache_key, pack, pack_calls
 
 # --- packing -----------------------------------------------------------------------------------------------
 FACTOR: Any = 2

@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import LazyclusterError
 
-from .chunks import Chunk, ChunkResult, Failure
-from .results import call_name, read, unreadable
+from .chunks import Chunk, ChunkResult, Failure, call_name, read, unreadable
 from .scheduler import ChunkScheduler
 
 __all__ = ["CallFuture", "Futures"]

@@ -12,8 +12,8 @@ from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, SequentialBa
 
 from lazycluster.agent.pool_worker import joblib_batch
 
+from .blob_store import SharedArrays
 from .serialization import pack
-from .shared_objects import SharedArrays
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup

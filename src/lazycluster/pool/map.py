@@ -15,11 +15,10 @@ from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
-from .chunks import Chunk, ChunkResult, Failure
-from .results import call_name, read
+from .blob_store import SharedArrays
+from .chunks import Chunk, ChunkResult, Failure, call_name, read
 from .scheduler import ChunkScheduler
 from .serialization import Packed, PackedCalls, pack_calls
-from .shared_objects import SharedArrays
 
 __all__ = ["MapRun", "check_arguments"]
 

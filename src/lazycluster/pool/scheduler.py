@@ -21,10 +21,9 @@ from lazycluster.exceptions import (
     WorkerLostError,
 )
 
-from .chunks import Chunk, Failure
-from .host_pool import PoolOptions, RemotePool
-from .results import initializer_error
-from .shared_objects import BlobStore
+from .blob_store import BlobStore
+from .chunks import Chunk, Failure, initializer_error
+from .remote_pool import PoolOptions, RemotePool
 
 if TYPE_CHECKING:
     from lazycluster.tasks.context import Context

@@ -1,4 +1,7 @@
-"""The workers of one host: what is given to them, and what they answer. Lives on the loop's thread."""
+"""Pool of worker processes on one host, as the manager sees it: calls go in, results and lines come out.
+
+Lives on the event loop's thread.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,19 @@ from lazycluster.ssh.agent_replies import check_shape
 from lazycluster.tasks.functions import library_for, resolve_auto
 
 from .chunks import Chunk, ChunkResult, Failure
-from .output_streams import ResultDecoder, WorkerLines
 
 if TYPE_CHECKING:
     from lazycluster.ssh.channel import Channel
     from lazycluster.tasks.context import Context
 
-    from .shared_objects import Blob, BlobStore
+    from .blob_store import Blob, BlobStore
 
-__all__ = ["PoolOptions", "RemotePool"]
+
+from lazycluster.agent.pool_protocol import ANSWER
+from lazycluster.core import memory
+from lazycluster.output import live_lines
+
+__all__ = ["PoolOptions", "RemotePool", "ResultDecoder", "WorkerLines"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -390,3 +397,83 @@ class RemotePool:
             self._owner.dispatch_soon()
         elif kind == UNFIT:
             self._owner.initializer_failed(self, parts)
+
+
+class ResultDecoder:
+    """Cuts what one worker says into answers.
+
+    Args:
+        on_result: Is called with each: kind, number of the chunk, seconds that it took, parts, their size.
+        on_memory_error: Is called instead, with the number of the chunk and the error, if there was no memory for it.
+
+    Attributes:
+        held: How many bytes of the present answer are kept.
+    """
+
+    def __init__(
+        self,
+        on_result: Callable[[int, int, float, list[bytes], int], None],
+        on_memory_error: Callable[[int, MemoryError], None],
+    ) -> None:
+        self._on_result, self._on_memory_error = on_result, on_memory_error
+        self._error: MemoryError | None = None  # why the present answer is not kept
+        self.held = 0
+        memory.hold(self)
+        self._rest = b""
+        self._head: tuple[int, int, float, int] | None = None
+        self._parts: list[bytes] = []
+        self._left = 0
+
+    def feed(self, data: bytes, position: int) -> None:
+        """Take a piece."""
+        if self._rest:
+            data, position, self._rest = self._rest + data[position:], 0, b""
+        end = len(data)
+        while True:
+            if self._head is None:
+                if end - position < ANSWER.size:
+                    self._rest = data[position:]
+                    return
+                self._head = ANSWER.unpack_from(data, position)
+                self._left = self._head[3]
+                position += ANSWER.size
+            count = min(self._left, end - position)
+            self._take(data, position, count)
+            position += count
+            self._left -= count
+            if self._left:
+                return
+            kind, number, elapsed, size = self._head
+            parts, error = self._parts, self._error
+            self._parts, self._head, self._error, self.held = [], None, None, 0
+            if error is not None:
+                self._on_memory_error(number, error)
+            else:
+                self._on_result(kind, number, elapsed, parts, size)
+
+    def _take(self, data: bytes, position: int, count: int) -> None:
+        if self._error is not None:
+            return
+        try:
+            self._parts.append(data[position : position + count])
+            self.held += count
+        except MemoryError:
+            self.give_up(memory.no_room(self.held))
+
+    def give_up(self, error: MemoryError) -> None:
+        """Let go of the present answer; what else comes of it is not kept."""
+        self._parts.clear()
+        self.held = 0
+        self._error = error
+
+
+class WorkerLines(live_lines.Lines):
+    """What the workers of a host print, line by line: printed here with the host's name, or logged."""
+
+    def __init__(self, host: str, shown: bool) -> None:
+        super().__init__(host, None if shown else lambda lines: _log(host, lines))
+
+
+def _log(host: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        _logger.debug("%s: %s", host, line)
