@@ -18,10 +18,10 @@ from lazycluster.tasks.steps import GetFile, Step, on_manager
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
 
-from .members import answers_of
-from .shared_filesystems import gates
+from .members import ask_all
+from .shared_filesystems import send_locks
 
-__all__ = ["detach_on", "detached_on", "join_or_end", "start_on_all"]
+__all__ = ["detach_on", "detached_tasks_on", "join_or_end", "start_on_all"]
 
 
 def start_on_all(
@@ -49,7 +49,7 @@ def start_on_all(
     for runtime in runtimes:
         runtime.task_context()  # raises if one cannot be used any more, before any is given work
     calls = prepare(task.steps)
-    locks = event_loop.run(gates(runtimes, task.steps))
+    locks = event_loop.run(send_locks(runtimes, task.steps))
     started: list[RuntimeTask] = []
     try:
         for runtime, lock in zip(runtimes, locks, strict=True):
@@ -92,7 +92,7 @@ def join_or_end(tasks: Sequence[RuntimeTask]) -> None:
 
 
 def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTask]:
-    """Start a task that does not end with this process on each of some hosts, at once.
+    """Start a task that does not end with this process on each of some hosts at once.
 
     Args:
         runtimes: The hosts.
@@ -119,13 +119,13 @@ def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTa
     return event_loop.run(start())
 
 
-def detached_on(runtimes: Sequence[Runtime]) -> list[DetachedTask]:
+def detached_tasks_on(runtimes: Sequence[Runtime]) -> list[DetachedTask]:
     """Return the detached tasks of some hosts, the oldest first; hosts that do not answer are left out.
 
     Raises:
         LazyclusterError: If none answers.
     """
     answers = event_loop.run(
-        answers_of(runtimes, lambda runtime: runtime.detached_tasks_soon(), "its detached tasks are not listed")
+        ask_all(runtimes, lambda runtime: runtime.detached_tasks_soon(), "its detached tasks are not listed")
     )
     return sorted((task for found in answers.values() for task in found), key=lambda task: task.created)

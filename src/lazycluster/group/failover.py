@@ -56,17 +56,23 @@ class _Failover:
     """
 
     def __init__(self, members: Members, count: int, retry_on: str, runtime: Runtime) -> None:
-        self.retries = Retries(count, retry_on == "any", self._elsewhere)
+        self.retries = Retries(count, retry_on == "any", self.next_context)
         self._members = members
         self._runtime = runtime
         self.task: RuntimeTask | None = None
 
-    async def _elsewhere(self, tried: Sequence[str]) -> Context | None:
-        def worth(runtime: Runtime) -> tuple[bool, int, int]:
+    async def next_context(self, tried: Sequence[str]) -> Context | None:
+        """Return where the task is tried again; None if there is no such host.
+
+        Args:
+            tried: The hosts that were tried.
+        """
+
+        def preference(runtime: Runtime) -> tuple[bool, int, int]:
             return runtime.connection.state != "open", tried.count(runtime.host), runtime.alive_task_process_count
 
         usable = [runtime for runtime in self._members.all if runtime.connection.state in ("open", "interrupted")]
-        for runtime in sorted(usable, key=worth):
+        for runtime in sorted(usable, key=preference):
             context = await runtime.context_again()
             if context is None:  # it was lost or closed just now
                 continue

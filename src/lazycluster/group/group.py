@@ -1,4 +1,4 @@
-"""`RuntimeGroup`: runtimes that belong together."""
+"""`RuntimeGroup`: several runtimes, used together."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lazycluster.tasks.process_handles import ProcessHandle
 from lazycluster.tasks.retries import checked_retries
 from lazycluster.tasks.task import RuntimeTask
 
-from .broadcast import detach_on, detached_on, join_or_end, start_on_all
+from .broadcast import detach_on, detached_tasks_on, join_or_end, start_on_all
 from .failover import start_on_one
-from .members import Members, answers_of, clean_up, connect, distinct, prepare_all, warn_of_aliases
+from .members import Members, ask_all, checked_hosts, clean_up_all, connect, prepare_all, warn_of_aliases
 from .ports import expose_from_one, expose_to_all, free_everywhere
-from .settings import Common, PerHost, host_names, read_settings
-from .status import HostCallback, HostStatus, status_of, watch
+from .settings import GroupSettings, PerHost, host_names, read_settings
+from .status import HostCallback, HostStatus, host_status, watch
 from .views import group_view, hosts_view, info_or_error
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class RuntimeGroup(Shown):
-    """Runtimes that belong together: most methods do on all of them, at once, what :class:`Runtime` does on one.
+    """Several runtimes: most methods do on all of them, at once, what :class:`Runtime` does on one.
 
     Two names of one account on one machine may both be members; a warning is logged, ports are exposed there once, and
     where members share a file system, a file that is sent to all of them is written once.
@@ -112,7 +112,7 @@ class RuntimeGroup(Shown):
             hosts = host_names(per_host)
         if (runtimes is None) == (hosts is None):
             raise ValueError("either runtimes or hosts must be given, and not both")
-        self._common = Common(
+        self._settings = GroupSettings(
             working_dir, connection_kwargs, python, setup, env, shell, per_host,
             environment=environment, progress=progress, startup_files=startup_files,
         )  # fmt: skip
@@ -123,7 +123,7 @@ class RuntimeGroup(Shown):
         self._executors: set[GroupExecutor] = set()  # those that were not shut down
         self._kept: tuple[tuple[list[Runtime], float | None, bool], GroupExecutor] | None = None
         if hosts is not None:
-            runtimes, self._unreachable = connect(distinct(hosts), self._common, on_unreachable)
+            runtimes, self._unreachable = connect(checked_hosts(hosts), self._settings, on_unreachable)
         assert runtimes is not None
         if not runtimes:
             raise ValueError("a group needs at least one runtime")
@@ -144,7 +144,7 @@ class RuntimeGroup(Shown):
 
     @property
     def runtime_count(self) -> int:
-        """How many runtimes there are."""
+        """Number of runtimes."""
         return len(self._members.all)
 
     @property
@@ -154,13 +154,13 @@ class RuntimeGroup(Shown):
 
     @property
     def progress(self) -> bool | None:
-        """Whether it is shown how far things are that take long; None: as ``Environment.progress`` says."""
-        return self._common.progress
+        """True if the progress of what takes long is shown; None: as ``Environment.progress`` says."""
+        return self._settings.progress
 
     @property
     def status(self) -> list[HostStatus]:
-        """How each host does: the state of its connection, and how many tasks run there."""
-        return [status_of(runtime) for runtime in self.runtimes]
+        """State of each host: of its connection, and how many tasks run there."""
+        return [host_status(runtime) for runtime in self.runtimes]
 
     def on_state(self, callback: HostCallback) -> Callable[[], None]:
         """Have a function called whenever the state of a present host changes.
@@ -232,7 +232,7 @@ class RuntimeGroup(Shown):
             raise ValueError("either host or runtime must be given, and not both")
         if host is not None:
             self._members.refuse_duplicate(host)
-            runtime = connect([host], self._common, "raise")[0][0]
+            runtime = connect([host], self._settings, "raise")[0][0]
         assert runtime is not None
         with self._lock:
             self._members.add(runtime)
@@ -312,7 +312,7 @@ class RuntimeGroup(Shown):
 
     def _on_stores(self, work: Callable[[Host], Awaitable[T]], problem: str) -> dict[str, T]:
         self._check_open()
-        return event_loop.run(answers_of(self.runtimes, lambda runtime: work(runtime.connection), problem))
+        return event_loop.run(ask_all(self.runtimes, lambda runtime: work(runtime.connection), problem))
 
     # --- environment variables -----------------------------------------------------------------
     def set_env_variables(self, env_variables: Mapping[str, Any]) -> None:
@@ -410,7 +410,7 @@ class RuntimeGroup(Shown):
         Raises:
             LazyclusterError: If no host can be asked.
         """
-        return detached_on(self.runtimes)
+        return detached_tasks_on(self.runtimes)
 
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Call a Python function on all hosts at once and return what it returned on each.
@@ -461,7 +461,7 @@ class RuntimeGroup(Shown):
 
     @property
     def function_returns(self) -> Generator[Any, None, None]:
-        """What the functions of the tasks that were started through the group returned, in the order of their start.
+        """Return values of the functions of the tasks that were started through the group, in the order of their start.
 
         Waits for each task when the generator comes to it.
 
@@ -716,7 +716,7 @@ class RuntimeGroup(Shown):
             self._kept = None
             for executor in list(self._executors):
                 executor.cleanup()
-            event_loop.run(clean_up(ours))
+            event_loop.run(clean_up_all(ours))
 
     def __enter__(self) -> RuntimeGroup:
         return self

@@ -1,4 +1,4 @@
-"""The runtimes of a group: connected, chosen, and told apart."""
+"""Members of a group: connecting hosts at once, asking all, and the runtimes by host."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lazycluster.runtime.questions import listed
 from lazycluster.runtime.session import HostSession, HostSpec
 from lazycluster.runtimes import Runtime
 
-from .settings import Common
+from .settings import GroupSettings
 
 __all__ = [
     "Connected",
     "Members",
-    "answers_of",
-    "clean_up",
+    "ask_all",
+    "clean_up_all",
     "close_all",
     "connect",
     "connect_all",
@@ -90,12 +90,12 @@ async def close_all(sessions: Sequence[HostSession]) -> None:
     await asyncio.gather(*(session.close() for session in sessions), return_exceptions=True)
 
 
-def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[list[Runtime], dict[str, str]]:
+def connect(hosts: Sequence[str], settings: GroupSettings, on_unreachable: str) -> tuple[list[Runtime], dict[str, str]]:
     """Connect hosts, all at once.
 
     Args:
         hosts: The hosts.
-        common: What holds for them.
+        settings: What holds for them.
         on_unreachable: ``raise``, or ``skip`` to go on with the others.
 
     Returns:
@@ -105,8 +105,8 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
         InvalidRuntimeError: If a host cannot be used and is not to be skipped.
         NoRuntimesError: If all were skipped.
     """
-    specs = common.specs(hosts)
-    with progress.shown(common.progress):
+    specs = settings.specs(hosts)
+    with progress.shown(settings.progress):
         connected = event_loop.run(connect_all(specs))
     failed = {spec.host: item for spec, item in zip(specs, connected, strict=True) if not isinstance(item, HostSession)}
     if failed and on_unreachable == "raise":
@@ -122,8 +122,12 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
     return [Runtime.from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
 
 
-def distinct(hosts: Iterable[str]) -> list[str]:
-    """Return hosts as a list; raises an error if there is none, or one twice."""
+def checked_hosts(hosts: Iterable[str]) -> list[str]:
+    """Return hosts as a list.
+
+    Raises:
+        TypeError, ValueError: If there is none, or one twice.
+    """
     if isinstance(hosts, str):
         raise TypeError(f"hosts must be a list, e.g. [{hosts!r}]")
     names = list(hosts)
@@ -154,7 +158,7 @@ async def prepare_all(runtimes: Sequence[Runtime], refresh: bool = False) -> Non
         raise errors[0]
 
 
-async def clean_up(runtimes: Iterable[Runtime]) -> None:
+async def clean_up_all(runtimes: Iterable[Runtime]) -> None:
     """Clean up some runtimes, all at once.
 
     Raises:
@@ -166,10 +170,10 @@ async def clean_up(runtimes: Iterable[Runtime]) -> None:
         raise errors[0]
 
 
-async def answers_of(runtimes: Iterable[Runtime], ask: Callable[[Runtime], Awaitable[T]], problem: str) -> dict[str, T]:
+async def ask_all(runtimes: Iterable[Runtime], ask: Callable[[Runtime], Awaitable[T]], problem: str) -> dict[str, T]:
     """Ask hosts something at once, and return the answers by host.
 
-    One that does not answer, or talks nonsense, is left out, with a warning in the log.
+    One that does not answer, or whose answer makes no sense, is left out, with a warning in the log.
 
     Args:
         runtimes: The hosts.

@@ -1,4 +1,4 @@
-"""Ports of a group: free everywhere, and exposed everywhere or nowhere."""
+"""Ports of a group: free on all hosts, and exposed on all or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for all hosts of a group, and what is said of single ones in a dictionary or TOML file."""
+"""Settings of a group: for all its hosts, and for single ones in a dictionary or TOML file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Common", "PerHost", "host_names", "read_settings"]
+__all__ = ["GroupSettings", "PerHost", "host_names", "read_settings"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -67,8 +67,8 @@ def host_names(settings: Mapping[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Common:
-    """What holds for all hosts, unless the settings of a host say otherwise; what may be secret is in no `repr`.
+class GroupSettings:
+    """Settings for all hosts, unless those of a host say otherwise; what may be secret is in no `repr`.
 
     Attributes:
         working_dir, connection_kwargs, python, setup, env, shell, environment, startup_files: See

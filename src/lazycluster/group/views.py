@@ -1,4 +1,4 @@
-"""What is shown of groups and of the manager."""
+"""Views of groups and of the manager: tables for terminals and notebooks."""
 
 from __future__ import annotations
 

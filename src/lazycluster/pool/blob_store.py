@@ -1,4 +1,4 @@
-"""What several calls need, and is sent to each host once: functions with what is bound into them, large arrays."""
+"""Blobs, which are sent to each host once for all calls that need them: functions with bound values, large arrays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LARGE_IF_SAME = 16 * 1024  # likewise, if it needs not be read to know that it 
 
 
 class Blob:
-    """Something that several calls need.
+    """Bytes that several calls need.
 
     Attributes:
         number: What workers call it.
@@ -38,7 +38,7 @@ class Blob:
 
 
 class BlobStore:
-    """The blobs of a pool. Thread-safe.
+    """Blobs of a pool. Thread-safe.
 
     Attributes:
         dropped: The numbers of those that hosts need not keep any more; whoever tells the hosts takes them away.
@@ -87,7 +87,7 @@ class BlobStore:
         self._unused.pop(blob.number, None)
 
     def release(self, number: int) -> None:
-        """Note one user less. What nobody uses is kept for a while, since the next calls may need it."""
+        """Note one user less. Unused blobs are kept for a while, since the next calls may need them."""
         with self._lock:
             blob = self._by_number[number]
             blob.users -= 1

@@ -16,7 +16,7 @@ __all__ = ["Chunk", "ChunkResult", "Failure", "ResultSink", "call_name", "initia
 
 
 class ChunkResult:
-    """What a worker answered to a chunk; read where it is wanted, not on the loop's thread.
+    """Result of a chunk, as bytes; unpickled where it is wanted, not on the loop's thread.
 
     Attributes:
         kind: ``RETURNED``, ``MIXED`` or ``BROKEN``, see `lazycluster.agent.pool_protocol`.
@@ -35,7 +35,7 @@ class ChunkResult:
 
 
 class Failure:
-    """Why no worker answered to a chunk."""
+    """Error instead of the result of a chunk: no worker has answered."""
 
     __slots__ = ("error", "size")
 
@@ -45,7 +45,7 @@ class Failure:
 
 
 class ResultSink(Protocol):
-    """Who waits for chunks. The methods are called on the loop's thread, and return at once."""
+    """Receiver of results. The methods are called on the loop's thread, and return at once."""
 
     def call_name(self, chunk: Chunk, call: int) -> str:
         """Return what to call one of the calls of a chunk in messages."""

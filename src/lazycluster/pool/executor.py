@@ -108,19 +108,19 @@ class GroupExecutor(concurrent.futures.Executor):
 
     @property
     def usable(self) -> bool:
-        """Whether calls can be run."""
+        """True if calls can be run."""
         return not self._shut_down and self._scheduler.error is None and os.getpid() == self._owner_pid
 
     @property
     def worker_count(self) -> int:
-        """How many calls can run at once on the hosts that are there."""
+        """Number of calls that can run at once on the hosts that are there."""
         return sum(
             count or int(runtime.info["cpu_cores"])
             for runtime, count in self._counts
             if runtime.connection.state in ("open", "interrupted")
         )
 
-    # --- running -------------------------------------------------------------------------------
+    # --- calls ---------------------------------------------------------------------------------
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
         """Have a function called on one of the hosts.
 
@@ -141,7 +141,7 @@ class GroupExecutor(concurrent.futures.Executor):
     def _submit_shared(
         self, sharing: SharedArrays | None, fn: Callable[..., T], /, *args: Any, **kwargs: Any
     ) -> concurrent.futures.Future[T]:
-        """Do what `submit` does, for a series whose arrays are shared, see :meth:`_share`; for the layers above."""
+        """Do what `submit` does, for a series whose arrays are shared, see :meth:`_share`."""
         if not callable(fn):
             raise TypeError(f"{fn!r} is not a function")
         future: CallFuture[T] = CallFuture(self._futures)
@@ -161,18 +161,15 @@ class GroupExecutor(concurrent.futures.Executor):
         return future
 
     def _share(self) -> SharedArrays:
-        """Begin a series of calls; for the layers above.
-
-        Arrays in their arguments must not be changed until it is over.
-        """
+        """Begin a series of calls; arrays in their arguments must not be changed until it is over."""
         return SharedArrays(self._blobs, by_identity=True)
 
     def _unshare(self, sharing: SharedArrays) -> None:
-        """End a series of calls; for the layers above."""
+        """End a series of calls."""
         self._scheduler.release(sharing.close())
 
     def _abort(self, futures: Iterable[concurrent.futures.Future[Any]]) -> None:
-        """Cancel futures, and end those of their calls that run; for the layers above."""
+        """Cancel futures, and end those of their calls that run."""
         self._futures.abort(set(futures))
 
     def map(
@@ -271,7 +268,7 @@ class GroupExecutor(concurrent.futures.Executor):
         self._finish(kill=False)
 
     def _retire(self) -> None:
-        """Shut down; for the layers above.
+        """Shut down.
 
         Waits for the end, so that others can have what it held, unless that is for calls that run.
         """

@@ -1,4 +1,4 @@
-"""The futures of an executor, and who settles them."""
+"""Futures of an executor, and the thread that settles them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOTIFIED = "CANCELLED_AND_NOTIFIED"  # the state of a future that was cancelled
 
 
 class CallFuture(interruptible.Future[T]):
-    """The future of a call. Where waiting for it would last for ever, asking for what came out is an error.
+    """Future of a call. Where waiting for it would last for ever, asking for its result is an error.
 
     Args:
         futures: Who settles it.
@@ -87,12 +87,12 @@ class Futures:
 
     @property
     def in_callback(self) -> bool:
-        """Whether the calling thread is that in which futures are settled, and must not wait for them."""
+        """True in the thread in which futures are settled, which must not wait for them."""
         return threading.current_thread() is self._thread
 
     @property
     def busy(self) -> bool:
-        """Whether one is not done."""
+        """True if a future is not done."""
         return bool(self._open)
 
     # --- a sink, on the loop's thread ----------------------------------------------------------

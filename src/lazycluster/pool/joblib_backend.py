@@ -16,8 +16,6 @@ from .blob_store import SharedArrays
 from .serialization import pack
 
 if TYPE_CHECKING:
-    from lazycluster.runtime_mgmt import RuntimeGroup
-
     from .executor import GroupExecutor
 
 __all__ = ["LazyclusterBackend"]
@@ -35,8 +33,8 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     stays in their process.
 
     Args:
-        group: The group.
-        nesting_level: Says joblib.
+        group: The :class:`~lazycluster.RuntimeGroup`.
+        nesting_level: From joblib.
         inner_max_num_threads: Is not supported: each worker has as many threads as its share of the host's cores.
 
     Raises:
@@ -54,7 +52,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
 
     def __init__(
         self,
-        group: RuntimeGroup | None = None,
+        group: Any = None,
         nesting_level: int | None = None,
         inner_max_num_threads: int | None = None,
         **options: Any,
@@ -66,7 +64,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         if options:
             raise TypeError(f"the backend has no option {next(iter(options))!r}; it has: group")
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
-        self._group: Any = group
+        self._group = group
         self._executor: GroupExecutor | None = None
         self._own: dict[int, GroupExecutor] = {}
         self._initialized: tuple[tuple[int, bytes], GroupExecutor] | None = None

@@ -1,4 +1,4 @@
-"""`map`: calls for each item of iterables, with as many under way as keep the hosts busy, and no more."""
+"""`map`: a call for each item of iterables, with as many under way as keep the hosts busy, and no more."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _MAX_BYTES = 128 * 1024 * 1024  # of arguments and results that are held here
 
 
 def check_arguments(timeout: float | None, chunksize: int, buffersize: int | None) -> None:
-    """Refuse what makes no sense.
+    """Check the arguments of `map`.
 
     Raises:
-        TypeError, ValueError: It does not.
+        TypeError, ValueError: If one makes no sense.
     """
     if timeout is not None and not isinstance(timeout, (int, float)):
         raise TypeError(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")
@@ -47,7 +47,7 @@ def check_arguments(timeout: float | None, chunksize: int, buffersize: int | Non
 
 
 class _Slot:
-    """The place of a chunk in the order of results."""
+    """Place of a chunk in the order of results."""
 
     __slots__ = ("chunk", "left", "results", "size")
 
@@ -128,7 +128,7 @@ class MapRun:
 
     @property
     def busy(self) -> bool:
-        """Whether something that was submitted is not settled."""
+        """True if something that was submitted is not settled."""
         return self._unsettled > 0 and not self._closed
 
     # --- the executor's end --------------------------------------------------------------------
@@ -139,7 +139,7 @@ class MapRun:
             self._changed.wait_for(lambda: not self._unsettled or self._closed)
 
     def abandon(self) -> None:
-        """Let nobody wait for what will not come."""
+        """Wake whoever waits for results: no more will come."""
         self._sealed = True
         self._arrived.put(None)
 

@@ -12,6 +12,7 @@ import math
 import secrets
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lazycluster.agent.pool_protocol import BACK, BLOB, BROKEN, CANCEL, DROP, MIXED, RECORD, RETURNED, UNFIT, WORKER
@@ -36,12 +37,12 @@ __all__ = ["PoolOptions", "RemotePool", "ResultDecoder", "WorkerLines"]
 
 _logger = logging.getLogger("lazycluster")
 
-LOOKAHEAD = 0.025  # seconds of work that a host has in stock, so that its workers need not wait for the link
-_WORTH_MOVING = 2 * LOOKAHEAD  # seconds of work that a chunk must be to be taken from one host for another
+LOOKAHEAD = 0.025  # seconds of work that wait on a host, so that its workers need not wait for the link
+_WORTH_MOVING = 2 * LOOKAHEAD  # seconds that a chunk must take to be moved from one host to another
 _MAX_AHEAD = 1024  # chunks
 _BYTES_AHEAD = 32 * 1024 * 1024  # of arguments, or of results to come, beyond what the workers need at once
-_JOINED = 128 * 1024
-_SMOOTH = 0.2
+_MAX_JOINED = 128 * 1024  # bytes up to which messages are sent as one
+_SMOOTHING = 0.2  # weight of the newest chunk in the moving averages
 AWAY_LIMIT = 5.0  # seconds after which calls of a host that cannot be reached are run elsewhere
 _CLOSE_LIMIT = 15.0  # seconds that a host gets to end its workers
 
@@ -52,18 +53,18 @@ _BACK = {"back": [int]}
 
 
 class SchedulerCallbacks(Protocol):
-    """What a pool needs of the scheduler."""
+    """The scheduler, as its pools see it."""
 
     blobs: BlobStore
 
     def dispatch_soon(self) -> None:
-        """Have more dealt: there is room."""
+        """Have more chunks assigned: there is capacity."""
 
     def worker_died(self, pool: RemotePool, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
         """Handle the death of a worker under a call."""
 
     def has_others(self, pool: RemotePool) -> bool:
-        """Tell whether others can run what a pool has."""
+        """Tell whether other pools can run what this one has."""
 
     def requeue(self, chunks: list[Chunk]) -> None:
         """Take chunks back that were not begun."""
@@ -75,30 +76,28 @@ class SchedulerCallbacks(Protocol):
         """Handle the end of a pool that was not asked for."""
 
 
+@dataclass(frozen=True)
 class PoolOptions:
-    """What the workers of a pool are like on each host.
+    """Settings of the workers on one host.
 
     Attributes:
         workers: How many, None for as many as the host has cores.
         initializer: What each calls first.
-        gpus: What each has of the host's GPUs, as the agent's request `pool` takes it; None if it needs none.
         debug: Whether what they print is printed here.
+        gpus: What each has of the host's GPUs, as the agent's request `pool` takes it; None if it needs none.
     """
 
-    def __init__(
-        self, workers: int | None, initializer: Blob | None, debug: bool, gpus: dict[str, Any] | None = None
-    ) -> None:
-        self.workers = workers
-        self.gpus = gpus
-        self.initializer = initializer
-        self.debug = debug
+    workers: int | None
+    initializer: Blob | None
+    debug: bool
+    gpus: dict[str, Any] | None = None
 
 
 class RemotePool:
     """The workers of one host.
 
     Args:
-        owner: Who deals.
+        scheduler: Who assigns the chunks.
         context: The host, and how functions are run there.
         options: What the workers are like.
 
@@ -112,7 +111,7 @@ class RemotePool:
         away: Whether its host cannot be reached at the moment, but may come back.
     """
 
-    def __init__(self, owner: SchedulerCallbacks, context: Context, options: PoolOptions) -> None:
+    def __init__(self, scheduler: SchedulerCallbacks, context: Context, options: PoolOptions) -> None:
         self.host = context.host
         self.workers = 0
         self.in_flight: dict[int, Chunk] = {}
@@ -122,20 +121,20 @@ class RemotePool:
         self.away = False
         self._reassigned: list[int] = []  # chunks that were given to others while it was away
         self._away_timer: asyncio.TimerHandle | None = None
-        self._owner, self._context, self._options = owner, context, options
+        self._scheduler, self._context, self._options = scheduler, context, options
         self._next = 1
         self._channel: Channel | None = None
         self._streams: dict[int, ResultDecoder] = {}
         self._out: list[bytes] = []
         self._flushed = asyncio.Event()
         self._closing = False
-        self._sent_blobs: set[int] = set()  # blobs
+        self._sent_blobs: set[int] = set()
         self._bytes = 0
         self._result_size = 0.0
         self._ended = asyncio.Event()
         self._lines = WorkerLines(context.host, options.debug)
 
-    # --- its life ------------------------------------------------------------------------------
+    # --- start and end -------------------------------------------------------------------------
     async def run(self, imports: Sequence[str]) -> None:
         """Have workers on the host until it is closed; `imports` are the modules that they will need first."""
         error: LazyclusterError | None = None
@@ -162,7 +161,7 @@ class RemotePool:
             if sender is not None:
                 sender.cancel()
         if error is not None and not self._closing:
-            self._owner.pool_lost(self, error)
+            self._scheduler.pool_lost(self, error)
 
     async def _open(self, imports: Sequence[str]) -> Channel:
         context, options = await self._context.prepared(), self._options
@@ -209,32 +208,32 @@ class RemotePool:
                 pass  # the host has gone, and all with it
         self._lines.end()
 
-    # --- what it is given ----------------------------------------------------------------------
+    # --- chunks to the host --------------------------------------------------------------------
     @property
     def capacity(self) -> int:
-        """How many more chunks it should be given now."""
+        """Number of chunks that it should be given now."""
         if self.over or self.away or not self.workers:
             return 0
         return self._chunk_limit() - len(self.in_flight)
 
     @property
     def has_suspect(self) -> bool:
-        """Whether it has a call that is one of those which hosts may have been lost by."""
+        """True if it has a call that may be the one that hosts were lost by."""
         return any(chunk.suspect for chunk in self.in_flight.values())
 
     @property
     def may_come_back(self) -> bool:
-        """Whether its host may be there again soon, with another agent."""
+        """True if its host may be there again soon, with another agent."""
         return self._context.connection.state in ("open", "interrupted")
 
     @property
     def idle_workers(self) -> int:
-        """How many workers have nothing to do."""
+        """Number of workers that have nothing to do."""
         return 0 if self.over or self.away else max(0, self.workers - len(self.in_flight))
 
     @property
     def stealable(self) -> int:
-        """How many chunks that were not begun it may have that are worth to be given to others."""
+        """Number of chunks, not begun as far as is known, that are worth moving to other hosts."""
         short = self.duration is not None and self.duration < _WORTH_MOVING
         if self.over or self.away or self.stealing or short:
             return 0
@@ -267,7 +266,7 @@ class RemotePool:
     def _send_blob(self, blob: int) -> None:
         if blob and blob not in self._sent_blobs:
             self._sent_blobs.add(blob)
-            packed = self._owner.blobs[blob].packed
+            packed = self._scheduler.blobs[blob].packed
             self._out.append(RECORD.pack(BLOB, blob, 0, 0, 0, packed.size))
             self._out.extend(packed.parts)
 
@@ -284,7 +283,7 @@ class RemotePool:
             self._out.append(RECORD.pack(CANCEL, 0, chunk.number, 0, 0, 0))
 
     def steal(self, count: int) -> None:
-        """Ask for chunks that were not begun."""
+        """Ask for chunks back that were not begun."""
         self.stealing = True
         self._out.append(RECORD.pack(BACK, 0, 0, 0, count, 0))
 
@@ -301,7 +300,7 @@ class RemotePool:
                 await self._flushed.wait()
                 self._flushed.clear()
                 out, self._out = self._out, []
-                if sum(map(len, out)) <= _JOINED:
+                if sum(map(len, out)) <= _MAX_JOINED:
                     await channel.send(b"".join(out))
                     continue
                 for part in out:
@@ -325,7 +324,7 @@ class RemotePool:
             self._out.extend(RECORD.pack(CANCEL, 0, number, 0, 0, 0) for number in self._reassigned)
             self._reassigned.clear()
             self.flush()
-            self._owner.dispatch_soon()
+            self._scheduler.dispatch_soon()
 
     def _start_away_timer(self) -> None:
         self._away_timer = asyncio.get_running_loop().call_later(AWAY_LIMIT, self._on_away_limit)
@@ -334,10 +333,10 @@ class RemotePool:
         if self.over or not self.away:
             return
         self._start_away_timer()
-        if self.in_flight and self._owner.has_others(self):
+        if self.in_flight and self._scheduler.has_others(self):
             _logger.warning("%s: cannot be reached: %d calls are run elsewhere", self.host, len(self.in_flight))
             self._reassigned += self.in_flight
-            self._owner.requeue(self.take_all())
+            self._scheduler.requeue(self.take_all())
 
     def take_all(self) -> list[Chunk]:
         """Return what it has, and forget it."""
@@ -346,7 +345,7 @@ class RemotePool:
         self._bytes = 0
         return chunks
 
-    # --- what it says --------------------------------------------------------------------------
+    # --- messages from the host ----------------------------------------------------------------
     def _event(self, message: dict[str, Any]) -> None:
         # What makes no sense is an error before anything is done: else a chunk could be let go of, and be nowhere.
         if message.get("ready"):
@@ -354,21 +353,21 @@ class RemotePool:
             if message["workers"] < 1:
                 raise ValueError("there are no workers")
             self.workers = message["workers"]
-            self._owner.dispatch_soon()
+            self._scheduler.dispatch_soon()
         elif "died" in message:
             check_shape(message, _DIED)
             chunk = self._forget(message["number"])
             if chunk is not None and message["innocent"]:
-                self._owner.requeue([chunk])
+                self._scheduler.requeue([chunk])
             elif chunk is not None:
-                self._owner.worker_died(self, chunk, message["at"], message["died"])
+                self._scheduler.worker_died(self, chunk, message["at"], message["died"])
         elif "back" in message:
             check_shape(message, _BACK)
             self.stealing = False
             found = [self._forget(number) for number in message["back"]]
-            self._owner.requeue([chunk for chunk in found if chunk is not None])
+            self._scheduler.requeue([chunk for chunk in found if chunk is not None])
         elif "pid" not in message:  # of what looks for another interpreter
-            raise ValueError("it is told of something that nobody knows")
+            raise ValueError("unknown event")
 
     def _output(self, data: bytes) -> None:
         number = WORKER.unpack_from(data)[0]
@@ -381,7 +380,7 @@ class RemotePool:
         chunk = self._forget(number)
         if chunk is not None:
             chunk.sink.settle(chunk, Failure(error))
-            self._owner.dispatch_soon()
+            self._scheduler.dispatch_soon()
 
     def _on_result(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
         if not 0 <= elapsed < math.inf:
@@ -391,23 +390,23 @@ class RemotePool:
             if chunk is None:
                 return  # it is wanted no more
             before = self.duration
-            self.duration = elapsed if before is None else before + _SMOOTH * (elapsed - before)
-            self._result_size += _SMOOTH * (size - self._result_size)
+            self.duration = elapsed if before is None else before + _SMOOTHING * (elapsed - before)
+            self._result_size += _SMOOTHING * (size - self._result_size)
             chunk.sink.settle(chunk, ChunkResult(kind, parts, size, self.host))
-            self._owner.dispatch_soon()
+            self._scheduler.dispatch_soon()
         elif kind == UNFIT:
-            self._owner.initializer_failed(self, parts)
+            self._scheduler.initializer_failed(self, parts)
 
 
 class ResultDecoder:
-    """Cuts what one worker says into answers.
+    """Cuts the output of one worker into results.
 
     Args:
         on_result: Is called with each: kind, number of the chunk, seconds that it took, parts, their size.
         on_memory_error: Is called instead, with the number of the chunk and the error, if there was no memory for it.
 
     Attributes:
-        held: How many bytes of the present answer are kept.
+        held: How many bytes of the present result are kept.
     """
 
     def __init__(
@@ -416,7 +415,7 @@ class ResultDecoder:
         on_memory_error: Callable[[int, MemoryError], None],
     ) -> None:
         self._on_result, self._on_memory_error = on_result, on_memory_error
-        self._error: MemoryError | None = None  # why the present answer is not kept
+        self._error: MemoryError | None = None  # why the present result is not kept
         self.held = 0
         memory.hold(self)
         self._rest = b""
@@ -461,14 +460,14 @@ class ResultDecoder:
             self.give_up(memory.no_room(self.held))
 
     def give_up(self, error: MemoryError) -> None:
-        """Let go of the present answer; what else comes of it is not kept."""
+        """Let go of the present result; what else comes of it is not kept."""
         self._parts.clear()
         self.held = 0
         self._error = error
 
 
 class WorkerLines(live_lines.Lines):
-    """What the workers of a host print, line by line: printed here with the host's name, or logged."""
+    """Lines that the workers of a host print: printed here with the host's name, or logged."""
 
     def __init__(self, host: str, shown: bool) -> None:
         super().__init__(host, None if shown else lambda lines: _log(host, lines))

@@ -1,4 +1,7 @@
-"""Who gets what: chunks wait in one line, and go to the hosts as these have room. Lives on the loop's thread."""
+"""Scheduler of a pool over hosts: chunks wait in one queue, and go to the hosts as these have capacity.
+
+Lives on the event loop's thread, but for the methods that say so.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +43,13 @@ MAX_DEATHS = 3  # workers or hosts that may die under a call before it is given 
 
 
 class ChunkScheduler:
-    """Gives chunks to the workers of some hosts.
+    """Assigns chunks to the workers of some hosts.
 
     Args:
         contexts: The hosts, and how functions are run on each.
         options: What the workers are like, per host.
         blobs: What several calls need.
-        again: For each host what returns how functions are run there once it is back, None if it is not coming back.
+        when_back: For each host what returns how functions are run there once it is back, None if it is not coming.
 
     Attributes:
         error: Why nothing can be run any more, None while it can.
@@ -57,12 +60,12 @@ class ChunkScheduler:
         contexts: Sequence[Context],
         options: Sequence[PoolOptions],
         blobs: BlobStore,
-        again: Sequence[ContextWhenBack],
+        when_back: Sequence[ContextWhenBack],
     ) -> None:
         self.blobs = blobs
         self.error: BaseException | None = None
         self._pools: list[RemotePool] = []
-        self._contexts, self._options, self._contexts_when_back = contexts, options, again
+        self._contexts, self._options, self._contexts_when_back = contexts, options, when_back
         self._rejoin_policies = [RestartPolicy(_MAX_REJOINS) for _ in contexts]
         self._inbox: deque[Chunk] = deque()
         self._cancels: deque[Chunk] = deque()
@@ -120,7 +123,7 @@ class ChunkScheduler:
             try:
                 self._scheduled = True
                 self._loop.call_soon_threadsafe(self._on_wake)
-            except BaseException:  # Ctrl-C: else nobody would ever poke again
+            except BaseException:  # Ctrl-C: else nothing would ever wake it again
                 self._scheduled = False
                 raise
 
@@ -134,7 +137,7 @@ class ChunkScheduler:
         self._runs = [asyncio.ensure_future(pool.run(imports)) for pool in self._pools]
 
     def _on_wake(self) -> None:
-        self._scheduled = False  # first: what comes from now on pokes again
+        self._scheduled = False  # first: what comes from now on wakes it again
         while self._inbox:
             self._pending.append(self._inbox.popleft())
         while self._cancels:
@@ -149,7 +152,7 @@ class ChunkScheduler:
         self._dispatch()
 
     def dispatch_soon(self) -> None:
-        """Deal after all that is to be handled in this round of the loop."""
+        """Assign chunks after all that is to be handled in this round of the loop."""
         if not self._dispatching:
             self._dispatching = True
             self._loop.call_soon(self._dispatch)
@@ -169,7 +172,7 @@ class ChunkScheduler:
                 continue
             if chunk.cancelled or not chunk.sink.mark_started(chunk):
                 continue
-            # The one that has the least to do for its size; not where the call has done harm already, if possible.
+            # The one that has the least to do for its size; if possible not one that the call has taken down before.
             pool = min(able, key=lambda pool: (pool.host in chunk.tried_on, len(pool.in_flight) / pool.workers))
             pool.assign(chunk)
             if pool.capacity <= 0:
@@ -184,7 +187,7 @@ class ChunkScheduler:
             pool.flush()
 
     def _balance(self) -> None:
-        """Have hosts whose workers are busy give back what they have in stock while others have nothing to do."""
+        """Have hosts whose workers are busy give back chunks that wait there while others have nothing to do."""
         idle = sum(pool.idle_workers for pool in self._pools)
         for pool in sorted(self._pools, key=lambda pool: pool.stealable, reverse=True):
             count = min(idle, pool.stealable)
@@ -194,10 +197,10 @@ class ChunkScheduler:
             pool.steal(count)
 
     def has_others(self, pool: RemotePool) -> bool:
-        """Tell whether others can run what a pool has."""
+        """Tell whether other pools can run what this one has."""
         return any(other is not pool and not other.over and not other.away for other in self._pools)
 
-    # --- what pools tell -----------------------------------------------------------------------
+    # --- callbacks of the pools ----------------------------------------------------------------
     def requeue(self, chunks: list[Chunk]) -> None:
         """Take chunks back that were not begun, or whose worker was ended for another's sake."""
         self._pending.extendleft(reversed([chunk for chunk in chunks if not chunk.cancelled]))
@@ -242,15 +245,15 @@ class ChunkScheduler:
                 _logger.warning("left out: %s", error)
                 return
             error = AgentError(pool.host, "gpu", "no host has GPUs for calls:\n  " + "\n  ".join(self._without_gpus))
-        returns = self._rejoin_policies[self._pools.index(pool)]
-        if not isinstance(error, ConnectionLostError) and not (others and returns.count):
+        policy = self._rejoin_policies[self._pools.index(pool)]
+        if not isinstance(error, ConnectionLostError) and not (others and policy.count):
             self._break(error)
             return
         self._lost[pool.host] = str(error).partition("\n")[0]
         chunks = pool.take_all()
         # Any may have been begun: what a worker answered at last is not known here, nor what it began then.
         again = [part for chunk in chunks for part in self._retries(self._count_death(chunk, pool.host))]
-        delay = returns.next() if pool.may_come_back else None
+        delay = policy.next() if pool.may_come_back else None
         if delay is not None:
             self._rejoining += 1
             self._runs.append(asyncio.ensure_future(self._rejoin(pool, delay)))
@@ -270,7 +273,7 @@ class ChunkScheduler:
         return chunk.calls() if chunk.suspect else [chunk]
 
     def _check_hosts(self, host: str) -> None:
-        """Give up if no host is left, after one has gone."""
+        """Give up if no host is left, after one was lost."""
         if self._rejoining or self._closed or self.error is not None or any(not pool.over for pool in self._pools):
             return
         reasons = "\n".join(f"  {reason}" for reason in self._lost.values())
@@ -283,7 +286,7 @@ class ChunkScheduler:
         )
 
     async def _rejoin(self, pool: RemotePool, delay: float) -> None:
-        """Have a host take part again whose agent was lost, once it is back."""
+        """Use a host again whose agent was lost, once it is back."""
         index = self._pools.index(pool)
         try:
             await asyncio.sleep(delay)
