@@ -11,14 +11,20 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal
 
-from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
+from lazycluster.exceptions import (
+    ConnectionLostError,
+    InvalidRuntimeError,
+    LazyclusterError,
+    NoAnswerError,
+    TunnelError,
+)
 
 from .agent_program import OLDEST_PYTHON, expected, payload
 from .agent_replies import AgentInfo
 from .channel import Bytes, Channel, Event
 from .errors import last_words
 from .link import AgentLink
-from .mux import Forward
+from .mux import Forward, Mux
 from .process import WatchedProcess
 from .start_marker import StartError, StartMarker, read_mark
 
@@ -160,6 +166,15 @@ class Connection(abc.ABC):
         return NoAnswerError(self.host, "a further agent to start", _START_LIMIT)
 
     # --- the agent -----------------------------------------------------------------------------
+    @property
+    def mux(self) -> Mux:
+        """The control socket of the ssh process.
+
+        Raises:
+            TunnelError: If there is none.
+        """
+        raise TunnelError(f"{self.host}: is not connected through ssh")
+
     @property
     def agent_info(self) -> AgentInfo:
         """What is known of the host."""

@@ -15,7 +15,7 @@ from lazycluster.exceptions import LazyclusterError
 
 from .connection import Connection
 from .mux import Direction, Forward
-from .probes import mux_of, network_of
+from .probes import network_of
 
 __all__ = ["MANAGER", "Outcome", "Tunnel", "TunnelRequest", "check_port", "close_tunnels"]
 
@@ -185,7 +185,7 @@ async def _close_on(connection: Connection, forwards: list[Forward]) -> None:
         if connection.state == "interrupted":
             connection.forget_forwards(forwards)
             return
-        await mux_of(connection).close_forwards(forwards)
+        await connection.mux.close_forwards(forwards)
         if connection.answers and any(forward.direction is Direction.REMOTE for forward in forwards):
             # ssh says "ok" when it has asked the host, without waiting. The host's sshd takes things in order: once
             # the agent behind it has answered, the listeners are closed.
