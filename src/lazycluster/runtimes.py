@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -20,14 +21,13 @@ from .runtime.session import HostSession, HostSpec, connected, may_ask
 from .runtime.views import runtime_view
 from .ssh.tunnels import close_tunnels
 from .tasks import detached
+from .tasks.context import Context, ExecutionOptions, checked_variables
 from .tasks.detached import DetachedTask
-from .tasks.execution import Context, settled
+from .tasks.execution import settled
 from .tasks.task import RuntimeTask
-from .tasks.variables import checked_variables
 
 if TYPE_CHECKING:
     from .tasks.pickling import PickledCall
-    from .tasks.retries import Retries
 
 __all__ = ["LocalRuntime", "Runtime", "RuntimeTask"]
 
@@ -212,7 +212,7 @@ class Runtime(Belongings, Shown):
                 other options are given with `detach` that do not apply to it.
             LazyclusterError: If the runtime cannot be used any more.
         """
-        tries = self.own_retries(retries, retry_on)
+        options = ExecutionOptions(debug, omit_on_join and execute_async, retries, retry_on)
         if detach:
             detached.check_options(
                 task, retries=retries, omit_on_join=omit_on_join, debug=debug, wait=not execute_async
@@ -220,7 +220,7 @@ class Runtime(Belongings, Shown):
             return event_loop.run(self.detach_soon(task, detached.checked(task)))
         started = task if getattr(task, "status", "") == "pending" else None
         try:
-            started = self.start_task(task, omit_on_join=omit_on_join and execute_async, debug=debug, retries=tries)
+            started = self.start_task(task, options)
             if not execute_async:
                 started._finish_sync()
         except KeyboardInterrupt:  # maybe before the wait, which ends what it waits for, has begun
@@ -248,21 +248,13 @@ class Runtime(Belongings, Shown):
         variable = self.WORKING_DIR_ENV_VAR_NAME
         return await detached.start(task, self.task_context(), calls, own_directory=own, cwd_variable=variable)
 
-    def start_task(
-        self,
-        task: RuntimeTask,
-        *,
-        omit_on_join: bool = False,
-        debug: bool = False,
-        calls: Sequence[PickledCall | Exception | None] | None = None,
-        gate: asyncio.Lock | None = None,
-        retries: Retries | None = None,
-    ) -> RuntimeTask:
+    def start_task(self, task: RuntimeTask, options: ExecutionOptions) -> RuntimeTask:
         """Start a task, see :meth:`execute_task`; for the layers above, which may share work between hosts."""
         if not isinstance(task, RuntimeTask):
             raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
-        context = self.task_context()
-        started = task._launch(context, omit_on_join=omit_on_join, debug=debug, calls=calls, gate=gate, retries=retries)
+        if options.retries and options.next_context is None:
+            options = replace(options, next_context=lambda _: self.context_again())
+        started = task._launch(self.task_context(), options)
         self._ledger.add_task(started)
         return started
 
@@ -309,7 +301,7 @@ class Runtime(Belongings, Shown):
         name = getattr(function, "__name__", None) or "function"
         task, key = RuntimeTask(name).call(function, *args, **kwargs), ""
         try:
-            key = self._ledger.add_task(task._launch(self.task_context()))
+            key = self._ledger.add_task(task._launch(self.task_context(), ExecutionOptions()))
             task._finish_sync()
             return task.result()
         except (KeyboardInterrupt, SystemExit):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
     from lazycluster.runtimes import Runtime
     from lazycluster.ssh.connection import Connection
-    from lazycluster.tasks.execution import Context
+    from lazycluster.tasks.context import Context
 
 MANAGER = "localhost"
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 from lazycluster.core import event_loop
 from lazycluster.runtimes import Runtime
-from lazycluster.tasks.retries import Retries
+from lazycluster.tasks.context import ExecutionOptions
 from lazycluster.tasks.step_run import prepare
 from lazycluster.tasks.steps import GetFile, Step, on_manager
 from lazycluster.tasks.task import RuntimeTask
@@ -20,12 +20,7 @@ from .shared_filesystems import gates
 __all__ = ["start_on_all"]
 
 
-def start_on_all(
-    runtimes: Sequence[Runtime],
-    task: RuntimeTask,
-    debug: bool,
-    retries: Callable[[Runtime], Retries | None] = lambda _: None,
-) -> list[RuntimeTask]:
+def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: ExecutionOptions) -> list[RuntimeTask]:
     """Start a copy of a task on each of some runtimes.
 
     Functions are pickled once. What is fetched goes into a directory of each host. Where hosts share a file system,
@@ -34,8 +29,7 @@ def start_on_all(
     Args:
         runtimes: The runtimes.
         task: The task.
-        debug: Whether output is printed live.
-        retries: Returns how often it is tried again on a runtime.
+        options: The options of each execution.
 
     Returns:
         The copies, in the order of the runtimes. If one cannot be started, those that were are ended.
@@ -44,14 +38,13 @@ def start_on_all(
         raise ValueError(f"task {task.name!r} has no steps: add one, e.g. with run_command()")
     for runtime in runtimes:
         runtime.task_context()  # raises if one cannot be used any more, before any is given work
-    calls = prepare(task.steps)
+    options = replace(options, calls=prepare(task.steps))
     locks = event_loop.run(gates(runtimes, task.steps))
     started: list[RuntimeTask] = []
     try:
         for runtime, lock in zip(runtimes, locks, strict=True):
-            own = copy.deepcopy(task)
-            own.replace_steps([_for_host(step, runtime.host) for step in own.steps])
-            started.append(runtime.start_task(own, debug=debug, calls=calls, gate=lock, retries=retries(runtime)))
+            own = task._with_steps([_for_host(step, runtime.host) for step in task.steps])
+            started.append(runtime.start_task(own, replace(options, send_lock=lock)))
     except BaseException:
         for other in started:
             other.cancel()

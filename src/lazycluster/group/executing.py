@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 from lazycluster.output import progress
 from lazycluster.output.execution_log import show_logs
 from lazycluster.runtime.registry import join_all
+from lazycluster.tasks.context import ExecutionOptions
 from lazycluster.tasks.detached import DetachedTask, check_options
-from lazycluster.tasks.process_handles import ProcessHandle
-from lazycluster.tasks.retries import checked_retries
+from lazycluster.tasks.execution import ProcessHandle
 from lazycluster.tasks.task import RuntimeTask
 
 from .broadcast import start_on_all
@@ -69,7 +70,7 @@ class Executing(Membership):
         """
         if not isinstance(task, RuntimeTask):
             raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
-        checked_retries(retries, retry_on)
+        options = ExecutionOptions(debug, retries=retries, retry_on=retry_on)
         if broadcast and host is not None:
             raise ValueError("either host or broadcast can be given, not both")
         with progress.shown(self.progress):
@@ -78,8 +79,8 @@ class Executing(Membership):
                 found = detach_on(self.runtimes if broadcast else [self.get_runtime(host)], task)
                 return found if broadcast else found[0]
             if not broadcast:
-                return self._execute_on_one(task, host, execute_async, debug, retries, retry_on)
-            tasks = start_on_all(self.runtimes, task, debug, lambda one: one.own_retries(retries, retry_on))
+                return self._execute_on_one(task, host, execute_async, options)
+            tasks = start_on_all(self.runtimes, task, options)
             task._was_broadcast(tasks)
             with self._lock:
                 self._tasks += tasks
@@ -88,16 +89,17 @@ class Executing(Membership):
             return tasks
 
     def _execute_on_one(
-        self, task: RuntimeTask, host: str | None, execute_async: bool, debug: bool, retries: int, retry_on: str
+        self, task: RuntimeTask, host: str | None, execute_async: bool, options: ExecutionOptions
     ) -> RuntimeTask:
-        trying = Failover(self._members, retries, retry_on) if retries and host is None else None
+        failover = Failover(self._members) if options.retries and host is None else None
+        if failover is not None:
+            options = replace(options, next_context=failover.next_context)
         with self._lock:  # so that two threads do not both see the same host as the least busy one
             runtime = self.get_runtime(host)
-            tries = trying.retries if trying is not None else runtime.own_retries(retries, retry_on)
-            started = runtime.start_task(task, debug=debug, retries=tries)
+            started = runtime.start_task(task, options)
             self._tasks.append(started)
-        if trying is not None:
-            trying.begun(started, runtime)
+        if failover is not None:
+            failover.begun(started, runtime)
         if not execute_async:
             self._finish([started])
         return started
@@ -145,7 +147,7 @@ class Executing(Membership):
             {'host-1': 8, 'host-2': 16}
         """
         name = getattr(function, "__name__", None) or "function"
-        tasks = start_on_all(self.runtimes, RuntimeTask(name).call(function, *args, **kwargs), False)
+        tasks = start_on_all(self.runtimes, RuntimeTask(name).call(function, *args, **kwargs), ExecutionOptions())
         self._finish(tasks)
         return {str(task.host): task.result() for task in tasks}
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lazycluster.tasks.retries import Retries
-
 if TYPE_CHECKING:
     from lazycluster.runtimes import Runtime
     from lazycluster.tasks.context import Context
@@ -22,15 +20,9 @@ class Failover:
 
     Args:
         members: The group's.
-        count: How often it is tried again.
-        retry_on: ``host`` or ``any``.
-
-    Attributes:
-        retries: What the task is told.
     """
 
-    def __init__(self, members: Members, count: int, retry_on: str) -> None:
-        self.retries = Retries(count, retry_on == "any", self._elsewhere)
+    def __init__(self, members: Members) -> None:
         self._members = members
         self._task: RuntimeTask | None = None
         self._runtime: Runtime | None = None
@@ -41,7 +33,13 @@ class Failover:
         if self._runtime is None:
             self._runtime = runtime
 
-    async def _elsewhere(self, tried: Sequence[str]) -> Context | None:
+    async def next_context(self, tried: Sequence[str]) -> Context | None:
+        """Return where the task is tried again; None if there is no such host.
+
+        Args:
+            tried: The hosts that were tried.
+        """
+
         def worth(runtime: Runtime) -> tuple[bool, int, int]:
             return runtime.connection.state != "open", tried.count(runtime.host), runtime.alive_task_process_count
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.tunnels import Tunnel, check_port, open_from_runtime, open_to_runtime
-from lazycluster.tasks.process_handles import ProcessHandle
-from lazycluster.tasks.retries import Retries, checked_retries
+from lazycluster.tasks.execution import ProcessHandle
 
 from .questions import HostQuestions
 from .registry import Registry
@@ -113,19 +112,6 @@ class Belongings(HostQuestions):
             return self.task_context()
         except LazyclusterError:
             return None
-
-    def own_retries(self, count: int, retry_on: str) -> Retries | None:
-        """Return how often a task is tried again on this host, None if it is not; for the layers above.
-
-        Args:
-            count: How often.
-            retry_on: ``host`` or ``any``.
-
-        Raises:
-            TypeError, ValueError: If that makes no sense.
-        """
-        checked_retries(count, retry_on)
-        return Retries(count, retry_on == "any", lambda _: self.context_again()) if count else None
 
     def take_over(self, task: RuntimeTask, before: Belongings | None) -> None:
         """Have a task that goes on here among those of this runtime; for the layers above.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lazycluster.tasks.execution import Context
+from lazycluster.tasks.context import Context
 
 from .session import HostSession
 

@@ -16,7 +16,7 @@ from lazycluster.core.words import counted
 from lazycluster.exceptions import AgentError, LazyclusterError, NoPortsLeftError, PathCreationError
 from lazycluster.output.view import show
 from lazycluster.ssh.tunnels import check_port
-from lazycluster.tasks.execution import Context
+from lazycluster.tasks.context import Context
 
 from .filters import HostFilter, why_not
 from .session import ANSWER_LIMIT, HostSession
