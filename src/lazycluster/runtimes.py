@@ -116,8 +116,8 @@ class Runtime(Belongings, Shown):
         lifetime.register(self)
 
     @classmethod
-    def from_session(cls: type[R], session: HostSession) -> R:
-        """Return a runtime on a host that is connected already; for the layers above."""
+    def _from_session(cls: type[R], session: HostSession) -> R:
+        """Return a runtime on a host that is connected already."""
         runtime = cls.__new__(cls)
         runtime._begin(session)
         return runtime
@@ -148,8 +148,8 @@ class Runtime(Belongings, Shown):
         """
         self._env.update(checked_variables(env_variables))
 
-    def task_context(self) -> Context:
-        """Return where and how tasks are carried out: directory, environment, interpreter; for the layers above."""
+    def _context(self) -> Context:
+        """Return where and how tasks are carried out: directory, environment, interpreter."""
         self._session.check()
         return self._session.context(self._env, self.WORKING_DIR_ENV_VAR_NAME)
 
@@ -217,10 +217,10 @@ class Runtime(Belongings, Shown):
             detached.check_options(
                 task, retries=retries, omit_on_join=omit_on_join, debug=debug, wait=not execute_async
             )
-            return event_loop.run(self.detach_soon(task, detached.checked(task)))
+            return event_loop.run(self._detach_async(task, detached.checked(task)))
         started = task if getattr(task, "status", "") == "pending" else None
         try:
-            started = self.start_task(task, options)
+            started = self._start_task(task, options)
             if not execute_async:
                 started._finish_sync()
         except KeyboardInterrupt:  # maybe before the wait, which ends what it waits for, has begun
@@ -235,26 +235,26 @@ class Runtime(Belongings, Shown):
         Raises:
             LazyclusterError: If the runtime cannot be used.
         """
-        return event_loop.run(self.detached_tasks_soon())
+        return event_loop.run(self._detached_tasks_async())
 
-    async def detached_tasks_soon(self) -> list[DetachedTask]:
-        """Do what :meth:`detached_tasks` does; for the layers above, on the loop."""
+    async def _detached_tasks_async(self) -> list[DetachedTask]:
+        """Do what :meth:`detached_tasks` does."""
         self._session.check()
-        return await detached.detached_tasks(self.connection)
+        return await detached.detached_tasks(self._connection)
 
-    async def detach_soon(self, task: RuntimeTask, calls: Sequence[PickledCall | None]) -> DetachedTask:
-        """Start a task that does not end with this process; for the layers above, on the loop."""
+    async def _detach_async(self, task: RuntimeTask, calls: Sequence[PickledCall | None]) -> DetachedTask:
+        """Start a task that does not end with this process."""
         own = self._session.spec.working_dir is None
         variable = self.WORKING_DIR_ENV_VAR_NAME
-        return await detached.start(task, self.task_context(), calls, own_directory=own, cwd_variable=variable)
+        return await detached.start(task, self._context(), calls, own_directory=own, cwd_variable=variable)
 
-    def start_task(self, task: RuntimeTask, options: ExecutionOptions) -> RuntimeTask:
-        """Start a task, see :meth:`execute_task`; for the layers above, which may share work between hosts."""
+    def _start_task(self, task: RuntimeTask, options: ExecutionOptions) -> RuntimeTask:
+        """Start a task, see :meth:`execute_task`."""
         if not isinstance(task, RuntimeTask):
             raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
         if options.retries and options.next_context is None:
-            options = replace(options, next_context=lambda _: self.context_again())
-        started = task._launch(self.task_context(), options)
+            options = replace(options, next_context=lambda _: self._context_when_back())
+        started = task._launch(self._context(), options)
         self._ledger.add_task(started)
         return started
 
@@ -301,7 +301,7 @@ class Runtime(Belongings, Shown):
         name = getattr(function, "__name__", None) or "function"
         task, key = RuntimeTask(name).call(function, *args, **kwargs), ""
         try:
-            key = self._ledger.add_task(task._launch(self.task_context(), ExecutionOptions()))
+            key = self._ledger.add_task(task._launch(self._context(), ExecutionOptions()))
             task._finish_sync()
             return task.result()
         except (KeyboardInterrupt, SystemExit):
@@ -401,18 +401,18 @@ class Runtime(Belongings, Shown):
 
         Results of tasks stay readable. Doing it again does nothing. Errors that nobody has asked for are logged.
         """
-        if self.is_ours:
-            event_loop.run(self.cleanup_soon())
+        if self._is_ours:
+            event_loop.run(self._cleanup_async())
 
-    async def cleanup_soon(self) -> None:
-        """Do what :meth:`cleanup` does; for the layers above, on the loop."""
+    async def _cleanup_async(self) -> None:
+        """Do what :meth:`cleanup` does."""
         self._session.state = "closed"
         try:
             await close_tunnels(exposure.tunnel for exposure in self._ledger.exposures)
             ending = self._ledger.end_tasks()
             if ending:
                 ended = asyncio.gather(*(settled(future) for future in ending))
-                await self.connection.heard_out(ended, _END_LIMIT)
+                await self._connection.heard_out(ended, _END_LIMIT)
         finally:  # also if Ctrl-C puts an end to the waiting: with the connection, everything on the host ends
             await self._session.close()
         self._ledger.report()
@@ -438,7 +438,7 @@ class Runtime(Belongings, Shown):
     _view = runtime_view
 
     def __repr__(self) -> str:
-        return f"<{self.class_name} {self.host!r} {self.connection.state}>"
+        return f"<{self.class_name} {self.host!r} {self._connection.state}>"
 
 
 class LocalRuntime(Runtime):

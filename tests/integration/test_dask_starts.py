@@ -335,7 +335,7 @@ def test_a_dead_host_and_min_workers(make_hosts: Any) -> None:
     with ssh_group(hosts, connection_kwargs={"link_timeout": 3}) as group:
         hosts[1].power_off()
         deadline = time.monotonic() + 30
-        while group.runtimes[1].connection.state == "open" and time.monotonic() < deadline:
+        while group.runtimes[1]._connection.state == "open" and time.monotonic() < deadline:
             time.sleep(0.05)
         with DaskCluster(group) as cluster, pytest.raises(ClusterError, match="host2"):
             cluster.start()

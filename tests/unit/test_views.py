@@ -63,10 +63,11 @@ def _host(info: dict[str, Any] | None = None) -> Any:
     return SimpleNamespace(
         host=EVIL,
         class_name="Runtime",
-        connection=connection,
+        connection=connection,  # a session has it, too
+        _connection=connection,
         working_dir=EVIL,
         has_temporary_working_dir=True,
-        is_ours=True,
+        _is_ours=True,
         tasks=[],
         alive_task_process_count=0,
         fill_info_buffer=lambda: future,

@@ -37,14 +37,14 @@ def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: Execut
     if not task.steps:
         raise ValueError(f"task {task.name!r} has no steps: add one, e.g. with run_command()")
     for runtime in runtimes:
-        runtime.task_context()  # raises if one cannot be used any more, before any is given work
+        runtime._context()  # raises if one cannot be used any more, before any is given work
     options = replace(options, calls=prepare(task.steps))
     locks = event_loop.run(gates(runtimes, task.steps))
     started: list[RuntimeTask] = []
     try:
         for runtime, lock in zip(runtimes, locks, strict=True):
             own = task._with_steps([_for_host(step, runtime.host) for step in task.steps])
-            started.append(runtime.start_task(own, replace(options, send_lock=lock)))
+            started.append(runtime._start_task(own, replace(options, send_lock=lock)))
     except BaseException:
         for other in started:
             other.cancel()

@@ -31,7 +31,7 @@ def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTa
     calls = checked(task)
 
     async def start() -> list[DetachedTask]:
-        starting = [asyncio.ensure_future(runtime.detach_soon(task, calls)) for runtime in runtimes]
+        starting = [asyncio.ensure_future(runtime._detach_async(task, calls)) for runtime in runtimes]
         try:
             return list(await asyncio.gather(*starting))
         except BaseException:
@@ -50,6 +50,6 @@ def detached_on(runtimes: Sequence[Runtime]) -> list[DetachedTask]:
         LazyclusterError: If none answers.
     """
     answers = event_loop.run(
-        answers_of(runtimes, lambda runtime: runtime.detached_tasks_soon(), "its detached tasks are not listed")
+        answers_of(runtimes, lambda runtime: runtime._detached_tasks_async(), "its detached tasks are not listed")
     )
     return sorted((task for found in answers.values() for task in found), key=lambda task: task.created)

@@ -96,7 +96,7 @@ class Executing(Membership):
             options = replace(options, next_context=failover.next_context)
         with self._lock:  # so that two threads do not both see the same host as the least busy one
             runtime = self.get_runtime(host)
-            started = runtime.start_task(task, options)
+            started = runtime._start_task(task, options)
             self._tasks.append(started)
         if failover is not None:
             failover.begun(started, runtime)

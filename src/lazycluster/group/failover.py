@@ -41,15 +41,15 @@ class Failover:
         """
 
         def worth(runtime: Runtime) -> tuple[bool, int, int]:
-            return runtime.connection.state != "open", tried.count(runtime.host), runtime.alive_task_process_count
+            return runtime._connection.state != "open", tried.count(runtime.host), runtime.alive_task_process_count
 
-        usable = [runtime for runtime in self._members.all if runtime.connection.state in ("open", "interrupted")]
+        usable = [runtime for runtime in self._members.all if runtime._connection.state in ("open", "interrupted")]
         for runtime in sorted(usable, key=worth):
-            context = await runtime.context_again()
+            context = await runtime._context_when_back()
             if context is None:  # it was lost or closed just now
                 continue
             if self._task is not None and runtime is not self._runtime:
-                runtime.take_over(self._task, self._runtime)
+                runtime._take_over(self._task, self._runtime)
             self._runtime = runtime
             return context
         return None

@@ -212,13 +212,13 @@ class RuntimeGroup(Executing, Spreading, Shown):
 
     def _note(self, exposed: Iterable[tuple[Runtime, Tunnel]]) -> None:
         for runtime, tunnel in exposed:
-            runtime.note_exposure(tunnel)
+            runtime._add_exposure(tunnel)
 
     # --- end -----------------------------------------------------------------------------------
     def cleanup(self) -> None:
         """Clean up all runtimes, at once, see :meth:`Runtime.cleanup`. Doing it again does nothing."""
         self._closed = True
-        ours = [runtime for runtime in self.runtimes if runtime.is_ours]
+        ours = [runtime for runtime in self.runtimes if runtime._is_ours]
         if ours:
             self._end_executors()
             event_loop.run(_clean_up(ours))
@@ -240,7 +240,7 @@ class RuntimeGroup(Executing, Spreading, Shown):
 
 
 async def _clean_up(runtimes: list[Runtime]) -> None:
-    results = await asyncio.gather(*(runtime.cleanup_soon() for runtime in runtimes), return_exceptions=True)
+    results = await asyncio.gather(*(runtime._cleanup_async() for runtime in runtimes), return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]
     if errors:
         raise errors[0]

@@ -61,7 +61,7 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
         raise NoRuntimesError(f"of {counted(len(specs), 'host')}, none can be used:\n{reasons}")
     for error in failed.values():
         _logger.warning("skipped: %s", error)
-    return [Runtime.from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
+    return [Runtime._from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
 
 
 def distinct(hosts: Iterable[str]) -> list[str]:
@@ -87,7 +87,7 @@ async def prepare_all(runtimes: Sequence[Runtime], refresh: bool = False) -> Non
     Raises:
         EnvironmentBuildError: If one cannot be made; if there are several, it holds all of their errors.
     """
-    made = await asyncio.gather(*(runtime.prepare_soon(refresh) for runtime in runtimes), return_exceptions=True)
+    made = await asyncio.gather(*(runtime._prepare_async(refresh) for runtime in runtimes), return_exceptions=True)
     errors = [error for error in made if isinstance(error, BaseException)]
     builds = [error for error in errors if isinstance(error, EnvironmentBuildError)]
     if len(builds) == len(errors) > 1:
@@ -124,7 +124,7 @@ def warn_of_aliases(runtimes: Iterable[Runtime]) -> None:
     """Log a warning for each runtime that is the same account on the same machine as one before."""
     first: dict[object, str] = {}
     for runtime in runtimes:
-        other = first.setdefault(runtime.identity, runtime.host)
+        other = first.setdefault(runtime._identity, runtime.host)
         if other != runtime.host:
             _logger.warning(
                 "%s is the same account on the same machine as %s: its CPUs and memory count twice", runtime.host, other
@@ -222,6 +222,6 @@ class Members:
         """
         if not self._runtimes:
             raise NoRuntimesError("the group is empty: add a runtime with add_runtime()")
-        usable = [runtime for runtime in self.all if runtime.connection.state == "open"]
+        usable = [runtime for runtime in self.all if runtime._connection.state == "open"]
         candidates = usable or self.all
         return min(candidates, key=lambda runtime: (runtime.alive_task_process_count, runtime.started_task_count))

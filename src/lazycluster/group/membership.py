@@ -217,7 +217,7 @@ class Membership:
 
     def _on_stores(self, work: Callable[[Host], Awaitable[T]], problem: str) -> dict[str, T]:
         self._check_open()
-        return event_loop.run(answers_of(self.runtimes, lambda runtime: work(runtime.connection), problem))
+        return event_loop.run(answers_of(self.runtimes, lambda runtime: work(runtime._connection), problem))
 
     # --- environment variables -----------------------------------------------------------------
     def set_env_variables(self, env_variables: Mapping[str, Any]) -> None:

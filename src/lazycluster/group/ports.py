@@ -20,7 +20,7 @@ def one_per_network(runtimes: Sequence[Runtime]) -> list[Runtime]:
     seen = set()
     chosen = []
     for runtime in runtimes:
-        hello = runtime.connection.agent_info
+        hello = runtime._connection.agent_info
         network = (hello.boot_id, hello.network) if hello.boot_id and hello.network else runtime.host
         if network not in seen:
             seen.add(network)
@@ -36,7 +36,7 @@ async def free_everywhere(runtimes: Sequence[Runtime], ports: Sequence[int], on_
         ports: The ports.
         on_manager: Whether they must be free on the manager, too.
     """
-    answers = await asyncio.gather(*(runtime.free_ports(ports) for runtime in runtimes))
+    answers = await asyncio.gather(*(runtime._free_ports(ports) for runtime in runtimes))
     free = set(ports).intersection(*answers)
     return [port for port in ports if port in free and (not on_manager or is_free(port) is None)]
 
@@ -55,7 +55,7 @@ async def expose_to_all(
         The tunnels, with the runtimes that they lead to.
     """
     chosen = one_per_network(runtimes)
-    connections = [runtime.connection for runtime in chosen]
+    connections = [runtime._connection for runtime in chosen]
     tunnels = await open_to_runtimes(connections, check_port(local_port, "local_port"), ports)
     return list(zip(chosen, tunnels, strict=True))
 
@@ -99,9 +99,9 @@ async def expose_from_one(
 async def _expose_from_one(
     source: Runtime, others: Sequence[Runtime], runtime_port: int, port: int
 ) -> list[tuple[Runtime, Tunnel]]:
-    first = await open_from_runtime(source.connection, runtime_port, port)
+    first = await open_from_runtime(source._connection, runtime_port, port)
     try:
-        rest = await open_to_runtimes([runtime.connection for runtime in others], port, port) if others else []
+        rest = await open_to_runtimes([runtime._connection for runtime in others], port, port) if others else []
     except BaseException:
         await close_tunnels([first])
         raise

@@ -25,7 +25,7 @@ def group_view(runtimes: Sequence[Runtime], unreachable: Mapping[str, str]) -> V
         cores += float(shown.get("cores") or 0)
         machine = [shown.get(name, "") for name in MACHINE]
         running = str(runtime.alive_task_process_count)
-        rows.append([runtime.host, state_cell(runtime.connection), *machine, running])
+        rows.append([runtime.host, state_cell(runtime._connection), *machine, running])
     count = counted(len(runtimes), "host")
     state = Cell(f"{count}, {counted(cores, 'core')}" if cores else count)
     table = Table(("host", "state", *MACHINE, "tasks"), rows, right=frozenset({"cores", "tasks"}))

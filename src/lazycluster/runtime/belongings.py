@@ -28,8 +28,8 @@ class Belongings(HostQuestions):
     _ledger: Registry
 
     @property
-    def connection(self) -> Connection:
-        """The connection to the host; for the layers above."""
+    def _connection(self) -> Connection:
+        """The connection to the host."""
         return self._session.connection
 
     # --- the Python environment ----------------------------------------------------------------
@@ -44,10 +44,10 @@ class Belongings(HostQuestions):
         Raises:
             EnvironmentBuildError: If it cannot be made; the message has the package concerned and the next step.
         """
-        self._wait(self.prepare_soon(refresh))
+        self._wait(self._prepare_async(refresh))
 
-    async def prepare_soon(self, refresh: bool = False) -> None:
-        """Do what :meth:`prepare` does; for the layers above, on the loop."""
+    async def _prepare_async(self, refresh: bool = False) -> None:
+        """Do what :meth:`prepare` does."""
         self._session.check()
         if self._session.environment is not None:
             await self._session.environment.ready(again=True, refresh=refresh)
@@ -77,7 +77,7 @@ class Belongings(HostQuestions):
             TunnelError: If the host does not allow it.
         """
         check_port(local_port, "local_port")
-        return self._ledger.add_exposure(self._wait(open_to_runtime(self.connection, local_port, runtime_port)))
+        return self._ledger.add_exposure(self._wait(open_to_runtime(self._connection, local_port, runtime_port)))
 
     def expose_port_from_runtime(self, runtime_port: int, local_port: int | Iterable[int] | None = None) -> str:
         """Make a port of the host reachable on the manager, on its loopback.
@@ -96,25 +96,25 @@ class Belongings(HostQuestions):
             TunnelError: If the host does not allow it.
         """
         check_port(runtime_port, "runtime_port")
-        return self._ledger.add_exposure(self._wait(open_from_runtime(self.connection, runtime_port, local_port)))
+        return self._ledger.add_exposure(self._wait(open_from_runtime(self._connection, runtime_port, local_port)))
 
-    def note_exposure(self, tunnel: Tunnel) -> str:
-        """Take over a tunnel that was opened for this runtime, and return its key; for the layers above."""
+    def _add_exposure(self, tunnel: Tunnel) -> str:
+        """Take over a tunnel that was opened for this runtime, and return its key."""
         return self._ledger.add_exposure(tunnel)
 
-    async def context_again(self) -> Context | None:
-        """Return where tasks are carried out, once the host is back if it is away; for the layers above.
+    async def _context_when_back(self) -> Context | None:
+        """Return where tasks are carried out, once the host is back if it is away.
 
         None if it is not coming back.
         """
         try:
-            await self.connection.reached()
-            return self.task_context()
+            await self._connection.reached()
+            return self._context()
         except LazyclusterError:
             return None
 
-    def take_over(self, task: RuntimeTask, before: Belongings | None) -> None:
-        """Have a task that goes on here among those of this runtime; for the layers above.
+    def _take_over(self, task: RuntimeTask, before: Belongings | None) -> None:
+        """Have a task that goes on here among those of this runtime.
 
         Args:
             task: The task.

@@ -89,17 +89,17 @@ class HostQuestions:
         return self._session.spec.working_dir is None
 
     @property
-    def is_ours(self) -> bool:
-        """Whether this is the process that made the runtime, not a forked child of it; for the layers above."""
+    def _is_ours(self) -> bool:
+        """Whether this is the process that made the runtime, not a forked child of it."""
         return self._session.is_ours
 
     @property
-    def identity(self) -> tuple[Any, ...]:
-        """What two names of the same account on the same machine have in common; for the layers above."""
+    def _identity(self) -> tuple[Any, ...]:
+        """What two names of the same account on the same machine have in common."""
         return self._session.identity
 
-    def task_context(self) -> Context:
-        """Return where and how tasks are carried out; for the layers above."""
+    def _context(self) -> Context:
+        """Return where and how tasks are carried out."""
         raise NotImplementedError
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -112,18 +112,6 @@ class HostQuestions:
 
     def _ask(self, op: str, **params: Any) -> dict[str, Any]:
         return self._wait(self._session.ask(op, **params))
-
-    async def ask(self, op: str, **params: Any) -> dict[str, Any]:
-        """Ask the agent of the host something, under a deadline; for the layers above, on the loop.
-
-        Args:
-            op: The request.
-            **params: Its parameters.
-
-        Raises:
-            AgentError: If the answer is an error.
-        """
-        return await self._session.ask(op, **params)
 
     # --- the machine ---------------------------------------------------------------------------
     @property
@@ -146,7 +134,7 @@ class HostQuestions:
             )
             if self._info is None or failed:
                 self._session.check()
-                self._info = event_loop.submit(self._session.ask("info", env=dict(self.task_context().env)))
+                self._info = event_loop.submit(self._session.ask("info", env=dict(self._context().env)))
             return self._info
 
     def refresh_info(self) -> dict[str, Any]:
@@ -232,19 +220,18 @@ class HostQuestions:
             False
         """
         wanted = HostFilter(gpu_required, min_memory, min_cpu_cores, installed_executables, filter_commands)
-        return self._wait(self.why_not(wanted)) is None
+        return self._wait(self._why_not(wanted)) is None
 
-    async def why_not(self, wanted: HostFilter) -> str | None:
-        """Return why the host does not meet conditions, None if it does; for the layers above, on the loop."""
+    async def _why_not(self, wanted: HostFilter) -> str | None:
         info: dict[str, Any] = {}
         if wanted.needs_info:
-            env = dict(self.task_context().env)
+            env = dict(self._context().env)
             info = await self._session.ask("info", gpus=wanted.gpu_required, env=env)
-        return await why_not(self._session, self.task_context(), info, wanted)
+        return await why_not(self._session, self._context(), info, wanted)
 
     # --- ports ---------------------------------------------------------------------------------
-    async def free_ports(self, ports: Sequence[int], first: bool = False) -> list[int]:
-        """Return which of some ports are free, tried by binding; for the layers above, on the loop."""
+    async def _free_ports(self, ports: Sequence[int], first: bool = False) -> list[int]:
+        """Return which of some ports are free, tried by binding."""
         return list((await self._session.ask("ports", ports=list(ports), first=first))["free"])
 
     def has_free_port(self, port: int) -> bool:
@@ -256,7 +243,7 @@ class HostQuestions:
         Raises:
             TypeError, ValueError: If it is no port.
         """
-        return bool(self._wait(self.free_ports([check_port(port)])))
+        return bool(self._wait(self._free_ports([check_port(port)])))
 
     def get_free_port(self, ports: list[int]) -> int:
         """Return the first of some ports that is free on the host.
@@ -269,12 +256,12 @@ class HostQuestions:
             TypeError, ValueError: If one is no port.
         """
         candidates = checked_ports(ports)
-        free = self._wait(self.free_ports(candidates, first=True)) if candidates else []
+        free = self._wait(self._free_ports(candidates, first=True)) if candidates else []
         return pick_port(candidates, free, self._session.host)
 
     # --- directories ---------------------------------------------------------------------------
     def _place(self) -> dict[str, Any]:
-        context = self.task_context()
+        context = self._context()
         return {"cwd": context.cwd, "env": dict(context.env)}
 
     def create_dir(self, path: str) -> None:
@@ -362,7 +349,7 @@ class HostQuestions:
         if not isinstance(msg, str):
             raise TypeError(f"a message must be a string, not {type(msg).__name__}")
         argv = ["/bin/sh", "-c", 'printf "%s" "$1"', "sh", msg]
-        status, output = self._wait(self._session.capture(self.task_context(), argv=argv))
+        status, output = self._wait(self._session.capture(self._context(), argv=argv))
         if status != 0:
             raise LazyclusterError(f"{self._session.host}: echo ended with {status}: {output}")
         return output
