@@ -197,10 +197,10 @@ def test_too_few_ports(group: RuntimeGroup) -> None:
 def test_ports_taken_between_check_and_use(group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     from lazycluster.cluster import network
 
-    async def blind(ports: Any, connections: Any) -> list[int]:
+    async def blind(ports: Any, connections: Any, *, skip_lost: bool) -> list[int]:
         return list(ports)
 
-    monkeypatch.setattr(network, "free_everywhere", blind)
+    monkeypatch.setattr(network, "free_on_all", blind)
     with _taken(DaskCluster.DEFAULT_MASTER_PORT), _taken(25001), _taken(25005), DaskCluster(group) as cluster:
         cluster.start()
         with cluster.get_client(timeout=10) as client:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
+from lazycluster.runtime.network import network_of
 
 from .exceptions import ClusterError
 
@@ -41,12 +42,9 @@ class WorkerHost:
     problem: LazyclusterError | None = None
 
     @property
-    def network(self) -> tuple[str, str]:
-        """What two hosts have in common exactly if a port of one is a port of the other."""
-        hello = self.connection.agent_info
-        if not (hello.boot_id and hello.network):
-            return (self.host, "")
-        return (hello.boot_id, hello.network)
+    def network(self) -> Hashable:
+        """The network of the host, equal for two hosts exactly if a port of one is a port of the other."""
+        return network_of(self.connection)
 
 
 def places_of(group: RuntimeGroup) -> list[WorkerHost]:

@@ -17,13 +17,12 @@ from lazycluster.exceptions import (
 )
 from lazycluster.output import progress
 from lazycluster.runtime.filters import HostFilter, why_not
-from lazycluster.runtime.questions import listed
 from lazycluster.runtime.session import HostSession
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.config_hosts import CONFIG_VARIABLE, configured_hosts
 
 from .connect import close_all, connect_all
-from .settings import Common
+from .settings import Common, listed
 
 __all__ = ["choose_hosts", "detect", "open_again", "select"]
 

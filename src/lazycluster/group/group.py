@@ -11,7 +11,7 @@ from typing import Any
 
 from lazycluster.core import event_loop, ipython
 from lazycluster.output.view import Shown, View
-from lazycluster.runtime.questions import checked_ports, pick_port
+from lazycluster.runtime.network import checked_ports, pick_port
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.tunnels import Tunnel, check_port
 from lazycluster.tasks.task import RuntimeTask

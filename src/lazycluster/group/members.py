@@ -18,12 +18,11 @@ from lazycluster.exceptions import (
     NoRuntimesError,
 )
 from lazycluster.output import progress
-from lazycluster.runtime.questions import listed
 from lazycluster.runtime.session import HostSession
 from lazycluster.runtimes import Runtime
 
 from .connect import Connected, close_all, connect_all
-from .settings import Common
+from .settings import Common, listed
 
 __all__ = ["Members", "answers_of", "connect", "prepare_all", "warn_of_aliases"]
 

@@ -13,12 +13,11 @@ from lazycluster.environments.spec import ROOT
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.output import progress as _progress
 from lazycluster.output.view import View, show
-from lazycluster.runtime.questions import listed
 from lazycluster.runtime.views import info_table
 from lazycluster.runtimes import Runtime
 
 from .members import Members, answers_of, connect, prepare_all, warn_of_aliases
-from .settings import Common
+from .settings import Common, listed
 from .status import HostCallback, HostStatus, status_of, watch
 from .views import hosts_view, reasons
 

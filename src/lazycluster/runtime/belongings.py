@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh.connection import Connection
-from lazycluster.ssh.tunnels import Tunnel, check_port, open_from_runtime, open_to_runtime
+from lazycluster.ssh.tunnels import Tunnel, check_port
 from lazycluster.tasks.execution import ProcessHandle
 
+from .network import open_from_runtime, open_to_runtime
 from .questions import HostQuestions
 from .registry import Registry
 

@@ -8,62 +8,27 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from lazycluster.core import event_loop
-from lazycluster.core.words import counted
-from lazycluster.exceptions import AgentError, LazyclusterError, NoPortsLeftError, PathCreationError
+from lazycluster.exceptions import AgentError, LazyclusterError, PathCreationError
 from lazycluster.output.view import show
 from lazycluster.ssh.tunnels import check_port
 from lazycluster.tasks.context import Context
 
 from .filters import HostFilter, why_not
+from .network import checked_ports, pick_port
 from .session import ANSWER_LIMIT, HostSession
 from .views import info_view
 
-__all__ = ["HostQuestions", "checked_ports", "listed", "pick_port"]
+__all__ = ["HostQuestions"]
 
 logger = logging.getLogger("lazycluster")
 
 T = TypeVar("T")
 
 _MEGABYTE = 1024 * 1024
-
-
-def listed(value: str | Iterable[str] | None) -> list[str]:
-    """Return one text, several, or none as a list."""
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
-
-
-def checked_ports(ports: int | Iterable[int]) -> list[int]:
-    """Return ports as a list.
-
-    Raises:
-        TypeError, ValueError: If one is no port.
-    """
-    if isinstance(ports, int):
-        return [check_port(ports)]
-    return [check_port(port) for port in ports]
-
-
-def pick_port(ports: Sequence[int], free: Iterable[int], where: str) -> int:
-    """Return the first port that is free.
-
-    Raises:
-        NoPortsLeftError: If none is.
-    """
-    available = set(free)
-    for port in ports:
-        if port in available:
-            return port
-    if not ports:
-        raise NoPortsLeftError(f"{where}: the list of ports is empty")
-    shown = ", ".join(map(str, ports[:10])) + (", ..." if len(ports) > 10 else "")
-    privileged = " (a port below 1024 needs special rights)" if min(ports) < 1024 else ""
-    raise NoPortsLeftError(f"{where}: of {counted(len(ports), 'port')}, none is free: {shown}{privileged}")
 
 
 class HostQuestions:
