@@ -67,7 +67,7 @@ def _host(info: dict[str, Any] | None = None) -> Any:
         _connection=connection,
         working_dir=EVIL,
         has_temporary_working_dir=True,
-        _is_ours=True,
+        _session=SimpleNamespace(is_ours=True),
         tasks=[],
         alive_task_process_count=0,
         fill_info_buffer=lambda: future,

@@ -218,7 +218,7 @@ class RuntimeGroup(Executing, Spreading, Shown):
     def cleanup(self) -> None:
         """Clean up all runtimes, at once, see :meth:`Runtime.cleanup`. Doing it again does nothing."""
         self._closed = True
-        ours = [runtime for runtime in self.runtimes if runtime._is_ours]
+        ours = [runtime for runtime in self.runtimes if runtime._session.is_ours]
         if ours:
             self._end_executors()
             event_loop.run(_clean_up(ours))

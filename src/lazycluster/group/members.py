@@ -123,7 +123,7 @@ def warn_of_aliases(runtimes: Iterable[Runtime]) -> None:
     """Log a warning for each runtime that is the same account on the same machine as one before."""
     first: dict[object, str] = {}
     for runtime in runtimes:
-        other = first.setdefault(runtime._identity, runtime.host)
+        other = first.setdefault(runtime._session.identity, runtime.host)
         if other != runtime.host:
             _logger.warning(
                 "%s is the same account on the same machine as %s: its CPUs and memory count twice", runtime.host, other

@@ -45,7 +45,7 @@ def known_infos(runtimes: Sequence[Runtime]) -> list[dict[str, Any]]:
     asked: list[concurrent.futures.Future[dict[str, Any]] | None] = []
     for runtime in runtimes:
         asked.append(None)
-        if runtime._connection.state == "open" and runtime._is_ours:
+        if runtime._connection.state == "open" and runtime._session.is_ours:
             with contextlib.suppress(LazyclusterError):
                 asked[-1] = runtime.fill_info_buffer()
     concurrent.futures.wait([future for future in asked if future is not None], _BRIEFLY)
