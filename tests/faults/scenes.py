@@ -47,7 +47,7 @@ class Scene:
 
     def ssh(self, number: int) -> list[int]:
         """The ssh process of the manager that leads to a host."""
-        process = self.runtime(number).connection._process
+        process = self.runtime(number)._connection._process
         return [process.pid] if process is not None and process.pid else []
 
     def sessions(self, number: int) -> list[int]:
@@ -56,7 +56,7 @@ class Scene:
 
     def agent(self, number: int) -> list[int]:
         """The agent on a host."""
-        return self._here(number, [self.runtime(number).connection.hello.pid])
+        return self._here(number, [self.runtime(number)._connection.agent_info.pid])
 
     def services(self, number: int) -> list[int]:
         """What a cluster's workers are watched by on a host: Dask's nannies, Hyperopt's workers."""
@@ -93,7 +93,7 @@ class Scene:
 
     def keeper(self) -> list[int]:
         """The agent beside the manager."""
-        return [space.keeper.hello.pid for space in workspace._spaces.values() if space.keeper.state == "open"]
+        return [space.keeper.agent_info.pid for space in workspace._spaces.values() if space.keeper.state == "open"]
 
     def _host(self, number: int) -> Any:
         host = self.hosts[number]

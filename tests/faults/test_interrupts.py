@@ -120,7 +120,7 @@ def test_an_executor_that_begins(group: RuntimeGroup) -> None:
 def test_a_clean_up_can_be_done_again() -> None:
     for _ in range(4):
         group = RuntimeGroup([LocalRuntime(host=name) for name in ("one", "two")])
-        agents = [runtime.connection.hello.pid for runtime in group.runtimes]
+        agents = [runtime._connection.agent_info.pid for runtime in group.runtimes]
         group.execute_task(
             RuntimeTask("stubborn").run_command("trap '' INT TERM; sleep 7400 & wait; wait"), broadcast=True
         )

@@ -32,7 +32,7 @@ def group() -> Iterator[RuntimeGroup]:
 
 
 def lose(group: RuntimeGroup, host: str) -> None:
-    os.kill(group.get_runtime(host).connection.hello.pid, signal.SIGKILL)
+    os.kill(group.get_runtime(host)._connection.agent_info.pid, signal.SIGKILL)
 
 
 def end_own_agent(agents: list[int]) -> None:
@@ -53,29 +53,29 @@ def test_the_keeper_is_replaced(hosts: Any, caplog: pytest.LogCaptureFixture) ->
     """Nobody notices; and the next one knows what is to be ended if the manager is killed."""
     with RuntimeGroup(hosts=hosts.names[:1], connection_kwargs={"config_file": hosts.config_file}) as group:
         [runtime] = group.runtimes
-        process = runtime.connection._process
+        process = runtime._connection._process
         assert process is not None
         space = next(iter(workspace._spaces.values()))
-        before = space.keeper.hello.pid
+        before = space.keeper.agent_info.pid
         os.kill(before, signal.SIGKILL)
 
         def kept() -> list[int]:
-            if space.keeper.hello.pid == before or space.keeper.state != "open":
+            if space.keeper.agent_info.pid == before or space.keeper.state != "open":
                 return []
-            file = Path(space.keeper.hello.directory, KEEP_FILE)
+            file = Path(space.keeper.agent_info.directory, KEEP_FILE)
             return [pid for pid, _ in json.loads(file.read_text())["pids"]] if file.exists() else []
 
         until(lambda: kept() == [process.pid], "another keeper")
         assert "is replaced" in caplog.text
         assert runtime.call(square, 3) == 9
-        assert runtime.connection.state == "open"
-        assert runtime.connection.interruptions == 0
+        assert runtime._connection.state == "open"
+        assert runtime._connection.interruptions == 0
 
 
 def test_what_the_keeper_was_to_remove_at_the_managers_end_is_there_after_its_own() -> None:
     space = event_loop.run(workspace.acquire())
     try:
-        os.kill(space.keeper.hello.pid, signal.SIGKILL)
+        os.kill(space.keeper.agent_info.pid, signal.SIGKILL)
         until(lambda: (space.keeper.state, space.keeper.generation) == ("open", 2), "another keeper")
         assert Path(space.directory).is_dir()
     finally:
@@ -91,7 +91,7 @@ def test_a_keeper_that_is_killed_again_and_again_is_given_up_in_the_end(
     try:
         for generation in range(1, 7):
             until(lambda g=generation: (space.keeper.state, space.keeper.generation) == ("open", g), "another keeper")
-            os.kill(space.keeper.hello.pid, signal.SIGKILL)
+            os.kill(space.keeper.agent_info.pid, signal.SIGKILL)
         until(lambda: space.keeper.state == "lost", "the end")
         assert "if this process is killed, something may be left" in caplog.text
     finally:
@@ -151,7 +151,7 @@ def test_a_host_that_comes_back_takes_part_again(hosts: Any) -> None:
         results = group.map(slow, itertools.count(), buffersize=20)
         got = list(itertools.takewhile(lambda result: result[1] != before, results))
         lose_agent(hosts, runtime)
-        until(lambda: runtime.connection.generation == 2 and runtime.connection.state == "open", "another agent")
+        until(lambda: runtime._connection.generation == 2 and runtime._connection.state == "open", "another agent")
         assert runtime.working_dir != before
         after: list[tuple[int, str]] = []
 
@@ -176,7 +176,7 @@ def test_of_calls_beside_each_other_the_one_that_ends_hosts_is_named(chunksize: 
 
     # One is left for the others: which calls are first to be tried again is a matter of luck.
     with RuntimeGroup([LocalRuntime(host=f"host{number}") for number in range(4)]) as group:
-        agents += [runtime.connection.hello.pid for runtime in group.runtimes]
+        agents += [runtime._connection.agent_info.pid for runtime in group.runtimes]
         executor = group.executor(workers_per_host=3)
         results = executor.map(ends_the_host, range(20), chunksize=chunksize)
         assert [next(results) for _ in range(5)] == list(range(5))
@@ -206,7 +206,7 @@ def test_the_only_host_is_waited_for_and_a_call_that_ends_it_is_given_up(hosts: 
 
 
 def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) -> None:
-    agents = [runtime.connection.hello.pid for runtime in group.runtimes]
+    agents = [runtime._connection.agent_info.pid for runtime in group.runtimes]
 
     def ends_the_host(x: int) -> int:
         if x == 5:
@@ -224,8 +224,8 @@ def test_a_host_that_cannot_be_reached_does_not_hold_up_the_rest(
     group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(remote_pool, "AWAY_LIMIT", 0.1)
-    connection = group.get_runtime("two").connection
-    agent = connection.hello.pid
+    connection = group.get_runtime("two")._connection
+    agent = connection.agent_info.pid
 
     def counted(x: int) -> int:
         time.sleep(0.02)
@@ -336,7 +336,7 @@ def test_other_failures_are_tried_again_if_so_asked(group: RuntimeGroup, tmp_pat
 
 
 def lose_agent(hosts: Any, runtime: Any) -> None:
-    inner = runtime.connection.hello.pid
+    inner = runtime._connection.agent_info.pid
     os.kill(next(found.pid for found in hosts[0].processes() if found.inner_pid == inner), signal.SIGKILL)
 
 

@@ -120,7 +120,7 @@ def test_behind_a_bastion_with_the_defaults_of_sshd(make_hosts: Make) -> None:
 @pytest.mark.parametrize("python", ["3.8", "3.9", "3.12"])
 def test_other_pythons_on_the_host(make_hosts: Make, python: str) -> None:
     async def body(connection: SshConnection) -> None:
-        assert ".".join(map(str, connection.hello.python[:2])) == python
+        assert ".".join(map(str, connection.agent_info.python[:2])) == python
         assert await run(connection, "echo ok") == (0, "ok\n")
         assert (await connection.request("info"))["cpu_cores"] >= 1
         assert (await connection.request("ports", ports=[22000]))["free"] == [22000]
@@ -148,7 +148,7 @@ def test_password(make_hosts: Make) -> None:
     hosts = make_hosts(1, password=True)
 
     async def body(connection: SshConnection) -> str:
-        name = connection.hello.user
+        name = connection.agent_info.user
         commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
         assert PASSWORD not in commands
         assert PASSWORD not in repr(vars(connection))

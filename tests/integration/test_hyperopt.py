@@ -232,7 +232,7 @@ def test_the_server_is_killed_in_the_middle(cluster: HyperoptCluster, victim: st
     assert process is not None
     old = process.pid
     [space] = workspace._spaces.values()
-    kill = process.kill if victim == "server" else lambda: os.kill(space.keeper.hello.pid, signal.SIGKILL)
+    kill = process.kill if victim == "server" else lambda: os.kill(space.keeper.agent_info.pid, signal.SIGKILL)
     killer = _later(1.0, kill)
     documents = _search(cluster, objective, victim, 40)
     killer.join()

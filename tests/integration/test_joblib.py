@@ -35,7 +35,7 @@ def group() -> Iterator[RuntimeGroup]:
 
 
 def _agents(group: RuntimeGroup) -> set[int]:
-    return {runtime.connection.hello.pid for runtime in group.runtimes}
+    return {runtime._connection.agent_info.pid for runtime in group.runtimes}
 
 
 # --- joblib's ------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def test_what_the_agent_made_elsewhere_is_removed_after_a_crash(make_hosts: Any,
     with connect(pool) as runtime:
         runtime.send_file(tmp_path / "file", "/tmp/there")
         assert len(entries(host)) == 3
-        agent = next(found for found in host.processes() if found.inner_pid == runtime._session.connection.hello.pid)
+        pid = runtime._session.connection.agent_info.pid
+        agent = next(found for found in host.processes() if found.inner_pid == pid)
         os.kill(agent.pid, signal.SIGKILL)
         until(lambda: entries(host) == [], "the guardian to remove the directories")
 

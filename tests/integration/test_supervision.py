@@ -98,7 +98,7 @@ def test_a_scheduler_whose_keeper_is_killed_comes_back_under_the_next_one(hosts:
         client: Client = client_of(cluster)
         events = Events(cluster)
         [space] = workspace._spaces.values()
-        address, keeper, before = cluster.scheduler_address, space.keeper.hello.pid, cluster.master
+        address, keeper, before = cluster.scheduler_address, space.keeper.agent_info.pid, cluster.master
         assert before is not None
         running = client.submit(time.sleep, 600, pure=False)
         os.kill(keeper, signal.SIGKILL)
@@ -114,7 +114,7 @@ def test_a_scheduler_whose_keeper_is_killed_comes_back_under_the_next_one(hosts:
         assert (cluster.scheduler_address, cluster.status) == (address, Status.running)
         assert (after.state, after.restarts, space.keeper.generation) == ("ready", 1, 2)
         # And it is in the care of that one.
-        assert after.pid in {found.pid for found in procfs.descendants(space.keeper.hello.pid)}
+        assert after.pid in {found.pid for found in procfs.descendants(space.keeper.agent_info.pid)}
         events.forget()
 
 

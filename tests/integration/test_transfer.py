@@ -102,7 +102,7 @@ def test_old_python_on_the_host(make_hosts: Any, tmp_path: Path) -> None:
     source = make_tree(tmp_path / "source")
 
     async def body(connection: SshConnection) -> None:
-        assert connection.hello.python[:2] == (3, 8)
+        assert connection.agent_info.python[:2] == (3, 8)
         await send(connection, source, "copy", cwd="", env={})
         await get(connection, "copy", tmp_path / "back", cwd="", env={})
 

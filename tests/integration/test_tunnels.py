@@ -16,6 +16,7 @@ import pytest
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import ForwardingForbiddenError, NoPortsLeftError, PortInUseError, TunnelError
+from lazycluster.runtime.network import open_from_runtime, open_to_runtime, open_to_runtimes
 from lazycluster.ssh import openssh
 from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
@@ -25,9 +26,6 @@ from lazycluster.ssh.tunnels import (
     TunnelRequest,
     check_port,
     close_tunnels,
-    open_from_runtime,
-    open_to_runtime,
-    open_to_runtimes,
     open_tunnels,
 )
 from patience import until

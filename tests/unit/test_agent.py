@@ -283,10 +283,10 @@ def test_nothing_survives_the_agents_sudden_death(victim: str, tmp_path: Path) -
     mark = f"780{os.getpid()}"
 
     async def body(connection: LocalConnection) -> None:
-        directory = Path(connection.hello.directory)
+        directory = Path(connection.agent_info.directory)
         connection.channel("run", {"command": f"sleep {mark} & setsid sleep {mark} & (setsid sleep {mark} &) ; wait"})
         assert await until(lambda: len(carrying(f"sleep\0{mark}")) == 3)
-        agent = connection.hello.pid
+        agent = connection.agent_info.pid
         guardian = processes.parent_of(agent)
         assert guardian
         if victim in ("guardian", "both"):
@@ -326,7 +326,7 @@ def test_nothing_survives_the_managers_sudden_death(forks: bool) -> None:
                 child = os.fork() if {forks} else -1
                 if child == 0:
                     time.sleep(600)
-                print(child, connection.hello.directory, flush=True)
+                print(child, connection.agent_info.directory, flush=True)
             connection.channel("run", {{"command": "trap '' TERM; sleep {mark} & setsid sleep {mark} & echo x; wait"}},
                                stdout=tell)
             await asyncio.sleep(60)
@@ -411,7 +411,7 @@ def test_whoever_watches_a_connection_is_told_of_its_states() -> None:
         await connection.open()
         lost = asyncio.Event()
         connection.on_lost.append(lambda _: lost.set())
-        os.kill(connection.hello.pid, signal.SIGKILL)
+        os.kill(connection.agent_info.pid, signal.SIGKILL)
         await lost.wait()
         assert connection.why
         await connection.close()

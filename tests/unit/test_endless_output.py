@@ -27,7 +27,7 @@ _LINE = b"https://me:s3cret@example.invalid/ " + b"x" * 65_000 + b"\n"
 class _Talkative:
     """Stands in for the connection to a host on which a program prints 16 MB and fails."""
 
-    hello: Any = SimpleNamespace(executable="python3", directory="/tmp/x/y")
+    agent_info: Any = SimpleNamespace(executable="python3", directory="/tmp/x/y")
 
     def channel(self, op: str, params: dict[str, Any], stdout: Callable[[bytes], None]) -> Any:
         async def result() -> dict[str, Any]:

@@ -110,10 +110,10 @@ def test_environments(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_add_runtime_with_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    hello = SimpleNamespace(user=_EVIL, hostname=_EVIL, python=(3, 13, 0))
+    agent_info = SimpleNamespace(user=_EVIL, hostname=_EVIL, python=(3, 13, 0))
 
     async def answered(chosen: Targets, work: Any) -> list[HostOutcome]:
-        return [await work(SimpleNamespace(host="host1", hello=hello))]
+        return [await work(SimpleNamespace(host="host1", agent_info=agent_info))]
 
     monkeypatch.setattr(fanout, "everywhere", answered)
     assert configuration._check("host1", None, False) == 0

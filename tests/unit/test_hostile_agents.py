@@ -20,7 +20,7 @@ from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRunti
 from lazycluster.output import hostlog
 from lazycluster.ssh import agent_replies
 from lazycluster.ssh import link as link_module
-from lazycluster.ssh.agent_info import AgentInfo
+from lazycluster.ssh.agent_replies import AgentInfo
 from lazycluster.ssh.channel import Channel
 from lazycluster.ssh.link import AgentLink
 
@@ -85,7 +85,7 @@ def test_a_link_event_that_is_no_message_ends_the_link() -> None:
         async with linked() as (link, host, lost):
             await host.say(wire.frame(0, wire.EVENT, b"[]"))
             with pytest.raises(ConnectionLostError, match="not an object"):
-                await asyncio.wait_for(link.hello, 10)
+                await asyncio.wait_for(link.started, 10)
             assert lost
 
     asyncio.run(attempt())
@@ -292,7 +292,7 @@ def test_a_hello_that_cannot_be_used_is_told_at_once(payload: bytes) -> None:
         async with linked() as (link, host, lost):
             await host.say(wire.frame(0, wire.EVENT, payload))
             with pytest.raises(InvalidRuntimeError, match="host1"):
-                await asyncio.wait_for(link.hello, 10)
+                await asyncio.wait_for(link.started, 10)
             assert not lost
             await host.say(wire.frame(0, wire.EVENT, payload))
             with pytest.raises(ConnectionLostError):

@@ -174,7 +174,7 @@ def test_requests_without_descriptors_fail_and_harm_no_others(tmp_path: Path) ->
         connection = LocalConnection()
         await connection.open()
         try:
-            pid = connection.hello.pid
+            pid = connection.agent_info.pid
             await connection.request("interpreters", env={})  # the interpreter has been started
             out, began = bytearray(), asyncio.Event()
             params = {"command": "read x; echo $x", "input": True}

@@ -192,7 +192,7 @@ def test_an_agent_that_ends_right_after_its_hello_is_lost() -> None:
 
         async def short(process: Any, marker: str) -> None:
             await bring_up(process, marker)
-            os.kill(connection.hello.pid, signal.SIGKILL)
+            os.kill(connection.agent_info.pid, signal.SIGKILL)
             while connection._link is not None and connection._link.is_attached:
                 await asyncio.sleep(0.01)
 
@@ -214,7 +214,7 @@ def test_whoever_starts_an_agent_that_ends_meanwhile_is_told_at_once() -> None:
         other.detach()
         connection._ended(other, None)
         with pytest.raises(ConnectionLostError):
-            await asyncio.wait_for(other.hello, 5)
+            await asyncio.wait_for(other.started, 5)
         connection._returning.cancel()
 
     with_connection(body)

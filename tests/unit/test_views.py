@@ -24,7 +24,7 @@ from lazycluster.output.execution_log import LoggedStep, LoggedTask, settled, sh
 from lazycluster.output.host_cells import cells, megabytes
 from lazycluster.output.view import Cell, Table, View, as_html, as_text
 from lazycluster.runtime.views import info_table, info_view, runtime_view
-from lazycluster.ssh.agent_info import AgentInfo
+from lazycluster.ssh.agent_replies import AgentInfo
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>\033]0;owned\007\u202e$\\href{javascript:alert(1)}{x}$'"
 TAGS = {"div", "strong", "span", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "br"}
@@ -58,15 +58,16 @@ def _host(info: dict[str, Any] | None = None) -> Any:
     connection = SimpleNamespace(
         state="open",
         why=EVIL,
-        hello=AgentInfo(python=(3, 9, 1), pid=1, uid=1, booted=1, **values),  # type: ignore[arg-type]
+        agent_info=AgentInfo(python=(3, 9, 1), pid=1, uid=1, booted=1, **values),  # type: ignore[arg-type]
     )
     return SimpleNamespace(
         host=EVIL,
         class_name="Runtime",
-        connection=connection,
+        connection=connection,  # a session has it, too
+        _connection=connection,
         working_dir=EVIL,
         has_temporary_working_dir=True,
-        is_ours=True,
+        _session=SimpleNamespace(is_ours=True),
         tasks=[],
         alive_task_process_count=0,
         fill_info_buffer=lambda: future,

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import interruptible_internals
 import pytest
 
-from lazycluster.core import event_loop
+from lazycluster.core import event_loop, interruptible
 from lazycluster.core.interruptible import Condition, Event, Future
+from sshhosts import HostsUnavailableError, find_python
 
 
 def _interrupt(*_: object) -> None:
@@ -147,3 +150,41 @@ def test_a_coroutine_that_is_never_begun_ends_without_a_warning() -> None:
     coroutine = work()
     event_loop.LoopFuture(coroutine)
     assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
+
+
+# --- CPython's internals --------------------------------------------------------------------------
+ADVICE = (
+    "core/interruptible.py relies on internals of CPython that have changed.\n"
+    "  Next step: read its docstring and this Python's threading.py and concurrent/futures/_base.py, and adapt it; "
+    "until then Ctrl-C can make the library stand still, so `requires-python` must leave this version out"
+)
+
+
+def test_cpython_is_as_it_has_to_be() -> None:
+    assert interruptible_internals.problems(str(interruptible.__file__)) == [], ADVICE
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13", "3.14"])
+def test_other_pythons_are_as_they_have_to_be(version: str) -> None:
+    try:
+        python = find_python(version)
+    except HostsUnavailableError as reason:
+        pytest.skip(str(reason))
+    argv = [python, "-I", str(interruptible_internals.__file__), str(interruptible.__file__)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{done.stderr}{ADVICE}"
+
+
+def test_what_changes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lock:
+        """A lock in Python, without most of what is needed."""
+
+        def acquire(self) -> bool:
+            return True
+
+    monkeypatch.setattr("_thread.RLock", Lock)
+    monkeypatch.delattr("_imp.lock_held")
+    found = interruptible_internals.problems("not read")
+    assert any(text.startswith("_imp has no lock_held") for text in found)
+    assert "_thread.RLock.acquire is written in Python: Ctrl-C can come between its lines" in found
+    assert "_thread.RLock has no _release_save" in found

@@ -148,7 +148,7 @@ class Checkup:
         }
 
     def _reached(self, connection: SshConnection, way: dict[str, str], probe: _Probe) -> None:
-        hello = connection.hello
+        hello = connection.agent_info
         details = {
             **self._details(way, probe),
             "host key": "known",
@@ -163,12 +163,13 @@ class Checkup:
     async def _grace(self, connection: SshConnection) -> None:
         refusal = await connection.agreed()
         if refusal:
-            said = f"{connection.hello.shell}; what runs there ends when the link drops: {refusal}"
+            said = f"{connection.agent_info.shell}; what runs there ends when the link drops: {refusal}"
             self._set("login shell", "differs", said, _NO_GRACE)
 
     async def _forwarding(self, connection: SshConnection) -> None:
+        from lazycluster.runtime.network import open_to_runtime
         from lazycluster.ssh.probes import can_connect, same_network
-        from lazycluster.ssh.tunnels import close_tunnels, open_to_runtime
+        from lazycluster.ssh.tunnels import close_tunnels
 
         mend = (
             "set 'AllowTcpForwarding yes' in the host's sshd_config, or ask its administrator; or have our agent carry "
@@ -190,7 +191,7 @@ class Checkup:
 
     async def _files_and_clock(self, connection: SshConnection) -> None:
         output = Tail(_SAID)
-        hello = connection.hello
+        hello = connection.agent_info
         argv = [hello.executable, "-c", _ASK_HOST, hello.directory]
         before = time.time()
         channel = connection.channel("run", {"argv": argv, "merge": True}, stdout=output.put)

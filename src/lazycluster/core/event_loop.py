@@ -11,11 +11,10 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 from lazycluster.exceptions import harmless
-from lazycluster.output import progress
 
 from . import interruptible, memory
 
@@ -141,8 +140,34 @@ class LoopFuture(interruptible.Future[T]):
             self.set_result(task.result())
 
 
+class Waiter(Protocol):
+    """Something that waits for futures in the thread that has called `run`, and may show what takes long."""
+
+    def result(self, future: interruptible.Future[T], timeout: float | None = None) -> T:
+        """Wait for a future, and return its result as `concurrent.futures.Future.result` does."""
+
+
+class _SilentWaiter:
+    def result(self, future: interruptible.Future[T], timeout: float | None = None) -> T:
+        return future.result(timeout)
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[Waiter]:
+    yield _SilentWaiter()
+
+
+_waiting: Callable[[], contextlib.AbstractContextManager[Waiter]] = _silently
+
+
+def wait_with(waiting: Callable[[], contextlib.AbstractContextManager[Waiter]]) -> None:
+    """Have `run` wait with something that shows progress; it surrounds the start of the coroutine, too."""
+    global _waiting
+    _waiting = waiting
+
+
 def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-    """Run a coroutine on the loop and wait for it, from any other thread; a `Progress` in it is shown meanwhile.
+    """Run a coroutine on the loop and wait for it, from any other thread; see `wait_with`.
 
     Args:
         coroutine: What to run.
@@ -160,14 +185,14 @@ def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         raise RuntimeError(
             "called from the event-loop thread of lazycluster (e.g. in a callback): it would wait for itself"
         )
-    with progress.shown() as board:
-        return _result(work, timeout, board)
+    with _waiting() as waiter:
+        return _result(work, timeout, waiter)
 
 
-def _result(future: LoopFuture[T], timeout: float | None, board: progress.Board) -> T:
+def _result(future: LoopFuture[T], timeout: float | None, waiter: Waiter) -> T:
     try:
         future.begin()
-        return board.result(future, timeout)
+        return waiter.result(future, timeout)
     except concurrent.futures.TimeoutError:
         if future.done():
             raise  # the coroutine's own

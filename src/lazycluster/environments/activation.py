@@ -63,7 +63,7 @@ class Activation:
 
     def apply(self, context: Context) -> Context:
         """Return where and how tasks are carried out, in the environment."""
-        env = self.variables(context.env, context.connection.hello.path)
+        env = self.variables(context.env, context.connection.agent_info.path)
         return replace(context, env=env, python=self.python, prepare=None)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 from lazycluster.core import event_loop
 from lazycluster.runtime.registry import join_all
 from lazycluster.runtimes import Runtime
+from lazycluster.tasks.context import ExecutionOptions
 from lazycluster.tasks.detached import DetachedTask, checked
-from lazycluster.tasks.retries import Retries
 from lazycluster.tasks.step_run import prepare
 from lazycluster.tasks.steps import GetFile, Step, on_manager
 from lazycluster.tasks.task import RuntimeTask
@@ -24,12 +24,7 @@ from .shared_filesystems import send_locks
 __all__ = ["detach_on", "detached_tasks_on", "join_or_end", "start_on_all"]
 
 
-def start_on_all(
-    runtimes: Sequence[Runtime],
-    task: RuntimeTask,
-    debug: bool,
-    retries: Callable[[Runtime], Retries | None] = lambda _: None,
-) -> list[RuntimeTask]:
+def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: ExecutionOptions) -> list[RuntimeTask]:
     """Start a copy of a task on each of some runtimes.
 
     Functions are pickled once. What is fetched goes into a directory of each host. Where hosts share a file system,
@@ -38,8 +33,7 @@ def start_on_all(
     Args:
         runtimes: The runtimes.
         task: The task.
-        debug: Whether output is printed live.
-        retries: Returns how often it is tried again on a runtime.
+        options: The options of each execution.
 
     Returns:
         The copies, in the order of the runtimes. If one cannot be started, those that were are ended.
@@ -47,15 +41,14 @@ def start_on_all(
     if not task.steps:
         raise ValueError(f"task {task.name!r} has no steps: add one, e.g. with run_command()")
     for runtime in runtimes:
-        runtime.task_context()  # raises if one cannot be used any more, before any is given work
-    calls = prepare(task.steps)
+        runtime._context()  # raises if one cannot be used any more, before any is given work
+    options = replace(options, calls=prepare(task.steps))
     locks = event_loop.run(send_locks(runtimes, task.steps))
     started: list[RuntimeTask] = []
     try:
         for runtime, lock in zip(runtimes, locks, strict=True):
-            own = copy.deepcopy(task)
-            own.replace_steps([_for_host(step, runtime.host) for step in own.steps])
-            started.append(runtime.start_task(own, debug=debug, calls=calls, gate=lock, retries=retries(runtime)))
+            own = task._with_steps([_for_host(step, runtime.host) for step in task.steps])
+            started.append(runtime._start_task(own, replace(options, send_lock=lock)))
     except BaseException:
         for other in started:
             other.cancel()
@@ -107,7 +100,7 @@ def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTa
     calls = checked(task)
 
     async def start() -> list[DetachedTask]:
-        starting = [asyncio.ensure_future(runtime.detach_soon(task, calls)) for runtime in runtimes]
+        starting = [asyncio.ensure_future(runtime._detach_async(task, calls)) for runtime in runtimes]
         try:
             return list(await asyncio.gather(*starting))
         except BaseException:
@@ -126,6 +119,6 @@ def detached_tasks_on(runtimes: Sequence[Runtime]) -> list[DetachedTask]:
         LazyclusterError: If none answers.
     """
     answers = event_loop.run(
-        ask_all(runtimes, lambda runtime: runtime.detached_tasks_soon(), "its detached tasks are not listed")
+        ask_all(runtimes, lambda runtime: runtime._detached_tasks_async(), "its detached tasks are not listed")
     )
     return sorted((task for found in answers.values() for task in found), key=lambda task: task.created)

@@ -16,14 +16,13 @@ from lazycluster.exceptions import (
     NoRuntimesError,
 )
 from lazycluster.output import progress
-from lazycluster.runtime.filters import HostFilter, why_not
-from lazycluster.runtime.questions import listed
+from lazycluster.runtime.filters import HostFilter, unmet
 from lazycluster.runtime.session import HostSession
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.config_hosts import CONFIG_VARIABLE, configured_hosts
 
 from .members import close_all, connect_all
-from .settings import GroupSettings
+from .settings import GroupSettings, listed
 
 __all__ = ["choose_hosts", "detect", "open_again", "select"]
 
@@ -137,10 +136,7 @@ async def select(sessions: Sequence[HostSession], wanted: HostFilter) -> list[Ho
 async def _why_not(session: HostSession, wanted: HostFilter) -> str | None:
     try:
         context = session.context(session.spec.env, Runtime.WORKING_DIR_ENV_VAR_NAME)
-        info = {}
-        if wanted.needs_info:
-            info = await session.ask("info", gpus=wanted.gpu_required, env=dict(context.env))
-        return await why_not(session, context, info, wanted)
+        return await unmet(session, context, wanted)
     except LazyclusterError as error:
         return str(error)
 

@@ -16,21 +16,21 @@ from lazycluster.exceptions import LazyclusterError
 from lazycluster.output import progress as progress_display
 from lazycluster.output.execution_log import show_logs
 from lazycluster.output.view import Shown, View, show
-from lazycluster.runtime.questions import checked_ports, listed, pick_port
+from lazycluster.runtime.network import checked_ports, pick_port
 from lazycluster.runtime.registry import join_all
 from lazycluster.runtime.views import info_table
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.tunnels import Tunnel, check_port
+from lazycluster.tasks.context import ExecutionOptions
 from lazycluster.tasks.detached import DetachedTask, check_options
-from lazycluster.tasks.process_handles import ProcessHandle
-from lazycluster.tasks.retries import checked_retries
+from lazycluster.tasks.execution import ProcessHandle
 from lazycluster.tasks.task import RuntimeTask
 
 from .broadcast import detach_on, detached_tasks_on, join_or_end, start_on_all
 from .failover import start_on_one
 from .members import Members, ask_all, checked_hosts, clean_up_all, connect, prepare_all, warn_of_aliases
 from .ports import expose_from_one, expose_to_all, free_everywhere
-from .settings import GroupSettings, PerHost, host_names, read_settings
+from .settings import GroupSettings, PerHost, host_names, listed, read_settings
 from .status import HostCallback, HostStatus, host_status, watch
 from .views import group_view, hosts_view, info_or_error
 
@@ -312,7 +312,7 @@ class RuntimeGroup(Shown):
 
     def _on_stores(self, work: Callable[[Host], Awaitable[T]], problem: str) -> dict[str, T]:
         self._check_open()
-        return event_loop.run(ask_all(self.runtimes, lambda runtime: work(runtime.connection), problem))
+        return event_loop.run(ask_all(self.runtimes, lambda runtime: work(runtime._connection), problem))
 
     # --- environment variables -----------------------------------------------------------------
     def set_env_variables(self, env_variables: Mapping[str, Any]) -> None:
@@ -376,7 +376,7 @@ class RuntimeGroup(Shown):
         """
         if not isinstance(task, RuntimeTask):
             raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
-        checked_retries(retries, retry_on)
+        options = ExecutionOptions(debug, retries=retries, retry_on=retry_on)
         if broadcast and host is not None:
             raise ValueError("either host or broadcast can be given, not both")
         with progress_display.shown(self.progress):
@@ -386,12 +386,12 @@ class RuntimeGroup(Shown):
                 return found if broadcast else found[0]
             if not broadcast:
                 with self._lock:  # so that two threads do not both see the same host as the least busy one
-                    started = start_on_one(self._members, task, host, debug, retries, retry_on)
+                    started = start_on_one(self._members, task, host, options)
                     self._tasks.append(started)
                 if not execute_async:
                     join_or_end([started])
                 return started
-            tasks = start_on_all(self.runtimes, task, debug, lambda one: one.own_retries(retries, retry_on))
+            tasks = start_on_all(self.runtimes, task, options)
             task._was_broadcast(tasks)
             with self._lock:
                 self._tasks += tasks
@@ -432,7 +432,7 @@ class RuntimeGroup(Shown):
             {'host-1': 8, 'host-2': 16}
         """
         name = getattr(function, "__name__", None) or "function"
-        tasks = start_on_all(self.runtimes, RuntimeTask(name).call(function, *args, **kwargs), False)
+        tasks = start_on_all(self.runtimes, RuntimeTask(name).call(function, *args, **kwargs), ExecutionOptions())
         join_or_end(tasks)
         return {str(task.host): task.result() for task in tasks}
 
@@ -686,7 +686,7 @@ class RuntimeGroup(Shown):
 
     def _note(self, exposed: Iterable[tuple[Runtime, Tunnel]]) -> None:
         for runtime, tunnel in exposed:
-            runtime.note_exposure(tunnel)
+            runtime._add_exposure(tunnel)
 
     # --- information ---------------------------------------------------------------------------
     def fill_runtime_info_buffers_async(self) -> None:
@@ -711,7 +711,7 @@ class RuntimeGroup(Shown):
     def cleanup(self) -> None:
         """Clean up all runtimes, at once, see :meth:`Runtime.cleanup`. Doing it again does nothing."""
         self._closed = True
-        ours = [runtime for runtime in self.runtimes if runtime.is_ours]
+        ours = [runtime for runtime in self.runtimes if runtime._session.is_ours]
         if ours:
             self._kept = None
             for executor in list(self._executors):

@@ -147,7 +147,7 @@ class RuntimeManager(Shown):
             settings = dataclasses.replace(settings, environment=environment)
         chosen = await select([self._sessions[host] for host in hosts], wanted)
         sessions = await open_again(chosen, settings)
-        return RuntimeGroup([Runtime.from_session(session) for session in sessions], progress=self._settings.progress)
+        return RuntimeGroup([Runtime._from_session(session) for session in sessions], progress=self._settings.progress)
 
     def print_hosts(self) -> None:
         """Print the hosts that can be used, and the inactive ones with the reasons."""

@@ -19,11 +19,10 @@ from lazycluster.exceptions import (
     NoRuntimesError,
 )
 from lazycluster.output import progress
-from lazycluster.runtime.questions import listed
 from lazycluster.runtime.session import HostSession, HostSpec
 from lazycluster.runtimes import Runtime
 
-from .settings import GroupSettings
+from .settings import GroupSettings, listed
 
 __all__ = [
     "Connected",
@@ -119,7 +118,7 @@ def connect(hosts: Sequence[str], settings: GroupSettings, on_unreachable: str) 
         raise NoRuntimesError(f"of {counted(len(specs), 'host')}, none can be used:\n{reasons}")
     for error in failed.values():
         _logger.warning("skipped: %s", error)
-    return [Runtime.from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
+    return [Runtime._from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
 
 
 def checked_hosts(hosts: Iterable[str]) -> list[str]:
@@ -149,7 +148,7 @@ async def prepare_all(runtimes: Sequence[Runtime], refresh: bool = False) -> Non
     Raises:
         EnvironmentBuildError: If one cannot be made; if there are several, it holds all of their errors.
     """
-    made = await asyncio.gather(*(runtime.prepare_soon(refresh) for runtime in runtimes), return_exceptions=True)
+    made = await asyncio.gather(*(runtime._prepare_async(refresh) for runtime in runtimes), return_exceptions=True)
     errors = [error for error in made if isinstance(error, BaseException)]
     builds = [error for error in errors if isinstance(error, EnvironmentBuildError)]
     if len(builds) == len(errors) > 1:
@@ -164,7 +163,7 @@ async def clean_up_all(runtimes: Iterable[Runtime]) -> None:
     Raises:
         Exception: What the first that failed has raised, after all have ended.
     """
-    results = await asyncio.gather(*(runtime.cleanup_soon() for runtime in runtimes), return_exceptions=True)
+    results = await asyncio.gather(*(runtime._cleanup_async() for runtime in runtimes), return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]
     if errors:
         raise errors[0]
@@ -198,7 +197,7 @@ def warn_of_aliases(runtimes: Iterable[Runtime]) -> None:
     """Log a warning for each runtime that is the same account on the same machine as one before."""
     first: dict[object, str] = {}
     for runtime in runtimes:
-        other = first.setdefault(runtime.identity, runtime.host)
+        other = first.setdefault(runtime._session.identity, runtime.host)
         if other != runtime.host:
             _logger.warning(
                 "%s is the same account on the same machine as %s: its CPUs and memory count twice", runtime.host, other
@@ -296,6 +295,6 @@ class Members:
         """
         if not self._runtimes:
             raise NoRuntimesError("the group is empty: add a runtime with add_runtime()")
-        usable = [runtime for runtime in self.all if runtime.connection.state == "open"]
+        usable = [runtime for runtime in self.all if runtime._connection.state == "open"]
         candidates = usable or self.all
         return min(candidates, key=lambda runtime: (runtime.alive_task_process_count, runtime.started_task_count))

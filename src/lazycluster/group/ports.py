@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 
 from lazycluster.agent.ports import is_free
 from lazycluster.core.words import counted
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError
-from lazycluster.runtime.questions import checked_ports, pick_port
+from lazycluster.runtime.network import (
+    checked_ports,
+    free_on_all,
+    network_of,
+    one_per_network,
+    open_from_runtime,
+    open_to_runtimes,
+    pick_port,
+)
 from lazycluster.runtimes import Runtime
-from lazycluster.ssh.tunnels import Tunnel, check_port, close_tunnels, open_from_runtime, open_to_runtimes
+from lazycluster.ssh.tunnels import Tunnel, check_port, close_tunnels
 
-__all__ = ["expose_from_one", "expose_to_all", "free_everywhere", "one_per_network"]
-
-
-def one_per_network(runtimes: Sequence[Runtime]) -> list[Runtime]:
-    """Return the runtimes without those that share the ports of one that comes before."""
-    seen = set()
-    chosen = []
-    for runtime in runtimes:
-        hello = runtime.connection.hello
-        network = (hello.boot_id, hello.network) if hello.boot_id and hello.network else runtime.host
-        if network not in seen:
-            seen.add(network)
-            chosen.append(runtime)
-    return chosen
+__all__ = ["expose_from_one", "expose_to_all", "free_everywhere"]
 
 
 async def free_everywhere(runtimes: Sequence[Runtime], ports: Sequence[int], on_manager: bool) -> list[int]:
@@ -36,9 +30,14 @@ async def free_everywhere(runtimes: Sequence[Runtime], ports: Sequence[int], on_
         ports: The ports.
         on_manager: Whether they must be free on the manager, too.
     """
-    answers = await asyncio.gather(*(runtime.free_ports(ports) for runtime in runtimes))
-    free = set(ports).intersection(*answers)
-    return [port for port in ports if port in free and (not on_manager or is_free(port) is None)]
+    for runtime in runtimes:
+        runtime._session.check()
+    free = await free_on_all(ports, [runtime._connection for runtime in runtimes])
+    return [port for port in free if not on_manager or is_free(port) is None]
+
+
+def _one_each(runtimes: Sequence[Runtime]) -> list[Runtime]:
+    return one_per_network(runtimes, lambda runtime: network_of(runtime._connection))
 
 
 async def expose_to_all(
@@ -54,8 +53,8 @@ async def expose_to_all(
     Returns:
         The tunnels, with the runtimes that they lead to.
     """
-    chosen = one_per_network(runtimes)
-    connections = [runtime.connection for runtime in chosen]
+    chosen = _one_each(runtimes)
+    connections = [runtime._connection for runtime in chosen]
     tunnels = await open_to_runtimes(connections, check_port(local_port, "local_port"), ports)
     return list(zip(chosen, tunnels, strict=True))
 
@@ -81,7 +80,7 @@ async def expose_from_one(
     check_port(runtime_port, "runtime_port")
     candidates = [runtime_port] if ports is None else checked_ports(ports)
     choice = ports is not None and not isinstance(ports, int)
-    here = one_per_network([source, *others])[1:]  # those that do not share the ports of the source
+    here = _one_each([source, *others])[1:]  # those that do not share the ports of the source
     if choice:
         free = await free_everywhere(here, candidates, on_manager=False)
         candidates = [pick_port(candidates, free, "the group"), *free[1:]]
@@ -99,9 +98,9 @@ async def expose_from_one(
 async def _expose_from_one(
     source: Runtime, others: Sequence[Runtime], runtime_port: int, port: int
 ) -> list[tuple[Runtime, Tunnel]]:
-    first = await open_from_runtime(source.connection, runtime_port, port)
+    first = await open_from_runtime(source._connection, runtime_port, port)
     try:
-        rest = await open_to_runtimes([runtime.connection for runtime in others], port, port) if others else []
+        rest = await open_to_runtimes([runtime._connection for runtime in others], port, port) if others else []
     except BaseException:
         await close_tunnels([first])
         raise

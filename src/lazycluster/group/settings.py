@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["GroupSettings", "PerHost", "host_names", "read_settings"]
+__all__ = ["GroupSettings", "PerHost", "host_names", "listed", "read_settings"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -52,6 +52,13 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
         if not isinstance(values, Mapping):
             raise TypeError(f"{where}: what is said of {host!r} must be a table, not {type(values).__name__}")
     return {str(host): dict(values) for host, values in settings.items()}
+
+
+def listed(value: str | Iterable[str] | None) -> list[str]:
+    """Return one text, several, or none as a list."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
 
 
 def host_names(settings: Mapping[str, Any]) -> list[str]:

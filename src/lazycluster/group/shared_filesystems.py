@@ -64,16 +64,16 @@ async def _hosts_sharing(runtimes: Sequence[Runtime], path: str) -> list[list[in
 
 async def _directory(runtime: Runtime, path: str) -> tuple[str, int] | None:
     """Return the nearest directory that exists at or above a path, and its inode number."""
-    context = runtime.task_context()
+    context = runtime._context()
     if path == "." and runtime.has_temporary_working_dir:
         return None
     try:
-        found = await runtime.ask("expand", path=path, cwd=context.cwd, env=dict(context.env))
+        found = await runtime._session.ask("expand", path=path, cwd=context.cwd, env=dict(context.env))
         above = str(found["path"])[:_LONGEST_PATH]
         # What a host says must not make this endless: the names that are asked for become shorter.
         while not found["directory"] and above.strip("/"):
             above = posixpath.dirname(above)
-            found = await runtime.ask("expand", path=above)
+            found = await runtime._session.ask("expand", path=above)
     except AgentError:
         return None
     if not found["directory"] or len(found["identity"] or ()) != 2:
@@ -90,19 +90,21 @@ async def _probe(
     async def sees(index: int) -> bool:
         directory = directories[index]
         assert directory is not None
-        return bool((await runtimes[index].ask("expand", path=posixpath.join(directory[0], name)))["directory"])
+        return bool(
+            (await runtimes[index]._session.ask("expand", path=posixpath.join(directory[0], name)))["directory"]
+        )
 
     first = indexes[0]
     directory = directories[first]
     assert directory is not None
     path = posixpath.join(directory[0], name)
     try:
-        await runtimes[first].ask("mkdir", path=path)
+        await runtimes[first]._session.ask("mkdir", path=path)
     except AgentError:
         return [first]  # it cannot write there anyway
     try:
         seen = await asyncio.gather(*(sees(index) for index in indexes[1:]))
     finally:
         with contextlib.suppress(LazyclusterError):
-            await runtimes[first].ask("remove", path=path)
+            await runtimes[first]._session.ask("remove", path=path)
     return [first, *(index for index, shares in zip(indexes[1:], seen, strict=True) if shares)]

@@ -34,7 +34,7 @@ class HostStatus:
 
 def host_status(runtime: Runtime) -> HostStatus:
     """Return the state of the host of a runtime."""
-    connection = runtime.connection
+    connection = runtime._connection
     running = sum(not task.future.done() for task in runtime.tasks)
     return HostStatus(runtime.host, connection.state, connection.why, running)
 
@@ -45,7 +45,7 @@ def watch(runtimes: Iterable[Runtime], callback: HostCallback) -> Callable[[], N
         raise TypeError(f"a callback must be callable, not {type(callback).__name__}")
 
     def on(runtime: Runtime) -> Callable[[], None]:
-        return runtime.connection.on_state(lambda state, why: callback(host_status(runtime)))
+        return runtime._connection.on_state(lambda state, why: callback(host_status(runtime)))
 
     ends = [on(runtime) for runtime in runtimes]
 

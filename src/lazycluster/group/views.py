@@ -26,7 +26,7 @@ def group_view(runtimes: Sequence[Runtime], unreachable: Mapping[str, str]) -> V
         cores += float(shown.get("cores") or 0)
         machine = [shown.get(name, "") for name in MACHINE]
         running = str(runtime.alive_task_process_count)
-        rows.append([runtime.host, state_cell(runtime.connection), *machine, running])
+        rows.append([runtime.host, state_cell(runtime._connection), *machine, running])
     count = counted(len(runtimes), "host")
     state = Cell(f"{count}, {counted(cores, 'core')}" if cores else count)
     table = Table(("host", "state", *MACHINE, "tasks"), rows, right=frozenset({"cores", "tasks"}))
@@ -50,7 +50,7 @@ def manager_view(sessions: Mapping[str, HostSession], inactive: Mapping[str, str
     rows: list[list[Cell | str]] = []
     for host, session in sessions.items():
         connection = session.connection
-        version = ".".join(map(str, connection.hello.python))
+        version = ".".join(map(str, connection.agent_info.python))
         rows.append([host, state_cell(connection), account(connection), version])
     state = Cell(f"{counted(len(sessions), 'active host')}, {len(inactive)} inactive")
     table = Table(("host", "state", "account", "python"), rows)

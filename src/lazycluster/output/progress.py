@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
-from lazycluster.core import interruptible
+from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import printable
 from lazycluster.utils import Environment
 
@@ -184,6 +184,9 @@ def shown(wanted: bool | None = None) -> Iterator[Board]:
             yield board
         finally:
             board.close()
+
+
+event_loop.wait_with(shown)
 
 
 def present() -> Board:

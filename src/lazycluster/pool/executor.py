@@ -91,9 +91,9 @@ class GroupExecutor(concurrent.futures.Executor):
             first = self._blobs.take(pack(functools.partial(initializer, *initargs)))
         gpus = gpus_of(gpus_per_call, idle_gpus)
         options = [PoolOptions(counts[host], first, debug, gpus) for host in self.hosts]
-        contexts = [runtime.task_context() for runtime in runtimes]
+        contexts = [runtime._context() for runtime in runtimes]
         self._scheduler = ChunkScheduler(
-            contexts, options, self._blobs, [runtime.context_again for runtime in runtimes]
+            contexts, options, self._blobs, [runtime._context_when_back for runtime in runtimes]
         )
         self._owner_pid = os.getpid()
         self._lock = threading.Lock()
@@ -117,7 +117,7 @@ class GroupExecutor(concurrent.futures.Executor):
         return sum(
             count or int(runtime.info["cpu_cores"])
             for runtime, count in self._counts
-            if runtime.connection.state in ("open", "interrupted")
+            if runtime._connection.state in ("open", "interrupted")
         )
 
     # --- calls ---------------------------------------------------------------------------------

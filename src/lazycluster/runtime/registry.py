@@ -8,8 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from lazycluster.ssh.tunnels import Tunnel
-from lazycluster.tasks.execution import raise_failures, wait_for
-from lazycluster.tasks.process_handles import ProcessHandle, TaskProcess
+from lazycluster.tasks.execution import ProcessHandle, TaskProcess, raise_failures, wait_for
 from lazycluster.tasks.task import RuntimeTask
 
 __all__ = ["PortExposure", "Registry", "join_all"]

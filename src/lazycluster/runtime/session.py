@@ -18,8 +18,7 @@ from lazycluster.output.tail import Tail
 from lazycluster.ssh.connection import ANSWER_LIMIT, Connection
 from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
-from lazycluster.tasks.execution import Context
-from lazycluster.tasks.variables import checked_variables
+from lazycluster.tasks.context import Context, checked_variables
 
 if TYPE_CHECKING:
     from lazycluster.environments.activation import HostEnvironment
@@ -287,7 +286,7 @@ class HostSession:
     @property
     def identity(self) -> tuple[Any, ...]:
         """What two names of one account on one machine have in common."""
-        hello = self.connection.hello
+        hello = self.connection.agent_info
         return hello.boot_id, hello.machine_id, hello.hostname, hello.network, hello.uid
 
     @property

@@ -30,7 +30,7 @@ def state_cell(connection: Connection) -> Cell:
 
 def account(connection: Connection) -> str:
     """Return who we are on a host: ``user@hostname``."""
-    return f"{connection.hello.user}@{connection.hello.hostname}"
+    return f"{connection.agent_info.user}@{connection.agent_info.hostname}"
 
 
 def known_infos(runtimes: Sequence[Runtime]) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def known_infos(runtimes: Sequence[Runtime]) -> list[dict[str, Any]]:
     asked: list[concurrent.futures.Future[dict[str, Any]] | None] = []
     for runtime in runtimes:
         asked.append(None)
-        if runtime.connection.state == "open" and runtime.is_ours:
+        if runtime._connection.state == "open" and runtime._session.is_ours:
             with contextlib.suppress(LazyclusterError):
                 asked[-1] = runtime.fill_info_buffer()
     concurrent.futures.wait([future for future in asked if future is not None], _BRIEFLY)
@@ -66,15 +66,15 @@ def runtime_view(runtime: Runtime) -> View:
     shown = lasting(known_infos([runtime])[0])
     tasks, alive = runtime.tasks, runtime.alive_task_process_count
     where = runtime.working_dir + (" (temporary)" if runtime.has_temporary_working_dir else "")
-    facts: list[Fact] = [("account", account(runtime.connection)), ("working directory", where)]
+    facts: list[Fact] = [("account", account(runtime._connection)), ("working directory", where)]
     facts += [(name, shown[name]) for name in MACHINE if shown.get(name)]
     facts.append(("tasks", f"{alive} running, {len(tasks)} in all"))
     for key, process in runtime.get_processes(only_alive=True).items():
         if runtime.is_port_exposure_process(key):
             facts.append(("port", process.name))
-    if runtime.connection.why:
-        facts.append(("why", Cell(runtime.connection.why, "bad")))
-    return View(f"{runtime.class_name} {runtime.host}", state_cell(runtime.connection), facts)
+    if runtime._connection.why:
+        facts.append(("why", Cell(runtime._connection.why, "bad")))
+    return View(f"{runtime.class_name} {runtime.host}", state_cell(runtime._connection), facts)
 
 
 def info_view(host: str, info: Mapping[str, Any], working_dir: str) -> View:

@@ -28,7 +28,6 @@ from .connection import Connection
 from .copy_streams import SessionError
 from .extra_sessions import open_session
 from .mux import MuxError
-from .probes import mux_of
 from .tunnel_handles import MANAGER, Outcome, Tunnel, TunnelRequest
 
 __all__ = ["is_asked_for", "relay_of"]
@@ -206,10 +205,10 @@ class AgentRelay:
     async def _join(self, connection: Connection, here: _End, there: _End) -> None:
         """Connect the two by a session."""
         marker = new_marker()
-        hello = connection.hello
-        command = bulk_command(hello.executable, marker, [await there.socket], hello.pid)
+        info = connection.agent_info
+        command = bulk_command(info.executable, marker, [await there.socket], info.pid)
         try:
-            session = await open_session(mux_of(connection), command)
+            session = await open_session(connection.mux, command)
         except MuxError as error:
             raise TunnelError(
                 f"{self._host}: there is no further session for the relay through its agent: {error}. "

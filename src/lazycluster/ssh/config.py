@@ -23,7 +23,6 @@ from lazycluster.utils import expanded
 
 from .config_hosts import CONFIG_VARIABLE
 from .destination import Destination, check_user, parse_destination
-from .options import check_options
 
 __all__ = ["MAX_CONTROL_PATH", "Destination", "Settings", "parse_destination", "ssh_argv", "ssh_version"]
 
@@ -37,11 +36,55 @@ DEFAULT_GRACE = 300.0
 """Seconds for which a host waits for a manager whose link has dropped."""
 
 MAX_CONTROL_PATH = 80
-"""ssh appends 17 characters to the path while it starts to listen, and a socket's path must stay below 104."""
+"""ssh appends 17 characters to the path while it starts to listen: see `core.unix.SOCKET_PATH_SIZE`."""
 
 _OLDEST_SSH = (7, 6)
 _LONGEST_SPAN = 30 * 86400
 _HOST_KEYS = {"strict": "yes", "accept-new": "accept-new"}
+
+# Options of ssh_config that the library sets itself, each with the reason why the user cannot.
+_SESSION = "the library runs its own session on the connection"
+_FORWARD = "use the methods that expose ports"
+_PROMPT = "the library answers or declines what ssh asks"
+_NO_BLOCK = "it stands in configuration files only; pass one as config_file"
+
+_RESERVED = {
+    "batchmode": _PROMPT,
+    "channeltimeout": _SESSION,
+    "clearallforwardings": _FORWARD,
+    "connecttimeout": "use timeout",
+    "controlmaster": _SESSION,
+    "controlpath": _SESSION,
+    "controlpersist": _SESSION,
+    "dynamicforward": _FORWARD,
+    "escapechar": _SESSION,
+    "exitonforwardfailure": _FORWARD,
+    "forkafterauthentication": _SESSION,
+    "forwardagent": "what runs on a host must not be able to use your keys",
+    "forwardx11": _SESSION,
+    "gatewayports": "forwarded ports listen on loopback only",
+    "host": _NO_BLOCK,
+    "ignoreunknown": "it would hide errors in the options that keep the connection safe",
+    "include": _NO_BLOCK,
+    "localcommand": _SESSION,
+    "localforward": _FORWARD,
+    "loglevel": "the library reads the errors that ssh prints",
+    "match": _NO_BLOCK,
+    "numberofpasswordprompts": _PROMPT,
+    "permitlocalcommand": _SESSION,
+    "port": "use port",
+    "proxyjump": "use proxy_jump",
+    "remotecommand": _SESSION,
+    "remoteforward": _FORWARD,
+    "requesttty": _SESSION,
+    "sessiontype": _SESSION,
+    "stdinnull": _SESSION,
+    "tunnel": _FORWARD,
+    "tunneldevice": _FORWARD,
+    "updatehostkeys": _PROMPT,
+    "user": "use user",
+    "visualhostkey": _SESSION,
+}
 
 
 @dataclass(frozen=True)
@@ -238,6 +281,63 @@ def _relay(what: str, value: Any) -> str:
     return value
 
 
+def _ssh_options(what: str, value: Any) -> tuple[str, ...]:
+    """Check options of ``ssh_config``.
+
+    Args:
+        what: What they are, for the message.
+        value: A dictionary (a value that is a list stands for several lines), or a list of ``Key=Value``.
+
+    Returns:
+        Them, each as ``Key=Value``.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If an option is not well-formed, or is one that the library sets itself.
+    """
+    if isinstance(value, Mapping):
+        pairs = [(key, item) for key, items in value.items() for item in _option_items(items)]
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        pairs = [_option_pair(what, item) for item in value]
+    else:
+        raise TypeError(f"{what} must be a dictionary or a list of 'Key=Value', not {type(value).__name__}")
+    return tuple(
+        f"{key}={_option_value(f'{what}: {key}', item)}" for key, item in pairs if _option_is_allowed(what, key)
+    )
+
+
+def _option_items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _option_pair(what: str, item: Any) -> tuple[str, str]:
+    if not isinstance(item, str):
+        raise TypeError(f"{what} must hold strings, not {type(item).__name__}")
+    found = re.fullmatch(r"\s*(\w+)\s*(?:=|\s)\s*(.*\S)\s*", item)
+    if not found:
+        raise ValueError(f"{what}: {item!r} is not of the form 'Key=Value'")
+    return found.group(1), found.group(2)
+
+
+def _option_is_allowed(what: str, key: Any) -> bool:
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*", key):
+        raise ValueError(f"{what}: {key!r} is not the name of an option")
+    if key.lower() in _RESERVED:
+        raise ValueError(f"{what}: {key} cannot be set here: {_RESERVED[key.lower()]}")
+    return True
+
+
+def _option_value(what: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, (str, int)):
+        raise TypeError(f"{what} must be a string, a number or a boolean, not {type(value).__name__}")
+    text = str(value)
+    if not text.strip() or re.search(r"[\x00\r\n]", text):
+        raise ValueError(f"{what} is empty or contains a line break")
+    return text
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "user": _user,
     "port": _port,
@@ -248,7 +348,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "config_file": _config_file,
     "proxy_jump": _proxy_jump,
     "host_keys": _host_keys,
-    "ssh_options": check_options,
+    "ssh_options": _ssh_options,
     "relay": _relay,
     "link_timeout": _link_timeout,
     "grace": _span,

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from lazycluster.core import unix
 from lazycluster.utils import expanded
 
 from .config_hosts import configured_hosts, user_config
@@ -276,24 +277,13 @@ def _made_alike(new: Path, old: Path) -> bool:
         made = new.stat()
         if (made.st_uid, made.st_gid) != (inode.st_uid, inode.st_gid):
             os.chown(new, inode.st_uid, inode.st_gid)
-        attributes = _attributes(old)
-        for name, value in attributes.items() - _attributes(new).items():
-            os.setxattr(new, name, value)
+        attributes = unix.extended_attributes(old)
+        for name, value in attributes.items() - unix.extended_attributes(new).items():
+            unix.set_extended_attribute(new, name, value)
         new.chmod(_mode(inode))
-        return _attributes(new).keys() == attributes.keys()
+        return unix.extended_attributes(new).keys() == attributes.keys()
     except OSError:
         return False
-
-
-def _attributes(path: Path) -> dict[str, bytes]:
-    if not hasattr(os, "listxattr"):
-        return {}
-    try:
-        return {name: os.getxattr(path, name) for name in os.listxattr(path)}
-    except OSError as error:
-        if error.errno == errno.ENOTSUP:
-            return {}
-        raise
 
 
 def _check_writable(path: Path) -> None:

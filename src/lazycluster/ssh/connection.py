@@ -11,14 +11,20 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal
 
-from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
+from lazycluster.exceptions import (
+    ConnectionLostError,
+    InvalidRuntimeError,
+    LazyclusterError,
+    NoAnswerError,
+    TunnelError,
+)
 
-from .agent_info import AgentInfo
 from .agent_program import OLDEST_PYTHON, expected, payload
+from .agent_replies import AgentInfo
 from .channel import Bytes, Channel, Event
 from .errors import last_words
 from .link import AgentLink
-from .mux import Forward
+from .mux import Forward, Mux
 from .process import WatchedProcess
 from .start_marker import StartError, StartMarker, read_mark
 
@@ -67,7 +73,7 @@ class Connection(abc.ABC):
         self._owner = os.getpid()
         self._process: WatchedProcess | None = None
         self._link: AgentLink | None = None
-        self._hello: AgentInfo | None = None
+        self._agent_info: AgentInfo | None = None
         self._noise = bytearray()
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
@@ -148,7 +154,7 @@ class Connection(abc.ABC):
         link = AgentLink(self.host, fd_in, fd_out, lambda error: link.lost(str(error or "it has ended")), mark.rest)
         link.send_soon(payload(False, mark.tag))
         try:
-            await asyncio.wait_for(link.hello, _START_LIMIT)
+            await asyncio.wait_for(link.started, _START_LIMIT)
         except BaseException as error:
             link.lost("it was given up")
             if isinstance(error, asyncio.TimeoutError):
@@ -161,11 +167,20 @@ class Connection(abc.ABC):
 
     # --- the agent -----------------------------------------------------------------------------
     @property
-    def hello(self) -> AgentInfo:
+    def mux(self) -> Mux:
+        """The control socket of the ssh process.
+
+        Raises:
+            TunnelError: If there is none.
+        """
+        raise TunnelError(f"{self.host}: is not connected through ssh")
+
+    @property
+    def agent_info(self) -> AgentInfo:
         """What is known of the host."""
-        if self._hello is None:
+        if self._agent_info is None:
             raise LazyclusterError(f"{self.host}: not connected")
-        return self._hello
+        return self._agent_info
 
     def check(self) -> None:
         """Raise an error if the connection cannot be used. May be called from any thread."""
@@ -362,7 +377,7 @@ class Connection(abc.ABC):
         link = AgentLink(self.host, fd_in, fd_out, lambda error: self._ended(link, error), mark.rest)
         link.send_soon(payload(self.local, mark.tag))
         try:
-            hello = AgentInfo.parse(await link.hello)
+            info = AgentInfo.parse(await link.started)
         except ValueError as error:
             link.lost("given up")
             raise InvalidRuntimeError(self.host, "protocol", str(error)) from None
@@ -372,7 +387,7 @@ class Connection(abc.ABC):
         except BaseException:
             link.lost("given up")
             raise
-        self._link, self._hello = link, hello
+        self._link, self._agent_info = link, info
         self.generation += 1
 
     async def _take_up(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
@@ -383,7 +398,7 @@ class Connection(abc.ABC):
         self._become("open")
         link = self._link
         if link is not None and not link.is_attached:
-            self._ended(link, None)  # it has ended since the agent said hello, when that was nobody's business yet
+            self._ended(link, None)  # it has ended before anybody waited for that
 
     # --- ending --------------------------------------------------------------------------------
     def _ended(self, link: AgentLink, error: Exception | None) -> None:

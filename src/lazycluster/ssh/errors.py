@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from lazycluster.agent.bootstrap import NO_DIRECTORY
+from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError
 
 from .config import Settings
-from .diagnosis import NOTHING_KNOWN, Circumstances
+from .config_hosts import hops_of_command
 
-__all__ = ["FULL", "classify", "is_retryable", "last_words", "no_room_here", "no_room_in", "no_room_there"]
+__all__ = [
+    "FULL", "NOTHING_KNOWN", "Circumstances", "circumstances", "classify", "is_retryable", "last_words", "no_room_here",
+    "no_room_in", "no_room_there",
+]  # fmt: skip
 
 _EVIDENCE_LINES = 4
 _BASH_CANNOT_FORK = 254  # its exit status
@@ -30,6 +36,15 @@ _ABOUT_PORTS = re.compile(r"connect_to .*|channel \d+: open failed: .*")
 _LAST_WORDS = 3
 _PROXY_ENDED = "UNKNOWN port 65535"
 _PROXY_CLOSED = re.compile(r"kex_exchange_identification: .*|Connection closed by UNKNOWN port 65535")
+_PROGRAM_LIMIT = 10.0  # seconds for ssh or ssh-keygen
+_MOST_KEY_FILES = 20
+_WORTH_A_LOOK = re.compile(r"Permission denied|UNKNOWN port|Host key verification|authenticity of host")
+_ABOUT_HOST = re.compile(
+    r"authenticity of host '(?P<asked>.*?)(?: \(.*?\))?' can't|host key is known for (?P<known>\S+) and"
+)
+_VALID_SINCE = re.compile(r"^\s*Valid: (?:from|after) (\d\S+)", re.MULTILINE)
+_VALID_UNTIL = re.compile(r"^\s*Valid: .*(?:to|before) (\d\S+)", re.MULTILINE)
+_PRINCIPALS = re.compile(r"^\s*Principals:[ \t]*(.*(?:\n {16,}.*)*)", re.MULTILINE)
 
 
 def last_words(said: str) -> str:
@@ -42,6 +57,24 @@ def last_words(said: str) -> str:
 def is_retryable(error: InvalidRuntimeError) -> bool:
     """Whether the same connect may well succeed in a moment: the handshake was dropped, as a busy sshd does."""
     return error.reason == "dropped"
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What is known of a failed connection.
+
+    Attributes:
+        proxy_is_ssh: Whether the host is reached through another ssh: that tells its own failures in known words.
+        authority: The file that names a certificate authority for the host; empty if none does.
+        certificates: What is wrong with the user's own certificates for it.
+    """
+
+    proxy_is_ssh: bool = False
+    authority: str = ""
+    certificates: tuple[str, ...] = ()
+
+
+NOTHING_KNOWN = Circumstances()
 
 
 @dataclass(frozen=True)
@@ -549,3 +582,97 @@ def _unknown(case: _Case) -> InvalidRuntimeError:
     if case.by_proxy:
         return case.error("proxy", f"{case.where}ssh ended: {said}", f"try '{case.plain_ssh}' by hand")
     return case.error("ssh", f"ssh ended (exit status {case.status}) and said: {said}", f"try '{case.plain_ssh}'")
+
+
+# --- what else this machine can tell ---------------------------------------------------------------
+async def circumstances(argv: Sequence[str], said: str, asked: Sequence[str]) -> Circumstances:
+    """Return what can be found out about a connection that failed.
+
+    Args:
+        argv: ssh's command line.
+        said: What ssh said.
+        asked: What it asked and was not told.
+    """
+    text = "\n".join([said, *asked])
+    return await event_loop.in_thread(_circumstances, argv, text) if _WORTH_A_LOOK.search(text) else NOTHING_KNOWN
+
+
+def _circumstances(argv: Sequence[str], said: str) -> Circumstances:
+    values = _ssh_values(argv)
+    name = _ABOUT_HOST.search(said)
+    command = " ".join(values.get("proxycommand", []))
+    jumps = [jump for jump in values.get("proxyjump", []) if jump.lower() != "none"]
+    return Circumstances(
+        proxy_is_ssh=bool(jumps or hops_of_command(command)),
+        authority=_authority_file((name["asked"] or name["known"]) if name else _known_name(values), values),
+        certificates=tuple(_certificate_defects(values)) if "Permission denied" in said else (),
+    )
+
+
+def _ssh_values(argv: Sequence[str]) -> dict[str, list[str]]:
+    """Return what ssh makes of its command line and the configuration: for each option its values."""
+    values: dict[str, list[str]] = {}
+    for line in _output_of(argv[0], "-G", *argv[1:]).splitlines():
+        option, _, value = line.partition(" ")
+        values.setdefault(option, []).append(value)
+    return values
+
+
+def _output_of(*argv: str) -> str:
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_PROGRAM_LIMIT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace")
+
+
+def _known_name(values: dict[str, list[str]]) -> str:
+    host = (values.get("hostkeyalias") or values.get("hostname") or [""])[0]
+    port = (values.get("port") or ["22"])[0]
+    return host if port == "22" else f"[{host}]:{port}"
+
+
+def _authority_file(name: str, values: dict[str, list[str]]) -> str:
+    """Return the file of known hosts that names an authority for a host; ssh-keygen knows which line is for whom."""
+    files = " ".join([*values.get("userknownhostsfile", []), *values.get("globalknownhostsfile", [])]).split()
+    for file in files[:_MOST_KEY_FILES]:
+        path = Path(file).expanduser() if file.startswith("~") else Path(file)
+        found = _output_of("ssh-keygen", "-F", name, "-f", str(path)) if name and path.is_file() else ""
+        if re.search(r"^# Host .* CA ?$", found, re.MULTILINE):
+            return str(path)
+    return ""
+
+
+def _certificate_defects(values: dict[str, list[str]]) -> list[str]:
+    """Return what is wrong with the certificates that ssh offers: the host says no more than that it takes none."""
+    files = [*values.get("certificatefile", []), *(f"{file}-cert.pub" for file in values.get("identityfile", []))]
+    user = (values.get("user") or [""])[0]
+    defects = []
+    for file in dict.fromkeys(files[:_MOST_KEY_FILES]):
+        path = Path(file).expanduser() if file.startswith("~") else Path(file)
+        shown = _output_of("ssh-keygen", "-L", "-f", str(path)) if path.is_file() else ""
+        if shown and (defect := _certificate_defect(shown, user)):
+            defects.append(f"the certificate {path} {defect}")
+    return defects
+
+
+def _certificate_defect(shown: str, user: str) -> str:
+    if " host certificate" in shown:
+        return "is that of a host, not of a user"
+    now = datetime.datetime.now()  # ssh-keygen shows local times
+    if (until := _VALID_UNTIL.search(shown)) and datetime.datetime.fromisoformat(until[1]) <= now:
+        return f"has expired ({until[1]})"
+    if (since := _VALID_SINCE.search(shown)) and datetime.datetime.fromisoformat(since[1]) > now:
+        return f"is not valid before {since[1]}"
+    principals = _PRINCIPALS.search(shown)
+    names = principals[1].split() if principals else []
+    if names and names != ["(none)"] and user and user not in names:
+        return f"names {', '.join(names[:5])} as principals, not {user}"
+    return ""

@@ -42,7 +42,7 @@ class AgentLink:
         early: What was already read of the agent's stream.
 
     Attributes:
-        hello: What the agent says first.
+        started: Done with what the agent says first, of its host.
         heard: When something came from the agent, in the loop's time.
         is_held: Whether nobody listens to it at present, see `hold`.
         problem: What it said last of something that went wrong, and when, in the loop's time.
@@ -52,7 +52,7 @@ class AgentLink:
         self, host: str, fd_in: int, fd_out: int, on_ended: Callable[[Exception | None], Any], early: bytes = b""
     ) -> None:
         self.host = host
-        self.hello: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
         self._decoder = wire.Decoder(wire.FROM_AGENT)
@@ -347,10 +347,10 @@ class AgentLink:
             message = decoded(payload)
         except ValueError as error:
             text = f"the agent says of its host what makes no sense: {error}"
-            if self.hello.done():
+            if self.started.done():
                 raise wire.FrameError(text) from None
-            self.hello.set_exception(InvalidRuntimeError(self.host, "protocol", text))
-            self.hello.exception()  # whoever waits gets it; that nobody does is no error
+            self.started.set_exception(InvalidRuntimeError(self.host, "protocol", text))
+            self.started.exception()  # whoever waits gets it; that nobody does is no error
             return
         self._said(message)
 
@@ -366,8 +366,8 @@ class AgentLink:
             self.problem = now, text
             if (text != before or now - when > _WARN_AGAIN) and hostlog.may_say(self.host):
                 logger.warning("%s: %s", self.host, text)
-        elif not self.hello.done():
-            self.hello.set_result(message)
+        elif not self.started.done():
+            self.started.set_result(message)
 
     # --- end -----------------------------------------------------------------------------------
     def _ended(self, error: Exception | None) -> None:
@@ -384,9 +384,9 @@ class AgentLink:
             self._again = None
         self._lost_error = ConnectionLostError(self.host, detail)
         self._room.set()
-        if not self.hello.done():
-            self.hello.set_exception(ConnectionLostError(self.host, detail))
-            self.hello.exception()
+        if not self.started.done():
+            self.started.set_exception(ConnectionLostError(self.host, detail))
+            self.started.exception()
         for channel in list(self._channels.values()):
             channel.fail(ConnectionLostError(self.host, detail))
         self._channels.clear()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import struct
 import sys
 
+from lazycluster.agent.deletion import remove_tree
+from lazycluster.agent.restart_policy import RestartPolicy
 from lazycluster.core import forks
-from lazycluster.exceptions import InvalidRuntimeError
+from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 
 from .agent_program import new_marker, stub
 from .connection import Connection
@@ -64,7 +67,7 @@ class LocalConnection(Connection):
         """Start it as a daemon."""
         self.check()
         marker = new_marker()
-        process = WatchedProcess([self.hello.executable, "-ISc", stub(marker)])
+        process = WatchedProcess([self.agent_info.executable, "-ISc", stub(marker)])
         fd_in, fd_out = process.take_streams()
         return await self._begin(fd_in, fd_out, marker, process.exited)
 
@@ -74,7 +77,58 @@ class LocalConnection(Connection):
         ours, theirs = socket.socketpair()
         forks.not_for_children(ours.fileno(), theirs.fileno())
         with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
-            agent.connect(os.path.join(self.hello.directory, "agent.sock"))
+            agent.connect(os.path.join(self.agent_info.directory, "agent.sock"))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", theirs.fileno(), theirs.fileno()))]
             agent.sendmsg([b"bulk"], rights)
         return ours
+
+
+logger = logging.getLogger("lazycluster")
+
+_MOST = 5  # that may be killed within minutes
+
+
+class Keeper(LocalConnection):
+    """The connection to the keeper, whichever it is at the time.
+
+    One that is killed takes along what runs under it. Meanwhile the connection is interrupted; then it leads to the
+    next one, which has been told what `on_renewal` tells.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("localhost")
+        self._agents = RestartPolicy(_MOST)
+
+    def _ended(self, link: AgentLink, error: Exception | None) -> None:
+        if self._gone is None:
+            super()._ended(link, error)
+        else:
+            link.lost("the next keeper has ended, too")  # whoever replaces it sees that
+
+    async def _fail(self) -> None:
+        why = await self._last_words()
+        while (delay := self._agents.next()) is not None:
+            logger.warning("the keeper on this machine was lost, and is replaced (%s)", why)
+            assert self._link is not None
+            self._link.lost(f"the keeper on this machine was lost ({why})")
+            remove_tree(self.agent_info.directory)
+            await asyncio.sleep(delay)
+            try:
+                await self._start()
+                for renew in list(self.on_renewal):
+                    await renew()
+            except LazyclusterError as error:
+                why = str(error)
+            else:
+                self._gone = None
+                self._opened()
+                return
+        logger.error("there is no keeper any more: if this process is killed, something may be left: %s", why)
+        await self._lost(f"the keeper on this machine was lost too often ({why})")
+
+    async def _close(self) -> None:
+        if self._gone is not None and self.state == "interrupted":
+            self._gone.cancel()
+            await asyncio.wait([self._gone])
+            self._gone = None
+        await super()._close()

@@ -24,8 +24,7 @@ from . import workspace
 from .agent_program import bulk_command, new_marker, rejoin_command, remote_command
 from .config import Settings, ssh_argv, ssh_version
 from .connect_limit import limiter
-from .diagnosis import circumstances
-from .errors import classify, is_retryable, no_room_in, no_room_there
+from .errors import circumstances, classify, is_retryable, no_room_in, no_room_there
 from .extra_sessions import FurtherSession, NoAgentError, open_session
 from .link import AgentLink
 from .mux import Forward, Mux, MuxError
@@ -149,9 +148,9 @@ class SshConnection(ReconnectingConnection):
         self._mux = Mux(control)
 
     def _command(self, marker: str) -> str:
-        if self._hello is None:
+        if self._agent_info is None:
             return remote_command(self._python, marker)
-        return rejoin_command(self._python, marker, self._sockets, self.hello.pid)
+        return rejoin_command(self._python, marker, self._sockets, self.agent_info.pid)
 
     def _forget_attempt(self) -> None:
         if self._space is not None and self._name:
@@ -206,7 +205,8 @@ class SshConnection(ReconnectingConnection):
 
     async def _bulk(self) -> socket.socket:
         marker = new_marker()
-        session = await self._session(bulk_command(self.hello.executable, marker, self._sockets, self.hello.pid))
+        agent = self.agent_info
+        session = await self._session(bulk_command(agent.executable, marker, self._sockets, agent.pid))
         try:
             await asyncio.wait_for(session.started(marker), _SESSION_LIMIT)
         except asyncio.TimeoutError:
@@ -216,7 +216,7 @@ class SshConnection(ReconnectingConnection):
     @property
     def _sockets(self) -> list[str]:
         """The sockets at which the agent listens."""
-        return [os.path.join(self.hello.directory, SOCKET), *self._further]
+        return [os.path.join(self.agent_info.directory, SOCKET), *self._further]
 
     async def _session(self, command: str) -> FurtherSession:
         """Open a further session; it is held until the command on the host ends, as it does when our end is closed."""
@@ -243,7 +243,7 @@ class SshConnection(ReconnectingConnection):
         """Start it in a further session on the same connection."""
         await self.reached()
         marker = new_marker()
-        session = await self._session(remote_command(self.hello.executable, marker))
+        session = await self._session(remote_command(self.agent_info.executable, marker))
         ours_out = os.dup(session.stream.fileno())
         forks.not_for_children(ours_out)
         try:
@@ -314,7 +314,7 @@ class SshConnection(ReconnectingConnection):
             await space.release()
 
     async def _hang_up(self, stopped: bool = False) -> None:
-        if self._process is not None and self._hello is not None and (stopped or not self.answers):
+        if self._process is not None and self._agent_info is not None and (stopped or not self.answers):
             # It would wait for forwarded connections that are still open, or for a host that says nothing. The agent
             # has ended; or what it was told is with the system already, which goes on trying to send it.
             self._process.signal(signal.SIGTERM)

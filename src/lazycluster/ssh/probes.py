@@ -10,12 +10,10 @@ import weakref
 from collections.abc import Callable, Coroutine, Hashable, MutableMapping
 from typing import Any
 
-from lazycluster.exceptions import TunnelError
-
 from .connection import Connection
-from .mux import LOOPBACK, Mux, MuxError
+from .mux import LOOPBACK, MuxError
 
-__all__ = ["can_connect", "mux_of", "network_of", "reaches", "same_network"]
+__all__ = ["can_connect", "network_of", "reaches", "same_network"]
 
 _TIMEOUT = 10.0
 _DIRECT_TIMEOUT = 1.0  # whatever else listens on that port of the manager may stay silent
@@ -26,19 +24,11 @@ _shared: _Cache = weakref.WeakKeyDictionary()
 _connects: _Cache = weakref.WeakKeyDictionary()
 
 
-def mux_of(connection: Connection) -> Mux:
-    """Return the control socket of a connection's ssh process."""
-    mux = getattr(connection, "mux", None)
-    if not isinstance(mux, Mux):
-        raise TunnelError(f"{connection.host}: is not connected through ssh")
-    return mux
-
-
 def network_of(connection: Connection) -> Hashable:
     """Return what is equal for two connections that lead into one network: two names of one machine."""
-    hello = connection.hello
+    info = connection.agent_info
     # Containers of one machine share its boot id, but each has a network with a number of its own.
-    return (hello.boot_id, hello.network) if hello.boot_id and hello.network else id(connection)
+    return (info.boot_id, info.network) if info.boot_id and info.network else id(connection)
 
 
 async def same_network(connection: Connection) -> bool:
@@ -66,7 +56,7 @@ async def reaches(connection: Connection, port: int) -> bool:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         try:
-            session = await mux_of(connection).connect(port, theirs.fileno(), theirs.fileno())
+            session = await connection.mux.connect(port, theirs.fileno(), theirs.fileno())
         except MuxError:
             return False
         session.close()
@@ -103,7 +93,7 @@ async def _delivers(connection: Connection, port: int, expected: bytes) -> bool:
     ours, theirs = socket.socketpair()
     try:
         with theirs:
-            session = await mux_of(connection).connect(port, theirs.fileno(), theirs.fileno())
+            session = await connection.mux.connect(port, theirs.fileno(), theirs.fileno())
     except MuxError as error:
         ours.close()
         if error.refused:

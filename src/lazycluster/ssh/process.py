@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from lazycluster.core import forks
+from lazycluster.core import forks, unix
 
 _TAIL = 16 * 1024
 _NO_LOG, _CLOSED = -1, -2  # instead of a descriptor
@@ -20,7 +19,7 @@ _FAREWELL = re.compile(
     rb"(?:^|\n)((?:Connection to \S+ closed by remote host\.|(?:Read from|Write to) remote host \S+: [^\n]*)\s*)$"
 )
 _LOGGED_IN = re.compile(rb"^Authenticated to ", re.MULTILINE)
-_PIPE_SIZE = 1024 * 1024
+_POLL_EVERY = 0.05  # seconds, where the system does not say that something happens
 
 
 class ErrorTail:
@@ -127,12 +126,12 @@ class WatchedProcess:
         self._popen.stderr.close()
         if self._log_fd >= 0:
             forks.not_for_children(self._log_fd)
-            self._loop.add_reader(self._log_fd, self._read_log)
-        self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else -1
-        if self._pidfd >= 0:
+            self._listen_to_log()
+        self._pidfd = unix.process_descriptor(self.pid)
+        if self._pidfd is not None:
             self._loop.add_reader(self._pidfd, self._ended)
         else:
-            self._loop.call_later(0.05, self._poll)
+            self._loop.call_later(_POLL_EVERY, self._poll)
 
     def take_streams(self) -> tuple[int, int]:
         """Return the descriptors of its output and its input; from now on they are the caller's to close."""
@@ -140,8 +139,7 @@ class WatchedProcess:
         streams = os.dup(self._popen.stdout.fileno()), os.dup(self._popen.stdin.fileno())
         forks.not_for_children(*streams)
         for stream in streams:
-            with contextlib.suppress(OSError, AttributeError):  # no Linux, or the user's limit for pipes is used up
-                fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+            unix.enlarge_pipe(stream)
         self._close_streams()
         return streams
 
@@ -179,13 +177,19 @@ class WatchedProcess:
             if stream is not None and not stream.closed:
                 stream.close()
 
+    def _listen_to_log(self) -> None:
+        if self._log_fd >= 0:
+            self._loop.add_reader(self._log_fd, self._read_log)
+
     def _read_log(self) -> None:
         try:
             data = os.read(self._log_fd, 65536)
         except BlockingIOError:
             return
-        if not data:  # whoever has written to it has ended
+        if not data:  # whoever has written to it has ended; some systems say the same before anybody has opened it
             self._loop.remove_reader(self._log_fd)
+            if not self._log_text:
+                self._loop.call_later(_POLL_EVERY, self._listen_to_log)
             return
         self._log_text += data
         if not self.is_logged_in and _LOGGED_IN.search(self._log_text):
@@ -203,13 +207,13 @@ class WatchedProcess:
 
     def _poll(self) -> None:
         if self._popen.poll() is None:
-            self._loop.call_later(0.05, self._poll)
+            self._loop.call_later(_POLL_EVERY, self._poll)
         else:
             self._ended()
 
     def _ended(self) -> None:
         status = self._popen.wait()
-        if self._pidfd >= 0:
+        if self._pidfd is not None:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
         self._close_log()

@@ -15,12 +15,12 @@ import os
 import re
 import secrets
 import shlex
-import socket
-import struct
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lazycluster.core import unix
 
 from . import askpass
 from .config import Settings, ssh_version
@@ -150,7 +150,7 @@ class Prompter:
         assert task is not None
         self._conversations.add(task)
         try:
-            if not _is_own_user(writer.get_extra_info("socket")):
+            if not unix.is_own_peer(writer.get_extra_info("socket")):
                 return
             question = json.loads(await asyncio.wait_for(reader.readline(), _READ_TIMEOUT))
             answer = await self._answer(question, reader)
@@ -214,11 +214,3 @@ class Prompter:
 def _goes_to_host(prompt: str, kind: str) -> bool:
     """Whether the answer would be sent to the host, and not used by ssh itself for a key or a decision."""
     return not kind and not any(local.search(prompt) for local in (_PASSPHRASE, _PIN, _YES_NO))
-
-
-def _is_own_user(connection: socket.socket) -> bool:
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True  # the directory's mode and the token are the guard elsewhere
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return bool(uid == os.getuid())

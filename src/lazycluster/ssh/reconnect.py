@@ -15,7 +15,7 @@ from lazycluster.agent import wire
 from lazycluster.agent.manager_link import KEPT, SECRET_SIZE, SILENCE_LIMIT
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, printable
 
-from .agent_info import AgentInfo
+from .agent_replies import AgentInfo
 from .channel import Channel
 from .config import Settings
 from .connection import Connection
@@ -83,7 +83,7 @@ class ReconnectingConnection(Connection, abc.ABC):
 
     # --- the agreement -------------------------------------------------------------------------
     async def _start_agent(self, fd_in: int, fd_out: int, mark: StartMarker) -> None:
-        before, link = self._hello, self._link
+        before, link = self._agent_info, self._link
         await super()._start_agent(fd_in, fd_out, mark)
         if before is not None and link is not None:
             link.lost(self._what_became_of(before))
@@ -118,7 +118,7 @@ class ReconnectingConnection(Connection, abc.ABC):
         return f"{why}; what ran there has ended with the link: {self.refusal}" if self.refusal else why
 
     def _what_became_of(self, before: AgentInfo) -> str:
-        now = self.hello
+        now = self.agent_info
         if (now.boot_id, now.booted) != (before.boot_id, before.booted):
             return "the host was restarted; what ran on it is lost"
         return f"the agent on the host has ended, and with it what ran there ({self._last_reason})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,8 +15,7 @@ from lazycluster.exceptions import LazyclusterError
 
 from .connection import Connection
 from .mux import Direction, Forward
-from .probes import mux_of, network_of
-from .tunnel_count import count
+from .probes import network_of
 
 __all__ = ["MANAGER", "Outcome", "Tunnel", "TunnelRequest", "check_port", "close_tunnels"]
 
@@ -92,7 +92,7 @@ class Tunnel:
         self._over = interruptible.Event()
         self._counts = by_ssh or undo is not None  # else no bytes are carried: both ends are one machine
         if self._counts:
-            count(request.connection, 1)
+            _count(request.connection, 1)
         if by_ssh:
             request.connection.on_port_lost.append(self._lost)
 
@@ -111,7 +111,7 @@ class Tunnel:
         with contextlib.suppress(ValueError):
             self.request.connection.on_port_lost.remove(self._lost)
         if self._counts and not self._closed:
-            count(self.request.connection, -1)
+            _count(self.request.connection, -1)
         self._closed = True
         self._over.set()
 
@@ -185,8 +185,54 @@ async def _close_on(connection: Connection, forwards: list[Forward]) -> None:
         if connection.state == "interrupted":
             connection.forget_forwards(forwards)
             return
-        await mux_of(connection).close_forwards(forwards)
+        await connection.mux.close_forwards(forwards)
         if connection.answers and any(forward.direction is Direction.REMOTE for forward in forwards):
             # ssh says "ok" when it has asked the host, without waiting. The host's sshd takes things in order: once
             # the agent behind it has answered, the listeners are closed.
             await connection.heard_out(asyncio.ensure_future(connection.request("ping")), _ANSWER_LIMIT)
+
+
+_counts: weakref.WeakKeyDictionary[Connection, _TunnelCount] = weakref.WeakKeyDictionary()
+
+
+class _TunnelCount:
+    """Number of tunnels of one connection, which its agent is told: so it can be seen on the host by whoever looks."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.telling: asyncio.Task[None] | None = None
+
+    async def tell(self, connection: Connection) -> None:
+        told = -1
+        with contextlib.suppress(LazyclusterError):  # with the connection the tunnels have gone
+            while told != self.number:
+                told = self.number
+                await connection.request("tunnels", count=told)
+        self.telling = None
+
+
+def _count(connection: Connection, change: int) -> None:
+    """Take note of tunnels that are opened or closed; the host is told in a moment, of many at once.
+
+    Args:
+        connection: What they go through.
+        change: How many there are more than before.
+    """
+    if connection.local:
+        return
+    counted = _counts.get(connection)
+    if counted is None:
+        counted = _counts[connection] = _TunnelCount()
+        connection.on_renewal.append(_after_renewal(weakref.ref(connection), counted))
+    counted.number += change
+    if counted.telling is None and connection.state in ("open", "interrupted"):
+        counted.telling = asyncio.ensure_future(counted.tell(connection))
+
+
+def _after_renewal(reference: weakref.ref[Connection], counted: _TunnelCount) -> Callable[[], Awaitable[None]]:
+    async def tell() -> None:
+        connection = reference()
+        if connection is not None:
+            await counted.tell(connection)
+
+    return tell

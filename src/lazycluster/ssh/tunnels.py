@@ -1,47 +1,41 @@
 """Tunnels: a port of the manager that can be reached on a host, or the other way round.
 
-The bytes are moved by the one ssh process of the host. Whatever listens, listens on loopback.
+The bytes are moved by the one ssh process of the host, on the manager's own machine by the event loop. What listens,
+listens on loopback.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import contextlib
+import errno
+import socket
+from collections.abc import Sequence
 
-from lazycluster.core import event_loop
-from lazycluster.core.words import counted
-from lazycluster.exceptions import NoPortsLeftError, PortInUseError, TunnelError
+from lazycluster.core import event_loop, forks
+from lazycluster.exceptions import (
+    ForwardingForbiddenError,
+    LazyclusterError,
+    PortInUseError,
+    TunnelError,
+)
 
+from . import agent_relay
 from .connection import Connection
-from .forwarding import open_on
-from .probes import network_of, same_network
-from .tunnel_handles import Outcome, Tunnel, TunnelRequest, check_port, close_tunnels
+from .mux import LOOPBACK, MuxError
+from .probes import can_connect, reaches, same_network
+from .tunnel_handles import MANAGER, Outcome, Tunnel, TunnelRequest, check_port, close_tunnels
 
 __all__ = [
     "Tunnel",
     "TunnelRequest",
     "check_port",
     "close_tunnels",
-    "open_from_runtime",
-    "open_to_runtime",
-    "open_to_runtimes",
     "open_tunnels",
 ]
 
-_ASKED_AT_ONCE = 64
-Ports = int | Iterable[int]
-
-
-def _candidates(ports: Ports | None, default: int, what: str) -> tuple[list[int], bool]:
-    """Return the ports to try, and whether there was a choice."""
-    if ports is None:
-        return [default], False
-    if isinstance(ports, Iterable) and not isinstance(ports, (str, bytes)):
-        several = [check_port(port, what) for port in ports]
-        if not several:
-            raise NoPortsLeftError(f"{what}: the list of ports is empty")
-        return several, True
-    return [check_port(ports, what)], False
+_CHUNK = 256 * 1024  # bytes
+_RETURN_LIMIT = 30.0  # seconds for a link that is interrupted when a tunnel is wanted
 
 
 async def open_tunnels(requests: Sequence[TunnelRequest]) -> list[Outcome]:
@@ -59,7 +53,7 @@ async def open_tunnels(requests: Sequence[TunnelRequest]) -> list[Outcome]:
     for index, request in enumerate(requests):
         per_connection.setdefault(request.connection, []).append(index)
     tasks = [
-        asyncio.ensure_future(open_on(connection, [requests[index] for index in indexes]))
+        asyncio.ensure_future(_open_on(connection, [requests[index] for index in indexes]))
         for connection, indexes in per_connection.items()
     ]
     try:
@@ -74,104 +68,234 @@ async def open_tunnels(requests: Sequence[TunnelRequest]) -> list[Outcome]:
     return [outcomes[index] for index in range(len(requests))]
 
 
-async def open_to_runtimes(
-    connections: Sequence[Connection], local_port: int, ports: Ports | None = None
-) -> list[Tunnel]:
-    """Make a port of the manager reachable on hosts, under the same port on all of them.
+# --- on one connection ----------------------------------------------------------------------------
+async def _open_on(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
+    """Open tunnels of one connection; none stays open if this is cancelled.
 
     Args:
-        connections: The hosts.
-        local_port: The manager's port.
-        ports: The port on the hosts, or several, of which the first that is free everywhere is taken; by default
-            ``local_port``.
+        connection: The connection.
+        requests: What is wanted of it.
 
     Returns:
-        The tunnels, in the order of the connections; their ``remote_port`` is the port.
-
-    Raises:
-        PortInUseError: If the only port is taken on a host.
-        NoPortsLeftError: If none of several is free on all hosts.
-        TunnelError: If a host forbids it. Nothing stays open then.
+        For each the tunnel, or why there is none.
     """
-    check_port(local_port, "local_port")
-    candidates, choice = _candidates(ports, local_port, "runtime_port")
-    # Of several names of one machine, one tunnel serves all.
-    first = list({network_of(connection): connection for connection in reversed(connections)}.values())
-    tried = 0
-    while tried < len(candidates):
-        part = candidates[tried : tried + _ASKED_AT_ONCE]
-        tried += len(part)
-        for port in await _free_on_all(first, part, local_port) if choice else part:
-            requests = [TunnelRequest(connection, "to_runtime", local_port, port) for connection in first]
-            tunnels = await _all_or_none(requests, choice)
-            if tunnels is not None:
-                opened = dict(zip(first, tunnels, strict=True))
-                return [opened.get(c) or _shared(c, local_port, port) for c in connections]
-    hosts = ", ".join(connection.host for connection in connections)
-    raise NoPortsLeftError(f"of the {counted(len(candidates), 'port')} that may be used, none is free on {hosts}")
+    outcomes: list[Outcome] = []
+    try:
+        await connection.reached(_RETURN_LIMIT)
+        alike = any(request.local_port == request.remote_port for request in requests)
+        shared = connection.local or (alike and await same_network(connection))
+        rest = []
+        for request in requests:
+            if shared and request.local_port == request.remote_port:
+                outcomes.append(Tunnel(request, None, by_ssh=False))
+            elif connection.local:
+                outcomes.append(await _relay_here(request))
+            else:
+                outcomes.append(TunnelError("not requested"))
+                rest.append(len(outcomes) - 1)
+        forwarded = await _forward(connection, [requests[index] for index in rest]) if rest else []
+    except LazyclusterError as error:
+        await close_tunnels(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
+        return [error] * len(requests)
+    except asyncio.CancelledError:
+        await close_tunnels(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
+        raise
+    for index, outcome in zip(rest, forwarded, strict=True):
+        outcomes[index] = outcome
+    return outcomes
 
 
-def _shared(connection: Connection, local_port: int, port: int) -> Tunnel:
-    return Tunnel(TunnelRequest(connection, "to_runtime", local_port, port), None, by_ssh=False)
+async def _relay_here(request: TunnelRequest) -> Outcome:
+    forward = request.forward
+    relay = _LocalRelay(forward.connect_port)
+    try:
+        await relay.listen(forward.listen_port)
+    except OSError as error:
+        return _not_here(forward.listen_port, error)
+    request.connection.at_close.append(relay.stop)
+    return Tunnel(request, relay.close, by_ssh=False)
 
 
-async def open_to_runtime(connection: Connection, local_port: int, runtime_port: Ports | None = None) -> Tunnel:
-    """Make a port of the manager reachable on a host; see :func:`open_to_runtimes`."""
-    return (await open_to_runtimes([connection], local_port, runtime_port))[0]
+async def _forward(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
+    outcomes = await _forward_by_ssh(connection, requests)
+    forbidden = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, ForwardingForbiddenError)]
+    if forbidden and agent_relay.is_asked_for(connection):
+        relay = agent_relay.relay_of(connection)
+        opening = [asyncio.ensure_future(relay.open(requests[index])) for index in forbidden]
+        try:
+            relayed = await event_loop.together(opening)
+        except BaseException:
+            opened = [*outcomes, *(event_loop.outcome(task, None) for task in opening)]
+            await close_tunnels(outcome for outcome in opened if isinstance(outcome, Tunnel))
+            raise
+        for index, outcome in zip(forbidden, relayed, strict=True):
+            outcomes[index] = outcome
+    return outcomes
 
 
-async def open_from_runtime(connection: Connection, runtime_port: int, local_port: Ports | None = None) -> Tunnel:
-    """Make a port of a host reachable on the manager.
-
-    Args:
-        connection: The host.
-        runtime_port: The host's port.
-        local_port: The manager's port, or several, of which the first that is free is taken; by default
-            ``runtime_port``.
-
-    Returns:
-        The tunnel; its ``local_port`` is the port.
-
-    Raises:
-        PortInUseError: If the only port is taken on the manager.
-        NoPortsLeftError: If none of several is free.
-        TunnelError: If the host forbids it.
-    """
-    check_port(runtime_port, "runtime_port")
-    candidates, choice = _candidates(local_port, runtime_port, "local_port")
-    for port in candidates:
-        tunnels = await _all_or_none([TunnelRequest(connection, "from_runtime", port, runtime_port)], choice)
-        if tunnels is not None:
-            return tunnels[0]
-    raise NoPortsLeftError(f"of the {counted(len(candidates), 'port')} that may be used, none is free on the manager")
+async def _forward_by_ssh(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
+    outcomes: dict[int, Outcome] = {}
+    await _check_remote(connection, requests, outcomes)
+    await _check_local(connection, requests, outcomes)
+    rest = [index for index in range(len(requests)) if index not in outcomes]
+    results = await connection.mux.open_forwards([requests[index].forward for index in rest])
+    opened = {
+        index: Tunnel(requests[index], None, by_ssh=True)
+        for index, result in zip(rest, results, strict=True)
+        if not isinstance(result, MuxError)
+    }
+    outcomes.update(opened)
+    try:
+        for index, result in zip(rest, results, strict=True):
+            if isinstance(result, MuxError):
+                outcomes[index] = await _refused(requests[index], result)
+        await _check_exposed(connection, opened, outcomes)
+    except BaseException:
+        await close_tunnels(opened.values())
+        raise
+    return [outcomes[index] for index in range(len(requests))]
 
 
-async def _all_or_none(requests: list[TunnelRequest], choice: bool) -> list[Tunnel] | None:
-    """Open all, or raise; None if a port is taken and there is another to try."""
-    outcomes = await open_tunnels(requests)
-    tunnels = [outcome for outcome in outcomes if isinstance(outcome, Tunnel)]
-    errors = [outcome for outcome in outcomes if not isinstance(outcome, Tunnel)]
-    if not errors:
-        return tunnels
-    await close_tunnels(tunnels)
-    grave = [error for error in errors if not isinstance(error, PortInUseError)]
-    if not grave and choice:
-        return None
-    grave = grave or errors
-    if len(grave) == 1:
-        raise grave[0]
-    if all(isinstance(error, PortInUseError) for error in grave):
-        hosts = ", ".join(str(getattr(error, "host", "")) for error in grave)
-        raise PortInUseError(requests[0].forward.listen_port, hosts)
-    raise TunnelError("\n".join(str(error) for error in grave))
+async def _check_remote(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
+    """Ask the host for the ports: its sshd does not say why it refuses one."""
+    listening = {i: request.remote_port for i, request in enumerate(requests) if request.kind == "to_runtime"}
+    if not listening:
+        return
+    answer = await connection.request("ports", ports=sorted(set(listening.values())))
+    free, denied = set(answer["free"]), set(answer.get("denied", ()))
+    for index, port in listening.items():
+        if port in denied:
+            outcomes[index] = _privileged(port, connection.host)
+        elif port not in free:
+            outcomes[index] = PortInUseError(port, connection.host)
 
 
-async def _free_on_all(connections: Sequence[Connection], ports: list[int], local_port: int) -> list[int]:
-    async def free(connection: Connection) -> set[int]:
-        found = set((await connection.request("ports", ports=ports))["free"])
-        if local_port in ports and await same_network(connection):
-            found.add(local_port)  # it is taken by the very service that is to be reached there
-        return found
+async def _check_local(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
+    """Find out whether the host's sshd carries connections: a forwarding that it forbids listens nevertheless."""
+    wanted = [index for index, request in enumerate(requests) if request.kind == "from_runtime"]
+    if not wanted or await can_connect(connection):
+        return
+    for index in wanted:
+        port = requests[index].remote_port
+        if not await reaches(connection, port):  # PermitOpen may allow this very port
+            outcomes[index] = ForwardingForbiddenError(
+                connection.host,
+                f"port {port} cannot be exposed from the host, its sshd refuses to connect to it: AllowTcpForwarding, "
+                "PermitOpen or DisableForwarding in its sshd_config (or an option of your key in authorized_keys) must "
+                "allow it",
+            )
 
-    everywhere = set(ports).intersection(*await asyncio.gather(*(free(connection) for connection in connections)))
-    return [port for port in ports if port in everywhere]
+
+async def _check_exposed(connection: Connection, opened: dict[int, Tunnel], outcomes: dict[int, Outcome]) -> None:
+    """Close what the host's sshd opened to its whole network, whatever address it was asked for."""
+    listening = {tunnel.remote_port: index for index, tunnel in opened.items() if tunnel.direction == "to_runtime"}
+    if not listening:
+        return
+    answer = await connection.request("exposed", ports=list(listening))
+    exposed = set(answer["exposed"]).intersection(listening)
+    await close_tunnels(opened[listening[port]] for port in exposed)
+    for port in exposed:
+        outcomes[listening[port]] = ForwardingForbiddenError(
+            connection.host,
+            f"port {port} would be open to the host's whole network, and was closed again: its sshd makes every "
+            "forwarded port public; GatewayPorts in its sshd_config must be no (the default) or clientspecified",
+        )
+
+
+async def _refused(request: TunnelRequest, error: MuxError) -> LazyclusterError:
+    connection = request.connection
+    if not error.refused:
+        return TunnelError(f"{connection.host}: {error}")
+    if request.kind == "from_runtime":
+        return _why_not_here(request.local_port, error)
+    port = request.remote_port
+    if port not in (await connection.request("ports", ports=[port]))["free"]:
+        return PortInUseError(port, connection.host)
+    return ForwardingForbiddenError(
+        connection.host,
+        f"port {port} is free there, but its sshd refuses to listen on it: AllowTcpForwarding, PermitListen or "
+        "DisableForwarding in its sshd_config (or an option of your key in authorized_keys) must allow it",
+    )
+
+
+def _why_not_here(port: int, error: MuxError) -> LazyclusterError:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((LOOPBACK, port))
+    except OSError as why:
+        return _not_here(port, why)
+    return TunnelError(f"ssh does not listen on port {port} of the manager: {error}")
+
+
+def _not_here(port: int, error: OSError) -> LazyclusterError:
+    if error.errno == errno.EADDRINUSE:
+        return PortInUseError(port, MANAGER)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return _privileged(port, MANAGER)
+    return TunnelError(f"nothing can listen on port {port} of the manager: {error}")
+
+
+def _privileged(port: int, host: str) -> TunnelError:
+    return TunnelError(f"port {port} is privileged on {host}: use one above 1023")
+
+
+# --- without ssh ----------------------------------------------------------------------------------
+class _LocalRelay:
+    """Carries connections to one loopback port on to another, within the event loop."""
+
+    def __init__(self, connect_port: int) -> None:
+        self._connect_port = connect_port
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def listen(self, port: int) -> None:
+        """Begin to listen; raises OSError if that is not possible."""
+        self._server = await asyncio.start_server(self._carry, LOOPBACK, port)
+        forks.not_for_children(*(listener.fileno() for listener in self._server.sockets))
+
+    def stop(self) -> None:
+        """Stop listening, and begin to end the connections."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for connection in self._connections:
+            connection.cancel()
+
+    async def close(self) -> None:
+        """Stop listening, and end the connections."""
+        connections = list(self._connections)
+        self.stop()
+        await asyncio.gather(*connections, return_exceptions=True)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        forks.not_for_children(_fd(writer))
+        other: asyncio.StreamWriter | None = None
+        try:
+            answers, other = await asyncio.open_connection(LOOPBACK, self._connect_port)
+            forks.not_for_children(_fd(other))
+            await asyncio.gather(_pump(reader, other), _pump(answers, writer))
+        except OSError:
+            pass  # either end has gone: the other sees its connection end, as with ssh
+        except asyncio.CancelledError:
+            pass  # by close(), which waits for the end
+        finally:
+            self._connections.discard(task)
+            writer.close()
+            if other is not None:
+                other.close()
+
+
+def _fd(writer: asyncio.StreamWriter) -> int:
+    return int(writer.get_extra_info("socket").fileno())
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(_CHUNK):
+        writer.write(data)
+        await writer.drain()
+    with contextlib.suppress(OSError):
+        writer.write_eof()

@@ -15,14 +15,14 @@ import socket
 from pathlib import Path
 
 from lazycluster.agent import directories
-from lazycluster.core import event_loop
+from lazycluster.core import event_loop, unix
 from lazycluster.exceptions import ConnectionLostError
 
 from .errors import FULL, no_room_here
-from .keeper import Keeper
+from .local_connection import Keeper
 from .prompts import Prompter
 
-_LONGEST = 50  # bytes of the directory's path, so that those of the sockets in it stay short enough
+_LONGEST = 50  # bytes of the directory's path, so that those of the sockets in it are below `unix.SOCKET_PATH_SIZE`
 
 
 class Workspace:
@@ -86,9 +86,9 @@ class Workspace:
 
     def watch(self, pid: int) -> None:
         """Have a process ended when the manager dies."""
-        with contextlib.suppress(OSError, IndexError):
-            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-            self._kept[pid] = int(fields[19])
+        started = unix.process_start_time(pid)
+        if started is not None:
+            self._kept[pid] = started
             self._tell_soon()
 
     def unwatch(self, pid: int) -> None:
@@ -124,13 +124,6 @@ async def acquire() -> Workspace:
     return space
 
 
-def _forbids_programs(place: str) -> bool:
-    try:
-        return bool(os.statvfs(place).f_flag & os.ST_NOEXEC)
-    except OSError:
-        return False
-
-
 def private_directory() -> str:
     """Make a directory for this user only, with a path short enough for sockets.
 
@@ -143,7 +136,7 @@ def private_directory() -> str:
         found = [runtime, *(place for place in found if place != runtime)]
     try:
         # The program that answers ssh's questions is made in it.
-        return directories.private_directory(sorted(found, key=_forbids_programs), _LONGEST, _try_sockets)
+        return directories.private_directory(sorted(found, key=unix.forbids_programs), _LONGEST, _try_sockets)
     except OSError as error:
         raise no_room_here(str(error)) from error
 

@@ -1,15 +1,19 @@
-"""Where and how tasks are carried out."""
+"""Where and how tasks are executed: the host and its environment, and the options of one execution."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
-__all__ = ["Context"]
+    from .pickling import PickledCall
+
+__all__ = ["Context", "ExecutionOptions", "checked_variables"]
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,69 @@ class Context:
     async def prepared(self) -> Context:
         """Return the context in which something can be run, once all is there that this needs."""
         return self if self.prepare is None else await self.prepare(self)
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """The options of one execution of a task.
+
+    Attributes:
+        debug: Print output to standard output as it comes.
+        omit_on_join: Have a join of the runtime pass it over.
+        retries: How often it is begun again when its host is lost.
+        retry_on: ``"host"``, or ``"any"`` to begin it again whatever has failed.
+        next_context: Returns where it is begun again, given the hosts that were tried, perhaps after waiting for one;
+            None if there is no such host. It is called on the loop. By default the runtime that executes the task.
+        calls: For each step the pickled call of its function, as
+            :func:`~lazycluster.tasks.step_run.prepare` returns them, where they are shared by several hosts.
+        send_lock: Held while files are sent, where hosts share a file system: so only the first of them sends.
+    """
+
+    debug: bool = False
+    omit_on_join: bool = False
+    retries: int = 0
+    retry_on: str = "host"
+    next_context: Callable[[Sequence[str]], Awaitable[Context | None]] | None = field(default=None, repr=False)
+    calls: Sequence[PickledCall | Exception | None] | None = field(default=None, repr=False)
+    send_lock: asyncio.Lock | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.retries, int) or isinstance(self.retries, bool):
+            raise TypeError(f"retries must be an integer, not {type(self.retries).__name__}")
+        if self.retries < 0:
+            raise ValueError(f"retries must be >= 0, not {self.retries}")
+        if self.retry_on not in ("host", "any"):
+            raise ValueError(f"retry_on must be 'host' or 'any', not {self.retry_on!r}")
+
+
+def checked_variables(variables: Mapping[str, Any]) -> dict[str, str]:
+    """Return environment variables as text.
+
+    Args:
+        variables: Names and values; numbers and paths are turned into text.
+
+    Returns:
+        A new dictionary.
+
+    Raises:
+        TypeError: If it is not a mapping, a name is not a string, or a value is neither text nor a number or path.
+        ValueError: If a name is empty or contains ``=``, or anything contains a null character.
+    """
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"environment variables must be a dictionary, not {type(variables).__name__}")
+    checked = {}
+    for name, value in variables.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the name of an environment variable must be a string, not {name!r}")
+        if not name or "=" in name or "\0" in name:
+            raise ValueError(f"not usable as the name of an environment variable: {name!r}")
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, os.PathLike)):
+            # The value itself may be a secret.
+            raise TypeError(f"environment variable {name} must be text, not {type(value).__name__}")
+        text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+        if not isinstance(text, str):
+            raise TypeError(f"environment variable {name} must be text, not bytes")
+        if "\0" in text:
+            raise ValueError(f"the value of the environment variable {name} contains a null character")
+        checked[name] = text
+    return checked

@@ -17,10 +17,10 @@ from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.destination import parse_destination
 
 from . import detached_records
+from .context import checked_variables
 from .detached_records import DetachedRecord
 from .step_run import failure_of, prepare
 from .steps import RunCommand, RunFunction
-from .variables import checked_variables
 
 if TYPE_CHECKING:
     from .context import Context

@@ -1,7 +1,8 @@
-"""One execution of a task on one host, from its start to its end."""
+"""Executions of a task on one host or on several, from start to end, with their futures and process handles."""
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import concurrent.futures
 import logging
@@ -10,9 +11,10 @@ import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lazycluster.core import event_loop, interruptible
+from lazycluster.core.words import counted
 from lazycluster.exceptions import (
     AgentError,
     ConnectionLostError,
@@ -23,22 +25,18 @@ from lazycluster.exceptions import (
 )
 from lazycluster.output import progress
 
-from .context import Context
+from .context import Context, ExecutionOptions
 from .limits import Limits
-from .retries import Retries
 from .step_run import StepRun, perform, prepare
 from .steps import RunFunction, Step, StepResult
 from .task_log import TaskLog
 
-if TYPE_CHECKING:
-    from .broadcast import Broadcast
-    from .pickling import PickledCall
-
-__all__ = ["Context", "Execution", "settled", "wait_for"]
+__all__ = ["Broadcast", "Execution", "ProcessHandle", "TaskProcess", "raise_failures", "settled", "wait_for"]
 
 _logger = logging.getLogger("lazycluster")
 
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled execution to end what it started
+_NAMED = 3  # hosts; of more, their number is shown
 
 
 class TaskFuture(interruptible.Future[Any]):
@@ -91,11 +89,7 @@ class Execution:
         steps: What to do.
         context: Where and how.
         env: The task's own environment variables.
-        debug: Whether output is printed live.
-        omit_on_join: Whether a join of the runtime passes it over.
-        calls: The pickled calls of its functions, from :func:`~lazycluster.tasks.step_run.prepare`.
-        gate: Held while files are sent, where hosts share a file system.
-        retries: Whether and where it is tried again.
+        options: Its options.
         limits: What it may use of its host.
 
     Attributes:
@@ -115,19 +109,14 @@ class Execution:
         steps: Sequence[Step],
         context: Context,
         env: Mapping[str, str],
-        *,
-        debug: bool = False,
-        omit_on_join: bool = False,
-        calls: Sequence[PickledCall | Exception | None] | None = None,
-        gate: asyncio.Lock | None = None,
-        retries: Retries | None = None,
-        limits: Limits | None = None,
+        options: ExecutionOptions,
+        limits: Limits,
     ) -> None:
         self.name = name
         self.steps = tuple(steps)
         self.context = replace(context, keeper=None)
         self._keeper = context.keeper
-        self.omit_on_join = omit_on_join
+        self.omit_on_join = options.omit_on_join
         self.status = "pending"
         self.results: list[StepResult] = []
         self.error: TaskExecutionError | None = None
@@ -138,9 +127,10 @@ class Execution:
         self.future = TaskFuture(self)
         self._own_env = dict(env)
         self._env = {**context.env, **env}
-        self._debug = debug
-        self._retries = retries
-        self._log = TaskLog(context.host, name, debug)
+        self._options = options
+        self._retries_left = options.retries
+        self._tried: list[str] = []
+        self._log = TaskLog(context.host, name, options.debug)
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._killing = False
@@ -149,10 +139,10 @@ class Execution:
             task=name,
             marker=secrets.token_hex(16),
             write=self._log.write,
-            calls=list(prepare(self.steps) if calls is None else calls),
-            gate=gate,
-            keep_calls=retries is not None,
-            limits=limits or Limits(),
+            calls=list(prepare(self.steps) if options.calls is None else options.calls),
+            send_lock=options.send_lock,
+            keep_calls=options.retries > 0,
+            limits=limits,
         )
 
     @property
@@ -204,7 +194,7 @@ class Execution:
                         await self._step(index, step)
                     break
                 except TaskExecutionError as error:
-                    await self._go_elsewhere(error)
+                    await self._begin_again(error)
         except asyncio.CancelledError:
             self._finish("cancelled", -9 if self._killing else -15)
         except TaskExecutionError as error:
@@ -222,20 +212,43 @@ class Execution:
         else:
             self._finish("failed", 1, TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}"))
 
-    async def _go_elsewhere(self, error: TaskExecutionError) -> None:
+    async def _begin_again(self, error: TaskExecutionError) -> None:
         """Get ready to begin again, on another host or on this one when it is back, or raise the error."""
-        if self._retries is None:
+        if not self._options.retries:
             raise error
-        context = await self._retries.next(self.name, self.context, error)
+        context = await self._next_context(error)
         if context is None:
-            raise self._retries.told(error) from error.__cause__
+            raise self._with_tries(error) from error.__cause__
         self._log.close()
         self.context = replace(context, keeper=None)
         self._keeper = context.keeper
         self._env = {**context.env, **self._own_env}
-        self._log = TaskLog(context.host, self.name, self._debug)
+        self._log = TaskLog(context.host, self.name, self._options.debug)
         self.work.write = self._log.write
         self.results.clear()
+
+    async def _next_context(self, error: TaskExecutionError) -> Context | None:
+        """Return where the task is tried again after an error; None if it is not."""
+        host, options = self.context.host, self._options
+        self._tried.append(host)
+        host_failed = isinstance(error.__cause__, ConnectionLostError) or self.context.connection.state == "lost"
+        if options.next_context is None or not self._retries_left or not (options.retry_on == "any" or host_failed):
+            return None
+        found = await options.next_context(self._tried)
+        if found is not None:
+            self._retries_left -= 1
+            # The first line of the message says which step it is, the second why.
+            why = str(error.__cause__ or error.message.partition("\n")[2] or error.message).strip().partition("\n")[0]
+            _logger.warning("%s: task %r has failed and is tried again on %s: %s", host, self.name, found.host, why)
+        return found
+
+    def _with_tries(self, error: TaskExecutionError) -> TaskExecutionError:
+        """Return the last error so that it says what was tried before."""
+        if len(self._tried) < 2:
+            return error
+        text = f"{error.message}\n  It was tried {len(self._tried)} times, on {', '.join(self._tried)}."
+        values = {name: value for name, value in error.__dict__.items() if name != "message"}
+        return TaskExecutionError(text, **values)
 
     async def _prepare(self) -> None:
         if self.context.prepare is None:
@@ -374,6 +387,207 @@ class Execution:
         # An execution whose constructor failed has no error yet.
         if getattr(self, "error", None) is not None and os.getpid() == self._owner:
             self.report()
+
+
+class Broadcast:
+    """The executions of a task's copies, with the interface of one :class:`Execution`.
+
+    Its results are those of all hosts, in the order of the hosts, and its error is that of the one host, or a
+    :class:`~lazycluster.exceptions.GroupTaskError`.
+
+    Args:
+        name: The task's name.
+        executions: One for each host; they have begun.
+
+    Attributes:
+        future: Done when all have ended; its result is a list with the result of each.
+    """
+
+    omit_on_join = False
+    host: str | None = None  # there is not one alone
+    log_file: str | None = None  # each has its own
+    pid: int | None = None
+
+    def __init__(self, name: str, executions: Sequence[Execution]) -> None:
+        self.name = name
+        self.executions = tuple(executions)
+        self.future = TaskFuture(self)
+        self._lock = threading.Lock()
+        self._left = len(self.executions)
+        self._error: TaskExecutionError | None = None
+        for execution in self.executions:
+            execution.future.add_done_callback(self._one_ended)
+
+    def _one_ended(self, _: object) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+        values = [[result.value for result in one.results if result.has_value] for one in self.executions]
+        last = [found[-1] if found else None for found in values]
+        self._error = self.error
+        self.future.settle(last, self._error, self.status == "cancelled")
+
+    @property
+    def where(self) -> str:
+        """The hosts, in a few words."""
+        hosts = [execution.context.host for execution in self.executions]
+        return ", ".join(hosts) if len(hosts) <= _NAMED else counted(len(hosts), "host")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all have ended."""
+        return all(execution.is_over for execution in self.executions)
+
+    @property
+    def status(self) -> str:
+        """``pending`` until one is begun, ``running`` until all have ended, then the worst that became of one."""
+        found = {execution.status for execution in self.executions}
+        if not self.is_over:
+            return "pending" if found == {"pending"} else "running"
+        return next((status for status in ("failed", "cancelled") if status in found), "done")
+
+    @property
+    def results(self) -> list[StepResult]:
+        """What came out of each step on each host so far."""
+        return [result for execution in self.executions for result in execution.results]
+
+    @property
+    def error(self) -> TaskExecutionError | None:
+        """Why it failed; of several hosts, all of their errors in one."""
+        if self._error is not None:
+            return self._error
+        errors = [execution.error for execution in self.executions if execution.error is not None]
+        return GroupTaskError(errors) if len(errors) > 1 else errors[0] if errors else None
+
+    @property
+    def exitcode(self) -> int | None:
+        """None until all have ended, then 0, or what the first one that did not end well ended with."""
+        codes = [execution.exitcode for execution in self.executions]
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody has asked for all errors."""
+        return all(execution.asked for execution in self.executions)
+
+    @asked.setter
+    def asked(self, asked: bool) -> None:
+        for execution in self.executions:
+            execution.asked = asked
+
+    def check_waiting(self) -> None:
+        """Raise an error where waiting would last for ever."""
+        for execution in self.executions:
+            execution.check_waiting()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end of all, see :meth:`Execution.wait`."""
+        return wait_for(self.executions, timeout)
+
+    def too_long(self, timeout: float | None) -> str:
+        """Return what is said if it has not ended in time."""
+        left = [execution.context.host for execution in self.executions if not execution.is_over]
+        return f"task {self.name!r} has not ended within {timeout} s on {', '.join(left)}"
+
+    def cancel(self, kill: bool = False) -> bool:
+        """Ask for the end of all, see :meth:`Execution.cancel`."""
+        asked = [execution.cancel(kill) for execution in self.executions]
+        return any(asked)
+
+    def raise_once(self) -> None:
+        """Raise what failed and was not raised yet."""
+        raise_failures(self.executions)
+
+    def report(self) -> None:
+        """Log the errors that nobody has asked for."""
+        for execution in self.executions:
+            execution.report()
+
+
+class ProcessHandle(abc.ABC):
+    """Work on a host or on its behalf, with the interface of :class:`multiprocessing.Process`.
+
+    Attributes:
+        name: A name for people.
+    """
+
+    name: str
+
+    @property
+    @abc.abstractmethod
+    def pid(self) -> int | None:
+        """The process that does the work, where one can be named."""
+
+    @property
+    @abc.abstractmethod
+    def exitcode(self) -> int | None:
+        """None while it is alive, 0 after success, the negative number of the signal that ended it, else another."""
+
+    @abc.abstractmethod
+    def is_alive(self) -> bool:
+        """Whether it is still there."""
+
+    @abc.abstractmethod
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end; never raises what went wrong in it.
+
+        Args:
+            timeout: Seconds; None: as long as it takes.
+        """
+
+    @abc.abstractmethod
+    def terminate(self) -> None:
+        """Ask for its end, in stages."""
+
+    def kill(self) -> None:
+        """Ask for its end at once."""
+        self.terminate()
+
+    def __repr__(self) -> str:
+        state = "alive" if self.is_alive() else f"ended with {self.exitcode}"
+        return f"<{type(self).__name__} {self.name!r} pid={self.pid} {state}>"
+
+
+class TaskProcess(ProcessHandle):
+    """The work of one task on its host, or hosts.
+
+    Args:
+        execution: The execution of the task, or those of its copies.
+    """
+
+    def __init__(self, execution: Execution | Broadcast) -> None:
+        self._execution = execution
+        self.name = execution.name
+
+    @property
+    def pid(self) -> int | None:
+        """The process on the host that carries out the present step, None between steps and for copies of files.
+
+        None also if the task is executed on several hosts.
+        """
+        return self._execution.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it is alive, else 0, or what the failed step's process ended with."""
+        return self._execution.exitcode if self._execution.is_over else None
+
+    def is_alive(self) -> bool:
+        """Whether the task is pending or running."""
+        return not self._execution.is_over
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end of the task."""
+        self._execution.wait(timeout)
+
+    def terminate(self) -> None:
+        """Cancel the task: what it runs on the host is interrupted, terminated, killed."""
+        self._execution.cancel()
+
+    def kill(self) -> None:
+        """Cancel the task without letting it clean up."""
+        self._execution.cancel(kill=True)
 
 
 def wait_for(executions: Sequence[Execution], timeout: float | None = None) -> bool:

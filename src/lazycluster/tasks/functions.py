@@ -26,7 +26,7 @@ import cloudpickle
 from lazycluster.agent.localmodules import Source
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError
-from lazycluster.ssh.agent_info import AgentInfo
+from lazycluster.ssh.agent_replies import AgentInfo
 from lazycluster.ssh.channel import Collected
 from lazycluster.ssh.connection import Connection
 
@@ -197,7 +197,7 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
     Raises:
         AgentError: If it has none; the message names those that it has.
     """
-    known = _interpreters.setdefault(connection.hello, {})
+    known = _interpreters.setdefault(connection.agent_info, {})
     path = env.get("PATH", "")
     if path in known:
         return known[path]
@@ -228,9 +228,9 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
 def library_for(connection: Connection) -> dict[str, Any]:
     """Return what to tell the host about the pickling library: its digest; at first also its sources."""
     digest, sources = _library()
-    if _libraries.get(connection.hello) == digest:
+    if _libraries.get(connection.agent_info) == digest:
         return {"library": digest}
-    _libraries[connection.hello] = digest
+    _libraries[connection.agent_info] = digest
     return {"library": digest, "sources": sources}
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError, one_line
 from lazycluster.output.progress import Progress
 
-from . import fetched_files
 from .limits import Limits, memory_hint
 from .steps import GetFile, RunCommand, RunFunction, SendFile, Step, StepResult
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from .context import Context
     from .pickling import PickledCall
 
-__all__ = ["StepRun", "failure_of", "perform", "prepare"]
+__all__ = ["StepRun", "claimed", "failure_of", "perform", "prepare"]
 
 _PIDS = range(1, 2**31)
 _END_LIMIT = 20.0  # seconds that the host gets to end a command in stages
@@ -42,7 +45,7 @@ class StepRun:
         pid: The process on the host that does the present step, if one does.
         kill: Kills that process at once; to be called on the loop.
         calls: For each step the pickled call of its function, if it is one, or why there is none.
-        gate: Held while files are sent, where hosts share a file system: so only the first of them sends.
+        send_lock: Held while files are sent, see :class:`~lazycluster.tasks.context.ExecutionOptions`.
         keep_calls: Whether a call may be needed again.
         limits: What it may use of its host.
         began: When it began, by the monotonic clock.
@@ -54,7 +57,7 @@ class StepRun:
     pid: int | None = None
     kill: Callable[[], Any] | None = None
     calls: list[PickledCall | Exception | None] = field(default_factory=list)
-    gate: asyncio.Lock | None = None
+    send_lock: asyncio.Lock | None = None
     keep_calls: bool = False
     limits: Limits = field(default_factory=Limits)
     began: float = field(default_factory=time.monotonic)
@@ -226,7 +229,7 @@ async def _send_file(step: SendFile, context: Context, env: Mapping[str, str], w
 
     name = os.path.basename(os.fspath(step.local_path).rstrip("/"))
     with Progress(f"Sending {name}", unit="B") as progress:
-        async with work.gate or contextlib.nullcontext():
+        async with work.send_lock or contextlib.nullcontext():
             result = await transfer.send(
                 context.connection,
                 step.local_path,
@@ -243,7 +246,7 @@ async def _get_file(step: GetFile, context: Context, env: Mapping[str, str], wor
     from lazycluster.ssh import transfer
 
     name = os.path.basename(step.remote_path.rstrip("/"))
-    with fetched_files.claimed(step.target(), context.host), Progress(f"Getting {name}", unit="B") as progress:
+    with claimed(step.target(), context.host), Progress(f"Getting {name}", unit="B") as progress:
         result = await transfer.get(
             context.connection,
             step.remote_path,
@@ -264,3 +267,60 @@ def _summary(verb: str, source: str, target: str, result: TransferResult) -> byt
     for left_out in result.left_out:
         text += f"\nnot copied: {one_line(left_out)}"
     return f"{text}\n".encode("utf-8", "backslashreplace")
+
+
+# --- which host a file on the manager came from ----------------------------------------------------
+_logger = logging.getLogger("lazycluster")
+_lock = threading.Lock()
+_being_written: dict[str, str] = {}
+_written: OrderedDict[str, tuple[str, tuple[int, int, int]]] = OrderedDict()
+_REMEMBERED = 10_000
+
+
+@contextlib.contextmanager
+def claimed(path: str, host: str) -> Iterator[None]:
+    """Hold a path on the manager while a file from a host is written there.
+
+    Args:
+        path: The path.
+        host: The host.
+
+    Raises:
+        TaskExecutionError: If a file from another host is just being written there.
+    """
+    key = os.path.realpath(path)
+    with _lock:
+        other = _being_written.get(key)
+        if other is not None:
+            whose = "this host" if other == host else other
+            raise TaskExecutionError(
+                f"{path} is just being written with what comes from {whose}: give each its own local_path"
+            )
+        _being_written[key] = host
+    try:
+        _warn_of_loss(key, host)
+        yield
+    finally:
+        with _lock:
+            del _being_written[key]
+            _written.pop(key, None)
+            stamp = _stamp(key)
+            if stamp is not None:
+                _written[key] = host, stamp
+                while len(_written) > _REMEMBERED:
+                    _written.popitem(last=False)
+
+
+def _warn_of_loss(key: str, host: str) -> None:
+    before = _written.get(key)
+    # If it is still what the other host gave, nobody has taken notice of it by renaming or changing it.
+    if before is not None and before[0] != host and _stamp(key) == before[1]:
+        _logger.warning("%s: what came from %s is replaced with what comes from %s", key, before[0], host)
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+import itertools
+import os
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from lazycluster.core.words import counted
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError
-from lazycluster.output.execution_log import LoggedTask, show_logs
-from lazycluster.output.view import Shown, View
+from lazycluster.output.execution_log import LoggedStep, LoggedTask, show_logs
+from lazycluster.output.view import Cell, Fact, Shown, Table, Tone, View
 
-from .broadcast import Broadcast
-from .execution import Context, Execution
-from .process_handles import TaskProcess
-from .recipe import Recipe
-from .variables import checked_variables
-from .views import broadcast_view, task_log, task_view
+from .context import Context, ExecutionOptions, checked_variables
+from .execution import Broadcast, Execution, TaskProcess
+from .limits import Limits
+from .recipe import _rebuilt
+from .steps import GetFile, RunCommand, RunFunction, SendFile, Step
 
 if TYPE_CHECKING:
-    import asyncio
-
     from lazycluster.ssh.connection import Connection
-
-    from .pickling import PickledCall
-    from .retries import Retries
 
 __all__ = ["RuntimeTask"]
 
+T = TypeVar("T", bound="RuntimeTask")
+
+_numbers = itertools.count(1)
+
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled task to end what it started
+_TONES: dict[str, Tone] = {"done": "good", "failed": "bad", "cancelled": "bad", "pending": "dim"}
+_LABEL = 200  # characters of a step
 
 
 @runtime_checkable
@@ -42,7 +45,7 @@ class Executor(Protocol):
         """Execute a task."""
 
 
-class RuntimeTask(Recipe, Shown):
+class RuntimeTask(Shown):
     """Steps that are carried out one after the other on a host: copy files, run commands and Python functions.
 
     A task is written down with methods that return the task itself, and is then executed by a
@@ -68,12 +71,150 @@ class RuntimeTask(Recipe, Shown):
     """
 
     def __init__(self, name: str | None = None) -> None:
-        super().__init__(name)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"the name of a task must be a string, not {type(name).__name__}")
+        if name == "":
+            raise ValueError("the name of a task is empty")
+        self.name = name or f"task-{next(_numbers)}"
+        self._steps: list[Step] = []
+        self._env: dict[str, str] = {}
+        self._limits = Limits()
+        self._lock = threading.Lock()
         self._execution: Execution | Broadcast | None = None
 
-    def _refuse_while_running(self) -> None:
-        if self._execution is not None and not self._execution.is_over:
-            raise LazyclusterError(f"task {self.name!r} is being executed: a step added now would never be carried out")
+    # --- what it does --------------------------------------------------------------------------
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps, as frozen dataclasses."""
+        return tuple(self._steps)
+
+    def _add(self: T, step: Step) -> T:
+        with self._lock:
+            if self._execution is not None and not self._execution.is_over:
+                raise LazyclusterError(
+                    f"task {self.name!r} is being executed: a step added now would never be carried out"
+                )
+            self._steps.append(step)
+        return self
+
+    def send_file(self: T, local_path: str | os.PathLike[str], remote_path: str | None = None) -> T:
+        """Add a step that copies a file or folder from the manager to the host.
+
+        Args:
+            local_path: The file or folder on this machine.
+            remote_path: Where it goes on the host: relative to the working directory, with ``~`` and environment
+                variables as in a shell. By default it keeps its name, in the working directory.
+
+        Returns:
+            The task itself.
+
+        Raises:
+            ValueError: If a path is empty.
+        """
+        return self._add(SendFile(local_path, remote_path))  # type: ignore[arg-type]
+
+    def get_file(self: T, remote_path: str, local_path: str | os.PathLike[str] | None = None) -> T:
+        """Add a step that copies a file or folder from the host to the manager.
+
+        Args:
+            remote_path: The file or folder on the host, see :meth:`send_file`.
+            local_path: Where it goes on this machine; an existing directory, or a path that ends with ``/``, takes it
+                under its own name. By default it keeps its name, in the current directory.
+
+        Returns:
+            The task itself.
+
+        Raises:
+            ValueError: If a path is empty.
+        """
+        return self._add(GetFile(remote_path, local_path))  # type: ignore[arg-type]
+
+    def run_command(self: T, command: str, shell: str | None = None) -> T:
+        """Add a step that runs a line of shell, without a terminal or input, in the working directory.
+
+        It is over when the shell has exited and its output has ended. It fails if the exit status is not 0.
+
+        Args:
+            command: The line.
+            shell: Another shell than the user's own, e.g. ``bash``.
+
+        Returns:
+            The task itself.
+
+        Raises:
+            ValueError: If the command is empty.
+        """
+        return self._add(RunCommand(command, shell))
+
+    def run_function(self: T, function: Callable[..., Any], **func_kwargs: Any) -> T:
+        """Add a step that calls a Python function on the host, in a process of its own.
+
+        The function may be a lambda, a closure, or stand in a notebook or a local module; the host needs the
+        manager's minor version of Python, and the packages that the function imports. What it returns is found in
+        :attr:`function_returns` and :meth:`result`.
+
+        Args:
+            function: The function; it may be asynchronous.
+            **func_kwargs: Its arguments. For arguments of other kinds or names see :meth:`call`.
+
+        Returns:
+            The task itself.
+
+        Raises:
+            TypeError: If it cannot be called.
+        """
+        return self._add(RunFunction(function, (), func_kwargs))
+
+    def call(self: T, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> T:
+        """Add a step that calls a Python function with any arguments, else as :meth:`run_function`.
+
+        Args:
+            function: The function.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments, whatever their names.
+
+        Returns:
+            The task itself.
+        """
+        return self._add(RunFunction(function, args, kwargs))
+
+    @property
+    def env_variables(self) -> dict[str, str]:
+        """Environment variables of this task, which come on top of those of the runtime."""
+        return self._env
+
+    @env_variables.setter
+    def env_variables(self, env_variables: Mapping[str, Any]) -> None:
+        self._env = checked_variables(env_variables)
+
+    @property
+    def limits(self) -> Limits:
+        """What the task may use of its host."""
+        return self._limits
+
+    def limit(
+        self: T, memory: str | int | None = None, cpu_time: float | None = None, wall_time: float | None = None
+    ) -> T:
+        """Limit what the task may use of its host. One that wants more is ended; its error says which limit it was.
+
+        Args:
+            memory: Bytes, or a size such as ``"2 GB"``, for each process of the task: of its address space, which is
+                more than what it touches; for a function, beyond what its interpreter had before the call.
+            cpu_time: Seconds of processor time for each process of the task.
+            wall_time: Seconds from the start of the task to its end.
+
+        Returns:
+            The task itself.
+
+        Raises:
+            TypeError, ValueError: If a limit makes no sense.
+
+        Examples:
+            >>> task = RuntimeTask("train").run_command("./train")
+            >>> task = task.limit(memory="8 GB", wall_time=3600)
+        """
+        self._limits = Limits.checked(memory, cpu_time, wall_time)
+        return self
 
     # --- executing it --------------------------------------------------------------------------
     def execute(self, connection: Executor | Connection, debug: bool = False) -> RuntimeTask:
@@ -94,37 +235,19 @@ class RuntimeTask(Recipe, Shown):
         """
         if isinstance(connection, Executor):
             return connection.execute_task(self, execute_async=False, debug=debug)
-        task = self._launch(Context(connection.host, connection, connection.hello.home), debug=debug)
+        context = Context(connection.host, connection, connection.agent_info.home)
+        task = self._launch(context, ExecutionOptions(debug=debug))
         task._finish_sync()
         return task
 
-    def _launch(
-        self,
-        context: Context,
-        *,
-        debug: bool = False,
-        omit_on_join: bool = False,
-        calls: Sequence[PickledCall | Exception | None] | None = None,
-        gate: asyncio.Lock | None = None,
-        retries: Retries | None = None,
-    ) -> RuntimeTask:
+    def _launch(self, context: Context, options: ExecutionOptions) -> RuntimeTask:
         """Start an execution, see :class:`Execution`; returns the task that holds it."""
         with self._lock:
             if not self._steps:
                 raise ValueError(f"task {self.name!r} has no steps: add one, e.g. with run_command()")
             if self._execution is None:
-                execution = Execution(
-                    self.name,
-                    self._steps,
-                    context,
-                    checked_variables(self._env),
-                    debug=debug,
-                    omit_on_join=omit_on_join,
-                    calls=calls,
-                    gate=gate,
-                    retries=retries,
-                    limits=self._limits,
-                )
+                env = checked_variables(self._env)
+                execution = Execution(self.name, self._steps, context, env, options, self._limits)
                 self._execution = execution  # before it begins: whoever is interrupted can end it
                 try:
                     execution.start()
@@ -132,9 +255,7 @@ class RuntimeTask(Recipe, Shown):
                     self._execution = None
                     raise
                 return self
-        return copy.copy(self)._launch(
-            context, debug=debug, omit_on_join=omit_on_join, calls=calls, gate=gate, retries=retries
-        )
+        return copy.copy(self)._launch(context, options)
 
     def _finish_sync(self) -> None:
         """Wait for the end and raise what went wrong; an interrupted wait ends the execution."""
@@ -290,8 +411,8 @@ class RuntimeTask(Recipe, Shown):
             execution.wait()
         if isinstance(execution, Broadcast):
             execution.asked = True
-            return [task_log(self.name, self.steps, one, one.error) for one in execution.executions]
-        return [task_log(self.name, self.steps, execution, self.exception)]
+            return [_task_log(self.name, self.steps, one, one.error) for one in execution.executions]
+        return [_task_log(self.name, self.steps, execution, self.exception)]
 
     def cleanup(self) -> None:
         """End the task if it runs, and wait until it has ended. Its results stay readable."""
@@ -302,9 +423,89 @@ class RuntimeTask(Recipe, Shown):
 
     def _view(self) -> View:
         if isinstance(self._execution, Broadcast):
-            return broadcast_view(self._execution)
-        return task_view(self.name, self.steps, self._execution)
+            return _broadcast_view(self._execution)
+        return _task_view(self.name, self.steps, self._execution)
+
+    # --- copies: tasks with the same steps, which have not been executed -----------------------
+    def _with_steps(self: T, steps: Sequence[Step]) -> T:
+        """Return a copy with other steps."""
+        return _rebuilt(type(self), self.name, steps, self._env, self._limits)
+
+    def __deepcopy__(self: T, memo: dict[int, Any]) -> T:
+        return self._with_steps(self.steps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.name, self.steps, self._env, self._limits)
 
     def __repr__(self) -> str:
         where = f" on {self._execution.where}" if self._execution else ""
         return f"<RuntimeTask {self.name!r}: {counted(len(self._steps), 'step')}, {self.status}{where}>"
+
+
+# --- how it is shown -------------------------------------------------------------------------------
+def _status_cell(status: str) -> Cell:
+    """Return the status of a task or a step as a cell."""
+    return Cell(status, _TONES.get(status, ""))
+
+
+def _task_view(name: str, steps: tuple[Step, ...], execution: Execution | None) -> View:
+    """Return what is shown of a task in a notebook."""
+    facts: list[Fact] = []
+    status = "pending"
+    if execution is not None:
+        steps, status = execution.steps, execution.status
+        facts.append(("host", execution.context.host))
+        if execution.log_file is not None and execution.results:
+            facts.append(("log", execution.log_file))
+        if execution.error is not None:
+            facts.append(("error", Cell(_cause(execution.error), "bad")))
+    rows: list[list[Cell | str]] = [
+        [str(number), _short(step.label), _step_status(number - 1, execution)] for number, step in enumerate(steps, 1)
+    ]
+    table = Table(("", "step", "status"), rows, right=frozenset({""}))
+    return View(f"RuntimeTask {name}", _status_cell(status), facts, (table,))
+
+
+def _broadcast_view(broadcast: Broadcast) -> View:
+    """Return what is shown of a task that was executed on several hosts."""
+    rows: list[list[Cell | str]] = []
+    for one in broadcast.executions:
+        done = max(0, len(one.results) - (one.is_over and one.status != "done"))
+        error = Cell(_cause(one.error), "bad") if one.error is not None else ""
+        rows.append([one.context.host, f"{done} of {len(one.steps)}", _status_cell(one.status), error])
+    table = Table(("host", "steps", "status", "error"), rows, right=frozenset({"steps"}))
+    return View(f"RuntimeTask {broadcast.name}", _status_cell(broadcast.status), tables=(table,))
+
+
+def _task_log(name: str, steps: tuple[Step, ...], execution: Execution | None, failure: Exception | None) -> LoggedTask:
+    """Return what a task printed."""
+    if execution is None:
+        status = _status_cell("pending")
+        return LoggedTask("", name, "pending", [LoggedStep(_short(step.label), status, "") for step in steps])
+    outputs = [result.output for result in execution.results]
+    logged = [
+        LoggedStep(_short(step.label), _step_status(index, execution), outputs[index] if index < len(outputs) else "")
+        for index, step in enumerate(execution.steps)
+    ]
+    error = "" if failure is None else _cause(failure)
+    return LoggedTask(execution.context.host, name, execution.status, logged, error)
+
+
+def _step_status(index: int, execution: Execution | None) -> Cell:
+    if execution is None or index > len(execution.results):
+        return _status_cell("pending" if execution is None or not execution.is_over else "not reached")
+    if index == len(execution.results):
+        return _status_cell("not reached" if execution.is_over else "running")
+    last = index == len(execution.results) - 1
+    if last and execution.is_over and execution.status != "done":
+        return _status_cell(execution.status)
+    return _status_cell("done")
+
+
+def _cause(error: Exception) -> str:
+    """Return why a step failed: the first line of the message says which step it is, the second why."""
+    return "\n".join(str(error).splitlines()[:2][-1:]).strip()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LABEL else f"{text[: _LABEL - 3]}..."

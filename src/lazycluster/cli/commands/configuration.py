@@ -184,8 +184,8 @@ def _check(name: str, config: str | None, accept: bool) -> int:
     from lazycluster.core import event_loop
 
     async def work(connection: Connection) -> HostOutcome:
-        version = ".".join(map(str, connection.hello.python))
-        tell(f"{name} can be used: {connection.hello.user}@{connection.hello.hostname}, Python {version}.")
+        version = ".".join(map(str, connection.agent_info.python))
+        tell(f"{name} can be used: {connection.agent_info.user}@{connection.agent_info.hostname}, Python {version}.")
         return HostOutcome(name)
 
     chosen = Targets([name], settings=how_to_connect(config, None, accept), ask=person_is_there())

@@ -64,8 +64,9 @@ def put(
 
         for path in paths:
             progress = copying.progress(connection.host)
+            home = connection.agent_info.home
             result = await transfer.send(
-                connection, path, destination, cwd=connection.hello.home, env={}, progress=progress, exclude=exclude
+                connection, path, destination, cwd=home, env={}, progress=progress, exclude=exclude
             )
             copying.add(connection.host, result)
 
@@ -110,8 +111,9 @@ def get(
         folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
             progress = copying.progress(connection.host)
+            home = connection.agent_info.home
             result = await transfer.get(
-                connection, path, f"{folder}/", cwd=connection.hello.home, env={}, progress=progress, exclude=exclude
+                connection, path, f"{folder}/", cwd=home, env={}, progress=progress, exclude=exclude
             )
             copying.add(connection.host, result)
 
