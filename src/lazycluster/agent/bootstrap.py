@@ -74,7 +74,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     os.umask(os.umask(0o077) & 0o077)
     directory, listener = _listening()
     path = listener.getsockname()
-    sshd = None if local else guardian.sshd_above(os.getpid())
+    sshd = None if local else import_module(PACKAGE + ".ssh_session").sshd_above(os.getpid())
     if not local:
         if _fork(directory):
             listener.close()

@@ -16,11 +16,10 @@ from importlib import import_module
 
 from .deletion import remove as delete
 from .deletion import remove_tree
-from .guardian import SSHD_FILE
-from .logout import kills_at_logout
 from .ownership import make
 from .paths import trusts_group
 from .processes import explained, start_time
+from .ssh_session import SSHD_FILE, kills_at_logout
 from .wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module

@@ -50,11 +50,11 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "detach": ("detached", "detach"),
     "detached": ("detached", "detached"),
     "relay": ("relay", "relay"),
-    "pool": ("pool_request", "pool"),
+    "pool": ("pools", "pool"),
     "environment": ("environments", "environment"),
     "activity": ("host_load", "activity"),
     "tunnels": ("host_load", "tunnels"),
-    "usage": ("service_usage", "usage"),
+    "usage": ("host_load", "usage"),
     "leftovers": ("leftovers", "leftovers"),
 }
 
