@@ -26,7 +26,8 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional
 
-    from .session import RequestChannel, SessionOwner
+    from .server import Agent
+    from .session import RequestChannel
 
 
 RUNNING, DONE, FAILED, CANCELLED, LOST = "running", "done", "failed", "cancelled", "lost"
@@ -84,7 +85,7 @@ class Record:
 
     def __init__(self, task: "_Task", params: Dict[str, Any], outcome: str) -> None:
         self.params = params
-        self.agent: "SessionOwner" = task.agent
+        self.agent: Agent = task.agent
         self.loop = task.agent.loop
         self.open = True
         self._unwritten = bytearray()  # of the result, while the disk is full: its source is not read meanwhile

@@ -13,18 +13,10 @@ from .wire import TOTAL_SIZE, FrameError
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, List, Optional, Protocol
+    from typing import Any, Callable, List, Optional
 
-    from .session import RequestChannel, SessionOwner
-
-    class LinkOwner(SessionOwner, Protocol):
-        """What this needs of the agent."""
-
-        ending: bool
-
-        def end(self) -> None:
-            """End everything."""
-
+    from .server import Agent
+    from .session import RequestChannel
 
 SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
 _NO_SSHD = "the agent finds no sshd above its session, so it cannot tell the manager's end from that of the link"
@@ -51,7 +43,7 @@ class ManagerLink:
         grace: For how many seconds the manager may be away.
     """
 
-    def __init__(self, agent: "LinkOwner", local: bool) -> None:
+    def __init__(self, agent: Agent, local: bool) -> None:
         self.session: Optional[FrameSession] = None
         self._agent = agent
         self._local = local

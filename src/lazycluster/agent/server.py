@@ -19,9 +19,12 @@ from .session import RequestChannel
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Optional, Tuple
+    from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar
 
+    from .partial_files import PartialFiles
     from .session import FrameSession
+
+    _T = TypeVar("_T")
 
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
 _WORD_LIMIT = 5.0  # seconds within which who has connected must say what for
@@ -80,12 +83,19 @@ class Agent:
         self._presence = ManagerLink(self, local)
         self._further: Dict[str, socket.socket] = {}  # where it listens beside its directory
         self._told = -1
-        self._parts: Any = None  # what copies have left unfinished
+        self._shared: Dict[Any, Any] = {}  # class -> its one object
         self._orderly = False
         self.loop.report = self.report
         self._listen(listener)
         self.loop.add_reader(alive, self._orphaned)  # it becomes readable only when the guardian has died
         self.loop.call_later(_FIRST_SESSION_LIMIT, self._look_for_session)
+
+    def shared(self, kind: Callable[[Agent], _T]) -> _T:
+        """Return the agent's one object of a class, made of the agent when it is first asked for."""
+        if kind not in self._shared:
+            self._shared[kind] = kind(self)
+        found: _T = self._shared[kind]
+        return found
 
     def listen_to_shell(self, fd: int) -> None:
         """Take what the login shell has told before it became this agent.
@@ -102,10 +112,10 @@ class Agent:
         """Do so now, if it has not been done."""
         if self._told >= 0:
             from .commands import login_shell
-            from .shell_startup import listen
+            from .shell_startup import Shells
 
             fd, self._told = self._told, -1
-            listen(self, login_shell(), fd)
+            self.shared(Shells).listen(login_shell(), fd)
 
     def run(self) -> bool:
         """Serve until the manager has gone; returns whether it said so."""
@@ -190,9 +200,8 @@ class Agent:
     def _serve_bulk(self, connection: socket.socket, fds: List[int]) -> None:
         """Have a process of its own serve copies on the streams of another ssh session."""
         from . import files
-        from .partial_files import PartialFiles
 
-        self._parts = self._parts or PartialFiles()
+        parts = self.shared(_unfinished)
         ours, theirs = socket.socketpair()
         try:
             pid = os.fork()
@@ -205,8 +214,8 @@ class Agent:
             status = 1
             try:
                 os.setsid()
-                close_all_but([*fds, theirs.fileno(), *self._parts.descriptors])
-                files.serve(fds[0], fds[-1], self._parts, theirs)
+                close_all_but([*fds, theirs.fileno(), *parts.descriptors])
+                files.serve(fds[0], fds[-1], parts, theirs)
                 status = 0
             finally:
                 os._exit(status)
@@ -228,8 +237,9 @@ class Agent:
             self.loop.remove_reader(connection.fileno())
             connection.close()
             return
-        self._parts.put(part)
-        self.loop.call_later(self._presence.grace, lambda: self._parts.drop(part))
+        parts = self.shared(_unfinished)
+        parts.put(part)
+        self.loop.call_later(self._presence.grace, lambda: parts.drop(part))
 
     # --- requests ------------------------------------------------------------------------------
     def handle(self, channel: RequestChannel) -> None:
@@ -344,6 +354,13 @@ class Agent:
         # Whoever adopted us has other children, too; what was not adopted by us is found by its mark.
         left = {pid for pid, mark in marks(AGENT_MARKER) if mark == self.identity}
         return sorted(left.union(descendants([me])) - {me})
+
+
+def _unfinished(agent: Agent) -> PartialFiles:
+    """Return what copies have left unfinished."""
+    from .partial_files import PartialFiles
+
+    return PartialFiles()
 
 
 def identity() -> str:
