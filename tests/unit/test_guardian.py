@@ -26,7 +26,7 @@ def test_nobody_waits_for_ever_to_write_to_a_pipe_whose_reader_was_killed(tmp_pa
     os.mkfifo(place / "2.log")
     if removed_before:
         guardian.remove([str(place), str(tmp_path / "missing")])
-    writer = subprocess.Popen(["sh", "-c", 'echo line 2>&- >>"$0"', str(place / "1.log")], stderr=subprocess.DEVNULL)
+    writer = subprocess.Popen(["sh", "-c", ': 2>&- >>"$0"', str(place / "1.log")], stderr=subprocess.DEVNULL)
     try:
         if not removed_before:
             until(lambda: state(writer.pid) == "S", "the shell to wait for a reader")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lazycluster.agent import manager_link, tcp
+from lazycluster.agent import manager_link, ssh_session
 from lazycluster.agent.loop import Loop
 from lazycluster.agent.manager_link import ManagerLink
 from patience import until
@@ -39,11 +39,11 @@ def connected(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, s
 
 def test_a_connection_stands_until_either_side_closes_it(connected: Any) -> None:
     _, client, pid = connected
-    found = tcp.of_session(pid)
+    found = ssh_session.tcp_connection(pid)
     assert found is not None and found.stands()
     client.close()
     until(lambda: not found.stands(), "its end to be seen")
-    assert tcp.of_session(pid) is None
+    assert ssh_session.tcp_connection(pid) is None
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_a_connection_stands_until_either_side_closes_it(connected: Any) -> None
 )
 def test_a_connection_that_cannot_be_seen_is_none(value: str) -> None:
     with subprocess.Popen(["sleep", "600"], env={**os.environ, "SSH_CONNECTION": value}) as process:
-        assert tcp.of_session(process.pid) is None
+        assert ssh_session.tcp_connection(process.pid) is None
         process.kill()
-    assert tcp.of_session(process.pid) is None
+    assert ssh_session.tcp_connection(process.pid) is None
 
 
 class _Session:
@@ -93,14 +93,14 @@ def test_an_sshd_that_has_lost_its_connection_may_take_its_time_to_end(
 ) -> None:
     """It is there in both cases, and has let go of the session's streams; only the connection tells."""
     _, client, pid = connected
-    monkeypatch.setattr(manager_link, "_peer", lambda _: pid)
-    monkeypatch.setattr(manager_link, "sshd_above", lambda _: os.getpid())
+    monkeypatch.setattr(ssh_session, "_peer", lambda _: pid)
+    monkeypatch.setattr(ssh_session, "sshd_above", lambda _: os.getpid())
     monkeypatch.setattr(manager_link, "_SSHD_LIMIT", 0.3)
     agent = _Agent()
     one = ManagerLink(agent, local=False)  # type: ignore[arg-type]
     one._timer.cancel()
     with socket.socket(socket.AF_UNIX) as unused:
-        one._line = manager_link.Line(unused)
+        one._line = ssh_session.SshSession(unused)
         one.session = _Session(agent)  # type: ignore[assignment]
         one.grace = 60.0
         if goes == "link":

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lazycluster.agent import relay_connection, wire
+from lazycluster.agent import relay, wire
 from lazycluster.core import event_loop
 from lazycluster.ssh.config import Settings
 from lazycluster.ssh.local_connection import LocalConnection
@@ -156,7 +156,7 @@ def test_a_port_where_nobody_listens_ends_the_connection() -> None:
 def test_it_sends_no_more_than_it_was_allowed() -> None:
     async def body(end: _Played) -> None:
         async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(bytes(3 * relay_connection.WINDOW))
+            writer.write(bytes(3 * relay.WINDOW))
             with contextlib.suppress(ConnectionError):
                 await reader.read()
             writer.close()
@@ -165,9 +165,9 @@ def test_it_sends_no_more_than_it_was_allowed() -> None:
             await end.ask(target=1, port=port)
             await end.send(1, wire.REQUEST, _tunnel(1))
             got = 0
-            while got < relay_connection.WINDOW:
+            while got < relay.WINDOW:
                 got += len((await end.frame())[2])
-            assert got == relay_connection.WINDOW
+            assert got == relay.WINDOW
             await end.ask(target=2, port=port)  # it has gone round its loop, and sent nothing
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(end.frame(), 0.05)

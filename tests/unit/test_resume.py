@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazycluster.agent import logout, wire
+from lazycluster.agent import ssh_session, wire
 from lazycluster.agent.partial_files import PartialFile, PartialFiles, received
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
@@ -384,12 +384,12 @@ MAIN = "etc/systemd/logind.conf"
 def test_whether_the_system_ends_processes_at_logout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], kills: bool
 ) -> None:
-    monkeypatch.setattr(logout, "_user", lambda: "me")
+    monkeypatch.setattr(ssh_session, "_user", lambda: "me")
     for name, text in files.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.replace("ME", "me"))
-    why = logout.kills_at_logout(str(tmp_path), session="5")
+    why = ssh_session.kills_at_logout(str(tmp_path), session="5")
     assert bool(why) == kills
     assert not why or "KillUserProcesses=yes in /" in why
 
@@ -400,7 +400,7 @@ def test_without_a_session_of_logind_nothing_is_ended_at_logout(
     monkeypatch.delenv("XDG_SESSION_ID", raising=False)
     (tmp_path / "etc/systemd").mkdir(parents=True)
     (tmp_path / "etc/systemd/logind.conf").write_text("KillUserProcesses=yes\n")
-    assert logout.kills_at_logout(str(tmp_path)) == ""
+    assert ssh_session.kills_at_logout(str(tmp_path)) == ""
 
 
 # --- files that are not complete ------------------------------------------------------------------

@@ -9,8 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from lazycluster.agent import service_usage as agent_usage
+from lazycluster.agent import host_load as agent_usage
+from lazycluster.agent import processes
 from lazycluster.agent.processes import start_time
+from lazycluster.agent.services import RunningServices
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.usage import Meter, ProcessUsage
 from lazycluster.core import event_loop
@@ -114,9 +116,9 @@ def test_children_are_found_with_and_without_the_help_of_the_system(monkeypatch:
         child = int(parent.stdout.readline())
         try:
             both = [parent.pid, child]
-            assert agent_usage.family(parent.pid) == both
-            monkeypatch.setattr(agent_usage.os.path, "exists", lambda _: False)
-            assert agent_usage.family(parent.pid) == both
+            assert processes.family(parent.pid) == both
+            monkeypatch.setattr(processes.os.path, "exists", lambda _: False)
+            assert processes.family(parent.pid) == both
             started = start_time(parent.pid)
             assert started is not None
             assert agent_usage.measured(parent.pid, started)[1] > 1 << 20
@@ -127,10 +129,17 @@ def test_children_are_found_with_and_without_the_help_of_the_system(monkeypatch:
 
 def test_an_answer_is_kept_for_a_hundred_times_as_long_as_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
+    kept: dict[Any, Any] = {RunningServices: {5: 1, 6: 1}}
 
     class Channel:
+        def __init__(self) -> None:
+            self.agent = self
+
         def result(self, **fields: Any) -> None:
             told.append(fields["services"])
+
+        def shared(self, kind: Any) -> Any:
+            return kept.setdefault(kind, kind(self) if kind not in kept else None)
 
     now, spent = 1000.0, 0.0
 
@@ -140,8 +149,6 @@ def test_an_answer_is_kept_for_a_hundred_times_as_long_as_it_took(monkeypatch: p
         return [int(now), pid]
 
     monkeypatch.setattr(agent_usage, "measured", measured)
-    monkeypatch.setattr(agent_usage, "_good_until", 0.0)
-    monkeypatch.setattr(agent_usage.services, "running", {5: 1, 6: 1})
     monkeypatch.setattr(agent_usage.time, "monotonic", lambda: now)
     monkeypatch.setattr(agent_usage.time, "process_time", lambda: spent)
     for passed in (0.0, 5.9, 0.2):

@@ -16,18 +16,18 @@ from importlib import import_module
 
 from .deletion import remove as delete
 from .deletion import remove_tree
-from .guardian import SSHD_FILE
-from .logout import kills_at_logout
 from .ownership import make
 from .paths import trusts_group
 from .processes import explained, start_time
+from .ssh_session import SSHD_FILE, kills_at_logout
 from .wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional
 
-    from .session import RequestChannel, SessionOwner
+    from .server import Agent
+    from .session import RequestChannel
 
 
 RUNNING, DONE, FAILED, CANCELLED, LOST = "running", "done", "failed", "cancelled", "lost"
@@ -85,7 +85,7 @@ class Record:
 
     def __init__(self, task: "_Task", params: Dict[str, Any], outcome: str) -> None:
         self.params = params
-        self.agent: "SessionOwner" = task.agent
+        self.agent: Agent = task.agent
         self.loop = task.agent.loop
         self.open = True
         self._unwritten = bytearray()  # of the result, while the disk is full: its source is not read meanwhile

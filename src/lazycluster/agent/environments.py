@@ -27,6 +27,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
+    from .server import Agent
     from .session import RequestChannel
 
 LOCK_FILE = "pylock.lazycluster.toml"  # in an environment: what is to be in it
@@ -40,8 +41,36 @@ _WAIT = 0.1  # seconds between two tries for a lock that somebody else has
 _ST_NOEXEC = 8
 _MOST_COMPILERS = 8  # processes at once
 
-_used: Dict[str, int] = {}  # environment -> descriptor whose lock says that it is in use, as long as this agent lives
-_compiling: Dict[str, List[Callable[[], Any]]] = {}  # environment -> who waits until its modules are compiled
+
+class AgentEnvironments:
+    """The environments that an agent has to do with.
+
+    Attributes:
+        compiling: Environment -> who waits until its modules are compiled.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self._used: Dict[str, int] = {}  # environment -> descriptor whose lock says that it is in use
+        self.compiling: Dict[str, List[Callable[[], Any]]] = {}
+
+    def use(self, prefix: str) -> Optional[str]:
+        """Mark one as in use until the agent ends; returns why it cannot be used, None if it can."""
+        if read_manifest(prefix) is None:
+            return "missing"
+        if prefix not in self._used:
+            fd = _lock_in_use(prefix)
+            if fd is None:
+                return "being removed"
+            self._used[prefix] = fd
+        problem = damage(prefix)
+        if problem is None:
+            try:
+                os.utime(prefix + ".use")  # the time of the last use
+            except OSError:
+                pass
+            return None
+        os.close(self._used.pop(prefix))
+        return problem
 
 
 def environment(channel: RequestChannel) -> None:
@@ -210,7 +239,7 @@ def _facts(channel: RequestChannel) -> None:
 
 def _find(channel: RequestChannel) -> None:
     prefix = _prefix(channel)
-    problem = use(prefix)
+    problem = channel.agent.shared(AgentEnvironments).use(prefix)
     if problem is None:
         _compile(channel, prefix)
         channel.result(found=True, prefix=prefix)
@@ -231,26 +260,6 @@ def _prefix(channel: RequestChannel) -> str:
     if not _ID.fullmatch(name):
         raise ValueError("not the name of an environment: {!r}".format(name))
     return os.path.join(root_of(channel), "envs", name)
-
-
-def use(prefix: str) -> Optional[str]:
-    """Mark an environment as in use until this agent ends; returns why it cannot be used, None if it can."""
-    if read_manifest(prefix) is None:
-        return "missing"
-    if prefix not in _used:
-        fd = _lock_in_use(prefix)
-        if fd is None:
-            return "being removed"
-        _used[prefix] = fd
-    problem = damage(prefix)
-    if problem is None:
-        try:
-            os.utime(prefix + ".use")  # the time of the last use
-        except OSError:
-            pass
-        return None
-    os.close(_used.pop(prefix))
-    return problem
 
 
 def _lock_in_use(prefix: str) -> Optional[int]:
@@ -366,7 +375,7 @@ class _Build:
                 self._channel.event(state="waiting")
             self._timer = self._channel.loop.call_later(_WAIT, self._again)
             return
-        problem = use(self._prefix)
+        problem = self._channel.agent.shared(AgentEnvironments).use(self._prefix)
         if problem is None:
             self._release()
             _compile(self._channel, self._prefix)
@@ -414,7 +423,7 @@ class _Build:
             raise
         if old:
             remove_tree(old)
-        problem = use(self._prefix)
+        problem = self._channel.agent.shared(AgentEnvironments).use(self._prefix)
         self._release()
         if problem is None:
             _compile(self._channel, self._prefix)
@@ -476,10 +485,11 @@ def _compile(channel: RequestChannel, prefix: str) -> None:
     finally:
         os.close(null)
         os.close(lock_fd)
-    _compiling[prefix] = []
+    compiling = channel.agent.shared(AgentEnvironments).compiling
+    compiling[prefix] = []
 
     def ended(status: int) -> None:
-        for then in _compiling.pop(prefix):
+        for then in compiling.pop(prefix):
             then()
 
     channel.loop.on_exit(pid, ended)
@@ -488,12 +498,13 @@ def _compile(channel: RequestChannel, prefix: str) -> None:
 def _compiled(channel: RequestChannel) -> None:
     """Tell when the modules of an environment have been compiled, as far as this agent sees to it."""
     prefix = _prefix(channel)
+    compiling = channel.agent.shared(AgentEnvironments).compiling
 
     def tell() -> None:
         channel.result(compiled=bool((read_manifest(prefix) or {}).get("compiled")))
 
-    if prefix in _compiling:
-        _compiling[prefix].append(tell)
+    if prefix in compiling:
+        compiling[prefix].append(tell)
     else:
         tell()
 

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from .session import RequestChannel
     from .zygotes import Interpreter
 
-_zygotes: Dict[Any, Zygotes] = {}  # of each agent; there is one, except in tests
-
-
-def zygotes_of(channel: RequestChannel) -> Zygotes:
-    """Return what the agent keeps."""
-    return _zygotes.setdefault(channel.agent, Zygotes(channel.agent))
-
 
 def call(channel: RequestChannel) -> None:
     """Handle the request `call`: a pickled function, whose outcome is the channel's OUTPUT."""
@@ -46,7 +39,7 @@ def call(channel: RequestChannel) -> None:
 def keep_library(channel: RequestChannel) -> Optional[bytes]:
     """Return what has a zygote import the pickling library, keeping it if it came with this request: it comes once."""
     params = channel.params
-    libraries = zygotes_of(channel).libraries
+    libraries = channel.agent.shared(Zygotes).libraries
     if params.get("sources"):
         libraries[params["library"]] = json.dumps({"library": params["sources"]}).encode("ascii")
     return libraries.get(params["library"])
@@ -67,7 +60,7 @@ def with_interpreter(
         failed: Is called if the request has been failed.
     """
     params = channel.params
-    zygotes = zygotes_of(channel)
+    zygotes = channel.agent.shared(Zygotes)
     digest = params["library"]
     library = keep_library(channel)
     if library is None:
@@ -160,7 +153,7 @@ def interpreters(channel: RequestChannel) -> None:
 
 def _ask(channel: RequestChannel, message: Dict[str, Any], own: bool) -> None:
     """Have a zygote's child answer a question."""
-    zygotes = zygotes_of(channel)
+    zygotes = channel.agent.shared(Zygotes)
     env = environment(channel)
     interpreter = zygotes.own(env) if own else _interpreter(channel, zygotes, env)
     if interpreter is None:

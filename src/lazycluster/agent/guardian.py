@@ -12,14 +12,14 @@ import stat
 import time
 
 from .directories import further
-from .processes import ChildProcess, descendants, exists, parent_of, send_signal, start_time
+from .processes import ChildProcess, descendants, send_signal, start_time
+from .ssh_session import SSHD_FILE
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 KEEP_FILE = "keep.json"
-SSHD_FILE = "sshd"  # names the sshd that serves the manager now, if it is not the first
 _PR_SET_CHILD_SUBREAPER = 36
 _PATIENCE = 1.0
 _SLOWEST = 60.0  # seconds for what an ssh process has not sent yet: some megabytes, over a megabit per second
@@ -173,24 +173,3 @@ def _readers(paths: Iterable[str]) -> List[int]:
             except OSError:
                 pass  # it has gone
     return found
-
-
-def sshd_above(pid: int) -> Optional[int]:
-    """Return the sshd process that `pid` descends from, None if there is none within a few generations.
-
-    Where /proc hides other users' processes (``hidepid``), it hides sshd's, too, also one that runs as this user: what
-    hides above a session is taken for it.
-    """
-    for _ in range(6):
-        parent = parent_of(pid)
-        if not parent or parent == 1:
-            return None
-        try:
-            with open("/proc/{}/comm".format(parent)) as file:
-                name = file.read().strip()
-        except OSError:
-            return parent if exists(parent) else None
-        if name in ("sshd", "sshd-session", "dropbear"):
-            return parent
-        pid = parent
-    return None

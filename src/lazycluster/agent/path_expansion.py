@@ -1,10 +1,11 @@
-"""What a path means, on the host and on the manager."""
+"""Paths and patterns of them as people write them, on the host and on the manager."""
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
-from typing import Mapping
+from typing import Iterator, List, Mapping, Sequence
 
 _VARIABLE = re.compile(rb"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 
@@ -39,3 +40,78 @@ def absolute(path: bytes, cwd: bytes, env: Mapping[str, str]) -> bytes:
 
 def _raw(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
+
+
+# --- what is left out of a folder that is copied --------------------------------------------------
+class Pattern:
+    """A pattern of names, or with a slash in it of paths: below the folder, or from where the copy was asked for.
+
+    Args:
+        written: As it was written.
+        root: The folder that is copied.
+        cwd: What a relative path is relative to, beside the folder.
+        env: Variables that may stand in it.
+
+    Attributes:
+        written: As it was written.
+        used: Whether something was left out because of it.
+    """
+
+    def __init__(self, written: bytes, root: bytes, cwd: bytes, env: Mapping[str, str]) -> None:
+        self.written = written
+        self.used = False
+        stripped = written.rstrip(b"/") or b"/"
+        self._is_name = b"/" not in stripped
+        if self._is_name:
+            self._texts = [stripped]
+        else:
+            plain = os.path.join(absolute(b"", cwd, env), stripped)
+            below = [text for path in {plain, absolute(stripped, cwd, env)} for text in _below(root, path)]
+            found = [os.path.normpath(text.lstrip(b"/")) for text in (stripped, *below) if text.strip(b"/")]
+            found += [text[3:] for text in found if text.startswith(b"**/")]  # in the folder itself, too
+            self._texts = list(dict.fromkeys(found))
+
+    def fits(self, name: bytes) -> bool:
+        """Whether a path below the folder is meant. A ``*`` stands for slashes, too."""
+        name = os.path.basename(name) if self._is_name else name
+        return any(name == text or fnmatch.fnmatchcase(name, text) for text in self._texts)
+
+    def is_below(self, name: bytes) -> bool:
+        """Whether only what is in a folder is meant."""
+        return not self._is_name and any(text.startswith(name + b"/") for text in self._texts)
+
+
+def _below(root: bytes, path: bytes) -> Iterator[bytes]:
+    """Yield what of a path leads on from the folder, by whichever way it gets there."""
+    try:
+        wanted = os.stat(root)
+    except OSError:
+        return
+    parts = path.split(b"/")
+    for count in range(1, len(parts)):
+        try:
+            if os.path.samestat(os.stat(b"/".join(parts[:count]) or b"/"), wanted):
+                yield b"/".join(parts[count:])
+        except (OSError, ValueError):
+            return  # what leads through it leads nowhere; a pattern, say
+
+
+class Exclusion:
+    """All patterns of a copy."""
+
+    def __init__(self, patterns: Sequence[bytes], root: bytes, cwd: bytes, env: Mapping[str, str]) -> None:
+        self._patterns = [Pattern(written, root, cwd, env) for written in patterns]
+
+    def __call__(self, name: bytes) -> bool:
+        """Whether a path below the folder is left out."""
+        fitting = [pattern for pattern in self._patterns if pattern.fits(name)]
+        if fitting:
+            # What is in it is left out as well, for those who have named that.
+            for pattern in self._patterns:
+                pattern.used = pattern.used or pattern in fitting or pattern.is_below(name)
+        return bool(fitting)
+
+    @property
+    def unused(self) -> List[bytes]:
+        """The patterns that have left nothing out so far."""
+        return [pattern.written for pattern in self._patterns if not pattern.used]

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 
+from . import gpus, host_info
+from .commands import environment, marked_environment
+from .functions import keep_library, with_interpreter
+from .paths import meant
 from .pool_protocol import BACK, BLOB, CANCEL, DROP, GIVEN, GONE, LARGE, RECORD, SLOT, SLOT_SIZE, SMALL
 from .pool_queue import PoolQueue
-from .processes import Ending, Pump, descendants, explained, pipe, start_time, tree_of
+from .processes import TASK_MARKER, Ending, ProcessTree, Pump, explained, pipe
 from .worker_handle import WorkerHandle
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -20,6 +24,15 @@ if TYPE_CHECKING:
     from .session import RequestChannel
     from .zygotes import Interpreter
 
+_THREAD_LIMITS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+_MOST_WORKERS = 4096
 _STILLBORN = 3  # workers in a row that end before they are ready, after which there is no point in more
 _LEAVE_LIMIT = 5.0  # seconds that idle workers get to run their exit handlers
 _FORK_WAIT = 0.02
@@ -77,7 +90,7 @@ class WorkerPool:
         self._filling: Optional[List[Any]] = None  # record, descriptor, bytes to come
         self._closing = False
         self._ending: Optional[Ending] = None
-        self._seen: Dict[int, int] = {}
+        self._processes = ProcessTree(message["task"])
         self._tail = bytearray()
         directory = channel.agent.directory
         self._board_fd = nameless_file("board", directory)
@@ -336,11 +349,9 @@ class WorkerPool:
         self._ending = Ending(self.channel.loop, self._tree, self._ended)
 
     def _tree(self) -> List[int]:
-        living = [pid for pid, started in self._seen.items() if start_time(pid) == started]
-        pids = [hand.pid for hand in self._hands.values() if hand.pid and hand.started == start_time(hand.pid)]
-        found = {*living, *pids, *descendants({*living, *pids}), *tree_of(0, None, self._message["task"])}
-        self._seen = {pid: started for pid, started in ((pid, start_time(pid)) for pid in found) if started}
-        return list(self._seen)
+        for hand in self._hands.values():
+            self._processes.add(hand.pid, hand.started)
+        return self._processes.living()
 
     def _ended(self) -> None:
         if self._pump.ended:
@@ -360,3 +371,67 @@ class WorkerPool:
         self.board.close()
         self._at_end()
         self.channel.result()
+
+
+# --- the request ----------------------------------------------------------------------------------
+def pool(channel: RequestChannel) -> None:
+    """Handle the request `pool`: see `pool_protocol` for what INPUT and OUTPUT are.
+
+    With `gpus`, e.g. {"count": 1, "workers": 2, "idle": true}, there are as many workers as the host has shares of
+    `count` GPUs, times `workers` that share one; each sees its own only.
+    """
+    keep_library(channel)
+    most = channel.params.get("workers")
+    if most is not None and (not isinstance(most, int) or not 0 < most <= _MOST_WORKERS):
+        channel.fail("value", "a host can have 1 to {} workers, not {!r}".format(_MOST_WORKERS, most))
+        return
+    wanted = gpus.wanted(channel.params)
+    if wanted is None:
+        _begin(channel, most or host_info.cpu_cores(), [], 1)
+        return
+    together = max(1, int(channel.params["gpus"].get("workers") or 1))
+    shares_wanted = None if most is None else -(-most // together)
+
+    def given(shares: List[gpus.Share], problem: str) -> None:
+        if problem:
+            channel.fail("gpu", problem)
+        else:
+            _begin(channel, min(most or _MOST_WORKERS, len(shares) * together), shares, together)
+
+    taking = gpus.take(channel, environment(channel), "a pool", wanted[0], shares_wanted, wanted[1], given)
+    channel.on_abandon = taking.cancel
+
+
+def _begin(channel: RequestChannel, most: int, shares: List[gpus.Share], together: int) -> None:
+    params = channel.params
+    task = params.get("task") or ""
+    env = environment(channel)
+    for name in _THREAD_LIMITS:
+        env.setdefault(name, str(max(1, host_info.cpu_cores() // most)))
+    message = {
+        "kind": "pool",
+        "cwd": meant(params.get("cwd") or "", "", env),
+        "task": marked_environment(channel, {}, task).get(TASK_MARKER, ""),
+        "name": params.get("name") or "",
+        "initializer": params.get("initializer") or 0,
+    }
+
+    def release() -> None:
+        for share in shares:
+            share.release()
+
+    def renew(then: Callable[[Interpreter], Any], failed: Callable[[], Any]) -> None:
+        with_interpreter(channel, env, lambda interpreter: lambda: then(interpreter), failed)
+
+    def begin(interpreter: Interpreter) -> None:
+        try:
+            if channel.open:
+                variables = [shares[slot // together].variables for slot in range(most)] if shares else []
+                WorkerPool(channel, interpreter, message, most, variables, renew, release)
+                return
+        except OSError as error:
+            channel.fail("os", "no pool can be made: {}".format(error.strerror), errno=error.errno)
+        release()
+
+    channel.on_abandon = lambda: None
+    renew(begin, release)

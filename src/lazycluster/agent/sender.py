@@ -11,7 +11,7 @@ from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from .directory_tree import DirectoryTree
-from .exclusion import Exclusion
+from .path_expansion import Exclusion
 from .stream import (
     ABORT,
     BATCH,
@@ -92,7 +92,7 @@ class Sender:
         stream: Where to.
         find: Returns the source's path, and the name that it goes by if the destination gives none.
         tally: Counts what is done.
-        exclude: Patterns of what is left out of a folder; see `exclusion`.
+        exclude: Patterns of what is left out of a folder; see `path_expansion.Pattern`.
         cwd: What paths in these are relative to, beside the folder.
         env: Variables that may stand in them.
     """

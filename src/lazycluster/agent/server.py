@@ -7,10 +7,10 @@ import errno
 import json
 import os
 import pwd
-import struct
 import sys
 from importlib import import_module
 
+from . import descriptors
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .manager_link import ManagerLink
@@ -19,11 +19,16 @@ from .session import RequestChannel
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Optional, Tuple
+    from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar
 
+    from .partial_files import PartialFiles
     from .session import FrameSession
 
+    _T = TypeVar("_T")
+
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
+_WORD_LIMIT = 5.0  # seconds within which who has connected must say what for
+_MOST_STREAMS = 2  # descriptors that come along: for reading, and for writing
 _SWEEP_DELAY = 0.5
 _LISTEN_DELAY = 0.05  # seconds: what the manager asks for first, comes first
 _PAUSE = 0.1  # seconds without new connections when there are no descriptors left
@@ -48,11 +53,11 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "detach": ("detached", "detach"),
     "detached": ("detached", "detached"),
     "relay": ("relay", "relay"),
-    "pool": ("pool_request", "pool"),
+    "pool": ("pools", "pool"),
     "environment": ("environments", "environment"),
     "activity": ("host_load", "activity"),
     "tunnels": ("host_load", "tunnels"),
-    "usage": ("service_usage", "usage"),
+    "usage": ("host_load", "usage"),
     "leftovers": ("leftovers", "leftovers"),
 }
 
@@ -78,12 +83,19 @@ class Agent:
         self._presence = ManagerLink(self, local)
         self._further: Dict[str, socket.socket] = {}  # where it listens beside its directory
         self._told = -1
-        self._parts: Any = None  # what copies have left unfinished
+        self._shared: Dict[Any, Any] = {}  # class -> its one object
         self._orderly = False
         self.loop.report = self.report
         self._listen(listener)
         self.loop.add_reader(alive, self._orphaned)  # it becomes readable only when the guardian has died
         self.loop.call_later(_FIRST_SESSION_LIMIT, self._look_for_session)
+
+    def shared(self, kind: Callable[[Agent], _T]) -> _T:
+        """Return the agent's one object of a class, made of the agent when it is first asked for."""
+        if kind not in self._shared:
+            self._shared[kind] = kind(self)
+        found: _T = self._shared[kind]
+        return found
 
     def listen_to_shell(self, fd: int) -> None:
         """Take what the login shell has told before it became this agent.
@@ -100,10 +112,10 @@ class Agent:
         """Do so now, if it has not been done."""
         if self._told >= 0:
             from .commands import login_shell
-            from .shell_startup import listen
+            from .shell_startup import Shells
 
             fd, self._told = self._told, -1
-            listen(self, login_shell(), fd)
+            self.shared(Shells).listen(login_shell(), fd)
 
     def run(self) -> bool:
         """Serve until the manager has gone; returns whether it said so."""
@@ -138,7 +150,9 @@ class Agent:
             return
         connection.setblocking(True)
         try:
-            purpose, fds = _receive(connection)
+            connection.settimeout(_WORD_LIMIT)
+            purpose, fds = descriptors.receive(connection, _MOST_STREAMS)
+            connection.settimeout(None)
         except OSError:
             connection.close()
             return
@@ -186,9 +200,8 @@ class Agent:
     def _serve_bulk(self, connection: socket.socket, fds: List[int]) -> None:
         """Have a process of its own serve copies on the streams of another ssh session."""
         from . import files
-        from .partial_files import PartialFiles
 
-        self._parts = self._parts or PartialFiles()
+        parts = self.shared(_unfinished)
         ours, theirs = socket.socketpair()
         try:
             pid = os.fork()
@@ -201,8 +214,8 @@ class Agent:
             status = 1
             try:
                 os.setsid()
-                close_all_but([*fds, theirs.fileno(), *self._parts.descriptors])
-                files.serve(fds[0], fds[-1], self._parts, theirs)
+                close_all_but([*fds, theirs.fileno(), *parts.descriptors])
+                files.serve(fds[0], fds[-1], parts, theirs)
                 status = 0
             finally:
                 os._exit(status)
@@ -224,8 +237,9 @@ class Agent:
             self.loop.remove_reader(connection.fileno())
             connection.close()
             return
-        self._parts.put(part)
-        self.loop.call_later(self._presence.grace, lambda: self._parts.drop(part))
+        parts = self.shared(_unfinished)
+        parts.put(part)
+        self.loop.call_later(self._presence.grace, lambda: parts.drop(part))
 
     # --- requests ------------------------------------------------------------------------------
     def handle(self, channel: RequestChannel) -> None:
@@ -342,6 +356,13 @@ class Agent:
         return sorted(left.union(descendants([me])) - {me})
 
 
+def _unfinished(agent: Agent) -> PartialFiles:
+    """Return what copies have left unfinished."""
+    from .partial_files import PartialFiles
+
+    return PartialFiles()
+
+
 def identity() -> str:
     """Return a name for this process that no other has, as long as the machine runs."""
     return "{}-{}-{}".format(_link("/proc/self/ns/pid"), os.getpid(), start_time(os.getpid()))
@@ -391,17 +412,3 @@ def _link(path: str) -> str:
         return os.readlink(path)
     except OSError:
         return ""
-
-
-def _receive(connection: socket.socket) -> Tuple[bytes, List[int]]:
-    """Read the word that says what for, and the descriptors that come along."""
-    connection.settimeout(5.0)
-    data, ancillary, _, _ = connection.recvmsg(64, socket.CMSG_SPACE(4 * 4))
-    fds: List[int] = []
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.extend(struct.unpack("{}i".format(len(payload) // 4), payload[: len(payload) // 4 * 4]))
-    for fd in fds:
-        os.set_inheritable(fd, False)  # unlike all other descriptors, received ones are inheritable
-    connection.settimeout(None)
-    return data, fds

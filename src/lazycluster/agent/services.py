@@ -20,6 +20,7 @@ from .restart_policy import RestartPolicy
 
 if TYPE_CHECKING:
     from .loop import Loop
+    from .server import Agent
     from .session import RequestChannel
 
 _HELD = 512 * 1024  # bytes of output that wait for a manager that is slow; what is older is dropped
@@ -30,9 +31,14 @@ _LASTED = 10.0  # seconds for which a service must have worked for its being cut
 _READY_AGAIN = 180.0  # seconds for a service that is started again to get ready
 SCRATCH = "LAZYCLUSTER_SCRATCH"  # the variable with the service's own directory, which is removed when it ends
 
-running: Dict[int, Optional[int]] = {}  # the first process of each service, and when it started
-
 _BOOT = "import sys;sys.path[:]=[p for p in sys.path if p]+[sys.argv.pop(1)];from {} import main;main()"
+
+
+class RunningServices(Dict[int, Optional[int]]):
+    """The first process of each service of an agent, and when it started."""
+
+    def __init__(self, agent: "Agent") -> None:
+        super().__init__()
 
 
 class _Outlet:
@@ -88,7 +94,7 @@ class _Run(CommandProcess):
         self._service = service
         self._line = b""
         super().__init__(cast("RequestChannel", service.outlet), argv, env, cwd, True, False, cores=not service.is_ours)
-        running[self.pid] = self._started
+        service.running[self.pid] = self._started
 
     def on_stdout(self, data: bytes) -> None:
         lines = (self._line + data).split(b"\n")
@@ -113,7 +119,7 @@ class _Run(CommandProcess):
         self._service.outlet.put(True, data)
 
     def on_over(self, status: int) -> None:
-        running.pop(self.pid, None)
+        self._service.running.pop(self.pid, None)
         if self._line:
             self._service.outlet.put(False, self._line)
         self._service.over(status)
@@ -140,6 +146,7 @@ class _Service:
     def __init__(self, channel: "RequestChannel") -> None:
         params = channel.params
         self.channel = channel
+        self.running = channel.agent.shared(RunningServices)
         self.outlet = _Outlet(channel)
         self._task = "{}.{}".format(params.get("task") or "service", os.urandom(6).hex())
         self._marker = (params.get("marker") or "").encode()

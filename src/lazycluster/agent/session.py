@@ -12,33 +12,11 @@ from .processes import explained
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Optional, Protocol
+    from typing import Any, Callable, Dict
 
     from .loop import Loop
+    from .server import Agent
     from .spool import Spool
-
-    class SessionOwner(Protocol):
-        """What a session needs of the agent."""
-
-        loop: Loop
-        directory: str
-        identity: str
-
-        def handle(self, channel: "RequestChannel") -> None:
-            """Start the work that a request asks for."""
-
-        def heard(self) -> None:
-            """Note that the manager is alive."""
-
-        def listen(self) -> None:
-            """Take what the login shell has told, if it has not been taken."""
-
-        def go_alone(self) -> None:
-            """Do not depend on a manager any more."""
-
-        def streams_ended(self, session: "FrameSession", error: Optional[Exception]) -> None:
-            """Handle the end of the manager's streams, or that they hold something else than frames."""
-
 
 _READ_SIZE = 256 * 1024
 _HIGH_WATER = 1024 * 1024  # bytes queued for the manager above which sources are not read
@@ -65,7 +43,7 @@ class RequestChannel:
 
     def __init__(self, session: "FrameSession", number: int, params: Dict[str, Any]) -> None:
         self.params = params
-        self.agent: "SessionOwner" = session.agent
+        self.agent: "Agent" = session.agent
         self.loop: "Loop" = session.agent.loop
         self.open = True
         self.on_input: Callable[[bytes], Any] = _nothing
@@ -144,7 +122,7 @@ class FrameSession:
         silent: Whether nobody seems to listen, though the streams are there.
     """
 
-    def __init__(self, agent: "SessionOwner") -> None:
+    def __init__(self, agent: "Agent") -> None:
         self.agent = agent
         self.channels: Dict[int, RequestChannel] = {}
         self.silent = False
@@ -236,7 +214,7 @@ class FrameSession:
 
         if self._outbox.spool is None:
             self._outbox.spool = Spool(self.agent.directory)
-        return self._outbox.spool  # type: ignore[return-value]
+        return self._outbox.spool
 
     def send(self, data: bytes) -> None:
         """Queue a frame and write what can be written at once."""

@@ -21,6 +21,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Tuple
 
+    from .server import Agent
 
 _READ_LIMIT = 60.0  # seconds for start-up files; where they take longer, each shell goes on reading them by itself
 _TOLD_LIMIT = 10.0  # seconds for what a login shell tells: it has read its files when it became the agent
@@ -50,7 +51,7 @@ class Shell:
         told: A descriptor on which the shell has told already, -1 if it has to be asked; this closes it.
     """
 
-    def __init__(self, agent: Any, path: str, told: int) -> None:
+    def __init__(self, agent: Agent, path: str, told: int) -> None:
         self.kind: Any = shell_state.KINDS[os.path.basename(path)]
         self._agent, self._path, self._fd = agent, path, told
         self._state = _UNREAD
@@ -235,10 +236,31 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-_shells: Dict[str, Shell] = {}
+class Shells:
+    """The shells of one agent, by their paths."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._known: Dict[str, Shell] = {}
+
+    def get(self, path: str) -> Optional[Shell]:
+        """Return a shell, None if it is of a kind that is to read its start-up files by itself."""
+        real = os.path.realpath(path)
+        if real not in self._known and os.path.basename(real) in shell_state.KINDS:
+            self._known[real] = Shell(self._agent, path, -1)
+        return self._known.get(real)
+
+    def listen(self, path: str, fd: int) -> None:
+        """Take what the login shell has told on a descriptor before it became the agent."""
+        real = os.path.realpath(path)
+        if real in self._known or os.path.basename(real) not in shell_state.KINDS:
+            os.close(fd)
+            return
+        self._known[real] = Shell(self._agent, path, fd)
+        self._known[real].read()
 
 
-def shell_for(agent: Any, path: str, env: Dict[str, str]) -> Optional[Shell]:
+def shell_for(agent: Agent, path: str, env: Dict[str, str]) -> Optional[Shell]:
     """Return the shell whose start-up files are to be read once, None if it reads none, or is to do so by itself.
 
     Args:
@@ -254,20 +276,7 @@ def shell_for(agent: Any, path: str, env: Dict[str, str]) -> Optional[Shell]:
     except OSError:
         return None  # which is for its start to tell
     agent.listen()
-    real = os.path.realpath(found)
-    if real not in _shells and os.path.basename(real) in shell_state.KINDS:
-        _shells[real] = Shell(agent, found, -1)
-    return _shells.get(real)
-
-
-def listen(agent: Any, path: str, fd: int) -> None:
-    """Take what the login shell has told before it became the agent."""
-    real = os.path.realpath(path)
-    if os.path.basename(real) in shell_state.KINDS and real not in _shells:
-        _shells[real] = Shell(agent, path, fd)
-        _shells[real].read()
-    else:
-        os.close(fd)
+    return agent.shared(Shells).get(found)
 
 
 class Waiting:

@@ -14,22 +14,9 @@ from collections import deque
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Deque, Dict, Iterator, Optional, Protocol, Tuple, Union
+    from typing import Any, Deque, Dict, Iterator, Optional, Tuple, Union
 
-    class Overflow(Protocol):
-        """What takes bytes where memory is not enough, and gives them back in order."""
-
-        size: int
-
-        def put(self, data: Union[bytes, memoryview]) -> None:
-            """Add bytes."""
-
-        def take(self) -> bytes:
-            """Return the next bytes, as many as it likes to."""
-
-        def close(self) -> None:
-            """Drop what is there."""
-
+    from .spool import Spool
 
 HEADER = struct.Struct("!IIB")
 MAX_PAYLOAD = 256 * 1024
@@ -173,7 +160,7 @@ class Outbox:
     def __init__(self) -> None:
         self.size = self.held = self.done = 0
         self.keeps = False
-        self.spool: Optional[Overflow] = None
+        self.spool: Optional[Spool] = None
         self._parts: Deque[memoryview] = deque()
         self._written: Deque[memoryview] = deque()
 

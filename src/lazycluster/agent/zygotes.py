@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # importing typing would cost more than the rest of the m
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Optional, Set, Tuple
 
-    from .session import SessionOwner
+    from .server import Agent
     from .zygote_link import Report
 
 MOST_INTERPRETERS = 4  # interpreters (with an environment) for which zygotes are kept
@@ -32,7 +32,7 @@ class ForkQueue:
         running: How many calls hold descriptors.
     """
 
-    def __init__(self, agent: "SessionOwner") -> None:
+    def __init__(self, agent: Agent) -> None:
         self.running = 0
         self._loop = agent.loop
         self._waiting: List[Callable[[], Any]] = []
@@ -74,7 +74,7 @@ class Interpreter:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, agent: "SessionOwner", python: str, env: Dict[str, str], queue: ForkQueue) -> None:
+    def __init__(self, agent: Agent, python: str, env: Dict[str, str], queue: ForkQueue) -> None:
         self.loop = agent.loop
         self.queue = queue
         self.facts: Dict[str, Any] = {}  # version and executable, when it has started
@@ -349,7 +349,7 @@ class Interpreter:
 class Zygotes:
     """The interpreters that the agent keeps, the one used longest ago first."""
 
-    def __init__(self, agent: "SessionOwner") -> None:
+    def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._queue = ForkQueue(agent)
         self._kept: Dict[Tuple[str, FrozenSet[Tuple[str, str]]], Interpreter] = {}

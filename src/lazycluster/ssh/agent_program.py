@@ -18,8 +18,8 @@ from lazycluster.agent import bootstrap, shell_state
 OLDEST_PYTHON = (3, 8)
 # What each start of an agent imports, and its first command.
 _CORE = (
-    *("directories", "guardian", "logout", "loop", "manager_link", "processes", "server", "session", "tcp", "wire"),
-    *("commands", "oom", "shell_state", "shell_startup"),
+    *("descriptors", "directories", "guardian", "loop", "manager_link", "processes", "server", "session"),
+    *("ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
 )
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
