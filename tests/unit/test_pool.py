@@ -15,9 +15,9 @@ import pytest
 
 from lazycluster.agent.pool_protocol import ANSWER, BROKEN, CHUNK, LOCAL_CHUNK, MIXED, RETURNED
 from lazycluster.pool.blob_store import BlobStore, SharedArrays
-from lazycluster.pool.chunks import ChunkResult, read
+from lazycluster.pool.chunks import ChunkResult, read_results
 from lazycluster.pool.executor import gpus_of, worker_counts
-from lazycluster.pool.remote_pool import ResultDecoder, WorkerLines
+from lazycluster.pool.remote_pool import ResultDecoder, worker_lines
 from lazycluster.pool.serialization import FunctionCache, Packed, cache_key, pack, pack_calls
 
 # --- packing -----------------------------------------------------------------------------------------------
@@ -167,13 +167,13 @@ def test_an_answer_that_is_given_up_is_passed_over(step: int) -> None:
 
 
 def test_lines_are_shown_whole(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = WorkerLines("host", True)
+    lines = worker_lines("host", True)
     for part in (b"on", b"e\ntw", b"o\n\xff", b"!"):
         lines.feed(part)
     lines.end()
     assert capsys.readouterr().out == "[host] one\n[host] two\n[host] \ufffd!\n"
     with caplog.at_level(logging.DEBUG, "lazycluster"):
-        WorkerLines("host", False).feed(b"quiet\n")
+        worker_lines("host", False).feed(b"quiet\n")
     assert "host: quiet" in caplog.text
     assert capsys.readouterr().out == ""
 
@@ -187,7 +187,7 @@ def host(name: str, cores: int) -> Any:
     ("kind", "content"), [(RETURNED, [1]), (RETURNED, 7), (MIXED, [(True, b"")]), (MIXED, [1, 2]), (BROKEN, {})]
 )
 def test_answers_that_make_no_sense_are_errors_of_each_call(kind: int, content: Any) -> None:
-    results = read(ChunkResult(kind, [pickle.dumps(content)], 0, "host1"), 0, 2, lambda call: f"f({call})")
+    results = read_results(ChunkResult(kind, [pickle.dumps(content)], 0, "host1"), 0, 2, lambda call: f"f({call})")
     assert [good for good, _ in results] == [False, False]
     assert all(str(error).startswith("host1: the result of f(") for _, error in results)
 

@@ -12,7 +12,10 @@ from lazycluster.tasks.functions import CallOutcome, load_parts, loads, with_lin
 
 from .serialization import PackedCalls
 
-__all__ = ["Chunk", "ChunkResult", "Failure", "ResultSink", "call_name", "initializer_error", "read", "unreadable"]
+__all__ = [
+    "Chunk", "ChunkResult", "Failure", "ResultSink", "call_name", "initializer_error", "read_results",
+    "unreadable_error",
+]  # fmt: skip
 
 
 class ChunkResult:
@@ -70,7 +73,7 @@ class Chunk:
         count: How many are.
         blob: The function's blob.
         shared: The blobs that the arguments refer to.
-        sink: Who waits for it.
+        sink: Receives its result.
         key: What the sink knows it by.
         deaths: How many workers or hosts have died under it.
         tried_on: On which hosts that was.
@@ -123,7 +126,7 @@ _SHORT = 4096  # bytes of arguments that are shown
 Results = list[tuple[bool, Any]]
 
 
-def read(outcome: ChunkResult | Failure, first: int, count: int, name: Callable[[int], str]) -> Results:
+def read_results(outcome: ChunkResult | Failure, first: int, count: int, name: Callable[[int], str]) -> Results:
     """Return for each call of a chunk whether it returned, and what it returned or raised.
 
     Args:
@@ -139,17 +142,17 @@ def read(outcome: ChunkResult | Failure, first: int, count: int, name: Callable[
         if len(results) != count:
             raise ValueError(f"{len(results)} results came of {count} calls")
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises, or a worker says)
-        return [(False, unreadable(error, outcome.host, name(first)))] * count
+        return [(False, unreadable_error(error, outcome.host, name(first)))] * count
     return results
 
 
-def _read(answer: ChunkResult, first: int, count: int, name: Callable[[int], str]) -> Results:
-    content = _load(answer.parts)
-    if answer.kind == RETURNED:
+def _read(result: ChunkResult, first: int, count: int, name: Callable[[int], str]) -> Results:
+    content = _load(result.parts)
+    if result.kind == RETURNED:
         return [(True, value) for value in content]
-    if answer.kind == BROKEN:
-        return [(False, _described(content, answer.host, name(first + index))) for index in range(count)]
-    return [_one(good, data, answer.host, name(first + index)) for index, (good, data) in enumerate(content)]
+    if result.kind == BROKEN:
+        return [(False, _exception_from(content, result.host, name(first + index))) for index in range(count)]
+    return [_read_one(good, data, result.host, name(first + index)) for index, (good, data) in enumerate(content)]
 
 
 def _load(parts: list[bytes]) -> Any:
@@ -158,15 +161,15 @@ def _load(parts: list[bytes]) -> Any:
     return load_parts(parts, False)
 
 
-def _one(good: bool, data: bytes, host: str, name: str) -> tuple[bool, Any]:
+def _read_one(good: bool, data: bytes, host: str, name: str) -> tuple[bool, Any]:
     try:
         content = loads(data)
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
-        return False, unreadable(error, host, name)
-    return (True, content[0]) if good else (False, _described(content, host, name))
+        return False, unreadable_error(error, host, name)
+    return (True, content[0]) if good else (False, _exception_from(content, host, name))
 
 
-def unreadable(error: BaseException, host: str, name: str) -> TaskExecutionError:
+def unreadable_error(error: BaseException, host: str, name: str) -> TaskExecutionError:
     """Return the error of a call whose result cannot be had."""
     text = f"{host}: the result of {name} came, but cannot be unpickled here: {type(error).__name__}: {error}"
     wrapped = TaskExecutionError(text, host=host, what=name)
@@ -178,9 +181,9 @@ def initializer_error(parts: list[bytes], host: str) -> BaseException:
     """Return what an initializer has raised."""
     name = "the initializer"
     try:
-        return _described(_load(parts), host, name)
+        return _exception_from(_load(parts), host, name)
     except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
-        return unreadable(error, host, name)
+        return unreadable_error(error, host, name)
 
 
 def call_name(function: str, packed: PackedCalls, call: int) -> str:
@@ -196,35 +199,35 @@ def call_name(function: str, packed: PackedCalls, call: int) -> str:
     return f"{function}()"
 
 
-def _described(told: dict[str, Any], host: str, name: str) -> BaseException:
-    """Return what to raise for an error that a worker has told of.
+def _exception_from(report: dict[str, Any], host: str, name: str) -> BaseException:
+    """Return the exception for an error that a worker has reported.
 
     Args:
-        told: What it said.
+        report: Its report.
         host: Where.
         name: The call.
     """
     exception: BaseException | None = None
-    if told["exception"] is not None:
+    if report["exception"] is not None:
         try:
-            loaded = loads(told["exception"])
+            loaded = loads(report["exception"])
             exception = loaded if isinstance(loaded, BaseException) else None
         except Exception:  # noqa: BLE001  (its text has to do)
             exception = None
-    phase = told.get("phase", "run")
-    traceback = with_lines(told["traceback"])
-    hint = told.get("hint", "")
+    phase = report.get("phase", "run")
+    traceback = with_lines(report["traceback"])
+    hint = report.get("hint", "")
     if exception is not None and phase == "run":
         text = f"{traceback}\nNext step: {hint}" if hint else traceback
-        exception.__cause__ = RemoteTraceback(host, told.get("pid", 0), text)
+        exception.__cause__ = RemoteTraceback(host, report.get("pid", 0), text)
         return exception
-    message = told["message"]
+    message = report["message"]
     if phase == "result":
-        kind = told["result_type"].removeprefix("builtins.")
+        kind = report["result_type"].removeprefix("builtins.")
         message = f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
         traceback = ""
     outcome = CallOutcome(
-        "raised", type_name=told["type"], message=message, hint=hint, traceback=traceback, phase=phase
+        "raised", type_name=report["type"], message=message, hint=hint, traceback=traceback, phase=phase
     )
     error = TaskExecutionError(f"{host}: {outcome.describe(name.partition('(')[0])}", host=host, what=name)
     error.__cause__ = exception

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster.core import event_loop, lifetime
-from lazycluster.exceptions import LazyclusterError
+from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from lazycluster.tasks.pickling import name_of
 
 from .blob_store import BlobStore, SharedArrays
@@ -25,15 +25,6 @@ from .serialization import FunctionCache, Packed, pack, pack_calls
 
 if TYPE_CHECKING:
     from lazycluster.runtimes import Runtime
-
-
-from typing import TYPE_CHECKING
-
-from lazycluster.exceptions import NoRuntimesError
-
-if TYPE_CHECKING:
-    from lazycluster.runtimes import Runtime
-
 
 __all__ = ["GroupExecutor", "gpus_of", "worker_counts"]
 

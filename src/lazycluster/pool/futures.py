@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import LazyclusterError
 
-from .chunks import Chunk, ChunkResult, Failure, call_name, read, unreadable
+from .chunks import Chunk, ChunkResult, Failure, call_name, read_results, unreadable_error
 from .scheduler import ChunkScheduler
 
 __all__ = ["CallFuture", "Futures"]
@@ -27,7 +27,7 @@ class CallFuture(interruptible.Future[T]):
     """Future of a call. Where waiting for it would last for ever, asking for its result is an error.
 
     Args:
-        futures: Who settles it.
+        futures: Settles it.
     """
 
     def __init__(self, futures: Futures) -> None:
@@ -64,7 +64,7 @@ class Futures:
     """The futures of an executor. They are settled in a thread of its own: their callbacks may do anything.
 
     Args:
-        scheduler: Who has the calls run.
+        scheduler: Runs the calls.
     """
 
     def __init__(self, scheduler: ChunkScheduler) -> None:
@@ -193,9 +193,9 @@ class Futures:
 
 def _settle(future: concurrent.futures.Future[Any], name: str, outcome: ChunkResult | Failure) -> None:
     try:
-        good, value = read(outcome, 0, 1, lambda _: f"{name}()")[0]
+        good, value = read_results(outcome, 0, 1, lambda _: f"{name}()")[0]
     except BaseException as error:  # noqa: BLE001  (a class's own code may even end the thread, and others wait)
-        good, value = False, unreadable(error, getattr(outcome, "host", ""), f"{name}()")
+        good, value = False, unreadable_error(error, getattr(outcome, "host", ""), f"{name}()")
     with contextlib.suppress(concurrent.futures.InvalidStateError):  # `close` was faster
         if future.cancelled():
             future.set_running_or_notify_cancel()

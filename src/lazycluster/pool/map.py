@@ -16,7 +16,7 @@ from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
 from .blob_store import SharedArrays
-from .chunks import Chunk, ChunkResult, Failure, call_name, read
+from .chunks import Chunk, ChunkResult, Failure, call_name, read_results
 from .scheduler import ChunkScheduler
 from .serialization import Packed, PackedCalls, pack_calls
 
@@ -62,7 +62,7 @@ class MapRun:
     """One `map`.
 
     Args:
-        scheduler: Who has the calls run.
+        scheduler: Runs the calls.
         function: The function.
         packed: The same, packed.
         iterables: Their items are the arguments.
@@ -250,7 +250,7 @@ class MapRun:
         chunk, outcome = arrived
         slot = self._open[chunk.key]
         name = functools.partial(self.call_name, chunk)
-        slot.results[chunk.first : chunk.first + chunk.count] = read(outcome, chunk.first, chunk.count, name)
+        slot.results[chunk.first : chunk.first + chunk.count] = read_results(outcome, chunk.first, chunk.count, name)
         slot.left -= chunk.count
         slot.size += outcome.size
         self._bytes += outcome.size

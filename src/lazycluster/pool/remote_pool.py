@@ -7,16 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from lazycluster.agent.pool_protocol import BACK, BLOB, BROKEN, CANCEL, DROP, MIXED, RECORD, RETURNED, UNFIT, WORKER
+from lazycluster.agent.pool_protocol import (
+    ANSWER,
+    BACK,
+    BLOB,
+    BROKEN,
+    CANCEL,
+    DROP,
+    MIXED,
+    RECORD,
+    RETURNED,
+    UNFIT,
+    WORKER,
+)  # fmt: skip
+from lazycluster.core import memory
 from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
+from lazycluster.output.live_lines import Lines
 from lazycluster.ssh.agent_replies import check_shape
 from lazycluster.tasks.functions import library_for, resolve_auto
 
@@ -26,14 +41,10 @@ if TYPE_CHECKING:
     from lazycluster.ssh.channel import Channel
     from lazycluster.tasks.context import Context
 
-    from .blob_store import Blob, BlobStore
+    from .blob_store import Blob
+    from .scheduler import ChunkScheduler
 
-
-from lazycluster.agent.pool_protocol import ANSWER
-from lazycluster.core import memory
-from lazycluster.output import live_lines
-
-__all__ = ["PoolOptions", "RemotePool", "ResultDecoder", "WorkerLines"]
+__all__ = ["PoolOptions", "RemotePool", "ResultDecoder", "worker_lines"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -50,30 +61,6 @@ _CLOSE_LIMIT = 15.0  # seconds that a host gets to end its workers
 _READY = {"workers": int}
 _DIED = {"number": int, "at": int, "innocent": bool, "died": {"signal": (int, type(None))}}
 _BACK = {"back": [int]}
-
-
-class SchedulerCallbacks(Protocol):
-    """The scheduler, as its pools see it."""
-
-    blobs: BlobStore
-
-    def dispatch_soon(self) -> None:
-        """Have more chunks assigned: there is capacity."""
-
-    def worker_died(self, pool: RemotePool, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
-        """Handle the death of a worker under a call."""
-
-    def has_others(self, pool: RemotePool) -> bool:
-        """Tell whether other pools can run what this one has."""
-
-    def requeue(self, chunks: list[Chunk]) -> None:
-        """Take chunks back that were not begun."""
-
-    def initializer_failed(self, pool: RemotePool, parts: list[bytes]) -> None:
-        """Handle a failed initializer."""
-
-    def pool_lost(self, pool: RemotePool, error: LazyclusterError) -> None:
-        """Handle the end of a pool that was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,7 @@ class RemotePool:
     """The workers of one host.
 
     Args:
-        scheduler: Who assigns the chunks.
+        scheduler: Assigns the chunks.
         context: The host, and how functions are run there.
         options: What the workers are like.
 
@@ -111,7 +98,7 @@ class RemotePool:
         away: Whether its host cannot be reached at the moment, but may come back.
     """
 
-    def __init__(self, scheduler: SchedulerCallbacks, context: Context, options: PoolOptions) -> None:
+    def __init__(self, scheduler: ChunkScheduler, context: Context, options: PoolOptions) -> None:
         self.host = context.host
         self.workers = 0
         self.in_flight: dict[int, Chunk] = {}
@@ -132,7 +119,7 @@ class RemotePool:
         self._bytes = 0
         self._result_size = 0.0
         self._ended = asyncio.Event()
-        self._lines = WorkerLines(context.host, options.debug)
+        self._lines = worker_lines(context.host, options.debug)
 
     # --- start and end -------------------------------------------------------------------------
     async def run(self, imports: Sequence[str]) -> None:
@@ -466,11 +453,9 @@ class ResultDecoder:
         self._error = error
 
 
-class WorkerLines(live_lines.Lines):
-    """Lines that the workers of a host print: printed here with the host's name, or logged."""
-
-    def __init__(self, host: str, shown: bool) -> None:
-        super().__init__(host, None if shown else lambda lines: _log(host, lines))
+def worker_lines(host: str, shown: bool) -> Lines:
+    """Return what cuts the output of the workers of a host into lines: printed with the host's name, or logged."""
+    return Lines(host, None if shown else functools.partial(_log, host))
 
 
 def _log(host: str, lines: Sequence[str]) -> None:
