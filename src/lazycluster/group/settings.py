@@ -50,7 +50,7 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
         raise TypeError(f"settings must be a dictionary or the path of a TOML file, not {type(settings).__name__}")
     for host, values in settings.items():
         if not isinstance(values, Mapping):
-            raise TypeError(f"{where}: what is said of {host!r} must be a table, not {type(values).__name__}")
+            raise TypeError(f"{where}: the settings of {host!r} must be a table, not {type(values).__name__}")
     return {str(host): dict(values) for host, values in settings.items()}
 
 

@@ -342,7 +342,7 @@ def gpus_of(per_call: float | None, idle: bool) -> dict[str, Any] | None:
     """
     if per_call is None:
         if idle:
-            raise ValueError("idle_gpus says nothing without gpus_per_call: say how many")
+            raise ValueError("idle_gpus needs gpus_per_call: say how many")
         return None
     if isinstance(per_call, bool) or not isinstance(per_call, (int, float)):
         raise TypeError(f"gpus_per_call must be a number, not {type(per_call).__name__}")
