@@ -715,8 +715,7 @@ class Runtime(Shown):
             NoPortsLeftError: If several were given and none is free.
             TunnelError: If the host does not allow it.
         """
-        check_port(local_port, "local_port")
-        return self._registry.add_exposure(self._wait(open_to_runtime(self._connection, local_port, runtime_port)))
+        return self._add_exposure(self._wait(open_to_runtime(self._connection, local_port, runtime_port)))
 
     def expose_port_from_runtime(self, runtime_port: int, local_port: int | Iterable[int] | None = None) -> str:
         """Make a port of the host reachable on the manager, on its loopback.
@@ -734,8 +733,7 @@ class Runtime(Shown):
             NoPortsLeftError: If several were given and none is free.
             TunnelError: If the host does not allow it.
         """
-        check_port(runtime_port, "runtime_port")
-        return self._registry.add_exposure(self._wait(open_from_runtime(self._connection, runtime_port, local_port)))
+        return self._add_exposure(self._wait(open_from_runtime(self._connection, runtime_port, local_port)))
 
     def _add_exposure(self, tunnel: Tunnel) -> str:
         """Take over a tunnel that was opened for this runtime, and return its key."""
