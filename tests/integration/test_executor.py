@@ -195,7 +195,7 @@ def test_a_cancelled_worker_that_had_gone_on_to_the_next_call_loses_nothing(
     def take_the_next_and_die_before_it_is_noted(taken: str) -> None:
         import gc
 
-        worker = next(found for found in gc.get_objects() if type(found).__name__ == "Worker")
+        worker = next(found for found in gc.get_objects() if type(found).__name__ == "PoolWorker")
 
         def die(*_: object) -> None:
             worker._board[worker._place : worker._place + 16] = bytes(16)
@@ -222,7 +222,7 @@ def test_a_call_is_cancelled_though_its_worker_has_not_noted_yet_that_it_has_it(
 
         if Path(folder, "cancelled").exists():
             return "once more"  # as the worker was ended for the other's sake
-        worker = next(found for found in gc.get_objects() if type(found).__name__ == "Worker")
+        worker = next(found for found in gc.get_objects() if type(found).__name__ == "PoolWorker")
         number = worker._queue.recv(1 << 16)[5:13]  # as in `RECORD`
         Path(folder, "taken").touch()
         while not Path(folder, "cancelled").exists():
@@ -420,7 +420,7 @@ def test_ctrl_c_ends_what_runs(tmp_path: Path, work: str) -> None:
     program = f"""
     import os, sys, time
     from pathlib import Path
-    from lazycluster import LocalRuntime, RuntimeGroup, _waiting
+    from lazycluster import LocalRuntime, RuntimeGroup
 
     def wait(x):
         Path({str(tmp_path)!r}, str(os.getpid())).touch()

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lazycluster.agent import bootstrap, commands, detached, oom, processes, server, wire
+from lazycluster.agent import commands, descriptors, detached, oom, processes, server, wire
 from lazycluster.agent.loop import Loop
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError
@@ -125,7 +125,7 @@ def test_a_copy_that_gets_no_process_is_told_why(agent: Any, monkeypatch: pytest
 
     monkeypatch.setattr(os, "fork", refuse)
     ours, theirs = socket.socketpair()
-    client = bootstrap.hand_over(agent._listener.getsockname(), [theirs.fileno()], b"bulk")
+    client = descriptors.send_to(agent._listener.getsockname(), [theirs.fileno()], b"bulk")
     theirs.close()
     agent._accept(agent._listener)
     assert b"ulimit -u" in agent._presence.session.data

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from lazycluster.agent import processes
 from lazycluster.agent import service_usage as agent_usage
 from lazycluster.agent.processes import start_time
 from lazycluster.cluster.services import Service
@@ -114,9 +115,9 @@ def test_children_are_found_with_and_without_the_help_of_the_system(monkeypatch:
         child = int(parent.stdout.readline())
         try:
             both = [parent.pid, child]
-            assert agent_usage.family(parent.pid) == both
-            monkeypatch.setattr(agent_usage.os.path, "exists", lambda _: False)
-            assert agent_usage.family(parent.pid) == both
+            assert processes.family(parent.pid) == both
+            monkeypatch.setattr(processes.os.path, "exists", lambda _: False)
+            assert processes.family(parent.pid) == both
             started = start_time(parent.pid)
             assert started is not None
             assert agent_usage.measured(parent.pid, started)[1] > 1 << 20

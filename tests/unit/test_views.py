@@ -20,8 +20,9 @@ from lazycluster.cluster.views import cluster_view
 from lazycluster.core.words import counted
 from lazycluster.engines.hyperopt.progress import SearchProgress
 from lazycluster.group.views import group_view, manager_view
-from lazycluster.output.execution_log import LoggedStep, LoggedTask, settled, show_logs
+from lazycluster.output.execution_log import LoggedStep, LoggedTask, show_logs
 from lazycluster.output.host_cells import cells, megabytes
+from lazycluster.output.lines import settled
 from lazycluster.output.view import Cell, Table, View, as_html, as_text
 from lazycluster.runtime.views import info_table, info_view, runtime_view
 from lazycluster.ssh.agent_replies import AgentInfo

@@ -9,7 +9,6 @@ from __future__ import annotations
 import _socket as socket  # the module proper takes as long to import as all others together
 import os
 import stat
-import struct
 import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -17,7 +16,7 @@ from importlib.machinery import ModuleSpec
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from types import CodeType
-    from typing import Any, Dict, List, Optional, Tuple
+    from typing import Any, Dict, Optional, Tuple
 
 PACKAGE = "lazycluster_agent"
 NO_DIRECTORY = "lazycluster: no private directory can be made: "  # how the line begins that tells the manager so
@@ -60,15 +59,6 @@ def file_name(module: str) -> str:
     return "<lazycluster agent: {}.py>".format(module)
 
 
-def hand_over(path: str, fds: List[int], purpose: bytes) -> socket.socket:
-    """Give descriptors to the agent that listens at `path`; the socket ends when the agent is done with them."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(path)
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("{}i".format(len(fds)), *fds))]
-    connection.sendmsg([purpose], rights)
-    return connection
-
-
 def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> None:
     """Start guardian and agent and hand the agent this session's streams.
 
@@ -77,6 +67,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     """
     told = -1 if local else _told()
     sys.meta_path.insert(0, _AgentFinder(sources, codes))
+    descriptors = import_module(PACKAGE + ".descriptors")
     guardian = import_module(PACKAGE + ".guardian")
     import_module(PACKAGE + ".processes").forbid_cores()
     # With an umask that takes away what the user himself needs, nothing that is made can be used.
@@ -88,7 +79,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
         if _fork(directory):
             listener.close()
             _close(told)
-            _stay(hand_over(path, [0, 1], b"session"))
+            _stay(descriptors.send_to(path, [0, 1], b"session"))
         os.setsid()
         _forget_streams()
     guardian.become_subreaper()
@@ -104,7 +95,7 @@ def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> No
     os.close(watched)
     listener.close()
     if local:
-        hand_over(path, [0, 1], b"session").close()
+        descriptors.send_to(path, [0, 1], b"session").close()
         _forget_streams()
     guardian.guard(agent, directory, sshd)
     os._exit(0)

@@ -11,7 +11,7 @@ import struct
 
 from . import oom
 from .commands import Feed, outcome
-from .processes import Ending, Pump, descendants, explained, pipe, start_time, tree_of
+from .processes import Ending, ProcessTree, Pump, explained, pipe, start_time
 from .wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -29,48 +29,27 @@ _RESERVE = 64  # descriptors that are left to other requests, and to the next st
 class CallAnswer:
     """What a child of a zygote sends over its socket: a description, then as many bytes as that says.
 
-    Args:
-        channel: Where the bytes go.
-        fd: The socket, which this closes.
-        on_end: Is called at the end of the stream.
+    Attributes:
+        description: The description, once it has come.
+        count: How many bytes have come so far.
     """
 
-    def __init__(self, channel: RequestChannel, fd: int, on_end: Callable[[], Any]) -> None:
+    def __init__(self, channel: RequestChannel) -> None:
         self.description: Optional[Dict[str, Any]] = None
-        self.ended = False
-        self.count = 0  # bytes that have come so far
-        self._channel, self._fd, self._on_end = channel, fd, on_end
+        self.count = 0
+        self._channel = channel
         self._head = bytearray()
         self._left = 0
-        self._reading = False
-        self.resume()
 
     @property
     def complete(self) -> bool:
         """Whether all of it has come."""
         return self.description is not None and self._left == 0
 
-    def resume(self) -> None:
-        """Read on."""
-        if not self._reading and not self.ended:
-            self._reading = True
-            self._channel.loop.add_reader(self._fd, self._readable)
-
-    def _readable(self) -> None:
-        if self._channel.open and not self._channel.writable:
-            self._pause()
-            return
-        try:
-            data = os.read(self._fd, MAX_PAYLOAD)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+    def feed(self, data: bytes) -> None:
+        """Take a piece, and pass on what is for the manager."""
         self.count += len(data)
-        if not data:
-            self.close()
-            self._on_end()
-        elif self.description is None:
+        if self.description is None:
             self._parse(data)
         else:
             self._relay(data)
@@ -91,18 +70,6 @@ class CallAnswer:
         self._left -= len(data)
         if data:
             self._channel.output(data)
-
-    def _pause(self) -> None:
-        self._reading = False
-        self._channel.loop.remove_reader(self._fd)
-
-    def close(self) -> None:
-        """Stop reading."""
-        if not self.ended:
-            if self._reading:
-                self._pause()
-            self.ended = True
-            os.close(self._fd)
 
 
 class ForkedCall:
@@ -130,8 +97,7 @@ class ForkedCall:
         self._task = message.get("task") or ""
         self._pid = 0
         self._failed = ""  # why it could not be forked
-        self._started: Optional[int] = None
-        self._seen_pids: Dict[int, int] = {}
+        self._tree = ProcessTree(self._task)
         self._status: Optional[int] = None
         self._gone = False  # whether the process has ended
         self._over = False
@@ -141,10 +107,9 @@ class ForkedCall:
         self._early: List[bytes] = []  # input that came before the process was there
         self._printed = 0
         self._seen = -1
-        self._out: Any = None
-        self._err: Any = None
-        self._answer: Any = None
-        self._feed: Any = None
+        self._pumps: List[Pump] = []  # of both outputs and of the answer, once it is forked
+        self._answer = CallAnswer(channel)
+        self._feed: Optional[Feed] = None
         channel.on_input = self._early.append
         channel.on_control = lambda said: self.signal(str(said.get("signal", "END")))
         channel.on_abandon = self.end
@@ -165,10 +130,12 @@ class ForkedCall:
             self._finish()
             return
         self._queue.running += 1
-        self._out = Pump(channel, out, self._stdout, self._maybe_over)
-        self._err = Pump(channel, err, self._stderr, self._maybe_over)
+        self._pumps = [
+            Pump(channel, out, self._stdout, self._maybe_over),
+            Pump(channel, err, self._stderr, self._maybe_over),
+            Pump(channel, ours.detach(), self._answer.feed, self._maybe_over, MAX_PAYLOAD),
+        ]
         self._feed = Feed(channel, feed)
-        self._answer = CallAnswer(channel, ours.detach(), self._maybe_over)
         for data in self._early:
             channel.on_input(data)
         self._early.clear()
@@ -193,7 +160,7 @@ class ForkedCall:
                 self._await_rest()
         else:
             self._pid = said["pid"]
-            self._started = start_time(self._pid)
+            self._tree.add(self._pid, start_time(self._pid))
             self._channel.event(pid=self._pid)
             if self._message.get("limits"):
                 from .limits import Clock
@@ -203,15 +170,14 @@ class ForkedCall:
                 self.end()
 
     def _resume(self) -> None:
-        for source in (self._out, self._err, self._answer):
-            if source is not None:
-                source.resume()
+        for pump in self._pumps:
+            pump.resume()
 
     # --- the end -------------------------------------------------------------------------------
     def _maybe_over(self) -> None:
         if self._ending is not None:
             return  # a call that is being ended is over when nothing is left of it
-        if self._out is None or not (self._out.ended and self._err.ended and self._answer.ended):
+        if not self._pumps or not all(pump.ended for pump in self._pumps):
             return
         if self._gone or self._answer.complete:
             self._finish()
@@ -242,7 +208,7 @@ class ForkedCall:
             fields = outcome(self._status)
         elif self._wanted_end and not self._pid:
             fields["signal"] = int(signal.SIGTERM)
-        if self._answer is not None and self._answer.complete:
+        if self._answer.complete:
             description = dict(self._answer.description or {})
             self._interpreter.note(description.pop("imported", ()))
             fields.update(description)
@@ -259,10 +225,10 @@ class ForkedCall:
         self._on_done(fields)
 
     def _release(self) -> None:
-        for source in (self._out, self._err, self._answer, self._feed):
-            if source is not None:
-                source.close()
-        if self._out is not None:
+        for pump in self._pumps:
+            pump.close()
+        if self._feed is not None:
+            self._feed.close()
             self._queue.running -= 1
         self._queue.next()  # also if this one was never forked: it may have been the one whose turn it was
 
@@ -286,17 +252,7 @@ class ForkedCall:
         if self._queue.leave(self.start):
             self._finish()
         elif self._pid and self._ending is None and not self._over:
-            self._ending = Ending(self._channel.loop, self._tree, self._ended)
-
-    def _tree(self) -> List[int]:
-        """Return the processes of the call that live, children that lost their parents meanwhile included.
-
-        Those that were forked and run no other program show the environment of the zygote: no marker tells them.
-        """
-        living = [pid for pid, started in self._seen_pids.items() if start_time(pid) == started]
-        found = {*living, *descendants(living), *tree_of(self._pid, self._started, self._task)}
-        self._seen_pids = {pid: started for pid, started in ((pid, start_time(pid)) for pid in found) if started}
-        return list(self._seen_pids)
+            self._ending = Ending(self._channel.loop, self._tree.living, self._ended)
 
     def _ended(self) -> None:
         self._ending = None

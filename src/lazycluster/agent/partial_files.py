@@ -6,14 +6,13 @@ that received them has ended with its stream.
 
 from __future__ import annotations
 
-import _socket as socket
 import _thread
-import array
 import fcntl
 import json
 import os
 from typing import Any, List, NamedTuple, Optional
 
+from . import descriptors
 from .stream import raw, text
 
 WORTH_IT = 1024 * 1024  # bytes below which a file is rather sent again
@@ -95,9 +94,8 @@ class PartialFiles:
         """Give all of them to another process."""
         for part in self._parts:
             message = json.dumps([text(part.path), *part[1:3], *part[4:]]).encode("ascii")
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [part.fd]))]
             try:
-                connection.sendmsg([message], rights)
+                descriptors.send(connection, [part.fd], message)
             except OSError:
                 return  # nobody wants them any more
 
@@ -130,13 +128,8 @@ def _replaced(one: PartialFile, other: PartialFile) -> bool:
 
 def received(connection: Any) -> Optional[PartialFile]:
     """Take one from another process; None if no more come."""
-    message, ancillary, _, _ = connection.recvmsg(_MESSAGE, socket.CMSG_SPACE(array.array("i").itemsize))
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    message, fds = descriptors.receive(connection, 1, _MESSAGE)
     if not message or not fds:
         return None
-    os.set_inheritable(fds[0], False)
     path, size, mtime, done, checksum = json.loads(message)
     return PartialFile(raw(path), size, mtime, fds[0], done, checksum)

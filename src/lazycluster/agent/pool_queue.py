@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from collections import deque
 
+from . import descriptors
 from .pool_protocol import RECORD, SMALL
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -54,11 +54,8 @@ class PoolQueue:
         try:
             while self._waiting and not self._closed:
                 number, record, fd = self._waiting[0]
-                if fd < 0:
-                    self._ours.send(record)
-                else:
-                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
-                    self._ours.sendmsg([record], rights)
+                descriptors.send(self._ours, [fd] if fd >= 0 else [], record)
+                if fd >= 0:
                     os.close(fd)
                 self._waiting.popleft()
                 self.sent[number] = None
@@ -83,19 +80,14 @@ class PoolQueue:
         found: List[Waiting] = []
         while True:
             try:
-                record, ancillary, _, _ = self._theirs.recvmsg(
-                    RECORD.size + SMALL, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT
-                )
+                record, fds = descriptors.receive(self._theirs, 1, RECORD.size + SMALL, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return found
             if not record:
                 return found
-            fd = struct.unpack("i", ancillary[0][2])[0] if ancillary else -1
-            if fd >= 0:
-                os.set_inheritable(fd, False)
             number = RECORD.unpack_from(record)[2]
             self.sent.pop(number, None)
-            found.append((number, record, fd))
+            found.append((number, record, fds[0] if fds else -1))
 
     def give_up(self, count: int) -> List[int]:
         """Forget up to so many that nobody has taken, the last ones first; returns their numbers."""

@@ -20,7 +20,7 @@ import types
 from collections import OrderedDict
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
-from . import call_process, filenames, localmodules
+from . import call_process, descriptors, filenames, localmodules
 from .pool_protocol import (
     ANSWER,
     BROKEN,
@@ -179,16 +179,15 @@ class PoolWorker:
     def serve(self) -> None:
         """Run chunks until the queue is closed."""
         room = RECORD.size + SMALL
-        space = socket.CMSG_SPACE(4)
         while True:
-            record, ancillary, _, _ = self._queue.recvmsg(room, space)
+            record, fds = descriptors.receive(self._queue, 1, room)
             if not record:
                 return
             kind, blob, number, first, count, size = RECORD.unpack_from(record)
             SLOT.pack_into(self._board, self._place, number, first)
             data: Any = memoryview(record)[RECORD.size :]
             if kind & LARGE:
-                data = _mapped(struct.unpack("i", ancillary[0][2])[0])
+                data = _mapped(fds[0])
                 kind &= ~LARGE
             self._run(kind, blob, number, first, count, data)
             SLOT.pack_into(self._board, self._place, 0, 0)
@@ -285,12 +284,12 @@ class PoolWorker:
     def _fetch(self, blob: int) -> int:
         """Return the descriptor of a blob."""
         self._own.sendall(ANSWER.pack(NEED, blob, 0.0, 0))
-        data, ancillary, _, _ = self._own.recvmsg(GIVEN.size, socket.CMSG_SPACE(4))
+        data, fds = descriptors.receive(self._own, 1, GIVEN.size)
         if not data:
             raise EOFError("the pool has ended")
         if GIVEN.unpack(data)[1] == GONE:
             raise LookupError("what the call needs has been dropped on the host")
-        fd: int = struct.unpack("i", ancillary[0][2])[0]
+        fd: int = fds[0]
         return fd
 
 
@@ -353,8 +352,6 @@ def main(fds: List[int], request: Dict[str, Any]) -> int:
         request: What the agent says: `task`, `cwd`, `name`, `slot`, `initializer`, `variables`.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for fd in fds:
-        os.set_inheritable(fd, False)
     own, queue = socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1])
     board = mmap.mmap(fds[2], 0)
     os.close(fds[2])

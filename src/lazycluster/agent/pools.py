@@ -10,7 +10,7 @@ import os
 
 from .pool_protocol import BACK, BLOB, CANCEL, DROP, GIVEN, GONE, LARGE, RECORD, SLOT, SLOT_SIZE, SMALL
 from .pool_queue import PoolQueue
-from .processes import Ending, Pump, descendants, explained, pipe, start_time, tree_of
+from .processes import Ending, ProcessTree, Pump, explained, pipe
 from .worker_handle import WorkerHandle
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -77,7 +77,7 @@ class WorkerPool:
         self._filling: Optional[List[Any]] = None  # record, descriptor, bytes to come
         self._closing = False
         self._ending: Optional[Ending] = None
-        self._seen: Dict[int, int] = {}
+        self._processes = ProcessTree(message["task"])
         self._tail = bytearray()
         directory = channel.agent.directory
         self._board_fd = nameless_file("board", directory)
@@ -336,11 +336,9 @@ class WorkerPool:
         self._ending = Ending(self.channel.loop, self._tree, self._ended)
 
     def _tree(self) -> List[int]:
-        living = [pid for pid, started in self._seen.items() if start_time(pid) == started]
-        pids = [hand.pid for hand in self._hands.values() if hand.pid and hand.started == start_time(hand.pid)]
-        found = {*living, *pids, *descendants({*living, *pids}), *tree_of(0, None, self._message["task"])}
-        self._seen = {pid: started for pid, started in ((pid, start_time(pid)) for pid in found) if started}
-        return list(self._seen)
+        for hand in self._hands.values():
+            self._processes.add(hand.pid, hand.started)
+        return self._processes.living()
 
     def _ended(self) -> None:
         if self._pump.ended:

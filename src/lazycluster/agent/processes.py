@@ -127,7 +127,9 @@ def descendants(roots: Iterable[int]) -> List[int]:
     found: List[int] = []
     queue = [pid for pid in roots if pid > 1]
     for pid in queue:
-        children.setdefault(pid, []).extend(_hidden_children(pid))
+        # Those that /proc hides: ``hidepid`` does so with what nobody may look at.
+        hidden = [child for child in children_of(pid) if stat_fields(child) is None and exists(child)]
+        children.setdefault(pid, []).extend(hidden)
     while queue:
         below = children.get(queue.pop(0), [])
         found.extend(below)
@@ -135,14 +137,30 @@ def descendants(roots: Iterable[int]) -> List[int]:
     return found
 
 
-def _hidden_children(pid: int) -> List[int]:
-    """Return the children of a process that /proc hides: ``hidepid`` does so with those that nobody may look at."""
+def children_of(pid: int) -> List[int]:
+    """Return the children of a process as the system lists them: cheap, but not everywhere, nor while one is ending."""
+    found: List[int] = []
+    folder = "/proc/{}/task".format(pid)
     try:
-        with open("/proc/{0}/task/{0}/children".format(pid)) as file:
-            found = [int(word) for word in file.read().split()]
+        for thread in os.listdir(folder):
+            with open("{}/{}/children".format(folder, thread)) as file:
+                found.extend(map(int, file.read().split()))
     except OSError:
-        return []
-    return [child for child in found if stat_fields(child) is None and exists(child)]
+        pass  # it has just ended, or the system has no such lists
+    return found
+
+
+def family(pid: int) -> List[int]:
+    """Return a process and its descendants; no others are looked at where the system knows the children of each.
+
+    Good enough to add up what they use; who wants to end them all asks for `descendants`.
+    """
+    if not os.path.exists("/proc/{0}/task/{0}/children".format(os.getpid())):
+        return [pid, *descendants([pid])]
+    found = [pid]
+    for one in found:  # which grows meanwhile
+        found.extend(children_of(one))
+    return found
 
 
 def marks(marker: str) -> List[Tuple[int, str]]:
@@ -157,6 +175,50 @@ def marks(marker: str) -> List[Tuple[int, str]]:
             continue
         found.extend((pid, os.fsdecode(entry[len(prefix) :])) for entry in entries if entry.startswith(prefix))
     return found
+
+
+def tree_of(pid: int, started: Optional[int], task: str) -> List[int]:
+    """Return what belongs to a task: its first process, its descendants, then whatever carries its marker.
+
+    Args:
+        pid: The first process.
+        started: When it started; if the number belongs to another process by now, only the marker counts.
+        task: The value of the marker, "" for none.
+    """
+    found: List[int] = []
+    if started is not None and start_time(pid) == started:
+        found = [pid, *descendants([pid])]
+    if task:
+        found += [other for other, value in marks(TASK_MARKER) if value == task and other not in found]
+    return [pid for pid in found if pid not in (os.getpid(), 0, 1)]
+
+
+class ProcessTree:
+    """Processes that belong together, in the order parents before children, those included whose parents have ended.
+
+    Those that were forked and run no other program show the environment of what they were forked from: no marker tells
+    them, so each that was found once is remembered.
+
+    Args:
+        task: The value of their task's marker, "" for none.
+    """
+
+    def __init__(self, task: str = "") -> None:
+        self._task = task
+        self._known: Dict[int, int] = {}  # pid -> when it started
+
+    def add(self, pid: int, started: Optional[int]) -> None:
+        """Add a process with its descendants; `started` tells it from a later one of the same number."""
+        if started is not None:
+            self._known[pid] = started
+
+    def living(self) -> List[int]:
+        """Return those that live."""
+        roots = [pid for pid, started in self._known.items() if start_time(pid) == started]
+        found = dict.fromkeys([*roots, *descendants(roots), *tree_of(0, None, self._task)])
+        pairs = [(pid, start_time(pid)) for pid in found]
+        self._known = {pid: started for pid, started in pairs if started is not None}
+        return list(self._known)
 
 
 def send_signal(pids: Iterable[int], number: int) -> List[int]:
@@ -318,12 +380,28 @@ def pipe() -> Tuple[int, int]:
 
 # --- reading -------------------------------------------------------------------------------------
 class Pump:
-    """Moves what a process prints from a pipe to a channel, no faster than the manager takes it."""
+    """Reads what a process says, no faster than the manager takes what is sent on a channel.
+
+    Args:
+        channel: Where it goes in the end.
+        fd: A pipe or socket that does not block; it is closed at its end, and by `close`.
+        emit: Is called with each piece.
+        on_end: Is called at the end of the stream.
+        size: Bytes of a piece at most.
+
+    Attributes:
+        ended: Whether it reads no more.
+    """
 
     def __init__(
-        self, channel: "RequestChannel", fd: int, emit: Callable[[bytes], None], on_end: Callable[[], None]
+        self,
+        channel: "RequestChannel",
+        fd: int,
+        emit: Callable[[bytes], None],
+        on_end: Callable[[], None],
+        size: int = _READ_SIZE,
     ) -> None:
-        self._channel, self._fd, self._emit, self._on_end = channel, fd, emit, on_end
+        self._channel, self._fd, self._emit, self._on_end, self._size = channel, fd, emit, on_end, size
         self._reading = False
         self.ended = False
         self.resume()
@@ -334,17 +412,22 @@ class Pump:
             self._reading = True
             self._channel.loop.add_reader(self._fd, self._readable)
 
+    def _read(self) -> Optional[bytes]:
+        try:
+            return os.read(self._fd, self._size)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""  # the other end of a socket has died
+
     def _readable(self) -> None:
         if self._channel.open and not self._channel.writable:
             self._pause()
             return
-        try:
-            data = os.read(self._fd, _READ_SIZE)
-        except BlockingIOError:
-            return
+        data = self._read()
         if data:
             self._emit(data)
-        else:
+        elif data is not None:
             self.close()
             self._on_end()
 
@@ -355,10 +438,7 @@ class Pump:
     def drain(self) -> None:
         """Take what is there, without waiting for more."""
         while not self.ended:
-            try:
-                data = os.read(self._fd, _READ_SIZE)
-            except BlockingIOError:
-                return
+            data = self._read()
             if not data:
                 return
             self._emit(data)
@@ -450,19 +530,3 @@ def _is_tracker(pid: int) -> bool:
             return b"multiprocessing.resource_tracker" in file.read()
     except OSError:
         return False
-
-
-def tree_of(pid: int, started: Optional[int], task: str) -> List[int]:
-    """Return what belongs to a task: its first process, its descendants, then whatever carries its marker.
-
-    Args:
-        pid: The first process.
-        started: When it started; if the number belongs to another process by now, only the marker counts.
-        task: The value of the marker, "" for none.
-    """
-    found: List[int] = []
-    if started is not None and start_time(pid) == started:
-        found = [pid, *descendants([pid])]
-    if task:
-        found += [other for other, value in marks(TASK_MARKER) if value == task and other not in found]
-    return [pid for pid in found if pid not in (os.getpid(), 0, 1)]

@@ -15,13 +15,14 @@ import signal
 import socket
 import struct
 
+from . import descriptors
 from .loop import Loop
 from .relay_connection import COUNT, RelayedConnection
 from .wire import REQUEST, RESULT, Decoder, FrameError, Outbox, frame
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Dict, List, Tuple
+    from typing import Any, Dict, Tuple
 
     from .session import RequestChannel
 
@@ -224,19 +225,11 @@ def _serve(listener: socket.socket, path: str, control: socket.socket, first: bo
     giver, _ = listener.accept()  # held: the session on the host ends when this is closed
     listener.close()
     os.unlink(path)
-    loop = Loop()
-    RelayEnd(loop, _received(giver), control, first)
-    loop.run()
-
-
-def _received(giver: socket.socket) -> Tuple[int, int]:
-    """Return the descriptors that come over a socket."""
     giver.settimeout(_STREAM_LIMIT)
-    _, ancillary, _, _ = giver.recvmsg(64, socket.CMSG_SPACE(2 * 4))
-    fds: List[int] = []
-    for _, _, payload in ancillary:
-        fds.extend(struct.unpack("{}i".format(len(payload) // 4), payload[: len(payload) // 4 * 4]))
-    return fds[0], fds[-1]
+    _, fds = descriptors.receive(giver, 2)
+    loop = Loop()
+    RelayEnd(loop, (fds[0], fds[-1]), control, first)
+    loop.run()
 
 
 class _Process:

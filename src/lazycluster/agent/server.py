@@ -7,10 +7,10 @@ import errno
 import json
 import os
 import pwd
-import struct
 import sys
 from importlib import import_module
 
+from . import descriptors
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .manager_link import ManagerLink
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .session import FrameSession
 
 _FIRST_SESSION_LIMIT = 30.0  # seconds within which the session that started the agent must have come
+_WORD_LIMIT = 5.0  # seconds within which who has connected must say what for
+_MOST_STREAMS = 2  # descriptors that come along: for reading, and for writing
 _SWEEP_DELAY = 0.5
 _LISTEN_DELAY = 0.05  # seconds: what the manager asks for first, comes first
 _PAUSE = 0.1  # seconds without new connections when there are no descriptors left
@@ -138,7 +140,9 @@ class Agent:
             return
         connection.setblocking(True)
         try:
-            purpose, fds = _receive(connection)
+            connection.settimeout(_WORD_LIMIT)
+            purpose, fds = descriptors.receive(connection, _MOST_STREAMS)
+            connection.settimeout(None)
         except OSError:
             connection.close()
             return
@@ -391,17 +395,3 @@ def _link(path: str) -> str:
         return os.readlink(path)
     except OSError:
         return ""
-
-
-def _receive(connection: socket.socket) -> Tuple[bytes, List[int]]:
-    """Read the word that says what for, and the descriptors that come along."""
-    connection.settimeout(5.0)
-    data, ancillary, _, _ = connection.recvmsg(64, socket.CMSG_SPACE(4 * 4))
-    fds: List[int] = []
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.extend(struct.unpack("{}i".format(len(payload) // 4), payload[: len(payload) // 4 * 4]))
-    for fd in fds:
-        os.set_inheritable(fd, False)  # unlike all other descriptors, received ones are inheritable
-    connection.settimeout(None)
-    return data, fds

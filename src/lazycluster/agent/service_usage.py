@@ -6,7 +6,7 @@ import os
 import time
 
 from . import services
-from .processes import descendants, start_time, stat_fields
+from .processes import family, start_time, stat_fields
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -54,23 +54,3 @@ def measured(pid: int, started: Optional[int]) -> List[int]:
                 ticks += sum(int(number) for number in fields[11:15])
                 pages += int(fields[21])
     return [ticks, pages * os.sysconf("SC_PAGE_SIZE")]
-
-
-def family(pid: int) -> List[int]:
-    """Return a process and its descendants; no others are looked at where the system knows the children of each."""
-    if not os.path.exists("/proc/{0}/task/{0}/children".format(os.getpid())):
-        return [pid, *descendants([pid])]
-    found = [pid]
-    for one in found:  # which grows meanwhile
-        folder = "/proc/{}/task".format(one)
-        try:
-            threads = os.listdir(folder)
-        except OSError:
-            continue  # it has just ended
-        for thread in threads:
-            try:
-                with open("{}/{}/children".format(folder, thread)) as file:
-                    found.extend(int(child) for child in file.read().split())
-            except OSError:
-                continue
-    return found

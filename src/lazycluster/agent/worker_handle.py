@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import socket
-import struct
 
+from . import descriptors
 from .commands import outcome
 from .forked_call import LINGER
 from .pool_protocol import ANSWER, NEED, READY, SLOT, SLOT_SIZE, UNFIT, WORKER
-from .processes import Ending, descendants, start_time
+from .processes import Ending, ProcessTree, Pump, start_time
 from .wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -47,13 +47,12 @@ class WorkerHandle:
         self._head = b""
         self._left = 0  # bytes of the present answer that are to come
         self._number = 0  # the chunk that it is about
-        self._reading = False
         self._over = False
-        self._seen: Dict[int, int] = {}
+        self._tree = ProcessTree()
         self._status: Optional[Dict[str, Any]] = None
         self._own, self._theirs = socket.socketpair()
         self._own.setblocking(False)
-        self.resume()
+        self._answers = Pump(pool.channel, self._own.fileno(), self._take, self._said_all, _READ_SIZE)
 
     def start(self, interpreter: Interpreter, message: Dict[str, Any], fds: List[int]) -> None:
         """Have it forked; the descriptors are closed on our side."""
@@ -68,38 +67,16 @@ class WorkerHandle:
     # --- what it says --------------------------------------------------------------------------
     def resume(self) -> None:
         """Read on."""
-        if not self._reading and not self._over:
-            self._reading = True
-            self._loop.add_reader(self._own.fileno(), self._readable)
+        self._answers.resume()
 
-    def _pause(self) -> None:
-        if self._reading:
-            self._reading = False
-            self._loop.remove_reader(self._own.fileno())
-
-    def _readable(self) -> None:
-        channel = self._pool.channel
-        if channel.open and not channel.writable:
-            self._pause()
-        else:
-            self._read()
-            if not self._reading and self._status is not None:
-                self._finish()
-
-    def _read(self) -> bool:
-        """Pass on what has come; returns whether there may be more."""
-        try:
-            data = self._own.recv(_READ_SIZE)
-        except BlockingIOError:
-            return False
-        except OSError:
-            data = b""
-        if not data:
-            self._pause()
-            return False
+    def _take(self, data: bytes) -> None:
         self._pool.channel.output(self._tag + data)
         self._parse(self._head + data if self._head else data)
-        return True
+
+    def _said_all(self) -> None:
+        self._own.detach()  # it has been closed
+        if self._status is not None:
+            self._finish()
 
     def _parse(self, data: bytes) -> None:
         """Find out what the answers are about; their contents are the manager's."""
@@ -130,9 +107,8 @@ class WorkerHandle:
 
     def say(self, data: bytes, fds: List[int]) -> None:
         """Send it something; it takes one such message at a time."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("{}i".format(len(fds)), *fds))] if fds else []
         try:
-            self._own.sendmsg([data], rights)
+            descriptors.send(self._own, fds, data)
         except OSError:
             pass  # it has just died
 
@@ -141,6 +117,7 @@ class WorkerHandle:
         if "status" not in said:
             self.pid = said["pid"]
             self.started = start_time(self.pid)
+            self._tree.add(self.pid, self.started)
             if self.ending:
                 self._begin_ending()
             return
@@ -155,8 +132,7 @@ class WorkerHandle:
     def _finish(self) -> None:
         if self._over:
             return
-        while self._read():
-            pass
+        self._answers.drain()
         if not self._over:
             fields = self._status or {}
             self.close()
@@ -170,21 +146,11 @@ class WorkerHandle:
 
     def _begin_ending(self) -> None:
         if self.pid > 0:
-            Ending(self._loop, self._tree, lambda: None)
-
-    def _tree(self) -> List[int]:
-        """Return what lives of it, children that lost their parents meanwhile included."""
-        known = dict(self._seen)
-        if self.started is not None:
-            known[self.pid] = self.started
-        living = [pid for pid, started in known.items() if start_time(pid) == started]
-        found = [*living, *descendants(living)]
-        self._seen = {pid: started for pid, started in ((pid, start_time(pid)) for pid in found) if started}
-        return list(self._seen)
+            Ending(self._loop, self._tree.living, lambda: None)
 
     def close(self) -> None:
         """Let go of its socket."""
         if not self._over:
-            self._pause()
             self._over = True
-            self._own.close()
+            self._answers.close()
+            self._own.detach()

@@ -24,6 +24,7 @@ from typing import Any, Dict, List, Tuple
 
 HEAD = struct.Struct("!I")  # before each message: its length
 PARTS = (
+    "descriptors",
     "localmodules",
     "filenames",
     "interpreters",
@@ -33,7 +34,7 @@ PARTS = (
 POOL_PARTS = ("pool_protocol", "pool_worker")  # those that only workers of pools run: loaded when the first is wanted
 _PACKAGE = "lazycluster.agent"  # they have the same names as on the manager, since pickles refer to them
 _READ_SIZE = 64 * 1024
-_ROOM_FOR_FDS = 64
+_MOST_FDS = 64
 _REMADE = ("jemalloc_bg_thd",)  # threads that their library makes anew after a fork (pyarrow's allocator)
 
 
@@ -133,15 +134,12 @@ class Zygote:
 
     def _receive(self) -> None:
         try:
-            data, ancillary, _, _ = self._control.recvmsg(_READ_SIZE, socket.CMSG_SPACE(4 * _ROOM_FOR_FDS))
+            data, fds = _part("descriptors").receive(self._control, _MOST_FDS, _READ_SIZE)
         except OSError:
-            data, ancillary = b"", []
+            data, fds = b"", []
         if not data:
             os._exit(0)
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                count = len(payload) // 4
-                self._fds.extend(struct.unpack("{}i".format(count), payload[: count * 4]))
+        self._fds += fds
         self._received += data
         while len(self._received) >= HEAD.size:
             end = HEAD.size + HEAD.unpack_from(self._received)[0]
@@ -208,7 +206,6 @@ class Zygote:
             for fd, target in ((fds[0], 1), (fds[1], 2)):
                 os.dup2(fd, target)
                 os.close(fd)
-            os.set_inheritable(fds[2], False)
             if message.get("kind") == "pool":
                 status = _part("pool_worker").main(fds[2:], message)
             else:

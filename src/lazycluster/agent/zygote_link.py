@@ -10,6 +10,7 @@ import socket
 import struct
 from collections import deque
 
+from . import descriptors
 from .processes import send_signal, start_time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 PARTS = (
     "zygote",
+    "descriptors",
     "localmodules",
     "filenames",
     "interpreters",
@@ -102,9 +104,7 @@ class ZygoteLink:
         try:
             while self._queue and not self.ended:
                 data, fds = self._queue[0]
-                packed = struct.pack("{}i".format(len(fds)), *fds)
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if fds else []
-                count = self._control.sendmsg([data], rights)
+                count = descriptors.send(self._control, fds, data)
                 for fd in fds:
                     os.close(fd)
                 self._queue.popleft()

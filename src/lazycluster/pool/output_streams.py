@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lazycluster.agent.pool_protocol import ANSWER
 from lazycluster.core import memory
-from lazycluster.output import live_lines
+from lazycluster.output.lines import Lines
 
 __all__ = ["WorkerLines", "WorkerStream"]
 
@@ -82,7 +82,7 @@ class WorkerStream:
         self._error = error
 
 
-class WorkerLines(live_lines.Lines):
+class WorkerLines(Lines):
     """What the workers of a host print, line by line: printed here with the host's name, or logged."""
 
     def __init__(self, host: str, shown: bool) -> None:

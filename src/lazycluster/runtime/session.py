@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
+from lazycluster.output.lines import Tail
 from lazycluster.output.progress import Progress
-from lazycluster.output.tail import Tail
 from lazycluster.ssh.connection import ANSWER_LIMIT, Connection
 from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.openssh import SshConnection
 from lazycluster.tasks.context import Context, checked_variables
 
 if TYPE_CHECKING:
-    from lazycluster.environments.activation import HostEnvironment
+    from lazycluster.environments.activation import Activation, HostEnvironment
 
 __all__ = ["ANSWER_LIMIT", "HostSession", "HostSpec", "Lease", "connected", "may_ask"]
 
@@ -322,8 +322,13 @@ class HostSession:
         if self.environment is None:
             return context
         if self.environment.active is not None:
-            return self.environment.active.apply(context)
-        return replace(context, prepare=self.environment.applied)
+            return _in_environment(context, self.environment.active)
+        environment = self.environment
+
+        async def prepare(context: Context) -> Context:
+            return _in_environment(context, await environment.ready())
+
+        return replace(context, prepare=prepare)
 
     async def ask(self, op: str, **params: Any) -> dict[str, Any]:
         """Ask the host something, under a deadline.
@@ -373,6 +378,11 @@ class HostSession:
             self.temporary.clear()
         finally:
             await self.lease.give_back()
+
+
+def _in_environment(context: Context, active: Activation) -> Context:
+    env = active.variables(context.env, context.connection.agent_info.path)
+    return replace(context, env=env, python=active.python, prepare=None)
 
 
 def _renewal(reference: weakref.ref[HostSession]) -> Callable[[], Awaitable[None]]:

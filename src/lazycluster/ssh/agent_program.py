@@ -18,7 +18,19 @@ from lazycluster.agent import bootstrap, shell_state
 OLDEST_PYTHON = (3, 8)
 # What each start of an agent imports, and its first command.
 _CORE = (
-    *("directories", "guardian", "logout", "loop", "manager_link", "processes", "server", "session", "tcp", "wire"),
+    *(
+        "descriptors",
+        "directories",
+        "guardian",
+        "logout",
+        "loop",
+        "manager_link",
+        "processes",
+        "server",
+        "session",
+        "tcp",
+        "wire",
+    ),
     *("commands", "oom", "shell_state", "shell_startup"),
 )
 
