@@ -421,7 +421,7 @@ def test_doctor_finds_what_is_wrong(make_hosts: Any, options: dict[str, Any], fa
     (found,) = json.loads(out)
     assert status == 1
     assert [step["name"] for step in found["steps"] if step["state"] == "failed"] == [failed]
-    assert next(step["mend"] for step in found["steps"] if step["name"] == failed)
+    assert next(step["fix"] for step in found["steps"] if step["name"] == failed)
 
 
 # --- ports -----------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_doctor_offers_the_environment_of_this_side(make_hosts: Any) -> None:
         (packages,) = (step for step in found["steps"] if step["name"] == "packages")
         assert packages["state"] == "differs"
         assert differs in packages["detail"]
-        assert "--environment manager" in packages["mend"]
+        assert "--environment manager" in packages["fix"]
         assert status == 0  # commands and files work
 
 

@@ -207,14 +207,14 @@ def test_hosts_that_reach_the_index_in_vain_are_sent_packages(
 def test_how_far_it_is_is_told_for_each_host(hosts: Any, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     index.add("alpha")
     stages: dict[str, list[str]] = {}
-    tell = HostEnvironment._tell
+    report = HostEnvironment._report
 
     def note(environment: HostEnvironment, stage: str) -> None:
-        tell(environment, stage)
+        report(environment, stage)
         (shown,) = environment._shown()
-        stages.setdefault(environment._place.host, []).append(shown)
+        stages.setdefault(environment._host.name, []).append(shown)
 
-    monkeypatch.setattr(HostEnvironment, "_tell", note)
+    monkeypatch.setattr(HostEnvironment, "_report", note)
     settings = {"config_file": hosts.config_file}
     spec = EnvironmentSpec(["alpha"], cache_dir="~/.cache/progress")
     with RuntimeGroup(hosts=list(hosts.names), connection_kwargs=settings, environment=spec) as group:

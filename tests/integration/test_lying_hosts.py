@@ -15,7 +15,7 @@ import pytest
 import liar
 from lazycluster import DetachedTask, Environment, EnvironmentSpec, Runtime, RuntimeGroup, RuntimeTask
 from lazycluster.agent import stream, wire
-from lazycluster.cli.checkup import Checkup
+from lazycluster.cli.diagnosis import Diagnosis
 from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, NoPortsLeftError
 from lazycluster.ssh import agent_replies
@@ -254,13 +254,13 @@ def test_an_environment_on_a_host_that_lies(
 def test_a_checkup_of_a_host_that_lies(python: Callable[..., str], hosts: Any, harm: Path, lie: str) -> None:
     program = python(lie, from_the_start=True)
 
-    async def check() -> Checkup:
-        checkup = Checkup("host1")
-        await checkup.run(SshConnection("host1", {"config_file": hosts.config_file}, python=program))
-        return checkup
+    async def check() -> Diagnosis:
+        diagnosis = Diagnosis("host1")
+        await diagnosis.run(SshConnection("host1", {"config_file": hosts.config_file}, python=program))
+        return diagnosis
 
-    checkup = event_loop.run(check())
-    states = {step.name: step.state for step in checkup.steps}
+    diagnosis = event_loop.run(check())
+    states = {step.name: step.state for step in diagnosis.steps}
     assert states["temporary files"] == "failed"
     assert [name for name, state in states.items() if state == "not reached"] == ["clock"]  # asked with the files
     assert not harm.exists()

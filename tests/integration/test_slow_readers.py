@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from lazycluster.cli import printing
-from lazycluster.cli.errors import OutputGoneError
-from lazycluster.cli.printing import Printer
+from lazycluster.cli import streams
+from lazycluster.cli.console import OutputGoneError
+from lazycluster.cli.streams import Printer
 from lazycluster.ssh.openssh import SshConnection
 from patience import until
 
@@ -48,7 +48,7 @@ def _pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.FileIO]:
 
 
 def test_a_pager_that_stands_still_for_longer_than_the_grace(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = printing.printer("lines", ["host1"], label=False)
+    out = streams.printer("lines", ["host1"], label=False)
     with ThreadPoolExecutor() as pool, _pipe(monkeypatch) as pipe:
 
         def read() -> int:
@@ -64,12 +64,12 @@ def test_a_pager_that_stands_still_for_longer_than_the_grace(hosts: Any, monkeyp
 
 
 def test_a_pager_that_is_left_while_it_stands_still(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = printing.printer("lines", ["host1"], label=False)
+    out = streams.printer("lines", ["host1"], label=False)
     with ThreadPoolExecutor() as pool, _pipe(monkeypatch) as pipe:
 
         def leave() -> None:
             pipe.read(1)
-            until(lambda: out._size >= printing._QUEUED, "more than is taken")
+            until(lambda: out._size >= streams._QUEUED, "more than is taken")
             pipe.close()
 
         leaving = pool.submit(leave)

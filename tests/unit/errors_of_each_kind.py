@@ -18,7 +18,7 @@ from lazycluster.cluster.exceptions import (
     VersionMismatchError,
     WorkerStartError,
 )
-from lazycluster.environments.uv_errors import IndexUnreachableError
+from lazycluster.environments.uv import IndexUnreachableError
 from lazycluster.exceptions import (
     AgentError,
     BrokenPoolError,

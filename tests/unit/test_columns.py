@@ -7,31 +7,30 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lazycluster.cli import live_view
-from lazycluster.cli.columns import fitting
+from lazycluster.cli.commands import runtimes
 
 
 def test_what_matters_least_is_left_out_first() -> None:
     widths = {"host": 10, "os": 12, "cpu": 4}
-    assert fitting(widths, 30, ("os",)) == ["host", "os", "cpu"]
-    assert fitting(widths, 29, ("os",)) == ["host", "cpu"]
-    assert fitting(widths, 5, ("cpu", "os", "nothing")) == ["host"]
-    assert fitting({}, 5, ()) == []
+    assert runtimes._fitting(widths, 30, ("os",)) == ["host", "os", "cpu"]
+    assert runtimes._fitting(widths, 29, ("os",)) == ["host", "cpu"]
+    assert runtimes._fitting(widths, 5, ("cpu", "os", "nothing")) == ["host"]
+    assert runtimes._fitting({}, 5, ()) == []
 
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_live_view_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    monkeypatch.setattr(live_view, "output", lambda: console)
+    monkeypatch.setattr(runtimes, "output", lambda: console)
     gigabyte = 2**30
     info: dict[str, Any] = {"os": "Debian GNU/Linux 12 (bookworm)", "cpu_cores": 128, "load": [127.5, 1, 1]}
     info |= {"memory": 1000 * gigabyte, "memory_free": 100 * gigabyte, "disk_total": 9 * 2**40, "disk_free": 2**40}
     info |= {"gpus": [{"name": "NVIDIA A100", "utilization": 90.0}] * 8}
-    hosts = [live_view._Watched(name) for name in ("gpu-node-1", "gpu-node-2")]
+    hosts = [runtimes._Watched(name) for name in ("gpu-node-1", "gpu-node-2")]
     hosts[0].state, hosts[0].info, hosts[0].cpu = "active", info, "100%"
     hosts[0].activity = {"tasks": 1000, "workers": 128, "tunnels": 12}
     hosts[1].state, hosts[1].why = "inactive", "gone\033[2J"
-    console.print(live_view._table(hosts, long=True))
+    console.print(runtimes._table(hosts, long=True))
     head, first, second, *why = console.export_text().rstrip("\n").split("\n")
     console.file.close()
     assert max(map(len, (head, first, second))) <= width

@@ -8,10 +8,10 @@ import io
 import pytest
 from rich.console import Console
 
-from lazycluster.cli import copy_progress, fanout, live_view
-from lazycluster.cli.commands import copy
+from lazycluster.cli import copy_progress, fanout
+from lazycluster.cli.commands import copy, runtimes
 from lazycluster.cli.fanout import HostOutcome
-from lazycluster.cli.targets import Targets
+from lazycluster.cli.options import Targets
 from lazycluster.core import event_loop
 from lazycluster.output import progress
 from lazycluster.ssh.transfer import TransferResult
@@ -74,9 +74,9 @@ def test_nothing_else_says_how_far_it_is_on_the_same_terminal(command: str, monk
     monkeypatch.setattr(progress, "_SILENT", 0.0)
     monkeypatch.setattr(progress, "_display", display)
     monkeypatch.setattr(fanout, "everywhere", slow)
-    monkeypatch.setattr(live_view._Watched, "follow", slow)
+    monkeypatch.setattr(runtimes._Watched, "follow", slow)
     targets = Targets(["host1"])
-    assert (copy._copy(targets, slow, 1, True) if command == "put" else live_view.watch(targets, False)) == 0
+    assert (copy._copy(targets, slow, 1, True) if command == "put" else runtimes._watch(targets, False)) == 0
     assert not displays
     event_loop.run(slow())
     assert displays  # where nothing else does

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from lazycluster.cli.checkup import STEPS, Checkup
-from lazycluster.environments.build_host import BuildHost
-from lazycluster.environments.subprocesses import run_here
+from lazycluster.cli.diagnosis import STEPS, Diagnosis
+from lazycluster.environments.build import BuildHost
+from lazycluster.environments.uv import run_program
 from lazycluster.exceptions import EnvironmentBuildError
-from lazycluster.output.tail import Tail
+from lazycluster.output.lines import Tail
 from patience import until
 from sshhosts import procfs
 
@@ -61,17 +61,17 @@ def test_of_a_program_on_a_host() -> None:
 
 
 def test_of_what_doctor_asks_a_host() -> None:
-    checkup = Checkup("host1")
-    asyncio.run(checkup._files_and_clock(_Talkative()))  # type: ignore[arg-type]
-    step = checkup.steps[STEPS.index("temporary files")]
+    diagnosis = Diagnosis("host1")
+    asyncio.run(diagnosis._files_and_clock(_Talkative()))  # type: ignore[arg-type]
+    step = diagnosis.steps[STEPS.index("temporary files")]
     assert step.state == "failed"
     assert 0 < len(step.detail) <= 2000
 
 
 def test_of_a_program_on_the_manager() -> None:
     text = f"import sys; sys.stderr.write('y' * {16 * _MEBIBYTE}); print('the answer'); sys.exit(3)"
-    ended = asyncio.run(run_here([sys.executable, "-c", text], os.environ, stdin="never read" * 100_000))
-    assert (ended.status, ended.output, len(ended.errors)) == (3, "the answer\n", _MEBIBYTE)
+    completed = asyncio.run(run_program([sys.executable, "-c", text], os.environ, stdin="never read" * 100_000))
+    assert (completed.returncode, completed.stdout, len(completed.stderr)) == (3, "the answer\n", _MEBIBYTE)
 
 
 def test_a_program_that_is_not_wanted_any_more_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_program_that_is_not_wanted_any_more_is_ended_with_all_that_it_started
     os.mkfifo(told)
 
     async def begun() -> int:
-        running = asyncio.ensure_future(run_here(["sh", "-c", f"sleep 1000 & echo $! > {told}; wait"], os.environ))
+        running = asyncio.ensure_future(run_program(["sh", "-c", f"sleep 1000 & echo $! > {told}; wait"], os.environ))
         pid = int(await asyncio.get_running_loop().run_in_executor(None, told.read_text))
         running.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -14,9 +14,9 @@ import pytest
 
 from lazycluster.cli import console, fanout
 from lazycluster.cli.commands import run
-from lazycluster.cli.errors import INTERRUPTED, OutputGoneError
+from lazycluster.cli.console import INTERRUPTED, OutputGoneError
 from lazycluster.cli.fanout import everywhere
-from lazycluster.cli.targets import Targets
+from lazycluster.cli.options import Targets
 from lazycluster.core import event_loop
 from lazycluster.exceptions import NoAnswerError
 

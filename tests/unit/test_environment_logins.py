@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from lazycluster import EnvironmentSpec
-from lazycluster.environments.credentials import Credential, for_git, logins_in, plain, with_passwords
-from lazycluster.environments.index import IndexSettings, hide
+from lazycluster.environments.index import Credential, IndexSettings, for_git, hide, logins_in, plain
 from lazycluster.environments.plan import Target
-from lazycluster.environments.resolution import resolve, settings_for
+from lazycluster.environments.resolution import resolve, settings_for, with_passwords
 from lazycluster.exceptions import EnvironmentBuildError
 
 _ADDRESS = "https://example.invalid/team/thing.git"

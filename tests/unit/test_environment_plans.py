@@ -9,8 +9,8 @@ import pytest
 
 from lazycluster import EnvironmentSpec
 from lazycluster.environments.activation import HostEnvironment
-from lazycluster.environments.build_host import BuildHost
-from lazycluster.environments.plan import Locked, Target
+from lazycluster.environments.build import BuildHost
+from lazycluster.environments.plan import LockedPackage, Target
 from lazycluster.exceptions import EnvironmentBuildError
 
 _FACTS = {"system": "linux", "machine": "x86_64", "libc": ["glibc", "2.36"]}
@@ -53,4 +53,4 @@ def test_a_platform_that_cannot_be_is_an_error(evil: str, what: str) -> None:
 
 @pytest.mark.parametrize("name", ["..%2F..%2Fx.whl", "%2Fetc%2Fx.whl", "a/..%2Fx.whl", "x.whl#/y", "x.whl?a=/../b"])
 def test_the_name_of_a_file_leads_nowhere(name: str) -> None:
-    assert Locked("x", url=f"https://index.invalid/files/{name}").filename == "x.whl"
+    assert LockedPackage("x", url=f"https://index.invalid/files/{name}").filename == "x.whl"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lazycluster.cli.shared_input import SharedInput
+from lazycluster.cli.streams import SharedInput
 from lazycluster.exceptions import LazyclusterError
 
 

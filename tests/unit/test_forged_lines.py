@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import lazycluster.cli
-from lazycluster.cli import console, copy_progress, errors, fanout, live_view, printing
-from lazycluster.cli.checkup import Checkup
+from lazycluster.cli import console, copy_progress, fanout, streams
 from lazycluster.cli.commands import cleanup, configuration, doctor, env, runtimes
+from lazycluster.cli.diagnosis import Diagnosis
 from lazycluster.cli.fanout import HostOutcome
-from lazycluster.cli.targets import Targets
+from lazycluster.cli.options import Targets
 from lazycluster.core import event_loop
 from lazycluster.environments.cache import HostCache, KeptEnvironment, Removal
 from lazycluster.exceptions import one_line, printable
@@ -63,7 +63,7 @@ def test_errors_of_copies(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("kind", ["lines", "gather"])
 def test_errors_of_commands(capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    shown = printing.printer(kind, ["host1"], True)
+    shown = streams.printer(kind, ["host1"], True)
     outcome = HostOutcome("host1", 1, _EVIL, "error")
 
     async def work() -> None:
@@ -85,16 +85,16 @@ def test_list_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
     listing.show(HostOutcome("host1"))
     listing.finish([outcome])
     _only_about_host1(capsys)
-    watched = live_view._Watched.__new__(live_view._Watched)
+    watched = runtimes._Watched.__new__(runtimes._Watched)
     watched.info, watched.activity, watched.cpu = {"os": _EVIL, "python_version": _EVIL}, {"tasks": _EVIL}, "-"
-    assert all("\n" not in text and "\x1b" not in text for text in live_view._shown(watched).values())
+    assert all("\n" not in text and "\x1b" not in text for text in runtimes._shown(watched).values())
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    checkup = Checkup("host1")
-    for step, state in zip(checkup.steps, ("ok", "failed", "differs", "ok"), strict=False):
-        checkup._set(step.name, state, _EVIL, _EVIL)
-    doctor._show(checkup)
+    diagnosis = Diagnosis("host1")
+    for step, state in zip(diagnosis.steps, ("ok", "failed", "differs", "ok"), strict=False):
+        diagnosis._set(step.name, state, _EVIL, _EVIL)
+    doctor._show(diagnosis)
     _only_about_host1(capsys)
 
 
@@ -104,7 +104,7 @@ def test_environments(capsys: pytest.CaptureFixture[str]) -> None:
     env._tell(Removal("host1", (), (_EVIL,), (_EVIL,)))
     assert len(_shown(capsys)) == 6
     console.tell(_EVIL)
-    errors.show_error("\n".join(console.lines_of(f"host1: {_EVIL}")))
+    console.show_error("\n".join(console.lines_of(f"host1: {_EVIL}")))
     cleanup._show("host1", {"processes": [{"pid": 1, "command": _EVIL}], "directories": [_EVIL]})
     _only_about_host1(capsys)
 

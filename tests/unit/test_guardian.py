@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def test_nobody_waits_for_ever_to_write_to_a_pipe_whose_reader_was_killed(tmp_pa
         if not removed_before:
             until(lambda: state(writer.pid) == "S", "the shell to wait for a reader")
             guardian.remove([str(place), str(tmp_path / "missing")])
-        assert writer.wait(30) == (2 if removed_before else 0)
+        # It may find that its reader has ended again; what counts is that it does not wait.
+        assert writer.wait(30) in ((2,) if removed_before else (0, -signal.SIGPIPE))
     finally:
         writer.kill()
         writer.wait()

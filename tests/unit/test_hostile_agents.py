@@ -17,7 +17,7 @@ from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.agent import wire
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
-from lazycluster.output import hostlog
+from lazycluster.output import log_limit
 from lazycluster.ssh import agent_replies
 from lazycluster.ssh import link as link_module
 from lazycluster.ssh.agent_replies import AgentInfo
@@ -154,8 +154,8 @@ def test_what_a_host_has_logged_is_limited_in_number(
     kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not by equal text: a million different ones would fill the log, and keep all others waiting."""
-    monkeypatch.setattr(hostlog, "SPAN", 1.0)
-    monkeypatch.setattr(hostlog, "_accounts", {})
+    monkeypatch.setattr(log_limit, "SPAN", 1.0)
+    monkeypatch.setattr(log_limit, "_accounts", {})
     caplog.set_level(logging.WARNING, "lazycluster")
 
     async def attempt() -> None:
@@ -171,7 +171,7 @@ def test_what_a_host_has_logged_is_limited_in_number(
 
     asyncio.run(attempt())
     told = [record.getMessage() for record in caplog.records if "left out" not in record.getMessage()]
-    assert len(told) % hostlog.MOST == 0
+    assert len(told) % log_limit.MOST == 0
     left_out = [record.args[1] for record in caplog.records if "left out" in record.getMessage()]
     assert len(told) + sum(left_out) <= 3000
     assert sum(left_out) > 1000

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazycluster.cli.host_arguments import HostSetError, expand, fold, from_lines, match, without
-from lazycluster.core.hostsets import fits
+from lazycluster.cli.options import fold, from_lines, match, without
+from lazycluster.core.hostsets import HostSetError, expand, fits
 from lazycluster.ssh.destination import parse_destination
 
 

@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from lazycluster.environments.elf import needs_of
-from lazycluster.environments.installed_wheels import UnfitError, installed_digest, make_wheel, read_installed
-from lazycluster.environments.plan import Locked, Target
+from lazycluster.environments.installed_wheels import (
+    RepackError,
+    elf_requirements,
+    installed_digest,
+    make_wheel,
+    read_installed,
+)
+from lazycluster.environments.plan import LockedPackage, Target
 
 _SITE = Path(sysconfig.get_paths()["purelib"])
 _HERE = Target(sys.version_info[:2], "linux", "x86_64", "glibc", "2.36")
@@ -47,7 +52,7 @@ def _copied(name: str, folder: Path) -> Path:
 def test_what_is_installed_from_it_is_what_was_installed(tmp_path: Path, name: str) -> None:
     pytest.importorskip("uv")
     info = _info(name)
-    locked = Locked(name, importlib.metadata.version(name), installed=str(info))
+    locked = LockedPackage(name, importlib.metadata.version(name), installed=str(info))
     wheels = []
     for number in range(2):
         (tmp_path / str(number)).mkdir()
@@ -69,16 +74,16 @@ def test_what_is_installed_from_it_is_what_was_installed(tmp_path: Path, name: s
 
 def test_what_a_compiled_file_needs(tmp_path: Path) -> None:
     compiled = next((_info("msgpack").parent / "msgpack").glob("_cmsgpack*.so"))
-    needs = needs_of(compiled)
+    needs = elf_requirements(compiled)
     assert needs is not None
     assert "libc.so.6" in needs.libraries
     assert (2, 2) <= needs.glibc < (3, 0)
-    assert needs_of(Path(__file__)) is None
+    assert elf_requirements(Path(__file__)) is None
     for size in (5, 60, 300, 5000):
         damaged = tmp_path / f"damaged{size}.so"
         damaged.write_bytes(compiled.read_bytes()[:size])
         with pytest.raises(ValueError, match="is damaged"):
-            needs_of(damaged)
+            elf_requirements(damaged)
 
 
 def test_compiled_code_that_no_tag_vouches_for_is_looked_at(tmp_path: Path) -> None:
@@ -89,13 +94,13 @@ def test_compiled_code_that_no_tag_vouches_for_is_looked_at(tmp_path: Path) -> N
     tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     wheel.write_text("\n".join([*lines, f"Tag: {tag}-{tag}-linux_{target.machine}"]) + "\n")
     assert read_installed(info, target).filename.endswith(f"{tag}-{tag}-linux_{target.machine}.whl")
-    with pytest.raises(UnfitError, match=r"needs glibc 2\.\d+, and the host has 2.1"):
+    with pytest.raises(RepackError, match=r"needs glibc 2\.\d+, and the host has 2.1"):
         read_installed(info, replace(target, libc_version="2.1"))
-    with pytest.raises(UnfitError, match="is compiled for"):
+    with pytest.raises(RepackError, match="is compiled for"):
         read_installed(info, replace(target, libc="musl"))
-    with pytest.raises(UnfitError, match="is compiled for linux_"):
+    with pytest.raises(RepackError, match="is compiled for linux_"):
         read_installed(info, replace(target, machine="riscv64"))
-    with pytest.raises(UnfitError, match=rf"it is for {tag}, and the host's Python is 3\.99"):
+    with pytest.raises(RepackError, match=rf"it is for {tag}, and the host's Python is 3\.99"):
         read_installed(info, replace(target, python=(3, 99)))
     compiler = shutil.which("cc")
     if compiler is None:
@@ -107,7 +112,7 @@ def test_compiled_code_that_no_tag_vouches_for_is_looked_at(tmp_path: Path) -> N
     )
     link = ["-Wl,--no-as-needed", "own.c", library]
     subprocess.run([compiler, "-shared", "-fPIC", *link, "-o", user], cwd=tmp_path, check=True)
-    with pytest.raises(UnfitError, match=r"is linked against libown\.so\.3, which is no part of it"):
+    with pytest.raises(RepackError, match=r"is linked against libown\.so\.3, which is no part of it"):
         read_installed(info, target)
 
 
@@ -132,12 +137,12 @@ def test_what_is_refused(tmp_path: Path, file: str, content: str | None, words: 
     (info / file).unlink(missing_ok=True)
     if content is not None:
         (info / file).write_text(content)
-    with pytest.raises(UnfitError, match=words):
+    with pytest.raises(RepackError, match=words):
         read_installed(info, _target())
 
 
 def test_what_the_system_has_installed_is_refused(tmp_path: Path) -> None:
     info = _copied("msgpack", tmp_path / "dist-packages")
     (info / "INSTALLER").unlink(missing_ok=True)
-    with pytest.raises(UnfitError, match="the system's package manager has installed it"):
+    with pytest.raises(RepackError, match="the system's package manager has installed it"):
         read_installed(info, _target())

@@ -13,10 +13,10 @@ import pytest
 import patience
 from lazycluster import EnvironmentSpec
 from lazycluster.core import event_loop
+from lazycluster.core.single_flight import SingleFlight
 from lazycluster.environments import resolution, uv, wheels
 from lazycluster.environments.index import IndexSettings
-from lazycluster.environments.plan import Locked, Target
-from lazycluster.environments.single_flight import SingleFlight
+from lazycluster.environments.plan import LockedPackage, Target
 
 
 def test_work_is_done_once_and_ends_with_the_last_who_wants_it() -> None:
@@ -105,7 +105,7 @@ def _resolving(program: Path, monkeypatch: pytest.MonkeyPatch) -> Coroutine[Any,
 
 def _cloning(program: Path, monkeypatch: pytest.MonkeyPatch) -> Coroutine[Any, Any, Any]:
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    return wheels._git(Locked("something"), ["clone", "nowhere"], {})
+    return wheels._git(LockedPackage("something"), ["clone", "nowhere"], {})
 
 
 @pytest.mark.parametrize(("name", "begin"), [("uv", _resolving), ("git", _cloning)])

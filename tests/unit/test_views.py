@@ -20,10 +20,12 @@ from lazycluster.cluster.views import cluster_view
 from lazycluster.core.words import counted
 from lazycluster.engines.hyperopt.progress import SearchProgress
 from lazycluster.group.views import group_view, manager_view
-from lazycluster.output.execution_log import LoggedStep, LoggedTask, settled, show_logs
+from lazycluster.output.execution_log import LoggedStep, LoggedTask, show_logs
 from lazycluster.output.host_cells import cells, megabytes
+from lazycluster.output.lines import settled
 from lazycluster.output.view import Cell, Table, View, as_html, as_text
-from lazycluster.runtime.views import info_table, info_view, runtime_view
+from lazycluster.runtime.views import info_table, info_view
+from lazycluster.runtimes import Runtime
 from lazycluster.ssh.agent_replies import AgentInfo
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>\033]0;owned\007\u202e$\\href{javascript:alert(1)}{x}$'"
@@ -89,7 +91,7 @@ def _worker() -> Any:
 
 
 VIEWS = {
-    "runtime": lambda: runtime_view(_host()),
+    "runtime": lambda: Runtime._view(_host()),
     "info": lambda: info_view(EVIL, {"os": EVIL, "gpus": [{EVIL: EVIL}, EVIL], EVIL: EVIL, "uptime": EVIL}, EVIL),
     "infos": lambda: View(
         tables=(info_table([EVIL, "b"], [{"os": EVIL, "gpus": EVIL, "load": EVIL}, {"error": EVIL}]),)

@@ -15,7 +15,7 @@ import click
 
 from lazycluster import __version__
 
-from .errors import FAILED, INTERRUPTED, OutputGoneError, complain, report
+from .console import FAILED, INTERRUPTED, OutputGoneError, complain, report
 
 __all__ = ["cli", "main"]
 
@@ -23,7 +23,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "demo": ("demo:demo", "Show what it does, on this machine or on your hosts."),
     "list-runtimes": ("runtimes:list_runtimes", "Show the hosts: which answer, and what machines they are."),
-    "doctor": ("doctor:doctor", "Check hosts step by step, and say how to mend them."),
+    "doctor": ("doctor:doctor", "Check hosts step by step, and say how to fix what is wrong."),
     "run": ("run:run", "Run a command or a Python script on many hosts at once."),
     "put": ("copy:put", "Copy files and folders to hosts."),
     "get": ("copy:get", "Copy files and folders from hosts."),

@@ -12,9 +12,9 @@ from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
 from lazycluster.ssh.connection import Connection
 
-from .errors import FAILED, TIMED_OUT, UNREACHABLE
+from .console import FAILED, TIMED_OUT, UNREACHABLE
 from .option_names import spelled_next_steps
-from .targets import Targets
+from .options import Targets
 
 __all__ = ["FANOUT", "HostOutcome", "everywhere", "exit_status", "open_all"]
 

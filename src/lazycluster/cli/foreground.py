@@ -20,8 +20,7 @@ from lazycluster.engines.hyperopt.cluster import HyperoptCluster
 from lazycluster.exceptions import one_line
 from lazycluster.output.host_cells import megabytes
 
-from .console import is_terminal, lines_of, output
-from .errors import OutputGoneError
+from .console import OutputGoneError, is_terminal, lines_of, output
 
 if TYPE_CHECKING:
     from distributed import Client

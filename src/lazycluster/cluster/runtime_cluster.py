@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lazycluster.core import event_loop, lifetime
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from lazycluster.output import progress
-from lazycluster.output.execution_log import settled
-from lazycluster.output.live_lines import write
+from lazycluster.output.lines import settled, write
 from lazycluster.output.view import headline
 
 from . import connection_file

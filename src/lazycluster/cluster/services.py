@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from lazycluster.agent.restart_policy import RestartPolicy
 from lazycluster.exceptions import AgentError, LazyclusterError
-from lazycluster.output import hostlog
-from lazycluster.output.live_lines import Lines
+from lazycluster.output import log_limit
+from lazycluster.output.lines import Lines
 from lazycluster.ssh.agent_replies import NAME, check_shape
 from lazycluster.utils import new_log_file_path
 
@@ -213,7 +213,7 @@ class Service:
             again, self._was_ready = self._was_ready, True
             self.state, self.detail, self.pid = "ready", event["detail"], event["pid"]
             self._say("ready", self.detail)
-            if not again or hostlog.may_say(self.place.host):
+            if not again or log_limit.may_log(self.place.host):
                 self._note("ready", "again" if self.restarts else "")
             self._changed()
         elif state == "starting":
@@ -225,7 +225,7 @@ class Service:
 
     def _is_restarted(self, problem: str) -> None:
         self.state, self.problem = "restarting", problem
-        if hostlog.may_say(self.place.host):
+        if log_limit.may_log(self.place.host):
             lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
             logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, problem, lost)
             self._note("restarting", f"{problem}, and is started again{lost}")
@@ -238,7 +238,7 @@ class Service:
             self.respawns += 1
             self.exit_status = fields.get("status")
             self.problem = self._how(str(fields.get("out_of_memory") or ""))
-            if not hostlog.may_say(self.place.host):
+            if not log_limit.may_log(self.place.host):
                 return
             logger.warning("%s: %s: its worker process: %s", self.place.host, self.label, self.problem)
             self._note("respawned", self.problem)

@@ -1,4 +1,4 @@
-"""The environment of one runtime: made when it is first needed, and then part of all that runs there."""
+"""The environment of one runtime: prepared when it is first needed, and then used by all that runs there."""
 
 from __future__ import annotations
 
@@ -6,42 +6,36 @@ import logging
 import posixpath
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
+from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import AgentError, EnvironmentBuildError, NoAnswerError
 from lazycluster.output.progress import Progress
 
-from .build import Builder
-from .build_host import RUN_LIMIT, BuildHost
-from .plan import InstallPlan, Locked, Target
+from .build import RUN_LIMIT, Builder, BuildHost
+from .index import IndexSettings
+from .plan import InstallPlan, LockedPackage, Target
 from .resolution import resolve, resolve_installed, settings_for
-from .single_flight import SingleFlight
 from .spec import EnvironmentSpec
-from .uv import MANAGER
-from .uv_errors import IndexUnreachableError
+from .uv import MANAGER, IndexUnreachableError
 from .wheels import digest_of
-
-if TYPE_CHECKING:
-    from lazycluster.tasks.context import Context
-
-    from .index import IndexSettings
 
 __all__ = ["Activation", "BuildHost", "HostEnvironment"]
 
 logger = logging.getLogger("lazycluster")
 
-_LIMIT = 60.0
+_LIMIT = 60.0  # seconds for a request
 
 
 @dataclass(frozen=True)
 class Activation:
-    """What makes processes run in an environment.
+    """The settings that make processes run in an environment.
 
     Attributes:
         prefix: The environment's directory; empty for an interpreter that is in none.
         python: Its interpreter.
-        conda: Whether it is one of conda.
+        conda: True if conda made it.
     """
 
     prefix: str
@@ -52,7 +46,7 @@ class Activation:
         """Return environment variables with those of the environment.
 
         Args:
-            env: The variables that hold without it.
+            env: The variables without it.
             path: The host's own PATH.
         """
         if not self.prefix:
@@ -61,39 +55,34 @@ class Activation:
         rest = env.get("PATH", path)
         return {**env, "PATH": f"{self.prefix}/bin:{rest}" if rest else f"{self.prefix}/bin", name: self.prefix}
 
-    def apply(self, context: Context) -> Context:
-        """Return where and how tasks are carried out, in the environment."""
-        env = self.variables(context.env, context.connection.agent_info.path)
-        return replace(context, env=env, python=self.python, prepare=None)
-
 
 class HostEnvironment:
     """The environment of one runtime. For the event loop's thread.
 
     Args:
-        place: The host.
+        host: The host.
         spec: What the user asked for.
 
     Attributes:
-        active: What it is, once it was found or made.
+        active: How it is used, once it was found or built.
     """
 
-    def __init__(self, place: BuildHost, spec: EnvironmentSpec) -> None:
+    def __init__(self, host: BuildHost, spec: EnvironmentSpec) -> None:
         self.spec = spec
         self.active: Activation | None = None
-        self._place = place
+        self._host = host
         self._preparing: SingleFlight[None, Activation] = SingleFlight()
-        self._stage = ""  # how far it is, in a few words
+        self._step = ""  # what is being done, in a few words
 
     async def ready(self, *, again: bool = False, refresh: bool = False) -> Activation:
-        """Return it, and find or make it before if need be; all who ask at once wait for the same.
+        """Return it, found or built first if necessary; concurrent callers share one preparation.
 
         Args:
-            again: Look whether packages from this machine have changed meanwhile.
+            again: Check whether packages from this machine have changed meanwhile.
             refresh: Find the newest versions that are allowed, whatever was found before.
 
         Raises:
-            EnvironmentBuildError: If it cannot be made.
+            EnvironmentBuildError: If it cannot be built.
         """
         if self.active is not None and not again and not refresh:
             return self.active
@@ -105,96 +94,86 @@ class HostEnvironment:
         active = await self.ready()
         if self.spec.kind != "path":
             name = posixpath.basename(active.prefix)
-            await self._place.ask("compiled", RUN_LIMIT, root=self.spec.cache_dir, id=name)
-
-    async def applied(self, context: Context) -> Context:
-        """Return a context in the environment, which is made before if need be."""
-        return (await self.ready()).apply(context)
+            await self._host.ask("compiled", RUN_LIMIT, root=self.spec.cache_dir, id=name)
 
     async def _prepare(self, refresh: bool) -> Activation:
         try:
             if self.spec.kind == "path":
                 return await self._existing()
             with Progress("Preparing environments", 1, "hosts", self._shown) as progress:
-                prefix = await self._found_or_made(refresh)
+                prefix = await self._find_or_build(refresh)
                 progress.advance()
         except AgentError as error:
-            raise EnvironmentBuildError(self._place.host, error.message) from None
+            raise EnvironmentBuildError(self._host.name, error.message) from None
         except NoAnswerError as error:
             raise EnvironmentBuildError(
-                self._place.host, f"the host does not answer: {error}", "", "see how busy it is, and try again"
+                self._host.name, f"the host does not answer: {error}", "", "see how busy it is, and try again"
             ) from None
         except EnvironmentBuildError as error:
             raise self._of_this_host(error) from error.__cause__
-        except OSError as error:  # what the hosts' files have is told by their agents
+        except OSError as error:  # agents report the errors of files on hosts
             where = f"{error.filename}: " if error.filename else ""
             hint = "see to the directory of lazycluster on the manager (Environment.main_directory), and to its disk"
             raise EnvironmentBuildError(
-                self._place.host, f"on the manager: {where}{error.strerror or error}", "", hint
+                self._host.name, f"on the manager: {where}{error.strerror or error}", "", hint
             ) from None
         return Activation(prefix, f"{prefix}/bin/python")
 
-    async def _found_or_made(self, refresh: bool) -> str:
-        self._tell("finding versions of packages")
+    async def _find_or_build(self, refresh: bool) -> str:
+        self._report("finding versions of packages")
         settings = await settings_for(self.spec)
+        target = await self._target()
         try:
-            plan = await self._plan(settings, await self._target(), refresh)
-            return await Builder(self._place, self.spec, plan, settings, self._tell).find_or_make()
+            return await self._build(target, await resolve(self.spec, target, settings, refresh), settings)
         except IndexUnreachableError as error:
             if self.spec.kind != "manager" or error.host != MANAGER:
                 raise
-            self._tell("no index; taking what is installed here")
-            logger.info("%s: %s; the packages are taken from what is installed here", self._place.host, error.problem)
-        target = await self._target()
-        plan = self._planned(target, await resolve_installed(self.spec, target, settings))
-        return await Builder(self._place, self.spec, plan, settings, self._tell).find_or_make()
+            self._report("no index; using what is installed here")
+            logger.info("%s: %s; the packages are taken from what is installed here", self._host.name, error.problem)
+        return await self._build(target, await resolve_installed(self.spec, target, settings), settings)
 
-    def _tell(self, stage: str) -> None:
-        self._stage = stage
+    async def _build(self, target: Target, packages: Sequence[LockedPackage], settings: IndexSettings) -> str:
+        plan = InstallPlan(target, tuple(packages), tuple(digest_of(locked) for locked in packages))
+        return await Builder(self._host, self.spec, plan, settings, self._report).find_or_build()
+
+    def _report(self, step: str) -> None:
+        self._step = step
 
     def _shown(self) -> list[str]:
-        return [f"{self._place.host} ({self._stage})"]
+        return [f"{self._host.name} ({self._step})"]
 
     def _of_this_host(self, error: EnvironmentBuildError) -> EnvironmentBuildError:
         """Return an error that names the host for which something failed on the manager."""
-        if error.host == self._place.host:
+        if error.host == self._host.name:
             return error
         return EnvironmentBuildError(
-            self._place.host, f"on the {error.host}: {error.problem}", error.package, error.hint, error.output
+            self._host.name, f"on the {error.host}: {error.problem}", error.package, error.hint, error.output
         )
 
     async def _target(self) -> Target:
         wanted = self.spec.python
         python = (3, int(wanted[2:])) if wanted else sys.version_info[:2]
         try:
-            return Target.of(python, await self._place.ask("facts", root=self.spec.cache_dir))
+            return Target.of(python, await self._host.ask("facts", root=self.spec.cache_dir))
         except ValueError as error:
             raise EnvironmentBuildError(
-                self._place.host,
-                f"the host tells of no platform that there is: {error}",
+                self._host.name,
+                f"the host reports an unknown platform: {error}",
                 "",
                 "see what 'uname -sm' and 'getconf GNU_LIBC_VERSION' print there",
             ) from None
 
-    async def _plan(self, settings: IndexSettings, target: Target, refresh: bool) -> InstallPlan:
-        return self._planned(target, await resolve(self.spec, target, settings, refresh))
-
-    def _planned(self, target: Target, packages: Sequence[Locked]) -> InstallPlan:
-        return InstallPlan(target, tuple(packages), tuple(digest_of(locked) for locked in packages), str(self.spec))
-
     async def _existing(self) -> Activation:
         """Check an environment or interpreter that is on the host already."""
-        path, host = str(self.spec.source), self._place.host
-        found = await self._expand(path=path, env=dict(self._place.env))
+        path, host = str(self.spec.source), self._host.name
+        found = await self._expand(path=path, env=dict(self._host.env))
         real = str(found["path"])
         hint = "name a virtual environment, a conda environment or an interpreter that is on the host"
         if found["directory"] is None:
             raise EnvironmentBuildError(host, f"there is no {real} on the host", "", hint)
         python = f"{real}/bin/python" if found["directory"] else real
         try:
-            answer = await self._place.connection.request(
-                "packages", within=_LIMIT, python=python, env=dict(self._place.env), names=[]
-            )
+            answer = await self._host.interpreter(python)
         except AgentError as error:
             raise EnvironmentBuildError(host, f"{real} cannot be used: {error.message}", "", hint) from None
         self._check_version(real, answer["version"])
@@ -207,7 +186,7 @@ class HostEnvironment:
         wanted = self.spec.python
         if wanted is not None and version[:2] != [3, int(wanted[2:])]:
             shown = ".".join(map(str, version))
-            raise EnvironmentBuildError(self._place.host, f"{path} has Python {shown}, not {wanted}", "python")
+            raise EnvironmentBuildError(self._host.name, f"{path} has Python {shown}, not {wanted}", "python")
 
     async def _of_interpreter(self, python: str) -> Activation:
         prefix = posixpath.dirname(posixpath.dirname(python))
@@ -215,4 +194,4 @@ class HostEnvironment:
         return Activation(prefix if found["directory"] is False else "", python)
 
     async def _expand(self, **params: Any) -> dict[str, Any]:
-        return await self._place.connection.request("expand", within=_LIMIT, **params)
+        return await self._host.connection.request("expand", within=_LIMIT, **params)

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from .spec import normalized
 
-__all__ = ["Installed", "installed", "left_out", "requirements"]
+__all__ = ["InstalledPackage", "installed", "left_out", "requirements"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -36,7 +36,7 @@ _OF_AN_EXTRA = re.compile(r"\bextra\s*==")
 
 
 @dataclass(frozen=True)
-class Installed:
+class InstalledPackage:
     """A distribution that is installed here.
 
     Attributes:
@@ -57,9 +57,9 @@ class Installed:
         return self.origin.startswith("/")
 
 
-def installed() -> list[Installed]:
+def installed() -> list[InstalledPackage]:
     """Return what is installed for this interpreter, in the order of names; of several the first that is imported."""
-    found: dict[str, Installed] = {}
+    found: dict[str, InstalledPackage] = {}
     for folder in dict.fromkeys(Path(path).absolute() for path in sys.path):
         try:
             names = [path.name for path in folder.iterdir()]
@@ -72,7 +72,7 @@ def installed() -> list[Installed]:
     return sorted(found.values(), key=lambda one: normalized(one.name))
 
 
-def _read(folder: str, entry: str) -> Installed | None:
+def _read(folder: str, entry: str) -> InstalledPackage | None:
     path = f"{folder}/{entry}"
     if entry.endswith(".egg-link"):  # an editable install of old; its metadata is found through sys.path
         return None
@@ -81,10 +81,10 @@ def _read(folder: str, entry: str) -> Installed | None:
     match = _DIRECTORY.match(entry)
     if match is None:
         return None
-    return Installed(match["name"], match["version"], path, _origin(path))
+    return InstalledPackage(match["name"], match["version"], path, _origin(path))
 
 
-def _read_egg(folder: str, path: str) -> Installed | None:
+def _read_egg(folder: str, path: str) -> InstalledPackage | None:
     try:
         about = metadata.Distribution.at(path).metadata
         name, version = about["Name"], about["Version"]
@@ -93,7 +93,7 @@ def _read_egg(folder: str, path: str) -> Installed | None:
     if not name or not version:
         return None
     inside = {"site-packages", "dist-packages"} & set(Path(folder).parts)
-    return Installed(name, version, path, "" if inside else _project_of(folder))
+    return InstalledPackage(name, version, path, "" if inside else _project_of(folder))
 
 
 def _project_of(folder: str) -> str:
@@ -121,7 +121,7 @@ def _origin(path: str) -> str:
 
 
 # --- which of them are wanted ---------------------------------------------------------------------
-def requirements(exclude: Sequence[str] | None) -> list[Installed]:
+def requirements(exclude: Sequence[str] | None) -> list[InstalledPackage]:
     """Return what is installed, without what is excluded and what only that needs; what it leaves out is logged.
 
     Args:
@@ -138,7 +138,7 @@ def left_out(exclude: Sequence[str] | None) -> list[str]:
     return _chosen(exclude)[1]
 
 
-def _chosen(exclude: Sequence[str] | None) -> tuple[list[Installed], list[str]]:
+def _chosen(exclude: Sequence[str] | None) -> tuple[list[InstalledPackage], list[str]]:
     everything = tuple(installed())
     named = frozenset(normalized(name) for name in exclude or ())
     unwanted = frozenset() if exclude is not None and not named else DEFAULT_EXCLUDE | named
@@ -154,7 +154,7 @@ def _tell(text: str, names: str) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _without(everything: tuple[Installed, ...], unwanted: frozenset[str]) -> tuple[Installed, ...]:
+def _without(everything: tuple[InstalledPackage, ...], unwanted: frozenset[str]) -> tuple[InstalledPackage, ...]:
     """Remove packages, and those that nothing else needs; what is needed by one that stays, stays."""
     by_name = {normalized(one.name): one for one in everything}
     needs = {name: _needs(one.path) & by_name.keys() for name, one in by_name.items()}

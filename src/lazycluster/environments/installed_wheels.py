@@ -8,28 +8,27 @@ import csv
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 import stat
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from platform import libc_ver
+from typing import NamedTuple
 
 from lazycluster.exceptions import EnvironmentBuildError
 
-from .elf import needs_of
-from .plan import Locked, Target
+from .plan import LockedPackage, Target
 from .spec import normalized
 from .uv import MANAGER
 
-__all__ = ["UnfitError", "installed_digest", "make_wheel", "read_installed"]
+__all__ = ["ElfRequirements", "RepackError", "elf_requirements", "installed_digest", "make_wheel", "read_installed"]
 
 _DIRECTORY = re.compile(r"^(?P<name>[^-]+)-(?P<version>[^-]+)\.dist-info$")
-_MANY = re.compile(r"^(many|musl)linux_(\d+)_(\d+)_(\w+)$")
-_LEGACY = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
 # What an installer writes for itself.
 _OF_INSTALLER = {"INSTALLER", "REQUESTED", "RECORD", "RECORD.jws", "RECORD.p7s"}
 _OF_INSTALLER |= {"direct_url.json", "uv_cache.json", "uv_build.json", "provenance_url.json"}
@@ -45,7 +44,7 @@ _CHUNK = 1024 * 1024
 _LAUNCHER = re.compile(rb"\A#!/bin/sh\n'''exec' [^\n]*\n' '''\n|\A#![^\n]*python[^\n]*\n")
 
 
-class UnfitError(Exception):
+class RepackError(Exception):
     """No wheel for a host can be made from the files of a distribution; the text says why."""
 
 
@@ -94,7 +93,7 @@ def read_installed(info: Path, target: Target) -> InstalledWheel:
     """
     match = _DIRECTORY.match(info.name)
     if match is None:
-        raise UnfitError("it is installed in an old way, without a list of its files")
+        raise RepackError("it is installed in an old way, without a list of its files")
     _check_installer(info)
     tags = _tags(_read(info / "WHEEL", "it has no file WHEEL, so what it fits is unknown"))
     entries = tuple(sorted(_entries(info, match["name"], match["version"]), key=lambda entry: entry.name))
@@ -117,7 +116,7 @@ def _read(path: Path, problem: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UnfitError(problem) from None
+        raise RepackError(problem) from None
 
 
 def _check_installer(info: Path) -> None:
@@ -127,9 +126,9 @@ def _check_installer(info: Path) -> None:
         installer = []
     name = installer[0].lower() if installer else ""
     if name in _SYSTEMS:
-        raise UnfitError(f"{name} has installed it, which may link it against libraries that no host has")
+        raise RepackError(f"{name} has installed it, which may link it against libraries that no host has")
     if info.parent.name == "dist-packages" and not name:
-        raise UnfitError("the system's package manager has installed it, which may link it against its own libraries")
+        raise RepackError("the system's package manager has installed it, which may link it against its own libraries")
 
 
 def _tags(text: str) -> list[tuple[str, str, str]]:
@@ -140,7 +139,7 @@ def _tags(text: str) -> list[tuple[str, str, str]]:
         if key == "Tag" and len(parts) == 3:
             found.append((parts[0], parts[1], parts[2]))
     if not found:
-        raise UnfitError("its file WHEEL does not say what it fits")
+        raise RepackError("its file WHEEL does not say what it fits")
     return found
 
 
@@ -159,7 +158,7 @@ def _entries(info: Path, name: str, version: str) -> Iterator[_WheelEntry]:
         if last in _OF_INSTALLER and folder == str(info):
             continue
         if len(row) < 2 or row[1].partition("=")[0] not in _HASHES:
-            raise UnfitError(f"its RECORD has no hash of {row[0]}")
+            raise RepackError(f"its RECORD has no hash of {row[0]}")
         yield _WheelEntry(inner, path, row[1], is_script)
 
 
@@ -170,7 +169,7 @@ def _name_in_wheel(path: str, site: Path, data: str, recorded: str) -> tuple[str
     else:
         prefix = next((folder.parent for folder in site.parents if folder.name in ("lib", "lib64")), None)
         if prefix is None or not path.startswith(f"{prefix}/") or recorded.startswith("/"):
-            raise UnfitError(f"it has files in other places: {recorded}")
+            raise RepackError(f"it has files in other places: {recorded}")
         inner, in_data = path[len(str(prefix)) + 1 :], f"{data}/data/"
     if inner.startswith("bin/") and inner.count("/") == 1:  # below the site with `pip install --target`
         return f"{data}/scripts/{inner[4:]}", True
@@ -183,7 +182,7 @@ def _entry_points(info: Path) -> set[str]:
     try:
         parser.read(info / "entry_points.txt", encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError):
-        raise UnfitError("its file entry_points.txt cannot be read") from None
+        raise RepackError("its file entry_points.txt cannot be read") from None
     groups = ("console_scripts", "gui_scripts")
     return {name for group in groups if parser.has_section(group) for name in parser.options(group)}
 
@@ -191,72 +190,38 @@ def _entry_points(info: Path) -> set[str]:
 # --- what it fits ---------------------------------------------------------------------------------
 def _check_fit(tags: list[tuple[str, str, str]], entries: tuple[_WheelEntry, ...], target: Target) -> None:
     """Make sure that one of the tags fits, and where no tag says so that compiled code does."""
-    reasons = [reason for reason in (_misfit(tag, target) for tag in tags) if reason is not None]
-    if len(reasons) == len(tags):
-        raise UnfitError(reasons[0])
+    reasons = [target.mismatch(*tag) for tag in tags]
+    if all(reasons):
+        raise RepackError(reasons[0])
+    platforms = [platform for (_, _, platform), reason in zip(tags, reasons, strict=True) if reason is None]
+    if "any" not in platforms and (target.system != "linux" or sys.platform != "linux"):
+        raise RepackError(f"it is compiled for {platforms[0]}, and the host is {target.platform}")
     if not any(platform.startswith(("manylinux", "musllinux")) for _, _, platform in tags):
         for entry in entries:
             if entry.is_script or ".so" in entry.path.rpartition("/")[2]:
                 _check_compiled(entry, entries, target)
 
 
-def _misfit(tag: tuple[str, str, str], target: Target) -> str | None:
-    """Return why a tag does not fit; None if it does."""
-    python, abi, platform = tag
-    here = f"cp{target.python[0]}{target.python[1]}"
-    match = re.match(r"^(cp|py)3(\d*)$", python)
-    minor = int(match[2]) if match and match[2] else 0
-    compatible = match is not None and (match[1] == "py" or abi == "abi3") and minor <= target.python[1]
-    if python != here and not compatible:
-        return f"it is for {python}, and the host's Python is {target.version}"
-    if platform == "any":
-        return None
-    if target.system != "linux" or sys.platform != "linux":
-        return f"it is compiled for {platform}, and the host is {target.platform}"
-    if platform == f"linux_{target.machine}":
-        here = libc_ver()[0] or "musl"
-        return None if target.libc == here else f"it is compiled for {here}, and the host has {target.libc}"
-    return None if _is_many(platform, target) else f"it is compiled for {platform}, and the host is {target.platform}"
-
-
-def _is_many(platform: str, target: Target) -> bool:
-    """Whether a target is among those that a platform tag stands for (PEP 600, PEP 656)."""
-    legacy, _, machine = platform.partition("_")
-    found = _MANY.match(platform)
-    if legacy in _LEGACY:
-        return target.libc == "glibc" and machine == target.machine and _LEGACY[legacy] <= _glibc(target)
-    if found is None or found[4] != target.machine:
-        return False
-    if found[1] == "musl":
-        return target.libc == "musl"
-    return target.libc == "glibc" and (int(found[2]), int(found[3])) <= _glibc(target)
-
-
-def _glibc(target: Target) -> tuple[int, int]:
-    match = re.match(r"^(\d+)\.(\d+)", target.libc_version)
-    return (int(match[1]), int(match[2])) if match else (2, 17)
-
-
 def _check_compiled(entry: _WheelEntry, entries: tuple[_WheelEntry, ...], target: Target) -> None:
     try:
-        needs = needs_of(Path(entry.path))
+        needs = elf_requirements(Path(entry.path))
     except (OSError, ValueError) as error:
-        raise UnfitError(f"{entry.name} cannot be read: {error}") from None
+        raise RepackError(f"{entry.name} cannot be read: {error}") from None
     if needs is None:
         return
     if target.system != "linux" or target.machine != os.uname().machine:
-        raise UnfitError(f"{entry.name} is compiled for this machine, and the host is {target.platform}")
+        raise RepackError(f"{entry.name} is compiled for this machine, and the host is {target.platform}")
     own = {other.path.rpartition("/")[2] for other in entries}
     foreign = sorted(name for name in needs.libraries - own if not _BASE.match(name))
     if foreign:
-        raise UnfitError(f"{entry.name} is linked against {', '.join(foreign)}, which is no part of it")
-    if target.libc == "glibc" and needs.glibc > _glibc(target):
+        raise RepackError(f"{entry.name} is linked against {', '.join(foreign)}, which is no part of it")
+    if target.libc == "glibc" and needs.glibc > target.glibc:
         wanted = ".".join(map(str, needs.glibc))
-        raise UnfitError(f"{entry.name} needs glibc {wanted}, and the host has {target.libc_version}")
+        raise RepackError(f"{entry.name} needs glibc {wanted}, and the host has {target.libc_version}")
 
 
 # --- making it ------------------------------------------------------------------------------------
-def make_wheel(locked: Locked, target: Target, folder: Path) -> Path:
+def make_wheel(locked: LockedPackage, target: Target, folder: Path) -> Path:
     """Make a wheel from installed files, whose hashes are checked; for a thread. The same files give the same wheel.
 
     Raises:
@@ -272,7 +237,7 @@ def make_wheel(locked: Locked, target: Target, folder: Path) -> Path:
             lines = [",".join(_quoted(value) for value in row) for row in record]
             lines.append(f"{wheel.info}/RECORD,,")
             archive.writestr(_zip_info(f"{wheel.info}/RECORD", 0o644), "\n".join(lines) + "\n")
-    except UnfitError as error:
+    except RepackError as error:
         raise EnvironmentBuildError(
             MANAGER,
             f"no wheel of {locked.label} can be made from what is installed: {error}",
@@ -302,9 +267,9 @@ def _add(archive: zipfile.ZipFile, entry: _WheelEntry) -> tuple[str, str, str]:
                 written.update(restored)
                 size = target.write(restored)
     except OSError as error:
-        raise UnfitError(f"its file {entry.path} cannot be read: {error.strerror}") from None
+        raise RepackError(f"its file {entry.path} cannot be read: {error.strerror}") from None
     if _encoded(check.digest()) != recorded.rstrip("="):
-        raise UnfitError(f"its file {entry.path} was changed after the installation: its hash is not that of RECORD")
+        raise RepackError(f"its file {entry.path} was changed after the installation: its hash is not that of RECORD")
     return entry.name, f"sha256={_encoded(written.digest())}", str(size)
 
 
@@ -337,3 +302,104 @@ def _encoded(digest: bytes) -> str:
 
 def _quoted(value: str) -> str:
     return '"' + value.replace('"', '""') + '"' if set(value) & set(',"\n') else value
+
+
+# --- compiled code --------------------------------------------------------------------------------
+_GLIBC = re.compile(rb"^GLIBC_(\d+)\.(\d+)")
+_LOAD, _DYNAMIC = 1, 2  # kinds of segments
+_NEEDED, _STRTAB, _VERNEED, _VERNEEDNUM = 1, 5, 0x6FFFFFFE, 0x6FFFFFFF  # kinds of entries of the dynamic section
+_MOST = 10_000  # entries of a table
+
+
+class ElfRequirements(NamedTuple):
+    """What a file needs.
+
+    Attributes:
+        libraries: The shared libraries that it names.
+        glibc: The oldest version of glibc that has what it uses; (0, 0) if it uses nothing of it.
+    """
+
+    libraries: frozenset[str]
+    glibc: tuple[int, int]
+
+
+def elf_requirements(path: Path) -> ElfRequirements | None:
+    """Return what a file needs; None if it is no ELF file.
+
+    Raises:
+        ValueError: If it is one, but damaged.
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"\x7fELF":
+            return None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _ElfFile(data).needs()
+            except (struct.error, IndexError, StopIteration) as error:
+                raise ValueError(f"{path} is damaged") from error
+
+
+class _ElfFile:
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._is_64 = data[4] == 2
+        self._order = "<" if data[5] == 1 else ">"
+        self._segments = list(self._read_segments())
+
+    def _unpack(self, layout: str, offset: int) -> tuple[int, ...]:
+        return struct.unpack_from(self._order + layout, self._data, offset)
+
+    def _read_segments(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield kind, offset, address and size of each segment."""
+        start = self._unpack("Q", 32)[0] if self._is_64 else self._unpack("I", 28)[0]
+        size, count = self._unpack("HH", 54 if self._is_64 else 42)
+        for number in range(count):
+            values = self._unpack("IIQQQQ" if self._is_64 else "IIIIII", start + number * size)
+            kind, offset, address = (values[0], *values[2:4]) if self._is_64 else values[:3]
+            yield kind, offset, address, values[5] if self._is_64 else values[4]
+
+    def _offset(self, address: int) -> int:
+        return next(
+            offset + address - begin
+            for kind, offset, begin, size in self._segments
+            if kind == _LOAD and begin <= address < begin + size
+        )
+
+    def _text(self, offset: int) -> bytes:
+        end = self._data.find(b"\0", offset)
+        return self._data[offset:end]
+
+    def _entries(self) -> Iterator[tuple[int, int]]:
+        size = 16 if self._is_64 else 8
+        for kind, offset, _, length in self._segments:
+            if kind == _DYNAMIC:
+                for place in range(offset, offset + length - size + 1, size):
+                    tag, value = self._unpack("QQ" if self._is_64 else "II", place)
+                    yield tag, value
+
+    def needs(self) -> ElfRequirements:
+        """Return what it needs."""
+        entries = list(self._entries())
+        single = dict(entries)
+        if _STRTAB not in single:
+            return ElfRequirements(frozenset(), (0, 0))  # linked statically
+        names = self._offset(single[_STRTAB])
+        libraries = {self._text(names + value).decode("utf-8", "replace") for tag, value in entries if tag == _NEEDED}
+        versions = []
+        if _VERNEED in single:
+            place = self._offset(single[_VERNEED])
+            versions = [self._text(names + name) for name in self._versions(place, single.get(_VERNEEDNUM, 0))]
+        found = [match for match in map(_GLIBC.match, versions) if match]
+        return ElfRequirements(frozenset(libraries), max(((int(one[1]), int(one[2])) for one in found), default=(0, 0)))
+
+    def _versions(self, place: int, count: int) -> Iterator[int]:
+        """Yield where the names are of the versions of symbols that are needed."""
+        for _ in range(min(count, _MOST)):
+            _, parts, _, first, following = self._unpack("HHIII", place)
+            inner = place + first
+            for _ in range(min(parts, _MOST)):
+                *_, name, step = self._unpack("IHHII", inner)
+                yield name
+                inner += step
+            place += following

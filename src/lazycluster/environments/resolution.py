@@ -1,4 +1,4 @@
-"""From what a user asks for to packages in fixed versions, which uv finds; remembered on this machine."""
+"""Resolution of requirements to packages in fixed versions, by uv; the result is cached on this machine."""
 
 from __future__ import annotations
 
@@ -15,25 +15,34 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from lazycluster.core import event_loop
+from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
 from . import installed_packages
-from .credentials import expanded, for_git, logins_in, plain, with_passwords
-from .index import IndexSettings, bare, read_settings
-from .installed_wheels import UnfitError, installed_digest, read_installed
-from .plan import Locked, Target
-from .single_flight import SingleFlight
+from .index import (
+    NO_PROMPTS,
+    Credential,
+    IndexSettings,
+    bare,
+    expand_variables,
+    for_git,
+    logins_in,
+    plain,
+    read_settings,
+)
+from .installed_wheels import RepackError, installed_digest, read_installed
+from .plan import LockedPackage, Target
 from .spec import EnvironmentSpec, normalized
-from .uv import MANAGER, RETRIES, run_uv
-from .wheels import is_kept
+from .uv import MANAGER, RETRIES, run_program, run_uv
+from .wheels import is_cached
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["resolve", "resolve_installed", "settings_for"]
+__all__ = ["resolve", "resolve_installed", "settings_for", "with_passwords"]
 
 _HASH = re.compile(r"--hash[= ]sha256:([0-9a-f]{64})")
 _PINNED = re.compile(r"^\s*([A-Za-z0-9][\w.-]*)\s*(?:\[[^]]*\])?\s*==\s*([^\s;\\]+)")
@@ -41,22 +50,22 @@ _INCLUDE = re.compile(r"^\s*(?:-r|-c|--requirement|--constraint)[ =]\s*(\S+)", r
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _FORMAT = 1
 
-_running: SingleFlight[str, list[Locked]] = SingleFlight()
-_reading: SingleFlight[str, list[Locked]] = SingleFlight()
+_running: SingleFlight[str, list[LockedPackage]] = SingleFlight()
+_running_installed: SingleFlight[str, list[LockedPackage]] = SingleFlight()
 
 
 @dataclass
-class _Question:
-    """What uv is asked.
+class _ResolverInput:
+    """The input of uv's resolver.
 
     Attributes:
         lines: Requirements for its standard input; or
         file: a file that it reads.
-        folder: Where relative paths begin.
-        dependencies: Whether what the requirements need is to be found, too.
-        known: What is clear without asking.
-        inputs: Files on which the answer depends.
-        hashes: The hashes that a file of a package may have, by name and version, where they are said.
+        folder: The directory for relative paths.
+        dependencies: True to resolve the dependencies of the requirements, too.
+        known: Packages that need no resolution.
+        inputs: Files on which the result depends.
+        hashes: The hashes that the user's file allows, by name and version.
         options: Further options.
     """
 
@@ -64,7 +73,7 @@ class _Question:
     file: Path | None = None
     folder: Path = field(default_factory=Path.cwd)
     dependencies: bool = True
-    known: list[Locked] = field(default_factory=list)
+    known: list[LockedPackage] = field(default_factory=list)
     inputs: list[Path] = field(default_factory=list)
     hashes: dict[tuple[str, str], set[str]] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
@@ -72,63 +81,64 @@ class _Question:
 
 async def resolve(
     spec: EnvironmentSpec, target: Target, settings: IndexSettings, refresh: bool = False
-) -> list[Locked]:
-    """Return the packages that an environment consists of.
+) -> list[LockedPackage]:
+    """Return the packages of an environment.
 
-    What was found is remembered, until the source or the settings change, or it is asked to look anew: so all hosts
-    get the same, today and tomorrow.
+    The result is cached until the source or the settings change, so that all hosts get the same, today and tomorrow.
 
     Args:
         spec: What the user asked for.
-        target: What the packages have to fit.
-        settings: Where packages come from.
-        refresh: Whether to look anew.
+        target: The Python and the platform.
+        settings: The package index.
+        refresh: Ignore the cache.
 
     Raises:
         EnvironmentBuildError: If there is no solution; names the package where one is concerned.
     """
-    question = await _question(spec, settings)
-    store = _store_of(spec, question, target, settings)
-    known = None if refresh else _remembered(store)
+    wanted = await _resolver_input(spec, settings)
+    cache = _cache_file(wanted, target, settings)
+    known = None if refresh else _read_cache(cache)
     if known is None:
-        known = await _running.do(store.stem, lambda: _ask(spec, question, target, settings, store))
+        known = await _running.do(cache.stem, lambda: _compile(spec, wanted, target, settings, cache))
     unwanted = {normalized(name) for name in spec.exclude or ()}
-    everything = {normalized(locked.name): locked for locked in [*known, *question.known]}
+    everything = {normalized(locked.name): locked for locked in [*known, *wanted.known]}
     return [locked for name, locked in sorted(everything.items()) if name not in unwanted]
 
 
-async def resolve_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[Locked]:
-    """Return the packages of the manager's environment such that no index is needed.
+async def resolve_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[LockedPackage]:
+    """Return the packages of the manager's environment without using the index.
 
-    What was fetched or built before is taken, else what is installed.
+    Packages that were downloaded or built before come from the cache, others from the files that are installed.
 
     Raises:
-        EnvironmentBuildError: If that is not possible for a package; names them all, with the reasons.
+        EnvironmentBuildError: If that is impossible for a package; names them all, with the reasons.
     """
     key = repr((spec, target, settings.stamp))
-    return await _reading.do(key, lambda: _of_installed(spec, target, settings))
+    return await _running_installed.do(key, lambda: _resolve_installed(spec, target, settings))
 
 
-async def _of_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[Locked]:
-    known = await _kept(spec, target, settings)
-    return await event_loop.in_thread(_chosen, spec, target, known)
+async def _resolve_installed(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> list[LockedPackage]:
+    known = await _cached_packages(spec, target, settings)
+    return await event_loop.in_thread(_cached_or_installed, spec, target, known)
 
 
-def _chosen(spec: EnvironmentSpec, target: Target, known: Mapping[str, Locked]) -> list[Locked]:
-    """Return for each package what is kept of it, else what is installed; for a thread."""
+def _cached_or_installed(
+    spec: EnvironmentSpec, target: Target, known: Mapping[str, LockedPackage]
+) -> list[LockedPackage]:
+    """Return each package from the cache, else from what is installed; for a thread."""
     found, problems = [], {}
     for one in installed_packages.requirements(spec.exclude):
         if normalized(one.name) in known:
             found.append(known[normalized(one.name)])
         elif one.is_directory:
-            found.append(_of_directory(one))
+            found.append(_from_directory(one))
         else:
             try:
                 digest = installed_digest(read_installed(Path(one.path), target))
-            except UnfitError as error:
+            except RepackError as error:
                 problems[one.name] = str(error)
                 continue
-            found.append(Locked(one.name, one.version, sha256=digest, installed=one.path))
+            found.append(LockedPackage(one.name, one.version, sha256=digest, installed=one.path))
     if problems:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in problems.items())
         raise EnvironmentBuildError(
@@ -141,65 +151,65 @@ def _chosen(spec: EnvironmentSpec, target: Target, known: Mapping[str, Locked]) 
     return sorted(found, key=lambda locked: normalized(locked.name))
 
 
-async def _kept(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> dict[str, Locked]:
-    """Return by name the packages that can be had as the index has them, since they are kept here."""
-    question = _of_manager(spec)
-    store = _store_of(spec, question, target, settings)
-    packages = _remembered(store)
+async def _cached_packages(spec: EnvironmentSpec, target: Target, settings: IndexSettings) -> dict[str, LockedPackage]:
+    """Return by name the packages whose wheels from the index are cached here."""
+    wanted = _from_manager(spec)
+    cache = _cache_file(wanted, target, settings)
+    packages = _read_cache(cache)
     if packages is None:
         try:
-            packages = await _ask(spec, replace(question, options=["--offline"]), target, settings, store)
+            packages = await _compile(spec, replace(wanted, options=["--offline"]), target, settings, cache)
         except EnvironmentBuildError:
             packages = []
-    everything = [*packages, *(locked for locked in question.known if not locked.directory)]
-    return {normalized(locked.name): locked for locked in everything if is_kept(locked, target)}
+    everything = [*packages, *(locked for locked in wanted.known if not locked.directory)]
+    return {normalized(locked.name): locked for locked in everything if is_cached(locked, target)}
 
 
-# --- the question ---------------------------------------------------------------------------------
-async def _question(spec: EnvironmentSpec, settings: IndexSettings) -> _Question:
+# --- what is resolved -----------------------------------------------------------------------------
+async def _resolver_input(spec: EnvironmentSpec, settings: IndexSettings) -> _ResolverInput:
     if spec.kind == "manager":
-        return _of_manager(spec)
+        return _from_manager(spec)
     if spec.kind == "requirements":
         for line in spec.requirements:
             _check_project(Path(line) / "pyproject.toml")
-        return _Question(lines=[plain(line) for line in spec.requirements])
+        return _ResolverInput(lines=[plain(line) for line in spec.requirements])
     if spec.file_kind == "uv.lock":
-        return await _of_uv_lock(spec, settings)
+        return await _from_uv_lock(spec, settings)
     if spec.file_kind == "pylock.toml":
-        return _of_pylock(_read_toml(spec.file), spec.file.parent, spec.file)
+        return _from_pylock(_read_toml(spec.file), spec.file)
     if spec.file_kind == "pyproject.toml":
-        return _of_project(spec)
-    return _of_requirements(spec.file)
+        return _from_project(spec)
+    return _from_requirements(spec.file)
 
 
-def _of_requirements(file: Path) -> _Question:
+def _from_requirements(file: Path) -> _ResolverInput:
     files = list(_included(file))
     for path in files[1:]:
-        _check_logins(path, expanded(_read(path)))
-    question = _Question(folder=file.parent, inputs=files, hashes=_hashes(_read(path) for path in files))
+        _check_logins(path, expand_variables(_read(path)))
+    wanted = _ResolverInput(folder=file.parent, inputs=files, hashes=_hashes(_read(path) for path in files))
     text = _read(file) if file.is_file() else ""
     if plain(text) == text:
-        question.file = file
+        wanted.file = file
     else:
-        question.lines = plain(text).splitlines()
-    return question
+        wanted.lines = plain(text).splitlines()
+    return wanted
 
 
-def _of_manager(spec: EnvironmentSpec) -> _Question:
-    question = _Question(dependencies=False)
+def _from_manager(spec: EnvironmentSpec) -> _ResolverInput:
+    wanted = _ResolverInput(dependencies=False)
     for one in installed_packages.requirements(spec.exclude):
         if not one.origin:
-            question.lines.append(f"{one.name}=={one.version}")
+            wanted.lines.append(f"{one.name}=={one.version}")
         elif one.is_directory:
-            question.known.append(_of_directory(one))
+            wanted.known.append(_from_directory(one))
         elif one.origin.startswith(("git+", "hg+", "svn+", "bzr+")):
-            question.known.append(Locked(one.name, one.version, vcs=one.origin))
+            wanted.known.append(LockedPackage(one.name, one.version, vcs=one.origin))
         else:
-            question.known.append(Locked(one.name, one.version, url=one.origin))
-    return question
+            wanted.known.append(LockedPackage(one.name, one.version, url=one.origin))
+    return wanted
 
 
-def _of_directory(one: installed_packages.Installed) -> Locked:
+def _from_directory(one: installed_packages.InstalledPackage) -> LockedPackage:
     if not Path(one.origin).is_dir():
         raise EnvironmentBuildError(
             MANAGER,
@@ -207,69 +217,74 @@ def _of_directory(one: installed_packages.Installed) -> Locked:
             one.name,
             f"install it anew, or leave it out: EnvironmentSpec(..., exclude=[{one.name!r}])",
         )
-    return Locked(one.name, directory=one.origin)
+    return LockedPackage(one.name, directory=one.origin)
 
 
-def _of_project(spec: EnvironmentSpec) -> _Question:
+def _from_project(spec: EnvironmentSpec) -> _ResolverInput:
     options = [option for extra in spec.extras for option in ("--extra", extra)]
     options += [option for group in spec.groups for option in ("--group", f"{spec.file}:{group}")]
-    question = _Question(file=spec.file, folder=spec.file.parent, inputs=[spec.file], options=options)
+    wanted = _ResolverInput(file=spec.file, folder=spec.file.parent, inputs=[spec.file], options=options)
     _check_project(spec.file)
     project = _read_toml(spec.file)
     if "build-system" in project:  # else it is a list of requirements, and no package
         name = project.get("project", {}).get("name") or spec.file.parent.name
-        question.known.append(Locked(str(name), directory=str(spec.file.parent)))
-    return question
+        wanted.known.append(LockedPackage(str(name), directory=str(spec.file.parent)))
+    return wanted
 
 
-async def _of_uv_lock(spec: EnvironmentSpec, settings: IndexSettings) -> _Question:
-    arguments = ["export", "--frozen", "--quiet", "--no-header", "--no-dev", "--no-annotate", "--no-editable"]
-    arguments += ["--format", "requirements.txt", "--directory", str(spec.file.parent)]
+async def _from_uv_lock(spec: EnvironmentSpec, settings: IndexSettings) -> _ResolverInput:
+    arguments = ["export", "--frozen", "--quiet", "--no-header", "--no-dev", "--no-editable"]
+    arguments += ["--format", "pylock.toml", "--directory", str(spec.file.parent)]
     arguments += [option for extra in spec.extras for option in ("--extra", extra)]
     arguments += [option for group in spec.groups for option in ("--group", group)]
     text = await run_uv(arguments, settings, what=f"reading {spec.file}")
-    question = _Question(dependencies=False, hashes=_hashes([text]), inputs=[spec.file])
-    for line in text.replace("\\\n", " ").splitlines():
-        wanted = line.partition("--hash")[0].strip()
-        if wanted.startswith(("./", "../", "/", ".")):
-            path = wanted.partition(";")[0].strip()
-            directory = (spec.file.parent / path).resolve()
-            question.known.append(Locked(_project_name(directory), directory=str(directory)))
-        elif wanted:
-            question.lines.append(plain(wanted))
-    return question
+    return _from_pylock(tomllib.loads(text), spec.file)
 
 
-def _of_pylock(lock: Mapping[str, Any], base: Path, file: Path) -> _Question:
-    question = _Question(dependencies=False, inputs=[file])
+def _from_pylock(lock: Mapping[str, Any], file: Path) -> _ResolverInput:
+    wanted = _ResolverInput(dependencies=False, inputs=[file])
     for package in lock.get("packages", []):
         name, version = str(package["name"]), str(package.get("version", ""))
-        if any(key in package for key in ("directory", "vcs", "archive")):
-            question.known += _locked_of(package, base)
-            continue
         marker = f" ; {package['marker']}" if package.get("marker") else ""
-        question.lines.append(f"{name}=={version}{marker}")
+        if any(key in package for key in ("directory", "vcs", "archive")):
+            locked = _locked_package(package, file.parent)
+            if marker:  # uv tells whether it holds for the target
+                source = Path(locked.directory).as_uri() if locked.directory else locked.vcs or locked.url
+                wanted.lines.append(f"{name} @ {source}{marker}")
+            else:
+                wanted.known.append(locked)
+            continue
+        wanted.lines.append(f"{name}=={version}{marker}")
         files = [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]
         hashes = {entry["hashes"]["sha256"] for entry in files if "sha256" in entry.get("hashes", {})}
         if hashes:
-            question.hashes[normalized(name), version] = hashes
-    return question
-
-
-def _project_name(directory: Path) -> str:
-    file = directory / "pyproject.toml"
-    name = _read_toml(file).get("project", {}).get("name") if file.is_file() else None
-    return str(name or directory.name)
+            wanted.hashes[normalized(name), version] = hashes
+    return wanted
 
 
 # --- credentials ----------------------------------------------------------------------------------
 async def settings_for(spec: EnvironmentSpec) -> IndexSettings:
-    """Return where packages come from, with the credentials of addresses that are named there."""
+    """Return the settings of the index, with the credentials of addresses that the requirements name."""
     text = "\n".join(spec.requirements)
     if spec.kind == "file":
         text = "\n".join(_read(path) for path in _included(spec.file))
-    logins = await with_passwords(logins_in(expanded(text)))
+    logins = await with_passwords(logins_in(expand_variables(text)))
     return replace(read_settings(), logins=logins)
+
+
+async def with_passwords(logins: Iterable[Credential]) -> tuple[Credential, ...]:
+    """Return credentials with the passwords that `git credential` knows, where an address has a user name only."""
+    return tuple([await _with_password(login) if login.password is None else login for login in logins])
+
+
+async def _with_password(login: Credential) -> Credential:
+    wanted = f"url={login.address}\nusername={login.user}\n\n"
+    try:
+        answer = await run_program(["git", "credential", "fill"], {**os.environ, **NO_PROMPTS}, stdin=wanted)
+    except OSError:  # who needs it says so
+        return login
+    lines = dict(line.partition("=")[::2] for line in answer.stdout.splitlines())
+    return replace(login, password=lines["password"]) if answer.returncode == 0 and lines.get("password") else login
 
 
 def _check_project(file: Path) -> None:
@@ -288,7 +303,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _check_logins(file: Path, text: str) -> None:
-    """Make sure that a file that uv reads by itself has no password for git, which uv would give to it openly."""
+    """Refuse a file that uv reads itself and that has a password for git: uv would put it into git's command line."""
     for login in logins_in(text, git_only=True):
         if login.is_secret:
             raise EnvironmentBuildError(
@@ -338,48 +353,48 @@ def _hashes(texts: Iterable[str]) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-# --- the answer -----------------------------------------------------------------------------------
-async def _ask(
-    spec: EnvironmentSpec, question: _Question, target: Target, settings: IndexSettings, store: Path
-) -> list[Locked]:
-    if not question.lines and question.file is None:
+# --- resolving ------------------------------------------------------------------------------------
+async def _compile(
+    spec: EnvironmentSpec, wanted: _ResolverInput, target: Target, settings: IndexSettings, cache: Path
+) -> list[LockedPackage]:
+    if not wanted.lines and wanted.file is None:
         return []
     arguments = ["pip", "compile", "--quiet", "--no-header", "--format", "pylock.toml"]
-    arguments += ["--python-version", target.version, "--python-platform", target.platform, *question.options]
-    arguments += [] if question.dependencies else ["--no-deps"]
+    arguments += ["--python-version", target.version, "--python-platform", target.platform, *wanted.options]
+    arguments += [] if wanted.dependencies else ["--no-deps"]
     # What must be built to know what it requires is built with this interpreter; what it has installed does not matter.
     arguments += ["--python", sys.executable]
-    arguments.append(str(question.file) if question.file is not None else "-")
+    arguments.append(str(wanted.file) if wanted.file is not None else "-")
     text = await run_uv(
         arguments,
         settings,
-        stdin="\n".join(question.lines) + "\n",
-        cwd=question.folder,
+        stdin="\n".join(wanted.lines) + "\n",
+        cwd=wanted.folder,
         env={**for_git(settings.logins, os.environ), **(RETRIES if spec.kind == "manager" else {})},
         what=f"resolving {spec} for {target}",
     )
     packages = tomllib.loads(text).get("packages", [])
-    found = [locked for package in packages for locked in _locked_of(package, question.folder)]
-    _check_hashes(found, question.hashes)
-    inputs = [*question.inputs]
+    found = [_locked_package(package, wanted.folder) for package in packages]
+    _check_hashes(found, wanted.hashes)
+    inputs = [*wanted.inputs]
     for locked in found:
         inputs += [Path(locked.directory) / name for name in _PROJECT_FILES] if locked.directory else []
     content = {"inputs": [[str(path), *_stat(path)] for path in inputs], "packages": [one.to_json() for one in found]}
-    partial = store.with_suffix(f".{os.getpid()}")
+    partial = cache.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(store)
+    partial.replace(cache)
     return found
 
 
-def _locked_of(package: Mapping[str, Any], base: Path) -> list[Locked]:
+def _locked_package(package: Mapping[str, Any], base: Path) -> LockedPackage:
     name, version = str(package["name"]), str(package.get("version", ""))
     if "directory" in package:
-        return [Locked(name, directory=str((base / package["directory"]["path"]).resolve()))]
+        return LockedPackage(name, directory=str((base / package["directory"]["path"]).resolve()))
     if "vcs" in package:
         vcs = package["vcs"]
         where = _repository(vcs["url"]) if vcs.get("url") else (base / vcs["path"]).resolve().as_uri()
         folder = f"#subdirectory={vcs['subdirectory']}" if vcs.get("subdirectory") else ""
-        return [Locked(name, version, vcs=f"{vcs['type']}+{where}@{vcs['commit-id']}{folder}")]
+        return LockedPackage(name, version, vcs=f"{vcs['type']}+{where}@{vcs['commit-id']}{folder}")
     entries = [package["archive"]] if "archive" in package else [*package.get("wheels", [])]
     if not entries and "sdist" in package:
         entries = [package["sdist"]]
@@ -391,7 +406,7 @@ def _locked_of(package: Mapping[str, Any], base: Path) -> list[Locked]:
             f"choose another version of {name}, or leave it out: EnvironmentSpec(..., exclude=[{name!r}])",
         )
     best = max(entries, key=lambda entry: _rank(_url_of(entry, base)))
-    return [Locked(name, version, url=_url_of(best, base), sha256=best.get("hashes", {}).get("sha256", ""))]
+    return LockedPackage(name, version, url=_url_of(best, base), sha256=best.get("hashes", {}).get("sha256", ""))
 
 
 def _repository(url: str) -> str:
@@ -411,7 +426,7 @@ def _rank(url: str) -> tuple[bool, bool, str]:
     return url.endswith(".whl"), "cp" in tags[min(1, len(tags) - 1)], tags[-1]
 
 
-def _check_hashes(found: Iterable[Locked], hashes: Mapping[tuple[str, str], set[str]]) -> None:
+def _check_hashes(found: Iterable[LockedPackage], hashes: Mapping[tuple[str, str], set[str]]) -> None:
     for locked in found:
         allowed = hashes.get((normalized(locked.name), locked.version))
         if allowed and locked.sha256 and locked.sha256 not in allowed:
@@ -423,25 +438,25 @@ def _check_hashes(found: Iterable[Locked], hashes: Mapping[tuple[str, str], set[
             )
 
 
-# --- what is remembered ---------------------------------------------------------------------------
-def _store_of(spec: EnvironmentSpec, question: _Question, target: Target, settings: IndexSettings) -> Path:
-    return private_directory("environments", "resolved") / f"{_key(spec, question, target, settings)}.json"
+# --- the cache ------------------------------------------------------------------------------------
+def _cache_file(wanted: _ResolverInput, target: Target, settings: IndexSettings) -> Path:
+    return private_directory("environments", "resolved") / f"{_key(wanted, target, settings)}.json"
 
 
-def _key(spec: EnvironmentSpec, question: _Question, target: Target, settings: IndexSettings) -> str:
-    file = question.file
+def _key(wanted: _ResolverInput, target: Target, settings: IndexSettings) -> str:
+    file = wanted.file
     content = [
         _FORMAT,
-        question.lines,
+        wanted.lines,
         str(file) if file is not None else "",
-        [[str(path), hashlib.sha256(_read(path).encode()).hexdigest()] for path in question.inputs if path.is_file()],
-        question.dependencies,
-        question.options,
+        [[str(path), hashlib.sha256(_read(path).encode()).hexdigest()] for path in wanted.inputs if path.is_file()],
+        wanted.dependencies,
+        wanted.options,
         target.version,
         target.platform,
         settings.stamp,
         # Relative paths mean something else elsewhere.
-        str(question.folder) if any(shlex.quote(line)[0] in "./-'" or "/" in line for line in question.lines) else "",
+        str(wanted.folder) if any(shlex.quote(line)[0] in "./-'" or "/" in line for line in wanted.lines) else "",
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
@@ -454,11 +469,11 @@ def _stat(path: Path) -> list[int]:
     return [inode.st_mtime_ns, inode.st_size]
 
 
-def _remembered(store: Path) -> list[Locked] | None:
+def _read_cache(cache: Path) -> list[LockedPackage] | None:
     try:
-        content = json.loads(store.read_text(encoding="utf-8"))
+        content = json.loads(cache.read_text(encoding="utf-8"))
         if all(_stat(Path(path)) == stamp for path, *stamp in content["inputs"]):
-            return [Locked(**package) for package in content["packages"]]
+            return [LockedPackage(**package) for package in content["packages"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +16,23 @@ from typing import NamedTuple
 from lazycluster.agent.ownership import make
 from lazycluster.core.extras import install_command
 from lazycluster.exceptions import EnvironmentBuildError
+from lazycluster.output.lines import Tail
 from lazycluster.utils import Environment
 
 from .index import IndexSettings, hide
-from .subprocesses import run_here
-from .uv_errors import explained
 
-__all__ = ["LOWEST", "MANAGER", "RETRIES", "Uv", "find_uv", "run_uv"]
+__all__ = [
+    "LOWEST",
+    "MANAGER",
+    "RETRIES",
+    "CompletedProcess",
+    "IndexUnreachableError",
+    "Uv",
+    "explained",
+    "find_uv",
+    "run_program",
+    "run_uv",
+]
 
 MANAGER = "manager"
 LOWEST = (0, 11, 15)
@@ -79,12 +91,12 @@ def _installed() -> Iterator[str]:
 
 async def _version_of(path: str) -> str:
     try:
-        ended = await run_here([path, "--version"], {**os.environ, "NO_COLOR": "1"})
+        completed = await run_program([path, "--version"], {**os.environ, "NO_COLOR": "1"})
     except OSError as error:
         raise _not_run(error) from None
-    found = _SAYS.match(ended.output)
-    if ended.status != 0 or found is None:
-        said = hide(ended.output or ended.errors)
+    found = _SAYS.match(completed.stdout)
+    if completed.returncode != 0 or found is None:
+        said = hide(completed.stdout or completed.stderr)
         raise EnvironmentBuildError(MANAGER, f"{path} does not tell its version", "uv", "install it anew", said)
     return found[1]
 
@@ -92,11 +104,11 @@ async def _version_of(path: str) -> str:
 async def _check_cache(path: str) -> None:
     """Make sure that nobody else can put something into uv's own cache, whatever names it: what it builds is run."""
     try:
-        ended = await run_here([path, "cache", "dir"], {**os.environ, "NO_COLOR": "1"})
+        completed = await run_program([path, "cache", "dir"], {**os.environ, "NO_COLOR": "1"})
     except OSError as error:
         raise _not_run(error) from None
-    directory = ended.output.strip()
-    if ended.status != 0 or not directory:
+    directory = completed.stdout.strip()
+    if completed.returncode != 0 or not directory:
         return  # it says by itself what is wrong, when it is used
     try:
         make(directory, 0o700, Environment.trust_group)
@@ -148,9 +160,198 @@ async def run_uv(
     if settings.ca_file:
         variables.setdefault("SSL_CERT_FILE", settings.ca_file)
     try:
-        ended = await run_here([(await find_uv()).path, *arguments], variables, stdin=stdin, cwd=cwd)
+        completed = await run_program([(await find_uv()).path, *arguments], variables, stdin=stdin, cwd=cwd)
     except OSError as error:
         raise _not_run(error) from None
-    if ended.status != 0:
-        raise explained(MANAGER, what or f"uv {arguments[0]}", hide(ended.errors), package)
-    return ended.output
+    if completed.returncode != 0:
+        raise explained(MANAGER, what or f"uv {arguments[0]}", hide(completed.stderr), package)
+    return completed.stdout
+
+
+# --- what its output means ------------------------------------------------------------------------
+class IndexUnreachableError(EnvironmentBuildError):
+    """The index, or what it names, cannot be reached now."""
+
+
+# Only where a word begins: what has no spaces in it for a megabyte is read once, not from each of its characters.
+_NAME = r"(?<![A-Za-z0-9._-])`?(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)"
+_CLOCK = "check the clock there, and the certificates"
+
+# The first that matches says what it is about. Where none does, the output speaks for itself.
+_KNOWN: tuple[tuple[str, str, str], ...] = (
+    (r"No space left on device|disk quota exceeded", "the disk is full", "free some space there"),
+    (
+        r"network (was|is) disabled|network connectivity is disabled",
+        "the network is disabled",
+        "enable it: it is disabled by UV_OFFLINE or in the configuration of uv on the manager",
+    ),
+    (
+        r"invalid peer certificate|certificate verify failed|CertificateExpired|NotValidYet|UnknownIssuer",
+        "the certificate of the index is not accepted",
+        _CLOCK + "; a certificate authority of your own is named with SSL_CERT_FILE on the manager",
+    ),
+    (
+        r"error sending request for url|client error \(Connect\)|cause: (tcp connect|dns) error"
+        r"|unable to access '[^']*': (Could not resolve|Failed to connect|Couldn't connect)|HTTP status server error",
+        "the index cannot be reached",
+        "check the network and the index in the configuration of pip or uv on the manager",
+    ),
+    (
+        rf"Because {_NAME}\s+was\s+not\s+found\s+in\s+the\s+(package|provided|registry)",
+        "there is no package {package}",
+        "correct the name of {package}, or leave it out: EnvironmentSpec(..., exclude=)",
+    ),
+    (rf"{_NAME} was not found in the (package )?(registry|cache)", "there is no package {package}", "correct its name"),
+    (
+        rf"there\s+(is|are)\s+no\s+versions?\s+of\s+{_NAME}",
+        "no version of {package} fits",
+        "ask for a version of {package} that exists, or exclude it",
+    ),
+    (
+        rf"{_NAME}(==\S+)?\s+has\s+no\s+(wheels|source distribution|usable wheels)[^\n]*",
+        "{package} has no wheel for the host's platform and Python",
+        "choose another version of {package}, or leave it out: EnvironmentSpec(..., exclude=), or use another Python: "
+        "EnvironmentSpec(..., python=)",
+    ),
+    (
+        r"requirements are unsatisfiable|No solution found",
+        "the requirements contradict each other",
+        "loosen one of the versions named above",
+    ),
+    (
+        rf"Hash mismatch for {_NAME}",
+        "the hash of {package} is wrong: it is not what was locked",
+        "if it was published anew, lock it again; else do not trust this index",
+    ),
+    (
+        rf"(Failed to build|Build backend failed|Failed to prepare distributions)( {_NAME})?",
+        "no wheel fits, and it cannot be built here",
+        "choose a version that has a wheel, install what its build needs (see above), or exclude it",
+    ),
+    (
+        r"Git operation failed",
+        "a repository cannot be fetched",
+        "check its address and branch, and that git can clone it here without being asked anything",
+    ),
+    (
+        r"401 Unauthorized|403 Forbidden|Missing credentials",
+        "the index wants other credentials",
+        "check name and password of the index in the configuration of pip or uv on the manager",
+    ),
+    (
+        r"dns error|error sending request|Connection refused|tcp connect error|timed out|Could not connect"
+        r"|Failed to fetch|Network is unreachable",
+        "the index cannot be reached",
+        "check the network and the index in the configuration of pip or uv on the manager",
+    ),
+    (
+        r"Permission denied|Read-only file system",
+        "it is not allowed to write there",
+        "choose another directory: EnvironmentSpec(..., cache_dir=)",
+    ),
+    (
+        r"No interpreter found for Python (?P<package>\S+)",
+        "no Python {package} was found",
+        "install Python {package}, or choose another: EnvironmentSpec(..., python=)",
+    ),
+    (r"TOML parse error|Failed to parse|Couldn't parse", "the file or a requirement cannot be read", "correct it"),
+)
+_UNREACHABLE = ("the network is disabled", "the index cannot be reached")
+
+
+def explained(host: str, what: str, output: str, package: str = "") -> EnvironmentBuildError:
+    """Return what an installer printed as an error.
+
+    Args:
+        host: Where it ran.
+        what: What it was to do.
+        output: What it printed, without secrets.
+        package: The package that it was about, if that is known.
+    """
+    for pattern, problem, hint in _KNOWN:
+        found = re.search(pattern, output, re.IGNORECASE)
+        if found:
+            package = package or (found.groupdict().get("package") or "").rstrip(".:`")
+            kind = IndexUnreachableError if problem in _UNREACHABLE else EnvironmentBuildError
+            return kind(
+                host, f"{what}: {problem.format(package=package)}", package, hint.format(package=package), output
+            )
+    return EnvironmentBuildError(host, f"{what} failed", package, "see what it printed, above", output)
+
+
+# --- programs of this machine ---------------------------------------------------------------------
+_END_LIMIT = 5.0  # seconds
+_MOST_OUTPUT = 64 * 1024 * 1024  # bytes; what a lock file of thousands of packages takes is less
+_CHUNK = 64 * 1024
+
+
+class CompletedProcess(NamedTuple):
+    """What came of a program.
+
+    Attributes:
+        returncode: Its exit status.
+        stdout: What it printed.
+        stderr: The end of what it printed to its standard error.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+async def run_program(
+    argv: Sequence[str], env: Mapping[str, str], *, stdin: str = "", cwd: Path | None = None
+) -> CompletedProcess:
+    """Run a program until it ends; if this is cancelled, it is ended with all that it has started.
+
+    Args:
+        argv: The program and its arguments.
+        env: All its environment variables.
+        stdin: What it reads.
+        cwd: Its working directory.
+
+    Raises:
+        OSError: If it cannot be run.
+    """
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=cwd,
+            env=env,
+            start_new_session=True,  # Ctrl-C reaches the manager, which ends it
+        )
+    )
+    try:
+        process = await asyncio.shield(starting)
+        output, errors, _ = await asyncio.gather(
+            _end_of(process.stdout, Tail(_MOST_OUTPUT)), _end_of(process.stderr, Tail()), _feed(process.stdin, stdin)
+        )
+        return CompletedProcess(await process.wait(), output, errors)
+    except asyncio.CancelledError:
+        await _end(await starting)
+        raise
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(process.wait(), _END_LIMIT)
+
+
+async def _end_of(stream: asyncio.StreamReader | None, tail: Tail) -> str:
+    assert stream is not None
+    while data := await stream.read(_CHUNK):
+        tail.put(data)
+    return tail.text()
+
+
+async def _feed(stream: asyncio.StreamWriter | None, text: str) -> None:
+    assert stream is not None
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its exit status tells
+        stream.write(text.encode())
+        await stream.drain()
+    stream.close()

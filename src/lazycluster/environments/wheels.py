@@ -20,19 +20,16 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from lazycluster.core import event_loop
+from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
-from .credentials import for_git
-from .index import IndexSettings, bare, hide
+from .index import IndexSettings, bare, for_git, hide
 from .installed_wheels import make_wheel
-from .plan import Locked, Target, Wheel
-from .single_flight import SingleFlight
-from .subprocesses import run_here
-from .uv import MANAGER, RETRIES, run_uv
-from .uv_errors import IndexUnreachableError
+from .plan import LockedPackage, Target, Wheel
+from .uv import MANAGER, RETRIES, IndexUnreachableError, run_program, run_uv
 
-__all__ = ["digest_of", "forget_damaged", "is_kept", "provide"]
+__all__ = ["digest_of", "get_wheel", "is_cached", "remove_if_damaged"]
 
 AT_ONCE = 8
 """Downloads at once."""
@@ -50,7 +47,7 @@ _slots: asyncio.Semaphore | None = None
 
 
 # --- what it is -----------------------------------------------------------------------------------
-def digest_of(locked: Locked) -> str:
+def digest_of(locked: LockedPackage) -> str:
     """Return what tells the content of a package from others, without building or fetching it."""
     if locked.directory:
         return tree_digest(Path(locked.directory))
@@ -131,7 +128,7 @@ def _digest_of_file(descriptor: int) -> str:
 
 
 # --- as a wheel -----------------------------------------------------------------------------------
-async def provide(locked: Locked, digest: str, target: Target, settings: IndexSettings) -> Wheel:
+async def get_wheel(locked: LockedPackage, digest: str, target: Target, settings: IndexSettings) -> Wheel:
     """Return a package as a wheel on this machine; what was fetched or built before is used again.
 
     Args:
@@ -144,7 +141,7 @@ async def provide(locked: Locked, digest: str, target: Target, settings: IndexSe
         EnvironmentBuildError: If it cannot be fetched or built, or does not fit.
     """
     key = (digest, "" if locked.is_wheel else target.version)
-    wheel = await _running.do(key, lambda: _provide(locked, digest, target, settings))
+    wheel = await _running.do(key, lambda: _get_wheel(locked, digest, target, settings))
     if not locked.is_wheel and not target.accepts(wheel.path.name):
         raise EnvironmentBuildError(
             MANAGER,
@@ -155,12 +152,12 @@ async def provide(locked: Locked, digest: str, target: Target, settings: IndexSe
     return wheel
 
 
-async def _provide(locked: Locked, digest: str, target: Target, settings: IndexSettings) -> Wheel:
+async def _get_wheel(locked: LockedPackage, digest: str, target: Target, settings: IndexSettings) -> Wheel:
     global _slots
     if _slots is None:
         _slots = asyncio.Semaphore(AT_ONCE)
     store = _store_of(locked, digest, target)
-    path = _there(store)
+    path = _wheel_in(store)
     if path is None:
         async with _slots:
             path = await _make(locked, target, settings, store)
@@ -169,21 +166,21 @@ async def _provide(locked: Locked, digest: str, target: Target, settings: IndexS
     return Wheel(locked.name, locked.version or path.name.split("-")[1], path, sha256)
 
 
-def _store_of(locked: Locked, digest: str, target: Target) -> Path:
+def _store_of(locked: LockedPackage, digest: str, target: Target) -> Path:
     store = private_directory("environments", "wheels") / hashlib.sha256(digest.encode()).hexdigest()[:32]
     return store if locked.is_wheel else store.with_name(f"{store.name}-{target.version}")
 
 
-def is_kept(locked: Locked, target: Target) -> bool:
+def is_cached(locked: LockedPackage, target: Target) -> bool:
     """Tell whether a package was fetched or built before, so that nothing must be reached to have it."""
-    return _there(_store_of(locked, digest_of(locked), target)) is not None
+    return _wheel_in(_store_of(locked, digest_of(locked), target)) is not None
 
 
-def _there(store: Path) -> Path | None:
+def _wheel_in(store: Path) -> Path | None:
     return next(iter(store.glob("*.whl")), None)
 
 
-async def _make(locked: Locked, target: Target, settings: IndexSettings, store: Path) -> Path:
+async def _make(locked: LockedPackage, target: Target, settings: IndexSettings, store: Path) -> Path:
     made = Path(tempfile.mkdtemp(prefix=f".{store.name[:8]}-", dir=store.parent))
     try:
         if locked.directory:
@@ -197,19 +194,19 @@ async def _make(locked: Locked, target: Target, settings: IndexSettings, store: 
             if not locked.is_wheel:
                 await _build(source, locked, target, settings, made)
                 source.unlink()
-        path = _there(made)
+        path = _wheel_in(made)
         if path is None:
             raise EnvironmentBuildError(MANAGER, f"building {locked.label} gave no wheel", locked.name)
         for other in [other for other in made.iterdir() if other != path]:
             shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink()
         with contextlib.suppress(OSError):  # another process was faster
             made.rename(store)
-        return _there(store) or path
+        return _wheel_in(store) or path
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-async def forget_damaged(wheel: Wheel) -> bool:
+async def remove_if_damaged(wheel: Wheel) -> bool:
     """Remove a package that was kept here if it is not what it was any more; returns whether it was so."""
     if not wheel.path.is_file() or await event_loop.in_thread(_file_digest, wheel.path) == wheel.sha256:
         return False
@@ -217,7 +214,7 @@ async def forget_damaged(wheel: Wheel) -> bool:
     return True
 
 
-async def _build(source: Path, locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
+async def _build(source: Path, locked: LockedPackage, target: Target, settings: IndexSettings, made: Path) -> None:
     arguments = ["build", "--wheel", "--no-create-gitignore", "--out-dir", str(made)]
     # Of the manager's own version there is an interpreter for sure: this one.
     python = sys.executable if target.python == sys.version_info[:2] else target.version
@@ -245,7 +242,7 @@ async def _build(source: Path, locked: Locked, target: Target, settings: IndexSe
     )
 
 
-async def _build_repository(locked: Locked, target: Target, settings: IndexSettings, made: Path) -> None:
+async def _build_repository(locked: LockedPackage, target: Target, settings: IndexSettings, made: Path) -> None:
     kind, _, rest = locked.vcs.partition("+")
     if kind != "git":
         raise EnvironmentBuildError(
@@ -262,24 +259,24 @@ async def _build_repository(locked: Locked, target: Target, settings: IndexSetti
     await _build(checkout / folder, locked, target, settings, made)
 
 
-async def _git(locked: Locked, arguments: list[str], env: Mapping[str, str]) -> None:
+async def _git(locked: LockedPackage, arguments: list[str], env: Mapping[str, str]) -> None:
     try:
-        ended = await run_here(["git", *arguments], {**os.environ, "GIT_TERMINAL_PROMPT": "0", **env})
+        completed = await run_program(["git", *arguments], {**os.environ, "GIT_TERMINAL_PROMPT": "0", **env})
     except OSError as error:
         raise EnvironmentBuildError(
             MANAGER, f"{locked.label} comes from a repository, and git cannot be run: {error}", locked.name,
             "install git here",
         ) from error  # fmt: skip
-    if ended.status != 0:
+    if completed.returncode != 0:
         # git says why in the user's language, so every failure counts as one to reach it.
         raise IndexUnreachableError(
             MANAGER, f"the repository of {locked.label} cannot be fetched", locked.name,
-            "check that you can clone it here without being asked anything", hide(ended.errors),
+            "check that you can clone it here without being asked anything", hide(completed.stderr),
         )  # fmt: skip
 
 
 # --- fetching -------------------------------------------------------------------------------------
-def _fetch(locked: Locked, settings: IndexSettings, made: Path) -> Path:
+def _fetch(locked: LockedPackage, settings: IndexSettings, made: Path) -> Path:
     """Fetch a file, and check its hash; for a thread."""
     parts = urlsplit(locked.url)
     path = made / (locked.filename or "file")
@@ -300,7 +297,7 @@ def _fetch(locked: Locked, settings: IndexSettings, made: Path) -> Path:
     return path
 
 
-def _download(locked: Locked, settings: IndexSettings, path: Path) -> None:
+def _download(locked: LockedPackage, settings: IndexSettings, path: Path) -> None:
     error: Exception | None = None
     if os.environ.get("UV_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         error = OSError("the network is disabled by UV_OFFLINE")

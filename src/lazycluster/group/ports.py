@@ -6,18 +6,18 @@ from collections.abc import Iterable, Sequence
 
 from lazycluster.agent.ports import is_free
 from lazycluster.core.words import counted
-from lazycluster.exceptions import NoPortsLeftError, PortInUseError
+from lazycluster.exceptions import NoPortsLeftError
 from lazycluster.runtime.network import (
     checked_ports,
     free_on_all,
     network_of,
     one_per_network,
-    open_from_runtime,
+    open_all,
     open_to_runtimes,
     pick_port,
 )
 from lazycluster.runtimes import Runtime
-from lazycluster.ssh.tunnels import Tunnel, check_port, close_tunnels
+from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, check_port
 
 __all__ = ["expose_from_one", "expose_to_all", "free_everywhere"]
 
@@ -54,8 +54,7 @@ async def expose_to_all(
         The tunnels, with the runtimes that they lead to.
     """
     chosen = _one_each(runtimes)
-    connections = [runtime._connection for runtime in chosen]
-    tunnels = await open_to_runtimes(connections, check_port(local_port, "local_port"), ports)
+    tunnels = await open_to_runtimes([runtime._connection for runtime in chosen], local_port, ports)
     return list(zip(chosen, tunnels, strict=True))
 
 
@@ -78,30 +77,19 @@ async def expose_from_one(
         NoPortsLeftError: If several were given and each is taken somewhere.
     """
     check_port(runtime_port, "runtime_port")
-    candidates = [runtime_port] if ports is None else checked_ports(ports)
-    choice = ports is not None and not isinstance(ports, int)
+    candidates = checked_ports(runtime_port if ports is None else ports)
+    choice = isinstance(ports, Iterable)
     here = _one_each([source, *others])[1:]  # those that do not share the ports of the source
     if choice:
         free = await free_everywhere(here, candidates, on_manager=False)
-        candidates = [pick_port(candidates, free, "the group"), *free[1:]]
+        pick_port(candidates, free, "the group")
+        candidates = free
     for port in candidates:
-        try:
-            return port, await _expose_from_one(source, here, runtime_port, port)
-        except PortInUseError:
-            if not choice:
-                raise
+        requests = [TunnelRequest(source._connection, "from_runtime", port, runtime_port)]
+        requests += [TunnelRequest(other._connection, "to_runtime", port, port, known_free=choice) for other in here]
+        tunnels = await open_all(requests, another=choice)
+        if tunnels is not None:
+            return port, list(zip([source, *here], tunnels, strict=True))
     raise NoPortsLeftError(
         f"of the {counted(len(candidates), 'port')} that may be used, none is free on the manager and in the group"
     )
-
-
-async def _expose_from_one(
-    source: Runtime, others: Sequence[Runtime], runtime_port: int, port: int
-) -> list[tuple[Runtime, Tunnel]]:
-    first = await open_from_runtime(source._connection, runtime_port, port)
-    try:
-        rest = await open_to_runtimes([runtime._connection for runtime in others], port, port) if others else []
-    except BaseException:
-        await close_tunnels([first])
-        raise
-    return [(source, first), *zip(others, rest, strict=True)]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from lazycluster.exceptions import printable
 
-from .live_lines import write
+from .lines import settled, write
 from .progress import in_notebook
 from .view import Cell, Table, View, as_text, columns, headline, show
 
-__all__ = ["LoggedStep", "LoggedTask", "settled", "show_logs"]
+__all__ = ["LoggedStep", "LoggedTask", "show_logs"]
 
 _LINES = 8  # of a step's output that fit into a cell
 _WIDEST = 160  # columns; nobody reads a wider table in a file
@@ -49,12 +49,6 @@ class LoggedTask:
     status: str
     steps: Sequence[LoggedStep]
     error: str = ""
-
-
-def settled(text: str) -> str:
-    """Return an output as it stands on a terminal in the end, where programs have written over their own lines."""
-    lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip("\n").split("\n"))
-    return printable("\n".join(lines))
 
 
 def show_logs(logs: Sequence[LoggedTask]) -> None:

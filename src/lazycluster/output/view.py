@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lazycluster.exceptions import printable
 
-from .live_lines import write
+from .lines import write
 from .progress import in_notebook
 
 if TYPE_CHECKING:

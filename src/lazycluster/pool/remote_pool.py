@@ -31,7 +31,7 @@ from lazycluster.agent.pool_protocol import (
 )  # fmt: skip
 from lazycluster.core import memory
 from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
-from lazycluster.output.live_lines import Lines
+from lazycluster.output.lines import Lines
 from lazycluster.ssh.agent_replies import check_shape
 from lazycluster.tasks.functions import library_for, resolve_auto
 

@@ -1,4 +1,4 @@
-"""What a runtime must offer to be chosen."""
+"""Conditions by which hosts are chosen."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class HostFilter:
 
     @property
     def needs_info(self) -> bool:
-        """Whether the host has to be asked what kind of machine it is."""
+        """True if the host has to be asked what kind of machine it is."""
         return bool(self.gpu_required or self.min_memory is not None or self.min_cpu_cores is not None)
 
 

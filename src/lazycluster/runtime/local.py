@@ -9,7 +9,7 @@ from typing import Any
 from lazycluster.core import event_loop
 
 from .runtime import Runtime
-from .session import HostSpec, connected
+from .session import HostSpec, connect
 
 __all__ = ["LocalRuntime"]
 
@@ -48,4 +48,4 @@ class LocalRuntime(Runtime):
         own = sys.executable if python is None and setup is None else python
         more = {"environment": environment, "startup_files": startup_files}
         spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, True, **more)
-        self._begin(event_loop.run(connected(spec)))
+        self._begin(event_loop.run(connect(spec)))

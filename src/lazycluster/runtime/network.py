@@ -20,6 +20,7 @@ __all__ = [
     "free_on_all",
     "network_of",
     "one_per_network",
+    "open_all",
     "open_from_runtime",
     "open_to_runtime",
     "open_to_runtimes",
@@ -146,8 +147,8 @@ async def open_to_runtimes(
         part = candidates[tried : tried + _ASKED_AT_ONCE]
         tried += len(part)
         for port in await free_on_all(part, first, service=local_port) if choice else part:
-            requests = [TunnelRequest(connection, "to_runtime", local_port, port) for connection in first]
-            tunnels = await _all_or_none(requests, choice)
+            requests = [TunnelRequest(one, "to_runtime", local_port, port, known_free=choice) for one in first]
+            tunnels = await open_all(requests, another=choice)
             if tunnels is not None:
                 opened = dict(zip(first, tunnels, strict=True))
                 return [opened.get(c) or _shared(c, local_port, port) for c in connections]
@@ -184,14 +185,26 @@ async def open_from_runtime(connection: Connection, runtime_port: int, local_por
     check_port(runtime_port, "runtime_port")
     candidates, choice = _candidates(local_port, runtime_port, "local_port")
     for port in candidates:
-        tunnels = await _all_or_none([TunnelRequest(connection, "from_runtime", port, runtime_port)], choice)
+        tunnels = await open_all([TunnelRequest(connection, "from_runtime", port, runtime_port)], another=choice)
         if tunnels is not None:
             return tunnels[0]
     raise NoPortsLeftError(f"of the {counted(len(candidates), 'port')} that may be used, none is free on the manager")
 
 
-async def _all_or_none(requests: list[TunnelRequest], choice: bool) -> list[Tunnel] | None:
-    """Open all, or raise; None if a port is taken and there is another to try."""
+async def open_all(requests: Sequence[TunnelRequest], *, another: bool) -> list[Tunnel] | None:
+    """Open tunnels, all or none.
+
+    Args:
+        requests: What is wanted, under one port.
+        another: There is another port to try if this one is taken.
+
+    Returns:
+        The tunnels; None if the port is taken and there is another to try.
+
+    Raises:
+        PortInUseError: If the port is taken.
+        TunnelError, ConnectionLostError: If one cannot be opened for another reason.
+    """
     outcomes = await open_tunnels(requests)
     tunnels = [outcome for outcome in outcomes if isinstance(outcome, Tunnel)]
     errors = [outcome for outcome in outcomes if not isinstance(outcome, Tunnel)]
@@ -199,7 +212,7 @@ async def _all_or_none(requests: list[TunnelRequest], choice: bool) -> list[Tunn
         return tunnels
     await close_tunnels(tunnels)
     grave = [error for error in errors if not isinstance(error, PortInUseError)]
-    if not grave and choice:
+    if not grave and another:
         return None
     grave = grave or errors
     if len(grave) == 1:

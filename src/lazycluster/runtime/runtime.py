@@ -15,7 +15,7 @@ from lazycluster.core import event_loop, lifetime
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.output import progress
 from lazycluster.output.execution_log import show_logs
-from lazycluster.output.view import Shown, show
+from lazycluster.output.view import Cell, Fact, Shown, View, show
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.tunnels import Tunnel, check_port, close_tunnels
 from lazycluster.tasks import detached
@@ -28,8 +28,8 @@ from . import directories
 from .filters import HostFilter, unmet
 from .network import checked_ports, open_from_runtime, open_to_runtime, pick_port
 from .registry import Registry, join_all
-from .session import ANSWER_LIMIT, HostSession, HostSpec, connected, may_ask
-from .views import info_view, runtime_view
+from .session import ANSWER_LIMIT, HostSession, HostSpec, connect, may_ask
+from .views import MACHINE, account, info_view, known_infos, lasting, state_cell
 
 if TYPE_CHECKING:
     from lazycluster.tasks.pickling import PickledCall
@@ -112,7 +112,7 @@ class Runtime(Shown):
         spec = HostSpec(*own, ask=may_ask(), environment=environment, startup_files=startup_files)
         # A person who is asked something must see the question.
         with progress.shown(False if spec.ask else None):
-            self._begin(event_loop.run(connected(spec)))
+            self._begin(event_loop.run(connect(spec)))
 
     def _begin(self, session: HostSession) -> None:
         self._session = session
@@ -147,7 +147,7 @@ class Runtime(Shown):
 
     @property
     def has_temporary_working_dir(self) -> bool:
-        """Whether the working directory was made for this runtime alone, and is removed at the end."""
+        """True if the working directory was made for this runtime alone, and is removed at the end."""
         return self._session.spec.working_dir is None
 
     @property
@@ -231,7 +231,7 @@ class Runtime(Shown):
     # --- the host ----------------------------------------------------------------------------------
     @property
     def info(self) -> dict[str, Any]:
-        """What is known of the host; asked once, see :meth:`refresh_info`.
+        """The known facts of the host; asked once, see :meth:`refresh_info`.
 
         A new dictionary with ``os``, ``cpu_cores`` and ``memory`` (bytes; what the host's control groups allow),
         ``python_version``, ``gpus`` (those that ``CUDA_VISIBLE_DEVICES`` allows; if there is none, ``gpu_problem``
@@ -265,17 +265,17 @@ class Runtime(Shown):
 
     @property
     def cpu_cores(self) -> int:
-        """How many CPU cores may be used."""
+        """The number of CPU cores that may be used."""
         return int(self.info["cpu_cores"])
 
     @property
     def memory(self) -> int:
-        """How much memory may be used, in bytes."""
+        """The memory that may be used, in bytes."""
         return int(self.info["memory"])
 
     @property
     def memory_in_mb(self) -> int:
-        """How much memory may be used, in megabytes (2**20 bytes)."""
+        """The memory that may be used, in megabytes (2**20 bytes)."""
         return self.memory // _MEGABYTE
 
     @property
@@ -290,11 +290,11 @@ class Runtime(Shown):
 
     @property
     def gpu_count(self) -> int:
-        """How many GPUs there are."""
+        """The number of GPUs."""
         return len(self.gpus)
 
     def is_valid_runtime(self) -> bool:
-        """Whether the host can be used now: it is connected, and answers within a few seconds."""
+        """Return True if the host can be used now: it is connected, and answers within a few seconds."""
         try:
             self._ask("expand", path=".")
         except LazyclusterError:
@@ -323,7 +323,7 @@ class Runtime(Shown):
             filter_commands: Each of these shell commands must print ``true`` in the end; everything else means no.
 
         Returns:
-            Whether it does.
+            True if it does.
 
         Raises:
             TypeError, ValueError: If a condition makes no sense.
@@ -491,7 +491,7 @@ class Runtime(Shown):
             **kwargs: Its keyword arguments.
 
         Returns:
-            What the function returned.
+            The function's result.
 
         Raises:
             TaskExecutionError: If it fails; the function's own exception is its ``__cause__``.
@@ -558,7 +558,7 @@ class Runtime(Shown):
 
     @property
     def function_returns(self) -> Generator[Any, None, None]:
-        """What the functions of all tasks returned, in the order in which the tasks were started; waits for them.
+        """The results of the functions of all tasks, in the order in which the tasks were started; waits for them.
 
         Raises:
             TaskExecutionError: If a task failed, when the generator comes to it and no join has raised it before.
@@ -598,7 +598,7 @@ class Runtime(Shown):
         join_all(self.tasks)
 
     def _take_over(self, task: RuntimeTask, before: Runtime | None) -> None:
-        """Have a task that goes on here among those of this runtime.
+        """Count a task that goes on here among those of this runtime.
 
         Args:
             task: The task.
@@ -616,17 +616,17 @@ class Runtime(Shown):
 
     @property
     def alive_process_count(self) -> int:
-        """How many tasks run and ports are exposed."""
+        """The number of tasks that run and ports that are exposed."""
         return len(self.get_processes(only_alive=True))
 
     @property
     def alive_task_process_count(self) -> int:
-        """How many tasks run."""
+        """The number of tasks that run."""
         return self._registry.running
 
     @property
     def started_task_count(self) -> int:
-        """How many tasks were started here since the beginning."""
+        """The number of tasks that were started here since the beginning."""
         return self._registry.started
 
     def get_processes(self, only_alive: bool = False) -> dict[str, ProcessHandle]:
@@ -653,11 +653,11 @@ class Runtime(Shown):
             raise ValueError(f"{self.host}: there is no process with the key {key!r}") from None
 
     def is_runtime_task_process(self, process_key: str) -> bool:
-        """Whether a key is that of a task of this runtime."""
+        """Return True if a key is that of a task of this runtime."""
         return self._registry.is_task(process_key)
 
     def is_port_exposure_process(self, process_key: str) -> bool:
-        """Whether a key is that of a port exposure of this runtime."""
+        """Return True if a key is that of a port exposure of this runtime."""
         return self._registry.is_exposure(process_key)
 
     def stop_process(self, key: str) -> None:
@@ -715,8 +715,7 @@ class Runtime(Shown):
             NoPortsLeftError: If several were given and none is free.
             TunnelError: If the host does not allow it.
         """
-        check_port(local_port, "local_port")
-        return self._registry.add_exposure(self._wait(open_to_runtime(self._connection, local_port, runtime_port)))
+        return self._add_exposure(self._wait(open_to_runtime(self._connection, local_port, runtime_port)))
 
     def expose_port_from_runtime(self, runtime_port: int, local_port: int | Iterable[int] | None = None) -> str:
         """Make a port of the host reachable on the manager, on its loopback.
@@ -734,8 +733,7 @@ class Runtime(Shown):
             NoPortsLeftError: If several were given and none is free.
             TunnelError: If the host does not allow it.
         """
-        check_port(runtime_port, "runtime_port")
-        return self._registry.add_exposure(self._wait(open_from_runtime(self._connection, runtime_port, local_port)))
+        return self._add_exposure(self._wait(open_from_runtime(self._connection, runtime_port, local_port)))
 
     def _add_exposure(self, tunnel: Tunnel) -> str:
         """Take over a tunnel that was opened for this runtime, and return its key."""
@@ -774,7 +772,7 @@ class Runtime(Shown):
             path: See :meth:`create_dir`.
 
         Returns:
-            Whether it is gone: False if something in it cannot be removed; the log says what.
+            True if it is removed, False if something in it cannot be; the log says what.
 
         Raises:
             ValueError: If the path is empty, a file, a mount point, a directory of the system, or, however it is
@@ -786,7 +784,7 @@ class Runtime(Shown):
     def cleanup(self) -> None:
         """End all tasks and port exposures, remove temporary directories, and disconnect.
 
-        Results of tasks stay readable. Doing it again does nothing. Errors that nobody has asked for are logged.
+        Results of tasks stay readable. Doing it again does nothing. Errors that were not asked for are logged.
         """
         if self._session.is_ours:
             event_loop.run(self._cleanup_async())
@@ -822,7 +820,18 @@ class Runtime(Shown):
         self.__reduce__()
         return self
 
-    _view = runtime_view
+    def _view(self) -> View:
+        shown = lasting(known_infos([self])[0])
+        where = self.working_dir + (" (temporary)" if self.has_temporary_working_dir else "")
+        facts: list[Fact] = [("account", account(self._connection)), ("working directory", where)]
+        facts += [(name, shown[name]) for name in MACHINE if shown.get(name)]
+        facts.append(("tasks", f"{self.alive_task_process_count} running, {len(self.tasks)} in all"))
+        for key, process in self.get_processes(only_alive=True).items():
+            if self.is_port_exposure_process(key):
+                facts.append(("port", process.name))
+        if self._connection.why:
+            facts.append(("why", Cell(self._connection.why, "bad")))
+        return View(f"{self.class_name} {self.host}", state_cell(self._connection), facts)
 
     def __repr__(self) -> str:
         return f"<{self.class_name} {self.host!r} {self._connection.state}>"

@@ -13,7 +13,7 @@ from typing import Any
 from lazycluster.agent import wire
 from lazycluster.core import memory
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, printable
-from lazycluster.output import hostlog
+from lazycluster.output import log_limit
 from lazycluster.utils import Environment
 
 from .agent_replies import decoded
@@ -332,7 +332,7 @@ class AgentLink:
                 memory.relieve()
                 self._out_of_memory(number)
             except Exception:
-                if hostlog.may_say(self.host):
+                if log_limit.may_log(self.host):
                     logger.exception("%s: what a request was answered could not be handled", self.host)
         elif kind == wire.ACK:
             if self._outbox.keeps:
@@ -357,14 +357,14 @@ class AgentLink:
     def _said(self, message: dict[str, Any]) -> None:
         """Handle what the agent says of itself."""
         if "crash" in message:
-            if not hostlog.may_say(self.host):
+            if not log_limit.may_log(self.host):
                 return
             logger.error("%s: the agent has crashed:\n%s", self.host, printable(str(message["crash"])[-_CRASH:]))
         elif "problem" in message:
             text = printable(str(message["problem"])[-_CRASH:])
             (when, before), now = self.problem, self._loop.time()
             self.problem = now, text
-            if (text != before or now - when > _WARN_AGAIN) and hostlog.may_say(self.host):
+            if (text != before or now - when > _WARN_AGAIN) and log_limit.may_log(self.host):
                 logger.warning("%s: %s", self.host, text)
         elif not self.started.done():
             self.started.set_result(message)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import weakref
 from collections.abc import Sequence
 
 from lazycluster.core import event_loop, forks
@@ -36,6 +37,9 @@ __all__ = [
 
 _CHUNK = 256 * 1024  # bytes
 _RETURN_LIMIT = 30.0  # seconds for a link that is interrupted when a tunnel is wanted
+
+# Connections whose sshd listens on loopback only, with the number of interruptions when that was found out.
+_loopback_only: weakref.WeakKeyDictionary[Connection, int] = weakref.WeakKeyDictionary()
 
 
 async def open_tunnels(requests: Sequence[TunnelRequest]) -> list[Outcome]:
@@ -79,30 +83,25 @@ async def _open_on(connection: Connection, requests: list[TunnelRequest]) -> lis
     Returns:
         For each the tunnel, or why there is none.
     """
-    outcomes: list[Outcome] = []
+    outcomes: dict[int, Outcome] = {}
     try:
         await connection.reached(_RETURN_LIMIT)
         alike = any(request.local_port == request.remote_port for request in requests)
         shared = connection.local or (alike and await same_network(connection))
-        rest = []
-        for request in requests:
+        for index, request in enumerate(requests):
             if shared and request.local_port == request.remote_port:
-                outcomes.append(Tunnel(request, None, by_ssh=False))
+                outcomes[index] = Tunnel(request, None, by_ssh=False)
             elif connection.local:
-                outcomes.append(await _relay_here(request))
-            else:
-                outcomes.append(TunnelError("not requested"))
-                rest.append(len(outcomes) - 1)
-        forwarded = await _forward(connection, [requests[index] for index in rest]) if rest else []
-    except LazyclusterError as error:
-        await close_tunnels(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
-        return [error] * len(requests)
-    except asyncio.CancelledError:
-        await close_tunnels(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
+                outcomes[index] = await _relay_here(request)
+        if len(outcomes) < len(requests):
+            await _forward(connection, requests, outcomes)
+            await _forward_by_agent(connection, requests, outcomes)
+    except BaseException as error:
+        await close_tunnels(outcome for outcome in outcomes.values() if isinstance(outcome, Tunnel))
+        if isinstance(error, LazyclusterError):
+            return [error] * len(requests)
         raise
-    for index, outcome in zip(rest, forwarded, strict=True):
-        outcomes[index] = outcome
-    return outcomes
+    return [outcomes[index] for index in range(len(requests))]
 
 
 async def _relay_here(request: TunnelRequest) -> Outcome:
@@ -116,49 +115,47 @@ async def _relay_here(request: TunnelRequest) -> Outcome:
     return Tunnel(request, relay.close, by_ssh=False)
 
 
-async def _forward(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
-    outcomes = await _forward_by_ssh(connection, requests)
-    forbidden = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, ForwardingForbiddenError)]
-    if forbidden and agent_relay.is_asked_for(connection):
-        relay = agent_relay.relay_of(connection)
-        opening = [asyncio.ensure_future(relay.open(requests[index])) for index in forbidden]
-        try:
-            relayed = await event_loop.together(opening)
-        except BaseException:
-            opened = [*outcomes, *(event_loop.outcome(task, None) for task in opening)]
-            await close_tunnels(outcome for outcome in opened if isinstance(outcome, Tunnel))
-            raise
-        for index, outcome in zip(forbidden, relayed, strict=True):
-            outcomes[index] = outcome
-    return outcomes
-
-
-async def _forward_by_ssh(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
-    outcomes: dict[int, Outcome] = {}
+async def _forward(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
+    """Have ssh forward those ports that have no outcome yet."""
     await _check_remote(connection, requests, outcomes)
     await _check_local(connection, requests, outcomes)
     rest = [index for index in range(len(requests)) if index not in outcomes]
+    if not rest:
+        return
     results = await connection.mux.open_forwards([requests[index].forward for index in rest])
-    opened = {
-        index: Tunnel(requests[index], None, by_ssh=True)
-        for index, result in zip(rest, results, strict=True)
-        if not isinstance(result, MuxError)
-    }
-    outcomes.update(opened)
+    refused = []
+    for index, result in zip(rest, results, strict=True):
+        if isinstance(result, MuxError):
+            refused.append((index, result))
+        else:
+            outcomes[index] = Tunnel(requests[index], None, by_ssh=True)
+    for index, error in refused:
+        outcomes[index] = await _refused(requests[index], error)
+    await _check_exposed(connection, outcomes)
+
+
+async def _forward_by_agent(
+    connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]
+) -> None:
+    """Have the agent carry what the host's sshd forbids, if the user asked for that."""
+    forbidden = [index for index, outcome in outcomes.items() if isinstance(outcome, ForwardingForbiddenError)]
+    if not forbidden or not agent_relay.is_asked_for(connection):
+        return
+    relay = agent_relay.relay_of(connection)
+    opening = {index: asyncio.ensure_future(relay.open(requests[index])) for index in forbidden}
     try:
-        for index, result in zip(rest, results, strict=True):
-            if isinstance(result, MuxError):
-                outcomes[index] = await _refused(requests[index], result)
-        await _check_exposed(connection, opened, outcomes)
-    except BaseException:
-        await close_tunnels(opened.values())
-        raise
-    return [outcomes[index] for index in range(len(requests))]
+        await event_loop.together(list(opening.values()))
+    finally:
+        outcomes.update({index: event_loop.outcome(task, outcomes[index]) for index, task in opening.items()})
 
 
 async def _check_remote(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
     """Ask the host for the ports: its sshd does not say why it refuses one."""
-    listening = {i: request.remote_port for i, request in enumerate(requests) if request.kind == "to_runtime"}
+    listening = {
+        index: request.remote_port
+        for index, request in enumerate(requests)
+        if index not in outcomes and request.kind == "to_runtime" and not request.known_free
+    }
     if not listening:
         return
     answer = await connection.request("ports", ports=sorted(set(listening.values())))
@@ -172,7 +169,7 @@ async def _check_remote(connection: Connection, requests: list[TunnelRequest], o
 
 async def _check_local(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
     """Find out whether the host's sshd carries connections: a forwarding that it forbids listens nevertheless."""
-    wanted = [index for index, request in enumerate(requests) if request.kind == "from_runtime"]
+    wanted = [i for i, request in enumerate(requests) if i not in outcomes and request.kind == "from_runtime"]
     if not wanted or await can_connect(connection):
         return
     for index in wanted:
@@ -186,14 +183,22 @@ async def _check_local(connection: Connection, requests: list[TunnelRequest], ou
             )
 
 
-async def _check_exposed(connection: Connection, opened: dict[int, Tunnel], outcomes: dict[int, Outcome]) -> None:
+async def _check_exposed(connection: Connection, outcomes: dict[int, Outcome]) -> None:
     """Close what the host's sshd opened to its whole network, whatever address it was asked for."""
-    listening = {tunnel.remote_port: index for index, tunnel in opened.items() if tunnel.direction == "to_runtime"}
-    if not listening:
+    listening = {
+        outcome.remote_port: index
+        for index, outcome in outcomes.items()
+        if isinstance(outcome, Tunnel) and outcome.by_ssh and outcome.direction == "to_runtime"
+    }
+    # An sshd reads its configuration once per ssh process.
+    if not listening or _loopback_only.get(connection) == connection.interruptions:
         return
+    began = connection.interruptions
     answer = await connection.request("exposed", ports=list(listening))
     exposed = set(answer["exposed"]).intersection(listening)
-    await close_tunnels(opened[listening[port]] for port in exposed)
+    if not exposed:
+        _loopback_only[connection] = began
+    await close_tunnels(tunnel for port in exposed if isinstance(tunnel := outcomes[listening[port]], Tunnel))
     for port in exposed:
         outcomes[listening[port]] = ForwardingForbiddenError(
             connection.host,

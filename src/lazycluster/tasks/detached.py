@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, LazyclusterError, NoAnswerError, TaskExecutionError, printable
-from lazycluster.output.tail import Tail
+from lazycluster.output.lines import Tail
 from lazycluster.ssh.channel import Channel, Collected
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.destination import parse_destination

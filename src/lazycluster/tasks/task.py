@@ -235,8 +235,9 @@ class RuntimeTask(Shown):
         """
         if isinstance(connection, Executor):
             return connection.execute_task(self, execute_async=False, debug=debug)
-        context = Context(connection.host, connection, connection.agent_info.home)
-        task = self._launch(context, ExecutionOptions(debug=debug))
+        task = self._launch(
+            Context(connection.host, connection, connection.agent_info.home), ExecutionOptions(debug=debug)
+        )
         task._finish_sync()
         return task
 

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from pathlib import Path
 
-from lazycluster.output.live_lines import Lines
+from lazycluster.output.lines import Lines
 from lazycluster.utils import new_log_file_path
 
 __all__ = ["TAIL_LIMIT", "TaskLog"]

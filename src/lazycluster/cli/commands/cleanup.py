@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.targets import connection_options, host_options, targets
+from lazycluster.cli.options import connection_options, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import HostOutcome

@@ -13,7 +13,7 @@ import click
 
 from lazycluster.cli.console import tell
 from lazycluster.cli.option_names import names_its_options, spelled_next_steps
-from lazycluster.cli.targets import Targets, complete_hosts, how_to_connect
+from lazycluster.cli.options import Targets, complete_hosts, how_to_connect
 from lazycluster.ssh.config_hosts import CONFIG_VARIABLE
 from lazycluster.utils import expanded
 
@@ -178,8 +178,7 @@ def _meet(name: str, config: str | None, accept: bool) -> None:
 
 
 def _check(name: str, config: str | None, accept: bool) -> int:
-    from lazycluster.cli.console import person_is_there
-    from lazycluster.cli.errors import show_error
+    from lazycluster.cli.console import person_is_there, show_error
     from lazycluster.cli.fanout import HostOutcome, everywhere
     from lazycluster.core import event_loop
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.targets import Whole, connection_options, host_options, targets
+from lazycluster.cli.options import Whole, connection_options, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.copy_progress import Copying

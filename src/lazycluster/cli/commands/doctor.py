@@ -1,4 +1,4 @@
-"""``lazycluster doctor``: the way to a working host."""
+"""``lazycluster doctor``: a diagnosis of hosts, step by step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lazycluster.cli.targets import complete_hosts, connection_options, targets
+from lazycluster.cli.options import complete_hosts, connection_options, targets
 
 if TYPE_CHECKING:
-    from lazycluster.cli.checkup import Checkup, Step
-    from lazycluster.cli.targets import Targets
+    from lazycluster.cli.diagnosis import Diagnosis, Step
+    from lazycluster.cli.options import Targets
 
 __all__ = ["doctor"]
 
@@ -25,10 +25,10 @@ __all__ = ["doctor"]
 def doctor(
     hosts: tuple[str, ...], config: str | None, connect_timeout: float | None, accept_new_host_key: bool, as_json: bool
 ) -> int:
-    """Check step by step what hosts need to be usable, and how to mend what is wrong.
+    """Check hosts step by step, and say how to fix what is wrong.
 
-    HOSTS are names or sets, by default all of the ssh configuration. Each step is ok, failed, or not reached because
-    one before it failed; what differs matters for some uses only.
+    HOSTS are names or sets, by default all of the ssh configuration. Each step is 'ok', 'failed', 'not reached' since
+    an earlier one failed, or 'differs', which matters for some uses only.
 
     \b
     Examples:
@@ -40,32 +40,32 @@ def doctor(
     from lazycluster.core import event_loop
 
     chosen = targets(hosts, (), None, config, connect_timeout, accept_new_host_key, default="@all")
-    checkups = event_loop.run(_check_all(chosen, as_json))
+    diagnoses = event_loop.run(_check_all(chosen, as_json))
     if as_json:
-        document = [{"usable": checkup.usable, **asdict(checkup)} for checkup in checkups]
+        document = [{"usable": diagnosis.usable, **asdict(diagnosis)} for diagnosis in diagnoses]
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
-    return 0 if all(checkup.usable for checkup in checkups) else 1
+    return 0 if all(diagnosis.usable for diagnosis in diagnoses) else 1
 
 
-async def _check_all(chosen: Targets, silent: bool) -> list[Checkup]:
+async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
     import asyncio
 
-    from lazycluster.cli.checkup import Checkup
+    from lazycluster.cli.diagnosis import Diagnosis
     from lazycluster.ssh.openssh import SshConnection
     from lazycluster.ssh.terminal import when_answered
 
     slots = asyncio.Semaphore(32)
 
-    async def check(name: str) -> Checkup:
+    async def check(name: str) -> Diagnosis:
 
         async with slots:
-            checkup = Checkup(name)
+            diagnosis = Diagnosis(name)
             connection = chosen.connection(name)
             assert isinstance(connection, SshConnection)
-            await checkup.run(connection)
+            await diagnosis.run(connection)
             if not silent:
-                when_answered(lambda: _show(checkup))
-            return checkup
+                when_answered(lambda: _show(diagnosis))
+            return diagnosis
 
     return list(await asyncio.gather(*(check(name) for name in chosen.names)))
 
@@ -74,32 +74,32 @@ _UNLIMITED = 10_000  # columns, where it is no terminal
 _STYLES = {"ok": "green", "failed": "bold red", "differs": "yellow", "not reached": "dim"}
 
 
-def _show(checkup: Checkup) -> None:
+def _show(diagnosis: Diagnosis) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lazycluster.cli.checkup import STEPS
     from lazycluster.cli.console import is_terminal, output
+    from lazycluster.cli.diagnosis import STEPS
     from lazycluster.exceptions import one_line
 
     out = output()
-    out.print(Text(one_line(checkup.host), style="bold"))
+    out.print(Text(one_line(diagnosis.host), style="bold"))
     name, state = max(map(len, STEPS)), max(map(len, _STYLES))
-    for step in checkup.steps:
+    for step in diagnosis.steps:
         row = Table.grid(padding=(0, 2, 0, 0))
         row.add_column(width=name + 2)
         row.add_column(width=state)
         row.add_column(overflow="fold")
         row.add_row(f"  {step.name}", Text(step.state, style=_STYLES[step.state]), Text(_detail(step)))
         out.print(row, width=None if is_terminal() else _UNLIMITED)
-        if step.mend:
+        if step.fix:
             # In one line, so that commands can be copied from it.
-            out.print(Text(f"    -> {one_line(step.mend)}", style="cyan"), soft_wrap=True)
+            out.print(Text(f"    -> {one_line(step.fix)}", style="cyan"), soft_wrap=True)
     out.print()
 
 
 def _detail(step: Step) -> str:
-    """Return what is said of a step: of what is well, what the host says of itself; else an error, of several lines."""
+    """Return the detail of a step; that of a step which is not ok is an error, and may have several lines."""
     from lazycluster.exceptions import one_line, printable
 
     return one_line(step.detail) if step.state == "ok" else printable(step.detail)

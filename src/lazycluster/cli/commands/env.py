@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lazycluster.cli.console import lines_of, tell
-from lazycluster.cli.targets import connection_options, host_options, targets
+from lazycluster.cli.options import connection_options, host_options, targets
 from lazycluster.core.words import counted
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def prune(cache_dir: str, size: int | None, unused: float | None, **options: Any
 # --- shared ---------------------------------------------------------------------------------------
 def _on_hosts(work: Callable[[Connection], Awaitable[T]], options: dict[str, Any]) -> tuple[list[T], int]:
     """Do something on the hosts that the options name; returns what came out, and the exit status."""
-    from lazycluster.cli.errors import show_error
+    from lazycluster.cli.console import show_error
     from lazycluster.cli.fanout import HostOutcome, everywhere, exit_status
     from lazycluster.core import event_loop
 

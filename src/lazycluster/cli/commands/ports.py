@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazycluster.cli.console import tell
-from lazycluster.cli.targets import (
+from lazycluster.cli.options import (
     Targets,
     complete_hosts,
     connection_options,

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazycluster.cli.console import tell
-from lazycluster.cli.targets import Seconds, Whole, connection_options, host_options, targets
+from lazycluster.cli.options import Seconds, Whole, connection_options, host_options, targets
 
 if TYPE_CHECKING:
     import asyncio
 
     from lazycluster.cli.fanout import HostOutcome
-    from lazycluster.cli.printing import Printer
-    from lazycluster.cli.shared_input import SharedInput
+    from lazycluster.cli.streams import Printer, SharedInput
     from lazycluster.ssh.channel import Channel
     from lazycluster.ssh.connection import Connection
 
@@ -73,8 +72,7 @@ def run(
     Exit status: the highest of the hosts'; 255 if one was not reached, 124 after --timeout, 130 after Ctrl-C.
     """
     from lazycluster.cli.fanout import everywhere, exit_status
-    from lazycluster.cli.printing import printer
-    from lazycluster.cli.shared_input import SharedInput
+    from lazycluster.cli.streams import SharedInput, printer
 
     if not command and script is None:
         raise click.UsageError("no command is given: lazycluster run -w HOSTS -- COMMAND")

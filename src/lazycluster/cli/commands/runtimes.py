@@ -1,4 +1,4 @@
-"""``lazycluster list-runtimes``: which hosts can be used, and what machines they are."""
+"""``lazycluster list-runtimes``: the hosts that can be used, and their machines, once or as a live view."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.columns import fitting
 from lazycluster.cli.console import is_terminal, output
-from lazycluster.cli.targets import Targets, connection_options, host_options, targets
+from lazycluster.cli.options import Targets, connection_options, host_options, targets
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from lazycluster.cli.fanout import HostOutcome
     from lazycluster.ssh.connection import Connection
 
@@ -26,6 +28,19 @@ _LONG = {"os": 12, "cores": 5, "load": 5, "memory": 9, "disk": 9, "python": 7, "
 _RIGHT = ("latency", "cores", "load", "memory", "disk")
 # Where there is little room; what machines they are is asked for, the time of a message hardly with it.
 _DISPENSABLE = ("latency", "python", "os", "load")
+
+_GAP = 2  # spaces between columns
+
+# The live view
+_REFRESH = 2.0  # seconds
+_GPUS_EVERY = 5  # refreshes: nvidia-smi costs a host more than all the rest
+_RETRY = 10.0  # seconds
+_FEW = 2  # GPUs, each of which has a place of its own
+_RUNNING = ("tasks", "workers", "tunnels")
+_LIVE_RIGHT = ("cores", "load", "cpu", *_RUNNING)
+_LEAST = {"os": 9, "load": 5, "cpu": 4, "memory": 9, "disk": 9, "state": 8}  # so that columns do not come and go
+# What never changes goes first, then what the processors' share says, too.
+_LIVE_DISPENSABLE = ("os", "cores", "load", "disk", "gpus", "tunnels", "workers")
 
 
 @click.command()
@@ -60,9 +75,7 @@ def list_runtimes(
         raise click.UsageError("--watch needs a terminal")
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
     if watch:
-        from lazycluster.cli.live_view import watch as watch_hosts
-
-        return watch_hosts(chosen, long)
+        return _watch(chosen, long)
     listing = _JsonListing(chosen) if as_json else _Listing(chosen, long)
     outcomes = listing.run()
     if any(outcome.kind == "done" for outcome in outcomes):
@@ -77,7 +90,7 @@ class _Listing:
         self._targets = chosen
         self._long = long
         columns = {"host": max(4, *map(len, chosen.names)), **_SHORT, **(_LONG if long else {})}
-        shown = fitting(columns, output().width, _DISPENSABLE) if long and is_terminal() else columns
+        shown = _fitting(columns, output().width, _DISPENSABLE) if long and is_terminal() else columns
         self._columns = {name: columns[name] for name in shown}
         self.infos: dict[str, dict[str, Any]] = {}
 
@@ -179,3 +192,130 @@ class _JsonListing(_Listing):
             document.append(entry)
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return outcomes
+
+
+def _fitting(widths: Mapping[str, int], room: int, dispensable: Sequence[str]) -> list[str]:
+    """Return the columns that there is room for; those in `dispensable` are left out first, in that order."""
+    names = list(widths)
+    for name in dispensable:
+        if sum(widths[name] + _GAP for name in names) - _GAP <= room:
+            break
+        if name in names:
+            names.remove(name)
+    return names
+
+
+# --- the live view -------------------------------------------------------------------------------
+class _Watched:
+    """One host: its connection, made again when it was lost, and its last answer."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.state = "connecting"
+        self.why = ""
+        self.info: dict[str, Any] = {}
+        self.activity: dict[str, int] = {}
+        self.cpu = ""
+
+    async def follow(self, targets: Targets) -> None:
+        import asyncio
+
+        from lazycluster.exceptions import LazyclusterError
+
+        while True:
+            connection = targets.connection(self.host)
+            try:
+                await connection.open()
+                await self._ask(connection)
+            except (LazyclusterError, OSError) as error:
+                self.state, self.why = "inactive", str(error) or type(error).__name__
+            finally:
+                await connection.close()
+            await asyncio.sleep(_RETRY)
+
+    async def _ask(self, connection: Connection) -> None:
+        import asyncio
+
+        for turn in range(1_000_000_000):
+            with_gpus = turn % _GPUS_EVERY == 0
+            info = await connection.request("info", gpus=with_gpus)
+            if not with_gpus:
+                info["gpus"] = self.info.get("gpus", [])
+            self._note(await connection.request("activity"))
+            self.info, self.state, self.why = info, "active", ""
+            await asyncio.sleep(_REFRESH)
+
+    def _note(self, activity: dict[str, int]) -> None:
+        """Take note of what runs there, and how busy the processors were since the last time."""
+        before, self.activity = self.activity, activity
+        passed = activity["total"] - before.get("total", 0)
+        if before and passed > 0:
+            self.cpu = f"{100 * (activity['busy'] - before['busy']) / passed:.0f}%"
+
+
+def _watch(targets: Targets, long: bool) -> int:
+    """Show hosts until Ctrl-C."""
+    import asyncio
+
+    from rich.live import Live
+
+    from lazycluster.core import event_loop
+    from lazycluster.output import progress
+
+    watched = [_Watched(name) for name in targets.names]
+
+    async def follow_all() -> None:
+        await event_loop.together([asyncio.ensure_future(one.follow(targets)) for one in watched])
+
+    view = Live(get_renderable=lambda: _table(watched, long), console=output(), refresh_per_second=2)
+    with view, progress.shown(wanted=False):
+        event_loop.run(follow_all())
+    return 0
+
+
+def _table(watched: list[_Watched], long: bool) -> Group:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from lazycluster.exceptions import printable
+
+    names = ["cpu", "memory", "disk", *_RUNNING]
+    if any(gpu for one in watched for gpu in one.info.get("gpus") or []):
+        names.insert(1, "gpus")
+    if long:
+        names = ["os", "cores", "load", *names]
+    names = ["host", "state", *names]
+    rows = [{"host": one.host, "state": one.state, **_shown(one)} for one in watched]
+    widths = {name: max(len(name), _LEAST.get(name, 0), *(len(row.get(name, "")) for row in rows)) for name in names}
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    shown = _fitting(widths, output().width, _LIVE_DISPENSABLE)
+    for name in shown:
+        table.add_column(name.upper(), justify="right" if name in _LIVE_RIGHT else "left", no_wrap=True)
+    for one, row in zip(watched, rows, strict=True):
+        style = {"active": "", "inactive": "red"}.get(one.state, "dim")
+        table.add_row(*[Text(row.get(name, "")) for name in shown], style=style)
+    reasons = [
+        Text(f"{one.host}: {printable(one.why).partition(chr(10))[0]}", style="red") for one in watched if one.why
+    ]
+    return Group(table, *reasons)
+
+
+def _shown(one: _Watched) -> dict[str, str]:
+    from lazycluster.exceptions import one_line
+    from lazycluster.output.host_cells import cells
+
+    found = {**cells(one.info), "cpu": one.cpu, "gpus": _gpus(one.info)} if one.info else {}
+    running = {name: str(one.activity[name]) for name in _RUNNING if name in one.activity}
+    return {name: one_line(text) for name, text in {**found, **running}.items()}
+
+
+def _gpus(info: dict[str, Any]) -> str:
+    """Return how busy the GPUs are: one after the other, or of many their number and mean."""
+    from lazycluster.output.host_cells import number
+
+    used = [gpu.get("utilization") for gpu in info.get("gpus") or [] if isinstance(gpu, dict)]
+    known = [number(share) for share in used if share is not None]
+    if len(known) > _FEW:
+        return f"{len(used)}x {sum(known) / len(known):.0f}%"
+    return " ".join("?" if share is None else f"{number(share):.0f}%" for share in used) or "-"

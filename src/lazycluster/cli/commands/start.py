@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lazycluster.cli.targets import Whole, connection_options, host_options, relay_option, targets
+from lazycluster.cli.options import Whole, connection_options, host_options, relay_option, targets
 
 if TYPE_CHECKING:
     from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
@@ -136,8 +136,7 @@ def _serve(
     there: dict[str, Any],
     connection_file: str | None,
 ) -> None:
-    from lazycluster.cli.console import errors
-    from lazycluster.cli.errors import INTERRUPTED
+    from lazycluster.cli.console import INTERRUPTED, errors
     from lazycluster.cli.foreground import serve
     from lazycluster.core.words import counted
     from lazycluster.runtime_mgmt import RuntimeGroup

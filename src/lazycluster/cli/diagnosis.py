@@ -1,4 +1,4 @@
-"""What makes a host usable, checked step by step."""
+"""Diagnosis of a host: what it needs to be usable, checked step by step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 from lazycluster.output.host_cells import megabytes
-from lazycluster.output.tail import Tail
+from lazycluster.output.lines import Tail
 from lazycluster.ssh.agent_replies import check_shape, decoded_text
 
 from .option_names import spelled
@@ -23,7 +23,7 @@ from .option_names import spelled
 if TYPE_CHECKING:
     from lazycluster.ssh.openssh import SshConnection
 
-__all__ = ["STEPS", "Checkup", "Step"]
+__all__ = ["STEPS", "Diagnosis", "Step"]
 
 STEPS = (
     "configuration",
@@ -39,7 +39,7 @@ STEPS = (
     "packages",
 )
 
-# What kind of failure means that which step failed; those before it went well.
+# Kind of failure -> the step that failed; those before it went well.
 _FAILED_STEP = {
     "config": "configuration",
     "ssh": "configuration",
@@ -82,23 +82,23 @@ class Step:
     Attributes:
         name: What is checked, one of `STEPS`.
         state: ``ok``, ``failed``, ``differs`` (it matters for some uses only), ``not reached``.
-        detail: What was seen.
-        mend: How to mend it.
+        detail: What was found.
+        fix: How to fix it, if it is not ok.
     """
 
     name: str
     state: str = "not reached"
     detail: str = ""
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass
-class Checkup:
-    """The steps of one host.
+class Diagnosis:
+    """The steps of one host, in order.
 
     Attributes:
         host: The host.
-        steps: In order, see `STEPS`.
+        steps: See `STEPS`.
     """
 
     host: str
@@ -106,12 +106,12 @@ class Checkup:
 
     @property
     def usable(self) -> bool:
-        """Whether no step failed."""
+        """Return whether no step failed."""
         return not any(step.state in ("failed", "not reached") for step in self.steps)
 
-    def _set(self, name: str, state: str, detail: str = "", mend: str = "") -> None:
+    def _set(self, name: str, state: str, detail: str = "", fix: str = "") -> None:
         step = self.steps[STEPS.index(name)]
-        step.state, step.detail, step.mend = state, detail, mend
+        step.state, step.detail, step.fix = state, detail, fix
 
     async def run(self, connection: SshConnection) -> None:
         """Check one step after the other. The connection is closed in the end."""
@@ -134,7 +134,7 @@ class Checkup:
         failed = _FAILED_STEP.get(error.reason, "authentication" if probe.banner else "port")
         details = self._details(way, probe)
         for name in STEPS[: STEPS.index(failed)]:
-            if name != "forwarding":  # of what is checked with the agent's help nothing is known
+            if name != "forwarding":  # it is checked by the agent, which was not reached
                 self._set(name, "ok", details.get(name, ""))
         self._set(failed, "failed", error.detail or str(error), spelled(error.hint))
 
@@ -171,23 +171,23 @@ class Checkup:
         from lazycluster.ssh.probes import can_connect, same_network
         from lazycluster.ssh.tunnels import close_tunnels
 
-        mend = (
-            "set 'AllowTcpForwarding yes' in the host's sshd_config, or ask its administrator; or have our agent carry "
+        fix = (
+            "set 'AllowTcpForwarding yes' in the host's sshd_config, or ask its administrator; or, if it is not "
+            "forbidden on purpose, let our agent forward the ports: --relay"
         )
-        mend += "the ports, if that is not forbidden on purpose: --relay"
         try:
             if await asyncio.wait_for(same_network(connection), _LIMIT):
-                self._set("forwarding", "ok", "not needed: it is this machine's network")
+                self._set("forwarding", "ok", "not needed: the host shares this machine's network")
                 return
             if not await asyncio.wait_for(can_connect(connection), _LIMIT):
-                self._set("forwarding", "failed", "the host's sshd refuses connections to its ports", mend)
+                self._set("forwarding", "failed", "the host's sshd refuses connections to its ports", fix)
                 return
             with socket.create_server(("127.0.0.1", 0)) as server:
                 opening = open_to_runtime(connection, server.getsockname()[1], range(20000, 20100))
                 await close_tunnels([await asyncio.wait_for(opening, _LIMIT)])
             self._set("forwarding", "ok", "both ways")
         except (LazyclusterError, OSError, asyncio.TimeoutError) as error:
-            self._set("forwarding", "failed", str(error) or "no answer", mend)
+            self._set("forwarding", "failed", str(error) or "no answer", fix)
 
     async def _files_and_clock(self, connection: SshConnection) -> None:
         output = Tail(_SAID)
@@ -196,24 +196,24 @@ class Checkup:
         before = time.time()
         channel = connection.channel("run", {"argv": argv, "merge": True}, stdout=output.put)
         try:
-            await connection.answered(channel, "what its clock and its temporary directory say")
+            await connection.answered(channel, "its clock and its temporary directory")
             told = decoded_text(output.text())
             check_shape(told, [(int, float)])
             now, space, inodes, noexec = told
         except (LazyclusterError, ValueError) as error:
             said = output.text().strip() or str(error)
-            self._set("temporary files", "failed", said, "see what is wrong with the host's temporary directory")
+            self._set("temporary files", "failed", said, "check the host's temporary directory")
             return
         free = f"{hello.directory.rpartition('/')[0]}, {megabytes(space)} free" + (", noexec" if noexec else "")
         if space < _LITTLE_SPACE or not inodes:
-            self._set("temporary files", "failed", free, "make some space there")
+            self._set("temporary files", "failed", free, "free some space there")
         else:
             self._set("temporary files", "ok", free)
         after = time.time()
         ahead = now - (before + after) / 2
         if abs(ahead) > _CLOCK_LIMIT + (after - before) / 2:
             off = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
-            self._set("clock", "failed", off, "set the clocks by NTP, e.g. 'timedatectl set-ntp true'")
+            self._set("clock", "failed", off, "synchronize the clocks, e.g. 'timedatectl set-ntp true'")
         else:
             self._set("clock", "ok", f"within {max(0.1, abs(ahead)):.1f} s of this machine's")
 
@@ -229,8 +229,8 @@ class Checkup:
             self._set(
                 "packages",
                 "differs",
-                f"Python {there} there, {here} here: commands and files work, functions and clusters do not",
-                f"start clusters with --environment manager, which brings Python {here} and the packages of this side "
+                f"Python {there} there, {here} on this machine: commands and files work, functions and clusters do not",
+                f"start clusters with --environment manager, which installs this machine's packages and Python {here} "
                 f"there, or with --python auto, or --python /path/to/python{here}; {_IN_PYTHON}",
             )
             return
@@ -239,10 +239,10 @@ class Checkup:
             pip = f"{answer['executable']} -m pip install"
             missing = " ".join(f"{name}=={here}" for name, here, _ in differing)
             shown = ", ".join(f"{name} {there or 'missing'} ({here} here)" for name, here, there in differing)
-            mend = f"start clusters with --environment manager ({_IN_PYTHON}), or {pip} {missing}"
-            self._set("packages", "differs", shown, mend)
+            fix = f"start clusters with --environment manager ({_IN_PYTHON}), or {pip} {missing}"
+            self._set("packages", "differs", shown, fix)
         else:
-            self._set("packages", "ok", "as here: " + (", ".join(_installed()) or "none needed"))
+            self._set("packages", "ok", "same versions on both sides: " + (", ".join(_installed()) or "none needed"))
 
 
 def _installed() -> dict[str, str]:
@@ -262,14 +262,14 @@ def _differing(theirs: dict[str, str | None]) -> Sequence[tuple[str, str, str | 
 
 @dataclass
 class _Probe:
-    """What can be seen of a host from outside, without ssh."""
+    """Findings about a host from outside, without ssh."""
 
     address: str = ""
     banner: str = ""
 
 
 def _way(connection: SshConnection) -> dict[str, str]:
-    """Return what ssh makes of the configuration for a host."""
+    """Return the configuration of a host as ssh resolves it (``ssh -G``)."""
     settings = connection.settings
     argv = ["ssh", *(["-F", settings.config_file] if settings.config_file else []), "-G"]
     if settings.user:

@@ -1,14 +1,14 @@
-"""How much a host may have logged: what it causes more often within a minute is counted, and left out."""
+"""A limit on the messages that a host may cause in the log: what exceeds it within a minute is counted and left out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 
-__all__ = ["may_say"]
+__all__ = ["may_log"]
 
 MOST, SPAN = 100, 60.0
-"""How many lines one host may cause within how many seconds."""
+"""Lines that one host may cause, and the seconds within which."""
 
 logger = logging.getLogger("lazycluster")
 
@@ -29,10 +29,10 @@ class _Account:
 _accounts: dict[str, _Account] = {}
 
 
-def may_say(host: str) -> bool:
-    """Count something that a host says or does; returns whether it is to be told. For the event loop's thread.
+def may_log(host: str) -> bool:
+    """Count a message that a host causes, and return whether it may be logged. For the event loop's thread.
 
-    How many were left out is told when the time is over.
+    The number of those left out is logged when the time is over.
 
     Args:
         host: The host.

@@ -1,15 +1,19 @@
-"""Which hosts a command is for, and how they are reached: the options that many commands share."""
+"""Options that many commands share: the hosts of a command, as sets and patterns, and the way to reach them."""
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from . import host_arguments
+from lazycluster.core.hostsets import MOST, HostSetError, expand, is_pattern
+from lazycluster.ssh.destination import parse_destination
+
 from .console import tell
 from .option_names import names_its_options
 
@@ -17,20 +21,28 @@ if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
 __all__ = [
+    "ALL",
     "Seconds",
     "Targets",
     "Whole",
     "complete_hosts",
     "connection_options",
+    "fold",
+    "from_lines",
     "host_options",
     "how_to_connect",
+    "match",
     "relay_option",
     "targets",
+    "without",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_LEAST = 0.1
+ALL = "@all"
+
+_LEAST = 0.1  # seconds
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Targets:
 
     Attributes:
         names: As ssh takes them.
-        everyone: Whether all hosts of the configuration were meant: those that do not answer are left out with a word.
+        everyone: Whether all hosts of the configuration were meant: those that do not answer are left out.
         settings: How they are reached, see :class:`lazycluster.ssh.config.Settings`.
         ask: Whether a person may be asked for passwords.
     """
@@ -57,7 +69,7 @@ class Targets:
 
 
 class Whole(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
-    """A number from 1. Unlike click's ranges it does not show its limits in the help, where they are but noise."""
+    """A number from 1. Unlike click's ranges, it does not show its limits in the help."""
 
     name = "number"
 
@@ -80,7 +92,7 @@ class Whole(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
 
 
 class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A time in seconds, without its limits in the help, too."""
+    """A time in seconds. It does not show its limits in the help, either."""
 
     name = "seconds"
 
@@ -105,7 +117,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the names of hosts for a shell, also after a comma."""
     head, comma, last = incomplete.rpartition(",")
-    known = [*_configured(ctx.params.get("config")), host_arguments.ALL]
+    known = [*_configured(ctx.params.get("config")), ALL]
     named = head.split(",")
     return [head + comma + name for name in known if name.startswith(last) and name not in named]
 
@@ -215,44 +227,40 @@ def targets(
     try:
         named = [name for value in hosts for name in _read(value)]
         if hostfile is not None:
-            named += host_arguments.from_lines(hostfile.read())
+            named += from_lines(hostfile.read())
         if not hosts and hostfile is None:
-            named = host_arguments.expand(default if default is not None else _ask(config))
+            named = expand(default if default is not None else _ask(config))
         excluded = [name for value in exclude_hosts for name in _read(value)]
-        known = (
-            _configured(config)
-            if any(map(host_arguments.is_pattern, named)) or host_arguments.ALL in named or excluded
-            else []
-        )
-        names = host_arguments.without(host_arguments.match(named, known), excluded, known)
-    except host_arguments.HostSetError as error:
+        known = _configured(config) if any(map(is_pattern, named)) or ALL in named or excluded else []
+        names = without(match(named, known), excluded, known)
+    except HostSetError as error:
         raise click.UsageError(str(error)) from None
     except UnicodeDecodeError:
         raise click.UsageError("the file with the hosts is no text") from None
     if not names:
         raise click.UsageError(_no_hosts(config, named, bool(hosts) or hostfile is not None))
     settings = how_to_connect(config, connect_timeout, accept_new_host_key, relay)
-    everyone = host_arguments.ALL in named
+    everyone = ALL in named
     # Whoever looks at what there is wants no questions about each host that has never been used.
-    looking = everyone and default == host_arguments.ALL
+    looking = everyone and default == ALL
     return Targets(names, everyone, settings, ask=person_is_there() and not looking)
 
 
 def _read(value: str) -> list[str]:
     if value == "-":
-        return host_arguments.from_lines(sys.stdin.read())
+        return from_lines(sys.stdin.read())
     if value.startswith("^"):
         from lazycluster.utils import expanded
 
         try:
-            return host_arguments.from_lines(expanded(value[1:]).read_text())
+            return from_lines(expanded(value[1:]).read_text())
         except OSError as error:
             raise click.UsageError(f"the hosts cannot be read from {value[1:]}: {error.strerror}") from None
-    return host_arguments.expand(value)
+    return expand(value)
 
 
 def _no_hosts(config: str | None, named: Sequence[str], given: bool) -> str:
-    if named and named != [host_arguments.ALL]:
+    if named and named != [ALL]:
         return "no host is left: all that are named are excluded"
     if given and not named:
         return "no hosts are named: what stands for them is empty"
@@ -267,10 +275,118 @@ def _ask(config: str | None) -> str:
 
     known = _configured(config)
     if not person_is_there():
-        have = f" (the ssh configuration has {host_arguments.fold(known)})" if known else ""
+        have = f" (the ssh configuration has {fold(known)})" if known else ""
         raise click.UsageError(f"no hosts are named: use -w HOSTS, or -w @all for all active ones{have}")
     if not known:
         raise click.UsageError(_no_hosts(config, [], False))
-    tell(f"Hosts of the ssh configuration: {host_arguments.fold(known)}", err=True)
+    tell(f"Hosts of the ssh configuration: {fold(known)}", err=True)
     answer: str = click.prompt("On which hosts (@all for all)", err=True)
     return answer
+
+
+# --- sets of hosts -------------------------------------------------------------------------------
+def from_lines(text: str) -> list[str]:
+    """Return the names in a text: one or more sets to a line, with ``#`` before comments."""
+    names: dict[str, None] = {}
+    for line in text.splitlines():
+        names.update(dict.fromkeys(expand(line.partition("#")[0], words=True)))
+        if len(names) > MOST:
+            raise HostSetError(f"more than {MOST} hosts are named")
+    return list(names)
+
+
+def match(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Put hosts in the place of patterns.
+
+    Args:
+        names: From :func:`expand`; ``@all`` stands for all.
+        known: The hosts that there are.
+
+    Raises:
+        HostSetError: If a pattern fits none, or a name cannot be that of a host.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name == ALL:
+            found.update(dict.fromkeys(known))
+        elif name.startswith("@"):
+            raise HostSetError(f"{name!r} is not known; {ALL} stands for all hosts of the ssh configuration")
+        elif is_pattern(name):
+            found.update(dict.fromkeys(_fitting(name, known)))
+        else:
+            _check(name)
+            found[name] = None
+    return list(found)
+
+
+def without(names: Sequence[str], excluded: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Leave hosts out.
+
+    Args:
+        names: From :func:`match`.
+        excluded: From :func:`expand`. One without a user and port leaves a host out for whichever user and port.
+        known: The hosts that there are, beside those named.
+
+    Raises:
+        HostSetError: As `match` does.
+    """
+    destinations = {name: parse_destination(name) for name in names}
+    there = list(dict.fromkeys([*names, *(destination.host for destination in destinations.values()), *known]))
+    left_out = set(match([one for name in excluded for one in (known if name == ALL else [name])], there))
+    return [name for name, destination in destinations.items() if not {name, destination.host} & left_out]
+
+
+def _fitting(pattern: str, known: Sequence[str]) -> list[str]:
+    if "@" in pattern:
+        raise HostSetError(f"{pattern!r}: a pattern stands for hosts of the ssh configuration, which says the user")
+    fitting = [host for host in known if fnmatch.fnmatchcase(host, pattern)]
+    if not fitting:
+        have = f"there are: {fold(known)}" if known else "it names no hosts"
+        raise HostSetError(f"no host of the ssh configuration fits {pattern!r}; {have}")
+    return fitting
+
+
+def _check(name: str) -> None:
+    try:
+        parse_destination(name)
+    except ValueError as error:
+        raise HostSetError(str(error)) from None
+
+
+def fold(names: Iterable[str]) -> str:
+    """Write names as a set, in order.
+
+    Examples:
+        >>> fold(["node1", "node2", "node3", "gpu"])
+        'node[1-3],gpu'
+    """
+    groups: dict[tuple[str, str, int], list[int]] = {}
+    for name in names:
+        numbers = list(_NUMBER.finditer(name))
+        if not numbers:
+            groups.setdefault((name, "", -1), [])
+            continue
+        last = numbers[-1]
+        digits = last.group()
+        width = len(digits) if digits.startswith("0") and len(digits) > 1 else 0
+        key = (name[: last.start()], name[last.end() :], width)
+        groups.setdefault(key, []).append(int(digits))
+    return ",".join(_folded(*key, numbers) for key, numbers in groups.items())
+
+
+def _folded(head: str, tail: str, width: int, numbers: list[int]) -> str:
+    if not numbers:
+        return head
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+
+    def shown(number: int) -> str:
+        return str(number).zfill(max(width, 0))
+
+    pieces = [shown(a) if a == b else f"{shown(a)}-{shown(b)}" for a, b in runs]
+    inside = ",".join(pieces)
+    return f"{head}{inside}{tail}" if len(pieces) == 1 and "-" not in inside else f"{head}[{inside}]{tail}"
