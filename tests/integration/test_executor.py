@@ -162,7 +162,7 @@ def test_ctrl_c_while_something_is_submitted(group: RuntimeGroup) -> None:
 
     with group.executor() as executor:
         assert executor.submit(abs, -1).result(60) == 1
-        until(lambda: not executor._scheduler._scheduled, "the scheduler to have seen all")
+        until(lambda: not executor._scheduler._wake_scheduled, "the scheduler to have seen all")
         before = sys.gettrace()
         with pytest.raises(KeyboardInterrupt):
             sys.settrace(interrupt)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal as signals
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -71,10 +70,9 @@ class ChunkScheduler:
         self._cancels: deque[Chunk] = deque()
         self._releases: deque[int] = deque()
         self._pending: deque[Chunk] = deque()
-        self._lock = threading.Lock()
-        self._scheduled = False
-        self._dropping_unwanted = False
-        self._dispatching = False
+        self._wake_scheduled = False
+        self._drop_requested = False
+        self._dispatch_scheduled = False
         self._loop = event_loop.get_loop()
         self._runs: list[asyncio.Task[None]] = []
         self._lost: dict[str, str] = {}
@@ -115,16 +113,16 @@ class ChunkScheduler:
 
     def drop_unwanted(self) -> None:
         """Drop what waits and is not wanted any more."""
-        self._dropping_unwanted = True
+        self._drop_requested = True
         self._wake()
 
     def _wake(self) -> None:
-        if not self._scheduled:
+        if not self._wake_scheduled:
             try:
-                self._scheduled = True
+                self._wake_scheduled = True
                 self._loop.call_soon_threadsafe(self._on_wake)
             except BaseException:  # Ctrl-C: else nothing would ever wake it again
-                self._scheduled = False
+                self._wake_scheduled = False
                 raise
 
     # --- on the loop ---------------------------------------------------------------------------
@@ -137,15 +135,15 @@ class ChunkScheduler:
         self._runs = [asyncio.ensure_future(pool.run(imports)) for pool in self._pools]
 
     def _on_wake(self) -> None:
-        self._scheduled = False  # first: what comes from now on wakes it again
+        self._wake_scheduled = False  # first: what comes from now on wakes it again
         while self._inbox:
             self._pending.append(self._inbox.popleft())
         while self._cancels:
             chunk = self._cancels.popleft()
             for pool in self._pools:
                 pool.cancel(chunk)
-        if self._dropping_unwanted:
-            self._dropping_unwanted = False
+        if self._drop_requested:
+            self._drop_requested = False
             self._pending = deque(chunk for chunk in self._pending if chunk.sink.is_wanted(chunk))
         while self._releases:
             self.blobs.release(self._releases.popleft())
@@ -153,12 +151,12 @@ class ChunkScheduler:
 
     def dispatch_soon(self) -> None:
         """Assign chunks after all that is to be handled in this round of the loop."""
-        if not self._dispatching:
-            self._dispatching = True
+        if not self._dispatch_scheduled:
+            self._dispatch_scheduled = True
             self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        self._dispatching = False
+        self._dispatch_scheduled = False
         if self.error is not None:
             self._fail_pending(self.error)
             return
