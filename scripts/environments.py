@@ -192,7 +192,7 @@ def main(ways: list[str]) -> int:
 def _all(ways: list[str], edited: Edited) -> int:
     for way in ways:
         with _group(way) as group:
-            python = {runtime.host: runtime.connection.agent_info.python[:2] for runtime in group.runtimes}
+            python = {runtime.host: runtime._connection.agent_info.python[:2] for runtime in group.runtimes}
             assert set(python.values()) == {(3, 8)}, python
             _timed(way, "environment, nothing on the host", group.prepare)
             for work in (functions, dask, hyperopt):

@@ -47,7 +47,7 @@ class Scene:
 
     def ssh(self, number: int) -> list[int]:
         """The ssh process of the manager that leads to a host."""
-        process = self.runtime(number).connection._process
+        process = self.runtime(number)._connection._process
         return [process.pid] if process is not None and process.pid else []
 
     def sessions(self, number: int) -> list[int]:
@@ -56,7 +56,7 @@ class Scene:
 
     def agent(self, number: int) -> list[int]:
         """The agent on a host."""
-        return self._here(number, [self.runtime(number).connection.agent_info.pid])
+        return self._here(number, [self.runtime(number)._connection.agent_info.pid])
 
     def services(self, number: int) -> list[int]:
         """What a cluster's workers are watched by on a host: Dask's nannies, Hyperopt's workers."""

@@ -270,7 +270,7 @@ def _soak(arguments: argparse.Namespace, seed: int, temporary: Path, state: Path
             while time.monotonic() - began < 60 * arguments.minutes:
                 soak.round()
             breaker.stop()
-            soak.interruptions = sum(runtime.connection.interruptions for runtime in group.runtimes)
+            soak.interruptions = sum(runtime._connection.interruptions for runtime in group.runtimes)
         left = leaks.settle(lambda: [*manager.leftovers(), *(one for host in hosts for one in host.leftovers())])
     minutes = (time.monotonic() - began) / 60
     return report(soak, breaker, left, minutes, arguments, seed)

@@ -164,7 +164,7 @@ def test_one_whose_agent_was_killed_is_lost(hosts: Any) -> None:
     with connect(hosts) as runtime:
         task = runtime.execute_task(RuntimeTask("lasting").run_command("sleep 3303"), detach=True)
         until(lambda: "sleep 3303" in str(hosts[0].processes()), "the command")
-        agent = runtime.connection.agent_info.pid
+        agent = runtime._connection.agent_info.pid
         own = {found.parent for found in hosts[0].processes() if "sleep 3303" in found.command}
         for found in hosts[0].processes():
             if found.pid in own and found.inner_pid != agent:

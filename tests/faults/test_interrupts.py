@@ -99,7 +99,7 @@ def test_map_and_executor(group: RuntimeGroup) -> None:
     """The workers are kept from one `map` to the next; what was interrupted is no reason to wait for ever."""
     end = time.monotonic() + _SPAN
     assert list(group.map(abs, range(10))) == list(range(10))
-    kept = group.kept_executor()
+    kept = group._kept_executor()
     while time.monotonic() < end:
         interrupted(lambda: list(group.map(abs, range(50))), 0.004)
         interrupted(lambda: [kept.submit(abs, number) for number in range(100)], 0.0004)
@@ -120,7 +120,7 @@ def test_an_executor_that_begins(group: RuntimeGroup) -> None:
 def test_a_clean_up_can_be_done_again() -> None:
     for _ in range(4):
         group = RuntimeGroup([LocalRuntime(host=name) for name in ("one", "two")])
-        agents = [runtime.connection.agent_info.pid for runtime in group.runtimes]
+        agents = [runtime._connection.agent_info.pid for runtime in group.runtimes]
         group.execute_task(
             RuntimeTask("stubborn").run_command("trap '' INT TERM; sleep 7400 & wait; wait"), broadcast=True
         )

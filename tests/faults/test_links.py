@@ -41,7 +41,7 @@ class States:
     """What a connection says of itself."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.connection = runtime.connection
+        self.connection = runtime._connection
         self.seen: list[str] = []
         self._news = threading.Condition()
         self.connection.on_state(self._told)
@@ -61,7 +61,7 @@ class States:
 
 def ssh_of(runtime: Runtime) -> int:
     """The ssh process of a runtime."""
-    process = runtime.connection._process
+    process = runtime._connection._process
     assert process is not None
     return int(process.pid)
 
@@ -98,7 +98,7 @@ def test_a_command_and_a_function_go_on_without_their_link(hosts: Any, cut: Call
         assert function.result() == "x" * 3_000_000
         assert function.execution_log == ["".join(f"step {number}\n" for number in range(100))]
         assert runtime.call(pow, 2, 10) == 1024
-        assert runtime.connection.generation == 1
+        assert runtime._connection.generation == 1
 
 
 def _echo(server: socket.socket) -> None:
@@ -150,7 +150,7 @@ def test_an_unplugged_host_goes_on_and_hands_everything_over(make_hosts: Make) -
         with open(log, "rb") as file:
             assert hashlib.sha256(file.read()).digest() == hashlib.sha256(b"x" * 30_000_000 + b"\nend\n").digest()
         assert later.result() == 32
-        assert runtime.connection.generation == 1
+        assert runtime._connection.generation == 1
         assert _asked(24201) == b"hello"
         assert hosts[0].run(["python3", "-c", _ASK, "24200"]).stdout == "hello\n"
         server.shutdown(socket.SHUT_RDWR)
@@ -170,11 +170,11 @@ def test_a_host_that_lost_its_agent_says_so_and_can_be_used_again(hosts: Any) ->
         first = runtime.working_dir
         assert runtime.call(os.getcwd) == first
         task = runtime.execute_task(RuntimeTask("sleep").run_command("sleep 300"))
-        os.kill(_pid_here(hosts[0], runtime.connection.agent_info.pid), signal.SIGKILL)
+        os.kill(_pid_here(hosts[0], runtime._connection.agent_info.pid), signal.SIGKILL)
         with pytest.raises(TaskExecutionError, match="the agent on the host has ended, and with it what ran there"):
             task.join()
         states.wait_for("interrupted", "open")
-        assert runtime.connection.generation == 2
+        assert runtime._connection.generation == 2
         assert runtime.call(os.getcwd) == runtime.working_dir != first
         assert runtime.execute_task(
             RuntimeTask("x").run_command("echo $WORKING_DIR"), execute_async=False
@@ -304,16 +304,16 @@ _ENDED = """
     group.expose_port_to_runtimes({port}, 24300)
     task = RuntimeTask("x").run_command("nohup setsid sleep 7104 >/dev/null 2>&1 & sleep 7105")
     group.execute_task(task, broadcast=True)
-    processes = [runtime.connection._process.pid for runtime in group.runtimes]
+    processes = [runtime._connection._process.pid for runtime in group.runtimes]
     if {returned}:
         back = [threading.Event() for _ in processes]
         for runtime, event in zip(group.runtimes, back):
-            runtime.connection.on_state(lambda state, why, event=event: state == "open" and event.set())
+            runtime._connection.on_state(lambda state, why, event=event: state == "open" and event.set())
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
         for event in back:
             event.wait()
-    print(*[runtime.connection._process.pid for runtime in group.runtimes], flush=True)
+    print(*[runtime._connection._process.pid for runtime in group.runtimes], flush=True)
     threading.Event().wait()
 """
 
@@ -464,7 +464,7 @@ def test_a_task_does_not_go_on_where_its_working_directory_is_gone(hosts: Any, t
             states = States(runtime)
             task = runtime.execute_task(steps, retries=retries)
             _until(lambda: len(_files(there)) > 3, "some of the files")
-            os.kill(_pid_here(hosts[0], runtime.connection.agent_info.pid), signal.SIGKILL)
+            os.kill(_pid_here(hosts[0], runtime._connection.agent_info.pid), signal.SIGKILL)
             states.wait_for("interrupted", "open")
             if retries:
                 task.join()
@@ -480,7 +480,7 @@ def test_a_task_does_not_go_on_where_its_working_directory_is_gone(hosts: Any, t
 
 def test_an_attempt_that_ends_without_a_word_is_not_the_last(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with connect(hosts) as runtime:
-        states, attempt, tries = States(runtime), runtime.connection._attempt, []
+        states, attempt, tries = States(runtime), runtime._connection._attempt, []
 
         async def silent_at_first(timeout: float) -> None:
             tries.append(timeout)
@@ -488,7 +488,7 @@ def test_an_attempt_that_ends_without_a_word_is_not_the_last(hosts: Any, monkeyp
                 raise InvalidRuntimeError("host1", "ssh", "ssh ended (exit status None) and said: nothing")
             await attempt(timeout)
 
-        monkeypatch.setattr(runtime.connection, "_attempt", silent_at_first)
+        monkeypatch.setattr(runtime._connection, "_attempt", silent_at_first)
         kill_ssh(hosts[0], runtime)
         states.wait_for("interrupted", "open")
         assert len(tries) == 2

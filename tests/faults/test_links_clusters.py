@@ -25,7 +25,7 @@ def connect(hosts: Any, count: int) -> RuntimeGroup:
 
 
 def drop_link(group: RuntimeGroup, number: int) -> None:
-    process = group.runtimes[number].connection._process
+    process = group.runtimes[number]._connection._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
 
@@ -70,13 +70,13 @@ def _where(client: Any, own_module: Any) -> set[str]:
 
 
 def lose_agent(hosts: Any, group: RuntimeGroup, number: int) -> None:
-    inner = group.runtimes[number].connection.agent_info.pid
+    inner = group.runtimes[number]._connection.agent_info.pid
     os.kill(next(found.pid for found in hosts[number].processes() if found.inner_pid == inner), signal.SIGKILL)
 
 
 def restart(hosts: Any, group: RuntimeGroup, number: int) -> None:
     hosts[number].power_off()
-    until(lambda: group.runtimes[number].connection.state == "interrupted", "the host to be missed")
+    until(lambda: group.runtimes[number]._connection.state == "interrupted", "the host to be missed")
     hosts[number].power_on()
 
 

@@ -34,8 +34,8 @@ _PRELUDE = """
 """
 
 _EPILOGUE = """
-    assert [runtime.connection.state for runtime in group.runtimes[:2]] == ["open", "open"]
-    assert all(runtime.connection.interruptions == 0 for runtime in group.runtimes[:2])
+    assert [runtime._connection.state for runtime in group.runtimes[:2]] == ["open", "open"]
+    assert all(runtime._connection.interruptions == 0 for runtime in group.runtimes[:2])
     assert host1.call(large, 8) == large(8)
     assert host2.call(large, 8) == large(8)
     host2.execute_task(RuntimeTask("touch").run_command("touch {flag}"), execute_async=False)

@@ -19,7 +19,7 @@ from lazycluster.agent import restart_policy
 from lazycluster.agent.guardian import KEEP_FILE
 from lazycluster.core import event_loop
 from lazycluster.exceptions import HostsLostError, LazyclusterError, TaskExecutionError, WorkerLostError
-from lazycluster.pool import host_pool
+from lazycluster.pool import remote_pool
 from lazycluster.ssh import workspace
 from patience import until
 
@@ -32,7 +32,7 @@ def group() -> Iterator[RuntimeGroup]:
 
 
 def lose(group: RuntimeGroup, host: str) -> None:
-    os.kill(group.get_runtime(host).connection.agent_info.pid, signal.SIGKILL)
+    os.kill(group.get_runtime(host)._connection.agent_info.pid, signal.SIGKILL)
 
 
 def end_own_agent(agents: list[int]) -> None:
@@ -53,7 +53,7 @@ def test_the_keeper_is_replaced(hosts: Any, caplog: pytest.LogCaptureFixture) ->
     """Nobody notices; and the next one knows what is to be ended if the manager is killed."""
     with RuntimeGroup(hosts=hosts.names[:1], connection_kwargs={"config_file": hosts.config_file}) as group:
         [runtime] = group.runtimes
-        process = runtime.connection._process
+        process = runtime._connection._process
         assert process is not None
         space = next(iter(workspace._spaces.values()))
         before = space.keeper.agent_info.pid
@@ -68,8 +68,8 @@ def test_the_keeper_is_replaced(hosts: Any, caplog: pytest.LogCaptureFixture) ->
         until(lambda: kept() == [process.pid], "another keeper")
         assert "is replaced" in caplog.text
         assert runtime.call(square, 3) == 9
-        assert runtime.connection.state == "open"
-        assert runtime.connection.interruptions == 0
+        assert runtime._connection.state == "open"
+        assert runtime._connection.interruptions == 0
 
 
 def test_what_the_keeper_was_to_remove_at_the_managers_end_is_there_after_its_own() -> None:
@@ -151,7 +151,7 @@ def test_a_host_that_comes_back_takes_part_again(hosts: Any) -> None:
         results = group.map(slow, itertools.count(), buffersize=20)
         got = list(itertools.takewhile(lambda result: result[1] != before, results))
         lose_agent(hosts, runtime)
-        until(lambda: runtime.connection.generation == 2 and runtime.connection.state == "open", "another agent")
+        until(lambda: runtime._connection.generation == 2 and runtime._connection.state == "open", "another agent")
         assert runtime.working_dir != before
         after: list[tuple[int, str]] = []
 
@@ -176,7 +176,7 @@ def test_of_calls_beside_each_other_the_one_that_ends_hosts_is_named(chunksize: 
 
     # One is left for the others: which calls are first to be tried again is a matter of luck.
     with RuntimeGroup([LocalRuntime(host=f"host{number}") for number in range(4)]) as group:
-        agents += [runtime.connection.agent_info.pid for runtime in group.runtimes]
+        agents += [runtime._connection.agent_info.pid for runtime in group.runtimes]
         executor = group.executor(workers_per_host=3)
         results = executor.map(ends_the_host, range(20), chunksize=chunksize)
         assert [next(results) for _ in range(5)] == list(range(5))
@@ -206,7 +206,7 @@ def test_the_only_host_is_waited_for_and_a_call_that_ends_it_is_given_up(hosts: 
 
 
 def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) -> None:
-    agents = [runtime.connection.agent_info.pid for runtime in group.runtimes]
+    agents = [runtime._connection.agent_info.pid for runtime in group.runtimes]
 
     def ends_the_host(x: int) -> int:
         if x == 5:
@@ -223,8 +223,8 @@ def test_a_call_that_ends_every_host_is_given_up_and_named(group: RuntimeGroup) 
 def test_a_host_that_cannot_be_reached_does_not_hold_up_the_rest(
     group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(host_pool, "AWAY_PATIENCE", 0.1)
-    connection = group.get_runtime("two").connection
+    monkeypatch.setattr(remote_pool, "AWAY_LIMIT", 0.1)
+    connection = group.get_runtime("two")._connection
     agent = connection.agent_info.pid
 
     def counted(x: int) -> int:
@@ -336,7 +336,7 @@ def test_other_failures_are_tried_again_if_so_asked(group: RuntimeGroup, tmp_pat
 
 
 def lose_agent(hosts: Any, runtime: Any) -> None:
-    inner = runtime.connection.agent_info.pid
+    inner = runtime._connection.agent_info.pid
     os.kill(next(found.pid for found in hosts[0].processes() if found.inner_pid == inner), signal.SIGKILL)
 
 

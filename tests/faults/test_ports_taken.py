@@ -86,7 +86,7 @@ class Held:
 
         monkeypatch.setattr(ssh_connection, "_PORTS_LIMIT", 0.0)
         monkeypatch.setattr(SshConnection, "_attempt", attempt_later)
-        self._connection: Any = group.runtimes[0].connection
+        self._connection: Any = group.runtimes[0]._connection
         os.kill(self._connection._process.pid, signal.SIGKILL)
         until(lambda: self._connection.state == "interrupted", "the loss of the link")
 

@@ -57,12 +57,12 @@ def test_a_manager_that_does_not_take_output_makes_the_command_wait() -> None:
         taken[0] += len(data)
 
     with LocalRuntime() as runtime:
-        agent = runtime.connection.agent_info.pid
+        agent = runtime._connection.agent_info.pid
         before = _resident(agent), _resident(os.getpid())
 
         async def pour() -> dict[str, Any]:
             params = {"argv": ["head", "-c", str(total), "/dev/zero"], "merge": True}
-            channel = runtime.connection.channel("run", params, stdout=stalled, event=lambda event: pids.append(event))
+            channel = runtime._connection.channel("run", params, stdout=stalled, event=lambda event: pids.append(event))
             result: dict[str, Any] = await channel.result()
             return result
 
@@ -173,7 +173,7 @@ def test_a_host_that_has_no_room_for_processes(make_hosts: Any, tmp_path: Path) 
     (tmp_path / "file").write_text("x")
     with _connect(hosts) as runtime, RuntimeGroup([runtime]) as group:
         assert runtime.call(sum, [1, 2]) == 3
-        agent = runtime.connection.agent_info.pid
+        agent = runtime._connection.agent_info.pid
 
         def limit(count: int) -> None:
             for process in hosts[0].processes():
@@ -194,7 +194,7 @@ def test_a_host_that_has_no_room_for_processes(make_hosts: Any, tmp_path: Path) 
         assert runtime.call(sum, [1, 2]) == 3
         runtime.send_file(tmp_path / "file", "~/sent")
         hosts[0].path("~/sent").unlink()
-        assert runtime.connection.agent_info.pid == agent
+        assert runtime._connection.agent_info.pid == agent
 
 
 def test_a_host_where_not_even_the_agent_can_be_started(make_hosts: Any) -> None:
@@ -230,7 +230,7 @@ def _take(size: int) -> int:
 def test_a_control_group_that_runs_out_of_memory(memory_group: Path) -> None:
     """The kernel kills, whoever is the largest; it is told as what it is, and the agent goes on."""
     with LocalRuntime() as runtime:
-        for pid in (runtime.connection.agent_info.pid, processes.parent_of(runtime.connection.agent_info.pid)):
+        for pid in (runtime._connection.agent_info.pid, processes.parent_of(runtime._connection.agent_info.pid)):
             (memory_group / "cgroup.procs").write_text(str(pid))
         moved = time.monotonic()
         until(lambda: time.monotonic() - moved > oom._FRESH, "what is known of the group before to be too old")

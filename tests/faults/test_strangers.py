@@ -127,7 +127,7 @@ def test_another_user_of_a_host_is_refused(cluster: DaskCluster, module_hosts: A
 def test_another_user_of_the_manager_is_refused(cluster: DaskCluster) -> None:
     ports = procfs.listening_ports("self")
     assert len(ports) >= 8
-    folder = Path(cluster._group.runtimes[0].connection._space.directory)
+    folder = Path(cluster._group.runtimes[0]._connection._space.directory)
     keeper = Path(cluster._master_launcher._service.place.connection.agent_info.directory)
     paths = [str(path) for top in (folder, keeper) for path in below(top)]
     assert {"askpass.sock", "agent.sock"} <= {os.path.basename(path) for path in paths}
@@ -221,7 +221,7 @@ def test_core_dumps_of_those_who_have_secrets(cluster: DaskCluster, module_hosts
     """One byte: a limit of 0 is none where the kernel pipes dumps to a program."""
     processes = {pid: what for what, _, pid in _listening(cluster, module_hosts[0])}
     processes[cluster._master_launcher._service.place.connection.agent_info.pid] = "keeper"
-    processes[_outer(module_hosts[0], cluster._group.runtimes[0].connection.agent_info.pid)] = "agent"
+    processes[_outer(module_hosts[0], cluster._group.runtimes[0]._connection.agent_info.pid)] = "agent"
     assert len(processes) == 5
     for pid, what in processes.items():
         assert _soft_limit(pid, "core file size") == "1", what
@@ -283,9 +283,9 @@ def test_a_password_is_in_memory_only(make_hosts: Any, tmp_path: Path) -> None:
         runtime = group.runtimes[0]
         runtime.call(os.getpid)
         seen = dict(_environments(hosts))
-        things = (group, runtime, runtime.connection, runtime.connection.settings, vars(runtime), vars(group))
+        things = (group, runtime, runtime._connection, runtime._connection.settings, vars(runtime), vars(group))
         seen |= {f"repr of {type(thing).__name__}": repr(thing).encode() for thing in things}
-        for path in below(Path(runtime.connection._space.directory)):
+        for path in below(Path(runtime._connection._space.directory)):
             # The sources of these tests' own modules, which have it, are there for another test's cluster.
             if path.is_file() and "/modules-" not in str(path):
                 seen[str(path)] = path.read_bytes()

@@ -211,7 +211,7 @@ def test_a_session_that_stands_still_is_replaced(hosts: Any) -> None:
         for process in stopped:
             os.kill(process.pid, signal.SIGSTOP)
         try:
-            until(lambda: host.connection.state == "interrupted", "the silence to be noticed")
+            until(lambda: host._connection.state == "interrupted", "the silence to be noticed")
             host.stop_process(host.expose_port_to_runtime(24530))
             assert host.call(sum, [1, 2]) == 3
         finally:
@@ -223,7 +223,7 @@ def test_a_session_that_stands_still_is_replaced(hosts: Any) -> None:
 @pytest.mark.parametrize("grace", [0, 2])
 def test_an_agent_that_stands_still_is_lost_whatever_the_grace(grace: int, hosts: Any) -> None:
     with runtime(hosts, link_timeout=1, grace=grace) as host:
-        agent = host.connection.agent_info.pid
+        agent = host._connection.agent_info.pid
         agents = [process.pid for process in hosts[0].processes() if process.inner_pid == agent]
         task = RuntimeTask("endless").run_command("sleep 3600")
         host.execute_task(task)

@@ -186,7 +186,7 @@ def test_a_runtime_that_ends_while_a_port_is_exposed(make_hosts: Any, monkeypatc
 def test_a_relay_that_ends_comes_back_with_its_tunnels(make_hosts: Any) -> None:
     hosts = make_hosts(1, forwarding=False)
     with _runtime(hosts) as runtime, _echo(hosts[0], 5001):
-        agent = runtime.connection.agent_info.pid
+        agent = runtime._connection.agent_info.pid
         before = _children(runtime, agent)
         runtime.expose_port_from_runtime(5001, 6001)
         assert _exchange(6001, b"before") == b"before"

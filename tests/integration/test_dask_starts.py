@@ -197,10 +197,10 @@ def test_too_few_ports(group: RuntimeGroup) -> None:
 def test_ports_taken_between_check_and_use(group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     from lazycluster.cluster import network
 
-    async def blind(ports: Any, connections: Any) -> list[int]:
+    async def blind(ports: Any, connections: Any, *, skip_lost: bool) -> list[int]:
         return list(ports)
 
-    monkeypatch.setattr(network, "free_everywhere", blind)
+    monkeypatch.setattr(network, "free_on_all", blind)
     with _taken(DaskCluster.DEFAULT_MASTER_PORT), _taken(25001), _taken(25005), DaskCluster(group) as cluster:
         cluster.start()
         with cluster.get_client(timeout=10) as client:
@@ -335,7 +335,7 @@ def test_a_dead_host_and_min_workers(make_hosts: Any) -> None:
     with ssh_group(hosts, connection_kwargs={"link_timeout": 3}) as group:
         hosts[1].power_off()
         deadline = time.monotonic() + 30
-        while group.runtimes[1].connection.state == "open" and time.monotonic() < deadline:
+        while group.runtimes[1]._connection.state == "open" and time.monotonic() < deadline:
             time.sleep(0.05)
         with DaskCluster(group) as cluster, pytest.raises(ClusterError, match="host2"):
             cluster.start()

@@ -152,7 +152,7 @@ def test_what_is_left_out_is_said(
 
 
 def _store(runtime: Any) -> HostCache:
-    return event_loop.run(list_on(runtime.connection))
+    return event_loop.run(list_on(runtime._connection))
 
 
 # --- where packages come from ---------------------------------------------------------------------

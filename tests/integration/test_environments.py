@@ -58,7 +58,7 @@ def test_the_right_python_is_found_wherever_it_is(make_hosts: Any, index: Index,
     with connect(host, ["alpha"], setup="export PATH=/usr/bin:/bin") as runtime:
         assert runtime.call(lambda: sys.version_info[:2]) == sys.version_info[:2]
         assert runtime.call(version_of, "alpha") == "1.0"
-        assert ".".join(map(str, runtime.connection.agent_info.python[:2])) == other
+        assert ".".join(map(str, runtime._connection.agent_info.python[:2])) == other
 
 
 def test_all_hosts_at_once(hosts: Any, index: Index) -> None:

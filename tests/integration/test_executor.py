@@ -162,7 +162,7 @@ def test_ctrl_c_while_something_is_submitted(group: RuntimeGroup) -> None:
 
     with group.executor() as executor:
         assert executor.submit(abs, -1).result(60) == 1
-        until(lambda: not executor._dealer._scheduled, "the dealer to have seen all")
+        until(lambda: not executor._scheduler._wake_scheduled, "the scheduler to have seen all")
         before = sys.gettrace()
         with pytest.raises(KeyboardInterrupt):
             sys.settrace(interrupt)
@@ -210,7 +210,7 @@ def test_a_cancelled_worker_that_had_gone_on_to_the_next_call_loses_nothing(
         first = executor.submit(take_the_next_and_die_before_it_is_noted, str(tmp_path / "taken"))
         second = executor.submit(abs, -2)
         until((tmp_path / "taken").exists, "the second call to be taken")
-        executor.abort([first])
+        executor._abort([first])
         assert second.result(60) == 2
 
 
@@ -235,7 +235,7 @@ def test_a_call_is_cancelled_though_its_worker_has_not_noted_yet_that_it_has_it(
         first = executor.submit(take_the_next_and_note_it_late, str(tmp_path))
         second = executor.submit(time.sleep, 600)
         until((tmp_path / "taken").exists, "the second call to be taken")
-        executor.abort([second])
+        executor._abort([second])
         group.get_runtime(executor.hosts[0]).call(abs, -1)  # what comes later than the cancellation
         (tmp_path / "cancelled").touch()
         assert first.result(60) == "once more"

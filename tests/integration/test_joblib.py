@@ -35,7 +35,7 @@ def group() -> Iterator[RuntimeGroup]:
 
 
 def _agents(group: RuntimeGroup) -> set[int]:
-    return {runtime.connection.agent_info.pid for runtime in group.runtimes}
+    return {runtime._connection.agent_info.pid for runtime in group.runtimes}
 
 
 # --- joblib's ------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_large_arrays_go_once_and_no_call_sees_what_another_changed(group: Runti
         array[0] += index + 1
         return float(array[0])
 
-    blobs = group.kept_executor()._blobs
+    blobs = group._kept_executor()._blobs
     before = blobs._next
     found = parallel(batch_size=1)(joblib.delayed(use)(data, index) for index in range(20))
     assert found == [index + 1.0 for index in range(20)]
@@ -193,7 +193,7 @@ def test_what_is_parallel_in_a_call_stays_in_its_process(parallel: Any) -> None:
 
 
 def test_how_many_jobs(group: RuntimeGroup, parallel: Any) -> None:
-    total = group.kept_executor().worker_count
+    total = group._kept_executor().worker_count
     assert joblib.effective_n_jobs(-1) == total
     assert joblib.effective_n_jobs(2) == 2
     assert joblib.effective_n_jobs(-2) == total - 1

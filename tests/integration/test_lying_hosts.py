@@ -78,7 +78,7 @@ def _sent(path: Path) -> str:
 
 
 def _first_task(runtime: Runtime) -> DetachedTask:
-    return next(iter(runtime.detached_tasks()), DetachedTask(runtime.connection, {"id": "0" * 16}))
+    return next(iter(runtime.detached_tasks()), DetachedTask(runtime._connection, {"id": "0" * 16}))
 
 
 def _run(runtime: Runtime) -> Any:
@@ -151,7 +151,7 @@ def test_no_code_runs_and_each_error_names_the_host(connect: Callable[..., Runti
                 refused.add(name)
             assert not harm.exists(), name
         assert {"command", "detached, result", "detach", "send_file", "get_file"} <= refused
-        assert runtime.connection.state == "open"  # what makes no sense ends its own request
+        assert runtime._connection.state == "open"  # what makes no sense ends its own request
 
 
 @pytest.mark.parametrize("lie", liar.LIES)
@@ -188,7 +188,7 @@ def test_a_first_line_that_is_none_is_no_host_without_an_answer(connect: Callabl
 def test_names_that_are_no_text_are_names(connect: Callable[..., Runtime]) -> None:
     """A host may have directories whose names are not UTF-8."""
     with connect("bare", {"home": "/\udcff", "user": "\udce4"}) as runtime:
-        assert runtime.connection.agent_info.home == "/\udcff"
+        assert runtime._connection.agent_info.home == "/\udcff"
 
 
 @pytest.mark.parametrize("lie", ["wrong", "too-large", "digits"])

@@ -136,7 +136,7 @@ def test_a_group_outlives_its_manager(hosts: Any) -> None:
     group = RuntimeManager(config_file=hosts.config_file).create_group()
     gc.collect()
     assert group.call(len, "abc") == dict.fromkeys(hosts.names, 3)
-    connections = [runtime.connection for runtime in group.runtimes]
+    connections = [runtime._connection for runtime in group.runtimes]
     group.cleanup()
     deadline = time.monotonic() + 10
     while any(connection.state != "closed" for connection in connections) and time.monotonic() < deadline:

@@ -207,7 +207,7 @@ def test_a_task_that_is_executed_again_is_a_copy(local: LocalRuntime) -> None:
 
 
 def test_a_task_on_a_connection(local: LocalRuntime) -> None:
-    assert RuntimeTask().run_command("pwd").execute(local.connection).execution_log == [f"{Path.home()}\n"]
+    assert RuntimeTask().run_command("pwd").execute(local._connection).execution_log == [f"{Path.home()}\n"]
 
 
 def test_a_task_without_steps_and_one_that_runs(local: LocalRuntime) -> None:
@@ -688,7 +688,7 @@ def test_a_port_of_the_host_on_the_manager(remote: Runtime, greeter: int) -> Non
 
 
 def _kill_ssh(runtime: Runtime) -> None:
-    process: Any = runtime.connection._process
+    process: Any = runtime._connection._process
     os.kill(process.pid, signal.SIGKILL)
 
 
@@ -734,7 +734,7 @@ def test_use_after_cleanup(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_runtime_that_nobody_holds_lets_go_of_its_host() -> None:
     runtime = LocalRuntime()
     directory = runtime.working_dir
-    connection = runtime.connection
+    connection = runtime._connection
     del runtime
     gc.collect()
     deadline = time.monotonic() + 10

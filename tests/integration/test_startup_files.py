@@ -151,7 +151,7 @@ def test_option_of_the_command_line(bash_hosts: Hosts) -> None:
 
 def test_what_is_kept_is_private_and_leaves_no_process(bash: Runtime, bash_hosts: Hosts) -> None:
     output(bash, "true")
-    directory = bash.connection.agent_info.directory
+    directory = bash._connection.agent_info.directory
     found = bash_hosts[0].run(f"cd {directory} && stat -c '%a %n' shell-* shell-*/*").stdout.splitlines()
     modes = {line.split()[1].rpartition("/")[2]: line.split()[0] for line in found}
     assert modes.pop("state") == "600"

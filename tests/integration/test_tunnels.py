@@ -16,6 +16,7 @@ import pytest
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import ForwardingForbiddenError, NoPortsLeftError, PortInUseError, TunnelError
+from lazycluster.runtime.network import open_from_runtime, open_to_runtime, open_to_runtimes
 from lazycluster.ssh import ssh_connection
 from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.probes import can_connect, network_of, same_network
@@ -25,9 +26,6 @@ from lazycluster.ssh.tunnels import (
     TunnelRequest,
     check_port,
     close_tunnels,
-    open_from_runtime,
-    open_to_runtime,
-    open_to_runtimes,
     open_tunnels,
 )
 from patience import until
@@ -145,6 +143,41 @@ def test_taken_ports(hosts):
             event_loop.run(open_to_runtime(one, port, []))
         with pytest.raises(TunnelError, match="privileged on host1"):
             event_loop.run(open_to_runtime(one, port, 80))
+
+
+def test_a_tunnel_asks_its_host_only_what_it_must(hosts, monkeypatch):
+    """Of several ports once; and whether an sshd opens ports to its whole network once for each ssh process."""
+    asked, channel = [], SshConnection.channel
+
+    def noted(self, op, *args, **options):
+        asked.append(op)
+        return channel(self, op, *args, **options)
+
+    def new():
+        found = [op for op in asked if op != "tunnels"]  # that is told, whenever the number of tunnels changes
+        asked.clear()
+        return found
+
+    with connected(hosts, "host1") as (one,), service() as port:
+        monkeypatch.setattr(SshConnection, "channel", noted)
+        with event_loop.run(open_to_runtime(one, port, range(24000, 24010))) as first:
+            assert new() == ["ports", "exposed"]
+            with event_loop.run(open_to_runtime(one, port, range(24000, 24010))) as second:
+                assert (first.remote_port, second.remote_port) == (24000, 24001)
+                assert new() == ["ports"]
+            new()  # a port is closed once the host answers
+            with pytest.raises(PortInUseError):
+                event_loop.run(open_to_runtime(one, port, 24000))
+            assert new() == ["ports"]
+            event_loop.run(open_from_runtime(one, 24000, free_port())).close()
+            assert new() == ["nonce"]
+            event_loop.run(open_from_runtime(one, 24000, free_port())).close()
+            assert new() == []
+            os.kill(one._process.pid, signal.SIGKILL)
+            until(lambda: one.interruptions == 1 and one.state == "open", "the link")
+            new()
+            event_loop.run(open_to_runtime(one, port, 24005)).close()
+            assert [op for op in new() if op != "ping"] == ["ports", "exposed"]
 
 
 def test_forbidden_forwarding_is_named(make_hosts):

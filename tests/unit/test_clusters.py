@@ -237,10 +237,10 @@ def test_default_ports_are_those_that_nobody_takes_by_chance() -> None:
 def _free(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     taken: set[int] = set()
 
-    async def free_everywhere(ports: Any, connections: Any) -> list[int]:
+    async def free_on_all(ports: Any, connections: Any, *, skip_lost: bool) -> list[int]:
         return [port for port in ports if port not in taken]
 
-    monkeypatch.setattr(networks, "free_everywhere", free_everywhere)
+    monkeypatch.setattr(networks, "free_on_all", free_on_all)
     return taken
 
 

@@ -163,15 +163,16 @@ def _prefixes(root: Path) -> list[Path]:
 def test_environments_are_found_and_removed(root: Path) -> None:
     (prefix,) = _prefixes(root)
     with LocalRuntime() as runtime:
-        store = event_loop.run(cache.list_on(runtime.connection, str(root)))
+        store = event_loop.run(cache.list_on(runtime._connection, str(root)))
         (kept,) = store.environments
         assert (kept.id, kept.path, kept.problem, kept.in_use) == (prefix.name, str(prefix), None, False)
         assert (kept.packages, kept.source) == ({"alpha": "1.0"}, "[alpha]")
-        found = event_loop.run(runtime.connection.request("environment", action="find", root=str(root), id=prefix.name))
+        asked = runtime._connection.request("environment", action="find", root=str(root), id=prefix.name)
+        found = event_loop.run(asked)
         assert (found["found"], found["prefix"]) == (True, str(prefix))
     with LocalRuntime() as runtime:  # the first one's agent has used it until it ended
-        assert event_loop.run(cache.prune_on(runtime.connection, 0, cache_dir=str(root))).removed == (prefix.name,)
-        assert event_loop.run(cache.list_on(runtime.connection, str(root))).environments == ()
+        assert event_loop.run(cache.prune_on(runtime._connection, 0, cache_dir=str(root))).removed == (prefix.name,)
+        assert event_loop.run(cache.list_on(runtime._connection, str(root))).environments == ()
     assert not prefix.exists()
     assert list((root / "wheels").iterdir()) == []
 

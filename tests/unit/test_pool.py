@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 
 from lazycluster.agent.pool_protocol import ANSWER, BROKEN, CHUNK, LOCAL_CHUNK, MIXED, RETURNED
-from lazycluster.pool.chunks import ChunkAnswer
-from lazycluster.pool.function_cache import Packer, state_of
-from lazycluster.pool.output_streams import WorkerLines, WorkerStream
-from lazycluster.pool.results import read
-from lazycluster.pool.serialization import Packed, pack, pack_calls
-from lazycluster.pool.shared_objects import SharedObjects, Sharing
-from lazycluster.pool.worker_counts import gpus_of, worker_counts
+from lazycluster.pool.blob_store import BlobStore, SharedArrays
+from lazycluster.pool.chunks import ChunkResult, read_results
+from lazycluster.pool.executor import gpus_of, worker_counts
+from lazycluster.pool.remote_pool import ResultDecoder, worker_lines
+from lazycluster.pool.serialization import FunctionCache, Packed, cache_key, pack, pack_calls
 
 # --- packing -----------------------------------------------------------------------------------------------
 FACTOR: Any = 2
@@ -39,7 +37,7 @@ class Local:
 
 
 def test_equal_functions_are_packed_once_and_changed_ones_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    packer = Packer()
+    packer = FunctionCache()
     assert packer.pack(plain) is packer.pack(plain)
     first = packer.pack(scaled)
     assert packer.pack(scaled) is first
@@ -48,21 +46,21 @@ def test_equal_functions_are_packed_once_and_changed_ones_anew(monkeypatch: pyte
     states = []
     for value in (1, 1.0, True, 0.0, -0.0, "1", b"1"):
         monkeypatch.setitem(globals(), "FACTOR", value)
-        states.append(state_of(scaled))
+        states.append(cache_key(scaled))
     assert len(set(states)) == len(states)
 
 
 def test_what_may_have_changed_unseen_has_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"a": 1}
     monkeypatch.setitem(globals(), "FACTOR", [2])
-    assert state_of(scaled) is None
-    assert state_of(lambda: table) is None
-    assert state_of(Local) is None
+    assert cache_key(scaled) is None
+    assert cache_key(lambda: table) is None
+    assert cache_key(Local) is None
 
     def imports() -> None:
         import json  # noqa: F401
 
-    assert state_of(imports) is None
+    assert cache_key(imports) is None
 
 
 def test_plain_arguments_take_the_short_way_local_ones_bring_their_code() -> None:
@@ -84,8 +82,8 @@ def test_functions_of_random_go_by_name() -> None:
 
 def test_large_arrays_are_told_by_what_they_hold() -> None:
     np = pytest.importorskip("numpy")
-    blobs = SharedObjects()
-    sharing = Sharing(blobs)
+    blobs = BlobStore()
+    sharing = SharedArrays(blobs)
     array = np.zeros((500, 500))
     number = sharing.share(array)
     assert sharing.share(array.copy()) == number
@@ -96,7 +94,7 @@ def test_large_arrays_are_told_by_what_they_hold() -> None:
     assert sharing.share(np.zeros(10)) is None
     assert len(sharing.taken()) == 5
     assert sharing.taken() == ()
-    remembered = Sharing(blobs, by_identity=True)
+    remembered = SharedArrays(blobs, by_identity=True)
     small = np.zeros(4096)
     number = remembered.share(small)
     small[0] = 1  # was promised not to happen
@@ -106,7 +104,7 @@ def test_large_arrays_are_told_by_what_they_hold() -> None:
 
 def test_large_arrays_are_told_by_their_types() -> None:
     np = pytest.importorskip("numpy")
-    sharing = Sharing(SharedObjects())
+    sharing = SharedArrays(BlobStore())
     zeros = bytes(1 << 21)
     one, other = np.dtype("i8", metadata={"unit": "m"}), np.dtype("i8", metadata={"unit": "s"})
     records: list[Any] = [[("a", "i4"), ("b", "f4")], [("a", "M8[s]")]]
@@ -119,7 +117,7 @@ def test_large_arrays_are_told_by_their_types() -> None:
 
 
 def test_blobs_that_nobody_needs_are_dropped_the_oldest_first() -> None:
-    blobs = SharedObjects()
+    blobs = BlobStore()
     made = [blobs.take(Packed("x", (b"",), 100 * 1024 * 1024, bytes([index]))) for index in range(4)]
     for blob in made[:3]:
         blobs.release(blob.number)
@@ -139,7 +137,7 @@ def test_answers_are_found_wherever_they_are_cut(step: int) -> None:
     )
     found: list[Any] = []
     given_up: list[int] = []
-    stream = WorkerStream(
+    stream = ResultDecoder(
         lambda kind, number, elapsed, parts, size: found.append((number, b"".join(parts), size)),
         lambda number, error: given_up.append(number),
     )
@@ -154,7 +152,7 @@ def test_an_answer_that_is_given_up_is_passed_over(step: int) -> None:
     """What it holds is let go of at once, and the next answer is found where it begins."""
     data = b"".join(ANSWER.pack(RETURNED, n, 0.5, 1000) + bytes([n]) * 1000 for n in range(3))
     found: list[Any] = []
-    stream = WorkerStream(
+    stream = ResultDecoder(
         lambda kind, number, elapsed, parts, size: found.append((number, b"".join(parts))),
         lambda number, error: found.append((number, error)),
     )
@@ -169,13 +167,13 @@ def test_an_answer_that_is_given_up_is_passed_over(step: int) -> None:
 
 
 def test_lines_are_shown_whole(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = WorkerLines("host", True)
+    lines = worker_lines("host", True)
     for part in (b"on", b"e\ntw", b"o\n\xff", b"!"):
         lines.feed(part)
     lines.end()
     assert capsys.readouterr().out == "[host] one\n[host] two\n[host] \ufffd!\n"
     with caplog.at_level(logging.DEBUG, "lazycluster"):
-        WorkerLines("host", False).feed(b"quiet\n")
+        worker_lines("host", False).feed(b"quiet\n")
     assert "host: quiet" in caplog.text
     assert capsys.readouterr().out == ""
 
@@ -189,7 +187,7 @@ def host(name: str, cores: int) -> Any:
     ("kind", "content"), [(RETURNED, [1]), (RETURNED, 7), (MIXED, [(True, b"")]), (MIXED, [1, 2]), (BROKEN, {})]
 )
 def test_answers_that_make_no_sense_are_errors_of_each_call(kind: int, content: Any) -> None:
-    results = read(ChunkAnswer(kind, [pickle.dumps(content)], 0, "host1"), 0, 2, lambda call: f"f({call})")
+    results = read_results(ChunkResult(kind, [pickle.dumps(content)], 0, "host1"), 0, 2, lambda call: f"f({call})")
     assert [good for good, _ in results] == [False, False]
     assert all(str(error).startswith("host1: the result of f(") for _, error in results)
 

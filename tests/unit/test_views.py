@@ -24,7 +24,8 @@ from lazycluster.output.execution_log import LoggedStep, LoggedTask, show_logs
 from lazycluster.output.host_cells import cells, megabytes
 from lazycluster.output.lines import settled
 from lazycluster.output.view import Cell, Table, View, as_html, as_text
-from lazycluster.runtime.views import info_table, info_view, runtime_view
+from lazycluster.runtime.views import info_table, info_view
+from lazycluster.runtimes import Runtime
 from lazycluster.ssh.agent_replies import AgentInfo
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>\033]0;owned\007\u202e$\\href{javascript:alert(1)}{x}$'"
@@ -64,10 +65,11 @@ def _host(info: dict[str, Any] | None = None) -> Any:
     return SimpleNamespace(
         host=EVIL,
         class_name="Runtime",
-        connection=connection,
+        connection=connection,  # a session has it, too
+        _connection=connection,
         working_dir=EVIL,
         has_temporary_working_dir=True,
-        is_ours=True,
+        _session=SimpleNamespace(is_ours=True),
         tasks=[],
         alive_task_process_count=0,
         fill_info_buffer=lambda: future,
@@ -89,7 +91,7 @@ def _worker() -> Any:
 
 
 VIEWS = {
-    "runtime": lambda: runtime_view(_host()),
+    "runtime": lambda: Runtime._view(_host()),
     "info": lambda: info_view(EVIL, {"os": EVIL, "gpus": [{EVIL: EVIL}, EVIL], EVIL: EVIL, "uptime": EVIL}, EVIL),
     "infos": lambda: View(
         tables=(info_table([EVIL, "b"], [{"os": EVIL, "gpus": EVIL, "load": EVIL}, {"error": EVIL}]),)

@@ -167,8 +167,9 @@ class Diagnosis:
             self._set("login shell", "differs", said, _NO_GRACE)
 
     async def _forwarding(self, connection: SshConnection) -> None:
+        from lazycluster.runtime.network import open_to_runtime
         from lazycluster.ssh.probes import can_connect, same_network
-        from lazycluster.ssh.tunnels import close_tunnels, open_to_runtime
+        from lazycluster.ssh.tunnels import close_tunnels
 
         fix = (
             "set 'AllowTcpForwarding yes' in the host's sshd_config, or ask its administrator; or, if it is not "

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError
+from lazycluster.runtime.network import free_on_all
 from lazycluster.ssh import workspace
 
 from .contracts import DEFAULT_TIMEOUT, DefaultTimeout, MasterLauncher
 from .exceptions import ClusterError, MasterStartError, ServiceError
 from .health import Watch
 from .master_process import MasterProcess
-from .network import Network, PortSupply, free_everywhere
+from .network import Network, PortSupply
 from .programs import Program
 from .services import Service, as_kind, ready_or_port_taken, stop_all
 from .worker_hosts import MANAGER, WorkerHost, places_of, usable
@@ -197,7 +198,7 @@ class ServiceMasterLauncher(MasterLauncher):
 
 async def _check_free(port: int, connections: Sequence[Connection]) -> None:
     for connection in connections:
-        if not await free_everywhere([port], [connection]):
+        if not await free_on_all([port], [connection], skip_lost=True):
             raise PortInUseError(port, connection.host)
 
 

@@ -6,16 +6,15 @@ address and port: so it may tell its address to anybody, as engines do.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, NoPortsLeftError
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoPortsLeftError
+from lazycluster.runtime.network import free_on_all, network_of, one_per_network
 from lazycluster.ssh.connection import Connection
-from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, close_tunnels, open_tunnels
 
 from .worker_hosts import WorkerHost
@@ -97,7 +96,7 @@ class PortSupply:
                     "Next step: free some, or allow more: ports="
                 )
             tried.update(batch)
-            free = await free_everywhere(batch, connections)
+            free = await free_on_all(batch, connections, skip_lost=True)
             found += list(self._reserve(free, count - len(found)))
         self._left = [port for port in self._left if port not in self._mine]
         return found
@@ -120,19 +119,6 @@ class PortSupply:
         with _lock:
             _chosen.difference_update(released)
         self._mine -= released
-
-
-async def free_everywhere(ports: Sequence[int], connections: Sequence[Connection]) -> list[int]:
-    """Return those ports that are free on all hosts; a host that cannot be asked has no say."""
-
-    async def ask(connection: Connection) -> set[int]:
-        try:
-            return set((await connection.request("ports", ports=list(ports)))["free"])
-        except (ConnectionLostError, NoAnswerError):
-            return set(ports)
-
-    answers = await asyncio.gather(*(ask(connection) for connection in connections))
-    return [port for port in ports if all(port in answer for answer in answers)]
 
 
 class Network:
@@ -160,7 +146,7 @@ class Network:
         places = list(places)
         open_to = {tunnel.host for tunnel in self._tunnels.get(port, []) if tunnel.is_open}
         reached = {place.network for place in places if place.host in open_to}
-        wanted = _one_per_network([place for place in places if place.network not in reached])
+        wanted = _one_each(place for place in places if place.network not in reached)
         outcomes = await open_tunnels([TunnelRequest(place.connection, "to_runtime", port, port) for place in wanted])
         for outcome in outcomes:
             if isinstance(outcome, Tunnel):
@@ -190,9 +176,7 @@ class Network:
             requests.append(TunnelRequest(home.connection, "from_runtime", port, port))
             if listener.reach is Reach.EVERYBODY:
                 away = [place for place in places if place.network != home.network]
-                requests += [
-                    TunnelRequest(place.connection, "to_runtime", port, port) for place in _one_per_network(away)
-                ]
+                requests += [TunnelRequest(place.connection, "to_runtime", port, port) for place in _one_each(away)]
         failed: dict[int, tuple[str, LazyclusterError]] = {}
         for request, outcome in zip(requests, await open_tunnels(requests), strict=True):
             if isinstance(outcome, Tunnel):
@@ -213,13 +197,13 @@ class Network:
         for listener in listeners:
             if listener.reach is Reach.EVERYBODY:
                 open_to = {tunnel.network for tunnel in self._tunnels.get(listener.port, []) if tunnel.is_open}
-                new = [place for place in places if network_of(place.connection) not in open_to]
+                new = [place for place in places if place.network not in open_to]
                 requests += [
                     TunnelRequest(place.connection, "to_runtime", listener.port, listener.port)
-                    for place in _one_per_network(new)
+                    for place in _one_each(new)
                     if place.network != listener.place.network
                 ]
-        failed: dict[tuple[str, str], LazyclusterError] = {}
+        failed: dict[Hashable, LazyclusterError] = {}
         for request, outcome in zip(requests, await open_tunnels(requests), strict=True):
             if isinstance(outcome, Tunnel):
                 self._keep(request.local_port, outcome)
@@ -245,6 +229,5 @@ class Network:
             await close_tunnels(tunnels)
 
 
-def _one_per_network(places: Iterable[WorkerHost]) -> list[WorkerHost]:
-    """Return one place of those that share their ports (two names of one machine)."""
-    return list({place.network: place for place in reversed(list(places))}.values())
+def _one_each(places: Iterable[WorkerHost]) -> list[WorkerHost]:
+    return one_per_network(places, lambda place: place.network)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster.core import event_loop
-from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.tunnels import Tunnel
 
 from .contracts import WorkerLauncher
@@ -120,7 +119,7 @@ class Staff(WorkerLauncher):
         )
         hint = f"look on {owner} who that is (ss -ltnp), end it, and start a worker anew with scale()"
         for worker in [*self.workers, *self._prepared]:
-            if network_of(worker.place.connection) == tunnel.network and (not ours or port in worker.ports.values()):
+            if worker.place.network == tunnel.network and (not ours or port in worker.ports.values()):
                 worker.service.give_up(problem, hint)
 
     # --- leaving -------------------------------------------------------------------------------

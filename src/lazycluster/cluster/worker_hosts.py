@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
+from lazycluster.runtime.network import network_of
 
 from .exceptions import ClusterError
 
@@ -41,12 +42,9 @@ class WorkerHost:
     problem: LazyclusterError | None = None
 
     @property
-    def network(self) -> tuple[str, str]:
-        """What two hosts have in common exactly if a port of one is a port of the other."""
-        hello = self.connection.agent_info
-        if not (hello.boot_id and hello.network):
-            return (self.host, "")
-        return (hello.boot_id, hello.network)
+    def network(self) -> Hashable:
+        """The network of the host, equal for two hosts exactly if a port of one is a port of the other."""
+        return network_of(self.connection)
 
 
 def places_of(group: RuntimeGroup) -> list[WorkerHost]:
@@ -54,14 +52,14 @@ def places_of(group: RuntimeGroup) -> list[WorkerHost]:
     places = []
     for runtime in group.runtimes:
         try:
-            context = runtime.task_context()
-            if runtime.connection.state == "interrupted":
+            context = runtime._context()
+            if runtime._connection.state == "interrupted":
                 # What has to be ready within some time cannot wait for as long as a link is given to come back.
-                raise ConnectionLostError(runtime.host, f"the link is interrupted: {runtime.connection.why}")
-            if runtime.connection.unanswered is not None:
-                raise runtime.connection.unanswered
+                raise ConnectionLostError(runtime.host, f"the link is interrupted: {runtime._connection.why}")
+            if runtime._connection.unanswered is not None:
+                raise runtime._connection.unanswered
         except LazyclusterError as error:
-            places.append(WorkerHost(runtime.host, runtime.connection, problem=error))
+            places.append(WorkerHost(runtime.host, runtime._connection, problem=error))
         else:
             places.append(_of(context))
     return places
@@ -78,9 +76,9 @@ async def place_again(group: RuntimeGroup, connection: Connection) -> WorkerHost
         LazyclusterError: If it cannot be, or the host is not in the group any more.
     """
     for runtime in group.runtimes:
-        if runtime.connection is connection:
-            await runtime.prepare_soon()
-            return _of(runtime.task_context())
+        if runtime._connection is connection:
+            await runtime._prepare_async()
+            return _of(runtime._context())
     raise ClusterError(f"{connection.host} has left the group, and lost what ran there")
 
 
@@ -88,9 +86,9 @@ async def prepared_places(group: RuntimeGroup) -> list[WorkerHost]:
     """Return the places of a group's runtimes once they answer, and their Python environments are made, all at once."""
 
     async def ready(runtime: Runtime) -> None:
-        await runtime.prepare_soon()
-        if runtime.connection.state == "open":
-            await runtime.connection.request("ping")
+        await runtime._prepare_async()
+        if runtime._connection.state == "open":
+            await runtime._connection.request("ping")
 
     made = await asyncio.gather(*(ready(runtime) for runtime in group.runtimes), return_exceptions=True)
     places = places_of(group)

@@ -42,7 +42,7 @@ class Cleanable(Protocol):
 class CleanableTogether(Protocol):
     """Something that can be cleaned up at the same time as others of its kind."""
 
-    def cleanup_soon(self) -> Coroutine[Any, Any, None]:
+    def _cleanup_async(self) -> Coroutine[Any, Any, None]:
         """Return what ends it, to be run on the loop."""
 
 
@@ -54,7 +54,7 @@ _things: dict[int, tuple[int, weakref.ref[Any]]] = {}
 def register(thing: Cleanable) -> None:
     """Have something cleaned up at the end of the interpreter, if it still exists then.
 
-    What was registered last is cleaned up first. Neighbours that have a method ``cleanup_soon()`` are cleaned up at
+    What was registered last is cleaned up first. Neighbours that have a method ``_cleanup_async()`` are cleaned up at
     once.
 
     Args:
@@ -129,7 +129,7 @@ def _clean_together(things: list[CleanableTogether]) -> None:
 
 
 async def _all(things: list[CleanableTogether]) -> None:
-    for result in await asyncio.gather(*(thing.cleanup_soon() for thing in things), return_exceptions=True):
+    for result in await asyncio.gather(*(thing._cleanup_async() for thing in things), return_exceptions=True):
         if isinstance(result, Exception):
             _logger.error("at the end of the interpreter: %s", result)
 

@@ -1,23 +1,27 @@
-"""The same task on all hosts of a group."""
+"""The same task on all hosts of a group: started, detached, waited for."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 
 from lazycluster.core import event_loop
+from lazycluster.runtime.registry import join_all
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.context import ExecutionOptions
+from lazycluster.tasks.detached import DetachedTask, checked
 from lazycluster.tasks.step_run import prepare
 from lazycluster.tasks.steps import GetFile, Step, on_manager
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
 
-from .shared_filesystems import gates
+from .members import ask_all
+from .shared_filesystems import send_locks
 
-__all__ = ["start_on_all"]
+__all__ = ["detach_on", "detached_tasks_on", "join_or_end", "start_on_all"]
 
 
 def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: ExecutionOptions) -> list[RuntimeTask]:
@@ -37,14 +41,14 @@ def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: Execut
     if not task.steps:
         raise ValueError(f"task {task.name!r} has no steps: add one, e.g. with run_command()")
     for runtime in runtimes:
-        runtime.task_context()  # raises if one cannot be used any more, before any is given work
+        runtime._context()  # raises if one cannot be used any more, before any is given work
     options = replace(options, calls=prepare(task.steps))
-    locks = event_loop.run(gates(runtimes, task.steps))
+    locks = event_loop.run(send_locks(runtimes, task.steps))
     started: list[RuntimeTask] = []
     try:
         for runtime, lock in zip(runtimes, locks, strict=True):
             own = task._with_steps([_for_host(step, runtime.host) for step in task.steps])
-            started.append(runtime.start_task(own, replace(options, send_lock=lock)))
+            started.append(runtime._start_task(own, replace(options, send_lock=lock)))
     except BaseException:
         for other in started:
             other.cancel()
@@ -66,3 +70,55 @@ def _for_host(step: Step, host: str) -> Step:
         else:
             directory, name = local.parent, local.name
     return GetFile(step.remote_path, str(directory / safe_name(host) / name))
+
+
+def join_or_end(tasks: Sequence[RuntimeTask]) -> None:
+    """Wait for the end of some tasks; after Ctrl-C they are cancelled, and what they left is removed."""
+    try:
+        join_all(tasks)
+    except (KeyboardInterrupt, SystemExit):
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            task.cleanup()
+        raise
+
+
+def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTask]:
+    """Start a task that does not end with this process on each of some hosts at once.
+
+    Args:
+        runtimes: The hosts.
+        task: The task.
+
+    Returns:
+        The detached tasks, in the order of the hosts.
+
+    Raises:
+        LazyclusterError: If it cannot be started on one; those that were are removed.
+    """
+    calls = checked(task)
+
+    async def start() -> list[DetachedTask]:
+        starting = [asyncio.ensure_future(runtime._detach_async(task, calls)) for runtime in runtimes]
+        try:
+            return list(await asyncio.gather(*starting))
+        except BaseException:
+            settled = await asyncio.gather(*starting, return_exceptions=True)
+            begun = [one for one in settled if isinstance(one, DetachedTask)]
+            await asyncio.gather(*(one.remove_soon() for one in begun), return_exceptions=True)
+            raise
+
+    return event_loop.run(start())
+
+
+def detached_tasks_on(runtimes: Sequence[Runtime]) -> list[DetachedTask]:
+    """Return the detached tasks of some hosts, the oldest first; hosts that do not answer are left out.
+
+    Raises:
+        LazyclusterError: If none answers.
+    """
+    answers = event_loop.run(
+        ask_all(runtimes, lambda runtime: runtime._detached_tasks_async(), "its detached tasks are not listed")
+    )
+    return sorted((task for found in answers.values() for task in found), key=lambda task: task.created)

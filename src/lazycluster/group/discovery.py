@@ -1,4 +1,4 @@
-"""The hosts of the user's ssh configuration: which can be used, and why others cannot."""
+"""Discovery of the hosts in the user's ssh configuration, with the reasons why some cannot be used."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from lazycluster.exceptions import (
     NoRuntimesError,
 )
 from lazycluster.output import progress
-from lazycluster.runtime.filters import HostFilter, why_not
-from lazycluster.runtime.questions import listed
+from lazycluster.runtime.filters import HostFilter, unmet
 from lazycluster.runtime.session import HostSession
 from lazycluster.runtimes import Runtime
 from lazycluster.ssh.config_hosts import CONFIG_VARIABLE, configured_hosts
 
-from .connect import close_all, connect_all
-from .settings import Common
+from .members import close_all, connect_all
+from .settings import GroupSettings, listed
 
 __all__ = ["choose_hosts", "detect", "open_again", "select"]
 
 
-def detect(common: Common, config_file: str | os.PathLike[str] | None) -> tuple[dict[str, HostSession], dict[str, str]]:
+def detect(
+    settings: GroupSettings, config_file: str | os.PathLike[str] | None
+) -> tuple[dict[str, HostSession], dict[str, str]]:
     """Connect all hosts of an ssh configuration at once.
 
     Args:
-        common: What holds for them.
+        settings: What holds for them.
         config_file: The configuration, by default the user's.
 
     Returns:
@@ -48,27 +49,27 @@ def detect(common: Common, config_file: str | os.PathLike[str] | None) -> tuple[
             inactive[host.name] = host.skipped
         else:
             names.append(host.name)
-    specs = common.specs(names)
-    with progress.shown(common.progress):
+    specs = settings.specs(names)
+    with progress.shown(settings.progress):
         connected = event_loop.run(connect_all(specs))
     sessions: dict[str, HostSession] = {}
-    doubles = []
+    aliases = []
     for spec, item in zip(specs, connected, strict=True):
         if not isinstance(item, HostSession):
             inactive[spec.host] = str(item).removeprefix(f"{spec.host}: ")
-        elif other := _same(sessions, item):
+        elif other := _alias_of(sessions, item):
             inactive[spec.host] = f"another name of {other}: the same account on the same machine"
-            doubles.append(item)
+            aliases.append(item)
         else:
             sessions[spec.host] = item
-    if doubles:
-        event_loop.run(close_all(doubles))
+    if aliases:
+        event_loop.run(close_all(aliases))
     if not sessions:
         raise NoRuntimesDetectedError(_nothing_detected(inactive, config_file))
     return sessions, inactive
 
 
-def _same(sessions: Mapping[str, HostSession], session: HostSession) -> str | None:
+def _alias_of(sessions: Mapping[str, HostSession], session: HostSession) -> str | None:
     return next((host for host, other in sessions.items() if other.identity == session.identity), None)
 
 
@@ -135,22 +136,19 @@ async def select(sessions: Sequence[HostSession], wanted: HostFilter) -> list[Ho
 async def _why_not(session: HostSession, wanted: HostFilter) -> str | None:
     try:
         context = session.context(session.spec.env, Runtime.WORKING_DIR_ENV_VAR_NAME)
-        info = {}
-        if wanted.needs_info:
-            info = await session.ask("info", gpus=wanted.gpu_required, env=dict(context.env))
-        return await why_not(session, context, info, wanted)
+        return await unmet(session, context, wanted)
     except LazyclusterError as error:
         return str(error)
 
 
-async def open_again(sessions: Sequence[HostSession], common: Common) -> list[HostSession]:
+async def open_again(sessions: Sequence[HostSession], settings: GroupSettings) -> list[HostSession]:
     """Return further sessions on connections that are open, each with a working directory of its own.
 
     Args:
         sessions: The present ones.
-        common: What holds for the new ones.
+        settings: What holds for the new ones.
     """
-    opening = [HostSession.open(common.spec(session.host), session) for session in sessions]
+    opening = [HostSession.open(settings.spec(session.host), session) for session in sessions]
     opened = await asyncio.gather(*opening, return_exceptions=True)
     errors = [item for item in opened if isinstance(item, BaseException)]
     good = [item for item in opened if isinstance(item, HostSession)]

@@ -1,37 +1,56 @@
-"""Where a task of a group is tried again."""
+"""A task on one host of a group, tried again on other hosts when that one is lost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lazycluster.runtimes import Runtime
-    from lazycluster.tasks.context import Context
+    from lazycluster.tasks.context import Context, ExecutionOptions
     from lazycluster.tasks.task import RuntimeTask
 
     from .members import Members
 
-__all__ = ["Failover"]
+__all__ = ["start_on_one"]
 
 
-class Failover:
+def start_on_one(members: Members, task: RuntimeTask, host: str | None, options: ExecutionOptions) -> RuntimeTask:
+    """Start a task on a host, or on the one that executes the fewest tasks; only this one has others to stand in.
+
+    Args:
+        members: The group's.
+        task: The task.
+        host: The host, None for any.
+        options: The options of the execution.
+
+    Returns:
+        The task that holds the execution.
+    """
+    runtime = members.least_busy() if host is None else members.get(host)
+    if not options.retries or host is not None:
+        return runtime._start_task(task, options)
+    failover = _Failover(members, runtime)
+    failover.task = started = runtime._start_task(task, replace(options, next_context=failover.next_context))
+    return started
+
+
+class _Failover:
     """The tries of one task: each is a task of the runtime where it takes place.
 
     Args:
         members: The group's.
+        runtime: Where the first try takes place.
+
+    Attributes:
+        task: The task, once it has been started.
     """
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, runtime: Runtime) -> None:
         self._members = members
-        self._task: RuntimeTask | None = None
-        self._runtime: Runtime | None = None
-
-    def begun(self, task: RuntimeTask, runtime: Runtime) -> None:
-        """Note where the first try takes place."""
-        self._task = task
-        if self._runtime is None:
-            self._runtime = runtime
+        self._runtime = runtime
+        self.task: RuntimeTask | None = None
 
     async def next_context(self, tried: Sequence[str]) -> Context | None:
         """Return where the task is tried again; None if there is no such host.
@@ -40,16 +59,16 @@ class Failover:
             tried: The hosts that were tried.
         """
 
-        def worth(runtime: Runtime) -> tuple[bool, int, int]:
-            return runtime.connection.state != "open", tried.count(runtime.host), runtime.alive_task_process_count
+        def preference(runtime: Runtime) -> tuple[bool, int, int]:
+            return runtime._connection.state != "open", tried.count(runtime.host), runtime.alive_task_process_count
 
-        usable = [runtime for runtime in self._members.all if runtime.connection.state in ("open", "interrupted")]
-        for runtime in sorted(usable, key=worth):
-            context = await runtime.context_again()
+        usable = [runtime for runtime in self._members.all if runtime._connection.state in ("open", "interrupted")]
+        for runtime in sorted(usable, key=preference):
+            context = await runtime._context_when_back()
             if context is None:  # it was lost or closed just now
                 continue
-            if self._task is not None and runtime is not self._runtime:
-                runtime.take_over(self._task, self._runtime)
+            if self.task is not None and runtime is not self._runtime:
+                runtime._take_over(self.task, self._runtime)
             self._runtime = runtime
             return context
         return None

@@ -17,10 +17,10 @@ from lazycluster.runtime.filters import HostFilter
 from lazycluster.runtime.views import info_table
 from lazycluster.runtimes import Runtime
 
-from .connect import close_all
 from .discovery import choose_hosts, detect, open_again, select
 from .group import RuntimeGroup
-from .settings import Common, PerHost, read_settings
+from .members import close_all
+from .settings import GroupSettings, PerHost, read_settings
 from .views import hosts_view, manager_view, reasons
 
 __all__ = ["RuntimeManager"]
@@ -73,7 +73,7 @@ class RuntimeManager(Shown):
         kwargs = dict(connection_kwargs or {})
         if config_file is not None:
             kwargs["config_file"] = os.fspath(config_file)
-        self._common = Common(
+        self._settings = GroupSettings(
             connection_kwargs=kwargs,
             python=python,
             setup=setup,
@@ -83,7 +83,7 @@ class RuntimeManager(Shown):
             progress=progress,
             startup_files=startup_files,
         )
-        self._sessions, self._inactive = detect(self._common, kwargs.get("config_file"))
+        self._sessions, self._inactive = detect(self._settings, kwargs.get("config_file"))
         self._closed = False
         lifetime.register(self)
 
@@ -142,16 +142,16 @@ class RuntimeManager(Shown):
     async def _create(
         self, hosts: list[str], wanted: HostFilter, working_dir: str | None, environment: Any
     ) -> RuntimeGroup:
-        common = dataclasses.replace(self._common, working_dir=working_dir)
+        settings = dataclasses.replace(self._settings, working_dir=working_dir)
         if environment is not None:
-            common = dataclasses.replace(common, environment=environment)
+            settings = dataclasses.replace(settings, environment=environment)
         chosen = await select([self._sessions[host] for host in hosts], wanted)
-        sessions = await open_again(chosen, common)
-        return RuntimeGroup([Runtime.from_session(session) for session in sessions], progress=self._common.progress)
+        sessions = await open_again(chosen, settings)
+        return RuntimeGroup([Runtime._from_session(session) for session in sessions], progress=self._settings.progress)
 
     def print_hosts(self) -> None:
         """Print the hosts that can be used, and the inactive ones with the reasons."""
-        show(View(tables=(*hosts_view("Active hosts", self.hosts).tables, *reasons("Inactive hosts", self._inactive))))
+        show(hosts_view("Active hosts", self.hosts, "Inactive hosts", self._inactive))
 
     def print_inactive_hosts(self) -> None:
         """Print the names in the configuration that cannot be used or were left out, with the reasons."""
@@ -177,7 +177,7 @@ class RuntimeManager(Shown):
             raise LazyclusterError("the RuntimeManager was closed (cleanup() was called); make a new one")
 
     def cleanup(self) -> None:
-        """Let go of the connections; those that groups use stay until their own clean-up."""
+        """Close the connections; those that groups use stay until their own clean-up."""
         if not self._closed:
             self._closed = True
             if all(session.is_ours for session in self._sessions.values()):

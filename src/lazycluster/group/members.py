@@ -1,4 +1,4 @@
-"""The runtimes of a group: connected, chosen, and told apart."""
+"""Members of a group: connecting hosts at once, asking all, and the runtimes by host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import textwrap
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from lazycluster.core import event_loop
 from lazycluster.core.words import counted
@@ -15,29 +15,86 @@ from lazycluster.exceptions import (
     EnvironmentsBuildError,
     InvalidRuntimeError,
     InvalidRuntimesError,
+    LazyclusterError,
     NoRuntimesError,
 )
 from lazycluster.output import progress
-from lazycluster.runtime.questions import listed
-from lazycluster.runtime.session import HostSession
+from lazycluster.runtime.session import HostSession, HostSpec
 from lazycluster.runtimes import Runtime
 
-from .connect import Connected, close_all, connect_all
-from .settings import Common
+from .settings import GroupSettings, listed
 
-__all__ = ["Members", "answers_of", "connect", "prepare_all", "warn_of_aliases"]
+__all__ = [
+    "Connected",
+    "Members",
+    "ask_all",
+    "clean_up_all",
+    "close_all",
+    "connect",
+    "connect_all",
+    "prepare_all",
+    "warn_of_aliases",
+]
 
 _logger = logging.getLogger("lazycluster")
 
 T = TypeVar("T")
 
+Connected: TypeAlias = HostSession | InvalidRuntimeError
 
-def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[list[Runtime], dict[str, str]]:
+
+async def connect_all(specs: Sequence[HostSpec]) -> list[Connected]:
+    """Connect hosts, all at once.
+
+    If it is cancelled, all connections are closed.
+
+    Args:
+        specs: The hosts.
+
+    Returns:
+        For each host the session, or why there is none.
+    """
+    tasks = [asyncio.ensure_future(HostSession.open(spec)) for spec in specs]
+    waiting = {task: spec.host for task, spec in zip(tasks, specs, strict=True)}
+    try:
+        left = lambda: [host for task, host in waiting.items() if not task.done()]  # noqa: E731
+        with progress.Progress("Connecting", len(specs), "hosts", left) as shown:
+            for task in tasks:
+                task.add_done_callback(lambda _: shown.advance())
+            await asyncio.wait(tasks) if tasks else None
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        settled = await asyncio.gather(*tasks, return_exceptions=True)
+        await close_all([item for item in settled if isinstance(item, HostSession)])
+        raise
+    return [_outcome(task, spec.host) for task, spec in zip(tasks, specs, strict=True)]
+
+
+def _outcome(task: asyncio.Task[HostSession], host: str) -> Connected:
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if isinstance(error, InvalidRuntimeError):
+        return error
+    if isinstance(error, LazyclusterError):
+        return InvalidRuntimeError(host, "lost", str(error))
+    if isinstance(error, OSError):
+        return InvalidRuntimeError(host, "ssh", str(error))
+    raise error
+
+
+async def close_all(sessions: Sequence[HostSession]) -> None:
+    """Close sessions, all at once."""
+    await asyncio.gather(*(session.close() for session in sessions), return_exceptions=True)
+
+
+def connect(hosts: Sequence[str], settings: GroupSettings, on_unreachable: str) -> tuple[list[Runtime], dict[str, str]]:
     """Connect hosts, all at once.
 
     Args:
         hosts: The hosts.
-        common: What holds for them.
+        settings: What holds for them.
         on_unreachable: ``raise``, or ``skip`` to go on with the others.
 
     Returns:
@@ -47,8 +104,8 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
         InvalidRuntimeError: If a host cannot be used and is not to be skipped.
         NoRuntimesError: If all were skipped.
     """
-    specs = common.specs(hosts)
-    with progress.shown(common.progress):
+    specs = settings.specs(hosts)
+    with progress.shown(settings.progress):
         connected = event_loop.run(connect_all(specs))
     failed = {spec.host: item for spec, item in zip(specs, connected, strict=True) if not isinstance(item, HostSession)}
     if failed and on_unreachable == "raise":
@@ -61,11 +118,15 @@ def connect(hosts: Sequence[str], common: Common, on_unreachable: str) -> tuple[
         raise NoRuntimesError(f"of {counted(len(specs), 'host')}, none can be used:\n{reasons}")
     for error in failed.values():
         _logger.warning("skipped: %s", error)
-    return [Runtime.from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
+    return [Runtime._from_session(session) for session in sessions], {h: str(e) for h, e in failed.items()}
 
 
-def distinct(hosts: Iterable[str]) -> list[str]:
-    """Return hosts as a list; raises an error if there is none, or one twice."""
+def checked_hosts(hosts: Iterable[str]) -> list[str]:
+    """Return hosts as a list.
+
+    Raises:
+        TypeError, ValueError: If there is none, or one twice.
+    """
     if isinstance(hosts, str):
         raise TypeError(f"hosts must be a list, e.g. [{hosts!r}]")
     names = list(hosts)
@@ -87,7 +148,7 @@ async def prepare_all(runtimes: Sequence[Runtime], refresh: bool = False) -> Non
     Raises:
         EnvironmentBuildError: If one cannot be made; if there are several, it holds all of their errors.
     """
-    made = await asyncio.gather(*(runtime.prepare_soon(refresh) for runtime in runtimes), return_exceptions=True)
+    made = await asyncio.gather(*(runtime._prepare_async(refresh) for runtime in runtimes), return_exceptions=True)
     errors = [error for error in made if isinstance(error, BaseException)]
     builds = [error for error in errors if isinstance(error, EnvironmentBuildError)]
     if len(builds) == len(errors) > 1:
@@ -96,10 +157,22 @@ async def prepare_all(runtimes: Sequence[Runtime], refresh: bool = False) -> Non
         raise errors[0]
 
 
-async def answers_of(runtimes: Iterable[Runtime], ask: Callable[[Runtime], Awaitable[T]], problem: str) -> dict[str, T]:
+async def clean_up_all(runtimes: Iterable[Runtime]) -> None:
+    """Clean up some runtimes, all at once.
+
+    Raises:
+        Exception: What the first that failed has raised, after all have ended.
+    """
+    results = await asyncio.gather(*(runtime._cleanup_async() for runtime in runtimes), return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if errors:
+        raise errors[0]
+
+
+async def ask_all(runtimes: Iterable[Runtime], ask: Callable[[Runtime], Awaitable[T]], problem: str) -> dict[str, T]:
     """Ask hosts something at once, and return the answers by host.
 
-    One that does not answer, or talks nonsense, is left out, with a warning in the log.
+    One that does not answer, or whose answer makes no sense, is left out, with a warning in the log.
 
     Args:
         runtimes: The hosts.
@@ -124,7 +197,7 @@ def warn_of_aliases(runtimes: Iterable[Runtime]) -> None:
     """Log a warning for each runtime that is the same account on the same machine as one before."""
     first: dict[object, str] = {}
     for runtime in runtimes:
-        other = first.setdefault(runtime.identity, runtime.host)
+        other = first.setdefault(runtime._session.identity, runtime.host)
         if other != runtime.host:
             _logger.warning(
                 "%s is the same account on the same machine as %s: its CPUs and memory count twice", runtime.host, other
@@ -222,6 +295,6 @@ class Members:
         """
         if not self._runtimes:
             raise NoRuntimesError("the group is empty: add a runtime with add_runtime()")
-        usable = [runtime for runtime in self.all if runtime.connection.state == "open"]
+        usable = [runtime for runtime in self.all if runtime._connection.state == "open"]
         candidates = usable or self.all
         return min(candidates, key=lambda runtime: (runtime.alive_task_process_count, runtime.started_task_count))

@@ -1,31 +1,25 @@
-"""Ports of a group: free everywhere, and exposed everywhere or nowhere."""
+"""Ports of a group: free on all hosts, and exposed on all or none."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 
 from lazycluster.agent.ports import is_free
 from lazycluster.core.words import counted
-from lazycluster.exceptions import NoPortsLeftError, PortInUseError
-from lazycluster.runtime.questions import checked_ports, pick_port
+from lazycluster.exceptions import NoPortsLeftError
+from lazycluster.runtime.network import (
+    checked_ports,
+    free_on_all,
+    network_of,
+    one_per_network,
+    open_all,
+    open_to_runtimes,
+    pick_port,
+)
 from lazycluster.runtimes import Runtime
-from lazycluster.ssh.tunnels import Tunnel, check_port, close_tunnels, open_from_runtime, open_to_runtimes
+from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, check_port
 
-__all__ = ["expose_from_one", "expose_to_all", "free_everywhere", "one_per_network"]
-
-
-def one_per_network(runtimes: Sequence[Runtime]) -> list[Runtime]:
-    """Return the runtimes without those that share the ports of one that comes before."""
-    seen = set()
-    chosen = []
-    for runtime in runtimes:
-        hello = runtime.connection.agent_info
-        network = (hello.boot_id, hello.network) if hello.boot_id and hello.network else runtime.host
-        if network not in seen:
-            seen.add(network)
-            chosen.append(runtime)
-    return chosen
+__all__ = ["expose_from_one", "expose_to_all", "free_everywhere"]
 
 
 async def free_everywhere(runtimes: Sequence[Runtime], ports: Sequence[int], on_manager: bool) -> list[int]:
@@ -36,9 +30,14 @@ async def free_everywhere(runtimes: Sequence[Runtime], ports: Sequence[int], on_
         ports: The ports.
         on_manager: Whether they must be free on the manager, too.
     """
-    answers = await asyncio.gather(*(runtime.free_ports(ports) for runtime in runtimes))
-    free = set(ports).intersection(*answers)
-    return [port for port in ports if port in free and (not on_manager or is_free(port) is None)]
+    for runtime in runtimes:
+        runtime._session.check()
+    free = await free_on_all(ports, [runtime._connection for runtime in runtimes])
+    return [port for port in free if not on_manager or is_free(port) is None]
+
+
+def _one_each(runtimes: Sequence[Runtime]) -> list[Runtime]:
+    return one_per_network(runtimes, lambda runtime: network_of(runtime._connection))
 
 
 async def expose_to_all(
@@ -54,9 +53,8 @@ async def expose_to_all(
     Returns:
         The tunnels, with the runtimes that they lead to.
     """
-    chosen = one_per_network(runtimes)
-    connections = [runtime.connection for runtime in chosen]
-    tunnels = await open_to_runtimes(connections, check_port(local_port, "local_port"), ports)
+    chosen = _one_each(runtimes)
+    tunnels = await open_to_runtimes([runtime._connection for runtime in chosen], local_port, ports)
     return list(zip(chosen, tunnels, strict=True))
 
 
@@ -79,30 +77,19 @@ async def expose_from_one(
         NoPortsLeftError: If several were given and each is taken somewhere.
     """
     check_port(runtime_port, "runtime_port")
-    candidates = [runtime_port] if ports is None else checked_ports(ports)
-    choice = ports is not None and not isinstance(ports, int)
-    here = one_per_network([source, *others])[1:]  # those that do not share the ports of the source
+    candidates = checked_ports(runtime_port if ports is None else ports)
+    choice = isinstance(ports, Iterable)
+    here = _one_each([source, *others])[1:]  # those that do not share the ports of the source
     if choice:
         free = await free_everywhere(here, candidates, on_manager=False)
-        candidates = [pick_port(candidates, free, "the group"), *free[1:]]
+        pick_port(candidates, free, "the group")
+        candidates = free
     for port in candidates:
-        try:
-            return port, await _expose_from_one(source, here, runtime_port, port)
-        except PortInUseError:
-            if not choice:
-                raise
+        requests = [TunnelRequest(source._connection, "from_runtime", port, runtime_port)]
+        requests += [TunnelRequest(other._connection, "to_runtime", port, port, known_free=choice) for other in here]
+        tunnels = await open_all(requests, another=choice)
+        if tunnels is not None:
+            return port, list(zip([source, *here], tunnels, strict=True))
     raise NoPortsLeftError(
         f"of the {counted(len(candidates), 'port')} that may be used, none is free on the manager and in the group"
     )
-
-
-async def _expose_from_one(
-    source: Runtime, others: Sequence[Runtime], runtime_port: int, port: int
-) -> list[tuple[Runtime, Tunnel]]:
-    first = await open_from_runtime(source.connection, runtime_port, port)
-    try:
-        rest = await open_to_runtimes([runtime.connection for runtime in others], port, port) if others else []
-    except BaseException:
-        await close_tunnels([first])
-        raise
-    return [(source, first), *zip(others, rest, strict=True)]

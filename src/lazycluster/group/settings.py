@@ -1,4 +1,4 @@
-"""What holds for all hosts of a group, and what is said of single ones in a dictionary or TOML file."""
+"""Settings of a group: for all its hosts, and for single ones in a dictionary or TOML file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Common", "PerHost", "host_names", "read_settings"]
+__all__ = ["GroupSettings", "PerHost", "host_names", "listed", "read_settings"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -50,18 +50,32 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
         raise TypeError(f"settings must be a dictionary or the path of a TOML file, not {type(settings).__name__}")
     for host, values in settings.items():
         if not isinstance(values, Mapping):
-            raise TypeError(f"{where}: what is said of {host!r} must be a table, not {type(values).__name__}")
+            raise TypeError(f"{where}: the settings of {host!r} must be a table, not {type(values).__name__}")
     return {str(host): dict(values) for host, values in settings.items()}
 
 
+def listed(value: str | Iterable[str] | None) -> list[str]:
+    """Return one text, several, or none as a list."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
 def host_names(settings: Mapping[str, Any]) -> list[str]:
-    """Return the hosts that settings name, sets and patterns left out."""
-    return [host for host in settings if not set(host) & set("*?[{,")]
+    """Return the hosts that settings name, sets and patterns left out.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    hosts = [host for host in settings if not set(host) & set("*?[{,")]
+    if not hosts:
+        raise ValueError(f"the settings name no host, only patterns ({', '.join(settings)}): give hosts, too")
+    return hosts
 
 
 @dataclass(frozen=True)
-class Common:
-    """What holds for all hosts, unless the settings of a host say otherwise; what may be secret is in no `repr`.
+class GroupSettings:
+    """Settings for all hosts, unless those of a host say otherwise; what may be secret is in no `repr`.
 
     Attributes:
         working_dir, connection_kwargs, python, setup, env, shell, environment, startup_files: See

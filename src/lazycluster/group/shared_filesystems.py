@@ -1,4 +1,4 @@
-"""Which hosts write to the same file system, found out by trying: its number differs from host to host."""
+"""Hosts that write to the same file system, found by trying: its number differs from host to host."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lazycluster.exceptions import AgentError, LazyclusterError
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.steps import SendFile, Step
 
-__all__ = ["gates"]
+__all__ = ["send_locks"]
 
 _PROBE = ".lazycluster-probe-{}"
 _LONGEST_PATH = 4096
 
 
-async def gates(runtimes: Sequence[Runtime], steps: Sequence[Step]) -> list[asyncio.Lock | None]:
+async def send_locks(runtimes: Sequence[Runtime], steps: Sequence[Step]) -> list[asyncio.Lock | None]:
     """Return for each runtime a lock that it shares with those that write the same files, None if there are none.
 
     The first that has the lock sends; the next ones find what it has sent, unchanged, and send nothing.
@@ -37,25 +37,25 @@ async def gates(runtimes: Sequence[Runtime], steps: Sequence[Step]) -> list[asyn
     if len(exposed) < len(paths):
         exposed.append(".")
     for path in set(exposed):
-        for shared in await _sharing(runtimes, path):
+        for shared in await _hosts_sharing(runtimes, path):
             lock = next((lock for index in shared if (lock := found[index]) is not None), None) or asyncio.Lock()
             for index in shared:
                 found[index] = lock
     return found
 
 
-async def _sharing(runtimes: Sequence[Runtime], path: str) -> list[list[int]]:
+async def _hosts_sharing(runtimes: Sequence[Runtime], path: str) -> list[list[int]]:
     """Return the sets of runtimes for which the path is in the same directory of one file system."""
-    places = await asyncio.gather(*(_directory(runtime, path) for runtime in runtimes))
+    directories = await asyncio.gather(*(_directory(runtime, path) for runtime in runtimes))
     candidates: dict[Any, list[int]] = {}
-    for index, place in enumerate(places):
-        if place is not None:
+    for index, directory in enumerate(directories):
+        if directory is not None:
             # Hosts that share a directory see the same number for it, whatever they call its file system.
-            candidates.setdefault(place[1], []).append(index)
+            candidates.setdefault(directory[1], []).append(index)
     sets: list[list[int]] = []
     for indexes in candidates.values():
         while len(indexes) > 1:
-            shared = await _probe(runtimes, places, indexes)
+            shared = await _probe(runtimes, directories, indexes)
             indexes = [index for index in indexes if index not in shared]
             if len(shared) > 1:
                 sets.append(shared)
@@ -64,16 +64,16 @@ async def _sharing(runtimes: Sequence[Runtime], path: str) -> list[list[int]]:
 
 async def _directory(runtime: Runtime, path: str) -> tuple[str, int] | None:
     """Return the nearest directory that exists at or above a path, and its inode number."""
-    context = runtime.task_context()
+    context = runtime._context()
     if path == "." and runtime.has_temporary_working_dir:
         return None
     try:
-        found = await runtime.ask("expand", path=path, cwd=context.cwd, env=dict(context.env))
+        found = await runtime._session.ask("expand", path=path, cwd=context.cwd, env=dict(context.env))
         above = str(found["path"])[:_LONGEST_PATH]
         # What a host says must not make this endless: the names that are asked for become shorter.
         while not found["directory"] and above.strip("/"):
             above = posixpath.dirname(above)
-            found = await runtime.ask("expand", path=above)
+            found = await runtime._session.ask("expand", path=above)
     except AgentError:
         return None
     if not found["directory"] or len(found["identity"] or ()) != 2:
@@ -82,27 +82,29 @@ async def _directory(runtime: Runtime, path: str) -> tuple[str, int] | None:
 
 
 async def _probe(
-    runtimes: Sequence[Runtime], places: Sequence[tuple[str, int] | None], indexes: Sequence[int]
+    runtimes: Sequence[Runtime], directories: Sequence[tuple[str, int] | None], indexes: Sequence[int]
 ) -> list[int]:
     """Return those of the runtimes that see a directory which the first of them makes."""
     name = _PROBE.format(secrets.token_hex(16))
 
     async def sees(index: int) -> bool:
-        place = places[index]
-        assert place is not None
-        return bool((await runtimes[index].ask("expand", path=posixpath.join(place[0], name)))["directory"])
+        directory = directories[index]
+        assert directory is not None
+        return bool(
+            (await runtimes[index]._session.ask("expand", path=posixpath.join(directory[0], name)))["directory"]
+        )
 
     first = indexes[0]
-    place = places[first]
-    assert place is not None
-    path = posixpath.join(place[0], name)
+    directory = directories[first]
+    assert directory is not None
+    path = posixpath.join(directory[0], name)
     try:
-        await runtimes[first].ask("mkdir", path=path)
+        await runtimes[first]._session.ask("mkdir", path=path)
     except AgentError:
         return [first]  # it cannot write there anyway
     try:
         seen = await asyncio.gather(*(sees(index) for index in indexes[1:]))
     finally:
         with contextlib.suppress(LazyclusterError):
-            await runtimes[first].ask("remove", path=path)
+            await runtimes[first]._session.ask("remove", path=path)
     return [first, *(index for index, shares in zip(indexes[1:], seen, strict=True) if shares)]

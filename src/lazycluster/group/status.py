@@ -1,4 +1,4 @@
-"""How the hosts of a group do."""
+"""State of the hosts of a group."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lazycluster.runtimes import Runtime
 
-__all__ = ["HostStatus", "status_of", "watch"]
+__all__ = ["HostStatus", "host_status", "watch"]
 
 HostCallback = Callable[["HostStatus"], Any]
 
 
 @dataclass(frozen=True)
 class HostStatus:
-    """How a host does, at one moment.
+    """State of a host at one moment.
 
     Attributes:
         host: The host.
@@ -32,9 +32,9 @@ class HostStatus:
     running: int
 
 
-def status_of(runtime: Runtime) -> HostStatus:
-    """Return how the host of a runtime does."""
-    connection = runtime.connection
+def host_status(runtime: Runtime) -> HostStatus:
+    """Return the state of the host of a runtime."""
+    connection = runtime._connection
     running = sum(not task.future.done() for task in runtime.tasks)
     return HostStatus(runtime.host, connection.state, connection.why, running)
 
@@ -45,7 +45,7 @@ def watch(runtimes: Iterable[Runtime], callback: HostCallback) -> Callable[[], N
         raise TypeError(f"a callback must be callable, not {type(callback).__name__}")
 
     def on(runtime: Runtime) -> Callable[[], None]:
-        return runtime.connection.on_state(lambda state, why: callback(status_of(runtime)))
+        return runtime._connection.on_state(lambda state, why: callback(host_status(runtime)))
 
     ends = [on(runtime) for runtime in runtimes]
 

@@ -1,16 +1,25 @@
-"""Chunks: calls that go to a worker together, and who waits for what comes out of them."""
+"""Calls in chunks, which go to a worker together, and the results that come back for them."""
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Callable
 from typing import Any, Protocol
+
+from lazycluster.agent.pool_protocol import BROKEN, CHUNK, RETURNED
+from lazycluster.exceptions import RemoteTraceback, TaskExecutionError
+from lazycluster.tasks.functions import CallOutcome, load_parts, loads, with_lines
 
 from .serialization import PackedCalls
 
-__all__ = ["Chunk", "ChunkAnswer", "Failure", "Sink"]
+__all__ = [
+    "Chunk", "ChunkResult", "Failure", "ResultSink", "call_name", "initializer_error", "read_results",
+    "unreadable_error",
+]  # fmt: skip
 
 
-class ChunkAnswer:
-    """What a worker answered to a chunk; read where it is wanted, not on the loop's thread.
+class ChunkResult:
+    """Result of a chunk, as bytes; unpickled where it is wanted, not on the loop's thread.
 
     Attributes:
         kind: ``RETURNED``, ``MIXED`` or ``BROKEN``, see `lazycluster.agent.pool_protocol`.
@@ -29,7 +38,7 @@ class ChunkAnswer:
 
 
 class Failure:
-    """Why no worker answered to a chunk."""
+    """Error instead of the result of a chunk: no worker has answered."""
 
     __slots__ = ("error", "size")
 
@@ -38,19 +47,19 @@ class Failure:
         self.size = 0
 
 
-class Sink(Protocol):
-    """Who waits for chunks. The methods are called on the loop's thread, and return at once."""
+class ResultSink(Protocol):
+    """Receiver of results. The methods are called on the loop's thread, and return at once."""
 
-    def name(self, chunk: Chunk, call: int) -> str:
+    def call_name(self, chunk: Chunk, call: int) -> str:
         """Return what to call one of the calls of a chunk in messages."""
 
-    def wanted(self, chunk: Chunk) -> bool:
+    def is_wanted(self, chunk: Chunk) -> bool:
         """Tell whether a chunk that waits is still wanted."""
 
-    def begins(self, chunk: Chunk) -> bool:
+    def mark_started(self, chunk: Chunk) -> bool:
         """Learn that a chunk is given to a host; returns whether it is still wanted."""
 
-    def settle(self, chunk: Chunk, outcome: ChunkAnswer | Failure) -> None:
+    def settle(self, chunk: Chunk, outcome: ChunkResult | Failure) -> None:
         """Take what came out of a chunk, once."""
 
 
@@ -64,10 +73,10 @@ class Chunk:
         count: How many are.
         blob: The function's blob.
         shared: The blobs that the arguments refer to.
-        sink: Who waits for it.
+        sink: Receives its result.
         key: What the sink knows it by.
         deaths: How many workers or hosts have died under it.
-        touched: On which hosts that was.
+        tried_on: On which hosts that was.
         suspect: Whether it is its last chance, and others were beside it when hosts were lost: any of them may have
             done it, so a host gets one of them at a time.
         cancelled: Whether it is wanted no more.
@@ -75,7 +84,7 @@ class Chunk:
 
     __slots__ = (
         "blob", "cancelled", "count", "deaths", "first", "key", "number", "packed", "shared", "sink", "suspect",
-        "touched",
+        "tried_on",
     )  # fmt: skip
 
     def __init__(
@@ -85,7 +94,7 @@ class Chunk:
         count: int,
         blob: int,
         shared: tuple[int, ...],
-        sink: Sink,
+        sink: ResultSink,
         key: Any = None,
     ) -> None:
         self.number = 0
@@ -97,16 +106,129 @@ class Chunk:
         self.sink = sink
         self.key = key
         self.deaths = 0
-        self.touched: tuple[str, ...] = ()
+        self.tried_on: tuple[str, ...] = ()
         self.suspect = False
         self.cancelled = False
 
     def part(self, first: int, count: int) -> Chunk:
         """Return a chunk of some of the calls."""
         chunk = Chunk(self.packed, first, count, self.blob, self.shared, self.sink, self.key)
-        chunk.deaths, chunk.touched, chunk.suspect = self.deaths, self.touched, self.suspect
+        chunk.deaths, chunk.tried_on, chunk.suspect = self.deaths, self.tried_on, self.suspect
         return chunk
 
     def calls(self) -> list[Chunk]:
         """Return a chunk for each of the calls."""
         return [self] if self.count == 1 else [self.part(self.first + index, 1) for index in range(self.count)]
+
+
+_SHORT = 4096  # bytes of arguments that are shown
+
+Results = list[tuple[bool, Any]]
+
+
+def read_results(outcome: ChunkResult | Failure, first: int, count: int, name: Callable[[int], str]) -> Results:
+    """Return for each call of a chunk whether it returned, and what it returned or raised.
+
+    Args:
+        outcome: What came.
+        first: The first call of the chunk.
+        count: How many it has.
+        name: Returns what to call one in messages.
+    """
+    if isinstance(outcome, Failure):
+        return [(False, outcome.error)] * count
+    try:
+        results = _read(outcome, first, count, name)
+        if len(results) != count:
+            raise ValueError(f"{len(results)} results came of {count} calls")
+    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises, or a worker says)
+        return [(False, unreadable_error(error, outcome.host, name(first)))] * count
+    return results
+
+
+def _read(result: ChunkResult, first: int, count: int, name: Callable[[int], str]) -> Results:
+    content = _load(result.parts)
+    if result.kind == RETURNED:
+        return [(True, value) for value in content]
+    if result.kind == BROKEN:
+        return [(False, _exception_from(content, result.host, name(first + index))) for index in range(count)]
+    return [_read_one(good, data, result.host, name(first + index)) for index, (good, data) in enumerate(content)]
+
+
+def _load(parts: list[bytes]) -> Any:
+    if len(parts) == 1:
+        return loads(parts[0])
+    return load_parts(parts, False)
+
+
+def _read_one(good: bool, data: bytes, host: str, name: str) -> tuple[bool, Any]:
+    try:
+        content = loads(data)
+    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
+        return False, unreadable_error(error, host, name)
+    return (True, content[0]) if good else (False, _exception_from(content, host, name))
+
+
+def unreadable_error(error: BaseException, host: str, name: str) -> TaskExecutionError:
+    """Return the error of a call whose result cannot be had."""
+    text = f"{host}: the result of {name} came, but cannot be unpickled here: {type(error).__name__}: {error}"
+    wrapped = TaskExecutionError(text, host=host, what=name)
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def initializer_error(parts: list[bytes], host: str) -> BaseException:
+    """Return what an initializer has raised."""
+    name = "the initializer"
+    try:
+        return _exception_from(_load(parts), host, name)
+    except Exception as error:  # noqa: BLE001  (whatever a class's own code raises)
+        return unreadable_error(error, host, name)
+
+
+def call_name(function: str, packed: PackedCalls, call: int) -> str:
+    """Return what to call a call in messages: the function with the arguments, if these are short."""
+    if packed.kind == CHUNK and packed.size <= _SHORT:
+        try:
+            calls, kwargs = loads(b"".join(packed.parts))
+            shown = [reprlib.repr(argument) for argument in calls[call]]
+            shown += [f"{name}={reprlib.repr(value)}" for name, value in (kwargs or {}).items()]
+        except Exception:  # noqa: BLE001  (any error of any __repr__; and large arrays are not in there)
+            return f"{function}()"
+        return f"{function}({', '.join(shown)})"
+    return f"{function}()"
+
+
+def _exception_from(report: dict[str, Any], host: str, name: str) -> BaseException:
+    """Return the exception for an error that a worker has reported.
+
+    Args:
+        report: Its report.
+        host: Where.
+        name: The call.
+    """
+    exception: BaseException | None = None
+    if report["exception"] is not None:
+        try:
+            loaded = loads(report["exception"])
+            exception = loaded if isinstance(loaded, BaseException) else None
+        except Exception:  # noqa: BLE001  (its text has to do)
+            exception = None
+    phase = report.get("phase", "run")
+    traceback = with_lines(report["traceback"])
+    hint = report.get("hint", "")
+    if exception is not None and phase == "run":
+        text = f"{traceback}\nNext step: {hint}" if hint else traceback
+        exception.__cause__ = RemoteTraceback(host, report.get("pid", 0), text)
+        return exception
+    message = report["message"]
+    if phase == "result":
+        kind = report["result_type"].removeprefix("builtins.")
+        message = f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
+        traceback = ""
+    outcome = CallOutcome(
+        "raised", type_name=report["type"], message=message, hint=hint, traceback=traceback, phase=phase
+    )
+    error = TaskExecutionError(f"{host}: {outcome.describe(name.partition('(')[0])}", host=host, what=name)
+    error.__cause__ = exception
+    return error

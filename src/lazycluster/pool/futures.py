@@ -1,4 +1,4 @@
-"""The futures of an executor, and who settles them."""
+"""Futures of an executor, and the thread that settles them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import LazyclusterError
 
-from .chunks import Chunk, ChunkAnswer, Failure
-from .results import call_name, read, unreadable
-from .scheduler import Scheduler
+from .chunks import Chunk, ChunkResult, Failure, call_name, read_results, unreadable_error
+from .scheduler import ChunkScheduler
 
 __all__ = ["CallFuture", "Futures"]
 
@@ -25,10 +24,10 @@ _NOTIFIED = "CANCELLED_AND_NOTIFIED"  # the state of a future that was cancelled
 
 
 class CallFuture(interruptible.Future[T]):
-    """The future of a call. Where waiting for it would last for ever, asking for what came out is an error.
+    """Future of a call. Where waiting for it would last for ever, asking for its result is an error.
 
     Args:
-        futures: Who settles it.
+        futures: Settles it.
     """
 
     def __init__(self, futures: Futures) -> None:
@@ -65,14 +64,14 @@ class Futures:
     """The futures of an executor. They are settled in a thread of its own: their callbacks may do anything.
 
     Args:
-        dealer: Who has the calls run.
+        scheduler: Runs the calls.
     """
 
-    def __init__(self, dealer: Scheduler) -> None:
-        self._dealer = dealer
+    def __init__(self, scheduler: ChunkScheduler) -> None:
+        self._scheduler = scheduler
         self._lock = interruptible.Condition()
         self._open: dict[Chunk, tuple[concurrent.futures.Future[Any], str]] = {}
-        self._arrived: queue.SimpleQueue[tuple[Chunk, ChunkAnswer | Failure] | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[tuple[Chunk, ChunkResult | Failure] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def add(self, future: concurrent.futures.Future[Any], name: str, chunk: Chunk) -> None:
@@ -81,28 +80,28 @@ class Futures:
         try:
             with self._lock:
                 self._open[chunk] = future, name
-            self._dealer.submit(chunk)
+            self._scheduler.submit(chunk)
         except BaseException:  # Ctrl-C: nobody has the future, and nobody is to wait for it
             self._forget(chunk)
             raise
 
     @property
     def in_callback(self) -> bool:
-        """Whether the calling thread is that in which futures are settled, and must not wait for them."""
+        """True in the thread in which futures are settled, which must not wait for them."""
         return threading.current_thread() is self._thread
 
     @property
     def busy(self) -> bool:
-        """Whether one is not done."""
+        """True if a future is not done."""
         return bool(self._open)
 
     # --- a sink, on the loop's thread ----------------------------------------------------------
-    def name(self, chunk: Chunk, call: int) -> str:
+    def call_name(self, chunk: Chunk, call: int) -> str:
         """Return what to call a call in messages."""
         entry = self._open.get(chunk.key)
         return call_name(entry[1] if entry else "a call", chunk.packed, call)
 
-    def wanted(self, chunk: Chunk) -> bool:
+    def is_wanted(self, chunk: Chunk) -> bool:
         """Tell whether a future that waits was not cancelled."""
         entry = self._open.get(chunk.key)
         if entry is None or not entry[0].cancelled():
@@ -111,7 +110,7 @@ class Futures:
         self._forget(chunk)
         return False
 
-    def begins(self, chunk: Chunk) -> bool:
+    def mark_started(self, chunk: Chunk) -> bool:
         """Learn that a chunk is given to a host; a future that was cancelled before is over then."""
         entry = self._open.get(chunk.key)
         if entry is None:
@@ -123,7 +122,7 @@ class Futures:
         self._forget(chunk)
         return False
 
-    def settle(self, chunk: Chunk, outcome: ChunkAnswer | Failure) -> None:
+    def settle(self, chunk: Chunk, outcome: ChunkResult | Failure) -> None:
         """Take what came out of a chunk."""
         if self._thread is None:  # here, since Ctrl-C does not come to the loop's thread
             self._thread = threading.Thread(target=self._settle_all, name="lazycluster futures", daemon=True)
@@ -146,7 +145,7 @@ class Futures:
                 return
             if not self._open:
                 self._lock.notify_all()
-        self._dealer.release([chunk.blob, *chunk.shared])
+        self._scheduler.release([chunk.blob, *chunk.shared])
 
     # --- the end -------------------------------------------------------------------------------
     def cancel_waiting(self, begun: int) -> None:
@@ -161,16 +160,16 @@ class Futures:
             futures = futures[begun:]
         for future in futures:
             future.cancel()
-        self._dealer.sweep()
+        self._scheduler.drop_unwanted()
 
     def abort(self, futures: set[concurrent.futures.Future[Any]]) -> None:
         """Cancel some futures, and end those of their calls that run."""
         with self._lock:
             entries = [(chunk, future) for chunk, (future, _) in self._open.items() if future in futures]
-        self._dealer.cancel([chunk for chunk, _ in entries])
+        self._scheduler.cancel([chunk for chunk, _ in entries])
         for chunk, future in entries:
             future.cancel()
-            self._dealer.settle(chunk, Failure(concurrent.futures.CancelledError()))
+            self._scheduler.settle(chunk, Failure(concurrent.futures.CancelledError()))
 
     def wait(self) -> None:
         """Wait until all are done."""
@@ -192,11 +191,11 @@ class Futures:
             self._thread.join()
 
 
-def _settle(future: concurrent.futures.Future[Any], name: str, outcome: ChunkAnswer | Failure) -> None:
+def _settle(future: concurrent.futures.Future[Any], name: str, outcome: ChunkResult | Failure) -> None:
     try:
-        good, value = read(outcome, 0, 1, lambda _: f"{name}()")[0]
+        good, value = read_results(outcome, 0, 1, lambda _: f"{name}()")[0]
     except BaseException as error:  # noqa: BLE001  (a class's own code may even end the thread, and others wait)
-        good, value = False, unreadable(error, getattr(outcome, "host", ""), f"{name}()")
+        good, value = False, unreadable_error(error, getattr(outcome, "host", ""), f"{name}()")
     with contextlib.suppress(concurrent.futures.InvalidStateError):  # `close` was faster
         if future.cancelled():
             future.set_running_or_notify_cancel()

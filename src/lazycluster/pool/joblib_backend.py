@@ -12,12 +12,10 @@ from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, SequentialBa
 
 from lazycluster.agent.pool_worker import joblib_batch
 
+from .blob_store import SharedArrays
 from .serialization import pack
-from .shared_objects import Sharing
 
 if TYPE_CHECKING:
-    from lazycluster.runtime_mgmt import RuntimeGroup
-
     from .executor import GroupExecutor
 
 __all__ = ["LazyclusterBackend"]
@@ -35,8 +33,8 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     stays in their process.
 
     Args:
-        group: The group.
-        nesting_level: Says joblib.
+        group: The :class:`~lazycluster.RuntimeGroup`.
+        nesting_level: From joblib.
         inner_max_num_threads: Is not supported: each worker has as many threads as its share of the host's cores.
 
     Raises:
@@ -54,7 +52,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
 
     def __init__(
         self,
-        group: RuntimeGroup | None = None,
+        group: Any = None,
         nesting_level: int | None = None,
         inner_max_num_threads: int | None = None,
         **options: Any,
@@ -66,11 +64,11 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         if options:
             raise TypeError(f"the backend has no option {next(iter(options))!r}; it has: group")
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
-        self._group: Any = group
+        self._group = group
         self._executor: GroupExecutor | None = None
         self._own: dict[int, GroupExecutor] = {}
         self._initialized: tuple[tuple[int, bytes], GroupExecutor] | None = None
-        self._sharing: Sharing | None = None
+        self._sharing: SharedArrays | None = None
         self._lock = threading.Lock()
         self._futures: set[concurrent.futures.Future[Any]] = set()
 
@@ -86,7 +84,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         """
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
-        total: int = self._group.kept_executor().worker_count
+        total: int = self._group._kept_executor().worker_count
         if n_jobs is None:
             return total
         return min(n_jobs, total) if n_jobs > 0 else max(total + 1 + n_jobs, 1)
@@ -119,7 +117,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         if initializer is not None:
             self._executor = self._initialized_executor(count, initializer, tuple(initargs))
             return count
-        kept: GroupExecutor = self._group.kept_executor()
+        kept: GroupExecutor = self._group._kept_executor()
         if count == kept.worker_count:
             self._executor = kept
         else:
@@ -137,7 +135,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         last = self._initialized
         if last is None or last[0] != wanted or not last[1].usable:
             if last is not None:
-                last[1].retire()
+                last[1]._retire()
             self._initialized = last = (
                 wanted,
                 self._group.executor(max_workers=count, initializer=initializer, initargs=initargs),
@@ -152,13 +150,13 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
     def start_call(self) -> None:
         """Begin a ``Parallel``."""
         if self._executor is not None:
-            self._sharing = self._executor.share()
+            self._sharing = self._executor._share()
 
     def stop_call(self) -> None:
         """End a ``Parallel``."""
         sharing, self._sharing = self._sharing, None
         if sharing is not None and self._executor is not None:
-            self._executor.unshare(sharing)
+            self._executor._unshare(sharing)
 
     def submit(self, func: Any, callback: Callable[[Any], Any] | None = None) -> concurrent.futures.Future[Any]:
         """Have a batch of calls run.
@@ -169,7 +167,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         """
         assert self._executor is not None
         calls = [(function, args, kwargs) for function, args, kwargs in func.items]
-        future = self._executor.submit_shared(self._sharing, joblib_batch, calls, False)
+        future = self._executor._submit_shared(self._sharing, joblib_batch, calls, False)
         with self._lock:
             self._futures.add(future)
         future.add_done_callback(self._forget)
@@ -194,7 +192,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         with self._lock:
             futures, self._futures = self._futures, set()
         if self._executor is not None:
-            self._executor.abort(futures)
+            self._executor._abort(futures)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("joblib's backend for a group of hosts cannot be sent elsewhere")

@@ -1,4 +1,4 @@
-"""Makes joblib know its backend "lazycluster", whichever of the two is imported first; joblib is not imported here."""
+"""Registration of joblib's backend "lazycluster", whichever of the two is imported first; without importing joblib."""
 
 from __future__ import annotations
 

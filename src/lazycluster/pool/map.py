@@ -1,4 +1,4 @@
-"""`map`: calls for each item of iterables, with as many under way as keep the hosts busy, and no more."""
+"""`map`: a call for each item of iterables, with as many under way as keep the hosts busy, and no more."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.tasks.pickling import name_of
 
-from .chunks import Chunk, ChunkAnswer, Failure
-from .results import call_name, read
-from .scheduler import Scheduler
+from .blob_store import SharedArrays
+from .chunks import Chunk, ChunkResult, Failure, call_name, read_results
+from .scheduler import ChunkScheduler
 from .serialization import Packed, PackedCalls, pack_calls
-from .shared_objects import Sharing
 
-__all__ = ["MapRun", "checked"]
+__all__ = ["MapRun", "check_arguments"]
 
-Arrived = tuple[Chunk, ChunkAnswer | Failure] | None  # None: nothing more will come
+Arrived = tuple[Chunk, ChunkResult | Failure] | None  # None: nothing more will come
 
 _EAGER = 0.05  # seconds for which items are taken before the first result is asked for
-_MOST_OPEN = 2048  # chunks whose results have not been handed on, unless the caller says how many
-_MOST_BYTES = 128 * 1024 * 1024  # of arguments and results that are held here
+_MAX_OPEN = 2048  # chunks whose results have not been handed on, unless the caller says how many
+_MAX_BYTES = 128 * 1024 * 1024  # of arguments and results that are held here
 
 
-def checked(timeout: float | None, chunksize: int, buffersize: int | None) -> None:
-    """Refuse what makes no sense.
+def check_arguments(timeout: float | None, chunksize: int, buffersize: int | None) -> None:
+    """Check the arguments of `map`.
 
     Raises:
-        TypeError, ValueError: It does not.
+        TypeError, ValueError: If one makes no sense.
     """
     if timeout is not None and not isinstance(timeout, (int, float)):
         raise TypeError(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")
@@ -47,8 +46,8 @@ def checked(timeout: float | None, chunksize: int, buffersize: int | None) -> No
             raise ValueError(f"{name} must be >= 1, not {value}")
 
 
-class _Cell:
-    """The place of a chunk in the order of results."""
+class _Slot:
+    """Place of a chunk in the order of results."""
 
     __slots__ = ("chunk", "left", "results", "size")
 
@@ -63,7 +62,7 @@ class MapRun:
     """One `map`.
 
     Args:
-        dealer: Who has the calls run.
+        scheduler: Runs the calls.
         function: The function.
         packed: The same, packed.
         iterables: Their items are the arguments.
@@ -75,7 +74,7 @@ class MapRun:
 
     def __init__(
         self,
-        dealer: Scheduler,
+        scheduler: ChunkScheduler,
         function: Callable[..., Any],
         packed: Packed,
         iterables: Sequence[Iterable[Any]],
@@ -85,41 +84,41 @@ class MapRun:
         buffersize: int | None = None,
         ordered: bool = True,
     ) -> None:
-        self._dealer = dealer
+        self._scheduler = scheduler
         self._function = function
         self._name = name_of(function)
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._timeout = timeout
         self._items: Iterator[tuple[Any, ...]] = zip(*iterables)  # noqa: B905  (as `map` does: until the shortest ends)
         self._chunksize = chunksize if buffersize is None else min(chunksize, buffersize)
-        self._most = _MOST_OPEN if buffersize is None else max(1, buffersize // self._chunksize)
+        self._most = _MAX_OPEN if buffersize is None else max(1, buffersize // self._chunksize)
         self._ordered = ordered
         self._exhausted = False
-        self._open: dict[int, _Cell] = {}
-        self._next = 0  # the number of the next cell
+        self._open: dict[int, _Slot] = {}
+        self._next = 0  # the number of the next slot
         self._bytes = 0
         self._arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         self._changed = interruptible.Condition()
         self._unsettled = 0
         self._sealed = False
-        self._sharing = Sharing(dealer.blobs)
-        self._blob = dealer.blobs.take(packed).number
+        self._sharing = SharedArrays(scheduler.blobs)
+        self._blob = scheduler.blobs.take(packed).number
         self._closed = False
 
     # --- a sink, on the loop's thread ----------------------------------------------------------
-    def name(self, chunk: Chunk, call: int) -> str:
+    def call_name(self, chunk: Chunk, call: int) -> str:
         """Return what to call a call in messages."""
         return f"{call_name(self._name, chunk.packed, call)} (item {chunk.key * self._chunksize + call})"
 
-    def wanted(self, chunk: Chunk) -> bool:
+    def is_wanted(self, chunk: Chunk) -> bool:
         """Tell whether results are still wanted."""
         return not self._closed
 
-    def begins(self, chunk: Chunk) -> bool:
+    def mark_started(self, chunk: Chunk) -> bool:
         """Learn that a chunk is given to a host."""
         return not self._closed
 
-    def settle(self, chunk: Chunk, outcome: ChunkAnswer | Failure) -> None:
+    def settle(self, chunk: Chunk, outcome: ChunkResult | Failure) -> None:
         """Take what came out of a chunk."""
         self._arrived.put((chunk, outcome))
         with self._changed:
@@ -129,7 +128,7 @@ class MapRun:
 
     @property
     def busy(self) -> bool:
-        """Whether something that was submitted is not settled."""
+        """True if something that was submitted is not settled."""
         return self._unsettled > 0 and not self._closed
 
     # --- the executor's end --------------------------------------------------------------------
@@ -140,7 +139,7 @@ class MapRun:
             self._changed.wait_for(lambda: not self._unsettled or self._closed)
 
     def abandon(self) -> None:
-        """Let nobody wait for what will not come."""
+        """Wake whoever waits for results: no more will come."""
         self._sealed = True
         self._arrived.put(None)
 
@@ -149,16 +148,16 @@ class MapRun:
         """Start with the first calls."""
         end = time.monotonic() + _EAGER
         try:
-            while self._has_room() and time.monotonic() < end:
+            while self._has_capacity() and time.monotonic() < end:
                 self._submit()
         except BaseException:
             self.close()
             raise
 
-    def _has_room(self) -> bool:
+    def _has_capacity(self) -> bool:
         if self._exhausted or len(self._open) >= self._most:
             return False
-        return self._bytes < _MOST_BYTES or len(self._open) < 2
+        return self._bytes < _MAX_BYTES or len(self._open) < 2
 
     def _submit(self) -> None:
         """Take the items of one chunk and have it run."""
@@ -176,12 +175,12 @@ class MapRun:
         try:
             self._add(1, pack_calls(self._function, [arguments], None, self._sharing.share))
         except TypeError as error:
-            chunk = self._enter(1, PackedCalls(0, (), 0))
+            chunk = self._new_chunk(1, PackedCalls(0, (), 0))
             self._arrived.put((chunk, Failure(error)))
 
-    def _enter(self, count: int, packed: PackedCalls) -> Chunk:
+    def _new_chunk(self, count: int, packed: PackedCalls) -> Chunk:
         chunk = Chunk(packed, 0, count, self._blob, self._sharing.taken(), self, self._next)
-        self._open[self._next] = _Cell(count, chunk)
+        self._open[self._next] = _Slot(count, chunk)
         self._next += 1
         self._bytes += packed.size
         return chunk
@@ -189,10 +188,10 @@ class MapRun:
     def _add(self, count: int, packed: PackedCalls) -> None:
         if self._sealed:
             raise RuntimeError("the executor was shut down before all items were taken")
-        chunk = self._enter(count, packed)
+        chunk = self._new_chunk(count, packed)
         with self._changed:
             self._unsettled += count
-        self._dealer.submit(chunk)
+        self._scheduler.submit(chunk)
 
     def results(self) -> Iterator[Any]:
         """Yield what the calls return.
@@ -204,34 +203,34 @@ class MapRun:
         try:
             ready: deque[int] = deque()
             while True:
-                self._take_arrived(ready)
+                self._receive_arrived(ready)
                 head = next(iter(self._open), None) if self._ordered else (ready[0] if ready else None)
                 if head is not None and self._open[head].left == 0:
                     if not self._ordered:
                         ready.popleft()
                     yield from self._values(self._open.pop(head))
-                elif self._has_room():
+                elif self._has_capacity():
                     self._submit()
                 elif head is None and not self._open:
                     return
                 else:
-                    self._receive(ready, self._arrived_in_time())
+                    self._receive(ready, self._wait_for_arrival())
         finally:
             self.close()
 
-    def _values(self, cell: _Cell) -> Iterator[Any]:
-        self._bytes -= cell.size
-        if cell.chunk.shared:
-            self._dealer.release(cell.chunk.shared)
-        results = cell.results[::-1]
-        cell.results.clear()
+    def _values(self, slot: _Slot) -> Iterator[Any]:
+        self._bytes -= slot.size
+        if slot.chunk.shared:
+            self._scheduler.release(slot.chunk.shared)
+        results = slot.results[::-1]
+        slot.results.clear()
         while results:  # nothing here holds a result that was handed on: the caller alone decides how long it lives
             good, *box = results.pop()
             if not good:
                 raise box.pop()
             yield box.pop()
 
-    def _arrived_in_time(self) -> Arrived:
+    def _wait_for_arrival(self) -> Arrived:
         if event_loop.in_loop():
             raise LazyclusterError("results cannot be waited for in a callback of the library: they would never come")
         if self._deadline is None:
@@ -241,7 +240,7 @@ class MapRun:
         except queue.Empty:
             raise TimeoutError(f"a result of {self._name}() did not come within {self._timeout:g} s") from None
 
-    def _take_arrived(self, ready: deque[int]) -> None:
+    def _receive_arrived(self, ready: deque[int]) -> None:
         while not self._arrived.empty():
             self._receive(ready, self._arrived.get())
 
@@ -249,13 +248,13 @@ class MapRun:
         if arrived is None:
             raise concurrent.futures.CancelledError("the executor was ended")
         chunk, outcome = arrived
-        cell = self._open[chunk.key]
-        name = functools.partial(self.name, chunk)
-        cell.results[chunk.first : chunk.first + chunk.count] = read(outcome, chunk.first, chunk.count, name)
-        cell.left -= chunk.count
-        cell.size += outcome.size
+        slot = self._open[chunk.key]
+        name = functools.partial(self.call_name, chunk)
+        slot.results[chunk.first : chunk.first + chunk.count] = read_results(outcome, chunk.first, chunk.count, name)
+        slot.left -= chunk.count
+        slot.size += outcome.size
         self._bytes += outcome.size
-        if cell.left == 0:
+        if slot.left == 0:
             ready.append(chunk.key)
 
     def close(self) -> None:
@@ -263,10 +262,10 @@ class MapRun:
         if self._closed:
             return
         self._closed = True
-        left = [cell.chunk for cell in self._open.values() if cell.left]
-        shared = [blob for cell in self._open.values() for blob in cell.chunk.shared]
+        left = [slot.chunk for slot in self._open.values() if slot.left]
+        shared = [blob for slot in self._open.values() for blob in slot.chunk.shared]
         self._open.clear()
         with self._changed:
             self._changed.notify_all()
-        self._dealer.cancel(left)
-        self._dealer.release([*shared, *self._sharing.taken(), self._blob])
+        self._scheduler.cancel(left)
+        self._scheduler.release([*shared, *self._sharing.taken(), self._blob])

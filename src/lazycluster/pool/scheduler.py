@@ -1,11 +1,13 @@
-"""Who gets what: chunks wait in one line, and go to the hosts as these have room. Lives on the loop's thread."""
+"""Scheduler of a pool over hosts: chunks wait in one queue, and go to the hosts as these have capacity.
+
+Lives on the event loop's thread, but for the methods that say so.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import signal as signals
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,58 +23,60 @@ from lazycluster.exceptions import (
     WorkerLostError,
 )
 
-from .chunks import Chunk, Failure
-from .host_pool import HostPool, PoolPlan
-from .results import initializer_error
-from .shared_objects import SharedObjects
+from .blob_store import BlobStore
+from .chunks import Chunk, Failure, initializer_error
+from .remote_pool import PoolOptions, RemotePool
 
 if TYPE_CHECKING:
     from lazycluster.tasks.context import Context
 
 
-__all__ = ["Scheduler"]
+__all__ = ["ChunkScheduler"]
 
 _logger = logging.getLogger("lazycluster")
 
-Again = Callable[[], Awaitable["Context | None"]]
+ContextWhenBack = Callable[[], Awaitable["Context | None"]]
 
-_MOST_RETURNS = 5  # of a host within minutes
-MOST_DEATHS = 3  # workers or hosts that may die under a call before it is given up
+_MAX_REJOINS = 5  # of a host within minutes
+MAX_DEATHS = 3  # workers or hosts that may die under a call before it is given up
 
 
-class Scheduler:
-    """Gives chunks to the workers of some hosts.
+class ChunkScheduler:
+    """Assigns chunks to the workers of some hosts.
 
     Args:
         contexts: The hosts, and how functions are run on each.
-        plans: What the workers are like, per host.
+        options: What the workers are like, per host.
         blobs: What several calls need.
-        again: For each host what returns how functions are run there once it is back, None if it is not coming back.
+        when_back: For each host what returns how functions are run there once it is back, None if it is not coming.
 
     Attributes:
         error: Why nothing can be run any more, None while it can.
     """
 
     def __init__(
-        self, contexts: Sequence[Context], plans: Sequence[PoolPlan], blobs: SharedObjects, again: Sequence[Again]
+        self,
+        contexts: Sequence[Context],
+        options: Sequence[PoolOptions],
+        blobs: BlobStore,
+        when_back: Sequence[ContextWhenBack],
     ) -> None:
         self.blobs = blobs
         self.error: BaseException | None = None
-        self._crews: list[HostPool] = []
-        self._contexts, self._plans, self._again = contexts, plans, again
-        self._returns = [RestartPolicy(_MOST_RETURNS) for _ in contexts]
+        self._pools: list[RemotePool] = []
+        self._contexts, self._options, self._contexts_when_back = contexts, options, when_back
+        self._rejoin_policies = [RestartPolicy(_MAX_REJOINS) for _ in contexts]
         self._inbox: deque[Chunk] = deque()
         self._cancels: deque[Chunk] = deque()
         self._releases: deque[int] = deque()
         self._pending: deque[Chunk] = deque()
-        self._lock = threading.Lock()
-        self._scheduled = False
-        self._sweeping = False
-        self._dealing = False
+        self._wake_scheduled = False
+        self._drop_requested = False
+        self._dispatch_scheduled = False
         self._loop = event_loop.get_loop()
         self._runs: list[asyncio.Task[None]] = []
         self._lost: dict[str, str] = {}
-        self._returning = 0  # hosts that were lost and are waited for
+        self._rejoining = 0  # hosts that were lost and are waited for
         self._without_gpus: list[str] = []
         self._closed = False
 
@@ -89,184 +93,186 @@ class Scheduler:
     def submit(self, chunk: Chunk) -> None:
         """Have a chunk run."""
         self._inbox.append(chunk)
-        self._poke()
+        self._wake()
 
     def cancel(self, chunks: Iterable[Chunk]) -> None:
         """Have chunks forgotten, and ended where they run; nothing more is heard of them."""
         for chunk in chunks:
             chunk.cancelled = True
             self._cancels.append(chunk)
-        self._poke()
+        self._wake()
 
     def release(self, blobs: Iterable[int]) -> None:
         """Note that blobs have one user less each; not before what was submitted and cancelled until now is handled."""
         self._releases.extend(blobs)
-        self._poke()
+        self._wake()
 
     def settle(self, chunk: Chunk, failure: Failure) -> None:
         """Settle a chunk, after what was submitted and cancelled until now is handled."""
         self._loop.call_soon_threadsafe(chunk.sink.settle, chunk, failure)
 
-    def sweep(self) -> None:
+    def drop_unwanted(self) -> None:
         """Drop what waits and is not wanted any more."""
-        self._sweeping = True
-        self._poke()
+        self._drop_requested = True
+        self._wake()
 
-    def _poke(self) -> None:
-        if not self._scheduled:
+    def _wake(self) -> None:
+        if not self._wake_scheduled:
             try:
-                self._scheduled = True
-                self._loop.call_soon_threadsafe(self._poked)
-            except BaseException:  # Ctrl-C: else nobody would ever poke again
-                self._scheduled = False
+                self._wake_scheduled = True
+                self._loop.call_soon_threadsafe(self._on_wake)
+            except BaseException:  # Ctrl-C: else nothing would ever wake it again
+                self._wake_scheduled = False
                 raise
 
     # --- on the loop ---------------------------------------------------------------------------
     def _start(self, imports: Sequence[str]) -> None:
-        if self._closed or self._crews:
+        if self._closed or self._pools:
             return
-        self._crews = [HostPool(self, context, plan) for context, plan in zip(self._contexts, self._plans, strict=True)]
-        self._runs = [asyncio.ensure_future(crew.run(imports)) for crew in self._crews]
+        self._pools = [
+            RemotePool(self, context, option) for context, option in zip(self._contexts, self._options, strict=True)
+        ]
+        self._runs = [asyncio.ensure_future(pool.run(imports)) for pool in self._pools]
 
-    def _poked(self) -> None:
-        self._scheduled = False  # first: what comes from now on pokes again
+    def _on_wake(self) -> None:
+        self._wake_scheduled = False  # first: what comes from now on wakes it again
         while self._inbox:
             self._pending.append(self._inbox.popleft())
         while self._cancels:
             chunk = self._cancels.popleft()
-            for crew in self._crews:
-                crew.cancel(chunk)
-        if self._sweeping:
-            self._sweeping = False
-            self._pending = deque(chunk for chunk in self._pending if chunk.sink.wanted(chunk))
+            for pool in self._pools:
+                pool.cancel(chunk)
+        if self._drop_requested:
+            self._drop_requested = False
+            self._pending = deque(chunk for chunk in self._pending if chunk.sink.is_wanted(chunk))
         while self._releases:
             self.blobs.release(self._releases.popleft())
-        self._deal()
+        self._dispatch()
 
-    def deal_soon(self) -> None:
-        """Deal after all that is to be handled in this round of the loop."""
-        if not self._dealing:
-            self._dealing = True
-            self._loop.call_soon(self._deal)
+    def dispatch_soon(self) -> None:
+        """Assign chunks after all that is to be handled in this round of the loop."""
+        if not self._dispatch_scheduled:
+            self._dispatch_scheduled = True
+            self._loop.call_soon(self._dispatch)
 
-    def _deal(self) -> None:
-        self._dealing = False
+    def _dispatch(self) -> None:
+        self._dispatch_scheduled = False
         if self.error is not None:
             self._fail_pending(self.error)
             return
-        crews = [crew for crew in self._crews if crew.room > 0]
+        pools = [pool for pool in self._pools if pool.capacity > 0]
         held = []
-        while self._pending and crews:
+        while self._pending and pools:
             chunk = self._pending.popleft()
-            able = [crew for crew in crews if not crew.has_suspect] if chunk.suspect else crews
+            able = [pool for pool in pools if not pool.has_suspect] if chunk.suspect else pools
             if not able:
                 held.append(chunk)
                 continue
-            if chunk.cancelled or not chunk.sink.begins(chunk):
+            if chunk.cancelled or not chunk.sink.mark_started(chunk):
                 continue
-            # The one that has the least to do for its size; not where the call has done harm already, if possible.
-            crew = min(able, key=lambda crew: (crew.host in chunk.touched, len(crew.in_flight) / crew.workers))
-            crew.give(chunk)
-            if crew.room <= 0:
-                crews.remove(crew)
+            # The one that has the least to do for its size; if possible not one that the call has taken down before.
+            pool = min(able, key=lambda pool: (pool.host in chunk.tried_on, len(pool.in_flight) / pool.workers))
+            pool.assign(chunk)
+            if pool.capacity <= 0:
+                pools.remove(pool)
         if not self._pending:
             self._balance()
         self._pending.extendleft(reversed(held))
         dropped, self.blobs.dropped = self.blobs.dropped, []
-        for crew in self._crews:
+        for pool in self._pools:
             for blob in dropped:
-                crew.drop(blob)
-            crew.flush()
+                pool.drop(blob)
+            pool.flush()
 
     def _balance(self) -> None:
-        """Have hosts whose workers are busy give back what they have in stock while others have nothing to do."""
-        idle = sum(crew.idle for crew in self._crews)
-        for crew in sorted(self._crews, key=lambda crew: crew.stock, reverse=True):
-            count = min(idle, crew.stock)
+        """Have hosts whose workers are busy give back chunks that wait there while others have nothing to do."""
+        idle = sum(pool.idle_workers for pool in self._pools)
+        for pool in sorted(self._pools, key=lambda pool: pool.stealable, reverse=True):
+            count = min(idle, pool.stealable)
             if not count:
                 return
             idle -= count
-            crew.ask_back(count)
+            pool.steal(count)
 
-    def has_others(self, crew: HostPool) -> bool:
-        """Tell whether others can run what a crew has."""
-        return any(other is not crew and not other.over and not other.away for other in self._crews)
+    def has_others(self, pool: RemotePool) -> bool:
+        """Tell whether other pools can run what this one has."""
+        return any(other is not pool and not other.over and not other.away for other in self._pools)
 
-    # --- what crews tell -----------------------------------------------------------------------
-    def returned(self, chunks: list[Chunk]) -> None:
+    # --- callbacks of the pools ----------------------------------------------------------------
+    def requeue(self, chunks: list[Chunk]) -> None:
         """Take chunks back that were not begun, or whose worker was ended for another's sake."""
         self._pending.extendleft(reversed([chunk for chunk in chunks if not chunk.cancelled]))
-        self.deal_soon()
+        self.dispatch_soon()
 
-    def died(self, crew: HostPool, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
+    def worker_died(self, pool: RemotePool, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
         """Have a call tried again that a worker died under, and those beside it."""
         index = min(max(index, chunk.first), chunk.first + chunk.count - 1)
         before = chunk.part(chunk.first, index - chunk.first)
         after = chunk.part(index + 1, chunk.first + chunk.count - index - 1)
-        guilty = self._blamed(chunk.part(index, 1), crew.host)
+        blamed = self._count_death(chunk.part(index, 1), pool.host)
         again = [part for part in (before, after) if part.count]
-        name = guilty.sink.name(guilty, index)
-        _logger.warning("%s: a worker has %s under %s", crew.host, _how(fields), name)
-        if guilty.deaths >= MOST_DEATHS:
-            guilty.sink.settle(guilty, Failure(_given_up(guilty, name, crew.host, fields)))
+        name = blamed.sink.call_name(blamed, index)
+        _logger.warning("%s: a worker has %s under %s", pool.host, _exit_text(fields), name)
+        if blamed.deaths >= MAX_DEATHS:
+            blamed.sink.settle(blamed, Failure(_worker_lost_error(blamed, name, pool.host, fields)))
         else:
-            again.insert(1 if before.count else 0, guilty)
-        self.returned(again)
+            again.insert(1 if before.count else 0, blamed)
+        self.requeue(again)
 
     @staticmethod
-    def _blamed(chunk: Chunk, host: str) -> Chunk:
+    def _count_death(chunk: Chunk, host: str) -> Chunk:
         chunk.deaths += 1
-        chunk.touched = (*chunk.touched, host)
+        chunk.tried_on = (*chunk.tried_on, host)
         return chunk
 
-    def unfit(self, crew: HostPool, told: list[bytes]) -> None:
+    def initializer_failed(self, pool: RemotePool, parts: list[bytes]) -> None:
         """Give up: workers cannot be initialised."""
-        cause = initializer_error(told, crew.host)
-        error = BrokenPoolError(f"{crew.host}: the workers cannot be used, their initializer has failed: {cause}")
+        cause = initializer_error(parts, pool.host)
+        error = BrokenPoolError(f"{pool.host}: the workers cannot be used, their initializer has failed: {cause}")
         error.__cause__ = cause
         self._break(error)
 
-    def lost(self, crew: HostPool, error: LazyclusterError) -> None:
+    def pool_lost(self, pool: RemotePool, error: LazyclusterError) -> None:
         """Have what a host had run by the others."""
         if self._closed:
             return
-        others = [other.host for other in self._crews if not other.over]
+        others = [other.host for other in self._pools if not other.over]
         if isinstance(error, AgentError) and error.kind == "gpu":
             self._without_gpus.append(str(error))
             if others:
                 _logger.warning("left out: %s", error)
                 return
-            error = AgentError(crew.host, "gpu", "no host has GPUs for calls:\n  " + "\n  ".join(self._without_gpus))
-        returns = self._returns[self._crews.index(crew)]
-        if not isinstance(error, ConnectionLostError) and not (others and returns.count):
+            error = AgentError(pool.host, "gpu", "no host has GPUs for calls:\n  " + "\n  ".join(self._without_gpus))
+        policy = self._rejoin_policies[self._pools.index(pool)]
+        if not isinstance(error, ConnectionLostError) and not (others and policy.count):
             self._break(error)
             return
-        self._lost[crew.host] = str(error).partition("\n")[0]
-        chunks = crew.take_all()
+        self._lost[pool.host] = str(error).partition("\n")[0]
+        chunks = pool.take_all()
         # Any may have been begun: what a worker answered at last is not known here, nor what it began then.
-        again = [part for chunk in chunks for part in self._with_doubts(self._blamed(chunk, crew.host))]
-        delay = returns.next() if crew.may_come_back else None
+        again = [part for chunk in chunks for part in self._retries(self._count_death(chunk, pool.host))]
+        delay = policy.next() if pool.may_come_back else None
         if delay is not None:
-            self._returning += 1
-            self._runs.append(asyncio.ensure_future(self._take_back(crew, delay)))
-        if others or self._returning:
+            self._rejoining += 1
+            self._runs.append(asyncio.ensure_future(self._rejoin(pool, delay)))
+        if others or self._rejoining:
             where = "elsewhere" if others else "when a host is back"
-            _logger.warning("%s: %d calls are run %s: %s", crew.host, len(again), where, error)
-        self.returned(again)
-        self._check_hosts(crew.host)
+            _logger.warning("%s: %d calls are run %s: %s", pool.host, len(again), where, error)
+        self.requeue(again)
+        self._check_hosts(pool.host)
 
-    def _with_doubts(self, chunk: Chunk) -> list[Chunk]:
+    def _retries(self, chunk: Chunk) -> list[Chunk]:
         """Return what is to be run again of a chunk that hosts were lost under; its last chance is a call's own."""
-        if chunk.deaths >= MOST_DEATHS:
-            name = chunk.sink.name(chunk, chunk.first)
-            chunk.sink.settle(chunk, Failure(_given_up(chunk, name, chunk.touched[-1], None)))
+        if chunk.deaths >= MAX_DEATHS:
+            name = chunk.sink.call_name(chunk, chunk.first)
+            chunk.sink.settle(chunk, Failure(_worker_lost_error(chunk, name, chunk.tried_on[-1], None)))
             return []
-        chunk.suspect = chunk.deaths == MOST_DEATHS - 1
+        chunk.suspect = chunk.deaths == MAX_DEATHS - 1
         return chunk.calls() if chunk.suspect else [chunk]
 
     def _check_hosts(self, host: str) -> None:
-        """Give up if no host is left, after one has gone."""
-        if self._returning or self._closed or self.error is not None or any(not crew.over for crew in self._crews):
+        """Give up if no host is left, after one was lost."""
+        if self._rejoining or self._closed or self.error is not None or any(not pool.over for pool in self._pools):
             return
         reasons = "\n".join(f"  {reason}" for reason in self._lost.values())
         self._break(
@@ -277,35 +283,35 @@ class Scheduler:
             )
         )
 
-    async def _take_back(self, crew: HostPool, delay: float) -> None:
-        """Have a host take part again whose agent was lost, once it is back."""
-        index = self._crews.index(crew)
+    async def _rejoin(self, pool: RemotePool, delay: float) -> None:
+        """Use a host again whose agent was lost, once it is back."""
+        index = self._pools.index(pool)
         try:
             await asyncio.sleep(delay)
-            context = await self._again[index]()
+            context = await self._contexts_when_back[index]()
             if context is None or self._closed or self.error is not None:
                 return
-            _logger.info("%s: is back, and takes part again", crew.host)
-            self._lost.pop(crew.host, None)
-            self._crews[index] = crew = HostPool(self, context, self._plans[index])
+            _logger.info("%s: is back, and takes part again", pool.host)
+            self._lost.pop(pool.host, None)
+            self._pools[index] = pool = RemotePool(self, context, self._options[index])
         finally:
-            self._returning -= 1
-            self._check_hosts(crew.host)
-        await crew.run(())
+            self._rejoining -= 1
+            self._check_hosts(pool.host)
+        await pool.run(())
 
     def _break(self, error: BaseException) -> None:
         if self.error is None:
             self.error = error
-        for crew in self._crews:
-            self._pending.extend(crew.take_all())
-            if not crew.over:
-                asyncio.ensure_future(crew.close(kill=True))  # noqa: RUF006  (it is waited for in `close`)
+        for pool in self._pools:
+            self._pending.extend(pool.take_all())
+            if not pool.over:
+                asyncio.ensure_future(pool.close(kill=True))  # noqa: RUF006  (it is waited for in `close`)
         self._fail_pending(self.error)
 
     def _fail_pending(self, error: BaseException) -> None:
         while self._pending:
             chunk = self._pending.popleft()
-            if not chunk.cancelled and chunk.sink.begins(chunk):
+            if not chunk.cancelled and chunk.sink.mark_started(chunk):
                 chunk.sink.settle(chunk, Failure(error))
 
     # --- the end -------------------------------------------------------------------------------
@@ -316,14 +322,14 @@ class Scheduler:
             kill: Whatever they do; what was not answered is settled as cancelled by who asks for this.
         """
         self._closed = True
-        await asyncio.gather(*(crew.close(kill) for crew in self._crews))
+        await asyncio.gather(*(pool.close(kill) for pool in self._pools))
         for run in self._runs:
             if not run.done():
                 run.cancel()
         await asyncio.gather(*self._runs, return_exceptions=True)
 
 
-def _how(fields: dict[str, Any]) -> str:
+def _exit_text(fields: dict[str, Any]) -> str:
     number = fields.get("signal")
     if number:
         try:
@@ -336,14 +342,14 @@ def _how(fields: dict[str, Any]) -> str:
     return "ended" if status is None else f"ended with exit status {status}"
 
 
-def _given_up(chunk: Chunk, name: str, host: str, fields: dict[str, Any] | None) -> WorkerLostError:
-    others = chunk.touched[:-1]
+def _worker_lost_error(chunk: Chunk, name: str, host: str, fields: dict[str, Any] | None) -> WorkerLostError:
+    others = chunk.tried_on[:-1]
     if fields is None:
         text = f"{host}: the host was lost"
         pid = status = None
         output = ""
     else:
-        text = f"{host}: the worker process {fields.get('pid')} has {_how(fields)}"
+        text = f"{host}: the worker process {fields.get('pid')} has {_exit_text(fields)}"
         pid, output = fields.get("pid"), str(fields.get("output", ""))
         status = -fields["signal"] if fields.get("signal") else fields.get("exit")
     text += f" while it ran {name}"
@@ -353,4 +359,4 @@ def _given_up(chunk: Chunk, name: str, host: str, fields: dict[str, Any] | None)
         lines = "\n".join(f"    {line}" for line in output.strip().splitlines()[-20:])
         text += f"\n  The end of what the workers of {host} printed:\n{lines}"
     text += "\n  Next step: see what the call needs (memory, for the most part), or run it alone with call()"
-    return WorkerLostError(text, call=name, host=host, hosts=chunk.touched, pid=pid, exit_status=status, output=output)
+    return WorkerLostError(text, call=name, host=host, hosts=chunk.tried_on, pid=pid, exit_status=status, output=output)

@@ -1,1 +1,1 @@
-"""One host: what runs there, its ports, its directories."""
+"""One host: tasks that run there, its ports, its directories."""

@@ -1,4 +1,4 @@
-"""What a runtime must offer to be chosen."""
+"""Conditions by which hosts are chosen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lazycluster.tasks.context import Context
 
 from .session import HostSession
 
-__all__ = ["HostFilter", "why_not"]
+__all__ = ["HostFilter", "unmet"]
 
 _FIND_EXECUTABLES = 'for name in "$@"; do command -v "$name" >/dev/null 2>&1 || printf "%s\\n" "$name"; done'
 
@@ -48,7 +48,7 @@ class HostFilter:
 
     @property
     def needs_info(self) -> bool:
-        """Whether the host has to be asked what kind of machine it is."""
+        """True if the host has to be asked what kind of machine it is."""
         return bool(self.gpu_required or self.min_memory is not None or self.min_cpu_cores is not None)
 
 
@@ -62,16 +62,18 @@ def _texts(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
     return texts
 
 
-async def why_not(session: HostSession, context: Context, info: Mapping[str, Any], wanted: HostFilter) -> str | None:
-    """Return why a host does not meet the conditions; None if it does.
+async def unmet(session: HostSession, context: Context, wanted: HostFilter) -> str | None:
+    """Return the first condition that a host does not meet, and why; None if it meets all.
 
     Args:
         session: The host.
         context: Where commands are run.
-        info: What kind of machine it is; may be empty where `HostFilter.needs_info` is false.
         wanted: The conditions.
     """
-    reason = _machine(info, wanted)
+    reason = None
+    if wanted.needs_info:
+        info = await session.ask("info", gpus=wanted.gpu_required, env=dict(context.env))
+        reason = _machine(info, wanted)
     if reason is None and wanted.installed_executables:
         reason = await _missing_executables(session, context, list(wanted.installed_executables))
     if reason is None and wanted.filter_commands:

@@ -1,4 +1,4 @@
-"""What a runtime has started: tasks and port exposures, each under a key."""
+"""The tasks and port exposures that a runtime has started, each under a key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PortExposure(ProcessHandle):
         return None if self.is_alive() else 0
 
     def is_alive(self) -> bool:
-        """Whether the port is exposed."""
+        """Return True while the port is exposed."""
         return self.tunnel.is_open
 
     def join(self, timeout: float | None = None) -> None:
@@ -73,7 +73,7 @@ class Registry:
             self._tasks.pop(key, None)
 
     def drop(self, task: RuntimeTask) -> None:
-        """Forget a task that has gone elsewhere."""
+        """Forget a task that goes on elsewhere."""
         with self._lock:
             for key in [key for key, known in self._tasks.items() if known is task]:
                 del self._tasks[key]
@@ -100,7 +100,7 @@ class Registry:
 
     @property
     def running(self) -> int:
-        """How many tasks have not ended."""
+        """The number of tasks that have not ended."""
         return sum(not task._started().is_over for task in self.tasks)
 
     def processes(self) -> dict[str, ProcessHandle]:
@@ -111,11 +111,11 @@ class Registry:
             return handles
 
     def is_task(self, key: str) -> bool:
-        """Whether the key is that of a task."""
+        """Return True if the key is that of a task."""
         return key in self._tasks
 
     def is_exposure(self, key: str) -> bool:
-        """Whether the key is that of an exposure."""
+        """Return True if the key is that of an exposure."""
         return key in self._exposures
 
     def clear_tasks(self) -> None:
@@ -137,7 +137,7 @@ class Registry:
         return waiting
 
     def report(self) -> None:
-        """Log the errors that nobody has asked for."""
+        """Log the errors that were not asked for."""
         for task in self.tasks:
             task._started().report()
 

@@ -1,4 +1,4 @@
-"""A runtime's hold on a host: the connection, the environment that its set-up left, and its working directory."""
+"""Sessions on hosts: a connection, the environment that the set-up left, and a working directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lazycluster.tasks.context import Context, checked_variables
 if TYPE_CHECKING:
     from lazycluster.environments.activation import Activation, HostEnvironment
 
-__all__ = ["ANSWER_LIMIT", "HostSession", "HostSpec", "Lease", "connected", "may_ask"]
+__all__ = ["ANSWER_LIMIT", "HostSession", "HostSpec", "SharedConnection", "connect", "may_ask"]
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ _POSIX_SHELLS = ("bash", "zsh", "sh", "dash", "ksh", "ash")
 
 @dataclass(frozen=True)
 class HostSpec:
-    """What a user says of a host, checked when it is made; what may be secret is in no `repr`.
+    """The user's description of a host, checked when it is made; what may be secret is in no `repr`.
 
     Attributes:
         host: Its name, as `ssh` takes it.
@@ -45,7 +45,7 @@ class HostSpec:
         env: Environment variables.
         shell: The shell for commands.
         local: The manager's own machine, without ssh.
-        ask: Whether a person may be asked for a password and the like.
+        ask: A person may be asked for a password and the like.
         environment: The Python environment there, see :class:`lazycluster.environments.EnvironmentSpec`.
         startup_files: When the shell of commands reads its start-up files: ``once`` per connection, or ``always``.
     """
@@ -91,19 +91,24 @@ class HostSpec:
         return SshConnection(self.host, self.connection_kwargs, python=python, ask=self.ask)
 
 
-class Lease:
+class SharedConnection:
     """A connection that several sessions use; the last one closes it."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self._users = 0
 
-    def take(self) -> Lease:
+    def acquire(self) -> Connection:
         """Begin to use it."""
         self._users += 1
-        return self
+        return self.connection
 
-    async def give_back(self) -> None:
+    @property
+    def is_shared(self) -> bool:
+        """True if more than one session uses it."""
+        return self._users > 1
+
+    async def release(self) -> None:
         """End the use."""
         self._users -= 1
         if self._users <= 0:
@@ -111,7 +116,7 @@ class Lease:
 
 
 class HostSession:
-    """What a runtime knows and holds of its host. Make one with :meth:`open`.
+    """A connected host on which a runtime works. Make one with :meth:`open`.
 
     Attributes:
         spec: What the user said.
@@ -123,10 +128,10 @@ class HostSession:
         state: ``open`` or ``closed``.
     """
 
-    def __init__(self, spec: HostSpec, lease: Lease) -> None:
+    def __init__(self, spec: HostSpec, shared: SharedConnection) -> None:
         self.spec = spec
-        self.lease = lease.take()
-        self.connection = lease.connection
+        self.connection = shared.acquire()
+        self._shared = shared
         self.base_env: dict[str, str] = {}
         self.python = spec.python
         self.working_dir = ""
@@ -135,10 +140,9 @@ class HostSession:
         self._generation = 0  # which agent the working directory belongs to
         self.state = "open"
         self._owner = os.getpid()
-        self._released = False
-        self._let_go_done = {"done": False}
-        # A runtime that nobody refers to any more lets go of its host; not at exit, where one hook does it for all.
-        weakref.finalize(self, _let_go, lease, self._owner, self._let_go_done).atexit = False
+        # A runtime that nothing refers to any more disconnects; not at exit, where one hook does it for all.
+        self._finalizer = weakref.finalize(self, _release, shared, self._owner)
+        self._finalizer.atexit = False
         self._renewal = _renewal(weakref.ref(self))
 
     @classmethod
@@ -155,10 +159,10 @@ class HostSession:
         if like is None:
             connection = spec.connection()
             await connection.open()
-            session = cls(spec, Lease(connection))
+            session = cls(spec, SharedConnection(connection))
         else:
             like.check()
-            session = cls(spec, like.lease)
+            session = cls(spec, like._shared)
         try:
             if like is None:
                 await session._prepare()
@@ -175,7 +179,7 @@ class HostSession:
         return session
 
     async def renew(self) -> None:
-        """Prepare the host once more: its agent has gone, with all that was prepared, and there is a new one."""
+        """Prepare the host once more: there is a new agent, and all that was prepared has ended with the one before."""
         self.temporary.clear()
         await self._prepare()
         self.working_dir = await self._make_working_dir()
@@ -285,13 +289,13 @@ class HostSession:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What two names of one account on one machine have in common."""
-        hello = self.connection.agent_info
-        return hello.boot_id, hello.machine_id, hello.hostname, hello.network, hello.uid
+        """The account on its machine, equal for two names of it."""
+        info = self.connection.agent_info
+        return info.boot_id, info.machine_id, info.hostname, info.network, info.uid
 
     @property
     def is_ours(self) -> bool:
-        """Whether this is the process that connected, not a forked child of it."""
+        """True in the process that connected, False in a forked child of it."""
         return os.getpid() == self._owner
 
     def check(self) -> None:
@@ -362,22 +366,20 @@ class HostSession:
 
     # --- end -----------------------------------------------------------------------------------
     async def close(self) -> None:
-        """Remove temporary directories and let go of the connection. Doing it again does nothing."""
-        if self._released:
-            return
-        self._released = True
+        """Remove temporary directories and release the connection. Doing it again does nothing."""
         self.state = "closed"
-        self._let_go_done["done"] = True
+        if self._finalizer.detach() is None:
+            return
         with contextlib.suppress(ValueError):
             self.connection.on_renewal.remove(self._renewal)
         try:
-            if self.connection.state == "open" and self.lease._users > 1:  # else they go with the agent
+            if self.connection.state == "open" and self._shared.is_shared:  # else they go with the agent
                 for path in self.temporary:
                     removing = asyncio.ensure_future(self.connection.request("remove", path=path))
                     await self.connection.wait_while_heard(removing, ANSWER_LIMIT)
             self.temporary.clear()
         finally:
-            await self.lease.give_back()
+            await self._shared.release()
 
 
 def _in_environment(context: Context, active: Activation) -> Context:
@@ -394,21 +396,20 @@ def _renewal(reference: weakref.ref[HostSession]) -> Callable[[], Awaitable[None
     return renew
 
 
-def _let_go(lease: Lease, owner: int, token: dict[str, bool]) -> None:
-    """Close the connection of a session that was garbage-collected."""
-    if not token["done"] and owner == os.getpid():
-        token["done"] = True
-        event_loop.submit(lease.give_back())
+def _release(shared: SharedConnection, owner: int) -> None:
+    """Release the connection of a session that was garbage-collected."""
+    if owner == os.getpid():
+        event_loop.submit(shared.release())
 
 
-async def connected(spec: HostSpec) -> HostSession:
-    """Return a session on one host; it is shown if that takes long."""
+async def connect(spec: HostSpec) -> HostSession:
+    """Open a session on one host; progress is shown if that takes long."""
     with Progress(f"Connecting {spec.host}"):
         return await HostSession.open(spec)
 
 
 def may_ask() -> bool:
-    """Whether a person sits at a terminal who can be asked for a password."""
+    """Return True if a person sits at a terminal who can be asked for a password."""
     try:
         return sys.stdin.isatty() and sys.stderr.isatty()
     except (AttributeError, ValueError):

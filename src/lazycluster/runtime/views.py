@@ -1,4 +1,4 @@
-"""What is shown of a runtime."""
+"""Tables and views of runtimes and their hosts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from lazycluster.output.host_cells import cells, megabytes, number
 from lazycluster.output.view import Cell, Fact, Table, View
 
 if TYPE_CHECKING:
-    from lazycluster.runtimes import Runtime
     from lazycluster.ssh.connection import Connection
 
-__all__ = ["MACHINE", "account", "info_table", "info_view", "known_infos", "lasting", "runtime_view", "state_cell"]
+    from .runtime import Runtime
+
+__all__ = ["MACHINE", "account", "info_table", "info_view", "known_infos", "lasting", "state_cell"]
 
 MACHINE = ("os", "cores", "memory", "python", "gpus")
 _BRIEFLY = 1.0  # seconds that hosts get to answer before what is known is shown without them
@@ -29,12 +30,12 @@ def state_cell(connection: Connection) -> Cell:
 
 
 def account(connection: Connection) -> str:
-    """Return who we are on a host: ``user@hostname``."""
+    """Return the account on a host: ``user@hostname``."""
     return f"{connection.agent_info.user}@{connection.agent_info.hostname}"
 
 
 def known_infos(runtimes: Sequence[Runtime]) -> list[dict[str, Any]]:
-    """Return what is known of hosts; those that were not asked are, but not waited for as long as it takes.
+    """Return the known facts of hosts; those that were not asked are asked now, and waited for briefly.
 
     Args:
         runtimes: The runtimes.
@@ -45,7 +46,7 @@ def known_infos(runtimes: Sequence[Runtime]) -> list[dict[str, Any]]:
     asked: list[concurrent.futures.Future[dict[str, Any]] | None] = []
     for runtime in runtimes:
         asked.append(None)
-        if runtime.connection.state == "open" and runtime.is_ours:
+        if runtime._connection.state == "open" and runtime._session.is_ours:
             with contextlib.suppress(LazyclusterError):
                 asked[-1] = runtime.fill_info_buffer()
     concurrent.futures.wait([future for future in asked if future is not None], _BRIEFLY)
@@ -57,24 +58,8 @@ def known_infos(runtimes: Sequence[Runtime]) -> list[dict[str, Any]]:
 
 
 def lasting(info: Mapping[str, Any]) -> dict[str, str]:
-    """Return what is shown of a machine that does not change from one moment to the next: see `MACHINE`."""
+    """Return the facts of a machine that do not change from one moment to the next: see `MACHINE`."""
     return {**cells(info), "memory": megabytes(number(info.get("memory"))) if info else ""}
-
-
-def runtime_view(runtime: Runtime) -> View:
-    """Return what is shown of a runtime in a notebook."""
-    shown = lasting(known_infos([runtime])[0])
-    tasks, alive = runtime.tasks, runtime.alive_task_process_count
-    where = runtime.working_dir + (" (temporary)" if runtime.has_temporary_working_dir else "")
-    facts: list[Fact] = [("account", account(runtime.connection)), ("working directory", where)]
-    facts += [(name, shown[name]) for name in MACHINE if shown.get(name)]
-    facts.append(("tasks", f"{alive} running, {len(tasks)} in all"))
-    for key, process in runtime.get_processes(only_alive=True).items():
-        if runtime.is_port_exposure_process(key):
-            facts.append(("port", process.name))
-    if runtime.connection.why:
-        facts.append(("why", Cell(runtime.connection.why, "bad")))
-    return View(f"{runtime.class_name} {runtime.host}", state_cell(runtime.connection), facts)
 
 
 def info_view(host: str, info: Mapping[str, Any], working_dir: str) -> View:
@@ -104,7 +89,7 @@ def _amount(key: object, value: Any) -> str:
 
 
 def info_table(hosts: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> Table:
-    """Return what machines hosts are, as a table; an information may be an ``error`` instead."""
+    """Return the facts of hosts as a table; an information may be an ``error`` instead."""
     rows: list[list[Cell | str]] = []
     for host, info in zip(hosts, infos, strict=True):
         shown = cells(info) if "error" not in info else {"os": str(info["error"])}

@@ -48,16 +48,14 @@ class TunnelRequest:
             ``from_runtime``: the host's ``remote_port`` can be reached on the manager at ``local_port``.
         local_port: A port of the manager.
         remote_port: A port of the host.
+        known_free: The host was asked for its port a moment ago, and need not be asked again.
     """
 
     connection: Connection
     kind: Kind
     local_port: int
     remote_port: int
-
-    def __post_init__(self) -> None:
-        check_port(self.local_port, "local_port")
-        check_port(self.remote_port, "runtime_port")
+    known_free: bool = False
 
     @property
     def forward(self) -> Forward:
@@ -76,6 +74,7 @@ class Tunnel:
         local_port: The manager's port.
         remote_port: The host's port.
         request: What was wanted.
+        by_ssh: The host's ssh process carries it.
         on_lost: Called with the tunnel when its port cannot be had again, after the link to the host dropped.
     """
 
@@ -87,7 +86,7 @@ class Tunnel:
         self.request = request
         self.on_lost: list[Callable[[Tunnel], object]] = []
         self._undo = undo
-        self._by_ssh = by_ssh
+        self.by_ssh = by_ssh
         self._closed = False
         self._over = interruptible.Event()
         self._counts = by_ssh or undo is not None  # else no bytes are carried: both ends are one machine
@@ -172,7 +171,7 @@ async def close_tunnels(tunnels: Iterable[Tunnel]) -> None:
         if tunnel._closed:
             continue
         tunnel.gone()
-        if tunnel._by_ssh and tunnel.request.connection.state in ("open", "interrupted"):
+        if tunnel.by_ssh and tunnel.request.connection.state in ("open", "interrupted"):
             per_connection.setdefault(tunnel.request.connection, []).append(tunnel.request.forward)
         if tunnel._undo is not None:
             others.append(tunnel._undo())

@@ -10,14 +10,13 @@ import asyncio
 import contextlib
 import errno
 import socket
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Sequence
 
 from lazycluster.core import event_loop, forks
-from lazycluster.core.words import counted
 from lazycluster.exceptions import (
     ForwardingForbiddenError,
     LazyclusterError,
-    NoPortsLeftError,
     PortInUseError,
     TunnelError,
 )
@@ -25,7 +24,7 @@ from lazycluster.exceptions import (
 from . import agent_relay
 from .connection import Connection
 from .mux import LOOPBACK, MuxError
-from .probes import can_connect, network_of, reaches, same_network
+from .probes import can_connect, reaches, same_network
 from .tunnel_handles import MANAGER, Outcome, Tunnel, TunnelRequest, check_port, close_tunnels
 
 __all__ = [
@@ -33,28 +32,14 @@ __all__ = [
     "TunnelRequest",
     "check_port",
     "close_tunnels",
-    "open_from_runtime",
-    "open_to_runtime",
-    "open_to_runtimes",
     "open_tunnels",
 ]
 
-_ASKED_AT_ONCE = 64  # ports, of which the host is asked which are free
 _CHUNK = 256 * 1024  # bytes
 _RETURN_LIMIT = 30.0  # seconds for a link that is interrupted when a tunnel is wanted
-Ports = int | Iterable[int]
 
-
-def _candidates(ports: Ports | None, default: int, what: str) -> tuple[list[int], bool]:
-    """Return the ports to try, and whether there was a choice."""
-    if ports is None:
-        return [default], False
-    if isinstance(ports, Iterable) and not isinstance(ports, (str, bytes)):
-        several = [check_port(port, what) for port in ports]
-        if not several:
-            raise NoPortsLeftError(f"{what}: the list of ports is empty")
-        return several, True
-    return [check_port(ports, what)], False
+# Connections whose sshd listens on loopback only, with the number of interruptions when that was found out.
+_loopback_only: weakref.WeakKeyDictionary[Connection, int] = weakref.WeakKeyDictionary()
 
 
 async def open_tunnels(requests: Sequence[TunnelRequest]) -> list[Outcome]:
@@ -87,109 +72,6 @@ async def open_tunnels(requests: Sequence[TunnelRequest]) -> list[Outcome]:
     return [outcomes[index] for index in range(len(requests))]
 
 
-async def open_to_runtimes(
-    connections: Sequence[Connection], local_port: int, ports: Ports | None = None
-) -> list[Tunnel]:
-    """Make a port of the manager reachable on hosts, under the same port on all of them.
-
-    Args:
-        connections: The hosts.
-        local_port: The manager's port.
-        ports: The port on the hosts, or several, of which the first that is free everywhere is taken; by default
-            ``local_port``.
-
-    Returns:
-        The tunnels, in the order of the connections; their ``remote_port`` is the port.
-
-    Raises:
-        PortInUseError: If the only port is taken on a host.
-        NoPortsLeftError: If none of several is free on all hosts.
-        TunnelError: If a host forbids it. Nothing stays open then.
-    """
-    check_port(local_port, "local_port")
-    candidates, choice = _candidates(ports, local_port, "runtime_port")
-    # Of several names of one machine, one tunnel serves all.
-    first = list({network_of(connection): connection for connection in reversed(connections)}.values())
-    tried = 0
-    while tried < len(candidates):
-        part = candidates[tried : tried + _ASKED_AT_ONCE]
-        tried += len(part)
-        for port in await _free_on_all(first, part, local_port) if choice else part:
-            requests = [TunnelRequest(connection, "to_runtime", local_port, port) for connection in first]
-            tunnels = await _all_or_none(requests, choice)
-            if tunnels is not None:
-                opened = dict(zip(first, tunnels, strict=True))
-                return [opened.get(c) or _shared(c, local_port, port) for c in connections]
-    hosts = ", ".join(connection.host for connection in connections)
-    raise NoPortsLeftError(f"of the {counted(len(candidates), 'port')} that may be used, none is free on {hosts}")
-
-
-def _shared(connection: Connection, local_port: int, port: int) -> Tunnel:
-    return Tunnel(TunnelRequest(connection, "to_runtime", local_port, port), None, by_ssh=False)
-
-
-async def open_to_runtime(connection: Connection, local_port: int, runtime_port: Ports | None = None) -> Tunnel:
-    """Make a port of the manager reachable on a host; see :func:`open_to_runtimes`."""
-    return (await open_to_runtimes([connection], local_port, runtime_port))[0]
-
-
-async def open_from_runtime(connection: Connection, runtime_port: int, local_port: Ports | None = None) -> Tunnel:
-    """Make a port of a host reachable on the manager.
-
-    Args:
-        connection: The host.
-        runtime_port: The host's port.
-        local_port: The manager's port, or several, of which the first that is free is taken; by default
-            ``runtime_port``.
-
-    Returns:
-        The tunnel; its ``local_port`` is the port.
-
-    Raises:
-        PortInUseError: If the only port is taken on the manager.
-        NoPortsLeftError: If none of several is free.
-        TunnelError: If the host forbids it.
-    """
-    check_port(runtime_port, "runtime_port")
-    candidates, choice = _candidates(local_port, runtime_port, "local_port")
-    for port in candidates:
-        tunnels = await _all_or_none([TunnelRequest(connection, "from_runtime", port, runtime_port)], choice)
-        if tunnels is not None:
-            return tunnels[0]
-    raise NoPortsLeftError(f"of the {counted(len(candidates), 'port')} that may be used, none is free on the manager")
-
-
-async def _all_or_none(requests: list[TunnelRequest], choice: bool) -> list[Tunnel] | None:
-    """Open all, or raise; None if a port is taken and there is another to try."""
-    outcomes = await open_tunnels(requests)
-    tunnels = [outcome for outcome in outcomes if isinstance(outcome, Tunnel)]
-    errors = [outcome for outcome in outcomes if not isinstance(outcome, Tunnel)]
-    if not errors:
-        return tunnels
-    await close_tunnels(tunnels)
-    grave = [error for error in errors if not isinstance(error, PortInUseError)]
-    if not grave and choice:
-        return None
-    grave = grave or errors
-    if len(grave) == 1:
-        raise grave[0]
-    if all(isinstance(error, PortInUseError) for error in grave):
-        hosts = ", ".join(str(getattr(error, "host", "")) for error in grave)
-        raise PortInUseError(requests[0].forward.listen_port, hosts)
-    raise TunnelError("\n".join(str(error) for error in grave))
-
-
-async def _free_on_all(connections: Sequence[Connection], ports: list[int], local_port: int) -> list[int]:
-    async def free(connection: Connection) -> set[int]:
-        found = set((await connection.request("ports", ports=ports))["free"])
-        if local_port in ports and await same_network(connection):
-            found.add(local_port)  # it is taken by the very service that is to be reached there
-        return found
-
-    everywhere = set(ports).intersection(*await asyncio.gather(*(free(connection) for connection in connections)))
-    return [port for port in ports if port in everywhere]
-
-
 # --- on one connection ----------------------------------------------------------------------------
 async def _open_on(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
     """Open tunnels of one connection; none stays open if this is cancelled.
@@ -201,30 +83,25 @@ async def _open_on(connection: Connection, requests: list[TunnelRequest]) -> lis
     Returns:
         For each the tunnel, or why there is none.
     """
-    outcomes: list[Outcome] = []
+    outcomes: dict[int, Outcome] = {}
     try:
         await connection.wait_until_open(_RETURN_LIMIT)
         alike = any(request.local_port == request.remote_port for request in requests)
         shared = connection.local or (alike and await same_network(connection))
-        rest = []
-        for request in requests:
+        for index, request in enumerate(requests):
             if shared and request.local_port == request.remote_port:
-                outcomes.append(Tunnel(request, None, by_ssh=False))
+                outcomes[index] = Tunnel(request, None, by_ssh=False)
             elif connection.local:
-                outcomes.append(await _relay_here(request))
-            else:
-                outcomes.append(TunnelError("not requested"))
-                rest.append(len(outcomes) - 1)
-        forwarded = await _forward(connection, [requests[index] for index in rest]) if rest else []
-    except LazyclusterError as error:
-        await close_tunnels(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
-        return [error] * len(requests)
-    except asyncio.CancelledError:
-        await close_tunnels(outcome for outcome in outcomes if isinstance(outcome, Tunnel))
+                outcomes[index] = await _relay_here(request)
+        if len(outcomes) < len(requests):
+            await _forward(connection, requests, outcomes)
+            await _forward_by_agent(connection, requests, outcomes)
+    except BaseException as error:
+        await close_tunnels(outcome for outcome in outcomes.values() if isinstance(outcome, Tunnel))
+        if isinstance(error, LazyclusterError):
+            return [error] * len(requests)
         raise
-    for index, outcome in zip(rest, forwarded, strict=True):
-        outcomes[index] = outcome
-    return outcomes
+    return [outcomes[index] for index in range(len(requests))]
 
 
 async def _relay_here(request: TunnelRequest) -> Outcome:
@@ -238,49 +115,47 @@ async def _relay_here(request: TunnelRequest) -> Outcome:
     return Tunnel(request, relay.close, by_ssh=False)
 
 
-async def _forward(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
-    outcomes = await _forward_by_ssh(connection, requests)
-    forbidden = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, ForwardingForbiddenError)]
-    if forbidden and agent_relay.is_asked_for(connection):
-        relay = agent_relay.relay_of(connection)
-        opening = [asyncio.ensure_future(relay.open(requests[index])) for index in forbidden]
-        try:
-            relayed = await event_loop.together(opening)
-        except BaseException:
-            opened = [*outcomes, *(event_loop.outcome(task, None) for task in opening)]
-            await close_tunnels(outcome for outcome in opened if isinstance(outcome, Tunnel))
-            raise
-        for index, outcome in zip(forbidden, relayed, strict=True):
-            outcomes[index] = outcome
-    return outcomes
-
-
-async def _forward_by_ssh(connection: Connection, requests: list[TunnelRequest]) -> list[Outcome]:
-    outcomes: dict[int, Outcome] = {}
+async def _forward(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
+    """Have ssh forward those ports that have no outcome yet."""
     await _check_remote(connection, requests, outcomes)
     await _check_local(connection, requests, outcomes)
     rest = [index for index in range(len(requests)) if index not in outcomes]
+    if not rest:
+        return
     results = await connection.mux.open_forwards([requests[index].forward for index in rest])
-    opened = {
-        index: Tunnel(requests[index], None, by_ssh=True)
-        for index, result in zip(rest, results, strict=True)
-        if not isinstance(result, MuxError)
-    }
-    outcomes.update(opened)
+    refused = []
+    for index, result in zip(rest, results, strict=True):
+        if isinstance(result, MuxError):
+            refused.append((index, result))
+        else:
+            outcomes[index] = Tunnel(requests[index], None, by_ssh=True)
+    for index, error in refused:
+        outcomes[index] = await _refused(requests[index], error)
+    await _check_exposed(connection, outcomes)
+
+
+async def _forward_by_agent(
+    connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]
+) -> None:
+    """Have the agent carry what the host's sshd forbids, if the user asked for that."""
+    forbidden = [index for index, outcome in outcomes.items() if isinstance(outcome, ForwardingForbiddenError)]
+    if not forbidden or not agent_relay.is_asked_for(connection):
+        return
+    relay = agent_relay.relay_of(connection)
+    opening = {index: asyncio.ensure_future(relay.open(requests[index])) for index in forbidden}
     try:
-        for index, result in zip(rest, results, strict=True):
-            if isinstance(result, MuxError):
-                outcomes[index] = await _refused(requests[index], result)
-        await _check_exposed(connection, opened, outcomes)
-    except BaseException:
-        await close_tunnels(opened.values())
-        raise
-    return [outcomes[index] for index in range(len(requests))]
+        await event_loop.together(list(opening.values()))
+    finally:
+        outcomes.update({index: event_loop.outcome(task, outcomes[index]) for index, task in opening.items()})
 
 
 async def _check_remote(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
     """Ask the host for the ports: its sshd does not say why it refuses one."""
-    listening = {i: request.remote_port for i, request in enumerate(requests) if request.kind == "to_runtime"}
+    listening = {
+        index: request.remote_port
+        for index, request in enumerate(requests)
+        if index not in outcomes and request.kind == "to_runtime" and not request.known_free
+    }
     if not listening:
         return
     answer = await connection.request("ports", ports=sorted(set(listening.values())))
@@ -294,7 +169,7 @@ async def _check_remote(connection: Connection, requests: list[TunnelRequest], o
 
 async def _check_local(connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]) -> None:
     """Find out whether the host's sshd carries connections: a forwarding that it forbids listens nevertheless."""
-    wanted = [index for index, request in enumerate(requests) if request.kind == "from_runtime"]
+    wanted = [i for i, request in enumerate(requests) if i not in outcomes and request.kind == "from_runtime"]
     if not wanted or await can_connect(connection):
         return
     for index in wanted:
@@ -308,14 +183,22 @@ async def _check_local(connection: Connection, requests: list[TunnelRequest], ou
             )
 
 
-async def _check_exposed(connection: Connection, opened: dict[int, Tunnel], outcomes: dict[int, Outcome]) -> None:
+async def _check_exposed(connection: Connection, outcomes: dict[int, Outcome]) -> None:
     """Close what the host's sshd opened to its whole network, whatever address it was asked for."""
-    listening = {tunnel.remote_port: index for index, tunnel in opened.items() if tunnel.direction == "to_runtime"}
-    if not listening:
+    listening = {
+        outcome.remote_port: index
+        for index, outcome in outcomes.items()
+        if isinstance(outcome, Tunnel) and outcome.by_ssh and outcome.direction == "to_runtime"
+    }
+    # An sshd reads its configuration once per ssh process.
+    if not listening or _loopback_only.get(connection) == connection.interruptions:
         return
+    began = connection.interruptions
     answer = await connection.request("exposed", ports=list(listening))
     exposed = set(answer["exposed"]).intersection(listening)
-    await close_tunnels(opened[listening[port]] for port in exposed)
+    if not exposed:
+        _loopback_only[connection] = began
+    await close_tunnels(tunnel for port in exposed if isinstance(tunnel := outcomes[listening[port]], Tunnel))
     for port in exposed:
         outcomes[listening[port]] = ForwardingForbiddenError(
             connection.host,

@@ -89,7 +89,7 @@ def _pair(text: str) -> tuple[int | None, int]:
 
 
 async def _forward(connection: Connection, pairs: list[tuple[int | None, int]]) -> None:
-    from lazycluster.ssh.tunnels import open_from_runtime
+    from lazycluster.runtime.network import open_from_runtime
 
     await connection.open()
     try:
@@ -106,7 +106,7 @@ async def _expose(chosen: Targets, pairs: list[tuple[int, int]]) -> None:
     import asyncio
 
     from lazycluster.cli.fanout import open_all
-    from lazycluster.ssh.tunnels import open_to_runtimes
+    from lazycluster.runtime.network import open_to_runtimes
 
     connections = await open_all(chosen)
     try:

@@ -1,4 +1,4 @@
-"""What several calls need, and is sent to each host once: functions with what is bound into them, large arrays."""
+"""Blobs, which are sent to each host once for all calls that need them: functions with bound values, large arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from .serialization import Packed, pack
 
-__all__ = ["SharedObject", "SharedObjects"]
+__all__ = ["Blob", "BlobStore"]
 
 _KEPT = 256 * 1024 * 1024  # bytes of blobs that no call needs at the moment, kept for the next ones
 _KEPT_COUNT = 64
@@ -20,8 +20,8 @@ _LARGE = 1024 * 1024  # bytes from which on an array is sent once to a host for 
 _LARGE_IF_SAME = 16 * 1024  # likewise, if it needs not be read to know that it is the same
 
 
-class SharedObject:
-    """Something that several calls need.
+class Blob:
+    """Bytes that several calls need.
 
     Attributes:
         number: What workers call it.
@@ -37,8 +37,8 @@ class SharedObject:
         self.users = 0
 
 
-class SharedObjects:
-    """The blobs of a pool. Thread-safe.
+class BlobStore:
+    """Blobs of a pool. Thread-safe.
 
     Attributes:
         dropped: The numbers of those that hosts need not keep any more; whoever tells the hosts takes them away.
@@ -47,26 +47,26 @@ class SharedObjects:
     def __init__(self) -> None:
         self.dropped: list[int] = []
         self._lock = threading.Lock()
-        self._by_digest: dict[bytes, SharedObject] = {}
-        self._by_number: dict[int, SharedObject] = {}
-        self._unused: OrderedDict[int, SharedObject] = OrderedDict()
+        self._by_digest: dict[bytes, Blob] = {}
+        self._by_number: dict[int, Blob] = {}
+        self._unused: OrderedDict[int, Blob] = OrderedDict()
         self._next = 1
 
-    def __getitem__(self, number: int) -> SharedObject:
+    def __getitem__(self, number: int) -> Blob:
         return self._by_number[number]
 
-    def take(self, packed: Packed) -> SharedObject:
+    def take(self, packed: Packed) -> Blob:
         """Return the blob of some bytes, with one more user."""
         with self._lock:
             blob = self._by_digest.get(packed.digest)
             if blob is None:
-                blob = SharedObject(self._next, packed)
+                blob = Blob(self._next, packed)
                 self._next += 1
                 self._by_digest[packed.digest] = self._by_number[blob.number] = blob
             self._use(blob)
             return blob
 
-    def take_array(self, array: Any) -> SharedObject:
+    def take_array(self, array: Any) -> Blob:
         """Return the blob of an array, with one more user; it is copied only if there is none yet."""
         key = _digest_of(array)
         with self._lock:
@@ -82,12 +82,12 @@ class SharedObjects:
         with self._lock:
             self._use(self._by_number[number])
 
-    def _use(self, blob: SharedObject) -> None:
+    def _use(self, blob: Blob) -> None:
         blob.users += 1
         self._unused.pop(blob.number, None)
 
     def release(self, number: int) -> None:
-        """Note one user less. What nobody uses is kept for a while, since the next calls may need it."""
+        """Note one user less. Unused blobs are kept for a while, since the next calls may need them."""
         with self._lock:
             blob = self._by_number[number]
             blob.users -= 1
@@ -115,7 +115,7 @@ def _digest_of(array: Any) -> bytes | None:
     return digest.digest()
 
 
-class Sharing:
+class SharedArrays:
     """Gives the large arrays in the arguments of a series of calls their blobs, which it uses until it is closed.
 
     Args:
@@ -124,7 +124,7 @@ class Sharing:
             series whose caller promises not to change them meanwhile.
     """
 
-    def __init__(self, blobs: SharedObjects, by_identity: bool = False) -> None:
+    def __init__(self, blobs: BlobStore, by_identity: bool = False) -> None:
         self._blobs = blobs
         self._by_identity = by_identity
         self._large = _LARGE_IF_SAME if by_identity else _LARGE

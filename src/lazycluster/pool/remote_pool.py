@@ -1,41 +1,60 @@
-"""The workers of one host: what is given to them, and what they answer. Lives on the loop's thread."""
+"""Pool of worker processes on one host, as the manager sees it: calls go in, results and lines come out.
+
+Lives on the event loop's thread.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from lazycluster.agent.pool_protocol import BACK, BLOB, BROKEN, CANCEL, DROP, MIXED, RECORD, RETURNED, UNFIT, WORKER
+from lazycluster.agent.pool_protocol import (
+    ANSWER,
+    BACK,
+    BLOB,
+    BROKEN,
+    CANCEL,
+    DROP,
+    MIXED,
+    RECORD,
+    RETURNED,
+    UNFIT,
+    WORKER,
+)  # fmt: skip
+from lazycluster.core import memory
 from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
+from lazycluster.output.lines import Lines
 from lazycluster.ssh.agent_replies import check_shape
 from lazycluster.tasks.functions import library_for, resolve_auto
 
-from .chunks import Chunk, ChunkAnswer, Failure
-from .output_streams import WorkerLines, WorkerStream
+from .chunks import Chunk, ChunkResult, Failure
 
 if TYPE_CHECKING:
     from lazycluster.ssh.channel import Channel
     from lazycluster.tasks.context import Context
 
-    from .shared_objects import SharedObject, SharedObjects
+    from .blob_store import Blob
+    from .scheduler import ChunkScheduler
 
-__all__ = ["HostPool", "PoolPlan"]
+__all__ = ["PoolOptions", "RemotePool", "ResultDecoder", "worker_lines"]
 
 _logger = logging.getLogger("lazycluster")
 
-LOOKAHEAD = 0.025  # seconds of work that a host has in stock, so that its workers need not wait for the link
-_WORTH_MOVING = 2 * LOOKAHEAD  # seconds of work that a chunk must be to be taken from one host for another
-_MOST_STOCK = 1024  # chunks
+LOOKAHEAD = 0.025  # seconds of work that wait on a host, so that its workers need not wait for the link
+_WORTH_MOVING = 2 * LOOKAHEAD  # seconds that a chunk must take to be moved from one host to another
+_MAX_AHEAD = 1024  # chunks
 _BYTES_AHEAD = 32 * 1024 * 1024  # of arguments, or of results to come, beyond what the workers need at once
-_JOINED = 128 * 1024
-_SMOOTH = 0.2
-AWAY_PATIENCE = 5.0  # seconds after which calls of a host that cannot be reached are run elsewhere
+_MAX_JOINED = 128 * 1024  # bytes up to which messages are sent as one
+_SMOOTHING = 0.2  # weight of the newest chunk in the moving averages
+AWAY_LIMIT = 5.0  # seconds after which calls of a host that cannot be reached are run elsewhere
 _CLOSE_LIMIT = 15.0  # seconds that a host gets to end its workers
 
 # What makes no sense is an error before anything is done: else a chunk could be let go of, and be nowhere.
@@ -44,91 +63,65 @@ _DIED = {"number": int, "at": int, "innocent": bool, "died": {"signal": (int, ty
 _BACK = {"back": [int]}
 
 
-class PoolOwner(Protocol):
-    """What a crew needs of the dealer."""
-
-    blobs: SharedObjects
-
-    def deal_soon(self) -> None:
-        """Have more dealt: there is room."""
-
-    def died(self, crew: HostPool, chunk: Chunk, index: int, fields: dict[str, Any]) -> None:
-        """Handle the death of a worker under a call."""
-
-    def has_others(self, crew: HostPool) -> bool:
-        """Tell whether others can run what a crew has."""
-
-    def returned(self, chunks: list[Chunk]) -> None:
-        """Take chunks back that were not begun."""
-
-    def unfit(self, crew: HostPool, told: list[bytes]) -> None:
-        """Handle a failed initializer."""
-
-    def lost(self, crew: HostPool, error: LazyclusterError) -> None:
-        """Handle the end of a crew that was not asked for."""
-
-
-class PoolPlan:
-    """What the workers of a pool are like on each host.
+@dataclass(frozen=True)
+class PoolOptions:
+    """Settings of the workers on one host.
 
     Attributes:
         workers: How many, None for as many as the host has cores.
         initializer: What each calls first.
-        gpus: What each has of the host's GPUs, as the agent's request `pool` takes it; None if it needs none.
         debug: Whether what they print is printed here.
+        gpus: What each has of the host's GPUs, as the agent's request `pool` takes it; None if it needs none.
     """
 
-    def __init__(
-        self, workers: int | None, initializer: SharedObject | None, debug: bool, gpus: dict[str, Any] | None = None
-    ) -> None:
-        self.workers = workers
-        self.gpus = gpus
-        self.initializer = initializer
-        self.debug = debug
+    workers: int | None
+    initializer: Blob | None
+    debug: bool
+    gpus: dict[str, Any] | None = None
 
 
-class HostPool:
+class RemotePool:
     """The workers of one host.
 
     Args:
-        owner: Who deals.
+        scheduler: Assigns the chunks.
         context: The host, and how functions are run there.
-        plan: What the workers are like.
+        options: What the workers are like.
 
     Attributes:
         host: The host.
         workers: How many there are; 0 until that is known.
         in_flight: The chunks that the host has, by number, in the order in which they were given.
         duration: Seconds that a chunk takes, None until one has been answered.
-        asked_back: Whether it was asked to give chunks back.
+        stealing: Whether it was asked to give chunks back.
         over: Whether it has ended.
         away: Whether its host cannot be reached at the moment, but may come back.
     """
 
-    def __init__(self, owner: PoolOwner, context: Context, plan: PoolPlan) -> None:
+    def __init__(self, scheduler: ChunkScheduler, context: Context, options: PoolOptions) -> None:
         self.host = context.host
         self.workers = 0
         self.in_flight: dict[int, Chunk] = {}
         self.duration: float | None = None
-        self.asked_back = False
+        self.stealing = False
         self.over = False
         self.away = False
-        self._elsewhere: list[int] = []  # chunks that were given to others while it was away
-        self._patience: asyncio.TimerHandle | None = None
-        self._owner, self._context, self._plan = owner, context, plan
+        self._reassigned: list[int] = []  # chunks that were given to others while it was away
+        self._away_timer: asyncio.TimerHandle | None = None
+        self._scheduler, self._context, self._options = scheduler, context, options
         self._next = 1
         self._channel: Channel | None = None
-        self._streams: dict[int, WorkerStream] = {}
+        self._streams: dict[int, ResultDecoder] = {}
         self._out: list[bytes] = []
-        self._wake = asyncio.Event()
+        self._flushed = asyncio.Event()
         self._closing = False
-        self._has: set[int] = set()  # blobs
+        self._sent_blobs: set[int] = set()
         self._bytes = 0
         self._result_size = 0.0
         self._ended = asyncio.Event()
-        self._lines = WorkerLines(context.host, plan.debug)
+        self._lines = worker_lines(context.host, options.debug)
 
-    # --- its life ------------------------------------------------------------------------------
+    # --- start and end -------------------------------------------------------------------------
     async def run(self, imports: Sequence[str]) -> None:
         """Have workers on the host until it is closed; `imports` are the modules that they will need first."""
         error: LazyclusterError | None = None
@@ -150,15 +143,15 @@ class HostPool:
             self.over = True
             self._ended.set()
             forget()
-            if self._patience is not None:
-                self._patience.cancel()
+            if self._away_timer is not None:
+                self._away_timer.cancel()
             if sender is not None:
                 sender.cancel()
         if error is not None and not self._closing:
-            self._owner.lost(self, error)
+            self._scheduler.pool_lost(self, error)
 
     async def _open(self, imports: Sequence[str]) -> Channel:
-        context, plan = await self._context.prepared(), self._plan
+        context, options = await self._context.prepared(), self._options
         python = context.python
         if python == "auto":
             python = await resolve_auto(context.connection, context.env)
@@ -168,10 +161,10 @@ class HostPool:
             "cwd": context.cwd,
             "task": secrets.token_hex(16),
             "name": "pool",
-            "workers": plan.workers,
-            "gpus": plan.gpus,
+            "workers": options.workers,
+            "gpus": options.gpus,
             "imports": list(imports),
-            "initializer": plan.initializer.number if plan.initializer else 0,
+            "initializer": options.initializer.number if options.initializer else 0,
             "version": list(sys.version_info[:3]),
             **library_for(context.connection),
         }
@@ -202,72 +195,72 @@ class HostPool:
                 pass  # the host has gone, and all with it
         self._lines.end()
 
-    # --- what it is given ----------------------------------------------------------------------
+    # --- chunks to the host --------------------------------------------------------------------
     @property
-    def room(self) -> int:
-        """How many more chunks it should be given now."""
+    def capacity(self) -> int:
+        """Number of chunks that it should be given now."""
         if self.over or self.away or not self.workers:
             return 0
-        return self._capacity() - len(self.in_flight)
+        return self._chunk_limit() - len(self.in_flight)
 
     @property
     def has_suspect(self) -> bool:
-        """Whether it has a call that is one of those which hosts may have been lost by."""
+        """True if it has a call that may be the one that hosts were lost by."""
         return any(chunk.suspect for chunk in self.in_flight.values())
 
     @property
     def may_come_back(self) -> bool:
-        """Whether its host may be there again soon, with another agent."""
+        """True if its host may be there again soon, with another agent."""
         return self._context.connection.state in ("open", "interrupted")
 
     @property
-    def idle(self) -> int:
-        """How many workers have nothing to do."""
+    def idle_workers(self) -> int:
+        """Number of workers that have nothing to do."""
         return 0 if self.over or self.away else max(0, self.workers - len(self.in_flight))
 
     @property
-    def stock(self) -> int:
-        """How many chunks that were not begun it may have that are worth to be given to others."""
+    def stealable(self) -> int:
+        """Number of chunks, not begun as far as is known, that are worth moving to other hosts."""
         short = self.duration is not None and self.duration < _WORTH_MOVING
-        if self.over or self.away or self.asked_back or short:
+        if self.over or self.away or self.stealing or short:
             return 0
         return max(0, len(self.in_flight) - self.workers)
 
-    def _capacity(self) -> int:
+    def _chunk_limit(self) -> int:
         workers = self.workers
         if self.duration is None:
             ahead = workers
         else:
-            ahead = min(_MOST_STOCK, math.ceil(workers * LOOKAHEAD / max(self.duration, 1e-5)))
+            ahead = min(_MAX_AHEAD, math.ceil(workers * LOOKAHEAD / max(self.duration, 1e-5)))
         large = self._bytes > _BYTES_AHEAD or self._result_size * (workers + ahead) > _BYTES_AHEAD
         return workers if large else workers + ahead
 
-    def give(self, chunk: Chunk) -> None:
+    def assign(self, chunk: Chunk) -> None:
         """Give the host a chunk; it is sent with the next `flush`."""
         chunk.number = number = self._next
         self._next += 1
         packed = chunk.packed
         self._bytes += packed.size
-        if self._plan.initializer is not None:
-            self._provide(self._plan.initializer.number)
-        self._provide(chunk.blob)
+        if self._options.initializer is not None:
+            self._send_blob(self._options.initializer.number)
+        self._send_blob(chunk.blob)
         for blob in chunk.shared:
-            self._provide(blob)
+            self._send_blob(blob)
         self.in_flight[number] = chunk
         self._out.append(RECORD.pack(packed.kind, chunk.blob, number, chunk.first, chunk.count, packed.size))
         self._out.extend(packed.parts)
 
-    def _provide(self, blob: int) -> None:
-        if blob and blob not in self._has:
-            self._has.add(blob)
-            packed = self._owner.blobs[blob].packed
+    def _send_blob(self, blob: int) -> None:
+        if blob and blob not in self._sent_blobs:
+            self._sent_blobs.add(blob)
+            packed = self._scheduler.blobs[blob].packed
             self._out.append(RECORD.pack(BLOB, blob, 0, 0, 0, packed.size))
             self._out.extend(packed.parts)
 
     def drop(self, blob: int) -> None:
         """Let the host forget a blob."""
-        if blob in self._has:
-            self._has.discard(blob)
+        if blob in self._sent_blobs:
+            self._sent_blobs.discard(blob)
             self._out.append(RECORD.pack(DROP, blob, 0, 0, 0, 0))
 
     def cancel(self, chunk: Chunk) -> None:
@@ -276,25 +269,25 @@ class HostPool:
             self._forget(chunk.number)
             self._out.append(RECORD.pack(CANCEL, 0, chunk.number, 0, 0, 0))
 
-    def ask_back(self, count: int) -> None:
-        """Ask for chunks that were not begun."""
-        self.asked_back = True
+    def steal(self, count: int) -> None:
+        """Ask for chunks back that were not begun."""
+        self.stealing = True
         self._out.append(RECORD.pack(BACK, 0, 0, 0, count, 0))
 
     def flush(self) -> None:
         """Send what was given."""
         if self._out:
-            self._wake.set()
+            self._flushed.set()
 
     async def _send(self) -> None:
         channel = self._channel
         assert channel is not None
-        with contextlib.suppress(LazyclusterError):  # that the host is lost, `run` is told, too
+        with contextlib.suppress(LazyclusterError):  # `run` learns of a lost host, too
             while True:
-                await self._wake.wait()
-                self._wake.clear()
+                await self._flushed.wait()
+                self._flushed.clear()
                 out, self._out = self._out, []
-                if sum(map(len, out)) <= _JOINED:
+                if sum(map(len, out)) <= _MAX_JOINED:
                     await channel.send(b"".join(out))
                     continue
                 for part in out:
@@ -310,27 +303,27 @@ class HostPool:
     def _on_state(self, state: str, why: str) -> None:
         if state == "interrupted":
             self.away = True
-            self._wait_for_return()
+            self._start_away_timer()
         elif state == "open" and self.away:
             self.away = False
-            if self._patience is not None:
-                self._patience.cancel()
-            self._out.extend(RECORD.pack(CANCEL, 0, number, 0, 0, 0) for number in self._elsewhere)
-            self._elsewhere.clear()
+            if self._away_timer is not None:
+                self._away_timer.cancel()
+            self._out.extend(RECORD.pack(CANCEL, 0, number, 0, 0, 0) for number in self._reassigned)
+            self._reassigned.clear()
             self.flush()
-            self._owner.deal_soon()
+            self._scheduler.dispatch_soon()
 
-    def _wait_for_return(self) -> None:
-        self._patience = asyncio.get_running_loop().call_later(AWAY_PATIENCE, self._is_long_away)
+    def _start_away_timer(self) -> None:
+        self._away_timer = asyncio.get_running_loop().call_later(AWAY_LIMIT, self._on_away_limit)
 
-    def _is_long_away(self) -> None:
+    def _on_away_limit(self) -> None:
         if self.over or not self.away:
             return
-        self._wait_for_return()
-        if self.in_flight and self._owner.has_others(self):
+        self._start_away_timer()
+        if self.in_flight and self._scheduler.has_others(self):
             _logger.warning("%s: cannot be reached: %d calls are run elsewhere", self.host, len(self.in_flight))
-            self._elsewhere += self.in_flight
-            self._owner.returned(self.take_all())
+            self._reassigned += self.in_flight
+            self._scheduler.requeue(self.take_all())
 
     def take_all(self) -> list[Chunk]:
         """Return what it has, and forget it."""
@@ -339,7 +332,7 @@ class HostPool:
         self._bytes = 0
         return chunks
 
-    # --- what it says --------------------------------------------------------------------------
+    # --- messages from the host ----------------------------------------------------------------
     def _event(self, message: dict[str, Any]) -> None:
         # What makes no sense is an error before anything is done: else a chunk could be let go of, and be nowhere.
         if message.get("ready"):
@@ -347,36 +340,36 @@ class HostPool:
             if message["workers"] < 1:
                 raise ValueError("there are no workers")
             self.workers = message["workers"]
-            self._owner.deal_soon()
+            self._scheduler.dispatch_soon()
         elif "died" in message:
             check_shape(message, _DIED)
             chunk = self._forget(message["number"])
             if chunk is not None and message["innocent"]:
-                self._owner.returned([chunk])
+                self._scheduler.requeue([chunk])
             elif chunk is not None:
-                self._owner.died(self, chunk, message["at"], message["died"])
+                self._scheduler.worker_died(self, chunk, message["at"], message["died"])
         elif "back" in message:
             check_shape(message, _BACK)
-            self.asked_back = False
+            self.stealing = False
             found = [self._forget(number) for number in message["back"]]
-            self._owner.returned([chunk for chunk in found if chunk is not None])
+            self._scheduler.requeue([chunk for chunk in found if chunk is not None])
         elif "pid" not in message:  # of what looks for another interpreter
-            raise ValueError("it is told of something that nobody knows")
+            raise ValueError("unknown event")
 
     def _output(self, data: bytes) -> None:
         number = WORKER.unpack_from(data)[0]
         stream = self._streams.get(number)
         if stream is None:
-            stream = self._streams[number] = WorkerStream(self._answer, self._no_room)
+            stream = self._streams[number] = ResultDecoder(self._on_result, self._out_of_memory)
         stream.feed(data, WORKER.size)
 
-    def _no_room(self, number: int, error: MemoryError) -> None:
+    def _out_of_memory(self, number: int, error: MemoryError) -> None:
         chunk = self._forget(number)
         if chunk is not None:
             chunk.sink.settle(chunk, Failure(error))
-            self._owner.deal_soon()
+            self._scheduler.dispatch_soon()
 
-    def _answer(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
+    def _on_result(self, kind: int, number: int, elapsed: float, parts: list[bytes], size: int) -> None:
         if not 0 <= elapsed < math.inf:
             raise ValueError(f"a chunk took {elapsed} s")
         if kind in (RETURNED, MIXED, BROKEN):
@@ -384,9 +377,87 @@ class HostPool:
             if chunk is None:
                 return  # it is wanted no more
             before = self.duration
-            self.duration = elapsed if before is None else before + _SMOOTH * (elapsed - before)
-            self._result_size += _SMOOTH * (size - self._result_size)
-            chunk.sink.settle(chunk, ChunkAnswer(kind, parts, size, self.host))
-            self._owner.deal_soon()
+            self.duration = elapsed if before is None else before + _SMOOTHING * (elapsed - before)
+            self._result_size += _SMOOTHING * (size - self._result_size)
+            chunk.sink.settle(chunk, ChunkResult(kind, parts, size, self.host))
+            self._scheduler.dispatch_soon()
         elif kind == UNFIT:
-            self._owner.unfit(self, parts)
+            self._scheduler.initializer_failed(self, parts)
+
+
+class ResultDecoder:
+    """Cuts the output of one worker into results.
+
+    Args:
+        on_result: Is called with each: kind, number of the chunk, seconds that it took, parts, their size.
+        on_memory_error: Is called instead, with the number of the chunk and the error, if there was no memory for it.
+
+    Attributes:
+        held: How many bytes of the present result are kept.
+    """
+
+    def __init__(
+        self,
+        on_result: Callable[[int, int, float, list[bytes], int], None],
+        on_memory_error: Callable[[int, MemoryError], None],
+    ) -> None:
+        self._on_result, self._on_memory_error = on_result, on_memory_error
+        self._error: MemoryError | None = None  # why the present result is not kept
+        self.held = 0
+        memory.hold(self)
+        self._rest = b""
+        self._head: tuple[int, int, float, int] | None = None
+        self._parts: list[bytes] = []
+        self._left = 0
+
+    def feed(self, data: bytes, position: int) -> None:
+        """Take a piece."""
+        if self._rest:
+            data, position, self._rest = self._rest + data[position:], 0, b""
+        end = len(data)
+        while True:
+            if self._head is None:
+                if end - position < ANSWER.size:
+                    self._rest = data[position:]
+                    return
+                self._head = ANSWER.unpack_from(data, position)
+                self._left = self._head[3]
+                position += ANSWER.size
+            count = min(self._left, end - position)
+            self._take(data, position, count)
+            position += count
+            self._left -= count
+            if self._left:
+                return
+            kind, number, elapsed, size = self._head
+            parts, error = self._parts, self._error
+            self._parts, self._head, self._error, self.held = [], None, None, 0
+            if error is not None:
+                self._on_memory_error(number, error)
+            else:
+                self._on_result(kind, number, elapsed, parts, size)
+
+    def _take(self, data: bytes, position: int, count: int) -> None:
+        if self._error is not None:
+            return
+        try:
+            self._parts.append(data[position : position + count])
+            self.held += count
+        except MemoryError:
+            self.give_up(memory.no_room(self.held))
+
+    def give_up(self, error: MemoryError) -> None:
+        """Let go of the present result; what else comes of it is not kept."""
+        self._parts.clear()
+        self.held = 0
+        self._error = error
+
+
+def worker_lines(host: str, shown: bool) -> Lines:
+    """Return what cuts the output of the workers of a host into lines: printed with the host's name, or logged."""
+    return Lines(host, None if shown else functools.partial(_log, host))
+
+
+def _log(host: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        _logger.debug("%s: %s", host, line)
