@@ -20,6 +20,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from lazycluster.utils import expanded
 
+from .spec import hide
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -31,18 +33,10 @@ __all__ = [
     "bare",
     "expand_variables",
     "for_git",
-    "hide",
     "logins_in",
     "plain",
     "read_settings",
 ]
-
-_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
-
-
-def hide(text: str) -> str:
-    """Return a text without the credentials that URLs in it have."""
-    return _USERINFO.sub("***@", text)
 
 
 def bare(url: str) -> str:

@@ -11,9 +11,7 @@ from typing import Any, Literal
 
 from lazycluster.utils import expanded
 
-from .index import hide
-
-__all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "normalized"]
+__all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "hide", "normalized"]
 
 ROOT = "~/.cache/lazycluster"
 """The default directory of environments on a host."""
@@ -23,11 +21,17 @@ Network = Literal["auto", "host", "manager"]
 
 _LOCKS = re.compile(r"^pylock(\.[^.]+)?\.toml$")
 _PYTHON = re.compile(r"^3\.\d{1,2}$")
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def normalized(name: str) -> str:
     """Return the normalized name of a package (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def hide(text: str) -> str:
+    """Return a text without the credentials in its URLs."""
+    return _USERINFO.sub("***@", text)
 
 
 def check_cache_dir(path: object) -> None:

@@ -19,7 +19,8 @@ from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.output.tail import Tail
 from lazycluster.utils import Environment
 
-from .index import IndexSettings, hide
+from .index import IndexSettings
+from .spec import hide
 
 __all__ = [
     "LOWEST",

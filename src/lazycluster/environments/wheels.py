@@ -24,9 +24,10 @@ from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
-from .index import IndexSettings, bare, for_git, hide
+from .index import IndexSettings, bare, for_git
 from .installed_wheels import make_wheel
 from .plan import LockedPackage, Target, Wheel
+from .spec import hide
 from .uv import MANAGER, RETRIES, IndexUnreachableError, run_program, run_uv
 
 __all__ = ["digest_of", "get_wheel", "is_cached", "remove_if_damaged"]
