@@ -137,7 +137,7 @@ def test_what_is_left_out_is_said(
     caplog.set_level(logging.INFO, "lazycluster")
     for number, (exclude, (without, said)) in enumerate(expected.items()):
         caplog.clear()
-        installed_packages._tell.cache_clear()
+        installed_packages._log_once.cache_clear()
         with connect(host, EnvironmentSpec("manager", exclude)) as runtime:
             with monkeypatch.context() as changed:
                 _installed_only(changed, tmp_path / str(number), *everything_there)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from lazycluster import EnvironmentSpec
-from lazycluster.environments.index import Credential, IndexSettings, for_git, hide, logins_in, plain
+from lazycluster.environments.index import Credential, IndexSettings, for_git, logins_in, plain
 from lazycluster.environments.plan import Target
 from lazycluster.environments.resolution import resolve, settings_for, with_passwords
+from lazycluster.environments.spec import hide
 from lazycluster.exceptions import EnvironmentBuildError
 
 _ADDRESS = "https://example.invalid/team/thing.git"

@@ -54,3 +54,29 @@ def test_a_platform_that_cannot_be_is_an_error(evil: str, what: str) -> None:
 @pytest.mark.parametrize("name", ["..%2F..%2Fx.whl", "%2Fetc%2Fx.whl", "a/..%2Fx.whl", "x.whl#/y", "x.whl?a=/../b"])
 def test_the_name_of_a_file_leads_nowhere(name: str) -> None:
     assert LockedPackage("x", url=f"https://index.invalid/files/{name}").filename == "x.whl"
+
+
+@pytest.mark.parametrize(
+    ("tags", "fits"),
+    [
+        ("py3-none-any", True),
+        ("py2.py3-none-any", True),
+        ("cp313-cp313-manylinux_2_17_x86_64.manylinux2014_x86_64", True),
+        ("cp39-abi3-manylinux_2_28_x86_64", True),
+        ("cp313-cp313-manylinux_2_39_x86_64", False),
+        ("cp313-cp313-manylinux_2_17_aarch64", False),
+        ("cp313-cp313-musllinux_1_2_x86_64", False),
+        ("cp312-cp312-manylinux_2_17_x86_64", False),
+        ("cp314-abi3-manylinux_2_17_x86_64", False),
+        ("cp313-cp313-macosx_11_0_x86_64", False),
+    ],
+)
+def test_wheels_are_accepted_by_their_tags(tags: str, fits: bool) -> None:
+    assert Target.of((3, 13), _FACTS).accepts(f"thing-1.0-{tags}.whl") is fits
+
+
+def test_wheels_for_macos_are_accepted_by_their_processor() -> None:
+    target = Target.of((3, 13), {**_FACTS, "system": "darwin", "machine": "arm64"})
+    assert target.accepts("thing-1.0-cp313-cp313-macosx_11_0_arm64.whl")
+    assert target.accepts("thing-1.0-cp313-cp313-macosx_11_0_universal2.whl")
+    assert not target.accepts("thing-1.0-cp313-cp313-macosx_11_0_x86_64.whl")

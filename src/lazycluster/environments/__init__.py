@@ -1,4 +1,4 @@
-"""Python environments on the hosts: what one is, and how it is made, used and kept."""
+"""Python environments on the hosts: specification, resolution, building, use and removal."""
 
 from __future__ import annotations
 

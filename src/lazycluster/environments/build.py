@@ -26,9 +26,9 @@ from lazycluster.ssh.agent_replies import NAME, check_shape, decoded_text
 from lazycluster.utils import private_directory
 
 from .cache import prune_on
-from .index import IndexSettings, hide
+from .index import IndexSettings
 from .plan import InstallPlan, LockedPackage, Target, Wheel
-from .spec import EnvironmentSpec, normalized
+from .spec import EnvironmentSpec, hide, normalized
 from .uv import explained, find_uv, run_uv
 from .wheels import get_wheel, remove_if_damaged
 

@@ -1,4 +1,4 @@
-"""Environments that hosts have: which ones there are, and removing them."""
+"""The environments in a host's cache: listing and removing them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LIMIT = 300.0  # seconds: removing much takes long on some file systems
 
 
 class Host(Protocol):
-    """What is needed of a host: a connection will do."""
+    """The part of a connection that is used here."""
 
     host: str
 
     async def request(self, op: str, **params: Any) -> dict[str, Any]:
-        """Ask its agent."""
+        """Send its agent a request."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class KeptEnvironment:
     Attributes:
         host: The host.
         id: Its name; the same on all hosts where it is the same.
-        path: Where it is.
-        source: What it was made from, in short.
+        path: Its directory.
+        source: The specification that it was made from, in short.
         python: The interpreter that it was made with.
         packages: The versions of its packages.
-        size: Its bytes; what it shares with others of the host counts for each.
-        age: Seconds since it was made; None if that is not known.
+        size: Its bytes; files that it shares with others count for each.
+        age: Seconds since it was made; None if unknown.
         unused: Seconds since it was last used.
-        in_use: Whether it is used now.
-        problem: Why it cannot be used; None if it can.
+        in_use: True while a process uses it.
+        problem: The reason why it cannot be used; None if it can.
     """
 
     host: str
@@ -57,13 +57,13 @@ class KeptEnvironment:
 
 @dataclass(frozen=True)
 class HostCache:
-    """What a host keeps for environments.
+    """The environments that a host has.
 
     Attributes:
         host: The host.
-        path: Where it is.
+        path: The directory.
         environments: The environments.
-        size: The bytes of all, packages and installer included.
+        size: The bytes of all, packages and uv included.
     """
 
     host: str
@@ -74,14 +74,14 @@ class HostCache:
 
 @dataclass(frozen=True)
 class Removal:
-    """What was removed from a host.
+    """The result of a removal on a host.
 
     Attributes:
         host: The host.
         removed: Names of environments.
-        in_use: Names of environments that stay, since they are used.
-        unknown: Names that were asked for, and are none.
-        freed: Bytes; None if that was not measured.
+        in_use: Names of environments that stay because they are in use.
+        unknown: Names of which there is no environment.
+        freed: Bytes; None if not measured.
     """
 
     host: str
@@ -92,7 +92,7 @@ class Removal:
 
 
 async def list_on(host: Host, cache_dir: str = ROOT) -> HostCache:
-    """Return what a host keeps."""
+    """Return the environments of a host."""
     found = await _ask(host, "list", root=cache_dir)
     now = found["now"]
     environments = tuple(
@@ -123,13 +123,13 @@ async def remove_on(host: Host, ids: Sequence[str], cache_dir: str = ROOT) -> Re
 async def prune_on(
     host: Host, size_limit: int | None = None, unused_for: float | None = None, cache_dir: str = ROOT
 ) -> Removal:
-    """Remove what was used longest ago, and what broken builds left; never an environment in use.
+    """Remove the least recently used, and leftovers of failed builds; never an environment in use.
 
     Args:
         host: The host.
-        size_limit: Until all together takes no more bytes than this.
-        unused_for: All that was not used for so many seconds.
-        cache_dir: Where environments are kept.
+        size_limit: The bytes that may remain.
+        unused_for: Remove those that were not used for so many seconds.
+        cache_dir: The directory.
     """
     told = await _ask(host, "prune", root=cache_dir, limit=size_limit, age=unused_for)
     freed = max(0, told["before"] - told["after"])

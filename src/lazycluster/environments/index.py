@@ -1,4 +1,4 @@
-"""Where packages come from: the settings of the manager's uv, or else of its pip.
+"""The package index: the settings of the manager's uv, or else of its pip, and credentials.
 
 Credentials stay in memory: they go to programs in environment variables, and are in no message.
 """
@@ -20,6 +20,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from lazycluster.utils import expanded
 
+from .spec import hide
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -31,18 +33,10 @@ __all__ = [
     "bare",
     "expand_variables",
     "for_git",
-    "hide",
     "logins_in",
     "plain",
     "read_settings",
 ]
-
-_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
-
-
-def hide(text: str) -> str:
-    """Return a text without the credentials that URLs in it have."""
-    return _USERINFO.sub("***@", text)
 
 
 def bare(url: str) -> str:
@@ -53,12 +47,12 @@ def bare(url: str) -> str:
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """Where packages come from.
+    """The settings of the package index.
 
     Attributes:
-        env: Environment variables that tell uv so, beside its own configuration files.
-        urls: The addresses of indexes, with credentials where they have some.
-        ca_file: The file of certificates that servers are checked with; None: those of the system.
+        env: Environment variables for uv, in addition to its own configuration files.
+        urls: The addresses of indexes, with their credentials.
+        ca_file: The file of trusted certificates; None: those of the system.
         logins: The credentials of addresses that requirements name.
     """
 
@@ -68,7 +62,7 @@ class IndexSettings:
     logins: tuple[Credential, ...] = field(default=(), repr=False)
 
     def credentials(self, url: str) -> tuple[str, str] | None:
-        """Return name and password for a file: its own, else those of an index on its server or the user's .netrc."""
+        """Return user name and password for a file: its own, else those of an index on its server, or of .netrc."""
         host = urlsplit(bare(url)).netloc
         for login in self.logins:
             if unquote(login.address) == unquote(bare(url)):
@@ -85,12 +79,12 @@ class IndexSettings:
 
     @property
     def stamp(self) -> str:
-        """What distinguishes these settings from others, without credentials."""
+        """A key for caches, without credentials."""
         return repr([hide(url) for url in self.urls])
 
 
 def read_settings() -> IndexSettings:
-    """Return what the manager's configuration says."""
+    """Return the settings of the manager's uv, or else of its pip."""
     env = dict(os.environ)
     uv = _uv_urls(env)
     if uv or any(name in env for name in ("UV_NO_INDEX", "UV_CONFIG_FILE")):
@@ -118,7 +112,7 @@ def _urls_of(values: Mapping[str, Any], env: Mapping[str, str]) -> list[str]:
 
 
 def _named(entry: Mapping[str, Any], env: Mapping[str, str]) -> str:
-    """Return the address of an index with the credentials that its name has in the environment."""
+    """Return the address of an index, with the credentials that environment variables of its name hold."""
     url = str(entry["url"])
     name = re.sub(r"\W", "_", str(entry.get("name", ""))).upper()
     user, password = (env.get(f"UV_INDEX_{name}_{what}", "") for what in ("USERNAME", "PASSWORD"))
@@ -163,7 +157,7 @@ def _parsed(path: str, stamp: int) -> Mapping[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return {}  # uv itself says what is wrong with it
+        return {}  # uv itself reports what is wrong with it
 
 
 # --- pip ------------------------------------------------------------------------------------------
@@ -237,7 +231,7 @@ def _ca_file(env: Mapping[str, str], pip: Mapping[str, str]) -> str | None:
 
 # --- credentials in requirements ------------------------------------------------------------------
 _ADDRESS = re.compile(r"(?P<git>git\+)?(?P<scheme>https?://)(?P<login>[^/\s\"'<>]+)@(?P<rest>[^\s\"'<>#;]+)")
-_TOKEN = re.compile(r"gh[a-z]_|github_pat_|glpat-|gl[a-z]+-")  # as the large servers of repositories write them
+_TOKEN = re.compile(r"gh[a-z]_|github_pat_|glpat-|gl[a-z]+-")  # prefixes of GitHub's and GitLab's tokens
 _VARIABLE = re.compile(r"\$\{([A-Z0-9_]+)\}")
 _HELPER = (
     '!answer() {{ test "$1" = get && printf "username=%s\\npassword=%s\\n" "${0}_USER" "${0}_PASSWORD"; }}; answer'
@@ -247,11 +241,11 @@ NO_PROMPTS = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GCM_INTERACTIVE": 
 
 @dataclass(frozen=True)
 class Credential:
-    """Name and password for an address.
+    """User name and password for an address.
 
     Attributes:
         address: The address, without them.
-        user: The name; often all there is, and a token.
+        user: The user name; a token often stands alone.
         password: The password; None if the address has none.
     """
 
@@ -261,12 +255,12 @@ class Credential:
 
     @property
     def is_secret(self) -> bool:
-        """Whether there is more than a name."""
+        """True if there is more than a plain user name."""
         return self.password is not None or _TOKEN.match(self.user) is not None
 
 
 def expand_variables(text: str) -> str:
-    """Return requirements with the values of variables that they name, as installers have it: ``${TOKEN}``."""
+    """Return requirements with their variables expanded, as installers do: ``${TOKEN}``."""
     return _VARIABLE.sub(lambda found: os.environ.get(found[1], found[0]), text)
 
 
@@ -282,7 +276,7 @@ def logins_in(text: str, *, git_only: bool = False) -> list[Credential]:
 
 
 def plain(text: str) -> str:
-    """Return requirements with the addresses of repositories in them without credentials."""
+    """Return requirements with the credentials removed from addresses of repositories."""
     whole = expand_variables(text)
     if not logins_in(whole, git_only=True):
         return text
@@ -290,18 +284,22 @@ def plain(text: str) -> str:
 
 
 def for_git(logins: Iterable[Credential], env: Mapping[str, str]) -> dict[str, str]:
-    """Return environment variables by which git knows credentials.
+    """Return environment variables that give git credentials.
+
+    uv and git would repeat the address of a repository in the command lines of programs that they start, which
+    everybody on the machine can read. So they get it without credentials, for which git asks a helper
+    (gitcredentials(7)): a line of shell in its environment that prints two other variables.
 
     Args:
         logins: The credentials.
-        env: The variables that it has beside.
+        env: Its other variables.
     """
     number = int(env["GIT_CONFIG_COUNT"]) if env.get("GIT_CONFIG_COUNT", "").isdigit() else 0
     variables: dict[str, str] = {}
     for login in logins:
         secret = f"LAZYCLUSTER_LOGIN_{number}"
         variables |= {f"{secret}_USER": login.user, f"{secret}_PASSWORD": login.password or ""}
-        # The first entry forgets the helpers that the user has configured: they are not to keep these.
+        # The first entry removes the helpers that the user has configured: they must not store these.
         for value in ("", _HELPER.format(secret)):
             variables[f"GIT_CONFIG_KEY_{number}"] = f"credential.{login.address}.helper"
             variables[f"GIT_CONFIG_VALUE_{number}"] = value

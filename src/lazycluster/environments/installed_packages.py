@@ -1,4 +1,4 @@
-"""What is installed for the interpreter that runs this, as requirements."""
+"""The packages that are installed for this interpreter, as requirements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TOOLS = """
     pip uv setuptools wheel pipx poetry pipenv virtualenv pip-tools
 """
 DEFAULT_EXCLUDE = frozenset(_TOOLS.split())
-"""What only the manager needs: notebooks, linters, test runners, what makes releases and what installs."""
+"""Packages that only the manager needs: notebooks, linters, test runners, release tools and installers."""
 
 _DIRECTORY = re.compile(r"^(?P<name>.+)-(?P<version>[^-]+)\.dist-info$")
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*)")
@@ -43,7 +43,7 @@ class InstalledPackage:
         name: Its name.
         version: Its version.
         path: The directory with its metadata.
-        origin: Where it comes from if that is not an index: a directory's path, or a URL.
+        origin: Its source if that is not an index: a directory, or a URL.
     """
 
     name: str
@@ -53,12 +53,12 @@ class InstalledPackage:
 
     @property
     def is_directory(self) -> bool:
-        """Whether it comes from a directory of this machine."""
+        """True if it was installed from a directory of this machine."""
         return self.origin.startswith("/")
 
 
 def installed() -> list[InstalledPackage]:
-    """Return what is installed for this interpreter, in the order of names; of several the first that is imported."""
+    """Return the packages of this interpreter, by name; of several versions the one that is imported."""
     found: dict[str, InstalledPackage] = {}
     for folder in dict.fromkeys(Path(path).absolute() for path in sys.path):
         try:
@@ -74,7 +74,7 @@ def installed() -> list[InstalledPackage]:
 
 def _read(folder: str, entry: str) -> InstalledPackage | None:
     path = f"{folder}/{entry}"
-    if entry.endswith(".egg-link"):  # an editable install of old; its metadata is found through sys.path
+    if entry.endswith(".egg-link"):  # an editable install of setuptools; its metadata is found through sys.path
         return None
     if entry.endswith(".egg-info"):
         return _read_egg(folder, path)
@@ -104,7 +104,7 @@ def _project_of(folder: str) -> str:
 
 
 def _origin(path: str) -> str:
-    """Return where a distribution comes from, if not from an index (PEP 610)."""
+    """Return the source of a distribution, if that is not an index (PEP 610)."""
     try:
         told = json.loads(Path(path, "direct_url.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -120,25 +120,25 @@ def _origin(path: str) -> str:
     return url
 
 
-# --- which of them are wanted ---------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 def requirements(exclude: Sequence[str] | None) -> list[InstalledPackage]:
-    """Return what is installed, without what is excluded and what only that needs; what it leaves out is logged.
+    """Return the installed packages without those excluded and what only these need; what is left out is logged.
 
     Args:
-        exclude: Names, beside the tools of `DEFAULT_EXCLUDE`; an empty list for nothing at all.
+        exclude: Names, in addition to `DEFAULT_EXCLUDE`; an empty list excludes nothing.
     """
-    kept, dropped = _chosen(exclude)
+    kept, dropped = _select(exclude)
     if dropped:
-        _tell('environment="manager" leaves out: %s (exclude=[] leaves out nothing)', ", ".join(dropped))
+        _log_once('environment="manager" leaves out: %s (exclude=[] leaves out nothing)', ", ".join(dropped))
     return kept
 
 
 def left_out(exclude: Sequence[str] | None) -> list[str]:
-    """Return the names of what is installed, but not among the `requirements`."""
-    return _chosen(exclude)[1]
+    """Return the names of installed packages that are not among the `requirements`."""
+    return _select(exclude)[1]
 
 
-def _chosen(exclude: Sequence[str] | None) -> tuple[list[InstalledPackage], list[str]]:
+def _select(exclude: Sequence[str] | None) -> tuple[list[InstalledPackage], list[str]]:
     everything = tuple(installed())
     named = frozenset(normalized(name) for name in exclude or ())
     unwanted = frozenset() if exclude is not None and not named else DEFAULT_EXCLUDE | named
@@ -148,20 +148,20 @@ def _chosen(exclude: Sequence[str] | None) -> tuple[list[InstalledPackage], list
 
 
 @functools.lru_cache(maxsize=8)
-def _tell(text: str, names: str) -> None:
-    """Log it once, however many hosts are concerned."""
+def _log_once(text: str, names: str) -> None:
+    """Log it once, not for each host."""
     _logger.info(text, names)
 
 
 @functools.lru_cache(maxsize=8)
 def _without(everything: tuple[InstalledPackage, ...], unwanted: frozenset[str]) -> tuple[InstalledPackage, ...]:
-    """Remove packages, and those that nothing else needs; what is needed by one that stays, stays."""
+    """Remove packages and their dependencies, except what others need."""
     by_name = {normalized(one.name): one for one in everything}
     needs = {name: _needs(one.path) & by_name.keys() for name, one in by_name.items()}
     needed = {other for name, others in needs.items() for other in others if other != name}
     roots = [name for name in by_name if name not in needed and name not in unwanted]
     reached = _closure(roots, needs)
-    # Packages that need each other in a circle have no root.
+    # Packages that depend on each other in a circle have no root.
     rest = by_name.keys() - reached - _closure([name for name in by_name if name in unwanted], needs)
     reached |= _closure(rest, needs)
     return tuple(one for name, one in by_name.items() if name in reached)
@@ -179,7 +179,7 @@ def _closure(names: Iterable[str], needs: dict[str, set[str]]) -> set[str]:
 
 
 def _needs(path: str) -> set[str]:
-    """Return the names that a distribution requires, in whatever circumstances but as an extra."""
+    """Return the names that a distribution requires, under any marker but an extra."""
     found = set()
     try:
         lines = metadata.Distribution.at(path).requires or []

@@ -1,4 +1,4 @@
-"""Wheels made from the files of distributions that are installed here, for when no index can be reached."""
+"""Wheels made from the files of installed distributions, for when no index can be reached."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from .uv import MANAGER
 __all__ = ["ElfRequirements", "RepackError", "elf_requirements", "installed_digest", "make_wheel", "read_installed"]
 
 _DIRECTORY = re.compile(r"^(?P<name>[^-]+)-(?P<version>[^-]+)\.dist-info$")
-# What an installer writes for itself.
+# Files that installers write.
 _OF_INSTALLER = {"INSTALLER", "REQUESTED", "RECORD", "RECORD.jws", "RECORD.p7s"}
 _OF_INSTALLER |= {"direct_url.json", "uv_cache.json", "uv_build.json", "provenance_url.json"}
-# They link compiled code against libraries of their own, or leave out the hashes.
+# Installers that link compiled code against libraries of their own, or leave out the hashes.
 _SYSTEMS = ("conda", "mamba", "debian", "apt", "dpkg", "rpm", "dnf", "yum", "zypper", "pacman", "apk", "nix", "guix")
-# What every Linux with glibc has (PEP 599, without those for graphics).
+# Libraries of every Linux with glibc (PEP 599, without those for graphics).
 _BASE = re.compile(
     r"^(ld-linux.*|libc|libm|libdl|librt|libpthread|libutil|libnsl|libresolv|libgcc_s|libstdc\+\+)\.so(\.\d+)*$"
 )
@@ -45,7 +45,7 @@ _LAUNCHER = re.compile(rb"\A#!/bin/sh\n'''exec' [^\n]*\n' '''\n|\A#![^\n]*python
 
 
 class RepackError(Exception):
-    """No wheel for a host can be made from the files of a distribution; the text says why."""
+    """The files of a distribution cannot be made into a wheel for a host; the text has the reason."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class _WheelEntry:
 
     Attributes:
         name: Its name in the wheel.
-        path: Where it is.
-        hashed: Its hash as RECORD has it, such as ``sha256=...``.
-        is_script: Whether it names the interpreter of this machine, which the wheel leaves open.
+        path: The installed file.
+        hashed: Its hash from RECORD, such as ``sha256=...``.
+        is_script: True for a script, whose first line names the interpreter of this machine.
     """
 
     name: str
@@ -67,7 +67,7 @@ class _WheelEntry:
 
 @dataclass(frozen=True)
 class InstalledWheel:
-    """A distribution as it is installed, in terms of a wheel.
+    """An installed distribution as a wheel.
 
     Attributes:
         filename: The name of the wheel.
@@ -80,13 +80,13 @@ class InstalledWheel:
     entries: tuple[_WheelEntry, ...]
 
 
-# --- what there is --------------------------------------------------------------------------------
+# --- installed files ------------------------------------------------------------------------------
 def read_installed(info: Path, target: Target) -> InstalledWheel:
-    """Return what a distribution consists of.
+    """Return an installed distribution as a wheel.
 
     Args:
         info: Its directory with metadata.
-        target: What it has to fit.
+        target: The Python and the platform.
 
     Raises:
         UnfitError: If no wheel for the target can be made from it.
@@ -103,7 +103,7 @@ def read_installed(info: Path, target: Target) -> InstalledWheel:
 
 
 def installed_digest(wheel: InstalledWheel) -> str:
-    """Return what tells the content of a distribution from others, wherever it is installed."""
+    """Return a digest of the content of a distribution, the same wherever it is installed."""
     content = []
     for entry in wheel.entries:
         restored = _restored(entry)
@@ -154,7 +154,7 @@ def _entries(info: Path, name: str, version: str) -> Iterator[_WheelEntry]:
         inner, is_script = _name_in_wheel(path, site, f"{name}-{version}.data", row[0])
         folder, _, last = path.rpartition("/")
         if is_script and last in scripts:
-            continue  # whoever installs the wheel makes it from the entry point
+            continue  # installers make it from the entry point
         if last in _OF_INSTALLER and folder == str(info):
             continue
         if len(row) < 2 or row[1].partition("=")[0] not in _HASHES:
@@ -187,9 +187,9 @@ def _entry_points(info: Path) -> set[str]:
     return {name for group in groups if parser.has_section(group) for name in parser.options(group)}
 
 
-# --- what it fits ---------------------------------------------------------------------------------
+# --- compatibility --------------------------------------------------------------------------------
 def _check_fit(tags: list[tuple[str, str, str]], entries: tuple[_WheelEntry, ...], target: Target) -> None:
-    """Make sure that one of the tags fits, and where no tag says so that compiled code does."""
+    """Check that one of the tags fits, and compiled code itself where no tag vouches for it."""
     reasons = [target.mismatch(*tag) for tag in tags]
     if all(reasons):
         raise RepackError(reasons[0])
@@ -220,12 +220,12 @@ def _check_compiled(entry: _WheelEntry, entries: tuple[_WheelEntry, ...], target
         raise RepackError(f"{entry.name} needs glibc {wanted}, and the host has {target.libc_version}")
 
 
-# --- making it ------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 def make_wheel(locked: LockedPackage, target: Target, folder: Path) -> Path:
-    """Make a wheel from installed files, whose hashes are checked; for a thread. The same files give the same wheel.
+    """Make a wheel of installed files, whose hashes are checked; for a thread. The same files give the same wheel.
 
     Raises:
-        EnvironmentBuildError: If a file is not what was installed.
+        EnvironmentBuildError: If a file was changed after the installation.
     """
     try:
         wheel = read_installed(Path(locked.installed), target)
@@ -274,7 +274,7 @@ def _add(archive: zipfile.ZipFile, entry: _WheelEntry) -> tuple[str, str, str]:
 
 
 def _restored(entry: _WheelEntry) -> bytes | None:
-    """Return a script as its wheel had it, which names no interpreter; None if it is none."""
+    """Return a script as it was in its wheel, without an interpreter; None if it is none."""
     if not entry.is_script:
         return None
     try:
@@ -284,7 +284,7 @@ def _restored(entry: _WheelEntry) -> bytes | None:
             file.seek(0)
             content = file.read()
     except OSError:
-        return None  # whoever makes the wheel says so
+        return None  # _add reports it
     return _LAUNCHER.sub(b"#!python\n", content, count=1) if _LAUNCHER.match(content) else None
 
 
@@ -304,7 +304,7 @@ def _quoted(value: str) -> str:
     return '"' + value.replace('"', '""') + '"' if set(value) & set(',"\n') else value
 
 
-# --- compiled code --------------------------------------------------------------------------------
+# --- ELF files ------------------------------------------------------------------------------------
 _GLIBC = re.compile(rb"^GLIBC_(\d+)\.(\d+)")
 _LOAD, _DYNAMIC = 1, 2  # kinds of segments
 _NEEDED, _STRTAB, _VERNEED, _VERNEEDNUM = 1, 5, 0x6FFFFFFE, 0x6FFFFFFF  # kinds of entries of the dynamic section
@@ -312,11 +312,11 @@ _MOST = 10_000  # entries of a table
 
 
 class ElfRequirements(NamedTuple):
-    """What a file needs.
+    """The requirements of compiled code.
 
     Attributes:
-        libraries: The shared libraries that it names.
-        glibc: The oldest version of glibc that has what it uses; (0, 0) if it uses nothing of it.
+        libraries: The names of its shared libraries.
+        glibc: The oldest version of glibc that has all symbols it uses; (0, 0) if it uses none.
     """
 
     libraries: frozenset[str]
@@ -324,7 +324,7 @@ class ElfRequirements(NamedTuple):
 
 
 def elf_requirements(path: Path) -> ElfRequirements | None:
-    """Return what a file needs; None if it is no ELF file.
+    """Return the requirements of compiled code; None if the file is no ELF file.
 
     Raises:
         ValueError: If it is one, but damaged.
@@ -335,7 +335,7 @@ def elf_requirements(path: Path) -> ElfRequirements | None:
             return None
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _ElfFile(data).needs()
+                return _ElfFile(data).requirements()
             except (struct.error, IndexError, StopIteration) as error:
                 raise ValueError(f"{path} is damaged") from error
 
@@ -372,14 +372,14 @@ class _ElfFile:
 
     def _entries(self) -> Iterator[tuple[int, int]]:
         size = 16 if self._is_64 else 8
-        for kind, offset, _, length in self._segments:
+        for kind, start, _, length in self._segments:
             if kind == _DYNAMIC:
-                for place in range(offset, offset + length - size + 1, size):
-                    tag, value = self._unpack("QQ" if self._is_64 else "II", place)
+                for offset in range(start, start + length - size + 1, size):
+                    tag, value = self._unpack("QQ" if self._is_64 else "II", offset)
                     yield tag, value
 
-    def needs(self) -> ElfRequirements:
-        """Return what it needs."""
+    def requirements(self) -> ElfRequirements:
+        """Return its requirements."""
         entries = list(self._entries())
         single = dict(entries)
         if _STRTAB not in single:
@@ -388,18 +388,18 @@ class _ElfFile:
         libraries = {self._text(names + value).decode("utf-8", "replace") for tag, value in entries if tag == _NEEDED}
         versions = []
         if _VERNEED in single:
-            place = self._offset(single[_VERNEED])
-            versions = [self._text(names + name) for name in self._versions(place, single.get(_VERNEEDNUM, 0))]
+            offset = self._offset(single[_VERNEED])
+            versions = [self._text(names + name) for name in self._versions(offset, single.get(_VERNEEDNUM, 0))]
         found = [match for match in map(_GLIBC.match, versions) if match]
         return ElfRequirements(frozenset(libraries), max(((int(one[1]), int(one[2])) for one in found), default=(0, 0)))
 
-    def _versions(self, place: int, count: int) -> Iterator[int]:
-        """Yield where the names are of the versions of symbols that are needed."""
+    def _versions(self, offset: int, count: int) -> Iterator[int]:
+        """Yield the offsets of the names of required symbol versions."""
         for _ in range(min(count, _MOST)):
-            _, parts, _, first, following = self._unpack("HHIII", place)
-            inner = place + first
+            _, parts, _, first, following = self._unpack("HHIII", offset)
+            inner = offset + first
             for _ in range(min(parts, _MOST)):
                 *_, name, step = self._unpack("IHHII", inner)
                 yield name
                 inner += step
-            place += following
+            offset += following

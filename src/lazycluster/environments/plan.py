@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from platform import libc_ver
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from lazycluster.agent.environments import facts
 
 __all__ = ["InstallPlan", "LockedPackage", "Target", "Wheel"]
 
@@ -99,8 +100,8 @@ class Target:
             return f"it is for {python}, and the host's Python is {self.version}"
         if platform == "any" or self._runs(platform):
             return None
-        here = libc_ver()[0] or "musl"
         if platform == f"linux_{self.machine}" and self.system == "linux":
+            here = facts()["libc"][0]
             return None if self.libc == here else f"it is compiled for {here}, and the host has {self.libc}"
         return f"it is compiled for {platform}, and the host is {self.platform}"
 

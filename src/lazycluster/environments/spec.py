@@ -1,4 +1,4 @@
-"""What a user says of the environment that the hosts are to have, checked where it is said."""
+"""The user's specification of an environment, checked when it is made."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ from typing import Any, Literal
 
 from lazycluster.utils import expanded
 
-from .index import hide
-
-__all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "normalized"]
+__all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "hide", "normalized"]
 
 ROOT = "~/.cache/lazycluster"
-"""Where environments are kept on a host."""
+"""The default directory of environments on a host."""
 
 Kind = Literal["manager", "requirements", "file", "path"]
 Network = Literal["auto", "host", "manager"]
 
 _LOCKS = re.compile(r"^pylock(\.[^.]+)?\.toml$")
 _PYTHON = re.compile(r"^3\.\d{1,2}$")
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def normalized(name: str) -> str:
-    """Return the name of a package as it is compared."""
+    """Return the normalized name of a package (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def hide(text: str) -> str:
+    """Return a text without the credentials in its URLs."""
+    return _USERINFO.sub("***@", text)
+
+
 def check_cache_dir(path: object) -> None:
-    """Check what is named as the directory that hosts keep environments in.
+    """Check the name of a directory of environments on hosts.
 
     Raises:
-        ValueError: It can be none; "" is no name of the default one.
+        ValueError: If it is none; "" does not stand for the default.
     """
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         raise ValueError(f"cache_dir must be a directory on the hosts, not {path!r}")
@@ -123,7 +127,7 @@ class EnvironmentSpec:
 
     @classmethod
     def of(cls, given: Any) -> EnvironmentSpec | None:
-        """Return what a user gave as a specification; None for None.
+        """Return a user's value as a specification; None for None.
 
         Raises:
             TypeError, ValueError: If it makes no sense.
@@ -139,7 +143,7 @@ class EnvironmentSpec:
 
     @property
     def kind(self) -> Kind:
-        """What the source is."""
+        """The kind of source."""
         if not isinstance(self.source, str):
             return "requirements"
         if self.source == "manager":
@@ -155,7 +159,7 @@ class EnvironmentSpec:
 
     @property
     def file_kind(self) -> str:
-        """Which kind of file the source is; empty if it is none."""
+        """The kind of file that the source names; empty if it is none."""
         if not isinstance(self.source, str):
             return ""
         name = os.path.basename(self.source)

@@ -1,4 +1,4 @@
-"""Running uv, which resolves, builds and installs: https://docs.astral.sh/uv."""
+"""Running uv and git on the manager; uv resolves, builds and installs: https://docs.astral.sh/uv."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.output.lines import Tail
 from lazycluster.utils import Environment
 
-from .index import IndexSettings, hide
+from .index import IndexSettings
+from .spec import hide
 
 __all__ = [
     "LOWEST",
@@ -36,19 +37,19 @@ __all__ = [
 
 MANAGER = "manager"
 LOWEST = (0, 11, 15)
-"""The version that uv must have; SECURITY.md says what is wrong with older ones."""
+"""The oldest version of uv that is used; SECURITY.md has the reasons."""
 
 # It becomes the name of a directory, and a part of requirements.
-_SAYS = re.compile(r"uv (\d{1,9}\.\d{1,9}\.\d{1,9}[0-9A-Za-z.+-]{0,40})(?:\s|$)", re.ASCII)
+_VERSION = re.compile(r"uv (\d{1,9}\.\d{1,9}\.\d{1,9}[0-9A-Za-z.+-]{0,40})(?:\s|$)", re.ASCII)
 
 _chosen: Uv | None = None
 
 RETRIES = {"UV_HTTP_RETRIES": "1", "UV_HTTP_CONNECT_TIMEOUT": "5"}
-"""Variables for uv where there is another way if the index cannot be reached; those of the user count more."""
+"""Variables for uv where there is a fallback for an index that cannot be reached; the user's own take precedence."""
 
 
 class Uv(NamedTuple):
-    """A program uv on this machine.
+    """A uv program on this machine.
 
     Attributes:
         path: Its path.
@@ -60,10 +61,10 @@ class Uv(NamedTuple):
 
 
 async def find_uv() -> Uv:
-    """Return the uv that is used: that of its package beside this interpreter, else one on the PATH.
+    """Return the uv of its package for this interpreter, else one on the PATH.
 
     Raises:
-        EnvironmentBuildError: If there is none, or only such as are too old.
+        EnvironmentBuildError: If there is none, or all are too old.
     """
     global _chosen
     if _chosen is not None:
@@ -94,7 +95,7 @@ async def _version_of(path: str) -> str:
         completed = await run_program([path, "--version"], {**os.environ, "NO_COLOR": "1"})
     except OSError as error:
         raise _not_run(error) from None
-    found = _SAYS.match(completed.stdout)
+    found = _VERSION.match(completed.stdout)
     if completed.returncode != 0 or found is None:
         said = hide(completed.stdout or completed.stderr)
         raise EnvironmentBuildError(MANAGER, f"{path} does not tell its version", "uv", "install it anew", said)
@@ -102,21 +103,21 @@ async def _version_of(path: str) -> str:
 
 
 async def _check_cache(path: str) -> None:
-    """Make sure that nobody else can put something into uv's own cache, whatever names it: what it builds is run."""
+    """Refuse a cache of uv that another user may write to: what it contains is run."""
     try:
         completed = await run_program([path, "cache", "dir"], {**os.environ, "NO_COLOR": "1"})
     except OSError as error:
         raise _not_run(error) from None
     directory = completed.stdout.strip()
     if completed.returncode != 0 or not directory:
-        return  # it says by itself what is wrong, when it is used
+        return  # its next call reports the problem
     try:
         make(directory, 0o700, Environment.trust_group)
     except PermissionError as error:
         problem = f"uv's cache {directory} cannot be used: {error.filename}: {error.strerror}"
         raise EnvironmentBuildError(MANAGER, problem, "uv", "set UV_CACHE_DIR to a directory of your own") from None
     except OSError:
-        return  # the same
+        return  # likewise
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -141,15 +142,15 @@ async def run_uv(
 
     Args:
         arguments: Its arguments.
-        settings: Where packages come from.
-        stdin: What it reads.
+        settings: The package index.
+        stdin: Its standard input.
         cwd: Its working directory.
         env: Further environment variables.
-        what: What it does, for the error message.
-        package: The package that it is about.
+        what: Its purpose, for the error message.
+        package: The package concerned.
 
     Returns:
-        What it printed.
+        Its output.
 
     Raises:
         EnvironmentBuildError: If it fails.
@@ -170,14 +171,14 @@ async def run_uv(
 
 # --- what its output means ------------------------------------------------------------------------
 class IndexUnreachableError(EnvironmentBuildError):
-    """The index, or what it names, cannot be reached now."""
+    """The index, or a file or repository, cannot be reached now."""
 
 
 # Only where a word begins: what has no spaces in it for a megabyte is read once, not from each of its characters.
 _NAME = r"(?<![A-Za-z0-9._-])`?(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)"
 _CLOCK = "check the clock there, and the certificates"
 
-# The first that matches says what it is about. Where none does, the output speaks for itself.
+# The first that matches counts. Where none does, the error has the output alone.
 _KNOWN: tuple[tuple[str, str, str], ...] = (
     (r"No space left on device|disk quota exceeded", "the disk is full", "free some space there"),
     (
@@ -260,13 +261,13 @@ _UNREACHABLE = ("the network is disabled", "the index cannot be reached")
 
 
 def explained(host: str, what: str, output: str, package: str = "") -> EnvironmentBuildError:
-    """Return what an installer printed as an error.
+    """Return an error for an installer that failed.
 
     Args:
-        host: Where it ran.
-        what: What it was to do.
-        output: What it printed, without secrets.
-        package: The package that it was about, if that is known.
+        host: The host on which it ran.
+        what: Its purpose.
+        output: Its output, without secrets.
+        package: The package concerned, if known.
     """
     for pattern, problem, hint in _KNOWN:
         found = re.search(pattern, output, re.IGNORECASE)
@@ -286,12 +287,12 @@ _CHUNK = 64 * 1024
 
 
 class CompletedProcess(NamedTuple):
-    """What came of a program.
+    """The result of a program.
 
     Attributes:
         returncode: Its exit status.
-        stdout: What it printed.
-        stderr: The end of what it printed to its standard error.
+        stdout: Its standard output.
+        stderr: The end of its standard error.
     """
 
     returncode: int
@@ -302,12 +303,12 @@ class CompletedProcess(NamedTuple):
 async def run_program(
     argv: Sequence[str], env: Mapping[str, str], *, stdin: str = "", cwd: Path | None = None
 ) -> CompletedProcess:
-    """Run a program until it ends; if this is cancelled, it is ended with all that it has started.
+    """Run a program until it ends; on cancellation its whole process group is ended.
 
     Args:
         argv: The program and its arguments.
         env: All its environment variables.
-        stdin: What it reads.
+        stdin: Its standard input.
         cwd: Its working directory.
 
     Raises:
@@ -351,7 +352,7 @@ async def _end_of(stream: asyncio.StreamReader | None, tail: Tail) -> str:
 
 async def _feed(stream: asyncio.StreamWriter | None, text: str) -> None:
     assert stream is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its exit status tells
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its exit status has the reason
         stream.write(text.encode())
         await stream.drain()
     stream.close()

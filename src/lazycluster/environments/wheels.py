@@ -1,4 +1,4 @@
-"""Packages as wheels on the manager: fetched from an index, or built from what is here."""
+"""Wheels on the manager: downloaded from an index, or built here, and cached."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import private_directory
 
-from .index import IndexSettings, bare, for_git, hide
+from .index import IndexSettings, bare, for_git
 from .installed_wheels import make_wheel
 from .plan import LockedPackage, Target, Wheel
+from .spec import hide
 from .uv import MANAGER, RETRIES, IndexUnreachableError, run_program, run_uv
 
 __all__ = ["digest_of", "get_wheel", "is_cached", "remove_if_damaged"]
@@ -37,7 +38,7 @@ AT_ONCE = 8
 _TIMEOUT = 30.0  # seconds without a byte, unless uv is told otherwise
 _TRIES = 3
 _CHUNK = 256 * 1024
-# What is in the directory of a project, but in none of its wheels.
+# Directories of a project that are in none of its wheels.
 _NOT_SOURCE = {".git", ".hg", ".svn", "__pycache__", ".venv", "venv", ".tox", ".nox", ".mypy_cache", ".ruff_cache"}
 _NOT_SOURCE |= {".pytest_cache", ".idea", ".vscode", "node_modules", "build", "dist", ".eggs"}
 _MOST_FILES = 20000
@@ -46,9 +47,9 @@ _running: SingleFlight[tuple[str, str], Wheel] = SingleFlight()
 _slots: asyncio.Semaphore | None = None
 
 
-# --- what it is -----------------------------------------------------------------------------------
+# --- digests --------------------------------------------------------------------------------------
 def digest_of(locked: LockedPackage) -> str:
-    """Return what tells the content of a package from others, without building or fetching it."""
+    """Return a digest of the content of a package, without building or downloading it."""
     if locked.directory:
         return tree_digest(Path(locked.directory))
     if locked.installed:
@@ -60,7 +61,7 @@ def digest_of(locked: LockedPackage) -> str:
 
 
 def tree_digest(directory: Path) -> str:
-    """Return what tells the files of a project from others.
+    """Return a digest of the files of a project.
 
     Raises:
         EnvironmentBuildError: If it cannot be read, or is no project.
@@ -127,18 +128,18 @@ def _digest_of_file(descriptor: int) -> str:
     return digest.hexdigest()
 
 
-# --- as a wheel -----------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 async def get_wheel(locked: LockedPackage, digest: str, target: Target, settings: IndexSettings) -> Wheel:
-    """Return a package as a wheel on this machine; what was fetched or built before is used again.
+    """Return the wheel of a package: from the cache, else downloaded or built.
 
     Args:
         locked: The package.
-        digest: What `digest_of` says of it.
-        target: What it has to fit.
-        settings: Where packages come from.
+        digest: Its `digest_of`.
+        target: The Python and the platform.
+        settings: The package index.
 
     Raises:
-        EnvironmentBuildError: If it cannot be fetched or built, or does not fit.
+        EnvironmentBuildError: If it cannot be downloaded or built, or does not fit the target.
     """
     key = (digest, "" if locked.is_wheel else target.version)
     wheel = await _running.do(key, lambda: _get_wheel(locked, digest, target, settings))
@@ -156,79 +157,80 @@ async def _get_wheel(locked: LockedPackage, digest: str, target: Target, setting
     global _slots
     if _slots is None:
         _slots = asyncio.Semaphore(AT_ONCE)
-    store = _store_of(locked, digest, target)
-    path = _wheel_in(store)
+    entry = _cache_entry(locked, digest, target)
+    path = _wheel_in(entry)
     if path is None:
         async with _slots:
-            path = await _make(locked, target, settings, store)
-    os.utime(store)  # the time of the last use
+            path = await _make(locked, target, settings, entry)
+    os.utime(entry)  # the time of the last use
     sha256 = locked.sha256 if locked.is_wheel and locked.sha256 else await event_loop.in_thread(_file_digest, path)
     return Wheel(locked.name, locked.version or path.name.split("-")[1], path, sha256)
 
 
-def _store_of(locked: LockedPackage, digest: str, target: Target) -> Path:
-    store = private_directory("environments", "wheels") / hashlib.sha256(digest.encode()).hexdigest()[:32]
-    return store if locked.is_wheel else store.with_name(f"{store.name}-{target.version}")
+def _cache_entry(locked: LockedPackage, digest: str, target: Target) -> Path:
+    entry = private_directory("environments", "wheels") / hashlib.sha256(digest.encode()).hexdigest()[:32]
+    return entry if locked.is_wheel else entry.with_name(f"{entry.name}-{target.version}")
 
 
 def is_cached(locked: LockedPackage, target: Target) -> bool:
-    """Tell whether a package was fetched or built before, so that nothing must be reached to have it."""
-    return _wheel_in(_store_of(locked, digest_of(locked), target)) is not None
+    """Tell whether the wheel of a package is in the cache."""
+    return _wheel_in(_cache_entry(locked, digest_of(locked), target)) is not None
 
 
-def _wheel_in(store: Path) -> Path | None:
-    return next(iter(store.glob("*.whl")), None)
+def _wheel_in(entry: Path) -> Path | None:
+    return next(iter(entry.glob("*.whl")), None)
 
 
-async def _make(locked: LockedPackage, target: Target, settings: IndexSettings, store: Path) -> Path:
-    made = Path(tempfile.mkdtemp(prefix=f".{store.name[:8]}-", dir=store.parent))
+async def _make(locked: LockedPackage, target: Target, settings: IndexSettings, entry: Path) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=f".{entry.name[:8]}-", dir=entry.parent))
     try:
         if locked.directory:
-            await _build(Path(locked.directory), locked, target, settings, made)
+            await _build(Path(locked.directory), locked, target, settings, folder)
         elif locked.installed:
-            await event_loop.in_thread(make_wheel, locked, target, made)
+            await event_loop.in_thread(make_wheel, locked, target, folder)
         elif locked.vcs:
-            await _build_repository(locked, target, settings, made)
+            await _build_repository(locked, target, settings, folder)
         else:
-            source = await event_loop.in_thread(_fetch, locked, settings, made)
+            source = await event_loop.in_thread(_fetch, locked, settings, folder)
             if not locked.is_wheel:
-                await _build(source, locked, target, settings, made)
+                await _build(source, locked, target, settings, folder)
                 source.unlink()
-        path = _wheel_in(made)
+        path = _wheel_in(folder)
         if path is None:
             raise EnvironmentBuildError(MANAGER, f"building {locked.label} gave no wheel", locked.name)
-        for other in [other for other in made.iterdir() if other != path]:
+        for other in [other for other in folder.iterdir() if other != path]:
             shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink()
         with contextlib.suppress(OSError):  # another process was faster
-            made.rename(store)
-        return _wheel_in(store) or path
+            folder.rename(entry)
+        return _wheel_in(entry) or path
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def remove_if_damaged(wheel: Wheel) -> bool:
-    """Remove a package that was kept here if it is not what it was any more; returns whether it was so."""
+    """Remove a wheel from the cache if its hash is wrong; returns whether it was."""
     if not wheel.path.is_file() or await event_loop.in_thread(_file_digest, wheel.path) == wheel.sha256:
         return False
     await event_loop.in_thread(shutil.rmtree, wheel.path.parent, True)
     return True
 
 
-async def _build(source: Path, locked: LockedPackage, target: Target, settings: IndexSettings, made: Path) -> None:
-    arguments = ["build", "--wheel", "--no-create-gitignore", "--out-dir", str(made)]
-    # Of the manager's own version there is an interpreter for sure: this one.
+# --- building -------------------------------------------------------------------------------------
+async def _build(source: Path, locked: LockedPackage, target: Target, settings: IndexSettings, folder: Path) -> None:
+    arguments = ["build", "--wheel", "--no-create-gitignore", "--out-dir", str(folder)]
+    # For the manager's own version there is always an interpreter: this one.
     python = sys.executable if target.python == sys.version_info[:2] else target.version
     arguments += ["--python", python, str(source)]
     what = f"building {locked.label}"
     try:
-        await run_uv(arguments, settings, cwd=made, env=RETRIES, what=what, package=locked.name)
+        await run_uv(arguments, settings, cwd=folder, env=RETRIES, what=what, package=locked.name)
         return
     except IndexUnreachableError as error:
         unreachable = error
-    # What the build needs may be kept by uv, or be installed here.
+    # The requirements of the build may be in uv's cache, or be installed here.
     for options in (["--offline"], ["--offline", "--no-build-isolation"]):
         try:
-            await run_uv([*arguments, *options], settings, cwd=made, what=what, package=locked.name)
+            await run_uv([*arguments, *options], settings, cwd=folder, what=what, package=locked.name)
             return
         except EnvironmentBuildError:
             continue
@@ -242,7 +244,7 @@ async def _build(source: Path, locked: LockedPackage, target: Target, settings: 
     )
 
 
-async def _build_repository(locked: LockedPackage, target: Target, settings: IndexSettings, made: Path) -> None:
+async def _build_repository(locked: LockedPackage, target: Target, settings: IndexSettings, folder: Path) -> None:
     kind, _, rest = locked.vcs.partition("+")
     if kind != "git":
         raise EnvironmentBuildError(
@@ -251,12 +253,12 @@ async def _build_repository(locked: LockedPackage, target: Target, settings: Ind
         )  # fmt: skip
     where, _, fragment = rest.partition("#")
     url, _, commit = where.rpartition("@")
-    checkout = made / "checkout"
+    checkout = folder / "checkout"
     env = for_git(settings.logins, os.environ)
     await _git(locked, ["clone", "--quiet", "--no-checkout", "--", url, str(checkout)], env)
     await _git(locked, ["-C", str(checkout), "checkout", "--quiet", commit, "--"], env)
-    folder = fragment.partition("subdirectory=")[2].partition("&")[0]
-    await _build(checkout / folder, locked, target, settings, made)
+    subdirectory = fragment.partition("subdirectory=")[2].partition("&")[0]
+    await _build(checkout / subdirectory, locked, target, settings, folder)
 
 
 async def _git(locked: LockedPackage, arguments: list[str], env: Mapping[str, str]) -> None:
@@ -268,18 +270,18 @@ async def _git(locked: LockedPackage, arguments: list[str], env: Mapping[str, st
             "install git here",
         ) from error  # fmt: skip
     if completed.returncode != 0:
-        # git says why in the user's language, so every failure counts as one to reach it.
+        # git gives the reason in the user's language, so every failure counts as unreachable.
         raise IndexUnreachableError(
             MANAGER, f"the repository of {locked.label} cannot be fetched", locked.name,
             "check that you can clone it here without being asked anything", hide(completed.stderr),
         )  # fmt: skip
 
 
-# --- fetching -------------------------------------------------------------------------------------
-def _fetch(locked: LockedPackage, settings: IndexSettings, made: Path) -> Path:
-    """Fetch a file, and check its hash; for a thread."""
+# --- downloading ----------------------------------------------------------------------------------
+def _fetch(locked: LockedPackage, settings: IndexSettings, folder: Path) -> Path:
+    """Download a file, and check its hash; for a thread."""
     parts = urlsplit(locked.url)
-    path = made / (locked.filename or "file")
+    path = folder / (locked.filename or "file")
     if parts.scheme == "file":
         try:
             shutil.copyfile(unquote(parts.path), path)
@@ -321,7 +323,7 @@ def _download(locked: LockedPackage, settings: IndexSettings, path: Path) -> Non
                 ) from failed
             error = failed
             if isinstance(getattr(failed, "reason", failed), TimeoutError):
-                break  # it was waited for long enough
+                break  # the time-out was long enough
     is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
     raise (EnvironmentBuildError if is_refused else IndexUnreachableError)(
         MANAGER,

@@ -1,4 +1,4 @@
-"""``lazycluster env``: the Python environments that hosts keep."""
+"""``lazycluster env``: the Python environments on hosts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import click
 from lazycluster.cli.console import lines_of, tell
 from lazycluster.cli.options import connection_options, host_options, targets
 from lazycluster.core.words import counted
+from lazycluster.environments.spec import ROOT
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import HostOutcome
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["env"]
 
 T = TypeVar("T")
-_ROOT = "~/.cache/lazycluster"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _TIMES = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
-_cache_dir = click.option("--cache-dir", default=_ROOT, metavar="DIR", help=f"Where they are on the hosts ({_ROOT}).")
+_cache_dir = click.option("--cache-dir", default=ROOT, metavar="DIR", help=f"Where they are on the hosts ({ROOT}).")
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
@@ -80,12 +80,12 @@ def list_command(cache_dir: str, as_json: bool, **options: Any) -> int:
     """
     from lazycluster.environments.cache import list_on
 
-    stores, status = _on_hosts(lambda connection: list_on(connection, cache_dir), options)
+    caches, status = _on_hosts(lambda connection: list_on(connection, cache_dir), options)
     if as_json:
-        sys.stdout.write(json.dumps([asdict(store) for store in stores], indent=2) + "\n")
+        sys.stdout.write(json.dumps([asdict(cache) for cache in caches], indent=2) + "\n")
         return status
-    for store in stores:
-        _show(store)
+    for cache in caches:
+        _show_cache(cache)
     return status
 
 
@@ -159,7 +159,7 @@ def remove(cache_dir: str, ids: tuple[str, ...], **options: Any) -> int:
 
     removals, status = _on_hosts(lambda connection: remove_on(connection, ids, cache_dir), options)
     for removal in removals:
-        _tell(removal)
+        _show_removal(removal)
     return max(status, *(1 if removal.in_use or removal.unknown else 0 for removal in removals), 0)
 
 
@@ -181,13 +181,13 @@ def prune(cache_dir: str, size: int | None, unused: float | None, **options: Any
 
     removals, status = _on_hosts(lambda connection: prune_on(connection, size, unused, cache_dir), options)
     for removal in removals:
-        _tell(removal)
+        _show_removal(removal)
     return status
 
 
 # --- shared ---------------------------------------------------------------------------------------
 def _on_hosts(work: Callable[[Connection], Awaitable[T]], options: dict[str, Any]) -> tuple[list[T], int]:
-    """Do something on the hosts that the options name; returns what came out, and the exit status."""
+    """Run a coroutine for each host that the options name; returns the results, and the exit status."""
     from lazycluster.cli.console import show_error
     from lazycluster.cli.fanout import HostOutcome, everywhere, exit_status
     from lazycluster.core import event_loop
@@ -206,9 +206,9 @@ def _on_hosts(work: Callable[[Connection], Awaitable[T]], options: dict[str, Any
     return [found[name] for name in chosen.names if name in found], exit_status(outcomes, chosen.everyone)
 
 
-def _show(store: HostCache) -> None:
-    tell(f"{store.host}: {store.path}, {_size(store.size)} in all")
-    for one in store.environments:
+def _show_cache(cache: HostCache) -> None:
+    tell(f"{cache.host}: {cache.path}, {_size(cache.size)} in all")
+    for one in cache.environments:
         state = "in use" if one.in_use else f"used {_time(one.unused)} ago"
         made = f"made {_time(one.age)} ago" if one.age is not None else ""
         problem = f"  damaged: {one.problem}" if one.problem else ""
@@ -216,7 +216,7 @@ def _show(store: HostCache) -> None:
         tell(f"  {one.id}  {_size(one.size):>8}  {packages:>13}  {made}, {state}  {one.source}{problem}")
 
 
-def _tell(removal: Removal) -> None:
+def _show_removal(removal: Removal) -> None:
     freed = f", {_size(removal.freed)} freed" if removal.freed is not None else ""
     tell(f"{removal.host}: {len(removal.removed)} removed{freed}")
     for name in removal.in_use:
