@@ -299,7 +299,7 @@ class _TerminalDisplay:
     def _line(self, text: str) -> RenderableType:
         from rich.text import Text
 
-        width = self._live.console.width - 3  # there is room for the ^C of a person, which else would stay
+        width = self._width()
         line = Text(printable(f"lazycluster: {text}").replace("\n", " "))
         if line.cell_len > width:
             line.truncate(width - 3)
@@ -311,13 +311,17 @@ class _TerminalDisplay:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        table = Table.grid(padding=(0, 1, 0, 0))
+        table.width = self._width()
         for ratio in (None, 1, None, None, None):
             table.add_column(ratio=ratio, no_wrap=True)
         for bar in bars:
             name = Text(printable(bar.what).replace("\n", " "), style=bar.style)
             table.add_row(name, ProgressBar(bar.total, bar.done), _count([bar])[0], *self._rate(bar))
         return table
+
+    def _width(self) -> int:
+        return self._live.console.width - 3  # with room for the ^C of a person, which would begin another line
 
     def _rate(self, bar: Progress) -> tuple[str, str]:
         """Return how much comes in a second, and the time that is left."""
