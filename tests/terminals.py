@@ -16,6 +16,7 @@ from fcntl import ioctl
 from types import TracebackType
 
 _PATIENCE = 60.0
+_MOVES = re.compile(r"\x1b\[(\d*)([AKm])|\x1b\[(?:\d+;)+\d+m|([\r\n])|([^\x00-\x1f\x7f-\x9f]+)")
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|[()=>].?)")
 
 
@@ -98,3 +99,31 @@ class Terminal:
             self.process.terminate()
             self.end()
         os.close(self._own)
+
+
+def screens(written: str) -> list[list[str]]:
+    """Return the lines that a terminal shows, each time before a line is removed, and at the end.
+
+    Whatever else than colours, line ends and the removal of lines would steer it is an error.
+    """
+    shown, lines, row, column, position = [], [""], 0, 0, 0
+    while position < len(written):
+        found = _MOVES.match(written, position)
+        assert found is not None, f"this steers the terminal: {written[position : position + 20]!r}"
+        position = found.end()
+        number, kind, control, text = found.groups()
+        if text:
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
+            column += len(text)
+        elif control == "\r":
+            column = 0
+        elif control == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif kind == "A":
+            row -= int(number or 1)
+            assert row >= 0, "above the first line"
+        elif kind == "K":
+            shown.append([line.rstrip() for line in lines])
+            lines[row] = "" if number == "2" else lines[row][:column]
+    return [*shown, [line.rstrip() for line in lines]]

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 import lazycluster.cli
-from lazycluster.cli import console, copy_progress, fanout, streams
-from lazycluster.cli.commands import cleanup, configuration, doctor, env, runtimes
+from lazycluster.cli import console, fanout, streams
+from lazycluster.cli.commands import cleanup, configuration, copy, doctor, env, runtimes
 from lazycluster.cli.diagnosis import Diagnosis
 from lazycluster.cli.fanout import HostOutcome
 from lazycluster.cli.options import Targets
 from lazycluster.core import event_loop
 from lazycluster.environments.cache import HostCache, KeptEnvironment, Removal
 from lazycluster.exceptions import one_line, printable
+from lazycluster.output.progress import Board
 
 _CLI = Path(lazycluster.cli.__file__).parent
 _EVIL = "x\nhost2: fine\r\n\x1b[2J\u202ehost2  active\x85host2 \u2028host2\thost2"
@@ -54,10 +55,10 @@ def test_one_line() -> None:
 
 
 def test_errors_of_copies(capsys: pytest.CaptureFixture[str]) -> None:
-    with copy_progress.Copying(["host1"], quiet=True) as copies:
-        result = SimpleNamespace(files=0, bytes=0, skipped=0, seconds=0.0, left_out=(_EVIL,), unused=())
-        copies.add("host1", result)  # type: ignore[arg-type]
-        copies.done(HostOutcome("host1", 1, f"cannot copy: {_EVIL}\n  Next step: none", "error"))
+    copies = copy.Copying(["host1"], Board(False), quiet=True)
+    result = SimpleNamespace(files=0, bytes=0, skipped=0, seconds=0.0, left_out=(_EVIL,), unused=())
+    copies.add("host1", result)  # type: ignore[arg-type]
+    copies.done(HostOutcome("host1", 1, f"cannot copy: {_EVIL}\n  Next step: none", "error"))
     _only_about_host1(capsys)
 
 

@@ -1,4 +1,4 @@
-"""How far things are: on a terminal, in a notebook, nowhere else."""
+"""Progress: on a terminal, in a notebook, nowhere else."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lazycluster import Environment
 from lazycluster.core import event_loop, interruptible
 from lazycluster.output import progress as _progress
 from lazycluster.output.progress import Board, Progress, shown
+from terminals import screens
 
 
 class Terminal(io.StringIO):
@@ -43,7 +44,14 @@ class Terminal(io.StringIO):
 
     @property
     def lines(self) -> list[str]:
-        return [line for line in self.getvalue().split("\r\033[K") if line]
+        """Whatever stood on its one line."""
+        shown = screens(self.getvalue())
+        assert not any(line for lines in shown for line in lines[1:])
+        return [lines[0] for lines in shown if lines[0]]
+
+    @property
+    def is_clean(self) -> bool:
+        return self.getvalue() != "" and not any(screens(self.getvalue())[-1])
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, stream: Any) -> None:
@@ -74,13 +82,13 @@ async def _connect(terminal: Terminal, *, until: str) -> str:
 def test_a_terminal_shows_how_far_it_is_and_is_clean_afterwards(terminal: Terminal) -> None:
     assert event_loop.run(_connect(terminal, until="host2, host3, host4, ...")) == "connected"
     assert terminal.lines[0] == "lazycluster: Connecting: 1 of 5 hosts; waiting for host2, host3, host4, ... (0 s)"
-    assert terminal.getvalue().endswith("\r\033[K")
+    assert terminal.is_clean
 
 
 def test_a_line_is_never_longer_than_the_terminal_is_wide(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     event_loop.run(_connect(terminal, until="..."))
-    assert {len(line) for line in terminal.lines} == {39}
+    assert {len(line) for line in terminal.lines} == {37}  # and ^C
 
 
 def test_names_cannot_steer_the_terminal(terminal: Terminal) -> None:
@@ -89,7 +97,8 @@ def test_names_cannot_steer_the_terminal(terminal: Terminal) -> None:
             await terminal.has("owned")
 
     event_loop.run(work())
-    assert all("\033" not in line and "\007" not in line and "\n" not in line for line in terminal.lines)
+    assert "\\x1b]0;owned\\x07 host" in terminal.lines[0]
+    assert terminal.is_clean
 
 
 def test_what_is_quick_is_not_shown(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +155,7 @@ def test_ends_are_what_they_were_without_it(terminal: Terminal) -> None:
 
     with pytest.raises(TimeoutError, match="not done within"):
         event_loop.run(lasts(), timeout=0.05)
-    assert terminal.getvalue().endswith("\r\033[K")
+    assert terminal.is_clean
 
 
 def test_an_interrupted_wait_cleans_the_line(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,9 +171,9 @@ def test_an_interrupted_wait_cleans_the_line(terminal: Terminal, monkeypatch: py
     show = _progress._TerminalDisplay.show
     shows = iter([show, show])
 
-    def interrupted(self: Any, text: str, share: float | None) -> None:
+    def interrupted(self: Any, *state: Any) -> None:
         try:
-            next(shows)(self, text, share)
+            next(shows)(self, *state)
         except StopIteration:
             raise KeyboardInterrupt from None
 
@@ -175,7 +184,7 @@ def test_an_interrupted_wait_cleans_the_line(terminal: Terminal, monkeypatch: py
         finally:
             monkeypatch.setattr(_progress._TerminalDisplay, "show", show)
     assert ended.is_set()
-    assert terminal.getvalue().endswith("\r\033[K")
+    assert terminal.is_clean
 
 
 def test_several_waits_are_one_thing(terminal: Terminal) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazycluster.cli.console import errors, host_style, lines_of, output
 from lazycluster.cli.options import Whole, connection_options, host_options, targets
 
 if TYPE_CHECKING:
-    from lazycluster.cli.copy_progress import Copying
     from lazycluster.cli.fanout import HostOutcome
+    from lazycluster.output.progress import Board, Progress
     from lazycluster.ssh.connection import Connection
+    from lazycluster.ssh.transfer import TransferResult
 
 __all__ = ["get", "put"]
+
+_LITTLE = 1024 * 1024  # bytes
 
 _fanout = click.option("--fanout", type=Whole(), default=64, metavar="N", help="On how many hosts at once (64).")
 _exclude = click.option(
@@ -130,13 +136,12 @@ def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool, exclude: tuple[str, ...] = ()) -> int:
-    from lazycluster.cli.copy_progress import Copying
     from lazycluster.cli.fanout import HostOutcome, everywhere, exit_status
     from lazycluster.core import event_loop
-    from lazycluster.output import progress as _progress
+    from lazycluster.output import progress
 
-    # Two that show on one terminal how far things are would get in each other's way.
-    with Copying(chosen.names, quiet) as copying, _progress.shown(wanted=False):
+    with progress.shown(False if quiet else None, errors) as board:
+        copying = Copying(chosen.names, board, quiet)
 
         async def work(connection: Connection) -> HostOutcome:
             await copy(connection, copying)
@@ -145,3 +150,83 @@ def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool, exclude: tuple[str, 
         outcomes = event_loop.run(everywhere(chosen, work, fanout, copying.done))
     copying.warn(exclude)
     return exit_status(outcomes, chosen.everyone)
+
+
+class Copying:
+    """The copies of a command: a bar for each host while it lasts, a line when it has ended.
+
+    Args:
+        hosts: The hosts.
+        board: What shows the bars.
+        quiet: Whether to print nothing of what went well.
+    """
+
+    def __init__(self, hosts: Sequence[str], board: Board, quiet: bool) -> None:
+        from lazycluster.output.progress import can_be_shown
+
+        self._board = board
+        self._has_bars = board.wanted and can_be_shown()
+        self._quiet = quiet
+        self._sums: dict[str, list[float]] = {host: [0, 0, 0, 0.0] for host in hosts}
+        self._left_out: dict[str, list[str]] = {}
+        self._unused: set[str] | None = None  # by none of the copies that are complete
+        self._bars: dict[str, Progress] = {}
+
+    def progress(self, host: str) -> Callable[[int, int | None, int], Any] | None:
+        """Return what takes the progress of the next copy from or to a host, if it can be shown."""
+        from lazycluster.output.progress import Progress
+
+        if not self._has_bars:
+            return None
+        if host not in self._bars:
+            self._bars[host] = Progress(host, unit="B", bar=True, style=host_style(host))
+            self._board.add(self._bars[host])
+        bar, before = self._bars[host], self._sums[host][1]
+        return lambda done, total, files: bar.set(before + done, None if total is None else before + total)
+
+    def add(self, host: str, result: TransferResult) -> None:
+        """Count a copy that is complete."""
+        sums = self._sums[host]
+        sums[0] += result.files
+        sums[1] += result.bytes
+        sums[2] += result.skipped
+        sums[3] += result.seconds
+        self._left_out.setdefault(host, []).extend(result.left_out)
+        self._unused = set(result.unused) if self._unused is None else self._unused.intersection(result.unused)
+
+    def warn(self, exclude: Sequence[str]) -> None:
+        """Name the patterns that have left nothing out of any copy: what they should keep back may be there now."""
+        from lazycluster.exceptions import one_line
+
+        for pattern in dict.fromkeys(exclude):
+            if pattern in (self._unused or ()):
+                text = (
+                    f"--exclude {shlex.quote(pattern)} left nothing out: it is a name, or a path below what is copied"
+                )
+                errors().print(one_line(text), markup=False, soft_wrap=True, style="yellow")
+
+    def done(self, outcome: HostOutcome) -> None:
+        """Print how it ended on a host."""
+        from rich.text import Text
+
+        from lazycluster.core.words import counted
+        from lazycluster.exceptions import one_line
+        from lazycluster.output.host_cells import megabytes
+
+        host = outcome.host
+        if host in self._bars:
+            self._bars[host].is_over = True
+        for name in self._left_out.get(host, ()):
+            errors().print(f"{host}: left out: {one_line(name)}", markup=False, soft_wrap=True)
+        if outcome.error:
+            error = "\n".join(lines_of(outcome.error))
+            errors().print(Text.assemble((f"{host}:", "bold red"), " ", error), soft_wrap=True)
+        elif not self._quiet:
+            files, size, skipped, seconds = self._sums[host]
+            same = f", {skipped:.0f} unchanged" if skipped else ""
+            # Of little that comes late it would be the rate of waiting.
+            rate = f", {megabytes(size / seconds)}/s" if seconds > 0.5 and size > _LITTLE and not skipped else ""
+            text = f"{host}: {counted(files, 'file')}, {megabytes(size)} in {seconds:.1f} s{rate}{same}"
+            # Bars that do not know of a line that is printed below them would overwrite it.
+            out = errors() if self._has_bars and output().is_terminal else output()
+            out.print(text, markup=False, soft_wrap=True)
