@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from lazycluster.core import event_loop
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.context import ExecutionOptions
-from lazycluster.tasks.step_run import prepare
+from lazycluster.tasks.step_runner import pickle_calls
 from lazycluster.tasks.steps import GetFile, Step, on_manager
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
@@ -38,7 +38,7 @@ def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: Execut
         raise ValueError(f"task {task.name!r} has no steps: add one, e.g. with run_command()")
     for runtime in runtimes:
         runtime.task_context()  # raises if one cannot be used any more, before any is given work
-    options = replace(options, calls=prepare(task.steps))
+    options = replace(options, calls=pickle_calls(task.steps))
     locks = event_loop.run(gates(runtimes, task.steps))
     started: list[RuntimeTask] = []
     try:

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lazycluster.exceptions import TaskExecutionError
+
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
@@ -70,7 +72,7 @@ class ExecutionOptions:
         next_context: Returns where it is begun again, given the hosts that were tried, perhaps after waiting for one;
             None if there is no such host. It is called on the loop. By default the runtime that executes the task.
         calls: For each step the pickled call of its function, as
-            :func:`~lazycluster.tasks.step_run.prepare` returns them, where they are shared by several hosts.
+            :func:`~lazycluster.tasks.step_runner.pickle_calls` returns them, where they are shared by several hosts.
         send_lock: Held while files are sent, where hosts share a file system: so only the first of them sends.
     """
 
@@ -79,7 +81,7 @@ class ExecutionOptions:
     retries: int = 0
     retry_on: str = "host"
     next_context: Callable[[Sequence[str]], Awaitable[Context | None]] | None = field(default=None, repr=False)
-    calls: Sequence[PickledCall | Exception | None] | None = field(default=None, repr=False)
+    calls: Sequence[PickledCall | TaskExecutionError | None] | None = field(default=None, repr=False)
     send_lock: asyncio.Lock | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from lazycluster.ssh.destination import parse_destination
 from . import detached_records
 from .context import checked_variables
 from .detached_records import DetachedRecord
-from .step_run import failure_of, prepare
+from .step_runner import exit_error, pickle_calls
 from .steps import RunCommand, RunFunction
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class DetachedTask:
         tail = Tail(_LOG_SHOWN)
         event_loop.run(self._read(tail.put, do="log"))
         text = tail.text()
-        return f"[the log is longer; this is the end of it]\n{text}" if tail.is_cut else text
+        return f"[the log is longer; this is the end of it]\n{text}" if tail.cut else text
 
     async def _read(
         self, take: Callable[[bytes], Any], received: Collected | None = None, *, do: str, **params: Any
@@ -218,10 +218,9 @@ class DetachedTask:
         )
 
     def _check_command(self, about: Mapping[str, Any], number: int, fields: Mapping[str, Any]) -> None:
-        try:
-            failure_of(fields.get("exit"), fields.get("signal"), fields.get("out_of_memory"))
-        except TaskExecutionError as error:
-            raise self._failed(about, number, error.message, error.exit_status) from None
+        error = exit_error(fields)
+        if error is not None:
+            raise self._failed(about, number, error.message, error.exit_status)
 
     def _failed(
         self, about: Mapping[str, Any], number: int, message: str, status: int | None = None
@@ -317,9 +316,9 @@ def checked(task: RuntimeTask) -> list[PickledCall | None]:
                 "  Next step: copy them with the runtime before or after"
             )
     calls: list[PickledCall | None] = []
-    for call in prepare(task.steps):
-        if isinstance(call, Exception):
-            raise TaskExecutionError(f"task {task.name!r}: {call}", task=task.name) from call
+    for call in pickle_calls(task.steps):
+        if isinstance(call, TaskExecutionError):
+            raise TaskExecutionError(f"task {task.name!r}: {call}", task=task.name) from call.__cause__
         calls.append(call)
     return calls
 

@@ -235,6 +235,7 @@ class RuntimeTask(Shown):
         """
         if isinstance(connection, Executor):
             return connection.execute_task(self, execute_async=False, debug=debug)
+        connection.check()
         task = self._launch(
             Context(connection.host, connection, connection.agent_info.home), ExecutionOptions(debug=debug)
         )
@@ -312,7 +313,7 @@ class RuntimeTask(Shown):
         """Why the task has failed; None if it has not, or not yet. Does not wait."""
         if self._execution is None or self._execution.error is None:
             return None
-        self._execution.asked = True
+        self._execution.retrieved = True
         return self._execution.error
 
     def result(self, timeout: float | None = None) -> Any:
@@ -411,7 +412,7 @@ class RuntimeTask(Shown):
         if execution is not None and not execution.omit_on_join:
             execution.wait()
         if isinstance(execution, Broadcast):
-            execution.asked = True
+            execution.retrieved = True
             return [_task_log(self.name, self.steps, one, one.error) for one in execution.executions]
         return [_task_log(self.name, self.steps, execution, self.exception)]
 
