@@ -205,7 +205,9 @@ class Execution:
         if error is None:
             self._finish("cancelled", -9 if self._killing else -15)
         else:
-            self._finish("failed", 1, TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}"))
+            failure = TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}")
+            failure.__cause__ = error
+            self._finish("failed", 1, failure)
 
     async def _begin_again(self, error: TaskExecutionError) -> None:
         """Get ready to begin again, on another host or on this one when it is back, or raise the error."""
@@ -308,6 +310,8 @@ class Execution:
     def _finish(self, status: str, exitcode: int, error: TaskExecutionError | None = None) -> None:
         self._log.close()
         self._keeper = None
+        if error is not None:
+            error.__traceback__ = None  # it is the way through the loop; those who get the error add their own
         self.error, self.exitcode = error, exitcode
         self.status = status
         values = [result.value for result in self.results if result.has_value]
@@ -648,8 +652,10 @@ async def settled(future: concurrent.futures.Future[Any]) -> None:
 def _cause(error: TaskExecutionError, step: Step) -> BaseException | None:
     """Return what caused an error, if that says more than the error: what a user's function raised, a lost host."""
     cause = error.__cause__
-    if isinstance(step, RunFunction) or isinstance(cause, (ConnectionLostError, NoAnswerError)):
+    if isinstance(cause, (ConnectionLostError, NoAnswerError)):
         return cause
+    if isinstance(step, RunFunction):
+        return None if isinstance(cause, AgentError) else cause
     return None if isinstance(cause, (LazyclusterError, OSError)) else cause
 
 

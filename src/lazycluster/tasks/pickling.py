@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -38,6 +39,8 @@ _CODE = (types.FunctionType, type, types.ModuleType, _CACHED)
 _GENERATORS = (("random", "random", "_inst"), ("numpy.random", "numpy.random.mtrand", "_rand"))
 # What a module has on the host by itself: where it is there.
 _OF_THE_PLACE = frozenset(("__file__", "__path__", "__spec__", "__loader__", "__cached__"))
+# Where errors are raised whose traceback says nothing more than their text.
+_PICKLERS = {Path(str(module.__file__)).parent for module in (cloudpickle, localmodules, local_code)}
 # A function that uses these may do so to set up what it imports then: it must not find that imported already.
 _SETS_UP = frozenset(("environ", "putenv", "unsetenv", "meta_path"))
 
@@ -86,7 +89,15 @@ def dump_call(
     except Exception:  # noqa: BLE001
         from .pickle_errors import explain
 
-        raise TypeError(explain(function, tuple(args), named, first)) from first
+        raise TypeError(explain(function, tuple(args), named, first)) from (first if _has_more_to_say(first) else None)
+
+
+def _has_more_to_say(error: Exception) -> bool:
+    """Tell whether code of others has raised an error while it was pickled, so that its traceback is worth showing."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    return step is not None and Path(step.tb_frame.f_code.co_filename).parent not in _PICKLERS
 
 
 def _shown(value: Any) -> str:
