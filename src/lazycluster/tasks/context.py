@@ -1,4 +1,4 @@
-"""Where and how tasks are executed: the host and its environment, and the options of one execution."""
+"""The context in which tasks are executed (host, directory, environment), and the options of one execution."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Context", "ExecutionOptions", "checked_variables"]
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how the steps of a task are carried out.
+    """The host, directory and environment in which the steps of a task are executed.
 
     Attributes:
         host: The host as the user named it.
@@ -29,9 +29,9 @@ class Context:
         env: What is added to the host's environment.
         python: The interpreter for functions; None: the one that the agent finds.
         shell: The shell for commands; None: the user's own.
-        keeper: What must live as long as something is carried out, for the connection to stay.
-        prepare: What makes the Python environment that functions, commands and workers need, and returns the context
-            in it; None if there is nothing to be made. See :meth:`prepared`.
+        keeper: An object that must live as long as something is executed, for the connection to stay.
+        prepare: Makes the Python environment that functions, commands and workers need, and returns the context in
+            it; None if there is nothing to be made. See :meth:`prepared`.
         startup_files: When the shell reads its start-up files: ``once`` per connection, or ``always``.
         generation: Which agent of the host the working directory belongs to; 0: it depends on none.
     """

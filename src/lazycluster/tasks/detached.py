@@ -74,7 +74,7 @@ class DetachedTask:
         return str(event_loop.run(self._about())["state"])
 
     def log(self) -> str:
-        """What it has printed so far; of more than 64 MiB the end, after a line that says so."""
+        """Return what it has printed so far; of more than 64 MiB the end, after a line that says so."""
         tail = Tail(_LOG_SHOWN)
         event_loop.run(self._read(tail.put, do="log"))
         text = tail.text()
@@ -400,7 +400,7 @@ async def _recorded(host: str, task_id: str, functions: Sequence[bool]) -> Detac
 
 
 def _same_host(one: str, other: str) -> bool:
-    """Whether two names are of one host, whatever account and port stand with them."""
+    """Tell whether two names are of one host, whatever account and port stand with them."""
     try:
         return parse_destination(one).host.lower() == parse_destination(other).host.lower()
     except ValueError:

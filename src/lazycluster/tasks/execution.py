@@ -40,14 +40,14 @@ _SHOWN_LINES, _SHOWN = 20, 4000  # of the output that an error shows, the lines 
 
 
 class TaskFuture(interruptible.Future[Any]):
-    """The future of an execution; whoever asks it for the result has seen the error."""
+    """The future of an execution; asking it for the result retrieves the error."""
 
     def __init__(self, execution: Execution | Broadcast) -> None:
         super().__init__()
         self._execution = execution
 
     def running(self) -> bool:
-        """Whether the task is being executed."""
+        """Return whether the task is being executed."""
         return self._execution.status == "running"
 
     def cancel(self) -> bool:
@@ -87,20 +87,20 @@ class Execution:
     Args:
         name: The task's name.
         steps: What to do.
-        context: Where and how.
+        context: The host and its environment.
         env: The task's own environment variables.
         options: Its options.
-        limits: What it may use of its host.
+        limits: The limits of what it may use of its host.
 
     Attributes:
         status: ``pending``, ``running``, ``done``, ``failed`` or ``cancelled``.
         future: Done at the end.
         results: What came out of each step that has ended, the failed one included.
         error: Why it failed.
-        retrieved: Whether somebody has asked for the error.
+        retrieved: Whether the error was asked for; else it is logged at the end.
         raised: Whether `join` has raised the error.
         exitcode: None until its end, then 0, 1 or what a failed process ended with.
-        board: Where it says how far it is.
+        board: Shows its progress to those who wait for it.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Execution:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended."""
+        """True once it has ended."""
         return self.future.done()
 
     @property
@@ -172,7 +172,7 @@ class Execution:
             try:
                 inner.add_done_callback(self._ran)
                 inner.begin()
-            except BaseException:  # Ctrl-C: whoever has asked for it does not get to know it
+            except BaseException:  # Ctrl-C: the caller does not get to know it
                 inner.cancel()
                 raise
         return self
@@ -275,7 +275,7 @@ class Execution:
             self.results.append(result)
 
     def _lost_agent(self) -> TaskExecutionError | None:
-        """Return why the task cannot go on if the host has lost its agent: what earlier steps have left is gone."""
+        """Return the error of a host that has lost its agent, and with it what earlier steps have left there."""
         host, connection = self.context.host, self.context.connection
         if self.context.generation in (0, connection.generation):
             return None
@@ -285,7 +285,7 @@ class Execution:
         return error
 
     def _step_error(self, index: int, step: Step, error: TaskExecutionError, output: str) -> TaskExecutionError:
-        """Return the error of a step with all that is known only here."""
+        """Return the error of a step, with the host, the task, the step and its output."""
         host = self.context.host
         lines = [f"{host}: task {self.name!r}, step {index + 1} of {len(self.steps)} failed: {_short(step.label)}"]
         lines.append(f"  {error.message}")
@@ -342,8 +342,8 @@ class Execution:
         """
         return wait_for([self], timeout)
 
-    def too_long(self, timeout: float | None) -> str:
-        """Return what is said if it has not ended in time."""
+    def timeout_message(self, timeout: float | None) -> str:
+        """Return the message of a wait that has timed out."""
         connection = self.context.connection
         waiting = f"; the link to it is interrupted: {connection.why}" if connection.state == "interrupted" else ""
         return f"task {self.name!r} on {self.host} has not ended within {timeout} s{waiting}"
@@ -390,7 +390,7 @@ class Execution:
             raise error
 
     def report(self) -> None:
-        """Log the error if nobody has asked for it."""
+        """Log the error if it was not retrieved."""
         if self.error is not None and not self.retrieved:
             self.retrieved = True
             _logger.error("a task failed, and nobody asked for its result:\n%s", self.error)
@@ -448,7 +448,7 @@ class Broadcast:
 
     @property
     def is_over(self) -> bool:
-        """Whether all have ended."""
+        """True once all have ended."""
         return all(execution.is_over for execution in self.executions)
 
     @property
@@ -461,12 +461,12 @@ class Broadcast:
 
     @property
     def results(self) -> list[StepResult]:
-        """What came out of each step on each host so far."""
+        """The results of each step on each host so far."""
         return [result for execution in self.executions for result in execution.results]
 
     @property
     def error(self) -> TaskExecutionError | None:
-        """Why it failed; of several hosts, all of their errors in one."""
+        """The error of the host that failed; of several hosts, all of their errors in one."""
         if self._error is not None:
             return self._error
         errors = [execution.error for execution in self.executions if execution.error is not None]
@@ -480,7 +480,7 @@ class Broadcast:
 
     @property
     def retrieved(self) -> bool:
-        """Whether somebody has asked for all errors."""
+        """True if all errors were asked for."""
         return all(execution.retrieved for execution in self.executions)
 
     @retrieved.setter
@@ -497,8 +497,8 @@ class Broadcast:
         """Wait for the end of all, see :meth:`Execution.wait`."""
         return wait_for(self.executions, timeout)
 
-    def too_long(self, timeout: float | None) -> str:
-        """Return what is said if it has not ended in time."""
+    def timeout_message(self, timeout: float | None) -> str:
+        """Return the message of a wait that has timed out."""
         left = [execution.context.host for execution in self.executions if not execution.is_over]
         return f"task {self.name!r} has not ended within {timeout} s on {', '.join(left)}"
 
@@ -512,7 +512,7 @@ class Broadcast:
         raise_failures(self.executions)
 
     def report(self) -> None:
-        """Log the errors that nobody has asked for."""
+        """Log the errors that were not retrieved."""
         for execution in self.executions:
             execution.report()
 
@@ -538,7 +538,7 @@ class ProcessHandle(abc.ABC):
 
     @abc.abstractmethod
     def is_alive(self) -> bool:
-        """Whether it is still there."""
+        """Return whether it has not ended."""
 
     @abc.abstractmethod
     def join(self, timeout: float | None = None) -> None:
@@ -586,7 +586,7 @@ class TaskProcess(ProcessHandle):
         return self._execution.exitcode if self._execution.is_over else None
 
     def is_alive(self) -> bool:
-        """Whether the task is pending or running."""
+        """Return whether the task is pending or running."""
         return not self._execution.is_over
 
     def join(self, timeout: float | None = None) -> None:
@@ -603,7 +603,7 @@ class TaskProcess(ProcessHandle):
 
 
 def wait_for(executions: Sequence[Execution], timeout: float | None = None) -> bool:
-    """Wait for the end of executions; meanwhile it is shown how far they are.
+    """Wait for the end of executions, and show their progress meanwhile.
 
     Args:
         executions: What to wait for.
@@ -650,7 +650,7 @@ async def settled(future: concurrent.futures.Future[Any]) -> None:
 
 
 def _cause(error: TaskExecutionError, step: Step) -> BaseException | None:
-    """Return what caused an error, if that says more than the error: what a user's function raised, a lost host."""
+    """Return the cause of an error, if it says more than the error: what a user's function raised, a lost host."""
     cause = error.__cause__
     if isinstance(cause, (ConnectionLostError, NoAnswerError)):
         return cause

@@ -1,4 +1,4 @@
-"""Functions on a host, from the manager's side: what is sent, and what comes back."""
+"""Calls of functions on a host, from the manager's side: their requests and their outcomes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _interpreters: weakref.WeakKeyDictionary[AgentInfo, dict[str, str]] = weakref.We
 
 @dataclass(frozen=True)
 class CallOutcome:
-    """How a call ended.
+    """The outcome of a call.
 
     Attributes:
         status: "returned", "raised", "exited" or "killed".
@@ -138,7 +138,7 @@ async def call(
         limits: What it may use: see :class:`~lazycluster.tasks.limits.Limits`.
 
     Returns:
-        How it ended. When the coroutine is cancelled, the process and all its descendants are ended first.
+        The outcome. When the coroutine is cancelled, the process and all its descendants are ended first.
 
     Raises:
         TypeError: If the call cannot be pickled.
@@ -186,7 +186,7 @@ def _params(pickled: PickledCall, python: str | None, env: dict[str, str], cwd: 
 def params_for_another_agent(
     pickled: PickledCall, python: str | None, env: dict[str, str], cwd: str, task: str
 ) -> dict[str, Any]:
-    """Return what an agent must be told of a call that has been told nothing before."""
+    """Return the parameters of a call for an agent that knows nothing yet."""
     digest, sources = _library()
     return {**_params(pickled, python, env, cwd, task), "library": digest, "sources": sources}
 
@@ -226,7 +226,7 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
 
 # --- the pickling library -------------------------------------------------------------------------
 def library_for(connection: Connection) -> dict[str, Any]:
-    """Return what to tell the host about the pickling library: its digest; at first also its sources."""
+    """Return the parameters of a call that name the pickling library: its digest; at first also its sources."""
     digest, sources = _library()
     if _libraries.get(connection.agent_info) == digest:
         return {"library": digest}
@@ -322,7 +322,7 @@ async def _load_anywhere(parts: list[bytes]) -> Any:
 
 
 async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> CallOutcome:
-    """Return how a call ended, from the agent's answer and the parts of its output."""
+    """Return the outcome of a call, from the agent's answer and the parts of its output."""
     status = result["status"]
     if status in ("exited", "killed"):
         return CallOutcome(

@@ -1,4 +1,4 @@
-"""`RuntimeTask`: steps that are carried out one after the other on a host."""
+"""`RuntimeTask`: steps that are executed one after the other on a host."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LABEL = 200  # characters of a step
 
 @runtime_checkable
 class Executor(Protocol):
-    """What a runtime is to a task."""
+    """The interface of a runtime that a task uses."""
 
     def execute_task(
         self, task: RuntimeTask, execute_async: bool = True, omit_on_join: bool = False, debug: bool = False
@@ -46,7 +46,7 @@ class Executor(Protocol):
 
 
 class RuntimeTask(Shown):
-    """Steps that are carried out one after the other on a host: copy files, run commands and Python functions.
+    """Steps that are executed one after the other on a host: copy files, run commands and Python functions.
 
     A task is written down with methods that return the task itself, and is then executed by a
     :class:`~lazycluster.Runtime` or a :class:`~lazycluster.RuntimeGroup`. The first step that fails ends it.
@@ -189,7 +189,7 @@ class RuntimeTask(Shown):
 
     @property
     def limits(self) -> Limits:
-        """What the task may use of its host."""
+        """The limits of what the task may use of its host."""
         return self._limits
 
     def limit(
@@ -272,7 +272,7 @@ class RuntimeTask(Shown):
             self._execution.end_and_wait()
 
     def _was_broadcast(self, copies: Sequence[RuntimeTask]) -> None:
-        """Note that copies of the task are executed on several hosts: what comes out of them is shown for it, too."""
+        """Have the task show the executions of its copies on several hosts as its own."""
         with self._lock:
             if self._execution is None:
                 self._execution = Broadcast(self.name, [one for task in copies for one in task._executions()])
@@ -310,7 +310,7 @@ class RuntimeTask(Shown):
 
     @property
     def exception(self) -> TaskExecutionError | None:
-        """Why the task has failed; None if it has not, or not yet. Does not wait."""
+        """The error of a task that has failed; None if it has not, or not yet. Does not wait."""
         if self._execution is None or self._execution.error is None:
             return None
         self._execution.retrieved = True
@@ -333,7 +333,7 @@ class RuntimeTask(Shown):
         try:
             return self.future.result(timeout)
         except concurrent.futures.TimeoutError:
-            raise TimeoutError(self._started().too_long(timeout)) from None
+            raise TimeoutError(self._started().timeout_message(timeout)) from None
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end. Returns at once if it has not been executed, and silently if it was cancelled.
@@ -348,7 +348,7 @@ class RuntimeTask(Shown):
         if self._execution is None:
             return
         if not self._execution.wait(timeout):
-            raise TimeoutError(self._execution.too_long(timeout))
+            raise TimeoutError(self._execution.timeout_message(timeout))
         self._execution.raise_once()
 
     def cancel(self) -> bool:
@@ -361,7 +361,7 @@ class RuntimeTask(Shown):
 
     @property
     def execution_log(self) -> list[str]:
-        """What each step printed, one entry per step that was carried out; long output is cut to its end.
+        """The output of each step, one entry per step that was executed; long output is cut to its end.
 
         Waits for the end of the task, unless it was started with ``omit_on_join``: then it is what there is so far.
         """
@@ -381,7 +381,7 @@ class RuntimeTask(Shown):
 
     @property
     def function_returns(self) -> Generator[Any, None, None]:
-        """What the functions of the task returned, in order. Waits for the end of the task, see :attr:`execution_log`.
+        """The results of the functions of the task, in order. Waits for the end of the task, see :attr:`execution_log`.
 
         Raises:
             TaskExecutionError: If a step failed and no join has raised it before, when the generator is used.
@@ -451,7 +451,7 @@ def _status_cell(status: str) -> Cell:
 
 
 def _task_view(name: str, steps: tuple[Step, ...], execution: Execution | None) -> View:
-    """Return what is shown of a task in a notebook."""
+    """Return the view of a task in a notebook."""
     facts: list[Fact] = []
     status = "pending"
     if execution is not None:
@@ -469,7 +469,7 @@ def _task_view(name: str, steps: tuple[Step, ...], execution: Execution | None) 
 
 
 def _broadcast_view(broadcast: Broadcast) -> View:
-    """Return what is shown of a task that was executed on several hosts."""
+    """Return the view of a task that was executed on several hosts."""
     rows: list[list[Cell | str]] = []
     for one in broadcast.executions:
         done = max(0, len(one.results) - (one.is_over and one.status != "done"))
@@ -480,7 +480,7 @@ def _broadcast_view(broadcast: Broadcast) -> View:
 
 
 def _task_log(name: str, steps: tuple[Step, ...], execution: Execution | None, failure: Exception | None) -> LoggedTask:
-    """Return what a task printed."""
+    """Return the output of a task on a host."""
     if execution is None:
         status = _status_cell("pending")
         return LoggedTask("", name, "pending", [LoggedStep(_short(step.label), status, "") for step in steps])
@@ -505,7 +505,7 @@ def _step_status(index: int, execution: Execution | None) -> Cell:
 
 
 def _cause(error: Exception) -> str:
-    """Return why a step failed: the first line of the message says which step it is, the second why."""
+    """Return the cause of a failed step: the first line of the message names the step, the second says why."""
     return "\n".join(str(error).splitlines()[:2][-1:]).strip()
 
 
