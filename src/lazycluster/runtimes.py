@@ -214,10 +214,8 @@ class Runtime(Belongings, Shown):
         """
         options = ExecutionOptions(debug, omit_on_join and execute_async, retries, retry_on)
         if detach:
-            detached.check_options(
-                task, retries=retries, omit_on_join=omit_on_join, debug=debug, wait=not execute_async
-            )
-            return event_loop.run(self.detach_soon(task, detached.checked(task)))
+            detached.check_options(task, options, wait=not execute_async)
+            return event_loop.run(self.detach_soon(task, detached.detachable_calls(task)))
         started = task if getattr(task, "status", "") == "pending" else None
         try:
             started = self.start_task(task, options)
@@ -246,7 +244,7 @@ class Runtime(Belongings, Shown):
         """Start a task that does not end with this process; for the layers above, on the loop."""
         own = self._session.spec.working_dir is None
         variable = self.WORKING_DIR_ENV_VAR_NAME
-        return await detached.start(task, self.task_context(), calls, own_directory=own, cwd_variable=variable)
+        return await detached.start_detached(task, self.task_context(), calls, own_directory=own, cwd_variable=variable)
 
     def start_task(self, task: RuntimeTask, options: ExecutionOptions) -> RuntimeTask:
         """Start a task, see :meth:`execute_task`; for the layers above, which may share work between hosts."""

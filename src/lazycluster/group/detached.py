@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lazycluster.core import event_loop
 from lazycluster.runtimes import Runtime
-from lazycluster.tasks.detached import DetachedTask, checked
+from lazycluster.tasks.detached import DetachedTask, detachable_calls
 from lazycluster.tasks.task import RuntimeTask
 
 from .members import answers_of
@@ -28,7 +28,7 @@ def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTa
     Raises:
         LazyclusterError: If it cannot be started on one; those that were are removed.
     """
-    calls = checked(task)
+    calls = detachable_calls(task)
 
     async def start() -> list[DetachedTask]:
         starting = [asyncio.ensure_future(runtime.detach_soon(task, calls)) for runtime in runtimes]
@@ -37,7 +37,7 @@ def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTa
         except BaseException:
             settled = await asyncio.gather(*starting, return_exceptions=True)
             begun = [one for one in settled if isinstance(one, DetachedTask)]
-            await asyncio.gather(*(one.remove_soon() for one in begun), return_exceptions=True)
+            await asyncio.gather(*(one._remove_async() for one in begun), return_exceptions=True)
             raise
 
     return event_loop.run(start())

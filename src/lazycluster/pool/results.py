@@ -8,7 +8,7 @@ from typing import Any
 
 from lazycluster.agent.pool_protocol import BROKEN, CHUNK, RETURNED
 from lazycluster.exceptions import RemoteTraceback, TaskExecutionError
-from lazycluster.tasks.functions import CallOutcome, load_parts, loads, with_lines
+from lazycluster.tasks.functions import CallOutcome, load_parts, loads, with_source_lines
 
 from .chunks import ChunkAnswer, Failure
 from .serialization import PackedCalls
@@ -109,7 +109,7 @@ def _described(told: dict[str, Any], host: str, name: str) -> BaseException:
         except Exception:  # noqa: BLE001  (its text has to do)
             exception = None
     phase = told.get("phase", "run")
-    traceback = with_lines(told["traceback"])
+    traceback = with_source_lines(told["traceback"])
     hint = told.get("hint", "")
     if exception is not None and phase == "run":
         text = f"{traceback}\nNext step: {hint}" if hint else traceback

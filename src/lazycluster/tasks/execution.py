@@ -250,7 +250,7 @@ class Execution:
         except LazyclusterError as error:
             host = self.context.host
             raise TaskExecutionError(
-                f"{host}: task {self.name!r} was not begun: {error}", host=host, task=self.name
+                f"{host}: task {self.name!r} was not started: {error}", host=host, task=self.name
             ) from error
 
     async def _step(self, index: int, step: Step) -> None:
@@ -393,7 +393,7 @@ class Execution:
         """Log the error if it was not retrieved."""
         if self.error is not None and not self.retrieved:
             self.retrieved = True
-            _logger.error("a task failed, and nobody asked for its result:\n%s", self.error)
+            _logger.error("a task has failed, and its error was never retrieved:\n%s", self.error)
 
     def __del__(self) -> None:
         # An execution whose constructor failed has no error yet.

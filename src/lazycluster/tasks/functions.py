@@ -183,7 +183,7 @@ def _params(pickled: PickledCall, python: str | None, env: dict[str, str], cwd: 
     }
 
 
-def params_for_another_agent(
+def params_for_new_agent(
     pickled: PickledCall, python: str | None, env: dict[str, str], cwd: str, task: str
 ) -> dict[str, Any]:
     """Return the parameters of a call for an agent that knows nothing yet."""
@@ -284,7 +284,7 @@ class _QuickUnpickler(pickle.Unpickler):
 
 
 def load_parts(parts: list[bytes], quick: bool) -> Any:
-    """Unpickle what came in parts; they are let go on the way. If `quick`, nothing is imported.
+    """Unpickle what came in parts; they are freed on the way. If `quick`, nothing is imported.
 
     Raises:
         Exception: Whatever a class's own code raises; see `loads`.
@@ -311,7 +311,7 @@ def _loaded(load: Callable[..., Any], *data: bytes) -> Any:
         raise pickle.UnpicklingError(f"it raised {type(error).__name__}: {error}") from error
 
 
-async def _load_anywhere(parts: list[bytes]) -> Any:
+async def _load_async(parts: list[bytes]) -> Any:
     """Unpickle: small things at once, large ones and those that import something in a thread, to keep the loop free."""
     if sum(map(len, parts)) <= _SMALL:
         try:
@@ -333,7 +333,7 @@ async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> CallOutco
             out_of_memory=result.get("out_of_memory", ""),
         )
     try:
-        value = await _load_anywhere(parts)
+        value = await _load_async(parts)
     except MemoryError as error:
         parts.clear()
         error.__traceback__ = None  # it holds what was unpickled so far
@@ -347,21 +347,21 @@ async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> CallOutco
     return await _raised(value, result.get("phase", ""))
 
 
-async def _raised(told: Mapping[str, Any], phase: str) -> CallOutcome:
+async def _raised(fields: Mapping[str, Any], phase: str) -> CallOutcome:
     exception: BaseException | None = None
-    message = told["message"]
-    if told["exception"] is not None:
+    message = fields["message"]
+    if fields["exception"] is not None:
         try:
-            loaded = await _load_anywhere([told["exception"]])
+            loaded = await _load_async([fields["exception"]])
             exception = loaded if isinstance(loaded, BaseException) else None
         except Exception:  # noqa: BLE001  (its text has to do)
             exception = None
     if phase == "result":
-        kind = told["result_type"].removeprefix("builtins.")
+        kind = fields["result_type"].removeprefix("builtins.")
         return CallOutcome(
             "raised",
             exception=exception,
-            type_name=told["type"],
+            type_name=fields["type"],
             message=f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
             + (", for instance a list of its items" if "generator" in kind else ""),
             phase=phase,
@@ -369,15 +369,15 @@ async def _raised(told: Mapping[str, Any], phase: str) -> CallOutcome:
     return CallOutcome(
         "raised",
         exception=exception,
-        type_name=told["type"],
+        type_name=fields["type"],
         message=message,
-        hint=told.get("hint", ""),
-        traceback=with_lines(told["traceback"]),
+        hint=fields.get("hint", ""),
+        traceback=with_source_lines(fields["traceback"]),
         phase=phase,
     )
 
 
-def with_lines(text: str) -> str:
+def with_source_lines(text: str) -> str:
     """Have a traceback show the lines of code that the manager has: no host has them, or some have older ones.
 
     Args:
@@ -414,7 +414,7 @@ def _line_here(file: str, number: int) -> str:
 
 def _signal_name(number: int | None) -> str:
     if number is None:
-        return "an unknown cause (the process that it was forked from has gone)"
+        return "an unknown cause (the process that it was forked from has ended)"
     try:
         return signals.Signals(number).name
     except ValueError:

@@ -263,7 +263,7 @@ def _summary(verb: str, source: str, target: str, result: TransferResult) -> byt
     return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
-# --- files on the manager, and the hosts that they came from ---------------------------------------
+# --- files on the manager, and the hosts that they came from -------------------------------------
 _lock = threading.Lock()
 _being_written: dict[str, str] = {}
 _written: OrderedDict[str, tuple[str, tuple[int, int, int]]] = OrderedDict()
@@ -278,16 +278,14 @@ def claimed(path: str, host: str) -> Iterator[None]:
         host: The host.
 
     Raises:
-        TaskExecutionError: If a file from another host is just being written there.
+        TaskExecutionError: If a file from another host is being written there.
     """
     key = os.path.realpath(path)
     with _lock:
         other = _being_written.get(key)
         if other is not None:
             whose = "this host" if other == host else other
-            raise TaskExecutionError(
-                f"{path} is just being written with what comes from {whose}: give each its own local_path"
-            )
+            raise TaskExecutionError(f"{path} is being written with a file from {whose}: give each its own local_path")
         _being_written[key] = host
     try:
         _warn_of_loss(key, host)
@@ -305,9 +303,9 @@ def claimed(path: str, host: str) -> Iterator[None]:
 
 def _warn_of_loss(key: str, host: str) -> None:
     before = _written.get(key)
-    # If it is still what the other host gave, nobody has taken notice of it by renaming or changing it.
+    # If it is still what the other host gave, it was not renamed or changed, so it may be unread.
     if before is not None and before[0] != host and _stamp(key) == before[1]:
-        _logger.warning("%s: what came from %s is replaced with what comes from %s", key, before[0], host)
+        _logger.warning("%s: what came from %s is replaced by what comes from %s", key, before[0], host)
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:

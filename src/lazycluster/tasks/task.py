@@ -92,7 +92,7 @@ class RuntimeTask(Shown):
         with self._lock:
             if self._execution is not None and not self._execution.is_over:
                 raise LazyclusterError(
-                    f"task {self.name!r} is being executed: a step added now would never be carried out"
+                    f"task {self.name!r} is being executed: a step that is added now would never be executed"
                 )
             self._steps.append(step)
         return self
@@ -250,7 +250,7 @@ class RuntimeTask(Shown):
             if self._execution is None:
                 env = checked_variables(self._env)
                 execution = Execution(self.name, self._steps, context, env, options, self._limits)
-                self._execution = execution  # before it begins: whoever is interrupted can end it
+                self._execution = execution  # before it begins, so that an interrupted caller can end it
                 try:
                     execution.start()
                 except LazyclusterError:
@@ -444,7 +444,7 @@ class RuntimeTask(Shown):
         return f"<RuntimeTask {self.name!r}: {counted(len(self._steps), 'step')}, {self.status}{where}>"
 
 
-# --- how it is shown -------------------------------------------------------------------------------
+# --- how it is shown -----------------------------------------------------------------------------
 def _status_cell(status: str) -> Cell:
     """Return the status of a task or a step as a cell."""
     return Cell(status, _TONES.get(status, ""))
