@@ -29,7 +29,7 @@ class Context:
         env: What is added to the host's environment.
         python: The interpreter for functions; None: the one that the agent finds.
         shell: The shell for commands; None: the user's own.
-        keeper: An object that must live as long as something is executed, for the connection to stay.
+        owner: The object that holds the connection: it must live as long as something is executed.
         prepare: Makes the Python environment that functions, commands and workers need, and returns the context in
             it; None if there is nothing to be made. See :meth:`prepared`.
         startup_files: When the shell reads its start-up files: ``once`` per connection, or ``always``.
@@ -42,7 +42,7 @@ class Context:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)  # it may hold secrets
     python: str | None = None
     shell: str | None = None
-    keeper: object = field(default=None, repr=False, compare=False)
+    owner: object = field(default=None, repr=False, compare=False)
     prepare: Callable[[Context], Awaitable[Context]] | None = field(default=None, repr=False, compare=False)
     generation: int = 0
     startup_files: str = "once"

@@ -136,8 +136,8 @@ class Execution:
 
     def _take_context(self, context: Context) -> None:
         """Use a context from now on, with a log file of its own."""
-        self._keeper = context.keeper
-        self.context = replace(context, keeper=None, env={**context.env, **self._env})
+        self._connection_owner = context.owner
+        self.context = replace(context, owner=None, env={**context.env, **self._env})
         self._log = TaskLog(context.host, self.name, self._options.debug)
 
     @property
@@ -309,7 +309,7 @@ class Execution:
 
     def _finish(self, status: str, exitcode: int, error: TaskExecutionError | None = None) -> None:
         self._log.close()
-        self._keeper = None
+        self._connection_owner = None
         if error is not None:
             error.__traceback__ = None  # it is the way through the loop; those who get the error add their own
         self.error, self.exitcode = error, exitcode

@@ -17,7 +17,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import cloudpickle
 
 from lazycluster.agent.localmodules import Source
 from lazycluster.core import event_loop
+from lazycluster.core.words import signal_name
 from lazycluster.exceptions import AgentError
 from lazycluster.ssh.agent_replies import AgentInfo
 from lazycluster.ssh.channel import Collected
@@ -87,7 +88,8 @@ class CallOutcome:
             return f"{name}() ended its process with exit status {self.exit} and returned nothing"
         if self.status == "killed":
             why = memory_hint(self.out_of_memory) if self.signal == signals.SIGKILL else ""
-            return f"{name}() was ended by {_signal_name(self.signal)}{why}"
+            by = "an unknown cause (the process that it was forked from has ended)"
+            return f"{name}() was ended by {by if self.signal is None else signal_name(self.signal)}{why}"
         headline = f"{self.type_name}: {self.message}" if self.message else self.type_name
         starts = {"load": f"{name}() could not be loaded on the host: ", "result": ""}
         start = starts.get(self.phase, f"{name}() raised ")
@@ -344,37 +346,33 @@ async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> CallOutco
         return CallOutcome("raised", exception=error, type_name=type(error).__qualname__, message=text, phase="result")
     if status == "returned":
         return CallOutcome("returned", value=value)
-    return await _raised(value, result.get("phase", ""))
+    exception = None
+    if value["exception"] is not None:
+        with contextlib.suppress(Exception):  # whatever a class's own code raises; its text must suffice
+            exception = await _load_async([value["exception"]])
+    return raised_outcome(value, result.get("phase", ""), exception)
 
 
-async def _raised(fields: Mapping[str, Any], phase: str) -> CallOutcome:
-    exception: BaseException | None = None
-    message = fields["message"]
-    if fields["exception"] is not None:
-        try:
-            loaded = await _load_async([fields["exception"]])
-            exception = loaded if isinstance(loaded, BaseException) else None
-        except Exception:  # noqa: BLE001  (its text has to do)
-            exception = None
-    if phase == "result":
-        kind = fields["result_type"].removeprefix("builtins.")
-        return CallOutcome(
-            "raised",
-            exception=exception,
-            type_name=fields["type"],
-            message=f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
-            + (", for instance a list of its items" if "generator" in kind else ""),
-            phase=phase,
-        )
-    return CallOutcome(
+def raised_outcome(fields: Mapping[str, Any], phase: str, exception: object) -> CallOutcome:
+    """Return the outcome of a call that has raised an exception.
+
+    Args:
+        fields: What the host says of the exception.
+        phase: What the host was doing, see :class:`CallOutcome`.
+        exception: The exception itself, if it could be unpickled.
+    """
+    outcome = CallOutcome(
         "raised",
-        exception=exception,
+        exception=exception if isinstance(exception, BaseException) else None,
         type_name=fields["type"],
-        message=message,
-        hint=fields.get("hint", ""),
-        traceback=with_source_lines(fields["traceback"]),
+        message=fields["message"],
         phase=phase,
     )
+    if phase == "result":
+        kind = fields["result_type"].removeprefix("builtins.")
+        text = f"the result, a {kind}, cannot be sent back ({outcome.message}). Next step: return plain data"
+        return replace(outcome, message=text + (", for instance a list of its items" if "generator" in kind else ""))
+    return replace(outcome, hint=fields.get("hint", ""), traceback=with_source_lines(fields["traceback"]))
 
 
 def with_source_lines(text: str) -> str:
@@ -410,12 +408,3 @@ def _line_here(file: str, number: int) -> str:
         if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= _LARGEST_SOURCE:
             return ""
     return linecache.getline(file, number).strip()
-
-
-def _signal_name(number: int | None) -> str:
-    if number is None:
-        return "an unknown cause (the process that it was forked from has ended)"
-    try:
-        return signals.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lazycluster.core.words import signal_name
 from lazycluster.exceptions import LazyclusterError, TaskExecutionError, one_line
 from lazycluster.output.progress import Progress
 
@@ -233,11 +234,8 @@ def exit_error(result: Mapping[str, Any], limits: Limits | None = None) -> TaskE
     number, status = result.get("signal"), result.get("exit")
     out_of_memory = result.get("out_of_memory") or ""
     if number:
-        try:
-            name = signal.Signals(number).name
-        except ValueError:
-            name = str(number)
-        message = f"it was ended by the signal {name}{memory_hint(out_of_memory) if name == 'SIGKILL' else ''}"
+        hint = memory_hint(out_of_memory) if number == signal.SIGKILL else ""
+        message = f"it was ended by the signal {signal_name(number).removeprefix('signal ')}{hint}"
         status = -number
     elif status:
         message = f"exit status {status}{memory_hint(out_of_memory) if out_of_memory else _HINTS.get(status, '')}"
