@@ -265,7 +265,7 @@ def test_a_host_that_says_less_than_it_was_told_is_not_believed(hosts: Any) -> N
         assert task.result(_PATIENCE) == 4
         for steps in ([], RETURNED, [{"ok": True, "exit": 0, "signal": None}, *RETURNED]):
             rewritten(hosts[0], task, [1], steps=steps)
-            with pytest.raises(LazyclusterError, match="not of each of its steps"):
+            with pytest.raises(LazyclusterError, match="not how each of its steps has ended"):
                 task.result()
         task.remove()
 

@@ -15,7 +15,7 @@ import pytest
 from lazycluster import RuntimeGroup, RuntimeTask, runtimes
 from lazycluster.cluster import services
 from lazycluster.ssh import connection, tunnel_handles
-from lazycluster.tasks import functions, step_run
+from lazycluster.tasks import functions, step_runner
 from patience import until
 
 _FOR_EVER = 3600.0
@@ -29,7 +29,7 @@ def _endless(monkeypatch: pytest.MonkeyPatch) -> None:
         (runtimes, "_END_LIMIT"),
         (connection, "_STOP_PATIENCE"),
         (tunnel_handles, "_ANSWER_LIMIT"),
-        (step_run, "_END_LIMIT"),
+        (step_runner, "_END_LIMIT"),
         (functions, "END_PATIENCE"),
     ):
         assert hasattr(module, name)

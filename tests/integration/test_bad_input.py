@@ -331,6 +331,14 @@ def test_the_one_error_of_a_copy_has_the_next_step(local, tmp_path):
             copy()
 
 
+def test_a_function_that_cannot_be_sent_is_one_error(local):
+    lock = threading.Lock()
+    with pytest.raises(TaskExecutionError, match="cannot be sent to a host") as caught:
+        local.call(lambda: lock)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count("Traceback (most recent call last)") == 1, shown
+
+
 def test_what_a_function_has_raised_stays_the_cause(local, tmp_path):
     with pytest.raises(TaskExecutionError) as caught:
         local.call(open, str(tmp_path / "no"))

@@ -22,7 +22,7 @@ from direct_zygote import DirectZygote, ready_zygote
 
 from lazycluster.agent import filenames
 from lazycluster.pool.serialization import pack
-from lazycluster.tasks.functions import with_lines
+from lazycluster.tasks.functions import with_source_lines
 from lazycluster.tasks.pickling import dump_call
 
 _CELL = "/tmp/ipykernel_4242/1234567890.py"  # no such file: the kernel has the text, in `linecache`
@@ -151,7 +151,7 @@ def test_a_host_with_another_version_of_a_file(tmp_path: Path, folder: str) -> N
     )
     here = there.replace("    old(\n    ~~~^\n        there)\n    ^^^^^^\n", "    raise KeyError(here)\n")
     expected = here if folder == "project" else there
-    assert with_lines(there) == expected.replace("KeyError: 'x'", "    raise KeyError(here)\nKeyError: 'x'")
+    assert with_source_lines(there) == expected.replace("KeyError: 'x'", "    raise KeyError(here)\nKeyError: 'x'")
 
 
 def test_a_host_that_names_what_is_no_source(tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_a_host_that_names_what_is_no_source(tmp_path: Path) -> None:
         "x" * 9999,
     ):
         text = f'  File "{name}", line 1, in train\nKeyError'
-        assert with_lines(text) == text
+        assert with_source_lines(text) == text
     for number in ("0", "9" * 5000):
         text = f'  File "{__file__}", line {number}, in train\nKeyError'
-        assert with_lines(text) == text
+        assert with_source_lines(text) == text
 
 
 # --- pickles ---------------------------------------------------------------------------------------

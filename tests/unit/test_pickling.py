@@ -524,3 +524,18 @@ def test_names_of_projects(tmp_path: Path) -> None:
     (tmp_path / "src" / "egg.egg-info").mkdir()
     local_code.distribution_of.cache_clear()
     assert local_code.distribution_of(str(folder)) == "egg"
+
+
+class _Unwilling:
+    def __reduce__(self) -> Any:
+        raise LookupError("not me")
+
+
+def test_the_error_of_code_of_others_is_the_cause_and_no_other_one_is() -> None:
+    with pytest.raises(TypeError, match=r"cannot be sent to a host: it is a _thread\.lock") as caught:
+        dump_call(len, (threading.Lock(),))
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    with pytest.raises(TypeError, match="not me") as caught:
+        dump_call(len, (_Unwilling(),))
+    assert isinstance(caught.value.__cause__, LookupError)

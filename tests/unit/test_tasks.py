@@ -14,10 +14,11 @@ import pytest
 from lazycluster import RuntimeTask
 from lazycluster.exceptions import GroupTaskError, InvalidRuntimeError, InvalidRuntimesError, TaskExecutionError
 from lazycluster.group.broadcast import _for_host
+from lazycluster.output.lines import TAIL_LIMIT
 from lazycluster.tasks.context import checked_variables
-from lazycluster.tasks.step_run import claimed
+from lazycluster.tasks.step_runner import claimed
 from lazycluster.tasks.steps import GetFile, RunCommand, RunFunction, SendFile
-from lazycluster.tasks.task_log import TAIL_LIMIT, TaskLog
+from lazycluster.tasks.task_log import TaskLog
 from lazycluster.utils import Environment, Timestamp, new_log_file_path, safe_name
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 __all__ = ["counted"]
 
 
@@ -13,3 +15,11 @@ def counted(number: float, thing: str) -> str:
         thing: What it is called if it is one; several get an ``s``.
     """
     return f"{number:g} {thing}" if number == 1 else f"{number:g} {thing}s"
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, e.g. ``SIGKILL``; ``signal 65`` if it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

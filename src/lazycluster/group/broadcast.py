@@ -12,8 +12,8 @@ from lazycluster.core import event_loop
 from lazycluster.runtime.registry import join_all
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.context import ExecutionOptions
-from lazycluster.tasks.detached import DetachedTask, checked
-from lazycluster.tasks.step_run import prepare
+from lazycluster.tasks.detached import DetachedTask, detachable_calls
+from lazycluster.tasks.step_runner import pickle_calls
 from lazycluster.tasks.steps import GetFile, Step, on_manager
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
@@ -42,7 +42,7 @@ def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: Execut
         raise ValueError(f"task {task.name!r} has no steps: add one, e.g. with run_command()")
     for runtime in runtimes:
         runtime._context()  # raises if one cannot be used any more, before any is given work
-    options = replace(options, calls=prepare(task.steps))
+    options = replace(options, calls=pickle_calls(task.steps))
     locks = event_loop.run(send_locks(runtimes, task.steps))
     started: list[RuntimeTask] = []
     try:
@@ -97,7 +97,7 @@ def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTa
     Raises:
         LazyclusterError: If it cannot be started on one; those that were are removed.
     """
-    calls = checked(task)
+    calls = detachable_calls(task)
 
     async def start() -> list[DetachedTask]:
         starting = [asyncio.ensure_future(runtime._detach_async(task, calls)) for runtime in runtimes]
@@ -106,7 +106,7 @@ def detach_on(runtimes: Sequence[Runtime], task: RuntimeTask) -> list[DetachedTa
         except BaseException:
             settled = await asyncio.gather(*starting, return_exceptions=True)
             begun = [one for one in settled if isinstance(one, DetachedTask)]
-            await asyncio.gather(*(one.remove_soon() for one in begun), return_exceptions=True)
+            await asyncio.gather(*(one._remove_async() for one in begun), return_exceptions=True)
             raise
 
     return event_loop.run(start())

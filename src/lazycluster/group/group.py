@@ -381,7 +381,7 @@ class RuntimeGroup(Shown):
             raise ValueError("either host or broadcast can be given, not both")
         with progress_display.shown(self.progress):
             if detach:
-                check_options(task, retries=retries, debug=debug, wait=not execute_async)
+                check_options(task, options, wait=not execute_async)
                 found = detach_on(self.runtimes if broadcast else [self.get_runtime(host)], task)
                 return found if broadcast else found[0]
             if not broadcast:

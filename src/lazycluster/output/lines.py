@@ -10,10 +10,10 @@ from typing import Any
 
 from lazycluster.exceptions import printable
 
-__all__ = ["Lines", "Tail", "settled", "write"]
+__all__ = ["TAIL_LIMIT", "Lines", "Tail", "settled", "write"]
 
 _LONGEST = 128 * 1024  # bytes of a line that is shown as one
-_MOST = 1024 * 1024  # bytes of the end that are kept
+TAIL_LIMIT = 1024 * 1024  # bytes of the end that are kept
 
 
 class Lines:
@@ -57,32 +57,37 @@ class Tail:
         most: How many are kept.
 
     Attributes:
-        is_cut: Whether there was more.
+        cut: How many bytes before them were dropped.
     """
 
-    def __init__(self, most: int = _MOST) -> None:
+    def __init__(self, most: int = TAIL_LIMIT) -> None:
         self._most = most
         self._data = bytearray()
-        self.is_cut = False
+        self.cut = 0
 
     def put(self, data: bytes) -> None:
         """Take a piece of the output."""
         self._data += data
-        if len(self._data) > 2 * self._most:
+        if len(self._data) > self._most + self._most // 4:  # not each time, since it moves what stays
             self._trim()
 
-    def text(self) -> str:
-        """Return what is kept, from the beginning of a line."""
+    def text(self, whole_lines: bool = True) -> str:
+        """Return what is kept.
+
+        Args:
+            whole_lines: Where something is missing before it, begin with a line.
+        """
         self._trim()
         data = self._data
         # Half an address at the beginning, say, could not be told from one without a password in it.
-        start = data.find(b"\n", 0, -1) + 1 if self.is_cut else 0
+        start = data.find(b"\n", 0, -1) + 1 if self.cut and whole_lines else 0
         return data[start:].decode("utf-8", "replace")
 
     def _trim(self) -> None:
-        if len(self._data) > self._most:
-            self.is_cut = True
-            del self._data[: -self._most]
+        surplus = len(self._data) - self._most
+        if surplus > 0:
+            self.cut += surplus
+            del self._data[:surplus]
 
 
 def settled(text: str) -> str:

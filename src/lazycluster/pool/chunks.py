@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from lazycluster.agent.pool_protocol import BROKEN, CHUNK, RETURNED
 from lazycluster.exceptions import RemoteTraceback, TaskExecutionError
-from lazycluster.tasks.functions import CallOutcome, load_parts, loads, with_lines
+from lazycluster.tasks.functions import load_parts, loads, raised_outcome
 
 from .serialization import PackedCalls
 
@@ -207,28 +208,15 @@ def _exception_from(report: dict[str, Any], host: str, name: str) -> BaseExcepti
         host: Where.
         name: The call.
     """
-    exception: BaseException | None = None
+    exception = None
     if report["exception"] is not None:
-        try:
-            loaded = loads(report["exception"])
-            exception = loaded if isinstance(loaded, BaseException) else None
-        except Exception:  # noqa: BLE001  (its text has to do)
-            exception = None
-    phase = report.get("phase", "run")
-    traceback = with_lines(report["traceback"])
-    hint = report.get("hint", "")
-    if exception is not None and phase == "run":
-        text = f"{traceback}\nNext step: {hint}" if hint else traceback
-        exception.__cause__ = RemoteTraceback(host, report.get("pid", 0), text)
-        return exception
-    message = report["message"]
-    if phase == "result":
-        kind = report["result_type"].removeprefix("builtins.")
-        message = f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
-        traceback = ""
-    outcome = CallOutcome(
-        "raised", type_name=report["type"], message=message, hint=hint, traceback=traceback, phase=phase
-    )
+        with contextlib.suppress(Exception):  # its text must suffice
+            exception = loads(report["exception"])
+    outcome = raised_outcome(report, report.get("phase", "run"), exception)
+    if outcome.exception is not None and outcome.phase == "run":
+        text = f"{outcome.traceback}\nNext step: {outcome.hint}" if outcome.hint else outcome.traceback
+        outcome.exception.__cause__ = RemoteTraceback(host, report.get("pid", 0), text)
+        return outcome.exception
     error = TaskExecutionError(f"{host}: {outcome.describe(name.partition('(')[0])}", host=host, what=name)
-    error.__cause__ = exception
+    error.__cause__ = outcome.exception
     return error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster.agent.restart_policy import RestartPolicy
 from lazycluster.core import event_loop
+from lazycluster.core.words import signal_name
 from lazycluster.exceptions import (
     AgentError,
     BrokenPoolError,
@@ -332,12 +333,8 @@ class ChunkScheduler:
 def _exit_text(fields: dict[str, Any]) -> str:
     number = fields.get("signal")
     if number:
-        try:
-            name = signals.Signals(number).name
-        except ValueError:
-            name = f"signal {number}"
         hint = ": the host may have run out of memory" if number == signals.SIGKILL else ""
-        return f"been ended by {name}{hint}"
+        return f"been ended by {signal_name(number)}{hint}"
     status = fields.get("exit")
     return "ended" if status is None else f"ended with exit status {status}"
 

@@ -15,7 +15,7 @@ from typing import Any
 from lazycluster.agent import localmodules
 from lazycluster.agent.pool_protocol import CHUNK, LOCAL_CHUNK
 from lazycluster.tasks import local_code
-from lazycluster.tasks.pickling import CallPickler, Snapshot, name_of
+from lazycluster.tasks.pickling import CallPickler, Snapshot, by_value_or_source, name_of
 
 __all__ = ["PLAIN", "FunctionCache", "Packed", "PackedCalls", "Share", "cache_key", "pack", "pack_calls"]
 
@@ -92,16 +92,7 @@ def pack(value: Any) -> Packed:
     Raises:
         TypeError: If something cannot be sent; the message says what, and where it was found.
     """
-    try:
-        return _pack(value, by_source=False)
-    except Exception as error:  # noqa: BLE001  (any error of any __reduce__)
-        first = error
-    try:
-        return _pack(value, by_source=True)
-    except Exception:  # noqa: BLE001
-        from lazycluster.tasks.pickle_errors import explain
-
-        raise TypeError(explain(value, (), {}, first)) from first
+    return by_value_or_source(lambda by_source: _pack(value, by_source), value)
 
 
 def _pack(value: Any, by_source: bool) -> Packed:
@@ -147,20 +138,9 @@ def pack_calls(
     if not kwargs and all(type(argument) in PLAIN for arguments in calls for argument in arguments):
         data = pickle.dumps((calls, None), _PROTOCOL)
         return PackedCalls(CHUNK, (data,), len(data))
-    try:
-        return _pack_calls(calls, kwargs, share, by_source=False)
-    except Exception as error:  # noqa: BLE001  (any error of any __reduce__)
-        first = error
-    try:
-        return _pack_calls(calls, kwargs, share, by_source=True)
-    except Exception:  # noqa: BLE001
-        from lazycluster.tasks.pickle_errors import explain
-
-        for arguments in calls:
-            text = explain(function, arguments, kwargs or {}, first)
-            if "argument" in text:
-                break
-        raise TypeError(text) from first
+    return by_value_or_source(
+        lambda by_source: _pack_calls(calls, kwargs, share, by_source), function, calls, kwargs or {}
+    )
 
 
 def _pack_calls(

@@ -416,10 +416,8 @@ class Runtime(Shown):
         """
         options = ExecutionOptions(debug, omit_on_join and execute_async, retries, retry_on)
         if detach:
-            detached.check_options(
-                task, retries=retries, omit_on_join=omit_on_join, debug=debug, wait=not execute_async
-            )
-            return event_loop.run(self._detach_async(task, detached.checked(task)))
+            detached.check_options(task, options, wait=not execute_async)
+            return event_loop.run(self._detach_async(task, detached.detachable_calls(task)))
         started = task if getattr(task, "status", "") == "pending" else None
         try:
             started = self._start_task(task, options)
@@ -448,7 +446,7 @@ class Runtime(Shown):
         """Start a task that does not end with this process."""
         own = self._session.spec.working_dir is None
         variable = self.WORKING_DIR_ENV_VAR_NAME
-        return await detached.start(task, self._context(), calls, own_directory=own, cwd_variable=variable)
+        return await detached.start_detached(task, self._context(), calls, own_directory=own, cwd_variable=variable)
 
     def _start_task(self, task: RuntimeTask, options: ExecutionOptions) -> RuntimeTask:
         """Start a task, see :meth:`execute_task`."""

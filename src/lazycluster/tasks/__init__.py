@@ -1,1 +1,1 @@
-"""Tasks: their steps, how those are carried out, and what comes out."""
+"""Tasks: their steps, their execution, and their results."""

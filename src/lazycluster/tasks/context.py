@@ -1,4 +1,4 @@
-"""Where and how tasks are executed: the host and its environment, and the options of one execution."""
+"""The context in which tasks are executed (host, directory, environment), and the options of one execution."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from lazycluster.exceptions import TaskExecutionError
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
@@ -18,7 +20,7 @@ __all__ = ["Context", "ExecutionOptions", "checked_variables"]
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how the steps of a task are carried out.
+    """The host, directory and environment in which the steps of a task are executed.
 
     Attributes:
         host: The host as the user named it.
@@ -27,9 +29,9 @@ class Context:
         env: What is added to the host's environment.
         python: The interpreter for functions; None: the one that the agent finds.
         shell: The shell for commands; None: the user's own.
-        keeper: What must live as long as something is carried out, for the connection to stay.
-        prepare: What makes the Python environment that functions, commands and workers need, and returns the context
-            in it; None if there is nothing to be made. See :meth:`prepared`.
+        owner: The object that holds the connection: it must live as long as something is executed.
+        prepare: Makes the Python environment that functions, commands and workers need, and returns the context in
+            it; None if there is nothing to be made. See :meth:`prepared`.
         startup_files: When the shell reads its start-up files: ``once`` per connection, or ``always``.
         generation: Which agent of the host the working directory belongs to; 0: it depends on none.
     """
@@ -40,7 +42,7 @@ class Context:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)  # it may hold secrets
     python: str | None = None
     shell: str | None = None
-    keeper: object = field(default=None, repr=False, compare=False)
+    owner: object = field(default=None, repr=False, compare=False)
     prepare: Callable[[Context], Awaitable[Context]] | None = field(default=None, repr=False, compare=False)
     generation: int = 0
     startup_files: str = "once"
@@ -70,7 +72,7 @@ class ExecutionOptions:
         next_context: Returns where it is begun again, given the hosts that were tried, perhaps after waiting for one;
             None if there is no such host. It is called on the loop. By default the runtime that executes the task.
         calls: For each step the pickled call of its function, as
-            :func:`~lazycluster.tasks.step_run.prepare` returns them, where they are shared by several hosts.
+            :func:`~lazycluster.tasks.step_runner.pickle_calls` returns them, where they are shared by several hosts.
         send_lock: Held while files are sent, where hosts share a file system: so only the first of them sends.
     """
 
@@ -79,7 +81,7 @@ class ExecutionOptions:
     retries: int = 0
     retry_on: str = "host"
     next_context: Callable[[Sequence[str]], Awaitable[Context | None]] | None = field(default=None, repr=False)
-    calls: Sequence[PickledCall | Exception | None] | None = field(default=None, repr=False)
+    calls: Sequence[PickledCall | TaskExecutionError | None] | None = field(default=None, repr=False)
     send_lock: asyncio.Lock | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

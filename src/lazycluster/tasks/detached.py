@@ -19,15 +19,15 @@ from lazycluster.ssh.destination import parse_destination
 from . import detached_records
 from .context import checked_variables
 from .detached_records import DetachedRecord
-from .step_run import failure_of, prepare
+from .step_runner import exit_error, pickle_calls
 from .steps import RunCommand, RunFunction
 
 if TYPE_CHECKING:
-    from .context import Context
+    from .context import Context, ExecutionOptions
     from .pickling import PickledCall
     from .task import RuntimeTask
 
-__all__ = ["DetachedTask", "check_options", "checked", "detached_tasks", "start"]
+__all__ = ["DetachedTask", "check_options", "detachable_calls", "detached_tasks", "start_detached"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -36,7 +36,7 @@ _PART = 1024 * 1024  # bytes of a call that are sent within that time
 _ANSWER_LIMIT = 30.0
 _END_LIMIT = 20.0  # seconds for a task to end that is cancelled
 _LOG_SHOWN = 64 * 1024 * 1024  # bytes of a log
-_FIRST_LOOK, _LONGEST_LOOK = 0.05, 2.0  # seconds between two looks at how far a task is
+_FIRST_POLL, _LONGEST_POLL = 0.05, 2.0  # seconds between two requests for the state of a task
 
 
 class DetachedTask:
@@ -59,11 +59,11 @@ class DetachedTask:
         self.host = connection.host
         self.created = float(about.get("created") or 0)
         self._connection = connection
-        self._record = record  # what was started, if it was by this object; else it is looked for when it is needed
+        self._record = record  # None: it is looked for when it is needed
 
-    # --- how it is -----------------------------------------------------------------------------
+    # --- state and output ----------------------------------------------------------------------
     async def _ask(self, do: str, **params: Any) -> dict[str, Any]:
-        return await _asked(self._connection, do=do, id=self.id, **params)
+        return await _request(self._connection, do=do, id=self.id, **params)
 
     async def _about(self) -> dict[str, Any]:
         return dict((await self._ask("state"))["task"])
@@ -74,11 +74,11 @@ class DetachedTask:
         return str(event_loop.run(self._about())["state"])
 
     def log(self) -> str:
-        """What it has printed so far; of more than 64 MiB the end, after a line that says so."""
+        """Return what it has printed so far; of more than 64 MiB the end, after a line that says so."""
         tail = Tail(_LOG_SHOWN)
         event_loop.run(self._read(tail.put, do="log"))
         text = tail.text()
-        return f"[the log is longer; this is the end of it]\n{text}" if tail.is_cut else text
+        return f"[the log is longer; this is the end of it]\n{text}" if tail.cut else text
 
     async def _read(
         self, take: Callable[[bytes], Any], received: Collected | None = None, *, do: str, **params: Any
@@ -109,13 +109,13 @@ class DetachedTask:
 
     async def _ended(self, timeout: float | None) -> dict[str, Any]:
         deadline = None if timeout is None else time.monotonic() + timeout
-        delay = _FIRST_LOOK
+        delay = _FIRST_POLL
         while (about := await self._about())["state"] == "running":
             left = delay if deadline is None else min(delay, deadline - time.monotonic())
             if left <= 0:
                 raise TimeoutError(f"the detached task {self.name!r} on {self.host} has not ended within {timeout} s")
             await asyncio.sleep(left)
-            delay = min(2 * delay, _LONGEST_LOOK)
+            delay = min(2 * delay, _LONGEST_POLL)
         return about
 
     def result(self, timeout: float | None = None, *, trust_host: bool = False) -> Any:
@@ -163,7 +163,7 @@ class DetachedTask:
         fields = about["steps"][number]
         received = Collected()
         if fields["status"] in ("returned", "raised"):
-            record, why = await self._known()
+            record, why = await self._find_record()
             if record is None and not trust_host:
                 raise self._unknown(number, why)
             if record is not None and number not in record.functions:
@@ -179,8 +179,8 @@ class DetachedTask:
         text = outcome.describe(label.removesuffix("()"))
         raise self._failed(about, number, text, status) from outcome.exception
 
-    # --- what is known of it here --------------------------------------------------------------
-    async def _known(self) -> tuple[DetachedRecord | None, str]:
+    # --- its record on this machine ------------------------------------------------------------
+    async def _find_record(self) -> tuple[DetachedRecord | None, str]:
         """Return the record of what was started, or None and why there is none."""
         if self._record is not None:
             return self._record, ""
@@ -197,11 +197,11 @@ class DetachedTask:
         return record, ""
 
     async def _check_complete(self, about: Mapping[str, Any]) -> None:
-        """Check that the host has told of every step that all is done: else the result might be one of fewer."""
-        record, _ = await self._known()
-        told = {number for number, fields in enumerate(about["steps"]) if "status" in fields}
-        if record is not None and (len(about["steps"]) != record.steps or told != record.functions):
-            raise self._contradiction("it is done, but not of each of its steps what has become of it")
+        """Check that the host has reported the end of every step: else the result might be one of fewer."""
+        record, _ = await self._find_record()
+        reported = {number for number, fields in enumerate(about["steps"]) if "status" in fields}
+        if record is not None and (len(about["steps"]) != record.steps or reported != record.functions):
+            raise self._contradiction("it is done, but not how each of its steps has ended")
 
     def _unknown(self, number: int, why: str) -> LazyclusterError:
         return LazyclusterError(
@@ -214,14 +214,13 @@ class DetachedTask:
     def _contradiction(self, said: str) -> LazyclusterError:
         return LazyclusterError(
             f"{self.host}: detached task {self.name!r}: the host says that {said}; that differs from what was started\n"
-            "  Next step: see who has changed what is kept there; our agent does not say that"
+            "  Next step: see who has changed what is kept there; lazycluster's agent does not say that"
         )
 
     def _check_command(self, about: Mapping[str, Any], number: int, fields: Mapping[str, Any]) -> None:
-        try:
-            failure_of(fields.get("exit"), fields.get("signal"), fields.get("out_of_memory"))
-        except TaskExecutionError as error:
-            raise self._failed(about, number, error.message, error.exit_status) from None
+        error = exit_error(fields)
+        if error is not None:
+            raise self._failed(about, number, error.message, error.exit_status)
 
     def _failed(
         self, about: Mapping[str, Any], number: int, message: str, status: int | None = None
@@ -243,10 +242,10 @@ class DetachedTask:
 
     def remove(self) -> None:
         """Remove what is known of it from the host: log, results, and its own working directory. Ends it before."""
-        event_loop.run(self.remove_soon())
+        event_loop.run(self._remove_async())
 
-    async def remove_soon(self) -> None:
-        """Do what :meth:`remove` does; for the layers above, on the loop."""
+    async def _remove_async(self) -> None:
+        """Do what :meth:`remove` does, on the loop."""
         await self._cancel()
         await self._ask("remove")
         await event_loop.in_thread(detached_records.forget, self.id)
@@ -258,25 +257,28 @@ class DetachedTask:
 async def detached_tasks(connection: Connection) -> list[DetachedTask]:
     """Return the detached tasks of a host, the oldest first."""
     connection.check()
-    answer = await _asked(connection, do="list")
+    answer = await _request(connection, do="list")
     found = [DetachedTask(connection, about) for about in answer["tasks"]]
     return sorted(found, key=lambda task: task.created)
 
 
-async def _asked(connection: Connection, **params: Any) -> dict[str, Any]:
+async def _request(connection: Connection, **params: Any) -> dict[str, Any]:
     try:
         return await connection.request("detached", within=_ANSWER_LIMIT, **params)
     except NoAnswerError:
         raise LazyclusterError(
-            f"{connection.host}: it has said nothing of its detached tasks for {_ANSWER_LIMIT:g} s; they go on.\n"
+            f"{connection.host}: no answer about its detached tasks within {_ANSWER_LIMIT:g} s; they go on.\n"
             "  Next step: try again when it can be reached"
         ) from None
 
 
-def check_options(
-    task: object, *, retries: int = 0, omit_on_join: bool = False, debug: bool = False, wait: bool = False
-) -> None:
+def check_options(task: object, options: ExecutionOptions, wait: bool) -> None:
     """Refuse what cannot be detached, and options of other tasks.
+
+    Args:
+        task: The task.
+        options: Its options.
+        wait: Whether its end is to be waited for.
 
     Raises:
         TypeError, ValueError: It cannot.
@@ -285,11 +287,11 @@ def check_options(
 
     if not isinstance(task, RuntimeTask):
         raise TypeError(f"a task must be a RuntimeTask, not {type(task).__name__}")
-    if retries:
-        raise ValueError("nobody watches a detached task who could try it again: leave out retries, or detach")
-    if debug:
+    if options.retries:
+        raise ValueError("no process watches a detached task to try it again: leave out retries, or detach")
+    if options.debug:
         raise ValueError("a detached task prints nothing here: leave out debug, and see its log(); or leave out detach")
-    if omit_on_join:
+    if options.omit_on_join:
         raise ValueError("no join() waits for a detached task: leave out omit_on_join, or detach")
     if wait:
         raise ValueError(
@@ -298,7 +300,7 @@ def check_options(
         )
 
 
-def checked(task: RuntimeTask) -> list[PickledCall | None]:
+def detachable_calls(task: RuntimeTask) -> list[PickledCall | None]:
     """Pickle the calls of a task that is to be detached: in the caller's thread, and once for many hosts.
 
     Args:
@@ -313,18 +315,18 @@ def checked(task: RuntimeTask) -> list[PickledCall | None]:
     for step in task.steps:
         if not isinstance(step, (RunCommand, RunFunction)):
             raise ValueError(
-                f"task {task.name!r}: {step.label}: a detached task cannot copy files, since the manager may be gone.\n"
+                f"task {task.name!r}: {step.label}: a detached task cannot copy files, since the manager may end.\n"
                 "  Next step: copy them with the runtime before or after"
             )
     calls: list[PickledCall | None] = []
-    for call in prepare(task.steps):
-        if isinstance(call, Exception):
-            raise TaskExecutionError(f"task {task.name!r}: {call}", task=task.name) from call
+    for call in pickle_calls(task.steps):
+        if isinstance(call, TaskExecutionError):
+            raise TaskExecutionError(f"task {task.name!r}: {call}", task=task.name) from call.__cause__
         calls.append(call)
     return calls
 
 
-async def start(
+async def start_detached(
     task: RuntimeTask,
     context: Context,
     calls: Sequence[PickledCall | None],
@@ -337,7 +339,7 @@ async def start(
     Args:
         task: The task.
         context: Where and how.
-        calls: Its calls, from :func:`checked`.
+        calls: Its calls, from :func:`detachable_calls`.
         own_directory: Whether it gets a working directory of its own, since that of the context will not last.
         cwd_variable: The variable that tells the working directory.
 
@@ -353,7 +355,7 @@ async def start(
     cwd = "" if own_directory else context.cwd
     steps, data = [], []
     for step, call in zip(task.steps, calls, strict=True):
-        params, pickled = _step(step, call, context, dict(env), python, cwd)
+        params, pickled = _step_params(step, call, context, dict(env), python, cwd)
         params["limits"] = task.limits.message(time.monotonic())
         steps.append({"op": "call" if call else "run", "params": params, "size": len(pickled), "label": step.label})
         data.append(pickled)
@@ -368,9 +370,9 @@ async def start(
     }
     link = await connection.start_another_agent()
     try:
-        record = await _recorded(connection.host, task_id, [call is not None for call in calls])
+        record = await _write_record(connection.host, task_id, [call is not None for call in calls])
         channel = link.open_channel("detach", request)
-        await _sent(channel, data)
+        await _send(channel, data)
         await asyncio.wait_for(channel.result(), _START_LIMIT)
     except AgentError as error:
         await event_loop.in_thread(detached_records.forget, task_id)
@@ -378,14 +380,14 @@ async def start(
     except asyncio.TimeoutError:
         raise LazyclusterError(
             f"{connection.host}: task {task.name!r} was not detached within {_START_LIMIT:g} s.\n"
-            "  Next step: see how busy the host is, and with detached_tasks() whether it was started after all"
+            "  Next step: see how busy the host is, and with detached_tasks() whether the task has started"
         ) from None
     finally:
         link.lost("it goes on alone")
     return DetachedTask(connection, request, record)
 
 
-async def _recorded(host: str, task_id: str, functions: Sequence[bool]) -> DetachedRecord:
+async def _write_record(host: str, task_id: str, functions: Sequence[bool]) -> DetachedRecord:
     """Write down what is about to be started, so that it is known when the task is found again."""
     try:
         return await event_loop.in_thread(detached_records.keep, task_id, host, functions)
@@ -401,14 +403,14 @@ async def _recorded(host: str, task_id: str, functions: Sequence[bool]) -> Detac
 
 
 def _same_host(one: str, other: str) -> bool:
-    """Whether two names are of one host, whatever account and port stand with them."""
+    """Tell whether two names are of one host, whatever account and port stand with them."""
     try:
         return parse_destination(one).host.lower() == parse_destination(other).host.lower()
     except ValueError:
         return one == other
 
 
-async def _sent(channel: Channel, data: Sequence[bytes]) -> None:
+async def _send(channel: Channel, data: Sequence[bytes]) -> None:
     """Send what may be large, under a deadline for each part of it."""
     for part in data:
         for start in range(0, len(part), _PART):
@@ -416,13 +418,13 @@ async def _sent(channel: Channel, data: Sequence[bytes]) -> None:
     await asyncio.wait_for(channel.send_end(), _START_LIMIT)
 
 
-def _step(
+def _step_params(
     step: Any, call: PickledCall | None, context: Context, env: dict[str, str], python: str | None, cwd: str
 ) -> tuple[dict[str, Any], bytes]:
-    from .functions import params_for_another_agent
+    from .functions import params_for_new_agent
 
     marker = secrets.token_hex(16)
     if call is not None:
-        return params_for_another_agent(call, python, env, cwd, marker), b"".join(call.parts)
+        return params_for_new_agent(call, python, env, cwd, marker), b"".join(call.parts)
     own = {"command": step.command, "cwd": cwd, "env": env, "task": marker, "merge": True}
     return {**context.for_shell(step.shell), **own}, b""

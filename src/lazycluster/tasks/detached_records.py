@@ -1,4 +1,4 @@
-"""What this machine knows of the detached tasks that were started here: which of their steps are functions.
+"""Records of the detached tasks that were started on this machine: which of their steps are functions.
 
 A host says of a task what it likes; what a function has returned there is unpickled only where this machine knows that
 one was started, since unpickling can run any code. A record holds numbers of steps and the host, and no secret.
@@ -32,7 +32,7 @@ _ID = re.compile("[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class DetachedRecord:
-    """What was started.
+    """The record of one detached task.
 
     Attributes:
         host: The host, as it was named.

@@ -7,7 +7,6 @@ import asyncio
 import concurrent.futures
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from lazycluster.output import progress
 
 from .context import Context, ExecutionOptions
 from .limits import Limits
-from .step_run import StepRun, perform, prepare
+from .step_runner import StepRunner
 from .steps import RunFunction, Step, StepResult
 from .task_log import TaskLog
 
@@ -37,17 +36,18 @@ _logger = logging.getLogger("lazycluster")
 
 _CLEANUP_LIMIT = 30.0  # seconds for a cancelled execution to end what it started
 _NAMED = 3  # hosts; of more, their number is shown
+_SHOWN_LINES, _SHOWN = 20, 4000  # of the output that an error shows, the lines and the characters
 
 
 class TaskFuture(interruptible.Future[Any]):
-    """The future of an execution; whoever asks it for the result has seen the error."""
+    """The future of an execution; asking it for the result retrieves the error."""
 
     def __init__(self, execution: Execution | Broadcast) -> None:
         super().__init__()
         self._execution = execution
 
     def running(self) -> bool:
-        """Whether the task is being executed."""
+        """Return whether the task is being executed."""
         return self._execution.status == "running"
 
     def cancel(self) -> bool:
@@ -60,7 +60,7 @@ class TaskFuture(interruptible.Future[Any]):
         try:
             return super().result(timeout)
         finally:
-            self._execution.asked = self._execution.asked or self.done()
+            self._execution.retrieved = self._execution.retrieved or self.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the end and return the error, see :meth:`concurrent.futures.Future.exception`."""
@@ -68,7 +68,7 @@ class TaskFuture(interruptible.Future[Any]):
         try:
             return super().exception(timeout)
         finally:
-            self._execution.asked = self._execution.asked or self.done()
+            self._execution.retrieved = self._execution.retrieved or self.done()
 
     def settle(self, value: Any, error: BaseException | None, cancelled: bool) -> None:
         """Set what came out, once."""
@@ -87,20 +87,20 @@ class Execution:
     Args:
         name: The task's name.
         steps: What to do.
-        context: Where and how.
+        context: The host and its environment.
         env: The task's own environment variables.
         options: Its options.
-        limits: What it may use of its host.
+        limits: The limits of what it may use of its host.
 
     Attributes:
         status: ``pending``, ``running``, ``done``, ``failed`` or ``cancelled``.
         future: Done at the end.
         results: What came out of each step that has ended, the failed one included.
         error: Why it failed.
-        asked: Whether somebody has asked for the error.
+        retrieved: Whether the error was asked for; else it is logged at the end.
         raised: Whether `join` has raised the error.
         exitcode: None until its end, then 0, 1 or what a failed process ended with.
-        board: Where it says how far it is.
+        board: Shows its progress to those who wait for it.
     """
 
     def __init__(
@@ -114,36 +114,31 @@ class Execution:
     ) -> None:
         self.name = name
         self.steps = tuple(steps)
-        self.context = replace(context, keeper=None)
-        self._keeper = context.keeper
         self.omit_on_join = options.omit_on_join
         self.status = "pending"
         self.results: list[StepResult] = []
         self.error: TaskExecutionError | None = None
-        self.asked = False
+        self.retrieved = False
         self.raised = False
         self.exitcode: int | None = None
         self.board = progress.present()
         self.future = TaskFuture(self)
-        self._own_env = dict(env)
-        self._env = {**context.env, **env}
+        self._env = env
         self._options = options
         self._retries_left = options.retries
         self._tried: list[str] = []
-        self._log = TaskLog(context.host, name, options.debug)
+        self._take_context(context)
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._killing = False
         self._inner: concurrent.futures.Future[None] | None = None
-        self.work = StepRun(
-            task=name,
-            marker=secrets.token_hex(16),
-            write=self._log.write,
-            calls=list(prepare(self.steps) if options.calls is None else options.calls),
-            send_lock=options.send_lock,
-            keep_calls=options.retries > 0,
-            limits=limits,
-        )
+        self._runner = StepRunner(self.steps, options, limits, self._log.write)
+
+    def _take_context(self, context: Context) -> None:
+        """Use a context from now on, with a log file of its own."""
+        self._connection_owner = context.owner
+        self.context = replace(context, owner=None, env={**context.env, **self._env})
+        self._log = TaskLog(context.host, self.name, self._options.debug)
 
     @property
     def log_file(self) -> str | None:
@@ -152,7 +147,7 @@ class Execution:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended."""
+        """True once it has ended."""
         return self.future.done()
 
     @property
@@ -168,17 +163,16 @@ class Execution:
     @property
     def pid(self) -> int | None:
         """The process on the host that carries out the present step."""
-        return self.work.pid
+        return self._runner.pid
 
     def start(self) -> Execution:
         """Begin; returns itself."""
-        self.context.connection.check()
         with self.board.in_use():
             self._inner = inner = event_loop.LoopFuture(self._run())
             try:
                 inner.add_done_callback(self._ran)
                 inner.begin()
-            except BaseException:  # Ctrl-C: whoever has asked for it does not get to know it
+            except BaseException:  # Ctrl-C: the caller does not get to know it
                 inner.cancel()
                 raise
         return self
@@ -189,7 +183,8 @@ class Execution:
             self.status = "running"
             while True:
                 try:
-                    await self._prepare()
+                    if self.context.prepare is not None:
+                        await self._prepare()
                     for index, step in enumerate(self.steps):
                         await self._step(index, step)
                     break
@@ -210,7 +205,9 @@ class Execution:
         if error is None:
             self._finish("cancelled", -9 if self._killing else -15)
         else:
-            self._finish("failed", 1, TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}"))
+            failure = TaskExecutionError(f"{self.context.host}: task {self.name!r}: {error!r}")
+            failure.__cause__ = error
+            self._finish("failed", 1, failure)
 
     async def _begin_again(self, error: TaskExecutionError) -> None:
         """Get ready to begin again, on another host or on this one when it is back, or raise the error."""
@@ -220,11 +217,8 @@ class Execution:
         if context is None:
             raise self._with_tries(error) from error.__cause__
         self._log.close()
-        self.context = replace(context, keeper=None)
-        self._keeper = context.keeper
-        self._env = {**context.env, **self._own_env}
-        self._log = TaskLog(context.host, self.name, self._options.debug)
-        self.work.write = self._log.write
+        self._take_context(context)
+        self._runner.write = self._log.write
         self.results.clear()
 
     async def _next_context(self, error: TaskExecutionError) -> Context | None:
@@ -251,42 +245,37 @@ class Execution:
         return TaskExecutionError(text, **values)
 
     async def _prepare(self) -> None:
-        if self.context.prepare is None:
-            return
-        # The runtime's own variables are among those of the context; the task's count more.
-        own = {name: value for name, value in self._env.items() if self.context.env.get(name) != value}
         try:
-            self.context = await replace(self.context, env={**self.context.env, **own}).prepared()
+            self.context = await self.context.prepared()
         except LazyclusterError as error:
             host = self.context.host
             raise TaskExecutionError(
-                f"{host}: task {self.name!r} was not begun: {error}", host=host, task=self.name
+                f"{host}: task {self.name!r} was not started: {error}", host=host, task=self.name
             ) from error
-        self._env = dict(self.context.env)
 
     async def _step(self, index: int, step: Step) -> None:
         result = StepResult()
         try:
             if (lost := self._lost_agent()) is not None:
                 raise lost
-            result = await perform(index, step, self.context, self._env, self.work)
+            result = await self._runner.run(index, step, self.context)
         except TaskExecutionError as error:
-            self.work.pid = None
+            self._runner.pid = None
             result = StepResult(self._log.end_step(step.label), error.exit_status)
             if isinstance(error.__cause__, AgentError):
-                error = self._lost_agent() or error  # what it says then is but a consequence
-            raise _complete(error, self, index, step, result.output) from _cause(error, step)
+                error = self._lost_agent() or error  # which is a consequence of that
+            raise self._step_error(index, step, error, result.output) from _cause(error, step)
         except asyncio.CancelledError:
             result = StepResult(self._log.end_step(step.label))
             raise
         else:
-            self.work.pid = None
+            self._runner.pid = None
             result = StepResult(self._log.end_step(step.label), result.exit_status, result.value, result.has_value)
         finally:
             self.results.append(result)
 
     def _lost_agent(self) -> TaskExecutionError | None:
-        """Return why the task cannot go on if the host has lost its agent: what earlier steps have left is gone."""
+        """Return the error of a host that has lost its agent, and with it what earlier steps have left there."""
         host, connection = self.context.host, self.context.connection
         if self.context.generation in (0, connection.generation):
             return None
@@ -295,9 +284,34 @@ class Execution:
         error.__cause__ = lost
         return error
 
+    def _step_error(self, index: int, step: Step, error: TaskExecutionError, output: str) -> TaskExecutionError:
+        """Return the error of a step, with the host, the task, the step and its output."""
+        host = self.context.host
+        lines = [f"{host}: task {self.name!r}, step {index + 1} of {len(self.steps)} failed: {_short(step.label)}"]
+        lines.append(f"  {error.message}")
+        shown = output.strip()
+        if shown and shown not in error.message:
+            end = "\n".join(shown.splitlines()[-_SHOWN_LINES:])[-_SHOWN:]
+            lines += ["  The end of its output:", *(f"    {line}" for line in end.splitlines())]
+        log_file = self.log_file if shown else None
+        if log_file:
+            lines.append(f"  All of its output: {log_file}")
+        return TaskExecutionError(
+            "\n".join(lines),
+            host=host,
+            task=self.name,
+            step=index,
+            what=step.label,
+            exit_status=error.exit_status,
+            output=output,
+            log_file=log_file,
+        )
+
     def _finish(self, status: str, exitcode: int, error: TaskExecutionError | None = None) -> None:
         self._log.close()
-        self._keeper = None
+        self._connection_owner = None
+        if error is not None:
+            error.__traceback__ = None  # it is the way through the loop; those who get the error add their own
         self.error, self.exitcode = error, exitcode
         self.status = status
         values = [result.value for result in self.results if result.has_value]
@@ -328,8 +342,8 @@ class Execution:
         """
         return wait_for([self], timeout)
 
-    def too_long(self, timeout: float | None) -> str:
-        """Return what is said if it has not ended in time."""
+    def timeout_message(self, timeout: float | None) -> str:
+        """Return the message of a wait that has timed out."""
         connection = self.context.connection
         waiting = f"; the link to it is interrupted: {connection.why}" if connection.state == "interrupted" else ""
         return f"task {self.name!r} on {self.host} has not ended within {timeout} s{waiting}"
@@ -337,12 +351,10 @@ class Execution:
     def wait_or_cancel(self) -> None:
         """Wait for the end; if the wait is interrupted (Ctrl-C), the execution is ended, too."""
         try:
-            self.check_waiting()
-        except LazyclusterError:
+            self.wait()
+        except LazyclusterError:  # it cannot be waited for
             self.cancel()
             raise
-        try:
-            self.wait()
         except BaseException:
             self.end_and_wait()
             raise
@@ -365,23 +377,23 @@ class Execution:
             if self.future.done() or self._inner is None or os.getpid() != self._owner:
                 return False
             self._killing = self._killing or kill
-            if kill and self.work.kill is not None:
-                event_loop.get_loop().call_soon_threadsafe(self.work.kill)
+            if kill and self._runner.kill is not None:
+                event_loop.get_loop().call_soon_threadsafe(self._runner.kill)
             return self._inner.cancel()
 
     def raise_once(self) -> None:
         """Raise the error if there is one and `join` has not raised it yet."""
         with self._lock:
             error = None if self.raised else self.error
-            self.raised = self.asked = True
+            self.raised = self.retrieved = True
         if error is not None:
             raise error
 
     def report(self) -> None:
-        """Log the error if nobody has asked for it."""
-        if self.error is not None and not self.asked:
-            self.asked = True
-            _logger.error("a task failed, and nobody asked for its result:\n%s", self.error)
+        """Log the error if it was not retrieved."""
+        if self.error is not None and not self.retrieved:
+            self.retrieved = True
+            _logger.error("a task has failed, and its error was never retrieved:\n%s", self.error)
 
     def __del__(self) -> None:
         # An execution whose constructor failed has no error yet.
@@ -436,7 +448,7 @@ class Broadcast:
 
     @property
     def is_over(self) -> bool:
-        """Whether all have ended."""
+        """True once all have ended."""
         return all(execution.is_over for execution in self.executions)
 
     @property
@@ -449,12 +461,12 @@ class Broadcast:
 
     @property
     def results(self) -> list[StepResult]:
-        """What came out of each step on each host so far."""
+        """The results of each step on each host so far."""
         return [result for execution in self.executions for result in execution.results]
 
     @property
     def error(self) -> TaskExecutionError | None:
-        """Why it failed; of several hosts, all of their errors in one."""
+        """The error of the host that failed; of several hosts, all of their errors in one."""
         if self._error is not None:
             return self._error
         errors = [execution.error for execution in self.executions if execution.error is not None]
@@ -467,14 +479,14 @@ class Broadcast:
         return None if None in codes else next((code for code in codes if code), 0)
 
     @property
-    def asked(self) -> bool:
-        """Whether somebody has asked for all errors."""
-        return all(execution.asked for execution in self.executions)
+    def retrieved(self) -> bool:
+        """True if all errors were asked for."""
+        return all(execution.retrieved for execution in self.executions)
 
-    @asked.setter
-    def asked(self, asked: bool) -> None:
+    @retrieved.setter
+    def retrieved(self, retrieved: bool) -> None:
         for execution in self.executions:
-            execution.asked = asked
+            execution.retrieved = retrieved
 
     def check_waiting(self) -> None:
         """Raise an error where waiting would last for ever."""
@@ -485,8 +497,8 @@ class Broadcast:
         """Wait for the end of all, see :meth:`Execution.wait`."""
         return wait_for(self.executions, timeout)
 
-    def too_long(self, timeout: float | None) -> str:
-        """Return what is said if it has not ended in time."""
+    def timeout_message(self, timeout: float | None) -> str:
+        """Return the message of a wait that has timed out."""
         left = [execution.context.host for execution in self.executions if not execution.is_over]
         return f"task {self.name!r} has not ended within {timeout} s on {', '.join(left)}"
 
@@ -500,7 +512,7 @@ class Broadcast:
         raise_failures(self.executions)
 
     def report(self) -> None:
-        """Log the errors that nobody has asked for."""
+        """Log the errors that were not retrieved."""
         for execution in self.executions:
             execution.report()
 
@@ -526,7 +538,7 @@ class ProcessHandle(abc.ABC):
 
     @abc.abstractmethod
     def is_alive(self) -> bool:
-        """Whether it is still there."""
+        """Return whether it has not ended."""
 
     @abc.abstractmethod
     def join(self, timeout: float | None = None) -> None:
@@ -574,7 +586,7 @@ class TaskProcess(ProcessHandle):
         return self._execution.exitcode if self._execution.is_over else None
 
     def is_alive(self) -> bool:
-        """Whether the task is pending or running."""
+        """Return whether the task is pending or running."""
         return not self._execution.is_over
 
     def join(self, timeout: float | None = None) -> None:
@@ -591,7 +603,7 @@ class TaskProcess(ProcessHandle):
 
 
 def wait_for(executions: Sequence[Execution], timeout: float | None = None) -> bool:
-    """Wait for the end of executions; meanwhile it is shown how far they are.
+    """Wait for the end of executions, and show their progress meanwhile.
 
     Args:
         executions: What to wait for.
@@ -638,41 +650,13 @@ async def settled(future: concurrent.futures.Future[Any]) -> None:
 
 
 def _cause(error: TaskExecutionError, step: Step) -> BaseException | None:
-    """Return what caused an error, if that says more than the error: what a user's function raised, a lost host."""
+    """Return the cause of an error, if it says more than the error: what a user's function raised, a lost host."""
     cause = error.__cause__
-    if isinstance(step, RunFunction) or isinstance(cause, (ConnectionLostError, NoAnswerError)):
+    if isinstance(cause, (ConnectionLostError, NoAnswerError)):
         return cause
+    if isinstance(step, RunFunction):
+        return None if isinstance(cause, AgentError) else cause
     return None if isinstance(cause, (LazyclusterError, OSError)) else cause
-
-
-def _complete(
-    error: TaskExecutionError, execution: Execution, index: int, step: Step, output: str
-) -> TaskExecutionError:
-    """Return the error with all that is known only here."""
-    host, name = execution.context.host, execution.name
-    lines = [f"{host}: task {name!r}, step {index + 1} of {len(execution.steps)} failed: {_short(step.label)}"]
-    lines.append(f"  {error.message}")
-    shown = output.strip()
-    if shown and shown not in error.message:
-        end = "\n".join(shown.splitlines()[-_SHOWN_LINES:])[-_SHOWN:]
-        lines += ["  The end of its output:", *(f"    {line}" for line in end.splitlines())]
-    log_file = execution.log_file
-    if shown and log_file:
-        lines.append(f"  All of its output: {log_file}")
-    return TaskExecutionError(
-        "\n".join(lines),
-        host=host,
-        task=name,
-        step=index,
-        what=step.label,
-        exit_status=error.exit_status,
-        output=output,
-        log_file=log_file if shown else None,
-    )
-
-
-_SHOWN_LINES = 20
-_SHOWN = 4000
 
 
 def _short(text: str) -> str:

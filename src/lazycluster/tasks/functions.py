@@ -1,4 +1,4 @@
-"""Functions on a host, from the manager's side: what is sent, and what comes back."""
+"""Calls of functions on a host, from the manager's side: their requests and their outcomes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import cloudpickle
 
 from lazycluster.agent.localmodules import Source
 from lazycluster.core import event_loop
+from lazycluster.core.words import signal_name
 from lazycluster.exceptions import AgentError
 from lazycluster.ssh.agent_replies import AgentInfo
 from lazycluster.ssh.channel import Collected
@@ -47,7 +48,7 @@ _interpreters: weakref.WeakKeyDictionary[AgentInfo, dict[str, str]] = weakref.We
 
 @dataclass(frozen=True)
 class CallOutcome:
-    """How a call ended.
+    """The outcome of a call.
 
     Attributes:
         status: "returned", "raised", "exited" or "killed".
@@ -87,7 +88,8 @@ class CallOutcome:
             return f"{name}() ended its process with exit status {self.exit} and returned nothing"
         if self.status == "killed":
             why = memory_hint(self.out_of_memory) if self.signal == signals.SIGKILL else ""
-            return f"{name}() was ended by {_signal_name(self.signal)}{why}"
+            by = "an unknown cause (the process that it was forked from has ended)"
+            return f"{name}() was ended by {by if self.signal is None else signal_name(self.signal)}{why}"
         headline = f"{self.type_name}: {self.message}" if self.message else self.type_name
         starts = {"load": f"{name}() could not be loaded on the host: ", "result": ""}
         start = starts.get(self.phase, f"{name}() raised ")
@@ -138,7 +140,7 @@ async def call(
         limits: What it may use: see :class:`~lazycluster.tasks.limits.Limits`.
 
     Returns:
-        How it ended. When the coroutine is cancelled, the process and all its descendants are ended first.
+        The outcome. When the coroutine is cancelled, the process and all its descendants are ended first.
 
     Raises:
         TypeError: If the call cannot be pickled.
@@ -183,10 +185,10 @@ def _params(pickled: PickledCall, python: str | None, env: dict[str, str], cwd: 
     }
 
 
-def params_for_another_agent(
+def params_for_new_agent(
     pickled: PickledCall, python: str | None, env: dict[str, str], cwd: str, task: str
 ) -> dict[str, Any]:
-    """Return what an agent must be told of a call that has been told nothing before."""
+    """Return the parameters of a call for an agent that knows nothing yet."""
     digest, sources = _library()
     return {**_params(pickled, python, env, cwd, task), "library": digest, "sources": sources}
 
@@ -226,7 +228,7 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
 
 # --- the pickling library -------------------------------------------------------------------------
 def library_for(connection: Connection) -> dict[str, Any]:
-    """Return what to tell the host about the pickling library: its digest; at first also its sources."""
+    """Return the parameters of a call that name the pickling library: its digest; at first also its sources."""
     digest, sources = _library()
     if _libraries.get(connection.agent_info) == digest:
         return {"library": digest}
@@ -284,7 +286,7 @@ class _QuickUnpickler(pickle.Unpickler):
 
 
 def load_parts(parts: list[bytes], quick: bool) -> Any:
-    """Unpickle what came in parts; they are let go on the way. If `quick`, nothing is imported.
+    """Unpickle what came in parts; they are freed on the way. If `quick`, nothing is imported.
 
     Raises:
         Exception: Whatever a class's own code raises; see `loads`.
@@ -311,7 +313,7 @@ def _loaded(load: Callable[..., Any], *data: bytes) -> Any:
         raise pickle.UnpicklingError(f"it raised {type(error).__name__}: {error}") from error
 
 
-async def _load_anywhere(parts: list[bytes]) -> Any:
+async def _load_async(parts: list[bytes]) -> Any:
     """Unpickle: small things at once, large ones and those that import something in a thread, to keep the loop free."""
     if sum(map(len, parts)) <= _SMALL:
         try:
@@ -322,7 +324,7 @@ async def _load_anywhere(parts: list[bytes]) -> Any:
 
 
 async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> CallOutcome:
-    """Return how a call ended, from the agent's answer and the parts of its output."""
+    """Return the outcome of a call, from the agent's answer and the parts of its output."""
     status = result["status"]
     if status in ("exited", "killed"):
         return CallOutcome(
@@ -333,7 +335,7 @@ async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> CallOutco
             out_of_memory=result.get("out_of_memory", ""),
         )
     try:
-        value = await _load_anywhere(parts)
+        value = await _load_async(parts)
     except MemoryError as error:
         parts.clear()
         error.__traceback__ = None  # it holds what was unpickled so far
@@ -344,40 +346,36 @@ async def outcome_of(result: Mapping[str, Any], parts: list[bytes]) -> CallOutco
         return CallOutcome("raised", exception=error, type_name=type(error).__qualname__, message=text, phase="result")
     if status == "returned":
         return CallOutcome("returned", value=value)
-    return await _raised(value, result.get("phase", ""))
+    exception = None
+    if value["exception"] is not None:
+        with contextlib.suppress(Exception):  # whatever a class's own code raises; its text must suffice
+            exception = await _load_async([value["exception"]])
+    return raised_outcome(value, result.get("phase", ""), exception)
 
 
-async def _raised(told: Mapping[str, Any], phase: str) -> CallOutcome:
-    exception: BaseException | None = None
-    message = told["message"]
-    if told["exception"] is not None:
-        try:
-            loaded = await _load_anywhere([told["exception"]])
-            exception = loaded if isinstance(loaded, BaseException) else None
-        except Exception:  # noqa: BLE001  (its text has to do)
-            exception = None
-    if phase == "result":
-        kind = told["result_type"].removeprefix("builtins.")
-        return CallOutcome(
-            "raised",
-            exception=exception,
-            type_name=told["type"],
-            message=f"the result, a {kind}, cannot be sent back ({message}). Next step: return plain data"
-            + (", for instance a list of its items" if "generator" in kind else ""),
-            phase=phase,
-        )
-    return CallOutcome(
+def raised_outcome(fields: Mapping[str, Any], phase: str, exception: object) -> CallOutcome:
+    """Return the outcome of a call that has raised an exception.
+
+    Args:
+        fields: What the host says of the exception.
+        phase: What the host was doing, see :class:`CallOutcome`.
+        exception: The exception itself, if it could be unpickled.
+    """
+    outcome = CallOutcome(
         "raised",
-        exception=exception,
-        type_name=told["type"],
-        message=message,
-        hint=told.get("hint", ""),
-        traceback=with_lines(told["traceback"]),
+        exception=exception if isinstance(exception, BaseException) else None,
+        type_name=fields["type"],
+        message=fields["message"],
         phase=phase,
     )
+    if phase == "result":
+        kind = fields["result_type"].removeprefix("builtins.")
+        text = f"the result, a {kind}, cannot be sent back ({outcome.message}). Next step: return plain data"
+        return replace(outcome, message=text + (", for instance a list of its items" if "generator" in kind else ""))
+    return replace(outcome, hint=fields.get("hint", ""), traceback=with_source_lines(fields["traceback"]))
 
 
-def with_lines(text: str) -> str:
+def with_source_lines(text: str) -> str:
     """Have a traceback show the lines of code that the manager has: no host has them, or some have older ones.
 
     Args:
@@ -410,12 +408,3 @@ def _line_here(file: str, number: int) -> str:
         if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= _LARGEST_SOURCE:
             return ""
     return linecache.getline(file, number).strip()
-
-
-def _signal_name(number: int | None) -> str:
-    if number is None:
-        return "an unknown cause (the process that it was forked from has gone)"
-    try:
-        return signals.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

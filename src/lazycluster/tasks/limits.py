@@ -1,4 +1,4 @@
-"""What a task may use of its host, and what is said of one that wanted more."""
+"""Limits of what a task may use of its host, and the messages for one that wanted more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LEAST_MEMORY = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a task may use.
+    """Limits of what a task may use of its host.
 
     Attributes:
         memory: Bytes of address space of each of its processes; for functions: beyond what their interpreter has.
@@ -52,7 +52,7 @@ class Limits:
         return cls(_bytes(memory), cpu_seconds, None if wall is None else float(str(wall)))
 
     def message(self, since: float) -> dict[str, Any]:
-        """Return them as the host wants them.
+        """Return them as parameters of a request.
 
         Args:
             since: When the task began, by the monotonic clock.
@@ -68,7 +68,7 @@ class Limits:
         return TaskExecutionError(f"it was ended after its wall_time of {self.wall:g} s; allow it more with limit()")
 
     def explain(self, message: str, status: int | None, memory_error: bool = False) -> str:
-        """Return what is said of a step that failed, with the limit that it ran into."""
+        """Return the message of a step that failed, with the limit that it ran into."""
         if self.cpu is not None and status in (-signal.SIGXCPU, 128 + signal.SIGXCPU):
             return f"{message}: it used up its cpu_time of {self.cpu} s; allow it more with limit()"
         if self.memory is None:
@@ -79,7 +79,7 @@ class Limits:
 
 
 def memory_hint(verdict: str) -> str:
-    """Return what is said of a process that was killed.
+    """Return the part of a message that says why a process was killed.
 
     Args:
         verdict: What the host knows: see :func:`lazycluster.agent.oom.verdict`.

@@ -1,4 +1,4 @@
-"""Why a call cannot be pickled: which argument, which part of it, and what to do instead."""
+"""Messages for calls that cannot be pickled: which argument, which part of it, and what to do instead."""
 
 from __future__ import annotations
 

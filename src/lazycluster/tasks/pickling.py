@@ -18,7 +18,8 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import cloudpickle
 from cloudpickle import cloudpickle as internals
@@ -29,17 +30,22 @@ from lazycluster.agent.filenames import FileNames
 
 from . import local_code
 
+T = TypeVar("T")
+
 _PROTOCOL = 5
+_NONE: Mapping[str, Any] = types.MappingProxyType({})
 _OWN = ("builtins", "functools", "cloudpickle", "lazycluster")  # what the process of a call has in any case, or never
 _CACHED = type(functools.lru_cache(maxsize=1)(abs))
 _PLAIN = (int, str, float, bool, bytes, complex, type(None))
 _CODE = (types.FunctionType, type, types.ModuleType, _CACHED)
-# Where the functions of a module are those of an object behind it: the module, and where the object is.
-_GENERATORS = (("random", "random", "_inst"), ("numpy.random", "numpy.random.mtrand", "_rand"))
-# What a module has on the host by itself: where it is there.
-_OF_THE_PLACE = frozenset(("__file__", "__path__", "__spec__", "__loader__", "__cached__"))
+# Modules whose functions are methods of one object: the module, and where the object is.
+_RANDOM_GENERATORS = (("random", "random", "_inst"), ("numpy.random", "numpy.random.mtrand", "_rand"))
+# What a module has on the host by itself.
+_HOST_ATTRIBUTES = frozenset(("__file__", "__path__", "__spec__", "__loader__", "__cached__"))
+# Where errors are raised whose traceback says nothing more than their text.
+_PICKLERS = {Path(str(module.__file__)).parent for module in (cloudpickle, localmodules, local_code)}
 # A function that uses these may do so to set up what it imports then: it must not find that imported already.
-_SETS_UP = frozenset(("environ", "putenv", "unsetenv", "meta_path"))
+_SET_UP_NAMES = frozenset(("environ", "putenv", "unsetenv", "meta_path"))
 
 
 @dataclass(frozen=True)
@@ -76,17 +82,54 @@ def dump_call(
     """
     if not callable(function):
         raise TypeError(f"{_shown(function)} is not a function")
-    named = dict(kwargs or {})
+    arguments, named = tuple(args), dict(kwargs or {})
+    return by_value_or_source(
+        lambda by_source: _dump(function, arguments, named, by_source), function, [arguments], named
+    )
+
+
+def by_value_or_source(
+    dump: Callable[[bool], T],
+    function: Any,
+    calls: Sequence[tuple[Any, ...]] = ((),),
+    kwargs: Mapping[str, Any] = _NONE,
+) -> T:
+    """Pickle something by value, or else with the sources of local modules.
+
+    Args:
+        dump: Does it; is told whether local modules are imported from their sources on the host.
+        function: What is pickled, or is to be called with what is pickled; for messages.
+        calls: The positional arguments of each call.
+        kwargs: The keyword arguments of all calls.
+
+    Returns:
+        What `dump` returns.
+
+    Raises:
+        TypeError: If something cannot be sent; the message says what, and where it was found.
+    """
     try:
-        return _dump(function, tuple(args), named, by_source=False)
+        return dump(False)
     except Exception as error:  # noqa: BLE001  (any error of any __reduce__)
         first = error
     try:
-        return _dump(function, tuple(args), named, by_source=True)
+        return dump(True)
     except Exception:  # noqa: BLE001
         from .pickle_errors import explain
 
-        raise TypeError(explain(function, tuple(args), named, first)) from first
+        for arguments in calls:
+            text = explain(function, arguments, kwargs, first)
+            if "argument" in text:
+                break
+        raise TypeError(text) from (first if _has_more_to_say(first) else None)
+
+
+def _has_more_to_say(error: Exception) -> bool:
+    """Tell whether code of others has raised an error while it was pickled, so that its traceback is worth showing."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    return step is not None and Path(step.tb_frame.f_code.co_filename).parent not in _PICKLERS
 
 
 def _shown(value: Any) -> str:
@@ -156,7 +199,7 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         self.fresh = False
         self._by_source = by_source
         self._shipped: set[tuple[str, str]] = set()
-        self._read: set[int] = set()
+        self._inspected: set[int] = set()
 
     def dump_rest(self) -> bytes:
         """Write what local modules must hold, after an object was dumped; returns their sources, which go before it."""
@@ -180,13 +223,16 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
             return self._reduce_globals(obj.module)
         if isinstance(obj, types.ModuleType):
             return self._reduce_module(obj)
-        if kind is _CACHED and self._home(obj) is not None:
+        if kind is _CACHED and self._local_module_of(obj) is not None:
             parameters = obj.cache_parameters()
-            self._offer(obj)
+            self._ship_member(obj)
             return localmodules.cached_function, (obj.__wrapped__, parameters["maxsize"], parameters["typed"])
-        if kind in (types.BuiltinMethodType, types.MethodType) and (home := _generator_home(obj.__self__)) is not None:
+        if (
+            kind in (types.BuiltinMethodType, types.MethodType)
+            and (home := _generator_module(obj.__self__)) is not None
+        ):
             return getattr, (home, obj.__name__)
-        if kind is typing.TypeVar and self._home(obj) is not None:
+        if kind is typing.TypeVar and self._local_module_of(obj) is not None:
             return internals._make_typevar, internals._decompose_typevar(obj)
         in_memory = isinstance(obj, (io.BytesIO, io.StringIO))
         if isinstance(obj, io.IOBase) and not in_memory and obj is not sys.stdout and obj is not sys.stderr:
@@ -194,13 +240,13 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         return super().reducer_override(obj)
 
     def _reduce_code(self, obj: Any) -> Any:
-        home = self._home(obj)
+        home = self._local_module_of(obj)
         if home is None:
             self._note_import(getattr(obj, "__module__", None))
             return super().reducer_override(obj)
         if self._from_source(home) and _is_member(home, obj):
             return NotImplemented  # by name
-        self._offer(obj)
+        self._ship_member(obj)
         if isinstance(obj, type):
             return internals._dynamic_class_reduce(obj)
         return self._dynamic_function_reduce(obj)
@@ -210,11 +256,11 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         is_local = module is not None and vars(module) is func.__globals__ and local_code.is_local(module)
         if module is not None and is_local:
             self.globals_ref.setdefault(id(func.__globals__), _Globals(module))
-        self._look_into(func)
+        self._inspect(func)
         reduced = super()._dynamic_function_reduce(func)
         if is_local and func.__globals__["__name__"] != "__main__":
             sent = reduced[2][1]["__globals__"]
-            for name in _OF_THE_PLACE & sent.keys():
+            for name in _HOST_ATTRIBUTES & sent.keys():
                 del sent[name]
         return reduced
 
@@ -232,7 +278,7 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         return localmodules.local_module, local_code.identity(module)
 
     # --- modules -------------------------------------------------------------------------------
-    def _home(self, obj: Any) -> types.ModuleType | None:
+    def _local_module_of(self, obj: Any) -> types.ModuleType | None:
         """Return the local module that an object belongs to."""
         name = getattr(obj, "__module__", None)
         module = sys.modules.get(name) if isinstance(name, str) else None
@@ -251,28 +297,28 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(name, str) and name not in self.imports and not local_code.is_part(name):
             self.imports[name] = None
 
-    def _offer(self, obj: Any) -> None:
-        """Let what is a member of its module here be so on the host, where others may look for it."""
-        module = self._home(obj)
+    def _ship_member(self, obj: Any) -> None:
+        """Make a member of its module here a member of it on the host, too, where others may look for it."""
+        module = self._local_module_of(obj)
         if module is not None and _is_member(module, obj) and "." not in obj.__qualname__:
             self._ship(module, obj.__qualname__, obj)
 
     def _ship(self, module: types.ModuleType, name: str, value: Any) -> None:
-        if self._from_source(module) or name in _OF_THE_PLACE or (module.__name__, name) in self._shipped:
+        if self._from_source(module) or name in _HOST_ATTRIBUTES or (module.__name__, name) in self._shipped:
             return
         self._shipped.add((module.__name__, name))
         if isinstance(value, (*_PLAIN, *_CODE)) or local_code.source_of(module.__name__) is None or _can_be_sent(value):
             self.pending.setdefault(module.__name__, {})[name] = value
 
     # --- what a function refers to -------------------------------------------------------------
-    def _look_into(self, func: types.FunctionType) -> None:
+    def _inspect(self, func: types.FunctionType) -> None:
         """Find the modules that a function uses, and what of them."""
         code = func.__code__
-        if id(code) in self._read:
+        if id(code) in self._inspected:
             return
-        self._read.add(id(code))
+        self._inspected.add(id(code))
         names = local_code.names_in(code)
-        if _SETS_UP & names or {"sys", "path"} <= names:
+        if _SET_UP_NAMES & names or {"sys", "path"} <= names:
             self.fresh = True
         if code.co_flags & inspect.CO_COROUTINE:
             self._note_import("asyncio")
@@ -324,12 +370,12 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         return True
 
 
-def _generator_home(owner: Any) -> types.ModuleType | None:
+def _generator_module(owner: Any) -> types.ModuleType | None:
     """Return the module whose random numbers an object makes that is behind its functions, such as `random.random`.
 
     Sent with what is bound to them, these would carry its state along, and make the same numbers in each call.
     """
-    for home, place, name in _GENERATORS:
+    for home, place, name in _RANDOM_GENERATORS:
         module = sys.modules.get(place)
         if module is not None and getattr(module, name, None) is owner:
             return sys.modules.get(home)

@@ -1,4 +1,4 @@
-"""The steps of a task: what is to be done, checked when it is written down."""
+"""The steps of a task, checked when they are made, and their results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SendFile:
 
     @property
     def label(self) -> str:
-        """What it is called in messages."""
+        """The name of the step in messages."""
         return f"send {self.local_path}"
 
 
@@ -56,7 +56,7 @@ class GetFile:
 
     @property
     def label(self) -> str:
-        """What it is called in messages."""
+        """The name of the step in messages."""
         return f"get {self.remote_path}"
 
     def target(self) -> str:
@@ -90,7 +90,7 @@ class RunCommand:
 
     @property
     def label(self) -> str:
-        """What it is called in messages."""
+        """The name of the step in messages."""
         return self.command
 
 
@@ -118,7 +118,7 @@ class RunFunction:
 
     @property
     def label(self) -> str:
-        """What it is called in messages."""
+        """The name of the step in messages."""
         name = getattr(self.function, "__qualname__", None) or type(self.function).__name__
         return f"{name}()"
 
@@ -128,7 +128,7 @@ Step: TypeAlias = SendFile | GetFile | RunCommand | RunFunction
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came out of a step.
+    """The result of a step.
 
     Attributes:
         output: What it printed, or a line that says what was copied.

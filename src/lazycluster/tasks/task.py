@@ -1,4 +1,4 @@
-"""`RuntimeTask`: steps that are carried out one after the other on a host."""
+"""`RuntimeTask`: steps that are executed one after the other on a host."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LABEL = 200  # characters of a step
 
 @runtime_checkable
 class Executor(Protocol):
-    """What a runtime is to a task."""
+    """The interface of a runtime that a task uses."""
 
     def execute_task(
         self, task: RuntimeTask, execute_async: bool = True, omit_on_join: bool = False, debug: bool = False
@@ -46,7 +46,7 @@ class Executor(Protocol):
 
 
 class RuntimeTask(Shown):
-    """Steps that are carried out one after the other on a host: copy files, run commands and Python functions.
+    """Steps that are executed one after the other on a host: copy files, run commands and Python functions.
 
     A task is written down with methods that return the task itself, and is then executed by a
     :class:`~lazycluster.Runtime` or a :class:`~lazycluster.RuntimeGroup`. The first step that fails ends it.
@@ -92,7 +92,7 @@ class RuntimeTask(Shown):
         with self._lock:
             if self._execution is not None and not self._execution.is_over:
                 raise LazyclusterError(
-                    f"task {self.name!r} is being executed: a step added now would never be carried out"
+                    f"task {self.name!r} is being executed: a step that is added now would never be executed"
                 )
             self._steps.append(step)
         return self
@@ -189,7 +189,7 @@ class RuntimeTask(Shown):
 
     @property
     def limits(self) -> Limits:
-        """What the task may use of its host."""
+        """The limits of what the task may use of its host."""
         return self._limits
 
     def limit(
@@ -235,6 +235,7 @@ class RuntimeTask(Shown):
         """
         if isinstance(connection, Executor):
             return connection.execute_task(self, execute_async=False, debug=debug)
+        connection.check()
         task = self._launch(
             Context(connection.host, connection, connection.agent_info.home), ExecutionOptions(debug=debug)
         )
@@ -249,7 +250,7 @@ class RuntimeTask(Shown):
             if self._execution is None:
                 env = checked_variables(self._env)
                 execution = Execution(self.name, self._steps, context, env, options, self._limits)
-                self._execution = execution  # before it begins: whoever is interrupted can end it
+                self._execution = execution  # before it begins, so that an interrupted caller can end it
                 try:
                     execution.start()
                 except LazyclusterError:
@@ -271,7 +272,7 @@ class RuntimeTask(Shown):
             self._execution.end_and_wait()
 
     def _was_broadcast(self, copies: Sequence[RuntimeTask]) -> None:
-        """Note that copies of the task are executed on several hosts: what comes out of them is shown for it, too."""
+        """Have the task show the executions of its copies on several hosts as its own."""
         with self._lock:
             if self._execution is None:
                 self._execution = Broadcast(self.name, [one for task in copies for one in task._executions()])
@@ -309,10 +310,10 @@ class RuntimeTask(Shown):
 
     @property
     def exception(self) -> TaskExecutionError | None:
-        """Why the task has failed; None if it has not, or not yet. Does not wait."""
+        """The error of a task that has failed; None if it has not, or not yet. Does not wait."""
         if self._execution is None or self._execution.error is None:
             return None
-        self._execution.asked = True
+        self._execution.retrieved = True
         return self._execution.error
 
     def result(self, timeout: float | None = None) -> Any:
@@ -332,7 +333,7 @@ class RuntimeTask(Shown):
         try:
             return self.future.result(timeout)
         except concurrent.futures.TimeoutError:
-            raise TimeoutError(self._started().too_long(timeout)) from None
+            raise TimeoutError(self._started().timeout_message(timeout)) from None
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end. Returns at once if it has not been executed, and silently if it was cancelled.
@@ -347,7 +348,7 @@ class RuntimeTask(Shown):
         if self._execution is None:
             return
         if not self._execution.wait(timeout):
-            raise TimeoutError(self._execution.too_long(timeout))
+            raise TimeoutError(self._execution.timeout_message(timeout))
         self._execution.raise_once()
 
     def cancel(self) -> bool:
@@ -360,7 +361,7 @@ class RuntimeTask(Shown):
 
     @property
     def execution_log(self) -> list[str]:
-        """What each step printed, one entry per step that was carried out; long output is cut to its end.
+        """The output of each step, one entry per step that was executed; long output is cut to its end.
 
         Waits for the end of the task, unless it was started with ``omit_on_join``: then it is what there is so far.
         """
@@ -380,7 +381,7 @@ class RuntimeTask(Shown):
 
     @property
     def function_returns(self) -> Generator[Any, None, None]:
-        """What the functions of the task returned, in order. Waits for the end of the task, see :attr:`execution_log`.
+        """The results of the functions of the task, in order. Waits for the end of the task, see :attr:`execution_log`.
 
         Raises:
             TaskExecutionError: If a step failed and no join has raised it before, when the generator is used.
@@ -411,7 +412,7 @@ class RuntimeTask(Shown):
         if execution is not None and not execution.omit_on_join:
             execution.wait()
         if isinstance(execution, Broadcast):
-            execution.asked = True
+            execution.retrieved = True
             return [_task_log(self.name, self.steps, one, one.error) for one in execution.executions]
         return [_task_log(self.name, self.steps, execution, self.exception)]
 
@@ -443,14 +444,14 @@ class RuntimeTask(Shown):
         return f"<RuntimeTask {self.name!r}: {counted(len(self._steps), 'step')}, {self.status}{where}>"
 
 
-# --- how it is shown -------------------------------------------------------------------------------
+# --- how it is shown -----------------------------------------------------------------------------
 def _status_cell(status: str) -> Cell:
     """Return the status of a task or a step as a cell."""
     return Cell(status, _TONES.get(status, ""))
 
 
 def _task_view(name: str, steps: tuple[Step, ...], execution: Execution | None) -> View:
-    """Return what is shown of a task in a notebook."""
+    """Return the view of a task in a notebook."""
     facts: list[Fact] = []
     status = "pending"
     if execution is not None:
@@ -468,7 +469,7 @@ def _task_view(name: str, steps: tuple[Step, ...], execution: Execution | None) 
 
 
 def _broadcast_view(broadcast: Broadcast) -> View:
-    """Return what is shown of a task that was executed on several hosts."""
+    """Return the view of a task that was executed on several hosts."""
     rows: list[list[Cell | str]] = []
     for one in broadcast.executions:
         done = max(0, len(one.results) - (one.is_over and one.status != "done"))
@@ -479,7 +480,7 @@ def _broadcast_view(broadcast: Broadcast) -> View:
 
 
 def _task_log(name: str, steps: tuple[Step, ...], execution: Execution | None, failure: Exception | None) -> LoggedTask:
-    """Return what a task printed."""
+    """Return the output of a task on a host."""
     if execution is None:
         status = _status_cell("pending")
         return LoggedTask("", name, "pending", [LoggedStep(_short(step.label), status, "") for step in steps])
@@ -504,7 +505,7 @@ def _step_status(index: int, execution: Execution | None) -> Cell:
 
 
 def _cause(error: Exception) -> str:
-    """Return why a step failed: the first line of the message says which step it is, the second why."""
+    """Return the cause of a failed step: the first line of the message names the step, the second says why."""
     return "\n".join(str(error).splitlines()[:2][-1:]).strip()
 
 

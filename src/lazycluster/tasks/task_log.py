@@ -1,19 +1,15 @@
-"""What a task prints: streamed to its log file as it comes, the end of it kept in memory."""
+"""The output of a task: streamed to its log file as it comes, the end of it kept in memory."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import deque
 from pathlib import Path
 
-from lazycluster.output.lines import Lines
+from lazycluster.output.lines import Lines, Tail
 from lazycluster.utils import new_log_file_path
 
-__all__ = ["TAIL_LIMIT", "TaskLog"]
-
-TAIL_LIMIT = 1024 * 1024
-"""Bytes of a step's output that are kept in memory."""
+__all__ = ["TaskLog"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -32,7 +28,7 @@ class TaskLog:
     def __init__(self, host: str, task: str, debug: bool) -> None:
         self._host, self._task = host, task
         self._live = Lines(host) if debug else None
-        self._tail = _Tail()
+        self._tail = Tail()
         self._fd = -1
         self.path: Path | None = None
         try:
@@ -48,7 +44,7 @@ class TaskLog:
 
     def write(self, data: bytes) -> None:
         """Take output of the current step."""
-        self._tail.add(data)
+        self._tail.put(data)
         if self.path is not None:
             try:
                 self._write(data)
@@ -74,8 +70,11 @@ class TaskLog:
         Returns:
             Its output as text, or the end of it.
         """
-        text = self._tail.text(self.path)
-        self._tail = _Tail()
+        text = self._tail.text(whole_lines=False)
+        if self._tail.cut:
+            where = f"; all of it is in {self.path}" if self.path else ""
+            text = f"[... {self._tail.cut} bytes before this were cut{where}]\n{text}"
+        self._tail = Tail()
         if self._live is not None:
             self._live.end()
         elif _logger.isEnabledFor(logging.DEBUG):
@@ -89,31 +88,3 @@ class TaskLog:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-
-class _Tail:
-    """The end of a stream, and how much of it was cut."""
-
-    def __init__(self) -> None:
-        self._parts: deque[bytes] = deque()
-        self._size = 0
-        self._cut = 0
-
-    def add(self, data: bytes) -> None:
-        self._parts.append(data)
-        self._size += len(data)
-        while self._size - len(self._parts[0]) >= TAIL_LIMIT:
-            gone = len(self._parts.popleft())
-            self._size -= gone
-            self._cut += gone
-        if len(self._parts) > 1024:  # many short parts take more room than their bytes
-            self._parts = deque([b"".join(self._parts)])
-
-    def text(self, path: Path | None) -> str:
-        data = b"".join(self._parts)
-        cut = self._cut + max(0, len(data) - TAIL_LIMIT)
-        text = data[-TAIL_LIMIT:].decode("utf-8", "replace")
-        if not cut:
-            return text
-        where = f"; all of it is in {path}" if path else ""
-        return f"[... {cut} bytes before this were cut{where}]\n{text}"
