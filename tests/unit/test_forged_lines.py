@@ -101,8 +101,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_environments(capsys: pytest.CaptureFixture[str]) -> None:
     kept = KeptEnvironment("host1", _EVIL, _EVIL, _EVIL, _EVIL, {}, 1, 1.0, 1.0, False, _EVIL)
-    env._show(HostCache("host1", _EVIL, (kept,), 1))
-    env._tell(Removal("host1", (), (_EVIL,), (_EVIL,)))
+    env._show_cache(HostCache("host1", _EVIL, (kept,), 1))
+    env._show_removal(Removal("host1", (), (_EVIL,), (_EVIL,)))
     assert len(_shown(capsys)) == 6
     console.tell(_EVIL)
     console.show_error("\n".join(console.lines_of(f"host1: {_EVIL}")))
