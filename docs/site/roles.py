@@ -19,17 +19,8 @@ _PUBLIC = {
 }
 
 
-_INSIDE = "for the layers above"
-
-
 class Roles(griffe.Extension):
-    """Replaces roles by links where there is a target, else by the plain name; leaves out what is not for users."""
-
-    def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Take away the members that say that they are for the layers above."""
-        for name, member in list(cls.members.items()):
-            if not member.is_alias and member.docstring is not None and _INSIDE in member.docstring.value:
-                cls.del_member(name)
+    """Replaces roles by links where there is a target, else by the plain name."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change the docstring of an object once it is made."""

@@ -140,7 +140,7 @@ class _Shown:
                 continue
             if special and dataclasses.is_dataclass(base) and name in ("__eq__", "__hash__"):
                 continue  # made by the standard library
-            text = "" if _is_internal(value) else self._member(base, name, value)
+            text = self._member(base, name, value)
             if text:
                 yield name, text
 
@@ -206,11 +206,6 @@ def _named() -> set[type]:
 
 def _is_of_python(one: type) -> bool:
     return one.__module__.partition(".")[0] in sys.stdlib_module_names
-
-
-def _is_internal(value: Any) -> bool:
-    """Whether the docstring says that something is there for the library's own use."""
-    return "for the layers above" in (inspect.getdoc(value) or "")
 
 
 def _own_bases(one: type) -> list[type]:
