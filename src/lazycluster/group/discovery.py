@@ -33,7 +33,7 @@ def detect(
     """Connect all hosts of an ssh configuration at once.
 
     Args:
-        settings: What holds for them.
+        settings: Their settings.
         config_file: The configuration, by default the user's.
 
     Returns:
@@ -146,7 +146,7 @@ async def open_again(sessions: Sequence[HostSession], settings: GroupSettings) -
 
     Args:
         sessions: The present ones.
-        settings: What holds for the new ones.
+        settings: Those of the new ones.
     """
     opening = [HostSession.open(settings.spec(session.host), session) for session in sessions]
     opened = await asyncio.gather(*opening, return_exceptions=True)

@@ -59,14 +59,14 @@ class RuntimeGroup(Shown):
         shell: See :class:`Runtime`.
         environment: See :class:`Runtime`; made on all hosts at once.
         startup_files: See :class:`Runtime`.
-        settings: What holds for single hosts: a dictionary such as ``{"host-1": {"user": "me", "python": "auto"}}``,
+        settings: Settings of single hosts: a dictionary such as ``{"host-1": {"user": "me", "python": "auto"}}``,
             or the path of a TOML file with a table for each host. Keys are those of `connection_kwargs` and
             ``working_dir``, ``python``, ``setup``, ``env``, ``shell``, ``environment``, ``startup_files``; a name may
             be a pattern such as ``"gpu-*"``. Without `hosts`, the hosts that it names are the group.
         on_unreachable: ``"raise"`` if all hosts must be usable, or ``"skip"`` to go on without the others, see
             :attr:`unreachable_hosts`.
-        progress: Whether it is shown, on a terminal or in a notebook, how far things are that take more than two
-            seconds, in clusters on this group, too; by default as ``Environment.progress`` says.
+        progress: Whether the progress of what takes more than two seconds is shown, on a terminal or in a notebook, in
+            clusters on this group, too; by default as ``Environment.progress`` says.
 
     Raises:
         ValueError: If not exactly one of `runtimes` and `hosts` is given, a host is given twice, or there is none.
@@ -239,7 +239,7 @@ class RuntimeGroup(Shown):
         warn_of_aliases(self.runtimes)
 
     def remove_runtime(self, host: str) -> Runtime:
-        """Remove a runtime from the group. It is not cleaned up: that is now for who holds it.
+        """Remove a runtime from the group. It is not cleaned up: that is up to the caller now.
 
         Args:
             host: Its host.
@@ -485,7 +485,7 @@ class RuntimeGroup(Shown):
         join_all(list(self._tasks))
 
     def print_log(self) -> None:
-        """Print what each step of each task printed that was started through the group, as a table."""
+        """Print the output of each step of the tasks that were started through the group, as a table."""
         show_logs([log for task in list(self._tasks) for log in task._logs()])
 
     def clear_tasks(self) -> None:
@@ -692,7 +692,7 @@ class RuntimeGroup(Shown):
     def fill_runtime_info_buffers_async(self) -> None:
         """Have all runtimes ask their hosts for their :attr:`Runtime.info`, without waiting for the answers.
 
-        That a host cannot be asked is said when its information is wanted.
+        If a host cannot be asked, reading its information raises the error.
         """
         for runtime in self.runtimes:
             with contextlib.suppress(LazyclusterError):
@@ -703,7 +703,7 @@ class RuntimeGroup(Shown):
         show(hosts_view("Hosts of the group", self.hosts, "Skipped hosts", self._unreachable))
 
     def print_runtime_info(self) -> None:
-        """Print what machines the hosts are, as a table; in the row of a host that cannot be asked it says why."""
+        """Print the machines of the hosts as a table; if a host cannot be asked, its row has the reason."""
         self.fill_runtime_info_buffers_async()
         show(View(tables=(info_table(self.hosts, [info_or_error(runtime) for runtime in self.runtimes]),)))
 

@@ -158,7 +158,7 @@ class RuntimeManager(Shown):
         show(View(tables=reasons("Inactive hosts", self._inactive) or hosts_view("Inactive hosts", []).tables))
 
     def print_runtime_info(self) -> None:
-        """Print what machines the hosts are, and the names of the inactive ones."""
+        """Print the machines of the hosts, and the names of the inactive ones."""
         self._check_open()
         answers = event_loop.run(self._infos())
         facts = [("Inactive hosts", ", ".join(self._inactive))] if self._inactive else []

@@ -94,7 +94,7 @@ def connect(hosts: Sequence[str], settings: GroupSettings, on_unreachable: str) 
 
     Args:
         hosts: The hosts.
-        settings: What holds for them.
+        settings: Their settings.
         on_unreachable: ``raise``, or ``skip`` to go on with the others.
 
     Returns:

@@ -98,7 +98,7 @@ class GroupSettings:
     startup_files: str = "once"
 
     def spec(self, host: str) -> HostSpec:
-        """Return what holds for a host.
+        """Return the settings of a host.
 
         Raises:
             TypeError, ValueError: If something makes no sense, e.g. an unknown key, which is named.
@@ -121,7 +121,7 @@ class GroupSettings:
         return spec
 
     def specs(self, hosts: Iterable[str]) -> list[HostSpec]:
-        """Return what holds for each of some hosts; warns of settings that hold for none."""
+        """Return the settings of each of some hosts; warns of settings that apply to none."""
         names = list(hosts)
         for pattern in self.settings or {}:
             if not any(fits(name, pattern) for name in names):

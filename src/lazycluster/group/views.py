@@ -18,7 +18,7 @@ __all__ = ["group_view", "hosts_view", "info_or_error", "manager_view", "reasons
 
 
 def group_view(runtimes: Sequence[Runtime], unreachable: Mapping[str, str]) -> View:
-    """Return what is shown of a group in a notebook."""
+    """Return the view of a group in a notebook."""
     rows: list[list[Cell | str]] = []
     cores = 0.0
     for runtime, info in zip(runtimes, known_infos(runtimes), strict=True):
@@ -40,13 +40,13 @@ def hosts_view(title: str, hosts: Sequence[str], left_out: str = "", why: Mappin
 
 
 def reasons(title: str, hosts: Mapping[str, str]) -> tuple[Table, ...]:
-    """Return hosts, each with what is said of it, as a table; none if there are no hosts."""
+    """Return a table of hosts with the reasons; none if there are no hosts."""
     rows = [[host, why.removeprefix(f"{host}: ")] for host, why in hosts.items()]
     return (Table(("host", "why"), rows, title),) if rows else ()
 
 
 def manager_view(sessions: Mapping[str, HostSession], inactive: Mapping[str, str]) -> View:
-    """Return what is shown of a manager in a notebook."""
+    """Return the view of a manager in a notebook."""
     rows: list[list[Cell | str]] = []
     for host, session in sessions.items():
         connection = session.connection
@@ -58,7 +58,7 @@ def manager_view(sessions: Mapping[str, HostSession], inactive: Mapping[str, str
 
 
 def info_or_error(runtime: Runtime) -> dict[str, Any]:
-    """Return what a host says of its machine, or why it cannot be asked."""
+    """Return the facts of a host's machine, or the reason why it cannot be asked."""
     try:
         return runtime.info
     except LazyclusterError as error:

@@ -41,7 +41,7 @@ class BlobStore:
     """Blobs of a pool. Thread-safe.
 
     Attributes:
-        dropped: The numbers of those that hosts need not keep any more; whoever tells the hosts takes them away.
+        dropped: Numbers of blobs that hosts need not keep any more; the scheduler tells them, and empties the list.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class BlobStore:
 
 
 def _digest_of(array: Any) -> bytes | None:
-    """Return what tells an array from others; None if its memory cannot be read as it is."""
+    """Return the digest of an array; None if its memory cannot be read as it is."""
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         return None
     # The type as it is pickled: its text does not tell apart all types, such as those of ml_dtypes.
@@ -148,11 +148,11 @@ class SharedArrays:
         return number
 
     def taken(self) -> tuple[int, ...]:
-        """Return what was shared since the last time; whoever takes it releases it."""
+        """Return the blobs that were shared since the last time; the caller releases them."""
         used, self._used = self._used, []
         return tuple(used)
 
     def close(self) -> list[int]:
-        """Return what was remembered; whoever takes it releases it."""
+        """Return the blobs that were remembered; the caller releases them."""
         known, self._known = self._known, {}
         return [number for _, number in known.values()]

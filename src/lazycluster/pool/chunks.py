@@ -52,7 +52,7 @@ class ResultSink(Protocol):
     """Receiver of results. The methods are called on the loop's thread, and return at once."""
 
     def call_name(self, chunk: Chunk, call: int) -> str:
-        """Return what to call one of the calls of a chunk in messages."""
+        """Return the name of one of the calls of a chunk, for messages."""
 
     def is_wanted(self, chunk: Chunk) -> bool:
         """Tell whether a chunk that waits is still wanted."""
@@ -61,7 +61,7 @@ class ResultSink(Protocol):
         """Learn that a chunk is given to a host; returns whether it is still wanted."""
 
     def settle(self, chunk: Chunk, outcome: ChunkResult | Failure) -> None:
-        """Take what came out of a chunk, once."""
+        """Take the result of a chunk, once."""
 
 
 class Chunk:
@@ -128,13 +128,13 @@ Results = list[tuple[bool, Any]]
 
 
 def read_results(outcome: ChunkResult | Failure, first: int, count: int, name: Callable[[int], str]) -> Results:
-    """Return for each call of a chunk whether it returned, and what it returned or raised.
+    """Return for each call of a chunk True and its return value, or False and its exception.
 
     Args:
-        outcome: What came.
+        outcome: The result of the chunk.
         first: The first call of the chunk.
         count: How many it has.
-        name: Returns what to call one in messages.
+        name: Returns the name of a call, for messages.
     """
     if isinstance(outcome, Failure):
         return [(False, outcome.error)] * count
@@ -179,7 +179,7 @@ def unreadable_error(error: BaseException, host: str, name: str) -> TaskExecutio
 
 
 def initializer_error(parts: list[bytes], host: str) -> BaseException:
-    """Return what an initializer has raised."""
+    """Return the exception that an initializer has raised."""
     name = "the initializer"
     try:
         return _exception_from(_load(parts), host, name)
@@ -188,7 +188,7 @@ def initializer_error(parts: list[bytes], host: str) -> BaseException:
 
 
 def call_name(function: str, packed: PackedCalls, call: int) -> str:
-    """Return what to call a call in messages: the function with the arguments, if these are short."""
+    """Return the name of a call, for messages: the function with the arguments, if these are short."""
     if packed.kind == CHUNK and packed.size <= _SHORT:
         try:
             calls, kwargs = loads(b"".join(packed.parts))

@@ -303,7 +303,7 @@ class GroupExecutor(concurrent.futures.Executor):
 def worker_counts(
     runtimes: Sequence[Runtime], max_workers: int | None, per_host: int | Mapping[str, int] | None
 ) -> dict[str, int | None]:
-    """Return how many workers each host gets; None: as many as it has cores.
+    """Return the number of workers of each host; None: as many as it has cores.
 
     Args:
         runtimes: The hosts.
@@ -331,7 +331,7 @@ def worker_counts(
 
 
 def gpus_of(per_call: float | None, idle: bool) -> dict[str, Any] | None:
-    """Return what the agent is told of GPUs.
+    """Return the GPUs of each worker as the agent's request `pool` takes them.
 
     Args:
         per_call: How many each worker has; of parts of one, a whole number must make one.

@@ -97,7 +97,7 @@ class Futures:
 
     # --- a sink, on the loop's thread ----------------------------------------------------------
     def call_name(self, chunk: Chunk, call: int) -> str:
-        """Return what to call a call in messages."""
+        """Return the name of a call, for messages."""
         entry = self._open.get(chunk.key)
         return call_name(entry[1] if entry else "a call", chunk.packed, call)
 
@@ -123,7 +123,7 @@ class Futures:
         return False
 
     def settle(self, chunk: Chunk, outcome: ChunkResult | Failure) -> None:
-        """Take what came out of a chunk."""
+        """Take the result of a chunk."""
         if self._thread is None:  # here, since Ctrl-C does not come to the loop's thread
             self._thread = threading.Thread(target=self._settle_all, name="lazycluster futures", daemon=True)
             self._thread.start()

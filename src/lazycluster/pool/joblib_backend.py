@@ -74,7 +74,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
 
     # --- how many ------------------------------------------------------------------------------
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """Return how many calls can run at once.
+        """Return the number of calls that can run at once.
 
         Args:
             n_jobs: What the caller asks for; negative numbers count from all workers of the group.
@@ -143,7 +143,7 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         return last[1]
 
     def get_nested_backend(self) -> tuple[Any, int | None]:
-        """Return what ``Parallel`` uses in the calls: nothing more than their own process."""
+        """Return the backend of ``Parallel`` in the calls: their own process, and nothing more."""
         return SequentialBackend(nesting_level=(self.nesting_level or 0) + 1), None
 
     # --- running -------------------------------------------------------------------------------

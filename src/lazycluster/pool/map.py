@@ -107,7 +107,7 @@ class MapRun:
 
     # --- a sink, on the loop's thread ----------------------------------------------------------
     def call_name(self, chunk: Chunk, call: int) -> str:
-        """Return what to call a call in messages."""
+        """Return the name of a call, for messages."""
         return f"{call_name(self._name, chunk.packed, call)} (item {chunk.key * self._chunksize + call})"
 
     def is_wanted(self, chunk: Chunk) -> bool:
@@ -119,7 +119,7 @@ class MapRun:
         return not self._closed
 
     def settle(self, chunk: Chunk, outcome: ChunkResult | Failure) -> None:
-        """Take what came out of a chunk."""
+        """Take the result of a chunk."""
         self._arrived.put((chunk, outcome))
         with self._changed:
             self._unsettled -= chunk.count

@@ -326,7 +326,7 @@ class RemotePool:
             self._scheduler.requeue(self.take_all())
 
     def take_all(self) -> list[Chunk]:
-        """Return what it has, and forget it."""
+        """Return all chunks of the host, and forget them."""
         chunks = list(self.in_flight.values())
         self.in_flight.clear()
         self._bytes = 0
@@ -454,7 +454,7 @@ class ResultDecoder:
 
 
 def worker_lines(host: str, shown: bool) -> Lines:
-    """Return what cuts the output of the workers of a host into lines: printed with the host's name, or logged."""
+    """Return the lines of what the workers of a host print: printed with the host's name, or logged."""
     return Lines(host, None if shown else functools.partial(_log, host))
 
 

@@ -263,7 +263,7 @@ class ChunkScheduler:
         self._check_hosts(pool.host)
 
     def _retries(self, chunk: Chunk) -> list[Chunk]:
-        """Return what is to be run again of a chunk that hosts were lost under; its last chance is a call's own."""
+        """Return the chunks to run again after a host was lost under one; at the last chance each call is its own."""
         if chunk.deaths >= MAX_DEATHS:
             name = chunk.sink.call_name(chunk, chunk.first)
             chunk.sink.settle(chunk, Failure(_worker_lost_error(chunk, name, chunk.tried_on[-1], None)))

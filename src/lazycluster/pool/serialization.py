@@ -37,7 +37,7 @@ class Packed:
         name: What it is called, for messages.
         parts: The bytes, in order.
         size: How many they are.
-        digest: What they have in common with equal ones.
+        digest: Equal for equal bytes.
         imports: The installed modules that it needs.
         fresh: Whether nothing may be imported before it.
     """
@@ -178,7 +178,7 @@ class FunctionCache:
 
 
 def cache_key(function: Any) -> tuple[Any, ...] | None:
-    """Return what is equal as long as a function would be packed to the same; None if that cannot be told."""
+    """Return a key that is equal as long as a function would be packed to the same bytes; None if there is none."""
     if type(function) is not types.FunctionType:
         return None
     module = sys.modules.get(function.__module__)
@@ -207,5 +207,5 @@ def cache_key(function: Any) -> tuple[Any, ...] | None:
 
 
 def _exact(value: Any) -> tuple[type, Any]:
-    """Return what equals that of the same value only: ``1 == True`` and ``0.0 == -0.0``."""
+    """Return a key that equals that of the same value only: ``1 == True`` and ``0.0 == -0.0``."""
     return type(value), repr(value) if isinstance(value, (float, complex)) else value
