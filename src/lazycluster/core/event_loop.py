@@ -60,12 +60,12 @@ def _main(loop: asyncio.AbstractEventLoop) -> None:
         except (SystemExit, KeyboardInterrupt):
             # They end an event loop, and with this one everybody who waits would wait for ever. Ctrl-C comes to the
             # main thread only, so it was code of somebody's own that has raised this, e.g. in a callback.
-            _logger.exception("something that was called wanted to end the process; its event loop goes on")
+            _logger.exception("a callback raised SystemExit or KeyboardInterrupt; the event loop goes on")
     loop.close()
 
 
 def in_loop() -> bool:
-    """Whether the calling thread is the loop's own, which must never wait for itself."""
+    """Return whether the calling thread is the loop's own, which must never wait for itself."""
     found = _running.get(os.getpid())
     return found is not None and threading.get_ident() == found[1].ident
 

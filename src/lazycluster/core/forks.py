@@ -1,4 +1,4 @@
-"""What a child that this process forks must not hold: its ends of streams, whose end the other sides wait for.
+"""Descriptors that a forked child must not hold: ends of streams, whose end the other sides wait for.
 
 `multiprocessing` forks, on Linux. A child may outlive this process, and what it has inherited stays open as long: ssh
 and the agents would not see that nobody is there any more, and a port or a connection would not close.

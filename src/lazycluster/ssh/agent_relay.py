@@ -43,7 +43,7 @@ _relays: weakref.WeakKeyDictionary[Connection, AgentRelay] = weakref.WeakKeyDict
 
 
 def is_asked_for(connection: Connection) -> bool:
-    """Whether the agent may carry the tunnels of a connection."""
+    """Return whether the agent may carry the tunnels of a connection."""
     settings = getattr(connection, "settings", None)
     return getattr(settings, "relay", None) == "agent"
 

@@ -119,8 +119,8 @@ class Channel:
         return AgentError(
             self._link.host,
             "protocol",
-            f"what it answered to {self._asked.get('op')!r} makes no sense ({text}).\n"
-            "  Next step: see who has changed what runs on that host; our agent does not say that",
+            f"its answer to {self._asked.get('op')!r} is invalid ({text}).\n"
+            "  Next step: find out who has changed what runs on that host; our agent does not answer that",
         )
 
     async def ended(self, seconds: float) -> bool:

@@ -32,7 +32,7 @@ logger = logging.getLogger("lazycluster")
 
 
 class AgentLink:
-    """What is said to and by one agent, over streams that may be replaced. Lives on the loop's thread.
+    """Frames to and from one agent, over streams that may be replaced. Lives on the loop's thread.
 
     Args:
         host: The host, for messages.
@@ -120,12 +120,12 @@ class AgentLink:
 
     @property
     def is_attached(self) -> bool:
-        """Whether there are streams."""
+        """True while there are streams."""
         return self._in >= 0
 
     @property
     def received(self) -> int:
-        """How many bytes have come from the agent."""
+        """Number of bytes that have come from the agent."""
         return self._decoder.total
 
     def begin(self) -> None:
@@ -152,7 +152,7 @@ class AgentLink:
 
     @property
     def is_open(self) -> bool:
-        """Whether it may be used."""
+        """True until the link is lost."""
         return self._lost_error is None
 
     async def wait_while_heard(self, work: asyncio.Future[Any], limit: float, quiet: float) -> bool:
@@ -346,7 +346,7 @@ class AgentLink:
         try:
             message = decoded(payload)
         except ValueError as error:
-            text = f"the agent says of its host what makes no sense: {error}"
+            text = f"the agent's first message is invalid: {error}"
             if self.started.done():
                 raise wire.FrameError(text) from None
             self.started.set_exception(InvalidRuntimeError(self.host, "protocol", text))

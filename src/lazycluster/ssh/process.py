@@ -42,7 +42,7 @@ class ErrorTail:
 
     @property
     def text(self) -> str:
-        """What `seen` holds, as text."""
+        """`seen`, as text."""
         return self.seen.decode("utf-8", "replace")
 
     def _read(self) -> bool:
