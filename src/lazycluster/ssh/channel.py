@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.agent import wire
-from lazycluster.core import memory
+from lazycluster.core import memory_pressure
 from lazycluster.exceptions import AgentError
 
 from .agent_replies import check_answer, decoded
@@ -56,7 +56,7 @@ class Collected:
         self.held = 0
         self.channel: Channel | None = None
         self._parts: list[bytes] = []
-        memory.hold(self)
+        memory_pressure.hold(self)
 
     def add(self, data: bytes) -> None:
         """Take a part."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lazycluster.agent import wire
-from lazycluster.core import memory
+from lazycluster.core import memory_pressure
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, printable
 from lazycluster.output import log_limit
 from lazycluster.utils import Environment
@@ -258,7 +258,7 @@ class AgentLink:
             self._ended(error)
             return
         except MemoryError:
-            if not memory.relieve():
+            if not memory_pressure.relieve():
                 self._handle_later(_NO_MEMORY_PAUSE)
             return
         if data:
@@ -292,7 +292,7 @@ class AgentLink:
 
     def _make_room(self) -> None:
         """Try again to handle what was read, once something else was given up, or later."""
-        room = memory.relieve()
+        room = memory_pressure.relieve()
         self._tries = 0 if room else self._tries + 1
         if self._tries > _NO_MEMORY_TRIES and not self._fresh:  # a frame is there, but has no room
             self._tries = 0
@@ -329,7 +329,7 @@ class AgentLink:
             except wire.FrameError:
                 raise
             except MemoryError:
-                memory.relieve()
+                memory_pressure.relieve()
                 self._out_of_memory(number)
             except Exception:
                 if log_limit.may_log(self.host):

@@ -88,7 +88,7 @@ class MuxClient:
     async def connect(cls, path: str) -> MuxClient:
         """Connect, and exchange greetings."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        forks.not_for_children(connection.fileno())
+        forks.close_in_children(connection.fileno())
         client = cls(connection)
         try:
             connection.setblocking(False)

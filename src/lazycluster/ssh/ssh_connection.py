@@ -284,7 +284,7 @@ class SshConnection(Connection):
         marker = new_marker()
         session = await self._session(remote_command(self.agent_info.executable, marker))
         ours_out = os.dup(session.stream.fileno())
-        forks.not_for_children(ours_out)
+        forks.close_in_children(ours_out)
         try:
             return await self._begin(session.stream.detach(), ours_out, marker, session.ended)
         except ConnectionLostError as error:
