@@ -183,7 +183,7 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
         (("run", "--hostfile", "/dev/null", "--", "ls"), "no hosts are named: what stands for them is empty"),
         (("run", "-w", "x*", "--", "ls"), r"no host of the ssh configuration fits 'x*'; there are: host[1-3]"),
         (("run", "-w", "host[3-1]", "--", "ls"), "empty range"),
-        (("run", "-w", "host[^1]", "--", "ls"), "[^1] makes no sense: [!1] is any one character but these"),
+        (("run", "-w", "host[^1]", "--", "ls"), "[^1] is not valid: [!1] is any one character but these"),
         (("run", "-w", "@all", "-x", "host[1,x]", "--", "ls"), "words are written in braces: {1,x}"),
         (("run", "-w", "host[1-3]!host2", "--", "ls"), "those to leave out with -x"),
         (("run", "-w", "host1,host2;ls", "--", "ls"), "'host2;ls' is not a host"),

@@ -212,9 +212,9 @@ def test_a_read_only_file_is_not_changed(config: Path, mode: int, arguments: lis
         ("", {"HostName": "x"}, "cannot be a host's name"),
         ("n" * 300, {"HostName": "x"}, "cannot be a host's name"),
         ("c", {"HostName": "x\nProxyCommand y"}, "control character"),
-        ("c", {"HostName": "x", "Prot": "22"}, "ssh does not understand"),
-        ("c", {"HostName": "x", "Port": "many"}, "ssh does not understand"),
-        ("c", {"HostName": "x", "Match": "all"}, "no option of a host"),
+        ("c", {"HostName": "x", "Prot": "22"}, "ssh rejects the new configuration"),
+        ("c", {"HostName": "x", "Port": "many"}, "ssh rejects the new configuration"),
+        ("c", {"HostName": "x", "Match": "all"}, "not an option of a host"),
     ],
 )
 def test_what_is_refused_changes_nothing(config: Path, name: str, options: dict[str, str], message: str) -> None:

@@ -233,7 +233,7 @@ _OLD = {"scheduler": "tcp://127.0.0.1:1"}
     [
         (DaskCluster, {}, "scheduler is missing"),
         (DaskCluster, _OLD, "security is missing"),
-        (DaskCluster, {**_OLD, "security": None}, "security is no object"),
+        (DaskCluster, {**_OLD, "security": None}, "security is not an object"),
         (DaskCluster, {**_OLD, "security": {"tls_ca_file": ["x"]}}, "security.tls_ca_file is"),
         (DaskCluster, {**_OLD, "security": {}, "manager": "7"}, "manager is '7'"),
         (DaskCluster, {"scheduler": 7, "security": {}}, "scheduler is 7"),

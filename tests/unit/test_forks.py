@@ -31,7 +31,7 @@ def is_null(fd: int) -> bool:
 def test_a_child_does_not_hold_what_is_not_for_it() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        forks.not_for_children(ours.fileno())
+        forks.close_in_children(ours.fileno())
         assert in_child(lambda: is_null(ours.fileno()) and not is_null(theirs.fileno()))
         theirs.sendall(b"x")
         assert ours.recv(1) == b"x"
@@ -39,7 +39,7 @@ def test_a_child_does_not_hold_what_is_not_for_it() -> None:
 
 def test_a_child_of_a_child_holds_nothing_either() -> None:
     read, write = os.pipe()
-    forks.not_for_children(write)
+    forks.close_in_children(write)
     assert in_child(lambda: in_child(lambda: is_null(write)))
     os.close(read)
     os.close(write)
@@ -47,7 +47,7 @@ def test_a_child_of_a_child_holds_nothing_either() -> None:
 
 def test_a_file_with_the_number_of_one_that_was_closed_is_kept() -> None:
     read, write = os.pipe()
-    forks.not_for_children(read, write)
+    forks.close_in_children(read, write)
     os.close(read)
     other = os.open("/proc/self/stat", os.O_RDONLY)
     assert other == read

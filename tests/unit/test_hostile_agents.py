@@ -210,11 +210,11 @@ def test_errors_can_be_shown_whatever_is_in_them() -> None:
     ("request_", "answer", "where"),
     [
         ({"op": "ports"}, {}, "free is missing"),
-        ({"op": "ports"}, {"free": 7}, "free is no list"),
+        ({"op": "ports"}, {"free": 7}, "free is not a list"),
         ({"op": "ports"}, {"free": [1, "2"]}, "free is '2'"),
         ({"op": "mkdtemp"}, {"path": None}, "path is None"),
         ({"op": "setup"}, {"env": {"PATH": ["/"]}}, "env.PATH is"),
-        ({"op": "setup"}, {"env": []}, "env is no object"),
+        ({"op": "setup"}, {"env": []}, "env is not an object"),
         ({"op": "interpreters"}, {"interpreters": [{"path": "/p"}]}, "interpreters.version is missing"),
         ({"op": "run"}, {"exit": "0", "signal": None}, "exit is '0'"),
         ({"op": "run"}, {"exit": float("nan"), "signal": None}, "NaN is not finite"),
@@ -225,21 +225,21 @@ def test_errors_can_be_shown_whatever_is_in_them() -> None:
             "Infinity is not finite",
         ),
         ({"op": "usage"}, {"services": {"7": [1, "2"]}, "time": 1.0, "hertz": 100}, "services.7 is '2'"),
-        ({"op": "detached", "do": "list"}, {"tasks": [None]}, "tasks is no object"),
+        ({"op": "detached", "do": "list"}, {"tasks": [None]}, "tasks is not an object"),
         ({"op": "environment", "action": "find"}, {"found": "yes", "prefix": "/"}, "found is 'yes'"),
         ({"op": "environment", "action": "survey"}, {"interpreters": [], "reachable": [["a", []]]}, "reachable is []"),
-        ({"op": "environment", "action": "wheels"}, {"missing": None, "directory": "/"}, "missing is no list"),
+        ({"op": "environment", "action": "wheels"}, {"missing": None, "directory": "/"}, "missing is not a list"),
         ({"op": "environment", "action": "compiled"}, {"compiled": 1.0}, "compiled is 1.0"),
         ({"op": "environment", "action": "sift"}, {"removed": "all"}, "removed is 'all'"),
         ({"op": "ports"}, {"free": [-1]}, "free is -1"),
         ({"op": "ports"}, {"free": [65536]}, "free is 65536"),
         ({"op": "ports"}, {"free": [True]}, "free is True"),
-        ({"op": "ports"}, {"free": [], "denied": 7}, "denied is no list"),
+        ({"op": "ports"}, {"free": [], "denied": 7}, "denied is not a list"),
         ({"op": "nonce"}, {"port": 22.0, "nonce": ""}, "port is 22.0"),
         ({"op": "nonce"}, {"port": 22, "nonce": "\udc80"}, "nonce is"),
-        ({"op": "mkdtemp"}, {"path": "\ud800"}, "is no text"),
-        ({"op": "mkdtemp"}, {"path": "\udc7f"}, "is no text"),
-        ({"op": "ping"}, {"a": {"\ud800": 1}}, "is no text"),
+        ({"op": "mkdtemp"}, {"path": "\ud800"}, "is not text"),
+        ({"op": "mkdtemp"}, {"path": "\udc7f"}, "is not text"),
+        ({"op": "ping"}, {"a": {"\ud800": 1}}, "is not text"),
         ({"op": "ping"}, {"a": 10**400}, "more than 64 bits"),
         ({"op": "ping"}, {"a": 2**64}, "more than 64 bits"),
         ({"op": "ping"}, {"a": [-(2**63) - 1]}, "more than 64 bits"),
@@ -258,7 +258,7 @@ def test_an_answer_that_makes_no_sense_is_an_error(request_: dict[str, Any], ans
             params = {key: value for key, value in request_.items() if key != "op"}
             channel = link.open_channel(request_["op"], params)
             await host.say(wire.json_frame(1, wire.RESULT, {"ok": True, **answer}))
-            with pytest.raises(AgentError, match="makes no sense") as caught:
+            with pytest.raises(AgentError, match="is invalid") as caught:
                 await asyncio.wait_for(channel.result(), 10)
             assert where in str(caught.value)
             assert caught.value.kind == "protocol"
@@ -278,7 +278,7 @@ def test_a_value_that_cannot_be_used_ends_its_request_alone(kind: int, payload: 
             channel = link.open_channel("info", {}, event=lambda _: None)
             other = link.open_channel("ping", {})
             await host.say(wire.frame(1, kind, payload) + wire.json_frame(2, wire.RESULT, {"ok": True}))
-            with pytest.raises(AgentError, match=r"host1: what it answered to 'info' makes no sense"):
+            with pytest.raises(AgentError, match=r"host1: its answer to 'info' is invalid"):
                 await asyncio.wait_for(channel.result(), 10)
             assert await other.result() == {}
             assert not lost
@@ -317,7 +317,7 @@ def test_who_is_told_what_cannot_be_handled_does_not_wait_for_ever(kind: int) ->
             channel = link.open_channel("pool", {}, event=lambda said: said["x"], output=lambda data: [][len(data)])
             other = link.open_channel("ping", {})
             await host.say(wire.json_frame(1, kind, {"y": "\x1b[2J"}) + wire.json_frame(2, wire.RESULT, {"ok": True}))
-            with pytest.raises(AgentError, match="makes no sense"):
+            with pytest.raises(AgentError, match="is invalid"):
                 await asyncio.wait_for(channel.result(), 10)
             assert await other.result() == {}
             assert not lost
@@ -343,7 +343,7 @@ def test_nobody_waits_for_workers_that_make_no_sense(said: dict[str, Any], monke
         received(self, kind, json.dumps(said).encode() if hostile else payload)
 
     monkeypatch.setattr(Channel, "received", changed)
-    with RuntimeGroup([LocalRuntime()]) as group, pytest.raises(AgentError, match="makes no sense"):
+    with RuntimeGroup([LocalRuntime()]) as group, pytest.raises(AgentError, match="is invalid"):
         list(group.map(abs, range(3), timeout=20))
 
 

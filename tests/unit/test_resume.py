@@ -218,7 +218,7 @@ async def _conversation(directory: Path, sizes: list[int], cuts: list[int]) -> N
     line = Wire(cuts[0])
     session.attach(*descriptors(line.agent))
     link = AgentLink("host", *descriptors(line.manager), lambda error: manager_ended.set())
-    link.begin()
+    link.begin_retaining()
     out, counts = bytearray(), []
     channel = link.open_channel("echo", {}, output=out.extend, event=lambda said: counts.append(said["count"]))
     data = [os.urandom(size) for size in sizes]

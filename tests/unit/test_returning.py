@@ -226,7 +226,7 @@ def test_what_an_agent_said_before_it_stopped_listening_is_heard() -> None:
         far = connection._far[0]
         far.sendall(wire.json_frame(1, wire.RESULT, {"ok": True}))
         connection.drop()
-        link.beat()  # to nobody
+        link.send_heartbeat()  # to nobody
         assert await channel.result() == {}
 
     with_connection(body, renewed=False)
@@ -245,7 +245,7 @@ def test_a_link_that_nobody_listens_to_ends_even_if_the_other_way_does_not(
         link = AgentLink("host", ours_in, ours_out, ended.set_result)
         os.close(theirs_in)
         for _ in range(2):
-            link.beat()
+            link.send_heartbeat()
         if closed:
             link.detach()
         else:

@@ -7,8 +7,10 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ import pytest
 
 import otherunix
 from lazycluster import RuntimeTask
+from lazycluster.agent import processes
 from lazycluster.core import event_loop, unix
 from lazycluster.runtimes import LocalRuntime
 from lazycluster.ssh import workspace
 from lazycluster.ssh.config import MAX_CONTROL_PATH
+from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.process import WatchedProcess
+from patience import until
 
 SSH_APPENDS = 17  # characters, to the path of its control socket
 
@@ -71,6 +76,44 @@ def test_the_keeper_starts_and_its_directory_goes(denied: str) -> None:
         return space.directory
 
     assert not Path(event_loop.run(use(), 60)).exists()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_agent_ends_what_it_started(tmp_path: Path, told: bool) -> None:
+    """As the keeper on a Mac has to: without /proc, subreapers and signals that can be waited for."""
+
+    async def use() -> tuple[int, str]:
+        connection = LocalConnection(python=otherunix.interpreter(tmp_path / "python"))
+        await connection.open()
+        said = bytearray()
+        command = {"command": "sleep 1000 & echo $!; wait"}
+        running = connection.channel("run", command, stdout=said.extend)
+        while b"\n" not in said:
+            await asyncio.sleep(0.02)
+        if not told:  # as when the manager is killed
+            assert connection._link is not None
+            connection._link.detach()
+        await connection.close()
+        running.close()
+        return int(said), connection.agent_info.directory
+
+    pid, directory = event_loop.run(use(), 60)
+    until(lambda: not processes.exists(pid), "the command to be ended")
+    until(lambda: not Path(directory).exists(), "the directory to be removed")
+
+
+def test_processes_are_told_apart_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = processes.parents()
+    otherunix.deny(monkeypatch, "/proc")
+    assert processes.parents().get(os.getpid()) == known[os.getpid()] == processes.parent_of(os.getpid())
+    started = unix.process_start_time(os.getpid())
+    assert started is not None
+    assert abs(started - time.time()) < 7 * 86400
+    assert unix.process_start_time(os.getpid()) == started
+    with subprocess.Popen(["sleep", "0"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert unix.process_start_time(child.pid) is None  # a zombie
+        assert child.pid not in processes.parents()
 
 
 def test_the_end_of_a_process_is_noticed(denied: str) -> None:
@@ -133,16 +176,11 @@ def test_another_user_is_refused(monkeypatch: pytest.MonkeyPatch, pair: tuple[so
 
 
 def test_what_is_not_told_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with_everything: list[Callable[[], object]] = [
-        lambda: unix.process_start_time(os.getpid()),
-        lambda: unix.process_descriptor(os.getpid()),
-    ]
-    assert isinstance(with_everything[0](), int)
-    fd = with_everything[1]()
+    fd = unix.process_descriptor(os.getpid())
     assert isinstance(fd, int)
     os.close(fd)
     otherunix.deny(monkeypatch)
-    assert [ask() for ask in with_everything] == [None, None]
+    assert unix.process_descriptor(os.getpid()) is None
     assert unix.extended_attributes(tmp_path) == {}
     assert unix.forbids_programs("/proc") is False
     assert unix.forbids_programs("/not/there") is False

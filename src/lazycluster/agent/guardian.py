@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KEEP_FILE = "keep.json"
 _PR_SET_CHILD_SUBREAPER = 36
+_MOMENT = 0.02  # seconds
 _PATIENCE = 1.0
 _SLOWEST = 60.0  # seconds for what an ssh process has not sent yet: some megabytes, over a megabit per second
 
@@ -100,7 +101,15 @@ def end_descendants() -> None:
         else:
             refused += send_signal(alive, signal.SIGKILL)
         # A child's end is a signal, a grandchild's becomes one as soon as it is ours; look again soon in any case.
-        signal.sigtimedwait([signal.SIGCHLD], 0.02)
+        _wait_for_child()
+
+
+def _wait_for_child() -> None:
+    """Wait until a child has ended, or for a moment."""
+    if hasattr(signal, "sigtimedwait"):
+        signal.sigtimedwait([signal.SIGCHLD], _MOMENT)
+    else:
+        time.sleep(_MOMENT)
 
 
 def _reap() -> None:
@@ -136,7 +145,7 @@ def _end_foreign(processes: Iterable[Any]) -> None:
             send_signal(alive, number)
         deadline = time.monotonic() + patience
         while alive and time.monotonic() < deadline:
-            signal.sigtimedwait([signal.SIGCHLD], 0.02)
+            _wait_for_child()
             alive = [pid for pid, started in processes if start_time(pid) == started]
         if not alive:
             return

@@ -30,12 +30,14 @@ _RESET = [s for s in (getattr(signal, n, None) for n in ("SIGPIPE", "SIGXFSZ", "
 
 # --- /proc ---------------------------------------------------------------------------------------
 def parents() -> Dict[int, int]:
-    """Return pid -> parent's pid of all processes that can be seen; empty where there is no /proc."""
+    """Return pid -> parent's pid of all processes that can be seen."""
     found: Dict[int, int] = {}
     try:
         names = os.listdir("/proc")
     except OSError:
-        return found
+        from . import ps
+
+        return {pid: int(fields[1]) for pid, fields in ps.fields("-A").items() if fields[0] not in (b"Z", b"X")}
     for name in names:
         if name.isdigit():
             parent = parent_of(int(name))
@@ -50,7 +52,11 @@ def stat_fields(pid: int) -> Optional[List[bytes]]:
         with open("/proc/{}/stat".format(pid), "rb") as file:
             return file.read().rpartition(b")")[2].split()
     except OSError:
-        return None
+        if os.path.exists("/proc/self"):
+            return None
+    from . import ps
+
+    return ps.fields("-p", str(pid)).get(pid)
 
 
 def parent_of(pid: int) -> Optional[int]:
@@ -60,7 +66,7 @@ def parent_of(pid: int) -> Optional[int]:
 
 
 def start_time(pid: int) -> Optional[int]:
-    """Return when a process started, in clock ticks since boot: with the pid it names one process for good."""
+    """Return when a process started, in some unit: with the pid it names one process for good."""
     fields = stat_fields(pid)
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
 

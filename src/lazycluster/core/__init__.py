@@ -1,1 +1,1 @@
-"""What everything else is built on: the event loop, waiting, clean-up at the end, optional packages, host sets."""
+"""The base of everything else: the event loop, waiting, clean-up at the end, optional packages, host sets."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from lazycluster.exceptions import harmless
 
-from . import interruptible, memory
+from . import interruptible, memory_pressure
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -50,22 +50,22 @@ def get_loop() -> asyncio.AbstractEventLoop:
 
 def _main(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
-    loop.set_exception_handler(memory.guard)
+    loop.set_exception_handler(memory_pressure.guard)
     while True:
         try:
             loop.run_forever()
             break
         except MemoryError:
-            memory.relieve()  # in the loop's own code: what was to be done is done in the next round
+            memory_pressure.relieve()  # in the loop's own code: what was to be done is done in the next round
         except (SystemExit, KeyboardInterrupt):
             # They end an event loop, and with this one everybody who waits would wait for ever. Ctrl-C comes to the
             # main thread only, so it was code of somebody's own that has raised this, e.g. in a callback.
-            _logger.exception("something that was called wanted to end the process; its event loop goes on")
+            _logger.exception("a callback raised SystemExit or KeyboardInterrupt; the event loop goes on")
     loop.close()
 
 
 def in_loop() -> bool:
-    """Whether the calling thread is the loop's own, which must never wait for itself."""
+    """Return whether the calling thread is the loop's own, which must never wait for itself."""
     found = _running.get(os.getpid())
     return found is not None and threading.get_ident() == found[1].ident
 

@@ -1,4 +1,4 @@
-"""What a child that this process forks must not hold: its ends of streams, whose end the other sides wait for.
+"""Descriptors that a forked child must not hold: ends of streams, whose end the other sides wait for.
 
 `multiprocessing` forks, on Linux. A child may outlive this process, and what it has inherited stays open as long: ssh
 and the agents would not see that nobody is there any more, and a port or a connection would not close.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 
-__all__ = ["not_for_children"]
+__all__ = ["close_in_children"]
 
 _ours: dict[int, tuple[int, int]] = {}
 
 
-def not_for_children(*fds: int) -> None:
+def close_in_children(*fds: int) -> None:
     """Have descriptors closed in children that are forked from now on.
 
     Nobody has to say when they are closed here: a file that comes to have the number of one is told from it.

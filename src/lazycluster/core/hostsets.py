@@ -57,7 +57,7 @@ def expand(text: str, *, words: bool = False) -> list[str]:
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name, from `expand`, stands for those of the known hosts that it fits."""
+    """Return whether a name, from `expand`, stands for those of the known hosts that it fits."""
     return _PATTERN.search(name) is not None
 
 
@@ -83,7 +83,7 @@ def _selected(pattern: str) -> tuple[str, ...]:
 
 
 def fits(host: str, pattern: str) -> bool:
-    """Whether a host is meant by a name, set or pattern that is given in Python, see `selected`."""
+    """Return whether a host is meant by a name, set or pattern that is given in Python, see `selected`."""
     return host == pattern or any(
         host == one or (is_pattern(one) and fnmatch.fnmatchcase(host, one)) for one in selected(pattern)
     )
@@ -147,7 +147,7 @@ class _Parser:
         if char == "^" and (self._at == 0 or re.match(r"[,\s]", self._text[self._at - 1])):
             raise self._error("a file with hosts is given by itself: ^FILE, or --hostfile FILE")
         hint = "all hosts that are wanted are named with -w, and those to leave out with -x (in Python: exclude_hosts)"
-        raise self._error(f"{char!r} is no part of a set: {hint}")
+        raise self._error(f"{char!r} cannot stand in a set: {hint}")
 
     def _bracket(self) -> list[str]:
         found = _BRACKET.match(self._text, self._at)
@@ -168,7 +168,7 @@ class _Parser:
             hint = f"words are written in braces: {{{inside}}}"
         else:
             hint = "brackets hold numbers, as [1-9], [01,05] or [0-10/2], or the characters of a pattern, as [a-c]"
-        raise self._error(f"{found.group()} makes no sense: {hint}")
+        raise self._error(f"{found.group()} is not valid: {hint}")
 
     def _numbers(self, inside: str) -> list[str]:
         numbers: list[str] = []
@@ -214,7 +214,7 @@ class _Parser:
     def _sequence(self, inside: str) -> list[str]:
         found = _STEPS.fullmatch(inside)
         if found is None:
-            raise self._error(f"{{{inside}}} makes no sense: a range is written as {{1..9}}, {{01..10..3}} or {{a..c}}")
+            raise self._error(f"{{{inside}}} is not valid: a range is written as {{1..9}}, {{01..10..3}} or {{a..c}}")
         first, last, *letters, step = found.groups()
         every = abs(self._integer(step or "1")) or 1
         if first is not None:
@@ -245,5 +245,5 @@ class _Parser:
 
 
 def _is_ascending(characters: str) -> bool:
-    """Whether each range of a class holds something."""
+    """Return whether each range of a class holds something."""
     return all(first <= last for first, last in re.findall(r"(.)-(.)", characters))

@@ -101,7 +101,7 @@ class Event:
         self._flag = False
 
     def is_set(self) -> bool:
-        """Whether it has happened."""
+        """Return whether it has happened."""
         return self._flag
 
     def set(self) -> None:
@@ -141,4 +141,4 @@ def _call(function: Callable[[Any], object], future: Any) -> None:
     except BaseException:
         if threading.current_thread() is threading.main_thread():
             raise
-        _logger.exception("a callback of a future wanted to end the process")
+        _logger.exception("a callback of a future raised SystemExit or KeyboardInterrupt")

@@ -1,4 +1,4 @@
-"""What IPython remembers of results keeps no hosts and clusters alive that nobody else refers to."""
+"""Results that IPython remembers: they must not keep hosts and clusters alive that nobody else refers to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["register"]
 _OWN_NAMES = ("_", "__", "___")
 
 _things: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-"""What is tracked, and whether it had a name of the user's."""
+"""The objects that are tracked; True for those that have had a name of the user's."""
 _listening: weakref.WeakSet[Any] = weakref.WeakSet()
 
 

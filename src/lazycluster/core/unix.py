@@ -62,7 +62,7 @@ def process_descriptor(pid: int) -> int | None:
 
 
 def process_start_time(pid: int) -> int | None:
-    """Return what tells a process from a later one of the same number; None if it has ended, or without /proc."""
+    """Return what tells a process from a later one of the same number; None if it has ended."""
     return processes.start_time(pid)
 
 

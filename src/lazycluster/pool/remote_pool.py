@@ -29,7 +29,7 @@ from lazycluster.agent.pool_protocol import (
     UNFIT,
     WORKER,
 )  # fmt: skip
-from lazycluster.core import memory
+from lazycluster.core import memory_pressure
 from lazycluster.exceptions import AgentError, ConnectionLostError, LazyclusterError
 from lazycluster.output.lines import Lines
 from lazycluster.ssh.agent_replies import check_shape
@@ -404,7 +404,7 @@ class ResultDecoder:
         self._on_result, self._on_memory_error = on_result, on_memory_error
         self._error: MemoryError | None = None  # why the present result is not kept
         self.held = 0
-        memory.hold(self)
+        memory_pressure.hold(self)
         self._rest = b""
         self._head: tuple[int, int, float, int] | None = None
         self._parts: list[bytes] = []
@@ -444,7 +444,7 @@ class ResultDecoder:
             self._parts.append(data[position : position + count])
             self.held += count
         except MemoryError:
-            self.give_up(memory.no_room(self.held))
+            self.give_up(memory_pressure.no_room(self.held))
 
     def give_up(self, error: MemoryError) -> None:
         """Let go of the present result; what else comes of it is not kept."""

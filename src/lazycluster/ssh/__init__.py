@@ -1,1 +1,1 @@
-"""What runs on the manager and concerns the connection to one host."""
+"""The connection to one host, on the manager: configuration, ssh process, agent, tunnels, file transfer."""

@@ -43,7 +43,7 @@ _relays: weakref.WeakKeyDictionary[Connection, AgentRelay] = weakref.WeakKeyDict
 
 
 def is_asked_for(connection: Connection) -> bool:
-    """Whether the agent may carry the tunnels of a connection."""
+    """Return whether the agent may carry the tunnels of a connection."""
     settings = getattr(connection, "settings", None)
     return getattr(settings, "relay", None) == "agent"
 
@@ -56,7 +56,7 @@ def relay_of(connection: Connection) -> AgentRelay:
     return relay
 
 
-class _End:
+class _RelayEnd:
     """The process at one end, as the manager knows it."""
 
     def __init__(self, connection: Connection, first: bool) -> None:
@@ -110,10 +110,10 @@ class AgentRelay:
         self._host = connection.host
         self._numbers = itertools.count(1)
         self._tunnels: dict[int, Tunnel] = {}
-        self._ends: tuple[_End, _End] | None = None  # here, and on the host
+        self._ends: tuple[_RelayEnd, _RelayEnd] | None = None  # here, and on the host
         self._session: asyncio.Task[int] | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._again: asyncio.Task[None] | None = None
+        self._restarting: asyncio.Task[None] | None = None
         self._stopped = False
         connection.at_close.append(self.stop)
 
@@ -122,7 +122,7 @@ class AgentRelay:
         """Return a tunnel, or why there is none."""
         number = next(self._numbers)
         try:
-            await self._up()
+            await self._ensure_running()
             await self._carry(number, request)
         except LazyclusterError as error:
             return error
@@ -156,12 +156,12 @@ class AgentRelay:
                 await end.ask(number, close=number)
 
     # --- the two processes ---------------------------------------------------------------------
-    async def _up(self) -> None:
+    async def _ensure_running(self) -> None:
         """Start the relay unless it runs."""
         if self._stopped:
             raise TunnelError(f"{self._host}: the connection was closed")
-        if self._again is not None:
-            await self._shared(self._again)
+        if self._restarting is not None:
+            await self._shared(self._restarting)
         if self._ends is not None:
             return
         if self._starting is None or self._starting.done():
@@ -183,9 +183,9 @@ class AgentRelay:
             raise TunnelError(f"{self._host}: the connection was closed")
         space = await workspace.acquire()  # the connection itself uses it as long as it lasts
         try:
-            here = _End(space.keeper, True)
+            here = _RelayEnd(space.keeper, True)
             try:
-                ends = here, _End(connection, False)
+                ends = here, _RelayEnd(connection, False)
             except BaseException:
                 here.close()
                 raise
@@ -200,7 +200,7 @@ class AgentRelay:
         for end in ends:
             end.ended.add_done_callback(lambda _: self._lost(ends))
 
-    async def _join(self, connection: Connection, here: _End, there: _End) -> None:
+    async def _join(self, connection: Connection, here: _RelayEnd, there: _RelayEnd) -> None:
         """Connect the two by a session."""
         marker = new_marker()
         info = connection.agent_info
@@ -224,21 +224,21 @@ class AgentRelay:
         await asyncio.gather(here.ready, there.ready)
 
     # --- its end -------------------------------------------------------------------------------
-    def _drop(self, ends: tuple[_End, _End]) -> None:
+    def _drop(self, ends: tuple[_RelayEnd, _RelayEnd]) -> None:
         for end in ends:
             end.close()
         if self._session is not None:
             self._session.cancel()
             self._session = None
 
-    def _lost(self, ends: tuple[_End, _End]) -> None:
+    def _lost(self, ends: tuple[_RelayEnd, _RelayEnd]) -> None:
         if self._ends is ends:
             self._ends = None
             self._drop(ends)
-            if not self._stopped and self._again is None:
-                self._again = asyncio.ensure_future(self._come_back())
+            if not self._stopped and self._restarting is None:
+                self._restarting = asyncio.ensure_future(self._restart())
 
-    async def _come_back(self) -> None:
+    async def _restart(self) -> None:
         """Bring the relay up again with its tunnels, as soon as the host can be reached."""
         why = "the host can no longer be reached"
         try:
@@ -258,7 +258,7 @@ class AgentRelay:
                     return
             self._give_up(why)
         finally:
-            self._again = None
+            self._restarting = None
 
     async def _reachable(self) -> bool:
         """Wait until the link to the host is up; returns whether it will be."""
@@ -288,7 +288,7 @@ class AgentRelay:
     def stop(self) -> None:
         """End the relay, because the connection is about to end."""
         self._stopped = True
-        for task in (self._starting, self._again):
+        for task in (self._starting, self._restarting):
             if task is not None:
                 task.cancel()
         ends, self._ends = self._ends, None

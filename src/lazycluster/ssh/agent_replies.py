@@ -1,4 +1,4 @@
-"""What an agent may answer: checked before anybody uses it, since the host may run something else than our agent."""
+"""Checks of all that agents answer: the host may run something else than our agent."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _check_tree(value: Any) -> None:
         for one in level:
             if isinstance(one, str):
                 if _NO_TEXT.search(one):
-                    raise ValueError(f"{one!r:.60} is no text")
+                    raise ValueError(f"{one!r:.60} is not text")
             elif isinstance(one, dict):
                 following += one
                 following += one.values()
@@ -202,7 +202,7 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
     """
     if isinstance(shape, list):
         if not isinstance(value, list):
-            raise ValueError(f"{where} is no list")
+            raise ValueError(f"{where} is not a list")
         for one in value:
             check_shape(one, shape[0], where)
     elif isinstance(shape, dict):
@@ -238,7 +238,7 @@ def _fits(value: Any, shape: Any) -> bool:
 
 def _check_object(value: Any, shape: dict[Any, Any], where: str) -> None:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where} is no object")
+        raise ValueError(f"{where} is not an object")
     if ... in shape:
         for name, one in value.items():
             check_shape(one, shape[...], f"{where}.{name:.60}")
@@ -254,7 +254,7 @@ def _check_object(value: Any, shape: dict[Any, Any], where: str) -> None:
 
 @dataclass(frozen=True)
 class AgentInfo:
-    """What the agent says about its host when it has started."""
+    """Facts about a host, which its agent states when it has started."""
 
     python: tuple[int, int, int]
     executable: str
@@ -283,9 +283,9 @@ class AgentInfo:
         try:
             check_shape(message, _INFO_SHAPE)
             if len(message["python"]) != 3:
-                raise ValueError("python has not three numbers")
+                raise ValueError("python is not three numbers")
         except ValueError as error:
-            raise ValueError(f"the agent says of its host what makes no sense: {error}") from None
+            raise ValueError(f"the agent's first message is invalid: {error}") from None
         values = {field.name: message[field.name] for field in fields(cls)}
         return cls(**{**values, "python": tuple(message["python"])})
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.agent import wire
-from lazycluster.core import memory
+from lazycluster.core import memory_pressure
 from lazycluster.exceptions import AgentError
 
 from .agent_replies import check_answer, decoded
@@ -56,7 +56,7 @@ class Collected:
         self.held = 0
         self.channel: Channel | None = None
         self._parts: list[bytes] = []
-        memory.hold(self)
+        memory_pressure.hold(self)
 
     def add(self, data: bytes) -> None:
         """Take a part."""
@@ -119,8 +119,8 @@ class Channel:
         return AgentError(
             self._link.host,
             "protocol",
-            f"what it answered to {self._asked.get('op')!r} makes no sense ({text}).\n"
-            "  Next step: see who has changed what runs on that host; our agent does not say that",
+            f"its answer to {self._asked.get('op')!r} is invalid ({text}).\n"
+            "  Next step: find out who has changed what runs on that host; our agent does not answer that",
         )
 
     async def ended(self, seconds: float) -> bool:

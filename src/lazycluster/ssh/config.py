@@ -1,4 +1,4 @@
-"""How to reach one host: the settings of a connection, and the ``ssh`` command line that they become.
+"""Settings of a connection to one host, and the ``ssh`` command line that they become.
 
 The user's own ssh configuration stays in charge of everything about reaching and authenticating a host. What is
 overridden here is only what would keep a program from using the connection: other sessions, terminals, forwardings,
@@ -89,7 +89,7 @@ _RESERVED = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to reach one host. What is None is left to the user's ssh configuration.
+    """Settings of a connection to one host. What is None is left to the user's ssh configuration.
 
     Attributes:
         host: The host as the user named it.

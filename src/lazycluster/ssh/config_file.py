@@ -23,7 +23,7 @@ from .config_hosts import configured_hosts, user_config
 __all__ = ["BACKUP", "ConfigurationError", "add_host", "remove_host"]
 
 BACKUP = ".lazycluster-backup"
-"""What is added to the name of a file for the copy that is made before a change."""
+"""Suffix of the copy of a file that is made before a change."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _OPTION = re.compile(r"[A-Za-z][A-Za-z0-9]*")
@@ -61,7 +61,7 @@ def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str]
     _check_name(name)
     for key, value in options.items():
         if not _OPTION.fullmatch(key) or key.lower() in ("host", "match", "include"):
-            raise ConfigurationError(f"{key!r} is no option of a host")
+            raise ConfigurationError(f"{key!r} is not an option of a host")
         if not value or re.search(r"[\x00-\x1f\x7f]", value):
             raise ConfigurationError(f"the value of {key} is empty or holds a control character")
     file = _file(path)
@@ -95,7 +95,7 @@ def remove_host(name: str, path: str | os.PathLike[str] | None = None) -> Path:
         OSError: If the file cannot be written.
     """
     if not name or re.search(r"[\s*?!]", name):
-        raise ConfigurationError(f"{name!r} is no name of a single host")
+        raise ConfigurationError(f"{name!r} is not the name of a single host")
     file = _file(path)
     if not file.exists():
         raise ConfigurationError(f"{file} does not exist")
@@ -190,12 +190,12 @@ class _Change:
             argv = ["ssh", "-G", "-F", str(temporary), "--", name]
             done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ConfigurationError(f"ssh cannot be asked whether the configuration is right: {error}") from None
+            raise ConfigurationError(f"ssh could not check the configuration: {error}") from None
         finally:
             temporary.unlink()
         said = done.stderr.decode(errors="replace").replace(str(temporary), str(self.path)).strip()
         if done.returncode != 0:
-            raise ConfigurationError(f"ssh does not understand it, nothing was changed: {said}")
+            raise ConfigurationError(f"ssh rejects the new configuration, so nothing was changed: {said}")
         means = dict(line.partition(" ")[::2] for line in done.stdout.decode(errors="replace").splitlines())
         if hostname is not None and means.get("hostname", "").lower() != hostname.lower():
             raise ConfigurationError(
@@ -309,7 +309,7 @@ def _changing(path: Path) -> Iterator[_Change]:
             raise ConfigurationError(f"{path} is a link that leads to itself")
         if path.exists():
             if not stat.S_ISREG(path.stat().st_mode):
-                raise ConfigurationError(f"{path} is no file")
+                raise ConfigurationError(f"{path} is not a regular file")
             _check_writable(path)
         change = _Change(path)
         yield change

@@ -1,4 +1,4 @@
-"""How many connections are being made at once.
+"""A limit for the connections that are made at once.
 
 sshd drops connections at random when more than 10 have not yet authenticated (``MaxStartups 10:30:100``). A host sees
 one of ours, but a host that all others are reached through sees them all.
@@ -140,7 +140,7 @@ def _resolve(target: str, user: str | None, port: int | None, config_file: str |
 
 
 def _mentions_proxy(config_file: str | None) -> bool:
-    """Whether a configuration file mentions a proxy at all: asking ssh costs 5 ms for each host."""
+    """Return whether a configuration file mentions a proxy at all: asking ssh costs 5 ms for each host."""
     if config_file == "none":
         return False
     files = [Path(config_file)] if config_file else [user_config(), SYSTEM_CONFIG]

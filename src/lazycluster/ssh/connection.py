@@ -83,7 +83,7 @@ class Connection(abc.ABC):
 
     @property
     def state(self) -> State:
-        """What it is: ``new``, ``connecting``, ``open``, ``interrupted``, ``lost`` or ``closed``.
+        """State: ``new``, ``connecting``, ``open``, ``interrupted``, ``lost`` or ``closed``.
 
         An interrupted one can be used: what runs goes on, and what is asked for is answered when the host can be
         reached again. It becomes ``open`` then, or ``lost`` if that takes too long. May be read from any thread.
@@ -177,7 +177,7 @@ class Connection(abc.ABC):
 
     @property
     def agent_info(self) -> AgentInfo:
-        """What is known of the host."""
+        """Facts about the host, from its agent."""
         if self._agent_info is None:
             raise LazyclusterError(f"{self.host}: not connected")
         return self._agent_info
@@ -264,7 +264,7 @@ class Connection(abc.ABC):
 
     @property
     def unanswered(self) -> NoAnswerError | None:
-        """What the host was asked in vain, if nothing was answered since; None if it answers."""
+        """The error of the last request that was not answered; None once another one was."""
         return self._unanswered
 
     def hold(self, held: bool) -> None:
@@ -310,7 +310,7 @@ class Connection(abc.ABC):
 
     @property
     def answers(self) -> bool:
-        """Whether the host is heard: its link is up, and it was not in vain that it was waited for last."""
+        """True if the host responds: its link is up, and the last wait for it was not in vain."""
         link = self._link
         return link is not None and link.is_attached and self._given_up != link.heard and self.state != "interrupted"
 
@@ -392,7 +392,7 @@ class Connection(abc.ABC):
 
     async def _rejoin(self, fd_in: int, fd_out: int, start: StartMarker) -> None:
         """Go on with an agent that was there before."""
-        raise StartError("nobody was left there", None)
+        raise StartError("no agent was found there", None)
 
     def _opened(self) -> None:
         self._become("open")

@@ -1,4 +1,4 @@
-"""Why a host could not be reached: what ssh and the login shell said, as one error with a reason and a next step."""
+"""Reasons why a host cannot be reached: from what ssh and the login shell said, one error with a next step."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def last_words(said: str) -> str:
 
 
 def is_retryable(error: InvalidRuntimeError) -> bool:
-    """Whether the same connect may well succeed in a moment: the handshake was dropped, as a busy sshd does."""
+    """Return whether the same attempt may succeed in a moment: the handshake was dropped, as a busy sshd does."""
     return error.reason == "dropped"
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What is known of a failed connection.
+    """Facts about a failed connection that ssh did not state.
 
     Attributes:
         proxy_is_ssh: Whether the host is reached through another ssh: that tells its own failures in known words.
@@ -79,7 +79,7 @@ NOTHING_KNOWN = Circumstances()
 
 @dataclass(frozen=True)
 class _Case:
-    """What is known of a failure."""
+    """A failure to connect, with all that is known of it."""
 
     settings: Settings
     said: str
@@ -99,7 +99,7 @@ class _Case:
 
     @property
     def by_proxy(self) -> bool:
-        """Whether what ended is a ProxyCommand or the ssh to a jump host: only then ssh knows no address."""
+        """True if a ProxyCommand or the ssh to a jump host has ended: only then ssh knows no address."""
         return _PROXY_ENDED in (_useful(self.said) or [""])[-1]
 
     @property

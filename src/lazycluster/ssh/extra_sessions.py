@@ -100,7 +100,7 @@ async def open_session(mux: Mux, command: str) -> ExtraSession:
     """
     ours, theirs = socket.socketpair()
     read, write = os.pipe()
-    forks.not_for_children(ours.fileno(), theirs.fileno(), write)
+    forks.close_in_children(ours.fileno(), theirs.fileno(), write)
     try:
         with theirs:
             session = await mux.new_session(command, theirs.fileno(), theirs.fileno(), write)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lazycluster.agent import wire
-from lazycluster.core import memory
+from lazycluster.core import memory_pressure
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, printable
 from lazycluster.output import log_limit
 from lazycluster.utils import Environment
@@ -32,7 +32,7 @@ logger = logging.getLogger("lazycluster")
 
 
 class AgentLink:
-    """What is said to and by one agent, over streams that may be replaced. Lives on the loop's thread.
+    """Frames to and from one agent, over streams that may be replaced. Lives on the loop's thread.
 
     Args:
         host: The host, for messages.
@@ -57,12 +57,12 @@ class AgentLink:
         self._loop = asyncio.get_running_loop()
         self._decoder = wire.Decoder(wire.FROM_AGENT)
         self.problem = 0.0, ""
-        self._told = 0  # of how many bytes the agent knows that they have arrived
+        self._acknowledged = 0  # of how many bytes the agent knows that they have arrived
         self._channels: dict[int, Channel] = {}
         self._next = 1
         self._outbox = wire.Outbox()
         self._writing = False
-        self._unheard: asyncio.TimerHandle | None = None  # since nobody reads what is written
+        self._closing: asyncio.TimerHandle | None = None  # since nobody reads what is written
         self._room = asyncio.Event()
         self._room.set()
         self._lost_error: ConnectionLostError | None = None
@@ -70,8 +70,8 @@ class AgentLink:
         self.is_held = False
         self._listening = False
         self._tries = 0
-        self._fresh: deque[bytes] = deque()  # what was read and not decoded yet
-        self._again: asyncio.Handle | None = None  # handles what is left of what was read
+        self._undecoded: deque[bytes] = deque()  # what was read and not decoded yet
+        self._resuming: asyncio.Handle | None = None  # handles what is left of what was read
         self.attach(fd_in, fd_out)
         if early:
             self._loop.call_soon(self._feed, early)  # not at once: whoever is told must know this object
@@ -94,9 +94,9 @@ class AgentLink:
             return
         self._listen(False)
         self._write_later(False)
-        if self._unheard is not None:
-            self._unheard.cancel()
-            self._unheard = None
+        if self._closing is not None:
+            self._closing.cancel()
+            self._closing = None
         for fd in {self._in, self._out}:
             os.close(fd)
         self._in = self._out = -1
@@ -110,7 +110,7 @@ class AgentLink:
 
     def _listen(self, wanted: bool = True) -> None:
         """Read when something comes, unless there is a reason not to."""
-        wanted = wanted and self.is_attached and not self.is_held and self._again is None
+        wanted = wanted and self.is_attached and not self.is_held and self._resuming is None
         if wanted != self._listening:
             self._listening = wanted
             if wanted:
@@ -120,21 +120,21 @@ class AgentLink:
 
     @property
     def is_attached(self) -> bool:
-        """Whether there are streams."""
+        """True while there are streams."""
         return self._in >= 0
 
     @property
     def received(self) -> int:
-        """How many bytes have come from the agent."""
+        """Number of bytes that have come from the agent."""
         return self._decoder.total
 
-    def begin(self) -> None:
-        """Count what is sent from here on, and keep it until the agent has it."""
+    def begin_retaining(self) -> None:
+        """Count what is sent from here on, and retain it until the agent has acknowledged it."""
         self._outbox.done = 0
         self._outbox.keeps = True
 
-    def keep_nothing(self) -> None:
-        """Do not keep what is sent: no other streams will come."""
+    def stop_retaining(self) -> None:
+        """Retain nothing of what is sent: no other streams will come."""
         self._outbox.keep_nothing()
 
     def rewind(self, total: int) -> None:
@@ -145,14 +145,14 @@ class AgentLink:
         """
         self._outbox.rewind(total)
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """Tell the agent that somebody is here, and what has arrived; it does the same."""
-        self._told = self.received
-        self.send_soon(wire.ack_frame(self._told))
+        self._acknowledged = self.received
+        self.send_soon(wire.ack_frame(self._acknowledged))
 
     @property
     def is_open(self) -> bool:
-        """Whether it may be used."""
+        """True until the link is lost."""
         return self._lost_error is None
 
     async def wait_while_heard(self, work: asyncio.Future[Any], limit: float, quiet: float) -> bool:
@@ -174,7 +174,7 @@ class AgentLink:
             left = min(since + limit, max(self.heard, since) + quiet) - now
             if left <= 0:
                 return False
-            self.beat()  # which is answered
+            self.send_heartbeat()  # which is answered
             await asyncio.wait([work], timeout=min(left, _ASK_EVERY))
         return True
 
@@ -215,7 +215,7 @@ class AgentLink:
         """Queue a frame, however much waits already; for short ones."""
         if self._lost_error is None:
             self._outbox.put(*parts)
-            if self.is_attached and not self._writing and self._unheard is None:
+            if self.is_attached and not self._writing and self._closing is None:
                 self._flush()
 
     async def send(self, *parts: bytes | memoryview) -> None:
@@ -234,7 +234,7 @@ class AgentLink:
         except OSError as error:
             # What the agent said before it stopped listening is still to be read, up to the end of that stream.
             self._write_later(False)
-            self._unheard = self._loop.call_later(_LAST_WORDS, self._ended, error)
+            self._closing = self._loop.call_later(_LAST_WORDS, self._ended, error)
             return
         if self._outbox.size <= _HIGH_WATER // 2 and self._outbox.held <= wire.HELD:
             self._room.set()
@@ -258,7 +258,7 @@ class AgentLink:
             self._ended(error)
             return
         except MemoryError:
-            if not memory.relieve():
+            if not memory_pressure.relieve():
                 self._handle_later(_NO_MEMORY_PAUSE)
             return
         if data:
@@ -268,47 +268,47 @@ class AgentLink:
             self._ended(None)
 
     def _feed(self, data: bytes) -> None:
-        self._fresh.append(data)
-        if self._again is None:
+        self._undecoded.append(data)
+        if self._resuming is None:
             self._handle()
 
     def _handle(self) -> None:
         """Handle what was read: of much a part, the rest after what else is to be done on the loop."""
-        self._again = None
+        self._resuming = None
         try:
             pause = self._decode()
             if pause is not None:
                 self._handle_later(pause)
         except wire.FrameError as error:
-            self._fresh.clear()
+            self._undecoded.clear()
             self._ended(error)
             return
         except MemoryError:
             self._make_room()
         finally:
             self._listen()
-        if self._outbox.keeps and self.received - self._told >= wire.ACK_UNIT:
-            self.beat()
+        if self._outbox.keeps and self.received - self._acknowledged >= wire.ACK_UNIT:
+            self.send_heartbeat()
 
     def _make_room(self) -> None:
         """Try again to handle what was read, once something else was given up, or later."""
-        room = memory.relieve()
+        room = memory_pressure.relieve()
         self._tries = 0 if room else self._tries + 1
-        if self._tries > _NO_MEMORY_TRIES and not self._fresh:  # a frame is there, but has no room
+        if self._tries > _NO_MEMORY_TRIES and not self._undecoded:  # a frame is there, but has no room
             self._tries = 0
             self._out_of_memory(self._decoder.skip())
         self._handle_later(0.0 if room else _NO_MEMORY_PAUSE)
 
     def _handle_later(self, seconds: float) -> None:
         self.heard = self._loop.time()  # it is not the host that is late
-        self._again = self._loop.call_later(seconds, self._handle) if seconds else self._loop.call_soon(self._handle)
+        self._resuming = self._loop.call_later(seconds, self._handle) if seconds else self._loop.call_soon(self._handle)
         self._listen()
 
     def _decode(self) -> float | None:
         """Handle frames; returns after how many seconds to go on, None if all are handled."""
-        while self._fresh:
-            self._decoder.put(self._fresh[0])
-            self._fresh.popleft()
+        while self._undecoded:
+            self._decoder.put(self._undecoded[0])
+            self._undecoded.popleft()
         end = time.perf_counter() + _TURN
         for number, kind, payload in self._decoder.frames():
             self._dispatch(number, kind, payload)
@@ -329,7 +329,7 @@ class AgentLink:
             except wire.FrameError:
                 raise
             except MemoryError:
-                memory.relieve()
+                memory_pressure.relieve()
                 self._out_of_memory(number)
             except Exception:
                 if log_limit.may_log(self.host):
@@ -346,7 +346,7 @@ class AgentLink:
         try:
             message = decoded(payload)
         except ValueError as error:
-            text = f"the agent says of its host what makes no sense: {error}"
+            text = f"the agent's first message is invalid: {error}"
             if self.started.done():
                 raise wire.FrameError(text) from None
             self.started.set_exception(InvalidRuntimeError(self.host, "protocol", text))
@@ -378,10 +378,10 @@ class AgentLink:
         """End the link: close its streams, tell everyone who waits that it has gone, and why."""
         self.detach()
         self._outbox.clear()
-        self._fresh.clear()
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
+        self._undecoded.clear()
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resuming = None
         self._lost_error = ConnectionLostError(self.host, detail)
         self._room.set()
         if not self.started.done():

@@ -88,7 +88,7 @@ class LocalConnection(Connection):
         """Return a stream to a new process that copies files."""
         self.check()
         ours, theirs = socket.socketpair()
-        forks.not_for_children(ours.fileno(), theirs.fileno())
+        forks.close_in_children(ours.fileno(), theirs.fileno())
         with theirs:
             hand_over(theirs, b"bulk", os.path.join(self.agent_info.directory, SOCKET))
         return ours

@@ -52,7 +52,7 @@ Answer: TypeAlias = "tuple[int, Reader] | MuxError"
 
 
 class Direction(IntEnum):
-    """Where a forwarding listens: on this machine (``-L``) or on the host (``-R``)."""
+    """Side on which a forwarding listens: this machine (``-L``) or the host (``-R``)."""
 
     LOCAL = 1
     REMOTE = 2
@@ -86,13 +86,13 @@ class Forward:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a master tells it from others by: its listener, or, where the host chooses the port, both ends."""
+        """Identity of the forwarding for a master: its listener, or, where the host chooses the port, both ends."""
         listener = (self.direction, self.listen_host, self.listen_port)
         return listener if self.listen_port else (*listener, self.end)
 
     @property
     def end(self) -> tuple[str, int]:
-        """Where it leads to."""
+        """Address that it leads to."""
         return self.connect_host, self.connect_port
 
 
@@ -147,7 +147,7 @@ class Mux:
 
     @property
     def forwards(self) -> list[Forward]:
-        """What is forwarded."""
+        """The open forwardings."""
         return list(self._open.values())
 
     async def check(self) -> int:

@@ -19,7 +19,7 @@ _CHUNK = 64 * 1024
 
 
 class MuxRequest(IntEnum):
-    """What a client asks."""
+    """Requests of a client."""
 
     NEW_SESSION = 0x10000002
     ALIVE_CHECK = 0x10000004
@@ -30,7 +30,7 @@ class MuxRequest(IntEnum):
 
 
 class MuxReply(IntEnum):
-    """What a master answers."""
+    """Answers of a master."""
 
     OK = 0x80000001
     DENIED = 0x80000002
@@ -88,7 +88,7 @@ class MuxClient:
     async def connect(cls, path: str) -> MuxClient:
         """Connect, and exchange greetings."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        forks.not_for_children(connection.fileno())
+        forks.close_in_children(connection.fileno())
         client = cls(connection)
         try:
             connection.setblocking(False)

@@ -1,4 +1,4 @@
-"""What the network of a host allows, found out by trying, once per connection."""
+"""Probes of what the network of a host allows, made once per connection."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def network_of(connection: Connection) -> Hashable:
 
 
 async def same_network(connection: Connection) -> bool:
-    """Whether the host's loopback is the manager's own, so that a port is the same port on both.
+    """Return whether the host's loopback is the manager's own, so that a port is the same port on both.
 
     A secret on a listener tells: hostnames and boot ids are alike in containers that have a network each.
     """
@@ -42,7 +42,7 @@ async def same_network(connection: Connection) -> bool:
 
 
 async def can_connect(connection: Connection) -> bool:
-    """Whether the host's sshd carries connections to ports of the host.
+    """Return whether the host's sshd carries connections to ports of the host.
 
     Where it does not, a forwarding listens on the manager nevertheless, and its connections just end.
     """
@@ -52,7 +52,7 @@ async def can_connect(connection: Connection) -> bool:
 
 
 async def reaches(connection: Connection, port: int) -> bool:
-    """Whether the host's sshd connects to one port, on which something listens."""
+    """Return whether the host's sshd connects to one port, on which something listens."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         try:

@@ -36,13 +36,13 @@ class ErrorTail:
         self._fd = fd
         self.seen = bytearray()
         self._loop = asyncio.get_running_loop()
-        forks.not_for_children(fd)
+        forks.close_in_children(fd)
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self._read)
 
     @property
     def text(self) -> str:
-        """What `seen` holds, as text."""
+        """`seen`, as text."""
         return self.seen.decode("utf-8", "replace")
 
     def _read(self) -> bool:
@@ -119,13 +119,13 @@ class WatchedProcess:
             bufsize=0,
         )
         assert self._popen.stdin and self._popen.stdout and self._popen.stderr
-        forks.not_for_children(*(pipe.fileno() for pipe in (self._popen.stdin, self._popen.stdout)))
+        forks.close_in_children(*(pipe.fileno() for pipe in (self._popen.stdin, self._popen.stdout)))
         self.pid = self._popen.pid
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._errors = ErrorTail(os.dup(self._popen.stderr.fileno()))
         self._popen.stderr.close()
         if self._log_fd >= 0:
-            forks.not_for_children(self._log_fd)
+            forks.close_in_children(self._log_fd)
             self._listen_to_log()
         self._pidfd = unix.process_descriptor(self.pid)
         if self._pidfd is not None:
@@ -137,7 +137,7 @@ class WatchedProcess:
         """Return the descriptors of its output and its input; from now on they are the caller's to close."""
         assert self._popen.stdin and self._popen.stdout
         streams = os.dup(self._popen.stdout.fileno()), os.dup(self._popen.stdin.fileno())
-        forks.not_for_children(*streams)
+        forks.close_in_children(*streams)
         for stream in streams:
             unix.enlarge_pipe(stream)
         self._close_streams()

@@ -43,7 +43,7 @@ _YES_NO = re.compile(r"\(yes/no|are you sure|\(y/n\)", re.IGNORECASE)
 
 @dataclass
 class _Asker:
-    """What is known of a connection whose ssh may ask."""
+    """A connection whose ssh may ask."""
 
     token: str
     settings: Settings
@@ -212,5 +212,5 @@ class Prompter:
 
 
 def _goes_to_host(prompt: str, kind: str) -> bool:
-    """Whether the answer would be sent to the host, and not used by ssh itself for a key or a decision."""
+    """Return whether the answer would be sent to the host, and not used by ssh itself for a key or a decision."""
     return not kind and not any(local.search(prompt) for local in (_PASSPHRASE, _PIN, _YES_NO))

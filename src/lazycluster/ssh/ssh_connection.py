@@ -284,7 +284,7 @@ class SshConnection(Connection):
         marker = new_marker()
         session = await self._session(remote_command(self.agent_info.executable, marker))
         ours_out = os.dup(session.stream.fileno())
-        forks.not_for_children(ours_out)
+        forks.close_in_children(ours_out)
         try:
             return await self._begin(session.stream.detach(), ours_out, marker, session.ended)
         except ConnectionLostError as error:
@@ -305,7 +305,7 @@ class SshConnection(Connection):
         if self.settings.grace > 0:
             assert self._link is not None
             self._secret = secrets.token_bytes(SECRET_SIZE)
-            self._link.begin()
+            self._link.begin_retaining()
             asked = {"id": self._secret.hex(), "grace": self.settings.grace, "silence": self.settings.link_timeout}
             channel = self._link.open_channel("session", asked)
             self._agreeing = asyncio.ensure_future(self._agree(self._link, channel))
@@ -318,7 +318,7 @@ class SshConnection(Connection):
         self.grace = min(float(answer["grace"]), max(self.settings.grace, self.settings.link_timeout))
         self.refusal = printable(str(answer.get("refusal"))[:_REFUSAL_SHOWN])
         if not self.grace:
-            link.keep_nothing()
+            link.stop_retaining()
             logger.info("%s: what runs there ends with the link: %s", self.host, self.refusal)
 
     async def agreed(self) -> str:
@@ -342,9 +342,9 @@ class SshConnection(Connection):
     def _opened(self) -> None:
         self._prepared = self.generation
         super()._opened()
-        self._start_beating()
+        self._start_heartbeat()
 
-    def _start_beating(self) -> None:
+    def _start_heartbeat(self) -> None:
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         self._last_beat = asyncio.get_running_loop().time()
@@ -358,7 +358,7 @@ class SshConnection(Connection):
         if now - self._last_beat > 2 * every or link.is_held:
             link.heard = now  # it was this process that slept, or does not listen
         self._last_beat = now
-        link.beat()
+        link.send_heartbeat()
         quiet = now - link.heard
         if quiet > _HANGS * self.settings.link_timeout:
             link.detach()
@@ -452,7 +452,7 @@ class SshConnection(Connection):
         """
         loop, delay = asyncio.get_running_loop(), _FIRST_DELAY
         if self._prepared != self.generation:
-            self._start_beating()
+            self._start_heartbeat()
         while self._prepared != self.generation and not self._dropped.is_set():
             generation = self.generation
             renewing, dropped = (asyncio.ensure_future(work) for work in (self._renew(), self._dropped.wait()))

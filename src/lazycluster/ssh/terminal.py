@@ -20,7 +20,7 @@ _held: list[Callable[[], Any]] = []
 
 
 def is_asking() -> bool:
-    """Whether a question stands on the terminal, behind which nothing should be printed."""
+    """Return whether a question stands on the terminal, behind which nothing should be printed."""
     return _open > 0
 
 

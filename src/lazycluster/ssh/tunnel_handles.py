@@ -1,4 +1,4 @@
-"""Tunnels as handles: what is wanted, what is open, and how it is closed."""
+"""Handles of tunnels: the request, the open tunnel, and closing it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TunnelRequest:
 
     @property
     def forward(self) -> Forward:
-        """What ssh is asked for."""
+        """The forwarding that ssh is asked for."""
         if self.kind == "to_runtime":
             return Forward(Direction.REMOTE, self.remote_port, self.local_port)
         return Forward(Direction.LOCAL, self.local_port, self.remote_port)
@@ -97,12 +97,12 @@ class Tunnel:
 
     @property
     def is_open(self) -> bool:
-        """Whether it carries connections, or will do so again when the link to the host is back."""
+        """True while it carries connections, or will do so again when the link to the host is back."""
         return not self._closed and self.request.connection.state in ("open", "interrupted")
 
     @property
     def network(self) -> Hashable:
-        """What is equal for two tunnels that lead to one machine."""
+        """Identity of the machine at the other end: equal for two tunnels to one machine."""
         return network_of(self.request.connection)
 
     def gone(self) -> None:

@@ -257,7 +257,7 @@ class _LocalRelay:
     async def listen(self, port: int) -> None:
         """Begin to listen; raises OSError if that is not possible."""
         self._server = await asyncio.start_server(self._carry, LOOPBACK, port)
-        forks.not_for_children(*(listener.fileno() for listener in self._server.sockets))
+        forks.close_in_children(*(listener.fileno() for listener in self._server.sockets))
 
     def stop(self) -> None:
         """Stop listening, and begin to end the connections."""
@@ -277,11 +277,11 @@ class _LocalRelay:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
-        forks.not_for_children(_fd(writer))
+        forks.close_in_children(_fd(writer))
         other: asyncio.StreamWriter | None = None
         try:
             answers, other = await asyncio.open_connection(LOOPBACK, self._connect_port)
-            forks.not_for_children(_fd(other))
+            forks.close_in_children(_fd(other))
             await asyncio.gather(_pump(reader, other), _pump(answers, writer))
         except OSError:
             pass  # either end has gone: the other sees its connection end, as with ssh

@@ -1,4 +1,4 @@
-"""What all connections of a manager process share: a private directory, the answers to ssh's questions, the keeper.
+"""The workspace of a manager process, shared by its connections: private directory, answers to ssh's questions, keeper.
 
 The keeper is an agent on the manager's own machine. It runs the masters of clusters, and when the manager dies, in
 whatever way, it ends those and the ssh processes, and removes the private directory. All of it exists only as long as

@@ -21,7 +21,7 @@ logger = logging.getLogger("lazycluster")
 
 
 class Holder(Protocol):
-    """What keeps bytes that come of a host until they are complete.
+    """Holder of bytes that come from a host, until they are complete.
 
     Attributes:
         held: How many bytes.
@@ -83,7 +83,7 @@ def _say() -> None:
     global _said
     if time.monotonic() - _said >= _SAY_AGAIN:
         _said = time.monotonic()
-        logger.error("this process has no memory left: what hosts say waits until there is some")
+        logger.error("this process is out of memory: it reads nothing from hosts until some is free")
 
 
 def guard(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
