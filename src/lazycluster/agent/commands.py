@@ -176,7 +176,6 @@ class Feed:
         self._channel, self._fd = channel, fd
         self._queue: Deque[bytes] = deque()
         self._end = False
-        self._watching = False
         os.set_blocking(fd, False)
         channel.on_input = self._on_input
         channel.on_input_end = self._on_end
@@ -206,7 +205,7 @@ class Feed:
             self.close()
             self._discard()
             return
-        self._watch(bool(self._queue))
+        self._channel.loop.watch_writer(self._fd, self._write if self._queue else None)
         if self._end and not self._queue:
             self.close()
 
@@ -214,18 +213,10 @@ class Feed:
         while self._queue:
             self._channel.consumed(len(self._queue.popleft()))
 
-    def _watch(self, wanted: bool) -> None:
-        if wanted != self._watching:
-            self._watching = wanted
-            if wanted:
-                self._channel.loop.add_writer(self._fd, self._write)
-            else:
-                self._channel.loop.remove_writer(self._fd)
-
     def close(self) -> None:
         """Let the reader see the end of its input."""
         if self._fd >= 0:
-            self._watch(False)
+            self._channel.loop.watch_writer(self._fd, None)
             os.close(self._fd)
             self._fd = -1
 

@@ -29,6 +29,23 @@ _RESET = [s for s in (getattr(signal, n, None) for n in ("SIGPIPE", "SIGXFSZ", "
 
 
 # --- /proc ---------------------------------------------------------------------------------------
+def read_text(path: str) -> str:
+    """Return what stands in a file, as /proc has them; empty if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def namespace(kind: str) -> str:
+    """Return the name of the namespace that this process is in, of a kind such as ``pid``; empty if it has none."""
+    try:
+        return os.readlink("/proc/self/ns/" + kind)
+    except OSError:
+        return ""
+
+
 def parents() -> Dict[int, int]:
     """Return pid -> parent's pid of all processes that can be seen; empty where there is no /proc."""
     found: Dict[int, int] = {}
@@ -525,8 +542,4 @@ class Ending:
 
 
 def _is_tracker(pid: int) -> bool:
-    try:
-        with open("/proc/{}/cmdline".format(pid), "rb") as file:
-            return b"multiprocessing.resource_tracker" in file.read()
-    except OSError:
-        return False
+    return "multiprocessing.resource_tracker" in read_text("/proc/{}/cmdline".format(pid))

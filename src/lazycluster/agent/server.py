@@ -22,6 +22,8 @@ from .processes import (
     descendants,
     explained,
     marked_processes,
+    namespace,
+    read_text,
     start_time,
 )
 from .session import RequestChannel
@@ -199,10 +201,10 @@ class Agent:
             "directory": self.directory,
             "identity": self.identity,
             "platform": sys.platform,
-            "boot_id": _read("/proc/sys/kernel/random/boot_id"),
+            "boot_id": read_text("/proc/sys/kernel/random/boot_id").strip(),
             "booted": start_time(1) or 0,
-            "machine_id": _read("/etc/machine-id"),
-            "network": _link("/proc/self/ns/net"),
+            "machine_id": read_text("/etc/machine-id").strip(),
+            "network": namespace("net"),
             "path": os.environ.get("PATH", ""),
         }
 
@@ -374,7 +376,7 @@ def _unfinished(agent: Agent) -> PartialFiles:
 
 def identity() -> str:
     """Return a name for this process that no other has, as long as the machine runs."""
-    return "{}-{}-{}".format(_link("/proc/self/ns/pid"), os.getpid(), start_time(os.getpid()))
+    return "{}-{}-{}".format(namespace("pid"), os.getpid(), start_time(os.getpid()))
 
 
 def _traceback() -> str:
@@ -406,18 +408,3 @@ def _known_user() -> bool:
     except KeyError:
         return False
     return True
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""

@@ -82,7 +82,6 @@ class ZygoteLink:
         self._on_message, self._on_end = on_message, on_end
         self._received = bytearray()
         self._queue: Deque[Tuple[bytes, List[int]]] = deque()
-        self._writing = False
         self._retired = False
         control.setblocking(False)
         loop.add_reader(control.fileno(), self._readable)
@@ -115,15 +114,8 @@ class ZygoteLink:
         except OSError:
             self._lost()
             return
-        self._watch(bool(self._queue) and not self.ended)
-
-    def _watch(self, wanted: bool) -> None:
-        if wanted != self._writing:
-            self._writing = wanted
-            if wanted:
-                self._loop.add_writer(self._control.fileno(), self._flush)
-            else:
-                self._loop.remove_writer(self._control.fileno())
+        if not self.ended:
+            self._loop.watch_writer(self._control.fileno(), self._flush if self._queue else None)
 
     # --- from the zygote -----------------------------------------------------------------------
     def _readable(self) -> None:
@@ -186,7 +178,7 @@ class ZygoteLink:
     def close(self) -> None:
         """End it now."""
         if not self.ended:
-            self._watch(False)
+            self._loop.watch_writer(self._control.fileno(), None)
             self.ended = True
             self._loop.remove_reader(self._control.fileno())
             self._control.close()
