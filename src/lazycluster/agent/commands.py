@@ -125,7 +125,7 @@ class CommandProcess:
         self.channel.stderr(data)
 
     def on_over(self, status: int) -> None:
-        """Handle the end: the process has gone and its output has ended."""
+        """Handle the end: the process and its output have ended."""
         raise NotImplementedError
 
     def resume(self) -> None:

@@ -60,7 +60,7 @@ def ask(env: Dict[str, str], users: bool) -> Dict[str, Any]:
         if users and not problem:
             status, text = _call(env, "--query-compute-apps=gpu_uuid", _FORMAT)
             _note_users(found, text)
-            problem = "who uses the GPUs cannot be told: " + _why(status, text) if status else ""
+            problem = "which GPUs are in use is unknown: " + _why(status, text) if status else ""
     except FileNotFoundError:
         problem = "nvidia-smi is not on the PATH"
     except OSError as error:
@@ -275,7 +275,7 @@ class HostGpus:
         self._hanging += 1
         tree = ProcessTree()
         tree.add(child.pid, start_time(child.pid))
-        tree.living()  # once before the child is gone: nvidia-smi descends from it
+        tree.living()  # once before the child ends: nvidia-smi descends from it
         child.kill()
         Ending(self._loop, tree.living, ended)
 

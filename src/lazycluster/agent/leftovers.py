@@ -52,7 +52,7 @@ def sweep(own: str) -> Dict[str, Any]:
 
 
 def orphans() -> List[Tuple[int, int]]:
-    """Return the processes whose agent has gone, each with its start time."""
+    """Return the processes whose agent has ended, each with its start time."""
     space = namespace("pid")
     found = []
     for pid, marker in marked_processes(AGENT_MARKER):

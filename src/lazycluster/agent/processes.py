@@ -239,7 +239,7 @@ class ProcessTree:
 
 
 def send_signal(pids: Iterable[int], number: int) -> List[int]:
-    """Send a signal to each process (a negative number is a process group); those that have gone are passed over.
+    """Send a signal to each process (a negative number is a process group); those that have ended are passed over.
 
     Returns:
         Those that this user may not signal: what runs as another one, e.g. what `sudo` has started.
@@ -298,7 +298,7 @@ def explained(why: Optional[str]) -> str:
     """Return what the system says of what it refuses, and what that means if it is not plain."""
     if why in _LIMITS:
         return "{} ({})".format(why, _LIMITS[why])
-    return why or "nobody knows why"
+    return why or "unknown error"
 
 
 def spawn(

@@ -137,7 +137,7 @@ class RelayedConnection:
                 try:
                     self._socket.shutdown(socket.SHUT_WR)
                 except OSError:
-                    pass  # it has gone already
+                    pass  # it is closed already
             self._maybe_over()
         self.update()
 
@@ -228,7 +228,7 @@ class RelayEnd:
         try:
             self._outbox.write(self._out)
         except OSError:
-            self.loop.stop()  # the other end has gone
+            self.loop.stop()  # the other end has closed it
             return
         self._writing = self._outbox.size > 0
         self.loop.watch_writer(self._out, self._write if self._writing else None)
@@ -346,7 +346,7 @@ class RelayEnd:
         try:
             self._control.send(json.dumps(message).encode("ascii") + b"\n")
         except OSError:
-            self.loop.stop()  # the agent has gone, or does not listen
+            self.loop.stop()  # the agent has ended, or does not listen
 
 
 def _tcp_socket() -> socket.socket:

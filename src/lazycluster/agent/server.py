@@ -1,4 +1,4 @@
-"""The agent: serves one manager's requests on this host, and ends all that it started when the manager has gone."""
+"""The agent: serves one manager's requests on this host, and ends all that it started when the manager has ended."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Agent:
             self.shared(Shells).listen(login_shell(), fd)
 
     def run(self) -> bool:
-        """Serve until the manager has gone; returns whether it said so."""
+        """Serve until the manager has ended; returns whether it said so."""
         try:
             self.loop.run()
         except Exception:

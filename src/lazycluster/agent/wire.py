@@ -244,7 +244,7 @@ class Outbox:
         self._written.clear()
 
     def rewind(self, total: int) -> None:
-        """Have everything after the first `total` bytes wait again: the descriptor that it was written to has gone.
+        """Have everything after the first `total` bytes wait again: the descriptor that it was written to is closed.
 
         Raises:
             ProtocolError: If not all of it is there.
