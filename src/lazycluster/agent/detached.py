@@ -350,10 +350,10 @@ def detached(channel: "RequestChannel") -> None:
         channel.result()
     else:
         number = "log" if action == "log" else "outcome-{}".format(int(params["step"]))
-        _Reading(channel, os.path.join(directory, number), int(params.get("offset") or 0))
+        _FileOutput(channel, os.path.join(directory, number), int(params.get("offset") or 0))
 
 
-class _Reading:
+class _FileOutput:
     """Sends a file, no faster than it is taken."""
 
     def __init__(self, channel: "RequestChannel", path: str, offset: int) -> None:

@@ -15,7 +15,7 @@ import time
 
 from .commands import environment, outcome
 from .offload import ForkedWork
-from .processes import Ending, ProcessTree, spawn, start_time
+from .processes import ProcessTree, Termination, spawn, start_time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ class HostGpus:
         tree.add(child.pid, start_time(child.pid))
         tree.living()  # once before the child ends: nvidia-smi descends from it
         child.kill()
-        Ending(self._loop, tree.living, ended)
+        Termination(self._loop, tree.living, ended)
 
     def _settle(self, key: _Key, gpus: List[Gpu], problem: str) -> None:
         self.answers[key] = time.monotonic(), gpus, problem

@@ -470,7 +470,7 @@ class Pump:
 
 
 # --- ending --------------------------------------------------------------------------------------
-class Ending:
+class Termination:
     """Ends processes in stages; a stage begins when the one before did not do.
 
     Args:

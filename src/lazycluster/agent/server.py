@@ -16,7 +16,7 @@ from .loop import Loop
 from .manager_link import ManagerLink
 from .processes import (
     AGENT_MARKER,
-    Ending,
+    Termination,
     become_plain,
     close_all_but,
     descendants,
@@ -355,7 +355,7 @@ class Agent:
             finally:
                 self.loop.stop()
 
-        Ending(self.loop, self._alive, ended)
+        Termination(self.loop, self._alive, ended)
 
     def _alive(self) -> List[int]:
         """Return all that descends from the agent, or was adopted by its guardian."""
