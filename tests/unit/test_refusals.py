@@ -341,7 +341,7 @@ def test_what_may_not_be_ended_is_named_and_not_waited_for(child: subprocess.Pop
     def living() -> list[int]:
         return [process.pid for process in (child, other) if process.poll() is None]
 
-    processes.Ending(loop, living, lambda: ended.append(living()), ((signal.SIGTERM, 0.1), (signal.SIGKILL, 0.1)))
+    processes.Termination(loop, living, lambda: ended.append(living()), ((signal.SIGTERM, 0.1), (signal.SIGKILL, 0.1)))
     _rounds_until(loop, lambda: ended)
     assert ended == [[child.pid]]
     assert len(reports) == 1

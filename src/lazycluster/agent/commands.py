@@ -9,7 +9,18 @@ import time
 from collections import deque
 
 from . import oom
-from .processes import AGENT_MARKER, TASK_MARKER, Ending, Pump, explained, pipe, send_signal, spawn, start_time, tree_of
+from .processes import (
+    AGENT_MARKER,
+    TASK_MARKER,
+    Pump,
+    Termination,
+    explained,
+    pipe,
+    send_signal,
+    spawn,
+    start_time,
+    tree_of,
+)
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -98,7 +109,7 @@ class CommandProcess:
         self.channel = channel
         self.task = env.get(TASK_MARKER, "")
         self.status: Optional[int] = None
-        self.ending: Optional[Ending] = None
+        self.ending: Optional[Termination] = None
         out_read, out_write, err_read, err_write, in_read, in_write = _streams(has_input, merge)
         try:
             self.pid = spawn(argv, env, cwd, in_read, out_write, err_write, cores=cores)
@@ -125,7 +136,7 @@ class CommandProcess:
         self.channel.stderr(data)
 
     def on_over(self, status: int) -> None:
-        """Handle the end: the process has gone and its output has ended."""
+        """Handle the end: the process and its output have ended."""
         raise NotImplementedError
 
     def resume(self) -> None:
@@ -154,12 +165,14 @@ class CommandProcess:
     def end(self) -> None:
         """End the process and all that it started."""
         if self.ending is None:
-            self.ending = Ending(self.channel.loop, lambda: tree_of(self.pid, self._started, self.task), self._ended)
+            self.ending = Termination(
+                self.channel.loop, lambda: tree_of(self.pid, self._started, self.task), self._ended
+            )
 
     def _ended(self) -> None:
         self.ending = None
         if self.status is None and self._started is not None and start_time(self.pid) == self._started:
-            # It runs as another user, and may not be ended (see `Ending`): nobody waits for it any more.
+            # It runs as another user, and may not be ended (see `Termination`): nobody waits for it any more.
             self.status = signal.SIGKILL
             self.channel.loop.on_exit(self.pid, lambda _: None)
         # Whatever still holds the pipes is none of ours (it cleared its environment and left the tree).
@@ -176,7 +189,6 @@ class Feed:
         self._channel, self._fd = channel, fd
         self._queue: Deque[bytes] = deque()
         self._end = False
-        self._watching = False
         os.set_blocking(fd, False)
         channel.on_input = self._on_input
         channel.on_input_end = self._on_end
@@ -206,7 +218,7 @@ class Feed:
             self.close()
             self._discard()
             return
-        self._watch(bool(self._queue))
+        self._channel.loop.watch_writer(self._fd, self._write if self._queue else None)
         if self._end and not self._queue:
             self.close()
 
@@ -214,18 +226,10 @@ class Feed:
         while self._queue:
             self._channel.consumed(len(self._queue.popleft()))
 
-    def _watch(self, wanted: bool) -> None:
-        if wanted != self._watching:
-            self._watching = wanted
-            if wanted:
-                self._channel.loop.add_writer(self._fd, self._write)
-            else:
-                self._channel.loop.remove_writer(self._fd)
-
     def close(self) -> None:
         """Let the reader see the end of its input."""
         if self._fd >= 0:
-            self._watch(False)
+            self._channel.loop.watch_writer(self._fd, None)
             os.close(self._fd)
             self._fd = -1
 
@@ -266,7 +270,7 @@ def _in_shell(channel: RequestChannel, path: str, line: str, begin: Callable[[Li
     if found.is_read:
         go_on()
     else:
-        shell_startup.Waiting(channel, found, go_on)
+        shell_startup.PendingRequest(channel, found, go_on)
 
 
 def run(channel: RequestChannel) -> None:

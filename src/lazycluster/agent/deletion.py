@@ -114,7 +114,7 @@ def remove(path: str, kept: Optional[Mapping[str, str]] = None, folder: bool = F
         folder: Refuse what is neither a directory nor a link to one.
 
     Returns:
-        The first of the errors that left something there; None if all has gone.
+        The first of the errors that left something there; None if all is removed.
 
     Raises:
         RefusedError: If it is one of the directories that are never removed, or a mount point; nothing was removed.

@@ -18,7 +18,7 @@ from .deletion import remove as delete
 from .deletion import remove_tree
 from .ownership import make
 from .paths import trusts_group
-from .processes import explained, start_time
+from .processes import explained, read_text, start_time
 from .ssh_session import SSHD_FILE, kills_at_logout
 from .wire import MAX_PAYLOAD
 
@@ -38,11 +38,8 @@ _LAST_LIMIT = 3600.0  # seconds within which the end of a task must have been wr
 
 
 def _boot() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return "{} {}".format(file.read().strip(), start_time(1) or 0)
-    except OSError:
-        return ""
+    boot = read_text("/proc/sys/kernel/random/boot_id").strip()
+    return "{} {}".format(boot, start_time(1) or 0) if boot else ""
 
 
 def tasks_directory(trust_group: bool) -> str:
@@ -353,10 +350,10 @@ def detached(channel: "RequestChannel") -> None:
         channel.result()
     else:
         number = "log" if action == "log" else "outcome-{}".format(int(params["step"]))
-        _Reading(channel, os.path.join(directory, number), int(params.get("offset") or 0))
+        _FileOutput(channel, os.path.join(directory, number), int(params.get("offset") or 0))
 
 
-class _Reading:
+class _FileOutput:
     """Sends a file, no faster than it is taken."""
 
     def __init__(self, channel: "RequestChannel", path: str, offset: int) -> None:

@@ -132,7 +132,7 @@ def _has_hash(path: str, start: str) -> bool:
 
 
 def remove(root: str, name: str) -> bool:
-    """Remove an environment of ours, unless it is in use; returns whether it has gone."""
+    """Remove an environment of ours, unless it is in use; returns whether it is removed."""
     prefix = os.path.join(root, "envs", name)
     building = lock(prefix + ".build", fcntl.LOCK_EX)
     if building is None:

@@ -279,7 +279,7 @@ def damage(prefix: str) -> Optional[str]:
         return "missing"
     python = os.path.join(prefix, "bin", "python")
     if not os.access(python, os.X_OK):
-        return "its interpreter {} has gone".format(os.path.realpath(python))
+        return "its interpreter {} is missing".format(os.path.realpath(python))
     if listing(prefix) != manifest.get("listing"):
         return "its packages were changed"
     return None

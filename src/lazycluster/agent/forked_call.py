@@ -11,7 +11,7 @@ import struct
 
 from . import oom
 from .commands import Feed, outcome
-from .processes import Ending, ProcessTree, Pump, explained, pipe, start_time
+from .processes import ProcessTree, Pump, Termination, explained, pipe, start_time
 from .wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -102,7 +102,7 @@ class ForkedCall:
         self._exited = False  # whether the process has ended
         self._over = False
         self._wanted_end = False
-        self._ending: Optional[Ending] = None
+        self._ending: Optional[Termination] = None
         self._linger: Any = None
         self._early: List[bytes] = []  # input that came before the process was there
         self._printed = 0
@@ -252,7 +252,7 @@ class ForkedCall:
         if self._queue.leave(self.start):
             self._finish()
         elif self._pid and self._ending is None and not self._over:
-            self._ending = Ending(self._channel.loop, self._tree.living, self._ended)
+            self._ending = Termination(self._channel.loop, self._tree.living, self._ended)
 
     def _ended(self) -> None:
         self._ending = None

@@ -15,7 +15,7 @@ import time
 
 from .commands import environment, outcome
 from .offload import ForkedWork
-from .processes import Ending, ProcessTree, spawn, start_time
+from .processes import ProcessTree, Termination, spawn, start_time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def ask(env: Dict[str, str], users: bool) -> Dict[str, Any]:
         if users and not problem:
             status, text = _call(env, "--query-compute-apps=gpu_uuid", _FORMAT)
             _note_users(found, text)
-            problem = "who uses the GPUs cannot be told: " + _why(status, text) if status else ""
+            problem = "which GPUs are in use is unknown: " + _why(status, text) if status else ""
     except FileNotFoundError:
         problem = "nvidia-smi is not on the PATH"
     except OSError as error:
@@ -275,9 +275,9 @@ class HostGpus:
         self._hanging += 1
         tree = ProcessTree()
         tree.add(child.pid, start_time(child.pid))
-        tree.living()  # once before the child is gone: nvidia-smi descends from it
+        tree.living()  # once before the child ends: nvidia-smi descends from it
         child.kill()
-        Ending(self._loop, tree.living, ended)
+        Termination(self._loop, tree.living, ended)
 
     def _settle(self, key: _Key, gpus: List[Gpu], problem: str) -> None:
         self.answers[key] = time.monotonic(), gpus, problem

@@ -65,7 +65,7 @@ def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
     else:  # whoever has started this is there; on the manager's machine, what is to be ended with it is in use
         remove([*further(directory), directory])
     if session is not None and not orderly:
-        # ssh lingers while a forwarded connection is open; its manager has gone, so nobody else ends it.
+        # ssh lingers while a forwarded connection is open; its manager has ended, so nobody else ends it.
         session.signal(signal.SIGTERM)
 
 
@@ -180,5 +180,5 @@ def _readers(paths: Iterable[str]) -> List[int]:
             try:
                 found.append(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC))
             except OSError:
-                pass  # it has gone
+                pass  # it has been removed
     return found

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional
 
 from .commands import environment
 from .gpus import HostGpus
+from .processes import read_text
 from .session import RequestChannel
 
 _UNLIMITED = 1 << 60  # control groups of version 1 say a number near 2**63 for "no limit"
@@ -97,7 +98,7 @@ def _groups(root: str, controller: str) -> List[str]:
     """Return this process's group of a controller ("" for version 2) and those above it."""
     mount = os.path.join(root, "sys/fs/cgroup", controller)
     path = None
-    for line in _lines(os.path.join(root, "proc/self/cgroup")):
+    for line in read_text(os.path.join(root, "proc/self/cgroup")).splitlines():
         number, _, rest = line.partition(":")
         names, _, group = rest.partition(":")
         if (controller and controller in names.split(",")) or (not controller and number == "0"):
@@ -110,7 +111,7 @@ def _groups(root: str, controller: str) -> List[str]:
 
 
 def _os_name() -> str:
-    for line in _lines("/etc/os-release"):
+    for line in read_text("/etc/os-release").splitlines():
         name, _, value = line.partition("=")
         if name == "PRETTY_NAME":
             return value.strip().strip('"')
@@ -124,7 +125,7 @@ def _uptime() -> Optional[float]:
 
 def _meminfo() -> Dict[str, int]:
     found = {}
-    for line in _lines("/proc/meminfo"):
+    for line in read_text("/proc/meminfo").splitlines():
         name, _, rest = line.partition(":")
         fields = rest.split()
         if fields and fields[0].isdigit():
@@ -137,16 +138,8 @@ def _meminfo() -> Dict[str, int]:
     return found
 
 
-def _lines(path: str) -> List[str]:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().splitlines()
-    except OSError:
-        return []
-
-
 def _words(path: str) -> List[str]:
-    return " ".join(_lines(path)).split()
+    return read_text(path).split()
 
 
 def _number(path: str) -> Optional[int]:

@@ -53,7 +53,7 @@ def count_tunnels(own: str) -> int:
                 with open(os.path.join(path, _TUNNELS)) as file:
                     count += int(file.read())
         except (OSError, ValueError):
-            continue  # it has none, or is gone
+            continue  # it has none, or has just been removed
     return count
 
 

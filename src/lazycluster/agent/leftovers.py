@@ -11,7 +11,7 @@ import time
 
 from .directories import HOST_FILE, PREFIX, SOCKET, every_parent_directory, is_of_this_host
 from .guardian import remove
-from .processes import AGENT_MARKER, marked_processes, send_signal, start_time, tree_of
+from .processes import AGENT_MARKER, marked_processes, namespace, read_text, send_signal, start_time, tree_of
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ def sweep(own: str) -> Dict[str, Any]:
         The `processes`, each with `pid` and `command`, and the `directories`.
     """
     found = orphans()
-    processes = [{"pid": pid, "command": _command(pid)} for pid, _ in found]
+    processes = [
+        {"pid": pid, "command": read_text("/proc/{}/cmdline".format(pid))[:200].replace("\0", " ").strip()}
+        for pid, _ in found
+    ]
     for pid, started in found:
         send_signal(tree_of(pid, started, ""), signal.SIGKILL)
     directories = abandoned(own)
@@ -49,8 +52,8 @@ def sweep(own: str) -> Dict[str, Any]:
 
 
 def orphans() -> List[Tuple[int, int]]:
-    """Return the processes whose agent has gone, each with its start time."""
-    space = namespace()
+    """Return the processes whose agent has ended, each with its start time."""
+    space = namespace("pid")
     found = []
     for pid, marker in marked_processes(AGENT_MARKER):
         here, agent, started = (marker.rsplit("-", 2) + ["", ""])[:3]
@@ -122,14 +125,6 @@ def _is_private(inode: os.stat_result, age: float) -> bool:
     return alone and inode.st_mtime < time.time() - age
 
 
-def namespace() -> str:
-    """Return the name of this process's pid namespace."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
 def _answers(path: str) -> bool:
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -143,11 +138,3 @@ def _answers(path: str) -> bool:
     finally:
         probe.close()
     return True
-
-
-def _command(pid: int) -> str:
-    try:
-        with open("/proc/{}/cmdline".format(pid), "rb") as file:
-            return file.read(200).replace(b"\0", b" ").decode("utf-8", "replace").strip()
-    except OSError:
-        return ""

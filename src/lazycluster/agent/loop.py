@@ -74,6 +74,12 @@ class Loop:
         """Stop watching `fd` for writing."""
         self._set(fd, 1, None)
 
+    def watch_writer(self, fd: int, callback: Optional[Callback]) -> None:
+        """Call `callback` whenever `fd` can be written; None: do not watch it. That it is so already costs little."""
+        pair = self._callbacks.get(fd)
+        if callback != (pair[1] if pair else None) or self._paused:
+            self._set(fd, 1, callback)
+
     def _set(self, fd: int, index: int, callback: Optional[Callback]) -> None:
         if self._paused:
             self._paused.pop((fd, index), None)  # whoever watches it does something else with it now

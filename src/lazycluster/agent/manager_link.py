@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .server import Agent
     from .session import RequestChannel
 
-SILENCE_LIMIT = 300.0  # seconds without a word from the manager, which sends a heartbeat, after which it has gone
+SILENCE_LIMIT = 300.0  # seconds without a heartbeat of the manager, after which it counts as ended
 _NO_SSHD = "the agent finds no sshd above its session, so it cannot tell the manager's end from that of the link"
 SECRET_SIZE = 16
 KEPT, NOT_KEPT = b"K", b"N"
@@ -32,7 +32,7 @@ class ManagerLink:
     """Keeps the one session with the manager.
 
     The end of the streams alone does not tell why. While sshd has its connection the manager has ended, since ssh,
-    which has seen the end of its input, passed that on; without, the link has gone, and the manager may come back.
+    which has seen the end of its input, passed that on; without, the link is lost, and the manager may come back.
 
     Args:
         agent: The agent.
@@ -106,7 +106,7 @@ class ManagerLink:
 
     # --- loss ----------------------------------------------------------------------------------
     def streams_ended(self, session: FrameSession, error: Optional[Exception]) -> None:
-        """Find out whether the manager has gone, or the link."""
+        """Find out whether the manager has ended, or the link is lost."""
         session.mute()
         if self._alone:
             self._interrupted()
@@ -234,7 +234,7 @@ def _refuse(connection: socket.socket, fds: List[int]) -> None:
     try:
         os.write(fds[1], NOT_KEPT + bytes(TOTAL_SIZE))
     except OSError:
-        pass  # it has gone itself
+        pass  # it has ended itself
     for fd in fds:
         os.close(fd)
     connection.close()

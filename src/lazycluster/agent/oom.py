@@ -1,4 +1,7 @@
-"""Processes that the system has ended because it had no memory left."""
+"""Processes that the system has ended because it had no memory left.
+
+This module stands alone: it is sent along with programs of engines, too.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def killed(root: str = "/") -> "Counts":
 
     None stands for what the system does not tell.
     """
-    return _in_group(root), _count(os.path.join(root, "proc/vmstat"), b"oom_kill")
+    return _in_group(root), _count(os.path.join(root, "proc/vmstat"), "oom_kill")
 
 
 def note() -> "Counts":
@@ -48,7 +51,7 @@ def evidence(before: "Counts") -> Dict[str, str]:
 def _in_group(root: str) -> "Optional[int]":
     counts = []
     for line in _lines(os.path.join(root, "proc/self/cgroup")):
-        number, names, group = (line.decode("utf-8", "replace").split(":", 2) + ["", ""])[:3]
+        number, names, group = (line.split(":", 2) + ["", ""])[:3]
         if number == "0":
             mount, file = "sys/fs/cgroup", "memory.events"
         elif "memory" in names.split(","):
@@ -58,13 +61,13 @@ def _in_group(root: str) -> "Optional[int]":
         parts = [part for part in group.split("/") if part not in ("", "..")]
         # In a container the path is often the host's, which cannot be seen: the mount itself is the group then.
         for length in range(len(parts), -1, -1):
-            count = _count(os.path.join(root, mount, *(parts[:length] + [file])), b"oom_kill")
+            count = _count(os.path.join(root, mount, *(parts[:length] + [file])), "oom_kill")
             if count is not None:
                 counts.append(count)
     return max(counts) if counts else None
 
 
-def _count(path: str, name: bytes) -> "Optional[int]":
+def _count(path: str, name: str) -> "Optional[int]":
     for line in _lines(path):
         words = line.split()
         if len(words) == 2 and words[0] == name and words[1].isdigit():
@@ -72,9 +75,9 @@ def _count(path: str, name: bytes) -> "Optional[int]":
     return None
 
 
-def _lines(path: str) -> "List[bytes]":
+def _lines(path: str) -> "List[str]":
     try:
-        with open(path, "rb") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().splitlines()
     except OSError:
         return []

@@ -35,7 +35,6 @@ class PoolQueue:
         self._waiting: Deque[Waiting] = deque()  # not in the socket yet
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
-        self._watching = False
         self._closed = False
 
     def __len__(self) -> int:
@@ -61,15 +60,8 @@ class PoolQueue:
                 self.sent[number] = None
         except BlockingIOError:
             pass
-        self._watch(bool(self._waiting) and not self._closed)
-
-    def _watch(self, wanted: bool) -> None:
-        if wanted != self._watching:
-            self._watching = wanted
-            if wanted:
-                self._loop.add_writer(self._ours.fileno(), self._on_room)
-            else:
-                self._loop.remove_writer(self._ours.fileno())
+        if not self._closed:
+            self._loop.watch_writer(self._ours.fileno(), self._on_room if self._waiting else None)
 
     # --- what nobody has taken -----------------------------------------------------------------
     def take_back(self) -> None:
@@ -120,7 +112,7 @@ class PoolQueue:
     def end(self) -> None:
         """Send no more: who takes the next one learns that there is none."""
         if not self._closed:
-            self._watch(False)
+            self._loop.watch_writer(self._ours.fileno(), None)
             self._closed = True
             self._ours.close()
 

@@ -369,6 +369,6 @@ def main(fds: List[int], request: Dict[str, Any]) -> int:
             return 1
         worker.serve()
     except (BrokenPipeError, ConnectionResetError, EOFError):
-        pass  # the agent has gone
+        pass  # the agent has ended
     call_process.finish()
     return 0

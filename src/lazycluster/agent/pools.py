@@ -14,7 +14,7 @@ from .functions import keep_library, with_interpreter
 from .paths import meant
 from .pool_protocol import BACK, BLOB, CANCEL, DROP, GIVEN, LARGE, MISSING, RECORD, SLOT, SLOT_SIZE, SMALL
 from .pool_queue import PoolQueue
-from .processes import TASK_MARKER, Ending, ProcessTree, Pump, explained, pipe
+from .processes import TASK_MARKER, ProcessTree, Pump, Termination, explained, pipe
 from .worker_handle import WorkerHandle
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -89,7 +89,7 @@ class WorkerPool:
         self._rest = b""
         self._filling: Optional[List[Any]] = None  # record, descriptor, bytes to come
         self._closing = False
-        self._ending: Optional[Ending] = None
+        self._ending: Optional[Termination] = None
         self._processes = ProcessTree(message["task"])
         self._tail = bytearray()
         directory = channel.agent.directory
@@ -346,7 +346,7 @@ class WorkerPool:
         if self._ending is not None:
             return
         self._queue.end()
-        self._ending = Ending(self.channel.loop, self._tree, self._ended)
+        self._ending = Termination(self.channel.loop, self._tree, self._ended)
 
     def _tree(self) -> List[int]:
         for worker in self._workers.values():
@@ -357,7 +357,7 @@ class WorkerPool:
         if self._pump.ended:
             return
         if any(not worker.pid for worker in self._workers.values()):  # one that is just being forked
-            self.channel.loop.call_later(_FORK_WAIT, lambda: Ending(self.channel.loop, self._tree, self._ended))
+            self.channel.loop.call_later(_FORK_WAIT, lambda: Termination(self.channel.loop, self._tree, self._ended))
             return
         for worker in list(self._workers.values()):
             worker.close()

@@ -29,6 +29,23 @@ _RESET = [s for s in (getattr(signal, n, None) for n in ("SIGPIPE", "SIGXFSZ", "
 
 
 # --- /proc ---------------------------------------------------------------------------------------
+def read_text(path: str) -> str:
+    """Return what stands in a file, as /proc has them; empty if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def namespace(kind: str) -> str:
+    """Return the name of the namespace that this process is in, of a kind such as ``pid``; empty if it has none."""
+    try:
+        return os.readlink("/proc/self/ns/" + kind)
+    except OSError:
+        return ""
+
+
 def parents() -> Dict[int, int]:
     """Return pid -> parent's pid of all processes that can be seen."""
     found: Dict[int, int] = {}
@@ -228,7 +245,7 @@ class ProcessTree:
 
 
 def send_signal(pids: Iterable[int], number: int) -> List[int]:
-    """Send a signal to each process (a negative number is a process group); those that have gone are passed over.
+    """Send a signal to each process (a negative number is a process group); those that have ended are passed over.
 
     Returns:
         Those that this user may not signal: what runs as another one, e.g. what `sudo` has started.
@@ -287,7 +304,7 @@ def explained(why: Optional[str]) -> str:
     """Return what the system says of what it refuses, and what that means if it is not plain."""
     if why in _LIMITS:
         return "{} ({})".format(why, _LIMITS[why])
-    return why or "nobody knows why"
+    return why or "unknown error"
 
 
 def spawn(
@@ -459,7 +476,7 @@ class Pump:
 
 
 # --- ending --------------------------------------------------------------------------------------
-class Ending:
+class Termination:
     """Ends processes in stages; a stage begins when the one before did not do.
 
     Args:
@@ -531,8 +548,4 @@ class Ending:
 
 
 def _is_tracker(pid: int) -> bool:
-    try:
-        with open("/proc/{}/cmdline".format(pid), "rb") as file:
-            return b"multiprocessing.resource_tracker" in file.read()
-    except OSError:
-        return False
+    return "multiprocessing.resource_tracker" in read_text("/proc/{}/cmdline".format(pid))

@@ -87,7 +87,7 @@ class Receiver:
         Raises:
             CopyError: If something cannot be written here, or a single file cannot be read there. What was there before
                 is untouched.
-            StreamClosedError: If the sender is gone.
+            StreamClosedError: If the sender has ended.
         """
         try:
             try:

@@ -57,7 +57,7 @@ class RelayedConnection:
         self._said_end = self._heard_end = self._shut = False
         self._deaf = False  # whether our side takes nothing any more
         self._closing = False  # whether the other end has closed it: what is queued is delivered, then it is over
-        self._reading = self._writing = False
+        self._reading = False
         self.update()
 
     # --- from here to there --------------------------------------------------------------------
@@ -137,7 +137,7 @@ class RelayedConnection:
                 try:
                     self._socket.shutdown(socket.SHUT_WR)
                 except OSError:
-                    pass  # it has gone already
+                    pass  # it is closed already
             self._maybe_over()
         self.update()
 
@@ -182,9 +182,7 @@ class RelayedConnection:
         if reading != self._reading:
             self._reading = reading
             loop.add_reader(self._fd, self._readable) if reading else loop.remove_reader(self._fd)
-        if writing != self._writing:
-            self._writing = writing
-            loop.add_writer(self._fd, self._writable) if writing else loop.remove_writer(self._fd)
+        loop.watch_writer(self._fd, self._writable if writing else None)
 
 
 class RelayEnd:
@@ -230,15 +228,10 @@ class RelayEnd:
         try:
             self._outbox.write(self._out)
         except OSError:
-            self.loop.stop()  # the other end has gone
+            self.loop.stop()  # the other end has closed it
             return
-        waiting = self._outbox.size > 0
-        if waiting != self._writing:
-            self._writing = waiting
-            if waiting:
-                self.loop.add_writer(self._out, self._write)
-            else:
-                self.loop.remove_writer(self._out)
+        self._writing = self._outbox.size > 0
+        self.loop.watch_writer(self._out, self._write if self._writing else None)
         if self.congested and self._outbox.size < _LOW_WATER:
             self._congest(False)
 
@@ -353,7 +346,7 @@ class RelayEnd:
         try:
             self._control.send(json.dumps(message).encode("ascii") + b"\n")
         except OSError:
-            self.loop.stop()  # the agent has gone, or does not listen
+            self.loop.stop()  # the agent has ended, or does not listen
 
 
 def _tcp_socket() -> socket.socket:

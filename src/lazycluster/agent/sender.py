@@ -128,7 +128,7 @@ class Sender:
 
         Raises:
             CopyError: If a single file cannot be read here, or something cannot be written there.
-            StreamClosedError: If the receiver is gone.
+            StreamClosedError: If the receiver has ended.
         """
         try:
             return self._copy()

@@ -1,4 +1,4 @@
-"""The agent: serves one manager's requests on this host, and ends all that it started when the manager has gone."""
+"""The agent: serves one manager's requests on this host, and ends all that it started when the manager has ended."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from .loop import Loop
 from .manager_link import ManagerLink
 from .processes import (
     AGENT_MARKER,
-    Ending,
+    Termination,
     become_plain,
     close_all_but,
     descendants,
     explained,
     marked_processes,
+    namespace,
+    read_text,
     start_time,
 )
 from .session import RequestChannel
@@ -127,7 +129,7 @@ class Agent:
             self.shared(Shells).listen(login_shell(), fd)
 
     def run(self) -> bool:
-        """Serve until the manager has gone; returns whether it said so."""
+        """Serve until the manager has ended; returns whether it said so."""
         try:
             self.loop.run()
         except Exception:
@@ -199,10 +201,10 @@ class Agent:
             "directory": self.directory,
             "identity": self.identity,
             "platform": sys.platform,
-            "boot_id": _read("/proc/sys/kernel/random/boot_id"),
+            "boot_id": read_text("/proc/sys/kernel/random/boot_id").strip(),
             "booted": start_time(1) or 0,
-            "machine_id": _read("/etc/machine-id"),
-            "network": _link("/proc/self/ns/net"),
+            "machine_id": read_text("/etc/machine-id").strip(),
+            "network": namespace("net"),
             "path": os.environ.get("PATH", ""),
         }
 
@@ -353,7 +355,7 @@ class Agent:
             finally:
                 self.loop.stop()
 
-        Ending(self.loop, self._alive, ended)
+        Termination(self.loop, self._alive, ended)
 
     def _alive(self) -> List[int]:
         """Return all that descends from the agent, or was adopted by its guardian."""
@@ -374,7 +376,7 @@ def _unfinished(agent: Agent) -> PartialFiles:
 
 def identity() -> str:
     """Return a name for this process that no other has, as long as the machine runs."""
-    return "{}-{}-{}".format(_link("/proc/self/ns/pid"), os.getpid(), start_time(os.getpid()))
+    return "{}-{}-{}".format(namespace("pid"), os.getpid(), start_time(os.getpid()))
 
 
 def _traceback() -> str:
@@ -406,18 +408,3 @@ def _known_user() -> bool:
     except KeyError:
         return False
     return True
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tu
 from . import gpus, oom
 from .commands import CommandProcess, environment, outcome
 from .deletion import remove_tree
-from .processes import Ending, explained, tree_of
+from .processes import Termination, explained, tree_of
 from .restart_policy import RestartPolicy
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class _Run(CommandProcess):
     def stop(self, patience: float) -> None:
         """End the process and all that it started, also when it has ended itself."""
         if self.ending is None:
-            self.ending = Ending(
+            self.ending = Termination(
                 self.channel.loop,
                 lambda: tree_of(self.pid, self._started, self.task),
                 self._ended,
@@ -326,7 +326,7 @@ class _Service:
     def _clear_up(self, then: Callable[[], Any]) -> None:
         """End what the process left behind before anything else happens: it may hold ports or files."""
         stages = ((signal.SIGTERM, 0.5), (signal.SIGKILL, 1.0))
-        Ending(self.channel.loop, lambda: tree_of(0, None, self._task), then, stages)
+        Termination(self.channel.loop, lambda: tree_of(0, None, self._task), then, stages)
 
     def _again(self, ended: Dict[str, Any]) -> None:
         if self._ending:

@@ -162,7 +162,7 @@ class FrameSession:
         """Have everything after the first `total` bytes sent again.
 
         Raises:
-            ProtocolError: If that cannot be.
+            FrameError: If that cannot be.
         """
         self._outbox.rewind(total)
 

@@ -279,7 +279,7 @@ def shell_for(agent: Agent, path: str, env: Dict[str, str]) -> Optional[Shell]:
     return agent.shared(Shells).get(found)
 
 
-class Waiting:
+class PendingRequest:
     """A request that is begun when the start-up files have been read; what comes before that is kept for it."""
 
     def __init__(self, channel: Any, shell: Shell, begin: Callable[[], Any]) -> None:

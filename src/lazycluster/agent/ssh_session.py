@@ -7,7 +7,7 @@ import os
 import pwd
 import struct
 
-from .processes import ChildProcess, exists, parent_of
+from .processes import ChildProcess, exists, parent_of, read_text
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
@@ -152,15 +152,15 @@ def kills_at_logout(root: str = "", session: str = "") -> str:
         root: A directory that stands for ``/``.
         session: The name of the session that logind has for this process, by default the one that it is in.
     """
-    import glob  # here and not above: most sessions are none of logind's
-
-    if not (session or os.environ.get("XDG_SESSION_ID") or "/session-" in _read(root + "/proc/self/cgroup")):
+    if not (session or os.environ.get("XDG_SESSION_ID") or "/session-" in read_text(root + "/proc/self/cgroup")):
         return ""  # logind knows nothing of it
+    import glob
+
     settings = {"KillUserProcesses": "no", "KillOnlyUsers": "", "KillExcludeUsers": "root"}
     file = ""
     for pattern in _LOGIND_FILES:
         for path in sorted(glob.glob(root + pattern)):
-            for line in _read(path).splitlines():
+            for line in read_text(path).splitlines():
                 name, equals, value = line.strip().partition("=")
                 if equals and name.strip() in settings:
                     settings[name.strip()] = value.strip()
@@ -178,11 +178,3 @@ def _user() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return str(os.getuid())
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""

@@ -64,7 +64,7 @@ _MOST_MISSED = 100
 
 
 class StreamClosedError(Exception):
-    """The other side is gone, or says what makes no sense: nothing more can be told to it."""
+    """The other side has ended, or says what makes no sense: nothing more can be told to it."""
 
 
 class CopyError(Exception):
@@ -215,7 +215,7 @@ class FrameStream:
                         if self.busy:
                             os.write(self._outgoing, _HEADER.pack(BUSY, 0))
         except OSError:
-            pass  # the other side is gone, as the copy will notice
+            pass  # the other side has ended, as the copy will notice
 
     # --- writing -------------------------------------------------------------------------------
     def put(self, kind: int, payload: bytes = b"") -> None:

@@ -63,7 +63,7 @@ def loads(payload: bytes) -> Dict[str, Any]:
     """Decode a message, which is a JSON object.
 
     Raises:
-        ProtocolError: It is something else.
+        FrameError: It is something else.
     """
     try:
         message = json.loads(payload)
@@ -94,7 +94,7 @@ class Decoder:
         """Take bytes, and yield (channel, kind, payload) for each frame that is complete now.
 
         Raises:
-            ProtocolError: The stream holds something else than frames.
+            FrameError: The stream holds something else than frames.
         """
         self.put(data)
         return self.frames()
@@ -110,7 +110,7 @@ class Decoder:
         Who stops in between goes on with another call. A `MemoryError` leaves the frame where it is.
 
         Raises:
-            ProtocolError: The stream holds something else than frames.
+            FrameError: The stream holds something else than frames.
         """
         buffer, end, head = self._buffer, len(self._buffer), HEADER.size
         try:
@@ -219,7 +219,7 @@ class Outbox:
         """Let go of what has arrived: `total` bytes, from the first one on.
 
         Raises:
-            ProtocolError: If so many were not sent.
+            FrameError: If so many were not sent.
         """
         count = max(0, total - self.done)
         if count > self.held:
@@ -244,10 +244,10 @@ class Outbox:
         self._written.clear()
 
     def rewind(self, total: int) -> None:
-        """Have everything after the first `total` bytes wait again: the descriptor that it was written to has gone.
+        """Have everything after the first `total` bytes wait again: the descriptor that it was written to is closed.
 
         Raises:
-            ProtocolError: If not all of it is there.
+            FrameError: If not all of it is there.
         """
         if total < self.done:
             raise FrameError("{} bytes have arrived, but {} are not kept any more".format(total, self.done))

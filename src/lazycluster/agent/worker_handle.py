@@ -8,7 +8,7 @@ from . import descriptors
 from .commands import outcome
 from .forked_call import LINGER
 from .pool_protocol import ANSWER, NEED, READY, SLOT, SLOT_SIZE, UNFIT, WORKER
-from .processes import Ending, ProcessTree, Pump, start_time
+from .processes import ProcessTree, Pump, Termination, start_time
 from .wire import MAX_PAYLOAD
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
@@ -146,7 +146,7 @@ class WorkerHandle:
 
     def _begin_ending(self) -> None:
         if self.pid > 0:
-            Ending(self._loop, self._tree.living, lambda: None)
+            Termination(self._loop, self._tree.living, lambda: None)
 
     def close(self) -> None:
         """Let go of its socket."""

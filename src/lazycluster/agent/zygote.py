@@ -1,6 +1,6 @@
 """A small process that functions are forked from, run by the interpreter that the functions want.
 
-The agent sends the text of this module and of those in `PARTS` to an interpreter and talks to it over its standard
+The agent sends the text of this module and of some others to an interpreter and talks to it over its standard
 input, a unix socket. For each call it hands over descriptors, and a child does the rest: so a call begins with a fork
 (about a millisecond) and not with a new interpreter, and whatever it does to its process harms nothing else.
 
@@ -23,15 +23,6 @@ import types
 from typing import Any, Dict, List, Tuple
 
 HEAD = struct.Struct("!I")  # before each message: its length
-PARTS = (
-    "descriptors",
-    "localmodules",
-    "filenames",
-    "interpreters",
-    "limits",
-    "call_process",
-)  # of the children; each needs those before it
-POOL_PARTS = ("pool_protocol", "pool_worker")  # those that only workers of pools run: loaded when the first is wanted
 _PACKAGE = "lazycluster.agent"  # they have the same names as on the manager, since pickles refer to them
 _READ_SIZE = 64 * 1024
 _MOST_FDS = 64
@@ -42,34 +33,39 @@ class UnsafeError(Exception):
     """An import has made what does not survive a fork."""
 
 
-def main(sources: Dict[str, str]) -> None:
-    """Serve the agent until it closes the connection; `sources` holds the text of each of the parts."""
+def main(sources: Dict[str, str], pool_sources: Dict[str, str]) -> None:
+    """Serve the agent until it closes the connection.
+
+    Args:
+        sources: The text of each module that children need, in the order in which they need each other.
+        pool_sources: The text of those that only workers of pools need: loaded when the first is wanted.
+    """
     control = socket.socket(fileno=os.dup(0))
     for fd in (0, 1):
         _point_to_null(fd)
     if sys.path[:1] == [""]:
         del sys.path[0]  # the directory that the process happens to be in
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    _load_parts(sources, PARTS)
-    zygote = Zygote(control, {name: sources[name] for name in POOL_PARTS if name in sources})
+    _load_modules(sources, ())
+    zygote = Zygote(control, tuple(sources), pool_sources)
     _point_to_null(2)  # until here it is the agent's, who shows it if the start fails
     zygote.tell(ready=True, version=list(sys.version_info[:3]), executable=sys.executable)
     zygote.serve()
 
 
-def _load_parts(sources: Dict[str, str], names: Tuple[str, ...]) -> None:
+def _load_modules(sources: Dict[str, str], loaded: Tuple[str, ...]) -> None:
+    """Load modules, for which those that were loaded before are there, too."""
     installed = sys.modules.get(_PACKAGE)
     package = types.ModuleType(_PACKAGE)
     sys.modules[_PACKAGE] = package
-    for name in PARTS:
-        if name not in names:
-            setattr(package, name, _part(name))
-    for name in names:
+    for name in loaded:
+        setattr(package, name, _module(name))
+    for name, text in sources.items():
         module = types.ModuleType("{}.{}".format(_PACKAGE, name))
         module.__package__ = _PACKAGE
         sys.modules[module.__name__] = module
         setattr(package, name, module)
-        exec(compile(sources[name], "<lazycluster {}>".format(name), "exec"), module.__dict__)
+        exec(compile(text, "<lazycluster {}>".format(name), "exec"), module.__dict__)
     del sys.modules[_PACKAGE]  # there may be an installed one
     if installed is not None:
         sys.modules[_PACKAGE] = installed
@@ -80,11 +76,13 @@ class Zygote:
 
     Args:
         control: The connection to the agent.
-        pool_sources: The text of each of `POOL_PARTS`.
+        loaded: The names of the modules for children.
+        pool_sources: See `main`.
     """
 
-    def __init__(self, control: socket.socket, pool_sources: Dict[str, str]) -> None:
+    def __init__(self, control: socket.socket, loaded: Tuple[str, ...], pool_sources: Dict[str, str]) -> None:
         self._control = control
+        self._loaded = loaded
         self._pool_sources = pool_sources
         self._received = bytearray()
         self._fds: List[int] = []
@@ -100,7 +98,7 @@ class Zygote:
         try:
             self._control.sendall(HEAD.pack(len(data)) + data)
         except OSError:
-            os._exit(0)  # the agent has gone
+            os._exit(0)  # the agent has ended
 
     def serve(self) -> None:
         """Fork for the agent until it closes the connection."""
@@ -134,7 +132,7 @@ class Zygote:
 
     def _receive(self) -> None:
         try:
-            data, fds = _part("descriptors").receive(self._control, _MOST_FDS, _READ_SIZE)
+            data, fds = _module("descriptors").receive(self._control, _MOST_FDS, _READ_SIZE)
         except OSError:
             data, fds = b"", []
         if not data:
@@ -156,7 +154,7 @@ class Zygote:
         count = message["fds"]
         fds, self._fds = self._fds[:count], self._fds[count:]
         if message.get("kind") == "pool" and self._pool_sources:
-            _load_parts(self._pool_sources, POOL_PARTS)
+            _load_modules(self._pool_sources, self._loaded)
             self._pool_sources = {}
             gc.freeze()
         try:
@@ -181,7 +179,7 @@ class Zygote:
     def _add_library(self, sources: Dict[str, Tuple[str, bool, str, str]]) -> None:
         """Take the pickling library from the manager, which both sides must have in the same version."""
         try:
-            _part("localmodules").install_library(sources)
+            _module("localmodules").install_library(sources)
         except Exception as error:  # noqa: BLE001  (whatever it is, the agent has to know)
             self.tell(library=False, error="{}: {}".format(type(error).__name__, error))
             return
@@ -207,9 +205,9 @@ class Zygote:
                 os.dup2(fd, target)
                 os.close(fd)
             if message.get("kind") == "pool":
-                status = _part("pool_worker").main(fds[2:], message)
+                status = _module("pool_worker").main(fds[2:], message)
             else:
-                status = _part("call_process").main(fds[2], message)
+                status = _module("call_process").main(fds[2], message)
         finally:
             os._exit(status)
 
@@ -243,7 +241,7 @@ class Zygote:
                 continue
 
 
-def _part(name: str) -> Any:
+def _module(name: str) -> Any:
     return sys.modules["{}.{}".format(_PACKAGE, name)]
 
 

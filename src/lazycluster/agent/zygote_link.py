@@ -21,17 +21,9 @@ if TYPE_CHECKING:
 
     Report = Callable[[Dict[str, Any]], Any]
 
-PARTS = (
-    "zygote",
-    "descriptors",
-    "localmodules",
-    "filenames",
-    "interpreters",
-    "limits",
-    "call_process",
-    "pool_protocol",
-    "pool_worker",
-)
+# What its children run, each after those that it needs; and what only workers of pools run.
+_MODULES = ("descriptors", "localmodules", "filenames", "interpreters", "limits", "call_process")
+_POOL_MODULES = ("pool_protocol", "pool_worker")
 HEAD = struct.Struct("!I")
 _LOOK_EVERY = 0.1  # seconds
 
@@ -48,19 +40,23 @@ def read(n):
     return data
 sources = json.loads(read(int(read(10))))
 space = {"__name__": "lazycluster.agent.zygote"}
-exec(compile(sources["zygote"], "<lazycluster zygote>", "exec"), space)
-space["main"](sources)
+exec(compile(sources[0]["zygote"], "<lazycluster zygote>", "exec"), space)
+space["main"](*sources[1:])
 """
 
 
 def program() -> bytes:
     """Return the text of the modules that an interpreter needs to become a zygote, as the stub reads it."""
-    sources = {}
-    for name in PARTS:
-        spec: Any = importlib.util.find_spec("{}.{}".format(__package__, name))
-        sources[name] = spec.loader.get_source(spec.name)
-    data = json.dumps(sources).encode("ascii")
+    data = json.dumps([_sources(names) for names in (("zygote",), _MODULES, _POOL_MODULES)]).encode("ascii")
     return b"%10d%s" % (len(data), data)
+
+
+def _sources(names: Iterable[str]) -> Dict[str, str]:
+    found = {}
+    for name in names:
+        spec: Any = importlib.util.find_spec("{}.{}".format(__package__, name))
+        found[name] = spec.loader.get_source(spec.name)
+    return found
 
 
 class ZygoteLink:
@@ -70,7 +66,7 @@ class ZygoteLink:
         loop: The reactor.
         control: Our end of its socket.
         on_message: Is called with each message that does not belong to a call.
-        on_end: Is called when it has gone.
+        on_end: Is called when it has ended.
     """
 
     def __init__(self, loop: "Loop", control: socket.socket, on_message: Report, on_end: Callable[[], Any]) -> None:
@@ -82,7 +78,6 @@ class ZygoteLink:
         self._on_message, self._on_end = on_message, on_end
         self._received = bytearray()
         self._queue: Deque[Tuple[bytes, List[int]]] = deque()
-        self._writing = False
         self._retired = False
         control.setblocking(False)
         loop.add_reader(control.fileno(), self._readable)
@@ -115,15 +110,8 @@ class ZygoteLink:
         except OSError:
             self._lost()
             return
-        self._watch(bool(self._queue) and not self.ended)
-
-    def _watch(self, wanted: bool) -> None:
-        if wanted != self._writing:
-            self._writing = wanted
-            if wanted:
-                self._loop.add_writer(self._control.fileno(), self._flush)
-            else:
-                self._loop.remove_writer(self._control.fileno())
+        if not self.ended:
+            self._loop.watch_writer(self._control.fileno(), self._flush if self._queue else None)
 
     # --- from the zygote -----------------------------------------------------------------------
     def _readable(self) -> None:
@@ -186,7 +174,7 @@ class ZygoteLink:
     def close(self) -> None:
         """End it now."""
         if not self.ended:
-            self._watch(False)
+            self._loop.watch_writer(self._control.fileno(), None)
             self.ended = True
             self._loop.remove_reader(self._control.fileno())
             self._control.close()

@@ -138,4 +138,5 @@ def payload(local: bool, cache_tag: str) -> bytes:
 
 
 def _compiled(module: str, source: str) -> CodeType:
-    return compile(source, bootstrap.file_name(module), "exec", dont_inherit=True)
+    # Without docstrings, which nobody reads there.
+    return compile(source, bootstrap.file_name(module), "exec", dont_inherit=True, optimize=2)
