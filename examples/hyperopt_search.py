@@ -67,7 +67,7 @@ def search(cluster: HyperoptCluster) -> None:
 
 
 def main(config_file: str | None = None, picture: str | None = None) -> None:
-    """Do it all."""
+    """Run the example."""
     from sklearn.datasets import load_breast_cancer
 
     with step("Connect to all hosts of the ssh configuration"):

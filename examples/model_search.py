@@ -101,7 +101,7 @@ def make_part(number: int, rows: int) -> Any:
 
 
 def main(config_file: str | None = None) -> None:
-    """Do it all."""
+    """Run the example."""
     import tempfile
     from pathlib import Path
 

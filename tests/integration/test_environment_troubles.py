@@ -196,7 +196,7 @@ def test_a_package_that_was_kept_and_is_damaged_is_had_anew(
         caplog.clear()
         with connect(host, ["alpha"]) as runtime:
             assert runtime.call(version_of, "alpha") == "1.0"
-        assert ("packages that were kept have been damaged" in caplog.text) == (damaged is not None)
+        assert ("cached packages were damaged" in caplog.text) == (damaged is not None)
 
 
 def test_a_manager_that_cannot_keep_packages(

@@ -80,6 +80,12 @@ def _check(cluster: MasterWorkerCluster) -> None:
         raise ClusterError(f"no worker is left; the last one, {last.name} on {last.host}: {last.problem}\n{last.log}")
 
 
+def _public_module(name: str) -> str:
+    """Return the documented module of a cluster's class: those of our engines are imported from ``cluster``."""
+    package, _, rest = name.partition(".engines.")
+    return f"{package}.cluster.{rest.partition('.')[0]}_cluster" if package == "lazycluster" and rest else name
+
+
 def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) -> list[str]:
     name = type(cluster).__name__
     workers = counted(len(cluster.workers), "worker")
@@ -87,7 +93,7 @@ def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) 
     if connection_file is not None:
         lines += [
             "Connect from Python (the file holds secrets, and goes when the cluster ends):",
-            f"  from {type(cluster).__module__} import {name}",
+            f"  from {_public_module(type(cluster).__module__)} import {name}",
             f'  {name}.connect("{connection_file}")',
         ]
     else:

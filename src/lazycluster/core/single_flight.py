@@ -1,4 +1,4 @@
-"""Work that several want at once, done once: it ends when nobody waits for it any more."""
+"""Work that concurrent callers share: it runs once, and is cancelled with the last of them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class _Entry(Generic[T]):
 
 
 class SingleFlight(Generic[K, T]):
-    """Does what is asked for under a key, once for all who ask for it meanwhile. For the event loop's thread."""
+    """Runs a coroutine once for all concurrent callers with the same key. For the event loop's thread."""
 
     def __init__(self) -> None:
         self._running: dict[K, _Entry[T]] = {}
 
     async def do(self, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what the work returns, which begins unless it is under way.
+        """Return the result of the work, which is started unless it is running.
 
-        Whoever is cancelled waits no longer; the last one has the work end, and waits for that.
+        A caller that is cancelled stops waiting; the last one cancels the work, and waits for its end.
 
         Args:
-            key: What tells it from other work.
-            work: What is to be done.
+            key: The identity of the work.
+            work: Makes the coroutine.
         """
         entry = self._running.get(key)
         if entry is None:
@@ -44,7 +44,7 @@ class SingleFlight(Generic[K, T]):
         finally:
             entry.waiting -= 1
             if not entry.waiting and not entry.task.done():
-                self._forget(key, entry)  # whoever comes now begins anew
+                self._forget(key, entry)  # a new caller starts it again
                 entry.task.cancel()
                 await asyncio.gather(entry.task, return_exceptions=True)
 

@@ -61,7 +61,7 @@ class HostEnvironment:
 
     Args:
         host: The host.
-        spec: What the user asked for.
+        spec: The specification of the environment.
 
     Attributes:
         active: How it is used, once it was found or built.

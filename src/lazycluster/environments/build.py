@@ -106,7 +106,7 @@ class Builder:
 
     Args:
         host: The host.
-        spec: What the user asked for.
+        spec: The specification of the environment.
         plan: The packages to install.
         settings: The package index.
         report: Is called with the current step, in a few words.

@@ -116,8 +116,8 @@ async def list_on(host: Host, cache_dir: str = ROOT) -> HostCache:
 
 async def remove_on(host: Host, ids: Sequence[str], cache_dir: str = ROOT) -> Removal:
     """Remove environments from a host; those in use stay."""
-    told = await _ask(host, "remove", root=cache_dir, ids=list(ids))
-    return Removal(host.host, tuple(told["removed"]), tuple(told["in_use"]), tuple(told["unknown"]))
+    answer = await _ask(host, "remove", root=cache_dir, ids=list(ids))
+    return Removal(host.host, tuple(answer["removed"]), tuple(answer["in_use"]), tuple(answer["unknown"]))
 
 
 async def prune_on(
@@ -131,9 +131,9 @@ async def prune_on(
         unused_for: Remove those that were not used for so many seconds.
         cache_dir: The directory.
     """
-    told = await _ask(host, "prune", root=cache_dir, limit=size_limit, age=unused_for)
-    freed = max(0, told["before"] - told["after"])
-    return Removal(host.host, tuple(told["removed"]), tuple(told["in_use"]), freed=freed)
+    answer = await _ask(host, "prune", root=cache_dir, limit=size_limit, age=unused_for)
+    freed = max(0, answer["before"] - answer["after"])
+    return Removal(host.host, tuple(answer["removed"]), tuple(answer["in_use"]), freed=freed)
 
 
 async def _ask(host: Host, action: str, root: str, **params: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def installed() -> list[InstalledPackage]:
         except OSError:
             continue
         for name in names:
-            one = _read(str(folder), name) if name.endswith((".dist-info", ".egg-info", ".egg-link")) else None
+            one = _read(str(folder), name)
             if one is not None:
                 found.setdefault(normalized(one.name), one)
     return sorted(found.values(), key=lambda one: normalized(one.name))
@@ -74,8 +74,6 @@ def installed() -> list[InstalledPackage]:
 
 def _read(folder: str, entry: str) -> InstalledPackage | None:
     path = f"{folder}/{entry}"
-    if entry.endswith(".egg-link"):  # an editable install of setuptools; its metadata is found through sys.path
-        return None
     if entry.endswith(".egg-info"):
         return _read_egg(folder, path)
     match = _DIRECTORY.match(entry)
@@ -106,16 +104,16 @@ def _project_of(folder: str) -> str:
 def _origin(path: str) -> str:
     """Return the source of a distribution, if that is not an index (PEP 610)."""
     try:
-        told = json.loads(Path(path, "direct_url.json").read_text(encoding="utf-8"))
+        about = json.loads(Path(path, "direct_url.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    url = str(told.get("url", ""))
-    if "vcs_info" in told:
-        vcs = told["vcs_info"]
-        folder = f"#subdirectory={told['subdirectory']}" if told.get("subdirectory") else ""
+    url = str(about.get("url", ""))
+    if "vcs_info" in about:
+        vcs = about["vcs_info"]
+        folder = f"#subdirectory={about['subdirectory']}" if about.get("subdirectory") else ""
         return f"{vcs['vcs']}+{url}@{vcs.get('commit_id', vcs.get('requested_revision', ''))}{folder}"
     parts = urlsplit(url)
-    if parts.scheme == "file" and "dir_info" in told:
+    if parts.scheme == "file" and "dir_info" in about:
         return unquote(parts.path)
     return url
 

@@ -87,7 +87,7 @@ async def resolve(
     The result is cached until the source or the settings change, so that all hosts get the same, today and tomorrow.
 
     Args:
-        spec: What the user asked for.
+        spec: The specification of the environment.
         target: The Python and the platform.
         settings: The package index.
         refresh: Ignore the cache.
@@ -215,7 +215,7 @@ def _from_directory(one: installed_packages.InstalledPackage) -> LockedPackage:
             MANAGER,
             f"{one.name} was installed from {one.origin}, which does not exist any more",
             one.name,
-            f"install it anew, or leave it out: EnvironmentSpec(..., exclude=[{one.name!r}])",
+            f"reinstall it, or leave it out: EnvironmentSpec(..., exclude=[{one.name!r}])",
         )
     return LockedPackage(one.name, directory=one.origin)
 
@@ -362,7 +362,7 @@ async def _compile(
     arguments = ["pip", "compile", "--quiet", "--no-header", "--format", "pylock.toml"]
     arguments += ["--python-version", target.version, "--python-platform", target.platform, *wanted.options]
     arguments += [] if wanted.dependencies else ["--no-deps"]
-    # What must be built to know what it requires is built with this interpreter; what it has installed does not matter.
+    # For packages that must be built to know their dependencies, in an environment of their own.
     arguments += ["--python", sys.executable]
     arguments.append(str(wanted.file) if wanted.file is not None else "-")
     text = await run_uv(
@@ -434,7 +434,7 @@ def _check_hashes(found: Iterable[LockedPackage], hashes: Mapping[tuple[str, str
                 MANAGER,
                 f"the hash of {locked.label} is wrong: the index has a file that was not locked",
                 locked.name,
-                "if it was published anew, lock it again; else do not trust this index",
+                "if it was published again, update the lock; else do not trust this index",
             )
 
 

@@ -35,7 +35,7 @@ __all__ = ["digest_of", "get_wheel", "is_cached", "remove_if_damaged"]
 AT_ONCE = 8
 """Downloads at once."""
 
-_TIMEOUT = 30.0  # seconds without a byte, unless uv is told otherwise
+_TIMEOUT = 30.0  # seconds without a byte, unless UV_HTTP_TIMEOUT is set
 _TRIES = 3
 _CHUNK = 256 * 1024
 # Directories of a project that are in none of its wheels.
@@ -292,7 +292,7 @@ def _fetch(locked: LockedPackage, settings: IndexSettings, folder: Path) -> Path
     if locked.sha256 and _file_digest(path) != locked.sha256:
         raise EnvironmentBuildError(
             MANAGER,
-            f"the hash of {locked.label} is wrong: {bare(locked.url)} is not the file that the index told of",
+            f"the hash of {locked.label} is wrong: {bare(locked.url)} is not the file that the index lists",
             locked.name,
             "try again; if it stays like that, do not trust this index",
         )
