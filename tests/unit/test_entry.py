@@ -50,7 +50,7 @@ def _status_of(*words: str) -> tuple[int, str]:
 def test_options_that_come_before_the_command(option: str) -> None:
     status, err = _status_of("run", option, "-w", "a", "--", "b")
     assert status == 2
-    assert f"{option} comes before the command: lazycluster {option} ..." in err
+    assert f"{option} must come before the command: lazycluster {option} ..." in err
 
 
 def test_a_view_that_stays_needs_a_terminal() -> None:

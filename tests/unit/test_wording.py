@@ -107,7 +107,7 @@ def test_numbers_without_their_limits_in_the_help() -> None:
         (["run", "--fanout", "0", "-w", "a", "--", "b"], 1_000_000),
         (["start", "dask", "--port", "x"], 65535),
     ):
-        assert f"is no whole number from 1 to {most}" in str(CliRunner().invoke(cli, words).output)
+        assert f"is not a whole number from 1 to {most}" in str(CliRunner().invoke(cli, words).output)
 
 
 def test_an_environment_that_is_none_is_told_before_anything_is_connected() -> None:

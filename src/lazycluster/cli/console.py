@@ -119,7 +119,7 @@ def complain(error: click.ClickException) -> int:
         return USAGE
     context, text = error.ctx, error.format_message()
     if isinstance(error, click.NoSuchOption) and error.option_name in _BEFORE_COMMANDS:
-        text = f"{error.option_name} comes before the command: lazycluster {error.option_name} ..."
+        text = f"{error.option_name} must come before the command: lazycluster {error.option_name} ..."
     if context is not None and "Next step:" not in text:
         text += f"\n  {context.get_usage()}\n  For more: {context.command_path} --help"
     show_error(text)
@@ -150,6 +150,6 @@ def report(error: Exception, debug: bool) -> int:
         show_error(f"{type(error).__name__}: {error}")
         if not debug:
             sys.stderr.write(
-                "This is a bug of lazycluster: please report it with what 'lazycluster --debug ...' prints.\n"
+                "This is a bug in lazycluster: please report it, with the output of 'lazycluster --debug ...'.\n"
             )
     return UNREACHABLE if isinstance(error, (InvalidRuntimeError, NoRuntimesError)) else FAILED

@@ -26,7 +26,7 @@ __all__ = ["list_runtimes"]
 _SHORT = {"state": 8, "latency": 8}
 _LONG = {"os": 12, "cores": 5, "load": 5, "memory": 9, "disk": 9, "python": 7, "gpus": 4}
 _RIGHT = ("latency", "cores", "load", "memory", "disk")
-# Where there is little room; what machines they are is asked for, the time of a message hardly with it.
+# Left out where there is little room, the first one first.
 _DISPENSABLE = ("latency", "python", "os", "load")
 
 _GAP = 2  # spaces between columns
@@ -45,9 +45,9 @@ _LIVE_DISPENSABLE = ("os", "cores", "load", "disk", "gpus", "tunnels", "workers"
 
 @click.command()
 @host_options
-@click.option("-l", "--long", is_flag=True, help="Show cores, load, memory, disk, Python, GPUs, too.")
+@click.option("-l", "--long", is_flag=True, help="Also show cores, load, memory, disk, Python, GPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--watch", is_flag=True, help="Stay, and show what goes on, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Keep showing what runs on the hosts, until Ctrl-C.")
 @connection_options
 def list_runtimes(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
@@ -135,7 +135,7 @@ class _Listing:
         output().print(Text(self._line(row)), soft_wrap=True)
 
     def _show_inactive(self, outcome: HostOutcome) -> None:
-        """Say in a few words why; all of it, with what may help, is said in the end."""
+        """Print the reason in a few words; `finish` prints all of it, with the next step."""
         from rich.text import Text
 
         from lazycluster.exceptions import printable
@@ -154,7 +154,7 @@ class _Listing:
         return "  ".join(padded).rstrip()
 
     def finish(self, outcomes: list[HostOutcome]) -> None:
-        """Say why hosts cannot be used."""
+        """Print why hosts cannot be used."""
         from lazycluster.exceptions import printable
 
         bad = [outcome for outcome in outcomes if outcome.kind != "done"]
@@ -246,7 +246,7 @@ class _Watched:
             await asyncio.sleep(_REFRESH)
 
     def _note(self, activity: dict[str, int]) -> None:
-        """Take note of what runs there, and how busy the processors were since the last time."""
+        """Note what runs there, and how busy the processors were since the last time."""
         before, self.activity = self.activity, activity
         passed = activity["total"] - before.get("total", 0)
         if before and passed > 0:
