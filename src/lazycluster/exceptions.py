@@ -127,7 +127,7 @@ class InvalidRuntimesError(InvalidRuntimeError):
         reasons = {error.reason for error in self.errors}
         hosts = ", ".join(dict.fromkeys(error.host for error in self.errors))
         detail = "\n".join(dict.fromkeys(str(error) for error in self.errors))
-        hint = 'mend what is said of each, or go on without them: on_unreachable="skip"'
+        hint = 'fix each of these, or go on without them: on_unreachable="skip"'
         super().__init__(hosts, reasons.pop() if len(reasons) == 1 else "several", detail, hint)
 
 
@@ -138,7 +138,7 @@ class ConnectionLostError(LazyclusterError):
         self.host = host
         self.detail = detail
         message = f"{host}: the connection was lost" + (f": {detail}" if detail else "")
-        super().__init__(f"{message}\n  Next step: see that the host is up and reachable, then connect to it anew")
+        super().__init__(f"{message}\n  Next step: check that the host is up and reachable, then connect again")
 
 
 class NoAnswerError(LazyclusterError):
@@ -156,11 +156,10 @@ class NoAnswerError(LazyclusterError):
         self.awaited = awaited
         self.seconds = seconds
         self.detail = detail
-        waited = f"waited {seconds:g} s in vain for {awaited}"
+        waited = f"timed out after {seconds:g} s, waiting for {awaited}"
         text = f"{waited}; {detail}" if detail else f"connected, but {waited}"
         super().__init__(
-            f"{host}: {text}\n"
-            f"  Next step: see what holds it up, e.g. little memory, or a disk that hangs: ssh {shlex.quote(host)} df"
+            f"{host}: {text}\n  Next step: check its load, memory and disks, e.g. with: ssh {shlex.quote(host)} df"
         )
 
 
@@ -325,8 +324,8 @@ class ForwardingForbiddenError(TunnelError):
         self.host = host
         self.problem = problem
         super().__init__(
-            f"{host}: {problem}\n  Next step: have that changed; or, if it is not forbidden on purpose, have the ports "
-            'carried by our agent there: connection_kwargs={"relay": "agent"}'
+            f"{host}: {problem}\n  Next step: have that changed; or, if it is not forbidden on purpose, let our agent "
+            'forward the ports: connection_kwargs={"relay": "agent"}'
         )
 
 

@@ -223,7 +223,7 @@ def test_auto_takes_the_same_minor_version(tmp_path: Path) -> None:
     assert outcome.value[:2] == platform.python_version_tuple()[:2]
 
 
-@pytest.mark.parametrize(("python", "words"), [("/no/such/python", "No such file"), ("false", "without a word")])
+@pytest.mark.parametrize(("python", "words"), [("/no/such/python", "No such file"), ("false", "without output")])
 def test_interpreter_that_does_not_start(python: str, words: str) -> None:
     with pytest.raises(AgentError, match=words) as caught:
         call(len, [], python=python)

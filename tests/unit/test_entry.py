@@ -95,8 +95,8 @@ def test_a_host_whose_system_hangs_is_told_and_holds_up_no_other(monkeypatch: py
     monkeypatch.setattr(Targets, "connection", lambda self, name: _Connected(name))
     bad, good = asyncio.run(everywhere(Targets(["bad", "good"]), work))
     assert (bad.kind, bad.status, good.kind) == ("error", 1, "done")
-    assert bad.error.startswith("connected, but waited 30 s in vain for an answer to 'info'\n")
-    assert bad.error.endswith("or a disk that hangs: ssh bad df")
+    assert bad.error.startswith("connected, but timed out after 30 s, waiting for an answer to 'info'\n")
+    assert bad.error.endswith("memory and disks, e.g. with: ssh bad df")
 
 
 def test_an_output_that_nobody_reads_ends_it(tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ def test_only_next_steps_are_changed() -> None:
 def test_errors_that_commands_meet(shown: Any) -> None:
     hosts = [InvalidRuntimeError(name, "dns", "is not known") for name in ("a", "b")]
     assert "-x HOSTS" in shown("start dask", str(InvalidRuntimesError(hosts)))
-    assert shown("expose", str(ForwardingForbiddenError("a", "no"))).endswith("carried by our agent there: --relay")
+    assert shown("expose", str(ForwardingForbiddenError("a", "no"))).endswith(
+        "let our agent forward the ports: --relay"
+    )
 
 
 def test_each_argument_that_a_message_names_is_known_here() -> None:

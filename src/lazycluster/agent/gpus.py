@@ -60,7 +60,7 @@ def ask(env: Dict[str, str], users: bool) -> Dict[str, Any]:
         if users and not problem:
             status, text = _call(env, "--query-compute-apps=gpu_uuid", _FORMAT)
             _note_users(found, text)
-            problem = "who uses the GPUs cannot be told: " + _why(status, text) if status else ""
+            problem = "the processes that use the GPUs are unknown: " + _why(status, text) if status else ""
     except FileNotFoundError:
         problem = "nvidia-smi is not on the PATH"
     except OSError as error:

@@ -142,7 +142,7 @@ class Interpreter:
     def _on_end(self) -> None:
         self._read_errors()
         said = self._said.decode("utf-8", "replace").strip()
-        self.error = said or "it ended without a word"
+        self.error = said or "it ended without output"
         self._settle()
         self.close()
 

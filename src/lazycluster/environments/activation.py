@@ -113,7 +113,7 @@ class HostEnvironment:
             raise self._of_this_host(error) from error.__cause__
         except OSError as error:  # agents report the errors of files on hosts
             where = f"{error.filename}: " if error.filename else ""
-            hint = "see to the directory of lazycluster on the manager (Environment.main_directory), and to its disk"
+            hint = "check the directory of lazycluster on the manager (Environment.main_directory), and its disk"
             raise EnvironmentBuildError(
                 self._host.name, f"on the manager: {where}{error.strerror or error}", "", hint
             ) from None

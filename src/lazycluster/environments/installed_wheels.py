@@ -242,7 +242,7 @@ def make_wheel(locked: LockedPackage, target: Target, folder: Path) -> Path:
             MANAGER,
             f"no wheel of {locked.label} can be made from what is installed: {error}",
             locked.name,
-            f"install {locked.name} anew, or leave it out: EnvironmentSpec(..., exclude=[{normalized(locked.name)!r}])",
+            f"reinstall {locked.name}, or leave it out: EnvironmentSpec(..., exclude=[{normalized(locked.name)!r}])",
         ) from error
     return path
 

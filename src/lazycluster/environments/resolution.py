@@ -215,7 +215,7 @@ def _from_directory(one: installed_packages.InstalledPackage) -> LockedPackage:
             MANAGER,
             f"{one.name} was installed from {one.origin}, which does not exist any more",
             one.name,
-            f"install it anew, or leave it out: EnvironmentSpec(..., exclude=[{one.name!r}])",
+            f"reinstall it, or leave it out: EnvironmentSpec(..., exclude=[{one.name!r}])",
         )
     return LockedPackage(one.name, directory=one.origin)
 
@@ -434,7 +434,7 @@ def _check_hashes(found: Iterable[LockedPackage], hashes: Mapping[tuple[str, str
                 MANAGER,
                 f"the hash of {locked.label} is wrong: the index has a file that was not locked",
                 locked.name,
-                "if it was published anew, lock it again; else do not trust this index",
+                "if it was published again, lock it again; else do not trust this index",
             )
 
 

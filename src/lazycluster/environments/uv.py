@@ -98,7 +98,7 @@ async def _version_of(path: str) -> str:
     found = _VERSION.match(completed.stdout)
     if completed.returncode != 0 or found is None:
         said = hide(completed.stdout or completed.stderr)
-        raise EnvironmentBuildError(MANAGER, f"{path} does not tell its version", "uv", "install it anew", said)
+        raise EnvironmentBuildError(MANAGER, f"{path} does not tell its version", "uv", "reinstall it", said)
     return found[1]
 
 
@@ -125,7 +125,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _not_run(error: OSError) -> EnvironmentBuildError:
-    return EnvironmentBuildError(MANAGER, f"uv cannot be run: {error}", "uv", "install it anew")
+    return EnvironmentBuildError(MANAGER, f"uv cannot be run: {error}", "uv", "reinstall it")
 
 
 async def run_uv(
@@ -222,7 +222,7 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
     (
         rf"Hash mismatch for {_NAME}",
         "the hash of {package} is wrong: it is not what was locked",
-        "if it was published anew, lock it again; else do not trust this index",
+        "if it was published again, lock it again; else do not trust this index",
     ),
     (
         rf"(Failed to build|Build backend failed|Failed to prepare distributions)( {_NAME})?",

@@ -46,7 +46,7 @@ _HOST_KEYS = {"strict": "yes", "accept-new": "accept-new"}
 _SESSION = "the library runs its own session on the connection"
 _FORWARD = "use the methods that expose ports"
 _PROMPT = "the library answers or declines what ssh asks"
-_NO_BLOCK = "it stands in configuration files only; pass one as config_file"
+_NO_BLOCK = "it is allowed in configuration files only; pass one as config_file"
 
 _RESERVED = {
     "batchmode": _PROMPT,
@@ -365,7 +365,7 @@ def ssh_version() -> tuple[int, int]:
     Raises:
         InvalidRuntimeError: With the reason ``ssh`` if there is no usable OpenSSH client.
     """
-    hint = "install the OpenSSH client of your system, and make sure that it stands in PATH"
+    hint = "install the OpenSSH client of your system, and make sure that it is on the PATH"
     try:
         done = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -112,7 +112,7 @@ class Connection(abc.ABC):
             try:
                 callback(state, why)
             except BaseException:  # also `sys.exit`: what follows here has to be done
-                logger.exception("%s: whoever watches the connection failed", self.host)
+                logger.exception("%s: a callback for the state of the connection failed", self.host)
 
     # --- what the kinds of connection differ in ------------------------------------------------
     @abc.abstractmethod
@@ -392,7 +392,7 @@ class Connection(abc.ABC):
 
     async def _rejoin(self, fd_in: int, fd_out: int, start: StartMarker) -> None:
         """Go on with an agent that was there before."""
-        raise StartError("nobody was left there", None)
+        raise StartError("no agent was left there", None)
 
     def _opened(self) -> None:
         self._become("open")

@@ -333,7 +333,7 @@ class AgentLink:
                 self._out_of_memory(number)
             except Exception:
                 if log_limit.may_log(self.host):
-                    logger.exception("%s: what a request was answered could not be handled", self.host)
+                    logger.exception("%s: the answer to a request could not be handled", self.host)
         elif kind == wire.ACK:
             if self._outbox.keeps:
                 self._outbox.acknowledge(int.from_bytes(payload[: wire.TOTAL_SIZE], "big"))

@@ -335,7 +335,7 @@ class _Copy:
             self.connection.check()
             return TransferError(
                 host, host, self.path, None,
-                problem or f"the process that copies files on the host is gone: {error}",
+                problem or f"the process that copies files on the host has ended: {error}",
                 "what was there before is unchanged; copy it again",
             )  # fmt: skip
         return error
