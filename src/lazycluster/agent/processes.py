@@ -281,7 +281,7 @@ def explained(why: Optional[str]) -> str:
     """Return what the system says of what it refuses, and what that means if it is not plain."""
     if why in _LIMITS:
         return "{} ({})".format(why, _LIMITS[why])
-    return why or "for an unknown reason"
+    return why or "unknown reason"
 
 
 def spawn(
