@@ -1,4 +1,4 @@
-"""Every error that the library raises.
+"""Errors of the library.
 
 All of them derive from :class:`LazyclusterError`. An error carries its evidence as attributes (host, reason, command,
 output, ...), and its message ends with the next step where there is one.
@@ -42,12 +42,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def printable(text: str) -> str:
-    """Return a text of a host as it can be shown: what would steer a terminal, or hide a part of it, is escaped."""
+    """Return a text from a host that is safe to show: what would steer a terminal, or hide text, is escaped."""
     return _CONTROL.sub(_escaped, text.replace("\r\n", "\n"))
 
 
 def one_line(text: str) -> str:
-    """Return a text of a host as it can be shown within a line: it cannot begin another one, of another host, say."""
+    """Return a text from a host that is safe to show within a line: it cannot begin another line."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
@@ -57,7 +57,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def harmless(record: logging.LogRecord) -> bool:
-    """A filter for logs: what hosts say is in their messages, and is not to steer the terminal that shows them."""
+    """Filter for logs: texts from hosts in their messages cannot steer the terminal that shows them."""
     text = record.getMessage()
     shown = printable(text)
     if shown != text:
@@ -239,7 +239,7 @@ class GroupTaskError(TaskExecutionError):
 
 
 class RemoteTraceback(LazyclusterError):  # noqa: N818  (it is what an exception is shown with, not an error)
-    """Where on which host a function raised: the ``__cause__`` of the exception that came from there.
+    """The traceback of a function that raised on a host: the ``__cause__`` of the exception that came from there.
 
     Attributes:
         host: The host.

@@ -34,12 +34,12 @@ _STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_b
 
 
 class OutputGoneError(Exception):
-    """Nobody reads the output any more. Not a BrokenPipeError: click makes an exit status of 1 of that."""
+    """Standard output was closed by its reader. No BrokenPipeError: click ends with an exit status of 1 for that."""
 
 
 @functools.cache
 def output() -> Console:
-    """Return standard output. Printing raises `OutputGoneError` once nobody reads it any more."""
+    """Return standard output. Printing raises `OutputGoneError` when its reader has closed it."""
     return _console(stderr=False)
 
 
@@ -67,7 +67,7 @@ def tell(text: str, err: bool = False) -> None:
 
 
 def lines_of(text: str) -> list[str]:
-    """Return what is said of one host, in lines of which only the first could be taken for another host's."""
+    """Return a text about one host in lines; all but the first are indented, so that none looks like another host's."""
     from lazycluster.exceptions import printable
 
     first, *rest = printable(text).split("\n")

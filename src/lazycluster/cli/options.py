@@ -294,7 +294,7 @@ def from_lines(text: str) -> list[str]:
 
 
 def match(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Put hosts in the place of patterns.
+    """Replace patterns by the hosts that match.
 
     Args:
         names: From :func:`expand`; ``@all`` stands for all.

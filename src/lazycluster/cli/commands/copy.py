@@ -195,7 +195,7 @@ class Copying:
         self._unused = set(result.unused) if self._unused is None else self._unused.intersection(result.unused)
 
     def warn(self, exclude: Sequence[str]) -> None:
-        """Name the patterns that have left nothing out of any copy: what they should keep back may be there now."""
+        """Warn of patterns that have left nothing out of any copy: a typing error may have copied what they name."""
         from lazycluster.exceptions import one_line
 
         for pattern in dict.fromkeys(exclude):
@@ -206,7 +206,7 @@ class Copying:
                 errors().print(one_line(text), markup=False, soft_wrap=True, style="yellow")
 
     def done(self, outcome: HostOutcome) -> None:
-        """Print how it ended on a host."""
+        """Print the outcome of a host."""
         from rich.text import Text
 
         from lazycluster.core.words import counted

@@ -311,7 +311,7 @@ def _shown(one: _Watched) -> dict[str, str]:
 
 
 def _gpus(info: dict[str, Any]) -> str:
-    """Return how busy the GPUs are: one after the other, or of many their number and mean."""
+    """Return the utilization of the GPUs, one after the other; of many, their number and mean."""
     from lazycluster.output.host_cells import number
 
     used = [gpu.get("utilization") for gpu in info.get("gpus") or [] if isinstance(gpu, dict)]
