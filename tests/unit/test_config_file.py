@@ -214,7 +214,7 @@ def test_a_read_only_file_is_not_changed(config: Path, mode: int, arguments: lis
         ("c", {"HostName": "x\nProxyCommand y"}, "control character"),
         ("c", {"HostName": "x", "Prot": "22"}, "ssh does not understand"),
         ("c", {"HostName": "x", "Port": "many"}, "ssh does not understand"),
-        ("c", {"HostName": "x", "Match": "all"}, "no option of a host"),
+        ("c", {"HostName": "x", "Match": "all"}, "not an option of a host"),
     ],
 )
 def test_what_is_refused_changes_nothing(config: Path, name: str, options: dict[str, str], message: str) -> None:

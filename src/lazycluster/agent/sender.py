@@ -335,7 +335,7 @@ class Sender:
     ) -> None:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode):
-            raise CopyError(path, "was replaced by something that is no file while it was being sent")
+            raise CopyError(path, "was replaced by something that is not a file while it was being sent")
         same = theirs is not None and digest(fd) == theirs
         checksum = left = 0
         if same:

@@ -147,7 +147,7 @@ class _Parser:
         if char == "^" and (self._at == 0 or re.match(r"[,\s]", self._text[self._at - 1])):
             raise self._error("a file with hosts is given by itself: ^FILE, or --hostfile FILE")
         hint = "all hosts that are wanted are named with -w, and those to leave out with -x (in Python: exclude_hosts)"
-        raise self._error(f"{char!r} is no part of a set: {hint}")
+        raise self._error(f"{char!r} is not allowed in a set: {hint}")
 
     def _bracket(self) -> list[str]:
         found = _BRACKET.match(self._text, self._at)

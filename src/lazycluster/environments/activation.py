@@ -107,7 +107,7 @@ class HostEnvironment:
             raise EnvironmentBuildError(self._host.name, error.message) from None
         except NoAnswerError as error:
             raise EnvironmentBuildError(
-                self._host.name, f"the host does not answer: {error}", "", "see how busy it is, and try again"
+                self._host.name, f"the host does not answer: {error}", "", "check how busy the host is, and try again"
             ) from None
         except EnvironmentBuildError as error:
             raise self._of_this_host(error) from error.__cause__

@@ -65,7 +65,7 @@ def _check_tree(value: Any) -> None:
         for one in level:
             if isinstance(one, str):
                 if _NO_TEXT.search(one):
-                    raise ValueError(f"{one!r:.60} is no text")
+                    raise ValueError(f"{one!r:.60} is not text")
             elif isinstance(one, dict):
                 following += one
                 following += one.values()
@@ -202,7 +202,7 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
     """
     if isinstance(shape, list):
         if not isinstance(value, list):
-            raise ValueError(f"{where} is no list")
+            raise ValueError(f"{where} is not a list")
         for one in value:
             check_shape(one, shape[0], where)
     elif isinstance(shape, dict):
@@ -238,7 +238,7 @@ def _fits(value: Any, shape: Any) -> bool:
 
 def _check_object(value: Any, shape: dict[Any, Any], where: str) -> None:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where} is no object")
+        raise ValueError(f"{where} is not an object")
     if ... in shape:
         for name, one in value.items():
             check_shape(one, shape[...], f"{where}.{name:.60}")

@@ -236,7 +236,7 @@ def _keys(what: str, value: Any) -> tuple[str, ...]:
         # ssh itself would go on without the key, and report a host that takes none. With % it stands for something
         # that only ssh knows.
         if "%" not in path and not os.access(path, os.R_OK):
-            raise ValueError(f"{what}: there is no readable key {path}")
+            raise ValueError(f"{what}: no readable key file: {path}")
     return tuple(path if "%" in path else str(Path(path).absolute()) for path in paths)
 
 
@@ -245,7 +245,7 @@ def _config_file(what: str, value: Any) -> str:
     if path.lower() == "none":
         return "none"
     if not os.access(path, os.R_OK) or Path(path).is_dir():
-        raise ValueError(f"{what}: there is no readable file {path}")
+        raise ValueError(f"{what}: no readable file: {path}")
     return str(Path(path).absolute())
 
 

@@ -61,7 +61,7 @@ def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str]
     _check_name(name)
     for key, value in options.items():
         if not _OPTION.fullmatch(key) or key.lower() in ("host", "match", "include"):
-            raise ConfigurationError(f"{key!r} is no option of a host")
+            raise ConfigurationError(f"{key!r} is not an option of a host")
         if not value or re.search(r"[\x00-\x1f\x7f]", value):
             raise ConfigurationError(f"the value of {key} is empty or holds a control character")
     file = _file(path)
@@ -95,7 +95,7 @@ def remove_host(name: str, path: str | os.PathLike[str] | None = None) -> Path:
         OSError: If the file cannot be written.
     """
     if not name or re.search(r"[\s*?!]", name):
-        raise ConfigurationError(f"{name!r} is no name of a single host")
+        raise ConfigurationError(f"{name!r} is not the name of a single host")
     file = _file(path)
     if not file.exists():
         raise ConfigurationError(f"{file} does not exist")
@@ -309,7 +309,7 @@ def _changing(path: Path) -> Iterator[_Change]:
             raise ConfigurationError(f"{path} is a link that leads to itself")
         if path.exists():
             if not stat.S_ISREG(path.stat().st_mode):
-                raise ConfigurationError(f"{path} is no file")
+                raise ConfigurationError(f"{path} is not a file")
             _check_writable(path)
         change = _Change(path)
         yield change

@@ -222,7 +222,7 @@ def _content(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             if path.samefile(os.devnull):
                 return b""
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         text = file.read(_LARGEST + 1)
     if len(text) > _LARGEST:
         raise OSError(errno.EFBIG, f"it has more than {_LARGEST >> 20} MiB")

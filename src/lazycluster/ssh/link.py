@@ -319,7 +319,7 @@ class AgentLink:
     def _out_of_memory(self, number: int) -> None:
         channel = self._channels.get(number)
         if channel is not None:
-            channel.give_up(MemoryError(f"this process has no memory left for what {self.host} answers"))
+            channel.give_up(MemoryError(f"this process has no memory left for the answer of {self.host}"))
 
     def _dispatch(self, number: int, kind: int, payload: bytes) -> None:
         channel = self._channels.get(number)
