@@ -76,15 +76,15 @@ def list_runtimes(
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
     if watch:
         return _watch(chosen, long)
-    listing = _JsonListing(chosen) if as_json else _Listing(chosen, long)
-    outcomes = listing.run()
+    listing = _Listing(chosen, long or as_json)
+    outcomes = listing.run_as_json() if as_json else listing.run()
     if any(outcome.kind == "done" for outcome in outcomes):
         return exit_status(outcomes, chosen.everyone)
     return 255
 
 
 class _Listing:
-    """Rows that are printed as they come."""
+    """The hosts and what they answered, printed as rows as they come, or as JSON."""
 
     def __init__(self, chosen: Targets, long: bool) -> None:
         self._targets = chosen
@@ -104,6 +104,21 @@ class _Listing:
             everywhere(self._targets, self._ask, on_done=lambda outcome: when_answered(lambda: self.show(outcome)))
         )
         self.finish(outcomes)
+        return outcomes
+
+    def run_as_json(self) -> list[HostOutcome]:
+        """Print one document at the end."""
+        from lazycluster.cli.fanout import everywhere
+        from lazycluster.core import event_loop
+
+        outcomes = event_loop.run(everywhere(self._targets, self._ask))
+        document = []
+        for outcome in outcomes:
+            active = outcome.kind == "done"
+            entry: dict[str, Any] = {"host": outcome.host, "state": "active" if active else "inactive"}
+            entry.update(self.infos.get(outcome.host, {}) if active else {"reason": outcome.error})
+            document.append(entry)
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return outcomes
 
     async def _ask(self, connection: Connection) -> HostOutcome:
@@ -171,27 +186,6 @@ class _Listing:
 def _cause(error: str) -> list[str]:
     """Return the lines of an error, without what the table says already."""
     return re.sub(r"^not usable as a runtime \((.+?)\)", r"\1", error).split("\n")
-
-
-class _JsonListing(_Listing):
-    """One document at the end."""
-
-    def __init__(self, chosen: Targets) -> None:
-        super().__init__(chosen, True)
-
-    def run(self) -> list[HostOutcome]:
-        from lazycluster.cli.fanout import everywhere
-        from lazycluster.core import event_loop
-
-        outcomes = event_loop.run(everywhere(self._targets, self._ask))
-        document = []
-        for outcome in outcomes:
-            active = outcome.kind == "done"
-            entry: dict[str, Any] = {"host": outcome.host, "state": "active" if active else "inactive"}
-            entry.update(self.infos.get(outcome.host, {}) if active else {"reason": outcome.error})
-            document.append(entry)
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
-        return outcomes
 
 
 def _fitting(widths: Mapping[str, int], room: int, dispensable: Sequence[str]) -> list[str]:
