@@ -344,7 +344,7 @@ class SharedInput:
         async with self._changed:
             await self._changed.wait_for(lambda: self._over or self._size > place)
         if self.error is not None:
-            raise LazyclusterError(f"cannot read standard input: {self.error}") from None
+            raise LazyclusterError(f"cannot pass on standard input: {self.error}") from None
         return os.pread(fd, _PART, self._start + place)
 
     async def _tell(self) -> None:

@@ -167,7 +167,7 @@ class _Job:
                 feeding.cancel()
             channel.close()
         if self._source is not None and self._source.error is not None:
-            return HostOutcome(host, 1, f"cannot read standard input: {self._source.error}", "error")
+            return HostOutcome(host, 1, f"cannot pass on standard input: {self._source.error}", "error")
         if late:
             return HostOutcome(host, 124, f"ended after {self._timeout:g} s", "timeout")
         return HostOutcome(host, 128 + ended["signal"] if ended.get("signal") else int(ended.get("exit") or 0))
