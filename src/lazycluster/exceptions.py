@@ -1,4 +1,4 @@
-"""Every error that the library raises.
+"""Errors of the library.
 
 All of them derive from :class:`LazyclusterError`. An error carries its evidence as attributes (host, reason, command,
 output, ...), and its message ends with the next step where there is one.
@@ -42,12 +42,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def printable(text: str) -> str:
-    """Return a text of a host as it can be shown: what would steer a terminal, or hide a part of it, is escaped."""
+    """Return a text from a host that is safe to show: what would steer a terminal, or hide text, is escaped."""
     return _CONTROL.sub(_escaped, text.replace("\r\n", "\n"))
 
 
 def one_line(text: str) -> str:
-    """Return a text of a host as it can be shown within a line: it cannot begin another one, of another host, say."""
+    """Return a text from a host that is safe to show within a line: it cannot begin another line."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
@@ -57,7 +57,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def harmless(record: logging.LogRecord) -> bool:
-    """A filter for logs: what hosts say is in their messages, and is not to steer the terminal that shows them."""
+    """Filter for logs: texts from hosts in their messages cannot steer the terminal that shows them."""
     text = record.getMessage()
     shown = printable(text)
     if shown != text:
@@ -127,7 +127,7 @@ class InvalidRuntimesError(InvalidRuntimeError):
         reasons = {error.reason for error in self.errors}
         hosts = ", ".join(dict.fromkeys(error.host for error in self.errors))
         detail = "\n".join(dict.fromkeys(str(error) for error in self.errors))
-        hint = 'mend what is said of each, or go on without them: on_unreachable="skip"'
+        hint = 'fix each of these, or go on without them: on_unreachable="skip"'
         super().__init__(hosts, reasons.pop() if len(reasons) == 1 else "several", detail, hint)
 
 
@@ -138,7 +138,7 @@ class ConnectionLostError(LazyclusterError):
         self.host = host
         self.detail = detail
         message = f"{host}: the connection was lost" + (f": {detail}" if detail else "")
-        super().__init__(f"{message}\n  Next step: see that the host is up and reachable, then connect to it anew")
+        super().__init__(f"{message}\n  Next step: check that the host is up and reachable, then connect again")
 
 
 class NoAnswerError(LazyclusterError):
@@ -156,11 +156,10 @@ class NoAnswerError(LazyclusterError):
         self.awaited = awaited
         self.seconds = seconds
         self.detail = detail
-        waited = f"waited {seconds:g} s in vain for {awaited}"
+        waited = f"timed out after {seconds:g} s, waiting for {awaited}"
         text = f"{waited}; {detail}" if detail else f"connected, but {waited}"
         super().__init__(
-            f"{host}: {text}\n"
-            f"  Next step: see what holds it up, e.g. little memory, or a disk that hangs: ssh {shlex.quote(host)} df"
+            f"{host}: {text}\n  Next step: check its load, memory and disks, e.g. with: ssh {shlex.quote(host)} df"
         )
 
 
@@ -240,7 +239,7 @@ class GroupTaskError(TaskExecutionError):
 
 
 class RemoteTraceback(LazyclusterError):  # noqa: N818  (it is what an exception is shown with, not an error)
-    """Where on which host a function raised: the ``__cause__`` of the exception that came from there.
+    """The traceback of a function that raised on a host: the ``__cause__`` of the exception that came from there.
 
     Attributes:
         host: The host.
@@ -325,8 +324,8 @@ class ForwardingForbiddenError(TunnelError):
         self.host = host
         self.problem = problem
         super().__init__(
-            f"{host}: {problem}\n  Next step: have that changed; or, if it is not forbidden on purpose, have the ports "
-            'carried by our agent there: connection_kwargs={"relay": "agent"}'
+            f"{host}: {problem}\n  Next step: have that changed; or, if it is not forbidden on purpose, let our agent "
+            'forward the ports: connection_kwargs={"relay": "agent"}'
         )
 
 

@@ -1,4 +1,4 @@
-"""Where the library keeps its files, and the names that it gives them."""
+"""Settings of the process, and the files of the library: their directory and their names."""
 
 from __future__ import annotations
 

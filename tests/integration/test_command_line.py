@@ -99,7 +99,7 @@ def test_the_timeout_holds_for_a_host_that_falls_silent(make_hosts: Any) -> None
         process.kill()
         hosts[0].restore()
     assert process.returncode == 124
-    assert err.endswith("host1: told to end after 2 s, and not heard of since\n")
+    assert err.endswith("host1: told to end after 2 s, and silent since then\n")
 
 
 def test_an_unreachable_host_is_no_error_for_all(make_hosts: Any) -> None:
@@ -178,9 +178,9 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
     ("arguments", "message"),
     [
         (("run", "--", "ls"), "no hosts are named: use -w HOSTS"),
-        (("run", "-w", "host1"), "no command is given"),
-        (("run", "-w", "", "--", "ls"), "no hosts are named: what stands for them is empty"),
-        (("run", "--hostfile", "/dev/null", "--", "ls"), "no hosts are named: what stands for them is empty"),
+        (("run", "-w", "host1"), "no command given"),
+        (("run", "-w", "", "--", "ls"), "no hosts are named: the given set or file is empty"),
+        (("run", "--hostfile", "/dev/null", "--", "ls"), "no hosts are named: the given set or file is empty"),
         (("run", "-w", "x*", "--", "ls"), r"no host of the ssh configuration fits 'x*'; there are: host[1-3]"),
         (("run", "-w", "host[3-1]", "--", "ls"), "empty range"),
         (("run", "-w", "host[^1]", "--", "ls"), "[^1] is not valid: [!1] is any one character but these"),
@@ -191,11 +191,11 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
         (("doctor", "{" * 2000 + "a" + "}" * 2000), "nested more than"),
         (("run", "-w", "host1", "-x", "host1", "--", "ls"), "no host is left"),
         (("run", "-w", "host1", "--env", "A", "--", "ls"), "'A' is not NAME=VALUE"),
-        (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "'-1' is no time in seconds, from 0.1 to"),
-        (("put", "-w", "host1", "nothing-here", "x"), "there is no file or folder nothing-here"),
+        (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "'-1' is not a time in seconds, from 0.1 to"),
+        (("put", "-w", "host1", "nothing-here", "x"), "no such file or directory: nothing-here"),
         (("put", "-w", "host1", "x"), "SRC... DEST"),
-        (("forward", "host1", "99999"), "is no port"),
-        (("expose", "-w", "host1", "a:b"), "is no port"),
+        (("forward", "host1", "99999"), "is not a port"),
+        (("expose", "-w", "host1", "a:b"), "is not a port"),
         (("list-runtimes", "--watch", "--json"), "exclude each other"),
         (("list-runtimes", "--hots"), "--hots"),
         (("run", "--fanout", "x", "--", "ls"), "For more: lazycluster run --help"),
@@ -294,7 +294,7 @@ def test_hosts_from_a_standard_input_that_is_closed() -> None:
     line = f"{shlex.quote(sys.executable)} -m lazycluster run -w - -- true <&-"
     ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "what stands for them is empty" in ended.stderr
+    assert "the given set or file is empty" in ended.stderr
 
 
 def test_what_is_no_command() -> None:
@@ -302,7 +302,7 @@ def test_what_is_no_command() -> None:
         argv = [sys.executable, "-m", "lazycluster", *words]
         done = subprocess.run(argv, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"error: There is no command {words[0]!r}. {said}\n")
+        assert done.stderr.startswith(f"error: No such command {words[0]!r}. {said}\n")
     argv = [sys.executable, "-m", "lazycluster", "start"]
     done = subprocess.run(argv, capture_output=True, text=True)
     # Before click 8.2 that is as good as --help.
@@ -538,10 +538,10 @@ def test_cleanup(hosts: Any) -> None:
         os.utime(folder, (0, 0))  # a young one is left alone: it may be about to be used
     status, out, err = lazycluster(hosts, "cleanup", "-w", "host[1-2]")
     assert (status, err) == (0, "")
-    assert "host1: ended the process" in out
+    assert "host1: ended process" in out
     assert "sleep 600" in out
     assert "host1: removed /tmp/lazycluster-" in out
-    assert "host2: nothing was left" in out
+    assert "host2: nothing was left behind" in out
     assert [found.command for found in hosts[0].processes() if "sleep 60" in found.command] == ["sleep 601"]
     other.send_signal(signal.SIGTERM)
     other.communicate(timeout=30)

@@ -45,7 +45,7 @@ def test_dask(tmp_path: Path) -> None:
         mine.replace(other)
     assert not path.exists()
     assert other.read_text() == "years"
-    with pytest.raises(ClusterError, match="there is no connection file"):
+    with pytest.raises(ClusterError, match="no such connection file"):
         DaskCluster.connect(path)
 
 

@@ -77,7 +77,11 @@ def _places(folder: Path) -> dict[str, str]:
     (folder / "to ours").symlink_to("ours")
     known = {"folder": "is a directory", "fifo": "is a FIFO", "socket": "is a socket"}
     links = dict.fromkeys(("link", "dangling", "loop", "to ours"), "is a symbolic link")
-    return {**dict.fromkeys(("thesis.ipynb", "empty", "binary", "nested"), "is no connection file"), **known, **links}
+    return {
+        **dict.fromkeys(("thesis.ipynb", "empty", "binary", "nested"), "is not a connection file"),
+        **known,
+        **links,
+    }
 
 
 def _write(path: Path) -> None:
@@ -173,7 +177,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
         assert connection_file.read(path, "Engine")["owner"] == owner
         assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
     path.write_text("years")
-    with pytest.raises(ClusterError, match="is no connection file"):
+    with pytest.raises(ClusterError, match="is not a connection file"):
         _write(path)
     assert path.read_text() == "years"
 
@@ -193,7 +197,7 @@ def test_many_at_once(tmp_path: Path) -> None:
 
 def test_what_is_not_trusted(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    with pytest.raises(ClusterError, match="there is no connection file"):
+    with pytest.raises(ClusterError, match="no such connection file"):
         connection_file.read(path, "Engine")
     connection_file.write(path, "Engine", {}, "me")
     with pytest.raises(ClusterError, match="is of a Engine, not of a Other"):
@@ -209,12 +213,12 @@ def test_what_is_not_trusted(tmp_path: Path) -> None:
         os.chown(path, 0, -1)
     for text in ("", "[]", "{}", "\x00" * 100, "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(ClusterError, match="no connection file"):
+        with pytest.raises(ClusterError, match="is not a connection file"):
             connection_file.read(path, "Engine")
-    with pytest.raises(ClusterError, match="is no file"):
+    with pytest.raises(ClusterError, match="is not a file"):
         connection_file.read(tmp_path, "Engine")
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ClusterError, match="is no file"):
+    with pytest.raises(ClusterError, match="is not a file"):
         connection_file.read(tmp_path / "fifo", "Engine")
 
 
@@ -245,8 +249,12 @@ _OLD = {"scheduler": "tcp://127.0.0.1:1"}
         (DaskCluster, {"scheduler": "tls://127.0.0.1:1", "security": _NO_KEYS}, "cannot be used"),
         (HyperoptCluster, {}, "mongo_trial_url is missing"),
         (HyperoptCluster, {"mongo_trial_url": None}, "mongo_trial_url is None"),
-        (HyperoptCluster, {"mongo_trial_url": "mongo://u:secret"}, "no address of a database"),
-        (HyperoptCluster, {"mongo_trial_url": "mongo://u:secret@127.0.0.1:secret/a/b"}, "no address of a database"),
+        (HyperoptCluster, {"mongo_trial_url": "mongo://u:secret"}, "not the address of a database"),
+        (
+            HyperoptCluster,
+            {"mongo_trial_url": "mongo://u:secret@127.0.0.1:secret/a/b"},
+            "not the address of a database",
+        ),
     ],
 )
 def test_a_document_of_another_shape(

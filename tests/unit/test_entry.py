@@ -50,7 +50,7 @@ def _status_of(*words: str) -> tuple[int, str]:
 def test_options_that_come_before_the_command(option: str) -> None:
     status, err = _status_of("run", option, "-w", "a", "--", "b")
     assert status == 2
-    assert f"{option} comes before the command: lazycluster {option} ..." in err
+    assert f"{option} must come before the command: lazycluster {option} ..." in err
 
 
 def test_a_view_that_stays_needs_a_terminal() -> None:
@@ -95,8 +95,8 @@ def test_a_host_whose_system_hangs_is_told_and_holds_up_no_other(monkeypatch: py
     monkeypatch.setattr(Targets, "connection", lambda self, name: _Connected(name))
     bad, good = asyncio.run(everywhere(Targets(["bad", "good"]), work))
     assert (bad.kind, bad.status, good.kind) == ("error", 1, "done")
-    assert bad.error.startswith("connected, but waited 30 s in vain for an answer to 'info'\n")
-    assert bad.error.endswith("or a disk that hangs: ssh bad df")
+    assert bad.error.startswith("connected, but timed out after 30 s, waiting for an answer to 'info'\n")
+    assert bad.error.endswith("memory and disks, e.g. with: ssh bad df")
 
 
 def test_an_output_that_nobody_reads_ends_it(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_full_directory_for_temporary_files_is_told(monkeypatch: pytest.Monkey
         shared._file = open("/dev/full", "w+b", buffering=0)  # noqa: SIM115  (closed by `close`)
         channel: Any = Command()
         try:
-            with pytest.raises(LazyclusterError, match=r"cannot be passed on: .*No space left"):
+            with pytest.raises(LazyclusterError, match=r"cannot pass on standard input: .*No space left"):
                 await asyncio.wait_for(shared.feed(channel), 60)
         finally:
             shared.close()

@@ -112,7 +112,7 @@ def test_compiled_code_that_no_tag_vouches_for_is_looked_at(tmp_path: Path) -> N
     )
     link = ["-Wl,--no-as-needed", "own.c", library]
     subprocess.run([compiler, "-shared", "-fPIC", *link, "-o", user], cwd=tmp_path, check=True)
-    with pytest.raises(RepackError, match=r"is linked against libown\.so\.3, which is no part of it"):
+    with pytest.raises(RepackError, match=r"is linked against libown\.so\.3, which is not part of it"):
         read_installed(info, target)
 
 

@@ -75,7 +75,9 @@ def test_only_next_steps_are_changed() -> None:
 def test_errors_that_commands_meet(shown: Any) -> None:
     hosts = [InvalidRuntimeError(name, "dns", "is not known") for name in ("a", "b")]
     assert "-x HOSTS" in shown("start dask", str(InvalidRuntimesError(hosts)))
-    assert shown("expose", str(ForwardingForbiddenError("a", "no"))).endswith("carried by our agent there: --relay")
+    assert shown("expose", str(ForwardingForbiddenError("a", "no"))).endswith(
+        "let our agent forward the ports: --relay"
+    )
 
 
 def test_each_argument_that_a_message_names_is_known_here() -> None:
@@ -107,7 +109,7 @@ def test_numbers_without_their_limits_in_the_help() -> None:
         (["run", "--fanout", "0", "-w", "a", "--", "b"], 1_000_000),
         (["start", "dask", "--port", "x"], 65535),
     ):
-        assert f"is no whole number from 1 to {most}" in str(CliRunner().invoke(cli, words).output)
+        assert f"is not a whole number from 1 to {most}" in str(CliRunner().invoke(cli, words).output)
 
 
 def test_an_environment_that_is_none_is_told_before_anything_is_connected() -> None:

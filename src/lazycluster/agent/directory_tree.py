@@ -224,7 +224,7 @@ class DirectoryTree:
         if name not in self._made:
             self._names += len(name) + _NAME_COST
             if self._names > _MOST_NAMES:
-                raise CopyError(self.whole(name), "is refused: more folders than make sense; copy them in parts")
+                raise CopyError(self.whole(name), "is refused: too many folders; copy them in parts")
         self._made[name] = mode, mtime
 
     def link(self, name: bytes, target: bytes, mtime: int) -> None:

@@ -94,7 +94,7 @@ def destination(
     whole = absolute(path or b"", cwd, env)
     if not path or whole.endswith(b"/") or (not folder and os.path.isdir(whole)):
         if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
-            raise CopyError(name, "is no name for what is copied: give the whole destination", errno.EINVAL)
+            raise CopyError(name, "is not a name for a copy: give the whole destination", errno.EINVAL)
         whole = os.path.join(whole, name)
         if chosen and (name.startswith(b".") or os.path.lexists(whole)):
             what = "is hidden" if name.startswith(b".") else "exists already"
@@ -104,7 +104,7 @@ def destination(
         return whole, None, make_directories(whole)
     directory, last = os.path.split(whole)
     if last in (b".", b".."):
-        raise CopyError(whole, "is no name for a file", errno.EISDIR)
+        raise CopyError(whole, "is not a name for a file", errno.EISDIR)
     make_directories(directory)
     return directory, last, False
 

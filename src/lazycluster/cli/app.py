@@ -1,4 +1,4 @@
-"""The command line's entry point: its commands, and what becomes of their errors."""
+"""The command line's entry point: its commands, and the handling of their errors."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from .console import FAILED, INTERRUPTED, OutputGoneError, complain, report
 
 __all__ = ["cli", "main"]
 
-# Name -> module and what it does in a line. Nothing is imported to show the list.
+# Name -> module and a line of help. Nothing is imported to show the list.
 _COMMANDS = {
-    "demo": ("demo:demo", "Show what it does, on this machine or on your hosts."),
-    "list-runtimes": ("runtimes:list_runtimes", "Show the hosts: which answer, and what machines they are."),
+    "demo": ("demo:demo", "Show what lazycluster does, on this machine or on hosts."),
+    "list-runtimes": ("runtimes:list_runtimes", "List hosts, with their state and hardware."),
     "doctor": ("doctor:doctor", "Check hosts step by step, and say how to fix what is wrong."),
     "run": ("run:run", "Run a command or a Python script on many hosts at once."),
     "put": ("copy:put", "Copy files and folders to hosts."),
     "get": ("copy:get", "Copy files and folders from hosts."),
     "start": ("start:start", "Start a Dask or Hyperopt cluster, until Ctrl-C."),
     "start-dask": ("start:start_dask", "The same as 'start dask'."),
-    "forward": ("ports:forward", "Make a port of a host reachable here."),
-    "expose": ("ports:expose", "Make a port of this machine reachable on hosts."),
+    "forward": ("ports:forward", "Make ports of a host reachable on this machine."),
+    "expose": ("ports:expose", "Make ports of this machine reachable on hosts."),
     "env": ("env:env", "Show, make and remove Python environments on hosts."),
     "add-runtime": ("configuration:add_runtime", "Add a host to the ssh configuration."),
     "delete-runtime": ("configuration:delete_runtime", "Remove a host from the ssh configuration."),
-    "cleanup": ("cleanup:cleanup", "Remove what a crash has left behind."),
-    "completion": ("completion:completion", "Print what makes a shell complete names."),
+    "cleanup": ("cleanup:cleanup", "Remove what a crash left behind."),
+    "completion": ("completion:completion", "Print a completion script for a shell."),
 }
 
 
@@ -64,7 +64,7 @@ class _Commands(click.Group):
 
             close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" See '{ctx.command_path} --help'."
-            raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx)
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -75,7 +75,7 @@ def cli(debug: bool) -> None:
     """From a list of SSH hosts to commands, files, ports and clusters on them.
 
     The hosts are those of your ssh configuration (~/.ssh/config); anything that 'ssh HOST' accepts works, too. They
-    need an SSH server and python3, nothing else, and nothing stays on them.
+    need an SSH server and python3, nothing else, and nothing is left on them.
 
     \b
     Examples:
@@ -84,7 +84,7 @@ def cli(debug: bool) -> None:
       lazycluster run -w 'node[1-3]' -- uptime
       lazycluster put -w @all data.csv /tmp/
 
-    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted; 'run' has more, see 'lazycluster run --help'.
+    Exit status: 0 on success, 1 on failure, 2 on wrong usage, 130 when interrupted. See also 'lazycluster run --help'.
     """
     if debug:
         import logging
@@ -128,7 +128,7 @@ def _run() -> int:
 
 
 def _flushed(status: int) -> int:
-    """Write what has not been written yet; returns the exit status, which is not 0 if that fails."""
+    """Flush the standard streams; return the exit status, which is not 0 if that fails."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -143,7 +143,7 @@ def _flushed(status: int) -> int:
 
 
 def _discard(*descriptors: int) -> None:
-    """Have what is still to be written go nowhere: the interpreter would complain of it at its end."""
+    """Discard what is not yet written: the interpreter would report an error about it when it exits."""
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in descriptors:
         os.dup2(null, descriptor)
@@ -179,7 +179,7 @@ def _opened(stream: _Stream, before: Any) -> io.TextIOWrapper:
 
 
 class _Stream(io.FileIO):
-    """A standard stream; another program that it is shared with may have made it non-blocking."""
+    """A standard stream, which another program that shares it may have made non-blocking."""
 
     def write(self, data: Any) -> int:
         while (written := super().write(data)) is None:
@@ -188,7 +188,7 @@ class _Stream(io.FileIO):
 
 
 class _OutputStream(_Stream):
-    """Standard output. That nobody reads it any more ends the command."""
+    """Standard output. When nobody reads it any more, the command ends."""
 
     def write(self, data: Any) -> int:
         try:
@@ -198,7 +198,7 @@ class _OutputStream(_Stream):
 
 
 class _ErrorStream(_Stream):
-    """Standard error. That it cannot be written, as on a full disk, must not cost what goes to standard output."""
+    """Standard error. If it cannot be written, as on a full disk, what goes to standard output is not lost."""
 
     def write(self, data: Any) -> int:
         try:
@@ -210,7 +210,7 @@ class _ErrorStream(_Stream):
 
 
 def _terminate(number: int, frame: Any) -> None:
-    """End as Ctrl-C would: first what runs on the hosts."""
+    """End as after Ctrl-C: what runs on the hosts first."""
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 

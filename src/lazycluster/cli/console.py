@@ -34,12 +34,12 @@ _STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_b
 
 
 class OutputGoneError(Exception):
-    """Nobody reads the output any more. Not a BrokenPipeError: click makes an exit status of 1 of that."""
+    """Standard output was closed by its reader. No BrokenPipeError: click ends with an exit status of 1 for that."""
 
 
 @functools.cache
 def output() -> Console:
-    """Return standard output. Printing raises `OutputGoneError` once nobody reads it any more."""
+    """Return standard output. Printing raises `OutputGoneError` when its reader has closed it."""
     return _console(stderr=False)
 
 
@@ -67,7 +67,7 @@ def tell(text: str, err: bool = False) -> None:
 
 
 def lines_of(text: str) -> list[str]:
-    """Return what is said of one host, in lines of which only the first could be taken for another host's."""
+    """Return a text about one host in lines; all but the first are indented, so that none looks like another host's."""
     from lazycluster.exceptions import printable
 
     first, *rest = printable(text).split("\n")
@@ -119,7 +119,7 @@ def complain(error: click.ClickException) -> int:
         return USAGE
     context, text = error.ctx, error.format_message()
     if isinstance(error, click.NoSuchOption) and error.option_name in _BEFORE_COMMANDS:
-        text = f"{error.option_name} comes before the command: lazycluster {error.option_name} ..."
+        text = f"{error.option_name} must come before the command: lazycluster {error.option_name} ..."
     if context is not None and "Next step:" not in text:
         text += f"\n  {context.get_usage()}\n  For more: {context.command_path} --help"
     show_error(text)
@@ -150,6 +150,6 @@ def report(error: Exception, debug: bool) -> int:
         show_error(f"{type(error).__name__}: {error}")
         if not debug:
             sys.stderr.write(
-                "This is a bug of lazycluster: please report it with what 'lazycluster --debug ...' prints.\n"
+                "This is a bug in lazycluster: please report it, with the output of 'lazycluster --debug ...'.\n"
             )
     return UNREACHABLE if isinstance(error, (InvalidRuntimeError, NoRuntimesError)) else FAILED

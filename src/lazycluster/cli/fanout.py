@@ -1,4 +1,4 @@
-"""The same work on many hosts at once, each on its own: a host that is down, silent or slow holds up no other."""
+"""Work on many hosts at once, each independent of the others: one that is down, silent or slow delays no other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FANOUT = 64
 
 @dataclass
 class HostOutcome:
-    """How the work on a host ended.
+    """The outcome of the work on a host.
 
     Attributes:
         host: The host.

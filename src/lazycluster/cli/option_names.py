@@ -1,4 +1,4 @@
-"""How errors name options: the library writes them as in Python, a command as its own options where it has them."""
+"""Names of options in errors: written by the library as in Python, shown by a command as its own options."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _about_environments = False
 
 
 def names_its_options(command: F) -> F:
-    """Have errors name the options of this command, when it runs."""
+    """Let errors name the options of this command when it runs."""
 
     @functools.wraps(command)
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def names_its_options(command: F) -> F:
 
 
 def _spell_warnings() -> None:
-    """Have warnings that the library logs, and that nobody else takes, name options in the same way."""
+    """Let warnings of the library that no other handler takes name options in the same way."""
     import logging
 
     class Spelled(logging.Formatter):
@@ -59,13 +59,13 @@ def _spell_warnings() -> None:
 
 
 def spelled_next_steps(message: str) -> str:
-    """Return an error's message with the options of its next steps as the command has them."""
+    """Return the message of an error with the options in its next steps named as those of the command."""
     message, word, steps = message.partition("Next step")
     return message + word + spelled(steps)
 
 
 def spelled(hint: str) -> str:
-    """Return a hint with its options as the command has them; of others it is said that Python has them."""
+    """Return a hint with its options named as those of the command; others are marked as Python's."""
     return _OPTION.sub(_one, hint)
 
 

@@ -87,7 +87,7 @@ class Whole(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
         except ValueError:
             number = 0
         if not 1 <= number <= self._most:
-            self.fail(f"{value!r} is no whole number from 1 to {self._most}", param, ctx)
+            self.fail(f"{value!r} is not a whole number from 1 to {self._most}", param, ctx)
         return number
 
 
@@ -110,7 +110,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         except ValueError:
             seconds = -1.0
         if not _LEAST <= seconds <= self._most:
-            self.fail(f"{value!r} is no time in seconds, from {_LEAST:g} to {self._most:g}", param, ctx)
+            self.fail(f"{value!r} is not a time in seconds, from {_LEAST:g} to {self._most:g}", param, ctx)
         return seconds
 
 
@@ -132,18 +132,18 @@ def connection_options(command: F) -> F:
     """Add the options that say how hosts are reached."""
     command = names_its_options(command)
     for option in (
-        click.option("--accept-new-host-key", is_flag=True, help="Take the key of a new host; never a changed one."),
+        click.option("--accept-new-host-key", is_flag=True, help="Accept new host keys, never changed ones."),
         click.option(
             "--connect-timeout",
             type=Seconds(86400),
             metavar="SECONDS",
-            help="Give up a host that does not answer in time (20).",
+            help="Time to wait for a host to answer (20).",
         ),
         click.option(
             "--config",
             type=click.Path(exists=True, dir_okay=False),
             metavar="FILE",
-            help="Read this instead of ~/.ssh/config.",
+            help="Read this file instead of ~/.ssh/config.",
         ),
     ):
         command = option(command)
@@ -154,7 +154,7 @@ def host_options(command: F) -> F:
     """Add the options that name hosts."""
     for option in (
         click.option(
-            "--hostfile", type=click.File(), metavar="FILE", help="Read hosts from a file; '-': from standard input."
+            "--hostfile", type=click.File(), metavar="FILE", help="Read hosts from a file; '-' is standard input."
         ),
         click.option(
             "-x",
@@ -162,7 +162,7 @@ def host_options(command: F) -> F:
             multiple=True,
             metavar="HOSTS",
             shell_complete=complete_hosts,
-            help="Leave these out.",
+            help="Hosts to leave out.",
         ),
         click.option(
             "-w",
@@ -177,7 +177,7 @@ def host_options(command: F) -> F:
     return command
 
 
-relay_option = click.option("--relay", is_flag=True, help="If sshd forbids forwarding: have our agent do it.")
+relay_option = click.option("--relay", is_flag=True, help="Let our agent forward ports if sshd forbids it.")
 
 
 def how_to_connect(
@@ -236,7 +236,7 @@ def targets(
     except HostSetError as error:
         raise click.UsageError(str(error)) from None
     except UnicodeDecodeError:
-        raise click.UsageError("the file with the hosts is no text") from None
+        raise click.UsageError("the file with the hosts is not a text file") from None
     if not names:
         raise click.UsageError(_no_hosts(config, named, bool(hosts) or hostfile is not None))
     settings = how_to_connect(config, connect_timeout, accept_new_host_key, relay)
@@ -255,19 +255,17 @@ def _read(value: str) -> list[str]:
         try:
             return from_lines(expanded(value[1:]).read_text())
         except OSError as error:
-            raise click.UsageError(f"the hosts cannot be read from {value[1:]}: {error.strerror}") from None
+            raise click.UsageError(f"cannot read hosts from {value[1:]}: {error.strerror}") from None
     return expand(value)
 
 
 def _no_hosts(config: str | None, named: Sequence[str], given: bool) -> str:
     if named and named != [ALL]:
-        return "no host is left: all that are named are excluded"
+        return "no host is left: all named hosts are excluded"
     if given and not named:
-        return "no hosts are named: what stands for them is empty"
+        return "no hosts are named: the given set or file is empty"
     where = config or "~/.ssh/config"
-    return (
-        f"{where} names no hosts. Add one with 'lazycluster add-runtime NAME [USER@]HOST', or name some with -w HOSTS"
-    )
+    return f"no hosts in {where}: add one with 'lazycluster add-runtime NAME [USER@]HOST', or name hosts with -w HOSTS"
 
 
 def _ask(config: str | None) -> str:
@@ -296,7 +294,7 @@ def from_lines(text: str) -> list[str]:
 
 
 def match(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Put hosts in the place of patterns.
+    """Replace patterns by the hosts that match.
 
     Args:
         names: From :func:`expand`; ``@all`` stands for all.

@@ -39,7 +39,7 @@ _AHEAD = 64 * 1024 * 1024  # bytes that are read before the slowest host has tak
 
 
 def printer(kind: str, hosts: Sequence[str], label: bool) -> Printer:
-    """Return what prints: ``lines``, ``gather`` or ``json``."""
+    """Return the printer for ``lines``, ``gather`` or ``json``."""
     if kind == "json":
         return _JsonPrinter()
     return _Gathered() if kind == "gather" else _Lines(hosts, label)
@@ -70,7 +70,7 @@ class Printer(abc.ABC):
         """Take the end of a host's work."""
 
     def put(self, stream: Any, data: bytes) -> None:
-        """Have something printed. While too much is still to be printed, the hosts are held back.
+        """Print something on the main thread. While too much is not yet printed, the hosts are held back.
 
         Behind an open question nothing is printed, unless it is very much.
         """
@@ -93,7 +93,7 @@ class Printer(abc.ABC):
 
     @contextlib.contextmanager
     def reading(self, connection: Connection) -> Iterator[None]:
-        """Hold a host back while too much is still to be printed. The loop goes on: others know that we are there."""
+        """Hold a host back while too much is not yet printed. The loop goes on, so that no host takes us for dead."""
         self._connections.add(connection)
         self._steer()
         try:
@@ -112,7 +112,7 @@ class Printer(abc.ABC):
 
     # --- on the main thread --------------------------------------------------------------------
     def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do something on the loop, and print meanwhile what comes.
+        """Run a coroutine on the loop, and print what comes meanwhile.
 
         Raises:
             OutputGoneError: If nobody reads it any more; the work was ended.
@@ -157,7 +157,7 @@ class Printer(abc.ABC):
 
 
 def _told(outcome: HostOutcome) -> str:
-    """Return what is said of a host whose work did not end well, else nothing."""
+    """Return the error of a host whose work failed, else nothing."""
     if outcome.error:
         return outcome.error
     if outcome.status > 128:
@@ -177,7 +177,7 @@ def _say(outcome: HostOutcome) -> None:
 
 
 def _encoded(text: str, stream: Any) -> bytes:
-    """Return the bytes of a text that stand before those of a host: as the stream itself would write it."""
+    """Return the bytes of a text, encoded as the stream itself would write it."""
     return text.encode(stream.encoding, "backslashreplace")
 
 
@@ -232,7 +232,7 @@ class _Lines(Printer):
 
 
 class _Kept(Printer):
-    """What keeps the output until the end; of a host that prints very much, the beginning."""
+    """Keeps the output until the end; of a host that prints very much, the beginning."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +344,7 @@ class SharedInput:
         async with self._changed:
             await self._changed.wait_for(lambda: self._over or self._size > place)
         if self.error is not None:
-            raise LazyclusterError(f"standard input cannot be passed on: {self.error}") from None
+            raise LazyclusterError(f"cannot pass on standard input: {self.error}") from None
         return os.pread(fd, _PART, self._start + place)
 
     async def _tell(self) -> None:
@@ -367,7 +367,7 @@ class SharedInput:
         await self._tell()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close it."""
         if self._reading is not None:
             self._reading.cancel()
         if self._file is not None:

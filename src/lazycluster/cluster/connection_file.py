@@ -122,7 +122,7 @@ def _opened(folder: int, file: Path) -> Iterator[int | None]:
         return
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise _not_replaced(file, "is no file")
+            raise _not_replaced(file, "is not a file")
         yield fd
     finally:
         os.close(fd)
@@ -136,7 +136,7 @@ def _check_replaceable(file: Path, fd: int) -> None:
     if os.fstat(fd).st_uid != os.geteuid():
         raise _not_replaced(file, "belongs to another user")
     if not _is_connection_file(_content(fd)):
-        raise _not_replaced(file, "is there already, and is no connection file of lazycluster")
+        raise _not_replaced(file, "exists already, and is not a connection file of lazycluster")
 
 
 def _is_connection_file(document: Mapping[str, Any]) -> bool:
@@ -202,7 +202,8 @@ def read(path: str | os.PathLike[str], engine: str, shape: Mapping[str, Any] | N
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ClusterError(
-            f"there is no connection file {file}\n  Next step: see whether the cluster still runs; it goes with it"
+            f"no such connection file: {file}\n"
+            "  Next step: check that the cluster still runs; the file is removed when it ends"
         ) from None
     except OSError as error:
         raise ClusterError(f"the connection file {file} cannot be read: {error.strerror}") from None
@@ -216,7 +217,7 @@ def read(path: str | os.PathLike[str], engine: str, shape: Mapping[str, Any] | N
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise ClusterError(f"{file} is no connection file of this version of lazycluster")
+        raise ClusterError(f"{file} is not a connection file of this version of lazycluster")
     if document.get("engine") != engine:
         raise ClusterError(f"{file} is of a {document.get('engine')}, not of a {engine}")
     try:
@@ -245,7 +246,7 @@ def unanswered(path: str | os.PathLike[str], found: Mapping[str, Any], why: str)
 
 def _check(file: Path, inode: os.stat_result) -> None:
     if not stat.S_ISREG(inode.st_mode):
-        raise ClusterError(f"{file} is no file")
+        raise ClusterError(f"{file} is not a file")
     if inode.st_uid != os.geteuid():
         raise ClusterError(f"the connection file {file} belongs to another user: it is not trusted")
     if inode.st_mode & 0o077:

@@ -119,4 +119,4 @@ class Watch:
             try:
                 callback(event)
             except BaseException:  # also `sys.exit`: what follows where this was noted has to be done
-                logger.exception("whoever watches the cluster failed with: %s", event)
+                logger.exception("a callback for the events of the cluster failed: %s", event)

@@ -262,7 +262,7 @@ class Service:
         if out_of_memory:
             return _OUT_OF_MEMORY.get(out_of_memory, _OUT_OF_MEMORY["host"])
         if status is None:
-            return "it has ended, nobody knows how"
+            return "it has ended, for an unknown reason"
         if status == -signal.SIGKILL:
             return "it was killed (SIGKILL); the host may have run out of memory"
         return f"it has ended with exit status {status}" if status >= 0 else f"it was ended by signal {-status}"

@@ -117,7 +117,7 @@ class Staff(WorkerLauncher):
             f"port {port} of {owner}, {role}, could not be opened again after the link to {tunnel.host} was "
             "interrupted: another program listens there now, or the sshd forbids it"
         )
-        hint = f"look on {owner} who that is (ss -ltnp), end it, and start a worker anew with scale()"
+        hint = f"find that program on {owner} (ss -ltnp), end it, and start another worker with scale()"
         for worker in [*self.workers, *self._prepared]:
             if worker.place.network == tunnel.network and (not ours or port in worker.ports.values()):
                 worker.service.give_up(problem, hint)

@@ -107,13 +107,13 @@ class HostEnvironment:
             raise EnvironmentBuildError(self._host.name, error.message) from None
         except NoAnswerError as error:
             raise EnvironmentBuildError(
-                self._host.name, f"the host does not answer: {error}", "", "see how busy it is, and try again"
+                self._host.name, f"the host does not answer: {error}", "", "check how busy the host is, and try again"
             ) from None
         except EnvironmentBuildError as error:
             raise self._of_this_host(error) from error.__cause__
         except OSError as error:  # agents report the errors of files on hosts
             where = f"{error.filename}: " if error.filename else ""
-            hint = "see to the directory of lazycluster on the manager (Environment.main_directory), and to its disk"
+            hint = "check the directory of lazycluster on the manager (Environment.main_directory), and its disk"
             raise EnvironmentBuildError(
                 self._host.name, f"on the manager: {where}{error.strerror or error}", "", hint
             ) from None

@@ -205,7 +205,7 @@ class Builder:
                 self._log("another process is building the same environment; waiting for it")
         elif event["state"] == "kept":
             check_shape(event, {"path": NAME})
-            text = "%s: %s was in the way: it is no environment, and is kept"
+            text = "%s: %s was in the way: it is not an environment, and is kept"
             logger.warning(text, self._host.name, event["path"])
         elif not locked.done():
             check_shape(event, {"directory": NAME, "problem": NAME})
@@ -374,7 +374,7 @@ class Builder:
             check_shape(found, {"packages": {...: str}, "size": range(2**63)})
         except (ValueError, IndexError):
             raise EnvironmentBuildError(
-                self._host.name, f"{argv[0]} does not say what is installed", "", "see what it printed, above", text
+                self._host.name, f"{argv[0]} does not say what is installed", "", "read its output above", text
             ) from None
         there = {normalized(name) for name in found["packages"]}
         missing = sorted({locked.name for locked in self._plan.packages if normalized(locked.name) not in there})

@@ -214,7 +214,7 @@ def _check_compiled(entry: _WheelEntry, entries: tuple[_WheelEntry, ...], target
     own = {other.path.rpartition("/")[2] for other in entries}
     foreign = sorted(name for name in needs.libraries - own if not _BASE.match(name))
     if foreign:
-        raise RepackError(f"{entry.name} is linked against {', '.join(foreign)}, which is no part of it")
+        raise RepackError(f"{entry.name} is linked against {', '.join(foreign)}, which is not part of it")
     if target.libc == "glibc" and needs.glibc > target.glibc:
         wanted = ".".join(map(str, needs.glibc))
         raise RepackError(f"{entry.name} needs glibc {wanted}, and the host has {target.libc_version}")

@@ -123,7 +123,7 @@ class EnvironmentSpec:
 
     def _check_file(self) -> None:
         if not self.file.is_file():
-            raise ValueError(f"environment: there is no file {self.file} on this machine")
+            raise ValueError(f"environment: no such file on this machine: {self.file}")
 
     @classmethod
     def of(cls, given: Any) -> EnvironmentSpec | None:

@@ -277,7 +277,7 @@ def explained(host: str, what: str, output: str, package: str = "") -> Environme
             return kind(
                 host, f"{what}: {problem.format(package=package)}", package, hint.format(package=package), output
             )
-    return EnvironmentBuildError(host, f"{what} failed", package, "see what it printed, above", output)
+    return EnvironmentBuildError(host, f"{what} failed", package, "read its output above", output)
 
 
 # --- programs of this machine ---------------------------------------------------------------------

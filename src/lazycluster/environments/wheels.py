@@ -87,7 +87,7 @@ def tree_digest(directory: Path) -> str:
 def _sources(directory: Path) -> Iterator[tuple[str, Path]]:
     if not any((directory / name).is_file() for name in ("pyproject.toml", "setup.py", "setup.cfg")):
         raise EnvironmentBuildError(
-            MANAGER, f"{directory} is no package: it has neither pyproject.toml nor setup.py", directory.name,
+            MANAGER, f"{directory} is not a package: it has neither pyproject.toml nor setup.py", directory.name,
             "correct the path",
         )  # fmt: skip
     for folder, folders, names in os.walk(directory):

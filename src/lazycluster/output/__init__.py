@@ -1,1 +1,1 @@
-"""What people see: tables, progress, and lines of output, on terminals, in files and in notebooks."""
+"""Output for people: tables, progress, and lines of output, on terminals, in files and in notebooks."""

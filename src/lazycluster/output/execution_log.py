@@ -1,4 +1,4 @@
-"""What tasks printed, step by step: one table as long as that is little, else one below the other."""
+"""Output of tasks, step by step: as one table if it is short, else one step below the other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LoggedStep:
 
 @dataclass(frozen=True)
 class LoggedTask:
-    """What a task printed on a host.
+    """The output of a task on a host.
 
     Attributes:
         host: The host.
@@ -52,7 +52,7 @@ class LoggedTask:
 
 
 def show_logs(logs: Sequence[LoggedTask]) -> None:
-    """Print what tasks printed, or show it below the cell of a notebook."""
+    """Print the output of tasks, or show it below the cell of a notebook."""
     if not logs:
         return
     view = View(tables=(_table(logs),))

@@ -1,4 +1,4 @@
-"""What is shown of a host in a table: cells from what its agent tells."""
+"""Cells of tables about hosts, made of what their agents report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNITS = ("B", "K", "M", "G", "T", "P")
 
 
 def number(value: Any) -> float:
-    """Return a number that a host tells; 0 if it is none."""
+    """Return a number that a host reports; 0 if it is not a finite number."""
     try:
         found = float(value) if isinstance(value, (int, float)) else 0.0
     except OverflowError:  # of an integer
@@ -52,7 +52,7 @@ def gpus(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cells(info: Mapping[str, Any]) -> dict[str, str]:
-    """Return what is shown of a machine, by column; nothing if nothing is known."""
+    """Return the cells for a machine, by column; none if nothing is known."""
     if not info:
         return {}
     load, found = info.get("load"), info.get("gpus")

@@ -177,7 +177,7 @@ class Board:
 
 
 def _surrounding() -> Board | None:
-    """Return the board of the ``with`` block that this is in, or that this coroutine was started in."""
+    """Return the board of the surrounding ``with`` block, or of that in which this coroutine was started."""
     reference = _board.get()
     return None if reference is None else reference()
 
@@ -211,7 +211,7 @@ event_loop.wait_with(shown)
 
 
 def present() -> Board:
-    """Return a board for work that goes on after the present call: it is shown to whoever waits for that."""
+    """Return a board for work that goes on after the present call: it is shown when that is waited for."""
     outer = _surrounding()
     return Board(None if outer is None else outer.wanted)
 

@@ -1,4 +1,4 @@
-"""One description of what is shown of a thing, as a table on a terminal, plain text in a file, HTML in a notebook.
+"""Views of objects: one description, shown as tables on a terminal, plain text in a file, HTML in a notebook.
 
 Most of what is shown comes from hosts, which may mean harm: a terminal gets no control characters, a notebook no HTML.
 """
@@ -69,7 +69,7 @@ class Table:
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of a thing.
+    """The view of an object.
 
     Attributes:
         title: What it is, and its name.
@@ -85,7 +85,7 @@ class View:
 
 
 class Shown:
-    """What has a view."""
+    """Base of objects with a view, which notebooks show as HTML."""
 
     def _view(self) -> View:
         raise NotImplementedError
@@ -105,7 +105,7 @@ def show(view: View) -> None:
 
 
 def columns() -> int:
-    """Return how wide what is printed may be."""
+    """Return the number of columns for what is printed."""
     if os.environ.get("COLUMNS", "").isdigit():
         return max(20, int(os.environ["COLUMNS"]))
     try:
@@ -115,7 +115,7 @@ def columns() -> int:
 
 
 def headline(text: str) -> str:
-    """Return what stands above an output, as it is to be printed to standard output."""
+    """Return a line to print to standard output above an output."""
     line = printable(f"--- {text}")
     return f"\033[1m{line}\033[0m" if _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") else line
 

@@ -278,7 +278,7 @@ class ChunkScheduler:
         reasons = "\n".join(f"  {reason}" for reason in self._lost.values())
         self._break(
             HostsLostError(
-                f"no host is left to run calls on:\n{reasons}\n  Next step: see that the hosts are up, connect anew",
+                f"no host is left to run calls on:\n{reasons}\n  Next step: check that they are up, connect again",
                 hosts=list(self._lost),
                 host=host,
             )

@@ -279,7 +279,7 @@ class HostSession:
             return await self.connection.request(op, **params)
         except NoAnswerError as error:
             detail = f"no answer to {op!r} within {error.seconds:g} s"
-            raise InvalidRuntimeError(self.spec.host, "timeout", detail, "see how busy the host is") from None
+            raise InvalidRuntimeError(self.spec.host, "timeout", detail, "check how busy the host is") from None
 
     # --- use -----------------------------------------------------------------------------------
     @property

@@ -202,7 +202,7 @@ class Channel:
         except (OSError, MemoryError, wire.FrameError):
             raise  # of a file here, or of this process; or it is no message at all
         except Exception as error:
-            logger.debug("%s: what a request was answered cannot be handled", self._link.host, exc_info=True)
+            logger.debug("%s: the answer to a request cannot be handled", self._link.host, exc_info=True)
             self.give_up(self._nonsense(error))
 
     def give_up(self, error: Exception) -> None:

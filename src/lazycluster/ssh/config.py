@@ -46,7 +46,7 @@ _HOST_KEYS = {"strict": "yes", "accept-new": "accept-new"}
 _SESSION = "the library runs its own session on the connection"
 _FORWARD = "use the methods that expose ports"
 _PROMPT = "the library answers or declines what ssh asks"
-_NO_BLOCK = "it stands in configuration files only; pass one as config_file"
+_NO_BLOCK = "it is allowed in configuration files only; pass one as config_file"
 
 _RESERVED = {
     "batchmode": _PROMPT,
@@ -236,7 +236,7 @@ def _keys(what: str, value: Any) -> tuple[str, ...]:
         # ssh itself would go on without the key, and report a host that takes none. With % it stands for something
         # that only ssh knows.
         if "%" not in path and not os.access(path, os.R_OK):
-            raise ValueError(f"{what}: there is no readable key {path}")
+            raise ValueError(f"{what}: no readable key file: {path}")
     return tuple(path if "%" in path else str(Path(path).absolute()) for path in paths)
 
 
@@ -245,7 +245,7 @@ def _config_file(what: str, value: Any) -> str:
     if path.lower() == "none":
         return "none"
     if not os.access(path, os.R_OK) or Path(path).is_dir():
-        raise ValueError(f"{what}: there is no readable file {path}")
+        raise ValueError(f"{what}: no readable file: {path}")
     return str(Path(path).absolute())
 
 
@@ -365,7 +365,7 @@ def ssh_version() -> tuple[int, int]:
     Raises:
         InvalidRuntimeError: With the reason ``ssh`` if there is no usable OpenSSH client.
     """
-    hint = "install the OpenSSH client of your system, and make sure that it stands in PATH"
+    hint = "install the OpenSSH client of your system, and make sure that it is on the PATH"
     try:
         done = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

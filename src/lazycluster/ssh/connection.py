@@ -112,7 +112,7 @@ class Connection(abc.ABC):
             try:
                 callback(state, why)
             except BaseException:  # also `sys.exit`: what follows here has to be done
-                logger.exception("%s: whoever watches the connection failed", self.host)
+                logger.exception("%s: a callback for the state of the connection failed", self.host)
 
     # --- what the kinds of connection differ in ------------------------------------------------
     @abc.abstractmethod

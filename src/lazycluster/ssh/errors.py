@@ -248,7 +248,7 @@ def _host_key(case: _Case) -> InvalidRuntimeError | None:
     if changed := case.find(r"host key for (\S+) has changed"):
         return _changed_key(case, changed[1])
     if case.find(r"REVOKED HOST KEY|host key .*revoked"):
-        hint = "do not connect; ask whoever runs the host for its new key"
+        hint = "do not connect; ask the host's administrator for its new key"
         what = "certificate, or the authority that signed it," if case.find(r"-CERT host key") else "key"
         return case.error("host_key", f"{case.where}the host's {what} is marked as revoked:\n{case.evidence}", hint)
     if found := case.find(r"^Certificate (?:invalid: |for .*?(?=contains)|(?=lacks))(?P<why>.*)$"):

@@ -319,7 +319,7 @@ class AgentLink:
     def _out_of_memory(self, number: int) -> None:
         channel = self._channels.get(number)
         if channel is not None:
-            channel.give_up(MemoryError(f"this process has no memory left for what {self.host} answers"))
+            channel.give_up(MemoryError(f"this process has no memory left for the answer of {self.host}"))
 
     def _dispatch(self, number: int, kind: int, payload: bytes) -> None:
         channel = self._channels.get(number)
@@ -333,7 +333,7 @@ class AgentLink:
                 self._out_of_memory(number)
             except Exception:
                 if log_limit.may_log(self.host):
-                    logger.exception("%s: what a request was answered could not be handled", self.host)
+                    logger.exception("%s: the answer to a request could not be handled", self.host)
         elif kind == wire.ACK:
             if self._outbox.keeps:
                 self._outbox.acknowledge(int.from_bytes(payload[: wire.TOTAL_SIZE], "big"))

@@ -98,7 +98,7 @@ def find(task_id: str) -> DetachedRecord | None:
     with os.fdopen(fd, "rb") as file:
         is_file = stat.S_ISREG(os.fstat(fd).st_mode)
         if not is_file or not _is_own(os.fstat(fd)) or not _is_own(directory().lstat()):
-            raise ValueError("it is no file that you alone can write to")
+            raise ValueError("it is not a file that you alone can write to")
         content = file.read(_LARGEST + 1)
     return _parsed(content)
 

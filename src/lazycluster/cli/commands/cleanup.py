@@ -1,4 +1,4 @@
-"""``lazycluster cleanup``: what was left behind by a crash."""
+"""``lazycluster cleanup``: the removal of what a crash left behind."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def cleanup(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    """Remove what was left on hosts and on this machine, and show what it was.
+    """Remove what was left behind on hosts and on this machine, and list it.
 
-    As a rule nothing is left: this is for what a crash of the system has kept from being cleaned up. It looks for your
-    own processes and directories of this library that nobody uses any more, on all hosts of the ssh configuration
-    unless you name some. What a running program uses stays, as do environments and detached tasks.
+    Normally nothing is left behind, but after a crash something may be. This looks for your processes and directories
+    of lazycluster that are no longer in use, on all hosts of the ssh configuration unless you name some. What a running
+    program uses is kept, and so are environments and detached tasks.
 
     \b
     Examples:
       lazycluster cleanup
       lazycluster cleanup -w 'node[1-4]'
 
-    Exit status: 0 if a host was reached, and all that were named, also if nothing was found; else 255.
+    Exit status: 0 if at least one host was reached, and all that were named; else 255.
     """
     import json
 
@@ -85,9 +85,9 @@ def _show(host: str, left: dict[str, Any]) -> None:
     from lazycluster.exceptions import one_line
 
     say = output().print
-    entries = [f"ended the process {process['pid']}: {process['command']}" for process in left["processes"]]
+    entries = [f"ended process {process['pid']}: {process['command']}" for process in left["processes"]]
     entries += [f"removed {path}" for path in left["directories"]]
     if not entries:
-        say(f"{host}: nothing was left", markup=False)
+        say(f"{host}: nothing was left behind", markup=False)
     for entry in entries:
         say(f"{host}: {one_line(entry)}", markup=False, soft_wrap=True)

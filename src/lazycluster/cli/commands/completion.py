@@ -1,4 +1,4 @@
-"""``lazycluster completion``: names of commands, options and hosts in a shell."""
+"""``lazycluster completion``: completion of commands, options and hosts in a shell."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["completion"]
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what makes a shell complete commands, options and names of hosts.
+    """Print a script that makes a shell complete commands, options and host names.
 
     \b
-    Examples, to be put into the shell's start-up file:
+    Examples, for the shell's start-up file:
       eval "$(lazycluster completion bash)"     # ~/.bashrc
       eval "$(lazycluster completion zsh)"      # ~/.zshrc, after 'compinit'
       lazycluster completion fish | source      # ~/.config/fish/config.fish
@@ -25,5 +25,5 @@ def completion(shell: str) -> None:
     found = get_completion_class(shell)
     assert found is not None
     text = found(cli, {}, "lazycluster", "_LAZYCLUSTER_COMPLETE").source()
-    # fish would cut what is completed at its first comma, and sets of hosts have some.
+    # fish would cut a completion at its first comma, and sets of hosts contain commas.
     click.echo(text.replace('string split ","', 'string split --max 1 ","'))

@@ -25,10 +25,10 @@ __all__ = ["add_runtime", "delete_runtime"]
 
 _config = click.option(
     "--config",
-    envvar=CONFIG_VARIABLE,  # as whoever reads it
+    envvar=CONFIG_VARIABLE,  # the same file is read
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Change this instead of ~/.ssh/config.",
+    help="Change this file instead of ~/.ssh/config.",
 )
 _KEYS = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
 
@@ -43,9 +43,9 @@ _KEYS = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
     metavar="KEY=VALUE",
     help="A further line of the entry, as in 'man ssh_config'.",
 )
-@click.option("--copy-id", is_flag=True, help="Install your public key there; asks for your password.")
-@click.option("--check", is_flag=True, help="Connect, and say whether the host can be used.")
-@click.option("--accept-new-host-key", is_flag=True, help="Take the host's key if it is new here, without asking.")
+@click.option("--copy-id", is_flag=True, help="Install your public key on it; asks for your password.")
+@click.option("--check", is_flag=True, help="Connect, and report whether the host can be used.")
+@click.option("--accept-new-host-key", is_flag=True, help="Accept the key of a new host without asking.")
 @click.argument("name")
 @click.argument("host", metavar="[USER@]HOST[:PORT]")
 @names_its_options
@@ -53,10 +53,10 @@ def add_runtime(
     name: str, host: str, config: str | None, id_file: str | None, options: tuple[str, ...], copy_id: bool,
     check: bool, accept_new_host_key: bool,
 ) -> int:  # fmt: skip
-    """Add a host to the ssh configuration: 'ssh NAME' and all commands know it then.
+    """Add a host to the ssh configuration, for 'ssh NAME' and for all commands.
 
-    Whatever else the file holds stays as it is, and a copy of the file is kept beside it. If something about the new
-    entry is wrong, nothing is changed.
+    The rest of the file stays as it is, and a backup is kept beside it. If the new entry is not valid, nothing is
+    changed.
 
     \b
     Examples:
@@ -76,7 +76,7 @@ def add_runtime(
         entries["Port"] = str(port)
     if id_file is not None:
         if "%" not in id_file and not os.access(expanded(id_file), os.R_OK):
-            raise click.UsageError(f"there is no readable key {id_file}")
+            raise click.UsageError(f"no readable key file: {id_file}")
         entries["IdentityFile"] = id_file if id_file.startswith(("~", "%")) else str(Path(id_file).absolute())
     for option in options:
         key, equals, value = option.partition("=")
@@ -91,7 +91,7 @@ def add_runtime(
     if check or accept_new_host_key:
         return _check(name, config, accept_new_host_key)
     if not copy_id:
-        tell(f"Next step: see that it can be used: {_doctor(name, config)}")
+        tell(f"Next step: check that it can be used: {_doctor(name, config)}")
     return 0
 
 
@@ -101,7 +101,7 @@ def add_runtime(
 def delete_runtime(name: str, config: str | None) -> None:
     """Remove a host from the ssh configuration.
 
-    Of a line that names several hosts only the name is removed. A copy of the file is kept beside it.
+    If a line names several hosts, only this name is removed. A backup of the file is kept beside it.
 
     \b
     Example:
@@ -111,7 +111,7 @@ def delete_runtime(name: str, config: str | None) -> None:
 
     path = remove_host(name, config)
     backup = os.path.realpath(path) + BACKUP
-    tell(f"{name} was removed from {path}; what it was before is in {backup}.")
+    tell(f"{name} was removed from {path}; the previous version is in {backup}.")
 
 
 def _doctor(name: str, config: str | None) -> str:
@@ -127,8 +127,7 @@ def _public_key(id_file: str | None) -> Path:
     where = str(candidates[0]) if id_file else str(folder)
     make = shlex.join(["ssh-keygen", "-t", "ed25519", *(["-f", id_file] if id_file else [])])
     raise click.UsageError(
-        f"there is no public key in {where}; nothing was changed\n"
-        f"  Next step: make a pair of keys, then the same again: {make}"
+        f"no public key in {where}; nothing was changed\n  Next step: make a key pair, then try again: {make}"
     )
 
 
@@ -141,18 +140,18 @@ def _copy_id(name: str, config: str | None, key: Path, accept: bool) -> None:
         options += ["-F", config]
     if accept:
         options += ["-o", "StrictHostKeyChecking=accept-new"]
-    _meet(name, config, accept)
+    _confirm_host_key(name, config, accept)
     expanded("~/.ssh").mkdir(mode=0o700, exist_ok=True)  # it works there, wherever the configuration is
     # It talks to the person at the terminal itself: the fingerprint of a new host, the password.
     if subprocess.run([program, *options, "--", name], check=False).returncode != 0:
         raise click.ClickException(
-            f"the key was not installed on {name}; it is in the configuration all the same.\n"
-            f"  Next step: mend what is said above, then: {shlex.join(['ssh-copy-id', *options, name])}"
+            f"the key was not installed on {name}, which was added to the configuration nevertheless.\n"
+            f"  Next step: fix the error above, then: {shlex.join(['ssh-copy-id', *options, name])}"
         )
 
 
-def _meet(name: str, config: str | None, accept: bool) -> None:
-    """See that the host is the one that is meant, before it gets a password: ssh-copy-id would ask thrice."""
+def _confirm_host_key(name: str, config: str | None, accept: bool) -> None:
+    """Confirm the host key before a password is sent: ssh-copy-id would ask about it three times."""
     from lazycluster.cli.console import person_is_there
     from lazycluster.core import event_loop
     from lazycluster.exceptions import InvalidRuntimeError
@@ -170,9 +169,9 @@ def _meet(name: str, config: str | None, accept: bool) -> None:
     try:
         event_loop.run(knock())
     except InvalidRuntimeError as error:
-        if error.reason != "auth":  # which nobody has tried
+        if error.reason != "auth":  # no authentication was tried
             raise click.ClickException(
-                f"the key was not installed on {name}; it is in the configuration all the same.\n  "
+                f"the key was not installed on {name}, which was added to the configuration nevertheless.\n  "
                 + spelled_next_steps(str(error))
             ) from None
 
@@ -191,8 +190,9 @@ def _check(name: str, config: str | None, accept: bool) -> int:
     (outcome,) = event_loop.run(everywhere(chosen, work))
     if outcome.error:
         show_error(
-            f"{name}: {outcome.error}\n  It is in the configuration all the same; see also: {_doctor(name, config)}"
+            f"{name}: {outcome.error}\n  It was added to the configuration nevertheless. See also: "
+            f"{_doctor(name, config)}"
         )
     else:
-        tell(f"To see to ports and packages, too: {_doctor(name, config)}")
+        tell(f"To check ports and packages, too: {_doctor(name, config)}")
     return outcome.status

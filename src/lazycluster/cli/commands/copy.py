@@ -22,14 +22,14 @@ __all__ = ["get", "put"]
 
 _LITTLE = 1024 * 1024  # bytes
 
-_fanout = click.option("--fanout", type=Whole(), default=64, metavar="N", help="On how many hosts at once (64).")
+_fanout = click.option("--fanout", type=Whole(), default=64, metavar="N", help="Number of hosts at once (64).")
 _exclude = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
     help="Leave out files and folders: '*.pyc', 'data/raw', './data'.",
 )
-_quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing of what went well.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 
 
 @click.command()
@@ -46,22 +46,22 @@ def put(
 ) -> int:  # fmt: skip
     """Copy files and folders to hosts.
 
-    DEST is relative to the home directory there. If it is a directory or ends with '/', each SRC comes into it under
-    its own name. What is there already, unchanged, is not sent again; a file is replaced when it is complete.
+    DEST is relative to the home directory on the hosts. If it is a directory or ends with '/', each SRC is copied into
+    it under its own name. Unchanged files are not sent again; a file is replaced only when its copy is complete.
 
     \b
     Examples:
       lazycluster put -w 'node[1-4]' train.py data/ work/
       lazycluster put -w @all --exclude '*.pyc' --exclude .git . project/
 
-    Exit status: 0 if all is on all hosts, 255 if a host was not reached, else 1.
+    Exit status: 0 if everything was copied, 255 if a host was not reached, else 1.
     """
     from lazycluster.utils import expanded
 
     *paths, destination = _with_destination(sources)
     for path in paths:
         if not os.path.lexists(expanded(path)):
-            raise click.UsageError(f"there is no file or folder {path}")
+            raise click.UsageError(f"no such file or directory: {path}")
     if len(paths) > 1 and not destination.endswith("/"):
         destination += "/"
 
@@ -94,21 +94,21 @@ def get(
 ) -> int:  # fmt: skip
     """Copy files and folders from hosts, into DEST/HOST/.
 
-    SRC is relative to the home directory on the hosts; '~' and variables are those there.
+    SRC is relative to the home directory on the hosts, where '~' and variables are expanded, too.
 
     \b
     Examples:
       lazycluster get -w 'node[1-4]' a.csv got/   # got/node1/a.csv, ...
       lazycluster get -w gpu-a --exclude '*.tmp' runs/42 .
 
-    Exit status: 0 if all is here, 255 if a host was not reached, else 1.
+    Exit status: 0 if everything was copied, 255 if a host was not reached, else 1.
     """
     from lazycluster.utils import expanded
 
     *paths, destination = _with_destination(sources)
     base = expanded(destination)
     if base.exists() and not base.is_dir():
-        raise click.UsageError(f"{destination} is a file: name a directory, which takes one per host")
+        raise click.UsageError(f"{destination} is a file: name a directory, which gets one subdirectory per host")
 
     async def fetch(connection: Connection, copying: Copying) -> None:
         from lazycluster.ssh import transfer
@@ -129,7 +129,7 @@ def get(
 
 def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
     if len(sources) < 2:
-        raise click.UsageError("name what to copy and where to: SRC... DEST")
+        raise click.UsageError("name what to copy, and the destination: SRC... DEST")
     if not all(sources):
         raise click.UsageError("a path is empty")
     return sources
@@ -195,7 +195,7 @@ class Copying:
         self._unused = set(result.unused) if self._unused is None else self._unused.intersection(result.unused)
 
     def warn(self, exclude: Sequence[str]) -> None:
-        """Name the patterns that have left nothing out of any copy: what they should keep back may be there now."""
+        """Warn of patterns that have left nothing out of any copy: a typing error may have copied what they name."""
         from lazycluster.exceptions import one_line
 
         for pattern in dict.fromkeys(exclude):
@@ -206,7 +206,7 @@ class Copying:
                 errors().print(one_line(text), markup=False, soft_wrap=True, style="yellow")
 
     def done(self, outcome: HostOutcome) -> None:
-        """Print how it ended on a host."""
+        """Print the outcome of a host."""
         from rich.text import Text
 
         from lazycluster.core.words import counted

@@ -1,4 +1,4 @@
-"""``lazycluster demo``: the first thing that a newcomer runs."""
+"""``lazycluster demo``: a first look, for newcomers."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def demo(
     engine: str | None, hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool,
 ) -> None:  # fmt: skip
-    """Show what it does: a command, a function, many calls, and a small cluster.
+    """Show what lazycluster does: a command, a function, many calls, and a small cluster.
 
-    Without -w it runs on this machine alone, without ssh. Nothing stays behind.
-    The cluster is one of Dask; it is left out if Dask is not installed here.
+    Without -w, it runs on this machine only, without ssh. Nothing is left behind.
+    The default is a Dask cluster; it is left out if Dask is not installed here.
 
     \b
     Examples:
@@ -84,7 +84,7 @@ def demo(
             on_unreachable="skip" if chosen.everyone else "raise",
         )
     else:
-        say("On this machine alone; with hosts: lazycluster demo -w HOSTS")
+        say("On this machine only; for hosts: lazycluster demo -w HOSTS")
         group = RuntimeGroup([LocalRuntime()])
     with group:
         _basics(group)
@@ -97,7 +97,7 @@ def demo(
     if missing:
         say("\nNot shown: a Dask cluster", style="bold")
         say(f"  {missing}\n  {_DASK_EXTRA}", markup=False, soft_wrap=True)
-    say("\nAll of it has ended, and nothing is left on the hosts.")
+    say("\nEverything has ended, and nothing is left on the hosts.")
 
 
 def _check(engine: str) -> None:

@@ -36,7 +36,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", str(value).strip().lower())
         if match is None:
-            self.fail(f"{value!r} is no size, such as 500M or 20G", param, ctx)
+            self.fail(f"{value!r} is not a size, such as 500M or 20G", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -46,7 +46,7 @@ class _Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mhdw])", str(value).strip().lower())
         if match is None:
-            self.fail(f"{value!r} is no time, such as 12h, 30d or 4w", param, ctx)
+            self.fail(f"{value!r} is not a time, such as 12h, 30d or 4w", param, ctx)
         return float(match[1]) * _TIMES[match[2]]
 
 

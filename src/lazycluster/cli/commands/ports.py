@@ -36,7 +36,7 @@ def forward(
     """Make ports of a host reachable on this machine, until Ctrl-C.
 
     REMOTE is the port on the host, LOCAL the one here; without it, the same number or the next free one. Only programs
-    of this machine can connect to it.
+    on this machine can connect to it.
 
     \b
     Examples:
@@ -64,11 +64,11 @@ def expose(
     """Make ports of this machine reachable on hosts, until Ctrl-C.
 
     LOCAL is the port here, REMOTE the one on the hosts; without it, the same number. Programs on these hosts can
-    connect to it, those of other users, too: so let the service ask for a password. Other machines cannot.
+    connect to it, also those of other users: protect the service with a password. Other machines cannot connect.
 
     \b
     Examples:
-      lazycluster expose -w 'node[1-4]' 5432   # a database of yours
+      lazycluster expose -w 'node[1-4]' 5432   # your database
       lazycluster expose -w gpu-a 3128:8080
     """
     from lazycluster.core import event_loop
@@ -82,7 +82,7 @@ def _pair(text: str) -> tuple[int | None, int]:
     found = re.fullmatch(r"(?:(\d{1,5}):)?(\d{1,5})", text)
     numbers = [int(number) if number else None for number in found.groups()] if found else []
     if not numbers or any(number is not None and not 0 < number < 65536 for number in numbers):
-        raise click.BadParameter(f"{text!r} is no port (8888), and no pair of ports (9000:8888) from 1 to 65535")
+        raise click.BadParameter(f"{text!r} is not a port (8888) or a pair of ports (9000:8888) from 1 to 65535")
     first, last = numbers
     assert last is not None
     return first, last
@@ -97,7 +97,7 @@ async def _forward(connection: Connection, pairs: list[tuple[int | None, int]]) 
             wanted = local if local is not None else [remote, *range(max(remote, 1024) + 1, min(remote + 100, 65536))]
             tunnel = await open_from_runtime(connection, remote, wanted)
             tell(f"localhost:{tunnel.local_port} -> {connection.host}:{remote}")
-        await _until_it_is_lost([connection])
+        await _until_lost([connection])
     finally:
         await connection.close()
 
@@ -114,17 +114,17 @@ async def _expose(chosen: Targets, pairs: list[tuple[int, int]]) -> None:
             await open_to_runtimes(connections, local, remote)
             for connection in connections:
                 tell(f"{connection.host}:{remote} -> localhost:{local}")
-        await _until_it_is_lost(connections)
+        await _until_lost(connections)
     finally:
         await asyncio.gather(*(connection.close() for connection in connections), return_exceptions=True)
 
 
-async def _until_it_is_lost(connections: list[Connection]) -> None:
+async def _until_lost(connections: list[Connection]) -> None:
     import asyncio
 
     from lazycluster.exceptions import ConnectionLostError
 
-    tell("Until Ctrl-C.", err=True)
+    tell("Press Ctrl-C to end.", err=True)
     lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def fail(connection: Connection, why: str) -> None:

@@ -28,9 +28,9 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
 @host_options
 @click.option("--cwd", metavar="DIR", help="The directory on the hosts (the home directory).")
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="An environment variable for the command.")
-@click.option("--timeout", type=Seconds(10**9), metavar="SECONDS", help="End the command on a host after so long.")
-@click.option("--fanout", type=Whole(), default=64, metavar="N", help="On how many hosts at once (64).")
-@click.option("--stdin", "use_stdin", is_flag=True, help="Pass standard input on, to every host.")
+@click.option("--timeout", type=Seconds(10**9), metavar="SECONDS", help="End the command on a host after this time.")
+@click.option("--fanout", type=Whole(), default=64, metavar="N", help="Number of hosts at once (64).")
+@click.option("--stdin", "use_stdin", is_flag=True, help="Pass standard input to the command on every host.")
 @click.option(
     "--python",
     "script",
@@ -46,7 +46,7 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
     metavar="WHEN",
     help="Read .bashrc etc. once or always (once).",
 )
-@click.option("--gather", is_flag=True, help="Show output at the end, equal output once.")
+@click.option("--gather", is_flag=True, help="Print output at the end, identical output once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 @click.option("-N", "--no-label", is_flag=True, help="Print lines without the host's name.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -59,8 +59,8 @@ def run(
 ) -> int:  # fmt: skip
     """Run a command on many hosts at once.
 
-    COMMAND is one quoted line, for the shell there: -- 'ls | wc -l', or a program and its arguments, which arrive
-    unchanged. Lines come as they are printed, with the host's name before them.
+    COMMAND is one quoted line for the hosts' shell, as in -- 'ls | wc -l', or a program and its arguments, which are
+    passed on unchanged. Lines appear as they are printed, each after the name of its host.
 
     \b
     Examples:
@@ -69,17 +69,17 @@ def run(
       lazycluster run -w gpu-a --env EPOCHS=3 --python train.py -- --fast
       tar c data | lazycluster run -w 'node[1-4]' --stdin -- tar x -C /tmp
 
-    Exit status: the highest of the hosts'; 255 if one was not reached, 124 after --timeout, 130 after Ctrl-C.
+    Exit status: the highest of all hosts; 255 if one was not reached, 124 after --timeout, 130 after Ctrl-C.
     """
     from lazycluster.cli.fanout import everywhere, exit_status
     from lazycluster.cli.streams import SharedInput, printer
 
     if not command and script is None:
-        raise click.UsageError("no command is given: lazycluster run -w HOSTS -- COMMAND")
+        raise click.UsageError("no command given: lazycluster run -w HOSTS -- COMMAND")
     if use_stdin and ("-" in (*hosts, *exclude_hosts) or getattr(hostfile, "name", "") == "<stdin>"):
         raise click.UsageError("standard input cannot hold both the hosts and the command's input")
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
-    # The mark by which the live view counts it.
+    # By "task", the live view counts it.
     request: dict[str, Any] = {
         "task": secrets.token_hex(8),
         "env": _variables(env),
@@ -157,7 +157,7 @@ class _Job:
                     late = True
                     channel.control(signal="END")
                     if not await connection.wait_while_heard(result, _END_LIMIT):
-                        text = f"told to end after {self._timeout:g} s, and not heard of since"
+                        text = f"told to end after {self._timeout:g} s, and silent since then"
                         return HostOutcome(host, 124, text, "timeout")
                 ended = await result
         except AgentError as error:
@@ -167,7 +167,7 @@ class _Job:
                 feeding.cancel()
             channel.close()
         if self._source is not None and self._source.error is not None:
-            return HostOutcome(host, 1, f"standard input cannot be passed on: {self._source.error}", "error")
+            return HostOutcome(host, 1, f"cannot pass on standard input: {self._source.error}", "error")
         if late:
             return HostOutcome(host, 124, f"ended after {self._timeout:g} s", "timeout")
         return HostOutcome(host, 128 + ended["signal"] if ended.get("signal") else int(ended.get("exit") or 0))
@@ -175,7 +175,7 @@ class _Job:
     def _told(self, message: str) -> str:
         if self._script is None and "not found on the PATH" in message and len(self._arguments) > 1:
             line = shlex.quote(" ".join(self._arguments))
-            return f"{message}\n  Next step: check the name; if it is the shell's, give the line as one word: -- {line}"
+            return f"{message}\n  Next step: check the name; if the shell has it, give the line as one word: -- {line}"
         return message
 
     def _fed(self, fed: asyncio.Future[None], channel: Channel) -> None:

@@ -26,7 +26,7 @@ __all__ = ["list_runtimes"]
 _SHORT = {"state": 8, "latency": 8}
 _LONG = {"os": 12, "cores": 5, "load": 5, "memory": 9, "disk": 9, "python": 7, "gpus": 4}
 _RIGHT = ("latency", "cores", "load", "memory", "disk")
-# Where there is little room; what machines they are is asked for, the time of a message hardly with it.
+# Left out where there is little room, the first one first.
 _DISPENSABLE = ("latency", "python", "os", "load")
 
 _GAP = 2  # spaces between columns
@@ -45,9 +45,9 @@ _LIVE_DISPENSABLE = ("os", "cores", "load", "disk", "gpus", "tunnels", "workers"
 
 @click.command()
 @host_options
-@click.option("-l", "--long", is_flag=True, help="Show cores, load, memory, disk, Python, GPUs, too.")
+@click.option("-l", "--long", is_flag=True, help="Also show cores, load, memory, disk, Python, GPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--watch", is_flag=True, help="Stay, and show what goes on, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Keep showing what runs on the hosts, until Ctrl-C.")
 @connection_options
 def list_runtimes(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
@@ -76,15 +76,15 @@ def list_runtimes(
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
     if watch:
         return _watch(chosen, long)
-    listing = _JsonListing(chosen) if as_json else _Listing(chosen, long)
-    outcomes = listing.run()
+    listing = _Listing(chosen, long or as_json)
+    outcomes = listing.run_as_json() if as_json else listing.run()
     if any(outcome.kind == "done" for outcome in outcomes):
         return exit_status(outcomes, chosen.everyone)
     return 255
 
 
 class _Listing:
-    """Rows that are printed as they come."""
+    """The hosts and what they answered, printed as rows as they come, or as JSON."""
 
     def __init__(self, chosen: Targets, long: bool) -> None:
         self._targets = chosen
@@ -104,6 +104,21 @@ class _Listing:
             everywhere(self._targets, self._ask, on_done=lambda outcome: when_answered(lambda: self.show(outcome)))
         )
         self.finish(outcomes)
+        return outcomes
+
+    def run_as_json(self) -> list[HostOutcome]:
+        """Print one document at the end."""
+        from lazycluster.cli.fanout import everywhere
+        from lazycluster.core import event_loop
+
+        outcomes = event_loop.run(everywhere(self._targets, self._ask))
+        document = []
+        for outcome in outcomes:
+            active = outcome.kind == "done"
+            entry: dict[str, Any] = {"host": outcome.host, "state": "active" if active else "inactive"}
+            entry.update(self.infos.get(outcome.host, {}) if active else {"reason": outcome.error})
+            document.append(entry)
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return outcomes
 
     async def _ask(self, connection: Connection) -> HostOutcome:
@@ -135,7 +150,7 @@ class _Listing:
         output().print(Text(self._line(row)), soft_wrap=True)
 
     def _show_inactive(self, outcome: HostOutcome) -> None:
-        """Say in a few words why; all of it, with what may help, is said in the end."""
+        """Print the reason in a few words; `finish` prints all of it, with the next step."""
         from rich.text import Text
 
         from lazycluster.exceptions import printable
@@ -154,7 +169,7 @@ class _Listing:
         return "  ".join(padded).rstrip()
 
     def finish(self, outcomes: list[HostOutcome]) -> None:
-        """Say why hosts cannot be used."""
+        """Print why hosts cannot be used."""
         from lazycluster.exceptions import printable
 
         bad = [outcome for outcome in outcomes if outcome.kind != "done"]
@@ -171,27 +186,6 @@ class _Listing:
 def _cause(error: str) -> list[str]:
     """Return the lines of an error, without what the table says already."""
     return re.sub(r"^not usable as a runtime \((.+?)\)", r"\1", error).split("\n")
-
-
-class _JsonListing(_Listing):
-    """One document at the end."""
-
-    def __init__(self, chosen: Targets) -> None:
-        super().__init__(chosen, True)
-
-    def run(self) -> list[HostOutcome]:
-        from lazycluster.cli.fanout import everywhere
-        from lazycluster.core import event_loop
-
-        outcomes = event_loop.run(everywhere(self._targets, self._ask))
-        document = []
-        for outcome in outcomes:
-            active = outcome.kind == "done"
-            entry: dict[str, Any] = {"host": outcome.host, "state": "active" if active else "inactive"}
-            entry.update(self.infos.get(outcome.host, {}) if active else {"reason": outcome.error})
-            document.append(entry)
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
-        return outcomes
 
 
 def _fitting(widths: Mapping[str, int], room: int, dispensable: Sequence[str]) -> list[str]:
@@ -246,7 +240,7 @@ class _Watched:
             await asyncio.sleep(_REFRESH)
 
     def _note(self, activity: dict[str, int]) -> None:
-        """Take note of what runs there, and how busy the processors were since the last time."""
+        """Note what runs there, and how busy the processors were since the last time."""
         before, self.activity = self.activity, activity
         passed = activity["total"] - before.get("total", 0)
         if before and passed > 0:
@@ -311,7 +305,7 @@ def _shown(one: _Watched) -> dict[str, str]:
 
 
 def _gpus(info: dict[str, Any]) -> str:
-    """Return how busy the GPUs are: one after the other, or of many their number and mean."""
+    """Return the utilization of the GPUs, one after the other; of many, their number and mean."""
     from lazycluster.output.host_cells import number
 
     used = [gpu.get("utilization") for gpu in info.get("gpus") or [] if isinstance(gpu, dict)]

@@ -282,7 +282,7 @@ class DaskCluster(ElasticCluster):
                 return
             raise ClusterError(f"the scheduler has ended (status {status}): call cleanup(), then start()")
         how = {"created": "was not started: call start()", "failed": "did not start"}
-        raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it anew')}")
+        raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it again')}")
 
     # --- the end -------------------------------------------------------------------------------
     def cleanup(self) -> None:

@@ -134,7 +134,7 @@ class LocalMasterLauncher(ServiceMasterLauncher):
             source=Source(_PROGRAMS, "scheduler", _PACKAGE, _SHARED),
             marker=common.MARKER,
             restarts=self.RESTARTS,
-            at_restart="what it knew is gone: computations that were running are lost, submit them again",
+            at_restart="what it knew is lost: computations that were running are lost, submit them again",
         )
 
     async def prepare(self, debug: bool) -> None:

@@ -217,7 +217,7 @@ class HyperoptCluster(MasterWorkerCluster):
         try:
             return trials(found["mongo_trial_url"], exp_key=exp_key)
         except (ValueError, TypeError):  # they may tell a part of it, which has a password in it
-            raise connection_file.unusable(path, "mongo_trial_url is no address of a database") from None
+            raise connection_file.unusable(path, "mongo_trial_url is not the address of a database") from None
         except PyMongoError as error:
             raise connection_file.unanswered(path, found, str(error)) from None
 

@@ -69,5 +69,5 @@ class LeaseKeeper:
 
     def _expire(self, trial: Any) -> None:
         name = str(trial["owner"][0])
-        if trials.expire(self._jobs, trial, f"{name} was not heard of for {self._lease:g} s"):
-            logger.warning("%s was not heard of for %g s; its trial is put back into the queue", name, self._lease)
+        if trials.expire(self._jobs, trial, f"{name} was silent for {self._lease:g} s"):
+            logger.warning("%s was silent for %g s; its trial is put back into the queue", name, self._lease)

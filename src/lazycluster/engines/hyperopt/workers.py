@@ -115,7 +115,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             try:
                 work()
             except PyMongoError as error:
-                logger.error("the database could not be told that a worker has gone: %s", compat.unreachable(error))
+                logger.error("the database could not be told that a worker has ended: %s", compat.unreachable(error))
 
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         self._threads.append(threading.Thread(target=run, name="lazycluster-put-back", daemon=True))
@@ -125,7 +125,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         with database(self.hyperopt, port) as found:
             number = compat.patient(lambda: trials.put_back(found.jobs, name, f"the worker {name} has gone"))
         if number:
-            logger.warning("%s has gone; %d of its trials are put back into the queue", name, number)
+            logger.warning("%s has ended; %d of its trials are put back into the queue", name, number)
         self._say_what_is_left(port)
 
     def _say_what_is_left(self, port: int) -> None:

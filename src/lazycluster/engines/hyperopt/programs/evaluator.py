@@ -74,7 +74,7 @@ class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
         result = compat.patient(lambda: self.jobs.update_one(query, {"$set": changes}))
         # Else it may have been carried out, and only the answer to a first attempt was lost.
         if not result.matched_count and not self.jobs.find_one({**mine, "version": version}, projection=["_id"]):
-            raise TrialLostError(f"trial {doc['tid']} was put back: this worker was not heard of for too long")
+            raise TrialLostError(f"trial {doc['tid']} was put back: this worker was silent for too long")
         doc.update(changes)
         return doc
 

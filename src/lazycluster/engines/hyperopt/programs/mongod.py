@@ -97,7 +97,7 @@ def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
             return False
         if status is not None:
             meaning = f": {_MEANINGS[status]}" if status in _MEANINGS else ""
-            raise SystemExit(f"mongod has ended with status {status}{meaning}; what it said stands above")
+            raise SystemExit(f"mongod has ended with status {status}{meaning}; its output is above")
         if _listens(process.pid, port):
             return True
         time.sleep(_STEP)
