@@ -14,7 +14,7 @@ from lazycluster.runtimes import Runtime
 from lazycluster.tasks.context import ExecutionOptions
 from lazycluster.tasks.detached import DetachedTask, detachable_calls
 from lazycluster.tasks.step_runner import pickle_calls
-from lazycluster.tasks.steps import GetFile, Step, on_manager
+from lazycluster.tasks.steps import GetFile, Step, manager_path
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
 
@@ -64,7 +64,7 @@ def _for_host(step: Step, host: str) -> Step:
     if step.local_path is None:
         directory = Path()
     else:
-        local = on_manager(step.local_path)
+        local = manager_path(step.local_path)
         if step.local_path.endswith(os.sep) or local.is_dir():
             directory = local
         else:

@@ -351,7 +351,7 @@ class Execution:
     def wait_or_cancel(self) -> None:
         """Wait for the end; if the wait is interrupted (Ctrl-C), the execution is ended, too."""
         try:
-            self.wait()
+            wait_for([self])
         except LazyclusterError:  # it cannot be waited for
             self.cancel()
             raise

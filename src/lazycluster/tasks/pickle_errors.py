@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import pickle
 import reprlib
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .pickling import CallPickler, name_of
+from .local_code import names_in
+from .pickling import name_of, pickling_error
 
 _DEEPEST = 12
 _MOST_PARTS = 200  # of one container; what is beyond is not looked at
@@ -22,11 +22,6 @@ _HINTS = (
     (("coroutine",), "pass the async function itself"),
     (("Thread", "Process", "Popen"), "start it in the function"),
 )
-
-
-class _DiscardingFile:
-    def write(self, data: Any) -> int:
-        return 0
 
 
 def explain(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> str:
@@ -58,7 +53,7 @@ def _found(function: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
 
 def find(value: Any) -> tuple[str, Any, Exception] | None:
     """Return the innermost part that cannot be pickled: where it is, the part, the error; None if all can."""
-    error = _failure(value)
+    error = pickling_error(value)
     if error is None:
         return None
     where, seen = "", {id(value)}
@@ -77,7 +72,7 @@ def _failing_part(value: Any, seen: set[int]) -> tuple[str, Any, Exception] | No
         if count >= _MOST_PARTS:
             break
         if id(part) not in seen and not isinstance(part, types.ModuleType):
-            error = _failure(part)
+            error = pickling_error(part)
             if error is not None:
                 return path, part, error
     return None
@@ -114,24 +109,12 @@ def _function_parts(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         yield f" (default value {index + 1})", default
     for name, default in (function.__kwdefaults__ or {}).items():
         yield f" (default value of {name!r})", default
-    from .local_code import names_in
-
     for name in sorted(names_in(function.__code__)):
         if name in function.__globals__:
             yield f" (global variable {name!r})", function.__globals__[name]
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is not None:
         yield " (the decorated function)", wrapped
-
-
-def _failure(value: Any) -> Exception | None:
-    try:
-        CallPickler(_DiscardingFile()).dump(value)
-    except pickle.PicklingError as error:
-        return error
-    except Exception as error:  # noqa: BLE001  (any error of any __reduce__)
-        return error
-    return None
 
 
 def _hint(value: Any) -> str:

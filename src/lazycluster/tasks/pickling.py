@@ -307,7 +307,8 @@ class CallPickler(FileNames, cloudpickle.Pickler):  # type: ignore[misc]
         if self._from_source(module) or name in _HOST_ATTRIBUTES or (module.__name__, name) in self._shipped:
             return
         self._shipped.add((module.__name__, name))
-        if isinstance(value, (*_PLAIN, *_CODE)) or local_code.source_of(module.__name__) is None or _can_be_sent(value):
+        sure = isinstance(value, (*_PLAIN, *_CODE)) or local_code.source_of(module.__name__) is None
+        if sure or pickling_error(value) is None:
             self.pending.setdefault(module.__name__, {})[name] = value
 
     # --- what a function refers to -------------------------------------------------------------
@@ -401,9 +402,10 @@ class _NullFile:
         return 0
 
 
-def _can_be_sent(value: Any) -> bool:
+def pickling_error(value: Any) -> Exception | None:
+    """Return the error of pickling an object by value; None if that can be done."""
     try:
         CallPickler(_NullFile()).dump(value)
-    except Exception:  # noqa: BLE001  (any error of any __reduce__)
-        return False
-    return True
+    except Exception as error:  # noqa: BLE001  (any error of any __reduce__)
+        return error
+    return None

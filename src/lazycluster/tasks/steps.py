@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from lazycluster.agent.path_expansion import expand
 
-__all__ = ["GetFile", "RunCommand", "RunFunction", "SendFile", "Step", "StepResult", "on_manager"]
+__all__ = ["GetFile", "RunCommand", "RunFunction", "SendFile", "Step", "StepResult", "manager_path"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class GetFile:
         name = PurePath(self.remote_path).name or "file"
         if self.local_path is None:
             return str(Path(name).absolute())
-        local = on_manager(self.local_path).absolute()
+        local = manager_path(self.local_path).absolute()
         return str(local / name if self.local_path.endswith("/") or local.is_dir() else local)
 
 
@@ -143,7 +143,7 @@ class StepResult:
     has_value: bool = False
 
 
-def on_manager(path: str) -> Path:
+def manager_path(path: str) -> Path:
     """Return a path on the manager as copies understand it, with `~` and variables replaced."""
     return Path(os.fsdecode(expand(os.fsencode(path), {})))
 

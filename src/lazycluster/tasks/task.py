@@ -36,7 +36,7 @@ _LABEL = 200  # characters of a step
 
 
 @runtime_checkable
-class Executor(Protocol):
+class TaskExecutor(Protocol):
     """The interface of a runtime that a task uses."""
 
     def execute_task(
@@ -217,7 +217,7 @@ class RuntimeTask(Shown):
         return self
 
     # --- executing it --------------------------------------------------------------------------
-    def execute(self, connection: Executor | Connection, debug: bool = False) -> RuntimeTask:
+    def execute(self, connection: TaskExecutor | Connection, debug: bool = False) -> RuntimeTask:
         """Execute the task and wait for its end.
 
         :meth:`Runtime.execute_task` and :meth:`RuntimeGroup.execute_task` are the usual ways.
@@ -233,7 +233,7 @@ class RuntimeTask(Shown):
         Raises:
             TaskExecutionError: If a step failed.
         """
-        if isinstance(connection, Executor):
+        if isinstance(connection, TaskExecutor):
             return connection.execute_task(self, execute_async=False, debug=debug)
         connection.check()
         task = self._launch(
