@@ -16,6 +16,12 @@ from sshhosts import PASSWORD
 from terminals import Terminal
 
 LAZYCLUSTER = [sys.executable, "-m", "lazycluster"]
+_SHOWN_AT_ONCE = """
+from lazycluster.cli import main
+from lazycluster.output import progress
+progress._SILENT, progress._EVERY = 0.0, 0.005
+main()
+"""
 
 
 def make_key(path: Path) -> None:
@@ -219,13 +225,17 @@ def test_hosts_are_asked_for_at_a_terminal(hosts: Any) -> None:
 # --- colours ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}], ids=["colours", "NO_COLOR"])
 def test_colours_and_bars(env: dict[str, str], hosts: Any, tmp_path: Path) -> None:
-    (tmp_path / "data").write_bytes(b"x" * 100_000)
+    (tmp_path / "data").write_bytes(b"x" * 20_000_000)
     words = ["list-runtimes", "--config", str(hosts.config_file), "-w", "host1,x.invalid"]
     with Terminal([*LAZYCLUSTER, *words], env) as one:
         one.end()
     assert bool(re.search(r"\x1b\[(\d+;)*3\d", one.raw)) == (not env)
     words = ["put", "--config", str(hosts.config_file), "-w", "host1", str(tmp_path / "data"), "colours"]
+    with Terminal([sys.executable, "-c", _SHOWN_AT_ONCE, *words], env) as one:
+        one.end()
+    assert ("━" in one.raw, "\x1b[?25l" in one.raw) == (not env, not env)  # bars hide the cursor
+    assert "host1: 1 file, 19M in " in one.seen
     with Terminal([*LAZYCLUSTER, *words], env) as one:
         one.end()
-    assert ("\x1b[?25l" in one.raw) == (not env)  # bars hide the cursor
+    assert "━" not in one.raw  # it is done at once
     hosts[0].path("~/colours").unlink()
