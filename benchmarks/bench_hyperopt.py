@@ -65,8 +65,10 @@ class Server:
         package = Path(folder, "program", message["package"])
         package.mkdir(parents=True, exist_ok=True)
         for name, text in message["files"].items():
+            (package / name).parent.mkdir(parents=True, exist_ok=True)
             (package / name).write_text(text)
-        code = f"import sys; sys.path.append({str(package.parent)!r})\nfrom {package.name}.program import main; main()"
+        module = f"{package.name}.{message['module']}"
+        code = f"import sys; sys.path.append({str(package.parent)!r})\nfrom {module} import main; main()"
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
         told = launcher.settings({"master": 0})

@@ -311,7 +311,7 @@ def test_certificates_are_valid_by_the_strict_rules() -> None:
     """Those of OpenSSL, which are Python's default since 3.13; only newer versions of distributed turn them off."""
     pytest.importorskip("cryptography")
     from lazycluster.cluster.certificates import make_identities
-    from lazycluster.engines.hyperopt.mongo.memory_file import in_memory
+    from lazycluster.cluster.sent.memory_file import in_memory
 
     authority, identities = make_identities("server")
     at_server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

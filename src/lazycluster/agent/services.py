@@ -184,11 +184,12 @@ class _Service:
     def _arguments(self, params: Dict[str, Any]) -> List[str]:
         if params.get("argv"):
             return [str(part) for part in params["argv"]]
-        source = params["source"]  # {"package": name, "module": name, "files": {file name: text}}
+        source = params["source"]  # {"package": name, "module": name, "files": {path in the package: text}}
         folder = self._make("program")
-        os.mkdir(os.path.join(folder, source["package"]))
         for name, text in source["files"].items():
-            with open(os.path.join(folder, source["package"], os.path.basename(name)), "w", encoding="utf-8") as file:
+            path = os.path.join(folder, source["package"], name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
         boot = _BOOT.format(source["package"] + "." + source["module"])
         python = params.get("python") or shutil.which("python3", path=self._env.get("PATH")) or sys.executable

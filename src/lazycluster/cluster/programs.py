@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,24 +13,53 @@ __all__ = ["Program", "Source"]
 
 @dataclass(frozen=True)
 class Source:
-    """A program that is sent as text: modules of one directory, which import nothing but each other.
+    """A program that is sent as text: modules that keep their places, below a root package of another name.
+
+    So they import each other by relative imports, here and there, while the names of the real package stay free for
+    what may be installed where they run.
 
     Attributes:
-        directory: The directory with the modules.
-        module: The module whose function ``main`` is called.
-        package: The name of the package that they form where they run.
-        shared: Modules from elsewhere that become part of the package.
+        directory: The directory of the root package.
+        module: The module whose function ``main`` is called, by its name below the root. All modules of its package are
+            sent with it.
+        package: The name of the root package where they run.
+        shared: Further modules, or packages with all their modules, by their names below the root.
     """
 
     directory: Path
     module: str
     package: str
-    shared: tuple[Path, ...] = ()
+    shared: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, module: str, package: str, shared: tuple[str, ...] = ()) -> Source:
+        """Return a program by the full name of its module."""
+        root, _, below = module.partition(".")
+        return cls(_directory_of(root), below, package, shared)
 
     def message(self) -> dict[str, Any]:
         """Return it as the agent wants it."""
-        files = {path.name: path.read_text("utf-8") for path in [*sorted(self.directory.glob("*.py")), *self.shared]}
+        package, _, _ = self.module.rpartition(".")
+        files = {name: text for part in (package, *self.shared) for name, text in _texts(self.directory, part).items()}
+        for name in list(files):
+            while name := name.rpartition("/")[0]:
+                files.setdefault(f"{name}/__init__.py", "")  # not the real one, which may import what is not sent
+        files.setdefault("__init__.py", "")
         return {"package": self.package, "module": self.module, "files": files}
+
+
+def _directory_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def _texts(root: Path, name: str) -> dict[str, str]:
+    """Return the text of a module, or of all modules of a package, by file name."""
+    path = root.joinpath(*name.split(".")) if name else root
+    paths = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    return {file.relative_to(root).as_posix(): file.read_text("utf-8") for file in paths}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lazycluster.agent.filenames import dumps
 from lazycluster.cluster import connection_file
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.runtime_cluster import MasterLauncher, WorkerLauncher
+from lazycluster.cluster.sent.messages import LOOPBACK
 from lazycluster.cluster.versions import CheckVersions, checked_policy
 from lazycluster.cluster.views import ready
 from lazycluster.core import event_loop
@@ -28,7 +29,6 @@ from lazycluster.output.host_cells import megabytes, number
 from lazycluster.output.view import Cell, Fact
 
 from .launchers import SOFTWARE, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
-from .programs import common
 from .scaling import ElasticCluster
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class DaskCluster(ElasticCluster):
         port = getattr(self._master_launcher, "ports", {}).get("dashboard")
         if port is None:
             raise ClusterError("the scheduler was started by a launcher of your own, which tells no dashboard")
-        return f"http://{common.LOOPBACK}:{port}/{self._dask.prefix}/status"
+        return f"http://{LOOPBACK}:{port}/{self._dask.prefix}/status"
 
     @property
     def status(self) -> Status:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazycluster.agent import filenames, localmodules, oom, ownership
 from lazycluster.cluster.certificates import Credentials, make_credentials
 from lazycluster.cluster.launchers import ServiceMasterLauncher
 from lazycluster.cluster.local_modules import LocalModules
 from lazycluster.cluster.network import PortUse, Reach
 from lazycluster.cluster.programs import Program, Source
+from lazycluster.cluster.sent.messages import LOOPBACK, MARKER, versions
 from lazycluster.cluster.versions import CheckVersions, Software
 from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
 from lazycluster.core import event_loop
-from lazycluster.engines.hyperopt.mongo import auth_limit, memory_file
 from lazycluster.utils import Environment
 
 from . import scaling
@@ -32,11 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["SOFTWARE", "CheckVersions", "DaskSettings", "LocalMasterLauncher", "RoundRobinLauncher"]
 
-_PROGRAMS = Path(__file__).with_name("programs")
-_PACKAGE = "lazycluster_dask"
-_SHARED = tuple(Path(str(module.__file__)) for module in (filenames, localmodules, memory_file, auth_limit))
+_SHARED = ("cluster.sent", "agent.filenames", "agent.localmodules", "agent.oom", "agent.ownership")
 # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
 SOFTWARE = Software("DaskCluster", "dask", ("dask", "distributed"), ("dask", "distributed", "cloudpickle"))
+
+
+def _source(module: str) -> Source:
+    return Source.of(f"lazycluster.engines.dask.programs.{module}", "lazycluster_dask", _SHARED)
 
 
 @dataclass
@@ -97,7 +97,7 @@ class DaskSettings:
 
     def address(self, port: int) -> str:
         """Return the address of a port."""
-        return f"{self.protocol}://{common.LOOPBACK}:{port}"
+        return f"{self.protocol}://{LOOPBACK}:{port}"
 
     def access(self, port: int) -> tuple[str, dict[str, Any]]:
         """Return the scheduler's address, and how one connects to it; not before distributed was imported."""
@@ -131,8 +131,8 @@ class LocalMasterLauncher(ServiceMasterLauncher):
         """The program of the scheduler."""
         return Program(
             "dask-scheduler",
-            source=Source(_PROGRAMS, "scheduler", _PACKAGE, _SHARED),
-            marker=common.MARKER,
+            source=_source("scheduler"),
+            marker=MARKER,
             restarts=self.RESTARTS,
             at_restart="what it knew is gone: computations that were running are lost, submit them again",
         )
@@ -178,15 +178,14 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
 
     def program(self, place: WorkerHost) -> Program:
         """The program of a worker."""
-        shared = (*_SHARED, Path(oom.__file__), Path(ownership.__file__))
-        source = Source(_PROGRAMS, "worker", _PACKAGE, shared)
+        source = _source("worker")
         return Program(
-            "dask-worker", source=source, env=BEFORE_START, marker=common.MARKER, restarts=self.RESTARTS, patience=5.0
+            "dask-worker", source=source, env=BEFORE_START, marker=MARKER, restarts=self.RESTARTS, patience=5.0
         )
 
     async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check the software of the hosts, before anything listens."""
-        silent = await SOFTWARE.check_workers(workers, self.dask.check_versions, common.versions())
+        silent = await SOFTWARE.check_workers(workers, self.dask.check_versions, versions(common.PACKAGES))
         others = [worker for worker in workers if worker.name not in silent]
         failed = await self.dask.modules.share([worker.place for worker in others])
         await self.dask.read_configuration()

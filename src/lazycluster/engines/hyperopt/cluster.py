@@ -17,13 +17,14 @@ from lazycluster.cluster import connection_file
 from lazycluster.cluster.contracts import DEFAULT_TIMEOUT
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.runtime_cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
+from lazycluster.cluster.sent.messages import LOOPBACK
 from lazycluster.cluster.versions import CheckVersions, checked_policy
 from lazycluster.core.words import counted
 from lazycluster.output.view import Fact
 from lazycluster.utils import expanded
 
 from .masters import EmbeddedMongoLauncher, LocalMongoLauncher, default_launcher
-from .programs import compat, messages, trials
+from .programs import compat, trials
 from .progress import SearchProgress, progress_of
 from .settings import HyperoptSettings, checked_name, checked_seconds, database, make_directory
 from .workers import SOFTWARE, RoundRobinLauncher
@@ -175,7 +176,7 @@ class HyperoptCluster(MasterWorkerCluster):
         """
         super().start_master(master_port, timeout, debug)
         if self._hyperopt.authority_file is not None:
-            compat.trust(messages.LOOPBACK, self._port(), str(self._hyperopt.authority_file))
+            compat.trust(LOOPBACK, self._port(), str(self._hyperopt.authority_file))
         if hasattr(self._master_launcher, "hyperopt"):
             with database(self._hyperopt, self._port()) as found:
                 found.jobs.create_index([("state", 1), ("exp_key", 1)])

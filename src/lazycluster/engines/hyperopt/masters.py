@@ -8,25 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazycluster.agent import deletion, localmodules
 from lazycluster.cluster.contracts import DefaultTimeout
 from lazycluster.cluster.exceptions import MasterStartError
 from lazycluster.cluster.launchers import ServiceMasterLauncher
 from lazycluster.cluster.programs import Program, Source
+from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 
-from .mongo import memory_file
-from .programs import messages
-from .settings import HyperoptSettings, make_directory
+from .settings import HyperoptSettings, make_directory, program_source
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
 
 __all__ = ["EmbeddedMongoLauncher", "LocalMongoLauncher"]
 
-PROGRAMS = Path(__file__).with_name("programs")
-PACKAGE = "lazycluster_hyperopt"
-SHARED = tuple(Path(str(module.__file__)) for module in (deletion, localmodules))
-_SERVER = Path(__file__).with_name("mongo")
 _DEFAULT_TIMEOUT = DefaultTimeout(0)  # as documented: as soon as it answers
 _OURS, _THEIRS = "lazycluster-mongo.sqlite", "WiredTiger"
 _PASSWORD = "lazycluster-password"  # noqa: S105  (a file's name)
@@ -103,8 +97,8 @@ class EmbeddedMongoLauncher(_DatabaseLauncher):
         """The program of the server."""
         self._refuse("hyperopt-database", _THEIRS, "mongod")
         make_directory(self.hyperopt.dbpath)
-        source = Source(_SERVER, "program", "lazycluster_mongo")
-        return Program("hyperopt-database", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=5.0)
+        source = Source.of("lazycluster.engines.hyperopt.mongo.program", "lazycluster_mongo", ("cluster.sent",))
+        return Program("hyperopt-database", source=source, marker=MARKER, restarts=self.RESTARTS, patience=5.0)
 
 
 class LocalMongoLauncher(_DatabaseLauncher):
@@ -130,8 +124,8 @@ class LocalMongoLauncher(_DatabaseLauncher):
             )
         make_directory(self.hyperopt.dbpath)
         self.hyperopt.password = _kept_password(self.hyperopt.dbpath / _PASSWORD, self.hyperopt.password)
-        source = Source(PROGRAMS, "mongod", PACKAGE, (Path(memory_file.__file__),))
-        return Program("mongod", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=10.0)
+        source = program_source("mongod")
+        return Program("mongod", source=source, marker=MARKER, restarts=self.RESTARTS, patience=10.0)
 
     def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
         """What the watching program is told."""
@@ -139,7 +133,7 @@ class LocalMongoLauncher(_DatabaseLauncher):
 
     def _argv(self, port: int) -> list[str]:
         return [
-            *("mongod", "--dbpath", str(self.hyperopt.dbpath), "--bind_ip", messages.LOOPBACK),
+            *("mongod", "--dbpath", str(self.hyperopt.dbpath), "--bind_ip", LOOPBACK),
             *("--port", str(port), "--auth", "--nounixsocket"),
         ]
 

@@ -13,12 +13,20 @@ from urllib.parse import urlencode
 
 from lazycluster.agent.ownership import make
 from lazycluster.cluster.certificates import Identity, make_identities
+from lazycluster.cluster.programs import Source
+from lazycluster.cluster.sent.messages import LOOPBACK
 from lazycluster.cluster.versions import CheckVersions
 from lazycluster.utils import Environment
 
-from .programs import compat, messages
+from .programs import compat
 
 _ANSWER_LIMIT = 5000  # milliseconds
+_SHARED = ("cluster.sent", "agent.deletion", "agent.localmodules")
+
+
+def program_source(module: str) -> Source:
+    """Return one of the programs that are sent, by its module."""
+    return Source.of(f"lazycluster.engines.hyperopt.programs.{module}", "lazycluster_hyperopt", _SHARED)
 
 
 @dataclass
@@ -61,7 +69,7 @@ class HyperoptSettings:
             path: What follows the name of the database.
             options: What follows in the query, beside what tells how the database is known.
         """
-        address = f"{scheme}://{self.user}:{self.password}@{messages.LOOPBACK}:{port}/{self.dbname}{path}"
+        address = f"{scheme}://{self.user}:{self.password}@{LOOPBACK}:{port}/{self.dbname}{path}"
         known = {"tls": "true", compat.AUTHORITY: str(self.authority_file)} if self.authority_file else {}
         query = urlencode({**(options or {}), **known}, safe="/")
         return f"{address}?{query}" if query else address

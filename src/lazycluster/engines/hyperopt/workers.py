@@ -7,16 +7,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lazycluster.cluster.programs import Program, Source
+from lazycluster.cluster.programs import Program
+from lazycluster.cluster.sent.messages import MARKER, versions
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.versions import Software
 from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
 
 from .leases import LeaseKeeper
-from .masters import PACKAGE, PROGRAMS, SHARED
 from .objectives import send_local_modules
-from .programs import compat, messages, trials
-from .settings import HyperoptSettings, checked_name, checked_seconds, database
+from .programs import compat, trials
+from .programs.worker import PACKAGES
+from .settings import HyperoptSettings, checked_name, checked_seconds, database, program_source
 
 if TYPE_CHECKING:
     from lazycluster.cluster.worker_hosts import WorkerHost
@@ -56,12 +57,12 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
 
     def program(self, place: WorkerHost) -> Program:
         """The program of a worker."""
-        source = Source(PROGRAMS, "worker", PACKAGE, SHARED)
-        return Program("hyperopt-worker", source=source, marker=messages.MARKER, restarts=self.RESTARTS)
+        source = program_source("worker")
+        return Program("hyperopt-worker", source=source, marker=MARKER, restarts=self.RESTARTS)
 
     async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check the software of the hosts, before anything listens."""
-        return await SOFTWARE.check_workers(workers, self.hyperopt.check_versions, messages.versions())
+        return await SOFTWARE.check_workers(workers, self.hyperopt.check_versions, versions(PACKAGES))
 
     def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
         """What a worker is told."""
