@@ -29,7 +29,7 @@ from lazycluster.cluster.network import PortSupply, PortUse, Reach
 from lazycluster.cluster.programs import Program
 from lazycluster.cluster.services import Service, as_kind
 from lazycluster.cluster.worker_hosts import WorkerHost
-from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
+from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher, Worker
 from lazycluster.core import event_loop
 from lazycluster.engines.dask.launchers import LocalMasterLauncher
 from lazycluster.engines.hyperopt.masters import EmbeddedMongoLauncher

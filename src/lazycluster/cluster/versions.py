@@ -14,7 +14,7 @@ from lazycluster.core.extras import install_command
 from lazycluster.exceptions import LazyclusterError
 
 from .exceptions import ClusterError, ServiceError, VersionMismatchError, WorkerStartError
-from .workers import Worker
+from .worker_launcher import Worker
 
 logger = logging.getLogger("lazycluster")
 
@@ -87,12 +87,12 @@ class Software:
         manager = self._row({_PYTHON: list(sys.version_info[:3]), "packages": here})
         hosts: dict[str, dict[str, str]] = {}
         executables: dict[str, str] = {}
-        greetings = await _greetings(workers)
-        silent = {worker.name: _silent(worker) for worker in workers if worker.name not in greetings}
+        answers = await _handshakes(workers)
+        silent = {worker.name: _silent(worker) for worker in workers if worker.name not in answers}
         for worker in workers:
             if worker.name in silent:
                 continue
-            fields = greetings[worker.name]
+            fields = answers[worker.name]
             hosts[worker.place.host] = self._row(fields)
             executables[worker.place.host] = str(fields["executable"])
         unusable = {host for host, row in hosts.items() if any(row[name] == "-" for name in self.needed)}
@@ -142,7 +142,7 @@ def _silent(worker: Worker) -> LazyclusterError:
     )
 
 
-async def _greetings(workers: Sequence[Worker]) -> dict[str, dict[str, Any]]:
+async def _handshakes(workers: Sequence[Worker]) -> dict[str, dict[str, Any]]:
     """Return by name what workers say first, of those that do so in time."""
     waits = {asyncio.ensure_future(worker.service.wait_for("versions")): worker.name for worker in workers}
     try:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.cluster.certificates import Credentials, make_credentials
-from lazycluster.cluster.launchers import ServiceMasterLauncher
 from lazycluster.cluster.local_modules import LocalModules
+from lazycluster.cluster.master_launcher import ServiceMasterLauncher
 from lazycluster.cluster.network import PortUse, Reach
 from lazycluster.cluster.programs import Program, Source
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER, versions
 from lazycluster.cluster.versions import CheckVersions, Software
-from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
+from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher, Worker
 from lazycluster.core import event_loop
 from lazycluster.utils import Environment
 
@@ -183,7 +183,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             "dask-worker", source=source, env=BEFORE_START, marker=MARKER, restarts=self.RESTARTS, patience=5.0
         )
 
-    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
+    async def handshake(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check the software of the hosts, before anything listens."""
         silent = await SOFTWARE.check_workers(workers, self.dask.check_versions, versions(common.PACKAGES))
         others = [worker for worker in workers if worker.name not in silent]
@@ -191,22 +191,22 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         await self.dask.read_configuration()
         return {**silent, **{w.name: failed[w.place.host] for w in others if w.place.host in failed}}
 
-    async def furnish(self, place: WorkerHost) -> None:
+    async def reprovision(self, place: WorkerHost) -> None:
         """Send the user's modules."""
         for error in (await self.dask.modules.share([place])).values():
             raise error
 
-    async def dismiss(self, workers: Sequence[Worker]) -> dict[str, str]:
+    async def retire(self, workers: Sequence[Worker]) -> dict[str, str]:
         """Have the scheduler retire workers."""
-        return await scaling.dismiss(*self.dask.access(self._master), workers)
+        return await scaling.retire(*self.dask.access(self._master), workers)
 
-    async def expendable(self, workers: Sequence[Worker], count: int) -> list[Worker]:
+    async def choose_to_retire(self, workers: Sequence[Worker], count: int) -> list[Worker]:
         """Return those that have nothing to do, and hold the least; before them those that are not even there."""
         absent = [worker for worker in workers if worker.service.state != "ready"][:count]
         present = [worker for worker in workers if worker not in absent]
         wanted = count - len(absent)
-        spared = await scaling.expendable(*self.dask.access(self._master), present, wanted) if wanted else []
-        return [*absent, *(await super().expendable(present, wanted) if spared is None else spared)]
+        spared = await scaling.choose_to_retire(*self.dask.access(self._master), present, wanted) if wanted else []
+        return [*absent, *(await super().choose_to_retire(present, wanted) if spared is None else spared)]
 
     def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
         """What a worker is told."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
-from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
+from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher, Worker
 from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distributed import Status
     from distributed.deploy.adaptive import Adaptive
 
-__all__ = ["ElasticCluster", "dismiss", "expendable", "scheduler_at"]
+__all__ = ["ElasticCluster", "choose_to_retire", "retire", "scheduler_at"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -52,7 +52,7 @@ async def scheduler_at(address: str, arguments: Mapping[str, Any]) -> AsyncItera
         await scheduler.close_rpc()
 
 
-async def dismiss(address: str, arguments: Mapping[str, Any], workers: Sequence[Worker]) -> dict[str, str]:
+async def retire(address: str, arguments: Mapping[str, Any], workers: Sequence[Worker]) -> dict[str, str]:
     """Have the scheduler retire workers: what they hold is copied to others first.
 
     Args:
@@ -79,7 +79,7 @@ async def dismiss(address: str, arguments: Mapping[str, Any], workers: Sequence[
     }
 
 
-async def expendable(
+async def choose_to_retire(
     address: str, arguments: Mapping[str, Any], workers: Sequence[Worker], count: int
 ) -> list[Worker] | None:
     """Return those of some workers that the scheduler can spare the best; None if it does not say."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster.cluster.contracts import DefaultTimeout
 from lazycluster.cluster.exceptions import MasterStartError
-from lazycluster.cluster.launchers import ServiceMasterLauncher
+from lazycluster.cluster.master_launcher import ServiceMasterLauncher
 from lazycluster.cluster.programs import Program, Source
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 

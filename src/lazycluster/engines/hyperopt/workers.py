@@ -11,7 +11,7 @@ from lazycluster.cluster.programs import Program
 from lazycluster.cluster.sent.messages import MARKER, versions
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.versions import Software
-from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
+from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher, Worker
 
 from .leases import LeaseKeeper
 from .objectives import send_local_modules
@@ -60,7 +60,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         source = program_source("worker")
         return Program("hyperopt-worker", source=source, marker=MARKER, restarts=self.RESTARTS)
 
-    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
+    async def handshake(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check the software of the hosts, before anything listens."""
         return await SOFTWARE.check_workers(workers, self.hyperopt.check_versions, versions(PACKAGES))
 

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import concurrent.futures
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError, NoAnswerError, NoPortsLeftError, PortInUseError
 from lazycluster.output.progress import Progress
 from lazycluster.ssh import workspace
+from lazycluster.ssh.tunnels import Tunnel
 
+from .contracts import WorkerLauncher
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
-from .network import Listener, PortSupply, PortUse
-from .placement import Gpus, in_turn, rooms
+from .health import Watch
+from .network import Listener, Network, PortSupply, PortUse
+from .placement import Gpus, capacity, round_robin
 from .programs import Program
-from .services import Service, as_kind, ready_or_port_taken
-from .staff import Staff, Worker
+from .services import Service, as_kind, ready_or_port_taken, stop_all
 from .worker_hosts import WorkerHost, place_again, places_of, prepared_places, usable
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
     from lazycluster.ssh.connection import Connection
 
-__all__ = ["ServiceWorkerLauncher", "Worker"]
+__all__ = ["ENDED", "ServiceWorkerLauncher", "Worker"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("lazycluster")
 
@@ -34,7 +40,35 @@ _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
 _SETTLE = 1.0  # seconds that the other workers get to fail, too, after one has failed
 
 
-class ServiceWorkerLauncher(Staff):
+ENDED = "the cluster was ended meanwhile"
+"""What those are told who start or change something that another thread ends."""
+
+
+@dataclass
+class Worker:
+    """A worker that is to be, or is there.
+
+    Attributes:
+        name: Its name, unique in the cluster.
+        place: Where it runs.
+        siblings: How many workers the cluster has on this host.
+        service: Its process.
+        ports: Its ports, by what they are for.
+    """
+
+    name: str
+    place: WorkerHost
+    siblings: int
+    service: Service
+    ports: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether its process has ended for good."""
+        return self.service.state in ("ended", "failed")
+
+
+class ServiceWorkerLauncher(WorkerLauncher):
     """Starts workers as supervised services on the hosts, in turn (round robin)."""
 
     START_LIMIT: ClassVar[float] = 180.0
@@ -44,11 +78,19 @@ class ServiceWorkerLauncher(Staff):
 
     def __init__(self, runtime_group: RuntimeGroup) -> None:
         super().__init__(runtime_group)
+        self.network = Network()
+        self.network.on_lost = self._port_lost
+        self.watch: Watch | None = None
+        self.workers: list[Worker] = []
         self.min_workers: int | None = None
         self.gpus: Gpus | None = None
         self._master_port = 0
         self._needed: int | None = None  # how many of those that are being started must be there in the end
         self._failed: dict[str, LazyclusterError] = {}
+        self._prepared: list[Worker] = []
+        self._numbers: dict[str, int] = {}
+        self._supplies: list[PortSupply] = []
+        self._at_work: set[asyncio.Task[Any]] = set()
 
     # --- what an engine states -----------------------------------------------------------------
     @abc.abstractmethod
@@ -59,7 +101,7 @@ class ServiceWorkerLauncher(Staff):
     def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
         """Return what the program of one worker is told."""
 
-    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
+    async def handshake(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check what the programs say before they get their settings; raise an error to give up.
 
         Returns:
@@ -67,18 +109,70 @@ class ServiceWorkerLauncher(Staff):
         """
         return {}
 
-    async def furnish(self, place: WorkerHost) -> None:
+    async def reprovision(self, place: WorkerHost) -> None:
         """Put on a host, which has lost what it had, what its workers need beside their settings."""
+
+    async def retire(self, workers: Sequence[Worker]) -> dict[str, str]:
+        """Have workers hand over what they hold to those that stay; returns by name why some must not leave."""
+        return {}
+
+    async def choose_to_retire(self, workers: Sequence[Worker], count: int) -> list[Worker]:
+        """Return as many of some workers as are to leave: those that are missed the least."""
+        restarting = [worker for worker in workers if worker.service.state != "ready"]
+        others = [worker for worker in reversed(workers) if worker not in restarting]
+        return [*restarting, *others][:count]
 
     def changed(self, service: Service) -> None:
         """Take note that the state of a worker's process has changed. For the event loop's thread."""
 
     # --- shared --------------------------------------------------------------------------------
+    @property
+    def services(self) -> list[Service]:
+        """The services of the workers."""
+        return [worker.service for worker in [*self.workers, *self._prepared]]
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something with the workers, from a user's thread; `cleanup` puts an end to it.
+
+        Raises:
+            ClusterError: If that happened.
+        """
+        try:
+            return event_loop.run(self._tracked(work))
+        except concurrent.futures.CancelledError:
+            raise ClusterError(ENDED) from None
+
+    async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        self._at_work.add(task)
+        try:
+            return await work
+        finally:
+            self._at_work.discard(task)
+
+    def _per_host(self) -> Counter[str]:
+        return Counter(worker.place.host for worker in self.workers)
+
+    def _port_lost(self, tunnel: Tunnel) -> None:
+        """End the workers behind a port that somebody else has taken: they would go on talking to him, in vain."""
+        ours = tunnel.direction == "from_runtime"
+        port, owner = (tunnel.local_port, "the manager") if ours else (tunnel.remote_port, tunnel.host)
+        role = "by which it was reached" if ours else "by which it reached the rest of the cluster"
+        problem = (
+            f"port {port} of {owner}, {role}, could not be opened again after the link to {tunnel.host} was "
+            "interrupted: another program listens there now, or the sshd forbids it"
+        )
+        hint = f"look on {owner} who that is (ss -ltnp), end it, and start a worker anew with scale()"
+        for worker in [*self.workers, *self._prepared]:
+            if worker.place.network == tunnel.network and (not ours or port in worker.ports.values()):
+                worker.service.give_up(problem, hint)
+
     def default_count(self) -> int:
         """Return how many workers are started if nobody says: one per host, or as many as the GPUs suffice for."""
         if self.gpus is None:
             return len(self._group.runtimes)
-        return sum(event_loop.run(rooms(places_of(self._group), self.gpus, self._per_host())).values())
+        return sum(event_loop.run(capacity(places_of(self._group), self.gpus, self._per_host())).values())
 
     def check_ports(self, count: int, ports: Sequence[int]) -> None:
         """Refuse to start more workers than there can be ports for: they would be started first.
@@ -95,8 +189,8 @@ class ServiceWorkerLauncher(Staff):
     async def prepare(self, count: int, debug: bool, places: Sequence[WorkerHost] | None = None) -> None:
         """Start the processes, which wait for their settings, and check them."""
         places, existing = places or await prepared_places(self._group), self._per_host()
-        room = None if self.gpus is None else await rooms(places, self.gpus, existing)
-        homes = in_turn(places, count, existing, room)
+        room = None if self.gpus is None else await capacity(places, self.gpus, existing)
+        homes = round_robin(places, count, existing, room)
         self._failed.clear()
         for place in homes:
             siblings = homes.count(place) + existing[place.host]
@@ -124,7 +218,7 @@ class ServiceWorkerLauncher(Staff):
                 self._prepared.append(Worker(name, place, siblings, service))
         self._check_failures()
         if self._prepared:
-            await self._give_up(await self.greet(list(self._prepared)))
+            await self._give_up(await self.handshake(list(self._prepared)))
             self._check_failures()
 
     def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
@@ -151,9 +245,9 @@ class ServiceWorkerLauncher(Staff):
         leaving = [worker for worker in self.workers if worker not in staying]
         errors: list[LazyclusterError] = []
         if len(staying) < count:
-            errors += await self._recruit(count - len(staying), master_port, ports)
+            errors += await self._add_workers(count - len(staying), master_port, ports)
         elif len(staying) > count:
-            leaving += await self.expendable(staying, len(staying) - count)
+            leaving += await self.choose_to_retire(staying, len(staying) - count)
         try:
             await self.leave(leaving)
         except ClusterError as error:
@@ -162,7 +256,7 @@ class ServiceWorkerLauncher(Staff):
         if errors:
             raise errors[0] if len(errors) == 1 else ClusterError("\n\n".join(map(str, errors)))
 
-    async def _recruit(self, count: int, master_port: int, ports: list[int]) -> list[LazyclusterError]:
+    async def _add_workers(self, count: int, master_port: int, ports: list[int]) -> list[LazyclusterError]:
         """Start workers where that is possible; returns why some did not start."""
         self.check_ports(count, ports)
         places = await prepared_places(self._group)
@@ -321,7 +415,7 @@ class ServiceWorkerLauncher(Staff):
         """Prepare a worker's host once more, whose agent is another one now; returns what the worker is told there."""
         worker = next(worker for worker in [*self.workers, *self._prepared] if worker.service is service)
         worker.place = service.place = await place_again(self._group, service.place.connection)
-        await self.furnish(worker.place)
+        await self.reprovision(worker.place)
         return self.settings(worker, self._master_port)
 
     async def _give_up(self, errors: Mapping[str, LazyclusterError]) -> None:
@@ -346,6 +440,68 @@ class ServiceWorkerLauncher(Staff):
         if not self._enough():
             errors = list(self._failed.values())
             raise errors[0] if len(errors) == 1 else ClusterStartError(errors)
+
+    # --- leaving -------------------------------------------------------------------------------
+    async def forget_gone(self) -> None:
+        """Let go of what belonged to workers whose processes have ended for good."""
+        await self._let_go([worker for worker in self.workers if worker.has_gone])
+
+    async def leave(self, workers: Sequence[Worker]) -> None:
+        """End workers once they have handed over what they hold.
+
+        Raises:
+            ClusterError: If some cannot; those stay, the others have left.
+        """
+        refused = await self.retire(workers) if workers else {}
+        await self._let_go([worker for worker in workers if worker.name not in refused])
+        if refused:
+            raise ClusterError("\n".join(["not all workers could leave:", *(f"  {why}" for why in refused.values())]))
+
+    async def _let_go(self, workers: Sequence[Worker]) -> None:
+        self.workers = [worker for worker in self.workers if worker not in workers]
+        for worker in workers:
+            listed = self._ports_per_host.get(worker.place.host, [])
+            listed[:] = [port for port in listed if port not in worker.ports.values()]
+            if not listed:
+                self._ports_per_host.pop(worker.place.host, None)
+            self._tunnelled.difference_update((worker.place.host, port) for port in worker.ports.values())
+        await self._clear(workers)
+        self._supplies = [supply for supply in self._supplies if supply.in_use]
+
+    async def _clear(self, workers: Sequence[Worker]) -> None:
+        """End the processes of workers, and free their ports."""
+        await stop_all([worker.service for worker in workers])
+        for worker in workers:
+            for port in worker.ports.values():
+                await self.network.close(port)
+            for supply in self._supplies:
+                supply.release(worker.ports.values())
+
+    # --- the end -------------------------------------------------------------------------------
+    async def _drop_prepared(self) -> None:
+        dropped, self._prepared = self._prepared, []
+        await self._clear(dropped)
+
+    async def _stop(self) -> None:
+        work = set(self._at_work)
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        services = self.services
+        try:
+            await stop_all(services)
+        finally:  # also if Ctrl-C puts an end to the waiting: they were told
+            self.workers, self._prepared = [], []
+            await self.network.close()
+            for supply in self._supplies:
+                supply.release()
+            self._supplies.clear()
+
+    def cleanup(self) -> None:
+        """End the workers. Doing it again does nothing."""
+        event_loop.run(self._stop())
+        self._numbers.clear()
+        super().cleanup()
 
 
 def _problems(places: Sequence[WorkerHost]) -> list[str]:

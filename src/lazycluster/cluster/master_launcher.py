@@ -22,7 +22,7 @@ from .network import Network, PortSupply
 from .programs import Program
 from .services import Service, as_kind, ready_or_port_taken, stop_all
 from .worker_hosts import MANAGER, WorkerHost, places_of, usable
-from .workers import ServiceWorkerLauncher
+from .worker_launcher import ServiceWorkerLauncher
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
