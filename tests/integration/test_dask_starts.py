@@ -306,9 +306,9 @@ def test_dask_missing_on_a_host_is_an_error_with_a_table(bare_python: str) -> No
 
 
 def test_other_versions_can_be_accepted(group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from lazycluster.engines.dask import launchers
+    from lazycluster.cluster import versions
 
-    monkeypatch.setattr(launchers, "versions", lambda _: {"dask": "1.0", "distributed": "1.0"})
+    monkeypatch.setattr(versions, "versions_here", lambda _: {"dask": "1.0", "distributed": "1.0"})
     with DaskCluster(group) as cluster, pytest.raises(VersionMismatchError, match=r"manager +3\.\d+ +1\.0"):
         cluster.start()
     with DaskCluster(group, check_versions="warn") as cluster:

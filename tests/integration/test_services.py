@@ -19,7 +19,7 @@ import leaks
 from lazycluster.agent import wire
 from lazycluster.cluster.exceptions import ServiceError
 from lazycluster.cluster.master_process import MasterProcess
-from lazycluster.cluster.programs import Program, Source
+from lazycluster.cluster.service_spec import ServiceSpec, Source
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.usage import Meter, ProcessUsage
 from lazycluster.cluster.worker_hosts import WorkerHost
@@ -59,7 +59,7 @@ def _source(tmp_path: Path, text: str) -> Source:
 
 
 def _service(connection: LocalConnection, source: Source | None = None, **options: Any) -> Service:
-    program = Program("thing", source=source, marker=MARKER if source else "", **options)
+    program = ServiceSpec("thing", source=source, marker=MARKER if source else "", **options)
     return Service(program, WorkerHost("here", connection, sys.executable), "thing 1")
 
 
@@ -120,7 +120,7 @@ def test_nobody_waits_for_an_agent_that_makes_no_sense(said: Any, monkeypatch: p
         received(self, kind, json.dumps(said).encode() if hostile else payload)
 
     async def work(connection: LocalConnection) -> None:
-        service = _service(connection, argv=["sleep", "600"])
+        service = _service(connection, command=("sleep", "600"))
         monkeypatch.setattr(Channel, "received", changed)
         service.start()
         with pytest.raises(ServiceError, match="makes no sense"):
@@ -177,7 +177,7 @@ def test_an_end_before_it_is_ready_is_final_and_tells_why(tmp_path: Path) -> Non
 
 def test_an_end_with_status_0_is_no_failure() -> None:
     async def work(connection: LocalConnection) -> None:
-        service = _service(connection, argv=("true",), restarts=5)
+        service = _service(connection, command=("true",), restarts=5)
         service.start()
         await _state(service, "ended")
         assert service.exit_status == 0
@@ -188,7 +188,7 @@ def test_an_end_with_status_0_is_no_failure() -> None:
 
 def test_a_program_that_is_not_there() -> None:
     async def work(connection: LocalConnection) -> None:
-        service = _service(connection, argv=("/no/such/program",))
+        service = _service(connection, command=("/no/such/program",))
         service.start()
         with pytest.raises(ServiceError, match="/no/such/program"):
             await service.message()
@@ -199,7 +199,7 @@ def test_a_program_that_is_not_there() -> None:
 def test_readiness_is_a_text_in_its_output() -> None:
     async def work(connection: LocalConnection) -> None:
         script = "echo begin; echo now it is READY, yes; exec sleep 60"
-        service = _service(connection, argv=("sh", "-c", script), ready="READY")
+        service = _service(connection, command=("sh", "-c", script), ready="READY")
         service.start()
         await service.wait_for("ready")
         assert service.last_output() == "begin\nnow it is READY, yes\n"
@@ -212,7 +212,7 @@ def test_all_that_it_started_ends_with_it(tmp_path: Path) -> None:
     script = "trap '' TERM; (setsid sleep 1234.5 &); sleep 1234.5 & echo READY; wait; wait; sleep 1234.5"
 
     async def work(connection: LocalConnection) -> None:
-        service = _service(connection, argv=("sh", "-c", script), ready="READY", patience=0.2)
+        service = _service(connection, command=("sh", "-c", script), ready="READY", patience=0.2)
         service.start()
         await service.wait_for("ready")
         await service.stop()
@@ -227,7 +227,7 @@ def test_a_service_never_waits_for_a_slow_manager(tmp_path: Path) -> None:
     script = f"yes 0123456789abcdef | head -c 20000000; echo; echo READY; touch '{done}'; exec sleep 60"
 
     async def work(connection: LocalConnection) -> int:
-        service = _service(connection, argv=("sh", "-c", script), ready="READY")
+        service = _service(connection, command=("sh", "-c", script), ready="READY")
         service.start()
         deadline = time.monotonic() + 50
         while not done.exists():  # the whole manager stands still meanwhile, and that is the point
@@ -248,7 +248,7 @@ def test_output_without_newlines_and_with_any_bytes(tmp_path: Path) -> None:
     script = "head -c 3000000 /dev/zero; printf '\\377@@not json\\n'; exec sleep 60"
 
     async def work(connection: LocalConnection) -> None:
-        program = Program("thing", argv=("sh", "-c", script), marker=MARKER)
+        program = ServiceSpec("thing", command=("sh", "-c", script), marker=MARKER)
         service = Service(program, WorkerHost("here", connection), "thing 1")
         service.start()
         deadline = time.monotonic() + 20
@@ -262,7 +262,7 @@ def test_output_without_newlines_and_with_any_bytes(tmp_path: Path) -> None:
 
 def test_the_agent_ends_its_services(tmp_path: Path) -> None:
     async def work(connection: LocalConnection) -> Service:
-        service = _service(connection, argv=("sleep", "60"))
+        service = _service(connection, command=("sleep", "60"))
         service.start()
         await _state(service, "ready")
         return service

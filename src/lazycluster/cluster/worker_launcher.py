@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import concurrent.futures
 import logging
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lazycluster.core import event_loop
@@ -18,12 +17,14 @@ from lazycluster.ssh import workspace
 from lazycluster.ssh.tunnels import Tunnel
 
 from .contracts import WorkerLauncher
+from .engine import Endpoint, Engine
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
 from .health import Watch
-from .network import Listener, Network, PortSupply, PortUse
+from .network import Listener, Network, Port, PortSupply, single_ports
 from .placement import Gpus, capacity, round_robin
-from .programs import Program
-from .services import Service, as_kind, ready_or_port_taken, stop_all
+from .service_spec import ServiceSpec
+from .services import Service, as_kind, stop_all
+from .versions import check_worker_hosts, check_workers
 from .worker_hosts import WorkerHost, place_again, places_of, prepared_places, usable
 
 if TYPE_CHECKING:
@@ -49,18 +50,24 @@ class Worker:
     """A worker that is to be, or is there.
 
     Attributes:
-        name: Its name, unique in the cluster.
+        at: Its name and ports.
         place: Where it runs.
-        siblings: How many workers the cluster has on this host.
         service: Its process.
-        ports: Its ports, by what they are for.
     """
 
-    name: str
+    at: Endpoint
     place: WorkerHost
-    siblings: int
     service: Service
-    ports: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its name, unique in the cluster."""
+        return self.at.name
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Its ports, by what they are for."""
+        return self.at.ports
 
     @property
     def has_gone(self) -> bool:
@@ -69,22 +76,26 @@ class Worker:
 
 
 class ServiceWorkerLauncher(WorkerLauncher):
-    """Starts workers as supervised services on the hosts, in turn (round robin)."""
+    """Starts the workers of an engine as supervised services on the hosts, in turn (round robin).
+
+    Args:
+        runtime_group: The group where the workers will be started.
+        engine: The statement of the engine.
+    """
 
     START_LIMIT: ClassVar[float] = 180.0
     """Seconds within which all workers must be there."""
-    port_uses: ClassVar[tuple[PortUse, ...]] = ()
-    """The ports that each worker listens on. The first is the one in ``ports_per_host``."""
 
-    def __init__(self, runtime_group: RuntimeGroup) -> None:
+    def __init__(self, runtime_group: RuntimeGroup, engine: Engine) -> None:
         super().__init__(runtime_group)
+        self.engine = engine
+        self.master = Endpoint("master")
         self.network = Network()
         self.network.on_lost = self._port_lost
         self.watch: Watch | None = None
         self.workers: list[Worker] = []
         self.min_workers: int | None = None
         self.gpus: Gpus | None = None
-        self._master_port = 0
         self._needed: int | None = None  # how many of those that are being started must be there in the end
         self._failed: dict[str, LazyclusterError] = {}
         self._prepared: list[Worker] = []
@@ -93,21 +104,19 @@ class ServiceWorkerLauncher(WorkerLauncher):
         self._at_work: set[asyncio.Task[Any]] = set()
 
     # --- what an engine states -----------------------------------------------------------------
-    @abc.abstractmethod
-    def program(self, place: WorkerHost) -> Program:
-        """Return what is to run on a host."""
-
-    @abc.abstractmethod
-    def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
-        """Return what the program of one worker is told."""
+    def spec(self, at: Endpoint) -> ServiceSpec:
+        """Return what is to run; see `Engine.worker`."""
+        return self.engine.worker(at, self.master)
 
     async def handshake(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
-        """Check what the programs say before they get their settings; raise an error to give up.
+        """Check the software of the hosts before anything listens; raise an error to give up.
 
         Returns:
             By name the workers to be left out, and why.
         """
-        return {}
+        if self.engine.sent:
+            return await check_workers(self.engine, workers)
+        return await check_worker_hosts(self.engine, workers)
 
     async def reprovision(self, place: WorkerHost) -> None:
         """Put on a host, which has lost what it had, what its workers need beside their settings."""
@@ -180,9 +189,10 @@ class ServiceWorkerLauncher(WorkerLauncher):
         Raises:
             NoPortsLeftError: If so.
         """
-        if len(self.port_uses) * count > len(ports):
+        needed = len(self._port_uses) * count
+        if needed > len(ports):
             raise NoPortsLeftError(
-                f"{count} workers need {len(self.port_uses) * count} ports, but only {len(ports)} may be used. "
+                f"{count} workers need {needed} ports, but only {len(ports)} may be used. "
                 "Next step: start fewer, or pass more with ports="
             )
 
@@ -195,31 +205,38 @@ class ServiceWorkerLauncher(WorkerLauncher):
         for place in homes:
             siblings = homes.count(place) + existing[place.host]
             number = self._numbers[place.host] = self._numbers.get(place.host, -1) + 1
-            name = f"{place.host}-{number}"
-            program = self.program(place)
-            if self.gpus is not None:
-                program = replace(program, gpus=self.gpus.count, idle_gpus=self.gpus.idle)
-            service = Service(
-                program,
-                place,
-                f"{program.name} {name}",
-                debug=debug,
-                on_change=self.changed,
-                watch=self.watch,
-                renew=self._renewed,
-            )
-            try:
-                if place.problem is not None:
-                    raise place.problem
-                service.start()
-            except LazyclusterError as error:
-                self._failed[name] = WorkerStartError(service.label, place.host, str(error))
-            else:
-                self._prepared.append(Worker(name, place, siblings, service))
+            self._add(Endpoint(f"{place.host}-{number}", siblings=siblings), place, debug)
         self._check_failures()
         if self._prepared:
             await self._give_up(await self.handshake(list(self._prepared)))
             self._check_failures()
+
+    def _add(self, at: Endpoint, place: WorkerHost, debug: bool) -> None:
+        """Add a worker to be started; it starts at once if it waits for its settings."""
+        at.move(place)
+        at.gpus = self.gpus.count if self.gpus is not None else 0
+        spec = self._spec(at) if self.engine.sent else ServiceSpec(f"{self.engine.name} worker")
+        label = f"{spec.name} {at.name}"
+        service = Service(
+            spec, place, label, debug=debug, on_change=self.changed, watch=self.watch, renew=self._renewed
+        )
+        try:
+            if place.problem is not None:
+                raise place.problem
+            if self.engine.sent:
+                service.start()
+        except LazyclusterError as error:
+            self._failed[at.name] = WorkerStartError(label, place.host, str(error))
+        else:
+            self._prepared.append(Worker(at, place, service))
+
+    def _spec(self, at: Endpoint) -> ServiceSpec:
+        spec = self.spec(at)
+        return spec if self.gpus is None else replace(spec, gpus=self.gpus.count, idle_gpus=self.gpus.idle)
+
+    @property
+    def _port_uses(self) -> list[Port]:
+        return single_ports(self.engine.worker_ports)
 
     def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
         """See `WorkerLauncher.start`."""
@@ -280,17 +297,19 @@ class ServiceWorkerLauncher(WorkerLauncher):
             await self.prepare(count, debug)
         supply = PortSupply(ports)
         self._supplies.append(supply)
-        self._master_port = master_port
+        # All of its ports if it was started by a launcher of the same kind, which shares this with us.
+        if master_port not in self.master.ports.values():
+            self.master.ports = {single_ports(self.engine.master_ports)[0].name: master_port}
         places = usable(places_of(self._group))
         await self._introduce(master_port, places)
         await self._give_ports(self._prepared, supply, places)
         waiting = lambda: [w.name for w in self._prepared if w.service.state != "ready"]  # noqa: E731
         with Progress("workers", count, waiting=waiting) as progress:
-            await self._bring_up_all(master_port, supply, places, progress)
+            await self._bring_up_all(supply, places, progress)
         for worker in self._prepared:
-            if self.port_uses:
+            if self._port_uses:
                 listening = self._ports_per_host.setdefault(worker.place.host, [])
-                listening.append(worker.ports[self.port_uses[0].name])
+                listening.append(worker.ports[self._port_uses[0].name])
                 self._tunnelled.add((worker.place.host, listening[-1]))
         self.workers += self._prepared
         self._prepared = []
@@ -305,7 +324,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
         present = [
             Listener(worker.place, worker.ports[use.name], use.reach)
             for worker in self.workers
-            for use in self.port_uses
+            for use in self._port_uses
         ]
         failed = {**await self.network.extend(present, places), **failed}
         for place in (worker.place for worker in self._prepared):
@@ -316,7 +335,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
 
     async def _give_ports(self, workers: Sequence[Worker], supply: PortSupply, places: Sequence[WorkerHost]) -> None:
         """Choose ports for workers and make them reachable."""
-        waiting = list(workers) if self.port_uses else []
+        waiting = list(workers) if self._port_uses else []
         keeper = await workspace.acquire()
         try:
             for _ in range(_PORT_ROUNDS):
@@ -337,14 +356,14 @@ class ServiceWorkerLauncher(WorkerLauncher):
         Returns:
             Those workers that need other ones, and the hosts that do not answer, whose workers are given up.
         """
-        width = len(self.port_uses)
+        width = len(self._port_uses)
         numbers = await supply.take(width * len(workers), connections)
         listeners = []
         for index, worker in enumerate(workers):
-            worker.ports = dict(
-                zip((use.name for use in self.port_uses), numbers[index * width : (index + 1) * width], strict=True)
+            worker.at.ports = dict(
+                zip((use.name for use in self._port_uses), numbers[index * width : (index + 1) * width], strict=True)
             )
-            listeners += [Listener(worker.place, worker.ports[use.name], use.reach) for use in self.port_uses]
+            listeners += [Listener(worker.place, worker.ports[use.name], use.reach) for use in self._port_uses]
         failed = await self.network.open(listeners, places)
         silent = {host: error for host, error in failed.values() if isinstance(error, NoAnswerError)}
         again = []
@@ -362,13 +381,8 @@ class ServiceWorkerLauncher(WorkerLauncher):
         return [worker for worker in again if worker.place.host not in silent], set(silent)
 
     # --- bringing them up ----------------------------------------------------------------------
-    async def _bring_up_all(
-        self, master_port: int, supply: PortSupply, places: Sequence[WorkerHost], progress: Progress
-    ) -> None:
-        tasks = {
-            asyncio.ensure_future(self._bring_up(worker, master_port, supply, places)): worker
-            for worker in self._prepared
-        }
+    async def _bring_up_all(self, supply: PortSupply, places: Sequence[WorkerHost], progress: Progress) -> None:
+        tasks = {asyncio.ensure_future(self._bring_up(worker, supply, places)): worker for worker in self._prepared}
         pending: set[asyncio.Task[None]] = set(tasks)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.START_LIMIT
@@ -395,14 +409,13 @@ class ServiceWorkerLauncher(WorkerLauncher):
             await asyncio.gather(*pending, return_exceptions=True)
         self._check_failures()
 
-    async def _bring_up(
-        self, worker: Worker, master_port: int, supply: PortSupply, places: Sequence[WorkerHost]
-    ) -> None:
+    async def _bring_up(self, worker: Worker, supply: PortSupply, places: Sequence[WorkerHost]) -> None:
         try:
             for _ in range(_PORT_ROUNDS):
-                await worker.service.send(self.settings(worker, master_port))
-                name, _fields = await ready_or_port_taken(worker.service)
-                if name == "ready":
+                if worker.service.state == "failed":  # for want of a port: only what runs can be told other ones
+                    worker.service = worker.service.again()
+                spec = worker.service.spec if self.engine.sent else self._spec(worker.at)
+                if await worker.service.come_up(spec, worker.ports) is None:
                     return
                 for port in worker.ports.values():
                     await self.network.close(port)
@@ -411,12 +424,14 @@ class ServiceWorkerLauncher(WorkerLauncher):
             raise as_kind(WorkerStartError, error) from None
         raise WorkerStartError(worker.name, worker.place.host, "all ports that were tried were taken")
 
-    async def _renewed(self, service: Service) -> dict[str, Any]:
-        """Prepare a worker's host once more, whose agent is another one now; returns what the worker is told there."""
+    async def _renewed(self, service: Service) -> None:
+        """Prepare a worker's host once more, whose agent is another one now."""
         worker = next(worker for worker in [*self.workers, *self._prepared] if worker.service is service)
         worker.place = service.place = await place_again(self._group, service.place.connection)
+        worker.at.move(worker.place)
         await self.reprovision(worker.place)
-        return self.settings(worker, self._master_port)
+        if not self.engine.sent:
+            service.spec = self._spec(worker.at)
 
     async def _give_up(self, errors: Mapping[str, LazyclusterError]) -> None:
         """Go on without some workers, given by their names; those that were given up before are left as they are."""

@@ -102,14 +102,16 @@ def demo(
 
 def _check(engine: str) -> None:
     """Raise an error, with the next step, if packages that an engine needs are not installed here."""
+    from lazycluster.cluster.versions import check_manager
+
     if engine == "dask":
-        from lazycluster.engines.dask import launchers
+        from lazycluster.engines.dask.engine import DaskEngine
 
-        launchers.SOFTWARE.check_manager("cryptography")
+        check_manager(DaskEngine())
     else:
-        from lazycluster.engines.hyperopt import workers as hyperopt_workers
+        from lazycluster.engines.hyperopt.engine import HyperoptEngine
 
-        hyperopt_workers.SOFTWARE.check_manager("cryptography")
+        check_manager(HyperoptEngine())
 
 
 def _basics(group: RuntimeGroup) -> None:

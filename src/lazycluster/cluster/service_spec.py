@@ -1,14 +1,17 @@
-"""What a supervised process runs, and how one knows that it is ready."""
+"""The description of a supervised process: what runs, and how one knows that it is ready."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Program", "Source"]
+__all__ = ["SCRATCH", "ServiceSpec", "Source"]
+
+SCRATCH = "$LAZYCLUSTER_SCRATCH"
+"""Stands for the private directory of a process; the agent puts its path there."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,26 @@ def _texts(root: Path, name: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Program:
-    """What is to run, and how one knows that it is ready.
+class ServiceSpec:
+    """A process that is supervised: what runs, what it needs, and how one knows that it is ready.
 
     Attributes:
         name: What it is called in messages.
-        argv: The program and its arguments; or
-        source: our own program, for the place's Python.
+        command: The program and its arguments. In these, in variables, files and `cwd`, `SCRATCH` stands for a private
+            directory of the process, which is removed when it ends.
+        source: Our own program instead, for the place's Python. It starts before its ports are known, says how it is,
+            and is told its `settings` on standard input.
+        settings: Returns what it is told, once its ports are chosen; called again when it starts on another agent.
         env: Environment variables, which those of the place override.
+        secrets: Environment variables that nothing overrides, and no message shows.
+        files: Texts by name, put into the private directory, where only this user can read them.
+        cwd: The working directory; by default the host's.
         marker: The start of the lines by which our own programs talk to the manager.
-        ready: A text in a line of output that says that it is ready. With neither, it is ready when it runs.
+        ready: A text in a line of output that says that it is ready.
+        ready_port: The name of a port that answers when it is ready. With nothing of that, it is ready when it runs.
+        port_taken: A text in its output that says that a port is in use: it gets other ones.
         restarts: How often it is started again, within minutes, when it dies after it was ready.
+        stop_signal: The signal that asks it to end, e.g. ``INT``.
         patience: Seconds from the request to end until it is killed.
         at_restart: What it means to others when it is started again.
         gpus: How many GPUs of the host it gets for itself; the host says CUDA_VISIBLE_DEVICES.
@@ -81,12 +93,19 @@ class Program:
     """
 
     name: str
-    argv: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
     source: Source | None = None
+    settings: Callable[[], Mapping[str, Any]] | None = field(default=None, repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
+    cwd: str = ""
     marker: str = ""
     ready: str = ""
+    ready_port: str = ""
+    port_taken: str = ""
     restarts: int = 0
+    stop_signal: str = "TERM"
     patience: float = 3.0
     at_restart: str = ""
     gpus: int = 0
