@@ -29,6 +29,7 @@ from .contracts import DEFAULT_TIMEOUT, MasterLauncher, RuntimeCluster, WorkerLa
 from .exceptions import ClusterError
 from .health import ClusterEvent, EventCallback, ProcessStatus, Watch
 from .master_launcher import ServiceMasterLauncher, prepare
+from .own_master import OwnMasterWatch
 from .placement import Gpus
 from .usage import Meter, ProcessUsage
 from .views import cluster_view
@@ -97,6 +98,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
             raise ValueError("idle_gpus says which GPUs may be used: say how many with gpus_per_worker, too")
         self._watch = Watch()
         self._meter = Meter()
+        self._own_master = OwnMasterWatch(self._watch)
         self._group = runtime_group
         self._all_ports = _checked_ports(ports, self.DEFAULT_PORT_RANGE_START, self.DEFAULT_PORT_RANGE_END)
         self._ports = list(self._all_ports)
@@ -203,6 +205,8 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
                 self._ports = [port for port in left if port in set(self._ports)]
             else:
                 _call(self._master_launcher.start, master_port, timeout, debug=debug)
+            if self._is_custom(self._master_launcher):
+                self._own_master.begin(self._master_launcher.process)
             taken = self.master_port
             self._ports = [port for port in self._ports if port != taken]
             self._begun("starting")
@@ -269,8 +273,9 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
 
     @property
     def master(self) -> ProcessStatus | None:
-        """How the master does; None if it was not started, or not by a launcher that watches it."""
-        return next((ProcessStatus.of(service) for service in self._services(self._master_launcher)), None)
+        """State of the master; None if it was not started, or by a launcher of your own that tells no process."""
+        found = (ProcessStatus.of(service) for service in self._services(self._master_launcher))
+        return next(found, self._own_master.status)
 
     @property
     def workers(self) -> list[ProcessStatus]:
@@ -341,7 +346,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
                 self._forgetting.detach()
             while self._connection_files:
                 connection_file.remove(self._connection_files.pop(), self._files_owner)
-            for launcher in (self._worker_launcher, self._master_launcher):
+            for launcher in (self._worker_launcher, self._own_master, self._master_launcher):
                 try:
                     launcher.cleanup()
                 except Exception as error:  # noqa: BLE001 - whatever a custom launcher does, the rest must be ended
@@ -371,7 +376,9 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
 
     def _end_when_forgotten(self) -> None:
         if self._forgetting is None or not self._forgetting.alive:
-            self._forgetting = lifetime.when_forgotten(self, (self._worker_launcher, self._master_launcher))
+            self._forgetting = lifetime.when_forgotten(
+                self, (self._worker_launcher, self._own_master, self._master_launcher)
+            )
 
     def _begun(self, state: str) -> None:
         """Note what has been reached, unless somebody ends it meanwhile."""
@@ -481,7 +488,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
 
     def _master_problem(self) -> str:
         failed = (s for s in self._services(self._master_launcher) if s.state == "failed")
-        return next((str(service.error) for service in failed), "")
+        return next((str(service.error) for service in failed), self._own_master.problem)
 
     def _check_alive(self) -> None:
         problem = self._problem() if self._state == "running" else ""

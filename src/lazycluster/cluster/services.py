@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from lazycluster.ssh.agent_replies import NAME, check_shape
 from lazycluster.utils import new_log_file_path
 
 from .exceptions import ServiceError
-from .health import Watch
+from .health import Watch, how_it_ended
 from .service_spec import ServiceSpec
 from .worker_hosts import WorkerHost
 
@@ -299,7 +298,7 @@ class Service:
 
     def _note(self, kind: str, detail: str = "") -> None:
         if self._watch_of is not None:
-            self._watch_of.note(self, kind, detail)
+            self._watch_of.note_of(self.label, self.place.host, kind, detail)
 
     def _how(self, out_of_memory: str) -> str:
         status = self.exit_status
@@ -308,11 +307,7 @@ class Service:
             return f"another program has taken its port {port}"
         if out_of_memory:
             return _OUT_OF_MEMORY.get(out_of_memory, _OUT_OF_MEMORY["host"])
-        if status is None:
-            return "it has ended, nobody knows how"
-        if status == -signal.SIGKILL:
-            return "it was killed (SIGKILL); the host may have run out of memory"
-        return f"it has ended with exit status {status}" if status >= 0 else f"it was ended by signal {-status}"
+        return how_it_ended(status)
 
     def _say(self, name: str, fields: dict[str, Any]) -> None:
         if len(self._messages) < 100:  # nobody reads them any more once it is ready
