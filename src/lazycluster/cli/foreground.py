@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -15,16 +15,12 @@ from rich.text import Text
 
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.core.words import counted
-from lazycluster.engines.dask.cluster import DaskCluster
-from lazycluster.engines.hyperopt.cluster import HyperoptCluster
 from lazycluster.exceptions import one_line
 from lazycluster.output.host_cells import megabytes
 
 from .console import OutputGoneError, is_terminal, lines_of, output
 
 if TYPE_CHECKING:
-    from distributed import Client
-
     from lazycluster.cluster.health import ClusterEvent, ProcessStatus
     from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
     from lazycluster.cluster.usage import ProcessUsage
@@ -61,7 +57,7 @@ def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
 
     with contextlib.ExitStack() as stack:
         if is_terminal():
-            work = _work(cluster, stack)
+            work = stack.enter_context(cluster._work_line())
             view = Live(console=output(), refresh_per_second=1, get_renderable=lambda: _view(cluster, work))
             stack.enter_context(view)
         else:
@@ -92,34 +88,7 @@ def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) 
         ]
     else:
         lines.append("For other processes to connect, start it with --connection-file FILE.")
-    if isinstance(cluster, DaskCluster):
-        lines.append(f"Dashboard (its address is a secret): {cluster.dashboard_link}")
-    return lines
-
-
-def _work(cluster: MasterWorkerCluster, stack: contextlib.ExitStack) -> Callable[[], str]:
-    """Return what says in a line what is done."""
-    if isinstance(cluster, DaskCluster):
-        client = stack.enter_context(cluster.get_client(timeout=10))
-
-        def dask() -> str:
-            workers = _all_workers(client)
-            threads = sum(w["nthreads"] for w in workers)
-            running = sum(w["metrics"].get("task_counts", {}).get("executing", 0) for w in workers)
-            return f"{counted(threads, 'thread')}, {counted(running, 'task')} running"
-
-        return dask
-    if isinstance(cluster, HyperoptCluster):
-        return lambda: str(cluster.progress())
-    return lambda: ""
-
-
-def _all_workers(client: Client) -> list[dict[str, Any]]:
-    try:
-        info = client.scheduler_info(n_workers=-1)
-    except TypeError:  # before 2025.4 it had all workers anyway
-        info = client.scheduler_info()
-    return list(info["workers"].values())
+    return [*lines, *cluster._further_addresses()]
 
 
 def _view(cluster: MasterWorkerCluster, work: Callable[[], str]) -> RenderableType:

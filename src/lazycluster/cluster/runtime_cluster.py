@@ -452,6 +452,15 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
             logger.warning("the master's port %d is not exposed to all hosts: %s", port, error)
 
     # --- what is shown of it --------------------------------------------------------------------
+    def _further_addresses(self) -> list[str]:
+        """Return lines on what else can be looked at, for a cluster in the foreground."""
+        return []
+
+    @contextlib.contextmanager
+    def _work_line(self) -> Iterator[Callable[[], str]]:
+        """Have a function that says in a line what is done, for a cluster in the foreground."""
+        yield lambda: ""
+
     @property
     def _processes(self) -> list[Service]:
         """The processes of the workers."""

@@ -9,12 +9,13 @@ loopback under a secret path, which `DaskCluster.dashboard_link` has.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
 import ssl
 import time
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.agent.filenames import dumps
@@ -423,6 +424,21 @@ class DaskCluster(EngineCluster):
         return self
         yield
 
+    def _further_addresses(self) -> list[str]:
+        return [f"Dashboard (its address is a secret): {self.dashboard_link}"]
+
+    @contextlib.contextmanager
+    def _work_line(self) -> Iterator[Callable[[], str]]:
+        with self.get_client(timeout=10) as client:
+
+            def line() -> str:
+                workers = _all_workers(client)
+                threads = sum(w["nthreads"] for w in workers)
+                running = sum(w["metrics"].get("task_counts", {}).get("executing", 0) for w in workers)
+                return f"{counted(threads, 'thread')}, {counted(running, 'task')} running"
+
+            yield line
+
     def _facts(self) -> list[Fact]:
         details = [worker.detail for worker in self._processes if worker.state == "ready"]
         threads, memory = (sum(number(detail.get(key)) for detail in details) for key in ("nthreads", "memory_limit"))
@@ -445,6 +461,14 @@ class DaskCluster(EngineCluster):
 
     def __repr__(self) -> str:
         return f"<DaskCluster {self._state}, port {self.master_port}, {counted(ready(self._processes), 'worker')}>"
+
+
+def _all_workers(client: Client) -> list[dict[str, Any]]:
+    try:
+        info = client.scheduler_info(n_workers=-1)
+    except TypeError:  # before 2025.4 it had all workers anyway
+        info = client.scheduler_info()
+    return list(info["workers"].values())
 
 
 def _check_options(memory_limit: object, resources: Mapping[str, object] | None) -> None:

@@ -8,8 +8,10 @@ anything on the hosts.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,6 +277,10 @@ class HyperoptCluster(EngineCluster):
         if port is not None:
             compat.close_clients(port)
         super().cleanup()
+
+    @contextlib.contextmanager
+    def _work_line(self) -> Iterator[Callable[[], str]]:
+        yield lambda: str(self.progress())
 
     def _facts(self) -> list[Fact]:
         return [("database", f"{self.dbname} in {self.dbpath}"), *super()._facts()]
