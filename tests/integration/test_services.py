@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ import leaks
 from lazycluster.agent import wire
 from lazycluster.cluster.exceptions import ServiceError
 from lazycluster.cluster.master_process import MasterProcess
-from lazycluster.cluster.service_spec import ServiceSpec, Source
+from lazycluster.cluster.service_spec import SCRATCH, ServiceSpec, Source
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.usage import Meter, ProcessUsage
 from lazycluster.cluster.worker_hosts import WorkerHost
@@ -353,3 +354,75 @@ def test_what_it_uses_with_all_that_it_has_started(tmp_path: Path) -> None:
             await asyncio.sleep(0.05)
 
     _run(work)
+
+
+# --- programs of others --------------------------------------------------------------------------
+def _foreign(script: str, **options: Any) -> ServiceSpec:
+    return ServiceSpec("thing", command=("sh", "-c", script), **options)
+
+
+def test_files_variables_and_arguments_of_other_programs() -> None:
+    script = 'cat "$FILE"; stat -c %a "$FILE"; echo "$1" "$SECRET" "$OWN"; pwd; echo ready now >&2; exec sleep 600'
+    spec = ServiceSpec(
+        "thing",
+        command=("sh", "-c", script, "sh", f"{SCRATCH}/x"),
+        files={"settings": f"of {SCRATCH}\n"},
+        env={"FILE": f"{SCRATCH}/settings", "OWN": "program's"},
+        secrets={"SECRET": "s3cret"},
+        cwd=SCRATCH,
+        ready="ready now",
+        stop_signal="INT",
+    )
+    assert "s3cret" not in repr(spec)
+    assert "of " not in repr(spec)
+
+    async def work(connection: LocalConnection) -> None:
+        service = Service(ServiceSpec("thing"), WorkerHost("here", connection, env={"OWN": "host's"}), "thing 1")
+        assert await service.come_up(spec, {}) is None
+        scratch = Path(service.last_output().splitlines()[0].removeprefix("of "))
+        assert service.last_output().splitlines() == [
+            f"of {scratch}", "600", f"{scratch}/x s3cret host's", str(scratch), "ready now"
+        ]  # fmt: skip
+        assert scratch.is_dir()
+        await service.stop()
+        assert service.exit_status == -2
+        assert not scratch.exists()
+
+    _run(work)
+
+
+def test_another_program_is_ready_when_its_port_answers() -> None:
+    port = _free_port()
+    program = f"import socket, time; time.sleep(0.5); s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"
+    spec = ServiceSpec("thing", command=(sys.executable, "-c", program), ready_port="it")
+
+    async def work(connection: LocalConnection) -> None:
+        service = Service(spec, WorkerHost("here", connection), "thing 1")
+        assert await service.come_up(spec, {"it": port}) is None
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
+        other = service.again()
+        assert await other.come_up(spec, {"it": port}) == port
+        await other.stop()
+        assert other.pid is None
+        await service.stop()
+
+    _run(work)
+
+
+def test_what_another_program_says_of_a_port_that_is_taken() -> None:
+    spec = _foreign("echo cannot: Address already in use; exit 1", ready="never", port_taken="already in use")
+
+    async def work(connection: LocalConnection) -> None:
+        service = Service(spec, WorkerHost("here", connection), "thing 1")
+        assert await service.come_up(spec, {"it": 7}) == 7
+        service = service.again()
+        with pytest.raises(ServiceError, match="cannot: Address already in use"):
+            await service.come_up(_foreign("echo cannot: Address already in use; exit 1", ready="never"), {"it": 7})
+
+    _run(work)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])

@@ -12,7 +12,7 @@ import pytest
 from lazycluster import engines
 from lazycluster.cluster.exceptions import ClusterError
 
-_GOOD = '''
+_GOOD = """
 from pathlib import Path
 Path(__file__).with_name("loaded").touch()
 from lazycluster.engine import Engine, EngineCluster, Option, Port, Reach, ServiceSpec
@@ -31,7 +31,7 @@ class Counting(Engine):
 
 class CountingCluster(EngineCluster):
     engine_class = Counting
-'''
+"""
 
 
 @pytest.fixture

@@ -237,6 +237,9 @@ class _Service:
         self.outlet.tail.clear()
         if self._ready_port and not self._was_ready and _answers(self._ready_port):
             self._tell("message", event="port_taken", detail={"port": self._ready_port})
+            problem = "port {} is in use".format(self._ready_port)
+            self._fail("service", problem, {"exit": None, "signal": None})
+            return
         try:
             self._run = _Run(self, self._argv, self._env, self._cwd)
         except OSError as error:

@@ -201,7 +201,8 @@ class ServiceMasterLauncher(MasterLauncher):
         assert service is not None
         if self.engine.sent:
             return await service.come_up(service.spec, self.at.ports)
-        if service.state != "new":
+        if service.state != "new":  # it ends for want of a port
+            await service.stop()
             service = self._service = service.again()
         return await service.come_up(self.spec(self.at), self.at.ports)
 

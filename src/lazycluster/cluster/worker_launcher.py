@@ -412,7 +412,8 @@ class ServiceWorkerLauncher(WorkerLauncher):
     async def _bring_up(self, worker: Worker, supply: PortSupply, places: Sequence[WorkerHost]) -> None:
         try:
             for _ in range(_PORT_ROUNDS):
-                if worker.service.state == "failed":  # for want of a port: only what runs can be told other ones
+                if not self.engine.sent and worker.service.state != "new":  # it ends for want of a port
+                    await worker.service.stop()
                     worker.service = worker.service.again()
                 spec = worker.service.spec if self.engine.sent else self._spec(worker.at)
                 if await worker.service.come_up(spec, worker.ports) is None:

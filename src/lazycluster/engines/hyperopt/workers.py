@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -87,14 +86,14 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         try:
             await super().scale(count, master_port, ports)
         finally:
-            await event_loop.in_thread(lambda: self._say_what_is_left(master_port))
+            await event_loop.in_thread(self._say_what_is_left, master_port)
 
     async def leave(self, workers: Sequence[Worker]) -> None:
         """End workers, and put what they work on back into the queue."""
         await super().leave(workers)
         if (port := self._master) is not None:
             for worker in workers:
-                await event_loop.in_thread(functools.partial(self._gone, worker.name, port))
+                await event_loop.in_thread(self._gone, worker.name, port)
 
     # --- workers that have gone for good -------------------------------------------------------
     def changed(self, service: Service) -> None:
