@@ -21,8 +21,8 @@ from lazycluster.output.host_cells import megabytes
 from .console import OutputGoneError, is_terminal, lines_of, output
 
 if TYPE_CHECKING:
+    from lazycluster.cluster.engine_cluster import EngineCluster
     from lazycluster.cluster.health import ClusterEvent, ProcessStatus
-    from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
     from lazycluster.cluster.usage import ProcessUsage
 
 __all__ = ["serve"]
@@ -33,7 +33,7 @@ _STYLES = {"ready": "green", "failed": "bold red", "ended": "dim"}
 _PATIENCE = 0.5  # seconds for what hosts tell of their workers; the view goes on without it
 
 
-def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
+def serve(cluster: EngineCluster, connection_file: Path | None) -> None:
     """Show a cluster until Ctrl-C, or until it has failed for good.
 
     Args:
@@ -67,7 +67,7 @@ def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
     raise OutputGoneError
 
 
-def _check(cluster: MasterWorkerCluster) -> None:
+def _check(cluster: EngineCluster) -> None:
     master, workers = cluster.master, cluster.workers
     if master is not None and master.state in ("failed", "ended"):
         raise ClusterError(f"{master.name} has ended: {master.problem}\n{master.log}")
@@ -76,14 +76,14 @@ def _check(cluster: MasterWorkerCluster) -> None:
         raise ClusterError(f"no worker is left; the last one, {last.name} on {last.host}: {last.problem}\n{last.log}")
 
 
-def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) -> list[str]:
-    name = type(cluster).__name__
+def _how_to_connect(cluster: EngineCluster, connection_file: Path | None) -> list[str]:
+    name, module = type(cluster).__name__, cluster.engine.module or type(cluster).__module__
     workers = counted(len(cluster.workers), "worker")
     lines = [f"{name} with {workers}, its master on port {cluster.master_port} of this machine."]
     if connection_file is not None:
         lines += [
             "Connect from Python (the file holds secrets, and goes when the cluster ends):",
-            f"  from {type(cluster).__module__} import {name}",
+            f"  from {module} import {name}",
             f'  {name}.connect("{connection_file}")',
         ]
     else:
@@ -91,7 +91,7 @@ def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) 
     return [*lines, *cluster._further_addresses()]
 
 
-def _view(cluster: MasterWorkerCluster, work: Callable[[], str]) -> RenderableType:
+def _view(cluster: EngineCluster, work: Callable[[], str]) -> RenderableType:
     used: dict[str, ProcessUsage] = {}
     try:
         used = cluster.usage(_PATIENCE)

@@ -102,6 +102,8 @@ class Engine(abc.ABC):
     """The name by which ``lazycluster start`` knows it."""
     cluster: ClassVar[str]
     """The name of the cluster's class, for messages."""
+    module: ClassVar[str] = ""
+    """The module from which users import the cluster's class; by default that in which it is."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Python packages without which nothing works, on the manager and on the hosts."""
     same_versions: ClassVar[tuple[str, ...]] = ()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PYTHON = """\
     from lazycluster import RuntimeGroup
-    from lazycluster.engines.dask.cluster import DaskCluster
+    from lazycluster.cluster.dask_cluster import DaskCluster
 
     with RuntimeGroup(hosts=[...]) as group, DaskCluster(group) as cluster:
         cluster.start()

@@ -35,7 +35,7 @@ class DaskEngine(Engine):
         prefix: The secret part of the dashboards' addresses.
     """
 
-    name, cluster, extra = "dask", "DaskCluster", "dask"
+    name, cluster, module, extra = "dask", "DaskCluster", "lazycluster.cluster.dask_cluster", "dask"
     packages, manager_packages = ("dask", "distributed"), ("cryptography",)
     # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
     same_versions, told_versions = ("dask", "distributed", "cloudpickle"), common.PACKAGES

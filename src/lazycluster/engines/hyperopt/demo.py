@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PYTHON = """\
     from lazycluster import RuntimeGroup
-    from lazycluster.engines.hyperopt.cluster import HyperoptCluster
+    from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
 
     with RuntimeGroup(hosts=[...]) as group, HyperoptCluster(group) as cluster:
         cluster.start()

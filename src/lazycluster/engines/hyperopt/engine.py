@@ -41,7 +41,8 @@ class HyperoptEngine(Engine):
         authority_file: The file on the manager with the certificate of the authority, for clients of the database.
     """
 
-    name, cluster, extra = "hyperopt", "HyperoptCluster", "hyperopt"
+    name, cluster, module = "hyperopt", "HyperoptCluster", "lazycluster.cluster.hyperopt_cluster"
+    extra = "hyperopt"
     packages, manager_packages = ("hyperopt", "pymongo"), ("cryptography",)
     same_versions, told_versions = ("hyperopt", "cloudpickle"), PACKAGES
     master_name, sent = "database", True
