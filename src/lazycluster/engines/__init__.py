@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from lazycluster.cluster.exceptions import ClusterError
-
 if TYPE_CHECKING:
     from lazycluster.cluster.engine_cluster import EngineCluster
 
@@ -66,6 +64,7 @@ def load(name: str) -> type[EngineCluster]:
         ClusterError: If there is no such engine, or its package is broken.
     """
     from lazycluster.cluster.engine_cluster import EngineCluster
+    from lazycluster.cluster.exceptions import ClusterError
 
     entries = known()
     if name not in entries:
