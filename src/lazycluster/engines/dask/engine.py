@@ -72,8 +72,7 @@ class DaskEngine(Engine):
         self.nthreads, self.memory_limit, self.resources = nthreads, memory_limit, resources
         self.local_directory = local_directory
         self.worker_options, self.scheduler_options = dict(worker_options or {}), dict(scheduler_options or {})
-        self.secure = True
-        self.modules = LocalModules()
+        self.secure, self.modules = True, LocalModules()
         self.forget()
 
     def forget(self) -> None:
@@ -134,12 +133,17 @@ class DaskEngine(Engine):
         """How addresses begin."""
         return "tls" if self.secure else "tcp"
 
+    @property
+    def credentials(self) -> Credentials:
+        """The certificates of the cluster, made when they are first needed."""
+        self._credentials = self._credentials or make_credentials()
+        return self._credentials
+
     def security(self, role: str) -> dict[str, Any]:
         """Return the arguments of `distributed.Security` for a role."""
         if not self.secure:
             return {"require_encryption": False}
-        self._credentials = self._credentials or make_credentials()
-        return self._credentials.for_role(role)
+        return self.credentials.for_role(role)
 
     def address(self, port: int) -> str:
         """Return the address of a port."""
