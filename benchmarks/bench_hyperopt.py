@@ -51,7 +51,8 @@ class Server:
     """The embedded server, started as a cluster starts it."""
 
     def __init__(self, folder: str) -> None:
-        from lazycluster.cluster.programs import Source
+        from lazycluster.cluster.engine import Endpoint
+        from lazycluster.cluster.service_spec import Source
         from lazycluster.engines.hyperopt.masters import EmbeddedMongoLauncher
 
         launcher = EmbeddedMongoLauncher(None)  # type: ignore[arg-type]
@@ -59,17 +60,21 @@ class Server:
         launcher.hyperopt.password, launcher.hyperopt.user = PASSWORD, "me"
         launcher.hyperopt.make_identity(folder)
         self.authority = str(launcher.hyperopt.authority_file)
-        source = launcher.program().source
+        spec = launcher.spec(Endpoint("master", ports={"master": 0}))
+        source = spec.source
         assert isinstance(source, Source)
         message = source.message()
         package = Path(folder, "program", message["package"])
         package.mkdir(parents=True, exist_ok=True)
         for name, text in message["files"].items():
+            (package / name).parent.mkdir(parents=True, exist_ok=True)
             (package / name).write_text(text)
-        code = f"import sys; sys.path.append({str(package.parent)!r})\nfrom {package.name}.program import main; main()"
+        module = f"{package.name}.{message['module']}"
+        code = f"import sys; sys.path.append({str(package.parent)!r})\nfrom {module} import main; main()"
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
-        told = launcher.settings({"master": 0})
+        assert spec.settings is not None
+        told = spec.settings()
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(told) + "\n")

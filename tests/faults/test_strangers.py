@@ -24,7 +24,7 @@ from knocking import NOBODY, below, here, loopback, on_host, private
 from lazycluster import Environment, RuntimeGroup, RuntimeTask
 from lazycluster.cluster.certificates import Identity, make_credentials
 from lazycluster.cluster.dask_cluster import DaskCluster
-from lazycluster.engines.hyperopt.mongo.auth_limit import LINES, MOST_SILENT
+from lazycluster.cluster.sent.auth_limit import LINES, MOST_SILENT
 from lazycluster.exceptions import LazyclusterError
 from patience import until
 from sshhosts import PASSWORD, procfs

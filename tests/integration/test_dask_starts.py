@@ -242,15 +242,9 @@ def test_workers_need_a_master(group: RuntimeGroup) -> None:
 
 _UNCHECKED = """
 import sys
-from lazycluster.agent import filenames, localmodules
-from lazycluster.engines.dask import programs
-from lazycluster.engines.hyperopt.mongo import auth_limit, memory_file
-for module in (filenames, localmodules, memory_file, auth_limit):  # they are sent along with the programs
-    name = module.__name__.rpartition(".")[2]
-    setattr(programs, name, module)
-    sys.modules["lazycluster.engines.dask.programs." + name] = module
-from lazycluster.engines.dask.programs import common, scheduler
-common.check_ports = lambda ports: None  # as if the port had been free then
+from lazycluster.cluster.sent import messages
+from lazycluster.engines.dask.programs import scheduler
+messages.check_ports = lambda ports: None  # as if the port had been free then
 scheduler.main()
 """
 
@@ -312,9 +306,9 @@ def test_dask_missing_on_a_host_is_an_error_with_a_table(bare_python: str) -> No
 
 
 def test_other_versions_can_be_accepted(group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from lazycluster.engines.dask.programs import common
+    from lazycluster.cluster import versions
 
-    monkeypatch.setattr(common, "versions", lambda: {"dask": "1.0", "distributed": "1.0"})
+    monkeypatch.setattr(versions, "versions_here", lambda _: {"dask": "1.0", "distributed": "1.0"})
     with DaskCluster(group) as cluster, pytest.raises(VersionMismatchError, match=r"manager +3\.\d+ +1\.0"):
         cluster.start()
     with DaskCluster(group, check_versions="warn") as cluster:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ import fakegpus
 from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+from patience import until
 from wheelhouse import make_project
 
 pytestmark = [  # by hyperopt
@@ -137,3 +139,35 @@ def test_changed_modules_reach_the_workers(hosts: Any, tmp_path: Path, monkeypat
     finally:
         for name in ("plainly", "guarded", "edited"):
             sys.modules.pop(name, None)
+
+
+def test_workers_come_and_go_and_no_trial_is_lost(tmp_path: Path) -> None:
+    from hyperopt import fmin, hp, rand
+
+    def slow(x: float) -> float:
+        import time
+
+        time.sleep(0.3)
+        return x * x
+
+    def search() -> None:
+        how: Any = {"trials": cluster.trials("scaled"), "max_queue_len": 6, "show_progressbar": False, "verbose": False}
+        fmin(slow, hp.uniform("x", -1, 1), rand.suggest, 24, **how)
+
+    runtimes = [LocalRuntime(host=f"local{number}") for number in range(2)]
+    with RuntimeGroup(runtimes) as group, HyperoptCluster(group, dbpath=str(tmp_path / "db")) as cluster:
+        cluster.start(4)
+        searching = threading.Thread(target=search)
+        searching.start()
+        until(lambda: cluster.progress("scaled").running >= 3, "trials are being evaluated")
+        cluster.scale(1)
+        assert [worker.state for worker in cluster.workers] == ["ready"]
+        cluster.scale(3)
+        searching.join(60)
+        assert not searching.is_alive()
+        found = cluster.progress("scaled")
+        assert (found.done, found.failed, found.problem) == (24, 0, None)
+        with pytest.raises(ValueError, match="the number of workers must be an integer of at least 0"):
+            cluster.scale(-1)
+    with pytest.raises(ClusterError, match="call start"):
+        cluster.scale(1)

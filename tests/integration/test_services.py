@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ import leaks
 from lazycluster.agent import wire
 from lazycluster.cluster.exceptions import ServiceError
 from lazycluster.cluster.master_process import MasterProcess
-from lazycluster.cluster.programs import Program, Source
+from lazycluster.cluster.service_spec import SCRATCH, ServiceSpec, Source
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.usage import Meter, ProcessUsage
 from lazycluster.cluster.worker_hosts import WorkerHost
@@ -59,7 +60,7 @@ def _source(tmp_path: Path, text: str) -> Source:
 
 
 def _service(connection: LocalConnection, source: Source | None = None, **options: Any) -> Service:
-    program = Program("thing", source=source, marker=MARKER if source else "", **options)
+    program = ServiceSpec("thing", source=source, marker=MARKER if source else "", **options)
     return Service(program, WorkerHost("here", connection, sys.executable), "thing 1")
 
 
@@ -120,7 +121,7 @@ def test_nobody_waits_for_an_agent_that_makes_no_sense(said: Any, monkeypatch: p
         received(self, kind, json.dumps(said).encode() if hostile else payload)
 
     async def work(connection: LocalConnection) -> None:
-        service = _service(connection, argv=["sleep", "600"])
+        service = _service(connection, command=("sleep", "600"))
         monkeypatch.setattr(Channel, "received", changed)
         service.start()
         with pytest.raises(ServiceError, match="is invalid"):
@@ -177,7 +178,7 @@ def test_an_end_before_it_is_ready_is_final_and_tells_why(tmp_path: Path) -> Non
 
 def test_an_end_with_status_0_is_no_failure() -> None:
     async def work(connection: LocalConnection) -> None:
-        service = _service(connection, argv=("true",), restarts=5)
+        service = _service(connection, command=("true",), restarts=5)
         service.start()
         await _state(service, "ended")
         assert service.exit_status == 0
@@ -188,7 +189,7 @@ def test_an_end_with_status_0_is_no_failure() -> None:
 
 def test_a_program_that_is_not_there() -> None:
     async def work(connection: LocalConnection) -> None:
-        service = _service(connection, argv=("/no/such/program",))
+        service = _service(connection, command=("/no/such/program",))
         service.start()
         with pytest.raises(ServiceError, match="/no/such/program"):
             await service.message()
@@ -199,7 +200,7 @@ def test_a_program_that_is_not_there() -> None:
 def test_readiness_is_a_text_in_its_output() -> None:
     async def work(connection: LocalConnection) -> None:
         script = "echo begin; echo now it is READY, yes; exec sleep 60"
-        service = _service(connection, argv=("sh", "-c", script), ready="READY")
+        service = _service(connection, command=("sh", "-c", script), ready="READY")
         service.start()
         await service.wait_for("ready")
         assert service.last_output() == "begin\nnow it is READY, yes\n"
@@ -212,7 +213,7 @@ def test_all_that_it_started_ends_with_it(tmp_path: Path) -> None:
     script = "trap '' TERM; (setsid sleep 1234.5 &); sleep 1234.5 & echo READY; wait; wait; sleep 1234.5"
 
     async def work(connection: LocalConnection) -> None:
-        service = _service(connection, argv=("sh", "-c", script), ready="READY", patience=0.2)
+        service = _service(connection, command=("sh", "-c", script), ready="READY", patience=0.2)
         service.start()
         await service.wait_for("ready")
         await service.stop()
@@ -227,7 +228,7 @@ def test_a_service_never_waits_for_a_slow_manager(tmp_path: Path) -> None:
     script = f"yes 0123456789abcdef | head -c 20000000; echo; echo READY; touch '{done}'; exec sleep 60"
 
     async def work(connection: LocalConnection) -> int:
-        service = _service(connection, argv=("sh", "-c", script), ready="READY")
+        service = _service(connection, command=("sh", "-c", script), ready="READY")
         service.start()
         deadline = time.monotonic() + 50
         while not done.exists():  # the whole manager stands still meanwhile, and that is the point
@@ -248,7 +249,7 @@ def test_output_without_newlines_and_with_any_bytes(tmp_path: Path) -> None:
     script = "head -c 3000000 /dev/zero; printf '\\377@@not json\\n'; exec sleep 60"
 
     async def work(connection: LocalConnection) -> None:
-        program = Program("thing", argv=("sh", "-c", script), marker=MARKER)
+        program = ServiceSpec("thing", command=("sh", "-c", script), marker=MARKER)
         service = Service(program, WorkerHost("here", connection), "thing 1")
         service.start()
         deadline = time.monotonic() + 20
@@ -262,7 +263,7 @@ def test_output_without_newlines_and_with_any_bytes(tmp_path: Path) -> None:
 
 def test_the_agent_ends_its_services(tmp_path: Path) -> None:
     async def work(connection: LocalConnection) -> Service:
-        service = _service(connection, argv=("sleep", "60"))
+        service = _service(connection, command=("sleep", "60"))
         service.start()
         await _state(service, "ready")
         return service
@@ -353,3 +354,75 @@ def test_what_it_uses_with_all_that_it_has_started(tmp_path: Path) -> None:
             await asyncio.sleep(0.05)
 
     _run(work)
+
+
+# --- programs of others --------------------------------------------------------------------------
+def _foreign(script: str, **options: Any) -> ServiceSpec:
+    return ServiceSpec("thing", command=("sh", "-c", script), **options)
+
+
+def test_files_variables_and_arguments_of_other_programs() -> None:
+    script = 'cat "$FILE"; stat -c %a "$FILE"; echo "$1" "$SECRET" "$OWN"; pwd; echo ready now >&2; exec sleep 600'
+    spec = ServiceSpec(
+        "thing",
+        command=("sh", "-c", script, "sh", f"{SCRATCH}/x"),
+        files={"settings": f"of {SCRATCH}\n"},
+        env={"FILE": f"{SCRATCH}/settings", "OWN": "program's"},
+        secrets={"SECRET": "s3cret"},
+        cwd=SCRATCH,
+        ready="ready now",
+        stop_signal="INT",
+    )
+    assert "s3cret" not in repr(spec)
+    assert "of " not in repr(spec)
+
+    async def work(connection: LocalConnection) -> None:
+        service = Service(ServiceSpec("thing"), WorkerHost("here", connection, env={"OWN": "host's"}), "thing 1")
+        assert await service.come_up(spec, {}) is None
+        scratch = Path(service.last_output().splitlines()[0].removeprefix("of "))
+        assert service.last_output().splitlines() == [
+            f"of {scratch}", "600", f"{scratch}/x s3cret host's", str(scratch), "ready now"
+        ]  # fmt: skip
+        assert scratch.is_dir()
+        await service.stop()
+        assert service.exit_status == -2
+        assert not scratch.exists()
+
+    _run(work)
+
+
+def test_another_program_is_ready_when_its_port_answers() -> None:
+    port = _free_port()
+    program = f"import socket, time; time.sleep(0.5); s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"
+    spec = ServiceSpec("thing", command=(sys.executable, "-c", program), ready_port="it")
+
+    async def work(connection: LocalConnection) -> None:
+        service = Service(spec, WorkerHost("here", connection), "thing 1")
+        assert await service.come_up(spec, {"it": port}) is None
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
+        other = service.again()
+        assert await other.come_up(spec, {"it": port}) == port
+        await other.stop()
+        assert other.pid is None
+        await service.stop()
+
+    _run(work)
+
+
+def test_what_another_program_says_of_a_port_that_is_taken() -> None:
+    spec = _foreign("echo cannot: Address already in use; exit 1", ready="never", port_taken="already in use")
+
+    async def work(connection: LocalConnection) -> None:
+        service = Service(spec, WorkerHost("here", connection), "thing 1")
+        assert await service.come_up(spec, {"it": 7}) == 7
+        service = service.again()
+        with pytest.raises(ServiceError, match="cannot: Address already in use"):
+            await service.come_up(_foreign("echo cannot: Address already in use; exit 1", ready="never"), {"it": 7})
+
+    _run(work)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])

@@ -18,6 +18,7 @@ import pytest
 
 from lazycluster.cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
 from lazycluster.cluster import network as networks
+from lazycluster.cluster.engine import Endpoint, Engine
 from lazycluster.cluster.exceptions import (
     ClusterError,
     ClusterStartError,
@@ -25,11 +26,11 @@ from lazycluster.cluster.exceptions import (
     ServiceError,
     WorkerStartError,
 )
-from lazycluster.cluster.network import PortSupply, PortUse, Reach
-from lazycluster.cluster.programs import Program
+from lazycluster.cluster.network import Port, PortSupply, Reach
+from lazycluster.cluster.service_spec import ServiceSpec
 from lazycluster.cluster.services import Service, as_kind
 from lazycluster.cluster.worker_hosts import WorkerHost
-from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
+from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher
 from lazycluster.core import event_loop
 from lazycluster.engines.dask.launchers import LocalMasterLauncher
 from lazycluster.engines.hyperopt.masters import EmbeddedMongoLauncher
@@ -311,7 +312,7 @@ def test_certificates_are_valid_by_the_strict_rules() -> None:
     """Those of OpenSSL, which are Python's default since 3.13; only newer versions of distributed turn them off."""
     pytest.importorskip("cryptography")
     from lazycluster.cluster.certificates import make_identities
-    from lazycluster.engines.hyperopt.mongo.memory_file import in_memory
+    from lazycluster.cluster.sent.memory_file import in_memory
 
     authority, identities = make_identities("server")
     at_server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -390,7 +391,7 @@ def test_a_process_whose_host_cannot_be_prepared_again_fails_whatever_the_error(
 
     async def whole() -> Service:
         lost: Any = Lost()
-        service = Service(Program("worker", restarts=2), WorkerHost("host1", lost), "worker 1", renew=renew)
+        service = Service(ServiceSpec("worker", restarts=2), WorkerHost("host1", lost), "worker 1", renew=renew)
         service._channel, service._was_ready = lost, True
         await service._watch()
         return service
@@ -402,7 +403,7 @@ def test_a_process_whose_host_cannot_be_prepared_again_fails_whatever_the_error(
 
 def test_what_a_worker_prints_without_an_end_is_shown_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
     connection: Any = Lost()
-    service = Service(Program("worker"), WorkerHost("host", connection), "worker 0", debug=True)
+    service = Service(ServiceSpec("worker"), WorkerHost("host", connection), "worker 0", debug=True)
     for _ in range(100):
         service._on_output(b"x" * 100_000)
     service._on_output(b"\nlast")
@@ -418,7 +419,7 @@ def test_a_worker_process_that_ends_is_told_of_unless_it_was_to_end(
     asked: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     connection: Any = Lost()
-    service = Service(Program("worker"), WorkerHost("host", connection), "worker 0")
+    service = Service(ServiceSpec("worker"), WorkerHost("host", connection), "worker 0")
 
     async def hear() -> None:
         if asked:
@@ -431,16 +432,17 @@ def test_a_worker_process_that_ends_is_told_of_unless_it_was_to_end(
 
 
 def test_more_workers_than_ports_are_refused_before_any_is_started() -> None:
-    class Few(ServiceWorkerLauncher):
-        port_uses = (PortUse("worker", Reach.EVERYBODY), PortUse("nanny", Reach.MANAGER))
+    class Few(Engine):
+        name, cluster = "few", "FewCluster"
+        worker_ports = (Port("worker"), Port("nanny", Reach.MANAGER))
 
-        def program(self, place: WorkerHost) -> Program:
+        def master(self, at: Endpoint) -> ServiceSpec:
             raise AssertionError("nothing is to be started")
 
-        def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
-            return {}
+        def worker(self, at: Endpoint, master: Endpoint) -> ServiceSpec:
+            raise AssertionError("nothing is to be started")
 
-    launcher: Any = Few(cast("Any", Group()))
+    launcher: Any = ServiceWorkerLauncher(cast("Any", Group()), Few())
     with pytest.raises(NoPortsLeftError, match="100000 workers need 200000 ports, but only 3 may be used"):
         launcher.start(100_000, 1000, [1001, 1002, 1003])
     with pytest.raises(NoPortsLeftError, match="2 workers need 4 ports"):

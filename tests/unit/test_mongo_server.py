@@ -30,8 +30,7 @@ from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
 from lazycluster.cluster.certificates import make_identities
-from lazycluster.engines.hyperopt.mongo import scram
-from lazycluster.engines.hyperopt.mongo.auth_limit import (
+from lazycluster.cluster.sent.auth_limit import (
     IDLE_LIMIT,
     LINES,
     MOST_SILENT,
@@ -40,6 +39,7 @@ from lazycluster.engines.hyperopt.mongo.auth_limit import (
     AuthLimit,
     FewLines,
 )
+from lazycluster.engines.hyperopt.mongo import scram
 from lazycluster.engines.hyperopt.programs import compat, trials, worker
 
 _PASSWORD = "a-secret_of-32-characters"

@@ -18,7 +18,7 @@ import pytest
 from lazycluster import LocalRuntime
 from lazycluster.agent import directories, ownership
 from lazycluster.engines.dask.programs import worker
-from lazycluster.engines.hyperopt import settings
+from lazycluster.engines.hyperopt import database
 from lazycluster.environments import uv
 from lazycluster.exceptions import EnvironmentBuildError, InvalidRuntimeError
 from lazycluster.utils import Environment, private_directory
@@ -179,7 +179,7 @@ def _main_directory(path: Path) -> None:
 
 
 def _database(path: Path) -> None:
-    settings.make_directory(path)
+    database.make_directory(path)
 
 
 def _local_directory(path: Path) -> None:
@@ -264,10 +264,10 @@ def test_the_umask_lets_nobody_in(place: Path) -> None:
         "import os, sys; os.umask(0)\n"
         "from lazycluster import LocalRuntime, RuntimeTask\n"
         "from lazycluster.utils import private_directory, new_log_file_path\n"
-        "from lazycluster.engines.hyperopt import settings\n"
+        "from lazycluster.engines.hyperopt import database\n"
         "from pathlib import Path\n"
         "new_log_file_path('host', 'task'); private_directory('environments', 'wheels')\n"
-        "settings.make_directory(Path(sys.argv[1], 'deep', 'db'))\n"
+        "database.make_directory(Path(sys.argv[1], 'deep', 'db'))\n"
         "with LocalRuntime(working_dir=sys.argv[1] + '/work/below') as runtime:\n"
         "    task = RuntimeTask('t').run_command('umask; touch file'); runtime.execute_task(task)\n"
         "    runtime.execute_task(RuntimeTask('d').run_command('true'), detach=True).join()\n"

@@ -206,7 +206,6 @@ def test_one_and_many() -> None:
 
 def test_the_live_view_shows_workers_of_older_versions_of_dask(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed")
-    from lazycluster.cli import foreground
     from lazycluster.cluster.dask_cluster import DaskCluster
 
     class Older:
@@ -214,8 +213,8 @@ def test_the_live_view_shows_workers_of_older_versions_of_dask(monkeypatch: pyte
             return {"workers": {"tls://...": {"nthreads": 2, "metrics": {"task_counts": {"executing": 3}}}}}
 
     monkeypatch.setattr(DaskCluster, "get_client", lambda *_, **__: contextlib.nullcontext(Older()))
-    with contextlib.ExitStack() as stack:
-        assert foreground._work(DaskCluster.__new__(DaskCluster), stack)() == "2 threads, 3 tasks running"
+    with DaskCluster.__new__(DaskCluster)._work_line() as line:
+        assert line() == "2 threads, 3 tasks running"
 
 
 def test_the_live_view_shows_what_workers_use_also_if_the_engine_does_not_answer() -> None:

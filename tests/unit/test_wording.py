@@ -19,6 +19,7 @@ from lazycluster.exceptions import ForwardingForbiddenError, InvalidRuntimeError
 
 _LIBRARY = Path(lazycluster.__file__).parent
 _NOT_OURS = ("cli", "mongo")  # it words its own; talks to databases
+_EXAMPLES = {"hosts", "exp_key"}  # of Python programs in help and demonstrations
 # As wording.py takes them: a name, an equals sign, and a value that a program would not have.
 _ARGUMENT = re.compile(r"""(?<![\w-])([a-z_]+)=(?:"[^"\n]*"|\[[^]\n]*\]|\{[^}\n]*\}|(?=[\s,;.)]|$))""")
 
@@ -89,7 +90,7 @@ def test_each_argument_that_a_message_names_is_known_here() -> None:
     with_options = {"python", "setup", "environment", "exclude", "cache_dir", "connection_kwargs", "on_unreachable"}
     in_python_only = {"check_versions", "ports", "master_launcher", "worker_launcher", "group", "minimum", "maximum"}
     no_arguments = {"pid", "style"}  # of a repr, and of HTML
-    assert named <= with_options | in_python_only | no_arguments
+    assert named <= with_options | in_python_only | no_arguments | _EXAMPLES
 
 
 def _messages(path: Path) -> list[str]:

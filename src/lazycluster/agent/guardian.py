@@ -129,17 +129,18 @@ def clean(directory: str) -> None:
     except (OSError, ValueError):
         kept = {}
     readers = _readers(kept.get("paths", []))
-    _end_foreign([(int(pid), int(started)) for pid, started in kept.get("pids", [])])
+    for name, patience in (("programs", 0.0), ("pids", _SLOWEST)):
+        _end_foreign([(int(pid), int(started)) for pid, started in kept.get(name, [])], patience)
     remove(kept.get("paths", []))
     for fd in readers:
         os.close(fd)
     remove([*further(directory), directory])
 
 
-def _end_foreign(processes: Iterable[Any]) -> None:
+def _end_foreign(processes: Iterable[Any], first_patience: float) -> None:
     # The manager's ssh processes end by themselves: when their hosts have cleaned up, or their links are dead. Over a
     # slow link it takes a while until the hosts learn that the manager has ended; cut short, it looks like a dead link.
-    for number, patience in ((0, _SLOWEST), (signal.SIGTERM, 0.5), (signal.SIGKILL, 0.5)):
+    for number, patience in ((0, first_patience), (signal.SIGTERM, 0.5), (signal.SIGKILL, 0.5)):
         alive = [pid for pid, started in processes if start_time(pid) == started]
         if number:
             send_signal(alive, number)

@@ -283,7 +283,7 @@ class Agent:
         """Remember what is to be ended and removed if the manager dies (asked of the keeper only)."""
         path = os.path.join(self.directory, KEEP_FILE)
         with open(path + ".new", "w") as file:
-            json.dump({"pids": channel.params.get("pids") or [], "paths": channel.params.get("paths") or []}, file)
+            json.dump({name: channel.params.get(name) or [] for name in ("pids", "programs", "paths")}, file)
         os.rename(path + ".new", path)
         channel.result()
 

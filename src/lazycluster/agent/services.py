@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -29,6 +30,8 @@ _LONGEST_LINE = 256 * 1024
 _PATIENCE = 3.0  # seconds from the request to end until the service is killed
 _LASTED = 10.0  # seconds for which a service must have worked for its being cut off to be no fault of its own
 _READY_AGAIN = 180.0  # seconds for a service that is started again to get ready
+_LOOK_AT_PORT = 0.1  # seconds between two looks whether a port answers
+_CONNECT_LIMIT = 0.2  # seconds; on the loopback interface all but a full queue is told at once
 SCRATCH = "LAZYCLUSTER_SCRATCH"  # the variable with the service's own directory, which is removed when it ends
 
 _BOOT = "import sys;sys.path[:]=[p for p in sys.path if p]+[sys.argv.pop(1)];from {} import main;main()"
@@ -93,7 +96,8 @@ class _Run(CommandProcess):
     def __init__(self, service: "_Service", argv: List[str], env: Dict[str, str], cwd: str) -> None:
         self._service = service
         self._line = b""
-        super().__init__(cast("RequestChannel", service.outlet), argv, env, cwd, True, False, cores=not service.is_ours)
+        self._error_tail = b""
+        super().__init__(cast("RequestChannel", service.outlet), argv, env, cwd, True, False, cores=not service.secret)
         service.running[self.pid] = self._started
 
     def on_stdout(self, data: bytes) -> None:
@@ -117,6 +121,7 @@ class _Run(CommandProcess):
 
     def on_stderr(self, data: bytes) -> None:
         self._service.outlet.put(True, data)
+        self._error_tail = self._service.looked_at_errors(self._error_tail + data)
 
     def on_over(self, status: int) -> None:
         self._service.running.pop(self.pid, None)
@@ -136,7 +141,7 @@ class _Run(CommandProcess):
                 self.channel.loop,
                 lambda: tree_of(self.pid, self._started, self.task),
                 self._ended,
-                ((signal.SIGTERM, patience), (signal.SIGKILL, 1.0)),
+                ((self._service.stop_signal, patience), (signal.SIGKILL, 1.0)),
             )
 
 
@@ -153,7 +158,8 @@ class _Service:
         self._ready_text = (params.get("ready") or "").encode()
         self._restarts = RestartPolicy(int(params.get("restarts") or 0))
         self.patience = float(params.get("patience") or _PATIENCE)
-        self._cwd = os.path.join(os.path.expanduser("~"), params.get("cwd") or "")
+        self._ready_port = int(params.get("ready_port") or 0)
+        self.stop_signal = getattr(signal, "SIG" + (params.get("stop_signal") or "TERM"))
         self._kept: List[bytes] = []
         self._input_ended = False
         self._ending = False
@@ -167,9 +173,17 @@ class _Service:
         self._share: Optional[gpus.GpuShare] = None
         self._gpus = gpus.wanted(params)
         self._run: Optional[_Run] = None
-        self.is_ours = not params.get("argv")  # so it is told keys and passwords
+        self.secret = not params.get("argv") or bool(params.get("secret"))  # it is told keys and passwords
         self.directory = tempfile.mkdtemp(prefix="service-", dir=channel.agent.directory)
-        self._env = dict(environment(channel, self._task), **{SCRATCH: self._make("scratch")})
+        self._scratch = self._make("scratch")
+        self._env = dict(environment(channel, self._task), **{SCRATCH: self._scratch})
+        for name in self._env.keys() & (params.get("env") or {}).keys():
+            self._env[name] = self._filled_in(self._env[name])
+        self._cwd = os.path.join(os.path.expanduser("~"), self._filled_in(params.get("cwd") or ""))
+        for name, text in (params.get("files") or {}).items():
+            fd = os.open(os.path.join(self._scratch, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(fd, "w", encoding="utf-8") as file:
+                file.write(self._filled_in(text))
         self._argv = self._arguments(params)
         channel.on_input = self._on_input
         channel.on_input_end = self._on_input_end
@@ -181,14 +195,18 @@ class _Service:
         os.mkdir(path, 0o700)
         return path
 
+    def _filled_in(self, text: str) -> str:
+        return text.replace("$" + SCRATCH, self._scratch)
+
     def _arguments(self, params: Dict[str, Any]) -> List[str]:
         if params.get("argv"):
-            return [str(part) for part in params["argv"]]
-        source = params["source"]  # {"package": name, "module": name, "files": {file name: text}}
+            return [self._filled_in(str(part)) for part in params["argv"]]
+        source = params["source"]  # {"package": name, "module": name, "files": {path in the package: text}}
         folder = self._make("program")
-        os.mkdir(os.path.join(folder, source["package"]))
         for name, text in source["files"].items():
-            with open(os.path.join(folder, source["package"], os.path.basename(name)), "w", encoding="utf-8") as file:
+            path = os.path.join(folder, source["package"], name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
         boot = _BOOT.format(source["package"] + "." + source["module"])
         python = params.get("python") or shutil.which("python3", path=self._env.get("PATH")) or sys.executable
@@ -217,6 +235,11 @@ class _Service:
         self._waiting = None
         self._is_ready = self._cut_off = False
         self.outlet.tail.clear()
+        if self._ready_port and not self._was_ready and _answers(self._ready_port):
+            self._tell("message", event="port_taken", detail={"port": self._ready_port})
+            problem = "port {} is in use".format(self._ready_port)
+            self._fail("service", problem, {"exit": None, "signal": None})
+            return
         try:
             self._run = _Run(self, self._argv, self._env, self._cwd)
         except OSError as error:
@@ -230,8 +253,25 @@ class _Service:
             self._run.channel.on_input(data)
         if self._input_ended:
             self._run.channel.on_input_end()
-        if not self._marker and not self._ready_text:
+        if self._ready_port:
+            self._look_at_port(self._run)
+        elif not self._marker and not self._ready_text:
             self._ready({})
+
+    def _look_at_port(self, run: _Run) -> None:
+        if self._run is run and not self._is_ready:
+            if _answers(self._ready_port):
+                self._ready({})
+            else:
+                self.channel.loop.call_later(_LOOK_AT_PORT, lambda: self._look_at_port(run))
+
+    def looked_at_errors(self, data: bytes) -> bytes:
+        """Look for what says that it is ready; returns the end of the data, where a part of that may be."""
+        if not self._ready_text or self._is_ready:
+            return b""
+        if self._ready_text in data:
+            self._ready({})
+        return data[-len(self._ready_text) :]
 
     def _tell(self, state: str, **fields: Any) -> None:
         self.channel.event(state=state, restarts=self._restarts.count, **fields)
@@ -363,14 +403,23 @@ class _Service:
         tell()
 
 
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(_CONNECT_LIMIT)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def service(channel: "RequestChannel") -> None:
     """Handle the request `service`: run a program until the manager ends it, and start it again when it dies.
 
     It is asked for as `argv`, or as `source` (a small package of modules, one of which has a `main`) for `python`.
-    INPUT goes to its standard input and is kept, to be fed again at a restart. It is ready when it prints a line with
-    the text `ready`, or a line of `marker` and a JSON object {"event": "ready", ...}; with neither, at once. It is
-    started again, at most `restarts` times in a while, if it was ready once and ends with anything but status 0; with
-    `again` it is taken for one that was ready before.
+    INPUT goes to its standard input and is kept, to be fed again at a restart. `files` are put into its scratch
+    directory, whose path stands for $LAZYCLUSTER_SCRATCH in arguments, variables, files and `cwd`.
+
+    It is ready when it prints a line with the text `ready`, or a line of `marker` and a JSON object
+    {"event": "ready", ...}, or when `ready_port` answers; with nothing of that, at once. It is started again, at most
+    `restarts` times in a while, if it was ready once and ends with anything but status 0; with `again` it is taken for
+    one that was ready before.
 
     With `gpus`, e.g. {"count": 1, "idle": true}, it gets as many GPUs for itself, of those that others do not use; if
     the host has too few, it is the error "gpu".

@@ -28,7 +28,7 @@ _COMMANDS = {
     "put": ("copy:put", "Copy files and folders to hosts."),
     "get": ("copy:get", "Copy files and folders from hosts."),
     "start": ("start:start", "Start a Dask or Hyperopt cluster, until Ctrl-C."),
-    "start-dask": ("start:start_dask", "The same as 'start dask'."),
+    "start-dask": ("start:", "The same as 'start dask'."),
     "forward": ("ports:forward", "Make ports of a host reachable on this machine."),
     "expose": ("ports:expose", "Make ports of this machine reachable on hosts."),
     "env": ("env:env", "Show, make and remove Python environments on hosts."),
@@ -49,7 +49,8 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(f"lazycluster.cli.commands.{module}"), attribute)
+        found = importlib.import_module(f"lazycluster.cli.commands.{module}")
+        command: click.Command = getattr(found, attribute) if attribute else found.start_alias(cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -15,18 +15,14 @@ from rich.text import Text
 
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.core.words import counted
-from lazycluster.engines.dask.cluster import DaskCluster
-from lazycluster.engines.hyperopt.cluster import HyperoptCluster
 from lazycluster.exceptions import one_line
 from lazycluster.output.host_cells import megabytes
 
 from .console import OutputGoneError, is_terminal, lines_of, output
 
 if TYPE_CHECKING:
-    from distributed import Client
-
+    from lazycluster.cluster.engine_cluster import EngineCluster
     from lazycluster.cluster.health import ClusterEvent, ProcessStatus
-    from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
     from lazycluster.cluster.usage import ProcessUsage
 
 __all__ = ["serve"]
@@ -37,7 +33,7 @@ _STYLES = {"ready": "green", "failed": "bold red", "ended": "dim"}
 _PATIENCE = 0.5  # seconds for what hosts tell of their workers; the view goes on without it
 
 
-def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
+def serve(cluster: EngineCluster, connection_file: Path | None) -> None:
     """Show a cluster until Ctrl-C, or until it has failed for good.
 
     Args:
@@ -61,7 +57,7 @@ def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
 
     with contextlib.ExitStack() as stack:
         if is_terminal():
-            work = _work(cluster, stack)
+            work = stack.enter_context(cluster._work_line())
             view = Live(console=output(), refresh_per_second=1, get_renderable=lambda: _view(cluster, work))
             stack.enter_context(view)
         else:
@@ -71,7 +67,7 @@ def serve(cluster: MasterWorkerCluster, connection_file: Path | None) -> None:
     raise OutputGoneError
 
 
-def _check(cluster: MasterWorkerCluster) -> None:
+def _check(cluster: EngineCluster) -> None:
     master, workers = cluster.master, cluster.workers
     if master is not None and master.state in ("failed", "ended"):
         raise ClusterError(f"{master.name} has ended: {master.problem}\n{master.log}")
@@ -80,55 +76,22 @@ def _check(cluster: MasterWorkerCluster) -> None:
         raise ClusterError(f"no worker is left; the last one, {last.name} on {last.host}: {last.problem}\n{last.log}")
 
 
-def _public_module(name: str) -> str:
-    """Return the documented module of a cluster's class: those of our engines are imported from ``cluster``."""
-    package, _, rest = name.partition(".engines.")
-    return f"{package}.cluster.{rest.partition('.')[0]}_cluster" if package == "lazycluster" and rest else name
-
-
-def _how_to_connect(cluster: MasterWorkerCluster, connection_file: Path | None) -> list[str]:
-    name = type(cluster).__name__
+def _how_to_connect(cluster: EngineCluster, connection_file: Path | None) -> list[str]:
+    name, module = type(cluster).__name__, cluster.engine.module or type(cluster).__module__
     workers = counted(len(cluster.workers), "worker")
     lines = [f"{name} with {workers}, its master on port {cluster.master_port} of this machine."]
     if connection_file is not None:
         lines += [
             "Connect from Python (the file holds secrets, and goes when the cluster ends):",
-            f"  from {_public_module(type(cluster).__module__)} import {name}",
+            f"  from {module} import {name}",
             f'  {name}.connect("{connection_file}")',
         ]
     else:
         lines.append("For other processes to connect, start it with --connection-file FILE.")
-    if isinstance(cluster, DaskCluster):
-        lines.append(f"Dashboard (its address is a secret): {cluster.dashboard_link}")
-    return lines
+    return [*lines, *cluster._further_addresses()]
 
 
-def _work(cluster: MasterWorkerCluster, stack: contextlib.ExitStack) -> Callable[[], str]:
-    """Return what says in a line what is done."""
-    if isinstance(cluster, DaskCluster):
-        client = stack.enter_context(cluster.get_client(timeout=10))
-
-        def dask() -> str:
-            workers = _all_workers(client)
-            threads = sum(w["nthreads"] for w in workers)
-            running = sum(w["metrics"].get("task_counts", {}).get("executing", 0) for w in workers)
-            return f"{counted(threads, 'thread')}, {counted(running, 'task')} running"
-
-        return dask
-    if isinstance(cluster, HyperoptCluster):
-        return lambda: str(cluster.progress())
-    return lambda: ""
-
-
-def _all_workers(client: Client) -> list[dict[str, Any]]:
-    try:
-        info = client.scheduler_info(n_workers=-1)
-    except TypeError:  # before 2025.4 it had all workers anyway
-        info = client.scheduler_info()
-    return list(info["workers"].values())
-
-
-def _view(cluster: MasterWorkerCluster, work: Callable[[], str]) -> RenderableType:
+def _view(cluster: EngineCluster, work: Callable[[], str]) -> RenderableType:
     used: dict[str, ProcessUsage] = {}
     try:
         used = cluster.usage(_PATIENCE)

@@ -139,7 +139,7 @@ class WorkerLauncher(abc.ABC):
         for host, _ in new:
             if host not in by_host:
                 raise ValueError(f"{host} is not a host of the group; it has: {', '.join(by_host)}")
-        listeners = [Listener(by_host[host], port, Reach.EVERYBODY) for host, port in new]
+        listeners = [Listener(by_host[host], port, Reach.ALL) for host, port in new]
         failed = await self._worker_tunnels.open(listeners, places)
         self._tunnelled.update((host, port) for host, port in new if port not in failed)
         for _, error in failed.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import signal
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .services import Service
 
-__all__ = ["ClusterEvent", "ProcessStatus", "Watch"]
+__all__ = ["ClusterEvent", "ProcessStatus", "Watch", "how_it_ended"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -84,6 +85,15 @@ class ClusterEvent:
         return f"{text}: {self.detail}" if self.detail else text
 
 
+def how_it_ended(status: int | None) -> str:
+    """Return what an exit status, or a negative signal, says."""
+    if status is None:
+        return "it has ended, with an unknown exit status"
+    if status == -signal.SIGKILL:
+        return "it was killed (SIGKILL); the host may have run out of memory"
+    return f"it has ended with exit status {status}" if status >= 0 else f"it was ended by signal {-status}"
+
+
 EventCallback = Callable[[ClusterEvent], Any]
 
 
@@ -111,9 +121,9 @@ class Watch:
 
         return forget
 
-    def note(self, service: Service, kind: str, detail: str = "") -> None:
-        """Take note of what has happened to a service."""
-        event = ClusterEvent(datetime.datetime.now(), kind, service.label, service.place.host, detail)
+    def note_of(self, name: str, host: str, kind: str, detail: str = "") -> None:
+        """Take note of what has happened to a process."""
+        event = ClusterEvent(datetime.datetime.now(), kind, name, host, detail)
         self._events.append(event)
         for callback in list(self._callbacks):
             try:

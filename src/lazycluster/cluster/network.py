@@ -23,28 +23,41 @@ _AT_ONCE = 48  # candidates that are looked at beyond those that are needed
 
 
 class Reach(Enum):
-    """Who is to reach a port of a worker."""
+    """Who is to reach a port, beside the processes of its own host."""
 
+    LOCAL = "local"
     MANAGER = "manager"
-    EVERYBODY = "everybody"
+    ALL = "all"
 
 
 @dataclass(frozen=True)
-class PortUse:
-    """A port that each worker of an engine listens on.
+class Port:
+    """A port, or several, that a process of an engine listens on, at 127.0.0.1.
 
     Attributes:
         name: What it is for.
-        reach: Who connects to it.
+        reach: Who connects to it. Where it is reached, it has the same address and number.
+        count: How many there are; with more than one, their names are ``name0``, ``name1``, ...
     """
 
     name: str
-    reach: Reach
+    reach: Reach = Reach.ALL
+    count: int = 1
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the single ports."""
+        return [self.name] if self.count == 1 else [f"{self.name}{index}" for index in range(self.count)]
+
+
+def single_ports(ports: Iterable[Port]) -> list[Port]:
+    """Return the same ports, each by itself."""
+    return [Port(name, port.reach) for port in ports for name in port.names]
 
 
 @dataclass(frozen=True)
 class Listener:
-    """A worker's port.
+    """A port of a process on a host.
 
     Attributes:
         place: Where it listens.
@@ -130,6 +143,7 @@ class Network:
 
     def __init__(self) -> None:
         self._tunnels: dict[int, list[Tunnel]] = {}
+        self._masters: dict[int, list[Listener]] = {}
         self.on_lost: Callable[[Tunnel], object] | None = None
 
     def _keep(self, port: int, tunnel: Tunnel) -> None:
@@ -138,12 +152,14 @@ class Network:
             tunnel.on_lost.append(self.on_lost)
 
     async def share_master(self, port: int, places: Iterable[WorkerHost]) -> dict[str, LazyclusterError]:
-        """Make a port of the manager reachable on hosts.
+        """Make the port of a master reachable on hosts: one of the manager, or of a host that `open_master` was told.
 
         Returns:
             Why it is not, for the hosts where it is not.
         """
         places = list(places)
+        if port in self._masters:
+            return await self.extend(self._masters[port], places)
         open_to = {tunnel.host for tunnel in self._tunnels.get(port, []) if tunnel.is_open}
         reached = {place.network for place in places if place.host in open_to}
         wanted = _one_each(place for place in places if place.network not in reached)
@@ -157,6 +173,15 @@ class Network:
             if isinstance(outcome, LazyclusterError)
         }
         return {place.host: failed[place.network] for place in places if place.network in failed}
+
+    async def open_master(
+        self, listeners: Sequence[Listener], places: Sequence[WorkerHost]
+    ) -> dict[int, tuple[str, LazyclusterError]]:
+        """Make the ports of a master on a host reachable, see `open`; the first is the one that it is known by."""
+        failed = await self.open(listeners, places)
+        if not failed:
+            self._masters[listeners[0].port] = list(listeners)
+        return failed
 
     async def open(
         self, listeners: Sequence[Listener], places: Sequence[WorkerHost]
@@ -173,8 +198,9 @@ class Network:
         requests: list[TunnelRequest] = []
         for listener in listeners:
             port, home = listener.port, listener.place
-            requests.append(TunnelRequest(home.connection, "from_runtime", port, port))
-            if listener.reach is Reach.EVERYBODY:
+            if listener.reach is not Reach.LOCAL:
+                requests.append(TunnelRequest(home.connection, "from_runtime", port, port))
+            if listener.reach is Reach.ALL:
                 away = [place for place in places if place.network != home.network]
                 requests += [TunnelRequest(place.connection, "to_runtime", port, port) for place in _one_each(away)]
         failed: dict[int, tuple[str, LazyclusterError]] = {}
@@ -195,7 +221,7 @@ class Network:
         """
         requests = []
         for listener in listeners:
-            if listener.reach is Reach.EVERYBODY:
+            if listener.reach is Reach.ALL:
                 open_to = {tunnel.network for tunnel in self._tunnels.get(listener.port, []) if tunnel.is_open}
                 new = [place for place in places if place.network not in open_to]
                 requests += [
@@ -223,6 +249,8 @@ class Network:
 
     async def close(self, port: int | None = None) -> None:
         """Close the tunnels of a port, or all."""
+        for number in list(self._masters) if port is None else [port]:
+            self._masters.pop(number, None)
         ports = list(self._tunnels) if port is None else [port]
         tunnels = [tunnel for number in ports for tunnel in self._tunnels.pop(number, [])]
         with contextlib.suppress(LazyclusterError):  # a connection that has gone took its tunnels along

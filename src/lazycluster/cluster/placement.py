@@ -13,7 +13,7 @@ from lazycluster.exceptions import LazyclusterError, NoAnswerError
 from .exceptions import ClusterError
 from .worker_hosts import WorkerHost, usable
 
-__all__ = ["Gpus", "in_turn", "rooms"]
+__all__ = ["Gpus", "capacity", "round_robin"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -40,7 +40,7 @@ class Gpus:
             raise ValueError(f"gpus_per_worker must be an integer of at least 1, not {self.count!r}")
 
 
-def in_turn(
+def round_robin(
     places: Sequence[WorkerHost], count: int, present: Mapping[str, int], room: Mapping[str, int] | None = None
 ) -> list[WorkerHost]:
     """Return the places of some new workers: each where there are the fewest, in the group's order.
@@ -74,7 +74,7 @@ def in_turn(
     return chosen
 
 
-async def rooms(places: Sequence[WorkerHost], gpus: Gpus, present: Mapping[str, int]) -> dict[str, int]:
+async def capacity(places: Sequence[WorkerHost], gpus: Gpus, present: Mapping[str, int]) -> dict[str, int]:
     """Return for each host how many more workers its GPUs suffice for. Logs which hosts are left out, and why.
 
     Args:

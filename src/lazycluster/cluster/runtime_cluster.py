@@ -22,20 +22,23 @@ from lazycluster.core import event_loop, lifetime
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from lazycluster.output import progress
 from lazycluster.output.lines import settled, write
-from lazycluster.output.view import headline
+from lazycluster.output.view import Cell, Fact, Shown, View, headline
 
 from . import connection_file
 from .contracts import DEFAULT_TIMEOUT, MasterLauncher, RuntimeCluster, WorkerLauncher
 from .exceptions import ClusterError
-from .launchers import ServiceMasterLauncher, prepare
+from .health import ClusterEvent, EventCallback, ProcessStatus, Watch
+from .master_launcher import ServiceMasterLauncher, prepare
+from .own_master import OwnMasterWatch
 from .placement import Gpus
-from .staff import ENDED
-from .watched import WatchedCluster
-from .workers import ServiceWorkerLauncher
+from .usage import Meter, ProcessUsage
+from .views import cluster_view
+from .worker_launcher import ENDED, ServiceWorkerLauncher
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
 
+    from .services import Service
 
 __all__ = ["MasterLauncher", "MasterWorkerCluster", "RuntimeCluster", "WorkerLauncher"]
 
@@ -44,7 +47,7 @@ _INTERRUPT_LIMIT = 15.0  # seconds
 logger = logging.getLogger("lazycluster")
 
 
-class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
+class MasterWorkerCluster(Shown, RuntimeCluster):
     """Base of clusters with a master and workers.
 
     Args:
@@ -93,7 +96,9 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
             raise ValueError(f"min_workers must be at least 1, not {min_workers}")
         if idle_gpus and gpus_per_worker is None:
             raise ValueError("idle_gpus says which GPUs may be used: say how many with gpus_per_worker, too")
-        super().__init__()
+        self._watch = Watch()
+        self._meter = Meter()
+        self._own_master = OwnMasterWatch(self._watch)
         self._group = runtime_group
         self._all_ports = _checked_ports(ports, self.DEFAULT_PORT_RANGE_START, self.DEFAULT_PORT_RANGE_END)
         self._ports = list(self._all_ports)
@@ -200,6 +205,8 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
                 self._ports = [port for port in left if port in set(self._ports)]
             else:
                 _call(self._master_launcher.start, master_port, timeout, debug=debug)
+            if self._is_custom(self._master_launcher):
+                self._own_master.begin(self._master_launcher.process)
             taken = self.master_port
             self._ports = [port for port in self._ports if port != taken]
             self._begun("starting")
@@ -254,6 +261,65 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
         """Return what another process needs to connect, as JSON can hold it."""
         raise ClusterError(f"{type(self).__name__} has no connection files")
 
+    # --- how its processes are ------------------------------------------------------------------
+    @property
+    def status(self) -> Any:
+        """What the cluster does: ``created``, ``starting``, ``running``, ``closing``, ``closed`` or ``failed``.
+
+        A cluster has failed if it did not start, or if its master, or each of its workers, has ended for good: it was
+        started again as often as is allowed within minutes. Use of it raises an error then, which says why.
+        """
+        return "failed" if self._state == "running" and self._problem() else self._state
+
+    @property
+    def master(self) -> ProcessStatus | None:
+        """State of the master; None if it was not started, or by a launcher of your own that tells no process."""
+        found = (ProcessStatus.of(service) for service in self._services(self._master_launcher))
+        return next(found, self._own_master.status)
+
+    @property
+    def workers(self) -> list[ProcessStatus]:
+        """How each worker does, those that have failed for good included."""
+        return [ProcessStatus.of(service) for service in self._services(self._worker_launcher)]
+
+    def usage(self, timeout: float = 1.0) -> dict[str, ProcessUsage]:
+        """Ask the hosts what the workers use of them: processor and memory, each with all that it has started.
+
+        May be called every second: it costs a host no more than 1 % of a core.
+
+        Args:
+            timeout: Seconds for the hosts' answers. One that says nothing is waited for only once.
+
+        Returns:
+            What is known, by the names that `workers` has. What has not been heard of for 10 s is left out.
+
+        Examples:
+            >>> for name, used in cluster.usage().items():                       # doctest: +SKIP
+            ...     print(name, used.cpu, used.memory)
+        """
+        return event_loop.run(self._meter.look(self._services(self._worker_launcher), timeout))
+
+    @property
+    def events(self) -> list[ClusterEvent]:
+        """What has happened to the master and the workers, the latest last."""
+        return self._watch.events
+
+    def on_event(self, callback: EventCallback) -> Callable[[], None]:
+        """Have a function called with each event of the master and the workers.
+
+        It is called on the thread that serves all connections: it must not wait, nor use the cluster itself.
+
+        Args:
+            callback: The function; it gets a `ClusterEvent`.
+
+        Returns:
+            A function that ends it.
+
+        Examples:
+            >>> cluster.on_event(print)                                          # doctest: +SKIP
+        """
+        return self._watch.on_event(callback)
+
     def print_log(self) -> None:
         """Print the logs of the group's tasks, and what master and workers printed."""
         self._group.print_log()
@@ -280,7 +346,7 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
                 self._forgetting.detach()
             while self._connection_files:
                 connection_file.remove(self._connection_files.pop(), self._files_owner)
-            for launcher in (self._worker_launcher, self._master_launcher):
+            for launcher in (self._worker_launcher, self._own_master, self._master_launcher):
                 try:
                     launcher.cleanup()
                 except Exception as error:  # noqa: BLE001 - whatever a custom launcher does, the rest must be ended
@@ -310,7 +376,9 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
 
     def _end_when_forgotten(self) -> None:
         if self._forgetting is None or not self._forgetting.alive:
-            self._forgetting = lifetime.when_forgotten(self, (self._worker_launcher, self._master_launcher))
+            self._forgetting = lifetime.when_forgotten(
+                self, (self._worker_launcher, self._own_master, self._master_launcher)
+            )
 
     def _begun(self, state: str) -> None:
         """Note what has been reached, unless somebody ends it meanwhile."""
@@ -382,6 +450,59 @@ class MasterWorkerCluster(WatchedCluster, RuntimeCluster):
             self._group.expose_port_to_runtimes(port)
         except LazyclusterError as error:
             logger.warning("the master's port %d is not exposed to all hosts: %s", port, error)
+
+    # --- what is shown of it --------------------------------------------------------------------
+    def _further_addresses(self) -> list[str]:
+        """Return lines on what else can be looked at, for a cluster in the foreground."""
+        return []
+
+    @contextlib.contextmanager
+    def _work_line(self) -> Iterator[Callable[[], str]]:
+        """Have a function that says in a line what is done, for a cluster in the foreground."""
+        yield lambda: ""
+
+    @property
+    def _processes(self) -> list[Service]:
+        """The processes of the workers."""
+        return self._services(self._worker_launcher)
+
+    def _facts(self) -> list[Fact]:
+        """Return what is said of the cluster."""
+        hosts = dict.fromkeys(worker.place.host for worker in self._processes)
+        facts: list[Fact] = [("master", f"port {self.master_port}" if self.master_port else "none")]
+        facts.append(("hosts", str(len(hosts))))
+        problem = self._problem() if self._state == "running" else ""
+        return [*facts, ("problem", Cell(problem, "bad"))] if problem else facts
+
+    def _columns(self) -> dict[str, list[str]]:
+        """Return what an engine shows of each worker beside its state."""
+        return {}
+
+    def _view(self) -> View:
+        state = "failed" if self._state == "running" and self._problem() else self._state
+        return cluster_view(type(self).__name__, state, self._facts(), self._processes, self._columns())
+
+    @staticmethod
+    def _services(launcher: MasterLauncher | WorkerLauncher) -> list[Service]:
+        return list(getattr(launcher, "services", []))
+
+    def _problem(self) -> str:
+        """Return why the cluster cannot do anything any more, "" if it can."""
+        if problem := self._master_problem():
+            return problem
+        workers = self._services(self._worker_launcher)
+        if workers and all(worker.state == "failed" for worker in workers):
+            return f"no worker is left; the last one: {workers[-1].error}"
+        return ""
+
+    def _master_problem(self) -> str:
+        failed = (s for s in self._services(self._master_launcher) if s.state == "failed")
+        return next((str(service.error) for service in failed), self._own_master.problem)
+
+    def _check_alive(self) -> None:
+        problem = self._problem() if self._state == "running" else ""
+        if problem:
+            raise ClusterError(f"the cluster has failed: {problem}\n  Next step: call cleanup(), then start()")
 
 
 def _launcher(given: Any, group: RuntimeGroup) -> Any:

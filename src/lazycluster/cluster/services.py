@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,8 +20,8 @@ from lazycluster.ssh.agent_replies import NAME, check_shape
 from lazycluster.utils import new_log_file_path
 
 from .exceptions import ServiceError
-from .health import Watch
-from .programs import Program
+from .health import Watch, how_it_ended
+from .service_spec import ServiceSpec
 from .worker_hosts import WorkerHost
 
 logger = logging.getLogger("lazycluster")
@@ -45,7 +44,11 @@ _SAID: dict[str, dict[str, Any]] = {
 
 # The same of what our own programs say.
 _MESSAGES: dict[str, dict[str, Any]] = {
-    "versions": {"python": [int], "executable": NAME, "packages": {...: (str, type(None))}},
+    "versions": {
+        "python": [int],
+        "executable": NAME,
+        **{name: {...: (str, type(None))} for name in ("packages", "programs?")},
+    },
     "port_taken": {"port": range(1, 65536)},
     "respawned": {"status?": (int, type(None)), "out_of_memory?": (str, type(None))},
 }
@@ -60,17 +63,17 @@ class Service:
     restart, it is started again there, within the same limit.
 
     Args:
-        program: What runs.
+        spec: What runs.
         place: Where.
         label: The name of this very process.
         debug: Whether its output is printed as it comes.
         on_change: Called when its state has changed.
         watch: Is told what happens to it.
-        renew: Prepares its host, whose agent is another one now, sets `place`, and returns what the program is told
-            there. Without it, the service ends with its agent.
+        renew: Prepares its host, whose agent is another one now, and sets `place` and `spec` to what holds there.
+            Without it, the service ends with its agent.
 
     Attributes:
-        program: What runs.
+        spec: What runs.
         place: Where.
         label: The name of this very process.
         state: ``new``, ``starting``, ``ready``, ``restarting``, ``ended`` (as it was asked to) or ``failed``.
@@ -80,12 +83,13 @@ class Service:
         respawns: How often it has itself started the process again that it watches.
         problem: Why it failed or was started again the last time.
         gpus: What is known of the GPUs that it was given.
+        ports: Its ports by name, once they are chosen.
         log_file: The file with all that it printed.
     """
 
     def __init__(
         self,
-        program: Program,
+        spec: ServiceSpec,
         place: WorkerHost,
         label: str,
         *,
@@ -94,7 +98,7 @@ class Service:
         watch: Watch | None = None,
         renew: Callable[[Service], Awaitable[Any]] | None = None,
     ) -> None:
-        self.program = program
+        self.spec = spec
         self.place = place
         self.label = label
         self.state: State = "new"
@@ -105,13 +109,14 @@ class Service:
         self.problem = ""
         self.gpus: list[dict[str, Any]] = []
         self.detail: dict[str, Any] = {}
+        self.ports: dict[str, int] = {}
         self.log_file = new_log_file_path(place.host, label)
         self.error: ServiceError | None = None
         self._live = Lines(place.host) if debug else None
         self._on_change = on_change
         self._watch_of = watch
         self._renew = renew
-        self._agents = RestartPolicy(program.restarts)
+        self._agents = RestartPolicy(spec.restarts)
         self._restarts_before = 0  # under agents that are lost
         self._away = False
         self._log: io.FileIO | None = None
@@ -140,27 +145,68 @@ class Service:
         self._watching = asyncio.ensure_future(self._watch())
 
     def _begin(self, again: bool) -> None:
-        program, place = self.program, self.place
+        spec, place = self.spec, self.place
+        ready_port = self.ports.get(spec.ready_port)
         params: dict[str, Any] = {
-            "env": {**program.env, **place.env},
-            "cwd": place.cwd,
+            "env": {**spec.env, **place.env, **spec.secrets},
+            "cwd": spec.cwd or place.cwd,
             "task": self.label,
-            "marker": program.marker,
-            "ready": program.ready,
-            "restarts": program.restarts,
-            "patience": program.patience,
+            "marker": spec.marker,
+            "ready": spec.ready,
+            "restarts": spec.restarts,
+            "patience": spec.patience,
             "again": again,
+            **({"files": dict(spec.files)} if spec.files else {}),
+            **({"ready_port": ready_port} if ready_port else {}),
+            **({"stop_signal": spec.stop_signal} if spec.stop_signal != "TERM" else {}),
+            **({"gpus": {"count": spec.gpus, "idle": spec.idle_gpus}} if spec.gpus else {}),
         }
-        if program.gpus:
-            params["gpus"] = {"count": program.gpus, "idle": program.idle_gpus}
-        if program.source is not None:
-            params |= {"source": program.source.message(), "python": place.python}
+        if spec.source is not None:
+            params |= {"source": spec.source.message(), "python": place.python}
         else:
-            params["argv"] = list(program.argv)
+            params |= {"argv": list(spec.command), "secret": bool(spec.secrets or spec.files)}
         self._channel = place.connection.channel(
             "service", params, stdout=self._on_output, stderr=self._on_output, event=self._on_event
         )
         self.state = "starting"
+
+    async def come_up(self, spec: ServiceSpec, ports: Mapping[str, int]) -> int | None:
+        """Tell a program of ours its settings, or start another one, which was not started before.
+
+        Args:
+            spec: What it is, now that its ports are chosen.
+            ports: These ports by name.
+
+        Returns:
+            None once it is ready; else one of the ports, which is taken.
+
+        Raises:
+            ServiceError: If it ends instead.
+        """
+        self.spec, self.ports = spec, dict(ports)
+        if spec.source is None:
+            self._agents = RestartPolicy(spec.restarts)
+            self.start()
+        elif spec.settings is not None:
+            await self.send(spec.settings())
+        try:
+            while True:
+                name, fields = await self.message()
+                if name == "ready":
+                    return None
+                if name == "port_taken":
+                    return int(fields["port"])
+        except ServiceError as error:
+            if spec.port_taken and spec.port_taken in error.output:
+                return next(iter(ports.values()))
+            raise
+
+    def again(self) -> Service:
+        """Return one of the same name and place that was not started."""
+        debug, on_change = self._live is not None, self._on_change
+        return Service(
+            self.spec, self.place, self.label, debug=debug, on_change=on_change, watch=self._watch_of, renew=self._renew
+        )
 
     async def send(self, settings: Any) -> None:
         """Send a line of JSON to its standard input; from now on it is fed this one when it is started again."""
@@ -226,7 +272,7 @@ class Service:
     def _is_restarted(self, problem: str) -> None:
         self.state, self.problem = "restarting", problem
         if log_limit.may_log(self.place.host):
-            lost = f"; {self.program.at_restart}" if self.program.at_restart else ""
+            lost = f"; {self.spec.at_restart}" if self.spec.at_restart else ""
             logger.warning("%s: %s: %s, and is started again%s", self.place.host, self.label, problem, lost)
             self._note("restarting", f"{problem}, and is started again{lost}")
         self._changed()
@@ -252,7 +298,7 @@ class Service:
 
     def _note(self, kind: str, detail: str = "") -> None:
         if self._watch_of is not None:
-            self._watch_of.note(self, kind, detail)
+            self._watch_of.note_of(self.label, self.place.host, kind, detail)
 
     def _how(self, out_of_memory: str) -> str:
         status = self.exit_status
@@ -261,11 +307,7 @@ class Service:
             return f"another program has taken its port {port}"
         if out_of_memory:
             return _OUT_OF_MEMORY.get(out_of_memory, _OUT_OF_MEMORY["host"])
-        if status is None:
-            return "it has ended, for an unknown reason"
-        if status == -signal.SIGKILL:
-            return "it was killed (SIGKILL); the host may have run out of memory"
-        return f"it has ended with exit status {status}" if status >= 0 else f"it was ended by signal {-status}"
+        return how_it_ended(status)
 
     def _say(self, name: str, fields: dict[str, Any]) -> None:
         if len(self._messages) < 100:  # nobody reads them any more once it is ready
@@ -330,9 +372,10 @@ class Service:
             try:
                 await connection.wait_until_open()
                 await asyncio.sleep(delay)
-                settings = await self._renew(self)
+                await self._renew(self)
                 self._begin(again=True)
-                await self.send(settings)
+                if self.spec.settings is not None:
+                    await self.send(self.spec.settings())
                 if self._given_up:
                     self.signal("END")
                 return None
@@ -409,18 +452,6 @@ def _status(fields: Mapping[str, Any]) -> int | None:
     if fields.get("signal") is not None:
         return -int(fields["signal"])
     return fields.get("exit")
-
-
-async def ready_or_port_taken(service: Service) -> tuple[str, dict[str, Any]]:
-    """Wait until a service is ready, or needs other ports.
-
-    Raises:
-        ServiceError: If it ends instead.
-    """
-    while True:
-        name, fields = await service.message()
-        if name in ("ready", "port_taken"):
-            return name, fields
 
 
 async def stop_all(services: Sequence[Service]) -> None:

@@ -1,4 +1,4 @@
-"""Whether the software on the hosts matches the manager's, found out before anything is started."""
+"""A check before anything is started: the software on the hosts against the manager's."""
 
 from __future__ import annotations
 
@@ -6,157 +6,194 @@ import asyncio
 import importlib.util
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lazycluster.core.extras import install_command
 from lazycluster.exceptions import LazyclusterError
 
 from .exceptions import ClusterError, ServiceError, VersionMismatchError, WorkerStartError
-from .workers import Worker
+from .sent import messages
+from .service_spec import ServiceSpec, Source
+from .services import Service, as_kind, stop_all
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .worker_hosts import WorkerHost
+    from .worker_launcher import Worker
 
 logger = logging.getLogger("lazycluster")
 
 _LIMIT = 60.0  # seconds
 _PYTHON = "python"
 
-CheckVersions = Literal["error", "warn", "ignore"]
 
-
-def checked_policy(policy: CheckVersions) -> CheckVersions:
-    """Return what is to happen if versions do not match.
+def check_manager(engine: Engine) -> None:
+    """Make sure that the manager has the packages that an engine needs.
 
     Raises:
-        ValueError: If it makes no sense.
+        ClusterError: If it has not.
     """
-    if policy not in get_args(CheckVersions):
-        raise ValueError(f"check_versions must be 'error', 'warn' or 'ignore', not {policy!r}")
-    return policy
+    missing = [name for name in engine.needed_here() if importlib.util.find_spec(name) is None]
+    if missing:
+        step = install_command(engine.extra) if engine.extra else f"{sys.executable} -m pip install {' '.join(missing)}"
+        raise ClusterError(
+            f"{', '.join(missing)} cannot be imported here, on the manager ({sys.executable}).\n  Next step: {step}"
+        )
 
 
-@dataclass(frozen=True)
-class Software:
-    """What an engine needs.
+def versions_here(engine: Engine) -> dict[str, str | None]:
+    """Return the manager's versions of the packages of an engine."""
+    return messages.versions(_told(engine))
 
-    Attributes:
-        engine: The name of the cluster's class, for messages.
-        extra: The extra of this package that installs it.
-        needed: Packages without which nothing works.
-        same: Packages whose versions must be the same everywhere.
+
+def _told(engine: Engine) -> list[str]:
+    return list(dict.fromkeys((*engine.packages, *engine.same_versions, *engine.told_versions)))
+
+
+async def check_workers(engine: Engine, workers: Sequence[Worker]) -> dict[str, LazyclusterError]:
+    """Compare what our own programs say of their hosts' software with the manager's.
+
+    Args:
+        engine: The statement of the engine. Its `check_versions` says what happens on a difference; what is missing
+            is an error always.
+        workers: The workers, whose programs say ``versions`` first.
+
+    Returns:
+        By name the workers that did not say anything, with the error.
+
+    Raises:
+        WorkerStartError: If one has ended instead.
+        VersionMismatchError: If a host does not match.
     """
+    answers = await _answers({worker.name: worker.service for worker in workers})
+    silent = {worker.name: _silent(worker.service) for worker in workers if worker.name not in answers}
+    _compare(engine, {worker.place.host: answers[worker.name] for worker in workers if worker.name in answers})
+    return silent
 
-    engine: str
-    extra: str
-    needed: tuple[str, ...]
-    same: tuple[str, ...]
 
-    def check_manager(self, *more: str) -> None:
-        """Make sure that the manager has what it takes.
+async def check_worker_hosts(engine: Engine, workers: Sequence[Worker]) -> dict[str, LazyclusterError]:
+    """Find out which software the hosts of workers have, and compare it with the manager's.
 
-        Args:
-            more: Packages that are needed here alone.
+    Returns:
+        By name the workers whose hosts did not say anything, with the error.
 
-        Raises:
-            ClusterError: If it has not.
-        """
-        missing = [name for name in (*self.needed, *more) if importlib.util.find_spec(name) is None]
+    Raises:
+        WorkerStartError: If a program is missing on a host.
+        VersionMismatchError: If the packages of a host do not match.
+    """
+    places = {worker.place.host: worker.place for worker in workers}
+    silent = await _check_hosts(engine, places, engine.worker_needs, f"{engine.name} worker")
+    return {worker.name: silent[worker.place.host] for worker in workers if worker.place.host in silent}
+
+
+async def check_master_host(engine: Engine, place: WorkerHost) -> None:
+    """Do so for the host of a master.
+
+    Raises:
+        ServiceError: If a program is missing there, or nothing can be found out.
+        VersionMismatchError: If its packages do not match.
+    """
+    for error in (
+        await _check_hosts(engine, {place.host: place}, engine.master_needs, f"{engine.name} master")
+    ).values():
+        raise error
+
+
+async def _check_hosts(
+    engine: Engine, places: Mapping[str, WorkerHost], needs: Sequence[str], label: str
+) -> dict[str, LazyclusterError]:
+    if not needs and not engine.packages and not engine.same_versions:
+        return {}
+    source = Source.of("lazycluster.cluster.sent.check", "lazycluster_check")
+    spec = ServiceSpec("software check", source=source, marker=messages.MARKER)
+    services = {host: Service(spec, place, f"{label}, {spec.name}") for host, place in places.items()}
+    try:
+        for service in services.values():
+            service.start()
+            await service.send({"packages": _told(engine), "programs": list(needs)})
+        answers = await _answers(services)
+    finally:
+        await stop_all(list(services.values()))
+    for host, fields in answers.items():
+        missing = [name for name, path in fields.get("programs", {}).items() if path is None]
         if missing:
-            raise ClusterError(
-                f"{', '.join(missing)} cannot be imported here, on the manager ({sys.executable}).\n"
-                f"  Next step: {install_command(self.extra)}"
-            )
-
-    async def check_workers(
-        self, workers: Sequence[Worker], policy: CheckVersions, here: dict[str, str | None]
-    ) -> dict[str, LazyclusterError]:
-        """Compare what the programs of workers say of their hosts' software with the manager's.
-
-        Args:
-            workers: The workers, whose programs say ``versions`` first.
-            policy: What happens on a difference: ``error``, ``warn`` or ``ignore``. What is missing is an error always.
-            here: The manager's versions.
-
-        Returns:
-            By name the workers that did not say anything, with the error.
-
-        Raises:
-            WorkerStartError: If one has ended instead.
-            VersionMismatchError: If a host does not match.
-        """
-        manager = self._row({_PYTHON: list(sys.version_info[:3]), "packages": here})
-        hosts: dict[str, dict[str, str]] = {}
-        executables: dict[str, str] = {}
-        greetings = await _greetings(workers)
-        silent = {worker.name: _silent(worker) for worker in workers if worker.name not in greetings}
-        for worker in workers:
-            if worker.name in silent:
-                continue
-            fields = greetings[worker.name]
-            hosts[worker.place.host] = self._row(fields)
-            executables[worker.place.host] = str(fields["executable"])
-        unusable = {host for host, row in hosts.items() if any(row[name] == "-" for name in self.needed)}
-        differing = [host for host, row in hosts.items() if host in unusable or self._differs(row, manager)]
-        if not differing or (policy == "ignore" and not unusable):
-            return silent
-        marked = [(host, {name: self._marked(name, row, manager) for name in row}) for host, row in hosts.items()]
-        what = f"the software of {', '.join(differing)} does not match the manager's (- is missing, < differs):"
-        same = '  have the manager\'s packages on all hosts: RuntimeGroup(..., environment="manager")'
-        steps = [self._step(host, hosts[host], manager, executables[host]) for host in differing]
-        if not unusable:
-            steps.append(f'  {self.engine}(..., check_versions="warn"), if you know better')
-        message = "\n".join([what, *_table([("manager", manager), *marked]), "Next step, one of:", same, *steps])
-        if policy == "error" or unusable:
-            raise VersionMismatchError(message, differing)
-        logger.warning("%s", message)
-        return silent
-
-    def _row(self, fields: dict[str, Any]) -> dict[str, str]:
-        names = dict.fromkeys((*self.needed, *self.same))
-        packages = {name: fields["packages"].get(name) or "-" for name in names}
-        return {_PYTHON: ".".join(map(str, fields[_PYTHON][:2])), **packages}
-
-    def _differs(self, row: dict[str, str], manager: dict[str, str]) -> bool:
-        return any(row[name] != manager[name] for name in (_PYTHON, *self.same))
-
-    def _marked(self, name: str, row: dict[str, str], manager: dict[str, str]) -> str:
-        version = row[name]
-        compared = name in (_PYTHON, *self.same)
-        return f"{version} <" if compared and version not in ("-", manager[name]) else version
-
-    def _step(self, host: str, row: dict[str, str], manager: dict[str, str], executable: str) -> str:
-        if row[_PYTHON] != manager[_PYTHON]:
-            choose = f'choose a Python {manager[_PYTHON]} with python="auto", or with setup="..."'
-            return f"  {host}: uses {executable}; {choose}"
-        wanted = [
-            f"{name}=={manager[name]}"
-            for name in row
-            if name != _PYTHON and (row[name] == "-" or (name in self.same and row[name] != manager[name]))
-        ]
-        return f"  {host}: {executable} -m pip install {' '.join(wanted)}"
+            names = " and ".join(missing)
+            hint = "install it there, or have it on the PATH: RuntimeGroup(..., environment=...)"
+            raise WorkerStartError(label, host, f"{names} is not on the PATH", hint=hint)
+    _compare(engine, answers)
+    return {host: _silent(service) for host, service in services.items() if host not in answers}
 
 
-def _silent(worker: Worker) -> LazyclusterError:
-    return WorkerStartError(
-        worker.service.label, worker.place.host, f"the host has started nothing that told its versions in {_LIMIT:g} s"
-    )
+def _compare(engine: Engine, answers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare the software of hosts with the manager's.
+
+    Raises:
+        VersionMismatchError: If a host does not match.
+    """
+    manager = _row(engine, {_PYTHON: list(sys.version_info[:3]), "packages": versions_here(engine)})
+    hosts = {host: _row(engine, fields) for host, fields in answers.items()}
+    unusable = {host for host, row in hosts.items() if any(row[name] == "-" for name in engine.packages)}
+    differing = [host for host, row in hosts.items() if host in unusable or _differs(engine, row, manager)]
+    if not differing or (engine.check_versions == "ignore" and not unusable):
+        return
+    marked = [(host, {name: _marked(engine, name, row, manager) for name in row}) for host, row in hosts.items()]
+    what = f"the software of {', '.join(differing)} does not match the manager's (- is missing, < differs):"
+    same = '  have the manager\'s packages on all hosts: RuntimeGroup(..., environment="manager")'
+    steps = [_step(engine, host, hosts[host], manager, str(answers[host]["executable"])) for host in differing]
+    if not unusable:
+        steps.append(f'  {engine.cluster}(..., check_versions="warn"), if you know better')
+    message = "\n".join([what, *_table([("manager", manager), *marked]), "Next step, one of:", same, *steps])
+    if engine.check_versions == "error" or unusable:
+        raise VersionMismatchError(message, differing)
+    logger.warning("%s", message)
 
 
-async def _greetings(workers: Sequence[Worker]) -> dict[str, dict[str, Any]]:
-    """Return by name what workers say first, of those that do so in time."""
-    waits = {asyncio.ensure_future(worker.service.wait_for("versions")): worker.name for worker in workers}
+def _row(engine: Engine, fields: Mapping[str, Any]) -> dict[str, str]:
+    names = dict.fromkeys((*engine.packages, *engine.same_versions))
+    packages = {name: fields["packages"].get(name) or "-" for name in names}
+    return {_PYTHON: ".".join(map(str, fields[_PYTHON][:2])), **packages}
+
+
+def _compared(engine: Engine) -> tuple[str, ...]:
+    # Where no package has to be the same, nothing is pickled from one Python to another.
+    return (_PYTHON, *engine.same_versions) if engine.same_versions else ()
+
+
+def _differs(engine: Engine, row: Mapping[str, str], manager: Mapping[str, str]) -> bool:
+    return any(row[name] != manager[name] for name in _compared(engine))
+
+
+def _marked(engine: Engine, name: str, row: Mapping[str, str], manager: Mapping[str, str]) -> str:
+    version = row[name]
+    return f"{version} <" if name in _compared(engine) and version not in ("-", manager[name]) else version
+
+
+def _step(engine: Engine, host: str, row: Mapping[str, str], manager: Mapping[str, str], executable: str) -> str:
+    if _PYTHON in _compared(engine) and row[_PYTHON] != manager[_PYTHON]:
+        choose = f'choose a Python {manager[_PYTHON]} with python="auto", or with setup="..."'
+        return f"  {host}: uses {executable}; {choose}"
+    wanted = [
+        f"{name}=={manager[name]}"
+        for name in row
+        if name != _PYTHON and (row[name] == "-" or (name in engine.same_versions and row[name] != manager[name]))
+    ]
+    return f"  {host}: {executable} -m pip install {' '.join(wanted)}"
+
+
+def _silent(service: Service) -> LazyclusterError:
+    problem = f"the host has started nothing that told its versions in {_LIMIT:g} s"
+    return WorkerStartError(service.label, service.place.host, problem)
+
+
+async def _answers(services: Mapping[str, Service]) -> dict[str, dict[str, Any]]:
+    """Return what programs say first, by the names of their services, of those that do so in time."""
+    waits = {asyncio.ensure_future(service.wait_for("versions")): name for name, service in services.items()}
     try:
         done, _ = await asyncio.wait(waits, timeout=_LIMIT, return_when=asyncio.FIRST_EXCEPTION)
         return {waits[task]: task.result() for task in done}
     except ServiceError as error:
-        raise WorkerStartError(
-            error.name,
-            error.host,
-            error.problem,
-            exit_status=error.exit_status,
-            output=error.output,
-            log_file=error.log_file,
-        ) from None
+        raise as_kind(WorkerStartError, error) from None
     finally:
         for task in waits:
             task.cancel()

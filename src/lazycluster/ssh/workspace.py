@@ -36,6 +36,7 @@ class Workspace:
         self._started: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._watched: dict[int, int] = {}
+        self._programs: set[int] = set()  # of the watched ones, those that end at once
         self._telling: asyncio.Task[None] | None = None
 
     async def acquire(self) -> None:
@@ -91,8 +92,14 @@ class Workspace:
             self._watched[pid] = started
             self._tell_keeper_soon()
 
+    def end_with_manager(self, pid: int) -> None:
+        """Have a program ended when the manager dies, at once: there is nothing that it has to finish, as ssh has."""
+        self._programs.add(pid)
+        self.watch(pid)
+
     def unwatch(self, pid: int) -> None:
         """Stop having an eye on a process."""
+        self._programs.discard(pid)
         if self._watched.pop(pid, None) is not None:
             self._tell_keeper_soon()
 
@@ -108,7 +115,9 @@ class Workspace:
             await self._tell_keeper()
 
     async def _tell_keeper(self) -> None:
-        await self.keeper.request("keep", pids=[list(pair) for pair in self._watched.items()], paths=[self.directory])
+        pairs = [(pid in self._programs, [pid, started]) for pid, started in self._watched.items()]
+        pids, programs = ([pair for ends, pair in pairs if ends is which] for which in (False, True))
+        await self.keeper.request("keep", pids=pids, programs=programs, paths=[self.directory])
 
 
 _spaces: dict[asyncio.AbstractEventLoop, Workspace] = {}

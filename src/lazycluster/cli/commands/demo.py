@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lazycluster import engines
 from lazycluster.cli.options import connection_options, host_options, targets
-from lazycluster.core.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,35 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
-_PYTHON = {
-    "": """\
+_PYTHON = """\
     from lazycluster import RuntimeGroup
 
     with RuntimeGroup(hosts=[...]) as group:
-        total = sum(group.map(inside, range(20)))""",
-    "dask": """\
-    from lazycluster import RuntimeGroup
-    from lazycluster.engines.dask.cluster import DaskCluster
-
-    with RuntimeGroup(hosts=[...]) as group, DaskCluster(group) as cluster:
-        cluster.start()
-        client = cluster.get_client()""",
-    "hyperopt": """\
-    from lazycluster import RuntimeGroup
-    from lazycluster.engines.hyperopt.cluster import HyperoptCluster
-
-    with RuntimeGroup(hosts=[...]) as group, HyperoptCluster(group) as cluster:
-        cluster.start()
-        best = fmin(objective, space, algo=tpe.suggest, max_evals=20, trials=cluster.trials("first"))""",
-}
-
-_DASK_EXTRA = """\
-The extra "dask" adds Dask clusters (lazycluster start dask).
-  In a checkout, pip install '.[dask]' installs it, too."""
+        total = sum(group.map(inside, range(20)))"""
 
 
 @click.command()
-@click.argument("engine", type=click.Choice(["dask", "hyperopt"]), required=False)
+@click.argument("engine", type=click.Choice(engines.DEMOS), required=False)
 @host_options
 @connection_options
 def demo(
@@ -67,8 +47,9 @@ def demo(
     from lazycluster.exceptions import LazyclusterError
 
     missing = ""
+    shown = engines.demo(engine or engines.DEMOS[0])
     try:
-        _check(engine or "dask")
+        shown.check()
     except LazyclusterError as error:
         if engine is not None:
             raise
@@ -89,27 +70,14 @@ def demo(
     with group:
         _basics(group)
         _calls(group)
-        shown = "" if missing else engine or "dask"
-        if shown:
-            {"dask": _dask, "hyperopt": _hyperopt}[shown](group)
+        if not missing:
+            shown.show(group, say, _inside(), _CALLS, _say_pi)
         say("\nThe same in Python", style="bold")
-        say(_PYTHON[shown], markup=False, soft_wrap=True)
+        say(_PYTHON if missing else shown.PYTHON, markup=False, soft_wrap=True)
     if missing:
         say("\nNot shown: a Dask cluster", style="bold")
-        say(f"  {missing}\n  {_DASK_EXTRA}", markup=False, soft_wrap=True)
+        say(f"  {missing}\n  {shown.MISSING}", markup=False, soft_wrap=True)
     say("\nEverything has ended, and nothing is left on the hosts.")
-
-
-def _check(engine: str) -> None:
-    """Raise an error, with the next step, if packages that an engine needs are not installed here."""
-    if engine == "dask":
-        from lazycluster.engines.dask import launchers
-
-        launchers.SOFTWARE.check_manager("cryptography")
-    else:
-        from lazycluster.engines.hyperopt import workers as hyperopt_workers
-
-        hyperopt_workers.SOFTWARE.check_manager("cryptography")
 
 
 def _basics(group: RuntimeGroup) -> None:
@@ -167,44 +135,3 @@ def _say_pi(hits: int, what: str, began: float) -> None:
 
     pi, duration = 4 * hits / (_CALLS * _POINTS), time.perf_counter() - began
     output().print(f"  pi is about {pi:.4f}: {_CALLS} {what} of {_POINTS:,} random points in {duration:.1f} s")
-
-
-def _dask(group: RuntimeGroup) -> None:
-    from lazycluster.cli.console import output
-    from lazycluster.engines.dask.cluster import DaskCluster
-
-    say = output().print
-    say("\nA Dask cluster on these hosts", style="bold")
-    with DaskCluster(group) as cluster:
-        began = time.perf_counter()
-        cluster.start()
-        workers = counted(group.runtime_count, "worker")
-        say(f"  started in {time.perf_counter() - began:.1f} s: a scheduler here, {workers} there")
-        with cluster.get_client(timeout=10) as client:
-            began = time.perf_counter()
-            _say_pi(sum(client.gather(client.map(_inside(), range(_CALLS)))), "tasks", began)
-
-
-def _hyperopt(group: RuntimeGroup) -> None:
-    import tempfile
-
-    from lazycluster.cli.console import output
-    from lazycluster.engines.hyperopt.cluster import HyperoptCluster
-
-    say = output().print
-    say("\nA hyperparameter search on these hosts", style="bold")
-    with tempfile.TemporaryDirectory() as folder, HyperoptCluster(group, dbpath=folder) as cluster:
-        from hyperopt import fmin, hp, tpe
-
-        began = time.perf_counter()
-        cluster.start()
-        workers = counted(group.runtime_count, "worker")
-        say(f"  started in {time.perf_counter() - began:.1f} s: a database here, {workers} there")
-
-        def objective(x: float) -> float:
-            return (x - 3) ** 2
-
-        space = hp.uniform("x", -10, 10)
-        trials = cluster.trials("demo")
-        best = fmin(objective, space, tpe.suggest, 30, trials=trials, show_progressbar=False, verbose=False)
-        say(f"  the minimum of (x - 3)^2 is near x = {best['x']:.2f}, after 30 evaluations")

@@ -1,4 +1,4 @@
-"""``lazycluster start``: a cluster in the foreground."""
+"""``lazycluster start``: a cluster in the foreground, of any engine that is installed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,42 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
+from lazycluster import engines
 from lazycluster.cli.options import Whole, connection_options, host_options, relay_option, targets
 
 if TYPE_CHECKING:
-    from lazycluster.cluster.runtime_cluster import MasterWorkerCluster
+    from lazycluster.cluster.engine import Option
+    from lazycluster.cluster.engine_cluster import EngineCluster
     from lazycluster.runtime_mgmt import RuntimeGroup
 
-__all__ = ["start", "start_dask"]
+__all__ = ["start", "start_alias"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@click.group()
+class _Engines(click.Group):
+    """A group with a command for each engine, which is loaded when it is named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(engines.known())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _command(cmd_name) if cmd_name in engines.known() else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(entry.name, entry.summary) for entry in engines.known().values()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        entries = engines.known().values()
+        return [CompletionItem(one.name, help=one.summary) for one in entries if one.name.startswith(incomplete)]
+
+
+@click.group(cls=_Engines)
 def start() -> None:
     """Start a cluster, and keep it until Ctrl-C.
 
@@ -29,6 +52,11 @@ def start() -> None:
       lazycluster start dask -w 'node[1-4]' --connection-file cluster.json
       lazycluster start hyperopt -w @all --workers 8 --dbpath ./trials
     """
+
+
+def start_alias(name: str) -> click.Command:
+    """Return the command for an engine that has a name of its own."""
+    return _command(engines.ALIASES[name])
 
 
 def _cluster_options(command: F) -> F:
@@ -51,86 +79,38 @@ def _cluster_options(command: F) -> F:
     return command
 
 
-@click.command("dask", short_help="Start a Dask cluster.")
-@_cluster_options
-@click.option("--threads", type=Whole(), metavar="N", help="Threads per worker (all cores).")
-@click.option("--memory-limit", metavar="SIZE", default="auto", help="Memory per worker: '4 GiB'.")
-@click.option("--gpus-per-worker", type=Whole(), metavar="N", help="One worker for every so many GPUs.")
-@connection_options
-def _dask(
-    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
-    connect_timeout: float | None, accept_new_host_key: bool, workers: int | None, port: int | None,
-    python: str | None, setup: str | None, environment: str | None, relay: bool,
-    connection_file: str | None, threads: int | None, memory_limit: str,
-    gpus_per_worker: int | None,
-) -> None:  # fmt: skip
-    """Start a Dask cluster: the scheduler here, the workers on the hosts.
-
-    All of it goes through the ssh connections, encrypted and authenticated. The dashboard's address is a secret.
-
-    \b
-    Examples:
-      lazycluster start dask -w 'node[1-4]'
-      lazycluster start dask -w @all --workers 8 --connection-file cluster.json
-    then, in Python:
-      from lazycluster.cluster.dask_cluster import DaskCluster
-      client = DaskCluster.connect("cluster.json")
-    """
-
-    def make(group: RuntimeGroup) -> MasterWorkerCluster:
-        from lazycluster.engines.dask.cluster import DaskCluster
-
-        return DaskCluster(group, nthreads=threads, memory_limit=memory_limit, gpus_per_worker=gpus_per_worker)
-
-    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, relay=relay)
-    _serve(chosen, make, workers, port, {"python": python, "setup": setup, "environment": environment}, connection_file)
+def _engine_option(option: Option) -> Callable[[F], F]:
+    kind = {"text": None, "count": Whole(), "directory": click.Path(file_okay=False)}[option.kind]
+    return click.option(
+        option.flag, option.argument, type=kind, metavar=option.metavar, default=option.default, help=option.help
+    )
 
 
-@click.command("hyperopt", short_help="Start a Hyperopt cluster.")
-@_cluster_options
-@click.option(
-    "--dbpath", type=click.Path(file_okay=False), metavar="DIR", help="Keep the trials there, to go on with them later."
-)
-@click.option("--dbname", default="hyperopt", metavar="NAME", help="The name of the database (hyperopt).")
-@click.option("--exp-key", metavar="KEY", help="Work on this search only (on all).")
-@connection_options
-def _hyperopt(
-    hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
-    connect_timeout: float | None, accept_new_host_key: bool, workers: int | None, port: int | None,
-    python: str | None, setup: str | None, environment: str | None, relay: bool,
-    connection_file: str | None, dbpath: str | None, dbname: str,
-    exp_key: str | None,
-) -> None:  # fmt: skip
-    """Start a Hyperopt cluster: the database of the trials here, the workers on the hosts.
+def _command(name: str) -> click.Command:
+    """Return the command that starts an engine, with the options that its statement has."""
+    cluster_class = engines.load(name)
+    engine = cluster_class.engine_class
 
-    Trials that are done stay in --dbpath: start it again there, and fmin goes on where it was.
+    def run(
+        hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
+        connect_timeout: float | None, accept_new_host_key: bool, workers: int | None, port: int | None,
+        python: str | None, setup: str | None, environment: str | None, relay: bool,
+        connection_file: str | None, **options: Any,
+    ) -> None:  # fmt: skip
+        chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, relay=relay)
+        there = {"python": python, "setup": setup, "environment": environment}
+        _serve(chosen, lambda group: cluster_class(group, **options), workers, port, there, connection_file)
 
-    \b
-    Examples:
-      lazycluster start hyperopt -w @all --dbpath trials --connection-file s.json
-    then, in Python:
-      from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
-      trials = HyperoptCluster.connect("s.json", exp_key="svm-1")
-    """
-
-    def make(group: RuntimeGroup) -> MasterWorkerCluster:
-        from lazycluster.engines.hyperopt.cluster import HyperoptCluster
-
-        return HyperoptCluster(group, dbpath=dbpath, dbname=dbname, exp_key=exp_key)
-
-    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, relay=relay)
-    _serve(chosen, make, workers, port, {"python": python, "setup": setup, "environment": environment}, connection_file)
-
-
-start.add_command(_dask)
-start.add_command(_hyperopt)
-# The name that it always had.
-start_dask = _dask
+    run.__doc__ = engine.help or engine.summary or engines.known()[name].summary
+    command: Callable[..., Any] = connection_options(run)
+    for option in reversed(engine.options):
+        command = _engine_option(option)(command)
+    return click.command(name, short_help=engines.known()[name].summary)(_cluster_options(command))
 
 
 def _serve(
     chosen: Any,
-    make: Callable[[RuntimeGroup], MasterWorkerCluster],
+    make: Callable[[RuntimeGroup], EngineCluster],
     workers: int | None,
     port: int | None,
     there: dict[str, Any],

@@ -78,7 +78,7 @@ class UpToDateClient(Client):  # type: ignore[misc]
         def refresh() -> None:  # in a function, so that it goes by value: the hosts have nothing of this package
             from importlib import import_module
 
-            import_module("lazycluster_dask.sent_modules").refresh()
+            import_module("lazycluster_dask.engines.dask.programs.sent_modules").refresh()
 
         call = {"function": dumps(refresh), "args": dumps(()), "kwargs": dumps({}), "wait": True}
         async with scheduler_at(self._calls.address, self.connection_args) as scheduler:

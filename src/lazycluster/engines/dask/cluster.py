@@ -9,30 +9,36 @@ loopback under a secret path, which `DaskCluster.dashboard_link` has.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 import os
 import ssl
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.agent.filenames import dumps
 from lazycluster.cluster import connection_file
+from lazycluster.cluster.contracts import MasterLauncher, WorkerLauncher
+from lazycluster.cluster.engine import CheckVersions
+from lazycluster.cluster.engine_cluster import EngineCluster, checked_count
 from lazycluster.cluster.exceptions import ClusterError
-from lazycluster.cluster.runtime_cluster import MasterLauncher, WorkerLauncher
-from lazycluster.cluster.versions import CheckVersions, checked_policy
+from lazycluster.cluster.sent.messages import LOOPBACK
 from lazycluster.cluster.views import ready
+from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher
 from lazycluster.core import event_loop
 from lazycluster.core.words import counted
 from lazycluster.output.host_cells import megabytes, number
 from lazycluster.output.view import Cell, Fact
 
-from .launchers import SOFTWARE, DaskSettings, LocalMasterLauncher, RoundRobinLauncher
-from .programs import common
-from .scaling import ElasticCluster
+from .engine import DaskEngine
+from .launchers import LocalMasterLauncher, RoundRobinLauncher
+from .scaling import AdaptedCluster, access, check_duration, check_names, checked_amount
 
 if TYPE_CHECKING:
     from distributed import Client, Security, Status
+    from distributed.deploy.adaptive import Adaptive
 
     from lazycluster.runtime_mgmt import RuntimeGroup
 
@@ -42,7 +48,7 @@ _AGAIN = 0.1  # seconds between two attempts to connect to a scheduler that is b
 _CONNECTION = {"scheduler": str, "security": {...: (str, bool, type(None))}, "manager?": int}
 
 
-class DaskCluster(ElasticCluster):
+class DaskCluster(EngineCluster):
     """A Dask cluster. The number of workers defaults to the number of runtimes in the group.
 
     By default the scheduler is started on the manager, and the workers on the hosts in turn. With launchers of your
@@ -80,6 +86,9 @@ class DaskCluster(ElasticCluster):
         55
     """
 
+    engine_class = DaskEngine
+    _adapting: AdaptedCluster | None = None
+
     def __init__(
         self,
         runtime_group: RuntimeGroup,
@@ -98,18 +107,8 @@ class DaskCluster(ElasticCluster):
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
     ) -> None:
-        checked_policy(check_versions)
-        if nthreads is not None and (isinstance(nthreads, bool) or not isinstance(nthreads, int) or nthreads < 1):
-            raise ValueError(f"nthreads must be an integer of at least 1, not {nthreads!r}")
-        self._dask = DaskSettings(
-            nthreads,
-            memory_limit,
-            resources,
-            None if local_directory is None else os.fspath(local_directory),
-            _checked_options(worker_options, "worker_options"),
-            _checked_options(scheduler_options, "scheduler_options"),
-            check_versions,
-        )
+        if nthreads is not None:
+            checked_count(nthreads, "nthreads", 1)
         self._security: Security | None = None
         super().__init__(
             runtime_group,
@@ -117,10 +116,16 @@ class DaskCluster(ElasticCluster):
             master_launcher,
             worker_launcher,
             min_workers=min_workers,
+            check_versions=check_versions,
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
+            nthreads=nthreads,
+            memory_limit=memory_limit,
+            resources=resources,
+            local_directory=None if local_directory is None else os.fspath(local_directory),
+            worker_options=_checked_options(worker_options, "worker_options"),
+            scheduler_options=_checked_options(scheduler_options, "scheduler_options"),
         )
-        SOFTWARE.check_manager(*(["cryptography"] if self._dask.secure else []))
         _check_options(memory_limit, resources)
 
     def _default_master_launcher(self) -> MasterLauncher:
@@ -130,13 +135,18 @@ class DaskCluster(ElasticCluster):
         return RoundRobinLauncher(self._group)
 
     def _connect_launchers(self) -> None:
-        super()._connect_launchers()
         launchers = (self._master_launcher, self._worker_launcher)
         # A launcher that does not know of certificates starts something that does not ask for them.
         self._dask.secure = all(hasattr(launcher, "dask") for launcher in launchers)
         for launcher in launchers:
             if hasattr(launcher, "dask"):
                 launcher.dask = self._dask
+        super()._connect_launchers()
+
+    @property
+    def _dask(self) -> DaskEngine:
+        assert isinstance(self._engine, DaskEngine)
+        return self._engine
 
     # --- for clients ---------------------------------------------------------------------------
     def get_client(self, timeout: int = 2) -> Client:
@@ -235,18 +245,124 @@ class DaskCluster(ElasticCluster):
         port = getattr(self._master_launcher, "ports", {}).get("dashboard")
         if port is None:
             raise ClusterError("the scheduler was started by a launcher of your own, which tells no dashboard")
-        return f"http://{common.LOOPBACK}:{port}/{self._dask.prefix}/status"
+        return f"http://{LOOPBACK}:{port}/{self._dask.prefix}/status"
 
     @property
     def status(self) -> Status:
         """What the cluster does, in distributed's own words."""
         from distributed import Status
 
-        if self._state == "running" and self._scheduler_status() is not None:
-            return Status.failed if self._scheduler_status() else Status.closed
+        if self._state == "running" and self._master_status() is not None:
+            return Status.failed if self._master_status() else Status.closed
         if self._state == "running" and self._problem():
             return Status.failed
         return Status[self._state]  # the same words, on purpose
+
+    # --- more and fewer workers ----------------------------------------------------------------
+    def scale(self, n: int) -> None:
+        """Start workers, or have some leave, until there are `n` on the hosts that the group has now.
+
+        Workers leave in good order: what they hold is copied to others first, tasks that they work on are done by
+        others. Those on hosts that were removed from the group leave, too. This ends `adapt`. A worker's threads and
+        memory do not change when it gets or loses neighbours: where several are to be on a host, say ``nthreads`` and
+        ``memory_limit``.
+
+        Args:
+            n: How many workers there are to be; with 0, tasks wait until there are some again.
+
+        Raises:
+            ClusterError: If the cluster does not run; or if some workers did not start, or could not leave since
+                nobody can take what they hold: then what could be done is done.
+        """
+        count = checked_count(n, "the number of workers", 0)
+        self._check_running()
+        self._end_adapting()
+        super().scale(count)
+
+    def adapt(
+        self,
+        minimum: int | None = None,
+        maximum: float | None = None,
+        *,
+        Adaptive: type[Adaptive] | None = None,  # noqa: N803  (the name that clusters of distributed have)
+        minimum_cores: float | None = None,
+        maximum_cores: float | None = None,
+        minimum_memory: str | float | None = None,
+        maximum_memory: str | float | None = None,
+        **options: Any,
+    ) -> Adaptive:
+        """Have the number of workers follow the load, until `scale` or `cleanup` is called.
+
+        Args:
+            minimum: How many workers there are at least; by default as Dask's configuration says, 0.
+            maximum: How many there are at most; by default as Dask's configuration says, or if that sets no limit, one
+                per host (with `gpus_per_worker`, per GPU), or as many as there are now if that is more.
+            Adaptive: The strategy; by default distributed's own.
+            minimum_cores: How many threads all workers together have at least. This and the next three need workers of
+                one size: as `nthreads` and `memory_limit` of the cluster say, or as those that are there.
+            maximum_cores: How many threads they have at most.
+            minimum_memory: How much memory they have at least: bytes, or a text such as ``"16 GiB"``.
+            maximum_memory: How much memory they have at most.
+            **options: Further options of it, e.g. ``interval="1s"``, ``wait_count=3``, ``target_duration="5s"``.
+
+        Returns:
+            What adapts the cluster; its ``stop()`` leaves the cluster as it is then.
+
+        Raises:
+            ClusterError: If the cluster does not run, or the size of its workers is not known.
+            TypeError: If there is no such option.
+            ValueError: If a number makes no sense.
+        """
+        import dask.config
+        from distributed.deploy import adaptive
+
+        self._check_running()
+        launcher = self._own_launcher()
+        strategy_class = Adaptive or adaptive.Adaptive
+        check_names(options, strategy_class)
+        minimum, maximum = self._bounds(
+            minimum, maximum, ("cores", minimum_cores, maximum_cores), ("memory", minimum_memory, maximum_memory)
+        )
+        if minimum is None:
+            minimum = int(dask.config.get("distributed.adaptive.minimum"))
+        if maximum is None:
+            maximum = dask.config.get("distributed.adaptive.maximum")
+        checked_count(minimum, "minimum", 0)
+        if maximum != math.inf:
+            checked_count(maximum, "maximum", max(1, minimum))
+        else:
+            maximum = max(launcher.default_count(), len(launcher.workers), minimum, 1)
+        for name in ("interval", "target_duration"):
+            check_duration(options.get(name), name)
+        self._end_adapting()
+        view = event_loop.run(AdaptedCluster.begin(self, launcher, *access(self._dask, self._master_endpoint().port)))
+        try:
+            strategy = strategy_class(view, minimum=minimum, maximum=maximum, **options)
+        except BaseException:
+            event_loop.run(view.end())
+            raise
+        view.strategy = strategy
+        self._adapting = view
+        return strategy
+
+    def _bounds(
+        self, minimum: int | None, maximum: float | None, *limits: tuple[str, object, object]
+    ) -> tuple[int | None, float | None]:
+        """Return the least and the highest number of workers, from limits of what they have together."""
+        for what, least, most in limits:
+            if least is not None:
+                amount = checked_amount(least, f"minimum_{what}")
+                minimum = max(minimum or 0, math.ceil(amount / self._worker_size(what)))
+            if most is not None:
+                amount = checked_amount(most, f"maximum_{what}")
+                count = math.floor(amount / self._worker_size(what))
+                if count < max(1, minimum or 0):
+                    raise ValueError(
+                        f"maximum_{what}={most!r} leaves room for {count} workers, fewer than there are to be at least "
+                        f"({max(1, minimum or 0)}); each has {self._worker_size(what):g}"
+                    )
+                maximum = count if maximum is None else min(maximum, count)
+        return minimum, maximum
 
     def _worker_size(self, what: str) -> float:
         from dask.utils import parse_bytes
@@ -266,23 +382,15 @@ class DaskCluster(ElasticCluster):
             )
         return sizes.pop()
 
-    def _scheduler_access(self) -> tuple[str, Mapping[str, Any]]:
-        assert self.master_port is not None
-        return self._dask.access(self.master_port)
+    def _end_adapting(self) -> None:
+        view, self._adapting = self._adapting, None
+        if view is not None:
+            event_loop.run(view.end())
 
-    def _scheduler_status(self) -> int | None:
-        process = self._master_launcher.process
-        return process.poll() if process is not None else None
+    def _in_order(self, launcher: ServiceWorkerLauncher, work: Callable[[int], Coroutine[Any, Any, None]]) -> None:
+        import distributed.core  # noqa: F401  (it takes a second, which is not to be the event loop's)
 
-    def _check_running(self) -> None:
-        self._check_alive()
-        if self._state in ("running", "starting") and self.master_port is not None:
-            status = self._scheduler_status()
-            if status is None:
-                return
-            raise ClusterError(f"the scheduler has ended (status {status}): call cleanup(), then start()")
-        how = {"created": "was not started: call start()", "failed": "did not start"}
-        raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it again')}")
+        super()._in_order(launcher, work)
 
     # --- the end -------------------------------------------------------------------------------
     def cleanup(self) -> None:
@@ -294,7 +402,7 @@ class DaskCluster(ElasticCluster):
 
     def _let_go(self) -> None:
         event_loop.run(self._dask.modules.close())
-        self._dask.forget()
+        super()._let_go()
         self._security = None
 
     def close(self, timeout: float | None = None) -> _Closed:
@@ -316,11 +424,26 @@ class DaskCluster(ElasticCluster):
         return self
         yield
 
+    def _further_addresses(self) -> list[str]:
+        return [f"Dashboard (its address is a secret): {self.dashboard_link}"]
+
+    @contextlib.contextmanager
+    def _work_line(self) -> Iterator[Callable[[], str]]:
+        with self.get_client(timeout=10) as client:
+
+            def line() -> str:
+                workers = _all_workers(client)
+                threads = sum(w["nthreads"] for w in workers)
+                running = sum(w["metrics"].get("task_counts", {}).get("executing", 0) for w in workers)
+                return f"{counted(threads, 'thread')}, {counted(running, 'task')} running"
+
+            yield line
+
     def _facts(self) -> list[Fact]:
         details = [worker.detail for worker in self._processes if worker.state == "ready"]
         threads, memory = (sum(number(detail.get(key)) for detail in details) for key in ("nthreads", "memory_limit"))
         facts = super()._facts()
-        if self._state == "running" and self._scheduler_status() is None:
+        if self._state == "running" and self._master_status() is None:
             facts[0] = ("scheduler", self.scheduler_address)
             # The path of the dashboard is a secret, and outputs of notebooks are stored, committed and sent around.
             facts.insert(1, ("dashboard", Cell("its address is secret: see cluster.dashboard_link", "dim")))
@@ -338,6 +461,14 @@ class DaskCluster(ElasticCluster):
 
     def __repr__(self) -> str:
         return f"<DaskCluster {self._state}, port {self.master_port}, {counted(ready(self._processes), 'worker')}>"
+
+
+def _all_workers(client: Client) -> list[dict[str, Any]]:
+    try:
+        info = client.scheduler_info(n_workers=-1)
+    except TypeError:  # before 2025.4 it had all workers anyway
+        info = client.scheduler_info()
+    return list(info["workers"].values())
 
 
 def _check_options(memory_limit: object, resources: Mapping[str, object] | None) -> None:

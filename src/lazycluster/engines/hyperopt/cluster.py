@@ -8,25 +8,29 @@ anything on the hosts.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.cluster import connection_file
-from lazycluster.cluster.contracts import DEFAULT_TIMEOUT
+from lazycluster.cluster.contracts import DEFAULT_TIMEOUT, MasterLauncher, WorkerLauncher
+from lazycluster.cluster.engine import CheckVersions, checked_policy
+from lazycluster.cluster.engine_cluster import EngineCluster
 from lazycluster.cluster.exceptions import ClusterError
-from lazycluster.cluster.runtime_cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
-from lazycluster.cluster.versions import CheckVersions, checked_policy
+from lazycluster.cluster.sent.messages import LOOPBACK
+from lazycluster.cluster.versions import check_manager
 from lazycluster.core.words import counted
 from lazycluster.output.view import Fact
-from lazycluster.utils import expanded
 
+from .database import database, make_directory
+from .engine import HyperoptEngine
 from .masters import EmbeddedMongoLauncher, LocalMongoLauncher, default_launcher
-from .programs import compat, messages, trials
+from .programs import compat, trials
 from .progress import SearchProgress, progress_of
-from .settings import HyperoptSettings, checked_name, checked_seconds, database, make_directory
-from .workers import SOFTWARE, RoundRobinLauncher
+from .workers import RoundRobinLauncher
 
 if TYPE_CHECKING:
     from hyperopt.mongoexp import MongoTrials
@@ -40,7 +44,7 @@ __all__ = ["EmbeddedMongoLauncher", "HyperoptCluster", "LocalMongoLauncher", "Ro
 logger = logging.getLogger("lazycluster")
 
 
-class HyperoptCluster(MasterWorkerCluster):
+class HyperoptCluster(EngineCluster):
     """A Hyperopt cluster. The number of workers defaults to the number of runtimes in the group.
 
     An objective that raises, or ends its process, costs that one trial, which is then in the state ``ERROR``, with a
@@ -79,6 +83,7 @@ class HyperoptCluster(MasterWorkerCluster):
         ...     best = fmin(lambda x: x * x, space, tpe.suggest, 100, **how)
     """
 
+    engine_class = HyperoptEngine
     DEFAULT_MASTER_PORT = 27017
     _workers_talk = False
 
@@ -98,19 +103,13 @@ class HyperoptCluster(MasterWorkerCluster):
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
     ) -> None:
-        self._hyperopt = HyperoptSettings(
-            dbname=checked_name(dbname),
-            poll_interval=checked_seconds(worker_poll_intervall, "the poll interval"),
-            exp_key=exp_key,
-            check_versions=checked_policy(check_versions),
-            lease=checked_seconds(lease, "lease"),
-        )
-        if dbpath is not None:
-            self._hyperopt.dbpath = expanded(dbpath).absolute()
-        SOFTWARE.check_manager("cryptography")
+        checked_policy(check_versions)
+        options: dict[str, Any] = {"dbpath": dbpath, "dbname": dbname, "poll_interval": worker_poll_intervall}
+        options |= {"exp_key": exp_key, "lease": lease}
+        check_manager(engine := HyperoptEngine(**options))
         compat.load()
         compat.no_workers = ClusterError
-        make_directory(self._hyperopt.dbpath)
+        make_directory(engine.dbpath)
         if isinstance(worker_launcher, type) and issubclass(worker_launcher, RoundRobinLauncher):
             worker_launcher = worker_launcher(runtime_group, dbname, worker_poll_intervall)
         super().__init__(
@@ -119,9 +118,16 @@ class HyperoptCluster(MasterWorkerCluster):
             master_launcher,
             worker_launcher,
             min_workers=min_workers,
+            check_versions=check_versions,
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
+            **options,
         )
+
+    @property
+    def _hyperopt(self) -> HyperoptEngine:
+        assert isinstance(self._engine, HyperoptEngine)
+        return self._engine
 
     def _default_master_launcher(self) -> MasterLauncher:
         return default_launcher(self._hyperopt.dbpath)(self._group)
@@ -130,10 +136,10 @@ class HyperoptCluster(MasterWorkerCluster):
         return RoundRobinLauncher(self._group, self._hyperopt.dbname, self._hyperopt.poll_interval)
 
     def _connect_launchers(self) -> None:
-        super()._connect_launchers()
         for launcher in (self._master_launcher, self._worker_launcher):
             if hasattr(launcher, "hyperopt"):
                 launcher.hyperopt = self._hyperopt
+        super()._connect_launchers()
 
     # --- documented ----------------------------------------------------------------------------
     @property
@@ -175,7 +181,7 @@ class HyperoptCluster(MasterWorkerCluster):
         """
         super().start_master(master_port, timeout, debug)
         if self._hyperopt.authority_file is not None:
-            compat.trust(messages.LOOPBACK, self._port(), str(self._hyperopt.authority_file))
+            compat.trust(LOOPBACK, self._port(), str(self._hyperopt.authority_file))
         if hasattr(self._master_launcher, "hyperopt"):
             with database(self._hyperopt, self._port()) as found:
                 found.jobs.create_index([("state", 1), ("exp_key", 1)])
@@ -271,6 +277,10 @@ class HyperoptCluster(MasterWorkerCluster):
         if port is not None:
             compat.close_clients(port)
         super().cleanup()
+
+    @contextlib.contextmanager
+    def _work_line(self) -> Iterator[Callable[[], str]]:
+        yield lambda: str(self.progress())
 
     def _facts(self) -> list[Fact]:
         return [("database", f"{self.dbname} in {self.dbpath}"), *super()._facts()]

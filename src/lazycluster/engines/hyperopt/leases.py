@@ -9,8 +9,9 @@ from typing import Any
 
 from lazycluster.core import interruptible
 
+from .database import connect
+from .engine import HyperoptEngine
 from .programs import trials
-from .settings import HyperoptSettings, connect
 
 logger = logging.getLogger("lazycluster")
 
@@ -26,7 +27,7 @@ class LeaseKeeper:
         port: The port of the database.
     """
 
-    def __init__(self, settings: HyperoptSettings, port: int) -> None:
+    def __init__(self, settings: HyperoptEngine, port: int) -> None:
         self._lease = settings.lease
         self._client = connect(settings, port)
         self._jobs = self._client[settings.dbname].jobs

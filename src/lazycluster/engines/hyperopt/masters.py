@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazycluster.agent import deletion, localmodules
 from lazycluster.cluster.contracts import DefaultTimeout
+from lazycluster.cluster.engine import Endpoint
 from lazycluster.cluster.exceptions import MasterStartError
-from lazycluster.cluster.launchers import ServiceMasterLauncher
-from lazycluster.cluster.programs import Program, Source
+from lazycluster.cluster.master_launcher import ServiceMasterLauncher
+from lazycluster.cluster.sent.messages import LOOPBACK
+from lazycluster.cluster.service_spec import ServiceSpec
 
-from .mongo import memory_file
-from .programs import messages
-from .settings import HyperoptSettings, make_directory
+from .database import make_directory
+from .engine import HyperoptEngine, program
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
 
 __all__ = ["EmbeddedMongoLauncher", "LocalMongoLauncher"]
 
-PROGRAMS = Path(__file__).with_name("programs")
-PACKAGE = "lazycluster_hyperopt"
-SHARED = tuple(Path(str(module.__file__)) for module in (deletion, localmodules))
-_SERVER = Path(__file__).with_name("mongo")
 _DEFAULT_TIMEOUT = DefaultTimeout(0)  # as documented: as soon as it answers
 _OURS, _THEIRS = "lazycluster-mongo.sqlite", "WiredTiger"
 _PASSWORD = "lazycluster-password"  # noqa: S105  (a file's name)
@@ -46,15 +42,8 @@ class _DatabaseLauncher(ServiceMasterLauncher):
     """How often a database that dies is started again within minutes, on the same port; workers wait for it."""
 
     def __init__(self, runtime_group: RuntimeGroup) -> None:
-        super().__init__(runtime_group)
-        self.hyperopt = HyperoptSettings()
-
-    def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
-        """What the database is told."""
-        shared, identity = self.hyperopt, self.hyperopt.identity
-        login = {"user": shared.user, "password": shared.password}
-        tls = {"certificate": identity.certificate, "key": identity.key} if identity is not None else None
-        return {"ports": dict(ports), "dbpath": str(shared.dbpath), **login, "tls": tls}
+        self.hyperopt = HyperoptEngine()
+        super().__init__(runtime_group, self.hyperopt)
 
     async def prepare(self, debug: bool) -> None:
         """Start the process, and make the certificates by which the database is known."""
@@ -99,12 +88,11 @@ class EmbeddedMongoLauncher(_DatabaseLauncher):
         runtime_group: The group where the workers will be started.
     """
 
-    def program(self) -> Program:
-        """The program of the server."""
+    def spec(self, at: Endpoint) -> ServiceSpec:
+        """Return what the server is."""
         self._refuse("hyperopt-database", _THEIRS, "mongod")
         make_directory(self.hyperopt.dbpath)
-        source = Source(_SERVER, "program", "lazycluster_mongo")
-        return Program("hyperopt-database", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=5.0)
+        return replace(super().spec(at), restarts=self.RESTARTS)
 
 
 class LocalMongoLauncher(_DatabaseLauncher):
@@ -119,8 +107,8 @@ class LocalMongoLauncher(_DatabaseLauncher):
         runtime_group: The group where the workers will be started.
     """
 
-    def program(self) -> Program:
-        """The program that watches `mongod`."""
+    def spec(self, at: Endpoint) -> ServiceSpec:
+        """Return what the program is that watches `mongod`."""
         self._refuse("mongod", _OURS, "EmbeddedMongoLauncher")
         if shutil.which("mongod") is None:
             raise MasterStartError(
@@ -130,16 +118,15 @@ class LocalMongoLauncher(_DatabaseLauncher):
             )
         make_directory(self.hyperopt.dbpath)
         self.hyperopt.password = _kept_password(self.hyperopt.dbpath / _PASSWORD, self.hyperopt.password)
-        source = Source(PROGRAMS, "mongod", PACKAGE, (Path(memory_file.__file__),))
-        return Program("mongod", source=source, marker=messages.MARKER, restarts=self.RESTARTS, patience=10.0)
+        told = lambda: self._told(at)  # noqa: E731
+        return program("mongod", "programs.mongod", settings=told, restarts=self.RESTARTS, patience=10.0)
 
-    def settings(self, ports: Mapping[str, int]) -> dict[str, Any]:
-        """What the watching program is told."""
-        return {**super().settings(ports), "argv": self._argv(ports["master"]), "authority": self.hyperopt.authority}
+    def _told(self, at: Endpoint) -> dict[str, Any]:
+        return {**self.hyperopt.database(at), "argv": self._argv(at.port), "authority": self.hyperopt.authority}
 
     def _argv(self, port: int) -> list[str]:
         return [
-            *("mongod", "--dbpath", str(self.hyperopt.dbpath), "--bind_ip", messages.LOOPBACK),
+            *("mongod", "--dbpath", str(self.hyperopt.dbpath), "--bind_ip", LOOPBACK),
             *("--port", str(port), "--auth", "--nounixsocket"),
         ]
 

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from lazycluster.cluster.programs import Program, Source
+from lazycluster.cluster.engine import Endpoint
+from lazycluster.cluster.service_spec import ServiceSpec
 from lazycluster.cluster.services import Service
-from lazycluster.cluster.versions import Software
-from lazycluster.cluster.workers import ServiceWorkerLauncher, Worker
+from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher, Worker
+from lazycluster.core import event_loop
 
+from .database import database
+from .engine import HyperoptEngine
 from .leases import LeaseKeeper
-from .masters import PACKAGE, PROGRAMS, SHARED
 from .objectives import send_local_modules
-from .programs import compat, messages, trials
-from .settings import HyperoptSettings, checked_name, checked_seconds, database
+from .programs import compat, trials
 
 if TYPE_CHECKING:
-    from lazycluster.cluster.worker_hosts import WorkerHost
-    from lazycluster.exceptions import LazyclusterError
     from lazycluster.runtime_mgmt import RuntimeGroup
 
-__all__ = ["SOFTWARE", "RoundRobinLauncher"]
+__all__ = ["RoundRobinLauncher"]
 
 logger = logging.getLogger("lazycluster")
 
-SOFTWARE = Software("HyperoptCluster", "hyperopt", ("hyperopt", "pymongo"), ("hyperopt", "cloudpickle"))
 _TOLD = 5  # workers whose end is told
 
 
@@ -47,28 +46,15 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
     """How often a worker that dies is started again within minutes. An objective does not make it die."""
 
     def __init__(self, runtime_group: RuntimeGroup, dbname: str, poll_interval: float) -> None:
-        super().__init__(runtime_group)
-        interval = checked_seconds(poll_interval, "the poll interval")
-        self.hyperopt = HyperoptSettings(dbname=checked_name(dbname), poll_interval=interval)
+        self.hyperopt = HyperoptEngine(dbname=dbname, poll_interval=poll_interval)
+        super().__init__(runtime_group, self.hyperopt)
         self._threads: list[threading.Thread] = []
         self._master: int | None = None
         self._leases: LeaseKeeper | None = None
 
-    def program(self, place: WorkerHost) -> Program:
-        """The program of a worker."""
-        source = Source(PROGRAMS, "worker", PACKAGE, SHARED)
-        return Program("hyperopt-worker", source=source, marker=messages.MARKER, restarts=self.RESTARTS)
-
-    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
-        """Check the software of the hosts, before anything listens."""
-        return await SOFTWARE.check_workers(workers, self.hyperopt.check_versions, messages.versions())
-
-    def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
-        """What a worker is told."""
-        shared = self.hyperopt
-        special = {"name": worker.name, "exp_key": shared.exp_key}
-        times = {"poll_interval": shared.poll_interval, "lease": shared.lease}
-        return {**shared.login(master_port), **times, **special}
+    def spec(self, at: Endpoint) -> ServiceSpec:
+        """Return what a worker is."""
+        return replace(super().spec(at), restarts=self.RESTARTS)
 
     def start(
         self, worker_count: int, master_port: int, ports: list[int] | None = None, debug: bool = True
@@ -94,6 +80,20 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         if self._leases is None:
             self._leases = LeaseKeeper(self.hyperopt, master_port)
         return left
+
+    async def scale(self, count: int, master_port: int, ports: list[int]) -> None:
+        """Start workers, or have some leave; see `ServiceWorkerLauncher.scale`."""
+        try:
+            await super().scale(count, master_port, ports)
+        finally:
+            await event_loop.in_thread(self._say_what_is_left, master_port)
+
+    async def leave(self, workers: Sequence[Worker]) -> None:
+        """End workers, and put what they work on back into the queue."""
+        await super().leave(workers)
+        if (port := self._master) is not None:
+            for worker in workers:
+                await event_loop.in_thread(self._gone, worker.name, port)
 
     # --- workers that have gone for good -------------------------------------------------------
     def changed(self, service: Service) -> None:

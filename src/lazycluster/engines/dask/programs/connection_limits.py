@@ -9,10 +9,7 @@ from typing import Any
 from distributed.comm.tcp import TLSListener
 from tornado.iostream import IOStream
 
-try:
-    from . import auth_limit  # type: ignore[attr-defined]  # it is sent along with these modules
-except ImportError:
-    from lazycluster.engines.hyperopt.mongo import auth_limit
+from ....cluster.sent import auth_limit
 
 _MOST_FILES = 1 << 16  # descriptors; distributed's own programs take half of what the system allows
 # What strangers cause to be logged: failed handshakes, pages that are not there, connections that cannot be accepted.

@@ -9,7 +9,8 @@ from typing import Any
 from distributed import Nanny
 from distributed.comm import connect
 
-from . import common, oom  # type: ignore[attr-defined]  # it is sent along with these modules
+from ....agent import oom
+from ....cluster.sent import messages
 
 _PATIENCE = 90.0  # seconds for a scheduler to come back
 _TRY_EVERY = 0.2
@@ -42,7 +43,7 @@ class WatchedNanny(Nanny):  # type: ignore[misc]
             if manager is not None and at_limit:
                 manager._last_terminated_pid = -1
             verdict = oom.verdict(before, self._killed_before)
-            common.emit("respawned", status=exitcode, out_of_memory="worker" if at_limit else verdict)
+            messages.emit("respawned", status=exitcode, out_of_memory="worker" if at_limit else verdict)
         await super()._on_worker_exit(exitcode)
 
     def close_gracefully(self, *args: Any, **kwargs: Any) -> None:

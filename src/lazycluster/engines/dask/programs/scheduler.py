@@ -6,6 +6,7 @@ import errno
 import os
 from typing import Any
 
+from ....cluster.sent import messages
 from . import common, sent_modules
 
 
@@ -13,10 +14,11 @@ def main() -> None:
     """Run until asked to end, or until a client ends the cluster."""
     import distributed  # noqa: F401  (this takes a second, in which the manager gets ready to send the settings)
 
-    from . import filenames, serialization  # type: ignore[attr-defined]  # the first is sent along with these modules
+    from ....agent import filenames
+    from . import serialization
 
     serialization.keep_file_names(filenames.dumps)
-    common.run(_serve)
+    messages.run(_serve)
 
 
 def _scheduler_class() -> Any:
@@ -41,18 +43,18 @@ async def _serve(settings: dict[str, Any]) -> None:
     from .tls import MemorySecurity
 
     ports, prefix = settings["ports"], settings["prefix"]
-    stop = common.stop_signal()
+    stop = messages.stop_signal()
     common.configure(settings["configuration"])
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     sent_modules.install(settings["modules"])
     limit_strangers()
     scheduler = _scheduler_class()(
-        host=common.LOOPBACK,
+        host=messages.LOOPBACK,
         port=ports["master"],
         protocol=settings["protocol"],
         security=MemorySecurity(**settings["security"]),
         dashboard=False,
-        dashboard_address=f"{common.LOOPBACK}:{ports['dashboard']}",
+        dashboard_address=f"{messages.LOOPBACK}:{ports['dashboard']}",
         http_prefix="/" + prefix,
         **settings["options"],
     )
@@ -62,14 +64,14 @@ async def _serve(settings: dict[str, Any]) -> None:
         await scheduler
     except Exception as error:  # distributed tells of all that goes wrong as of one thing
         await scheduler.close()
-        cause = common.root_of(error)
+        cause = messages.root_of(error)
         if isinstance(cause, OSError) and cause.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise common.PortTakenError(ports["master"]) from None
+            raise messages.PortTakenError(ports["master"]) from None
         raise
     try:
         if scheduler.http_server.port != ports["dashboard"]:  # distributed takes another one with a warning
-            raise common.PortTakenError(ports["dashboard"])
-        common.emit("ready", address=scheduler.address)
+            raise messages.PortTakenError(ports["dashboard"])
+        messages.emit("ready", address=scheduler.address)
         await common.first(scheduler.finished(), stop.wait())
         if stop.is_set() and common.is_alone():
             # The manager starts another one, or ends the workers itself: they and the clients are not to be told that

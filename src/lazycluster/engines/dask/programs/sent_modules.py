@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import localmodules  # type: ignore[attr-defined]  # it is sent along
+from ....agent import localmodules
 
 STAMP = "stamp"
 """The file beside the directory of the modules that is replaced after they have changed."""

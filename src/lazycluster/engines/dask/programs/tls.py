@@ -7,10 +7,7 @@ from typing import Any
 
 from distributed import Security
 
-try:
-    from .memory_file import in_memory  # type: ignore[import-not-found,unused-ignore]  # it is sent along
-except ImportError:
-    from lazycluster.engines.hyperopt.mongo.memory_file import in_memory
+from ....cluster.sent.memory_file import in_memory
 
 
 class MemorySecurity(Security):  # type: ignore[misc]

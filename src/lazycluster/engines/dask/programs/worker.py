@@ -13,6 +13,7 @@ import threading
 from ssl import SSLError
 from typing import Any
 
+from ....cluster.sent import messages
 from . import common
 
 _LONGEST_DIRECTORY = 75  # characters, so that the path of a socket in it is short enough
@@ -24,7 +25,7 @@ BEFORE_START = {"MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONHASHSEED": "6640"}
 
 def main() -> None:
     """Run until asked to end, or until a client ends the cluster."""
-    common.emit("versions", python=list(sys.version_info[:3]), executable=sys.executable, packages=common.versions())
+    messages.emit_versions(common.PACKAGES)
     # What tasks print is to be in the log when they print it; the worker process gets these streams, too.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for name, value in _BEFORE_IMPORTS.items():
@@ -33,7 +34,7 @@ def main() -> None:
     from . import worker_process  # noqa: F401
 
     forked = serve_forks()
-    common.run(functools.partial(_serve, forked))
+    messages.run(functools.partial(_serve, forked))
 
 
 def serve_forks() -> bool:
@@ -102,7 +103,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     from .tls import MemorySecurity
 
     ports = settings["ports"]
-    stop = common.stop_signal()
+    stop = messages.stop_signal()
     common.configure(settings["configuration"])
     worker_process.configure(forked and not _has_own_environment(settings["configuration"]))
     security = MemorySecurity(**settings["security"])
@@ -111,7 +112,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     try:
         await common.first(answers(settings["scheduler"], security), stop.wait())
     except (OSError, ValueError, asyncio.TimeoutError) as error:
-        cause = common.root_of(error)
+        cause = messages.root_of(error)
         other = "another program answers in its place" if isinstance(cause, SSLError) else "it does not answer"
         raise SystemExit(f"the scheduler cannot be reached at {settings['scheduler']}: {other}: {cause}") from None
     if stop.is_set():
@@ -119,7 +120,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     sent_modules.install(settings["modules"])  # for its plugins, and for functions that run in it
     nanny = WatchedNanny(
         settings["scheduler"],
-        host=common.LOOPBACK,
+        host=messages.LOOPBACK,
         port=ports["nanny"],
         worker_port=ports["worker"],
         worker_class=worker_process.PagedWorker,
@@ -132,7 +133,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
         local_directory=_scratch(
             settings["local_directory"] or dask.config.get("temporary-directory", default=None), settings["trust_group"]
         ),
-        dashboard_address=f"{common.LOOPBACK}:{ports['dashboard']}",
+        dashboard_address=f"{messages.LOOPBACK}:{ports['dashboard']}",
         http_prefix="/" + settings["prefix"],
         modules=settings["modules"],
         **settings["options"],
@@ -143,7 +144,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
         await common.first(starting, stop.wait())
         if not stop.is_set():
             limit = getattr(nanny.memory_manager, "memory_limit", None)
-            common.emit(
+            messages.emit(
                 "ready",
                 address=nanny.worker_address,
                 nanny=nanny.address,
@@ -155,7 +156,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     finally:
         await nanny.close(timeout=2)
     if nanny.lost_scheduler and not stop.is_set():
-        common.emit("cut_off")
+        messages.emit("cut_off")
         raise SystemExit("the connection to the scheduler has ended, though nobody ended the cluster")
     if nanny.failed and not stop.is_set():
         raise SystemExit("the worker process could not be started again")
@@ -181,10 +182,10 @@ async def _start(nanny: Any, ports: dict[str, int]) -> None:
     except Exception as error:
         seen: BaseException | None = error
         while seen is not None:
-            if isinstance(seen, common.PortTakenError):
+            if isinstance(seen, messages.PortTakenError):
                 raise seen from None
             if isinstance(seen, OSError) and seen.errno == errno.EADDRINUSE:
-                raise common.PortTakenError(ports["worker"]) from None
+                raise messages.PortTakenError(ports["worker"]) from None
             seen = seen.__cause__ or seen.__context__
         raise
     if nanny.worker_address is None:
@@ -195,7 +196,7 @@ def _scratch(local_directory: str | None, trust_group: bool) -> str:
     """Return where a worker writes what does not fit in memory: it unpickles that, so nobody else may write there."""
     if local_directory is None:
         return os.environ["LAZYCLUSTER_SCRATCH"]
-    from . import ownership  # type: ignore[attr-defined]  # it is sent along with these modules
+    from ....agent import ownership
 
     # distributed takes a name that has this in it as it is; else it would share a directory with other users.
     path = os.path.join(local_directory, f"dask-scratch-space-{os.getuid()}")

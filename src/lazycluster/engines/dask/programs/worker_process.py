@@ -8,8 +8,9 @@ import dask
 import distributed
 from distributed import Security, Worker
 
-from . import filenames, sent_modules, serialization  # type: ignore[attr-defined]  # the first is sent along
-from .common import PortTakenError
+from ....agent import filenames
+from ....cluster.sent.messages import PortTakenError
+from . import sent_modules, serialization
 from .connection_limits import limit_strangers
 from .dashboards import Dashboard
 from .tls import MemorySecurity

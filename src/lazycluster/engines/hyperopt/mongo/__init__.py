@@ -13,8 +13,8 @@ geographic queries, collations, users and roles, or compression; it listens on t
 does not know it refuses, with MongoDB's own error code and the name of what it does not know. Comparing 128-bit
 decimals is as exact as a double.
 
-The modules import nothing but each other, `bson` and the standard library, since they also run as a program that is
-sent as text.
+The modules import nothing but each other, those in `lazycluster.cluster.sent`, `bson` and the standard library, since
+they also run as a program that is sent as text.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ....cluster.sent.auth_limit import limited_logger
 from . import admin_commands, read_commands, scram, write_commands
-from .auth_limit import limited_logger
 from .cursors import Cursors
 from .errors import CommandError, bad_value
 from .store import DocumentStore

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import json
 import os
-import signal
-import sys
 from typing import Any
 
-MARKER = "\x1elazycluster "
-
-
-def emit(event: str, **fields: Any) -> None:
-    """Tell the manager something."""
-    os.write(1, (MARKER + json.dumps({"event": event, **fields}) + "\n").encode())
+from ....cluster.sent import auth_limit, messages
 
 
 def main() -> None:
@@ -23,20 +14,17 @@ def main() -> None:
     from . import dispatch, server  # noqa: F401  (imported while the manager gets ready to send the settings)
 
     os.umask(0o077)
-    while True:
-        line = sys.stdin.readline()
-        if not line:
-            raise SystemExit("the manager ended before it sent the settings")
-        settings = json.loads(line)
-        port = settings["ports"]["master"]
-        try:
-            asyncio.run(serve(settings["dbpath"], port, settings["user"], settings["password"], settings.get("tls")))
-        except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise
-            emit("port_taken", port=port)
-        else:
-            return
+    messages.run(_serve)
+
+
+async def _serve(settings: dict[str, Any]) -> None:
+    port = settings["ports"]["master"]
+    try:
+        await serve(settings["dbpath"], port, settings["user"], settings["password"], settings.get("tls"))
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        raise messages.PortTakenError(port) from None
 
 
 async def serve(
@@ -45,7 +33,7 @@ async def serve(
     user: str | None,
     password: str | None,
     tls: dict[str, str] | None = None,
-    told: Any = emit,
+    told: Any = messages.emit,
 ) -> None:
     """Serve until asked to end.
 
@@ -61,17 +49,14 @@ async def serve(
         SystemExit: If the directory cannot be used.
         OSError: If the port cannot.
     """
-    from .auth_limit import limit_lines
     from .dispatch import Dispatcher
     from .scram import ScramCredentials
     from .server import Server
     from .store import DocumentStore, StoreError
     from .tls_context import server_context
 
-    limit_lines("asyncio")
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    auth_limit.limit_lines("asyncio")
+    stop = messages.stop_signal()
     try:
         store = DocumentStore(dbpath)
     except StoreError as error:

@@ -11,14 +11,14 @@ import time
 from collections import deque
 from typing import Any
 
+from ....cluster.sent.auth_limit import AuthLimit, limited_logger, room_for_connections
+from ....cluster.sent.messages import LOOPBACK
 from . import tls_context, wire
-from .auth_limit import AuthLimit, limited_logger, room_for_connections
 from .dispatch import ClientSession, Dispatcher
 from .errors import CommandError
 
 logger = logging.getLogger("lazycluster.mongo")
 
-LOOPBACK = "127.0.0.1"
 _LARGEST_BEFORE_LOGIN = 64 * 1024  # a stranger shall not make the server hold more
 _MOST_AT_ONCE = 16  # requests of a stranger; drivers wait for each answer before they log in
 _MOST_CONNECTIONS = 4000

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ssl
 import tempfile
 
-from .memory_file import in_memory
+from ....cluster.sent.memory_file import in_memory
 
 _READ_SIZE = 256 * 1024
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import os
 import random
@@ -16,7 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import compat, messages, objectives, trials
+from ....agent import deletion
+from ....cluster.sent import messages
+from . import compat, objectives, trials
 
 mongoexp = compat.load()
 from gridfs import GridFS  # noqa: E402  (compat says first what is missing)
@@ -156,7 +157,7 @@ def serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: i
         _serve(settings, owner, left, writing)
     except ConnectionFailure as error:
         print(f"lazycluster: {compat.unreachable(error)}", file=sys.stderr, flush=True)  # noqa: T201
-        os.write(writing, messages.CUT_OFF)
+        os.write(writing, trials.CUT_OFF)
         os._exit(1)
 
 
@@ -169,7 +170,7 @@ def _serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: 
     root = Path(os.environ["LAZYCLUSTER_SCRATCH"], "trials")
     worker = mongoexp.MongoWorker(jobs, settings["poll_interval"], exp_key=settings["exp_key"], logfilename=None)
     messages.emit("ready", name=settings["name"])
-    os.write(writing, messages.READY)
+    os.write(writing, trials.READY)
     while True:
         _clear(root)
         _evaluate_one(worker, jobs, owner)
@@ -177,14 +178,9 @@ def _serve(settings: dict[str, Any], owner: str, left: dict[str, Any], writing: 
 
 def _clear(root: Path) -> None:
     """Remove what trials wrote into their scratch directories; the next one gets an empty place."""
-    _remove_tree(root)
+    deletion.remove_tree(str(root))
     root.mkdir(exist_ok=True)
     os.chdir(root)
-
-
-def _remove_tree(path: Path) -> None:
-    # It is sent along with these modules.
-    importlib.import_module(".deletion", __package__).remove_tree(str(path))
 
 
 def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
@@ -215,6 +211,6 @@ def _remove_scratch(trial: Any) -> None:
     parent, name = trial["misc"].get("workdir"), str(trial["_id"])
     if parent and _NUMBER.fullmatch(name):
         path = Path(parent).expanduser().absolute() / name
-        _remove_tree(path)
+        deletion.remove_tree(str(path))
         with suppress(OSError):
             path.with_name(path.name + ".inuse").unlink()

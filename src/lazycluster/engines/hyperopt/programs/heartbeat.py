@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from typing import Any, NoReturn
 
-from . import compat, messages, trials
+from ....cluster.sent import messages
+from . import compat, trials
 
 compat.load()
 from pymongo import MongoClient  # noqa: E402  (compat says first what is missing)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import memory_file, messages  # type: ignore[attr-defined]  # one is sent along with these modules
+from ....cluster.sent import memory_file, messages
 
 _PR_SET_PDEATHSIG = 1
 _STEP = 0.05  # seconds between two looks at a program that says nothing when it is ready

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import pickle
 from typing import Any
+
+from ....agent import localmodules
 
 MAGIC = b"lazycluster objective\n"
 _THEIRS = "lazycluster.agent.localmodules"  # what the manager calls the module that was sent along
 
 
-def _localmodules() -> Any:
-    return importlib.import_module(".localmodules", __package__)
-
-
 class _ObjectiveUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return getattr(_localmodules(), name) if module == _THEIRS else super().find_class(module, name)
+        return getattr(localmodules, name) if module == _THEIRS else super().find_class(module, name)
 
 
 def loads(data: bytes) -> Any:
@@ -25,14 +22,14 @@ def loads(data: bytes) -> Any:
     if not data.startswith(MAGIC):
         return pickle.loads(data)  # noqa: S301
     file = io.BytesIO(data[len(MAGIC) :])
-    _localmodules().install(pickle.load(file))  # noqa: S301
+    localmodules.install(pickle.load(file))  # noqa: S301
     unpickler = _ObjectiveUnpickler(file)
     evaluate, _, _ = unpickler.load()
     for portion in iter(unpickler.load, None):
-        _localmodules().fill(portion)
+        localmodules.fill(portion)
     return evaluate.__self__
 
 
 def next_step(error: BaseException) -> str:
     """Return what to do about an error of an objective; nothing if it is not about what the manager has sent."""
-    return str(_localmodules().missing_part(error))
+    return str(localmodules.missing_part(error))

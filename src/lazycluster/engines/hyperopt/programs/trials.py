@@ -6,6 +6,7 @@ import datetime
 from typing import Any
 
 NEW, RUNNING, DONE, ERROR = 0, 1, 2, 3  # as in hyperopt.base
+READY, CUT_OFF = b"r", b"c"  # what the process that evaluates trials says to the one that watches it
 MOST_ATTEMPTS = 3
 """How often a trial is put back before it counts as failed: it may be what kills the workers."""
 BEATS = 6

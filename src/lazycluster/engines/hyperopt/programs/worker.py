@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import messages
+from ....cluster.sent import messages
+from . import trials
 
+PACKAGES = ("hyperopt", "pymongo", "cloudpickle", "numpy")
 # To have an effect these must be set before numpy is imported. Several workers share the host's cores.
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _PR_SET_PDEATHSIG = 1
@@ -28,9 +30,7 @@ _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.
 
 def main() -> None:
     """Evaluate trials until asked to end."""
-    messages.emit(
-        "versions", python=list(sys.version_info[:3]), executable=sys.executable, packages=messages.versions()
-    )
+    messages.emit_versions(PACKAGES)
     for name in _ONE_THREAD:
         os.environ.setdefault(name, "1")
     # Imported while the server starts; the settings come when it answers.
@@ -51,7 +51,7 @@ def main() -> None:
         reading, writing = os.pipe()
         working = _fork(lambda: evaluator.serve(settings, owner, left, writing), children)  # noqa: B023
         os.close(writing)
-        ready = os.read(reading, 1) == messages.READY
+        ready = os.read(reading, 1) == trials.READY
         status = None
         while status is None:
             ended, how = os.wait()
@@ -69,7 +69,7 @@ def main() -> None:
 
 def _what_is_left(owner: str, status: int, words: bytes) -> dict[str, Any]:
     """Return whose trial is to be put back, why, and whether it has failed for good."""
-    if words == messages.CUT_OFF:
+    if words == trials.CUT_OFF:
         return {"owner": owner, "reason": "the database could not be reached", "final": False}
     final = status >= 0 or -status in _CRASHES
     return {"owner": owner, "reason": f"the objective ended its process ({_how(status)})", "final": final}

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import abc
 import asyncio
+import concurrent.futures
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError, NoAnswerError, NoPortsLeftError, PortInUseError
 from lazycluster.output.progress import Progress
 from lazycluster.ssh import workspace
+from lazycluster.ssh.tunnels import Tunnel
 
+from .contracts import WorkerLauncher
+from .engine import Endpoint, Engine
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
-from .network import Listener, PortSupply, PortUse
-from .placement import Gpus, in_turn, rooms
-from .programs import Program
-from .services import Service, as_kind, ready_or_port_taken
-from .staff import Staff, Worker
+from .health import Watch
+from .network import Listener, Network, Port, PortSupply, single_ports
+from .placement import Gpus, capacity, round_robin
+from .service_spec import ServiceSpec
+from .services import Service, as_kind, stop_all
+from .versions import check_worker_hosts, check_workers
 from .worker_hosts import WorkerHost, place_again, places_of, prepared_places, usable
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
     from lazycluster.ssh.connection import Connection
 
-__all__ = ["ServiceWorkerLauncher", "Worker"]
+__all__ = ["ENDED", "ServiceWorkerLauncher", "Worker"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("lazycluster")
 
@@ -34,51 +41,147 @@ _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
 _SETTLE = 1.0  # seconds that the other workers get to fail, too, after one has failed
 
 
-class ServiceWorkerLauncher(Staff):
-    """Starts workers as supervised services on the hosts, in turn (round robin)."""
+ENDED = "the cluster was ended meanwhile"
+"""What those are told who start or change something that another thread ends."""
+
+
+@dataclass
+class Worker:
+    """A worker that is to be, or is there.
+
+    Attributes:
+        at: Its name and ports.
+        place: Where it runs.
+        service: Its process.
+    """
+
+    at: Endpoint
+    place: WorkerHost
+    service: Service
+
+    @property
+    def name(self) -> str:
+        """Its name, unique in the cluster."""
+        return self.at.name
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Its ports, by what they are for."""
+        return self.at.ports
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether its process has ended for good."""
+        return self.service.state in ("ended", "failed")
+
+
+class ServiceWorkerLauncher(WorkerLauncher):
+    """Starts the workers of an engine as supervised services on the hosts, in turn (round robin).
+
+    Args:
+        runtime_group: The group where the workers will be started.
+        engine: The statement of the engine.
+    """
 
     START_LIMIT: ClassVar[float] = 180.0
     """Seconds within which all workers must be there."""
-    port_uses: ClassVar[tuple[PortUse, ...]] = ()
-    """The ports that each worker listens on. The first is the one in ``ports_per_host``."""
 
-    def __init__(self, runtime_group: RuntimeGroup) -> None:
+    def __init__(self, runtime_group: RuntimeGroup, engine: Engine) -> None:
         super().__init__(runtime_group)
+        self.engine = engine
+        self.master = Endpoint("master")
+        self.network = Network()
+        self.network.on_lost = self._port_lost
+        self.watch: Watch | None = None
+        self.workers: list[Worker] = []
         self.min_workers: int | None = None
         self.gpus: Gpus | None = None
-        self._master_port = 0
         self._needed: int | None = None  # how many of those that are being started must be there in the end
         self._failed: dict[str, LazyclusterError] = {}
+        self._prepared: list[Worker] = []
+        self._numbers: dict[str, int] = {}
+        self._supplies: list[PortSupply] = []
+        self._at_work: set[asyncio.Task[Any]] = set()
 
     # --- what an engine states -----------------------------------------------------------------
-    @abc.abstractmethod
-    def program(self, place: WorkerHost) -> Program:
-        """Return what is to run on a host."""
+    def spec(self, at: Endpoint) -> ServiceSpec:
+        """Return what is to run; see `Engine.worker`."""
+        return self.engine.worker(at, self.master)
 
-    @abc.abstractmethod
-    def settings(self, worker: Worker, master_port: int) -> dict[str, Any]:
-        """Return what the program of one worker is told."""
-
-    async def greet(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
-        """Check what the programs say before they get their settings; raise an error to give up.
+    async def handshake(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
+        """Check the software of the hosts before anything listens; raise an error to give up.
 
         Returns:
             By name the workers to be left out, and why.
         """
+        if self.engine.sent:
+            return await check_workers(self.engine, workers)
+        return await check_worker_hosts(self.engine, workers)
+
+    async def reprovision(self, place: WorkerHost) -> None:
+        """Put on a host, which has lost what it had, what its workers need beside their settings."""
+
+    async def retire(self, workers: Sequence[Worker]) -> dict[str, str]:
+        """Have workers hand over what they hold to those that stay; returns by name why some must not leave."""
         return {}
 
-    async def furnish(self, place: WorkerHost) -> None:
-        """Put on a host, which has lost what it had, what its workers need beside their settings."""
+    async def choose_to_retire(self, workers: Sequence[Worker], count: int) -> list[Worker]:
+        """Return as many of some workers as are to leave: those that are missed the least."""
+        restarting = [worker for worker in workers if worker.service.state != "ready"]
+        others = [worker for worker in reversed(workers) if worker not in restarting]
+        return [*restarting, *others][:count]
 
     def changed(self, service: Service) -> None:
         """Take note that the state of a worker's process has changed. For the event loop's thread."""
 
     # --- shared --------------------------------------------------------------------------------
+    @property
+    def services(self) -> list[Service]:
+        """The services of the workers."""
+        return [worker.service for worker in [*self.workers, *self._prepared]]
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something with the workers, from a user's thread; `cleanup` puts an end to it.
+
+        Raises:
+            ClusterError: If that happened.
+        """
+        try:
+            return event_loop.run(self._tracked(work))
+        except concurrent.futures.CancelledError:
+            raise ClusterError(ENDED) from None
+
+    async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        self._at_work.add(task)
+        try:
+            return await work
+        finally:
+            self._at_work.discard(task)
+
+    def _per_host(self) -> Counter[str]:
+        return Counter(worker.place.host for worker in self.workers)
+
+    def _port_lost(self, tunnel: Tunnel) -> None:
+        """End the workers behind a port that somebody else has taken: they would go on talking to him, in vain."""
+        ours = tunnel.direction == "from_runtime"
+        port, owner = (tunnel.local_port, "the manager") if ours else (tunnel.remote_port, tunnel.host)
+        role = "by which it was reached" if ours else "by which it reached the rest of the cluster"
+        problem = (
+            f"port {port} of {owner}, {role}, could not be opened again after the link to {tunnel.host} was "
+            "interrupted: another program listens there now, or the sshd forbids it"
+        )
+        hint = f"find that program on {owner} (ss -ltnp), end it, and start another worker with scale()"
+        for worker in [*self.workers, *self._prepared]:
+            if worker.place.network == tunnel.network and (not ours or port in worker.ports.values()):
+                worker.service.give_up(problem, hint)
+
     def default_count(self) -> int:
         """Return how many workers are started if nobody says: one per host, or as many as the GPUs suffice for."""
         if self.gpus is None:
             return len(self._group.runtimes)
-        return sum(event_loop.run(rooms(places_of(self._group), self.gpus, self._per_host())).values())
+        return sum(event_loop.run(capacity(places_of(self._group), self.gpus, self._per_host())).values())
 
     def check_ports(self, count: int, ports: Sequence[int]) -> None:
         """Refuse to start more workers than there can be ports for: they would be started first.
@@ -86,46 +189,54 @@ class ServiceWorkerLauncher(Staff):
         Raises:
             NoPortsLeftError: If so.
         """
-        if len(self.port_uses) * count > len(ports):
+        needed = len(self._port_uses) * count
+        if needed > len(ports):
             raise NoPortsLeftError(
-                f"{count} workers need {len(self.port_uses) * count} ports, but only {len(ports)} may be used. "
+                f"{count} workers need {needed} ports, but only {len(ports)} may be used. "
                 "Next step: start fewer, or pass more with ports="
             )
 
     async def prepare(self, count: int, debug: bool, places: Sequence[WorkerHost] | None = None) -> None:
         """Start the processes, which wait for their settings, and check them."""
         places, existing = places or await prepared_places(self._group), self._per_host()
-        room = None if self.gpus is None else await rooms(places, self.gpus, existing)
-        homes = in_turn(places, count, existing, room)
+        room = None if self.gpus is None else await capacity(places, self.gpus, existing)
+        homes = round_robin(places, count, existing, room)
         self._failed.clear()
         for place in homes:
             siblings = homes.count(place) + existing[place.host]
             number = self._numbers[place.host] = self._numbers.get(place.host, -1) + 1
-            name = f"{place.host}-{number}"
-            program = self.program(place)
-            if self.gpus is not None:
-                program = replace(program, gpus=self.gpus.count, idle_gpus=self.gpus.idle)
-            service = Service(
-                program,
-                place,
-                f"{program.name} {name}",
-                debug=debug,
-                on_change=self.changed,
-                watch=self.watch,
-                renew=self._renewed,
-            )
-            try:
-                if place.problem is not None:
-                    raise place.problem
-                service.start()
-            except LazyclusterError as error:
-                self._failed[name] = WorkerStartError(service.label, place.host, str(error))
-            else:
-                self._prepared.append(Worker(name, place, siblings, service))
+            self._add(Endpoint(f"{place.host}-{number}", siblings=siblings), place, debug)
         self._check_failures()
         if self._prepared:
-            await self._give_up(await self.greet(list(self._prepared)))
+            await self._give_up(await self.handshake(list(self._prepared)))
             self._check_failures()
+
+    def _add(self, at: Endpoint, place: WorkerHost, debug: bool) -> None:
+        """Add a worker to be started; it starts at once if it waits for its settings."""
+        at.move(place)
+        at.gpus = self.gpus.count if self.gpus is not None else 0
+        spec = self._spec(at) if self.engine.sent else ServiceSpec(f"{self.engine.name} worker")
+        label = f"{spec.name} {at.name}"
+        service = Service(
+            spec, place, label, debug=debug, on_change=self.changed, watch=self.watch, renew=self._renewed
+        )
+        try:
+            if place.problem is not None:
+                raise place.problem
+            if self.engine.sent:
+                service.start()
+        except LazyclusterError as error:
+            self._failed[at.name] = WorkerStartError(label, place.host, str(error))
+        else:
+            self._prepared.append(Worker(at, place, service))
+
+    def _spec(self, at: Endpoint) -> ServiceSpec:
+        spec = self.spec(at)
+        return spec if self.gpus is None else replace(spec, gpus=self.gpus.count, idle_gpus=self.gpus.idle)
+
+    @property
+    def _port_uses(self) -> list[Port]:
+        return single_ports(self.engine.worker_ports)
 
     def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
         """See `WorkerLauncher.start`."""
@@ -151,9 +262,9 @@ class ServiceWorkerLauncher(Staff):
         leaving = [worker for worker in self.workers if worker not in staying]
         errors: list[LazyclusterError] = []
         if len(staying) < count:
-            errors += await self._recruit(count - len(staying), master_port, ports)
+            errors += await self._add_workers(count - len(staying), master_port, ports)
         elif len(staying) > count:
-            leaving += await self.expendable(staying, len(staying) - count)
+            leaving += await self.choose_to_retire(staying, len(staying) - count)
         try:
             await self.leave(leaving)
         except ClusterError as error:
@@ -162,7 +273,7 @@ class ServiceWorkerLauncher(Staff):
         if errors:
             raise errors[0] if len(errors) == 1 else ClusterError("\n\n".join(map(str, errors)))
 
-    async def _recruit(self, count: int, master_port: int, ports: list[int]) -> list[LazyclusterError]:
+    async def _add_workers(self, count: int, master_port: int, ports: list[int]) -> list[LazyclusterError]:
         """Start workers where that is possible; returns why some did not start."""
         self.check_ports(count, ports)
         places = await prepared_places(self._group)
@@ -186,17 +297,19 @@ class ServiceWorkerLauncher(Staff):
             await self.prepare(count, debug)
         supply = PortSupply(ports)
         self._supplies.append(supply)
-        self._master_port = master_port
+        # All of its ports if it was started by a launcher of the same kind, which shares this with us.
+        if master_port not in self.master.ports.values():
+            self.master.ports = {single_ports(self.engine.master_ports)[0].name: master_port}
         places = usable(places_of(self._group))
         await self._introduce(master_port, places)
         await self._give_ports(self._prepared, supply, places)
         waiting = lambda: [w.name for w in self._prepared if w.service.state != "ready"]  # noqa: E731
         with Progress("workers", count, waiting=waiting) as progress:
-            await self._bring_up_all(master_port, supply, places, progress)
+            await self._bring_up_all(supply, places, progress)
         for worker in self._prepared:
-            if self.port_uses:
+            if self._port_uses:
                 listening = self._ports_per_host.setdefault(worker.place.host, [])
-                listening.append(worker.ports[self.port_uses[0].name])
+                listening.append(worker.ports[self._port_uses[0].name])
                 self._tunnelled.add((worker.place.host, listening[-1]))
         self.workers += self._prepared
         self._prepared = []
@@ -211,7 +324,7 @@ class ServiceWorkerLauncher(Staff):
         present = [
             Listener(worker.place, worker.ports[use.name], use.reach)
             for worker in self.workers
-            for use in self.port_uses
+            for use in self._port_uses
         ]
         failed = {**await self.network.extend(present, places), **failed}
         for place in (worker.place for worker in self._prepared):
@@ -222,7 +335,7 @@ class ServiceWorkerLauncher(Staff):
 
     async def _give_ports(self, workers: Sequence[Worker], supply: PortSupply, places: Sequence[WorkerHost]) -> None:
         """Choose ports for workers and make them reachable."""
-        waiting = list(workers) if self.port_uses else []
+        waiting = list(workers) if self._port_uses else []
         keeper = await workspace.acquire()
         try:
             for _ in range(_PORT_ROUNDS):
@@ -243,14 +356,14 @@ class ServiceWorkerLauncher(Staff):
         Returns:
             Those workers that need other ones, and the hosts that do not answer, whose workers are given up.
         """
-        width = len(self.port_uses)
+        width = len(self._port_uses)
         numbers = await supply.take(width * len(workers), connections)
         listeners = []
         for index, worker in enumerate(workers):
-            worker.ports = dict(
-                zip((use.name for use in self.port_uses), numbers[index * width : (index + 1) * width], strict=True)
+            worker.at.ports = dict(
+                zip((use.name for use in self._port_uses), numbers[index * width : (index + 1) * width], strict=True)
             )
-            listeners += [Listener(worker.place, worker.ports[use.name], use.reach) for use in self.port_uses]
+            listeners += [Listener(worker.place, worker.ports[use.name], use.reach) for use in self._port_uses]
         failed = await self.network.open(listeners, places)
         silent = {host: error for host, error in failed.values() if isinstance(error, NoAnswerError)}
         again = []
@@ -268,13 +381,8 @@ class ServiceWorkerLauncher(Staff):
         return [worker for worker in again if worker.place.host not in silent], set(silent)
 
     # --- bringing them up ----------------------------------------------------------------------
-    async def _bring_up_all(
-        self, master_port: int, supply: PortSupply, places: Sequence[WorkerHost], progress: Progress
-    ) -> None:
-        tasks = {
-            asyncio.ensure_future(self._bring_up(worker, master_port, supply, places)): worker
-            for worker in self._prepared
-        }
+    async def _bring_up_all(self, supply: PortSupply, places: Sequence[WorkerHost], progress: Progress) -> None:
+        tasks = {asyncio.ensure_future(self._bring_up(worker, supply, places)): worker for worker in self._prepared}
         pending: set[asyncio.Task[None]] = set(tasks)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.START_LIMIT
@@ -301,14 +409,14 @@ class ServiceWorkerLauncher(Staff):
             await asyncio.gather(*pending, return_exceptions=True)
         self._check_failures()
 
-    async def _bring_up(
-        self, worker: Worker, master_port: int, supply: PortSupply, places: Sequence[WorkerHost]
-    ) -> None:
+    async def _bring_up(self, worker: Worker, supply: PortSupply, places: Sequence[WorkerHost]) -> None:
         try:
             for _ in range(_PORT_ROUNDS):
-                await worker.service.send(self.settings(worker, master_port))
-                name, _fields = await ready_or_port_taken(worker.service)
-                if name == "ready":
+                if not self.engine.sent and worker.service.state != "new":  # it ends for want of a port
+                    await worker.service.stop()
+                    worker.service = worker.service.again()
+                spec = worker.service.spec if self.engine.sent else self._spec(worker.at)
+                if await worker.service.come_up(spec, worker.ports) is None:
                     return
                 for port in worker.ports.values():
                     await self.network.close(port)
@@ -317,12 +425,14 @@ class ServiceWorkerLauncher(Staff):
             raise as_kind(WorkerStartError, error) from None
         raise WorkerStartError(worker.name, worker.place.host, "all ports that were tried were taken")
 
-    async def _renewed(self, service: Service) -> dict[str, Any]:
-        """Prepare a worker's host once more, whose agent is another one now; returns what the worker is told there."""
+    async def _renewed(self, service: Service) -> None:
+        """Prepare a worker's host once more, whose agent is another one now."""
         worker = next(worker for worker in [*self.workers, *self._prepared] if worker.service is service)
         worker.place = service.place = await place_again(self._group, service.place.connection)
-        await self.furnish(worker.place)
-        return self.settings(worker, self._master_port)
+        worker.at.move(worker.place)
+        await self.reprovision(worker.place)
+        if not self.engine.sent:
+            service.spec = self._spec(worker.at)
 
     async def _give_up(self, errors: Mapping[str, LazyclusterError]) -> None:
         """Go on without some workers, given by their names; those that were given up before are left as they are."""
@@ -346,6 +456,68 @@ class ServiceWorkerLauncher(Staff):
         if not self._enough():
             errors = list(self._failed.values())
             raise errors[0] if len(errors) == 1 else ClusterStartError(errors)
+
+    # --- leaving -------------------------------------------------------------------------------
+    async def forget_gone(self) -> None:
+        """Let go of what belonged to workers whose processes have ended for good."""
+        await self._let_go([worker for worker in self.workers if worker.has_gone])
+
+    async def leave(self, workers: Sequence[Worker]) -> None:
+        """End workers once they have handed over what they hold.
+
+        Raises:
+            ClusterError: If some cannot; those stay, the others have left.
+        """
+        refused = await self.retire(workers) if workers else {}
+        await self._let_go([worker for worker in workers if worker.name not in refused])
+        if refused:
+            raise ClusterError("\n".join(["not all workers could leave:", *(f"  {why}" for why in refused.values())]))
+
+    async def _let_go(self, workers: Sequence[Worker]) -> None:
+        self.workers = [worker for worker in self.workers if worker not in workers]
+        for worker in workers:
+            listed = self._ports_per_host.get(worker.place.host, [])
+            listed[:] = [port for port in listed if port not in worker.ports.values()]
+            if not listed:
+                self._ports_per_host.pop(worker.place.host, None)
+            self._tunnelled.difference_update((worker.place.host, port) for port in worker.ports.values())
+        await self._clear(workers)
+        self._supplies = [supply for supply in self._supplies if supply.in_use]
+
+    async def _clear(self, workers: Sequence[Worker]) -> None:
+        """End the processes of workers, and free their ports."""
+        await stop_all([worker.service for worker in workers])
+        for worker in workers:
+            for port in worker.ports.values():
+                await self.network.close(port)
+            for supply in self._supplies:
+                supply.release(worker.ports.values())
+
+    # --- the end -------------------------------------------------------------------------------
+    async def _drop_prepared(self) -> None:
+        dropped, self._prepared = self._prepared, []
+        await self._clear(dropped)
+
+    async def _stop(self) -> None:
+        work = set(self._at_work)
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        services = self.services
+        try:
+            await stop_all(services)
+        finally:  # also if Ctrl-C puts an end to the waiting: they were told
+            self.workers, self._prepared = [], []
+            await self.network.close()
+            for supply in self._supplies:
+                supply.release()
+            self._supplies.clear()
+
+    def cleanup(self) -> None:
+        """End the workers. Doing it again does nothing."""
+        event_loop.run(self._stop())
+        self._numbers.clear()
+        super().cleanup()
 
 
 def _problems(places: Sequence[WorkerHost]) -> list[str]:

@@ -1,0 +1,179 @@
+"""The statement of an engine: what a cluster of it consists of. All else is shared by the engines."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from .network import Port
+from .service_spec import SCRATCH, ServiceSpec
+
+if TYPE_CHECKING:
+    from .worker_hosts import WorkerHost
+
+__all__ = ["CheckVersions", "Endpoint", "Engine", "Option"]
+
+CheckVersions = Literal["error", "warn", "ignore"]
+
+
+def checked_policy(policy: CheckVersions) -> CheckVersions:
+    """Return what is to happen if versions do not match.
+
+    Raises:
+        ValueError: If it makes no sense.
+    """
+    if policy not in get_args(CheckVersions):
+        raise ValueError(f"check_versions must be 'error', 'warn' or 'ignore', not {policy!r}")
+    return policy
+
+
+@dataclass
+class Endpoint:
+    """A master or a worker, as the others reach it.
+
+    Attributes:
+        name: Its name, unique in the cluster.
+        host: Where it runs; ``localhost`` is the manager.
+        ports: Its ports by name; empty before they are chosen.
+        python: The Python to use there.
+        siblings: How many workers the cluster has on this host.
+        gpus: How many GPUs it gets for itself.
+    """
+
+    name: str
+    host: str = "localhost"
+    ports: dict[str, int] = field(default_factory=dict)
+    python: str = "python3"
+    siblings: int = 1
+    gpus: int = 0
+
+    address: ClassVar[str] = "127.0.0.1"
+    """Where its ports are, on every host that reaches them and on the manager."""
+    scratch: ClassVar[str] = SCRATCH
+    """Stands, in what a `ServiceSpec` says, for a private directory that is removed when the process ends."""
+
+    @property
+    def port(self) -> int:
+        """The first of its ports."""
+        return next(iter(self.ports.values()))
+
+    def move(self, place: WorkerHost) -> None:
+        """Take note of where it runs."""
+        self.host, self.python = place.host, place.python or "python3"
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of an engine, as ``lazycluster start`` takes it.
+
+    Attributes:
+        flag: How it is written, e.g. ``--memory-limit``.
+        argument: The argument of the cluster's class that it sets.
+        help: What it says in ``--help``.
+        metavar: What its value is called there.
+        kind: ``text``, ``count`` (an integer of at least 1) or ``directory``.
+        default: Its value where it is not given.
+    """
+
+    flag: str
+    argument: str
+    help: str
+    metavar: str
+    kind: Literal["text", "count", "directory"] = "text"
+    default: str | None = None
+
+
+class Engine(abc.ABC):
+    """The statement of an engine. A subclass states it; an instance belongs to one cluster, and may hold its secrets.
+
+    Examples:
+        >>> class Counting(Engine):
+        ...     name, cluster, packages = "counting", "CountingCluster", ("counting",)
+        ...     worker_ports = (Port("worker"),)
+        ...     def master(self, at):
+        ...         return ServiceSpec("counter", command=("counter", "--port", str(at.port)), ready_port="master")
+        ...     def worker(self, at, master):
+        ...         return ServiceSpec("adder", command=("adder", f"{master.address}:{master.port}"), restarts=5)
+    """
+
+    name: ClassVar[str]
+    """The name by which ``lazycluster start`` knows it."""
+    cluster: ClassVar[str]
+    """The name of the cluster's class, for messages."""
+    module: ClassVar[str] = ""
+    """The module from which users import the cluster's class; by default that in which it is."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Python packages without which nothing works, on the manager and on the hosts."""
+    same_versions: ClassVar[tuple[str, ...]] = ()
+    """Packages whose versions must be the same everywhere, as must be Python's minor version then."""
+    told_versions: ClassVar[tuple[str, ...]] = ()
+    """Further packages whose versions our own programs tell."""
+    manager_packages: ClassVar[tuple[str, ...]] = ()
+    """Packages that are needed on the manager alone."""
+    extra: ClassVar[str] = ""
+    """The extra of lazycluster that installs the packages; "" if they are installed by their names."""
+    master_needs: ClassVar[tuple[str, ...]] = ()
+    """Programs that must be on the PATH where the master runs."""
+    worker_needs: ClassVar[tuple[str, ...]] = ()
+    """Programs that must be on the PATH where workers run."""
+    master_ports: ClassVar[tuple[Port, ...]] = (Port("master"),)
+    """The ports of the master; the first is the one that it is known by."""
+    worker_ports: ClassVar[tuple[Port, ...]] = ()
+    """The ports of each worker; the first is the one in ``ports_per_host``."""
+    master_on: ClassVar[Literal["manager", "host"]] = "manager"
+    """Where the master runs: here, or on the first host of the group."""
+    master_name: ClassVar[str] = "master"
+    """What the master is called in messages."""
+    sent: ClassVar[bool] = False
+    """Whether master and workers are programs of our own, which start before their ports are known, see `Source`."""
+    options: ClassVar[tuple[Option, ...]] = ()
+    """The options of ``lazycluster start`` beside those of all engines."""
+    summary: ClassVar[str] = ""
+    """A line on it, for ``lazycluster start --help``."""
+    help: ClassVar[str] = ""
+    """What ``lazycluster start NAME --help`` says; by default the summary."""
+
+    check_versions: CheckVersions = "error"
+
+    @abc.abstractmethod
+    def master(self, at: Endpoint) -> ServiceSpec:
+        """Return what the master is; called once its ports are chosen, or before if the programs are `sent`.
+
+        Args:
+            at: The master.
+        """
+
+    @abc.abstractmethod
+    def worker(self, at: Endpoint, master: Endpoint) -> ServiceSpec:
+        """Return what a worker is; called once its ports are chosen, or before if the programs are `sent`.
+
+        Args:
+            at: The worker.
+            master: The master.
+        """
+
+    def connection(self, master: Endpoint) -> dict[str, Any]:
+        """Return what another process needs to connect, as JSON can hold it: it stands in a connection file.
+
+        Args:
+            master: The master.
+        """
+        return {"port": master.port}
+
+    def forget(self) -> None:  # noqa: B027  (most have nothing to forget)
+        """Forget the secrets, once the cluster has ended; one that is started anew has others."""
+
+    def needed_here(self) -> tuple[str, ...]:
+        """Return the packages that the manager must have."""
+        return (*self.packages, *self.manager_packages)
+
+    @classmethod
+    def client(cls, connection: Mapping[str, Any]) -> Any:
+        """Return a client of a cluster of another process.
+
+        Args:
+            connection: What `connection` returned there.
+        """
+        raise TypeError(f"{cls.__name__} states no client")

@@ -1,0 +1,266 @@
+"""A launcher for masters that are services: supervised processes, on the manager or on a host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from lazycluster.core import event_loop
+from lazycluster.exceptions import LazyclusterError, NoPortsLeftError, PortInUseError
+from lazycluster.runtime.network import free_on_all
+from lazycluster.ssh import workspace
+
+from .contracts import DEFAULT_TIMEOUT, DefaultTimeout, MasterLauncher
+from .engine import Endpoint, Engine
+from .exceptions import ClusterError, MasterStartError, ServiceError
+from .health import Watch
+from .master_process import MasterProcess
+from .network import Listener, Network, Port, PortSupply, Reach, single_ports
+from .service_spec import ServiceSpec
+from .services import Service, as_kind, stop_all
+from .versions import check_master_host
+from .worker_hosts import MANAGER, WorkerHost, place_again, places_of, prepared_places, usable
+from .worker_launcher import ServiceWorkerLauncher
+
+if TYPE_CHECKING:
+    from lazycluster.runtime_mgmt import RuntimeGroup
+    from lazycluster.ssh.connection import Connection
+
+__all__ = ["ServiceMasterLauncher", "prepare"]
+
+_PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
+
+
+class ServiceMasterLauncher(MasterLauncher):
+    """Starts the master of an engine as a supervised service.
+
+    On the manager it is a child of the keeper: it ends when the manager does, in whatever way.
+
+    Args:
+        runtime_group: The group where the workers will be started.
+        engine: The statement of the engine.
+    """
+
+    START_LIMIT: ClassVar[float] = 60.0
+    """Seconds that a master which is alive may take with the default time-out."""
+
+    def __init__(self, runtime_group: RuntimeGroup, engine: Engine) -> None:
+        super().__init__(runtime_group)
+        self.engine = engine
+        self.network = Network()
+        self.watch: Watch | None = None
+        self.spare_ports: list[int] = []
+        self.at = Endpoint("master")
+        self._space: workspace.Workspace | None = None
+        self._service: Service | None = None
+        self._supplies: list[PortSupply] = []
+
+    def spec(self, at: Endpoint) -> ServiceSpec:
+        """Return what is to run; see `Engine.master`."""
+        return self.engine.master(at)
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The ports of the master by name, once they are chosen."""
+        return self.at.ports
+
+    @property
+    def services(self) -> list[Service]:
+        """The master's service, if it was started."""
+        return [self._service] if self._service is not None else []
+
+    async def prepare(self, debug: bool) -> None:
+        """Start the process if it waits for its settings; check that it can be started if it does not."""
+        if self._service is not None:
+            return
+        if self._space is None:
+            self._space = await workspace.acquire()
+        place = await self._place(self._space)
+        self.at.move(place)
+        # What runs, and under which name, is known once the ports are, unless it is a program of our own.
+        spec = self.spec(self.at) if self.engine.sent else ServiceSpec(f"{self.engine.name} master")
+        self._service = Service(
+            spec, place, spec.name, debug=debug, on_change=self._changed, watch=self.watch, renew=self._renewed
+        )
+        if self.engine.sent:
+            self._service.start()
+
+    async def _place(self, space: workspace.Workspace) -> WorkerHost:
+        needs = self.engine.master_needs
+        if self.engine.master_on == "manager":
+            for name in needs:
+                if shutil.which(name) is None:
+                    raise MasterStartError(
+                        f"{self.engine.name} master", problem=f"{name} is not on the PATH here", hint=f"install {name}"
+                    )
+            return WorkerHost(MANAGER, space.keeper, sys.executable, {}, os.getcwd())
+        places = await prepared_places(self._group)
+        if not usable(places):
+            problems = "; ".join(str(place.problem) for place in places)
+            raise ClusterError(f"no host of the group can be used at present: {problems}")
+        place = usable(places)[0]
+        if not self.engine.sent:
+            await check_master_host(self.engine, place)
+        return place
+
+    def start(self, ports: list[int] | int, timeout: int = DEFAULT_TIMEOUT, debug: bool = False) -> list[int]:
+        """See `MasterLauncher.start`."""
+        if self._port is not None:
+            raise ClusterError(f"the master runs already, on port {self._port}")
+        limit = self._limit(timeout)
+        try:
+            return event_loop.run(self._start(ports, limit, debug))
+        except BaseException:
+            event_loop.run(self._stop())
+            raise
+
+    def _limit(self, timeout: float) -> float:
+        if isinstance(timeout, DefaultTimeout):
+            return max(timeout, self.START_LIMIT)
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
+        if not timeout >= 0:  # NaN is not, either
+            raise ValueError(f"timeout must be at least 0 seconds, not {timeout:g}")
+        return timeout
+
+    async def _start(self, ports: list[int] | int, limit: float, debug: bool) -> list[int]:
+        await self.prepare(debug)
+        assert self._service is not None
+        supply = PortSupply(ports if isinstance(ports, list) else [])
+        spare = PortSupply(port for port in self.spare_ports if port != ports)
+        self._supplies += [supply, spare]
+        try:
+            await self._serve(ports, supply, spare if self.spare_ports else supply, limit)
+        except asyncio.TimeoutError:
+            hint = f"a longer time-out than {limit:g} s, or see the log"
+            raise as_kind(MasterStartError, self._service.not_ready(limit, hint)) from None
+        except ServiceError as error:
+            raise as_kind(MasterStartError, error) from None
+        return [port for port in supply.left if port not in self.ports.values()] if isinstance(ports, list) else []
+
+    async def _serve(self, ports: list[int] | int, supply: PortSupply, spare: PortSupply, limit: float) -> None:
+        for _ in range(_PORT_ROUNDS):
+            # In each round anew: who has not answered is not waited for again.
+            places = usable(places_of(self._group))
+            self.at.ports = await self._choose_ports(ports, supply, spare, places)
+            # The tunnels listen before the master does: what they hold, nobody else can take meanwhile.
+            clash = await self._open(places)
+            if clash is None:
+                # The hosts have deadlines of their own: only the master's own time counts for it.
+                taken = await asyncio.wait_for(self._come_up(), limit)
+                if taken is None:
+                    self._is_ready()
+                    return
+                clash = PortInUseError(taken, self.at.host)
+            for port in self.at.ports.values():
+                await self.network.close(port)
+            if isinstance(ports, int) and clash.port == ports:
+                raise clash
+        raise NoPortsLeftError("every port that was chosen for the master was taken before it was used")
+
+    async def _choose_ports(
+        self, ports: list[int] | int, supply: PortSupply, spare: PortSupply, places: Sequence[WorkerHost]
+    ) -> dict[str, int]:
+        assert self._space is not None
+        assert self._service is not None
+        connections: list[Connection] = [self._space.keeper, *(place.connection for place in places)]
+        if isinstance(ports, int):
+            await _check_free(ports, connections)
+            port = ports
+        else:
+            port = (await supply.take(1, connections))[0]
+        first, *others = single_ports(self.engine.master_ports)
+        far = [one for one in others if one.reach is Reach.ALL]
+        near = [one for one in others if one.reach is not Reach.ALL]
+        chosen = await spare.take(len(far), connections) if far else []
+        chosen += await spare.take(len(near), list({self._space.keeper, self._service.place.connection}))
+        return {first.name: port, **{one.name: number for one, number in zip([*far, *near], chosen, strict=True)}}
+
+    async def _open(self, places: Sequence[WorkerHost]) -> PortInUseError | None:
+        """Make the ports reachable; returns the error if one is taken."""
+        ports: list[Port] = single_ports(self.engine.master_ports)
+        numbers = self.at.ports
+        failed: list[LazyclusterError] = []
+        if self.engine.master_on == "manager":
+            for port in ports:
+                if port.reach is Reach.ALL:
+                    failed += (await self.network.share_master(numbers[port.name], places)).values()
+        else:
+            assert self._service is not None
+            home = self._service.place
+            listeners = [Listener(home, numbers[port.name], port.reach) for port in ports]
+            failed = [error for _, error in (await self.network.open_master(listeners, places)).values()]
+        return next((error for error in failed if isinstance(error, PortInUseError)), None)
+
+    async def _come_up(self) -> int | None:
+        service = self._service
+        assert service is not None
+        if self.engine.sent:
+            return await service.come_up(service.spec, self.at.ports)
+        if service.state != "new":  # it ends for want of a port
+            await service.stop()
+            service = self._service = service.again()
+        return await service.come_up(self.spec(self.at), self.at.ports)
+
+    def _is_ready(self) -> None:
+        assert self._service is not None
+        assert self._service.pid is not None
+        self._port = self.at.port
+        command = self._service.spec.command or (sys.executable, self._service.label)
+        self._process = MasterProcess(command, self._service.pid, self._signal)
+
+    async def _renewed(self, service: Service) -> None:
+        """Prepare for another agent. The ports stay the same, as the others know the master by them."""
+        if self.engine.master_on == "host":
+            service.place = await place_again(self._group, service.place.connection)
+            self.at.move(service.place)
+        if not self.engine.sent:
+            service.spec = self.spec(self.at)
+
+    def _signal(self, name: str) -> None:
+        service = self._service
+        if service is not None:
+            event_loop.get_loop().call_soon_threadsafe(service.signal, name)
+
+    def _changed(self, service: Service) -> None:
+        if not isinstance(self._process, MasterProcess):
+            return
+        if service.state in ("ended", "failed"):
+            self._process.ended(service.exit_status)
+        elif service.state == "ready" and service.pid is not None:
+            self._process.pid = service.pid  # it may have been started again
+
+    async def _stop(self) -> None:
+        if self._service is not None:
+            await stop_all([self._service])
+            self._service = None
+        await self.network.close()
+        for supply in self._supplies:
+            supply.release()
+        self._supplies.clear()
+        if self._space is not None:
+            space, self._space = self._space, None
+            await space.release()
+
+    def cleanup(self) -> None:
+        """End the master. Doing it again does nothing."""
+        event_loop.run(self._stop())
+        self.at.ports = {}
+        super().cleanup()
+
+
+async def _check_free(port: int, connections: Sequence[Connection]) -> None:
+    for connection in connections:
+        if not await free_on_all([port], [connection], skip_lost=True):
+            raise PortInUseError(port, connection.host)
+
+
+async def prepare(master: ServiceMasterLauncher, worker: ServiceWorkerLauncher, count: int, debug: bool) -> None:
+    """Start all processes at once; they wait for their settings, and meanwhile import what they are made of."""
+    await event_loop.together(
+        [asyncio.ensure_future(master.prepare(debug)), asyncio.ensure_future(worker.prepare(count, debug))]
+    )

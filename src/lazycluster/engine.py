@@ -1,0 +1,10 @@
+"""What an engine of your own is made of; see "An engine of your own" in the documentation."""
+
+from __future__ import annotations
+
+from .cluster.engine import Endpoint, Engine, Option
+from .cluster.engine_cluster import EngineCluster
+from .cluster.network import Port, Reach
+from .cluster.service_spec import ServiceSpec
+
+__all__ = ["Endpoint", "Engine", "EngineCluster", "Option", "Port", "Reach", "ServiceSpec"]

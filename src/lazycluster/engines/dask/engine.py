@@ -1,0 +1,150 @@
+"""The statement of Dask: the scheduler and the workers, what they are told, and what they share."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from lazycluster.cluster.certificates import Credentials, make_credentials
+from lazycluster.cluster.engine import Endpoint, Engine, Option
+from lazycluster.cluster.local_modules import LocalModules
+from lazycluster.cluster.network import Port, Reach
+from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
+from lazycluster.cluster.service_spec import ServiceSpec, Source
+from lazycluster.utils import Environment
+
+from .configuration import configuration
+from .programs import common
+from .programs.worker import BEFORE_START
+
+_SHARED = ("cluster.sent", "agent.filenames", "agent.localmodules", "agent.oom", "agent.ownership")
+
+
+def _program(name: str, module: str, **options: Any) -> ServiceSpec:
+    source = Source.of(f"lazycluster.engines.dask.programs.{module}", "lazycluster_dask", _SHARED)
+    return ServiceSpec(name, source=source, marker=MARKER, **options)
+
+
+class DaskEngine(Engine):
+    """What one Dask cluster consists of; for its arguments see `DaskCluster`.
+
+    Attributes:
+        secure: Whether connections are encrypted and authenticated.
+        modules: The user's own modules on the hosts.
+        prefix: The secret part of the dashboards' addresses.
+    """
+
+    name, cluster, module, extra = "dask", "DaskCluster", "lazycluster.cluster.dask_cluster", "dask"
+    packages, manager_packages = ("dask", "distributed"), ("cryptography",)
+    # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
+    same_versions, told_versions = ("dask", "distributed", "cloudpickle"), common.PACKAGES
+    master_name, sent = "scheduler", True
+    master_ports = (Port("master"), Port("dashboard", Reach.MANAGER))
+    worker_ports = (Port("worker"), Port("nanny", Reach.MANAGER), Port("dashboard", Reach.MANAGER))
+    options = (
+        Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
+        Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto"),
+        Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
+    )
+    help = """Start a Dask cluster: the scheduler here, the workers on the hosts.
+
+    All of it goes through the ssh connections, encrypted and authenticated. The dashboard's address is a secret.
+
+    \b
+    Examples:
+      lazycluster start dask -w 'node[1-4]'
+      lazycluster start dask -w @all --workers 8 --connection-file cluster.json
+    then, in Python:
+      from lazycluster.cluster.dask_cluster import DaskCluster
+      client = DaskCluster.connect("cluster.json")
+    """
+
+    def __init__(
+        self,
+        nthreads: int | None = None,
+        memory_limit: str | int | float | None = "auto",
+        resources: Mapping[str, float] | None = None,
+        local_directory: str | None = None,
+        worker_options: Mapping[str, Any] | None = None,
+        scheduler_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.nthreads, self.memory_limit, self.resources = nthreads, memory_limit, resources
+        self.local_directory = local_directory
+        self.worker_options, self.scheduler_options = dict(worker_options or {}), dict(scheduler_options or {})
+        self.secure, self.modules = True, LocalModules()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the secrets; a cluster that is started anew has others."""
+        self.prefix = secrets.token_urlsafe(18)
+        self._credentials: Credentials | None = None
+        self._configuration: dict[str, Any] | None = None
+
+    def needed_here(self) -> tuple[str, ...]:
+        """Return the packages that the manager must have."""
+        return super().needed_here() if self.secure else self.packages
+
+    # --- the processes -------------------------------------------------------------------------
+    def master(self, at: Endpoint) -> ServiceSpec:
+        """Return what the scheduler is."""
+        lost = "what it knew is lost: computations that were running are lost, submit them again"
+        return _program("dask-scheduler", "scheduler", settings=lambda: self._scheduler(at), at_restart=lost)
+
+    def worker(self, at: Endpoint, master: Endpoint) -> ServiceSpec:
+        """Return what a worker is: a nanny, which starts its own worker again as it likes."""
+        told = lambda: self._worker(at, master)  # noqa: E731
+        return _program("dask-worker", "worker", settings=told, env=BEFORE_START, patience=5.0)
+
+    def _scheduler(self, at: Endpoint) -> dict[str, Any]:
+        told = {"modules": self.modules.directory, "options": self.scheduler_options}
+        return {**self._everybody("scheduler", at), **told}
+
+    def _worker(self, at: Endpoint, master: Endpoint) -> dict[str, Any]:
+        return {
+            **self._everybody("worker", at),
+            "scheduler": self.address(master.port),
+            "name": at.name,
+            "siblings": at.siblings,
+            # Tasks that share a GPU share its memory: as elsewhere in Dask's world, there is one at a time.
+            "nthreads": self.nthreads or (1 if at.gpus else None),
+            "memory_limit": self.memory_limit,
+            "resources": dict(self.resources) if self.resources else {"GPU": at.gpus} if at.gpus else None,
+            "local_directory": self.local_directory,
+            "trust_group": Environment.trust_group,
+            "modules": self.modules.directory_on(at.host),
+            "options": self.worker_options,
+        }
+
+    def _everybody(self, role: str, at: Endpoint) -> dict[str, Any]:
+        how = {"protocol": self.protocol, "security": self.security(role), "prefix": self.prefix}
+        return {"ports": at.ports, **how, "configuration": self.configuration}
+
+    # --- what they share -----------------------------------------------------------------------
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The manager's Dask configuration, as it is when it is first needed; importing Dask takes a second."""
+        if self._configuration is None:
+            self._configuration = configuration()
+        return self._configuration
+
+    @property
+    def protocol(self) -> str:
+        """How addresses begin."""
+        return "tls" if self.secure else "tcp"
+
+    @property
+    def credentials(self) -> Credentials:
+        """The certificates of the cluster, made when they are first needed."""
+        self._credentials = self._credentials or make_credentials()
+        return self._credentials
+
+    def security(self, role: str) -> dict[str, Any]:
+        """Return the arguments of `distributed.Security` for a role."""
+        if not self.secure:
+            return {"require_encryption": False}
+        return self.credentials.for_role(role)
+
+    def address(self, port: int) -> str:
+        """Return the address of a port."""
+        return f"{self.protocol}://{LOOPBACK}:{port}"
