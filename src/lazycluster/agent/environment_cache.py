@@ -6,6 +6,7 @@ import fcntl
 import os
 import time
 
+from . import environments
 from .deletion import remove_tree
 from .environment_program import size_of
 from .environments import (
@@ -31,15 +32,19 @@ if TYPE_CHECKING:
     from .session import RequestChannel
 
 
-def handle(channel: RequestChannel, action: str) -> None:
-    """Handle the request `environment` where it is about all that there are: on some file systems it takes long."""
+def environment(channel: RequestChannel) -> None:
+    """Handle the request `environment`; `action` says what."""
+    action = str(channel.params.get("action"))
+    if action not in ("list", "remove", "prune", "sift"):
+        environments.environment(channel)
+        return
     params, root = channel.params, root_of(channel)
     try:
         claim(root)
     except NotOursError as error:
         channel.fail("value", str(error))
         return
-    if action == "list":
+    if action == "list":  # on some file systems it takes long
         offload(channel, lambda: list_environments(root))
     elif action == "remove":
         offload(channel, lambda: remove_environments(root, params["ids"]))

@@ -76,11 +76,6 @@ class AgentEnvironments:
 def environment(channel: RequestChannel) -> None:
     """Handle the request `environment`; `action` says what."""
     action = str(channel.params.get("action"))
-    if action in ("list", "remove", "prune", "sift"):
-        from . import environment_cache
-
-        environment_cache.handle(channel, action)
-        return
     handler = _ACTIONS.get(action)
     if handler is None:
         channel.fail("value", "unknown action {!r}".format(action))

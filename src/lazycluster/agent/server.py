@@ -65,7 +65,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "detached": ("detached", "detached"),
     "relay": ("relay", "relay"),
     "pool": ("pools", "pool"),
-    "environment": ("environments", "environment"),
+    "environment": ("environment_cache", "environment"),
     "activity": ("host_load", "activity"),
     "tunnels": ("host_load", "tunnels"),
     "usage": ("host_load", "usage"),
