@@ -124,7 +124,7 @@ def test_no_two_classes_have_one_name() -> None:
 
 
 def test_no_class_is_split_into_a_base_and_its_only_subclass() -> None:
-    """One subclass may have what is public, an error or a protocol, and has others elsewhere; and what is used by itself."""
+    """What is public, an error or a protocol may have one subclass here, and others elsewhere."""
     own = {node.name: (path, node) for path, node in classes()}
     below = defaultdict(list)
     for _, node in classes():

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from lazycluster import __version__
+from lazycluster import __version__, engines
 
 from .console import FAILED, INTERRUPTED, OutputGoneError, complain, report
 
@@ -27,8 +27,8 @@ _COMMANDS = {
     "run": ("run:run", "Run a command or a Python script on many hosts at once."),
     "put": ("copy:put", "Copy files and folders to hosts."),
     "get": ("copy:get", "Copy files and folders from hosts."),
-    "start": ("start:start", "Start a Dask or Hyperopt cluster, until Ctrl-C."),
-    "start-dask": ("start:", "The same as 'start dask'."),
+    "start": ("start:start", engines.SUMMARY),
+    **{alias: ("start:", f"The same as 'start {engine}'.") for alias, engine in engines.ALIASES.items()},
     "forward": ("ports:forward", "Make ports of a host reachable on this machine."),
     "expose": ("ports:expose", "Make ports of this machine reachable on hosts."),
     "env": ("env:env", "Show, make and remove Python environments on hosts."),

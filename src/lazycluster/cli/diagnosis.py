@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from lazycluster import engines
 from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 from lazycluster.output.host_cells import megabytes
@@ -57,7 +58,7 @@ _FAILED_STEP = {
     "python": "Python",
     "disk": "temporary files",
 }
-_PACKAGES = ("cloudpickle", "dask", "distributed", "hyperopt", "pymongo", "numpy", "pandas")
+_PACKAGES = ("cloudpickle", *engines.PACKAGES, "numpy", "pandas")
 _CLOCK_LIMIT = 5.0  # seconds
 _LITTLE_SPACE = 100 * 1024 * 1024
 _LIMIT = 30.0

@@ -9,19 +9,22 @@ import importlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lazycluster.cluster.engine_cluster import EngineCluster
 
-__all__ = ["ALIASES", "DEMOS", "EngineEntry", "demo", "known", "load"]
+__all__ = ["ALIASES", "DEMOS", "PACKAGES", "SUMMARY", "EngineEntry", "demo", "known", "load"]
 
 GROUP = "lazycluster.engines"
 DEMOS = ("dask", "hyperopt")
 """Engines with a demonstration, the one that is shown by default first."""
 ALIASES = {"start-dask": "dask"}
 """Commands with names of their own that start an engine."""
+PACKAGES = ("dask", "distributed", "hyperopt", "pymongo")
+"""Packages whose versions on a host and on the manager are worth comparing."""
+SUMMARY = "Start a Dask or Hyperopt cluster, until Ctrl-C."
+"""A line on the command that starts engines."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ _OURS = (
 
 def known() -> Mapping[str, EngineEntry]:
     """Return the engines that are installed, by name; ours cannot be replaced."""
+    from importlib import metadata  # it takes as long as all else that the command line imports at first
+
     found = {entry.name: entry for entry in _OURS}
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
         package = point.dist.name if point.dist is not None else "?"

@@ -75,7 +75,7 @@ def demo(
         say("\nThe same in Python", style="bold")
         say(_PYTHON if missing else shown.PYTHON, markup=False, soft_wrap=True)
     if missing:
-        say("\nNot shown: a Dask cluster", style="bold")
+        say(f"\nNot shown: {shown.TITLE}", style="bold")
         say(f"  {missing}\n  {shown.MISSING}", markup=False, soft_wrap=True)
     say("\nEverything has ended, and nothing is left on the hosts.")
 

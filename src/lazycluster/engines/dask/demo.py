@@ -14,6 +14,7 @@ from .engine import DaskEngine
 if TYPE_CHECKING:
     from lazycluster import RuntimeGroup
 
+TITLE = "a Dask cluster"
 PYTHON = """\
     from lazycluster import RuntimeGroup
     from lazycluster.cluster.dask_cluster import DaskCluster

@@ -15,6 +15,7 @@ from .engine import HyperoptEngine
 if TYPE_CHECKING:
     from lazycluster import RuntimeGroup
 
+TITLE = "a Hyperopt cluster"
 PYTHON = """\
     from lazycluster import RuntimeGroup
     from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
