@@ -138,7 +138,7 @@ def test_the_database(hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert f"port {port} of host1, by which it reached the rest of the cluster" in problem
         assert "another program listens there now" in problem
         assert "<" not in problem  # of nobody's `repr`
-        assert "Next step: look on host1 who that is" in str(cluster._worker_launcher.workers[0].service.error)
+        assert "Next step: find that program on host1" in str(cluster._worker_launcher.workers[0].service.error)
         assert cluster.workers[1].state == "ready"
         trials = cluster.trials("after")
         fmin(lambda x: x, hp.uniform("x", 0, 1), rand.suggest, 3, trials=trials, show_progressbar=False)

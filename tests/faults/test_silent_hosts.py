@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from lazycluster import RuntimeGroup, RuntimeTask, runtimes
+from lazycluster import RuntimeGroup, RuntimeTask
 from lazycluster.cluster import services
+from lazycluster.runtime import runtime
 from lazycluster.ssh import connection, tunnel_handles
 from lazycluster.tasks import functions, step_runner
 from patience import until
@@ -26,7 +27,7 @@ def _endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have nothing end because of the time that a host which answers may take."""
     for module, name in (
         (services, "_STOP_LIMIT"),
-        (runtimes, "_END_LIMIT"),
+        (runtime, "_END_LIMIT"),
         (connection, "_STOP_PATIENCE"),
         (tunnel_handles, "_ANSWER_LIMIT"),
         (step_runner, "_END_LIMIT"),
@@ -93,10 +94,11 @@ def test_a_cluster(make_hosts: Any, caplog: pytest.LogCaptureFixture) -> None:
 
 _INTERRUPTED = """
     import sys
-    from lazycluster import RuntimeGroup, RuntimeTask, runtimes
+    from lazycluster import RuntimeGroup, RuntimeTask
+    from lazycluster.runtime import runtime
     from lazycluster.ssh import connection
 
-    runtimes._END_LIMIT = connection._STOP_PATIENCE = 3600
+    runtime._END_LIMIT = connection._STOP_PATIENCE = 3600
     settings = {{"config_file": {config!r}, "link_timeout": 4, "grace": 4}}
     group = RuntimeGroup(hosts={names!r}, connection_kwargs=settings, python=sys.executable)
     group.execute_task(RuntimeTask("sleep").run_command("sleep 3601"), broadcast=True)
