@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,35 @@ def test_nobody_waits_for_ever_to_write_to_a_pipe_whose_reader_was_killed(tmp_pa
         writer.kill()
         writer.wait()
     assert not place.exists()
+
+
+_MANAGER = """
+import os, sys
+sys.path[:0] = [sys.argv[1]]
+from lazycluster.agent import guardian
+guardian._DYING = float(sys.argv[3])
+manager = os.getpid()
+if os.fork() == 0:
+    print(guardian._has_ended(manager, sys.argv[2]), flush=True)
+    os._exit(0)
+if sys.argv[4] == "ends":
+    os.close(1)
+    os._exit(0)  # about as soon as the other one has begun to look
+os.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "moment", "what", "answer"),
+    [(True, 60.0, "ends", "True"), (False, 60.0, "stays", "False"), (True, 0.1, "stays", "False")],
+)
+def test_a_manager_that_was_killed_gets_a_moment_to_end(
+    tmp_path: Path, kept: bool, moment: float, what: str, answer: str
+) -> None:
+    """Its streams end first: taken for alive, it would leave its private directory."""
+    if kept:
+        (tmp_path / guardian.KEEP_FILE).write_text("{}")
+    sources = str(Path(guardian.__file__).parents[2])
+    command = [sys.executable, "-W", "ignore", "-c", _MANAGER, sources, str(tmp_path), str(moment), what]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == answer

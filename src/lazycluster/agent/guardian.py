@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KEEP_FILE = "keep.json"
 _PR_SET_CHILD_SUBREAPER = 36
+_DYING = 3.0  # seconds from the end of a manager's streams to its own
 _MOMENT = 0.02  # seconds
 _PATIENCE = 1.0
 _SLOWEST = 60.0  # seconds for what an ssh process has not sent yet: some megabytes, over a megabit per second
@@ -60,13 +61,26 @@ def guard(agent: int, directory: str, sshd: Optional[int]) -> None:
     present = _present_sshd(directory)
     if present is not None:
         session = _as_noted(*present)
-    if orderly or os.getppid() != above:
+    if orderly or _has_ended(above, directory):
         clean(directory)
     else:  # whoever has started this is there; on the manager's machine, what is to be ended with it is in use
         remove([*further(directory), directory])
     if session is not None and not orderly:
         # ssh lingers while a forwarded connection is open; its manager has ended, so nobody else ends it.
         session.signal(signal.SIGTERM)
+
+
+def _has_ended(manager: int, directory: str) -> bool:
+    """Tell whether the process that has started this one has ended; one that was killed gets a moment for it.
+
+    Its streams, by which its agent learns of it, are closed before: on a busy machine, well before.
+    """
+    deadline = time.monotonic() + (_DYING if os.path.exists(os.path.join(directory, KEEP_FILE)) else 0.0)
+    while os.getppid() == manager:
+        if time.monotonic() >= deadline:
+            return False
+        _wait_for_child()
+    return True
 
 
 def _present_sshd(directory: str) -> Optional[Tuple[int, int]]:
