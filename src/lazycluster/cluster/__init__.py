@@ -1,4 +1,4 @@
-"""Clusters: the contracts, and what all engines share. The engines are in modules of their own."""
+"""Clusters: the contracts, and what all engines share. The engines are in `lazycluster.engines`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The base of everything else: the event loop, waiting, clean-up at the end, optional packages, host sets."""
+"""The base of the manager: the event loop, waiting, clean-up at the end, optional packages, host sets."""

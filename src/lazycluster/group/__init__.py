@@ -1,1 +1,1 @@
-"""Groups of runtimes."""
+"""Several hosts: groups of runtimes, and the manager that makes groups."""

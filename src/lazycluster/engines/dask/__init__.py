@@ -1,1 +1,1 @@
-"""Dask: https://distributed.dask.org."""
+"""Clusters of Dask, https://distributed.dask.org; `programs` has what runs elsewhere."""

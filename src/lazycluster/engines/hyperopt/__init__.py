@@ -1,1 +1,1 @@
-"""Hyperopt: https://hyperopt.github.io/hyperopt."""
+"""Clusters of Hyperopt, https://hyperopt.github.io/hyperopt; `programs` and `mongo` have what runs elsewhere."""

@@ -1,4 +1,6 @@
-"""Programs of Hyperopt clusters, which run elsewhere: they are sent as text, so they import nothing else of ours.
+"""Programs of Hyperopt clusters, which run elsewhere, where lazycluster is not installed.
+
+They are sent as text: of lazycluster they import nothing but each other and what `engine` names beside them.
 
 `compat` is also used on the manager.
 """
