@@ -1,4 +1,4 @@
-"""What an engine of your own is made of; see "An engine of your own" in the documentation."""
+"""The parts of an engine of your own; see "An engine of your own" in the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python environments that the host keeps: listed, and removed when they are not in use."""
+"""Requests about Python environments; those about all that the host keeps (list, remove, prune) are handled here."""
 
 from __future__ import annotations
 

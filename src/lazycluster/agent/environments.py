@@ -1,4 +1,4 @@
-"""Python environments that the manager makes on the host: where they are, who uses them, and which may go.
+"""One Python environment on the host: found, built, compiled, in use, and which may be removed.
 
 Below one root there are `envs/<id>` (the environments), `envs/<id>.build` and `envs/<id>.use` (locks, which end with
 whoever holds them), `wheels/<sha256>` (packages that were sent), `uv` and `cache` (the installer and what it unpacked),

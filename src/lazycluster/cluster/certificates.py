@@ -25,7 +25,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What the parties of one cluster know each other by.
+    """Certificates by which the parties of one cluster know each other.
 
     Whoever is to take part needs an identity that was signed by the cluster's own authority, whose key is forgotten
     as soon as all identities are made.

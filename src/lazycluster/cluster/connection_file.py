@@ -279,7 +279,7 @@ def _remove(folder: int, file: Path, accept: _Accept) -> None:
 
 
 def _holds(folder: int, file: Path, accept: _Accept) -> bool:
-    """Whether there is a file whose content is accepted."""
+    """Tell whether there is a file whose content is accepted."""
     with contextlib.suppress(OSError, ClusterError), _opened(folder, file) as fd:
         return fd is not None and accept(_content(fd))
     return False

@@ -1,4 +1,4 @@
-"""What a cluster, and the strategies of starting its parts, have to offer."""
+"""Contracts of a cluster, and of the strategies that start its parts."""
 
 from __future__ import annotations
 

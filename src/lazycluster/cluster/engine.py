@@ -50,7 +50,7 @@ class Endpoint:
     gpus: int = 0
 
     address: ClassVar[str] = "127.0.0.1"
-    """Where its ports are, on every host that reaches them and on the manager."""
+    """Address of its ports, on every host that reaches them and on the manager."""
     scratch: ClassVar[str] = SCRATCH
     """Stands, in what a `ServiceSpec` says, for a private directory that is removed when the process ends."""
 
@@ -123,17 +123,17 @@ class Engine(abc.ABC):
     worker_ports: ClassVar[tuple[Port, ...]] = ()
     """The ports of each worker; the first is the one in ``ports_per_host``."""
     master_on: ClassVar[Literal["manager", "host"]] = "manager"
-    """Where the master runs: here, or on the first host of the group."""
+    """Place of the master: ``"manager"``, or ``"host"`` for the first host of the group."""
     master_name: ClassVar[str] = "master"
-    """What the master is called in messages."""
+    """Name of the master in messages."""
     sent: ClassVar[bool] = False
-    """Whether master and workers are programs of our own, which start before their ports are known, see `Source`."""
+    """True if master and workers are programs of our own, which start before their ports are known; see `Source`."""
     options: ClassVar[tuple[Option, ...]] = ()
     """The options of ``lazycluster start`` beside those of all engines."""
     summary: ClassVar[str] = ""
     """A line on it, for ``lazycluster start --help``."""
     help: ClassVar[str] = ""
-    """What ``lazycluster start NAME --help`` says; by default the summary."""
+    """Text of ``lazycluster start NAME --help``; by default the summary."""
 
     check_versions: CheckVersions = "error"
 

@@ -1,4 +1,4 @@
-"""What is known of the processes of a cluster: how each does, and what has happened to them."""
+"""States and events of the processes of a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEPT = 1000  # events
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """How a master or worker does, at one moment.
+    """State of a master or worker at one moment.
 
     Attributes:
         name: What it is called.

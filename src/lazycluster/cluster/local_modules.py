@@ -53,7 +53,7 @@ _DISTRIBUTIONS = ".distributions.json"  # names the distributions that modules a
 
 @dataclass
 class _HostCopy:
-    """What one host has.
+    """The modules that one host has.
 
     Attributes:
         connection: The connection to it.
@@ -71,7 +71,7 @@ class _HostCopy:
 
 
 class LocalModules:
-    """What the hosts of one cluster have of the user's modules. For the event loop's thread, unless said otherwise.
+    """The user's modules on the hosts of one cluster. For the event loop's thread, unless said otherwise.
 
     Attributes:
         directory: Where they are on the manager, for a master that runs there; empty before `open`.
@@ -160,7 +160,7 @@ class LocalModules:
 
     # --- changes -------------------------------------------------------------------------------
     def changed(self) -> bool:
-        """Whether a module has changed or is new since they were sent. For any thread; takes some microseconds."""
+        """Tell whether a module has changed or is new since they were sent. For any thread; takes some microseconds."""
         if self._space is None:
             return False
         self._find_new()
@@ -180,7 +180,7 @@ class LocalModules:
         return any(_stamp(path) != stamp for path, stamp in self._stamps.items())
 
     def changes(self) -> bool:
-        """Whether hosts may not have the present modules: some have changed, or are being sent. For any thread."""
+        """True if hosts may not have the present modules: some have changed, or are being sent. For any thread."""
         return self.changed() or self._syncing.locked()
 
     async def sync_changes(self) -> int:

@@ -1,4 +1,4 @@
-"""A process that another one watches, with the interface of `subprocess.Popen`."""
+"""The master of a cluster, a child of the keeper, with the interface of `subprocess.Popen`."""
 
 from __future__ import annotations
 

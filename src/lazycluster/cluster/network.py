@@ -23,7 +23,7 @@ _AT_ONCE = 48  # candidates that are looked at beyond those that are needed
 
 
 class Reach(Enum):
-    """Who is to reach a port, beside the processes of its own host."""
+    """Range from which a port is to be reached, beside the processes of its own host."""
 
     LOCAL = "local"
     MANAGER = "manager"
@@ -123,7 +123,7 @@ class PortSupply:
 
     @property
     def in_use(self) -> bool:
-        """Whether ports were taken that are not released yet."""
+        """True if ports were taken that are not released yet."""
         return bool(self._mine)
 
     def release(self, ports: Iterable[int] | None = None) -> None:

@@ -61,7 +61,7 @@ class OwnMasterWatch:
 
     @property
     def problem(self) -> str:
-        """Why the master is no longer there, "" if it is."""
+        """Reason why the master is no longer there, "" if it is."""
         return f"the master: {self._problem}" if self._state == "failed" else ""
 
     @property

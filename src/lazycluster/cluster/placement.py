@@ -22,7 +22,7 @@ _ANSWER_LIMIT = 30.0
 
 @dataclass(frozen=True)
 class Gpus:
-    """What each worker gets of the GPUs of its host, for itself.
+    """Share of each worker in the GPUs of its host, for itself.
 
     Attributes:
         count: How many.

@@ -1,4 +1,4 @@
-"""The contracts of clusters, and what all clusters share.
+"""`MasterWorkerCluster`: start, state and end, which all clusters share.
 
 How a master and the workers are started is the strategy of a `MasterLauncher` and a `WorkerLauncher`; own ones may be
 passed to every cluster. The launchers of the engines that come with the library build on those in `launchers` and
@@ -79,7 +79,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
     DEFAULT_PORT_RANGE_END = 28000
 
     _workers_talk = True
-    """Whether the workers of this engine connect to each other."""
+    """True if the workers of this engine connect to each other."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
     # --- how its processes are ------------------------------------------------------------------
     @property
     def status(self) -> Any:
-        """What the cluster does: ``created``, ``starting``, ``running``, ``closing``, ``closed`` or ``failed``.
+        """State of the cluster: ``created``, ``starting``, ``running``, ``closing``, ``closed`` or ``failed``.
 
         A cluster has failed if it did not start, or if its master, or each of its workers, has ended for good: it was
         started again as often as is allowed within minutes. Use of it raises an error then, which says why.
@@ -279,7 +279,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
 
     @property
     def workers(self) -> list[ProcessStatus]:
-        """How each worker does, those that have failed for good included."""
+        """State of each worker, those that have failed for good included."""
         return [ProcessStatus.of(service) for service in self._services(self._worker_launcher)]
 
     def usage(self, timeout: float = 1.0) -> dict[str, ProcessUsage]:
@@ -301,7 +301,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
 
     @property
     def events(self) -> list[ClusterEvent]:
-        """What has happened to the master and the workers, the latest last."""
+        """Events of the master and the workers, the latest last."""
         return self._watch.events
 
     def on_event(self, callback: EventCallback) -> Callable[[], None]:

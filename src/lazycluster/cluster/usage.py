@@ -1,4 +1,4 @@
-"""What the processes of a cluster use of their hosts."""
+"""Processor time and memory of the processes of a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STALE = 10.0  # seconds after which an answer tells nothing any more
 
 @dataclass(frozen=True)
 class ProcessUsage:
-    """What a process, with all that it has started, uses of its host.
+    """Processor time and memory of a process, with all that it has started.
 
     Attributes:
         cpu: Percent of one core, since it was asked before; None at the first time.
@@ -65,7 +65,7 @@ class _Host:
 
     @property
     def is_asked(self) -> bool:
-        """Whether there is a question that has not been answered."""
+        """True while a host has not answered."""
         return self._question is not None and not self._question.done()
 
     def ask(self, connection: Connection) -> asyncio.Task[None]:

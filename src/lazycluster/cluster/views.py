@@ -1,4 +1,4 @@
-"""What is shown of clusters."""
+"""Tables and texts that show clusters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the processes of a cluster may run: the hosts of a group, as the launchers see them."""
+"""Hosts on which the processes of a cluster may run: those of a group, as the launchers see them."""
 
 from __future__ import annotations
 

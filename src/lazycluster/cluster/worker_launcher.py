@@ -42,7 +42,7 @@ _SETTLE = 1.0  # seconds that the other workers get to fail, too, after one has 
 
 
 ENDED = "the cluster was ended meanwhile"
-"""What those are told who start or change something that another thread ends."""
+"""Message for a thread that starts or changes something while another one ends it."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Worker:
 
     @property
     def has_gone(self) -> bool:
-        """Whether its process has ended for good."""
+        """True if its process has ended for good."""
         return self.service.state in ("ended", "failed")
 
 

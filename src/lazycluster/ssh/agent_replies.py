@@ -81,7 +81,7 @@ def decoded(payload: bytes) -> dict[str, Any]:
     """Decode a message of an agent.
 
     Raises:
-        ProtocolError: It is no message.
+        FrameError: It is no message.
         ValueError: It is one, but holds what our agent does not say; see `decoded_text`.
     """
     try:

@@ -141,7 +141,7 @@ class AgentLink:
         """Have everything after the first `total` bytes sent again.
 
         Raises:
-            ProtocolError: If that cannot be.
+            FrameError: If that cannot be.
         """
         self._outbox.rewind(total)
 

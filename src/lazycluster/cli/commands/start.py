@@ -68,7 +68,7 @@ def _cluster_options(command: F) -> F:
             help="Write what programs need to connect; has secrets.",
         ),
         relay_option,
-        click.option("--environment", metavar="WHAT", help="Packages there: 'manager' (as here), a file, a path."),
+        click.option("--environment", metavar="WHAT", help="Packages there: 'manager' (the same), a file, a path."),
         click.option("--setup", metavar="LINES", help="Shell lines to run first: 'conda activate ml'."),
         click.option("--python", metavar="PYTHON", help="The hosts' Python: a path, a name, or 'auto'."),
         click.option("--port", type=Whole(65535), metavar="PORT", help="The port of the master here."),

@@ -1,4 +1,4 @@
-"""The side of the manager's own programs: their settings, what they tell the manager, and ports that are taken."""
+"""Messages between a program that was sent and the manager: its settings, events, and ports that are taken."""
 
 from __future__ import annotations
 

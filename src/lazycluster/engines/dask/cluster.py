@@ -229,7 +229,7 @@ class DaskCluster(EngineCluster):
 
     @property
     def security(self) -> Security:
-        """What a client authenticates itself with: `distributed.Client` takes it as ``security``."""
+        """The credentials of a client: `distributed.Client` takes it as ``security``."""
         from .programs.serialization import keep_file_names
         from .programs.tls import MemorySecurity
 
@@ -249,7 +249,7 @@ class DaskCluster(EngineCluster):
 
     @property
     def status(self) -> Status:
-        """What the cluster does, in distributed's own words."""
+        """State of the cluster, in distributed's own words."""
         from distributed import Status
 
         if self._state == "running" and self._master_status() is not None:

@@ -27,7 +27,7 @@ def _program(name: str, module: str, **options: Any) -> ServiceSpec:
 
 
 class DaskEngine(Engine):
-    """What one Dask cluster consists of; for its arguments see `DaskCluster`.
+    """Statement of one Dask cluster; for its arguments see `DaskCluster`.
 
     Attributes:
         secure: Whether connections are encrypted and authenticated.
@@ -130,7 +130,7 @@ class DaskEngine(Engine):
 
     @property
     def protocol(self) -> str:
-        """How addresses begin."""
+        """Beginning of addresses."""
         return "tls" if self.secure else "tcp"
 
     @property

@@ -31,7 +31,7 @@ class LocalMasterLauncher(ServiceMasterLauncher):
     """
 
     RESTARTS = 3
-    """How often a scheduler that dies is started again within minutes, on the same ports."""
+    """Number of restarts of a scheduler that dies, within minutes, on the same ports."""
 
     def __init__(self, runtime_group: RuntimeGroup) -> None:
         self.dask = DaskEngine()
@@ -56,7 +56,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
     """
 
     RESTARTS = 5
-    """How often a nanny that dies is started again within minutes. A nanny starts its own worker again as it likes."""
+    """Number of restarts of a nanny that dies, within minutes. A nanny starts its own worker again as it likes."""
 
     def __init__(self, runtime_group: RuntimeGroup) -> None:
         self.dask = DaskEngine()

@@ -171,7 +171,7 @@ class AdaptedCluster:
 
     @property
     def status(self) -> Status:
-        """What the cluster does."""
+        """State of the cluster."""
         return self._cluster.status
 
     @property

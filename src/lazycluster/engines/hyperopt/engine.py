@@ -30,7 +30,7 @@ def program(name: str, module: str, **options: Any) -> ServiceSpec:
 
 
 class HyperoptEngine(Engine):
-    """What one Hyperopt cluster consists of; for its arguments see `HyperoptCluster`.
+    """Statement of one Hyperopt cluster; for its arguments see `HyperoptCluster`.
 
     Attributes:
         user: Who logs in. hyperopt looks for this one, and no other, in the database ``admin``.

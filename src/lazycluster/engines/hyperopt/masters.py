@@ -36,10 +36,10 @@ def default_launcher(dbpath: Path) -> type[EmbeddedMongoLauncher | LocalMongoLau
 
 
 class _DatabaseLauncher(ServiceMasterLauncher):
-    """What the launchers of databases share."""
+    """Base of the launchers of databases."""
 
     RESTARTS = 5
-    """How often a database that dies is started again within minutes, on the same port; workers wait for it."""
+    """Number of restarts of a database that dies, within minutes, on the same port; workers wait for it."""
 
     def __init__(self, runtime_group: RuntimeGroup) -> None:
         self.hyperopt = HyperoptEngine()

@@ -1,4 +1,4 @@
-"""How far a search is."""
+"""Progress of a search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WANTED = ["state", "owner", "book_time", "refresh_time", "result.loss", "result
 
 @dataclass(frozen=True)
 class SearchProgress(Shown):
-    """How far a search is.
+    """Progress of a search.
 
     Attributes:
         done: Trials with a result.

@@ -43,7 +43,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
     """
 
     RESTARTS = 10
-    """How often a worker that dies is started again within minutes. An objective does not make it die."""
+    """Number of restarts of a worker that dies, within minutes. An objective does not make it die."""
 
     def __init__(self, runtime_group: RuntimeGroup, dbname: str, poll_interval: float) -> None:
         self.hyperopt = HyperoptEngine(dbname=dbname, poll_interval=poll_interval)

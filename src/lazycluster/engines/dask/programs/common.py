@@ -1,4 +1,4 @@
-"""What the programs of a Dask cluster share."""
+"""Parts that the programs of a Dask cluster share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def configure(changes: dict[str, Any]) -> None:
 
 
 def is_alone() -> bool:
-    """Whether the agent that has started this process is gone, which would hold the other end of its input."""
+    """Tell whether the agent that has started this process has ended, which would hold the other end of its input."""
     poll = select.poll()
     poll.register(0, 0)
     return bool(poll.poll(0))

@@ -81,7 +81,7 @@ class _SentFinder(importlib.abc.MetaPathFinder):
         self._copies = localmodules.InstalledCopies(_SentFinder)
 
     def is_ours(self, module: Any) -> bool:
-        """Whether a module was sent."""
+        """Tell whether a module was sent."""
         return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), _Loader)
 
 

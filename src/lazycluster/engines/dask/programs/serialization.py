@@ -1,4 +1,4 @@
-"""What distributed pickles functions with. Also used on the manager."""
+"""Pickling of functions by distributed, with the names of their files. Also used on the manager."""
 
 from __future__ import annotations
 

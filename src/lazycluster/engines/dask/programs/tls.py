@@ -11,7 +11,7 @@ from ....cluster.sent.memory_file import in_memory
 
 
 class MemorySecurity(Security):  # type: ignore[misc]
-    """What distributed calls security. Its own writes the key that it was given into a temporary file, to load it.
+    """TLS settings for distributed, whose own class writes the key that it was given into a temporary file, to load it.
 
     Pickled it is distributed's own again: this class may not be where it is unpickled.
 

@@ -1,4 +1,4 @@
-"""What runs in a worker process. Imported by the nanny's program before it is copied."""
+"""The code of a worker process. Imported by the nanny's program before it is copied."""
 
 from __future__ import annotations
 

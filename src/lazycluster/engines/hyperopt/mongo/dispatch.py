@@ -1,4 +1,4 @@
-"""Who may run a command, and what it is answered."""
+"""Commands of clients: permission, execution, answer."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def _hmac(key: bytes, message: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class ScramCredentials:
-    """What a server keeps of a password: it is not enough to log in with.
+    """The part of a password that a server keeps: it is not enough to log in with.
 
     Attributes:
         user: The name.

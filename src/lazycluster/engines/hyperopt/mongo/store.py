@@ -67,7 +67,7 @@ class Index:
 
     @property
     def unique(self) -> bool:
-        """Whether no two documents may have the same values."""
+        """True if no two documents may have the same values."""
         return bool(self.spec.get("unique"))
 
     def same(self, old: Document, new: Document) -> bool:

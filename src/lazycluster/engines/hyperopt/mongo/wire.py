@@ -19,7 +19,7 @@ _numbers = itertools.count(1)
 
 
 class MessageError(Exception):
-    """What came is no message: the connection cannot be used any more."""
+    """The bytes that came are not a message: the connection cannot be used any more."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def length_of(head: bytes | bytearray, limit: int = LARGEST) -> int:
     """Return the length of the message that begins with four bytes.
 
     Raises:
-        ProtocolError: If it cannot be one.
+        MessageError: If it cannot be one.
     """
     length = int.from_bytes(head[:4], "little", signed=True)
     if not HEADER.size < length <= limit:
@@ -55,7 +55,7 @@ def parse(data: bytes) -> MongoRequest:
     """Return the request in a whole message.
 
     Raises:
-        ProtocolError: If it is none.
+        MessageError: If it is none.
     """
     _, number, _, operation = HEADER.unpack_from(data)
     try:

@@ -1,4 +1,4 @@
-"""What hyperopt needs to work with PyMongo 4, and a few things beyond that it should have had anyway.
+"""Changes to hyperopt, so that it works with PyMongo 4, and a few things beyond that it should have had anyway.
 
 `hyperopt.mongoexp` calls methods that PyMongo 4 has removed, though hyperopt asks for PyMongo 4. They are given back
 here, as hyperopt uses them, to PyMongo's own classes; where PyMongo still has them (PyMongo 3) nothing is changed.
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 LOGIN = {"authSource": "admin"}
 AUTHORITY = "tlsCAFile"
-"""What the parameter of an address is called that says by which certificate a database is known."""
+"""Parameter of an address that says by which certificate a database is known."""
 
 _PATIENCE = 60.0  # seconds that one waits for a server that is being started again
 _clients: dict[tuple[Any, ...], Any] = {}

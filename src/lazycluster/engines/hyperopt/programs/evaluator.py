@@ -123,7 +123,7 @@ class _Files(GridFS):
 
 
 class _Domain:
-    """What is to be evaluated; tells the queue when it was."""
+    """A trial to be evaluated; tells the queue when it was."""
 
     def __init__(self, domain: Any, jobs: Jobs) -> None:
         self._domain = domain

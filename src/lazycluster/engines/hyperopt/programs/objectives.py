@@ -1,4 +1,4 @@
-"""What the manager has pickled for `fmin`: plainly, or with the modules of the user's own that it needs."""
+"""Objectives that the manager has pickled for `fmin`: plainly, or with the modules of the user's own that it needs."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from typing import Any
 NEW, RUNNING, DONE, ERROR = 0, 1, 2, 3  # as in hyperopt.base
 READY, CUT_OFF = b"r", b"c"  # what the process that evaluates trials says to the one that watches it
 MOST_ATTEMPTS = 3
-"""How often a trial is put back before it counts as failed: it may be what kills the workers."""
+"""Number of times that a trial is put back before it counts as failed: it may be what kills the workers."""
 BEATS = 6
-"""How often a lease is renewed, and looked at, within the time that it lasts."""
+"""Number of times that a lease is renewed, and looked at, within the time that it lasts."""
 _KEPT = ["version", "attempts"]
 
 
