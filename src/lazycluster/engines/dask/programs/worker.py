@@ -163,7 +163,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
 
 
 def _has_own_environment(configuration: dict[str, Any]) -> bool:
-    """Tell whether variables are configured that a worker must have before it starts: only a new interpreter can have them.
+    """Tell whether variables are configured that a worker must have before it starts: in a new interpreter only.
 
     The nanny sets them, unless there are any in its own environment already: so the defaults have to go.
     """
