@@ -44,6 +44,12 @@ class Port:
     reach: Reach = Reach.ALL
     count: int = 1
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.reach, Reach):
+            raise TypeError(f"the reach of the port {self.name!r} must be a Reach, as Reach.ALL, not {self.reach!r}")
+        if not isinstance(self.count, int) or self.count < 1:
+            raise ValueError(f"the port {self.name!r} must be there at least once, not {self.count!r} times")
+
     @property
     def names(self) -> list[str]:
         """The names of the single ports."""
