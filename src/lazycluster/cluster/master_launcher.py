@@ -193,7 +193,7 @@ class ServiceMasterLauncher(MasterLauncher):
             assert self._service is not None
             home = self._service.place
             listeners = [Listener(home, numbers[port.name], port.reach) for port in ports]
-            failed = [error for _, error in (await self.network.open_master(listeners, places)).values()]
+            failed = await self.network.open_master(listeners, places)
         return next((error for error in failed if isinstance(error, PortInUseError)), None)
 
     async def _come_up(self) -> int | None:
