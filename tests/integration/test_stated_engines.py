@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from cluster_groups import local_group, ssh_group
 
 from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.cluster.master_launcher import ServiceMasterLauncher
 from lazycluster.engine import Endpoint, Engine, EngineCluster, ServiceSpec
 from lazycluster.exceptions import ForwardingForbiddenError
 
@@ -82,6 +84,33 @@ def test_the_end_of_a_cluster_whose_hosts_do_not_tell_their_software(
         starting.join(10)
         assert "the cluster was ended meanwhile" in str(told[0])
         assert cluster.status in ("closed", "failed")
+        assert cluster.master_port is None
+
+
+def test_the_end_of_a_cluster_while_its_master_gets_its_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    choosing, told = threading.Event(), []
+    choose = ServiceMasterLauncher._choose_ports
+
+    async def slow(self: ServiceMasterLauncher, *arguments: Any) -> dict[str, int]:
+        choosing.set()
+        await asyncio.sleep(1)
+        return await choose(self, *arguments)
+
+    def start() -> None:
+        try:
+            cluster.start()
+        except Exception as error:  # noqa: BLE001
+            told.append(error)
+
+    monkeypatch.setattr(ServiceMasterLauncher, "_choose_ports", slow)
+    with local_group(1) as group, SmallCluster(group) as cluster:
+        starting = threading.Thread(target=start)
+        starting.start()
+        choosing.wait(10)
+        cluster.cleanup()
+        starting.join(10)
+        assert [type(error) for error in told] == [ClusterError]
+        assert "the cluster was ended meanwhile" in str(told[0])
         assert cluster.master_port is None
 
 
