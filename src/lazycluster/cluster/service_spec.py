@@ -85,7 +85,8 @@ class ServiceSpec:
         ready: A text in a line of output that says that it is ready.
         ready_port: The name of a port that answers when it is ready. With nothing of that, it is ready when it runs.
         port_taken: A text in its output that says that a port is in use: it gets other ones.
-        restarts: How often it is started again, within minutes, when it dies after it was ready.
+        restarts: How often it is started again, within minutes, when it dies after it was ready. With exit
+            status 0 it has ended as it should, and is not started again, also if somebody else has sent it SIGTERM.
         stop_signal: The signal that asks it to end, e.g. ``INT``.
         patience: Seconds from the request to end until it is killed.
         at_restart: What it means to others when it is started again.
