@@ -107,6 +107,8 @@ def test_the_end_of_a_cluster_while_its_master_gets_its_ports(monkeypatch: pytes
         starting = threading.Thread(target=start)
         starting.start()
         choosing.wait(10)
+        with pytest.raises(ClusterError, match="the cluster is being started"):
+            cluster.scale(2)
         cluster.cleanup()
         starting.join(10)
         assert [type(error) for error in told] == [ClusterError]

@@ -133,6 +133,7 @@ class EngineCluster(MasterWorkerCluster):
                 f"the {self._engine.master_name} has ended (status {status}): call cleanup(), then start()"
             )
         how = {"created": "was not started: call start()", "failed": "did not start"}
+        how |= {"starting": "is being started: wait until start() is done", "closing": "is being ended"}
         raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it anew')}")
 
     def _master_status(self) -> int | None:
