@@ -319,7 +319,7 @@ def test_other_versions_can_be_accepted(group: RuntimeGroup, monkeypatch: pytest
 def test_missing_packages_on_the_manager_are_named(group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     from lazycluster.cluster import versions
 
-    monkeypatch.setattr(versions.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(versions, "_is_here", lambda name: False)
     with pytest.raises(ClusterError, match=r"pip install .*'dask\[distributed\]>="):
         DaskCluster(group)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import socket
@@ -22,6 +21,7 @@ from pymongo import MongoClient
 from pymongo.errors import OperationFailure
 
 from lazycluster import RuntimeGroup
+from lazycluster.cluster import versions
 from lazycluster.cluster.exceptions import ClusterError, MasterStartError
 from lazycluster.cluster.hyperopt_cluster import EmbeddedMongoLauncher, HyperoptCluster, LocalMongoLauncher
 from lazycluster.exceptions import PortInUseError
@@ -152,8 +152,7 @@ def _bound(one: socket.socket, port: int | None) -> bool:
 def test_software_that_is_missing_here(
     group: RuntimeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else find(wanted))
+    monkeypatch.setattr(versions, "_is_here", lambda wanted: wanted != name)
     with pytest.raises(ClusterError, match=rf"{name} cannot be imported here, on the manager(.|\n)*pip install"):
         HyperoptCluster(group, dbpath=str(tmp_path / "db"))
     assert not (tmp_path / "db").exists()

@@ -391,6 +391,20 @@ def test_files_variables_and_arguments_of_other_programs() -> None:
     _run(work)
 
 
+@pytest.mark.parametrize("bad", [{"files": {"b": "\udc80"}}, {"env": {"NULL": "\0"}}])
+def test_of_a_program_that_cannot_be_started_no_secret_is_left(bad: dict[str, Any]) -> None:
+    spec = _foreign("exec sleep 600", **{"files": {"a": "s3cret"}, "secrets": {"A": "s3cret"}, **bad})
+
+    async def work(connection: LocalConnection) -> None:
+        service = Service(spec, WorkerHost("here", connection), "thing 1")
+        with pytest.raises(ServiceError):
+            await service.come_up(spec, {})
+        await service.stop()
+        assert list(Path(connection.agent_info.directory).glob("service-*")) == []
+
+    _run(work)
+
+
 def test_another_program_is_ready_when_its_port_answers() -> None:
     port = _free_port()
     program = f"import socket, time; time.sleep(0.5); s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"

@@ -175,8 +175,20 @@ class _Service:
         self._run: Optional[_Run] = None
         self.secret = not params.get("argv") or bool(params.get("secret"))  # it is told keys and passwords
         self.directory = tempfile.mkdtemp(prefix="service-", dir=channel.agent.directory)
+        try:
+            self._furnish(params)
+        except BaseException:
+            remove_tree(self.directory)  # there may be secrets in it by now
+            raise
+        channel.on_input = self._on_input
+        channel.on_input_end = self._on_input_end
+        channel.on_control = self._on_control
+        channel.on_abandon = self.end
+
+    def _furnish(self, params: Dict[str, Any]) -> None:
+        """Make what the program finds when it starts: directories, files, variables, arguments."""
         self._scratch = self._make("scratch")
-        self._env = dict(environment(channel, self._task), **{SCRATCH: self._scratch})
+        self._env = dict(environment(self.channel, self._task), **{SCRATCH: self._scratch})
         for name in self._env.keys() & (params.get("env") or {}).keys():
             self._env[name] = self._filled_in(self._env[name])
         self._cwd = os.path.join(os.path.expanduser("~"), self._filled_in(params.get("cwd") or ""))
@@ -185,10 +197,6 @@ class _Service:
             with open(fd, "w", encoding="utf-8") as file:
                 file.write(self._filled_in(text))
         self._argv = self._arguments(params)
-        channel.on_input = self._on_input
-        channel.on_input_end = self._on_input_end
-        channel.on_control = self._on_control
-        channel.on_abandon = self.end
 
     def _make(self, name: str) -> str:
         path = os.path.join(self.directory, name)
@@ -245,6 +253,9 @@ class _Service:
         except OSError as error:
             name = self._cwd if not os.path.isdir(self._cwd) else self._argv[0]
             self._fail("os", "{}: {}".format(explained(error.strerror), name), {"exit": None, "signal": None})
+            return
+        except ValueError as error:  # a null character in an argument or a variable
+            self._fail("service", str(error), {"exit": None, "signal": None})
             return
         if self._was_ready:
             self._late = self.channel.loop.call_later(_READY_AGAIN, self._too_late)

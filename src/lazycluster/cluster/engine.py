@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from .network import Port
+from .exceptions import ClusterError
+from .network import Port, single_ports
 from .service_spec import SCRATCH, ServiceSpec
 
 if TYPE_CHECKING:
     from .worker_hosts import WorkerHost
 
-__all__ = ["CheckVersions", "Endpoint", "Engine", "Option"]
+__all__ = ["CheckVersions", "Endpoint", "Engine", "Option", "check_statement"]
 
 CheckVersions = Literal["error", "warn", "ignore"]
 
@@ -57,7 +58,12 @@ class Endpoint:
     @property
     def port(self) -> int:
         """The first of its ports."""
-        return next(iter(self.ports.values()))
+        for port in self.ports.values():
+            return port
+        raise ClusterError(
+            f"{self.name} has no port: the engine states none for it in master_ports or worker_ports, "
+            "or it is not chosen yet"
+        )
 
     def move(self, place: WorkerHost) -> None:
         """Take note of where it runs."""
@@ -83,6 +89,14 @@ class Option:
     metavar: str
     kind: Literal["text", "count", "directory"] = "text"
     default: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.flag.startswith("--") or not self.argument.isidentifier():
+            raise ValueError(
+                f"an option is written as --depth, its argument as depth, not {self.flag}, {self.argument}"
+            )
+        if self.kind not in ("text", "count", "directory"):
+            raise ValueError(f"the kind of {self.flag} must be text, count or directory, not {self.kind!r}")
 
 
 class Engine(abc.ABC):
@@ -177,3 +191,33 @@ class Engine(abc.ABC):
             connection: What `connection` returned there.
         """
         raise TypeError(f"{cls.__name__} states no client")
+
+
+_TEXTS = ("packages", "same_versions", "told_versions", "manager_packages", "master_needs", "worker_needs")
+_TUPLES: dict[str, type] = {**dict.fromkeys(_TEXTS, str), "master_ports": Port, "worker_ports": Port, "options": Option}
+
+
+def check_statement(engine: type[Engine]) -> None:
+    """Make sure that a statement says what it must, in the types that it must have.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    if not (isinstance(engine, type) and issubclass(engine, Engine)):
+        raise TypeError(f"engine_class must be a subclass of lazycluster.engine.Engine, not {engine!r}")
+    what = engine.__name__
+    for name in ("name", "cluster"):
+        if not isinstance(getattr(engine, name, None), str):
+            raise TypeError(f"{what}.{name} must be stated, as a text")
+    for name, kind in _TUPLES.items():
+        value = getattr(engine, name)
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, kind) for one in value):
+            raise TypeError(f"{what}.{name} must be a tuple of {kind.__name__}, not {value!r}; one alone is (it,)")
+    for name in ("master_ports", "worker_ports"):
+        names = [port.name for port in single_ports(getattr(engine, name))]
+        if len(set(names)) < len(names) or (name == "master_ports" and not names):
+            raise TypeError(f"{what}.{name} must have ports of different names, and a master at least one: {names}")
+    if engine.master_on not in ("manager", "host"):
+        raise TypeError(f"{what}.master_on must be 'manager' or 'host', not {engine.master_on!r}")
+    if missing := ", ".join(sorted(engine.__abstractmethods__)):
+        raise TypeError(f"{what} does not state: {missing}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import connection_file
 from .contracts import MasterLauncher, WorkerLauncher
-from .engine import CheckVersions, Endpoint, Engine, checked_policy
+from .engine import CheckVersions, Endpoint, Engine, check_statement, checked_policy
 from .exceptions import ClusterError
 from .master_launcher import ServiceMasterLauncher
 from .network import single_ports
@@ -64,6 +64,7 @@ class EngineCluster(MasterWorkerCluster):
         idle_gpus: bool = False,
         **options: Any,
     ) -> None:
+        check_statement(self.engine_class)
         policy = checked_policy(check_versions)
         self._engine = self.engine_class(**options)
         self._engine.check_versions = policy
@@ -132,6 +133,7 @@ class EngineCluster(MasterWorkerCluster):
                 f"the {self._engine.master_name} has ended (status {status}): call cleanup(), then start()"
             )
         how = {"created": "was not started: call start()", "failed": "did not start"}
+        how |= {"starting": "is being started: wait until start() is done", "closing": "is being ended"}
         raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it anew')}")
 
     def _master_status(self) -> int | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError, NoPortsLeftError, PortInUseError
@@ -24,7 +25,7 @@ from .service_spec import ServiceSpec
 from .services import Service, as_kind, stop_all
 from .versions import check_master_host
 from .worker_hosts import MANAGER, WorkerHost, place_again, places_of, prepared_places, usable
-from .worker_launcher import ServiceWorkerLauncher
+from .worker_launcher import ENDED, ServiceWorkerLauncher
 
 if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -58,6 +59,7 @@ class ServiceMasterLauncher(MasterLauncher):
         self._space: workspace.Workspace | None = None
         self._service: Service | None = None
         self._supplies: list[PortSupply] = []
+        self._starting: asyncio.Task[Any] | None = None
 
     def spec(self, at: Endpoint) -> ServiceSpec:
         """Return what is to run; see `Engine.master`."""
@@ -114,8 +116,10 @@ class ServiceMasterLauncher(MasterLauncher):
         limit = self._limit(timeout)
         try:
             return event_loop.run(self._start(ports, limit, debug))
-        except BaseException:
+        except BaseException as error:
             event_loop.run(self._stop())
+            if isinstance(error, concurrent.futures.CancelledError):
+                raise ClusterError(ENDED) from None
             raise
 
     def _limit(self, timeout: float) -> float:
@@ -128,6 +132,13 @@ class ServiceMasterLauncher(MasterLauncher):
         return timeout
 
     async def _start(self, ports: list[int] | int, limit: float, debug: bool) -> list[int]:
+        self._starting = asyncio.current_task()
+        try:
+            return await self._brought_up(ports, limit, debug)
+        finally:
+            self._starting = None
+
+    async def _brought_up(self, ports: list[int] | int, limit: float, debug: bool) -> list[int]:
         await self.prepare(debug)
         assert self._service is not None
         supply = PortSupply(ports if isinstance(ports, list) else [])
@@ -193,7 +204,7 @@ class ServiceMasterLauncher(MasterLauncher):
             assert self._service is not None
             home = self._service.place
             listeners = [Listener(home, numbers[port.name], port.reach) for port in ports]
-            failed = [error for _, error in (await self.network.open_master(listeners, places)).values()]
+            failed = await self.network.open_master(listeners, places)
         return next((error for error in failed if isinstance(error, PortInUseError)), None)
 
     async def _come_up(self) -> int | None:
@@ -235,6 +246,9 @@ class ServiceMasterLauncher(MasterLauncher):
             self._process.pid = service.pid  # it may have been started again
 
     async def _stop(self) -> None:
+        if self._starting is not None:  # by another thread, which finds nothing any more of what this ends
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self._service is not None:
             await stop_all([self._service])
             self._service = None

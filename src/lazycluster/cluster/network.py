@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoPortsLeftError
+from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoPortsLeftError, PortInUseError
 from lazycluster.runtime.network import free_on_all, network_of, one_per_network
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, close_tunnels, open_tunnels
@@ -43,6 +43,12 @@ class Port:
     name: str
     reach: Reach = Reach.ALL
     count: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reach, Reach):
+            raise TypeError(f"the reach of the port {self.name!r} must be a Reach, as Reach.ALL, not {self.reach!r}")
+        if not isinstance(self.count, int) or self.count < 1:
+            raise ValueError(f"the port {self.name!r} must be there at least once, not {self.count!r} times")
 
     @property
     def names(self) -> list[str]:
@@ -174,14 +180,24 @@ class Network:
         }
         return {place.host: failed[place.network] for place in places if place.network in failed}
 
-    async def open_master(
-        self, listeners: Sequence[Listener], places: Sequence[WorkerHost]
-    ) -> dict[int, tuple[str, LazyclusterError]]:
-        """Make the ports of a master on a host reachable, see `open`; the first is the one that it is known by."""
-        failed = await self.open(listeners, places)
-        if not failed:
-            self._masters[listeners[0].port] = list(listeners)
-        return failed
+    async def open_master(self, listeners: Sequence[Listener], places: Sequence[WorkerHost]) -> list[LazyclusterError]:
+        """Make the ports of a master on a host reachable; the first is the one that it is known by.
+
+        Returns:
+            Why they are not, on the manager or elsewhere.
+
+        Raises:
+            LazyclusterError: If they cannot be reached from the manager, whatever their numbers are.
+        """
+        here = [replace(one, reach=Reach.MANAGER) if one.reach is Reach.ALL else one for one in listeners]
+        failed = [error for _, error in (await self.open(here, places)).values()]
+        for error in failed:
+            if not isinstance(error, PortInUseError):
+                raise error
+        if failed:
+            return failed
+        self._masters[listeners[0].port] = list(listeners)
+        return list((await self.extend(listeners, places)).values())
 
     async def open(
         self, listeners: Sequence[Listener], places: Sequence[WorkerHost]

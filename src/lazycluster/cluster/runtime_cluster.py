@@ -443,7 +443,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         master, worker = self._master_launcher, self._worker_launcher
         if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
             worker.check_ports(count, self._ports)
-            event_loop.run(prepare(master, worker, count, debug))
+            worker.run(prepare(master, worker, count, debug))
 
     def _share_with_custom_workers(self, port: int) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +85,8 @@ class ServiceSpec:
         ready: A text in a line of output that says that it is ready.
         ready_port: The name of a port that answers when it is ready. With nothing of that, it is ready when it runs.
         port_taken: A text in its output that says that a port is in use: it gets other ones.
-        restarts: How often it is started again, within minutes, when it dies after it was ready.
+        restarts: How often it is started again, within minutes, when it dies after it was ready. With exit
+            status 0 it has ended as it should, and is not started again, also if somebody else has sent it SIGTERM.
         stop_signal: The signal that asks it to end, e.g. ``INT``.
         patience: Seconds from the request to end until it is killed.
         at_restart: What it means to others when it is started again.
@@ -110,3 +112,28 @@ class ServiceSpec:
     at_restart: str = ""
     gpus: int = 0
     idle_gpus: bool = False
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:  # the values may be secrets
+            raise ValueError(f"ServiceSpec {self.name!r}: {problem}")
+
+
+def _problem(spec: ServiceSpec) -> str:
+    """Return what makes no sense, "" if all does."""
+    if isinstance(spec.command, str) or not all(isinstance(part, (str, int, float)) for part in spec.command):
+        return 'command must be a tuple with the program and each argument by itself, e.g. ("sleep", "60")'
+    for name in ("env", "secrets", "files"):
+        texts = getattr(spec, name)
+        if not isinstance(texts, Mapping) or not all(isinstance(text, str) for pair in texts.items() for text in pair):
+            return f"{name} must have texts by name, and nothing else"
+    for name in spec.files:
+        if name in ("", ".", "..") or "/" in name:
+            return f"files: {name!r} is no plain name of a file"
+    if f"SIG{spec.stop_signal}" not in signal.Signals.__members__:
+        return f'stop_signal must be the name of a signal without SIG, e.g. "INT", not {spec.stop_signal!r}'
+    for name, kinds in (("restarts", int), ("patience", (int, float))):
+        value = getattr(spec, name)
+        if not isinstance(value, kinds) or not value >= 0:
+            return f"{name} must be a number of at least 0, not {value!r}"
+    return ""

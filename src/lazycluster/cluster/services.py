@@ -183,6 +183,7 @@ class Service:
         Raises:
             ServiceError: If it ends instead.
         """
+        _check_startable(spec, ports)
         self.spec, self.ports = spec, dict(ports)
         if spec.source is None:
             self._agents = RestartPolicy(spec.restarts)
@@ -446,6 +447,16 @@ class Service:
         if self._log is not None:
             self._log.close()
             self._log = None
+
+
+def _check_startable(spec: ServiceSpec, ports: Mapping[str, int]) -> None:
+    if not isinstance(spec, ServiceSpec):
+        raise TypeError(f"an engine's master() and worker() must return a ServiceSpec, not {spec!r}")
+    if spec.source is None and not spec.command:
+        raise ValueError(f"ServiceSpec {spec.name!r}: it has no command")
+    if spec.ready_port and spec.ready_port not in ports:
+        known = ", ".join(ports) or "none"
+        raise ValueError(f"ServiceSpec {spec.name!r}: ready_port is {spec.ready_port!r}, but its ports are: {known}")
 
 
 def _status(fields: Mapping[str, Any]) -> int | None:

@@ -34,12 +34,21 @@ def check_manager(engine: Engine) -> None:
     Raises:
         ClusterError: If it has not.
     """
-    missing = [name for name in engine.needed_here() if importlib.util.find_spec(name) is None]
+    missing = [name for name in engine.needed_here() if not _is_here(name)]
     if missing:
         step = install_command(engine.extra) if engine.extra else f"{sys.executable} -m pip install {' '.join(missing)}"
         raise ClusterError(
             f"{', '.join(missing)} cannot be imported here, on the manager ({sys.executable}).\n  Next step: {step}"
         )
+
+
+def _is_here(name: str) -> bool:
+    """Return whether a package is installed; its distribution may have another name than what is imported of it."""
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # what it would be in is not there
+        found = False
+    return found or messages.versions([name])[name] is not None
 
 
 def versions_here(engine: Engine) -> dict[str, str | None]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import types
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from lazycluster.cluster.engine_cluster import EngineCluster
 
 __all__ = ["ALIASES", "DEMOS", "PACKAGES", "SUMMARY", "EngineEntry", "demo", "known", "load"]
@@ -36,12 +38,14 @@ class EngineEntry:
         target: Module and class of its cluster.
         summary: A line on it.
         package: The package that it comes with, "" for our own.
+        clashing: Another package that has one of the same name.
     """
 
     name: str
     target: str
     summary: str
     package: str = ""
+    clashing: str = ""
 
 
 _OURS = (
@@ -52,14 +56,29 @@ _OURS = (
 
 def known() -> Mapping[str, EngineEntry]:
     """Return the engines that are installed, by name; ours cannot be replaced."""
+    found = {entry.name: entry for entry in _OURS}
+    for package, point in sorted(_points(), key=lambda pair: (pair[1].name, pair[0])):
+        entry = EngineEntry(point.name, point.value, f"Start a cluster of {point.name} ({package}).", package)
+        other = found.setdefault(point.name, entry)
+        if other.package not in ("", package):
+            found[point.name] = replace(other, clashing=package)
+    return found
+
+
+def _points() -> Iterator[tuple[str, EntryPoint]]:
+    """Yield what packages have registered, with their names; those whose metadata cannot be read are passed over."""
     from importlib import metadata  # it takes as long as all else that the command line imports at first
 
-    found = {entry.name: entry for entry in _OURS}
-    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
-        package = point.dist.name if point.dist is not None else "?"
-        summary = f"Start a cluster of {point.name} ({package})."
-        found.setdefault(point.name, EngineEntry(point.name, point.value, summary, package))
-    return found
+    seen = set()
+    for distribution in metadata.distributions():
+        try:
+            points = list(distribution.entry_points.select(group=GROUP))
+            package = (distribution.name or "?") if points else ""
+        except Exception:  # noqa: BLE001, S112  (they may hold anything, and are nothing to whoever names another engine)
+            continue
+        if points and package not in seen:  # the first on the path is the one that is imported
+            seen.add(package)
+            yield from ((package, point) for point in points)
 
 
 def load(name: str) -> type[EngineCluster]:
@@ -68,23 +87,31 @@ def load(name: str) -> type[EngineCluster]:
     Raises:
         ClusterError: If there is no such engine, or its package is broken.
     """
+    from lazycluster.cluster.engine import check_statement
     from lazycluster.cluster.engine_cluster import EngineCluster
     from lazycluster.cluster.exceptions import ClusterError
+    from lazycluster.exceptions import one_line
 
     entries = known()
     if name not in entries:
         raise ClusterError(f"there is no engine {name!r}; there are: {', '.join(entries)}")
     entry = entries[name]
-    module, _, attribute = entry.target.partition(":")
+    if entry.clashing:
+        raise ClusterError(
+            f"the engine {name!r} is in two packages, {entry.package} and {entry.clashing}: uninstall one of them"
+        )
+    module, _, attributes = entry.target.partition("[")[0].strip().partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
+        for attribute in attributes.split("."):
+            found = getattr(found, attribute)
         if not (isinstance(found, type) and issubclass(found, EngineCluster)):
             raise TypeError(f"{entry.target} is no subclass of lazycluster.engine.EngineCluster")
-        found.engine_class  # noqa: B018  (a class without it states nothing)
-    except Exception as error:  # a plug-in may do anything
+        check_statement(found.engine_class)
+    except (Exception, SystemExit) as error:  # a plug-in may do anything
         if not entry.package:
             raise
-        problem = f"{type(error).__name__}: {error}"
+        problem = one_line(f"{type(error).__name__}: {error}")
         raise ClusterError(f"the engine {name!r} of the package {entry.package} cannot be loaded: {problem}") from error
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -101,11 +101,25 @@ def _command(name: str) -> click.Command:
         there = {"python": python, "setup": setup, "environment": environment}
         _serve(chosen, lambda group: cluster_class(group, **options), workers, port, there, connection_file)
 
+    _check_options(name, engine.options)
     run.__doc__ = engine.help or engine.summary or engines.known()[name].summary
     command: Callable[..., Any] = connection_options(run)
     for option in reversed(engine.options):
         command = _engine_option(option)(command)
     return click.command(name, short_help=engines.known()[name].summary)(_cluster_options(command))
+
+
+def _check_options(name: str, options: Sequence[Option]) -> None:
+    """Refuse options of an engine that this command, or the engine itself, has already."""
+    from lazycluster.cluster.exceptions import ClusterError
+
+    common = click.command(name)(_cluster_options(connection_options(lambda **_: None)))
+    taken = {"--help", *(text for param in common.params for text in (str(param.name), *param.opts))}
+    for option in options:
+        for text in (option.flag, option.argument):
+            if text in taken:
+                raise ClusterError(f"the engine {name!r} cannot be started: its option {text} is taken already")
+        taken |= {option.flag, option.argument}
 
 
 def _serve(
