@@ -1,8 +1,8 @@
 """`MasterWorkerCluster`: start, state and end, which all clusters share.
 
 How a master and the workers are started is the strategy of a `MasterLauncher` and a `WorkerLauncher`; own ones may be
-passed to every cluster. The launchers of the engines that come with the library build on those in `launchers` and
-`workers`: an engine states its programs, ports and settings.
+passed to every cluster. The launchers of engines are in `master_launcher` and `worker_launcher`: an engine states its
+programs, ports and settings.
 """
 
 from __future__ import annotations
