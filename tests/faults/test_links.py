@@ -359,12 +359,15 @@ def test_hosts_are_clean_after_the_grace_when_the_manager_is_killed_together_wit
     """Also when it has just started the next ssh: that one has its log to open."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         manager, clients = _working(hosts, server, 3, returned=False)
+        command = Path(f"/proc/{clients[0]}/cmdline").read_text().split("\0")
+        private = Path(command[command.index("-S") + 1]).parent
         for pid in clients:
             os.kill(pid, signal.SIGKILL)
         time.sleep(pause)
         manager.kill()
         manager.communicate()
         _clean(hosts, 3 + 1 + leaks.PATIENCE)
+        _until(lambda: not private.exists(), "the manager's own directory to be removed")
 
 
 def test_a_host_that_ends_everything_at_logout_gives_no_grace(
