@@ -254,6 +254,8 @@ def _last(node: ast.AST) -> str:
 
 
 def _constructor(one: type) -> str:
+    if issubclass(one, enum.Enum):  # what there is of it differs between versions of Python
+        return "made of one of its values"
     for base in one.__mro__:
         if "__init__" in vars(base):
             if base.__module__.partition(".")[0] != OURS or getattr(base, "_is_protocol", False):
