@@ -26,7 +26,6 @@ Kind = Literal["text", "texts", "count", "port", "number", "duration", "paths", 
                "groups", "hosts", "options"]  # fmt: skip
 
 _MOST = 1_000_000
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _PYTHON = re.compile(r"auto|(?:python|pypy)[0-9.]*")
 _SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "tcsh")
 
@@ -246,16 +245,6 @@ TOP_KEYS = (
     Key("host", "hosts", "Settings of single hosts, sets, patterns and groups; what comes later wins.", "free"),
 )
 """Keys of the file; those of `options` and of `host` are looked at one by one."""
-
-
-def check_name(name: str) -> None:
-    """Check the name of a cluster or group.
-
-    Raises:
-        ValueError: It cannot be one.
-    """
-    if not _NAME.fullmatch(name):
-        raise ValueError("must begin with a letter or digit, and hold letters, digits, '_', '.' and '-', at most 63")
 
 
 def option_key(option: Option) -> Key:

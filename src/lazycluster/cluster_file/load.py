@@ -10,10 +10,12 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lazycluster.agent.ownership import Users
+from lazycluster.background.state import checked_name
 from lazycluster.cluster.exceptions import ClusterError, ClusterFileError
 from lazycluster.core.durations import duration
 from lazycluster.core.hostsets import HostSetError, expand, is_pattern
@@ -23,7 +25,7 @@ from lazycluster.group.selection import ALL, match, without
 from lazycluster.ssh.config_hosts import configured_hosts
 from lazycluster.utils import Environment, expanded
 
-from .keys import CONNECTION_KEYS, HOST_KEYS, TOP_KEYS, Key, check_name, option_key
+from .keys import CONNECTION_KEYS, HOST_KEYS, TOP_KEYS, Key, option_key
 from .spec import ClusterSpec
 from .toml_lines import KeyLines
 
@@ -32,7 +34,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["load_cluster_file"]
+__all__ = ["engine_of", "load_cluster_file"]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -44,7 +46,11 @@ _Path = tuple[str, ...]
 
 
 def load_cluster_file(
-    path: str | os.PathLike[str], *, trust: bool = False, config_file: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    trust: bool = False,
+    config_file: str | None = None,
+    hosts: Sequence[str] | None = None,
 ) -> ClusterSpec:
     """Read a file that specifies a cluster, usually ``cluster.toml``. Nothing is connected.
 
@@ -53,6 +59,7 @@ def load_cluster_file(
         trust: Take what could run code of whoever wrote the file: ``setup``, options of ssh, paths of programs and the
             like. Use it only for files that you have written or read.
         config_file: The ssh configuration that says which hosts there are; by default the user's.
+        hosts: Take these hosts, and not those of the file.
 
     Raises:
         ClusterFileError: If it cannot be used; says what is wrong, and in which lines.
@@ -62,33 +69,73 @@ def load_cluster_file(
         >>> with spec.make_group() as group, spec.make_cluster(group) as cluster:        # doctest: +SKIP
         ...     cluster.start(spec.workers, spec.master_port)
     """
-    file = expanded(path).absolute()
-    shown = one_line(os.fspath(path))
-    text = _read(file, shown, trust)
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ClusterFileError(shown, [_of_parser(error)]) from None
-    return _File(document, KeyLines(text), file, shown, trust, config_file).spec()
+    opened = _Opened.open(path)
+    _check_writers(opened.status, opened.shown, trust)
+    return _File(opened, trust, config_file, hosts).spec()
 
 
-def _read(file: Path, shown: str, trust: bool) -> str:
+def engine_of(path: str | os.PathLike[str]) -> str:
+    """Return the engine that a file names; the rest of it is not looked at.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ClusterFileError: If it cannot be read, or names no engine that there is.
+    """
+    file = _File(_Opened.open(path))
+    name = file.engine()
+    file.finish()
+    return name
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A file that has been read.
+
+    Attributes:
+        document: What it says.
+        lines: Where.
+        path: Its absolute path.
+        shown: Its path in messages.
+        status: Its owner and mode.
+    """
+
+    document: dict[str, Any]
+    lines: KeyLines
+    path: Path
+    shown: str
+    status: os.stat_result
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> _Opened:
+        file = expanded(path).absolute()
+        shown = one_line(os.fspath(path))
+        text, status = _read(file, shown)
+        try:
+            return cls(tomllib.loads(text), KeyLines(text), file, shown, status)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ClusterFileError(shown, [_of_parser(error)]) from None
+
+
+def _read(file: Path, shown: str) -> tuple[str, os.stat_result]:
     try:
+        if file.is_dir():
+            raise ClusterFileError(shown, [(None, "it is a directory: name the file in it")])
+        # A pipe may have nobody who writes to it, a device may never end.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(fd, "rb") as opened:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                what = "a directory: name the file in it" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-                raise ClusterFileError(shown, [(None, f"it is {what}")])
-            content = opened.read(_LARGEST + 1)
+            content = opened.read(_LARGEST + 1) if stat.S_ISREG(status.st_mode) else None
     except FileNotFoundError:
         raise ClusterFileError(shown, [(None, "there is no such file")]) from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise ClusterFileError(shown, [(None, f"it cannot be read: {why}")]) from None
+    if content is None:
+        raise ClusterFileError(shown, [(None, "it is not a regular file")])
     if len(content) > _LARGEST:
         raise ClusterFileError(shown, [(None, f"it has more than {_LARGEST >> 20} MiB: it is no cluster.toml")])
-    _check_writers(status, shown, trust)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -96,7 +143,7 @@ def _read(file: Path, shown: str, trust: bool) -> str:
         raise ClusterFileError(shown, [(line, "it is not UTF-8 text: it is no TOML file")]) from None
     if not text.strip():
         raise ClusterFileError(shown, [(None, "it is empty: it needs at least engine and hosts")])
-    return text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n"), status
 
 
 def _check_writers(status: os.stat_result, shown: str, trust: bool) -> None:
@@ -129,14 +176,13 @@ class _File:
     """One file, and what is wrong with it."""
 
     def __init__(
-        self, document: dict[str, Any], lines: KeyLines, file: Path, shown: str, trust: bool, config_file: str | None
+        self, opened: _Opened, trust: bool = False, config_file: str | None = None, hosts: Sequence[str] | None = None
     ) -> None:
-        self._document = document
-        self._lines = lines
-        self._file, self._shown, self._directory = file, shown, file.parent
-        self._trust = trust
-        self._config_file = config_file
+        self._document, self._lines, self._shown = opened.document, opened.lines, opened.shown
+        self._file, self._directory = opened.path, opened.path.parent
+        self._trust, self._config_file, self._instead = trust, config_file, hosts
         self._problems: list[tuple[int | None, str]] = []
+        self._warnings: list[str] = []
         self._is_distrusted = False
         self._known: list[str] | None = None  # hosts of the ssh configuration
 
@@ -147,16 +193,16 @@ class _File:
             ClusterFileError: Something is wrong.
         """
         values = self._table((), self._document, TOP_KEYS)
-        engine = self._engine(values.get("engine"))
+        engine = self.engine()
         options = self._options(engine, values.get("options", {}))
         self._name(("name",), values.get("name"))
         groups = self._groups(values.get("groups", {}))
         hosts, everyone = self._hosts(values, groups)
         settings = self._settings(values.get("host", {}), hosts, groups)
-        self._finish()
+        self.finish()
         own = {key.name for key in HOST_KEYS}
         return ClusterSpec(
-            engine=values["engine"],
+            engine=engine,
             hosts=tuple(hosts),
             everyone=everyone,
             name=values.get("name", ""),
@@ -176,8 +222,15 @@ class _File:
         if problem not in self._problems:
             self._problems.append(problem)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Raise an error if there are problems.
+
+        Raises:
+            ClusterFileError: With all of them.
+        """
         if not self._problems:
+            for warning in self._warnings:
+                _logger.warning("%s", one_line(warning))
             return
         problems = sorted(self._problems, key=lambda one: (one[0] is None, one[0] or 0))
         left = len(problems) - _MOST_PROBLEMS
@@ -229,12 +282,16 @@ class _File:
         return _nearest(name, known) or f" (known are: {', '.join(known)})"
 
     # --- the engine ----------------------------------------------------------------------------
-    def _engine(self, name: str | None) -> str:
+    def engine(self) -> str:
+        """Return the name of the engine; "" if there is none, which is a problem then."""
         from lazycluster import engines
 
-        if name is None:
-            if "engine" not in self._document:
-                self._problem((), f"engine is missing, e.g. engine = {next(iter(engines.known()))!r}")
+        if "engine" not in self._document:
+            self._problem((), f"engine is missing, e.g. engine = {next(iter(engines.known()))!r}")
+            return ""
+        name = self._document["engine"]
+        if not isinstance(name, str):
+            self._problem(("engine",), "engine must be text")
             return ""
         if name not in engines.known():
             known = ", ".join(engines.known())
@@ -268,9 +325,9 @@ class _File:
     def _name(self, path: _Path, name: str | None) -> None:
         try:
             if name is not None:
-                check_name(name)
+                checked_name(name)
         except ValueError as error:
-            self._problem(path, f"the name {_shown(name or '')} {error}")
+            self._problem(path, str(error))
 
     def _groups(self, table: Mapping[str, Any]) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}
@@ -285,6 +342,8 @@ class _File:
         return groups
 
     def _hosts(self, values: Mapping[str, Any], groups: Mapping[str, list[str]]) -> tuple[list[str], bool]:
+        if self._instead is not None:
+            return list(self._instead), False
         if "hosts" not in values:
             if "hosts" not in self._document:
                 self._problem((), "hosts is missing, e.g. hosts = ['node[1-4]']")
@@ -355,9 +414,8 @@ class _File:
             self._problem(path, str(error))
             return []
         found = [host for host in hosts if host in plain or host in fitting]
-        if not found and named and hosts:
-            line = self._lines.of(path)
-            _logger.warning("%s, line %s: no host of the cluster is %s", self._shown, line, one_line(name))
+        if not found and named and hosts and self._instead is None:
+            self._warnings.append(f"{self._shown}, line {self._lines.of(path)}: no host of the cluster is {name!r}")
         return found
 
     # --- paths ---------------------------------------------------------------------------------
