@@ -17,7 +17,7 @@ from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 from lazycluster.output.host_cells import megabytes
 from lazycluster.output.lines import Tail
 from lazycluster.ssh.agent_replies import check_shape, decoded_text
-from lazycluster.ssh.config import resolved
+from lazycluster.ssh.connect_limit import resolve
 
 from .option_names import spelled
 
@@ -116,7 +116,7 @@ class Diagnosis:
 
     async def run(self, connection: SshConnection) -> None:
         """Check one step after the other. The connection is closed in the end."""
-        way = await event_loop.in_thread(resolved, connection.settings)
+        way = await resolve(connection.settings)
         probing = asyncio.ensure_future(event_loop.in_thread(_probe, way))
         try:
             await connection.open()

@@ -16,11 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh.agent_replies import NAME, check_shape
 from lazycluster.ssh.channel import Channel
-from lazycluster.ssh.config import resolved
+from lazycluster.ssh.connect_limit import resolve
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.ssh_connection import SshConnection
@@ -397,7 +396,7 @@ async def _other_addresses(party: _Party, slots: asyncio.Semaphore) -> list[str]
 async def _ssh_addresses(host: ProbedHost) -> list[str]:
     if not isinstance(host.connection, SshConnection):
         return []
-    way = await event_loop.in_thread(resolved, host.connection.settings)
+    way = await resolve(host.connection.settings)
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(way.get("hostname", host.host), None, type=socket.SOCK_STREAM)

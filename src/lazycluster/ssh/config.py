@@ -380,26 +380,6 @@ def ssh_version() -> tuple[int, int]:
     return version
 
 
-def resolved(settings: Settings) -> dict[str, str]:
-    """Return the options of a host as ssh resolves them (``ssh -G``), by their names in small letters; {} if it fails.
-
-    Args:
-        settings: How the host is reached.
-    """
-    argv = ["ssh", *(["-F", settings.config_file] if settings.config_file else []), "-G"]
-    if settings.user:
-        argv += ["-l", settings.user]
-    if settings.port:
-        argv += ["-p", str(settings.port)]
-    try:
-        done = subprocess.run(
-            [*argv, "--", settings.target], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return dict(line.partition(" ")[::2] for line in done.stdout.decode(errors="replace").splitlines())
-
-
 _OVERRIDES = (
     "ControlPersist=no",
     "RemoteCommand=none",
