@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .pool import joblib_registration
 
 if TYPE_CHECKING:
+    from .cluster_file.load import load_cluster_file
+    from .cluster_file.spec import ClusterSpec
     from .environments.spec import EnvironmentSpec
     from .runtime_mgmt import RuntimeGroup, RuntimeManager
     from .runtimes import LocalRuntime, Runtime, RuntimeTask
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from .utils import Environment
 
 __all__ = [
+    "ClusterSpec",
     "DetachedTask",
     "Environment",
     "EnvironmentSpec",
@@ -26,11 +29,13 @@ __all__ = [
     "RuntimeManager",
     "RuntimeTask",
     "__version__",
+    "load_cluster_file",
 ]
 
 __version__ = "1.0.0rc1"
 
 _HOMES = {
+    "ClusterSpec": "cluster_file.spec",
     "DetachedTask": "tasks.detached",
     "Environment": "utils",
     "EnvironmentSpec": "environments.spec",
@@ -39,6 +44,7 @@ _HOMES = {
     "RuntimeGroup": "runtime_mgmt",
     "RuntimeManager": "runtime_mgmt",
     "RuntimeTask": "runtimes",
+    "load_cluster_file": "cluster_file.load",
 }
 
 

@@ -35,6 +35,7 @@ _COMMANDS = {
     "add-runtime": ("configuration:add_runtime", "Add a host to the ssh configuration."),
     "delete-runtime": ("configuration:delete_runtime", "Remove a host from the ssh configuration."),
     "cleanup": ("cleanup:cleanup", "Remove what a crash left behind."),
+    "schema": ("schema:schema", "Print the JSON schema of cluster.toml, for editors."),
     "completion": ("completion:completion", "Print a completion script for a shell."),
 }
 

@@ -18,8 +18,9 @@ from lazycluster.agent import bootstrap, shell_state
 OLDEST_PYTHON = (3, 8)
 # What each start of an agent imports, and its first command.
 _CORE = (
-    *("descriptors", "directories", "guardian", "loop", "manager_link", "processes", "server", "session"),
-    *("ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+    *("descriptors", "directories", "guardian", "json_text", "loop", "manager_link", "poller", "processes", "server"),
+    *("session", "ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+    *("deletion", "leftovers", "ownership", "path_expansion", "paths"),
 )
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
@@ -122,11 +123,7 @@ def payload(local: bool, cache_tag: str) -> bytes:
         cache_tag: The host's `sys.implementation.cache_tag`. If it is ours, what every start needs is sent compiled,
             which saves the host a third of its part.
     """
-    sources = {
-        path.stem: path.read_text(encoding="utf-8")
-        for path in sorted(Path(bootstrap.__file__).parent.glob("*.py"))
-        if path.name != "__init__.py"
-    }
+    sources = dict(_sources())
     start = sources.pop("bootstrap")
     if cache_tag == sys.implementation.cache_tag:
         codes = {name: _compiled(name, sources[name]) for name in _CORE}
@@ -135,6 +132,16 @@ def payload(local: bool, cache_tag: str) -> bytes:
         program = marshal.dumps((start, (sources, {}, local)), 2)  # version 2: any Python reads it
     packed = zlib.compress(program, 6)
     return b"%d\n%s" % (len(packed), packed)
+
+
+@functools.lru_cache(maxsize=1)
+def _sources() -> dict[str, str]:
+    """Return the agent's modules; once, since all agents of a process are of its version."""
+    return {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted(Path(bootstrap.__file__).parent.glob("*.py"))
+        if path.name != "__init__.py"
+    }
 
 
 def _compiled(module: str, source: str) -> CodeType:
