@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.options import connection_options, host_options, targets
+from lazycluster.cli.options import connection_options, fanout_option, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import HostOutcome
@@ -17,11 +17,12 @@ __all__ = ["cleanup"]
 
 @click.command()
 @host_options
+@fanout_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @connection_options
 def cleanup(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
-    connect_timeout: float | None, accept_new_host_key: bool, as_json: bool,
+    connect_timeout: float | None, accept_new_host_key: bool, fanout: int, as_json: bool,
 ) -> int:  # fmt: skip
     """Remove what was left behind on hosts and on this machine, and list it.
 
@@ -56,7 +57,7 @@ def cleanup(
 
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
     tell(event_loop.run(_here(found)))
-    outcomes = event_loop.run(everywhere(chosen, work, on_done=tell))
+    outcomes = event_loop.run(everywhere(chosen, work, fanout, tell))
     if as_json:
         output().print_json(json.dumps(found))
     return exit_status(outcomes, chosen.everyone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -48,7 +49,7 @@ _LIVE_DISPENSABLE = ("os", "cores", "load", "disk", "gpus", "tunnels", "workers"
 @click.option("-l", "--long", is_flag=True, help="Also show cores, load, memory, disk, Python, GPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--watch", is_flag=True, help="Keep showing what runs on the hosts, until Ctrl-C.")
-@connection_options
+@functools.partial(connection_options, user_flags=("--user",))  # -l is --long
 def list_runtimes(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, long: bool, as_json: bool, watch: bool,
