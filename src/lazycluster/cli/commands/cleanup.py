@@ -40,7 +40,7 @@ def cleanup(
     import json
 
     from lazycluster.cli.console import errors, lines_of, output
-    from lazycluster.cli.fanout import everywhere, exit_status
+    from lazycluster.cli.fanout import InOrder, everywhere, exit_status
     from lazycluster.core import event_loop
 
     found: dict[str, dict[str, Any]] = {}
@@ -57,7 +57,8 @@ def cleanup(
 
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
     tell(event_loop.run(_here(found)))
-    outcomes = event_loop.run(everywhere(chosen, work, fanout, tell))
+    rows: InOrder[HostOutcome] = InOrder(chosen.names, tell)
+    outcomes = event_loop.run(everywhere(chosen, work, fanout, lambda outcome: rows.put(outcome.host, outcome)))
     if as_json:
         output().print_json(json.dumps(found))
     return exit_status(outcomes, chosen.everyone)

@@ -32,6 +32,7 @@ from lazycluster.core.words import counted
 from lazycluster.output.host_cells import megabytes, number
 from lazycluster.output.view import Cell, Fact
 
+from .configuration import check_size
 from .engine import DaskEngine
 from .launchers import LocalMasterLauncher, RoundRobinLauncher
 from .scaling import AdaptedCluster, access, check_duration, check_names, checked_amount
@@ -474,12 +475,10 @@ def _all_workers(client: Client) -> list[dict[str, Any]]:
 def _check_options(memory_limit: object, resources: Mapping[str, object] | None) -> None:
     """Refuse what every worker would stumble over, some seconds later."""
     if isinstance(memory_limit, str) and memory_limit != "auto":
-        from dask.utils import parse_bytes
-
         try:
-            parse_bytes(memory_limit)
-        except ValueError:
-            raise ValueError(f"memory_limit must be a size such as '4 GiB', not {memory_limit!r}") from None
+            check_size(memory_limit)
+        except ValueError as error:
+            raise ValueError(f"memory_limit: {error}") from None
     for name, amount in (resources or {}).items():
         if isinstance(amount, bool) or not isinstance(amount, (int, float)):
             raise ValueError(f"resources: the amount of {name!r} must be a number, not {amount!r}")

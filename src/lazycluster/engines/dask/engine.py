@@ -15,7 +15,7 @@ from lazycluster.cluster.service_spec import ServiceSpec, Source
 from lazycluster.core import event_loop
 from lazycluster.utils import Environment
 
-from .configuration import configuration
+from .configuration import check_size, configuration
 from .programs import common
 from .programs.worker import BEFORE_START
 
@@ -45,7 +45,9 @@ class DaskEngine(Engine):
     worker_ports = (Port("worker"), Port("nanny", Reach.MANAGER), Port("dashboard", Reach.MANAGER))
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
-        Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto", safe=True),
+        Option(
+            "--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", "text", "auto", True, check_size
+        ),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
     )
     help = """Start a Dask cluster: the scheduler here, the workers on the hosts.
