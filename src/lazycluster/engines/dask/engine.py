@@ -37,8 +37,7 @@ class DaskEngine(Engine):
 
     name, cluster, module, extra = "dask", "DaskCluster", "lazycluster.cluster.dask_cluster", "dask"
     packages, manager_packages = ("dask", "distributed"), ("cryptography",)
-    # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
-    same_versions, told_versions = ("dask", "distributed", "cloudpickle"), common.PACKAGES
+    same_versions, told_versions = common.SAME_PACKAGES, common.PACKAGES
     master_name, sent = "scheduler", True
     master_ports = (Port("master"), Port("dashboard", Reach.MANAGER))
     worker_ports = (Port("worker"), Port("nanny", Reach.MANAGER), Port("dashboard", Reach.MANAGER))

@@ -41,6 +41,7 @@ async def _serve(settings: dict[str, Any]) -> None:
     from .connection_limits import limit_strangers
     from .dashboards import Dashboard
     from .tls import MemorySecurity
+    from .versions import compare_what_counts
 
     ports, prefix = settings["ports"], settings["prefix"]
     stop = messages.stop_signal()
@@ -48,6 +49,7 @@ async def _serve(settings: dict[str, Any]) -> None:
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     sent_modules.install(settings["modules"])
     limit_strangers()
+    compare_what_counts()
     scheduler = _scheduler_class()(
         host=messages.LOOPBACK,
         port=ports["master"],
