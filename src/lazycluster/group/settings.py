@@ -43,7 +43,7 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
     if isinstance(settings, (str, os.PathLike)):
         where = os.fspath(settings)
         try:
-            settings = tomllib.loads(expanded(where).read_text(encoding="utf-8"))
+            settings = tomllib.loads(expanded(where).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"the settings cannot be read: {where}: {error}") from None
     if not isinstance(settings, Mapping):

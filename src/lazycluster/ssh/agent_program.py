@@ -154,11 +154,7 @@ def payload(local: bool, cache_tag: str) -> bytes:
         cache_tag: The host's `sys.implementation.cache_tag`. If it is ours, what every start needs is sent compiled,
             which saves the host a third of its part.
     """
-    sources = {
-        path.stem: path.read_text(encoding="utf-8")
-        for path in sorted(Path(bootstrap.__file__).parent.glob("*.py"))
-        if path.name != "__init__.py"
-    }
+    sources = dict(_sources())
     start = sources.pop("bootstrap")
     if cache_tag == sys.implementation.cache_tag:
         codes = {name: _compiled(name, sources[name]) for name in _CORE}
@@ -171,6 +167,16 @@ def payload(local: bool, cache_tag: str) -> bytes:
 def _packed(program: bytes) -> bytes:
     packed = zlib.compress(program, 6)
     return b"%d\n%s" % (len(packed), packed)
+
+
+@functools.lru_cache(maxsize=1)
+def _sources() -> dict[str, str]:
+    """Return the agent's modules; once, since all agents of a process are of its version."""
+    return {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted(Path(bootstrap.__file__).parent.glob("*.py"))
+        if path.name != "__init__.py"
+    }
 
 
 def _compiled(module: str, source: str) -> CodeType:
