@@ -52,6 +52,7 @@ class Connection(abc.ABC):
         host: The host as the user named it.
         why: Why it is in its state, where that is not what was asked for: what interrupted it, or how it was lost.
         interruptions: How often its link has dropped so far.
+        silent: Is set when nothing has come from the host for a while, while it is being connected.
         generation: Which agent it leads to: it grows when the host has lost the one before, and all that this one ran.
         on_lost: Called when the connection is lost (not when it is closed), with the reason.
         on_port_lost: Called when a port was forwarded before the link dropped, and cannot be had again.
@@ -64,6 +65,7 @@ class Connection(abc.ABC):
         self.host = host
         self.why = ""
         self.interruptions = 0
+        self.silent = asyncio.Event()
         self.generation = 0
         self._state: State = "new"
         self._state_callbacks: list[StateCallback] = []

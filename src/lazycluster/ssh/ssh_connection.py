@@ -175,9 +175,10 @@ class SshConnection(Connection):
         deadline = timeout + min(2 * timeout, _START_MARGIN)
         process: WatchedProcess | None = None
         try:
-            async with limiter(settings):
+            async with limiter(settings) as slot:
                 self._process = process = WatchedProcess(argv, space.prompter.env(self._name), log)
                 space.watch(process.pid)
+                slot.started(process, self.silent)
                 space.prompter.started(self._name, process.pid)
                 bringing_up = asyncio.ensure_future(self._bring_up(process, marker))
                 if self._ask:
