@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 
 from lazycluster.background import state
-from lazycluster.background.client import end
+from lazycluster.background.client import end, running
+from leaks import settle
+from patience import until
 from terminals import Terminal
 
 LAZYCLUSTER = [sys.executable, "-m", "lazycluster"]
@@ -79,6 +83,11 @@ def pid_of(name: str = "night") -> int:
     return record.pid
 
 
+def is_over() -> bool:
+    found = state.find("night")
+    return found is None or not found.is_held
+
+
 def test_the_end_of_the_terminals_whole_session_changes_nothing(hosts: Any) -> None:
     shell = " ".join([*LAZYCLUSTER, "up", "night", "dask", "--config", str(hosts.config_file), "-w", "host1"])
     with Terminal(["sh", "-c", f"{shell}; echo done; exec sleep 600"]) as terminal:
@@ -126,7 +135,7 @@ def test_after_a_restart_of_the_manager_a_cluster_is_gone_and_may_be_started_ane
     found = state.find("night")
     assert found is not None and found.record is not None
     os.kill(pid_of(), signal.SIGKILL)
-    until(lambda: not state.find("night").is_held)  # type: ignore[union-attr]
+    until(is_over, "the end of the process")
     claim = state.claim(state.NamedRecord.new("cluster", "night"))
     claim.write(state="running", boot="that of yesterday")
     claim.close()
@@ -143,13 +152,13 @@ def test_an_idle_cluster_ends_by_itself_and_says_so(hosts: Any) -> None:
         "    print(client.submit(time.sleep, 7).result(), lazycluster.background.state.find('night').is_held)"
     )
     assert python(f"import lazycluster.background.state\n{program}") == "None True\n"
-    until(lambda: (found := state.find("night")) is not None and not found.is_held)
+    until(is_over, "its own end")
     assert "gone: it was idle for 4 s" in run("ls")[1]
 
 
 def test_a_cluster_ends_after_its_time(hosts: Any) -> None:
     assert "It ends at " in up(hosts, "--for", "3s").replace("by itself ", "")
-    until(lambda: (found := state.find("night")) is not None and not found.is_held)
+    until(is_over, "its own end")
     assert "gone: its time was over" in run("ls")[1]
 
 
@@ -176,12 +185,12 @@ def test_whoever_is_killed_at_any_moment_nothing_stays(hosts: Any, moment: str, 
     argv = [*LAZYCLUSTER, "up", "night", "dask", "--config", str(hosts.config_file), "-w", "host[1-2]"]
     starter = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     signs = {"connecting": '"pid"', "starting": "scheduler", "running": '"running"', "ending": '"running"'}
-    until(lambda: _seen(moment, signs[moment]))
+    until(lambda: _seen(moment, signs[moment]), "the moment")
     pid = pid_of()
     if moment == "ending":
         starter.communicate(timeout=90)
         ending = subprocess.Popen([*LAZYCLUSTER, "down", "night"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        until(lambda: _seen(moment, '"ending"') or state.find("night") is None)
+        until(lambda: _seen(moment, '"ending"') or state.find("night") is None, "the end")
         _kill(pid if victim == "process" else ending.pid)
         ending.communicate(timeout=90)
     else:
@@ -190,7 +199,7 @@ def test_whoever_is_killed_at_any_moment_nothing_stays(hosts: Any, moment: str, 
     if moment == "running" and victim == "up":
         assert python(_USE) == "1024\n"
         assert run("down", "night")[0] == 0
-    until(lambda: (found := state.find("night")) is None or not found.is_held)
+    until(is_over, "the end of the process")
     assert settle(lambda: [entry for host in hosts.all for entry in host.leftovers()]) == []
 
 
@@ -199,13 +208,13 @@ def _seen(moment: str, sign: str) -> bool:
     try:
         if moment == "starting":
             return bool(list((folder / state.LOGS).glob("*/*scheduler*")))
-        return sign in (folder / "record.json").read_text() and '"pid": null' not in (folder / "record.json").read_text()
+        return (
+            sign in (folder / "record.json").read_text() and '"pid": null' not in (folder / "record.json").read_text()
+        )
     except OSError:
         return False
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
