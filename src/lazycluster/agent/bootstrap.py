@@ -152,11 +152,10 @@ def _close(fd: int) -> None:
 def _stay(connection: socket.socket) -> None:
     for fd in (0, 1):
         os.close(fd)
-    import signal
+    import _signal as signal  # type: ignore[import-not-found]
 
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_IGN
-    )  # the part of the login shell that tells of it is a child of this process
+    # The part of the login shell that tells of it is a child of this process.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
 import errno
-import json
 import os
 import pwd
 import sys
 from importlib import import_module
 
-from . import descriptors
+from . import descriptors, json_text
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .manager_link import ManagerLink
@@ -56,6 +55,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "ports": ("ports", "free"),
     "nonce": ("ports", "nonce"),
     "exposed": ("ports", "exposed"),
+    "reach": ("reachability", "reach"),
     "mkdir": ("paths", "mkdir"),
     "mkdtemp": ("paths", "mkdtemp"),
     "remove": ("paths", "remove"),
@@ -282,8 +282,10 @@ class Agent:
     def _keep(self, channel: RequestChannel) -> None:
         """Remember what is to be ended and removed if the manager dies (asked of the keeper only)."""
         path = os.path.join(self.directory, KEEP_FILE)
-        with open(path + ".new", "w") as file:
-            json.dump({name: channel.params.get(name) or [] for name in ("pids", "programs", "paths")}, file)
+        with open(path + ".new", "wb") as file:
+            file.write(
+                json_text.dumps({name: channel.params.get(name) or [] for name in ("pids", "programs", "paths")})
+            )
         os.rename(path + ".new", path)
         channel.result()
 

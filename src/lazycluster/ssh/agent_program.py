@@ -18,8 +18,9 @@ from lazycluster.agent import bootstrap, shell_state
 OLDEST_PYTHON = (3, 8)
 # What each start of an agent imports, and its first command.
 _CORE = (
-    *("descriptors", "directories", "guardian", "loop", "manager_link", "processes", "server", "session"),
-    *("ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+    *("descriptors", "directories", "guardian", "json_text", "loop", "manager_link", "poller", "processes", "server"),
+    *("session", "ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+    *("deletion", "leftovers", "ownership", "path_expansion", "paths"),
 )
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
