@@ -143,7 +143,10 @@ class EngineCluster(MasterWorkerCluster):
             raise ClusterError(
                 f"the {self._engine.master_name} has ended (status {status}): call cleanup(), then start()"
             )
-        how = {"created": "was not started: call start()", "failed": "did not start"}
+        how = {
+            "created": "was not started: call start()",
+            "failed": f"did not start: {self._start_problem}",
+        }
         how |= {"starting": "is being started: wait until start() is done", "closing": "is being ended"}
         raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it anew')}")
 
