@@ -92,6 +92,11 @@ class HostSpec:
                 raise ValueError(f"{self.host}: {name} is empty or contains a null character")
         object.__setattr__(self, "env", checked_variables(self.env))
 
+    @property
+    def grace(self) -> float:
+        """Seconds for which the host goes on with what runs there when the manager cannot be reached."""
+        return 0.0 if self.local else Settings.parse(self.host, self.connection_kwargs).grace
+
     def document(self) -> dict[str, Any]:
         """Return it as JSON can hold it, without `ask`, and with absolute paths; it may hold secrets.
 
