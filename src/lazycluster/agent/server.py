@@ -55,6 +55,7 @@ _HANDLERS: Dict[str, Tuple[str, str]] = {
     "ports": ("ports", "free"),
     "nonce": ("ports", "nonce"),
     "exposed": ("ports", "exposed"),
+    "reach": ("reachability", "reach"),
     "mkdir": ("paths", "mkdir"),
     "mkdtemp": ("paths", "mkdtemp"),
     "remove": ("paths", "remove"),

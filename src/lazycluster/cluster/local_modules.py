@@ -84,6 +84,7 @@ class LocalModules:
         self._space: workspace.Workspace | None = None
         self._hosts: dict[str, _HostCopy] = {}
         self._written: dict[str, str | bytes] = {}
+        self._given: dict[str, str | bytes] = {}  # by clients in other processes
         self._stamps: dict[str, int] = {}
         self._seen: set[str] = set()
         self._is_new = False
@@ -153,7 +154,7 @@ class LocalModules:
                 removing = asyncio.ensure_future(copy.connection.request("remove", within=_PATIENCE, path=copy.path))
                 await copy.connection.wait_while_heard(removing, _PATIENCE)
         directory, self.directory = self.directory, ""
-        self._written, self._stamps, self._seen, self._local = {}, {}, set(), set()
+        self._written, self._given, self._stamps, self._seen, self._local = {}, {}, {}, set(), set()
         if space is not None:
             shutil.rmtree(directory, ignore_errors=True)
             await space.release()
@@ -183,6 +184,19 @@ class LocalModules:
         """True if hosts may not have the present modules: some have changed, or are being sent. For any thread."""
         return self.changed() or self._syncing.locked()
 
+    async def take(self, files: Mapping[str, str | bytes]) -> int:
+        """Have modules of a client in another process on the hosts, beside or in the place of those that are there.
+
+        Args:
+            files: Their contents by file name.
+
+        Returns:
+            The version of what the hosts have then.
+        """
+        self._given.update(files)
+        await self.sync()
+        return self.version
+
     async def sync_changes(self) -> int:
         """Have what has changed on all hosts; returns `version`."""
         await self.sync()
@@ -202,7 +216,7 @@ class LocalModules:
             if self._space is None or self.directory != directory:
                 return  # it was closed meanwhile
             self._stamps = stamps
-            texts = {name: text for name, (text, _) in sources.items()}
+            texts = {name: text for name, (text, _) in sources.items()} | self._given
             if texts == self._written:
                 return
             # Whoever is cancelled here leaves it to `close` to wait for the thread.

@@ -142,14 +142,19 @@ def payload(local: bool, cache_tag: str) -> bytes:
 @functools.lru_cache(maxsize=1)
 def all_modules() -> bytes:
     """Return what the request `modules` brings: the sources of all modules, compressed."""
-    sources = _sources()
+    sources = dict(_sources())
     del sources["bootstrap"]
     return zlib.compress(marshal.dumps(sources, 2), 9)
 
 
+@functools.lru_cache(maxsize=1)
 def _sources() -> dict[str, str]:
-    paths = sorted(Path(bootstrap.__file__).parent.glob("*.py"))
-    return {path.stem: path.read_text(encoding="utf-8") for path in paths if path.name != "__init__.py"}
+    """Return the agent's modules; once, since all agents of a process are of its version."""
+    return {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted(Path(bootstrap.__file__).parent.glob("*.py"))
+        if path.name != "__init__.py"
+    }
 
 
 def _compiled(module: str, source: str) -> CodeType:

@@ -19,6 +19,7 @@ from lazycluster.core import event_loop
 
 from .config import Settings, parse_destination
 from .config_hosts import SYSTEM_CONFIG, config_lines, hops_of_command, user_config
+from .config_text import option_values
 
 __all__ = ["ConnectLimit", "jump_key", "limiter", "resolve"]
 
@@ -96,9 +97,9 @@ def _hops(jump: str) -> frozenset[str]:
     names = set()
     for hop in jump.split(","):
         try:
-            names.add(parse_destination(hop.strip()).host.lower())
+            names.add(parse_destination(hop.strip(" \t")).host.lower())
         except ValueError:
-            names.add(hop.strip())
+            names.add(hop.strip(" \t"))
     return frozenset(names)
 
 
@@ -132,11 +133,7 @@ def _resolve(target: str, user: str | None, port: int | None, config_file: str |
         )
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    values: dict[str, str] = {}
-    for line in done.stdout.decode(errors="replace").splitlines():
-        key, _, value = line.partition(" ")
-        values.setdefault(key, value)
-    return values
+    return {option: values[0] for option, values in option_values(done.stdout).items()}
 
 
 def _mentions_proxy(config_file: str | None) -> bool:

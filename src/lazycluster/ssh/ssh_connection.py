@@ -27,7 +27,7 @@ from lazycluster.agent.manager_link import KEPT, SECRET_SIZE, SILENCE_LIMIT
 from lazycluster.core import event_loop, forks
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError, printable
 
-from . import workspace
+from . import logins, workspace
 from .agent_program import bulk_command, new_marker, rejoin_command, remote_command
 from .agent_replies import AgentInfo
 from .channel import Channel
@@ -409,7 +409,7 @@ class SshConnection(Connection):
         patience = self.settings.grace if self.settings.reconnect is None else self.settings.reconnect
         self._interrupted(f"{why}; it is tried again for {patience:g} s")
         try:
-            await asyncio.wait_for(self._reach_again(), patience)
+            since = await self._reach_with_logins(patience)
             await self._prepare(since + patience)
         except Exception as error:  # noqa: BLE001  (whatever it is, all that waits here must be told)
             detail = "" if isinstance(error, asyncio.TimeoutError) else f": {getattr(error, 'detail', error)}"
@@ -420,6 +420,24 @@ class SshConnection(Connection):
             if self._prepared == self.generation:
                 logger.info("%s: the link is back after %.1f s", self.host, loop.time() - since)
                 self._opened()
+
+    async def _reach_with_logins(self, patience: float) -> float:
+        """Reach the host again, in a process that outlives its login perhaps only when somebody has logged in anew.
+
+        Args:
+            patience: Seconds for which it is tried each time.
+
+        Returns:
+            The loop's time at which the last time began.
+        """
+        while True:
+            since = asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(self._reach_again(), patience)
+                return since
+            except InvalidRuntimeError as error:
+                if error.reason != "auth" or not await logins.renewed(self.host, str(error)):
+                    raise
 
     async def _reach_again(self) -> None:
         assert self._process is not None
