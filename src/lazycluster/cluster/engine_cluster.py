@@ -17,6 +17,7 @@ from .versions import check_manager
 from .worker_launcher import ServiceWorkerLauncher
 
 if TYPE_CHECKING:
+    from lazycluster.background.client import BackgroundProcess
     from lazycluster.runtime_mgmt import RuntimeGroup
 
 __all__ = ["EngineCluster", "checked_count"]
@@ -111,6 +112,16 @@ class EngineCluster(MasterWorkerCluster):
             ClusterError: If the file is not there, is not this user's own, or is of another engine.
         """
         return cls.engine_class.client(connection_file.read(path, cls.__name__))
+
+    @classmethod
+    def connect_to(cls, process: BackgroundProcess, **options: Any) -> Any:
+        """Return a client of a cluster in the background, see `lazycluster.connect`.
+
+        Args:
+            process: Its process.
+            **options: What the client takes.
+        """
+        return cls.engine_class.client(process.request("connection"), **options)
 
     def _connection(self) -> dict[str, Any]:
         self._check_running()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster.agent.filenames import dumps
 from lazycluster.cluster import connection_file
+from lazycluster.cluster.client_modules import ClientModules
 from lazycluster.cluster.contracts import MasterLauncher, WorkerLauncher
 from lazycluster.cluster.engine import CheckVersions
 from lazycluster.cluster.engine_cluster import EngineCluster, checked_count
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from distributed import Client, Security, Status
     from distributed.deploy.adaptive import Adaptive
 
+    from lazycluster.background.client import BackgroundProcess
     from lazycluster.runtime_mgmt import RuntimeGroup
 
     from .scheduler_view import SchedulerCalls, SchedulerView
@@ -219,22 +221,38 @@ class DaskCluster(EngineCluster):
         """
         from distributed import Client
 
-        from .client import connected
-        from .programs.serialization import keep_file_names
-        from .programs.tls import MemorySecurity
+        from .client import client_of
 
-        keep_file_names(dumps)
         found = connection_file.read(path, DaskCluster.__name__, _CONNECTION)
         try:
-            client: Client = connected(
-                Client, found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout
-            )
+            client: Client = client_of(Client, found, timeout=timeout)
         except (TypeError, ValueError, ssl.SSLError, RuntimeError) as error:
             # These are no arguments of distributed's, no address or one without TLS, or no key.
             raise connection_file.unusable(path, str(error)) from None
         except (OSError, TimeoutError) as error:
             raise connection_file.unanswered(path, found, str(error)) from None
         return client
+
+    @classmethod
+    def connect_to(cls, process: BackgroundProcess, timeout: float = 10, **options: Any) -> Client:
+        """Return a client of a cluster in the background, see `lazycluster.connect`.
+
+        It has your own modules sent, as `get_client` does, from the process that it is in.
+
+        Args:
+            process: The cluster's process.
+            timeout: Seconds until it must be connected.
+            **options: Further ones of `distributed.Client`.
+
+        Raises:
+            BackgroundError: If the process does not answer.
+            TimeoutError: If the client is not connected in time.
+        """
+        from .client import UpToDateClient, client_of
+
+        modules = ClientModules(process)
+        modules.sync_now()
+        return client_of(UpToDateClient, process.request("connection"), modules, timeout=timeout, **options)
 
     def _connection(self) -> dict[str, Any]:
         return {

@@ -29,6 +29,7 @@ __all__ = [
     "check_names",
     "checked_amount",
     "choose_to_retire",
+    "is_idle",
     "retire",
     "scheduler_at",
 ]
@@ -67,6 +68,24 @@ def access(dask: DaskEngine, port: int) -> tuple[str, dict[str, Any]]:
     from .programs.tls import MemorySecurity
 
     return dask.address(port), MemorySecurity(**dask.security("client")).get_connection_args("client")
+
+
+async def is_idle(dask: DaskEngine, port: int) -> bool:
+    """Return whether the scheduler has no task to do, and has had none since this was asked before.
+
+    Raises:
+        ClusterError: If it does not answer.
+    """
+    from distributed.protocol.pickle import dumps
+
+    def question(dask_scheduler: Any) -> bool:  # in a function, so that it goes by value
+        return dask_scheduler.check_idle() is not None
+
+    async with scheduler_at(*access(dask, port)) as scheduler:
+        answer = await scheduler.run_function(function=dumps(question), args=dumps(()), kwargs=dumps({}), wait=True)
+    if answer.get("status") != "OK":
+        raise ClusterError(f"the scheduler does not tell whether it is idle: {answer.get('text', answer)}")
+    return answer["result"] is True
 
 
 async def retire(address: str, arguments: Mapping[str, Any], workers: Sequence[Worker]) -> dict[str, str]:
