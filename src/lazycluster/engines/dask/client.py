@@ -10,13 +10,15 @@ from distributed import Client
 from distributed.protocol.pickle import dumps
 
 from lazycluster.core import event_loop
+from lazycluster.tasks.host_paths import tell_path
 
+from .dashboard_link import shown_link
 from .scaling import scheduler_at
 
 if TYPE_CHECKING:
     from lazycluster.cluster.local_modules import LocalModules
 
-__all__ = ["UpToDateClient", "connected"]
+__all__ = ["ConnectedClient", "UpToDateClient", "connected"]
 
 C = TypeVar("C", bound=Client)
 
@@ -27,7 +29,38 @@ _CLOSED = 5.0  # seconds for a client that is not connected to end its loop
 _WITHOUT_CODE = frozenset({"gather", "who_has", "identity"})
 
 
-class UpToDateClient(Client):  # type: ignore[misc]
+class _Client(Client):  # type: ignore[misc]
+    """A client whose errors say so if they are about a file of this machine, which the workers do not have."""
+
+    def _handle_task_erred(self, key: Any = None, exception: Any = None, traceback: Any = None) -> None:
+        super()._handle_task_erred(key, exception, traceback)
+        if (state := self.futures.get(key)) is not None:
+            tell_path(state.exception)
+
+    async def _run(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return await super()._run(*arguments, **named)
+        except OSError as error:
+            tell_path(error)
+            raise
+
+
+class ConnectedClient(_Client):
+    """A client of a cluster that another process has started.
+
+    Attributes:
+        dashboard: The address of the dashboard on this machine; "" if it is not known.
+    """
+
+    dashboard = ""
+
+    @property
+    def dashboard_link(self) -> str:
+        """The address of the dashboard; distributed's own has no secret part."""
+        return shown_link(self.dashboard) if self.dashboard else str(super().dashboard_link)
+
+
+class UpToDateClient(_Client):
     """A client that has changed modules sent before it sends anything that may need them.
 
     Work goes through `_graph_to_futures`. All else (`run`, plugins, `scatter`, variables and queues, calls of actors)
