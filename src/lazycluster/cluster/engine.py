@@ -81,6 +81,8 @@ class Option:
         metavar: What its value is called there.
         kind: ``text``, ``count`` (an integer of at least 1) or ``directory``.
         default: Its value where it is not given.
+        safe: True if a ``cluster.toml`` of somebody who is not trusted may set it: whatever its text is, no program is
+            run for it, and no file is read or written. A ``count`` always may be set.
     """
 
     flag: str
@@ -89,6 +91,7 @@ class Option:
     metavar: str
     kind: Literal["text", "count", "directory"] = "text"
     default: str | None = None
+    safe: bool = False
 
     def __post_init__(self) -> None:
         if not self.flag.startswith("--") or not self.argument.isidentifier():
@@ -175,6 +178,28 @@ class Engine(abc.ABC):
             master: The master.
         """
         return {"port": master.port}
+
+    def is_busy(self, master: Endpoint) -> bool:
+        """Return True if a client's work is being done or waits, or was done since this was asked before.
+
+        An engine that does not state it cannot be ended when it is idle.
+
+        Args:
+            master: The master.
+
+        Raises:
+            LazyclusterError: If the master does not answer.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def states_idleness(cls) -> bool:
+        """Return True if `is_busy` is stated."""
+        return cls.is_busy is not Engine.is_busy
+
+    def valid_until(self) -> float | None:
+        """Return when its certificates expire, in seconds since 1970; None if it has none."""
+        return None
 
     def forget(self) -> None:  # noqa: B027  (most have nothing to forget)
         """Forget the secrets, once the cluster has ended; one that is started anew has others."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lazycluster.utils import expanded
 
-__all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "hide", "normalized"]
+__all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "file_kind", "hide", "normalized"]
 
 ROOT = "~/.cache/lazycluster"
 """The default directory of environments on a host."""
@@ -141,6 +141,17 @@ class EnvironmentSpec:
             )
         return cls(given)
 
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON can hold it: the arguments, with absolute paths."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.kind == "file":
+            found["source"] = str(self.file)
+        elif self.kind == "requirements":
+            found["source"] = [
+                str(Path(item).absolute()) if item.startswith(("./", "../")) else item for item in self.requirements
+            ]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
     @property
     def kind(self) -> Kind:
         """The kind of source."""
@@ -160,14 +171,7 @@ class EnvironmentSpec:
     @property
     def file_kind(self) -> str:
         """The kind of file that the source names; empty if it is none."""
-        if not isinstance(self.source, str):
-            return ""
-        name = os.path.basename(self.source)
-        if name in ("pyproject.toml", "uv.lock"):
-            return name
-        if _LOCKS.match(name):
-            return "pylock.toml"
-        return "requirements.txt" if name.endswith((".txt", ".in")) else ""
+        return file_kind(self.source) if isinstance(self.source, str) else ""
 
     @property
     def file(self) -> Path:
@@ -191,6 +195,16 @@ class EnvironmentSpec:
             return self.source
         shown = hide(", ".join(self.requirements[:4]))  # an address may have a password in it
         return f"[{shown}, ...]" if len(self.requirements) > 4 else f"[{shown}]"
+
+
+def file_kind(source: str) -> str:
+    """Return the kind of file that a source names, as that which it is called by most; empty if it is none."""
+    name = os.path.basename(source)
+    if name in ("pyproject.toml", "uv.lock"):
+        return name
+    if _LOCKS.match(name):
+        return "pylock.toml"
+    return "requirements.txt" if name.endswith((".txt", ".in")) else ""
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

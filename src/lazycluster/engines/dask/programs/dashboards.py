@@ -11,7 +11,7 @@ from typing import Any
 
 from tornado import web
 
-from .connection_limits import Door
+from .connection_limits import HandshakeLimit
 
 # The page of a worker, as a scheduler passes it on if jupyter-server-proxy is installed.
 _OF_WORKER = re.compile(r"^/proxy/\d+/[^/]+/")
@@ -55,7 +55,7 @@ class Dashboard:
         self._application = server.http_application
         self._find = self._application.find_handler
         self._application.find_handler = self._find_handler
-        self._door = Door()
+        self._limit = HandshakeLimit()
         self._serve_stream = server.http_server.handle_stream
         server.http_server.handle_stream = self._handle_stream
         info = sys.modules.get("distributed.http.scheduler.info")
@@ -64,7 +64,7 @@ class Dashboard:
 
     def _handle_stream(self, stream: Any, address: Any) -> Any:
         """Serve a connection, which has to ask for something below the path before long."""
-        self._door.came(stream)
+        self._limit.came(stream)
         return self._serve_stream(stream, address)
 
     def _find_handler(self, request: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ class Dashboard:
         first, slash, rest = path.partition("/")
         if not hmac.compare_digest(first.encode(), self._prefix.encode()):
             return self._application.get_handler_delegate(request, web.ErrorHandler, {"status_code": 404})
-        self._door.known(request.connection.stream)
+        self._limit.known(request.connection.stream)
         if not rest:  # distributed itself leads from here to an absolute path
             target = {"url": "./status" if slash else f"./{self._prefix}/status", "permanent": False}
             return self._application.get_handler_delegate(request, web.RedirectHandler, target)

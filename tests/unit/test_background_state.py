@@ -1,0 +1,170 @@
+"""Names and records of what goes on in the background: who has a name, who is alive, what others could have written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lazycluster.background import state
+from lazycluster.background.state import NamedRecord, all_named, claim, find
+from lazycluster.exceptions import LazyclusterError
+
+_CLAIM = """
+import sys
+from lazycluster.background.state import NamedRecord, claim
+sys.stdin.readline()
+try:
+    taken = claim(NamedRecord.new("cluster", "night"))
+    taken.write(state="running")
+    print("taken", flush=True)
+    sys.stdin.readline()
+except Exception as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state directory; not made yet."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return state.directory()
+
+
+def other() -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", _CLAIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def test_a_name_is_held_by_a_lock_and_given_back(folder: Path) -> None:
+    assert find("night") is None
+    assert all_named() == []
+    taken = claim(NamedRecord.new("cluster", "night", engine="dask"))
+    found = find("night")
+    assert found is not None and found.is_held and found.gone == ""
+    assert found.record is not None and found.record.details == {"engine": "dask"}
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder / "night")} == {0o700}
+    assert {path.stat().st_mode & 0o777 for path in (folder / "night").iterdir()} == {0o600}
+    with pytest.raises(LazyclusterError, match="there is a cluster 'night' already, which is starting"):
+        claim(NamedRecord.new("cluster", "night"))
+    taken.remove()
+    assert list(folder.iterdir()) == []
+    claim(NamedRecord.new("cluster", "night")).remove()
+
+
+def test_of_two_that_start_at_the_same_moment_one_is_refused() -> None:
+    processes = [other() for _ in range(4)]
+    try:
+        answers = [said(process) for process in processes]
+        assert sorted(answer == "taken" for answer in answers) == [False, False, False, True]
+        assert all("there is a cluster 'night' already" in answer for answer in answers if answer != "taken")
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_killed_one_is_not_alive_and_its_name_is_free() -> None:
+    process = other()
+    assert said(process) == "taken"
+    process.kill()
+    process.communicate()
+    found = find("night")
+    assert found is not None and not found.is_held
+    assert found.gone == "its process was killed"
+    claim(NamedRecord.new("cluster", "night")).remove()
+
+
+def test_after_a_restart_of_the_machine_the_record_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = claim(NamedRecord.new("cluster", "night"))
+    taken.write(state="running", boot="another")
+    taken.close()
+    found = find("night")
+    assert found is not None and found.gone == "the machine was restarted"
+
+
+def test_one_of_another_machine_is_neither_called_dead_nor_replaced() -> None:
+    taken = claim(NamedRecord.new("cluster", "night"))
+    taken.write(machine="another", host="login2")
+    taken.close()
+    found = find("night")
+    assert found is not None and found.is_elsewhere and found.gone == ""
+    with pytest.raises(LazyclusterError, match="was started on login2"):
+        claim(NamedRecord.new("cluster", "night"))
+    assert found.remove()
+
+
+def test_detached_work_and_clusters_share_their_names() -> None:
+    claim(NamedRecord.new("work", "sweep")).close()
+    with pytest.raises(LazyclusterError, match="there is detached work 'sweep' already"):
+        claim(NamedRecord.new("cluster", "sweep"))
+
+
+def test_an_heir_has_the_name_as_long_as_it_lives() -> None:
+    taken = claim(NamedRecord.new("cluster", "night"))
+    process = subprocess.Popen(["sleep", "600"], pass_fds=[taken.fd])
+    taken.close()
+    try:
+        found = find("night")
+        assert found is not None and found.is_held
+        assert not found.remove()
+    finally:
+        process.kill()
+        process.wait()
+    assert found.remove()
+    assert find("night") is None
+
+
+@pytest.mark.parametrize("name", ["", "1", "-a", ".a", "a/b", "a b", "a\n", "ä", "x" * 64, "a\0"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is no name"):
+        find(name)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"kind": "cluster"}', b"[" * 100_000, b"\xff"])
+def test_a_damaged_record_hides_no_other(content: bytes, folder: Path) -> None:
+    claim(NamedRecord.new("cluster", "night")).close()
+    claim(NamedRecord.new("cluster", "noon")).close()
+    (folder / "night" / "record.json").write_bytes(content)
+    first, second = all_named()
+    assert first.record is None and "damaged" in first.gone
+    assert second.record is not None
+    claim(NamedRecord.new("cluster", "night")).remove()
+
+
+def test_records_of_other_versions_are_read(folder: Path) -> None:
+    claim(NamedRecord.new("cluster", "night")).close()
+    path = folder / "night" / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}))
+    found = find("night")
+    assert found is not None and found.record is not None and found.record.name == "night"
+
+
+def test_a_directory_that_others_could_write_to_is_not_trusted(folder: Path) -> None:
+    claim(NamedRecord.new("cluster", "night")).close()
+    (folder / "night").chmod(0o777)
+    with pytest.raises(PermissionError, match="not trusted"):
+        find("night")
+
+
+def test_clusters_that_ended_long_ago_are_forgotten_work_is_not(folder: Path) -> None:
+    for record in (
+        NamedRecord.new("cluster", "old"),
+        NamedRecord.new("work", "task"),
+        NamedRecord.new("cluster", "new"),
+    ):
+        claim(record).close()
+    for name in ("old", "task"):
+        os.utime(folder / name / "record.json", (0, 0))
+    claim(NamedRecord.new("cluster", "another")).remove()
+    assert [found.name for found in all_named()] == ["new", "task"]
