@@ -24,6 +24,7 @@ _logger = logging.getLogger("lazycluster")
 
 PerHost: TypeAlias = Mapping[str, Mapping[str, Any]]
 
+_ONLY_OWN = ("address",)  # of single hosts
 _OWN = ("working_dir", "python", "setup", "env", "shell", "environment", "startup_files")
 
 
@@ -112,7 +113,7 @@ class GroupSettings:
             for key, value in values.items():
                 if key == "env":
                     own["env"].update(value)
-                elif key in _OWN:
+                elif key in _OWN or key in _ONLY_OWN:
                     own[key] = value
                 else:
                     kwargs[key] = value

@@ -23,6 +23,8 @@ from lazycluster.ssh.python_search import PythonSearch
 from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.tasks.context import Context, checked_variables
 
+from .reachability import checked_address
+
 if TYPE_CHECKING:
     from lazycluster.environments.activation import Activation, HostEnvironment
 
@@ -52,6 +54,7 @@ class HostSpec:
         ask: A person may be asked for a password and the like.
         environment: The Python environment there, see :class:`lazycluster.environments.EnvironmentSpec`.
         startup_files: When the shell of commands reads its start-up files: ``once`` per connection, or ``always``.
+        address: The address at which other hosts reach it; None: one that it has, found out when it is needed.
     """
 
     host: str
@@ -65,11 +68,14 @@ class HostSpec:
     ask: bool = False
     environment: Any = None
     startup_files: str = "once"
+    address: str | None = None
 
     def __post_init__(self) -> None:
         if self.startup_files not in STARTUP_FILES:
             wanted = " or ".join(map(repr, STARTUP_FILES))
             raise ValueError(f"{self.host}: startup_files must be {wanted}, not {self.startup_files!r}")
+        if self.address is not None:
+            object.__setattr__(self, "address", checked_address(self.address, self.host))
         if self.environment is not None:
             from lazycluster.environments.spec import EnvironmentSpec
 
@@ -85,6 +91,11 @@ class HostSpec:
             if value is not None and (not value.strip() or "\0" in value):
                 raise ValueError(f"{self.host}: {name} is empty or contains a null character")
         object.__setattr__(self, "env", checked_variables(self.env))
+
+    @property
+    def grace(self) -> float:
+        """Seconds for which the host goes on with what runs there when the manager cannot be reached."""
+        return 0.0 if self.local else Settings.parse(self.host, self.connection_kwargs).grace
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON can hold it, without `ask`, and with absolute paths; it may hold secrets.

@@ -16,11 +16,17 @@ from types import CodeType
 from lazycluster.agent import bootstrap, shell_state
 
 OLDEST_PYTHON = (3, 8)
-# What each start of an agent imports, and its first command.
-_CORE = (
-    *("descriptors", "directories", "guardian", "loop", "manager_link", "processes", "server", "session"),
-    *("ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+# What each agent imports for its start, its commands and its end; the test of it knows what these import.
+_START = (
+    *("descriptors", "directories", "guardian", "json_text", "loop", "manager_link", "poller", "processes", "server"),
+    *("session", "ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+    *("deletion", "leftovers", "limits", "ownership", "path_expansion", "paths", "ps", "spool"),
 )
+_AS_TEXT = ("limits",)  # of those, what becomes a program of its own
+START_OPERATIONS = frozenset(
+    ("expand", "keep", "leftovers", "listen", "mkdir", "mkdtemp", "ping", "remove", "run", "session", "setup", "stop")
+)
+"""Requests for which an agent needs no more modules than it starts with."""
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
 _STUB = (
@@ -147,26 +153,34 @@ def _literal(path: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def payload(local: bool, cache_tag: str) -> bytes:
-    """Return what the stub reads: a line with the length, and the agent's program, compressed.
+    """Return what the stub reads: a line with the length, and the start of the agent's program, compressed.
 
     Args:
         local: Whether the agent is a plain subprocess of the manager.
-        cache_tag: The host's `sys.implementation.cache_tag`. If it is ours, what every start needs is sent compiled,
-            which saves the host a third of its part.
+        cache_tag: The host's `sys.implementation.cache_tag`. If it is ours, it is sent compiled, which saves the host a
+            third of its part.
     """
-    sources = dict(_sources())
-    start = sources.pop("bootstrap")
+    sources = _sources()
+    modules: dict[str, str | CodeType] = {name: sources[name] for name in _START}
     if cache_tag == sys.implementation.cache_tag:
-        codes = {name: _compiled(name, sources[name]) for name in _CORE}
-        program = marshal.dumps((_compiled("bootstrap", start), (sources, codes, local)))
+        modules.update((name, _compiled(name, sources[name])) for name in _START if name not in _AS_TEXT)
+        program = marshal.dumps((_compiled("bootstrap", sources["bootstrap"]), (modules, local)))
     else:
-        program = marshal.dumps((start, (sources, {}, local)), 2)  # version 2: any Python reads it
+        program = marshal.dumps((sources["bootstrap"], (modules, local)), 2)  # version 2: any Python reads it
     return _packed(program)
 
 
 def _packed(program: bytes) -> bytes:
-    packed = zlib.compress(program, 6)
+    packed = zlib.compress(program, 9)
     return b"%d\n%s" % (len(packed), packed)
+
+
+@functools.lru_cache(maxsize=1)
+def all_modules() -> bytes:
+    """Return what the request `modules` brings: the sources of all modules, compressed."""
+    sources = dict(_sources())
+    del sources["bootstrap"]
+    return zlib.compress(marshal.dumps(sources, 2), 9)
 
 
 @functools.lru_cache(maxsize=1)

@@ -80,6 +80,7 @@ class Connection(abc.ABC):
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
         self._unanswered: NoAnswerError | None = None
+        self._copies_from = 0  # the generation whose agent can serve copies
         self._given_up = -1.0  # when the host was heard last of all, if that was too long ago for somebody
         self.at_close: list[Callable[[], Any]] = []
 
@@ -166,6 +167,14 @@ class Connection(abc.ABC):
 
     def _start_overdue(self) -> NoAnswerError:
         return NoAnswerError(self.host, "a further agent to start", _START_LIMIT)
+
+    async def _prepare_copies(self) -> None:
+        """Have the agent get the modules that copies need: they begin on other streams than the requests."""
+        if self._link is not None and self._copies_from != self.generation:
+            generation = self.generation
+            self._link.send_modules()
+            await self.request("ping")
+            self._copies_from = generation
 
     # --- the agent -----------------------------------------------------------------------------
     @property

@@ -276,6 +276,7 @@ class SshConnection(Connection):
         return await self._copy_stream()
 
     async def _copy_stream(self) -> socket.socket:
+        await self._prepare_copies()
         marker = new_marker()
         agent = self.agent_info
         session = await self._session(bulk_command(agent.executable, marker, self._sockets, agent.pid))
