@@ -85,6 +85,9 @@ class DaskCluster(EngineCluster):
         idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
         asynchronous: Whether methods that have to wait return awaitables where an event loop runs. ``await cluster``
             and ``async with`` start the cluster, and have the same effect for their event loop.
+        name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
+            program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
+            this process.
 
     Raises:
         ClusterError: If dask, distributed or cryptography is not installed here.
@@ -126,6 +129,7 @@ class DaskCluster(EngineCluster):
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
         asynchronous: bool = False,
+        name: None = None,
     ) -> None:
         if nthreads is not None:
             checked_count(nthreads, "nthreads", 1)
@@ -206,13 +210,13 @@ class DaskCluster(EngineCluster):
 
         if self.asynchronous:
             self._check_running()
-            return UpToDateClient(self, self._dask.modules, timeout=timeout, asynchronous=True)
+            return UpToDateClient(self, self._dask.client_modules, timeout=timeout, asynchronous=True)
         deadline = time.monotonic() + timeout
         while True:
             self._check_running()
             try:
                 left = max(0.0, deadline - time.monotonic())
-                return connected(UpToDateClient, self, self._dask.modules, timeout=left)
+                return connected(UpToDateClient, self, self._dask.client_modules, timeout=left)
             except CommClosedError as error:  # the scheduler has ended while it answered; there will be another one
                 if time.monotonic() + _AGAIN >= deadline:
                     raise TimeoutError(
