@@ -36,7 +36,7 @@ from lazycluster.runtime_mgmt import RuntimeGroup
 from lazycluster.ssh import agent_program, logins, terminal, workspace
 
 from .requests import Requests
-from .server import Server
+from .server import RequestServer
 
 __all__ = ["ClusterProcess", "main"]
 
@@ -166,7 +166,7 @@ class ClusterProcess:
         self._reason: str | None = None  # why it ends; "" if it was told to by its user
         self._ending = False
         self._lock = threading.Lock()
-        self._server: Server | None = None
+        self._server: RequestServer | None = None
 
     # --- the end -------------------------------------------------------------------------------
     def end(self, reason: str = "") -> None:
@@ -207,13 +207,15 @@ class ClusterProcess:
         """Have this process independent of where it was started."""
         pid = os.getpid()
         self.claim.write(pid=pid, process_started=unix.process_start_time(pid))
+        utils.Environment.main_directory = str(self.document["settings"]["main_directory"])
+        utils.Environment.trust_group = bool(self.document["settings"]["trust_group"])
         utils.use_log_directory(self.claim.path / state.LOGS)
         workspace.use_directory(self.claim.path)
         terminal.ask_through(self.relay.ask)
         progress.relay_to(self.relay.show)
         logins.outlive()
         threading.Thread(target=self._listen_to_starter, name="lazycluster starter", daemon=True).start()
-        self._server = Server(listening(self.claim.path / state.SOCKET), Requests(self), self.relay)
+        self._server = RequestServer(listening(self.claim.path / state.SOCKET), Requests(self), self.relay)
         self._server.start()
         _import_everything()
 
@@ -231,6 +233,12 @@ class ClusterProcess:
         document, starter = self.document, self._starter
         assert starter is not None
         cluster_class = engines.load(str(document["engine"]))
+        wanted = document.get("class")
+        if wanted not in (None, f"{cluster_class.__module__}:{cluster_class.__qualname__}"):
+            raise ClusterError(
+                f"a cluster in the background is of a class that an engine is registered with, not of {wanted}\n"
+                "  Next step: register it under the entry-point group lazycluster.engines"
+            )
         for package in cluster_class.engine_class.packages:
             with contextlib.suppress(ImportError):  # the cluster says what is missing, and how it is installed
                 importlib.import_module(package)
@@ -245,6 +253,8 @@ class ClusterProcess:
             self._go_on.clear()
         told = {**document["start"], **self._told}
         self.cluster.start(told.get("workers"), told.get("port"))
+        if document.get("connection_file"):
+            self.cluster.write_connection_file(document["connection_file"])
         self._note_running()
         starter.send(result={"unreachable": self.unreachable, "connection": self.connection_lines(), **self.summary()})
         self.relay.gone()

@@ -38,7 +38,7 @@ class Requests:
         self._requests: dict[str, Callable[..., Any]] = {
             "status": self._status, "down": self._down, "info": self._info, "scale": self._scale,
             "processes": self._processes, "connection": self._connection, "modules": self._modules,
-            "login": self._login, "adapt": self._adapt,
+            "login": self._login, "usage": self._usage, "connection_file": self._connection_file, "adapt": self._adapt,
         }  # fmt: skip
 
     @property
@@ -87,7 +87,7 @@ class Requests:
         process = self._process
         return {
             **process.summary(),
-            "view": asdict(self._cluster._view()),
+            "view": _as_lists(asdict(self._cluster._view())),
             "pid": os.getpid(),
             "environment": sorted(os.environ),
             "unreachable": process.unreachable,
@@ -115,7 +115,15 @@ class Requests:
             "events": events,
             "port": cluster.master_port,
             "hosts": cluster.runtime_group.hosts,
+            "details": [dict(getattr(worker, "detail", {})) for worker in cluster._processes],
+            "endpoint": {"host": cluster._master_endpoint().host, "ports": cluster._master_endpoint().ports},
         }
+
+    def _usage(self, within: float) -> dict[str, Any]:
+        return {name: asdict(used) for name, used in self._cluster.usage(within).items()}
+
+    def _connection_file(self, path: str) -> str:
+        return str(self._cluster.write_connection_file(path))
 
     def _connection(self) -> dict[str, Any]:
         return {"manager": os.getpid(), "engine": type(self._cluster).__name__, **self._cluster._connection()}
@@ -151,3 +159,12 @@ class Requests:
             if group
             else set()
         )
+
+
+def _as_lists(value: Any) -> Any:
+    """Return what JSON can hold of a view: sets become lists."""
+    if isinstance(value, Mapping):
+        return {key: _as_lists(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_as_lists(one) for one in value]
+    return value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lazycluster.core.durations import duration
 from lazycluster.core.hostsets import MOST, HostSetError, expand, fold, is_pattern
 from lazycluster.group.selection import ALL, match, without
 from lazycluster.ssh.destination import check_user, parse_destination
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALL",
+    "Duration",
     "Seconds",
     "Targets",
     "Whole",
@@ -121,6 +123,23 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         if not _LEAST <= seconds <= self._most:
             self.fail(f"{value!r} is not a time in seconds, from {_LEAST:g} to {self._most:g}", param, ctx)
         return seconds
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A length of time: seconds, or text such as ``30min``."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the seconds.
+
+        Raises:
+            click.BadParameter: If it is no time.
+        """
+        try:
+            return duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

@@ -17,6 +17,7 @@ from .versions import check_manager
 from .worker_launcher import ServiceWorkerLauncher
 
 if TYPE_CHECKING:
+    from lazycluster.background.client import BackgroundProcess
     from lazycluster.runtime_mgmt import RuntimeGroup
 
 __all__ = ["EngineCluster", "checked_count"]
@@ -35,6 +36,9 @@ class EngineCluster(MasterWorkerCluster):
             ``ignore``.
         gpus_per_worker: How many GPUs of its host each worker gets for itself, see `MasterWorkerCluster`.
         idle_gpus: Whether GPUs are left alone that others use.
+        name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
+            program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
+            this process.
         **options: What the engine takes.
 
     Raises:
@@ -51,6 +55,15 @@ class EngineCluster(MasterWorkerCluster):
     engine_class: ClassVar[type[Engine]]
     """The statement of the engine."""
 
+    def __new__(cls, *arguments: Any, name: str | None = None, **options: Any) -> EngineCluster:
+        """Return a new cluster: with a name, one in a process of its own."""
+        if name is None:
+            return super().__new__(cls)
+        from .background_cluster import class_in_background
+
+        made: EngineCluster = super().__new__(class_in_background(cls))
+        return made
+
     def __init__(
         self,
         runtime_group: RuntimeGroup,
@@ -62,6 +75,7 @@ class EngineCluster(MasterWorkerCluster):
         check_versions: CheckVersions = "error",
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        name: None = None,
         **options: Any,
     ) -> None:
         check_statement(self.engine_class)
@@ -112,6 +126,16 @@ class EngineCluster(MasterWorkerCluster):
         """
         return cls.engine_class.client(connection_file.read(path, cls.__name__))
 
+    @classmethod
+    def connect_to(cls, process: BackgroundProcess, **options: Any) -> Any:
+        """Return a client of a cluster in the background, see `lazycluster.connect`.
+
+        Args:
+            process: Its process.
+            **options: What the client takes.
+        """
+        return cls.engine_class.client(process.request("connection"), **options)
+
     def _connection(self) -> dict[str, Any]:
         self._check_running()
         return self._engine.connection(self._master_endpoint())
@@ -132,7 +156,10 @@ class EngineCluster(MasterWorkerCluster):
             raise ClusterError(
                 f"the {self._engine.master_name} has ended (status {status}): call cleanup(), then start()"
             )
-        how = {"created": "was not started: call start()", "failed": "did not start"}
+        how = {
+            "created": "was not started: call start()",
+            "failed": f"did not start: {self._start_problem}",
+        }
         how |= {"starting": "is being started: wait until start() is done", "closing": "is being ended"}
         raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it anew')}")
 

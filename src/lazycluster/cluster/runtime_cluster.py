@@ -105,6 +105,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         self._min_workers = min_workers
         self._gpus = None if gpus_per_worker is None else Gpus(gpus_per_worker, idle_gpus)
         self._state = "created"
+        self._start_problem = ""
         self._connection_files: list[Path] = []
         self._files_owner = secrets.token_hex(8)
         self._lock = threading.RLock()
@@ -112,7 +113,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         self._master_launcher = _launcher(master_launcher, runtime_group) or self._default_master_launcher()
         self._worker_launcher = _launcher(worker_launcher, runtime_group) or self._default_worker_launcher()
         self._connect_launchers()
-        lifetime.register(self)
+        self._end_with_program()
         self._forgetting: Any = None
 
     # --- what an engine states -----------------------------------------------------------------
@@ -174,6 +175,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
             except BaseException as error:
                 ended = self._state in ("closing", "closed")
                 self._undo()
+                self._start_problem = str(error) or type(error).__name__
                 if ended and isinstance(error, LazyclusterError):  # that its parts have ended says nothing of the cause
                     raise ClusterError(ENDED) from error
                 raise
@@ -373,6 +375,9 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         """Show how far something is that takes long."""
         with progress.shown(getattr(self._group, "progress", None)), progress.Progress(what):
             yield
+
+    def _end_with_program(self) -> None:
+        lifetime.register(self)
 
     def _end_when_forgotten(self) -> None:
         if self._forgetting is None or not self._forgetting.alive:

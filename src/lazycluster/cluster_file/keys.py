@@ -133,13 +133,6 @@ def _check_table(value: Any) -> None:
         raise TypeError(f"must be a table, not {_kind(value)}")
 
 
-def _check_tables(value: Any) -> None:
-    _check_table(value)
-    for name, one in value.items():
-        if not isinstance(one, Mapping):
-            raise TypeError(f"must hold a table for each host; {name} is {_kind(one)}")
-
-
 def _check_variables(value: Any) -> None:
     _check_table(value)
     checked_variables(value)
@@ -177,7 +170,7 @@ _CHECKS: dict[Kind, Callable[[Any], Any]] = {
     "env": _check_variables,
     "environment": _check_environment,
     "groups": _check_table,
-    "hosts": _check_tables,
+    "hosts": _check_table,
     "options": _check_table,
 }
 

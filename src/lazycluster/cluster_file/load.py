@@ -115,7 +115,7 @@ class _Opened:
         try:
             return cls(tomllib.loads(text), KeyLines(text), file, shown, status)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise ClusterFileError(shown, [_of_parser(error)]) from None
+            raise ClusterFileError(shown, [_of_parser(error, text)]) from None
 
 
 def _read(file: Path, shown: str) -> tuple[str, os.stat_result]:
@@ -162,14 +162,15 @@ def _check_writers(status: os.stat_result, shown: str, trust: bool) -> None:
     _logger.warning("%s: %s (%s)", shown, why, how)
 
 
-def _of_parser(error: Exception) -> tuple[int | None, str]:
+def _of_parser(error: Exception, text: str) -> tuple[int | None, str]:
+    """Return the line that Python's parser names, and what it says."""
     if isinstance(error, RecursionError):
         return None, "it is nested too deeply"
-    text = str(error)
-    found = re.search(r" \(at line ([0-9]+), column ([0-9]+)\)$", text)
-    if found is None:
-        return None, f"it is not valid TOML: {text}"
-    return int(found[1]), f"it is not valid TOML: {text[: found.start()]} (column {found[2]})"
+    said = f"it is not valid TOML: {error}"
+    found = re.search(r" \(at line ([0-9]+), column ([0-9]+)\)$", said)
+    if found is None:  # it is the end of the document where something is missing
+        return text.rstrip().count("\n") + 1, said
+    return int(found[1]), f"{said[: found.start()]} (column {found[2]})"
 
 
 class _File:
@@ -393,6 +394,9 @@ class _File:
         settings: dict[str, dict[str, Any]] = {}
         for name, table in tables.items():
             path = ("host", name)
+            if not isinstance(table, Mapping):
+                self._problem(path, f"{_shown(name)} must be a table with settings, e.g. [host.node1]")
+                continue
             values = self._table(path, table, HOST_KEYS)
             for host in self._meant(path, name, hosts, groups):
                 own = settings.setdefault(host, {})

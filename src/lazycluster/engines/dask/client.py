@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed import Client
 from distributed.protocol.pickle import dumps
 
+from lazycluster.agent.filenames import dumps as dumps_with_names
 from lazycluster.core import event_loop
+from lazycluster.tasks.host_paths import tell_path
 
+from .dashboard_link import shown_link
 from .scaling import scheduler_at
 
 if TYPE_CHECKING:
+    from lazycluster.cluster.client_modules import ClientModules
     from lazycluster.cluster.local_modules import LocalModules
 
-__all__ = ["UpToDateClient", "connected"]
+__all__ = ["ClusterClient", "UpToDateClient", "client_of", "connected"]
 
-C = TypeVar("C", bound=Client)
+C = TypeVar("C", bound="ClusterClient")
 
 _BACK = 30.0  # seconds for a scheduler that is started again; distributed's own default
 _CLOSED = 5.0  # seconds for a client that is not connected to end its loop
@@ -27,7 +32,34 @@ _CLOSED = 5.0  # seconds for a client that is not connected to end its loop
 _WITHOUT_CODE = frozenset({"gather", "who_has", "identity"})
 
 
-class UpToDateClient(Client):  # type: ignore[misc]
+class ClusterClient(Client):  # type: ignore[misc]
+    """A client whose errors say so if they are about a file of this machine, which the workers do not have.
+
+    Attributes:
+        dashboard: The address of the dashboard on this machine, if the cluster is another process's.
+    """
+
+    dashboard = ""
+
+    @property
+    def dashboard_link(self) -> str:
+        """The address of the dashboard; that which distributed makes up itself has no secret part."""
+        return shown_link(self.dashboard) if self.dashboard else str(super().dashboard_link)
+
+    def _handle_task_erred(self, key: Any = None, exception: Any = None, traceback: Any = None) -> None:
+        super()._handle_task_erred(key, exception, traceback)
+        if (state := self.futures.get(key)) is not None:
+            tell_path(state.exception)
+
+    async def _run(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return await super()._run(*arguments, **named)
+        except OSError as error:
+            tell_path(error)
+            raise
+
+
+class UpToDateClient(ClusterClient):
     """A client that has changed modules sent before it sends anything that may need them.
 
     Work goes through `_graph_to_futures`. All else (`run`, plugins, `scatter`, variables and queues, calls of actors)
@@ -41,7 +73,7 @@ class UpToDateClient(Client):  # type: ignore[misc]
 
     _calls: Any = None
 
-    def __init__(self, address: Any, modules: LocalModules, **options: Any) -> None:
+    def __init__(self, address: Any, modules: LocalModules | ClientModules, **options: Any) -> None:
         self._local_modules = modules
         self._version = modules.version
         super().__init__(address, **options)
@@ -107,6 +139,25 @@ class _UpToDateCalls:
             return await call(*arguments, **named)
 
         return up_to_date
+
+
+def client_of(kind: type[C], connection: Mapping[str, Any], *arguments: Any, **options: Any) -> C:
+    """Return a client of a cluster of another process.
+
+    Args:
+        kind: The class of the client.
+        connection: What `DaskCluster._connection` has returned there.
+        *arguments: Further arguments of the class.
+        **options: Its options.
+    """
+    from .programs.serialization import keep_file_names
+    from .programs.tls import MemorySecurity
+
+    keep_file_names(dumps_with_names)
+    security = MemorySecurity(**connection["security"])
+    client = connected(kind, connection["scheduler"], *arguments, security=security, **options)
+    client.dashboard = connection.get("dashboard", "")
+    return client
 
 
 def connected(kind: type[C], *arguments: Any, **options: Any) -> C:
