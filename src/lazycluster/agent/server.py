@@ -263,6 +263,8 @@ class Agent:
                 self._stop(channel)
             elif operation == "listen":
                 channel.result(sockets=self._listen_elsewhere())
+            elif operation == "modules":
+                _take_modules(channel)
             elif operation == "session":
                 self._manager_link.agree(channel)
             elif operation == "ping":
@@ -367,6 +369,22 @@ class Agent:
         # Whoever adopted us has other children, too; what was not adopted by us is found by its marker.
         left = {pid for pid, marker in marked_processes(AGENT_MARKER) if marker == self.identity}
         return sorted(left.union(descendants([me])) - {me})
+
+
+def _take_modules(channel: RequestChannel) -> None:
+    """Handle the request `modules`: take the modules that were not needed until now."""
+    parts: List[bytes] = []
+
+    def take() -> None:
+        import marshal
+        import zlib
+
+        # It comes from the manager, whose programs run here anyway.
+        sources = marshal.loads(zlib.decompress(b"".join(parts)))  # noqa: S302
+        __loader__.add(sources)  # type: ignore[name-defined]
+        channel.result()
+
+    channel.on_input, channel.on_input_end = parts.append, take
 
 
 def _unfinished(agent: Agent) -> PartialFiles:

@@ -43,14 +43,14 @@ class DaskEngine(Engine):
 
     name, cluster, module, extra = "dask", "DaskCluster", "lazycluster.cluster.dask_cluster", "dask"
     packages, manager_packages = ("dask", "distributed"), ("cryptography",)
-    # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
-    same_versions, told_versions = ("dask", "distributed", "cloudpickle"), common.PACKAGES
+    same_versions, told_versions = common.SAME_PACKAGES, common.PACKAGES
     master_name, sent = "scheduler", True
     master_ports = (Port("master"), Port("dashboard", Reach.MANAGER))
     worker_ports = (Port("worker"), Port("nanny", Reach.MANAGER), Port("dashboard", Reach.MANAGER))
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
         Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto", safe=True),
+        Option("--dashboard-port", "dashboard_port", "Port of the dashboard on this machine (any).", "PORT", "count"),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
     )
     help = """Start a Dask cluster: the scheduler here, the workers on the hosts.
