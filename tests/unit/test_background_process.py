@@ -6,6 +6,9 @@ import json
 import os
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,3 +181,43 @@ def test_directories_are_kept_from_ageing_while_they_are_used(tmp_path: Path) ->
     os.close(held)
     assert may_age()
     assert directories.hold(str(tmp_path / "missing")) == -1
+
+
+_STRANGER = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+for path in sys.argv[2:]:
+    try:
+        os.listdir(path) if os.path.isdir(path) else open(path).read()
+        print("read", path)
+    except OSError:
+        pass
+with socket.socket(socket.AF_UNIX) as connection:
+    try:
+        connection.connect(sys.argv[1])
+        connection.sendall(b'{"command": "down"}\\n')
+        print("answer", connection.recv(100))
+    except OSError as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_another_user_cannot_use_socket_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as home:
+        Path(home).chmod(0o755)
+        monkeypatch.setenv("XDG_STATE_HOME", home)
+        claim = state.claim(state.NamedRecord.new("cluster", "night"))
+        server = RequestServer(protocol.listening(claim.path / state.SOCKET), _Requests(), None)  # type: ignore[arg-type]
+        server.start()
+        socket_path = str(claim.path / state.SOCKET)
+        paths = [str(path) for path in (claim.path.parent, claim.path, *claim.path.iterdir()) if not path.is_socket()]
+        argv = [sys.executable, "-ISc", _STRANGER, socket_path, *paths]
+        assert subprocess.run(argv, capture_output=True, text=True).stdout == "PermissionError\n"
+        # Where the modes are no hindrance, it is told by its number, and gets no answer.
+        for path in (Path(home) / "lazycluster", claim.path.parent, claim.path, Path(socket_path)):
+            path.chmod(0o777)
+        done = subprocess.run([sys.executable, "-ISc", _STRANGER, socket_path], capture_output=True, text=True)
+        assert done.stdout in ("answer b''\n", "ConnectionResetError\n", "BrokenPipeError\n"), done
+        server.close(5.0)
+        claim.remove()

@@ -21,6 +21,7 @@ from typing import Any
 
 import lazycluster
 from lazycluster import engines, utils
+from lazycluster.agent import processes
 from lazycluster.background import state
 from lazycluster.background.protocol import MessageStream, listening
 from lazycluster.background.state import Claim
@@ -411,4 +412,5 @@ def main(document: Mapping[str, Any], received: bytes) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     connection = _own_streams()
     os.umask(0o077)
+    processes.forbid_cores()  # it knows the secrets of the cluster
     return ClusterProcess(document, MessageStream(connection, received)).run()

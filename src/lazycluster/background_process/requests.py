@@ -146,7 +146,7 @@ class Requests:
         relay = self._process.relay
         relay.attend(stream)
         try:
-            event_loop.get_loop().call_soon_threadsafe(logins.try_again)
+            event_loop.run(logins.try_again())
             end = time.monotonic() + _AGAIN
             while self._interrupted() - logins.needed().keys() and time.monotonic() < end:
                 time.sleep(_LOOK)

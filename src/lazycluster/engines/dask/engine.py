@@ -95,7 +95,7 @@ class DaskEngine(Engine):
     def adopt(self, connection: Mapping[str, Any], process: BackgroundProcess) -> None:
         """Take over what a client needs, and have this process's modules sent by the cluster's."""
         self._client_security = dict(connection["security"])
-        self.prefix = str(connection["dashboard"]).split("/")[3]
+        self.prefix = str(connection.get("dashboard", "///")).split("/")[3]
         self.client_modules = ClientModules(process)
 
     def forget(self) -> None:
