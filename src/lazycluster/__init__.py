@@ -12,6 +12,7 @@ from .pool import joblib_registration
 if TYPE_CHECKING:
     from .cluster_file.load import load_cluster_file
     from .cluster_file.spec import ClusterSpec
+    from .engines import connect
     from .environments.spec import EnvironmentSpec
     from .runtime_mgmt import RuntimeGroup, RuntimeManager
     from .runtimes import LocalRuntime, Runtime, RuntimeTask
@@ -29,6 +30,7 @@ __all__ = [
     "RuntimeManager",
     "RuntimeTask",
     "__version__",
+    "connect",
     "load_cluster_file",
 ]
 
@@ -44,6 +46,7 @@ _HOMES = {
     "RuntimeGroup": "runtime_mgmt",
     "RuntimeManager": "runtime_mgmt",
     "RuntimeTask": "runtimes",
+    "connect": "engines",
     "load_cluster_file": "cluster_file.load",
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 __all__ = [
     "AgentError",
+    "BackgroundError",
     "BrokenPoolError",
     "ConnectionLostError",
     "EnvironmentBuildError",
@@ -348,6 +349,18 @@ class PortInUseError(LazyclusterError):
 
 class NoPortsLeftError(LazyclusterError):
     """None of the ports that may be used is free."""
+
+
+class BackgroundError(LazyclusterError):
+    """A cluster in the background cannot be used, or its process says that something has failed.
+
+    Attributes:
+        type: The name of the error's class in that process; "" if there is no answer.
+    """
+
+    def __init__(self, message: str, type: str = "") -> None:
+        self.type = type
+        super().__init__(message)
 
 
 class PathCreationError(LazyclusterError):

@@ -19,6 +19,7 @@ _LONGEST_NAME = 120  # characters; file systems allow 255 bytes, and a stamp fol
 
 _numbers = itertools.count(1)
 _making = threading.Lock()
+_log_directory: Path | None = None
 _known: set[Path] = set()  # directories that are nobody else's
 
 
@@ -166,6 +167,12 @@ def private_directory(*parts: str, main: Path | None = None) -> Path:
     return path
 
 
+def use_log_directory(path: Path) -> None:
+    """Have the log files of this process in a directory of its own, which may be removed with what they tell of."""
+    global _log_directory
+    _log_directory = path
+
+
 def new_log_file_path(host: str, task: str) -> Path:
     """Return the path of a log file that does not exist yet; its directory does.
 
@@ -176,4 +183,8 @@ def new_log_file_path(host: str, task: str) -> Path:
     Raises:
         OSError: If the directory cannot be made.
     """
-    return private_directory("logs", safe_name(host)) / f"{safe_name(task)}-{Timestamp().get_unique()}.log"
+    return (
+        private_directory("logs", safe_name(host))
+        if _log_directory is None
+        else private_directory(safe_name(host), main=_log_directory)
+    ) / f"{safe_name(task)}-{Timestamp().get_unique()}.log"

@@ -158,7 +158,11 @@ def test_a_directory_that_others_could_write_to_is_not_trusted(folder: Path) -> 
 
 
 def test_clusters_that_ended_long_ago_are_forgotten_work_is_not(folder: Path) -> None:
-    for record in (NamedRecord.new("cluster", "old"), NamedRecord.new("work", "task"), NamedRecord.new("cluster", "new")):
+    for record in (
+        NamedRecord.new("cluster", "old"),
+        NamedRecord.new("work", "task"),
+        NamedRecord.new("cluster", "new"),
+    ):
         claim(record).close()
     for name in ("old", "task"):
         os.utime(folder / name / "record.json", (0, 0))

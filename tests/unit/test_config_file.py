@@ -80,6 +80,42 @@ def test_the_last_of_several_and_a_comment(tmp_path: Path) -> None:
     assert config.read_text() == "Host a\n  User x\n\n\n# d\nHost d\n"
 
 
+def test_names_in_quotes_and_twice_on_a_line(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text('Host "a" b a  # a\n  User x\nHost c "d"\n')
+    remove_host("a", config)
+    remove_host("d", config)
+    assert config.read_text() == "Host b  # a\n  User x\nHost c\n"
+
+
+def test_names_that_differ_in_case_are_different(config: Path) -> None:
+    add_host("A", {"HostName": "upper"}, config)
+    assert _means(config, "A")["hostname"] == "upper"
+    assert _means(config, "a")["hostname"] == "192.0.2.1"
+
+
+@pytest.mark.parametrize("blank", [b"\x0b", b"\xc2\xa0", b"\x0c", b"\xe2\x80\xa8", b"\r"])
+def test_what_only_looks_like_a_blank_is_none(tmp_path: Path, blank: bytes) -> None:
+    config = tmp_path / "config"
+    text = b"# a" + blank + b"Host *\nHost x" + blank + b"y z\n  User me\n"
+    config.write_bytes(text)
+    for name in ("x", "y"):
+        with pytest.raises(ConfigurationError, match="has no host"):
+            remove_host(name, config)
+    add_host("gpu", {"HostName": "gpu.lab"}, config)
+    assert config.read_bytes() == text + b"\nHost gpu\n    HostName gpu.lab\n"
+    remove_host("z", config)
+    assert b"\nHost x" + blank + b"y\n" in config.read_bytes()
+
+
+def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_bytes(b"\xef\xbb\xbfHost a\n")
+    with pytest.raises(ConfigurationError, match="byte order mark"):
+        add_host("gpu", {"HostName": "gpu.lab"}, config)
+    assert config.read_bytes() == b"\xef\xbb\xbfHost a\n"
+
+
 @pytest.mark.parametrize("text", ["", "Host x\n  User y", "Host x\r\n  User y\r\n", "User me\n\n\n", "Host caf\xe9\n"])
 def test_files_of_all_kinds(tmp_path: Path, text: str) -> None:
     path = tmp_path / "deep" / "config"
@@ -188,6 +224,32 @@ def test_a_file_that_is_mounted(config: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert _means(config, "gpu")["hostname"] == "gpu"
     assert sorted(path.name for path in config.parent.iterdir()) == ["config", "config" + BACKUP]
+
+
+@pytest.mark.parametrize(
+    ("mount", "why"),
+    [
+        ('mount --bind "$1" "$1" && mount -o remount,ro,bind "$1"', "config is read-only"),
+        ('mount --bind "$1" "$1" && mount -o remount,ro,bind "$1"', "new cannot be changed: Read-only"),
+        ('mount -t tmpfs -o size=8k none "$1" && head -c 4096 /dev/zero | tr "\\0" "#" > "$1/config"', "No space left"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named(config: Path, mount: str, why: str) -> None:
+    """The configuration is as before, and nothing is left beside it."""
+    name = "new" if "new" in why else "config"
+    program = (
+        "import os, sys; from lazycluster.ssh.config_file import *; before = sorted(os.listdir(sys.argv[1]))\n"
+        f"try: add_host('gpu', {{'HostName': 'gpu'}}, sys.argv[1] + '/{name}')\n"
+        "except ConfigurationError as error: print(error); print(sorted(os.listdir(sys.argv[1])) == before)"
+    )
+    script = f'{{ {mount}; }} || exit 77; exec "$0" -c "$2" "$1"'
+    argv = ["unshare", "-m", "sh", "-c", script, sys.executable, str(config.parent), program]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip("needs the right to mount")
+    assert why in done.stdout, done.stderr
+    assert "Next step: " in done.stdout and "chmod" not in done.stdout
+    assert done.stdout.endswith("True\n")
 
 
 @pytest.mark.parametrize("mode", [0o400, 0o444])

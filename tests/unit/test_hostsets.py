@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazycluster.cli.options import fold, from_lines, match, without
+from lazycluster.cli.options import fold, from_lines, match, targets, without
 from lazycluster.core.hostsets import HostSetError, expand, fits
+from lazycluster.group.settings import read_settings
 from lazycluster.ssh.destination import parse_destination
 
 
@@ -194,6 +197,40 @@ def test_lines() -> None:
     with pytest.raises(HostSetError, match="more than"):
         from_lines("a[1-60000]\nb[1-60000]")
     assert from_lines("a b # c\n\n# all of it\nnode[1-2],c\n") == ["a", "b", "node1", "node2", "c"]
+
+
+@pytest.mark.parametrize("blank", ["\xa0", "\x0b", "\x0c", "\x85", "\u2028", "\u2003", "\ufeff"])
+def test_what_only_looks_like_a_blank_is_refused(blank: str) -> None:
+    """Taken for one, it would turn a comment into hosts, or a name into two."""
+    assert from_lines(f"a # b{blank}c\n") == ["a"]
+    for text in (f"a{blank}b", f"a,{blank}b"):
+        with pytest.raises(HostSetError, match="is not a host"):
+            match(from_lines(text), [])
+    with pytest.raises(HostSetError):
+        expand(f"n[1,{blank}2]")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_of_other_systems(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "hosts"
+    file.write_bytes("n[1-2]\r\n# \xe9\r\nn3\r\n".encode(encoding))
+    assert targets([f"^{file}"], [], None, "/dev/null", None, False).names == ["n1", "n2", "n3"]
+    with file.open("rb") as opened:
+        assert targets([], [], opened, "/dev/null", None, False).names == ["n1", "n2", "n3"]
+
+
+def test_settings_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "hosts.toml"
+    file.write_text('[n1]\npython = "auto"\n', encoding="utf-8-sig")
+    assert read_settings(file) == {"n1": {"python": "auto"}}
+
+
+def test_slots_of_mpi(capsys: pytest.CaptureFixture[str]) -> None:
+    assert from_lines("n1 slots=4 max_slots=8\nn2  slots=2\t# n3\nn[4-5] max-slots=1\n") == ["n1", "n2", "n4", "n5"]
+    assert capsys.readouterr().err == "Note: slots= in a file with hosts is for MPI, and not used here.\n"
+    for text in ("n1 slots=many", "n1 cpu=4", "n1 slots=4x"):
+        with pytest.raises(HostSetError, match="slots=N"):
+            from_lines(text)
 
 
 @given(

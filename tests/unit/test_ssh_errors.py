@@ -52,6 +52,10 @@ def told(said, status=255, kwargs=None, **more):
         ('Load key "/k": error in libcrypto\r\nme@h: Permission denied (publickey).\r\n', "auth", 'Load key "/k"'),
         ("/x/config: line 3: Bad configuration option: fooo\r\n/x/config: terminating, 1 bad configuration options\r\n",
          "config", "/x/config, line 3: Bad configuration option: fooo"),
+        ("/x/my config: line 1: Bad configuration option: \\357\\273\\277host\r\n"
+         "/x/my config: terminating, 1 bad configuration options\r\n", "config", "BF//' '/x/my config'"),
+        ("/x/config line 1: no argument after keyword \"host\\302\\240a\"\r\n"
+         "/x/config: terminating, 1 bad configuration options\r\n", "config", "looks like a blank"),
         ("command-line: line 0: Bad configuration option: fooo\r\n", "config", "ssh_options"),
         ("Bad owner or permissions on /home/me/.ssh/config\r\n", "config", "chmod go-w /home/me/.ssh/config"),
         ("kex_exchange_identification: Connection closed by remote host\r\nConnection closed by h port 22\r\n",

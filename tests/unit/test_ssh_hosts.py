@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import getpass
 import os
 import subprocess
 
 import pytest
 
 from lazycluster.ssh.config import Settings
-from lazycluster.ssh.config_hosts import configured_hosts
+from lazycluster.ssh.config_hosts import _HostBlock, configured_hosts
+from lazycluster.ssh.config_text import option_values
 from lazycluster.ssh.connect_limit import ConnectLimit, jump_key
 
 
@@ -111,6 +114,74 @@ def test_what_ssh_accepts_can_be_read(tmp_path, text):
     assert done.returncode == 0, done.stderr
     assert [name for name in names(path) if not name.startswith(("[", "a[", "{"))] == ["a", "z"]
     assert asyncio.run(jump_key(Settings.parse("a", {"config_file": str(path)}))) == frozenset()
+
+
+# Each text is read by ssh, too, which has to say the same of each host.
+SAME = {
+    "case": b"Host CASE\n User x\nHost case\n User y\nHost Case\nHost C*\n User z\n",
+    "a match of names": b"Host a A b\nMatch host a,c\n User git\n"
+    b"Match originalhost b,x !user git\n User git\nMatch all\n User z\n",
+    "a match of the name that is meant": b"Host a\n HostName B.c\nHost d\n HostName %h.c\nMatch host b.c\n User git\n"
+    b'Match !host "d.c,b.*"\n User n\nMatch originalhost D host=D.C\n User d\n',
+    "a match that renames": b"Host a b\nMatch host a\n HostName c\n User git\nMatch host c\n Port 1\n User n\n",
+    "a match of users": b"Host a\n User one\nHost b\nMatch user one localuser *\n HostName u\n"
+    b"Match localuser none\n User x\n",
+    "a match that a command decides": b"Host a\nMatch host a exec false\n User x\nMatch all\n User y\n",
+    "blanks that are none": "Host a\xa0b\x0bc\u2028d\x85e\n User x\nHost a b c d e\n User y\xa0z # n\n".encode(),
+    "line ends that are none": (
+        "# a\u2028Host b\n# c\x85Host d\x0bHost e\x0cHost f\rHost g\nHost h \t\x0c\n User x\r\n".encode()
+    ),
+    "quotes": b'Host a"b"c d\'e\' #f\n User "x" # y\n"Host" g\nHost=h\n User = y\nHost "i" j\\"k\n',
+    "negated": b"Host !a b c\n User x\nHost a b\n HostName z\nHost * !c\n User y\n",
+}
+
+
+@pytest.mark.parametrize("text", SAME.values(), ids=SAME)
+def test_hosts_are_read_as_ssh_reads_them(tmp_path, text):
+    path = tmp_path / "config"
+    path.write_bytes(text)
+    found = [host for host in configured_hosts(path) if host.skipped != "a pattern, not a host"]
+    assert found
+    for host in found:
+        done = subprocess.run(["ssh", "-G", "-F", path, "--", host.name], capture_output=True, check=False)
+        if b"invalid characters" in done.stderr:
+            assert host.skipped
+            continue
+        assert done.returncode == 0, done.stderr
+        means = {option: values[0] for option, values in option_values(done.stdout).items()}
+        assert means["user"] == (host.user or getpass.getuser()), host
+        hostname = (host.hostname or host.name).replace("%h", host.name)
+        assert means["hostname"] == hostname.lower()
+        assert host.skipped.startswith("its user is 'git'") == (host.user == "git"), host
+
+
+def test_names_are_those_that_ssh_knows(tmp_path):
+    path = tmp_path / "config"
+    path.write_bytes(SAME["line ends that are none"])
+    assert names(path) == ["h"]
+    path.write_bytes(SAME["blanks that are none"])
+    assert names(path) == ["a", "b", "c", "d", "e"]
+    assert list(why(path)) == ["a\xa0b\x0bc\u2028d\x85e"]
+
+
+def test_a_byte_order_mark_is_named(tmp_path, caplog):
+    path = tmp_path / "my config"
+    path.write_bytes(codecs.BOM_UTF8 + b"Host a\n User me\n")
+    assert names(path) == ["a"]
+    assert "byte order mark" in caplog.text
+    command = caplog.text.partition("remove it with: ")[2].strip()
+    subprocess.run(["sh", "-c", command], check=True)
+    assert path.read_bytes() == b"Host a\n User me\n"
+
+
+def test_thousands_of_hosts_are_read_in_one_pass(tmp_path, monkeypatch):
+    path = tmp_path / "config"
+    path.write_text("".join(f"Host n{n}\n HostName 10.0.0.{n % 250}\n User me\n" for n in range(5000)))
+    asked = []
+    held = _HostBlock.holds
+    monkeypatch.setattr(_HostBlock, "holds", lambda *args: asked.append(args) or held(*args))
+    assert len(names(path)) == 5000
+    assert len(asked) <= 3 * 5000
 
 
 def test_what_would_be_read_for_ever_is_given_up_as_by_ssh(write, caplog):

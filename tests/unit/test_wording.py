@@ -88,7 +88,16 @@ def test_each_argument_that_a_message_names_is_known_here() -> None:
         if path.relative_to(_LIBRARY).parts[0] not in _NOT_OURS:
             named |= {name for text in _messages(path) for name in _ARGUMENT.findall(text)}
     with_options = {"python", "setup", "environment", "exclude", "cache_dir", "connection_kwargs", "on_unreachable"}
-    in_python_only = {"check_versions", "ports", "master_launcher", "worker_launcher", "group", "minimum", "maximum"}
+    in_python_only = {
+        "address",
+        "check_versions",
+        "ports",
+        "master_launcher",
+        "worker_launcher",
+        "group",
+        "minimum",
+        "maximum",
+    }
     no_arguments = {"pid", "style"}  # of a repr, and of HTML
     assert named <= with_options | in_python_only | no_arguments | _EXAMPLES
 

@@ -11,15 +11,19 @@ import errno
 import os
 import pwd
 import stat
-from typing import List, NamedTuple
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import List
 
 _MOST_LINKS = 40
 
 
-class _Directory(NamedTuple):
-    path: str
-    inode: os.stat_result
-    closed: bool  # nobody else gets into it, whatever the modes are of what is in it
+class _Directory:
+    """A directory on the way to another one; `closed`: nobody else gets into it, whatever is in it lets them do."""
+
+    def __init__(self, path: str, inode: os.stat_result, closed: bool) -> None:
+        self.path, self.inode, self.closed = path, inode, closed
 
 
 def check(path: str, trust_group: bool = False) -> None:

@@ -25,7 +25,18 @@ from typing import Any, Literal
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.utils import default_directory, private_directory
 
-__all__ = ["Claim", "Kind", "Named", "NamedRecord", "all_named", "boot_id", "checked_name", "claim", "find", "machine_id"]
+__all__ = [
+    "Claim",
+    "Kind",
+    "Named",
+    "NamedRecord",
+    "all_named",
+    "boot_id",
+    "checked_name",
+    "claim",
+    "find",
+    "machine_id",
+]
 
 Kind = Literal["cluster", "work"]
 
@@ -77,9 +88,12 @@ class NamedRecord:
     @classmethod
     def new(cls, kind: Kind, name: str, **details: Any) -> NamedRecord:
         """Return a record of something that starts now, on this machine."""
-        return cls(
-            kind, name, machine_id(), boot_id(), host=socket.gethostname(), started=time.time(), details=details
-        )
+        return cls(kind, name, machine_id(), boot_id(), host=socket.gethostname(), started=time.time(), details=details)
+
+    @property
+    def is_of_another_boot(self) -> bool:
+        """True if this machine was restarted since."""
+        return bool(self.boot and boot_id() and self.boot != boot_id())
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,7 @@ class Named:
             return "its start was not completed, or its record is damaged"
         if record.state in ("ended", "failed"):
             return record.reason or record.state
-        if record.boot and boot_id() and record.boot != boot_id():
+        if record.is_of_another_boot:
             return "the machine was restarted"
         return "its process was killed"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 from lazycluster.output.host_cells import megabytes
 from lazycluster.output.lines import Tail
 from lazycluster.ssh.agent_replies import check_shape, decoded_text
+from lazycluster.ssh.connect_limit import resolve
 
 from .option_names import spelled
 
@@ -116,7 +116,7 @@ class Diagnosis:
 
     async def run(self, connection: SshConnection) -> None:
         """Check one step after the other. The connection is closed in the end."""
-        way = await event_loop.in_thread(_way, connection)
+        way = await resolve(connection.settings)
         probing = asyncio.ensure_future(event_loop.in_thread(_probe, way))
         try:
             await connection.open()
@@ -267,23 +267,6 @@ class _Probe:
 
     address: str = ""
     banner: str = ""
-
-
-def _way(connection: SshConnection) -> dict[str, str]:
-    """Return the configuration of a host as ssh resolves it (``ssh -G``)."""
-    settings = connection.settings
-    argv = ["ssh", *(["-F", settings.config_file] if settings.config_file else []), "-G"]
-    if settings.user:
-        argv += ["-l", settings.user]
-    if settings.port:
-        argv += ["-p", str(settings.port)]
-    try:
-        done = subprocess.run(
-            [*argv, "--", settings.target], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return dict(line.partition(" ")[::2] for line in done.stdout.decode(errors="replace").splitlines())
 
 
 def _probe(way: dict[str, str]) -> _Probe:

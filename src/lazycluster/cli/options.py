@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lazycluster.core.durations import duration
 from lazycluster.core.hostsets import MOST, HostSetError, expand, fold, is_pattern
 from lazycluster.group.selection import ALL, match, without
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALL",
+    "Duration",
     "Seconds",
     "Targets",
     "Whole",
@@ -38,6 +42,8 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LEAST = 0.1  # seconds
+_SLOTS = re.compile(r"(?<=[ \t])(?:max[_-])?slots=[0-9]+(?=[ \t\r]|$)")
+_SETTING = re.compile(r"(?<=[ \t])[A-Za-z_-]+=[^ \t\r]*")
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,23 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return seconds
 
 
+class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A length of time: seconds, or text such as ``30min``."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the seconds.
+
+        Raises:
+            click.BadParameter: If it is no time.
+        """
+        try:
+            return duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the names of hosts for a shell, also after a comma."""
     head, comma, last = incomplete.rpartition(",")
@@ -149,7 +172,7 @@ def host_options(command: F) -> F:
     """Add the options that name hosts."""
     for option in (
         click.option(
-            "--hostfile", type=click.File(), metavar="FILE", help="Read hosts from a file; '-' is standard input."
+            "--hostfile", type=click.File("rb"), metavar="FILE", help="Read hosts from a file; '-' is standard input."
         ),
         click.option(
             "-x",
@@ -222,7 +245,7 @@ def targets(
     try:
         named = [name for value in hosts for name in _read(value)]
         if hostfile is not None:
-            named += from_lines(hostfile.read())
+            named += _from_file(hostfile.read())
         if not hosts and hostfile is None:
             named = expand(default if default is not None else _ask(config))
         excluded = [name for value in exclude_hosts for name in _read(value)]
@@ -231,7 +254,7 @@ def targets(
     except HostSetError as error:
         raise click.UsageError(str(error)) from None
     except UnicodeDecodeError:
-        raise click.UsageError("the file with the hosts is not a text file") from None
+        raise click.UsageError("the file with the hosts is not a text file in UTF-8") from None
     if not names:
         raise click.UsageError(_no_hosts(config, named, bool(hosts) or hostfile is not None))
     settings = how_to_connect(config, connect_timeout, accept_new_host_key, relay)
@@ -243,12 +266,12 @@ def targets(
 
 def _read(value: str) -> list[str]:
     if value == "-":
-        return from_lines(sys.stdin.read())
+        return _from_file(sys.stdin.buffer.read())
     if value.startswith("^"):
         from lazycluster.utils import expanded
 
         try:
-            return from_lines(expanded(value[1:]).read_text())
+            return _from_file(expanded(value[1:]).read_bytes())
         except OSError as error:
             raise click.UsageError(f"cannot read hosts from {value[1:]}: {error.strerror}") from None
     return expand(value)
@@ -279,10 +302,32 @@ def _ask(config: str | None) -> str:
 
 # --- sets of hosts -------------------------------------------------------------------------------
 def from_lines(text: str) -> list[str]:
-    """Return the names in a text: one or more sets to a line, with ``#`` before comments."""
+    """Return the names in a text: one or more sets to a line, with ``#`` before comments.
+
+    Behind a host, MPI's ``slots=N`` and ``max_slots=N`` may stand; a note says that they are not used.
+    """
     names: dict[str, None] = {}
-    for line in text.splitlines():
-        names.update(dict.fromkeys(expand(line.partition("#")[0], words=True)))
+    slots = False
+    # Not splitlines: U+2028 in a comment would begin a line there, with hosts that nobody has named.
+    for line in text.split("\n"):
+        hosts, found = _SLOTS.subn(" ", line.partition("#")[0])
+        if setting := _SETTING.search(hosts):
+            raise HostSetError(f"{setting[0]!r} is not a host, nor one of MPI's settings slots=N and max_slots=N")
+        slots = slots or found > 0
+        names.update(dict.fromkeys(expand(hosts, words=True)))
         if len(names) > MOST:
             raise HostSetError(f"more than {MOST} hosts are named")
+    if slots:
+        tell("Note: slots= in a file with hosts is for MPI, and not used here.", err=True)
     return list(names)
+
+
+def _from_file(content: bytes) -> list[str]:
+    """Return the names in a file, with or without a byte order mark; Windows also writes UTF-16.
+
+    Raises:
+        HostSetError: If what it names makes no sense.
+        UnicodeDecodeError: If it is no text.
+    """
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return from_lines(content.decode("utf-16" if is_utf_16 else "utf-8-sig"))

@@ -19,18 +19,26 @@ from typing import TYPE_CHECKING, Any
 from lazycluster.background import state as records
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, LazyclusterError
-from lazycluster.tasks.detached import DetachedCommand, DetachedState, DetachedTask, detached_states, start_command
+from lazycluster.tasks.detached import (
+    DetachedCommand,
+    DetachedState,
+    DetachedTask,
+    detached_states,
+    start_command,
+    start_problem,
+)
 
 from .console import FAILED, UNREACHABLE, errors, lines_of
 from .fanout import FANOUT, HostOutcome, everywhere, exit_status
 from .options import ALL, Targets, fold, targets
 
 if TYPE_CHECKING:
-    from lazycluster.background.state import Claim, NamedRecord
+    from lazycluster.background.state import Claim, Named, NamedRecord
     from lazycluster.ssh.connection import Connection
 
 __all__ = [
     "Work",
+    "cluster_named",
     "follow",
     "forget",
     "hosts_of",
@@ -58,12 +66,12 @@ def recorded_names() -> list[str]:
     return [record.name for record in _recorded()]
 
 
-def _recorded() -> list[NamedRecord]:
+def _recorded(kind: str = "work") -> list[NamedRecord]:
     try:
         found = [named.record for named in records.all_named()]
     except OSError:
         return []
-    return [record for record in found if record is not None and record.kind == "work"]
+    return [record for record in found if record is not None and record.kind == kind]
 
 
 def _record_of(name: str) -> NamedRecord | None:
@@ -87,6 +95,15 @@ def hosts_of(name: str | None, options: dict[str, Any]) -> Targets:
         options = {**options, "config": configs.pop()}
     hosts = dict.fromkeys(str(host) for record in found for host in record.details.get("hosts") or ())
     return replace(targets(**{**options, "hosts": tuple(hosts)}), everyone=False)
+
+
+def cluster_named(name: str) -> Named | None:
+    """Return the cluster in the background that has a name; None if none has, e.g. since it is that of work."""
+    try:
+        found = records.find(name)
+    except ValueError:  # it cannot be the name of one
+        return None
+    return None if found is None or (found.record is not None and found.record.kind == "work") else found
 
 
 def forget(name: str) -> None:
@@ -182,7 +199,8 @@ class Finder:
         return HostOutcome(outcome.host, FAILED, text, "error")
 
     def _unknown(self, outcomes: Sequence[HostOutcome]) -> str:
-        known = self.others | {record.name for record in _recorded()} - {self._name}
+        names = {record.name for kind in ("work", "cluster") for record in _recorded(kind)}
+        known = self.others | names - {self._name}
         close = difflib.get_close_matches(self._name, sorted(known), n=_CLOSE)
         hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
         asked = fold(outcome.host for outcome in outcomes if outcome.kind != "unreachable") or "no host"
@@ -262,8 +280,7 @@ def start(chosen: Targets, command: DetachedCommand, fanout: int = FANOUT) -> tu
             if error.evidence.get("errno") == errno.EEXIST:
                 text = f"there is work {command.name!r} already\n  Next step: {_instead(command.name, connection.host)}"
                 return HostOutcome(connection.host, FAILED, text, _TAKEN)
-            text = f"it cannot be started: {error.message}"
-            return HostOutcome(connection.host, FAILED, text, "error")
+            return HostOutcome(connection.host, FAILED, start_problem(error), "error")
         return HostOutcome(connection.host)
 
     outcomes = event_loop.run(everywhere(chosen, begin, fanout))

@@ -91,6 +91,13 @@ def make_identities(*roles: str) -> tuple[str, dict[str, Identity]]:
     return _pem(certificate), {role: _identity(role, certificate, key) for role in roles}
 
 
+def valid_until(certificate: str) -> float:
+    """Return when a certificate expires, in seconds since 1970."""
+    from cryptography import x509
+
+    return x509.load_pem_x509_certificate(certificate.encode()).not_valid_after_utc.timestamp()
+
+
 def _identity(role: str, issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey) -> Identity:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization

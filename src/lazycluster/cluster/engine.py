@@ -179,6 +179,28 @@ class Engine(abc.ABC):
         """
         return {"port": master.port}
 
+    def is_busy(self, master: Endpoint) -> bool:
+        """Return True if a client's work is being done or waits, or was done since this was asked before.
+
+        An engine that does not state it cannot be ended when it is idle.
+
+        Args:
+            master: The master.
+
+        Raises:
+            LazyclusterError: If the master does not answer.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def states_idleness(cls) -> bool:
+        """Return True if `is_busy` is stated."""
+        return cls.is_busy is not Engine.is_busy
+
+    def valid_until(self) -> float | None:
+        """Return when its certificates expire, in seconds since 1970; None if it has none."""
+        return None
+
     def forget(self) -> None:  # noqa: B027  (most have nothing to forget)
         """Forget the secrets, once the cluster has ended; one that is started anew has others."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SCRATCH", "ServiceSpec", "Source"]
+__all__ = ["SCRATCH", "ServiceSpec", "Source", "pin_sources"]
 
 SCRATCH = "$LAZYCLUSTER_SCRATCH"
 """Stands for the private directory of a process; the agent puts its path there."""
@@ -59,8 +59,25 @@ def _directory_of(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+_read: dict[tuple[Path, str], dict[str, str]] = {}
+_pinned = False
+
+
+def pin_sources() -> None:
+    """Read each program once in this process: what is started later is of the same version as what runs."""
+    global _pinned
+    _pinned = True
+
+
 def _texts(root: Path, name: str) -> dict[str, str]:
     """Return the text of a module, or of all modules of a package, by file name."""
+    found = _read.get((root, name)) if _pinned else None
+    if found is None:
+        found = _read[root, name] = _read_texts(root, name)
+    return dict(found)
+
+
+def _read_texts(root: Path, name: str) -> dict[str, str]:
     path = root.joinpath(*name.split(".")) if name else root
     paths = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     return {file.relative_to(root).as_posix(): file.read_text("utf-8") for file in paths}

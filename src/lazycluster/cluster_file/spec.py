@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lazycluster.cluster.engine_cluster import EngineCluster
+    from lazycluster.runtime.session import HostSpec
     from lazycluster.runtime_mgmt import RuntimeGroup
 
 __all__ = ["ClusterSpec"]
@@ -59,18 +60,30 @@ class ClusterSpec:
         """
         from lazycluster.runtime_mgmt import RuntimeGroup
 
+        return RuntimeGroup(
+            hosts=list(self.hosts),
+            on_unreachable="skip" if self.everyone else "raise",
+            **self._group_options(),
+        )
+
+    def _group_options(self) -> dict[str, Any]:
         options = dict(self.group_options)
         options["environment"] = _environment(options.get("environment"))
         settings = {host: dict(values) for host, values in self.settings.items()}
         for values in settings.values():
             if "environment" in values:
                 values["environment"] = _environment(values["environment"])
-        return RuntimeGroup(
-            hosts=list(self.hosts),
-            settings=settings,
-            on_unreachable="skip" if self.everyone else "raise",
-            **options,
-        )
+        return {**options, "settings": settings}
+
+    def host_specs(self) -> list[HostSpec]:
+        """Return the hosts with their settings, to be connected by another process.
+
+        Raises:
+            TypeError, ValueError: If something makes no sense.
+        """
+        from lazycluster.group.settings import GroupSettings
+
+        return GroupSettings(**self._group_options()).specs(self.hosts)
 
     def make_cluster(self, group: RuntimeGroup) -> EngineCluster:
         """Make the cluster, which is not started yet.

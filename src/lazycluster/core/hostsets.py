@@ -19,14 +19,15 @@ _DEEPEST = 16  # braces within braces
 _DIGITS = 18  # of a number
 _SHOWN = 60  # characters of a set in an error
 
-_LITERAL = re.compile(r"[^\[\]{},\s&!^]+")
-_BETWEEN = re.compile(r"[,\s]*")
+_BLANKS = " \t\r\n"  # what looks like one elsewhere, as a no-break space, is a part of a name, which is then refused
+_LITERAL = re.compile(rf"[^\[\]{{}},{_BLANKS}&!^]+")
+_BETWEEN = re.compile(rf"[,{_BLANKS}]*")
 _BRACKET = re.compile(r"\[([^\[\]{}]*)\]")
 _ADDRESS = re.compile(r"[0-9a-f.]*:[0-9a-f:.]*(?:%[\w.-]+)?", re.IGNORECASE)
-_NUMBERS = re.compile(r"[0-9,/\s-]+")
-_RANGE = re.compile(r"\s*([0-9]+)(?:\s*-\s*([0-9]+)(?:\s*/\s*([0-9]+))?)?\s*")
+_NUMBERS = re.compile(rf"[0-9,/{_BLANKS}-]+")
+_RANGE = re.compile(r"_*([0-9]+)(?:_*-_*([0-9]+)(?:_*/_*([0-9]+))?)?_*".replace("_", f"[{_BLANKS}]"))
 _CLASS = re.compile(r"(!?)((?:[a-z]-[a-z]|[A-Z]-[A-Z]|[0-9]-[0-9]|[\w.])+)", re.ASCII)
-_SEQUENCE = re.compile(r"\{([^{},\[\]\s]*\.\.[^{},\[\]\s]*)\}")
+_SEQUENCE = re.compile(rf"\{{([^{{}},\[\]{_BLANKS}]*\.\.[^{{}},\[\]{_BLANKS}]*)\}}")
 _STEPS = re.compile(r"(?:([+-]?[0-9]+)\.\.([+-]?[0-9]+)|([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z]))(?:\.\.([+-]?[0-9]+))?")
 _PATTERN = re.compile(r"[*?]|\[[^\]:]*\]")
 _CHARACTERS = re.compile(r"\[[0-9]+\]")
@@ -160,7 +161,7 @@ class _Parser:
         """Read up to a comma or blank, or the end of the braces."""
         choices: list[list[str]] = []
         length = 0
-        while self._at < len(self._text) and not self._text[self._at].isspace() and self._text[self._at] not in ",}":
+        while self._at < len(self._text) and self._text[self._at] not in _BLANKS + ",}":
             values = self._piece(depth)
             length += max(map(len, values), default=0)
             if length > _LONGEST:
@@ -185,7 +186,7 @@ class _Parser:
             return self._bracket()
         if char == "]":
             raise self._error("a bracket has no partner")
-        if char == "^" and (self._at == 0 or re.match(r"[,\s]", self._text[self._at - 1])):
+        if char == "^" and (self._at == 0 or self._text[self._at - 1] in _BLANKS + ","):
             raise self._error("a file with hosts is given by itself: ^FILE, or --hostfile FILE")
         hint = "all hosts that are wanted are named with -w, and those to leave out with -x (in Python: exclude_hosts)"
         raise self._error(f"{char!r} cannot stand in a set: {hint}")
@@ -195,11 +196,11 @@ class _Parser:
         if found is None:
             closed = "]" in self._text[self._at :]
             raise self._error("brackets cannot hold brackets" if closed else "a bracket has no partner")
-        inside, is_first = found.group(1), self._at == 0 or re.match(r"[@/{,\s]", self._text[self._at - 1])
+        inside, is_first = found.group(1), self._at == 0 or self._text[self._at - 1] in _BLANKS + "@/{,"
         self._at = found.end()
         if is_first and _ADDRESS.fullmatch(inside):
             return [found.group()]
-        if inside.strip() and _NUMBERS.fullmatch(inside):
+        if inside.strip(_BLANKS) and _NUMBERS.fullmatch(inside):
             return self._numbers(inside)
         if (characters := _CLASS.fullmatch(inside)) and _is_ascending(characters[2]):
             return [found.group()]
@@ -220,10 +221,12 @@ class _Parser:
             first, last, step = found[1], found[2] or found[1], found[3] or "1"
             start, end, every = self._integer(first), self._integer(last), self._integer(step)
             if every == 0 or end < start:
-                raise self._error(f"{piece.strip()} is an empty range")
+                raise self._error(f"{piece.strip(_BLANKS)} is an empty range")
             is_padded = any(len(number) > 1 and number.startswith("0") for number in (first, last))
             if is_padded and len(first) != len(last):
-                raise self._error(f"{piece.strip()} has zeros before one of its numbers: give both the same length")
+                raise self._error(
+                    f"{piece.strip(_BLANKS)} has zeros before one of its numbers: give both the same length"
+                )
             self._limit(len(numbers) + (end - start) // every + 1)
             numbers += [str(number).zfill(len(first)) for number in range(start, end + 1, every)]
         return numbers
@@ -243,7 +246,7 @@ class _Parser:
             alternatives += 1
             if self._at == len(self._text):
                 raise self._error("a bracket has no partner")
-            if self._text[self._at].isspace():
+            if self._text[self._at] in _BLANKS:
                 raise self._error("braces hold no blanks: {a,b}")
         self._at += 1
         if alternatives == 1:

@@ -331,7 +331,7 @@ def _included(file: Path) -> Iterable[Path]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EnvironmentBuildError(MANAGER, f"{path} cannot be read: {error}", "", "check the file") from None
 

@@ -141,6 +141,17 @@ class EnvironmentSpec:
             )
         return cls(given)
 
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON can hold it: the arguments, with absolute paths."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.kind == "file":
+            found["source"] = str(self.file)
+        elif self.kind == "requirements":
+            found["source"] = [
+                str(Path(item).absolute()) if item.startswith(("./", "../")) else item for item in self.requirements
+            ]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
     @property
     def kind(self) -> Kind:
         """The kind of source."""

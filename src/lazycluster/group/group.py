@@ -17,6 +17,7 @@ from lazycluster.output import progress as progress_display
 from lazycluster.output.execution_log import show_logs
 from lazycluster.output.view import Shown, View, show
 from lazycluster.runtime.network import checked_ports, pick_port
+from lazycluster.runtime.reachability import ReachabilityCache
 from lazycluster.runtime.registry import join_all
 from lazycluster.runtime.views import info_table
 from lazycluster.runtimes import Runtime
@@ -61,8 +62,9 @@ class RuntimeGroup(Shown):
         startup_files: See :class:`Runtime`.
         settings: Settings of single hosts: a dictionary such as ``{"host-1": {"user": "me", "python": "auto"}}``,
             or the path of a TOML file with a table for each host. Keys are those of `connection_kwargs` and
-            ``working_dir``, ``python``, ``setup``, ``env``, ``shell``, ``environment``, ``startup_files``; a name may
-            be a pattern such as ``"gpu-*"``. Without `hosts`, the hosts that it names are the group.
+            ``working_dir``, ``python``, ``setup``, ``env``, ``shell``, ``environment``, ``startup_files``, and
+            ``address``, see :class:`Runtime`; a name may be a pattern such as ``"gpu-*"``. Without `hosts`, the hosts
+            that it names are the group.
         on_unreachable: ``"raise"`` if all hosts must be usable, or ``"skip"`` to go on without the others, see
             :attr:`unreachable_hosts`.
         progress: Whether the progress of what takes more than two seconds is shown, on a terminal or in a notebook, in
@@ -120,6 +122,7 @@ class RuntimeGroup(Shown):
         self._tasks: list[RuntimeTask] = []
         self._unreachable: dict[str, str] = {}
         self._closed = False
+        self._reachability = ReachabilityCache()
         self._executors: set[GroupExecutor] = set()  # those that were not shut down
         self._kept: tuple[tuple[list[Runtime], float | None, bool], GroupExecutor] | None = None
         if hosts is not None:

@@ -32,6 +32,7 @@ __all__ = [
     "close_all",
     "connect",
     "connect_all",
+    "connect_specs",
     "prepare_all",
     "warn_of_aliases",
 ]
@@ -104,9 +105,13 @@ def connect(hosts: Sequence[str], settings: GroupSettings, on_unreachable: str) 
         InvalidRuntimeError: If a host cannot be used and is not to be skipped.
         NoRuntimesError: If all were skipped.
     """
-    specs = settings.specs(hosts)
     with progress.shown(settings.progress):
-        connected = event_loop.run(connect_all(specs))
+        return connect_specs(settings.specs(hosts), on_unreachable)
+
+
+def connect_specs(specs: Sequence[HostSpec], on_unreachable: str) -> tuple[list[Runtime], dict[str, str]]:
+    """Connect hosts, all at once; see `connect`."""
+    connected = event_loop.run(connect_all(specs))
     failed = {spec.host: item for spec, item in zip(specs, connected, strict=True) if not isinstance(item, HostSession)}
     if failed and on_unreachable == "raise":
         _close(connected)

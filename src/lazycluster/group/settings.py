@@ -24,6 +24,7 @@ _logger = logging.getLogger("lazycluster")
 
 PerHost: TypeAlias = Mapping[str, Mapping[str, Any]]
 
+_ONLY_OWN = ("address",)  # of single hosts
 _OWN = ("working_dir", "python", "setup", "env", "shell", "environment", "startup_files")
 
 
@@ -43,7 +44,7 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
     if isinstance(settings, (str, os.PathLike)):
         where = os.fspath(settings)
         try:
-            settings = tomllib.loads(expanded(where).read_text(encoding="utf-8"))
+            settings = tomllib.loads(expanded(where).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"the settings cannot be read: {where}: {error}") from None
     if not isinstance(settings, Mapping):
@@ -112,7 +113,7 @@ class GroupSettings:
             for key, value in values.items():
                 if key == "env":
                     own["env"].update(value)
-                elif key in _OWN:
+                elif key in _OWN or key in _ONLY_OWN:
                     own[key] = value
                 else:
                     kwargs[key] = value

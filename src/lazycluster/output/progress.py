@@ -25,7 +25,16 @@ from lazycluster.utils import Environment
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["Board", "Progress", "can_be_shown", "in_notebook", "present", "shown"]
+__all__ = [
+    "Board",
+    "Progress",
+    "RelayedProgress",
+    "can_be_shown",
+    "in_notebook",
+    "present",
+    "relay_to",
+    "shown",
+]
 
 T = TypeVar("T")
 
@@ -377,7 +386,59 @@ class _NotebookDisplay:
             self._handle.update(data, raw=True)
 
 
+class _RelayedDisplay:
+    """Texts for another process, which shows them; "" at the end."""
+
+    def __init__(self, send: Callable[[str], Any]) -> None:
+        self._send = send
+
+    def show(self, text: str, share: float | None, bars: Sequence[Progress]) -> None:
+        self._send(text)
+
+    def close(self) -> None:
+        self._send("")
+
+
+_relay: Callable[[str], Any] | None = None
+
+
+def relay_to(send: Callable[[str], Any] | None) -> None:
+    """Have the progress of this process shown by another one, by a function that gets its texts; None: by nobody."""
+    global _relay
+    _relay = send
+
+
+class RelayedProgress:
+    """The progress of another process, shown here: a context manager whose `show` takes its texts."""
+
+    def __init__(self, wanted: bool | None = None) -> None:
+        self._wanted = Environment.progress if wanted is None else wanted
+        self._display: _Display | None = None
+
+    def show(self, text: str) -> None:
+        """Show a text in the place of the last one; "" for nothing."""
+        if not text:
+            self.close()
+        elif self._wanted:
+            self._display = self._display or _display(None)
+            self._display.show(text, None, ())
+
+    def close(self) -> None:
+        """Remove what is shown."""
+        display, self._display = self._display, None
+        if display is not None:
+            display.close()
+
+    def __enter__(self) -> RelayedProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def _display(console: Callable[[], Console] | None) -> _Display:
+    if _relay is not None:
+        return _RelayedDisplay(_relay)
     if in_notebook():
         return _NotebookDisplay()
     return _TerminalDisplay((console or _standard_error)()) if can_be_shown() else _NoDisplay()

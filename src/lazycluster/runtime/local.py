@@ -26,6 +26,7 @@ class LocalRuntime(Runtime):
         host: The name that it goes by.
         environment: See :class:`Runtime`.
         startup_files: See :class:`Runtime`.
+        address: See :class:`Runtime`.
 
     Examples:
         >>> with LocalRuntime() as runtime:        # doctest: +SKIP
@@ -44,8 +45,9 @@ class LocalRuntime(Runtime):
         host: str = "localhost",
         environment: Any = None,
         startup_files: str = "once",
+        address: str | None = None,
     ) -> None:
         own = sys.executable if python is None and setup is None else python
-        more = {"environment": environment, "startup_files": startup_files}
+        more = {"environment": environment, "startup_files": startup_files, "address": address}
         spec = HostSpec(host, working_dir, None, own, setup, env or {}, shell, True, **more)
         self._begin(event_loop.run(connect(spec)))

@@ -75,6 +75,8 @@ class Runtime(Shown):
             environment on the host, or an :class:`~lazycluster.EnvironmentSpec`.
         startup_files: When the start-up files of the shell (``.bashrc``, ``.zshenv``) are read: ``"once"`` per
             connection, and what they set holds for all commands; or ``"always"``, as the shell itself does it.
+        address: The IP address at which other hosts reach this one, for what they say to each other without the
+            manager (``network="direct"``). By default one of its own, of which it is tried whether they do.
 
     Attributes:
         WORKING_DIR_ENV_VAR_NAME: The environment variable that tells tasks the working directory.
@@ -107,9 +109,11 @@ class Runtime(Shown):
         shell: str | None = None,
         environment: Any = None,
         startup_files: str = "once",
+        address: str | None = None,
     ) -> None:
         own = (host, working_dir, connection_kwargs, python, setup, env or {}, shell)
-        spec = HostSpec(*own, ask=may_ask(), environment=environment, startup_files=startup_files)
+        more = {"environment": environment, "startup_files": startup_files, "address": address}
+        spec = HostSpec(*own, ask=may_ask(), **more)
         # A person who is asked something must see the question.
         with progress.shown(False if spec.ask else None):
             self._begin(event_loop.run(connect(spec)))

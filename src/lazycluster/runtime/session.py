@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 import weakref
@@ -15,10 +16,14 @@ from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError
 from lazycluster.output.lines import Tail
 from lazycluster.output.progress import Progress
+from lazycluster.ssh.config import Settings
 from lazycluster.ssh.connection import ANSWER_LIMIT, Connection
 from lazycluster.ssh.local_connection import LocalConnection
+from lazycluster.ssh.python_search import PythonSearch
 from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.tasks.context import Context, checked_variables
+
+from .reachability import checked_address
 
 if TYPE_CHECKING:
     from lazycluster.environments.activation import Activation, HostEnvironment
@@ -29,6 +34,7 @@ T = TypeVar("T")
 
 _SETUP_LIMIT = 300.0  # seconds: set-up lines may fetch something
 STARTUP_FILES = ("once", "always")
+_PLAIN = ("host", "working_dir", "python", "setup", "shell", "local", "startup_files")
 _POSIX_SHELLS = ("bash", "zsh", "sh", "dash", "ksh", "ash")
 
 
@@ -48,6 +54,7 @@ class HostSpec:
         ask: A person may be asked for a password and the like.
         environment: The Python environment there, see :class:`lazycluster.environments.EnvironmentSpec`.
         startup_files: When the shell of commands reads its start-up files: ``once`` per connection, or ``always``.
+        address: The address at which other hosts reach it; None: one that it has, found out when it is needed.
     """
 
     host: str
@@ -61,11 +68,14 @@ class HostSpec:
     ask: bool = False
     environment: Any = None
     startup_files: str = "once"
+    address: str | None = None
 
     def __post_init__(self) -> None:
         if self.startup_files not in STARTUP_FILES:
             wanted = " or ".join(map(repr, STARTUP_FILES))
             raise ValueError(f"{self.host}: startup_files must be {wanted}, not {self.startup_files!r}")
+        if self.address is not None:
+            object.__setattr__(self, "address", checked_address(self.address, self.host))
         if self.environment is not None:
             from lazycluster.environments.spec import EnvironmentSpec
 
@@ -82,13 +92,49 @@ class HostSpec:
                 raise ValueError(f"{self.host}: {name} is empty or contains a null character")
         object.__setattr__(self, "env", checked_variables(self.env))
 
+    @property
+    def grace(self) -> float:
+        """Seconds for which the host goes on with what runs there when the manager cannot be reached."""
+        return 0.0 if self.local else Settings.parse(self.host, self.connection_kwargs).grace
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON can hold it, without `ask`, and with absolute paths; it may hold secrets.
+
+        Raises:
+            TypeError: If it holds something that JSON cannot.
+        """
+        found = {name: getattr(self, name) for name in _PLAIN}
+        found["env"] = dict(self.env)
+        found["connection_kwargs"] = None if self.local else _absolute_paths(self.host, self.connection_kwargs)
+        found["environment"] = None if self.environment is None else self.environment.document()
+        try:
+            json.dumps(found)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{self.host}: its settings must be plain data: {error}") from None
+        return found
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any], ask: bool) -> HostSpec:
+        """Return what `document` has described.
+
+        Args:
+            document: The description.
+            ask: Whether a person may be asked.
+        """
+        from lazycluster.environments.spec import EnvironmentSpec
+
+        given = document["environment"]
+        return cls(**{**document, "environment": None if given is None else EnvironmentSpec(**given)}, ask=ask)
+
     def connection(self) -> Connection:
         """Return a connection that is not open yet."""
         if self.local:
             return LocalConnection(self.host)
         # An interpreter that is named by its path serves for the agent, too: the host may have no other.
         python = self.python if self.python and self.python.startswith("/") and not self.setup else None
-        return SshConnection(self.host, self.connection_kwargs, python=python, ask=self.ask)
+        named = self.python if self.python and self.python != "auto" else ""
+        search = PythonSearch(named, self.env.get("PATH", ""), self.setup or "")
+        return SshConnection(self.host, self.connection_kwargs, python=python, search=search, ask=self.ask)
 
 
 class SharedConnection:
@@ -229,7 +275,7 @@ class HostSession:
 
     async def _matching_python(self) -> str:
         wanted = list(sys.version_info[:2])
-        answer = await self._ask("interpreters", env=self.base_env)
+        answer = await self._ask("interpreters", env={**self.base_env, **self.spec.env})
         found = [(entry["path"], entry["version"]) for entry in answer["interpreters"]]
         for path, version in found:
             if list(version[:2]) == wanted:
@@ -400,6 +446,17 @@ def _release(shared: SharedConnection, owner: int) -> None:
     """Release the connection of a session that was garbage-collected."""
     if owner == os.getpid():
         event_loop.submit(shared.release())
+
+
+def _absolute_paths(host: str, connection_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return `connection_kwargs` as they are meant here, in a process with another current directory, too."""
+    settings = Settings.parse(host, connection_kwargs)
+    kwargs = {key: value for key, value in (connection_kwargs or {}).items() if value is not None}
+    if settings.config_file is not None:
+        kwargs["config_file"] = settings.config_file
+    if settings.key_filename:
+        kwargs["key_filename"] = list(settings.key_filename)
+    return kwargs
 
 
 async def connect(spec: HostSpec) -> HostSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -19,6 +20,7 @@ from lazycluster.core import unix
 from lazycluster.utils import expanded
 
 from .config_hosts import configured_hosts, user_config
+from .config_text import BOM_HINT, Word, keyword_of, option_values, split_words
 
 __all__ = ["BACKUP", "ConfigurationError", "add_host", "remove_host"]
 
@@ -27,7 +29,6 @@ BACKUP = ".lazycluster-backup"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _OPTION = re.compile(r"[A-Za-z][A-Za-z0-9]*")
-_BLOCK = re.compile(rb"\s*(host|match)(?:\s*=\s*|\s+)(.*?)\s*", re.IGNORECASE)
 _LONGEST_NAME = 253
 
 
@@ -55,8 +56,8 @@ def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str]
         The path of the file.
 
     Raises:
-        ConfigurationError: If the name is not safe or is taken, or ssh does not understand the result.
-        OSError: If the file cannot be written.
+        ConfigurationError: If the name is not safe or is taken, ssh does not understand the result, or the file cannot
+            be written.
     """
     _check_name(name)
     for key, value in options.items():
@@ -66,16 +67,16 @@ def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str]
             raise ConfigurationError(f"the value of {key} is empty or holds a control character")
     file = _file(path)
     with _changing(file) as change:
-        taken = {host.name.lower(): host.place for host in configured_hosts(file)} if file.exists() else {}
-        if name.lower() in taken:
+        taken = {host.name: host.place for host in configured_hosts(file)} if file.exists() else {}
+        if name in taken:
             raise ConfigurationError(
-                f"{name!r} is there already, in {taken[name.lower()]}\n"
+                f"{name!r} is there already, in {taken[name]}\n"
                 f"  Next step: choose another name, or remove it first: lazycluster delete-runtime {name}"
             )
         newline = b"\r\n" if b"\r\n" in change.text else b"\n"
         lines = [f"Host {name}", *(f"    {key} {_quoted(value)}" for key, value in options.items())]
         block = b"".join(os.fsencode(line) + newline for line in lines)
-        change.text = _with_block(change.text, block, newline, name)
+        change.text = _with_block(change.text, block, newline)
         change.check(name, options.get("HostName"))
     return file
 
@@ -91,8 +92,7 @@ def remove_host(name: str, path: str | os.PathLike[str] | None = None) -> Path:
         The path of the file.
 
     Raises:
-        ConfigurationError: If it is not there, or only in a file that this one includes.
-        OSError: If the file cannot be written.
+        ConfigurationError: If it is not there, or only in a file that this one includes, or the file cannot be written.
     """
     if not name or re.search(r"[\s*?!]", name):
         raise ConfigurationError(f"{name!r} is not the name of a single host")
@@ -122,24 +122,36 @@ def _quoted(value: str) -> str:
     return f'"{value}"' if re.search(r"[\s#]", value) and '"' not in value else value
 
 
-def _with_block(text: bytes, block: bytes, newline: bytes, name: str) -> bytes:
-    lines = text.splitlines(keepends=True)
-    place = _place_for(lines, name)
+def _with_block(text: bytes, block: bytes, newline: bytes) -> bytes:
+    lines = _lines(text)
+    place = _place_for(lines)
     before, after = b"".join(lines[:place]), b"".join(lines[place:])
-    if before and not before.endswith((b"\n", b"\r")):
+    if before and not before.endswith(b"\n"):
         before += newline
     if before and not before.endswith(newline * 2):
         before += newline
     return before + block + (newline if after else b"") + after
 
 
-def _place_for(lines: list[bytes], name: str) -> int:
+def _lines(text: bytes) -> list[bytes]:
+    """Return the lines with their ends, which are line feeds only, as for ssh."""
+    return [line for line in re.split(rb"(?<=\n)", text) if line]
+
+
+def _block_of(line: bytes) -> tuple[str, list[Word]] | None:
+    """Return the keyword of a ``Host`` or ``Match`` line, and its words, whose spans are those of its bytes."""
+    text = line.decode("latin-1").rstrip("\n")
+    found = keyword_of(text)
+    return (found[0], split_words(text, found[1])) if found and found[0] in ("host", "match") else None
+
+
+def _place_for(lines: list[bytes]) -> int:
     """Return the line before which a host goes: the first value of an option wins, so before what holds for all."""
     for number, line in enumerate(lines):
-        found = _BLOCK.fullmatch(line.rstrip(b"\r\n"))
-        if found is None:
+        block = _block_of(line)
+        if block is None:
             continue
-        if found.group(1).lower() == b"match" or re.search(rb"[*?!]", found.group(2)):
+        if block[0] == "match" or any(re.search(r"[*?!]", word.text) for word in block[1]):
             # The comment above it belongs to it.
             while number > 0 and lines[number - 1].lstrip().startswith(b"#"):
                 number -= 1
@@ -148,26 +160,36 @@ def _place_for(lines: list[bytes], name: str) -> int:
 
 
 def _without_host(text: bytes, name: str) -> bytes:
-    wanted = os.fsencode(name)
+    wanted = os.fsencode(name).decode("latin-1")
     kept: list[bytes] = []
     removing = gap = False
-    for line in text.splitlines(keepends=True):
-        found = _BLOCK.fullmatch(line.rstrip(b"\r\n"))
-        if found is not None:
-            names = re.split(rb"(?:^|\s)#", found.group(2))[0].split()
-            listed = found.group(1).lower() == b"host" and wanted in names
-            removing = listed and set(names) == {wanted}
+    for line in _lines(text):
+        block = _block_of(line)
+        if block is not None:
+            keyword, words = block
+            listed = keyword == "host" and wanted in [word.text for word in words]
+            removing = listed and all(word.text == wanted for word in words)
             gap = not kept or not kept[-1].strip()
             if listed and not removing:
-                head, rest = line[: found.start(2)], line[found.start(2) :]
-                word = re.escape(wanted)
-                line = head + re.sub(rb"^" + word + rb"[ \t]+|[ \t]+" + word + rb"(?=\s|$)", b"", rest, count=1)
+                line = _without_words(line, words, wanted)
         if removing and gap and not line.strip():
             gap = False  # of the blank lines before and after the block one goes with it
         elif not removing or not line.strip() or line.startswith(b"#"):
             # A comment that is not indented may belong to the next block.
             kept.append(line)
     return b"".join(kept)
+
+
+def _without_words(line: bytes, words: list[Word], unwanted: str) -> bytes:
+    """Cut words out of a line, each with the blanks behind it, or before it if it is the last one."""
+    for number in reversed(range(len(words))):
+        if words[number].text == unwanted:
+            is_last = number == len(words) - 1
+            start = words[number - 1].end if is_last else words[number].start
+            end = words[number].end if is_last else words[number + 1].start
+            line = line[:start] + line[end:]
+            words = words[:number] + words[number + 1 :]
+    return line
 
 
 class _Change:
@@ -195,22 +217,19 @@ class _Change:
             temporary.unlink()
         said = done.stderr.decode(errors="replace").replace(str(temporary), str(self.path)).strip()
         if done.returncode != 0:
+            if self.text.startswith(codecs.BOM_UTF8):
+                said = f"{BOM_HINT} {shlex.quote(str(self.path))}"
             raise ConfigurationError(f"ssh rejects the new configuration, so nothing was changed: {said}")
-        means = dict(line.partition(" ")[::2] for line in done.stdout.decode(errors="replace").splitlines())
-        if hostname is not None and means.get("hostname", "").lower() != hostname.lower():
+        (means,) = option_values(done.stdout).get("hostname", [""])
+        if hostname is not None and means.lower() != hostname.lower():
             raise ConfigurationError(
-                f"with what stands before it, {name!r} would mean {means.get('hostname')!r}, not {hostname!r}; "
-                "nothing was changed"
+                f"with what stands before it, {name!r} would mean {means!r}, not {hostname!r}; nothing was changed"
             )
 
     def _written(self, suffix: str) -> Path:
         # Beside it: relative includes of a user's configuration start at ~/.ssh whatever its name.
         fd, name = tempfile.mkstemp(prefix=f".{self.path.name}-", suffix=suffix, dir=self.path.parent)
-        with os.fdopen(fd, "wb") as file:
-            file.write(self.text)
-            file.flush()
-            os.fsync(file.fileno())
-        return Path(name)
+        return _fill_new(fd, Path(name), self.text)
 
     def commit(self) -> None:
         """Put the new text in the place of the old, of which a copy is kept."""
@@ -246,9 +265,20 @@ class _Change:
     def _keep_backup(self) -> None:
         backup = self.path.with_name(self.path.name + BACKUP)
         fd, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
+        _fill_new(fd, Path(name), self._before).replace(backup)
+
+
+def _fill_new(fd: int, path: Path, text: bytes) -> Path:
+    """Fill a file that has just been made; it is removed again if that fails."""
+    try:
         with os.fdopen(fd, "wb") as file:
-            file.write(self._before)
-        Path(name).replace(backup)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink()
+        raise
+    return path
 
 
 def _fill(file: BinaryIO, text: bytes) -> None:
@@ -287,11 +317,13 @@ def _made_alike(new: Path, old: Path) -> bool:
 
 
 def _check_writable(path: Path) -> None:
-    if not path.stat().st_mode & stat.S_IWUSR or not os.access(path, os.W_OK):
-        raise ConfigurationError(
-            f"{path} is read-only, so it was not changed\n"
-            f"  Next step: {shlex.join(['chmod', 'u+w', str(path)])} if it may be changed, or choose another: --config"
-        )
+    inode = path.stat()
+    if inode.st_mode & stat.S_IWUSR and os.access(path, os.W_OK):
+        return
+    step = f"{shlex.join(['chmod', 'u+w', str(path)])} if it may be changed, or choose another: --config"
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        step = "choose another file: --config"
+    raise ConfigurationError(f"{path} is read-only, so it was not changed\n  Next step: {step}")
 
 
 @contextlib.contextmanager
@@ -300,9 +332,11 @@ def _changing(path: Path) -> Iterator[_Change]:
     # A link is followed: many keep their configuration in a repository.
     path = Path(os.path.realpath(path))
     folder = path.parent
-    if not folder.exists():
-        folder.mkdir(mode=0o700, parents=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _not_changed(path, error) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.is_symlink():
@@ -314,5 +348,15 @@ def _changing(path: Path) -> Iterator[_Change]:
         change = _Change(path)
         yield change
         change.commit()
+    except OSError as error:
+        raise _not_changed(path, error) from None
     finally:
         os.close(lock)
+
+
+def _not_changed(path: Path, error: OSError) -> ConfigurationError:
+    """Return the error about a file that cannot be written, and is as it was."""
+    hint = "make its directory writable, or choose another file: --config"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space in its directory, or choose another file: --config"
+    return ConfigurationError(f"{path} cannot be changed: {error.strerror}\n  Next step: {hint}")

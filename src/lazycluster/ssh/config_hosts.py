@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import functools
 import glob
 import logging
 import os
 import pwd
 import re
+import shlex
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from lazycluster.utils import expanded
 
+from .config_text import BOM_HINT, keyword_of, lines_of, split_words
 from .destination import parse_destination
 
 __all__ = [
@@ -38,22 +41,151 @@ _log = logging.getLogger("lazycluster.ssh.hosts")
 SYSTEM_CONFIG = Path("/etc/ssh/ssh_config")
 _INCLUDE_DEPTH = 16  # as in ssh
 _LARGEST = 16 << 20  # bytes of a configuration file
-_LINE = re.compile(r"([A-Za-z]\w*)(?:\s*=\s*|\s+)(.*)")
-_WORD = re.compile(r'"((?:[^"\\]|\\.)*)"|\'((?:[^\'\\]|\\.)*)\'|(\S+)')
+# The criteria of a Match line are separated by "=", too.
+_CRITERION = re.compile(r'"([^"]*)"|([^ \t"=]+)')
 # A ProxyCommand that is an ssh of its own: its last words are the jump host, or the jump host and a netcat.
-_SSH_PROXY = re.compile(r"\bssh\s+(.*)")
+_SSH_PROXY = re.compile(r"\bssh[ \t]+(.*)")
 _FLAGS_WITH_VALUE = frozenset("BbcDEeFIiJLlmOopQRSWw")
+_NEEDED = ("hostname", "user")
 
-Scope = tuple["tuple[str, ...] | None", ...]
+_HOST_CRITERIA = ("host", "originalhost")
+_USER_CRITERIA = ("user", "localuser")
+
+
+class _HostBlock:
+    """A ``Host`` line, and what follows up to the next block. Names are compared with their case, as ssh does it.
+
+    Attributes:
+        label: The names and patterns.
+        names: The hosts for which it can hold; None if patterns say that.
+    """
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self.label = " ".join(patterns)
+        self.names = None if re.search(r"[*?]", self.label) else frozenset(patterns)
+        self._patterns = _Patterns(patterns)
+
+    def holds(self, name: str, options: Mapping[str, str]) -> bool:
+        """Return whether it holds for a host, whose options so far are not asked for."""
+        return self._patterns.match(name)
+
+
+class _MatchBlock:
+    """A ``Match`` line, and what follows up to the next block."""
+
+    label = "a Match block"
+
+    def __init__(self, text: str) -> None:
+        self._criteria: list[tuple[bool, str, _Patterns]] = []
+        words = [quoted or plain for quoted, plain in _CRITERION.findall(text)]
+        rest = iter(words)
+        for word in rest:
+            if word.startswith("#"):
+                break
+            negated, criterion = word.startswith("!"), word.removeprefix("!").lower()
+            if criterion in ("all", "final", "canonical"):
+                self._criteria.append((negated, criterion, _Patterns(())))
+                continue
+            lower = criterion in _HOST_CRITERIA
+            patterns = next(rest, "").split(",")
+            self._criteria.append((negated, criterion, _Patterns(one.lower() if lower else one for one in patterns)))
+
+    def holds(self, name: str, options: Mapping[str, str]) -> bool:
+        """Return whether it holds for a host.
+
+        Args:
+            name: The host.
+            options: What the lines before this one say of it.
+
+        Returns:
+            False, too, if it depends on what only a connection can tell, or a command (``exec``), which is not run.
+        """
+        return bool(self._criteria) and all(self._meets(*criterion, name, options) for criterion in self._criteria)
+
+    @staticmethod
+    def _meets(negated: bool, criterion: str, wanted: _Patterns, name: str, options: Mapping[str, str]) -> bool:
+        if criterion in _HOST_CRITERIA:
+            hostname = options.get("hostname", "%h").replace("%h", name) if criterion == "host" else name
+            return wanted.match(hostname.lower()) != negated
+        if criterion in _USER_CRITERIA:
+            user = options.get("user") if criterion == "user" else None
+            return wanted.match(user or _local_user()) != negated
+        return criterion in ("all", "final") and not negated
+
+
+class _Patterns:
+    """Patterns with ``*``, ``?`` and, in front, ``!``; brackets have no meaning for ssh."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        names = list(patterns)
+        self._names = {name for name in names if not re.search(r"[*?!]", name)}
+        self._wild = [self._compiled(name) for name in names if name not in self._names and not name.startswith("!")]
+        self._negated = [self._compiled(name[1:]) for name in names if name.startswith("!")]
+
+    @staticmethod
+    def _compiled(pattern: str) -> re.Pattern[str]:
+        # This takes no exponential time, whatever stars there are.
+        return re.compile(fnmatch.translate(pattern.replace("[", "[[]")))
+
+    def match(self, text: str) -> bool:
+        """Return whether one fits, and none of the negated ones."""
+        if text not in self._names and not any(one.match(text) for one in self._wild):
+            return False
+        return not any(one.match(text) for one in self._negated)
+
+
+Scope = tuple["_HostBlock | _MatchBlock", ...]
 
 
 class ConfigLine(NamedTuple):
-    """A line of a configuration: its keyword in small letters, its words, where it stands, and for which hosts."""
+    """A line of a configuration: its keyword in small letters, its words, where it stands, and in which blocks."""
 
     keyword: str
     words: list[str]
     place: str
     scope: Scope
+
+
+class _NamedHost:
+    """What a configuration says of one name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._held: dict[_HostBlock | _MatchBlock, bool] = {}
+        self.options: dict[str, str] = {}
+
+    def reached(self, scope: Scope) -> bool:
+        """Return whether blocks hold for it; as for ssh, what counts for a block is what was known at its beginning."""
+        for block in scope:
+            if block not in self._held:
+                self._held[block] = block.holds(self._name, self.options)
+            if not self._held[block]:
+                return False
+        return True
+
+
+class _HostOptions:
+    """The few options of hosts that are needed here. There may be thousands of hosts, each with lines of its own."""
+
+    def __init__(self, lines: Iterable[ConfigLine]) -> None:
+        self._lines = [line for line in lines if line.words and line.keyword in (*_NEEDED, "match")]
+        self._for_names: dict[str, list[int]] = {}
+        self._others: list[int] = []
+        for number, line in enumerate(self._lines):
+            named = [block.names for block in line.scope if isinstance(block, _HostBlock) and block.names is not None]
+            for name in named[0] if named else ():
+                self._for_names.setdefault(name, []).append(number)
+            if not named:
+                self._others.append(number)
+
+    def of(self, name: str) -> dict[str, str]:
+        """Return the options of a host, by their names in small letters."""
+        host = _NamedHost(name)
+        for number in sorted([*self._for_names.get(name, []), *self._others]):
+            line = self._lines[number]
+            if host.reached(line.scope) and line.keyword in _NEEDED:
+                host.options.setdefault(line.keyword, line.words[0])
+        return host.options
 
 
 @dataclass(frozen=True)
@@ -77,6 +209,14 @@ class ConfiguredHost:
 
 CONFIG_VARIABLE = "LAZYCLUSTER_SSH_CONFIG"
 """The environment variable with the path of the ssh configuration that is read where none is given."""
+
+
+@functools.cache
+def _local_user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return ""
 
 
 def user_config() -> Path:
@@ -110,34 +250,29 @@ def configured_hosts(config_file: str | os.PathLike[str] | None = None) -> list[
     names: dict[str, ConfigLine] = {}
     for line in lines:
         for name in line.words if line.keyword == "host" else ():
-            if _reached(line.scope, name):
+            if not line.scope or _NamedHost(name).reached(line.scope):
                 names.setdefault(name, line)
     jumps = _jump_hosts(lines)
-    return [_judge(name, line, lines, jumps) for name, line in names.items()]
+    options = _HostOptions(lines)
+    return [_judge(name, line, options, jumps) for name, line in names.items()]
 
 
-def _judge(name: str, line: ConfigLine, lines: Sequence[ConfigLine], jumps: dict[str, str]) -> ConfiguredHost:
+def _judge(name: str, line: ConfigLine, options: _HostOptions, jumps: dict[str, str]) -> ConfiguredHost:
     if re.search(r"[*?!]", name):
         return ConfiguredHost(name, "a pattern, not a host", line.place)
-    hostname, user = (_first(lines, name, keyword) for keyword in ("hostname", "user"))
+    values = options.of(name)
+    hostname, user = values.get("hostname"), values.get("user")
     skipped = ""
     try:
         parse_destination(name)
     except ValueError as error:
         skipped = str(error)
-    served = jumps.get(name.lower()) or jumps.get((hostname or "").lower())
+    served = jumps.get(name) or jumps.get((hostname or name).lower())
     if user == "git":
         skipped = "its user is 'git': a service for repositories, not a host to log in to"
     elif served:
         skipped = f"only a jump host, for {served}"
     return ConfiguredHost(name, skipped, line.place, hostname, user)
-
-
-def _first(lines: Sequence[ConfigLine], name: str, keyword: str) -> str | None:
-    for line in lines:
-        if line.keyword == keyword and line.words and _reached(line.scope, name):
-            return line.words[0]
-    return None
 
 
 def _jump_hosts(lines: Sequence[ConfigLine]) -> dict[str, str]:
@@ -150,12 +285,14 @@ def _jump_hosts(lines: Sequence[ConfigLine]) -> dict[str, str]:
             hops = hops_of_command(" ".join(line.words))
         else:
             continue
-        patterns = line.scope[-1] if line.scope else ("*",)
+        served = line.scope[-1].label if line.scope else "*"
         for hop in hops:
             try:
-                jumps.setdefault(parse_destination(hop.strip()).host.lower(), " ".join(patterns or ("a Match block",)))
+                host = parse_destination(hop.strip(" \t")).host
             except ValueError:
                 continue
+            for spelling in (host, host.lower()):
+                jumps.setdefault(spelling, served)
     jumps.pop("none", None)
     return jumps
 
@@ -163,7 +300,7 @@ def _jump_hosts(lines: Sequence[ConfigLine]) -> dict[str, str]:
 def hops_of_command(command: str) -> list[str]:
     """Return the host that a ``ProxyCommand`` goes through, if it is an ssh of its own."""
     found = _SSH_PROXY.search(command)
-    words = iter(found.group(1).split() if found else [])
+    words = iter(re.split(r"[ \t]+", found.group(1)) if found else [])
     for word in words:
         if not word.startswith("-"):
             return [word]
@@ -171,22 +308,6 @@ def hops_of_command(command: str) -> list[str]:
         if len(word) == 2 and word[1] in _FLAGS_WITH_VALUE:
             next(words, None)
     return []
-
-
-def _reached(scope: Scope, name: str) -> bool:
-    return all(patterns is not None and _matches(patterns, name) for patterns in scope)
-
-
-def _matches(patterns: Sequence[str], name: str) -> bool:
-    hit = False
-    for pattern in patterns:
-        negated = pattern.startswith("!")
-        # Brackets have no meaning for ssh. This takes no exponential time, whatever stars there are.
-        if fnmatch.fnmatchcase(name.lower(), pattern.lstrip("!").lower().replace("[", "[[]")):
-            if negated:
-                return False
-            hit = True
-    return hit
 
 
 class _TooDeepError(Exception):
@@ -229,6 +350,19 @@ def _content(path: Path) -> bytes:
     return text
 
 
+def _read(path: Path, warnings: list[str], depth: int) -> list[str]:
+    """Return the lines of a file. A line is added to the warnings if something is wrong with it."""
+    try:
+        lines, has_mark = lines_of(_content(path))
+    except (OSError, ValueError) as error:
+        if not (depth == 0 and isinstance(error, FileNotFoundError) and path in (SYSTEM_CONFIG, user_config())):
+            warnings.append(f"{path}: not read: {getattr(error, 'strerror', None) or error}")
+        return []
+    if has_mark:
+        warnings.append(f"{path}: {BOM_HINT} {shlex.quote(str(path))}")
+    return lines
+
+
 def _lines_of(path: Path, warnings: list[str], scope: Scope, base: Path, depth: int) -> Iterator[ConfigLine]:
     """Read one file.
 
@@ -242,18 +376,13 @@ def _lines_of(path: Path, warnings: list[str], scope: Scope, base: Path, depth: 
     Raises:
         _TooDeepError: If includes are nested too deeply.
     """
-    try:
-        text = _content(path).decode("utf-8", "surrogateescape")
-    except (OSError, ValueError) as error:
-        if not (depth == 0 and isinstance(error, FileNotFoundError) and path in (SYSTEM_CONFIG, user_config())):
-            warnings.append(f"{path}: not read: {getattr(error, 'strerror', None) or error}")
-        return
     block: Scope = ()
-    for number, raw in enumerate(text.split("\n"), 1):
-        found = _LINE.fullmatch(raw.partition("\0")[0].strip())  # ssh sees nothing of a line beyond a null character
+    for number, raw in enumerate(_read(path, warnings, depth), 1):
+        found = keyword_of(raw)
         if found is None:
-            continue  # empty, a comment, or nonsense, which ssh itself reports
-        keyword, words, place = found.group(1).lower(), _words(found.group(2)), f"{path}:{number}"
+            continue
+        keyword, start = found
+        words, place = [word.text for word in split_words(raw, start)], f"{path}:{number}"
         if keyword == "include":
             for included in _included(words, base):
                 if depth + 1 >= _INCLUDE_DEPTH:
@@ -263,19 +392,10 @@ def _lines_of(path: Path, warnings: list[str], scope: Scope, base: Path, depth: 
                 yield from _lines_of(included, warnings, scope + block, base, depth + 1)
             continue
         if keyword == "host":
-            block = (tuple(words),)
+            block = (_HostBlock(words),)
         elif keyword == "match":
-            block = (("*",),) if [word.lower() for word in words] == ["all"] else (None,)
+            block = (_MatchBlock(raw[start:]),)
         yield ConfigLine(keyword, words, place, scope if keyword == "host" else scope + block)
-
-
-def _words(text: str) -> list[str]:
-    words = []
-    for double, single, plain in _WORD.findall(text):
-        if plain.startswith("#"):
-            break
-        words.append(plain or re.sub(r"\\(.)", r"\1", double or single))
-    return words
 
 
 def _included(words: Sequence[str], base: Path) -> Iterator[Path]:

@@ -18,6 +18,8 @@ from lazycluster.exceptions import InvalidRuntimeError
 
 from .config import Settings
 from .config_hosts import hops_of_command
+from .config_text import BOM_HINT, option_values
+from .python_search import NO_PYTHON
 
 __all__ = [
     "FULL", "NOTHING_KNOWN", "Circumstances", "circumstances", "classify", "is_retryable", "last_words", "no_room_here",
@@ -235,6 +237,10 @@ def _config(case: _Case) -> InvalidRuntimeError | None:
             hint = "correct ssh_options in connection_kwargs"
         else:
             hint = f"correct line {found['line']} of {found['file']}"
+            if "\\357\\273\\277" in found["what"]:
+                hint = f"{BOM_HINT} {shlex.quote(found['file'])}"
+            elif re.search(r"\\[0-7]{3}", found["what"]):
+                hint += ": it has a character, shown as \\ and digits, that looks like a blank and is none"
         return case.error("config", f"{found['file']}, line {found['line']}: {found['what']}", hint)
     if found := case.find(r"^Bad owner or permissions on (.*)$"):
         return case.error("config", found[0], f"chmod go-w {found[1]}, and make sure that the file is yours")
@@ -502,6 +508,9 @@ def _no_process(case: _Case) -> InvalidRuntimeError | None:
 def _no_python(case: _Case) -> InvalidRuntimeError | None:
     if case.phase == "timeout" or (case.status == _SSH_FAILED and not case.output and not case.logged_in):
         return None  # it did not end, or it was ssh that failed
+    if none := [line for line in case.shell_said.splitlines() if line.startswith(NO_PYTHON)]:
+        hint = 'install one there, or name the path of one with python="/path/to/python3"'
+        return case.error("python", none[-1].partition(": ")[2], hint)
     name, base = re.escape(case.python), re.escape(PurePath(case.python).name)
     before = rf"(?:{name}|{base})\W.*(?:not found|no such file|permission denied)"
     missing = re.compile(rf"{before}|(?:not found|unknown command)\W.*{base}", re.IGNORECASE)
@@ -598,7 +607,7 @@ async def circumstances(argv: Sequence[str], said: str, asked: Sequence[str]) ->
 
 
 def _circumstances(argv: Sequence[str], said: str) -> Circumstances:
-    values = _ssh_values(argv)
+    values = option_values(_output_of(argv[0], "-G", *argv[1:]))
     name = _ABOUT_HOST.search(said)
     command = " ".join(values.get("proxycommand", []))
     jumps = [jump for jump in values.get("proxyjump", []) if jump.lower() != "none"]
@@ -609,16 +618,7 @@ def _circumstances(argv: Sequence[str], said: str) -> Circumstances:
     )
 
 
-def _ssh_values(argv: Sequence[str]) -> dict[str, list[str]]:
-    """Return what ssh makes of its command line and the configuration: for each option its values."""
-    values: dict[str, list[str]] = {}
-    for line in _output_of(argv[0], "-G", *argv[1:]).splitlines():
-        option, _, value = line.partition(" ")
-        values.setdefault(option, []).append(value)
-    return values
-
-
-def _output_of(*argv: str) -> str:
+def _output_of(*argv: str) -> bytes:
     try:
         done = subprocess.run(
             argv,
@@ -629,8 +629,8 @@ def _output_of(*argv: str) -> str:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.decode(errors="replace")
+        return b""
+    return done.stdout
 
 
 def _known_name(values: dict[str, list[str]]) -> str:
@@ -641,11 +641,11 @@ def _known_name(values: dict[str, list[str]]) -> str:
 
 def _authority_file(name: str, values: dict[str, list[str]]) -> str:
     """Return the file of known hosts that names an authority for a host; ssh-keygen knows which line is for whom."""
-    files = " ".join([*values.get("userknownhostsfile", []), *values.get("globalknownhostsfile", [])]).split()
+    files = " ".join([*values.get("userknownhostsfile", []), *values.get("globalknownhostsfile", [])]).split(" ")
     for file in files[:_MOST_KEY_FILES]:
         path = Path(file).expanduser() if file.startswith("~") else Path(file)
-        found = _output_of("ssh-keygen", "-F", name, "-f", str(path)) if name and path.is_file() else ""
-        if re.search(r"^# Host .* CA ?$", found, re.MULTILINE):
+        found = _output_of("ssh-keygen", "-F", name, "-f", str(path)) if name and path.is_file() else b""
+        if re.search(rb"^# Host .* CA ?$", found, re.MULTILINE):
             return str(path)
     return ""
 
@@ -657,7 +657,7 @@ def _certificate_defects(values: dict[str, list[str]]) -> list[str]:
     defects = []
     for file in dict.fromkeys(files[:_MOST_KEY_FILES]):
         path = Path(file).expanduser() if file.startswith("~") else Path(file)
-        shown = _output_of("ssh-keygen", "-L", "-f", str(path)) if path.is_file() else ""
+        shown = _output_of("ssh-keygen", "-L", "-f", str(path)).decode(errors="replace") if path.is_file() else ""
         if shown and (defect := _certificate_defect(shown, user)):
             defects.append(f"the certificate {path} {defect}")
     return defects

@@ -6,17 +6,27 @@ import asyncio
 import contextlib
 import os
 import termios
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeAlias
 
 from lazycluster.exceptions import printable
 
-__all__ = ["ask_on_terminal", "is_asking", "when_answered"]
+__all__ = ["Asker", "ask_on_terminal", "ask_through", "is_asking", "when_answered"]
+
+Asker: TypeAlias = Callable[[str, bool], Awaitable["str | None"]]
+"""Asks a person a question, which may be secret; returns None if nobody answers."""
 
 _LONGEST = 4096
 
 _open = 0  # questions
 _held: list[Callable[[], Any]] = []
+_asker: Asker | None = None
+
+
+def ask_through(asker: Asker | None) -> None:
+    """Have a person asked by something else than this process's terminal, which it may not have."""
+    global _asker
+    _asker = asker
 
 
 def is_asking() -> bool:
@@ -86,6 +96,8 @@ async def ask_on_terminal(question: str, *, secret: bool) -> str | None:
     Returns:
         The line, or None if there is no terminal or the input ended.
     """
+    if _asker is not None:
+        return await _asker(question, secret)
     try:
         terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:

@@ -133,6 +133,19 @@ async def acquire() -> Workspace:
     return space
 
 
+_preferred = ""
+
+
+def use_directory(directory: str | os.PathLike[str]) -> None:
+    """Have the private directory of this process in a certain one, if its path is short enough and sockets work there.
+
+    Args:
+        directory: One that is not removed at logout, or when its files are old.
+    """
+    global _preferred
+    _preferred = os.fspath(directory)
+
+
 def private_directory() -> str:
     """Make a directory for this user only, with a path short enough for sockets.
 
@@ -141,7 +154,9 @@ def private_directory() -> str:
     """
     found = directories.parent_directories()
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if runtime:  # on a host it is the last: it may go when the user logs out there
+    if _preferred:
+        found = [_preferred, *(place for place in found if place != runtime)]
+    elif runtime:  # on a host it is the last: it may go when the user logs out there
         found = [runtime, *(place for place in found if place != runtime)]
     try:
         # The program that answers ssh's questions is made in it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import secrets
 import signal
@@ -47,10 +48,12 @@ __all__ = [
     "detached_tasks",
     "start_command",
     "start_detached",
+    "start_problem",
 ]
 
 _logger = logging.getLogger("lazycluster")
 
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 _START_LIMIT = 120.0  # seconds for it to be on its way
 _PART = 1024 * 1024  # bytes of a call that are sent within that time
 _ANSWER_LIMIT = 30.0
@@ -491,7 +494,7 @@ async def start_detached(
         return await _start(connection, request, data, [call is not None for call in calls])
     except AgentError as error:
         await event_loop.in_thread(detached_records.forget, request["id"])
-        raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from None
+        raise LazyclusterError(f"{connection.host}: task {task.name!r} {start_problem(error)}") from None
 
 
 async def start_command(connection: Connection, command: DetachedCommand) -> DetachedTask:
@@ -513,6 +516,17 @@ async def start_command(connection: Connection, command: DetachedCommand) -> Det
     step = {"op": "run", "params": params, "size": len(command.script), "label": command.label}
     request = {**_request_of(command.name, params["cwd"], [{**step, "script": bool(command.script)}]), "unique": True}
     return await _start(connection, request, [command.script])
+
+
+def start_problem(error: AgentError) -> str:
+    """Return why a task has not started, and what to do about it."""
+    text = f"cannot be detached: {error.message}"
+    if error.evidence.get("errno") in _NOT_WRITABLE:
+        text += (
+            "\n  Next step: its state and log are written there; in a start-up file of the shell there, set "
+            "XDG_STATE_HOME to a directory that can be written to, and stays"
+        )
+    return text
 
 
 def _request_of(name: str, cwd: str, steps: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,35 +15,64 @@ from lazycluster.cli.options import connection_options
 if TYPE_CHECKING:
     from lazycluster.cluster_file.spec import ClusterSpec
 
-__all__ = ["start", "start_alias"]
+__all__ = [
+    "EngineCommands",
+    "check_connection_file",
+    "check_environment",
+    "connection_file_option",
+    "start",
+    "start_alias",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Engines(click.Group):
-    """A group with a command for each engine, which is loaded when it is named, or when a file names it."""
+class EngineCommands(click.Group):
+    """A group with a command for each engine, which is loaded when it is named, or when a file names it.
+
+    Args:
+        command_of: Makes the command of an engine.
+        named: Whether the name of the cluster comes before the engine; a file may say it, too.
+        **options: See `click.Group`.
+    """
+
+    def __init__(self, command_of: Callable[[str], click.Command], named: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._command_of = command_of
+        self._named = named
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_engine_of_file(args))
+        """Take the engine from the file, if it is not named."""
+        if not self._named:
+            args = with_engine_of_file(args)
+        elif args and not args[0].startswith("-"):
+            args = [args[0], *with_engine_of_file(args[1:])]
+        elif (found := with_engine_of_file(args)) != args:
+            args = ["", *found]
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the engines."""
         return list(engines.known())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _command(cmd_name) if cmd_name in engines.known() else None
+        """Return the command of an engine."""
+        return self._command_of(cmd_name) if cmd_name in engines.known() else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what engines there are; none is loaded."""
         with formatter.section("Commands"):
             formatter.write_dl([(entry.name, entry.summary) for entry in engines.known().values()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the names of engines."""
         if incomplete.startswith("-"):
             return click.Command.shell_complete(self, ctx, incomplete)
         entries = engines.known().values()
         return [CompletionItem(one.name, help=one.summary) for one in entries if one.name.startswith(incomplete)]
 
 
-@click.group(cls=_Engines)
+@click.group(cls=EngineCommands, command_of=lambda name: _command(name))
 def start() -> None:
     """Start a cluster, and keep it until Ctrl-C.
 
@@ -62,14 +91,16 @@ def start_alias(name: str) -> click.Command:
     return _command(engines.ALIASES[name])
 
 
+connection_file_option = click.option(
+    "--connection-file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write what programs need to connect; has secrets.",
+)
+
+
 def _options(command: F) -> F:
-    file = click.option(
-        "--connection-file",
-        type=click.Path(dir_okay=False),
-        metavar="FILE",
-        help="Write what programs need to connect; has secrets.",
-    )
-    return cluster_options(file(command))
+    return cluster_options(connection_file_option(command))
 
 
 def _command(name: str) -> click.Command:
@@ -77,8 +108,8 @@ def _command(name: str) -> click.Command:
     engine = engines.load(name).engine_class
 
     def run(connection_file: str | None, **options: Any) -> None:
-        _check_connection_file(connection_file)
-        _check_environment(options["environment"])
+        check_connection_file(connection_file)
+        check_environment(options["environment"])
         _serve(spec_of(name, options), connection_file)
 
     run.__doc__ = engine.help or engine.summary or engines.known()[name].summary
@@ -106,7 +137,7 @@ def _serve(spec: ClusterSpec, connection_file: str | None) -> None:
                 raise SystemExit(INTERRUPTED) from None
 
 
-def _check_connection_file(path: str | None) -> None:
+def check_connection_file(path: str | None) -> None:
     """Refuse a connection file that could not be written, before the cluster starts."""
     from lazycluster.cluster.connection_file import check
     from lazycluster.utils import expanded
@@ -118,7 +149,8 @@ def _check_connection_file(path: str | None) -> None:
     check(path)
 
 
-def _check_environment(what: str | None) -> None:
+def check_environment(what: str | None) -> None:
+    """Refuse an environment that makes no sense, in the words of the command line."""
     from lazycluster import EnvironmentSpec
 
     try:

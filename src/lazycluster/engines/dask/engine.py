@@ -6,12 +6,13 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from lazycluster.cluster.certificates import Credentials, make_credentials
+from lazycluster.cluster.certificates import Credentials, make_credentials, valid_until
 from lazycluster.cluster.engine import Endpoint, Engine, Option
 from lazycluster.cluster.local_modules import LocalModules
 from lazycluster.cluster.network import Port, Reach
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 from lazycluster.cluster.service_spec import ServiceSpec, Source
+from lazycluster.core import event_loop
 from lazycluster.utils import Environment
 
 from .configuration import configuration
@@ -74,6 +75,16 @@ class DaskEngine(Engine):
         self.worker_options, self.scheduler_options = dict(worker_options or {}), dict(scheduler_options or {})
         self.secure, self.modules = True, LocalModules()
         self.forget()
+
+    def is_busy(self, master: Endpoint) -> bool:
+        """Return True if the scheduler has tasks, or has had some since it was asked before."""
+        from .scaling import is_idle
+
+        return not event_loop.run(is_idle(self, master.port))
+
+    def valid_until(self) -> float | None:
+        """Return when the certificates expire, in seconds since 1970."""
+        return valid_until(self.credentials.scheduler.certificate) if self.secure else None
 
     def forget(self) -> None:
         """Forget the secrets; a cluster that is started anew has others."""

@@ -29,6 +29,7 @@ __all__ = [
     "check_names",
     "checked_amount",
     "choose_to_retire",
+    "is_idle",
     "retire",
     "scheduler_at",
 ]
@@ -67,6 +68,24 @@ def access(dask: DaskEngine, port: int) -> tuple[str, dict[str, Any]]:
     from .programs.tls import MemorySecurity
 
     return dask.address(port), MemorySecurity(**dask.security("client")).get_connection_args("client")
+
+
+async def is_idle(dask: DaskEngine, port: int) -> bool:
+    """Return whether the scheduler has no task to do, and has had none since this was asked before.
+
+    Raises:
+        ClusterError: If it does not answer.
+    """
+    from distributed.protocol.pickle import dumps
+
+    def question(dask_scheduler: Any) -> bool:  # in a function, so that it goes by value
+        return dask_scheduler.check_idle() is not None
+
+    async with scheduler_at(*access(dask, port)) as scheduler:
+        answer = await scheduler.run_function(function=dumps(question), args=dumps(()), kwargs=dumps({}), wait=True)
+    if answer.get("status") != "OK":
+        raise ClusterError(f"the scheduler does not tell whether it is idle: {answer.get('text', answer)}")
+    return answer["result"] is True
 
 
 async def retire(address: str, arguments: Mapping[str, Any], workers: Sequence[Worker]) -> dict[str, str]:
@@ -113,11 +132,14 @@ class _SchedulerCalls:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._under_way: set[asyncio.Future[Any]] = set()
+        self._ended = False
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._scheduler, name)
 
         def counted(**arguments: Any) -> asyncio.Future[Any]:
+            if self._ended:  # what goes on with it ends in silence, not with a warning of a connection that was closed
+                raise asyncio.CancelledError
             future: asyncio.Future[Any] = asyncio.ensure_future(call(**arguments))
             self._under_way.add(future)
             future.add_done_callback(self._under_way.discard)
@@ -126,7 +148,8 @@ class _SchedulerCalls:
         return counted
 
     async def close(self) -> None:
-        """Let what is under way end, and close the connections."""
+        """Let what is under way end, have nothing more begin, and close the connections."""
+        self._ended = True
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=_CLOSE_LIMIT)
         await self._scheduler.close_rpc()
@@ -177,7 +200,7 @@ class AdaptedCluster:
     @property
     def plan(self) -> set[str]:
         """The workers that there are to be."""
-        return {worker.name for worker in self._launcher.workers if not worker.has_gone}
+        return self._launcher.planned
 
     requested = plan
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from lazycluster.cluster.certificates import Identity, make_identities
+from lazycluster.cluster.certificates import Identity, make_identities, valid_until
 from lazycluster.cluster.engine import Endpoint, Engine, Option
+from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 from lazycluster.cluster.service_spec import ServiceSpec, Source
 from lazycluster.utils import Environment, expanded
 
-from .database import checked_name, checked_seconds
-from .programs import compat
+from .database import checked_name, checked_seconds, database
+from .programs import compat, trials
 from .programs.worker import PACKAGES
 
 __all__ = ["HyperoptEngine", "program"]
@@ -79,6 +80,7 @@ class HyperoptEngine(Engine):
         self.lease = checked_seconds(lease, "lease")
         self.user, self.password = "hyperopt", secrets.token_urlsafe(24)
         self.authority, self.identity, self.authority_file = "", None, None
+        self._trials = 0
 
     authority: str
     identity: Identity | None
@@ -87,14 +89,14 @@ class HyperoptEngine(Engine):
     # --- the processes -------------------------------------------------------------------------
     def master(self, at: Endpoint) -> ServiceSpec:
         """Return what our own server for the database is."""
-        told = lambda: self.database(at)  # noqa: E731
+        told = lambda: self.database_settings(at)  # noqa: E731
         return program("hyperopt-database", "mongo.program", settings=told, patience=5.0)
 
     def worker(self, at: Endpoint, master: Endpoint) -> ServiceSpec:
         """Return what a worker is."""
         return program("hyperopt-worker", "programs.worker", settings=lambda: self._worker(at, master))
 
-    def database(self, at: Endpoint) -> dict[str, Any]:
+    def database_settings(self, at: Endpoint) -> dict[str, Any]:
         """Return what a database is told."""
         login = {"user": self.user, "password": self.password}
         identity = self.identity
@@ -105,6 +107,22 @@ class HyperoptEngine(Engine):
         login = {"port": master.port, "dbname": self.dbname, "user": self.user, "password": self.password}
         times = {"poll_interval": self.poll_interval, "lease": self.lease}
         return {**login, "authority": self.authority, **times, "name": at.name, "exp_key": self.exp_key}
+
+    def is_busy(self, master: Endpoint) -> bool:
+        """Return True if trials wait or are evaluated, or have come since this was asked before."""
+        from pymongo.errors import PyMongoError
+
+        try:
+            with database(self, master.port) as found:
+                states = [trial["state"] for trial in found.jobs.find({}, projection=["state"])]
+        except PyMongoError as error:
+            raise ClusterError(f"the database does not answer: {error}") from None
+        before, self._trials = self._trials, len(states)
+        return len(states) != before or bool({trials.NEW, trials.RUNNING} & set(states))
+
+    def valid_until(self) -> float | None:
+        """Return when the certificate of the database expires, in seconds since 1970."""
+        return None if self.identity is None else valid_until(self.identity.certificate)
 
     # --- what they share -----------------------------------------------------------------------
     def url(self, port: int, scheme: str = "mongo", path: str = "", options: Mapping[str, str] | None = None) -> str:

@@ -122,7 +122,11 @@ class LocalMongoLauncher(_DatabaseLauncher):
         return program("mongod", "programs.mongod", settings=told, restarts=self.RESTARTS, patience=10.0)
 
     def _told(self, at: Endpoint) -> dict[str, Any]:
-        return {**self.hyperopt.database(at), "argv": self._argv(at.port), "authority": self.hyperopt.authority}
+        return {
+            **self.hyperopt.database_settings(at),
+            "argv": self._argv(at.port),
+            "authority": self.hyperopt.authority,
+        }
 
     def _argv(self, port: int) -> list[str]:
         return [

@@ -1,0 +1,377 @@
+"""Which hosts reach each other: a listener that answers keyed challenges, and dials to those of other hosts."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hmac
+import os
+import socket
+import struct
+from array import array
+from collections import deque
+
+from .processes import explained
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Set, Tuple
+
+    from .loop import Loop, Timer
+    from .session import RequestChannel
+
+_MOST_OPEN = 64  # dials at once
+_MOST_CALLERS = 512  # connections at once that have not ended; those that are not ours are among them
+_DIAL_LIMIT = 2.0  # seconds for one dial, and for a caller to say who it is
+_ROUND_LIMIT = 4.0  # seconds for all dials together
+_LIFETIME = 60.0  # seconds, after which the listeners close whatever the manager does
+_NONCE, _MAC = 16, 16  # bytes
+_BODY = struct.Struct(">I16s")  # of an answer: which host, and the address that was reached
+_LIST_INTERFACES = 0x8912  # SIOCGIFCONF
+_ROOM = 256 * 1024  # bytes for that
+_ENTRY = 40 if struct.calcsize("P") == 8 else 32
+_UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40  # flags of an IPv6 address: temporary, duplicate, deprecated, tentative
+_NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
+
+
+# --- addresses ---------------------------------------------------------------------------------------
+def interface_addresses() -> List[str]:
+    """Return the addresses of this host's interfaces, loopback and link-local ones left out; that of ssh first."""
+    found = [*_ipv4_addresses(), *_ipv6_addresses()]
+    through_ssh = os.environ.get("SSH_CONNECTION", "").split()
+    if len(through_ssh) == 4 and through_ssh[2] in found:
+        found.insert(0, through_ssh[2])
+    return list(dict.fromkeys(found))
+
+
+def _ipv4_addresses() -> Iterator[str]:
+    entries = array("B", bytes(_ROOM))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            answer = fcntl.ioctl(any_socket, _LIST_INTERFACES, struct.pack("iP", _ROOM, entries.buffer_info()[0]))
+        except OSError:  # another kind of Unix
+            return
+    found = entries.tobytes()
+    for start in range(0, struct.unpack("iP", answer)[0], _ENTRY):
+        text = socket.inet_ntoa(found[start + 20 : start + 24])  # a name of 16 bytes, family, port, the address
+        if not text.startswith(("127.", "169.254.", "0.")):
+            yield text
+
+
+def _ipv6_addresses() -> Iterator[str]:
+    try:
+        with open("/proc/net/if_inet6") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return
+    for digits, _, _, scope, flags, _ in lines:
+        if scope == "00" and not int(flags, 16) & _UNUSABLE:
+            yield socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
+
+
+def _family(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(_family(address), address).rjust(16, b"\0")
+
+
+def _unpacked(data: bytes, like: str) -> str:
+    return socket.inet_ntop(_family(like), data if ":" in like else data[12:])
+
+
+# --- who answers -------------------------------------------------------------------------------------
+class _Key:
+    """The secret of one probe, which the hosts have from the manager."""
+
+    def __init__(self, digits: str) -> None:
+        self._key = bytes.fromhex(digits)
+
+    def question(self, nonce: bytes) -> bytes:
+        """Return what a host says first: nobody else is answered."""
+        return nonce + self._mac(b"question", nonce)
+
+    def is_question(self, data: bytes) -> bool:
+        """Tell whether one who knows the key has said this."""
+        return hmac.compare_digest(data, self.question(data[:_NONCE]))
+
+    def answer(self, question: bytes, body: bytes) -> bytes:
+        """Return what proves to whoever has asked which host has answered."""
+        return body + self._mac(b"answer", question[:_NONCE] + body)
+
+    def _mac(self, what: bytes, data: bytes) -> bytes:
+        return hmac.digest(self._key, what + data, "sha256")[:_MAC]
+
+
+_QUESTION_SIZE, _ANSWER_SIZE = _NONCE + _MAC, _BODY.size + _MAC
+
+
+class _Listener:
+    """Listens on one address and port, and tells those who know the key which host this is."""
+
+    def __init__(self, loop: "Loop", key: _Key, me: int, address: str, port: int) -> None:
+        self._loop, self._key = loop, key
+        self._body = _BODY.pack(me, _packed(address))
+        self._callers: "Dict[socket.socket, Timer]" = {}
+        self._socket = socket.socket(_family(address), socket.SOCK_STREAM)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((address, port))
+            self._socket.listen(_MOST_CALLERS)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._socket.setblocking(False)
+        loop.add_reader(self._socket.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                caller = self._socket.accept()[0]
+            except OSError:
+                return
+            if len(self._callers) >= _MOST_CALLERS:
+                caller.close()
+                continue
+            self._take(caller)
+
+    def _take(self, caller: socket.socket) -> None:
+        caller.setblocking(False)
+        self._callers[caller] = self._loop.call_later(_DIAL_LIMIT, lambda: self._drop(caller))
+        self._loop.add_reader(caller.fileno(), lambda: self._asked(caller))
+
+    def _asked(self, caller: socket.socket) -> None:
+        try:
+            question = caller.recv(_QUESTION_SIZE)
+            if len(question) == _QUESTION_SIZE and self._key.is_question(question):
+                caller.send(self._key.answer(question, self._body))
+                # Who has asked closes first: otherwise the port would be kept for a minute (TIME_WAIT).
+                self._loop.add_reader(caller.fileno(), lambda: self._drop(caller))
+                return
+        except OSError:
+            pass
+        self._drop(caller)
+
+    def _drop(self, caller: socket.socket) -> None:
+        timer = self._callers.pop(caller, None)
+        if timer is not None:
+            timer.cancel()
+            self._loop.remove_reader(caller.fileno())
+            caller.close()
+
+    def close(self) -> None:
+        """Stop listening."""
+        for caller in list(self._callers):
+            self._drop(caller)
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+
+
+# --- who asks ----------------------------------------------------------------------------------------
+class _Dial:
+    """A connection to one address and port, and the question who is there.
+
+    Attributes:
+        reached: The address of the listener, as its own host knows it, if the right host has answered.
+        problem: Why nothing is proven, "" if it is.
+    """
+
+    def __init__(self, loop: "Loop", key: _Key, peer: int, address: str, port: int, bare: bool) -> None:
+        self.peer, self.address, self.port = peer, address, port
+        self.reached = self.problem = ""
+        self._loop, self._key, self._bare = loop, key, bare
+        self._question = key.question(os.urandom(_NONCE))
+        self._answer = b""
+        self._socket: "Optional[socket.socket]" = None
+        self._timer: "Optional[Timer]" = None
+
+    def begin(self, on_end: "Callable[[_Dial], Any]") -> None:
+        """Connect; `on_end` is called once it is known what comes of that."""
+        self._on_end = on_end
+        try:
+            self._socket = socket.socket(_family(self.address), socket.SOCK_STREAM)
+            # It is closed by a reset, so that no port stays behind for a minute (TIME_WAIT).
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._socket.setblocking(False)
+            status = self._socket.connect_ex((self.address, self.port))
+        except OSError as error:
+            status = error.errno or errno.EINVAL
+        if status not in (0, errno.EINPROGRESS) or self._socket is None:
+            self._loop.call_soon(lambda: self._end(_why(status)))
+            return
+        self._timer = self._loop.call_later(_DIAL_LIMIT, self.give_up)
+        self._loop.add_writer(self._socket.fileno(), self._connected)
+
+    def _connected(self) -> None:
+        assert self._socket is not None
+        self._loop.remove_writer(self._socket.fileno())
+        status = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if status:
+            self._end(_why(status))
+        elif self._bare:  # a service of the cluster listens there, which asks for a certificate
+            self.reached = self.address
+            self._end("")
+        else:
+            try:
+                self._socket.send(self._question)
+            except OSError as error:
+                self._end(_why(error.errno))
+                return
+            self._loop.add_reader(self._socket.fileno(), self._answered)
+
+    def _answered(self) -> None:
+        assert self._socket is not None
+        try:
+            data = self._socket.recv(_ANSWER_SIZE - len(self._answer))
+        except OSError:
+            data = b""
+        self._answer += data
+        if data and len(self._answer) < _ANSWER_SIZE:
+            return
+        body = self._answer[: _BODY.size]
+        if not hmac.compare_digest(self._answer, self._key.answer(self._question, body)):
+            self._end("stranger")
+            return
+        who, reached = _BODY.unpack(body)
+        if who != self.peer:
+            self._end("host {}".format(who))
+            return
+        self.reached = _unpacked(reached, self.address)
+        self._end("")
+
+    def _end(self, problem: str) -> None:
+        self.close()
+        self.problem = problem
+        self._on_end(self)
+
+    def give_up(self) -> None:
+        """Do not wait any longer."""
+        self._end("no answer")
+
+    def close(self) -> None:
+        """Release what it holds."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._socket is not None and self._socket.fileno() >= 0:
+            self._loop.remove_writer(self._socket.fileno())
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+
+
+def _why(status: "Optional[int]") -> str:
+    if status == errno.ECONNREFUSED:
+        return "refused"
+    if status in (errno.ETIMEDOUT, errno.ECONNRESET):
+        return "no answer"
+    if status in _NO_ROUTE:
+        return "unreachable"
+    return explained(os.strerror(status or errno.EINVAL))
+
+
+class _Participant:
+    """What one host does in a probe: it listens, dials when it is told whom, and says what came of it."""
+
+    def __init__(self, channel: "RequestChannel") -> None:
+        params = channel.params
+        self._channel, self._loop = channel, channel.loop
+        self._me = int(params["me"])
+        self._key = _Key(params["key"])
+        self._own = interface_addresses()
+        self._listeners: "List[_Listener]" = []
+        self._waiting: "Deque[_Dial]" = deque()
+        self._open: "Set[_Dial]" = set()
+        self._failed: "List[List[Any]]" = []
+        self._reached: "Dict[Tuple[int, str], str]" = {}
+        self._deadline: "Optional[Timer]" = None
+        channel.on_control = self._dial_all
+        channel.on_abandon = self._close
+        self._timer = self._loop.call_later(_LIFETIME, self._overdue)
+        self._listen(params["ports"], params.get("address") or "")
+
+    def _listen(self, ports: "List[int]", stated: str) -> None:
+        here = [stated] if stated in self._own else self._own
+        taken, problem = [], ""
+        for address in here:
+            for port in ports:
+                try:
+                    self._listeners.append(_Listener(self._loop, self._key, self._me, address, port))
+                except OSError as error:
+                    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                        taken.append(port)
+                    else:
+                        problem = "{}: {}".format(address, explained(error.strerror))
+        self._channel.event(
+            state="listening", addresses=[stated] if stated else self._own, taken=sorted(set(taken)), problem=problem
+        )
+
+    def _dial_all(self, message: "Dict[str, Any]") -> None:
+        """Dial as told: [host, address, ports where its listener is, ports of services that run], ..."""
+        for peer, address, ports, running in message["dial"]:
+            if peer == self._me:
+                continue
+            for port, bare in [*((port, False) for port in ports), *((port, True) for port in running)]:
+                if address in self._own:
+                    self._failed.append([peer, address, port, "own"])
+                else:
+                    self._waiting.append(_Dial(self._loop, self._key, peer, address, port, bare))
+        self._deadline = self._loop.call_later(_ROUND_LIMIT, self._late)
+        self._go_on()
+
+    def _late(self) -> None:
+        """Give up what is not over: too many have not answered."""
+        while self._waiting:
+            dial = self._waiting.popleft()
+            self._failed.append([dial.peer, dial.address, dial.port, "not tried"])
+        for dial in list(self._open):
+            dial.give_up()
+
+    def _go_on(self) -> None:
+        while self._waiting and len(self._open) < _MOST_OPEN:
+            dial = self._waiting.popleft()
+            self._open.add(dial)
+            dial.begin(self._ended)
+        if not self._open and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+            reached = [[peer, address, bound] for (peer, address), bound in self._reached.items() if bound != address]
+            self._channel.event(state="dialed", failed=self._failed, translated=reached)
+            self._failed, self._reached = [], {}
+
+    def _ended(self, dial: _Dial) -> None:
+        self._open.discard(dial)
+        if dial.problem:
+            self._failed.append([dial.peer, dial.address, dial.port, dial.problem])
+        else:
+            self._reached[dial.peer, dial.address] = dial.reached
+        self._go_on()
+
+    def _overdue(self) -> None:
+        self._close()
+        self._channel.result()
+
+    def _close(self) -> None:
+        self._timer.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._waiting.clear()
+        for dial in self._open:
+            dial.close()
+        for listener in self._listeners:
+            listener.close()
+        self._open.clear()
+        self._listeners.clear()
+
+
+def reach(channel: "RequestChannel") -> None:
+    """Handle the request `reach`: prove to other hosts that they reach this one, and find out which it reaches.
+
+    It listens on the `ports` of its own addresses (of the one `address` if that was stated and is its own), and says so
+    in the event "listening", with its addresses. Told to `dial` others, it says in the event "dialed" what `failed`:
+    [host, address, port, why], and which addresses were `translated` on the way: [host, address, as that host knows
+    it]. All that ends when the manager drops the request.
+
+    Who answers is told by a secret `key` of the probe, which only the hosts of the group have: a port that answers
+    otherwise belongs to somebody else's machine.
+    """
+    _Participant(channel)
