@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from lazycluster.cluster.certificates import Identity, make_identities, valid_until
 from lazycluster.cluster.engine import Endpoint, Engine, Option
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 from lazycluster.cluster.service_spec import ServiceSpec, Source
+from lazycluster.core.certificates import Identity, make_identities, valid_until
 from lazycluster.utils import Environment, expanded
 
 from .database import checked_name, checked_seconds, database
