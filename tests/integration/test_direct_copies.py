@@ -356,3 +356,19 @@ def test_the_errors_of_a_group_name_the_hosts(module_hosts: Any, file: Path) -> 
             group.send_file(file, "~/model.bin", execute_async=False, network="direct")
         assert "host1 cannot reach host3" in str(failed.value)
     assert not any(host.path("~/model.bin").exists() for host in module_hosts)
+
+
+@pytest.mark.usefixtures("only_first")
+def test_holes_stay_holes_from_host_to_host(module_hosts: Any, tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.write(b"begin")
+        file.seek(8 * SIZE)
+        file.write(b"end")
+    with connected(module_hosts) as connections:
+        results = send(connections, path, "~/sparse")
+    assert all(isinstance(result, TransferResult) for result in results)
+    for host in module_hosts:
+        assert host.path("~/sparse").stat().st_blocks * 512 < SIZE
+    found = [is_there(host, path, "~/sparse") for host in module_hosts]
+    assert all(found)

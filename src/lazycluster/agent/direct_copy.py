@@ -25,6 +25,7 @@ import time
 import zlib
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
+from .holes import after_zeros, extents
 from .partial_files import PartialFiles
 from .receiver import Receiver
 from .secure_stream import Credentials, SecureStream, check, notice_cuts
@@ -40,6 +41,7 @@ from .stream import (
     ENTRIES,
     ERROR,
     FROM,
+    HOLE,
     LAST,
     LISTED,
     LISTENING,
@@ -85,10 +87,10 @@ class GrowingFile:
         self._lost = False
 
     def begin(self, fd: int) -> None:
-        """Have it read from this file, of which a descriptor of its own is kept."""
+        """Have it read from this file, which is opened once more: its position is not that of who writes it."""
         with self._changed:
             self.close()
-            self._fd = os.dup(fd)
+            self._fd = _opened_again(fd)
             self._changed.notify_all()
 
     def grew(self, size: int) -> None:
@@ -151,6 +153,10 @@ class GrowingFile:
         while not self._complete:
             position = self.wait(position)[1]
         return self._fd
+
+
+def _opened_again(fd: int) -> int:
+    return os.open("/proc/self/fd/{}".format(fd), os.O_RDONLY | os.O_CLOEXEC)
 
 
 class _Reader(threading.Thread):
@@ -274,19 +280,29 @@ class _Forward(_Reader):
             fd, size = self.file.wait(position)
             if size <= position:
                 break
-            room = stream.room(size - position)
+            for hole, data in extents(fd, position, size):
+                if hole:
+                    stream.put(HOLE, hole.to_bytes(8, "big"))
+                    self._checksum = after_zeros(self._checksum, hole)
+                self._send_data(stream, fd, position + hole, data)
+                position += hole + data
+        stream.put(LAST, self._summary())
+
+    def _send_data(self, stream: FrameStream, fd: int, position: int, left: int) -> None:
+        while left:
+            room = stream.room(left)
             count = os.preadv(fd, [room], position)
             if not count:
                 raise StreamClosedError(_ENDED)
             self._checksum = zlib.crc32(room[:count], self._checksum)
             stream.fill(DATA, count)
             position += count
+            left -= count
             if stream.readable():  # that something is wrong there
                 self._answer(stream, NEED)
-        stream.put(LAST, self._summary())
 
     def _is_same(self, theirs: bytes) -> bool:
-        fd = os.open("/proc/self/fd/{}".format(self.file.wait_for_all()), os.O_RDONLY | os.O_CLOEXEC)
+        fd = _opened_again(self.file.wait_for_all())
         try:
             return digest(fd) == theirs
         finally:
@@ -352,6 +368,10 @@ class _DirectReceiver(Receiver):
 
     def _from(self) -> None:
         super()._from()
+        self._share()
+
+    def _hole(self) -> None:
+        super()._hole()
         self._share()
 
     def _data(self) -> None:

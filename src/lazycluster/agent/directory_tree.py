@@ -59,7 +59,7 @@ class PartFile:
         self._directory = directory
         self._name = name
         self._part: Optional[bytes] = None
-        flags = os.O_RDWR | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CLOEXEC
         if unnamed:
             try:
                 self.fd = os.open(b".", _UNNAMED | flags, 0o600, dir_fd=directory)
@@ -92,6 +92,10 @@ class PartFile:
         """Append bytes."""
         while data:
             data = data[os.write(self.fd, data) :]
+
+    def skip(self, count: int) -> None:
+        """Append a hole of so many bytes."""
+        os.ftruncate(self.fd, os.lseek(self.fd, count, os.SEEK_CUR))
 
     def complete(self, mode: int, mtime: int) -> None:
         """Give the file its mode, time and name; what had the name is replaced."""

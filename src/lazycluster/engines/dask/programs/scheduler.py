@@ -38,7 +38,7 @@ def _scheduler_class() -> Any:
 async def _serve(settings: dict[str, Any]) -> None:
     import dask
 
-    from .connection_limits import limit_strangers
+    from .connection_limits import limit_unauthenticated
     from .dashboards import Dashboard
     from .tls import MemorySecurity
 
@@ -47,7 +47,7 @@ async def _serve(settings: dict[str, Any]) -> None:
     common.configure(settings["configuration"])
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     sent_modules.install(settings["modules"])
-    limit_strangers()
+    limit_unauthenticated()
     scheduler = _scheduler_class()(
         host=messages.LOOPBACK,
         port=ports["master"],
