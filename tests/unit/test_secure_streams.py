@@ -13,17 +13,17 @@ import pytest
 
 pytest.importorskip("cryptography")
 
-from lazycluster.agent.secure_stream import Credentials, SecureStream, check
+from lazycluster.agent.secure_stream import SecureStream, TlsCredentials, check
 from lazycluster.agent.stream import DATA, END, StreamClosedError
 from lazycluster.core.certificates import make_identities
 
 SIZE = 5_000_000
 
 
-def credentials(*names: str) -> dict[str, Credentials]:
+def credentials(*names: str) -> dict[str, TlsCredentials]:
     authority, identities = make_identities(*names)
     return {
-        name: Credentials({"certificate": one.certificate, "key": one.key, "authority": authority})
+        name: TlsCredentials({"certificate": one.certificate, "key": one.key, "authority": authority})
         for name, one in identities.items()
     }
 
@@ -33,13 +33,16 @@ def never() -> bool:
 
 
 def between(
-    server: Credentials, client: Credentials, serve: Callable[[ssl.SSLSocket], Any], use: Callable[[ssl.SSLSocket], Any]
+    server: TlsCredentials,
+    client: TlsCredentials,
+    serve: Callable[[ssl.SSLSocket], Any],
+    use: Callable[[ssl.SSLSocket], Any],
 ) -> list[Any]:
     """Have two parties talk; returns what comes of it on both sides."""
     ours, theirs = socket.socketpair()
     found: list[Any] = [None, None]
 
-    def side(number: int, plain: socket.socket, own: Credentials, work: Callable[[ssl.SSLSocket], Any]) -> None:
+    def side(number: int, plain: socket.socket, own: TlsCredentials, work: Callable[[ssl.SSLSocket], Any]) -> None:
         try:
             with own.context(server=not number).wrap_socket(plain, server_side=not number) as connection:
                 found[number] = work(connection)

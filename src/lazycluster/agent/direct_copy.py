@@ -28,7 +28,7 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 from .holes import after_zeros, extents
 from .partial_files import PartialFiles
 from .receiver import Receiver
-from .secure_stream import Credentials, SecureStream, check, notice_cuts
+from .secure_stream import SecureStream, TlsCredentials, check, notice_cuts
 from .sender import COMPARE, DIGEST_SIZE, NOT_WANTED, RESUME, digest
 from .stream import (
     ABORT,
@@ -222,7 +222,7 @@ class _Forward(_Reader):
         self,
         file: GrowingFile,
         facts: FileFacts,
-        credentials: Credentials,
+        credentials: TlsCredentials,
         is_given_up: Callable[[], bool],
         address: str,
         port: int,
@@ -431,7 +431,7 @@ class Party:
         self.clocks_apart = time.time_ns() - int(request["now"])
         self._stream, self._destination, self._parts = stream, destination, parts
         self._request = request
-        self._credentials = Credentials(request["credentials"])
+        self._credentials = TlsCredentials(request["credentials"])
         self._is_first = False
         self._checksum: Optional[_Checksum] = None
         self._previous = ""

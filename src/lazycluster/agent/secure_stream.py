@@ -82,7 +82,7 @@ class SecureStream(FrameStream):
                 raise StreamClosedError("nobody waits for it any more")
 
 
-class Credentials:
+class TlsCredentials:
     """Certificate and key of one host, and the authority that has signed those of all.
 
     Args:

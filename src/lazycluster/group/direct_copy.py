@@ -219,7 +219,7 @@ class DirectCopy:
             command = install_command("dask")
             raise _OtherWayError(f"the certificates need the package cryptography: {command}") from None
         parties = [
-            _Party(index, target, addresses[target.host], port, identities[f"host-{index}"], authority)
+            _ChainHost(index, target, addresses[target.host], port, identities[f"host-{index}"], authority)
             for index, target in enumerate(targets)
         ]
         return _Chain(parties, path, facts, self._local_path, self._remote_path)
@@ -243,7 +243,7 @@ class DirectCopy:
 
 
 @dataclass(frozen=True)
-class _Party:
+class _ChainHost:
     """One host of a chain.
 
     Attributes:
@@ -276,7 +276,7 @@ class _Chain:
 
     def __init__(
         self,
-        parties: Sequence[_Party],
+        parties: Sequence[_ChainHost],
         path: Path,
         facts: FileFacts,
         local_path: str | os.PathLike[str],
@@ -287,7 +287,7 @@ class _Chain:
         self._local_path, self._remote_path = local_path, remote_path
         self._source = transfer.local_source(local_path)
         self._met = threading.Condition()
-        self._ready: list[_Party] = []  # those that listen
+        self._ready: list[_ChainHost] = []  # those that listen
         self._missing = {party.index for party in parties}  # those of which nothing is known yet
         self._is_closed = False  # nobody else can take part
         self._known_checksum = ""
@@ -306,7 +306,9 @@ class _Chain:
         asyncio.gather(*copies.values(), return_exceptions=True).add_done_callback(lambda _: stopped.set())
         return copies
 
-    async def _one(self, party: _Party, progress: Mapping[Connection, transfer.Progress]) -> TransferResult | Exception:
+    async def _one(
+        self, party: _ChainHost, progress: Mapping[Connection, transfer.Progress]
+    ) -> TransferResult | Exception:
         target = party.target
 
         def report(done: int, total: int | None, files: int) -> None:
@@ -364,7 +366,7 @@ class _Chain:
         self._checksum_known.set()
 
     # --- in the threads ---------------------------------------------------------------------------
-    def _converse(self, party: _Party, stream: FrameStream, counter: ByteCounter) -> str:
+    def _converse(self, party: _ChainHost, stream: FrameStream, counter: ByteCounter) -> str:
         self._begin(stream)
         place = self._meet(party)
         try:
@@ -384,7 +386,7 @@ class _Chain:
             raise StreamClosedError(f"an unexpected frame ({kind})")
         stream.message()
 
-    def _meet(self, party: _Party) -> dict[str, Any]:
+    def _meet(self, party: _ChainHost) -> dict[str, Any]:
         """Wait until all hosts listen, or have been waited for long enough; return who comes before and after one."""
         with self._met:
             if self._is_closed:
@@ -403,7 +405,7 @@ class _Chain:
             "next": None if behind is None else [behind.where.address, behind.port, behind.name],
         }
 
-    def _without(self, party: _Party) -> None:
+    def _without(self, party: _ChainHost) -> None:
         with self._met:
             self._missing.discard(party.index)
             self._met.notify_all()
@@ -443,7 +445,7 @@ class _Chain:
                 raise StreamClosedError(f"nothing came for {_STALL_LIMIT:g} s")
             stream.wait(_LOOK_EVERY)
 
-    def _report(self, party: _Party, report: Mapping[str, Any], counter: ByteCounter) -> str:
+    def _report(self, party: _ChainHost, report: Mapping[str, Any], counter: ByteCounter) -> str:
         """Return the path of the file on a host, from its report."""
         if report.get("next"):
             logger.debug("%s: %s", party.target.host, printable(str(report["next"])[:500]))
