@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lazycluster.cluster.certificates import Credentials, make_credentials, valid_until
+from lazycluster.cluster.certificates import Credentials, make_credentials
 from lazycluster.cluster.client_modules import ClientModules
 from lazycluster.cluster.engine import Endpoint, Engine, Option
 from lazycluster.cluster.local_modules import LocalModules
@@ -14,6 +14,7 @@ from lazycluster.cluster.network import Port, Reach
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 from lazycluster.cluster.service_spec import ServiceSpec, Source
 from lazycluster.core import event_loop
+from lazycluster.core.certificates import valid_until
 from lazycluster.utils import Environment
 
 if TYPE_CHECKING:
