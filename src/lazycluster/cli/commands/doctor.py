@@ -51,10 +51,12 @@ async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
     import asyncio
 
     from lazycluster.cli.diagnosis import Diagnosis
+    from lazycluster.cli.fanout import InOrder
     from lazycluster.ssh.ssh_connection import SshConnection
     from lazycluster.ssh.terminal import when_answered
 
     slots = asyncio.Semaphore(32)
+    shown: InOrder[Diagnosis] = InOrder(chosen.names, lambda one: when_answered(lambda: _show(one)))
 
     async def check(name: str) -> Diagnosis:
 
@@ -64,7 +66,7 @@ async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
             assert isinstance(connection, SshConnection)
             await diagnosis.run(connection)
             if not silent:
-                when_answered(lambda: _show(diagnosis))
+                shown.put(name, diagnosis)
             return diagnosis
 
     return list(await asyncio.gather(*(check(name) for name in chosen.names)))

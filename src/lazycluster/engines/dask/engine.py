@@ -20,7 +20,7 @@ from lazycluster.utils import Environment
 if TYPE_CHECKING:
     from lazycluster.background.client import BackgroundProcess
 
-from .configuration import configuration
+from .configuration import check_size, configuration
 from .programs import common
 from .programs.worker import BEFORE_START
 
@@ -55,7 +55,9 @@ class DaskEngine(Engine):
     worker_ports = (Port("worker"), Port("nanny", Reach.MANAGER), Port("dashboard", Reach.MANAGER))
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
-        Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto", safe=True),
+        Option(
+            "--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", "text", "auto", True, check_size
+        ),
         Option("--dashboard-port", "dashboard_port", "Port of the dashboard on this machine (any).", "PORT", "count"),
         Option("--preload", "preload", "Modules that workers import first, with commas between.", "MODULES"),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
