@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import connection_file
 from .contracts import MasterLauncher, WorkerLauncher
+from .direct_network import NetworkChoice
 from .engine import CheckVersions, Endpoint, Engine, check_statement, checked_policy
 from .exceptions import ClusterError
 from .master_launcher import ServiceMasterLauncher
@@ -35,6 +36,7 @@ class EngineCluster(MasterWorkerCluster):
             ``ignore``.
         gpus_per_worker: How many GPUs of its host each worker gets for itself, see `MasterWorkerCluster`.
         idle_gpus: Whether GPUs are left alone that others use.
+        network: How hosts reach each other, see `MasterWorkerCluster`.
         **options: What the engine takes.
 
     Raises:
@@ -62,6 +64,7 @@ class EngineCluster(MasterWorkerCluster):
         check_versions: CheckVersions = "error",
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        network: NetworkChoice = "tunnel",
         **options: Any,
     ) -> None:
         check_statement(self.engine_class)
@@ -76,6 +79,7 @@ class EngineCluster(MasterWorkerCluster):
             min_workers=min_workers,
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
+            network=network,
         )
 
     def _default_master_launcher(self) -> MasterLauncher:
@@ -93,6 +97,12 @@ class EngineCluster(MasterWorkerCluster):
         if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
             worker.master = master.at
         check_manager(self._engine)
+        own = not (isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher))
+        why = self._network.direct.refuse(self._engine, own)
+        if why:
+            raise ClusterError(
+                f'{type(self).__name__} cannot use network="direct": {why}\n  Next step: leave out network='
+            )
 
     @property
     def engine(self) -> Engine:
@@ -195,6 +205,7 @@ class EngineCluster(MasterWorkerCluster):
         return [port for port in self._all_ports if port not in taken]
 
     def _let_go(self) -> None:
+        super()._let_go()
         self._engine.forget()
 
 

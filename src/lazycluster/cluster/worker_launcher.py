@@ -91,7 +91,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
         self.engine = engine
         self.master = Endpoint("master")
         self.network = Network()
-        self.network.on_lost = self._port_lost
+        self.use(self.network)
         self.watch: Watch | None = None
         self.workers: list[Worker] = []
         self.min_workers: int | None = None
@@ -102,6 +102,11 @@ class ServiceWorkerLauncher(WorkerLauncher):
         self._numbers: dict[str, int] = {}
         self._supplies: list[PortSupply] = []
         self._at_work: set[asyncio.Task[Any]] = set()
+
+    def use(self, network: Network) -> None:
+        """Have processes reach each other by a network."""
+        self.network = network
+        network.on_lost = self._port_lost
 
     # --- what an engine states -----------------------------------------------------------------
     def spec(self, at: Endpoint) -> ServiceSpec:
@@ -358,13 +363,14 @@ class ServiceWorkerLauncher(WorkerLauncher):
         """
         width = len(self._port_uses)
         numbers = await supply.take(width * len(workers), connections)
-        listeners = []
         for index, worker in enumerate(workers):
             worker.at.ports = dict(
                 zip((use.name for use in self._port_uses), numbers[index * width : (index + 1) * width], strict=True)
             )
-            listeners += [Listener(worker.place, worker.ports[use.name], use.reach) for use in self._port_uses]
+        listeners = self._listeners([worker.place for worker in workers], numbers)
         failed = await self.network.open(listeners, places)
+        for worker in workers:
+            self.network.direct.locate(worker.at, worker.place)
         silent = {host: error for host, error in failed.values() if isinstance(error, NoAnswerError)}
         again = []
         for worker in workers:
@@ -379,6 +385,30 @@ class ServiceWorkerLauncher(WorkerLauncher):
         await self._give_up({w.name: silent[w.place.host] for w in self._prepared if w.place.host in silent})
         self._check_failures()
         return [worker for worker in again if worker.place.host not in silent], set(silent)
+
+    def _listeners(self, places: Sequence[WorkerHost], numbers: Sequence[int]) -> list[Listener]:
+        """Return what will listen on some ports: those of one worker in each of the places."""
+        uses = [(place, use) for place in places for use in self._port_uses]
+        return [Listener(place, number, use.reach) for (place, use), number in zip(uses, numbers, strict=True)]
+
+    async def expected(self, count: int, ports: Sequence[int], keeper: Connection) -> list[Listener]:
+        """Return what workers will listen on, unless somebody else takes one of these ports before.
+
+        Args:
+            count: How many will be started.
+            ports: The ports that may be used.
+            keeper: The connection to the manager itself.
+        """
+        places = usable(await prepared_places(self._group))
+        existing = self._per_host()
+        room = None if self.gpus is None else await capacity(places, self.gpus, existing)
+        homes = round_robin(places, count, existing, room)
+        supply = PortSupply(ports)
+        try:
+            connections = [keeper, *(place.connection for place in places)]
+            return self._listeners(homes, await supply.take(len(self._port_uses) * count, connections))
+        finally:
+            supply.release()
 
     # --- bringing them up ----------------------------------------------------------------------
     async def _bring_up_all(self, supply: PortSupply, places: Sequence[WorkerHost], progress: Progress) -> None:

@@ -12,7 +12,7 @@ import ipaddress
 import secrets
 import socket
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,16 @@ from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.ssh_connection import SshConnection
 
-__all__ = ["DirectAddress", "Obstacle", "ProbedHost", "Reachability", "ReachabilityCache", "checked_address", "probe"]
+__all__ = [
+    "DirectAddress",
+    "Obstacle",
+    "ProbedHost",
+    "Reachability",
+    "ReachabilityCache",
+    "checked_address",
+    "probe",
+    "session_of",
+]
 
 _LISTEN_LIMIT = 2.0  # seconds for all hosts to listen
 _ROUND_LIMIT = 5.0  # seconds for the summaries of a round; a host gives up after 4
@@ -155,7 +164,7 @@ class ReachabilityCache:
     """What was proven of the hosts of a group: asked again when a host joins or comes back, or for other ports."""
 
     def __init__(self) -> None:
-        self._hosts: weakref.WeakKeyDictionary[Connection, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._hosts: weakref.WeakKeyDictionary[Connection, tuple[Hashable, int, int]] = weakref.WeakKeyDictionary()
         self._ports: weakref.WeakKeyDictionary[Connection, set[int]] = weakref.WeakKeyDictionary()
         self._last = Reachability()
 
@@ -170,26 +179,28 @@ class ReachabilityCache:
             if not found.is_proven:
                 self._hosts.clear()
                 return found
-            if any(self._hosts.get(one.connection) != _session(one.connection) for one in hosts):
+            if any(self._hosts.get(one.connection) != session_of(one.connection) for one in hosts):
                 self._ports.clear()  # who has come since has not dialed the ports of before
             self._last = found
             for one in hosts:
-                self._hosts[one.connection] = _session(one.connection)
+                self._hosts[one.connection] = session_of(one.connection)
                 self._ports.setdefault(one.connection, set()).update(one.ports)
         return Reachability({one.host: self._last.addresses[one.host] for one in hosts})
 
     def _knows(self, hosts: Sequence[ProbedHost]) -> bool:
         return all(
-            self._hosts.get(one.connection) == _session(one.connection)
+            self._hosts.get(one.connection) == session_of(one.connection)
+            and not one.running
             and one.host in self._last.addresses
+            and one.address in (None, self._last.addresses[one.host].address)
             and self._ports.get(one.connection, set()).issuperset(one.ports)
             for one in hosts
         )
 
 
-def _session(connection: Connection) -> tuple[int, int]:
+def session_of(connection: Connection) -> tuple[Hashable, int, int]:
     """Return what changes when a host was away: its address may be another one then."""
-    return connection.generation, connection.interruptions
+    return network_of(connection), connection.generation, connection.interruptions
 
 
 async def probe(hosts: Sequence[ProbedHost]) -> Reachability:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lazycluster.agent.filenames import dumps
 from lazycluster.cluster import connection_file
 from lazycluster.cluster.contracts import MasterLauncher, WorkerLauncher
+from lazycluster.cluster.direct_network import NetworkChoice
 from lazycluster.cluster.engine import CheckVersions
 from lazycluster.cluster.engine_cluster import EngineCluster, checked_count
 from lazycluster.cluster.exceptions import ClusterError
@@ -73,6 +74,9 @@ class DaskCluster(EngineCluster):
             default each has one thread and the resource ``{"GPU": gpus_per_worker}``. Then there is by default one
             worker for each GPU, and hosts without GPUs get none.
         idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
+        network: How hosts reach each other: ``"tunnel"``: through this machine; ``"direct"``: at their own addresses,
+            with the scheduler on the first host of the group; ``"auto"``: direct if all of them do, else through
+            tunnels. All of it is encrypted and authenticated.
 
     Raises:
         ClusterError: If dask, distributed or cryptography is not installed here.
@@ -106,6 +110,7 @@ class DaskCluster(EngineCluster):
         scheduler_options: Mapping[str, Any] | None = None,
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        network: NetworkChoice = "tunnel",
     ) -> None:
         if nthreads is not None:
             checked_count(nthreads, "nthreads", 1)
@@ -119,6 +124,7 @@ class DaskCluster(EngineCluster):
             check_versions=check_versions,
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
+            network=network,
             nthreads=nthreads,
             memory_limit=memory_limit,
             resources=resources,
@@ -460,7 +466,9 @@ class DaskCluster(EngineCluster):
         }
 
     def __repr__(self) -> str:
-        return f"<DaskCluster {self._state}, port {self.master_port}, {counted(ready(self._processes), 'worker')}>"
+        workers, network = counted(ready(self._processes), "worker"), self._network.direct
+        over = f", network: {network.described()}" if network.wanted != "tunnel" else ""
+        return f"<DaskCluster {self._state}, port {self.master_port}, {workers}{over}>"
 
 
 def _all_workers(client: Client) -> list[dict[str, Any]]:

@@ -42,7 +42,8 @@ class DaskEngine(Engine):
     same_versions, told_versions = ("dask", "distributed", "cloudpickle"), common.PACKAGES
     master_name, sent = "scheduler", True
     master_ports = (Port("master"), Port("dashboard", Reach.MANAGER))
-    worker_ports = (Port("worker"), Port("nanny", Reach.MANAGER), Port("dashboard", Reach.MANAGER))
+    worker_ports = (Port("worker"), Port("nanny", Reach.MASTER), Port("dashboard", Reach.MANAGER))
+    direct = "encrypted"
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
         Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto"),
@@ -92,6 +93,10 @@ class DaskEngine(Engine):
         self._credentials: Credentials | None = None
         self._configuration: dict[str, Any] | None = None
 
+    def encrypts(self) -> bool:
+        """Return True unless launchers of the user's own start something that knows of no certificates."""
+        return self.secure
+
     def needed_here(self) -> tuple[str, ...]:
         """Return the packages that the manager must have."""
         return super().needed_here() if self.secure else self.packages
@@ -108,13 +113,13 @@ class DaskEngine(Engine):
         return _program("dask-worker", "worker", settings=told, env=BEFORE_START, patience=5.0)
 
     def _scheduler(self, at: Endpoint) -> dict[str, Any]:
-        told = {"modules": self.modules.directory, "options": self.scheduler_options}
-        return {**self._everybody("scheduler", at), **told}
+        modules = self.modules.directory if at.on_manager else self.modules.directory_on(at.host)
+        return {**self._everybody("scheduler", at), "modules": modules, "options": self.scheduler_options}
 
     def _worker(self, at: Endpoint, master: Endpoint) -> dict[str, Any]:
         return {
             **self._everybody("worker", at),
-            "scheduler": self.address(master.port),
+            "scheduler": self.address(master.port, master.address),
             "name": at.name,
             "siblings": at.siblings,
             # Tasks that share a GPU share its memory: as elsewhere in Dask's world, there is one at a time.
@@ -129,7 +134,9 @@ class DaskEngine(Engine):
 
     def _everybody(self, role: str, at: Endpoint) -> dict[str, Any]:
         how = {"protocol": self.protocol, "security": self.security(role), "prefix": self.prefix}
-        return {"ports": at.ports, **how, "configuration": self.configuration}
+        between_hosts = {"master": at.bind} if role == "scheduler" else {"worker": at.bind, "nanny": at.bind}
+        where = {"ports": at.ports, "hosts": between_hosts, "address": at.address}
+        return {**where, **how, "configuration": self.configuration}
 
     # --- what they share -----------------------------------------------------------------------
     @property
@@ -156,6 +163,6 @@ class DaskEngine(Engine):
             return {"require_encryption": False}
         return self.credentials.for_role(role)
 
-    def address(self, port: int) -> str:
-        """Return the address of a port."""
-        return f"{self.protocol}://{LOOPBACK}:{port}"
+    def address(self, port: int, host: str = LOOPBACK) -> str:
+        """Return the address of a port, as Dask writes it."""
+        return f"{self.protocol}://[{host}]:{port}" if ":" in host else f"{self.protocol}://{host}:{port}"
