@@ -33,6 +33,21 @@ def age(path, seconds=100.0):
     os.utime(path, ns=(then, then))
 
 
+def make_large(path: Path, size: int = 4 << 30) -> Path:
+    """Make a file that takes seconds to copy and no time to make: its blocks are there, but were never written.
+
+    A hole would take no time to copy, either.
+    """
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    return path
+
+
+def make_large_there(path: Path) -> Path:
+    """Make such a file on a host, whose file systems are in memory."""
+    return make_large(path, 1 << 30)
+
+
 def make_tree(root: Path) -> Path:
     names = ["plain", "with space", "quo'te\"", "new\nline", "ünïcode ☃", "-dash", "$HOME", "~", "a" * 255, "b.part"]
     (root / "sub dir" / "empty").mkdir(parents=True)

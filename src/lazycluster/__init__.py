@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from .pool import joblib_registration
 
 if TYPE_CHECKING:
+    from .cluster_file.load import load_cluster_file
+    from .cluster_file.spec import ClusterSpec
+    from .engines import connect
     from .environments.spec import EnvironmentSpec
     from .runtime_mgmt import RuntimeGroup, RuntimeManager
     from .runtimes import LocalRuntime, Runtime, RuntimeTask
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from .utils import Environment
 
 __all__ = [
+    "ClusterSpec",
     "DetachedTask",
     "Environment",
     "EnvironmentSpec",
@@ -26,11 +30,14 @@ __all__ = [
     "RuntimeManager",
     "RuntimeTask",
     "__version__",
+    "connect",
+    "load_cluster_file",
 ]
 
 __version__ = "1.0.0rc1"
 
 _HOMES = {
+    "ClusterSpec": "cluster_file.spec",
     "DetachedTask": "tasks.detached",
     "Environment": "utils",
     "EnvironmentSpec": "environments.spec",
@@ -39,6 +46,8 @@ _HOMES = {
     "RuntimeGroup": "runtime_mgmt",
     "RuntimeManager": "runtime_mgmt",
     "RuntimeTask": "runtimes",
+    "connect": "engines",
+    "load_cluster_file": "cluster_file.load",
 }
 
 

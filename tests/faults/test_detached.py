@@ -297,6 +297,25 @@ def test_a_record_that_cannot_be_written_does_not_keep_a_task_from_being_started
         found.remove()
 
 
+def test_a_home_that_is_read_only(make_hosts: Any) -> None:
+    hosts = make_hosts(1)
+    hosts[0].run("mount -o remount,ro /home/lazy")
+    task = RuntimeTask("kept").run_command("echo here")
+    with connect(hosts) as runtime:
+        assert runtime.detached_tasks() == []
+        with pytest.raises(LazyclusterError, match=r"Read-only file system.*\n  Next step: .* XDG_STATE_HOME"):
+            runtime.execute_task(task, detach=True)
+    hosts[0].run("mount -o remount,rw /home/lazy && echo 'export XDG_STATE_HOME=/var/tmp/mine' >> /home/lazy/.bashrc")
+    hosts[0].run("mount -o remount,ro /home/lazy")
+    with connect(hosts) as runtime:
+        started = runtime.execute_task(task, detach=True)
+        started.result(_PATIENCE)
+        assert started.log() == "here\n"
+        (found,) = runtime.detached_tasks()
+        found.remove()
+    hosts[0].run("rm -r /var/tmp/mine")
+
+
 @pytest.mark.parametrize(
     "change",
     [

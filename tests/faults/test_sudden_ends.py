@@ -16,6 +16,7 @@ from managers import Victim
 from victims import connect, noted
 
 import leaks
+from filetrees import make_large, make_large_there
 from patience import until
 from sshhosts import procfs
 
@@ -35,13 +36,6 @@ def test_during_tasks(hosts: Any) -> None:
                 until(lambda host=host, wanted=f"sleep {seconds}": wanted in _commands(host), f"sleep {seconds}")
             assert [entry for entry in host.tmp_entries() if "lazycluster" in entry]
         victim.kill()
-
-
-def _huge(path: Path) -> None:
-    """Make a file that takes a while to copy, and no space."""
-    with path.open("wb") as file:
-        file.truncate(1 << 34)
-    path.chmod(0o644)
 
 
 @pytest.fixture
@@ -70,7 +64,7 @@ def _moving(hosts: Any, column: int) -> Callable[[], bool]:
 
 def test_while_files_are_sent(hosts: Any, copies: Path) -> None:
     with Victim("send", hosts) as victim:
-        _huge(victim.folder / "huge")
+        make_large(victim.folder / "huge").chmod(0o644)
         moving = _moving(hosts, _RECEIVED)
         assert victim.said() == "working"
         until(moving, "the copy to begin")
@@ -80,7 +74,7 @@ def test_while_files_are_sent(hosts: Any, copies: Path) -> None:
 
 
 def test_while_a_file_is_fetched(hosts: Any, copies: Path) -> None:
-    _huge(copies / "huge")
+    make_large_there(copies / "huge").chmod(0o644)
     with Victim("get", hosts) as victim:
         (victim.folder / "copies").mkdir()
         moving = _moving(hosts, _SENT)

@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 from managers import Victim
 
+from filetrees import make_large
 from patience import until
 
 INTERRUPTED = -signal.SIGINT
@@ -93,8 +94,7 @@ def test_nothing_is_left(hosts: Any, work: str, way: str) -> None:
     end, status = WAYS[way]
     with Victim(work, hosts) as victim:
         if work == "send":
-            with (victim.folder / "huge").open("wb") as file:
-                file.truncate(1 << 34)
+            make_large(victim.folder / "huge")
         if work == "tunnels":
             (victim.folder / "port").write_text("24102")  # nobody needs to listen there
         assert victim.said() == "working"

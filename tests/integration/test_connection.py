@@ -136,7 +136,8 @@ def test_no_python(make_hosts: Make) -> None:
 
 
 def test_python_too_old(make_hosts: Make) -> None:
-    error = refused(make_hosts(1, python="3.7"))
+    hosts = make_hosts(1, python="3.7")
+    error = refused(hosts, python=hosts[0].run("command -v python3").stdout.strip())
     assert error.reason == "python"
     assert "3.7" in str(error)
     assert "3.8" in str(error)

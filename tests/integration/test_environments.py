@@ -171,6 +171,12 @@ def test_an_environment_that_is_on_the_host_is_used(make_hosts: Any) -> None:
         assert runtime.environment_path == f"{host.home}/mine"
     with connect(host, "~/mine/bin/python") as runtime:
         assert runtime.call(lambda: sys.prefix) == f"{host.home}/mine"
+    host.run("rm ~/mine/bin/python", user=host.user)  # as in a system's own prefix, such as /usr
+    with connect(host, "~/mine") as runtime:
+        assert runtime.call(lambda: sys.prefix) == f"{host.home}/mine"
+    none = pytest.raises(EnvironmentBuildError, match="/home/lazy is not an environment: it has no bin/python")
+    with connect(host, "~") as runtime, none:
+        runtime.prepare()
     gone = pytest.raises(EnvironmentBuildError, match="there is no /home/lazy/nothing/there on the host")
     with connect(host, "~/nothing/there") as runtime, gone:
         runtime.prepare()

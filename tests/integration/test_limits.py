@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from filetrees import make_large
 from lazycluster import RuntimeGroup, RuntimeTask
 from lazycluster.agent import oom
 from lazycluster.exceptions import TaskExecutionError
@@ -97,9 +98,8 @@ def _commands() -> list[str]:
 
 
 def test_wall_time_of_a_copy(runtime: LocalRuntime, tmp_path: Path) -> None:
-    with (tmp_path / "huge").open("wb") as file:
-        file.truncate(1 << 40)
-    task = RuntimeTask("send").send_file(tmp_path / "huge", str(tmp_path / "there")).limit(wall_time=0.5)
+    large = make_large(tmp_path / "huge")
+    task = RuntimeTask("send").send_file(large, str(tmp_path / "there")).limit(wall_time=0.5)
     assert "wall_time of 0.5 s" in str(_fails(runtime, task))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["huge"]
 

@@ -17,15 +17,13 @@ from typing import Any
 
 import pytest
 
-from filetrees import make_tree, state
+from filetrees import make_large, make_large_there, make_tree, state
 from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.local_connection import LocalConnection
 from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.ssh.transfer import TransferError, get, send
-
-HUGE = 200 * 10**9
 
 
 def with_connections(connections: list[Connection], body: Callable[..., Awaitable[Any]]) -> Any:
@@ -43,13 +41,6 @@ def over_ssh(hosts: Any, body: Callable[..., Awaitable[Any]], **settings: Any) -
     settings["config_file"] = hosts.config_file
     made: list[Connection] = [SshConnection(name, settings) for name in hosts.names]
     return with_connections(made, body)
-
-
-def huge(path: Path) -> Path:
-    """Make a file that takes very long to copy, and no space here."""
-    with path.open("wb") as file:
-        file.truncate(HUGE)
-    return path
 
 
 async def started(copy: Callable[..., Awaitable[Any]]) -> asyncio.Future[Any]:
@@ -95,6 +86,26 @@ def test_folder_both_ways(hosts: Any, tmp_path: Path) -> None:
         assert state(host.path("~/work dir/in here/copy")) == state(source)
         assert state(tmp_path / host.name) == state(source)
         subprocess.run(["rm", "-r", host.path("~/work dir")], check=True)
+
+
+def test_holes_stay_holes(hosts: Any, tmp_path: Path) -> None:
+    with (tmp_path / "source").open("wb") as file:
+        file.truncate(1 << 40)
+        file.seek(1 << 39)
+        file.write(b"middle")
+
+    async def body(connection: Connection, *others: Connection) -> None:
+        await send(connection, tmp_path / "source", "sparse", cwd="", env={})
+        await get(connection, "sparse", tmp_path / "back", cwd="", env={})
+
+    over_ssh(hosts, body)
+    there = hosts[0].path("~/sparse")
+    for copy in (there, tmp_path / "back"):
+        with copy.open("rb") as file:
+            assert os.pread(file.fileno(), 12, (1 << 39) - 3) == b"\0\0\0middle\0\0\0"
+        assert copy.stat().st_size == 1 << 40
+        assert copy.stat().st_blocks * 512 <= 1 << 20
+    there.unlink()
 
 
 def test_old_python_on_the_host(make_hosts: Any, tmp_path: Path) -> None:
@@ -177,7 +188,7 @@ def test_disk_full(make_hosts: Any, tmp_path: Path) -> None:
 def test_few_sessions(make_hosts: Any, tmp_path: Path, max_sessions: int) -> None:
     hosts = make_hosts(1, max_sessions=max_sessions)
     (tmp_path / "file").write_bytes(os.urandom(2_000_000))
-    source = huge(tmp_path / "huge")
+    source = make_large(tmp_path / "huge")
 
     async def body(connection: SshConnection) -> None:
         copies = [send(connection, tmp_path / "file", f"copies/{i}", cwd="", env={}) for i in range(6)]
@@ -194,11 +205,12 @@ def test_few_sessions(make_hosts: Any, tmp_path: Path, max_sessions: int) -> Non
 
 
 def test_messages_pass_a_large_copy(hosts: Any, tmp_path: Path) -> None:
-    source = huge(tmp_path / "huge")
+    target = tmp_path / "huge"
+    target.touch()
 
     async def body(connection: SshConnection, *_: SshConnection) -> None:
         # Into nothing: the host's disk is not what is looked at.
-        task = await started(lambda progress: get(connection, "big", source, cwd="", env={}, progress=progress))
+        task = await started(lambda progress: get(connection, "big", target, cwd="", env={}, progress=progress))
         began = time.monotonic()
         for _ in range(5):
             await connection.request("info")
@@ -207,8 +219,7 @@ def test_messages_pass_a_large_copy(hosts: Any, tmp_path: Path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    huge(hosts[0].path("~/big"))
-    hosts[0].path("~/big").chmod(0o644)
+    make_large_there(hosts[0].path("~/big")).chmod(0o644)
     over_ssh(hosts, body)
     hosts[0].path("~/big").unlink()
     assert os.listdir(tmp_path) == ["huge"]
@@ -222,7 +233,7 @@ def test_interrupted(make_hosts: Any, tmp_path: Path, way: str, how: str) -> Non
     here.mkdir()
     there.mkdir()
     there.chmod(0o777)
-    huge((here if way == "send" else there) / "file")
+    make_large(here / "file") if way == "send" else make_large_there(there / "file")
     ((there if way == "send" else here) / "file").write_text("before")
 
     async def body(connection: SshConnection) -> None:
@@ -275,7 +286,8 @@ def test_manager_killed_in_the_middle(hosts: Any, tmp_path: Path, way: str) -> N
     here.mkdir()
     there.mkdir()
     there.chmod(0o777)
-    huge((here if way == "send" else there) / "file").chmod(0o644)
+    source = make_large(here / "file") if way == "send" else make_large_there(there / "file")
+    source.chmod(0o644)
     copy = f"send(connection, {str(here / 'file')!r}, 'there/', cwd='', env={{}}, progress=progress)"
     if way == "get":
         copy = f"get(connection, 'there/file', {str(here)!r}, cwd='', env={{}}, progress=progress)"

@@ -49,6 +49,7 @@ def furnish(spec):
             mount(f"/run/host/{name}", f"/etc/{name}", flags=MS_BIND)
     if spec["tools"]:
         link_tools("/run/host/bin")
+        hide_interpreters("/usr/bin", "/usr/local/bin")
     for user in spec["users"]:
         make_home(user, descriptors.get(spec["shared_home"]) if user["shares"] else None)
 
@@ -74,6 +75,13 @@ def make_home(user, shared):
     for folder, _, names in os.walk(home) if user["files"] else ():
         for path in [folder, *(os.path.join(folder, name) for name in names)]:
             os.chown(path, *owner, follow_symlinks=False)
+
+
+def hide_interpreters(*folders):
+    """Make what the machine has of Python unusable, for a host that has none at all."""
+    for entry in [entry for folder in folders for entry in os.scandir(folder)]:
+        if entry.name.startswith("python") and entry.is_file(follow_symlinks=False):
+            mount("/dev/null", entry.path, flags=MS_BIND)
 
 
 def link_tools(folder):

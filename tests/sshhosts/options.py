@@ -57,7 +57,7 @@ class Options:
 
     Attributes:
         python: ``None`` for the interpreter that runs this, ``"3.8"`` for one of that version (pyenv or PATH), a path,
-            or ``"none"`` for hosts without any ``python3`` on their PATH.
+            or ``"none"`` for hosts without any, unless ``path`` or ``files`` bring one.
         shell: Login shell of the user: bash, dash, zsh, fish, tcsh, or a path.
         user: Account that the ssh config names: ``lazy``, ``root``, or another one that is made.
         bastion: The hosts are reachable through the host ``bastion`` only.

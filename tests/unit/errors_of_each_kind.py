@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lazycluster.cluster.exceptions import (
     ClusterError,
+    ClusterFileError,
     ClusterStartError,
     MasterStartError,
     ServiceError,
@@ -82,6 +83,7 @@ ERRORS = [
     MasterStartError(host="host-1", problem="gone", exit_status=3, name="scheduler"),
     WorkerStartError("worker-1", "host-1", "it ended", exit_status=1, output="x"),
     ClusterStartError([PortInUseError(5)]),
+    ClusterFileError("cluster.toml", [(3, "unknown key 'x'"), (None, "hosts is missing")], "see the manual"),
     VersionMismatchError("other versions", ["host-1"]),
     MuxError("refused", True),
     TransferError("host-1", "manager", "/x\n\udcff", 28, "No space left", "free some"),

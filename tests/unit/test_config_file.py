@@ -226,6 +226,32 @@ def test_a_file_that_is_mounted(config: Path) -> None:
     assert sorted(path.name for path in config.parent.iterdir()) == ["config", "config" + BACKUP]
 
 
+@pytest.mark.parametrize(
+    ("mount", "why"),
+    [
+        ('mount --bind "$1" "$1" && mount -o remount,ro,bind "$1"', "config is read-only"),
+        ('mount --bind "$1" "$1" && mount -o remount,ro,bind "$1"', "new cannot be changed: Read-only"),
+        ('mount -t tmpfs -o size=8k none "$1" && head -c 4096 /dev/zero | tr "\\0" "#" > "$1/config"', "No space left"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named(config: Path, mount: str, why: str) -> None:
+    """The configuration is as before, and nothing is left beside it."""
+    name = "new" if "new" in why else "config"
+    program = (
+        "import os, sys; from lazycluster.ssh.config_file import *; before = sorted(os.listdir(sys.argv[1]))\n"
+        f"try: add_host('gpu', {{'HostName': 'gpu'}}, sys.argv[1] + '/{name}')\n"
+        "except ConfigurationError as error: print(error); print(sorted(os.listdir(sys.argv[1])) == before)"
+    )
+    script = f'{{ {mount}; }} || exit 77; exec "$0" -c "$2" "$1"'
+    argv = ["unshare", "-m", "sh", "-c", script, sys.executable, str(config.parent), program]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip("needs the right to mount")
+    assert why in done.stdout, done.stderr
+    assert "Next step: " in done.stdout and "chmod" not in done.stdout
+    assert done.stdout.endswith("True\n")
+
+
 @pytest.mark.parametrize("mode", [0o400, 0o444])
 @pytest.mark.parametrize("arguments", [["add-runtime", "gpu", "gpu.lab"], ["delete-runtime", "a"]])
 def test_a_read_only_file_is_not_changed(config: Path, mode: int, arguments: list[str]) -> None:

@@ -18,18 +18,19 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 
 import lazycluster.agent
-from filetrees import make_tree, state
-from lazycluster.agent import directory_tree
+from filetrees import make_large, make_tree, state
+from lazycluster.agent import directory_tree, holes
 from lazycluster.agent import stream as frames
 from lazycluster.agent.files import destination
 from lazycluster.agent.path_expansion import absolute, expand
 from lazycluster.agent.receiver import Receiver
-from lazycluster.agent.sender import COMPARE, RESUME, Sender
+from lazycluster.agent.sender import COMPARE, RESUME, Sender, digest
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
 from lazycluster.ssh.transfer import TransferError, TransferResult, get, send
 
@@ -642,14 +643,13 @@ def test_progress(host, tmp_path):
 # --- interruptions ---------------------------------------------------------------------------------
 @pytest.fixture
 def endless(tmp_path):
-    """A large file that takes no space, and a destination with a file of that name."""
-    source = tmp_path / "from" / "file"
-    source.parent.mkdir()
-    with source.open("wb") as file:
-        file.truncate(200 * 10**9)
+    """A large file, and a destination with a file of that name."""
+    (tmp_path / "from").mkdir()
+    source = make_large(tmp_path / "from" / "file")
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "file").write_text("before")
-    return source
+    yield source
+    source.unlink()
 
 
 def slow(sock: socket.socket) -> None:
@@ -1175,8 +1175,96 @@ def test_memory_stays_small(tmp_path):
 
     connection.open_copy_stream = open_copy_stream
     with (tmp_path / "big").open("wb") as file:
-        file.truncate(300_000_000)
+        os.posix_fallocate(file.fileno(), 0, 300_000_000)  # a hole would not be sent
     do_send(connection, tmp_path / "big", tmp_path / "there")
     connection.close()
     _, said = process.communicate(timeout=10)
     assert int(said) < 30_000  # KiB
+
+
+# --- sparse files ----------------------------------------------------------------------------------
+def make_sparse(path, *places, size):
+    """Make a file with a little data at some places; return how much it takes of the disk."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        for place in places:
+            file.seek(place)
+            file.write(b"data %d" % place)
+    return path.stat().st_blocks * 512
+
+
+@pytest.mark.parametrize("way", ["send", "get"])
+@pytest.mark.parametrize("places", [(), (0,), (7 << 30,), (5_000_000, 3 << 40, (1 << 42) - 100)])
+def test_holes_stay_holes(any_host, tmp_path, way, places):
+    """Of terabytes, with what is between them; nothing of a hole is read, sent or written."""
+    source, there = tmp_path / "source", tmp_path / "there"
+    used = make_sparse(source, *places, size=1 << 42)
+    os.chmod(source, 0o640)
+    result = copies(any_host, way, source, there)
+    assert (result.sent, result.bytes) == (1, 1 << 42)
+    assert there.stat().st_size == 1 << 42
+    assert there.stat().st_blocks * 512 <= 2 * used + 65536
+    assert stat.S_IMODE(there.stat().st_mode) == 0o640
+    with source.open("rb") as one, there.open("rb") as other:
+        for place in (0, *places, (1 << 42) - 4096):
+            assert os.pread(one.fileno(), 4096, place) == os.pread(other.fileno(), 4096, place)
+    assert copies(any_host, way, source, there).skipped == 1
+    os.utime(there, ns=(source.stat().st_mtime_ns // 10**9 * 10**9,) * 2)  # as on file systems that keep seconds only
+    assert copies(any_host, way, source, there).skipped == 1
+
+
+def test_holes_of_a_folder_and_what_only_looks_like_one(host, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    make_sparse(source / "holes", 100_000, 900_000, size=1_000_000)
+    (source / "blank").write_bytes(bytes(1_000_000))
+    (source / "empty").touch()
+    assert do_send(host, source, tmp_path / "there").sent == 3
+    for name in ("holes", "blank", "empty"):
+        assert (tmp_path / "there" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("missing", ["constants", "support"])
+def test_where_holes_are_not_told_all_is_data(host, tmp_path, monkeypatch, missing):
+    if missing == "constants":
+        monkeypatch.setattr(holes, "_SEEK_DATA", None)
+    else:
+
+        def lseek(fd, position, how):
+            if how == os.SEEK_DATA:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return real(fd, position, how)
+
+        real = os.lseek
+        monkeypatch.setattr(os, "lseek", lseek)
+    make_sparse(tmp_path / "source", 1_000_000, 5_000_000, size=6_000_000)
+    do_send(host, tmp_path / "source", tmp_path / "there")
+    assert (tmp_path / "there").read_bytes() == (tmp_path / "source").read_bytes()
+
+
+def test_a_digest_does_not_depend_on_where_holes_are(tmp_path):
+    make_sparse(tmp_path / "holes", 300_000, 2_000_000, size=4_000_001)
+    (tmp_path / "full").write_bytes((tmp_path / "holes").read_bytes())
+    (tmp_path / "other").write_bytes((tmp_path / "holes").read_bytes().replace(b"data 3", b"data 4"))
+    make_sparse(tmp_path / "moved", 300_000 + 2**18, 2_000_000, size=4_000_001)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context((tmp_path / name).open("rb")) for name in ("holes", "full", "other", "moved")]
+        one, same, *others = [digest(file.fileno()) for file in files]
+    assert one == same
+    assert one not in others
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 31, 255, 4096, 100_003])
+def test_the_checksum_of_a_hole(count):
+    for before in (b"", b"x", b"some text"):
+        assert holes.after_zeros(zlib.crc32(before), count) == zlib.crc32(before + bytes(count))
+
+
+def test_a_hole_that_no_file_can_have_is_refused(inside):
+    for count in (2**64 - 1, 2**63 - 1):
+        hostile = Hostile(inside)
+        hostile.send(frames.ENTRIES, [["f", "x", 1, 0o644, 4]])
+        hostile.send(frames.HOLE, count.to_bytes(8, "big"))
+        hostile.send(frames.HOLE, count.to_bytes(8, "big"))
+        assert hostile.outcome() is not None
+        assert os.listdir(inside) == []

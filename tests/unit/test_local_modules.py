@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lazycluster.cluster import local_modules
+from lazycluster.cluster import local_modules, module_sources
 from lazycluster.cluster.local_modules import LocalModules
 from lazycluster.core import event_loop
 from lazycluster.ssh import workspace
@@ -37,7 +37,8 @@ def test_what_is_under_way_at_the_end_writes_nowhere_else(
 ) -> None:
     modules = LocalModules()
     event_loop.run(modules.open())
-    before = getattr(local_modules, step)
+    module_of_step = module_sources if step == "_read" else local_modules
+    before = getattr(module_of_step, step)
     begun, go_on = threading.Event(), threading.Event()
 
     def held(*arguments: Any) -> Any:
@@ -45,7 +46,7 @@ def test_what_is_under_way_at_the_end_writes_nowhere_else(
         assert go_on.wait(30)
         return before(*arguments)
 
-    monkeypatch.setattr(local_modules, step, held)
+    monkeypatch.setattr(module_of_step, step, held)
     module.write_text("VALUE = 22\n")
     user = threading.Thread(target=modules.sync_now)
     user.start()

@@ -28,7 +28,7 @@ from lazycluster.agent.path_expansion import absolute, expand
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
 from lazycluster.exceptions import printable
-from lazycluster.ssh.agent_program import bulk_command, rejoin_command, remote_command
+from lazycluster.ssh.agent_program import bulk_command, choosing_command, rejoining_stub, remote_command, stub
 from lazycluster.ssh.config import Settings, ssh_argv
 from lazycluster.ssh.destination import parse_destination
 from lazycluster.utils import safe_name
@@ -356,9 +356,6 @@ def test_what_is_shown_is_harmless(text: str) -> None:
         assert shown == text
 
 
-_FURTHER = (bulk_command, rejoin_command)
-
-
 # --- quoting -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 @examples(25)
@@ -368,9 +365,16 @@ _FURTHER = (bulk_command, rejoin_command)
 @example("line\nbreak")
 def test_an_interpreters_name_is_one_word_for_a_shell(shell: str, python: str) -> None:
     """The one line that a login shell is given, with `printf` in the place of `exec PYTHON`."""
-    assume(not python.startswith("~/"))
     sockets = ["/tmp/it's $HOME/agent.sock", "/caf\u00e9/agent.sock"]
-    for command in (remote_command(python, "0123"), *(line(python, "0123", sockets, 7) for line in _FURTHER)):
+    programs = (stub("0123"), rejoining_stub("0123", sockets, 7))
+    for program in programs:
+        line = "printf '%s\\0' ".join(choosing_command("0123", program, python).rsplit("exec sh -c ", 1))
+        words = subprocess.run([shell, "-c", line], capture_output=True, check=True).stdout.decode().split("\0")
+        assert words[1:] == [program, python, ""]
+    for command in (
+        *(remote_command(python, program) for program in programs),
+        bulk_command(python, "0123", sockets, 7),
+    ):
         line = "printf '%s\\0' ".join(command.rsplit("exec ", 1))
         done = subprocess.run([shell, "-c", line], capture_output=True, check=True)
         words = done.stdout.decode().split("\0")

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazycluster.agent import ssh_session, wire
+from lazycluster.agent.holes import after_zeros
 from lazycluster.agent.partial_files import PartialFile, PartialFiles, received
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
@@ -430,6 +431,37 @@ def test_a_part_of_a_file_that_has_grown_is_taken_up_if_it_is_its_beginning(
         Sender(stream, lambda: (os.fsencode(source), b"source"), ByteCounter()).run()
         receiving.join()
     assert (there.read_bytes(), sum(went)) == (now, sent)
+    parts.close()
+
+
+def test_a_part_with_holes_is_taken_up(tmp_path: Path) -> None:
+    """Its end may be a hole, which was never written."""
+    parts, source, there = PartialFiles(), tmp_path / "source", tmp_path / "there"
+    with source.open("wb") as file:
+        file.write(b"begin")
+        file.truncate(1 << 40)
+        file.seek(1 << 39)
+        file.write(b"middle")
+    fd = unnamed(tmp_path, b"begin")
+    os.ftruncate(fd, 1 << 38)
+    checksum = after_zeros(zlib.crc32(b"begin"), (1 << 38) - 5)
+    mtime = source.stat().st_mtime_ns
+    parts.put(PartialFile(os.fsencode(there), 1 << 40, mtime, fd, 1 << 38, checksum))
+    with contextlib.ExitStack() as stack:
+        ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
+        place = lambda folder, name: (os.fsencode(tmp_path), b"there", False)  # noqa: E731
+        receiver = Receiver(FrameStream(ours.fileno(), ours.fileno()), place, ByteCounter(), parts)
+        stream = FrameStream(theirs.fileno(), theirs.fileno())
+        receiving = threading.Thread(target=receiver.run)
+        receiving.start()
+        counter = ByteCounter()
+        Sender(stream, lambda: (os.fsencode(source), b"source"), counter).run()
+        receiving.join()
+    with there.open("rb") as file:
+        assert file.read(10) == b"begin" + bytes(5)
+        assert os.pread(file.fileno(), 10, 1 << 39) == b"middle" + bytes(4)
+    assert there.stat().st_size == 1 << 40
+    assert there.stat().st_blocks <= 2 * source.stat().st_blocks + 128
     parts.close()
 
 

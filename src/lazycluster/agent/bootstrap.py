@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
     from types import CodeType
-    from typing import Any, Dict, Optional, Tuple
+    from typing import Any, Dict, Optional, Tuple, Union
 
 PACKAGE = "lazycluster_agent"
 NO_DIRECTORY = "lazycluster: no private directory can be made: "  # how the line begins that tells the manager so
@@ -30,13 +30,17 @@ class _AgentFinder:
     takes to start.
     """
 
-    def __init__(self, sources: Dict[str, str], codes: Dict[str, CodeType]) -> None:
+    def __init__(self, modules: Dict[str, Union[str, CodeType]]) -> None:
+        self._modules = modules
+        self._sources: Dict[str, str] = {}
+
+    def add(self, sources: Dict[str, str]) -> None:
+        """Take the sources of all modules, also of those that there are as code."""
         self._sources = sources
-        self._codes = codes
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Optional[ModuleSpec]:
         package, _, module = name.rpartition(".")
-        if name == PACKAGE or (package == PACKAGE and module in self._sources):
+        if name == PACKAGE or (package == PACKAGE and (module in self._modules or module in self._sources)):
             return ModuleSpec(name, self, is_package=name == PACKAGE)  # type: ignore[arg-type]
         return None
 
@@ -46,12 +50,16 @@ class _AgentFinder:
     def exec_module(self, module: Any) -> None:
         if module.__name__ != PACKAGE:
             name = module.__name__.rpartition(".")[2]
-            code = self._codes.get(name) or compile(self._sources[name], file_name(name), "exec", dont_inherit=True)
+            code = self._modules.get(name) or self._sources[name]
+            if isinstance(code, str):
+                code = compile(code, file_name(name), "exec", dont_inherit=True)
             exec(code, module.__dict__)
 
     def get_source(self, name: str) -> Optional[str]:
         """Return a module's source, for tracebacks and for what is started from it."""
-        return self._sources.get(name.rpartition(".")[2])
+        name = name.rpartition(".")[2]
+        code = self._modules.get(name)
+        return code if isinstance(code, str) else self._sources.get(name)
 
 
 def file_name(module: str) -> str:
@@ -59,14 +67,16 @@ def file_name(module: str) -> str:
     return "<lazycluster agent: {}.py>".format(module)
 
 
-def main(sources: Dict[str, str], codes: Dict[str, CodeType], local: bool) -> None:
+def main(modules: Dict[str, Union[str, CodeType]], local: bool) -> None:
     """Start guardian and agent and hand the agent this session's streams.
+
+    Of the modules, those are here that each agent needs, as text or code; the others come when they are needed.
 
     Over ssh they become daemons, and this process stays as long as the agent does: sshd watches it. As a plain
     subprocess of the manager (`local`), this process is the guardian itself.
     """
     told = -1 if local else _told()
-    sys.meta_path.insert(0, _AgentFinder(sources, codes))
+    sys.meta_path.insert(0, _AgentFinder(modules))
     descriptors = import_module(PACKAGE + ".descriptors")
     guardian = import_module(PACKAGE + ".guardian")
     import_module(PACKAGE + ".processes").forbid_cores()
@@ -152,11 +162,10 @@ def _close(fd: int) -> None:
 def _stay(connection: socket.socket) -> None:
     for fd in (0, 1):
         os.close(fd)
-    import signal
+    import _signal as signal  # type: ignore[import-not-found]
 
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_IGN
-    )  # the part of the login shell that tells of it is a child of this process
+    # The part of the login shell that tells of it is a child of this process.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

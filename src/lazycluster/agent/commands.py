@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
-import signal
 import time
-from collections import deque
 
 from . import oom
 from .processes import (
@@ -24,9 +22,14 @@ from .processes import (
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    import signal
+    from collections import deque
     from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
     from .session import RequestChannel
+else:
+    import _signal as signal  # the module proper makes enumerations, for which it imports much
+    from _collections import deque
 
 
 def login_shell() -> str:

@@ -42,18 +42,20 @@ def _boot() -> str:
     return "{} {}".format(boot, start_time(1) or 0) if boot else ""
 
 
-def tasks_directory(trust_group: bool) -> str:
+def tasks_directory(trust_group: bool, wanted: bool = True) -> str:
     """Return the directory that holds those of the tasks, made for this user only.
 
     Args:
         trust_group: See `ownership.check`.
+        wanted: Make it if it does not exist; else there are no tasks, and a home that is read-only is no error.
 
     Raises:
         OSError: It cannot be made, or somebody else could have.
     """
     base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
     path = os.path.join(base, "lazycluster", "detached")
-    make(path, 0o700, trust_group)
+    if wanted or os.path.lexists(path):
+        make(path, 0o700, trust_group)
     return path
 
 
@@ -323,10 +325,11 @@ def _lives(about: Dict[str, Any]) -> bool:
 
 def detached(channel: "RequestChannel") -> None:
     """Handle the request `detached`: tell about tasks (`list`, `state`, `log`, `outcome`), `cancel` or `remove` one."""
-    params, root = channel.params, tasks_directory(trusts_group(channel))
+    params, root = channel.params, tasks_directory(trusts_group(channel), wanted=False)
     action = params["do"]
     if action == "list":
-        found = [_told(os.path.join(root, name)) for name in sorted(os.listdir(root)) if _NAME.fullmatch(name)]
+        names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+        found = [_told(os.path.join(root, name)) for name in names if _NAME.fullmatch(name)]
         channel.result(tasks=[one for one in found if one is not None])
         return
     name = str(params["id"])

@@ -93,6 +93,10 @@ class PartFile:
         while data:
             data = data[os.write(self.fd, data) :]
 
+    def skip(self, count: int) -> None:
+        """Append a hole of so many bytes."""
+        os.ftruncate(self.fd, os.lseek(self.fd, count, os.SEEK_CUR))
+
     def complete(self, mode: int, mtime: int) -> None:
         """Give the file its mode, time and name; what had the name is replaced."""
         os.fchmod(self.fd, mode & _FULL)

@@ -5,19 +5,22 @@ It is the subreaper of everything below it (Linux), so that also what detached i
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import stat
 import time
+from importlib import import_module
 
+from . import json_text
 from .directories import further
 from .processes import ChildProcess, descendants, send_signal, start_time
 from .ssh_session import SSHD_FILE
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    import signal
     from typing import Any, Dict, Iterable, List, Optional, Tuple
+else:
+    import _signal as signal  # the module proper makes enumerations, for which it imports much
 
 KEEP_FILE = "keep.json"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -29,10 +32,16 @@ _SLOWEST = 60.0  # seconds for what an ssh process has not sent yet: some megaby
 
 def become_subreaper() -> bool:
     """Have orphaned descendants become children of this process. Returns whether the system can do that."""
+    arguments = (_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        fast: Any = import_module("_ctypes")  # the package `ctypes` takes several milliseconds to import
+        return bool(fast.call_function(fast.dlsym(fast.dlopen(None), "prctl"), arguments) == 0)
+    except (ImportError, OSError, AttributeError, TypeError):
+        pass  # not CPython, or not as it is now
     try:
         import ctypes
 
-        return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+        return bool(ctypes.CDLL(None).prctl(*arguments) == 0)
     except (ImportError, OSError, AttributeError):
         return False
 
@@ -138,8 +147,8 @@ def _reap() -> None:
 def clean(directory: str) -> None:
     """Remove the agent's directory; end and remove what the manager asked to keep an eye on (on its own machine)."""
     try:
-        with open(os.path.join(directory, KEEP_FILE)) as file:
-            kept: Dict[str, Any] = json.load(file)
+        with open(os.path.join(directory, KEEP_FILE), "rb") as file:
+            kept: Dict[str, Any] = json_text.loads(file.read())
     except (OSError, ValueError):
         kept = {}
     readers = _readers(kept.get("paths", []))

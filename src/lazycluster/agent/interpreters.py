@@ -9,7 +9,13 @@ import os
 import sys
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
-_CONDA = ("miniconda3", "anaconda3", "miniforge3", "mambaforge")
+_CONDA = ("~/miniconda3", "~/anaconda3", "~/miniforge3", "~/mambaforge")
+# Patterns of the directories in which interpreters usually are, beside those on the PATH.
+USUAL_DIRECTORIES = (
+    *("/usr/bin", "/usr/local/bin", "/opt/*/bin", "/opt/conda/envs/*/bin"),
+    *(conda + directory for conda in _CONDA for directory in ("/bin", "/envs/*/bin")),
+    *("~/.local/bin", "~/.pyenv/versions/*/bin", "~/.local/share/uv/python/*/bin"),
+)
 _PROBE = "import sys; print(*sys.version_info[:3]); print(sys.prefix)"
 _PROBE_LIMIT = 5.0  # seconds
 
@@ -57,17 +63,9 @@ def interpreter_directories() -> List[str]:
     """Return patterns of the directories in which interpreters usually are, those on the PATH first."""
     import glob
 
-    home = os.path.expanduser("~")
+    home = glob.escape(os.path.expanduser("~"))
     found = [glob.escape(part) for part in os.environ.get("PATH", "").split(os.pathsep) if part]
-    found += ["/usr/bin", "/usr/local/bin", "/opt/*/bin", "/opt/conda/envs/*/bin"]
-    home = glob.escape(home)
-    for conda in _CONDA:
-        found += ["{}/{}/bin".format(home, conda), "{}/{}/envs/*/bin".format(home, conda)]
-    return found + [
-        home + "/.local/bin",
-        home + "/.pyenv/versions/*/bin",
-        home + "/.local/share/uv/python/*/bin",
-    ]
+    return found + [home + usual[1:] if usual[0] == "~" else usual for usual in USUAL_DIRECTORIES]
 
 
 def version_of(path: str) -> Tuple[List[int], str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import _socket as socket
 import os
-import re
-import signal
 import stat
 import time
 
@@ -15,13 +13,16 @@ from .processes import AGENT_MARKER, marked_processes, namespace, read_text, sen
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    import signal
     from typing import Any, Dict, Iterator, List, Tuple
 
     from .session import RequestChannel
+else:
+    import _signal as signal  # the module proper makes enumerations, for which it imports much
 
 _YOUNG = 10.0  # seconds
 _SLOWEST = 60.0  # seconds from the making of a directory until its agent listens, on the slowest of hosts
-_UNFINISHED = re.compile(r".*/" + PREFIX + "[0-9a-f]{12}$")
+_NAME_SIZE = 12  # hexadecimal digits
 
 
 def leftovers(channel: RequestChannel) -> None:
@@ -102,7 +103,7 @@ def remove_unfinished(own: str) -> List[str]:
     removed = []
     for path in beside(own):
         try:
-            if _UNFINISHED.match(path) and _is_private(os.lstat(path), _SLOWEST) and is_of_this_host(path):
+            if _is_named_by_agents(path) and _is_private(os.lstat(path), _SLOWEST) and is_of_this_host(path):
                 if _names(path) == [HOST_FILE]:
                     os.unlink(os.path.join(path, HOST_FILE))
                 os.rmdir(path)  # only an empty one
@@ -110,6 +111,12 @@ def remove_unfinished(own: str) -> List[str]:
         except OSError:
             continue
     return removed
+
+
+def _is_named_by_agents(path: str) -> bool:
+    name = os.path.basename(path)
+    digits = name[len(PREFIX) :]
+    return name.startswith(PREFIX) and len(digits) == _NAME_SIZE and not set(digits) - set("0123456789abcdef")
 
 
 def _names(path: str) -> List[str]:

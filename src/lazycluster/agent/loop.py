@@ -5,19 +5,23 @@ Not asyncio: importing it would take longer than everything else that the agent 
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import os
-import selectors
-import signal
 import time
-from collections import deque
+from _heapq import heappop, heappush
+
+from .poller import READ, WRITE, Poller
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    import signal
+    from collections import deque
     from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
     Callback = Callable[[], Any]
+else:
+    import _signal as signal  # the module proper makes enumerations, for which it imports much
+    from _collections import deque
 
 _PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds for which a descriptor is left alone whose callback has failed
 
@@ -42,7 +46,7 @@ class Loop:
     """
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._poller = Poller()
         self._callbacks: Dict[int, List[Optional[Callback]]] = {}  # fd -> [reader, writer]
         self._timers: List[Tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -95,21 +99,21 @@ class Loop:
         if mask == before:
             return
         if not before:
-            self._selector.register(fd, mask)
+            self._poller.register(fd, mask)
         elif not mask:
-            self._selector.unregister(fd)
+            self._poller.unregister(fd)
         else:
-            self._selector.modify(fd, mask)
+            self._poller.modify(fd, mask)
 
     @staticmethod
     def _mask(pair: List[Optional[Callback]]) -> int:
-        return (selectors.EVENT_READ if pair[0] else 0) | (selectors.EVENT_WRITE if pair[1] else 0)
+        return (READ if pair[0] else 0) | (WRITE if pair[1] else 0)
 
     # --- time ----------------------------------------------------------------------------------
     def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Call `callback` once, in `seconds`."""
         timer = Timer(time.monotonic() + seconds, callback)
-        heapq.heappush(self._timers, (timer.due, next(self._order), timer))
+        heappush(self._timers, (timer.due, next(self._order), timer))
         return timer
 
     def call_soon(self, callback: Callback) -> None:
@@ -189,19 +193,19 @@ class Loop:
         self._reap()
 
     def _round(self) -> None:
-        for key, mask in self._selector.select(self._timeout()):
+        for fd, mask in self._poller.wait(self._timeout()):
             # A callback may have removed a later one of the same round: look each up when its turn comes.
-            for index, event in ((0, selectors.EVENT_READ), (1, selectors.EVENT_WRITE)):
-                callback = self._callbacks.get(key.fd, (None, None))[index] if mask & event else None
+            for index, event in ((0, READ), (1, WRITE)):
+                callback = self._callbacks.get(fd, (None, None))[index] if mask & event else None
                 if callback is None:
                     continue
                 if not self._call(callback):
-                    self._pause(key.fd, index, callback)
+                    self._pause(fd, index, callback)
                 elif self._paused:
-                    self._paused.pop((key.fd, index), None)
+                    self._paused.pop((fd, index), None)
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
-            timer = heapq.heappop(self._timers)[2]
+            timer = heappop(self._timers)[2]
             if timer.callback is not None:
                 self._call(timer.callback)
         for _ in range(len(self._soon)):
@@ -211,7 +215,7 @@ class Loop:
         if self._soon:
             return 0.0
         while self._timers and self._timers[0][2].callback is None:
-            heapq.heappop(self._timers)
+            heappop(self._timers)
         if not self._timers:
             return None
         return max(0.0, self._timers[0][0] - time.monotonic())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
 import os
-import signal
 import time
 
 from .session import FrameSession
@@ -13,10 +12,13 @@ from .wire import TOTAL_SIZE, FrameError
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    import signal
     from typing import Any, Callable, List, Optional
 
     from .server import Agent
     from .session import RequestChannel
+else:
+    import _signal as signal  # the module proper makes enumerations, for which it imports much
 
 SILENCE_LIMIT = 300.0  # seconds without a heartbeat of the manager, after which it counts as ended
 _NO_SSHD = "the agent finds no sshd above its session, so it cannot tell the manager's end from that of the link"

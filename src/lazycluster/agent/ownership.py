@@ -11,15 +11,19 @@ import errno
 import os
 import pwd
 import stat
-from typing import List, NamedTuple
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import List
 
 _MOST_LINKS = 40
 
 
-class _Directory(NamedTuple):
-    path: str
-    inode: os.stat_result
-    closed: bool  # nobody else gets into it, whatever the modes are of what is in it
+class _Directory:
+    """A directory on the way to another one; `closed`: nobody else gets into it, whatever is in it lets them do."""
+
+    def __init__(self, path: str, inode: os.stat_result, closed: bool) -> None:
+        self.path, self.inode, self.closed = path, inode, closed
 
 
 def check(path: str, trust_group: bool = False) -> None:
@@ -37,7 +41,7 @@ def check(path: str, trust_group: bool = False) -> None:
         PermissionError: Somebody else could; `strerror` says how, and what to do.
         OSError: It cannot be found out.
     """
-    users = _Users(trust_group)
+    users = Users(trust_group)
     way = [_Directory("/", os.stat("/"), False)]
     links, left = 0, _parts(os.path.abspath(path))
     while left:
@@ -104,7 +108,7 @@ def _writable(inode: os.stat_result) -> bool:
     return bool(inode.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
-class _Users:
+class Users:
     """The users who are trusted.
 
     Attributes:
@@ -120,7 +124,7 @@ class _Users:
         except (KeyError, OSError):
             pass  # it has no home directory
 
-    def _trusts(self, group: int) -> bool:
+    def trusts(self, group: int) -> bool:
         """Return whether all members of a group are trusted, as where each user has a group of their own."""
         if self._trust_group:
             return True
@@ -136,7 +140,7 @@ class _Users:
         """Return whether only trusted users get into a directory."""
         if inode.st_uid not in self.trusted or inode.st_mode & stat.S_IXOTH:
             return False
-        return not inode.st_mode & stat.S_IXGRP or self._trusts(inode.st_gid)
+        return not inode.st_mode & stat.S_IXGRP or self.trusts(inode.st_gid)
 
     def check_writers(self, directory: _Directory, is_used: bool = False) -> None:
         """Refuse a directory in which others can replace what is there, or, if it `is_used`, add something."""
@@ -146,7 +150,7 @@ class _Users:
             return
         if mode & stat.S_IWOTH:
             who, change = "everybody", "chmod o-w forbids that"
-        elif mode & stat.S_IWGRP and not self._trusts(directory.inode.st_gid):
+        elif mode & stat.S_IWGRP and not self.trusts(directory.inode.st_gid):
             who, change = "its group", "chmod g-w forbids that; LAZYCLUSTER_TRUST_GROUP=1 on the manager allows it"
         else:
             return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
-from typing import Iterator, List, Mapping, Sequence
 
-_VARIABLE = re.compile(rb"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    import re
+    from typing import Iterator, List, Mapping, Sequence
+
+_VARIABLE = rb"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})"
 
 
 def home(env: Mapping[str, str]) -> bytes:
@@ -20,17 +22,24 @@ def expand(path: bytes, env: Mapping[str, str]) -> bytes:
 
     A variable that is not set stays as it is, since a dollar sign may stand in a file's name.
     """
+    # First the tilde: one that comes out of a variable is a name, as in a shell.
+    if path == b"~" or path.startswith(b"~/"):
+        return home(env) + _with_variables(path[1:], env)
+    if path.startswith(b"~"):
+        path = os.path.expanduser(path)
+    return _with_variables(path, env)
+
+
+def _with_variables(path: bytes, env: Mapping[str, str]) -> bytes:
+    if b"$" not in path:
+        return path
+    import re  # here and not above: the start of the agent does not wait for it
 
     def value(match: "re.Match[bytes]") -> bytes:
         name = (match.group(1) or match.group(2)).decode("ascii")
         return _raw(env[name]) if name in env else os.environb.get(_raw(name), match.group(0))
 
-    # First the tilde: one that comes out of a variable is a name, as in a shell.
-    if path == b"~" or path.startswith(b"~/"):
-        return home(env) + _VARIABLE.sub(value, path[1:])
-    if path.startswith(b"~"):
-        path = os.path.expanduser(path)
-    return _VARIABLE.sub(value, path)
+    return re.sub(_VARIABLE, value, path)
 
 
 def absolute(path: bytes, cwd: bytes, env: Mapping[str, str]) -> bytes:
@@ -73,6 +82,8 @@ class Pattern:
 
     def fits(self, name: bytes) -> bool:
         """Return whether a path below the folder is meant. A ``*`` stands for slashes, too."""
+        import fnmatch
+
         name = os.path.basename(name) if self._is_name else name
         return any(name == text or fnmatch.fnmatchcase(name, text) for text in self._texts)
 

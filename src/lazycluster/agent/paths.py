@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from typing import Mapping
 
 from .deletion import RefusedError
 from .deletion import remove as delete
 from .ownership import make
 from .path_expansion import absolute, home
-from .session import RequestChannel
+
+TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
+if TYPE_CHECKING:
+    from typing import Mapping
+
+    from .session import RequestChannel
 
 _OPEN = 0o755  # whatever the umask lets through, others may not write
 
@@ -55,7 +58,9 @@ def mkdir(channel: RequestChannel) -> None:
 
 def mkdtemp(channel: RequestChannel) -> None:
     """Handle the request `mkdtemp`: make a directory that is removed when the agent ends."""
-    channel.result(path=tempfile.mkdtemp(prefix="tmp-", dir=channel.agent.directory))
+    path = os.path.join(channel.agent.directory, "tmp-" + os.urandom(4).hex())
+    os.mkdir(path, 0o700)
+    channel.result(path=path)
 
 
 def remove(channel: RequestChannel) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import signal
 import time
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    import signal
     from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
     from .loop import Loop
     from .session import RequestChannel
+else:
+    import _signal as signal  # the module proper makes enumerations, for which it imports much
 
 AGENT_MARKER = "LAZYCLUSTER_AGENT"
 TASK_MARKER = "LAZYCLUSTER_TASK"

@@ -12,6 +12,7 @@ from collections import deque
 from typing import Any, Callable, Deque, List, NamedTuple, Optional, Tuple
 
 from .directory_tree import DirectoryTree, PartFile
+from .holes import after_zeros
 from .partial_files import WORTH_IT, PartialFile, PartialFiles
 from .sender import COMPARE, NOT_WANTED, RESUME, WANTED, digest, identity, what_is
 from .stream import (
@@ -24,6 +25,7 @@ from .stream import (
     ENTRIES,
     ERROR,
     FROM,
+    HOLE,
     LAST,
     LISTED,
     MISSED,
@@ -140,6 +142,7 @@ class Receiver:
             ENTRIES: self._entries,
             FROM: self._from,
             DATA: self._data,
+            HOLE: self._hole,
             LAST: self._last,
             SAME: self._same,
             LISTED: self._listed,
@@ -258,6 +261,19 @@ class Receiver:
                 part.write(piece)
             except OSError as error:
                 raise self._failed(error) from error
+
+    def _hole(self) -> None:
+        if self._part is None:
+            self._begin()
+        count = _within_64_bits(int.from_bytes(self._stream.payload(), "big"))
+        self._checksum = after_zeros(self._checksum, count)
+        self._size += count
+        if self._part is not None:
+            try:
+                self._part.skip(count)
+            except OSError as error:
+                raise self._failed(error) from error
+        self._counter.moved(count)
 
     def _last(self) -> None:
         size, checksum, mode, mtime = SUMMARY.unpack(self._stream.payload())

@@ -11,6 +11,7 @@ from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from .directory_tree import DirectoryTree
+from .holes import after_zeros, extents, filled_blocks
 from .path_expansion import Exclusion
 from .stream import (
     ABORT,
@@ -23,6 +24,7 @@ from .stream import (
     ENTRIES,
     ERROR,
     FROM,
+    HOLE,
     LAST,
     LISTED,
     MISSED,
@@ -67,12 +69,10 @@ def digest(fd: int) -> bytes:
     from hashlib import blake2b
 
     state = blake2b(digest_size=DIGEST_SIZE)
-    block = memoryview(bytearray(256 * 1024))
-    while True:
-        count = os.readv(fd, [block])
-        if not count:
-            return state.digest()
-        state.update(block[:count])
+    for place, block in filled_blocks(fd):
+        state.update(place.to_bytes(8, "big"))
+        state.update(block)
+    return state.digest()
 
 
 def identity(inode: os.stat_result) -> List[Any]:
@@ -347,12 +347,24 @@ class Sender:
                 checksum = there[1] if start else 0
                 self._stream.put(FROM, start.to_bytes(8, "big"))
                 self._counter.moved(start)
-            os.lseek(fd, start, os.SEEK_SET)
-            left, checksum = self._send_data(fd, before.st_size - start, checksum)
+            left, checksum = self._send_content(fd, start, before.st_size, checksum)
             _check(fd, path, before, left, checksum)
         summary = SUMMARY.pack(before.st_size, checksum, stat.S_IMODE(before.st_mode), before.st_mtime_ns)
         self._stream.put(SAME if same else LAST, summary)
         self._counter.file(not same)
+
+    def _send_content(self, fd: int, start: int, end: int, checksum: int) -> Tuple[int, int]:
+        """Send a part of a file; return how much of it could not be read, and the checksum."""
+        for hole, data in extents(fd, start, end):
+            if hole:
+                self._stream.put(HOLE, hole.to_bytes(8, "big"))
+                checksum = after_zeros(checksum, hole)
+                self._counter.moved(hole)
+            left, checksum = self._send_data(fd, data, checksum)
+            start += hole + data - left
+            if left:
+                break
+        return end - start, checksum
 
     def _send_data(self, fd: int, left: int, checksum: int) -> Tuple[int, int]:
         stream = self._stream
@@ -399,14 +411,17 @@ def _unreadable(path: bytes, error: OSError) -> CopyError:
 def _begins_with(fd: int, count: int, checksum: int) -> bool:
     """Return whether the first bytes of a file have a checksum."""
     block = memoryview(bytearray(256 * 1024))
-    os.lseek(fd, 0, os.SEEK_SET)
     found = 0
-    while count:
-        read = os.readv(fd, [block[:count]])
-        if not read:
-            return False
-        found = zlib.crc32(block[:read], found)
-        count -= read
+    if os.fstat(fd).st_size < count:
+        return False
+    for hole, data in extents(fd, 0, count):
+        found = after_zeros(found, hole)
+        while data:
+            read = os.readv(fd, [block[:data]])
+            if not read:
+                return False
+            found = zlib.crc32(block[:read], found)
+            data -= read
     return found == checksum
 
 

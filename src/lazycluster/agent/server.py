@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
 import errno
-import json
 import os
 import pwd
 import sys
 from importlib import import_module
 
-from . import descriptors
+from . import descriptors, json_text
 from .guardian import KEEP_FILE, clean
 from .loop import Loop
 from .manager_link import ManagerLink
@@ -264,6 +263,8 @@ class Agent:
                 self._stop(channel)
             elif operation == "listen":
                 channel.result(sockets=self._listen_elsewhere())
+            elif operation == "modules":
+                _take_modules(channel)
             elif operation == "session":
                 self._manager_link.agree(channel)
             elif operation == "ping":
@@ -283,8 +284,10 @@ class Agent:
     def _keep(self, channel: RequestChannel) -> None:
         """Remember what is to be ended and removed if the manager dies (asked of the keeper only)."""
         path = os.path.join(self.directory, KEEP_FILE)
-        with open(path + ".new", "w") as file:
-            json.dump({name: channel.params.get(name) or [] for name in ("pids", "programs", "paths")}, file)
+        with open(path + ".new", "wb") as file:
+            file.write(
+                json_text.dumps({name: channel.params.get(name) or [] for name in ("pids", "programs", "paths")})
+            )
         os.rename(path + ".new", path)
         channel.result()
 
@@ -366,6 +369,22 @@ class Agent:
         # Whoever adopted us has other children, too; what was not adopted by us is found by its marker.
         left = {pid for pid, marker in marked_processes(AGENT_MARKER) if marker == self.identity}
         return sorted(left.union(descendants([me])) - {me})
+
+
+def _take_modules(channel: RequestChannel) -> None:
+    """Handle the request `modules`: take the modules that were not needed until now."""
+    parts: List[bytes] = []
+
+    def take() -> None:
+        import marshal
+        import zlib
+
+        # It comes from the manager, whose programs run here anyway.
+        sources = marshal.loads(zlib.decompress(b"".join(parts)))  # noqa: S302
+        __loader__.add(sources)  # type: ignore[name-defined]
+        channel.result()
+
+    channel.on_input, channel.on_input_end = parts.append, take
 
 
 def _unfinished(agent: Agent) -> PartialFiles:

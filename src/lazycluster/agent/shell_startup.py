@@ -8,20 +8,21 @@ becomes the agent. A shell that is not the login shell is started once to do the
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import signal
 import sys
 
-from . import shell_state
+from . import json_text, shell_state
 from .processes import AGENT_MARKER, TASK_MARKER, core_limit, explained, send_signal, spawn, which
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    import signal
     from typing import Any, Callable, Dict, List, Optional, Tuple
 
     from .server import Agent
+else:
+    import _signal as signal  # the module proper makes enumerations, for which it imports much
 
 _READ_LIMIT = 60.0  # seconds for start-up files; where they take longer, each shell goes on reading them by itself
 _TOLD_LIMIT = 10.0  # seconds for what a login shell tells: it has read its files when it became the agent
@@ -196,7 +197,7 @@ class Shell:
     def _inherited(self, found: Any) -> List[str]:
         for kind, _, text in found:
             if kind == "inherited":
-                env, umask, limits = json.loads(text)
+                env, umask, limits = json_text.loads(text.encode("ascii"))
                 kept = {name: value for name, value in os.environ.items() if name in _HIDDEN}
                 self._base = {name: value for name, value in env.items() if name not in _HIDDEN}
                 self._base.update(kept)

@@ -8,8 +8,9 @@ A copy has a sender and a receiver; the manager asks for it and is one of the tw
     sender    ENTRIES                 a batch of what there is: folders, links, files with size and time
     receiver  NEED                    per file of the batch: wanted, not wanted, only if its digest differs, or from
                                       where on, with the checksum of what is there
-    sender    FROM? DATA* LAST | SAME the wanted files in their order; FROM says from where on, if that was asked; LAST
-                                      carries size and checksum of the whole
+    sender    FROM? (DATA | HOLE)* LAST | SAME
+                                      the wanted files in their order; FROM says from where on, if that was asked; HOLE
+                                      how many bytes are none; LAST carries size and checksum of the whole
     sender    MISSED                  instead of LAST, also after DATA: a file of a folder cannot be sent, the rest can
     sender    LISTED, UNUSED?, END    all is listed (sizes are known), with what was of no use for that; all is sent
     receiver  DONE                    the last frame of every copy
@@ -33,9 +34,10 @@ import struct
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
-REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM, BUSY, UNUSED, MISSED = (
-    range(1, 18)
-)
+(
+    REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM, BUSY, UNUSED, MISSED,
+    HOLE,
+) = range(1, 19)  # fmt: skip
 
 #: How many entries a batch has, and how many batches may be unanswered: the answers must fit into 64 KiB.
 BATCH = 768

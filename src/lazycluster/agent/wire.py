@@ -7,16 +7,19 @@ never differ in version and the format carries none.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
-from collections import deque
+
+from . import json_text
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
+    from collections import deque
     from typing import Any, Deque, Dict, Iterator, Optional, Tuple, Union
 
     from .spool import Spool
+else:
+    from _collections import deque  # the module proper takes longer to import
 
 HEADER = struct.Struct("!IIB")
 MAX_PAYLOAD = 256 * 1024
@@ -51,7 +54,7 @@ def frame(channel: int, kind: int, payload: bytes = b"") -> bytes:
 
 def json_frame(channel: int, kind: int, message: Any) -> bytes:
     """Return one frame whose payload is JSON. Lone surrogates (undecodable file names) survive the round trip."""
-    return frame(channel, kind, json.dumps(message, separators=(",", ":")).encode("ascii"))
+    return frame(channel, kind, json_text.dumps(message))
 
 
 def ack_frame(total: int) -> bytes:
@@ -66,7 +69,7 @@ def loads(payload: bytes) -> Dict[str, Any]:
         FrameError: It is something else.
     """
     try:
-        message = json.loads(payload)
+        message = json_text.loads(payload)
     except (ValueError, RecursionError) as error:
         raise FrameError("a message is not JSON: {}".format(error)) from None
     if not isinstance(message, dict):

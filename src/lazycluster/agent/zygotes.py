@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import socket
 import sys
 
@@ -346,6 +347,12 @@ class Interpreter:
             self._errors = -1
 
 
+def _program(python: str, env: Dict[str, str]) -> str:
+    if python == "python3" and sys.executable and shutil.which(python, path=env.get("PATH", os.defpath)) is None:
+        return sys.executable
+    return os.path.expanduser(python)
+
+
 class Zygotes:
     """The interpreters that the agent keeps, the one used longest ago first."""
 
@@ -359,7 +366,7 @@ class Zygotes:
         """Return an interpreter with an environment, starting it if need be.
 
         Args:
-            python: A path or a name on the PATH of `env`; by default `python3`.
+            python: A path or a name on the PATH of `env`; by default `python3`, and if there is none, the agent's own.
             env: The whole environment.
 
         Raises:
@@ -370,7 +377,7 @@ class Zygotes:
         found = self._kept.pop(key, None)
         if found is None or found.ended or found.error:
             self._make_room()
-            found = Interpreter(self._agent, os.path.expanduser(python), env, self._queue)
+            found = Interpreter(self._agent, _program(python, env), env, self._queue)
         self._kept[key] = found
         return found
 

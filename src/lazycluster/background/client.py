@@ -50,13 +50,21 @@ class BackgroundProcess:
         return dict(self.request("status", timeout=_STATUS))
 
     def request(
-        self, command: str, /, *, on_message: Handler | None = None, timeout: float | None = None, **arguments: Any
+        self,
+        command: str,
+        /,
+        *,
+        on_message: Handler | None = None,
+        on_stream: Callable[[protocol.MessageStream], object] | None = None,
+        timeout: float | None = None,
+        **arguments: Any,
     ) -> Any:
         """Ask the process for something, and return the answer.
 
         Args:
             command: What.
             on_message: See `Handler`.
+            on_stream: Gets the connection, over which messages may be sent.
             timeout: Seconds for the next message; None: as long as the process lives.
             **arguments: What it needs to know.
 
@@ -71,6 +79,8 @@ class BackgroundProcess:
                 f"  Next step: lazycluster ls says what it does, lazycluster down {self.name} ends it"
             ) from None
         with stream:
+            if on_stream is not None:
+                on_stream(stream)
             stream.send(protocol=protocol.VERSION, command=command, **arguments)
             return answer(stream, self.name, on_message, timeout)
 

@@ -7,16 +7,16 @@ that connection. If it breaks before, the process ends, with all that it has beg
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lazycluster
 from lazycluster.core import event_loop
 from lazycluster.exceptions import BackgroundError
 from lazycluster.output import progress
@@ -26,9 +26,10 @@ from . import login_session, protocol, state
 from .client import answer
 from .state import Claim, NamedRecord
 
-__all__ = ["Launch", "Person", "kept_variables", "launch"]
+__all__ = ["Launch", "Person", "cluster_document", "kept_variables", "launch"]
 
-_PROGRAM = Path(lazycluster.__file__).parent / "background_process" / "__main__.py"
+_PACKAGE = Path(__file__).absolute().parents[1]
+_PROGRAM = _PACKAGE / "background_process" / "__main__.py"
 _END = 60.0  # seconds for a process that is told to end while it starts
 
 # What a cluster's process needs, or what settings of it are in. All else stays with whoever starts it.
@@ -148,6 +149,51 @@ class Launch:
             found.remove()
 
 
+def cluster_document(
+    engine: str,
+    hosts: Sequence[Mapping[str, Any]],
+    *,
+    skip: bool = False,
+    options: Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    port: int | None = None,
+    idle: float | None = None,
+    lifetime: float | None = None,
+    connection_file: str | None = None,
+    wait: bool = False,
+) -> dict[str, Any]:
+    """Return what the process of a cluster is told.
+
+    Args:
+        engine: The name of the engine.
+        hosts: The hosts, see `HostSpec.document`.
+        skip: Whether hosts that cannot be used are left out.
+        options: Arguments of the cluster's class.
+        workers: How many workers; None: as the engine has it.
+        port: The port of the master; None: any.
+        idle: Seconds without work after which the cluster ends.
+        lifetime: Seconds after which it ends.
+        connection_file: Where other programs find out how to connect.
+        wait: Whether the cluster is started only when `Launch.go_on` says so.
+
+    Raises:
+        TypeError: If JSON cannot hold something of it.
+    """
+    start = {"workers": workers, "port": port}
+    options = dict(options or {})
+    for name, value in options.items():
+        try:
+            json.dumps({name: value})
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} cannot be used for a cluster in the background, whose process gets plain data: {error}"
+            ) from None
+    return {
+        "engine": engine, "hosts": list(hosts), "skip": skip, "options": options, "start": start, "idle": idle,
+        "for": lifetime, "connection_file": connection_file, "wait": wait,
+    }  # fmt: skip
+
+
 def launch(record: NamedRecord, document: Mapping[str, Any]) -> Launch:
     """Start the process of a cluster.
 
@@ -199,6 +245,4 @@ def _start(claim: Claim, channel: socket.socket, prefix: list[str]) -> subproces
 def _search_path() -> list[str]:
     """Return where the process finds this package, and what PYTHONPATH says, if that is not where Python looks."""
     named = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(part).is_absolute()]
-    return [
-        part for part in [*named, str(Path(lazycluster.__file__).parent.parent)] if part in sys.path or part in named
-    ]
+    return [part for part in [*named, str(_PACKAGE.parent)] if part in sys.path or part in named]

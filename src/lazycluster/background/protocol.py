@@ -106,7 +106,7 @@ class MessageStream:
         self.close()
 
 
-class _Directory:
+class _SocketDirectory:
     """A directory by a path that is short enough for a socket's: that of the user's home may be long."""
 
     def __init__(self, path: Path) -> None:
@@ -136,7 +136,7 @@ def listening(path: Path) -> socket.socket:
     path.unlink(missing_ok=True)
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _Directory(path.parent) as directory:
+        with _SocketDirectory(path.parent) as directory:
             found.bind(f"{directory}/{path.name}")
         path.chmod(0o600)
         found.listen(64)
@@ -156,7 +156,7 @@ def connected(path: Path) -> MessageStream:
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         found.settimeout(_PATIENCE)
-        with _Directory(path.parent) as directory:
+        with _SocketDirectory(path.parent) as directory:
             found.connect(f"{directory}/{path.name}")
         if not unix.is_own_peer(found):
             raise LazyclusterError(f"the process that listens at {path} is another user's: it is not trusted")

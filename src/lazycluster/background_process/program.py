@@ -36,7 +36,7 @@ from lazycluster.runtime_mgmt import RuntimeGroup
 from lazycluster.ssh import agent_program, logins, terminal, workspace
 
 from .requests import Requests
-from .server import Server
+from .server import RequestServer
 
 __all__ = ["ClusterProcess", "main"]
 
@@ -166,7 +166,7 @@ class ClusterProcess:
         self._reason: str | None = None  # why it ends; "" if it was told to by its user
         self._ending = False
         self._lock = threading.Lock()
-        self._server: Server | None = None
+        self._server: RequestServer | None = None
 
     # --- the end -------------------------------------------------------------------------------
     def end(self, reason: str = "") -> None:
@@ -213,7 +213,7 @@ class ClusterProcess:
         progress.relay_to(self.relay.show)
         logins.outlive()
         threading.Thread(target=self._listen_to_starter, name="lazycluster starter", daemon=True).start()
-        self._server = Server(listening(self.claim.path / state.SOCKET), Requests(self), self.relay)
+        self._server = RequestServer(listening(self.claim.path / state.SOCKET), Requests(self), self.relay)
         self._server.start()
         _import_everything()
 
@@ -245,6 +245,8 @@ class ClusterProcess:
             self._go_on.clear()
         told = {**document["start"], **self._told}
         self.cluster.start(told.get("workers"), told.get("port"))
+        if document.get("connection_file"):
+            self.cluster.write_connection_file(document["connection_file"])
         self._note_running()
         starter.send(result={"unreachable": self.unreachable, "connection": self.connection_lines(), **self.summary()})
         self.relay.gone()

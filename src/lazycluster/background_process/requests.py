@@ -87,7 +87,7 @@ class Requests:
         process = self._process
         return {
             **process.summary(),
-            "view": asdict(self._cluster._view()),
+            "view": _as_lists(asdict(self._cluster._view())),
             "pid": os.getpid(),
             "environment": sorted(os.environ),
             "unreachable": process.unreachable,
@@ -151,3 +151,12 @@ class Requests:
             if group
             else set()
         )
+
+
+def _as_lists(value: Any) -> Any:
+    """Return what JSON can hold of a view: sets become lists."""
+    if isinstance(value, Mapping):
+        return {key: _as_lists(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_as_lists(one) for one in value]
+    return value

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .program import Relay
     from .requests import Requests
 
-__all__ = ["Server"]
+__all__ = ["RequestServer"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -27,7 +27,7 @@ _MOST = 64  # connections at once
 _REQUEST = 10.0  # seconds for a request to come
 
 
-class Server:
+class RequestServer:
     """Serves the requests of other processes of this user, each on a thread of its own.
 
     Args:

@@ -65,21 +65,60 @@ async def everywhere(
     slots = asyncio.Semaphore(fanout)
 
     async def one(name: str) -> HostOutcome:
-        async with slots:
+        slot = _FanoutSlot(slots)
+        await slot.take()
+        try:
             started = time.monotonic()
-            outcome = await _on_host(targets, name, work)
+            outcome = await _on_host(targets, name, work, slot)
             outcome.seconds = time.monotonic() - started
+        finally:
+            slot.give_up()
         on_done(outcome)
         return outcome
 
     return await event_loop.together([asyncio.ensure_future(one(name)) for name in targets.names])
 
 
-async def _on_host(targets: Targets, name: str, work: Work) -> HostOutcome:
+class _FanoutSlot:
+    """A place among the hosts that are worked on at once."""
+
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self._slots = slots
+        self._is_held = False
+
+    async def take(self) -> None:
+        """Wait for it."""
+        await self._slots.acquire()
+        self._is_held = True
+
+    def give_up(self) -> None:
+        """Let another host have it. Doing it again does nothing."""
+        if self._is_held:
+            self._is_held = False
+            self._slots.release()
+
+
+async def _open(connection: Connection, slot: _FanoutSlot) -> None:
+    """Connect a host; its slot is given up as soon as it is silent, and taken again when it is connected after all."""
+    opening, silent = asyncio.ensure_future(connection.open()), asyncio.ensure_future(connection.silent.wait())
+    try:
+        await asyncio.wait({opening, silent}, return_when=asyncio.FIRST_COMPLETED)
+        if not opening.done():
+            slot.give_up()
+            await opening
+            await slot.take()
+        await opening
+    finally:
+        silent.cancel()
+        opening.cancel()
+        await asyncio.wait({opening})
+
+
+async def _on_host(targets: Targets, name: str, work: Work, slot: _FanoutSlot) -> HostOutcome:
     connection = None
     try:
         connection = targets.connection(name)
-        await connection.open()
+        await _open(connection, slot)
         return await work(connection)
     except InvalidRuntimeError as error:
         return HostOutcome(name, UNREACHABLE, _told(error, name), "unreachable")

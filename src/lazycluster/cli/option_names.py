@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # EnvironmentSpec(..., python="3.x"), connection_kwargs={"relay": "agent"}, setup="...", exclude=
 _OPTION = re.compile(
     r"""(?P<call>\b(?P<callee>[A-Z]\w+)\((?:\.\.\.|'\w+'|"\w+"),\ )?
-        (?<![\w-])(?P<name>[a-z_]+)=(?P<value>"[^"\n]*"|\[[^]\n]*\]|\{[^}\n]*\}|(?=[\s,;.)]|$))
+        (?<![\w-])(?P<name>[a-z_]+)=(?P<value>"[^"\n]*"|\[[^]\n]*\]|\{[^}\n]*\}|True\b|(?=[\s,;.)]|$))
         (?(call)\))""",
     re.VERBOSE,
 )

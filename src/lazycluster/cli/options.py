@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import codecs
-import fnmatch
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lazycluster.core.hostsets import MOST, HostSetError, expand, is_pattern
-from lazycluster.ssh.destination import parse_destination
+from lazycluster.core.durations import duration
+from lazycluster.core.hostsets import MOST, HostSetError, expand, fold, is_pattern
+from lazycluster.group.selection import ALL, match, without
 
 from .console import tell
 from .option_names import names_its_options
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALL",
+    "Duration",
     "Seconds",
     "Targets",
     "Whole",
@@ -40,10 +41,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-ALL = "@all"
-
 _LEAST = 0.1  # seconds
-_NUMBER = re.compile(r"[0-9]{1,18}")
 _SLOTS = re.compile(r"(?<=[ \t])(?:max[_-])?slots=[0-9]+(?=[ \t\r]|$)")
 _SETTING = re.compile(r"(?<=[ \t])[A-Za-z_-]+=[^ \t\r]*")
 
@@ -115,6 +113,23 @@ class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         if not _LEAST <= seconds <= self._most:
             self.fail(f"{value!r} is not a time in seconds, from {_LEAST:g} to {self._most:g}", param, ctx)
         return seconds
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A length of time: seconds, or text such as ``30min``."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the seconds.
+
+        Raises:
+            click.BadParameter: If it is no time.
+        """
+        try:
+            return duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -316,100 +331,3 @@ def _from_file(content: bytes) -> list[str]:
     """
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return from_lines(content.decode("utf-16" if is_utf_16 else "utf-8-sig"))
-
-
-def match(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Replace patterns by the hosts that match.
-
-    Args:
-        names: From :func:`expand`; ``@all`` stands for all.
-        known: The hosts that there are.
-
-    Raises:
-        HostSetError: If a pattern fits none, or a name cannot be that of a host.
-    """
-    found: dict[str, None] = {}
-    for name in names:
-        if name == ALL:
-            found.update(dict.fromkeys(known))
-        elif name.startswith("@"):
-            raise HostSetError(f"{name!r} is not known; {ALL} stands for all hosts of the ssh configuration")
-        elif is_pattern(name):
-            found.update(dict.fromkeys(_fitting(name, known)))
-        else:
-            _check(name)
-            found[name] = None
-    return list(found)
-
-
-def without(names: Sequence[str], excluded: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Leave hosts out.
-
-    Args:
-        names: From :func:`match`.
-        excluded: From :func:`expand`. One without a user and port leaves a host out for whichever user and port.
-        known: The hosts that there are, beside those named.
-
-    Raises:
-        HostSetError: As `match` does.
-    """
-    destinations = {name: parse_destination(name) for name in names}
-    there = list(dict.fromkeys([*names, *(destination.host for destination in destinations.values()), *known]))
-    left_out = set(match([one for name in excluded for one in (known if name == ALL else [name])], there))
-    return [name for name, destination in destinations.items() if not {name, destination.host} & left_out]
-
-
-def _fitting(pattern: str, known: Sequence[str]) -> list[str]:
-    if "@" in pattern:
-        raise HostSetError(f"{pattern!r}: a pattern stands for hosts of the ssh configuration, which says the user")
-    fitting = [host for host in known if fnmatch.fnmatchcase(host, pattern)]
-    if not fitting:
-        have = f"there are: {fold(known)}" if known else "it names no hosts"
-        raise HostSetError(f"no host of the ssh configuration fits {pattern!r}; {have}")
-    return fitting
-
-
-def _check(name: str) -> None:
-    try:
-        parse_destination(name)
-    except ValueError as error:
-        raise HostSetError(str(error)) from None
-
-
-def fold(names: Iterable[str]) -> str:
-    """Write names as a set, in order.
-
-    Examples:
-        >>> fold(["node1", "node2", "node3", "gpu"])
-        'node[1-3],gpu'
-    """
-    groups: dict[tuple[str, str, int], list[int]] = {}
-    for name in names:
-        numbers = list(_NUMBER.finditer(name))
-        if not numbers:
-            groups.setdefault((name, "", -1), [])
-            continue
-        last = numbers[-1]
-        digits = last.group()
-        width = len(digits) if digits.startswith("0") and len(digits) > 1 else 0
-        key = (name[: last.start()], name[last.end() :], width)
-        groups.setdefault(key, []).append(int(digits))
-    return ",".join(_folded(*key, numbers) for key, numbers in groups.items())
-
-
-def _folded(head: str, tail: str, width: int, numbers: list[int]) -> str:
-    if not numbers:
-        return head
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-
-    def shown(number: int) -> str:
-        return str(number).zfill(max(width, 0))
-
-    pieces = [shown(a) if a == b else f"{shown(a)}-{shown(b)}" for a, b in runs]
-    inside = ",".join(pieces)
-    return f"{head}{inside}{tail}" if len(pieces) == 1 and "-" not in inside else f"{head}[{inside}]{tail}"

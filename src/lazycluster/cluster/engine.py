@@ -87,6 +87,8 @@ class Option:
         metavar: What its value is called there.
         kind: ``text``, ``count`` (an integer of at least 1) or ``directory``.
         default: Its value where it is not given.
+        safe: True if a ``cluster.toml`` of somebody who is not trusted may set it: whatever its text is, no program is
+            run for it, and no file is read or written. A ``count`` always may be set.
     """
 
     flag: str
@@ -95,6 +97,7 @@ class Option:
     metavar: str
     kind: Literal["text", "count", "directory"] = "text"
     default: str | None = None
+    safe: bool = False
 
     def __post_init__(self) -> None:
         if not self.flag.startswith("--") or not self.argument.isidentifier():

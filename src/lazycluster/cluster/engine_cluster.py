@@ -18,6 +18,7 @@ from .versions import check_manager
 from .worker_launcher import ServiceWorkerLauncher
 
 if TYPE_CHECKING:
+    from lazycluster.background.client import BackgroundProcess
     from lazycluster.runtime_mgmt import RuntimeGroup
 
 __all__ = ["EngineCluster", "checked_count"]
@@ -122,6 +123,16 @@ class EngineCluster(MasterWorkerCluster):
         """
         return cls.engine_class.client(connection_file.read(path, cls.__name__))
 
+    @classmethod
+    def connect_to(cls, process: BackgroundProcess, **options: Any) -> Any:
+        """Return a client of a cluster in the background, see `lazycluster.connect`.
+
+        Args:
+            process: Its process.
+            **options: What the client takes.
+        """
+        return cls.engine_class.client(process.request("connection"), **options)
+
     def _connection(self) -> dict[str, Any]:
         self._check_running()
         return self._engine.connection(self._master_endpoint())
@@ -142,7 +153,10 @@ class EngineCluster(MasterWorkerCluster):
             raise ClusterError(
                 f"the {self._engine.master_name} has ended (status {status}): call cleanup(), then start()"
             )
-        how = {"created": "was not started: call start()", "failed": "did not start"}
+        how = {
+            "created": "was not started: call start()",
+            "failed": f"did not start: {self._start_problem}",
+        }
         how |= {"starting": "is being started: wait until start() is done", "closing": "is being ended"}
         raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it anew')}")
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClusterError",
+    "ClusterFileError",
     "ClusterStartError",
     "MasterStartError",
     "ServiceError",
@@ -141,3 +142,18 @@ class VersionMismatchError(ClusterError):
     def __init__(self, message: str, hosts: Sequence[str]) -> None:
         self.hosts = list(hosts)
         super().__init__(message)
+
+
+class ClusterFileError(ClusterError, ValueError):
+    """A file that specifies a cluster cannot be used.
+
+    Attributes:
+        file: The file.
+        problems: What is wrong, each with its line, or None where it has none.
+    """
+
+    def __init__(self, file: str, problems: Sequence[tuple[int | None, str]], hint: str = "") -> None:
+        self.file = file
+        self.problems = list(problems)
+        lines = [f"{file}{'' if line is None else f', line {line}'}: {text}" for line, text in self.problems]
+        super().__init__("\n".join([*lines, *([f"  Next step: {hint}"] if hint else [])]))

@@ -6,16 +6,10 @@ Engines pickle functions of modules by their names, so workers must be able to i
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
-import importlib.machinery
 import io
-import json
 import logging
-import os
 import secrets
 import shutil
-import sys
 import tempfile
 import tokenize
 from collections.abc import Iterable, Mapping
@@ -26,11 +20,10 @@ from typing import TYPE_CHECKING
 from lazycluster.core import event_loop
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh import transfer, workspace
-from lazycluster.tasks import local_code
+
+from .module_sources import ModuleSources
 
 if TYPE_CHECKING:
-    import types
-
     from lazycluster.ssh.connection import Connection
 
     from .worker_hosts import WorkerHost
@@ -41,14 +34,7 @@ logger = logging.getLogger("lazycluster")
 
 _LOOK = 0.5  # seconds between two looks at the files
 _PATIENCE = 60.0  # seconds for a host to take what has changed
-_READINGS = 10  # tries to read all files while none of them changes
 _STAMP = "stamp"
-_MOST_DATA = 16 * 1024 * 1024  # bytes of all data files
-_MOST_FILES = 500  # of a package; they are all looked at whenever something is submitted
-_NO_DATA = ("node_modules", "venv", "build", "dist")
-# Code goes by itself, compiled code fits this machine, and keys are for this user.
-_NO_DATA_SUFFIXES = (".py", ".pyc", ".pyo", ".so", ".pyd", ".pem", ".key", *importlib.machinery.EXTENSION_SUFFIXES)
-_DISTRIBUTIONS = ".distributions.json"  # names the distributions that modules are of
 
 
 @dataclass
@@ -85,10 +71,7 @@ class LocalModules:
         self._hosts: dict[str, _HostCopy] = {}
         self._written: dict[str, str | bytes] = {}
         self._given: dict[str, str | bytes] = {}  # by clients in other processes
-        self._stamps: dict[str, int] = {}
-        self._seen: set[str] = set()
-        self._is_new = False
-        self._local: set[str] = set()
+        self._sources = ModuleSources()
         self._watcher: asyncio.Task[None] | None = None
         self._writing: asyncio.Future[None] | None = None
         self._opening = asyncio.Lock()
@@ -154,7 +137,7 @@ class LocalModules:
                 removing = asyncio.ensure_future(copy.connection.request("remove", within=_PATIENCE, path=copy.path))
                 await copy.connection.wait_while_heard(removing, _PATIENCE)
         directory, self.directory = self.directory, ""
-        self._written, self._given, self._stamps, self._seen, self._local = {}, {}, {}, set(), set()
+        self._written, self._given, self._sources = {}, {}, ModuleSources()
         if space is not None:
             shutil.rmtree(directory, ignore_errors=True)
             await space.release()
@@ -162,23 +145,7 @@ class LocalModules:
     # --- changes -------------------------------------------------------------------------------
     def changed(self) -> bool:
         """Tell whether a module has changed or is new since they were sent. For any thread; takes some microseconds."""
-        if self._space is None:
-            return False
-        self._find_new()
-        return self._is_new or self._any_edited()
-
-    def _find_new(self) -> None:
-        new = sys.modules.keys() - self._seen
-        if not new:
-            return
-        self._seen |= new
-        found = {name for name in new if _is_sent(name, sys.modules.get(name))} - self._local
-        self._local |= found
-        if found:
-            self._is_new = True
-
-    def _any_edited(self) -> bool:
-        return any(_stamp(path) != stamp for path, stamp in self._stamps.items())
+        return self._space is not None and self._sources.changed()
 
     def changes(self) -> bool:
         """True if hosts may not have the present modules: some have changed, or are being sent. For any thread."""
@@ -210,13 +177,10 @@ class LocalModules:
         """Have what has changed on all hosts."""
         async with self._syncing:
             directory = self.directory
-            self._is_new = False  # before the look, not to miss those that come meanwhile
-            self._find_new()
-            sources, stamps = await event_loop.in_thread(_read, frozenset(self._local))
+            own = await self._sources.read()
             if self._space is None or self.directory != directory:
                 return  # it was closed meanwhile
-            self._stamps = stamps
-            texts = {name: text for name, (text, _) in sources.items()} | self._given
+            texts = own | self._given
             if texts == self._written:
                 return
             # Whoever is cancelled here leaves it to `close` to wait for the thread.
@@ -286,110 +250,3 @@ def _write(directory: Path, texts: Mapping[str, str | bytes], written: Mapping[s
 
 def _declared_encoding(text: str) -> str:
     return tokenize.detect_encoding(io.BytesIO(text.encode("utf-8", "replace")).readline)[0]
-
-
-def _is_sent(name: str, module: types.ModuleType | None) -> bool:
-    # What is not found by an import cannot be sent as a file; __main__ goes by value.
-    if name == "__main__" or module is None:
-        return False
-    try:
-        return getattr(module, "__spec__", None) is not None and local_code.is_local(module)
-    except Exception:  # noqa: BLE001  (anything may stand in for a module, and answer as it likes)
-        return False
-
-
-def _read(names: frozenset[str]) -> tuple[dict[str, tuple[str | bytes, str]], dict[str, int]]:
-    """Return what `_sources` does, and the times of change of the files that it was read from."""
-    sources = _sources(names)
-    for _ in range(_READINGS):
-        stamps = {path: _stamp(path) for _, path in sources.values() if path}
-        sources = _sources(names)
-        if {path: _stamp(path) for _, path in sources.values() if path} == stamps:
-            break
-    return sources, stamps
-
-
-def _sources(names: frozenset[str]) -> dict[str, tuple[str | bytes, str]]:
-    """Return content and path of modules, of all local ones that they or the main script import, and of their data.
-
-    By file name.
-    """
-    wanted = set(names)
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
-    if isinstance(main, str) and main.endswith(".py"):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            wanted |= local_code.imported_by(Path(main).read_text(encoding="utf-8"), main)
-    found: dict[str, tuple[str | bytes, str]] = {}
-    distributions, packages = {}, {}
-    for name, (text, is_package, path, distribution) in local_code.sources_of(wanted).items():
-        file = name.replace(".", "/") + ("/__init__.py" if is_package else ".py")
-        found[file] = (text, path)
-        if distribution:
-            distributions[name] = distribution
-        if is_package and path and name.rpartition(".")[0] not in packages:
-            packages[name] = path
-    found.update(_data_of(packages))
-    found[_DISTRIBUTIONS] = (json.dumps(distributions, sort_keys=True), "")
-    return found
-
-
-# --- data of packages -----------------------------------------------------------------------------
-def _data_of(packages: Mapping[str, str]) -> dict[str, tuple[bytes, str]]:
-    """Return content and path of what lies in the directories of packages beside their code, by file name.
-
-    Args:
-        packages: The file of each package by its name.
-    """
-    found: dict[str, tuple[bytes, str]] = {}
-    room = _MOST_DATA
-    for name, file in sorted(packages.items()):
-        folder = Path(file).parent
-        try:
-            paths = _data_files(folder)
-            size = sum(path.stat().st_size for path in paths)
-            if size > room or len(paths) > _MOST_FILES:
-                _warn_of_data(name, str(folder))
-                continue
-            found.update({f"{name.replace('.', '/')}/{path.relative_to(folder)}": _with_path(path) for path in paths})
-        except OSError as error:
-            logger.warning("the data of the package %s cannot be read: %s", name, error)
-            continue
-        room -= size
-    return found
-
-
-def _with_path(path: Path) -> tuple[bytes, str]:
-    return path.read_bytes(), str(path)
-
-
-def _data_files(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(one for one in folders if not one.startswith((".", "__pycache__")) and one not in _NO_DATA)
-        if "pyvenv.cfg" in names:
-            folders[:] = []
-            continue
-        wanted = [name for name in sorted(names) if not name.startswith(".") and not name.endswith(_NO_DATA_SUFFIXES)]
-        found += [path for path in (Path(place, name) for name in wanted) if path.is_file()]
-        if len(found) > _MOST_FILES:
-            break
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-def _warn_of_data(name: str, folder: str) -> None:
-    logger.warning(
-        "the data files of the package %s are not sent: %s has more than %d, or together they have more than %d MiB. "
-        'Next step: install the package on the hosts, e.g. by environment="manager", or send the data yourself',
-        name,
-        folder,
-        _MOST_FILES,
-        _MOST_DATA // 1024**2,
-    )
-
-
-def _stamp(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns  # noqa: PTH116  (six times as fast; a client asks this of all files at each call)
-    except OSError:
-        return 0

@@ -113,6 +113,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         self._min_workers = min_workers
         self._gpus = None if gpus_per_worker is None else Gpus(gpus_per_worker, idle_gpus)
         self._state = "created"
+        self._start_problem = ""
         self._connection_files: list[Path] = []
         self._files_owner = secrets.token_hex(8)
         self._lock = threading.RLock()
@@ -183,6 +184,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
             except BaseException as error:
                 ended = self._state in ("closing", "closed")
                 self._undo()
+                self._start_problem = str(error) or type(error).__name__
                 if ended and isinstance(error, LazyclusterError):  # that its parts have ended says nothing of the cause
                     raise ClusterError(ENDED) from error
                 raise

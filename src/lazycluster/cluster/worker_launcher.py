@@ -145,6 +145,11 @@ class ServiceWorkerLauncher(WorkerLauncher):
         """The services of the workers."""
         return [worker.service for worker in [*self.workers, *self._prepared]]
 
+    @property
+    def planned(self) -> set[str]:
+        """The names of the workers that there are to be: those whose processes run, or are being started."""
+        return {worker.name for worker in [*self.workers, *self._prepared] if not worker.has_gone}
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Do something with the workers, from a user's thread; `cleanup` puts an end to it.
 

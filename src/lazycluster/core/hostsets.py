@@ -7,8 +7,9 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Iterable
 
-__all__ = ["MOST", "HostSetError", "expand", "fits", "is_pattern", "selected"]
+__all__ = ["MOST", "HostSetError", "expand", "fits", "fold", "is_pattern", "selected"]
 
 MOST = 100_000
 """Names that one set may have: more is a slip of the hand."""
@@ -30,6 +31,7 @@ _SEQUENCE = re.compile(rf"\{{([^{{}},\[\]{_BLANKS}]*\.\.[^{{}},\[\]{_BLANKS}]*)\
 _STEPS = re.compile(r"(?:([+-]?[0-9]+)\.\.([+-]?[0-9]+)|([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z]))(?:\.\.([+-]?[0-9]+))?")
 _PATTERN = re.compile(r"[*?]|\[[^\]:]*\]")
 _CHARACTERS = re.compile(r"\[[0-9]+\]")
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class HostSetError(ValueError):
@@ -88,6 +90,45 @@ def fits(host: str, pattern: str) -> bool:
     return host == pattern or any(
         host == one or (is_pattern(one) and fnmatch.fnmatchcase(host, one)) for one in selected(pattern)
     )
+
+
+def fold(names: Iterable[str]) -> str:
+    """Write names as a set, in order.
+
+    Examples:
+        >>> fold(["node1", "node2", "node3", "gpu"])
+        'node[1-3],gpu'
+    """
+    groups: dict[tuple[str, str, int], list[int]] = {}
+    for name in names:
+        numbers = list(_NUMBER.finditer(name))
+        if not numbers:
+            groups.setdefault((name, "", -1), [])
+            continue
+        last = numbers[-1]
+        digits = last.group()
+        width = len(digits) if digits.startswith("0") and len(digits) > 1 else 0
+        key = (name[: last.start()], name[last.end() :], width)
+        groups.setdefault(key, []).append(int(digits))
+    return ",".join(_folded(*key, numbers) for key, numbers in groups.items())
+
+
+def _folded(head: str, tail: str, width: int, numbers: list[int]) -> str:
+    if not numbers:
+        return head
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+
+    def shown(number: int) -> str:
+        return str(number).zfill(max(width, 0))
+
+    pieces = [shown(a) if a == b else f"{shown(a)}-{shown(b)}" for a, b in runs]
+    inside = ",".join(pieces)
+    return f"{head}{inside}{tail}" if len(pieces) == 1 and "-" not in inside else f"{head}[{inside}]{tail}"
 
 
 class _Parser:

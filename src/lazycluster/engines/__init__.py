@@ -9,14 +9,14 @@ import importlib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
     from lazycluster.cluster.engine_cluster import EngineCluster
 
-__all__ = ["ALIASES", "DEMOS", "PACKAGES", "SUMMARY", "EngineEntry", "demo", "known", "load"]
+__all__ = ["ALIASES", "DEMOS", "PACKAGES", "SUMMARY", "EngineEntry", "connect", "demo", "known", "load"]
 
 GROUP = "lazycluster.engines"
 DEMOS = ("dask", "hyperopt")
@@ -114,6 +114,36 @@ def load(name: str) -> type[EngineCluster]:
         problem = one_line(f"{type(error).__name__}: {error}")
         raise ClusterError(f"the engine {name!r} of the package {entry.package} cannot be loaded: {problem}") from error
     return found
+
+
+def connect(name: str, **options: Any) -> Any:
+    """Return a client of a cluster in the background.
+
+    It sends your own modules as the cluster's own client does.
+
+    Args:
+        name: The name of the cluster, as ``lazycluster up NAME`` or ``DaskCluster(group, name=NAME)`` was given.
+        **options: What ``connect`` of the cluster's class takes beside a file, e.g. ``timeout`` with Dask, ``exp_key``
+            with Hyperopt.
+
+    Returns:
+        For Dask a `distributed.Client`, for Hyperopt a `MongoTrials`.
+
+    Raises:
+        BackgroundError: If there is no such cluster; says why.
+        ValueError: If the name cannot be one.
+
+    Examples:
+        >>> client = lazycluster.connect("night")              # doctest: +SKIP
+        >>> client.submit(pow, 2, 10).result()                 # doctest: +SKIP
+        1024
+    """
+    from lazycluster.background.client import running
+
+    process = running(name)
+    record = process.found.record
+    engine = str(record.details.get("engine")) if record is not None else ""
+    return load(engine).connect_to(process, **options)
 
 
 def demo(name: str) -> types.ModuleType:

@@ -171,7 +171,10 @@ class HostEnvironment:
         hint = "name a virtual environment, a conda environment or an interpreter that is on the host"
         if found["directory"] is None:
             raise EnvironmentBuildError(host, f"there is no {real} on the host", "", hint)
-        python = f"{real}/bin/python" if found["directory"] else real
+        python = await self._interpreter_in(real) if found["directory"] else real
+        if python is None:
+            hint = "name the directory that has bin/python in it, or the interpreter itself"
+            raise EnvironmentBuildError(host, f"{real} is not an environment: it has no bin/python", "", hint)
         try:
             answer = await self._host.interpreter(python)
         except AgentError as error:
@@ -181,6 +184,14 @@ class HostEnvironment:
             return await self._of_interpreter(real)
         conda = await self._expand(path=f"{real}/conda-meta")
         return Activation(real, python, bool(conda["directory"]))
+
+    async def _interpreter_in(self, prefix: str) -> str | None:
+        """Return the interpreter of an environment; systems' own prefixes have python3 only."""
+        for name in ("python", "python3"):
+            found = await self._expand(path=f"{prefix}/bin/{name}")
+            if found["directory"] is False:
+                return f"{prefix}/bin/{name}"
+        return None
 
     def _check_version(self, path: str, version: list[int]) -> None:
         wanted = self.spec.python

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lazycluster.utils import expanded
 
-__all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "hide", "normalized"]
+__all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "file_kind", "hide", "normalized"]
 
 ROOT = "~/.cache/lazycluster"
 """The default directory of environments on a host."""
@@ -171,14 +171,7 @@ class EnvironmentSpec:
     @property
     def file_kind(self) -> str:
         """The kind of file that the source names; empty if it is none."""
-        if not isinstance(self.source, str):
-            return ""
-        name = os.path.basename(self.source)
-        if name in ("pyproject.toml", "uv.lock"):
-            return name
-        if _LOCKS.match(name):
-            return "pylock.toml"
-        return "requirements.txt" if name.endswith((".txt", ".in")) else ""
+        return file_kind(self.source) if isinstance(self.source, str) else ""
 
     @property
     def file(self) -> Path:
@@ -202,6 +195,16 @@ class EnvironmentSpec:
             return self.source
         shown = hide(", ".join(self.requirements[:4]))  # an address may have a password in it
         return f"[{shown}, ...]" if len(self.requirements) > 4 else f"[{shown}]"
+
+
+def file_kind(source: str) -> str:
+    """Return the kind of file that a source names, as that which it is called by most; empty if it is none."""
+    name = os.path.basename(source)
+    if name in ("pyproject.toml", "uv.lock"):
+        return name
+    if _LOCKS.match(name):
+        return "pylock.toml"
+    return "requirements.txt" if name.endswith((".txt", ".in")) else ""
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

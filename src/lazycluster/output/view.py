@@ -9,9 +9,9 @@ import html
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lazycluster.exceptions import printable
 
@@ -82,6 +82,26 @@ class View:
     state: Cell | None = None
     facts: Sequence[Fact] = ()
     tables: Sequence[Table] = field(default_factory=tuple)
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> View:
+        """Return a view from what `dataclasses.asdict` has made of one, perhaps after a way through JSON."""
+
+        def cell(value: Any) -> Cell | str:
+            return Cell(**value) if isinstance(value, Mapping) else str(value)
+
+        tables = [
+            Table(
+                tuple(table["head"]),
+                [[cell(value) for value in row] for row in table["rows"]],
+                table["title"],
+                frozenset(table["right"]),
+                frozenset(table["exact"]),
+            )
+            for table in document["tables"]
+        ]
+        state = None if document["state"] is None else Cell(**document["state"])
+        return cls(document["title"], state, [(name, cell(value)) for name, value in document["facts"]], tables)
 
 
 class Shown:

@@ -19,6 +19,7 @@ from lazycluster.output.progress import Progress
 from lazycluster.ssh.config import Settings
 from lazycluster.ssh.connection import ANSWER_LIMIT, Connection
 from lazycluster.ssh.local_connection import LocalConnection
+from lazycluster.ssh.python_search import PythonSearch
 from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.tasks.context import Context, checked_variables
 
@@ -91,6 +92,11 @@ class HostSpec:
                 raise ValueError(f"{self.host}: {name} is empty or contains a null character")
         object.__setattr__(self, "env", checked_variables(self.env))
 
+    @property
+    def grace(self) -> float:
+        """Seconds for which the host goes on with what runs there when the manager cannot be reached."""
+        return 0.0 if self.local else Settings.parse(self.host, self.connection_kwargs).grace
+
     def document(self) -> dict[str, Any]:
         """Return it as JSON can hold it, without `ask`, and with absolute paths; it may hold secrets.
 
@@ -126,7 +132,9 @@ class HostSpec:
             return LocalConnection(self.host)
         # An interpreter that is named by its path serves for the agent, too: the host may have no other.
         python = self.python if self.python and self.python.startswith("/") and not self.setup else None
-        return SshConnection(self.host, self.connection_kwargs, python=python, ask=self.ask)
+        named = self.python if self.python and self.python != "auto" else ""
+        search = PythonSearch(named, self.env.get("PATH", ""), self.setup or "")
+        return SshConnection(self.host, self.connection_kwargs, python=python, search=search, ask=self.ask)
 
 
 class SharedConnection:
@@ -267,7 +275,7 @@ class HostSession:
 
     async def _matching_python(self) -> str:
         wanted = list(sys.version_info[:2])
-        answer = await self._ask("interpreters", env=self.base_env)
+        answer = await self._ask("interpreters", env={**self.base_env, **self.spec.env})
         found = [(entry["path"], entry["version"]) for entry in answer["interpreters"]]
         for path, version in found:
             if list(version[:2]) == wanted:

@@ -16,11 +16,17 @@ from types import CodeType
 from lazycluster.agent import bootstrap, shell_state
 
 OLDEST_PYTHON = (3, 8)
-# What each start of an agent imports, and its first command.
-_CORE = (
-    *("descriptors", "directories", "guardian", "loop", "manager_link", "processes", "server", "session"),
-    *("ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+# What each agent imports for its start, its commands and its end; the test of it knows what these import.
+_START = (
+    *("descriptors", "directories", "guardian", "json_text", "loop", "manager_link", "poller", "processes", "server"),
+    *("session", "ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+    *("deletion", "leftovers", "limits", "ownership", "path_expansion", "paths", "ps", "spool"),
 )
+_AS_TEXT = ("limits",)  # of those, what becomes a program of its own
+START_OPERATIONS = frozenset(
+    ("expand", "keep", "leftovers", "listen", "mkdir", "mkdtemp", "ping", "remove", "run", "session", "setup", "stop")
+)
+"""Requests for which an agent needs no more modules than it starts with."""
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
 _STUB = (
@@ -45,6 +51,20 @@ _REJOIN = (
     "i=sys.stdin.buffer;"
     "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
 )
+# Starts the first interpreter that is there; else a shell, which says so and reads a program of its own. What pyenv and
+# the like put into directories called "shims" may be there and start nothing. Quoted as `_STUB` must be.
+_CHOOSE = (
+    'test -x "$1" && exec "$1" -ISc "$0"; IFS=:; for d in $PATH; do case "$d" in */shims) ;; '
+    '*) test -f "$d/python3" && test -x "$d/python3" && exec "$d/python3" -ISc "$0";; esac; done; '
+    'echo; echo "lazy""{marker} sh"; exec sh'
+)
+# What an interpreter that is too old becomes: the same shell.
+_TO_SHELL = """\
+import os
+def main(line):
+    os.write(1, line)
+    os.execvp("sh", ["sh"])
+"""
 NO_AGENT = "lazycluster: this session finds no agent"
 _BULK = (
     _FIND + 'k or sys.exit("' + NO_AGENT + '");'
@@ -69,14 +89,38 @@ def stub(marker: str) -> str:
     return _STUB.format(marker=marker)
 
 
-def remote_command(python: str, marker: str) -> str:
-    """Return the line for the login shell; it works in bash, dash, zsh, fish and tcsh."""
-    return f"{_told()}exec {_quoted(python)} -ISc '{stub(marker)}'"
+def rejoining_stub(marker: str, sockets: Sequence[str], pid: int) -> str:
+    """Return the program that finds an agent again, or else reads a new one; see `bulk_command`."""
+    return _REJOIN.format(marker=marker, **_address(sockets, pid))
 
 
-def rejoin_command(python: str, marker: str, sockets: Sequence[str], pid: int) -> str:
-    """Return the line that finds an agent again, or else starts a new one; see `bulk_command`."""
-    return f"{_told()}exec {_quoted(python)} -ISc '{_REJOIN.format(marker=marker, **_address(sockets, pid))}'"
+def remote_command(python: str, program: str) -> str:
+    """Return the line for the login shell; it works in bash, dash, zsh, fish and tcsh.
+
+    Args:
+        python: The path of the interpreter.
+        program: What it runs, see `stub` and `rejoining_stub`.
+    """
+    return f"{_told()}exec {shlex.quote(python)} -ISc '{program}'"
+
+
+def choosing_command(marker: str, program: str, first: str = "") -> str:
+    """Return the line for the login shell that starts the ``python3`` on its PATH.
+
+    If there is none, a shell says so with the marker, and reads what it is to run; see `PythonSearch`.
+
+    Args:
+        marker: What the shell says that by.
+        program: See `remote_command`.
+        first: The path of an interpreter that is used instead if it is still there.
+    """
+    return f"{_told()}exec sh -c '{_CHOOSE.format(marker=marker)}' '{program}' {shlex.quote(first)}"
+
+
+def shell_payload(marker: str) -> bytes:
+    """Return what the stub reads if its interpreter is too old: it becomes a shell, as with `choosing_command`."""
+    line = b"\nlazy%s sh\n" % marker.encode()
+    return _packed(marshal.dumps((_TO_SHELL, (line,)), 2))
 
 
 def bulk_command(python: str, marker: str, sockets: Sequence[str], pid: int) -> str:
@@ -88,7 +132,7 @@ def bulk_command(python: str, marker: str, sockets: Sequence[str], pid: int) -> 
         sockets: Where the agent listens; the first is in its own directory.
         pid: The agent's process.
     """
-    return f"exec {_quoted(python)} -ISc '{_BULK.format(marker=marker, **_address(sockets, pid))}'"
+    return f"exec {shlex.quote(python)} -ISc '{_BULK.format(marker=marker, **_address(sockets, pid))}'"
 
 
 def _address(sockets: Sequence[str], pid: int) -> dict[str, str]:
@@ -107,30 +151,36 @@ def _literal(path: str) -> str:
     return f"bytes([{','.join(str(byte) for byte in os.fsencode(path))}])"
 
 
-def _quoted(python: str) -> str:
-    if python.startswith("~/"):
-        return "~/" + shlex.quote(python[2:])
-    return shlex.quote(python)
-
-
 @functools.lru_cache(maxsize=4)
 def payload(local: bool, cache_tag: str) -> bytes:
-    """Return what the stub reads: a line with the length, and the agent's program, compressed.
+    """Return what the stub reads: a line with the length, and the start of the agent's program, compressed.
 
     Args:
         local: Whether the agent is a plain subprocess of the manager.
-        cache_tag: The host's `sys.implementation.cache_tag`. If it is ours, what every start needs is sent compiled,
-            which saves the host a third of its part.
+        cache_tag: The host's `sys.implementation.cache_tag`. If it is ours, it is sent compiled, which saves the host a
+            third of its part.
     """
-    sources = dict(_sources())
-    start = sources.pop("bootstrap")
+    sources = _sources()
+    modules: dict[str, str | CodeType] = {name: sources[name] for name in _START}
     if cache_tag == sys.implementation.cache_tag:
-        codes = {name: _compiled(name, sources[name]) for name in _CORE}
-        program = marshal.dumps((_compiled("bootstrap", start), (sources, codes, local)))
+        modules.update((name, _compiled(name, sources[name])) for name in _START if name not in _AS_TEXT)
+        program = marshal.dumps((_compiled("bootstrap", sources["bootstrap"]), (modules, local)))
     else:
-        program = marshal.dumps((start, (sources, {}, local)), 2)  # version 2: any Python reads it
-    packed = zlib.compress(program, 6)
+        program = marshal.dumps((sources["bootstrap"], (modules, local)), 2)  # version 2: any Python reads it
+    return _packed(program)
+
+
+def _packed(program: bytes) -> bytes:
+    packed = zlib.compress(program, 9)
     return b"%d\n%s" % (len(packed), packed)
+
+
+@functools.lru_cache(maxsize=1)
+def all_modules() -> bytes:
+    """Return what the request `modules` brings: the sources of all modules, compressed."""
+    sources = dict(_sources())
+    del sources["bootstrap"]
+    return zlib.compress(marshal.dumps(sources, 2), 9)
 
 
 @functools.lru_cache(maxsize=1)

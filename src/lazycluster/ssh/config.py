@@ -24,7 +24,15 @@ from lazycluster.utils import expanded
 from .config_hosts import CONFIG_VARIABLE
 from .destination import Destination, check_user, parse_destination
 
-__all__ = ["MAX_CONTROL_PATH", "Destination", "Settings", "parse_destination", "ssh_argv", "ssh_version"]
+__all__ = [
+    "MAX_CONTROL_PATH",
+    "Destination",
+    "Settings",
+    "check_setting",
+    "parse_destination",
+    "ssh_argv",
+    "ssh_version",
+]
 
 DEFAULT_TIMEOUT = 20.0
 """Seconds until a host that does not answer is given up."""
@@ -356,6 +364,20 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 assert set(_CHECKS) == {f.name for f in fields(Settings)} - {"host", "target"}
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Check one setting by itself.
+
+    Args:
+        name: One of the attributes of `Settings`, beside ``host`` and ``target``.
+        value: What is given for it.
+
+    Raises:
+        TypeError: If it is of the wrong type.
+        ValueError: If it is out of range.
+    """
+    _CHECKS[name](name, value)
 
 
 @functools.lru_cache(maxsize=1)

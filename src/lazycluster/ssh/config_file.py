@@ -56,8 +56,8 @@ def add_host(name: str, options: Mapping[str, str], path: str | os.PathLike[str]
         The path of the file.
 
     Raises:
-        ConfigurationError: If the name is not safe or is taken, or ssh does not understand the result.
-        OSError: If the file cannot be written.
+        ConfigurationError: If the name is not safe or is taken, ssh does not understand the result, or the file cannot
+            be written.
     """
     _check_name(name)
     for key, value in options.items():
@@ -92,8 +92,7 @@ def remove_host(name: str, path: str | os.PathLike[str] | None = None) -> Path:
         The path of the file.
 
     Raises:
-        ConfigurationError: If it is not there, or only in a file that this one includes.
-        OSError: If the file cannot be written.
+        ConfigurationError: If it is not there, or only in a file that this one includes, or the file cannot be written.
     """
     if not name or re.search(r"[\s*?!]", name):
         raise ConfigurationError(f"{name!r} is not the name of a single host")
@@ -230,11 +229,7 @@ class _Change:
     def _written(self, suffix: str) -> Path:
         # Beside it: relative includes of a user's configuration start at ~/.ssh whatever its name.
         fd, name = tempfile.mkstemp(prefix=f".{self.path.name}-", suffix=suffix, dir=self.path.parent)
-        with os.fdopen(fd, "wb") as file:
-            file.write(self.text)
-            file.flush()
-            os.fsync(file.fileno())
-        return Path(name)
+        return _fill_new(fd, Path(name), self.text)
 
     def commit(self) -> None:
         """Put the new text in the place of the old, of which a copy is kept."""
@@ -270,9 +265,20 @@ class _Change:
     def _keep_backup(self) -> None:
         backup = self.path.with_name(self.path.name + BACKUP)
         fd, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
+        _fill_new(fd, Path(name), self._before).replace(backup)
+
+
+def _fill_new(fd: int, path: Path, text: bytes) -> Path:
+    """Fill a file that has just been made; it is removed again if that fails."""
+    try:
         with os.fdopen(fd, "wb") as file:
-            file.write(self._before)
-        Path(name).replace(backup)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink()
+        raise
+    return path
 
 
 def _fill(file: BinaryIO, text: bytes) -> None:
@@ -311,11 +317,13 @@ def _made_alike(new: Path, old: Path) -> bool:
 
 
 def _check_writable(path: Path) -> None:
-    if not path.stat().st_mode & stat.S_IWUSR or not os.access(path, os.W_OK):
-        raise ConfigurationError(
-            f"{path} is read-only, so it was not changed\n"
-            f"  Next step: {shlex.join(['chmod', 'u+w', str(path)])} if it may be changed, or choose another: --config"
-        )
+    inode = path.stat()
+    if inode.st_mode & stat.S_IWUSR and os.access(path, os.W_OK):
+        return
+    step = f"{shlex.join(['chmod', 'u+w', str(path)])} if it may be changed, or choose another: --config"
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        step = "choose another file: --config"
+    raise ConfigurationError(f"{path} is read-only, so it was not changed\n  Next step: {step}")
 
 
 @contextlib.contextmanager
@@ -324,9 +332,11 @@ def _changing(path: Path) -> Iterator[_Change]:
     # A link is followed: many keep their configuration in a repository.
     path = Path(os.path.realpath(path))
     folder = path.parent
-    if not folder.exists():
-        folder.mkdir(mode=0o700, parents=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _not_changed(path, error) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.is_symlink():
@@ -338,5 +348,15 @@ def _changing(path: Path) -> Iterator[_Change]:
         change = _Change(path)
         yield change
         change.commit()
+    except OSError as error:
+        raise _not_changed(path, error) from None
     finally:
         os.close(lock)
+
+
+def _not_changed(path: Path, error: OSError) -> ConfigurationError:
+    """Return the error about a file that cannot be written, and is as it was."""
+    hint = "make its directory writable, or choose another file: --config"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space in its directory, or choose another file: --config"
+    return ConfigurationError(f"{path} cannot be changed: {error.strerror}\n  Next step: {hint}")

@@ -1,7 +1,8 @@
 """A limit for the connections that are made at once.
 
 sshd drops connections at random when more than 10 have not yet authenticated (``MaxStartups 10:30:100``). A host sees
-one of ours, but a host that all others are reached through sees them all.
+one of ours, but a host that all others are reached through sees them all. The limit for all is that of this machine's
+processors. A handshake that does nothing but wait for its host counts for neither, so no host waits for a silent one.
 """
 
 from __future__ import annotations
@@ -9,24 +10,111 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import re
 import subprocess
+import time
 import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from lazycluster.agent.processes import family, stat_fields
 from lazycluster.core import event_loop
 
 from .config import Settings, parse_destination
 from .config_hosts import SYSTEM_CONFIG, config_lines, hops_of_command, user_config
 from .config_text import option_values
+from .process import WatchedProcess
 
-__all__ = ["ConnectLimit", "jump_key", "limiter", "resolve"]
+__all__ = ["ConnectLimit", "ConnectSlot", "jump_key", "limiter", "resolve"]
 
 PER_JUMP_HOST = 8
 AT_ONCE = 64
+_LOOK_EVERY = 0.1  # seconds
+_IDLE = 0.1  # seconds without any use of the processor after which a handshake does not count for this machine
+_SILENT = 0.5  # the same for a jump host, which may take its time to let somebody in
+_SILENT_BY_TIME = 1.0  # the same where the system does not tell what a process uses
 _DEPTH = 4
 _RESOLVE_TIMEOUT = 20.0
+
+
+class ConnectSlot:
+    """A slot for one handshake, given up when it ends, or when its process only waits for its host."""
+
+    def __init__(self) -> None:
+        self._silent = asyncio.Event()
+        self._limits: list[tuple[float, asyncio.Semaphore]] = []  # and after which idle time each is given up
+        self._process: WatchedProcess | None = None
+        self._used: int | None = -1
+        self._since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def take(self, limit: asyncio.Semaphore, patience: float) -> None:
+        """Wait for a place under a limit.
+
+        Args:
+            limit: The limit.
+            patience: Seconds of idleness after which the place is given up.
+        """
+        await limit.acquire()
+        self._limits.append((patience, limit))
+
+    def started(self, process: WatchedProcess, silent: asyncio.Event) -> None:
+        """Begin to watch the ssh process that does the handshake.
+
+        Args:
+            process: The process.
+            silent: Is set when its host has been silent for a while.
+        """
+        self._process, self._silent = process, silent
+        self._since = asyncio.get_running_loop().time()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look)
+
+    def _look(self) -> None:
+        assert self._process is not None
+        if self._process.is_logged_in or self._process.exited.done():
+            return
+        now, used = asyncio.get_running_loop().time(), _processor_time(self._process.pid)
+        if used != self._used:
+            self._used, self._since = used, now
+        idle = now - self._since if used is not None else _SILENT * (now - self._since) / _SILENT_BY_TIME
+        self._give_up(idle)
+        if idle >= _SILENT:
+            self._silent.set()
+        else:
+            self._look_again()
+
+    def _give_up(self, idle: float) -> None:
+        for patience, limit in self._limits:
+            if idle >= patience:
+                limit.release()
+        self._limits = [(patience, limit) for patience, limit in self._limits if idle < patience]
+
+    def close(self) -> None:
+        """Give up what is left."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._give_up(math.inf)
+
+
+def _processor_time(pid: int) -> int | None:
+    """Return the nanoseconds that a process and its descendants have used so far.
+
+    One that could go on counts as using more and more; None if that is not known.
+    """
+    used = 0
+    for one in family(pid) if Path("/proc/self/schedstat").exists() else ():
+        try:
+            used += int(Path(f"/proc/{one}/schedstat").read_text().split()[0])
+            state = stat_fields(one)
+        except (OSError, ValueError, IndexError):
+            continue  # it has just ended
+        if state is not None and state[0] == b"R":
+            return time.monotonic_ns()
+    return used or None
 
 
 class ConnectLimit:
@@ -38,26 +126,28 @@ class ConnectLimit:
         self._jumps: dict[str, asyncio.Semaphore] = {}
 
     @contextlib.asynccontextmanager
-    async def slot(self, settings: Settings) -> AsyncIterator[None]:
-        """Hold a place while connecting to a host.
+    async def slot(self, settings: Settings) -> AsyncIterator[ConnectSlot]:
+        """Hold a slot while connecting to a host.
 
         Args:
             settings: How the host is reached.
         """
-        async with contextlib.AsyncExitStack() as places:
+        slot = ConnectSlot()
+        try:
             # All in the same order, or two could wait for each other.
             for key in sorted(await jump_key(settings)):
-                jump = self._jumps.setdefault(key, asyncio.Semaphore(self._per_jump_host))
-                await places.enter_async_context(jump)
-            await places.enter_async_context(self._all)
-            yield
+                await slot.take(self._jumps.setdefault(key, asyncio.Semaphore(self._per_jump_host)), _SILENT)
+            await slot.take(self._all, _IDLE)
+            yield slot
+        finally:
+            slot.close()
 
 
 _limiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ConnectLimit] = weakref.WeakKeyDictionary()
 
 
-def limiter(settings: Settings) -> contextlib.AbstractAsyncContextManager[None]:
-    """Return a place among the handshakes of this process, to be held while connecting."""
+def limiter(settings: Settings) -> contextlib.AbstractAsyncContextManager[ConnectSlot]:
+    """Return a slot among the handshakes of this process, to be held while connecting."""
     loop = asyncio.get_running_loop()
     return _limiters.setdefault(loop, ConnectLimit()).slot(settings)
 

@@ -52,6 +52,7 @@ class Connection(abc.ABC):
         host: The host as the user named it.
         why: Why it is in its state, where that is not what was asked for: what interrupted it, or how it was lost.
         interruptions: How often its link has dropped so far.
+        silent: Is set when nothing has come from the host for a while, while it is being connected.
         generation: Which agent it leads to: it grows when the host has lost the one before, and all that this one ran.
         on_lost: Called when the connection is lost (not when it is closed), with the reason.
         on_port_lost: Called when a port was forwarded before the link dropped, and cannot be had again.
@@ -64,6 +65,7 @@ class Connection(abc.ABC):
         self.host = host
         self.why = ""
         self.interruptions = 0
+        self.silent = asyncio.Event()
         self.generation = 0
         self._state: State = "new"
         self._state_callbacks: list[StateCallback] = []
@@ -78,6 +80,7 @@ class Connection(abc.ABC):
         self._gone: asyncio.Task[None] | None = None
         self._closing: asyncio.Future[None] | None = None
         self._unanswered: NoAnswerError | None = None
+        self._copies_from = 0  # the generation whose agent can serve copies
         self._given_up = -1.0  # when the host was heard last of all, if that was too long ago for somebody
         self.at_close: list[Callable[[], Any]] = []
 
@@ -164,6 +167,14 @@ class Connection(abc.ABC):
 
     def _start_overdue(self) -> NoAnswerError:
         return NoAnswerError(self.host, "a further agent to start", _START_LIMIT)
+
+    async def _prepare_copies(self) -> None:
+        """Have the agent get the modules that copies need: they begin on other streams than the requests."""
+        if self._link is not None and self._copies_from != self.generation:
+            generation = self.generation
+            self._link.send_modules()
+            await self.request("ping")
+            self._copies_from = generation
 
     # --- the agent -----------------------------------------------------------------------------
     @property
@@ -351,6 +362,8 @@ class Connection(abc.ABC):
             os.set_blocking(fd_in, False)
             os.set_blocking(fd_out, False)
             start = await read_marker(fd_in, expected(marker), process.exited, self._shell_output)
+            if start.version < OLDEST_PYTHON:
+                start = await self._search_python(fd_in, fd_out, start, marker)
             if start.rejoined:
                 await self._rejoin(fd_in, fd_out, start)
                 return
@@ -360,6 +373,10 @@ class Connection(abc.ABC):
             os.close(fd_out)
             raise
         await self._start_agent(fd_in, fd_out, start)
+
+    async def _search_python(self, fd_in: int, fd_out: int, start: StartMarker, marker: str) -> StartMarker:
+        """Have another interpreter started instead of one that is missing or too old; return what it says."""
+        return start
 
     def _check_python(self, start: StartMarker) -> None:
         if start.version < OLDEST_PYTHON:

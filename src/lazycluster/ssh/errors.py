@@ -19,6 +19,7 @@ from lazycluster.exceptions import InvalidRuntimeError
 from .config import Settings
 from .config_hosts import hops_of_command
 from .config_text import BOM_HINT, option_values
+from .python_search import NO_PYTHON
 
 __all__ = [
     "FULL", "NOTHING_KNOWN", "Circumstances", "circumstances", "classify", "is_retryable", "last_words", "no_room_here",
@@ -507,6 +508,9 @@ def _no_process(case: _Case) -> InvalidRuntimeError | None:
 def _no_python(case: _Case) -> InvalidRuntimeError | None:
     if case.phase == "timeout" or (case.status == _SSH_FAILED and not case.output and not case.logged_in):
         return None  # it did not end, or it was ssh that failed
+    if none := [line for line in case.shell_said.splitlines() if line.startswith(NO_PYTHON)]:
+        hint = 'install one there, or name the path of one with python="/path/to/python3"'
+        return case.error("python", none[-1].partition(": ")[2], hint)
     name, base = re.escape(case.python), re.escape(PurePath(case.python).name)
     before = rf"(?:{name}|{base})\W.*(?:not found|no such file|permission denied)"
     missing = re.compile(rf"{before}|(?:not found|unknown command)\W.*{base}", re.IGNORECASE)

@@ -16,6 +16,7 @@ from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, pri
 from lazycluster.output import log_limit
 from lazycluster.utils import Environment
 
+from .agent_program import START_OPERATIONS, all_modules
 from .agent_replies import decoded
 from .channel import Bytes, Channel, Event, message_frame
 
@@ -65,6 +66,7 @@ class AgentLink:
         self._closing: asyncio.TimerHandle | None = None  # since nobody reads what is written
         self._room = asyncio.Event()
         self._room.set()
+        self._has_all_modules = False
         self._lost_error: ConnectionLostError | None = None
         self._in = self._out = -1
         self.is_held = False
@@ -195,6 +197,8 @@ class AgentLink:
         """
         if self._lost_error is not None:
             raise ConnectionLostError(self.host, self._lost_error.detail)
+        if op not in START_OPERATIONS:
+            self.send_modules()
         number = self._next
         asked = {**params, "op": op}
         if Environment.trust_group:
@@ -205,6 +209,18 @@ class AgentLink:
         self._channels[number] = channel
         self.send_soon(request)
         return channel
+
+    def send_modules(self) -> None:
+        """Send the agent the modules that not all agents need, unless it has them, before whatever is sent next."""
+        if self._has_all_modules:
+            return
+        self._has_all_modules = True
+        number, data = self._next, all_modules()
+        self._next += 1
+        self.send_soon(message_frame(number, wire.REQUEST, {"op": "modules"}))
+        for start in range(0, len(data), wire.MAX_PAYLOAD):
+            self.send_soon(wire.frame(number, wire.INPUT, data[start : start + wire.MAX_PAYLOAD]))
+        self.send_soon(wire.frame(number, wire.INPUT_END))
 
     def forget(self, number: int) -> None:
         """Let a channel go that has ended."""

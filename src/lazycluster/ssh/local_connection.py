@@ -87,6 +87,7 @@ class LocalConnection(Connection):
     async def open_copy_stream(self) -> socket.socket:
         """Return a stream to a new process that copies files."""
         self.check()
+        await self._prepare_copies()
         ours, theirs = socket.socketpair()
         forks.close_in_children(ours.fileno(), theirs.fileno())
         with theirs:

@@ -28,7 +28,16 @@ from lazycluster.core import event_loop, forks
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError, printable
 
 from . import logins, workspace
-from .agent_program import bulk_command, new_marker, rejoin_command, remote_command
+from .agent_program import (
+    bulk_command,
+    choosing_command,
+    expected,
+    new_marker,
+    rejoining_stub,
+    remote_command,
+    shell_payload,
+    stub,
+)
 from .agent_replies import AgentInfo
 from .channel import Channel
 from .config import Settings, ssh_argv, ssh_version
@@ -39,7 +48,8 @@ from .extra_sessions import ExtraSession, NoAgentError, open_session
 from .link import AgentLink
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
-from .start_marker import StartError, StartMarker, read_some, shown
+from .python_search import PythonSearch
+from .start_marker import StartError, StartMarker, read_marker, read_some, shown, write_all
 
 ATTEMPTS = 6
 _START_MARGIN = 15.0  # at most so many seconds beyond the time-out, for the login shell and Python on a loaded host
@@ -61,6 +71,7 @@ _FINAL = ("auth", "host_key", "config")
 _REFUSAL_SHOWN = 500  # characters
 _REPLY_SIZE = len(KEPT) + wire.TOTAL_SIZE
 _MORE_FILES = "allow this process more open files (ulimit -n): each host takes seven"
+_PLAIN_SEARCH = PythonSearch()
 _numbers = itertools.count(1)
 logger = logging.getLogger("lazycluster")
 
@@ -74,7 +85,9 @@ class SshConnection(Connection):
     Args:
         host: The host, as `ssh` takes it.
         connection_kwargs: See `Settings`.
-        python: The interpreter that runs the agent, as the host's login shell finds it.
+        python: The path of the interpreter that runs the agent. If it is not given, that is the ``python3`` on the
+            host's PATH.
+        search: How another one is found where that is missing or too old.
         ask: Whether a person may be asked on the terminal for passwords and the like.
 
     Attributes:
@@ -92,13 +105,15 @@ class SshConnection(Connection):
         connection_kwargs: Mapping[str, Any] | None = None,
         *,
         python: str | None = None,
+        search: PythonSearch = _PLAIN_SEARCH,
         ask: bool = False,
     ) -> None:
         self.settings = Settings.parse(host, connection_kwargs)
         super().__init__(self.settings.host)
         self.grace = 0.0
         self.refusal = ""
-        self._python = python or "python3"
+        self._python = python
+        self._search = search
         self._ask = ask
         self._space: workspace.Workspace | None = None
         self._name = ""
@@ -160,9 +175,10 @@ class SshConnection(Connection):
         deadline = timeout + min(2 * timeout, _START_MARGIN)
         process: WatchedProcess | None = None
         try:
-            async with limiter(settings):
+            async with limiter(settings) as slot:
                 self._process = process = WatchedProcess(argv, space.prompter.env(self._name), log)
                 space.watch(process.pid)
+                slot.started(process, self.silent)
                 space.prompter.started(self._name, process.pid)
                 bringing_up = asyncio.ensure_future(self._bring_up(process, marker))
                 if self._ask:
@@ -186,9 +202,26 @@ class SshConnection(Connection):
         self._mux = Mux(control)
 
     def _command(self, marker: str) -> str:
+        program, before = self._program(marker), self._agent_info
+        if self._python is not None:
+            return remote_command(self._python, program)
+        return choosing_command(marker, program, before.executable if before is not None else "")
+
+    def _program(self, marker: str) -> str:
         if self._agent_info is None:
-            return remote_command(self._python, marker)
-        return rejoin_command(self._python, marker, self._sockets, self.agent_info.pid)
+            return stub(marker)
+        return rejoining_stub(marker, self._sockets, self._agent_info.pid)
+
+    async def _search_python(self, fd_in: int, fd_out: int, start: StartMarker, marker: str) -> StartMarker:
+        if self._python is not None:
+            return start
+        assert self._process is not None
+        script = self._search.script(self._program(marker))
+        for sent in ([shell_payload(marker)] if start.version else []) + [script]:
+            await write_all(fd_out, sent)
+            self._shell_output[:] = start.rest
+            start = await read_marker(fd_in, expected(marker), self._process.exited, self._shell_output)
+        return start
 
     def _forget_attempt(self) -> None:
         if self._space is not None and self._name:
@@ -221,7 +254,7 @@ class SshConnection(Connection):
             output=output,
             phase=phase,
             logged_in=process.is_logged_in,
-            python=self._python,
+            python=self._python or "python3",
             heard=process.heard,
             known=await circumstances(way, process.errors, asked),
         )
@@ -243,6 +276,7 @@ class SshConnection(Connection):
         return await self._copy_stream()
 
     async def _copy_stream(self) -> socket.socket:
+        await self._prepare_copies()
         marker = new_marker()
         agent = self.agent_info
         session = await self._session(bulk_command(agent.executable, marker, self._sockets, agent.pid))
@@ -282,7 +316,7 @@ class SshConnection(Connection):
         """Start it in a further session on the same connection."""
         await self.wait_until_open()
         marker = new_marker()
-        session = await self._session(remote_command(self.agent_info.executable, marker))
+        session = await self._session(remote_command(self.agent_info.executable, stub(marker)))
         ours_out = os.dup(session.stream.fileno())
         forks.close_in_children(ours_out)
         try:

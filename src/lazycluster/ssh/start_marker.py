@@ -9,7 +9,7 @@ import re
 import socket
 from dataclasses import dataclass
 
-__all__ = ["StartError", "StartMarker", "read_marker", "read_some", "shown", "skip_to_marker"]
+__all__ = ["StartError", "StartMarker", "read_marker", "read_some", "shown", "skip_to_marker", "write_all"]
 
 _OUTPUT_LIMIT = 1024 * 1024  # bytes that a login shell may print
 _CHUNK = 64 * 1024
@@ -33,10 +33,10 @@ class StartError(Exception):
 
 @dataclass(frozen=True)
 class StartMarker:
-    """The line that Python prints when it has started on a host.
+    """The line that Python prints when it has started on a host, or a shell if it finds no Python.
 
     Attributes:
-        version: Its version.
+        version: Its version; empty for a shell, which reads a program of its own then.
         tag: Its `sys.implementation.cache_tag`.
         rejoined: Whether the streams lead to an agent that was there before.
         rest: What came after.
@@ -98,6 +98,23 @@ async def read_some(fd: int) -> bytes:
         loop.remove_reader(fd)
 
 
+async def write_all(fd: int, data: bytes) -> None:
+    """Write to a non-blocking descriptor, as it takes it; nothing more once nobody reads it."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_writer(fd, ready.set)
+    try:
+        while data:
+            await ready.wait()
+            try:
+                data = data[os.write(fd, data) :]
+            except BlockingIOError:
+                ready.clear()
+            except OSError:
+                return  # what it printed tells why
+    finally:
+        loop.remove_writer(fd)
+
+
 async def skip_to_marker(stream: socket.socket, marker: bytes) -> None:
     """Read a stream up to the end of the marker's line, and no further; a blocking one is so again in the end.
 
@@ -121,6 +138,8 @@ async def skip_to_marker(stream: socket.socket, marker: bytes) -> None:
 
 def _parsed(line: bytes, rest: bytes) -> StartMarker | None:
     """Return what the line says; None if it is not the line of our program."""
+    if line.strip() == b"sh":
+        return StartMarker((), "", False, rest)
     words = _LINE.fullmatch(line.strip())
     if words is None:
         return None

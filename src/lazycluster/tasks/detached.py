@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import secrets
 import time
@@ -31,6 +32,7 @@ __all__ = ["DetachedTask", "check_options", "detachable_calls", "detached_tasks"
 
 _logger = logging.getLogger("lazycluster")
 
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 _START_LIMIT = 120.0  # seconds for it to be on its way
 _PART = 1024 * 1024  # bytes of a call that are sent within that time
 _ANSWER_LIMIT = 30.0
@@ -376,7 +378,13 @@ async def start_detached(
         await asyncio.wait_for(channel.result(), _START_LIMIT)
     except AgentError as error:
         await event_loop.in_thread(detached_records.forget, task_id)
-        raise LazyclusterError(f"{connection.host}: task {task.name!r} cannot be detached: {error.message}") from None
+        text = f"{connection.host}: task {task.name!r} cannot be detached: {error.message}"
+        if error.evidence.get("errno") in _NOT_WRITABLE:
+            text += (
+                "\n  Next step: its state and log are written there; in a start-up file of the shell there, set "
+                "XDG_STATE_HOME to a directory that can be written to, and stays"
+            )
+        raise LazyclusterError(text) from None
     except asyncio.TimeoutError:
         raise LazyclusterError(
             f"{connection.host}: task {task.name!r} was not detached within {_START_LIMIT:g} s.\n"

@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from lazycluster import engines
-from lazycluster.cli.options import Whole, connection_options, host_options, relay_option, targets
+from lazycluster.cli.cluster_options import cluster_options, engine_options, spec_of, with_engine_of_file
+from lazycluster.cli.options import connection_options
 
 if TYPE_CHECKING:
-    from lazycluster.cluster.engine import Option
-    from lazycluster.cluster.engine_cluster import EngineCluster
-    from lazycluster.runtime_mgmt import RuntimeGroup
+    from lazycluster.cluster_file.spec import ClusterSpec
 
-__all__ = ["start", "start_alias"]
+__all__ = [
+    "EngineCommands",
+    "check_connection_file",
+    "check_environment",
+    "connection_file_option",
+    "start",
+    "start_alias",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Engines(click.Group):
-    """A group with a command for each engine, which is loaded when it is named."""
+class EngineCommands(click.Group):
+    """A group with a command for each engine, which is loaded when it is named, or when a file names it.
+
+    Args:
+        command_of: Makes the command of an engine.
+        named: Whether the name of the cluster comes before the engine; a file may say it, too.
+        **options: See `click.Group`.
+    """
+
+    def __init__(self, command_of: Callable[[str], click.Command], named: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._command_of = command_of
+        self._named = named
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take the engine from the file, if it is not named."""
+        if not self._named:
+            args = with_engine_of_file(args)
+        elif args and not args[0].startswith("-"):
+            args = [args[0], *with_engine_of_file(args[1:])]
+        elif (found := with_engine_of_file(args)) != args:
+            args = ["", *found]
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the engines."""
         return list(engines.known())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _command(cmd_name) if cmd_name in engines.known() else None
+        """Return the command of an engine."""
+        return self._command_of(cmd_name) if cmd_name in engines.known() else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what engines there are; none is loaded."""
         with formatter.section("Commands"):
             formatter.write_dl([(entry.name, entry.summary) for entry in engines.known().values()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the names of engines."""
         if incomplete.startswith("-"):
             return click.Command.shell_complete(self, ctx, incomplete)
         entries = engines.known().values()
         return [CompletionItem(one.name, help=one.summary) for one in entries if one.name.startswith(incomplete)]
 
 
-@click.group(cls=_Engines)
+@click.group(cls=EngineCommands, command_of=lambda name: _command(name))
 def start() -> None:
     """Start a cluster, and keep it until Ctrl-C.
 
@@ -51,6 +82,7 @@ def start() -> None:
     Examples:
       lazycluster start dask -w 'node[1-4]' --connection-file cluster.json
       lazycluster start hyperopt -w @all --workers 8 --dbpath ./trials
+      lazycluster start -f cluster.toml
     """
 
 
@@ -59,96 +91,45 @@ def start_alias(name: str) -> click.Command:
     return _command(engines.ALIASES[name])
 
 
-def _cluster_options(command: F) -> F:
-    for option in (
-        click.option(
-            "--connection-file",
-            type=click.Path(dir_okay=False),
-            metavar="FILE",
-            help="Write what programs need to connect; has secrets.",
-        ),
-        relay_option,
-        click.option("--environment", metavar="WHAT", help="Packages there: 'manager' (the same), a file, a path."),
-        click.option("--setup", metavar="LINES", help="Shell lines to run first: 'conda activate ml'."),
-        click.option("--python", metavar="PYTHON", help="The hosts' Python: a path, a name, or 'auto'."),
-        click.option("--port", type=Whole(65535), metavar="PORT", help="The port of the master here."),
-        click.option("--workers", type=Whole(), metavar="N", help="How many workers (one per host)."),
-        host_options,
-    ):
-        command = option(command)
-    return command
+connection_file_option = click.option(
+    "--connection-file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write what programs need to connect; has secrets.",
+)
 
 
-def _engine_option(option: Option) -> Callable[[F], F]:
-    kind = {"text": None, "count": Whole(), "directory": click.Path(file_okay=False)}[option.kind]
-    return click.option(
-        option.flag, option.argument, type=kind, metavar=option.metavar, default=option.default, help=option.help
-    )
+def _options(command: F) -> F:
+    return cluster_options(connection_file_option(command))
 
 
 def _command(name: str) -> click.Command:
     """Return the command that starts an engine, with the options that its statement has."""
-    cluster_class = engines.load(name)
-    engine = cluster_class.engine_class
+    engine = engines.load(name).engine_class
 
-    def run(
-        hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
-        connect_timeout: float | None, accept_new_host_key: bool, workers: int | None, port: int | None,
-        python: str | None, setup: str | None, environment: str | None, relay: bool,
-        connection_file: str | None, **options: Any,
-    ) -> None:  # fmt: skip
-        chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, relay=relay)
-        there = {"python": python, "setup": setup, "environment": environment}
-        _serve(chosen, lambda group: cluster_class(group, **options), workers, port, there, connection_file)
+    def run(connection_file: str | None, **options: Any) -> None:
+        check_connection_file(connection_file)
+        check_environment(options["environment"])
+        _serve(spec_of(name, options), connection_file)
 
-    _check_options(name, engine.options)
     run.__doc__ = engine.help or engine.summary or engines.known()[name].summary
-    command: Callable[..., Any] = connection_options(run)
-    for option in reversed(engine.options):
-        command = _engine_option(option)(command)
-    return click.command(name, short_help=engines.known()[name].summary)(_cluster_options(command))
+    command: Callable[..., Any] = engine_options(
+        name, connection_options(run), engine.options, lambda bare: _options(connection_options(bare))
+    )
+    return click.command(name, short_help=engines.known()[name].summary)(_options(command))
 
 
-def _check_options(name: str, options: Sequence[Option]) -> None:
-    """Refuse options of an engine that this command, or the engine itself, has already."""
-    from lazycluster.cluster.exceptions import ClusterError
-
-    common = click.command(name)(_cluster_options(connection_options(lambda **_: None)))
-    taken = {"--help", *(text for param in common.params for text in (str(param.name), *param.opts))}
-    for option in options:
-        for text in (option.flag, option.argument):
-            if text in taken:
-                raise ClusterError(f"the engine {name!r} cannot be started: its option {text} is taken already")
-        taken |= {option.flag, option.argument}
-
-
-def _serve(
-    chosen: Any,
-    make: Callable[[RuntimeGroup], EngineCluster],
-    workers: int | None,
-    port: int | None,
-    there: dict[str, Any],
-    connection_file: str | None,
-) -> None:
+def _serve(spec: ClusterSpec, connection_file: str | None) -> None:
     from lazycluster.cli.console import INTERRUPTED, errors
     from lazycluster.cli.foreground import serve
     from lazycluster.core.words import counted
-    from lazycluster.runtime_mgmt import RuntimeGroup
 
-    _check_connection_file(connection_file)
-    _check_environment(there["environment"])
-    group = RuntimeGroup(
-        hosts=chosen.names,
-        connection_kwargs=chosen.settings,
-        **there,
-        on_unreachable="skip" if chosen.everyone else "raise",
-    )
-    with group:
-        starting, on = counted(workers or group.runtime_count, "worker"), counted(group.runtime_count, "host")
+    with spec.make_group() as group:
+        starting, on = counted(spec.workers or group.runtime_count, "worker"), counted(group.runtime_count, "host")
         errors().print(f"Starting {starting} on {on} ...")
-        with make(group) as cluster:  # which loads the engine, for seconds
+        with spec.make_cluster(group) as cluster:  # which loads the engine, for seconds
             try:
-                cluster.start(workers, port)
+                cluster.start(spec.workers, spec.master_port)
                 file = cluster.write_connection_file(connection_file) if connection_file is not None else None
                 serve(cluster, file)
             except KeyboardInterrupt:
@@ -156,7 +137,7 @@ def _serve(
                 raise SystemExit(INTERRUPTED) from None
 
 
-def _check_connection_file(path: str | None) -> None:
+def check_connection_file(path: str | None) -> None:
     """Refuse a connection file that could not be written, before the cluster starts."""
     from lazycluster.cluster.connection_file import check
     from lazycluster.utils import expanded
@@ -168,7 +149,8 @@ def _check_connection_file(path: str | None) -> None:
     check(path)
 
 
-def _check_environment(what: str | None) -> None:
+def check_environment(what: str | None) -> None:
+    """Refuse an environment that makes no sense, in the words of the command line."""
     from lazycluster import EnvironmentSpec
 
     try:

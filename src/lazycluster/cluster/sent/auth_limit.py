@@ -73,7 +73,7 @@ class AuthLimit(Generic[C]):
 
 
 def limited_logger() -> logging.Logger:
-    """Return the logger for what strangers cause."""
+    """Return the logger for what unauthenticated clients cause."""
     logger = logging.getLogger("lazycluster.strangers")
     limit_lines(logger.name)
     return logger
@@ -88,7 +88,7 @@ def limit_lines(*names: str) -> None:
 
 
 class FewLines(logging.Filter):
-    """Lets few lines of a logger through within a period, whatever they say: strangers decide how many there are.
+    """Lets few lines of a logger through within a period: clients that are not authenticated decide how many there are.
 
     The first line of the next period says how many were left out.
 

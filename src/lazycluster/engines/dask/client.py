@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed import Client
 from distributed.protocol.pickle import dumps
 
+from lazycluster.agent.filenames import dumps as dumps_with_names
 from lazycluster.core import event_loop
 
 from .scaling import scheduler_at
 
 if TYPE_CHECKING:
+    from lazycluster.cluster.client_modules import ClientModules
     from lazycluster.cluster.local_modules import LocalModules
 
-__all__ = ["UpToDateClient", "connected"]
+__all__ = ["UpToDateClient", "client_of", "connected"]
 
 C = TypeVar("C", bound=Client)
 
@@ -41,7 +44,7 @@ class UpToDateClient(Client):  # type: ignore[misc]
 
     _calls: Any = None
 
-    def __init__(self, address: Any, modules: LocalModules, **options: Any) -> None:
+    def __init__(self, address: Any, modules: LocalModules | ClientModules, **options: Any) -> None:
         self._local_modules = modules
         self._version = modules.version
         super().__init__(address, **options)
@@ -107,6 +110,23 @@ class _UpToDateCalls:
             return await call(*arguments, **named)
 
         return up_to_date
+
+
+def client_of(kind: type[C], connection: Mapping[str, Any], *arguments: Any, **options: Any) -> C:
+    """Return a client of a cluster of another process.
+
+    Args:
+        kind: The class of the client.
+        connection: What `DaskCluster._connection` has returned there.
+        *arguments: Further arguments of the class.
+        **options: Its options.
+    """
+    from .programs.serialization import keep_file_names
+    from .programs.tls import MemorySecurity
+
+    keep_file_names(dumps_with_names)
+    security = MemorySecurity(**connection["security"])
+    return connected(kind, connection["scheduler"], *arguments, security=security, **options)
 
 
 def connected(kind: type[C], *arguments: Any, **options: Any) -> C:

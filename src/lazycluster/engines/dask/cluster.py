@@ -13,13 +13,17 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import ssl
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.agent.filenames import dumps
 from lazycluster.cluster import connection_file
+from lazycluster.cluster.client_modules import ClientModules
 from lazycluster.cluster.contracts import MasterLauncher, WorkerLauncher
 from lazycluster.cluster.direct_network import NetworkChoice
 from lazycluster.cluster.engine import CheckVersions
@@ -41,7 +45,10 @@ if TYPE_CHECKING:
     from distributed import Client, Security, Status
     from distributed.deploy.adaptive import Adaptive
 
+    from lazycluster.background.client import BackgroundProcess
     from lazycluster.runtime_mgmt import RuntimeGroup
+
+    from .scheduler_view import SchedulerCalls, SchedulerView
 
 __all__ = ["DaskCluster", "LocalMasterLauncher", "RoundRobinLauncher"]
 
@@ -77,6 +84,8 @@ class DaskCluster(EngineCluster):
         network: How hosts reach each other: ``"tunnel"``: through this machine; ``"direct"``: at their own addresses,
             with the scheduler on the first host of the group; ``"auto"``: direct if all of them do, else through
             tunnels. All of it is encrypted and authenticated.
+        asynchronous: Whether methods that have to wait return awaitables where an event loop runs. ``await cluster``
+            and ``async with`` start the cluster, and have the same effect for their event loop.
 
     Raises:
         ClusterError: If dask, distributed or cryptography is not installed here.
@@ -88,10 +97,16 @@ class DaskCluster(EngineCluster):
         ...     client = cluster.get_client()
         ...     print(sum(client.gather(client.map(lambda x: x + 1, range(10)))))
         55
+
+        In a coroutine:
+
+        >>> async with DaskCluster(group) as cluster, Client(cluster, asynchronous=True) as client:   # doctest: +SKIP
+        ...     print(await client.submit(lambda: 55))
     """
 
     engine_class = DaskEngine
     _adapting: AdaptedCluster | None = None
+    _scheduler_view: SchedulerView | None = None
 
     def __init__(
         self,
@@ -111,10 +126,14 @@ class DaskCluster(EngineCluster):
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
         network: NetworkChoice = "tunnel",
+        asynchronous: bool = False,
     ) -> None:
         if nthreads is not None:
             checked_count(nthreads, "nthreads", 1)
         self._security: Security | None = None
+        self._name = secrets.token_hex(4)
+        self._asynchronous = asynchronous
+        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # that have awaited it
         super().__init__(
             runtime_group,
             ports,
@@ -164,6 +183,9 @@ class DaskCluster(EngineCluster):
         Args:
             timeout: Seconds until it must be connected.
 
+        Returns:
+            The client; where the cluster is used asynchronously, it is connected by ``await`` or ``async with``.
+
         Raises:
             TimeoutError: If it is not connected in time.
             ClusterError: If the cluster does not run.
@@ -172,6 +194,9 @@ class DaskCluster(EngineCluster):
 
         from .client import UpToDateClient, connected
 
+        if self.asynchronous:
+            self._check_running()
+            return UpToDateClient(self, self._dask.modules, timeout=timeout, asynchronous=True)
         deadline = time.monotonic() + timeout
         while True:
             self._check_running()
@@ -202,22 +227,38 @@ class DaskCluster(EngineCluster):
         """
         from distributed import Client
 
-        from .client import connected
-        from .programs.serialization import keep_file_names
-        from .programs.tls import MemorySecurity
+        from .client import client_of
 
-        keep_file_names(dumps)
         found = connection_file.read(path, DaskCluster.__name__, _CONNECTION)
         try:
-            client: Client = connected(
-                Client, found["scheduler"], security=MemorySecurity(**found["security"]), timeout=timeout
-            )
+            client: Client = client_of(Client, found, timeout=timeout)
         except (TypeError, ValueError, ssl.SSLError, RuntimeError) as error:
             # These are no arguments of distributed's, no address or one without TLS, or no key.
             raise connection_file.unusable(path, str(error)) from None
         except (OSError, TimeoutError) as error:
             raise connection_file.unanswered(path, found, str(error)) from None
         return client
+
+    @classmethod
+    def connect_to(cls, process: BackgroundProcess, timeout: float = 10, **options: Any) -> Client:
+        """Return a client of a cluster in the background, see `lazycluster.connect`.
+
+        It has your own modules sent, as `get_client` does, from the process that it is in.
+
+        Args:
+            process: The cluster's process.
+            timeout: Seconds until it must be connected.
+            **options: Further ones of `distributed.Client`.
+
+        Raises:
+            BackgroundError: If the process does not answer.
+            TimeoutError: If the client is not connected in time.
+        """
+        from .client import UpToDateClient, client_of
+
+        modules = ClientModules(process)
+        modules.sync_now()
+        return client_of(UpToDateClient, process.request("connection"), modules, timeout=timeout, **options)
 
     def _connection(self) -> dict[str, Any]:
         return {
@@ -228,7 +269,9 @@ class DaskCluster(EngineCluster):
 
     @property
     def scheduler_address(self) -> str:
-        """The address of the scheduler, for clients."""
+        """The address of the scheduler, for clients; ``<Not Connected>`` before a start and after the end."""
+        if not self._has_scheduler():
+            return "<Not Connected>"
         self._check_running()
         assert self.master_port is not None
         return self._dask.address(self.master_port)
@@ -246,7 +289,12 @@ class DaskCluster(EngineCluster):
 
     @property
     def dashboard_link(self) -> str:
-        """The address of the dashboard. Whoever knows it can look at the cluster, if he has an account here."""
+        """The address of the dashboard, "" before a start and after the end.
+
+        Whoever knows it can look at the cluster, if he has an account here.
+        """
+        if not self._has_scheduler():
+            return ""
         self._check_running()
         port = getattr(self._master_launcher, "ports", {}).get("dashboard")
         if port is None:
@@ -265,7 +313,7 @@ class DaskCluster(EngineCluster):
         return Status[self._state]  # the same words, on purpose
 
     # --- more and fewer workers ----------------------------------------------------------------
-    def scale(self, n: int) -> None:
+    def scale(self, n: int | None = None, memory: str | float | None = None, cores: float | None = None) -> Any:
         """Start workers, or have some leave, until there are `n` on the hosts that the group has now.
 
         Workers leave in good order: what they hold is copied to others first, tasks that they work on are done by
@@ -275,13 +323,26 @@ class DaskCluster(EngineCluster):
 
         Args:
             n: How many workers there are to be; with 0, tasks wait until there are some again.
+            memory: How much memory they have together at least: bytes, or a text such as ``"64 GiB"``. This and the
+                next one need workers of one size: as `nthreads` and `memory_limit` of the cluster say, or as those that
+                are there.
+            cores: How many threads they have together at least. Of several arguments the highest number counts.
+
+        Returns:
+            None once it is done; an awaitable where the cluster is used asynchronously.
 
         Raises:
             ClusterError: If the cluster does not run; or if some workers did not start, or could not leave since
                 nobody can take what they hold: then what could be done is done.
+            ValueError: If a number makes no sense, or none is given.
         """
-        count = checked_count(n, "the number of workers", 0)
+        by_size = n is None and not (memory is None and cores is None)
+        count = checked_count(0 if by_size else n, "the number of workers", 0)
         self._check_running()
+        count = self._bounds(count, None, ("cores", cores, None), ("memory", memory, None))[0] or 0
+        return self._done(lambda: self._scale(count))
+
+    def _scale(self, count: int) -> None:
         self._end_adapting()
         super().scale(count)
 
@@ -407,28 +468,209 @@ class DaskCluster(EngineCluster):
             super().cleanup()
 
     def _let_go(self) -> None:
+        view, self._scheduler_view = self._scheduler_view, None
+        if view is not None:
+            event_loop.run(view.close())
         event_loop.run(self._dask.modules.close())
         super()._let_go()
         self._security = None
 
-    def close(self, timeout: float | None = None) -> _Closed:
-        """Do what `cleanup` does. The result can be awaited, as `distributed.Client.shutdown` does.
+    def close(self, timeout: float | None = None) -> Any:
+        """Do what `cleanup` does.
 
         Args:
             timeout: Without use; here because the clusters of distributed have it.
+
+        Returns:
+            None; where an event loop runs, an awaitable.
         """
+        return self._done(self.cleanup)
+
+    # --- as the clusters of distributed --------------------------------------------------------
+    @property
+    def name(self) -> str:
+        """A name that tells it from others; eight random letters and digits, unless it is set to something else."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._name = str(name)
+
+    @property
+    def asynchronous(self) -> bool:
+        """True where methods that have to wait return awaitables: on an event loop by which it is awaited."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self.cleanup()
-            return _Closed(None)
-        return _Closed(loop.run_in_executor(None, self.cleanup))
+            return False
+        return self._asynchronous or loop in self._loops
+
+    def sync(
+        self,
+        func: Callable[..., Coroutine[Any, Any, Any]],
+        *args: Any,
+        asynchronous: bool | None = None,
+        callback_timeout: str | float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call a coroutine function, such as a method of `scheduler_comm`, and wait for it.
+
+        Args:
+            func: The function.
+            *args: Its arguments.
+            asynchronous: Whether to return an awaitable instead; by default as `asynchronous` of the cluster.
+            callback_timeout: Seconds until it must be done.
+            **kwargs: Its arguments.
+
+        Returns:
+            What it returns, or an awaitable of it.
+
+        Raises:
+            TimeoutError: If it took longer.
+
+        Examples:
+            >>> cluster.sync(cluster.scheduler_comm.identity)                    # doctest: +SKIP
+        """
+        from dask.utils import parse_timedelta
+
+        from .scheduler_view import awaitable
+
+        seconds = parse_timedelta(callback_timeout)
+        if not (self.asynchronous if asynchronous is None else asynchronous):
+            return event_loop.run(func(*args, **kwargs), seconds)
+        return asyncio.wait_for(awaitable(func(*args, **kwargs)), seconds)
+
+    @property
+    def scheduler_comm(self) -> SchedulerCalls:
+        """The scheduler, to call: what it offers returns awaitables, for any event loop.
+
+        Examples:
+            >>> cluster.sync(cluster.scheduler_comm.ncores)                      # doctest: +SKIP
+        """
+        return self._view_of_scheduler().comm
+
+    @property
+    def scheduler_info(self) -> dict[str, Any]:
+        """What the scheduler says of itself and its workers; while there is none, a dictionary without workers."""
+        try:
+            view = self._view_of_scheduler()
+        except ClusterError:
+            return {"workers": {}}
+        event_loop.run(view.begin())
+        return view.info
+
+    @property
+    def plan(self) -> set[str]:
+        """The names of the workers that there are to be."""
+        launcher = self._worker_launcher
+        return launcher.planned if isinstance(launcher, ServiceWorkerLauncher) else self.observed
+
+    @property
+    def requested(self) -> set[str]:
+        """The names of the workers that were started: those of `plan`, since a start is never put off."""
+        return self.plan
+
+    @property
+    def observed(self) -> set[str]:
+        """The names of the workers that the scheduler knows."""
+        return {str(worker["name"]) for worker in self.scheduler_info["workers"].values()}
+
+    def wait_for_workers(self, n_workers: int, timeout: str | float | None = None) -> Any:
+        """Wait until so many workers can work.
+
+        Args:
+            n_workers: How many.
+            timeout: Seconds; by default as long as the cluster runs.
+
+        Returns:
+            None; an awaitable where the cluster is used asynchronously.
+
+        Raises:
+            TimeoutError: If there are fewer then; it is distributed's own `WorkerStartTimeoutError`.
+            ClusterError: If the cluster does not run.
+            ValueError: If the number is no positive integer.
+        """
+        from dask.utils import parse_timedelta
+
+        count = checked_count(n_workers, "n_workers", 1)
+        view = self._view_of_scheduler()
+        return self.sync(view.wait_for_workers, count, parse_timedelta(timeout), self._check_running)
+
+    def get_logs(self, cluster: bool = True, scheduler: bool = True, workers: bool | Iterable[str] = True) -> Any:
+        """Return what scheduler and workers have logged lately, and the events of the cluster, as texts.
+
+        Args:
+            cluster: Whether the events of the cluster are wanted.
+            scheduler: Whether the log of the scheduler is wanted.
+            workers: Whether those of the workers are wanted, or the addresses of some of them.
+
+        Returns:
+            The texts by ``"Cluster"``, ``"Scheduler"`` and the addresses of the workers; an awaitable of them where the
+            cluster is used asynchronously.
+
+        Raises:
+            ClusterError: If the cluster does not run.
+
+        Examples:
+            >>> print(cluster.get_logs()["Scheduler"])                           # doctest: +SKIP
+        """
+        events = "\n".join(map(str, self.events)) if cluster else None
+        return self.sync(self._view_of_scheduler().logs, events, scheduler, workers)
+
+    def _has_scheduler(self) -> bool:
+        """Tell whether there is, or should be, a scheduler: not before a start, nor after the end."""
+        return self._state == "failed" or (self._state in ("running", "starting") and self.master_port is not None)
+
+    def _view_of_scheduler(self) -> SchedulerView:
+        from .scheduler_view import SchedulerView
+
+        self._check_running()
+        with self._lock:
+            if self._scheduler_view is None:
+                self._scheduler_view = SchedulerView(*access(self._dask, self._master_endpoint().port))
+            return self._scheduler_view
+
+    def _done(self, work: Callable[[], None]) -> Any:
+        """Do what blocks; where the cluster is used asynchronously, begin it, and return what can be awaited."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return work()
+        if self.asynchronous:
+            return _Ending(loop.create_task(event_loop.in_thread(work)))
+        work()
+        return _Ending(None)
 
     def __await__(self) -> Generator[Any, None, DaskCluster]:
-        """Return the cluster: clients await it, to have it started; this one is."""
+        """Return the cluster, which is started unless that was done before: clients await it, too."""
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> DaskCluster:
+        self._loops.add(asyncio.get_running_loop())
+        if self._state == "created" or (self._state == "starting" and self.master_port is None):
+            begun: list[bool] = []
+            try:
+                await event_loop.in_thread(self._start_once, begun)
+            except asyncio.CancelledError:
+                if begun:
+                    await event_loop.in_thread(self.cleanup)
+                raise
         self._check_running()
         return self
-        yield
+
+    def _start_once(self, begun: list[bool]) -> None:
+        with self._changing:  # which a start elsewhere holds until it is done
+            if self._state == "created":
+                begun.append(True)
+                self.start()
+
+    async def __aenter__(self) -> DaskCluster:
+        return await self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await event_loop.in_thread(self.cleanup)
 
     def _further_addresses(self) -> list[str]:
         return [f"Dashboard (its address is a secret): {self.dashboard_link}"]
@@ -503,12 +745,15 @@ def _checked_options(options: Mapping[str, Any] | None, what: str) -> Mapping[st
     return options or {}
 
 
-class _Closed:
-    """The end of a cluster, which may be awaited."""
+class _Ending:
+    """Something that has been done, or begun, which may be awaited."""
 
-    def __init__(self, ending: asyncio.Future[None] | None) -> None:
-        self._ending = ending
+    def __init__(self, work: asyncio.Future[None] | None) -> None:
+        self._work = work
 
     def __await__(self) -> Generator[Any, None, None]:
-        if self._ending is not None:
-            yield from asyncio.shield(self._ending).__await__()
+        if self._work is not None:
+            yield from asyncio.shield(self._work).__await__()
+
+    def _ipython_display_(self) -> None:
+        """Show nothing where it is the last line of a notebook's cell."""

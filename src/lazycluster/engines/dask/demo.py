@@ -12,7 +12,7 @@ from lazycluster.core.words import counted
 from .engine import DaskEngine
 
 if TYPE_CHECKING:
-    from lazycluster import RuntimeGroup
+    from lazycluster.runtime_mgmt import RuntimeGroup
 
 TITLE = "a Dask cluster"
 PYTHON = """\

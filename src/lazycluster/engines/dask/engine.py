@@ -46,7 +46,7 @@ class DaskEngine(Engine):
     direct = "encrypted"
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
-        Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto"),
+        Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto", safe=True),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
     )
     help = """Start a Dask cluster: the scheduler here, the workers on the hosts.

@@ -132,11 +132,14 @@ class _SchedulerCalls:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._under_way: set[asyncio.Future[Any]] = set()
+        self._ended = False
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._scheduler, name)
 
         def counted(**arguments: Any) -> asyncio.Future[Any]:
+            if self._ended:  # what goes on with it ends in silence, not with a warning of a connection that was closed
+                raise asyncio.CancelledError
             future: asyncio.Future[Any] = asyncio.ensure_future(call(**arguments))
             self._under_way.add(future)
             future.add_done_callback(self._under_way.discard)
@@ -145,7 +148,8 @@ class _SchedulerCalls:
         return counted
 
     async def close(self) -> None:
-        """Let what is under way end, and close the connections."""
+        """Let what is under way end, have nothing more begin, and close the connections."""
+        self._ended = True
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=_CLOSE_LIMIT)
         await self._scheduler.close_rpc()
@@ -196,7 +200,7 @@ class AdaptedCluster:
     @property
     def plan(self) -> set[str]:
         """The workers that there are to be."""
-        return {worker.name for worker in self._launcher.workers if not worker.has_gone}
+        return self._launcher.planned
 
     requested = plan
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from .workers import RoundRobinLauncher
 if TYPE_CHECKING:
     from hyperopt.mongoexp import MongoTrials
 
+    from lazycluster.background.client import BackgroundProcess
     from lazycluster.runtime_mgmt import RuntimeGroup
 
     from .plot import LossPlot
@@ -217,15 +218,28 @@ class HyperoptCluster(EngineCluster):
         """
         shape = {"mongo_trial_url": str, "manager?": int}
         found = connection_file.read(path, HyperoptCluster.__name__, shape)
-        trials = compat.load().MongoTrials
         from pymongo.errors import PyMongoError
 
         try:
-            return trials(found["mongo_trial_url"], exp_key=exp_key)
+            return _trials(found, exp_key)
         except (ValueError, TypeError):  # they may tell a part of it, which has a password in it
             raise connection_file.unusable(path, "mongo_trial_url is not the address of a database") from None
         except PyMongoError as error:
             raise connection_file.unanswered(path, found, str(error)) from None
+
+    @classmethod
+    def connect_to(cls, process: BackgroundProcess, exp_key: str | None = None, **options: Any) -> MongoTrials:
+        """Return the trials of a cluster in the background, see `lazycluster.connect`.
+
+        Args:
+            process: The cluster's process.
+            exp_key: The name of the search; None: all searches in this database.
+            **options: Further ones of `MongoTrials`.
+
+        Raises:
+            BackgroundError: If the process does not answer.
+        """
+        return _trials(process.request("connection"), exp_key, **options)
 
     def _connection(self) -> dict[str, Any]:
         return {"mongo_trial_url": self.mongo_trial_url}
@@ -288,3 +302,8 @@ class HyperoptCluster(EngineCluster):
     def __repr__(self) -> str:
         workers = len(getattr(self._worker_launcher, "workers", []))
         return f"<HyperoptCluster {self._state}, port {self.master_port}, {counted(workers, 'worker')}, {self.dbpath}>"
+
+
+def _trials(connection: Mapping[str, Any], exp_key: str | None, **options: Any) -> MongoTrials:
+    """Return the trials of a cluster of another process."""
+    return compat.load().MongoTrials(connection["mongo_trial_url"], exp_key=exp_key, **options)

@@ -13,7 +13,7 @@ from lazycluster.core.words import counted
 from .engine import HyperoptEngine
 
 if TYPE_CHECKING:
-    from lazycluster import RuntimeGroup
+    from lazycluster.runtime_mgmt import RuntimeGroup
 
 TITLE = "a Hyperopt cluster"
 PYTHON = """\

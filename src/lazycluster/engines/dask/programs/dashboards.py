@@ -9,7 +9,7 @@ from typing import Any
 
 from tornado import web
 
-from .connection_limits import Door
+from .connection_limits import HandshakeLimit
 
 _MISSING = "This dashboard needs bokeh, which cannot be imported here ({}). Next step: pip install 'bokeh>=3.8.2'"
 
@@ -48,20 +48,20 @@ class Dashboard:
         self._application = server.http_application
         self._find = self._application.find_handler
         self._application.find_handler = self._find_handler
-        self._door = Door()
+        self._limit = HandshakeLimit()
         self._serve_stream = server.http_server.handle_stream
         server.http_server.handle_stream = self._handle_stream
 
     def _handle_stream(self, stream: Any, address: Any) -> Any:
         """Serve a connection, which has to ask for something below the path before long."""
-        self._door.came(stream)
+        self._limit.came(stream)
         return self._serve_stream(stream, address)
 
     def _find_handler(self, request: Any, **kwargs: Any) -> Any:
         first = request.path.split("/", 2)[1] if "/" in request.path else ""
         if not hmac.compare_digest(first.encode(), self._prefix.encode()):
             return self._application.get_handler_delegate(request, web.ErrorHandler, {"status_code": 404})
-        self._door.known(request.connection.stream)
+        self._limit.known(request.connection.stream)
         found = self._find(request, **kwargs)
         attached = self._attaching is not None and self._attaching.done() and not self.problem
         if attached or (found is not None and not issubclass(found.handler_class, web.ErrorHandler)):

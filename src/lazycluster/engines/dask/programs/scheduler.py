@@ -39,7 +39,7 @@ def _scheduler_class() -> Any:
 async def _serve(settings: dict[str, Any]) -> None:
     import dask
 
-    from .connection_limits import limit_strangers
+    from .connection_limits import limit_unauthenticated
     from .dashboards import Dashboard
     from .tls import MemorySecurity
 
@@ -48,7 +48,7 @@ async def _serve(settings: dict[str, Any]) -> None:
     common.configure(settings["configuration"])
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     sent_modules.install(settings["modules"])
-    limit_strangers()
+    limit_unauthenticated()
     scheduler = _scheduler_class()(
         host=common.listening_host(settings, "master"),
         port=ports["master"],

@@ -98,7 +98,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     import dask
 
     from . import sent_modules, worker_process
-    from .connection_limits import limit_strangers
+    from .connection_limits import limit_unauthenticated
     from .nanny import WatchedNanny, answers
     from .tls import MemorySecurity
 
@@ -107,7 +107,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     common.configure(settings["configuration"])
     worker_process.configure(forked and not _has_own_environment(settings["configuration"]))
     security = MemorySecurity(**settings["security"])
-    limit_strangers()
+    limit_unauthenticated()
     # A scheduler that is started again may need longer than a worker, which gives up at the first refusal.
     try:
         await common.first(answers(settings["scheduler"], security), stop.wait())

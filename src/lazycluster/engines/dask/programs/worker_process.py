@@ -11,7 +11,7 @@ from distributed import Security, Worker
 from ....agent import filenames
 from ....cluster.sent.messages import PortTakenError
 from . import sent_modules, serialization
-from .connection_limits import limit_strangers
+from .connection_limits import limit_unauthenticated
 from .dashboards import Dashboard
 from .tls import MemorySecurity
 
@@ -30,7 +30,7 @@ class PagedWorker(Worker):  # type: ignore[misc]
     def __init__(self, *arguments: Any, modules: str = "", **options: Any) -> None:
         sent_modules.install(modules)
         serialization.keep_file_names(filenames.dumps)
-        limit_strangers()
+        limit_unauthenticated()
         if isinstance(options.get("security"), Security):  # its nanny's, which was pickled
             options["security"] = MemorySecurity.of(options["security"])
         super().__init__(*arguments, **options)

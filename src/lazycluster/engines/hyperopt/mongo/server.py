@@ -46,7 +46,7 @@ class _Connection(asyncio.Protocol):
             return
         self._server.connections.add(self)
         if self._server.asks_for_login:
-            self._server.strangers.came(self)
+            self._server.unauthenticated.came(self)
         self._transport.set_write_buffer_limits(high=_HIGH_WATER)
         with contextlib.suppress(OSError):  # a half-open connection is noticed sooner or later
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -109,7 +109,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._server.strangers.gone(self)
+        self._server.unauthenticated.gone(self)
         self._received.clear()
 
     def abort(self) -> None:
@@ -134,7 +134,7 @@ class Server:
         self.tls = tls
         self.connections: set[_Connection] = set()
         self.most = room_for_connections(_MOST_CONNECTIONS)
-        self.strangers: AuthLimit[_Connection] = AuthLimit(time.monotonic, _Connection.abort, self.most)
+        self.unauthenticated: AuthLimit[_Connection] = AuthLimit(time.monotonic, _Connection.abort, self.most)
         self.pending: deque[tuple[_Connection, wire.MongoRequest]] = deque()
         self._woken = False
         self._listener: asyncio.Server | None = None
@@ -152,15 +152,15 @@ class Server:
         return int(self._listener.sockets[0].getsockname()[1])
 
     def _sweep(self) -> None:
-        self.strangers.sweep()
+        self.unauthenticated.sweep()
         self._sweeping = asyncio.get_running_loop().call_later(_SWEEP_EVERY, self._sweep)
 
     def heard(self, connection: _Connection) -> None:
         """Note that a connection which had not logged in has asked for something, perhaps for that."""
         if connection.session.authenticated:
-            self.strangers.gone(connection)
+            self.unauthenticated.gone(connection)
         elif connection in self.connections:
-            self.strangers.heard(connection)
+            self.unauthenticated.heard(connection)
 
     def wake(self) -> None:
         """Have what has come run, once everything that is there already was read."""

@@ -1,0 +1,255 @@
+"""Commands on clusters in the background: ``ls``, ``info``, ``scale``, ``dashboard``, ``login``, ``down``."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lazycluster.cli.times import moment, span
+
+if TYPE_CHECKING:
+    from lazycluster.background.state import Named
+    from lazycluster.output.view import Cell
+
+__all__ = ["complete_clusters", "dashboard", "down", "found_cluster", "info", "login", "ls", "scale"]
+
+_AT_ONCE = 16  # processes that are asked
+
+
+def complete_clusters(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the names of clusters for a shell."""
+    return [found.name for found in _clusters() if found.name.startswith(incomplete)]
+
+
+_name = click.argument("name", shell_complete=complete_clusters)
+
+
+def _clusters() -> list[Named]:
+    """Return the clusters; what has no record that can be read is taken for one."""
+    from lazycluster.background import state
+
+    return [found for found in state.all_named() if found.record is None or found.record.kind == "cluster"]
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def ls(as_json: bool) -> None:
+    """List clusters in the background.
+
+    UNTIL is when one ends by itself, at the latest when its certificates expire. One that is "gone" has left a log:
+    'lazycluster logs NAME'; 'lazycluster down NAME' forgets it.
+    """
+    from lazycluster.cli.console import output, tell
+    from lazycluster.output.view import Table, View, show
+
+    found = _clusters()
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        listed = list(pool.map(_listed, found))
+    if as_json:
+        output().print_json(json.dumps(listed))
+        return
+    if not listed:
+        tell("no cluster runs in the background: 'lazycluster up NAME ENGINE -w HOSTS' starts one")
+        return
+    rows = [_row(one) for one in listed]
+    show(View(tables=(Table(("NAME", "ENGINE", "WORKERS", "SINCE", "UNTIL", "STATE"), rows),)))
+
+
+def _listed(found: Named) -> dict[str, Any]:
+    """Return what is known of a cluster."""
+    from lazycluster.background.client import BackgroundProcess
+    from lazycluster.exceptions import LazyclusterError
+
+    record = found.record
+    one: dict[str, Any] = {"name": found.name, "engine": None, "state": "unknown", "since": None, "until": None}
+    one |= {"host": None, "hosts": [], "workers": None, "ready": None, "needs_login": {}, "problem": ""}
+    if record is not None:
+        details = {key: record.details.get(key) for key in ("engine", "hosts", "idle")}
+        one |= {"state": record.state, "since": record.started, "until": record.until, "host": record.host, **details}
+    if found.gone:
+        return {**one, "state": "gone", "problem": found.gone}
+    if found.is_elsewhere and not found.is_held:
+        return {**one, "state": "elsewhere", "problem": f"started on {one['host']}"}
+    try:
+        status = BackgroundProcess(found).status()
+    except LazyclusterError as error:
+        return {**one, "problem": str(error).partition("\n")[0]}
+    one |= {key: value for key, value in status.items() if key in one or key in ("version", "idle_left")}
+    if one["needs_login"]:
+        one["state"] = "needs login"
+    return one
+
+
+def _row(one: dict[str, Any]) -> list[Cell | str]:
+    from lazycluster.output.view import Cell
+
+    state = one["state"]
+    ready, workers = one["ready"], one["workers"]
+    until = moment(one["until"]) if one["until"] is not None else ""
+    if one.get("idle_left") is not None and state == "running":
+        until = f"{span(max(1.0, one['idle_left']))} without work"
+    text = f"{state}: {one['problem']}" if one["problem"] else state
+    if one["needs_login"]:
+        text = f"needs login for {', '.join(one['needs_login'])}: lazycluster login {one['name']}"
+    tone = "good" if text == "running" else "dim" if state in ("starting", "ending") else "bad"
+    return [
+        one["name"],
+        str(one["engine"] or ""),
+        "" if workers is None or state == "gone" else f"{ready}/{workers}",
+        "" if one["since"] is None else moment(one["since"]),
+        until if state != "gone" else "",
+        Cell(text, tone),  # type: ignore[arg-type]
+    ]
+
+
+@click.command()
+@_name
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def info(name: str, as_json: bool) -> None:
+    """Show a cluster in the background: its workers, and what it has kept of your environment.
+
+    Of environment variables it shows the names, not the values.
+    """
+    from lazycluster.background import state
+    from lazycluster.background.client import running
+    from lazycluster.cli.console import output
+    from lazycluster.output.view import Cell, View, show
+
+    process = running(name)
+    told = process.request("info")
+    if as_json:
+        output().print_json(json.dumps({"name": name, **told}))
+        return
+    view = View.of(told["view"])
+    record = process.found.record
+    assert record is not None
+    facts: list[Any] = [("cluster", name), ("since", moment(record.started))]
+    if told["until"] is not None:
+        facts.append(("until", moment(told["until"])))
+    if told["idle_left"] is not None:
+        facts.append(("idle end", f"in {span(max(1.0, told['idle_left']))}, if there is no work"))
+    facts.append(("process", f"{told['pid']}, lazycluster {told['version']}"))
+    facts.append(("log", str(process.found.path / state.LOG)))
+    for host, why in told["needs_login"].items():
+        facts.append(("needs login", Cell(f"{host}: {why}", "bad")))
+    for host, why in told["unreachable"].items():
+        facts.append(("left out", Cell(f"{host}: {why}", "dim")))
+    facts.append(("environment", ", ".join(told["environment"])))
+    show(View(view.title, view.state, [*view.facts, *facts], view.tables))
+
+
+@click.command()
+@_name
+@click.argument("workers", type=click.IntRange(0), metavar="N")
+def scale(name: str, workers: int) -> None:
+    """Have N workers in a cluster in the background."""
+    from lazycluster.background.client import running
+    from lazycluster.cli.console import tell
+    from lazycluster.core.words import counted
+    from lazycluster.output.progress import RelayedProgress
+
+    process = running(name)
+    with RelayedProgress() as display:
+        told = process.request("scale", n=workers, on_message=lambda one: display.show(str(one.get("progress", ""))))
+    tell(f"{name} has {counted(told['ready'], 'worker')}")
+
+
+@click.command()
+@_name
+def dashboard(name: str) -> None:
+    """Print the address of a cluster's dashboard, which is a secret."""
+    from lazycluster.background.client import running
+    from lazycluster.cli.console import tell
+    from lazycluster.exceptions import LazyclusterError
+
+    connection = running(name).request("connection")
+    if not connection.get("dashboard"):
+        raise LazyclusterError(f"the cluster {name!r} has no dashboard: it is a {connection['engine']}")
+    tell(connection["dashboard"])
+
+
+@click.command()
+@_name
+def login(name: str) -> int:
+    """Let a cluster in the background use your present login, where it cannot reach hosts without.
+
+    It gets the ssh agent and the Kerberos tickets of this login (SSH_AUTH_SOCK, KRB5CCNAME), and you are asked what ssh
+    has to ask.
+    """
+    import os
+
+    from lazycluster.background.client import running
+    from lazycluster.background.launch import Person
+    from lazycluster.cli.console import FAILED, person_is_there, show_error, tell
+
+    names = ("SSH_AUTH_SOCK", "KRB5CCNAME")
+    variables = {name: value for name in names if (value := os.environ.get(name))}
+    person = Person(person_is_there())
+    try:
+        left = running(name).request("login", variables=variables, on_stream=person.at, on_message=person)
+    finally:
+        person.close()
+    for host, why in left.items():
+        show_error(f"{host}: {why}")
+    if left:
+        return FAILED
+    tell(f"{name} uses this login now" + (f" ({', '.join(variables)})" if variables else ""))
+    return 0
+
+
+@click.command()
+@click.argument("name", required=False, shell_complete=complete_clusters)
+@click.option("--all", "everything", is_flag=True, help="End all of them.")
+@click.option("--forget", is_flag=True, help="Forget one of a machine that is no more.")
+def down(name: str | None, everything: bool, forget: bool) -> int:
+    """End a cluster in the background; nothing of it stays, here or on the hosts."""
+    from functools import partial
+
+    from lazycluster.cli.console import tell
+
+    if (name is None) is not everything:
+        raise click.UsageError("say the name of a cluster, or --all for all of them")
+    chosen = [one for one in _clusters() if not one.is_elsewhere] if name is None else [found_cluster(name)]
+    if not chosen:
+        tell("no cluster runs in the background")
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        return max(pool.map(partial(_end, forget=forget), chosen), default=0)
+
+
+def found_cluster(name: str) -> Named:
+    """Return what is there of a cluster, whether it is alive or not."""
+    from lazycluster.background import client, state
+
+    found = state.find(name)
+    if found is None or (found.record is not None and found.record.kind != "cluster"):
+        return client.running(name).found  # says why there is none
+    return found
+
+
+def _end(one: Named, forget: bool) -> int:
+    """End a cluster, and say so; returns the exit status."""
+    from lazycluster.background import client
+    from lazycluster.cli.console import FAILED, show_error, tell
+    from lazycluster.exceptions import LazyclusterError
+
+    begin = time.monotonic()
+    try:
+        if one.is_elsewhere and not forget:
+            assert one.record is not None
+            raise LazyclusterError(
+                f"{one.name} was started on {one.record.host}: end it there\n"
+                f"  Next step: if that machine is no more: lazycluster down {one.name} --forget"
+            )
+        done = client.end(one)
+    except (LazyclusterError, OSError) as error:
+        show_error(f"{one.name}: {error}")
+        return FAILED
+    if done == "killed":
+        tell(f"{one.name}: its process did not answer, and was killed; its hosts end the rest by themselves")
+    else:
+        tell(f"{one.name}: {done}" + (f" ({time.monotonic() - begin:.1f} s)" if done == "ended" else ""))
+    return 0

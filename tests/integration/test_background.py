@@ -1,0 +1,220 @@
+"""Clusters that go on when the terminal, the notebook or the login ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazycluster.background import state
+from lazycluster.background.client import end, running
+from leaks import settle
+from patience import until
+from terminals import Terminal
+
+LAZYCLUSTER = [sys.executable, "-m", "lazycluster"]
+_USE = """
+import lazycluster
+with lazycluster.connect("night") as client:
+    print(client.submit(pow, 2, 10).result())
+"""
+
+
+@pytest.fixture(autouse=True)
+def state_home(hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state directory; what runs in it is ended, before the hosts are looked at."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    yield tmp_path
+    for found in state.all_named():
+        end(found)
+
+
+def run(*arguments: object, **env: str) -> tuple[int, str, str]:
+    argv = [*LAZYCLUSTER, *map(str, arguments)]
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, env={**os.environ, **env}
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def up(hosts: Any, *arguments: object, name: str = "night") -> str:
+    status, out, err = run("up", name, "dask", "--config", hosts.config_file, "-w", "host[1-2]", *arguments)
+    assert status == 0, err
+    return out
+
+
+def python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_cluster_outlives_its_terminal_and_is_used_from_other_processes(hosts: Any) -> None:
+    argv = [*LAZYCLUSTER, "up", "night", "dask", "--config", str(hosts.config_file), "-w", "host[1-2]"]
+    with Terminal(argv) as terminal:
+        terminal.until(r"lazycluster down night")
+        assert terminal.end() == 0
+    assert python(_USE) == "1024\n"
+    status, out, err = run("scale", "night", 3)
+    assert (status, out) == (0, "night has 3 workers\n"), err
+    status, out, err = run("ls")
+    assert status == 0 and "3/3" in out and "running" in out, out + err
+    status, out, err = run("info", "night")
+    assert status == 0 and "3 of 3 workers ready" in out, out + err
+    status, out, err = run("dashboard", "night")
+    assert status == 0 and out.startswith("http://127.0.0.1:"), out + err
+    status, out, err = run("logs", "night", "host1-0")
+    assert status == 0, err
+    status, out, err = run("down", "night")
+    assert status == 0 and out.startswith("night: ended ("), out + err
+    assert state.all_named() == []
+
+
+def pid_of(name: str = "night") -> int:
+    record = running(name).found.record
+    assert record is not None and record.pid is not None
+    return record.pid
+
+
+def is_over() -> bool:
+    found = state.find("night")
+    return found is None or not found.is_held
+
+
+def test_the_end_of_the_terminals_whole_session_changes_nothing(hosts: Any) -> None:
+    shell = " ".join([*LAZYCLUSTER, "up", "night", "dask", "--config", str(hosts.config_file), "-w", "host1"])
+    with Terminal(["sh", "-c", f"{shell}; echo done; exec sleep 600"]) as terminal:
+        terminal.until("done")
+        session = os.getsid(terminal.process.pid)
+        assert os.getsid(pid_of()) != session
+        os.killpg(os.getpgid(terminal.process.pid), signal.SIGHUP)
+        os.killpg(os.getpgid(terminal.process.pid), signal.SIGKILL)
+        terminal.end()
+        os.kill(pid_of(), signal.SIGHUP)  # as logind sends to all that are left of a session
+    assert python(_USE) == "1024\n"
+    assert Path(f"/proc/{pid_of()}/cwd").readlink() == Path("/")
+    assert run("down", "--all")[0] == 0
+
+
+def test_of_two_ups_of_one_name_one_is_refused_and_the_other_runs(hosts: Any) -> None:
+    argv = [*LAZYCLUSTER, "up", "night", "dask", "--config", str(hosts.config_file), "-w", "host1"]
+    processes = [
+        subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    results = [(process.communicate(timeout=90)[1], process.returncode) for process in processes]
+    assert sorted(status for _, status in results) == [0, 1], results
+    (refusal,) = (err for err, status in results if status)
+    assert "there is a cluster 'night' already" in refusal
+    assert "lazycluster down night" in refusal
+    assert python(_USE) == "1024\n"
+
+
+def test_a_killed_cluster_leaves_nothing_on_the_hosts_and_its_name_is_free(hosts: Any) -> None:
+    up(hosts)
+    os.kill(pid_of(), signal.SIGKILL)
+    assert settle(lambda: [entry for host in hosts.all for entry in host.leftovers()]) == []
+    status, out, _ = run("ls")
+    assert status == 0 and "gone: its process was killed" in out
+    status, _, err = run("scale", "night", 1)
+    assert status == 1 and "the cluster 'night' is gone: its process was killed" in err
+    assert run("logs", "night")[0] == 0
+    assert run("down", "night") == (0, "night: forgotten\n", "")
+    assert run("ls")[1].startswith("no cluster runs in the background")
+
+
+def test_after_a_restart_of_the_manager_a_cluster_is_gone_and_may_be_started_anew(hosts: Any) -> None:
+    up(hosts)
+    found = state.find("night")
+    assert found is not None and found.record is not None
+    os.kill(pid_of(), signal.SIGKILL)
+    until(is_over, "the end of the process")
+    claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    claim.write(state="running", boot="that of yesterday")
+    claim.close()
+    assert "gone: the machine was restarted" in run("ls")[1]
+    up(hosts)
+    assert python(_USE) == "1024\n"
+
+
+def test_an_idle_cluster_ends_by_itself_and_says_so(hosts: Any) -> None:
+    out = up(hosts, "--idle", "4s")
+    assert "after 4 s without work" in out
+    program = (
+        "import lazycluster, time\nwith lazycluster.connect('night') as client:\n"
+        "    print(client.submit(time.sleep, 7).result(), lazycluster.background.state.find('night').is_held)"
+    )
+    assert python(f"import lazycluster.background.state\n{program}") == "None True\n"
+    until(is_over, "its own end")
+    assert "gone: it was idle for 4 s" in run("ls")[1]
+
+
+def test_a_cluster_ends_after_its_time(hosts: Any) -> None:
+    assert "It ends at " in up(hosts, "--for", "3s").replace("by itself ", "")
+    until(is_over, "its own end")
+    assert "gone: its time was over" in run("ls")[1]
+
+
+def test_a_cluster_that_does_not_start_says_why_and_leaves_nothing(hosts: Any) -> None:
+    argv = ("up", "night", "dask", "--config", hosts.config_file, "-w", "host1", "--python", "/no/python")
+    status, _, err = run(*argv)
+    assert status == 1, err
+    assert "/no/python" in err
+    assert state.all_named() == []
+
+
+def test_ctrl_c_during_the_start_ends_it(hosts: Any) -> None:
+    argv = [*LAZYCLUSTER, "up", "night", "dask", "--config", str(hosts.config_file), "-w", "host[1-3]"]
+    with Terminal(argv) as terminal:
+        terminal.until("Starting 3 workers")
+        terminal.type("\x03")
+        assert terminal.end() == 130
+    assert state.all_named() == []
+
+
+@pytest.mark.parametrize("moment", ["connecting", "starting", "running", "ending"])
+@pytest.mark.parametrize("victim", ["up", "process"])
+def test_whoever_is_killed_at_any_moment_nothing_stays(hosts: Any, moment: str, victim: str) -> None:
+    argv = [*LAZYCLUSTER, "up", "night", "dask", "--config", str(hosts.config_file), "-w", "host[1-2]"]
+    starter = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signs = {"connecting": '"pid"', "starting": "scheduler", "running": '"running"', "ending": '"running"'}
+    until(lambda: _seen(moment, signs[moment]), "the moment")
+    pid = pid_of()
+    if moment == "ending":
+        starter.communicate(timeout=90)
+        ending = subprocess.Popen([*LAZYCLUSTER, "down", "night"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        until(lambda: _seen(moment, '"ending"') or state.find("night") is None, "the end")
+        _kill(pid if victim == "process" else ending.pid)
+        ending.communicate(timeout=90)
+    else:
+        _kill(pid if victim == "process" else starter.pid)
+        starter.communicate(timeout=90)
+    if moment == "running" and victim == "up":
+        assert python(_USE) == "1024\n"
+        assert run("down", "night")[0] == 0
+    until(is_over, "the end of the process")
+    assert settle(lambda: [entry for host in hosts.all for entry in host.leftovers()]) == []
+
+
+def _seen(moment: str, sign: str) -> bool:
+    folder = state.directory() / "night"
+    try:
+        if moment == "starting":
+            return bool(list((folder / state.LOGS).glob("*/*scheduler*")))
+        return (
+            sign in (folder / "record.json").read_text() and '"pid": null' not in (folder / "record.json").read_text()
+        )
+    except OSError:
+        return False
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
