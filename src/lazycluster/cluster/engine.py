@@ -89,6 +89,7 @@ class Option:
         default: Its value where it is not given.
         safe: True if a ``cluster.toml`` of somebody who is not trusted may set it: whatever its text is, no program is
             run for it, and no file is read or written. A ``count`` always may be set.
+        choices: The texts that it may be, if there are only some.
     """
 
     flag: str
@@ -98,6 +99,7 @@ class Option:
     kind: Literal["text", "count", "directory"] = "text"
     default: str | None = None
     safe: bool = False
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.flag.startswith("--") or not self.argument.isidentifier():

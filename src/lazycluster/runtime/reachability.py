@@ -38,6 +38,7 @@ __all__ = [
 _LISTEN_LIMIT = 2.0  # seconds for all hosts to listen
 _ROUND_LIMIT = 5.0  # seconds for the summaries of a round; a host gives up after 4
 _RESOLVED_AT_ONCE = 8  # processes that look hosts up in the ssh configuration
+_PORTS_OF_ONE = 8  # obstacles that are looked at for another port of the same pair
 _SHOWN = 5  # obstacles in a message
 _LOOPBACK = "127.0.0.1"
 
@@ -378,7 +379,9 @@ class _Rounds:
 
     def _add(self, party: _Party, index: int, address: str, port: int, why: str) -> None:
         target = self._parties[index].host.host
-        self._obstacles.setdefault((index, address), []).append(Obstacle(party.host.host, target, address, port, why))
+        obstacles = self._obstacles.setdefault((index, address), [])
+        if not any((one.source, one.why) == (party.host.host, why) for one in obstacles[-_PORTS_OF_ONE:]):
+            obstacles.append(Obstacle(party.host.host, target, address, port, why))  # one port of a pair says enough
 
     def _words(self, party: _Party, why: str) -> str:
         if why == "own":

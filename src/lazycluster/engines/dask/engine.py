@@ -48,10 +48,13 @@ class DaskEngine(Engine):
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
         Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto", safe=True),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
-    )
+        Option("--network", "network", "How hosts reach each other: through this machine (tunnel), direct, or auto.",
+               "HOW", default="tunnel", choices=("tunnel", "direct", "auto")),
+    )  # fmt: skip
     help = """Start a Dask cluster: the scheduler here, the workers on the hosts.
 
     All of it goes through the ssh connections, encrypted and authenticated. The dashboard's address is a secret.
+    With --network direct the hosts reach each other at their own addresses, and the scheduler is on the first one.
 
     \b
     Examples:
