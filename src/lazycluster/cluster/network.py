@@ -69,6 +69,18 @@ def single_ports(ports: Iterable[Port]) -> list[Port]:
     return [Port(name, port.reach) for port in ports for name in port.names]
 
 
+def forwards_needed(uses: Iterable[Port], workers: int, hosts: int) -> int:
+    """Return how many ports are forwarded through the manager, so that workers are reached.
+
+    Args:
+        uses: The ports of one worker.
+        workers: How many there are.
+        hosts: On how many hosts.
+    """
+    each = {Reach.LOCAL: 0, Reach.MANAGER: 1, Reach.MASTER: 1, Reach.ALL: hosts}
+    return workers * sum(each[use.reach] for use in uses)
+
+
 @dataclass(frozen=True)
 class Listener:
     """A port of a process on a host.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lazycluster.core import event_loop
+from lazycluster.core.words import counted
 from lazycluster.exceptions import LazyclusterError, NoAnswerError, NoPortsLeftError, PortInUseError
 from lazycluster.output.progress import Progress
 from lazycluster.ssh import workspace
@@ -20,7 +21,7 @@ from .contracts import WorkerLauncher
 from .engine import Endpoint, Engine
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
 from .health import Watch
-from .network import Listener, Network, Port, PortSupply, single_ports
+from .network import Listener, Network, Port, PortSupply, forwards_needed, single_ports
 from .placement import Gpus, capacity, round_robin
 from .service_spec import ServiceSpec
 from .services import Service, as_kind, stop_all
@@ -38,6 +39,7 @@ T = TypeVar("T")
 logger = logging.getLogger("lazycluster")
 
 _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
+_MANY_FORWARDS = 3000
 _SETTLE = 1.0  # seconds that the other workers get to fail, too, after one has failed
 
 
@@ -211,6 +213,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
         places, existing = places or await prepared_places(self._group), self._per_host()
         room = None if self.gpus is None else await capacity(places, self.gpus, existing)
         homes = round_robin(places, count, existing, room)
+        self._warn_of_forwards(count + sum(existing.values()), len({place.network for place in usable(places)}))
         self._failed.clear()
         for place in homes:
             siblings = homes.count(place) + existing[place.host]
@@ -220,6 +223,18 @@ class ServiceWorkerLauncher(WorkerLauncher):
         if self._prepared:
             await self._give_up(await self.handshake(list(self._prepared)))
             self._check_failures()
+
+    def _warn_of_forwards(self, workers: int, hosts: int) -> None:
+        needed = forwards_needed(self._port_uses, workers, hosts)
+        if needed <= _MANY_FORWARDS or self.network.direct.is_direct:
+            return
+        step = ""
+        if self.engine.direct != "no":
+            step = f'.\n  Next step: if the hosts reach each other, {self.engine.cluster}(..., network="auto")'
+        logger.warning(
+            "%s on %s need %d ports that are forwarded through this machine, which takes long%s",
+            counted(workers, "worker"), counted(hosts, "host"), needed, step,
+        )  # fmt: skip
 
     def _add(self, at: Endpoint, place: WorkerHost, debug: bool) -> None:
         """Add a worker to be started; it starts at once if it waits for its settings."""

@@ -35,8 +35,8 @@ __all__ = [
     "session_of",
 ]
 
-_LISTEN_LIMIT = 2.0  # seconds for all hosts to listen
-_ROUND_LIMIT = 5.0  # seconds for the summaries of a round; a host gives up after 4
+_LISTEN_LIMIT = 4.0  # seconds for all hosts to listen
+_ROUND_LIMIT = 7.5  # seconds for the summaries of a round; a host gives up after 6
 _RESOLVED_AT_ONCE = 8  # processes that look hosts up in the ssh configuration
 _PORTS_OF_ONE = 8  # obstacles that are looked at for another port of the same pair
 _SHOWN = 5  # obstacles in a message
