@@ -24,6 +24,7 @@ from lazycluster.agent.filenames import dumps
 from lazycluster.cluster import connection_file
 from lazycluster.cluster.client_modules import ClientModules
 from lazycluster.cluster.contracts import MasterLauncher, WorkerLauncher
+from lazycluster.cluster.direct_network import NetworkChoice
 from lazycluster.cluster.engine import CheckVersions
 from lazycluster.cluster.engine_cluster import EngineCluster, checked_count
 from lazycluster.cluster.exceptions import ClusterError
@@ -86,6 +87,9 @@ class DaskCluster(EngineCluster):
             default each has one thread and the resource ``{"GPU": gpus_per_worker}``. Then there is by default one
             worker for each GPU, and hosts without GPUs get none.
         idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
+        network: How hosts reach each other: ``"tunnel"``: through this machine; ``"direct"``: at their own addresses,
+            with the scheduler on the first host of the group; ``"auto"``: direct if all of them do, else through
+            tunnels. All of it is encrypted and authenticated.
         asynchronous: Whether methods that have to wait return awaitables where an event loop runs. ``await cluster``
             and ``async with`` start the cluster, and have the same effect for their event loop.
         name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
@@ -133,6 +137,7 @@ class DaskCluster(EngineCluster):
         preload: str | Iterable[str] = (),
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        network: NetworkChoice = "tunnel",
         asynchronous: bool = False,
         name: None = None,
     ) -> None:
@@ -152,6 +157,7 @@ class DaskCluster(EngineCluster):
             check_versions=check_versions,
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
+            network=network,
             nthreads=nthreads,
             memory_limit=memory_limit,
             resources=resources,
@@ -735,7 +741,9 @@ class DaskCluster(EngineCluster):
         }
 
     def __repr__(self) -> str:
-        return f"<DaskCluster {self._state}, port {self.master_port}, {counted(ready(self._processes), 'worker')}>"
+        workers, network = counted(ready(self._processes), "worker"), self._network.direct
+        over = f", network: {network.described()}" if network.wanted != "tunnel" else ""
+        return f"<DaskCluster {self._state}, port {self.master_port}, {workers}{over}>"
 
 
 def _all_workers(client: Client) -> list[dict[str, Any]]:

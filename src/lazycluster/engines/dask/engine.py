@@ -52,7 +52,8 @@ class DaskEngine(Engine):
     same_versions, told_versions = common.SAME_PACKAGES, common.PACKAGES
     master_name, sent = "scheduler", True
     master_ports = (Port("master"), Port("dashboard", Reach.MANAGER))
-    worker_ports = (Port("worker"), Port("nanny", Reach.MANAGER), Port("dashboard", Reach.MANAGER))
+    worker_ports = (Port("worker"), Port("nanny", Reach.MASTER), Port("dashboard", Reach.MANAGER))
+    direct = "encrypted"
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
         Option(
@@ -61,10 +62,13 @@ class DaskEngine(Engine):
         Option("--dashboard-port", "dashboard_port", "Port of the dashboard on this machine (any).", "PORT", "count"),
         Option("--preload", "preload", "Modules that workers import first, with commas between.", "MODULES"),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
-    )
+        Option("--network", "network", "How hosts reach each other: through this machine (tunnel), direct, or auto.",
+               "HOW", default="tunnel", choices=("tunnel", "direct", "auto")),
+    )  # fmt: skip
     help = """Start a Dask cluster: the scheduler here, the workers on the hosts.
 
     All of it goes through the ssh connections, encrypted and authenticated. The dashboard's address is a secret.
+    With --network direct the hosts reach each other at their own addresses, and the scheduler is on the first one.
 
     \b
     Examples:
@@ -117,6 +121,10 @@ class DaskEngine(Engine):
 
     _client_security: dict[str, Any] | None
 
+    def encrypts(self) -> bool:
+        """Return True unless launchers of the user's own start something that knows of no certificates."""
+        return self.secure
+
     def needed_here(self) -> tuple[str, ...]:
         """Return the packages that the manager must have."""
         return super().needed_here() if self.secure else self.packages
@@ -140,13 +148,13 @@ class DaskEngine(Engine):
         return {common.EARLY_IMPORTS: " ".join(filter(_is_module, self.preload))}
 
     def _scheduler(self, at: Endpoint) -> dict[str, Any]:
-        told = {"modules": self.modules.directory, "options": self.scheduler_options}
-        return {**self._everybody("scheduler", at), **told}
+        modules = self.modules.directory if at.on_manager else self.modules.directory_on(at.host)
+        return {**self._everybody("scheduler", at), "modules": modules, "options": self.scheduler_options}
 
     def _worker(self, at: Endpoint, master: Endpoint) -> dict[str, Any]:
         return {
             **self._everybody("worker", at),
-            "scheduler": self.address(master.port),
+            "scheduler": self.address(master.port, master.address),
             "name": at.name,
             "siblings": at.siblings,
             # Tasks that share a GPU share its memory: as elsewhere in Dask's world, there is one at a time.
@@ -162,7 +170,9 @@ class DaskEngine(Engine):
 
     def _everybody(self, role: str, at: Endpoint) -> dict[str, Any]:
         how = {"protocol": self.protocol, "security": self.security(role), "prefix": self.prefix}
-        return {"ports": at.ports, **how, "configuration": self.configuration}
+        between_hosts = {"master": at.bind} if role == "scheduler" else {"worker": at.bind, "nanny": at.bind}
+        where = {"ports": at.ports, "hosts": between_hosts, "address": at.address}
+        return {**where, **how, "configuration": self.configuration}
 
     # --- what they share -----------------------------------------------------------------------
     @property
@@ -191,6 +201,6 @@ class DaskEngine(Engine):
             return {"require_encryption": False}
         return self.credentials.for_role(role)
 
-    def address(self, port: int) -> str:
-        """Return the address of a port."""
-        return f"{self.protocol}://{LOOPBACK}:{port}"
+    def address(self, port: int, host: str = LOOPBACK) -> str:
+        """Return the address of a port, as Dask writes it."""
+        return f"{self.protocol}://[{host}]:{port}" if ":" in host else f"{self.protocol}://{host}:{port}"

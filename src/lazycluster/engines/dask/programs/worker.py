@@ -133,8 +133,10 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     sent_modules.install(settings["modules"])  # for its plugins, and for functions that run in it
     nanny = WatchedNanny(
         settings["scheduler"],
-        host=messages.LOOPBACK,
+        host=common.listening_host(settings, "nanny"),
         port=ports["nanny"],
+        contact_address=common.contact_address(settings, "worker"),
+        nanny_address=common.contact_address(settings, "nanny"),
         worker_port=ports["worker"],
         worker_class=worker_process.PagedWorker,
         protocol=settings["protocol"],
