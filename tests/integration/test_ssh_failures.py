@@ -401,6 +401,7 @@ def test_the_cause_of_a_key_file_comes_first(hosts, tmp_path, spoil, cause, step
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     spoil(key)
+    key.with_suffix(".pub").unlink()  # with which ssh asks first whether the host takes the key
     error = failure("host1", config_file=changed(hosts, tmp_path, IdentityFile=key))
     assert error.reason == "auth"
     assert error.detail.startswith(cause.format(key))
