@@ -218,3 +218,66 @@ def _seen(moment: str, sign: str) -> bool:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+# --- from Python -----------------------------------------------------------------------------------
+_MODULE = "def answer():\n    return {}\n"
+_START = """
+import sys
+from lazycluster import RuntimeGroup
+from lazycluster.cluster.dask_cluster import DaskCluster
+group = RuntimeGroup(hosts=["host1", "host2"], connection_kwargs={"config_file": sys.argv[1]})
+cluster = DaskCluster(group, name="night", nthreads=1)
+cluster.start()
+import module_of_mine
+with cluster.get_client(timeout=20) as client:
+    print(client.submit(module_of_mine.answer).result(), len(cluster.workers), cluster.status.name)
+cluster.scale(3)
+print(sorted(cluster.plan), cluster.scheduler_address.startswith("tls://"), cluster.name)
+print(cluster.master.state, len(cluster.events) > 0, cluster.dashboard_link.startswith("http://127.0.0.1"))
+print(cluster)
+if sys.argv[2] == "end":
+    cluster.cleanup()
+"""
+
+
+def test_a_program_starts_a_cluster_that_outlives_it(hosts: Any, tmp_path: Path) -> None:
+    (tmp_path / "module_of_mine.py").write_text(_MODULE.format(22))
+    script = tmp_path / "start.py"
+    script.write_text(_START)
+    done = subprocess.run(
+        [sys.executable, str(script), hosts.config_file, "leave"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, third, shown = done.stdout.splitlines()
+    assert first == "22 2 running"
+    assert second == "['host1-0', 'host1-1', 'host2-0'] True night"
+    assert third == "ready True True"
+    assert shown.startswith("<DaskCluster running, port ") and shown.endswith("3 workers>")
+    # Another program, with another version of the module, which it sends itself.
+    (tmp_path / "module_of_mine.py").write_text(_MODULE.format(33))
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import lazycluster, module_of_mine\n"
+        "with lazycluster.connect('night') as client:\n    print(client.submit(module_of_mine.answer).result())\n"
+    )
+    used = subprocess.run([sys.executable, str(other)], capture_output=True, text=True, timeout=90)
+    assert (used.stdout, used.returncode) == ("33\n", 0), used.stderr
+    assert run("down", "night")[0] == 0
+
+
+def test_a_cluster_of_a_program_ends_with_cleanup_and_unstarted_with_the_program(hosts: Any, tmp_path: Path) -> None:
+    (tmp_path / "module_of_mine.py").write_text(_MODULE.format(22))
+    script = tmp_path / "start.py"
+    script.write_text(_START)
+    done = subprocess.run(
+        [sys.executable, str(script), hosts.config_file, "end"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    assert state.all_named() == []
+    script.write_text(_START.partition("cluster.start()")[0])
+    done = subprocess.run(
+        [sys.executable, str(script), hosts.config_file, "end"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    until(is_over, "the end of a cluster that nobody has started")

@@ -98,6 +98,7 @@ def test_each_argument_that_a_message_names_is_known_here() -> None:
         "minimum",
         "maximum",
     }
+    in_python_only |= {"master_port", "dashboard_port", "nthreads", "worker_count"}  # instead of worker_options=
     no_arguments = {"pid", "style"}  # of a repr, and of HTML
     assert named <= with_options | in_python_only | no_arguments | _EXAMPLES
 

@@ -207,6 +207,8 @@ class ClusterProcess:
         """Have this process independent of where it was started."""
         pid = os.getpid()
         self.claim.write(pid=pid, process_started=unix.process_start_time(pid))
+        utils.Environment.main_directory = str(self.document["settings"]["main_directory"])
+        utils.Environment.trust_group = bool(self.document["settings"]["trust_group"])
         utils.use_log_directory(self.claim.path / state.LOGS)
         workspace.use_directory(self.claim.path)
         terminal.ask_through(self.relay.ask)
@@ -231,6 +233,12 @@ class ClusterProcess:
         document, starter = self.document, self._starter
         assert starter is not None
         cluster_class = engines.load(str(document["engine"]))
+        wanted = document.get("class")
+        if wanted not in (None, f"{cluster_class.__module__}:{cluster_class.__qualname__}"):
+            raise ClusterError(
+                f"a cluster in the background is of a class that an engine is registered with, not of {wanted}\n"
+                "  Next step: register it under the entry-point group lazycluster.engines"
+            )
         for package in cluster_class.engine_class.packages:
             with contextlib.suppress(ImportError):  # the cluster says what is missing, and how it is installed
                 importlib.import_module(package)

@@ -38,7 +38,7 @@ class Requests:
         self._requests: dict[str, Callable[..., Any]] = {
             "status": self._status, "down": self._down, "info": self._info, "scale": self._scale,
             "processes": self._processes, "connection": self._connection, "modules": self._modules,
-            "login": self._login, "adapt": self._adapt,
+            "login": self._login, "usage": self._usage, "connection_file": self._connection_file, "adapt": self._adapt,
         }  # fmt: skip
 
     @property
@@ -115,7 +115,15 @@ class Requests:
             "events": events,
             "port": cluster.master_port,
             "hosts": cluster.runtime_group.hosts,
+            "details": [dict(getattr(worker, "detail", {})) for worker in cluster._processes],
+            "endpoint": {"host": cluster._master_endpoint().host, "ports": cluster._master_endpoint().ports},
         }
+
+    def _usage(self, within: float) -> dict[str, Any]:
+        return {name: asdict(used) for name, used in self._cluster.usage(within).items()}
+
+    def _connection_file(self, path: str) -> str:
+        return str(self._cluster.write_connection_file(path))
 
     def _connection(self) -> dict[str, Any]:
         return {"manager": os.getpid(), "engine": type(self._cluster).__name__, **self._cluster._connection()}

@@ -36,6 +36,9 @@ class EngineCluster(MasterWorkerCluster):
             ``ignore``.
         gpus_per_worker: How many GPUs of its host each worker gets for itself, see `MasterWorkerCluster`.
         idle_gpus: Whether GPUs are left alone that others use.
+        name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
+            program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
+            this process.
         **options: What the engine takes.
 
     Raises:
@@ -52,6 +55,15 @@ class EngineCluster(MasterWorkerCluster):
     engine_class: ClassVar[type[Engine]]
     """The statement of the engine."""
 
+    def __new__(cls, *arguments: Any, name: str | None = None, **options: Any) -> EngineCluster:
+        """Return a new cluster: with a name, one in a process of its own."""
+        if name is None:
+            return super().__new__(cls)
+        from .background_cluster import class_in_background
+
+        made: EngineCluster = super().__new__(class_in_background(cls))
+        return made
+
     def __init__(
         self,
         runtime_group: RuntimeGroup,
@@ -63,6 +75,7 @@ class EngineCluster(MasterWorkerCluster):
         check_versions: CheckVersions = "error",
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        name: None = None,
         **options: Any,
     ) -> None:
         check_statement(self.engine_class)

@@ -113,7 +113,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         self._master_launcher = _launcher(master_launcher, runtime_group) or self._default_master_launcher()
         self._worker_launcher = _launcher(worker_launcher, runtime_group) or self._default_worker_launcher()
         self._connect_launchers()
-        lifetime.register(self)
+        self._end_with_program()
         self._forgetting: Any = None
 
     # --- what an engine states -----------------------------------------------------------------
@@ -375,6 +375,9 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         """Show how far something is that takes long."""
         with progress.shown(getattr(self._group, "progress", None)), progress.Progress(what):
             yield
+
+    def _end_with_program(self) -> None:
+        lifetime.register(self)
 
     def _end_when_forgotten(self) -> None:
         if self._forgetting is None or not self._forgetting.alive:

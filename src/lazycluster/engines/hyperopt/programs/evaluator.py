@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from ....agent import deletion
 from ....cluster.sent import messages
+from ....cluster.sent.host_paths import name_host
 from . import compat, objectives, trials
 
 mongoexp = compat.load()
@@ -196,6 +197,7 @@ def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
         _remove_scratch(jobs.current)
     except BaseException as raised:  # noqa: BLE001 - an objective that ends its interpreter has failed like any other
         error = raised
+        name_host(raised, jobs.owner[0].rpartition("-")[0])
         text = traceback.format_exc()
         hint = objectives.next_step(raised)
         text += f"Next step: {hint}\n" if hint else ""
