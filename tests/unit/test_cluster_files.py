@@ -97,13 +97,6 @@ def test_a_file_says_all_of_a_cluster(write) -> None:
     assert not spec.everyone
 
 
-def test_a_specification_comes_back_from_a_document(write) -> None:
-    spec = write(COMPLETE)
-    assert ClusterSpec.from_document(json.loads(json.dumps(spec.to_document()))) == spec
-    with pytest.raises(TypeError):
-        ClusterSpec.from_document({**spec.to_document(), "other": 1})
-
-
 def test_what_may_be_secret_is_in_no_repr(write) -> None:
     text = LEAST + "env = { TOKEN = 'hidden-1' }\nsetup = 'export A=hidden-2'\n[host.node1]\nproxy_jump = 'hidden-3'"
     assert "hidden" not in repr(write(text, trust=True))
