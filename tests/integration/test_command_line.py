@@ -458,6 +458,16 @@ def test_doctor_finds_what_is_wrong(make_hosts: Any, options: dict[str, Any], fa
 
 
 # --- ports -----------------------------------------------------------------------------------------
+def test_doctor_says_which_hosts_reach_each_other(make_hosts: Any) -> None:
+    hosts = make_hosts(3)
+    hosts[2].run(["/usr/sbin/iptables", "-A", "INPUT", "-s", hosts[1].address, "-p", "tcp", "-j", "REJECT"])
+    status, out, _ = lazycluster(hosts, "doctor", "host[1-3]", "nowhere.invalid")
+    assert status == 1
+    assert "host1 reaches: host2 yes, host3 yes" in out
+    assert re.search(rf"host2 reaches: host1 yes, host3 no: {re.escape(hosts[2].address)}:25\d\d\d ", out)
+    assert "nowhere.invalid reaches" not in out
+
+
 def test_doctor_offers_the_environment_of_this_side(make_hosts: Any) -> None:
     for python, differs in (("3.8", "Python 3.8"), (f"{sys.base_prefix}/bin/python3", "missing")):
         hosts = make_hosts(1, python=python)

@@ -60,7 +60,8 @@ def engine_options(name: str, command: F, options: Sequence[Option], common: Cal
 
 
 def _engine_option(option: Option) -> Callable[[F], F]:
-    kind = {"text": None, "count": Whole(), "directory": click.Path(file_okay=False)}[option.kind]
+    text = click.Choice(option.choices) if option.choices else None
+    kind = {"text": text, "count": Whole(), "directory": click.Path(file_okay=False)}[option.kind]
 
     def checked(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         if option.check is not None and isinstance(value, str) and value != option.default:

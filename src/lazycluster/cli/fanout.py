@@ -82,6 +82,41 @@ async def everywhere(
     return await event_loop.together([asyncio.ensure_future(one(name)) for name in targets.names])
 
 
+class _FanoutSlot:
+    """A place among the hosts that are worked on at once."""
+
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self._slots = slots
+        self._is_held = False
+
+    async def take(self) -> None:
+        """Wait for it."""
+        await self._slots.acquire()
+        self._is_held = True
+
+    def give_up(self) -> None:
+        """Let another host have it. Doing it again does nothing."""
+        if self._is_held:
+            self._is_held = False
+            self._slots.release()
+
+
+async def _open(connection: Connection, slot: _FanoutSlot) -> None:
+    """Connect a host; its slot is given up as soon as it is silent, and taken again when it is connected after all."""
+    opening, silent = asyncio.ensure_future(connection.open()), asyncio.ensure_future(connection.silent.wait())
+    try:
+        await asyncio.wait({opening, silent}, return_when=asyncio.FIRST_COMPLETED)
+        if not opening.done():
+            slot.give_up()
+            await opening
+            await slot.take()
+        await opening
+    finally:
+        silent.cancel()
+        opening.cancel()
+        await asyncio.wait({opening})
+
+
 class InOrder(Generic[T]):
     """Shows what hosts have answered in their order. On a terminal, a host that is late holds back no other for long.
 
@@ -117,41 +152,6 @@ class InOrder(Generic[T]):
                 self._show(self._here.pop(name))
             elif awaited:
                 return
-
-
-class _FanoutSlot:
-    """A place among the hosts that are worked on at once."""
-
-    def __init__(self, slots: asyncio.Semaphore) -> None:
-        self._slots = slots
-        self._is_held = False
-
-    async def take(self) -> None:
-        """Wait for it."""
-        await self._slots.acquire()
-        self._is_held = True
-
-    def give_up(self) -> None:
-        """Let another host have it. Doing it again does nothing."""
-        if self._is_held:
-            self._is_held = False
-            self._slots.release()
-
-
-async def _open(connection: Connection, slot: _FanoutSlot) -> None:
-    """Connect a host; its slot is given up as soon as it is silent, and taken again when it is connected after all."""
-    opening, silent = asyncio.ensure_future(connection.open()), asyncio.ensure_future(connection.silent.wait())
-    try:
-        await asyncio.wait({opening, silent}, return_when=asyncio.FIRST_COMPLETED)
-        if not opening.done():
-            slot.give_up()
-            await opening
-            await slot.take()
-        await opening
-    finally:
-        silent.cancel()
-        opening.cancel()
-        await asyncio.wait({opening})
 
 
 async def _on_host(targets: Targets, name: str, work: Work, slot: _FanoutSlot) -> HostOutcome:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["check_size", "check_sizes", "checked_options"]
+from .configuration import check_size
+
+__all__ = ["check_sizes", "checked_options"]
 
 _SIZES = "memory_limit", "resources", "local_directory", "nthreads"
 _BOTH = {
@@ -67,22 +69,6 @@ def checked_options(options: Mapping[str, Any] | None, what: str) -> Mapping[str
         except (TypeError, ValueError) as error:
             raise ValueError(f"{what}: {name!r} cannot be sent, since JSON cannot hold it: {error}") from None
     return options
-
-
-def check_size(text: str) -> None:
-    """Check a size of memory as Dask reads it.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    from dask.utils import parse_bytes
-
-    try:
-        is_size = parse_bytes(text) >= 0
-    except ValueError:
-        is_size = False
-    if not is_size:
-        raise ValueError(f"{text!r} is not a size such as '4 GiB'")
 
 
 def check_sizes(memory_limit: object, resources: Mapping[str, object] | None) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from lazycluster.cluster.certificates import Identity, make_identities, valid_until
 from lazycluster.cluster.engine import Endpoint, Engine, Option
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 from lazycluster.cluster.service_spec import ServiceSpec, Source
+from lazycluster.core.certificates import Identity, make_identities, valid_until
 from lazycluster.utils import Environment, expanded
 
 if TYPE_CHECKING:
