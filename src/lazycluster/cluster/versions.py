@@ -96,6 +96,19 @@ async def check_worker_hosts(engine: Engine, workers: Sequence[Worker]) -> dict[
     return {worker.name: silent[worker.place.host] for worker in workers if worker.place.host in silent}
 
 
+async def check_master(engine: Engine, service: Service) -> None:
+    """Compare what our own program, which is to be the master on a host, says of its software with the manager's.
+
+    Raises:
+        WorkerStartError: If it has ended instead, or says nothing.
+        VersionMismatchError: If it does not match.
+    """
+    answers = await _answers({service.place.host: service})
+    if not answers:
+        raise _silent(service)
+    _compare(engine, answers)
+
+
 async def check_master_host(engine: Engine, place: WorkerHost) -> None:
     """Do so for the host of a master.
 

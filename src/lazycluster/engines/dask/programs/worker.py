@@ -10,9 +10,11 @@ import os
 import sys
 import tempfile
 import threading
+from pathlib import Path
 from ssl import SSLError
 from typing import Any
 
+from ....agent import zygote
 from ....cluster.sent import messages
 from . import common
 
@@ -33,22 +35,33 @@ def main() -> None:
     # Imported while the scheduler starts; the settings come when it answers.
     from . import worker_process  # noqa: F401
 
-    forked = serve_forks()
+    # Before this process is copied: so each worker process has them from the start.
+    forked = serve_forks(safe=not common.import_early() or _survives_fork())
     messages.run(functools.partial(_serve, forked))
 
 
-def serve_forks() -> bool:
+def _survives_fork() -> bool:
+    try:
+        return zygote.threads() == 1
+    except OSError:  # this is no Linux
+        return False
+
+
+def serve_forks(safe: bool = True) -> bool:
     """Have multiprocessing's fork server run in a copy of this process, in which everything is imported already.
 
     The nanny's worker process would otherwise be a new interpreter, which imports all of distributed again: this
     halves the time of a start, and makes a restart of the worker a matter of milliseconds.
+
+    Args:
+        safe: Whether nothing is known that does not survive it.
 
     Returns:
         Whether that can be done; only a process with one thread may be copied.
     """
     from multiprocessing import forkserver, resource_tracker, util
 
-    if threading.active_count() != 1 or not hasattr(util, "spawnv_passfds"):
+    if not safe or threading.active_count() != 1 or not hasattr(util, "spawnv_passfds"):
         return False
     os.register_at_fork(after_in_child=_reseed)
     # Python before 3.9.16, 3.10.9 and 3.11.1 lets every user of the host connect to the fork server otherwise.
@@ -120,8 +133,10 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     sent_modules.install(settings["modules"])  # for its plugins, and for functions that run in it
     nanny = WatchedNanny(
         settings["scheduler"],
-        host=messages.LOOPBACK,
+        host=common.listening_host(settings, "nanny"),
         port=ports["nanny"],
+        contact_address=common.contact_address(settings, "worker"),
+        nanny_address=common.contact_address(settings, "nanny"),
         worker_port=ports["worker"],
         worker_class=worker_process.PagedWorker,
         protocol=settings["protocol"],
@@ -134,8 +149,9 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
             settings["local_directory"] or dask.config.get("temporary-directory", default=None), settings["trust_group"]
         ),
         dashboard_address=f"{messages.LOOPBACK}:{ports['dashboard']}",
-        http_prefix="/" + settings["prefix"],
+        dashboard_prefix=settings["prefix"],
         modules=settings["modules"],
+        **({"preload": settings["preload"]} if settings["preload"] else {}),
         **settings["options"],
     )
     sent_modules.look(nanny)
@@ -198,8 +214,12 @@ def _scratch(local_directory: str | None, trust_group: bool) -> str:
         return os.environ["LAZYCLUSTER_SCRATCH"]
     from ....agent import ownership
 
+    try:
+        home = str(Path(local_directory).expanduser())
+    except RuntimeError as error:  # there is no such user
+        raise SystemExit(f"local_directory {local_directory} cannot be used: {error}") from None
     # distributed takes a name that has this in it as it is; else it would share a directory with other users.
-    path = os.path.join(local_directory, f"dask-scratch-space-{os.getuid()}")
+    path = os.path.join(home, f"dask-scratch-space-{os.getuid()}")
     try:
         ownership.make(path, 0o700, trust_group)
     except OSError as error:
