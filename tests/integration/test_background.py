@@ -337,7 +337,9 @@ def _without_keys(pool: Any, tmp_path: Path) -> Path:
     config = tmp_path / "config"
     text = Path(pool.config_file).read_text()
     config.write_text(
-        re.sub(r"(?m)^\s*(IdentityFile|IdentitiesOnly|PreferredAuthentications|BatchMode)\b.*\n", "", text)
+        re.sub(
+            r"(?m)^\s*(IdentityFile|IdentityAgent|IdentitiesOnly|PreferredAuthentications|BatchMode)\b.*\n", "", text
+        )
     )
     return config
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from lazycluster.cluster.certificates import Identity, make_identities, valid_until
 from lazycluster.cluster.engine import Endpoint, Engine, Option
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 from lazycluster.cluster.service_spec import ServiceSpec, Source
+from lazycluster.core.certificates import Identity, make_identities, valid_until
 from lazycluster.utils import Environment, expanded
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ class HyperoptEngine(Engine):
     master_name, sent = "database", True
     options = (
         Option("--dbpath", "dbpath", "Keep the trials there, to go on with them later.", "DIR", "directory"),
-        Option("--dbname", "dbname", "The name of the database (hyperopt).", "NAME", default="hyperopt", safe=True),
+        Option(
+            "--dbname", "dbname", "The name of the database (hyperopt).", "NAME", "text", "hyperopt", True, checked_name
+        ),
         Option("--exp-key", "exp_key", "Work on this search only (on all).", "KEY", safe=True),
     )
     help = """Start a Hyperopt cluster: the database of the trials here, the workers on the hosts.
