@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Event
 
 import lazycluster
+from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.background import client, state
 from lazycluster.background.client import end, running
+from lazycluster.cluster.dask_cluster import DaskCluster
 from leaks import settle
 from patience import until
 from sshhosts import PASSWORD, procfs
@@ -154,15 +158,25 @@ def test_after_a_restart_of_the_manager_a_cluster_is_gone_and_may_be_started_ane
 
 
 def test_an_idle_cluster_ends_by_itself_and_says_so(hosts: Any) -> None:
-    out = up(hosts, "--idle", "4s")
-    assert "after 4 s without work" in out
-    program = (
-        "import lazycluster, time\nwith lazycluster.connect('night') as client:\n"
-        "    print(client.submit(time.sleep, 7).result(), lazycluster.background.state.find('night').is_held)"
-    )
-    assert python(f"import lazycluster.background.state\n{program}") == "None True\n"
+    out = up(hosts, "--idle", "3s")
+    assert "after 3 s without work" in out
     until(is_over, "its own end")
-    assert "gone: it was idle for 4 s" in run("ls")[1]
+    assert "gone: it was idle for 3 s" in run("ls")[1]
+
+
+def test_dask_is_busy_while_there_are_tasks() -> None:
+    with RuntimeGroup([LocalRuntime()]) as group, DaskCluster(group, nthreads=1) as cluster:
+        cluster.start()
+        busy = functools.partial(cluster.engine.is_busy, cluster._master_endpoint())
+        until(lambda: not busy(), "idleness")
+        with cluster.get_client(timeout=30) as client:
+            event = Event("go on", client=client)
+            future = client.submit(lambda: Event("go on").wait(60))
+            assert busy() and busy()
+            event.set()
+            assert future.result() is True
+            assert busy()  # there were some since it was asked
+            until(lambda: not busy(), "idleness")
 
 
 def test_a_cluster_ends_after_its_time(hosts: Any) -> None:

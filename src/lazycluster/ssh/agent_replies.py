@@ -177,7 +177,7 @@ _SHAPES: dict[str, Any] = {
     "mkdir": {"path": NAME, "writable?": bool},
     "mkdtemp": {"path": NAME},
     "nonce": {"port": _PORT, "nonce": str},
-    "packages": {"version": _VERSION, "executable": NAME, "packages": {...: (str, _NONE)}},
+    "packages": {"version": _VERSION, "executable": NAME, "managed?": bool, "packages": {...: (str, _NONE)}},
     "ports": {"free": [_PORT], "denied?": [_PORT]},
     "run": _STATUS,
     "service": {"exit": (_EXIT, _NONE), "signal": (range(2**16), _NONE)},
