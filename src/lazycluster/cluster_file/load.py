@@ -23,7 +23,7 @@ from lazycluster.environments.spec import file_kind
 from lazycluster.exceptions import one_line
 from lazycluster.group.selection import ALL, match, without
 from lazycluster.ssh.config_hosts import configured_hosts
-from lazycluster.utils import Environment, expanded
+from lazycluster.utils import Environment, absolute, expanded
 
 from .keys import CONNECTION_KEYS, HOST_KEYS, TOP_KEYS, Key, option_key
 from .spec import ClusterSpec
@@ -112,7 +112,7 @@ class _Opened:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> _Opened:
-        file = expanded(path).absolute()
+        file = absolute(expanded(path))
         shown = one_line(os.fspath(path))
         text, status = _read(file, shown)
         try:
