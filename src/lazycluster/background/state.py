@@ -131,6 +131,15 @@ class Named:
             return "the machine was restarted"
         return "its process was killed"
 
+    def write(self, **changes: Any) -> None:
+        """Write its record anew, with some changes; for work, which is held by no process.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if self.record is not None:
+            _write(self.path, replace(self.record, **changes))
+
     def remove(self) -> bool:
         """Forget it, unless it is alive; its name can be used anew.
 
