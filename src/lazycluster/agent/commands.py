@@ -12,7 +12,9 @@ from .processes import (
     TASK_MARKER,
     Pump,
     Termination,
+    command_lines,
     explained,
+    orphans,
     pipe,
     send_signal,
     spawn,
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # the module proper makes enumerations, for which it imports much
     from _collections import deque
+
+_MOST_LEFT = 5  # of what a command has left running, so many are told
+_SETTLING = 0.1  # seconds
 
 
 # Characters from which on a command is given in a file: a program's argument has at most 128 KiB, and these may be of
@@ -266,7 +271,14 @@ class _Command(CommandProcess):
                 fields["limit"] = "wall"
         if fields["signal"] == signal.SIGKILL or fields["exit"] == 128 + signal.SIGKILL:
             fields.update(oom.evidence(self.killed_before))
-        self.channel.result(**fields)
+        if self.channel.params.get("tell_left") and orphans():
+            # A moment later they have become the programs that they are to run.
+            self.channel.loop.call_later(_SETTLING, lambda: self._tell_left(fields))
+        else:
+            self.channel.result(**fields)
+
+    def _tell_left(self, fields: Dict[str, Any]) -> None:
+        self.channel.result(left=command_lines(orphans(), self.task)[:_MOST_LEFT], **fields)
 
 
 def _in_file(command: str, directory: str) -> str:

@@ -24,6 +24,7 @@ __all__ = ["Requests"]
 _LOGIN = ("SSH_AUTH_SOCK", "KRB5CCNAME")  # what a login has that may end with it
 _AGAIN = 120.0  # seconds for links to be had again after a login
 _LOOK = 0.05
+_SIGN = 1.0  # seconds between two signs of life of a process that is ending
 
 
 class Requests:
@@ -60,9 +61,9 @@ class Requests:
         request = self._requests.get(command) if isinstance(command, str) else None
         if request is None:
             raise LazyclusterError(f"there is no request {command!r}")
-        if command == "login":
+        if command in ("login", "down"):
             return request(stream, **arguments)
-        if command in ("status", "down"):  # whatever another version says beside it
+        if command == "status":  # whatever another version says beside it
             return request()
         return request(**arguments)
 
@@ -76,9 +77,10 @@ class Requests:
     def _status(self) -> dict[str, Any]:
         return self._process.summary()
 
-    def _down(self) -> dict[str, Any]:
+    def _down(self, stream: MessageStream, **_: Any) -> dict[str, Any]:
         self._process.end()
-        self._process.ended.wait()
+        while not self._process.ended.wait(_SIGN):
+            stream.send(alive=True)
         if self._process.outcome:
             raise ClusterError(self._process.outcome)
         return {}
@@ -144,7 +146,7 @@ class Requests:
         relay = self._process.relay
         relay.attend(stream)
         try:
-            event_loop.get_loop().call_soon_threadsafe(logins.try_again)
+            event_loop.run(logins.try_again())
             end = time.monotonic() + _AGAIN
             while self._interrupted() - logins.needed().keys() and time.monotonic() < end:
                 time.sleep(_LOOK)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import connection_file
 from .contracts import MasterLauncher, WorkerLauncher
+from .direct_network import NetworkChoice
 from .engine import CheckVersions, Endpoint, Engine, check_statement, checked_policy
 from .exceptions import ClusterError
 from .master_launcher import ServiceMasterLauncher
@@ -39,6 +40,7 @@ class EngineCluster(MasterWorkerCluster):
         name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
             program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
             this process.
+        network: How hosts reach each other, see `MasterWorkerCluster`.
         **options: What the engine takes.
 
     Raises:
@@ -76,6 +78,7 @@ class EngineCluster(MasterWorkerCluster):
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
         name: None = None,
+        network: NetworkChoice = "tunnel",
         **options: Any,
     ) -> None:
         check_statement(self.engine_class)
@@ -90,6 +93,7 @@ class EngineCluster(MasterWorkerCluster):
             min_workers=min_workers,
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
+            network=network,
         )
 
     def _default_master_launcher(self) -> MasterLauncher:
@@ -107,6 +111,12 @@ class EngineCluster(MasterWorkerCluster):
         if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
             worker.master = master.at
         check_manager(self._engine)
+        own = not (isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher))
+        why = self._network.direct.refuse(self._engine, own)
+        if why:
+            raise ClusterError(
+                f'{type(self).__name__} cannot use network="direct": {why}\n  Next step: leave out network='
+            )
 
     @property
     def engine(self) -> Engine:
@@ -222,6 +232,7 @@ class EngineCluster(MasterWorkerCluster):
         return [port for port in self._all_ports if port not in taken]
 
     def _let_go(self) -> None:
+        super()._let_go()
         self._engine.forget()
 
 

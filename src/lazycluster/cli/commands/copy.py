@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazycluster.cli.console import errors, host_style, lines_of, output
-from lazycluster.cli.options import Whole, connection_options, host_options, targets
+from lazycluster.cli.options import connection_options, fanout_option, host_options, targets
 
 if TYPE_CHECKING:
     import asyncio
@@ -25,7 +25,6 @@ __all__ = ["get", "put"]
 
 _LITTLE = 1024 * 1024  # bytes
 
-_fanout = click.option("--fanout", type=Whole(), default=64, metavar="N", help="Number of hosts at once (64).")
 _exclude = click.option(
     "--exclude",
     multiple=True,
@@ -38,7 +37,7 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.command()
 @host_options
 @_exclude
-@_fanout
+@fanout_option
 @click.option(
     "--network",
     type=click.Choice(["tunnel", "direct", "auto"]),
@@ -97,7 +96,7 @@ def put(
 @click.command()
 @host_options
 @_exclude
-@_fanout
+@fanout_option
 @_quiet
 @click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
 @connection_options
