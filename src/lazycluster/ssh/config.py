@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lazycluster.core.limits import limit_hint
 from lazycluster.exceptions import InvalidRuntimeError
 from lazycluster.utils import expanded
 
@@ -390,10 +391,17 @@ def ssh_version() -> tuple[int, int]:
     hint = "install the OpenSSH client of your system, and make sure that it is on the PATH"
     try:
         done = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
+    except FileNotFoundError:
+        raise InvalidRuntimeError("localhost", "ssh", "no ssh client was found on the PATH", hint) from None
     except (OSError, subprocess.TimeoutExpired) as error:
+        if isinstance(error, OSError) and (limit := limit_hint(error)):
+            raise InvalidRuntimeError("localhost", "manager", f"ssh cannot be started: {error}", limit) from None
         raise InvalidRuntimeError("localhost", "ssh", f"the ssh client does not run: {error}", hint) from None
     text = (done.stderr + done.stdout).decode(errors="replace").strip()
     found = re.search(r"OpenSSH\w*?_(\d+)\.(\d+)", text)
+    if not found and "No user exists" in text:
+        known = "have this account in the list of accounts (/etc/passwd), which in a container with --user lacks it"
+        raise InvalidRuntimeError("localhost", "ssh", f"ssh does not run for this account: {text[:200]}", known)
     if not found:
         raise InvalidRuntimeError("localhost", "ssh", f"'ssh' is not OpenSSH, but says: {text[:200]}", hint)
     version = int(found.group(1)), int(found.group(2))
