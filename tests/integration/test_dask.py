@@ -140,6 +140,25 @@ def test_restart_gives_new_worker_processes(client: Any) -> None:
     assert not before & after
 
 
+def test_a_restart_that_was_asked_for_is_no_news(
+    client: Any, cluster: DaskCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of a worker that has to be killed, since it does something: that says nothing of memory."""
+    events = len(cluster.events)
+    restarts = {status.name: status.restarts for status in cluster.workers}
+    logged = [len(worker.service.last_output(1 << 20)) for worker in cluster._worker_launcher.workers]
+    busy = client.submit(lambda: time.sleep(3600), pure=False)
+    _until(lambda: any(client.processing().values()))
+    client.restart(timeout=60)
+    assert busy.status == "cancelled"
+    assert client.submit(lambda: 3, pure=False).result(timeout=30) == 3
+    assert cluster.events[events:] == []
+    assert {status.name: status.restarts for status in cluster.workers} == restarts
+    assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+    for worker, before in zip(cluster._worker_launcher.workers, logged, strict=True):
+        assert "Restarting worker" not in worker.service.last_output(1 << 20)[before:]
+
+
 def test_restarted_workers_do_not_draw_the_same_random_numbers(client: Any) -> None:
     def draw() -> float:
         import numpy

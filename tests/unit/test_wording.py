@@ -87,7 +87,16 @@ def test_each_argument_that_a_message_names_is_known_here() -> None:
     for path in _LIBRARY.rglob("*.py"):
         if path.relative_to(_LIBRARY).parts[0] not in _NOT_OURS:
             named |= {name for text in _messages(path) for name in _ARGUMENT.findall(text)}
-    with_options = {"python", "setup", "environment", "exclude", "cache_dir", "connection_kwargs", "on_unreachable"}
+    with_options = {
+        "python",
+        "setup",
+        "environment",
+        "exclude",
+        "cache_dir",
+        "connection_kwargs",
+        "network",
+        "on_unreachable",
+    }
     in_python_only = {
         "address",
         "check_versions",

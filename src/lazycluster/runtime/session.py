@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _SETUP_LIMIT = 300.0  # seconds: set-up lines may fetch something
 STARTUP_FILES = ("once", "always")
-_PLAIN = ("host", "working_dir", "python", "setup", "shell", "local", "startup_files")
+_PLAIN = ("host", "working_dir", "python", "setup", "shell", "local", "startup_files", "address")
 _POSIX_SHELLS = ("bash", "zsh", "sh", "dash", "ksh", "ash")
 
 

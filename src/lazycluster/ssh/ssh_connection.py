@@ -40,11 +40,12 @@ from .agent_program import (
 )
 from .agent_replies import AgentInfo
 from .channel import Channel
+from .circumstances import circumstances
 from .config import Settings, ssh_argv, ssh_version
 from .connect_limit import limiter
 from .connection import Connection
-from .errors import circumstances, classify, is_retryable, no_room_in, no_room_there
-from .extra_sessions import ExtraSession, NoAgentError, open_session
+from .errors import classify, is_retryable, no_room_in, no_room_there
+from .extra_sessions import ExtraSession, NoAgentError, SessionError, open_session
 from .link import AgentLink
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
@@ -70,6 +71,7 @@ _LEAST_QUIET = 2.0  # seconds
 _FINAL = ("auth", "host_key", "config")
 _REFUSAL_SHOWN = 500  # characters
 _REPLY_SIZE = len(KEPT) + wire.TOTAL_SIZE
+_MORE_SESSIONS = "have MaxSessions in the host's sshd_config set to 4 or more (10 is the default)"
 _PLAIN_SEARCH = PythonSearch()
 _numbers = itertools.count(1)
 logger = logging.getLogger("lazycluster")
@@ -238,7 +240,7 @@ class SshConnection(Connection):
         asked = self._space.prompter.asked(self._name)
         answered = self._space.prompter.answered(self._name)
         if isinstance(error, StartError):
-            phase, output, status = "ended", error.output, error.status
+            phase, output, status = "noise" if error.is_too_much else "ended", error.output, error.status
         elif isinstance(error, asyncio.TimeoutError):
             phase, output, status = "timeout", shown(self._shell_output), None
         else:
@@ -278,7 +280,12 @@ class SshConnection(Connection):
         await self._prepare_copies()
         marker = new_marker()
         agent = self.agent_info
-        session = await self._session(bulk_command(agent.executable, marker, self._sockets, agent.pid))
+        try:
+            session = await self._session(bulk_command(agent.executable, marker, self._sockets, agent.pid))
+        except MuxError as error:
+            if not error.refused:
+                raise ConnectionLostError(self.host, f"no further session: {error}") from None
+            raise SessionError(f"it needs a further ssh session: {error}", _MORE_SESSIONS) from None
         try:
             await asyncio.wait_for(session.started(marker), _SESSION_LIMIT)
         except asyncio.TimeoutError:
@@ -292,10 +299,7 @@ class SshConnection(Connection):
 
     async def _session(self, command: str) -> ExtraSession:
         """Open a further session; it is held until the command on the host ends, as it does when our end is closed."""
-        try:
-            session = await open_session(self.mux, command)
-        except MuxError as error:
-            raise ConnectionLostError(self.host, f"no further session: {error}") from None
+        session = await open_session(self.mux, command)
         self._sessions.add(session.ended)
         session.ended.add_done_callback(lambda ended: self._session_ended(session, ended))
         return session
@@ -315,7 +319,10 @@ class SshConnection(Connection):
         """Start it in a further session on the same connection."""
         await self.wait_until_open()
         marker = new_marker()
-        session = await self._session(remote_command(self.agent_info.executable, stub(marker)))
+        try:
+            session = await self._session(remote_command(self.agent_info.executable, stub(marker)))
+        except MuxError as error:
+            raise ConnectionLostError(self.host, f"no further session: {error}") from None
         ours_out = os.dup(session.stream.fileno())
         forks.close_in_children(ours_out)
         try:

@@ -24,6 +24,7 @@ from lazycluster.agent.filenames import dumps
 from lazycluster.cluster import connection_file
 from lazycluster.cluster.client_modules import ClientModules
 from lazycluster.cluster.contracts import MasterLauncher, WorkerLauncher
+from lazycluster.cluster.direct_network import NetworkChoice
 from lazycluster.cluster.engine import CheckVersions
 from lazycluster.cluster.engine_cluster import EngineCluster, checked_count
 from lazycluster.cluster.exceptions import ClusterError
@@ -79,12 +80,21 @@ class DaskCluster(EngineCluster):
         dashboard_port: The port of the scheduler's dashboard on this machine; by default any of `ports`.
         worker_options: Further options of `distributed.Nanny`; what JSON cannot hold is not possible.
         scheduler_options: Further options of `distributed.Scheduler`.
+        preload: Modules that workers import before they are ready, as a list such as ``["dask.dataframe"]``, or with
+            commas between: the first computation does not wait for them then. It is Dask's own ``preload``: what else
+            that takes is possible, and a function ``dask_setup`` of a module is called. One that fails is an error.
         gpus_per_worker: How many GPUs of its host each worker gets for itself: ``CUDA_VISIBLE_DEVICES`` is set, by
             default each has one thread and the resource ``{"GPU": gpus_per_worker}``. Then there is by default one
             worker for each GPU, and hosts without GPUs get none.
         idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
+        network: How hosts reach each other: ``"tunnel"``: through this machine; ``"direct"``: at their own addresses,
+            with the scheduler on the first host of the group; ``"auto"``: direct if all of them do, else through
+            tunnels. All of it is encrypted and authenticated.
         asynchronous: Whether methods that have to wait return awaitables where an event loop runs. ``await cluster``
             and ``async with`` start the cluster, and have the same effect for their event loop.
+        name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
+            program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
+            this process.
 
     Raises:
         ClusterError: If dask, distributed or cryptography is not installed here.
@@ -106,6 +116,7 @@ class DaskCluster(EngineCluster):
     engine_class = DaskEngine
     _adapting: AdaptedCluster | None = None
     _scheduler_view: SchedulerView | None = None
+    _owns_group = False
 
     def __init__(
         self,
@@ -123,9 +134,12 @@ class DaskCluster(EngineCluster):
         dashboard_port: int | None = None,
         worker_options: Mapping[str, Any] | None = None,
         scheduler_options: Mapping[str, Any] | None = None,
+        preload: str | Iterable[str] = (),
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        network: NetworkChoice = "tunnel",
         asynchronous: bool = False,
+        name: None = None,
     ) -> None:
         if nthreads is not None:
             checked_count(nthreads, "nthreads", 1)
@@ -143,12 +157,14 @@ class DaskCluster(EngineCluster):
             check_versions=check_versions,
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
+            network=network,
             nthreads=nthreads,
             memory_limit=memory_limit,
             resources=resources,
             local_directory=None if local_directory is None else os.fspath(local_directory),
             worker_options=checked_options(worker_options, "worker_options"),
             scheduler_options=checked_options(scheduler_options, "scheduler_options"),
+            preload=_names(preload),
         )
         check_sizes(memory_limit, resources)
 
@@ -206,13 +222,13 @@ class DaskCluster(EngineCluster):
 
         if self.asynchronous:
             self._check_running()
-            return UpToDateClient(self, self._dask.modules, timeout=timeout, asynchronous=True)
+            return UpToDateClient(self, self._dask.client_modules, timeout=timeout, asynchronous=True)
         deadline = time.monotonic() + timeout
         while True:
             self._check_running()
             try:
                 left = max(0.0, deadline - time.monotonic())
-                return connected(UpToDateClient, self, self._dask.modules, timeout=left)
+                return connected(UpToDateClient, self, self._dask.client_modules, timeout=left)
             except CommClosedError as error:  # the scheduler has ended while it answered; there will be another one
                 if time.monotonic() + _AGAIN >= deadline:
                     raise TimeoutError(
@@ -478,7 +494,11 @@ class DaskCluster(EngineCluster):
         try:
             self._end_adapting()
         finally:
-            super().cleanup()
+            try:
+                super().cleanup()
+            finally:
+                if self._owns_group:
+                    self._group.cleanup()
 
     def _let_go(self) -> None:
         view, self._scheduler_view = self._scheduler_view, None
@@ -721,7 +741,9 @@ class DaskCluster(EngineCluster):
         }
 
     def __repr__(self) -> str:
-        return f"<DaskCluster {self._state}, port {self.master_port}, {counted(ready(self._processes), 'worker')}>"
+        workers, network = counted(ready(self._processes), "worker"), self._network.direct
+        over = f", network: {network.described()}" if network.wanted != "tunnel" else ""
+        return f"<DaskCluster {self._state}, port {self.master_port}, {workers}{over}>"
 
 
 def _all_workers(client: Client) -> list[dict[str, Any]]:
@@ -730,6 +752,14 @@ def _all_workers(client: Client) -> list[dict[str, Any]]:
     except TypeError:  # before 2025.4 it had all workers anyway
         info = client.scheduler_info()
     return list(info["workers"].values())
+
+
+def _names(preload: str | Iterable[str] | None) -> list[str]:
+    given = preload.split(",") if isinstance(preload, str) else list(preload or ())
+    for name in given:
+        if not isinstance(name, str):
+            raise ValueError(f"preload must be names of modules, not {name!r}")
+    return [name.strip() for name in given if name.strip()]
 
 
 class _Ending:

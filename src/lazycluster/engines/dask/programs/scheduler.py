@@ -13,12 +13,14 @@ from . import common, sent_modules
 
 def main() -> None:
     """Run until asked to end, or until a client ends the cluster."""
+    messages.emit_versions(common.PACKAGES)
     import distributed  # noqa: F401  (this takes a second, in which the manager gets ready to send the settings)
 
     from ....agent import filenames
     from . import serialization
 
     serialization.keep_file_names(filenames.dumps)
+    common.import_early()  # it unpickles the work
     messages.run(_serve)
 
 
@@ -99,6 +101,7 @@ async def _serve(settings: dict[str, Any]) -> None:
     from .connection_limits import limit_unauthenticated
     from .dashboards import Dashboard
     from .tls import MemorySecurity
+    from .versions import compare_what_counts
 
     ports, prefix = settings["ports"], settings["prefix"]
     stop = messages.stop_signal()
@@ -106,9 +109,11 @@ async def _serve(settings: dict[str, Any]) -> None:
     dask.config.set({"temporary-directory": os.environ["LAZYCLUSTER_SCRATCH"]})  # it leaves a directory behind
     sent_modules.install(settings["modules"])
     limit_unauthenticated()
+    compare_what_counts()
     scheduler = _scheduler_class()(
-        host=messages.LOOPBACK,
+        host=common.listening_host(settings, "master"),
         port=ports["master"],
+        contact_address=common.contact_address(settings, "master"),
         protocol=settings["protocol"],
         security=MemorySecurity(**settings["security"]),
         dashboard=False,
