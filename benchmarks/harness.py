@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from controlgroups import control_group, move
 from sshhosts import Hosts
+
+_AFTERWARDS = 0.3  # seconds
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,53 @@ def seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some work took.
+
+    Attributes:
+        wall: Seconds.
+        manager: Processor seconds of this process and of those children of it that have ended, but the hosts.
+        hosts: Processor seconds of the hosts.
+    """
+
+    wall: float
+    manager: float
+    hosts: float
+
+
+@contextmanager
+def measured(hosts: Hosts) -> Iterator[Callable[[Callable[[], Any]], Cost]]:
+    """Give a function that runs some work and returns what it took.
+
+    Raises:
+        ControlGroupsUnavailableError: If the processes of the hosts cannot be told from others.
+    """
+    with control_group("cpuacct", 0) as group:
+        for host in hosts.all:
+            move([host.pid, *(process.pid for process in host.processes(sshd=True))], group)
+
+        def used() -> tuple[float, float, float]:
+            usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+            manager = sum(one.ru_utime + one.ru_stime for one in usage)
+            return time.perf_counter(), manager, int((group / "cpuacct.usage").read_text()) / 1e9
+
+        def cost(work: Callable[[], Any]) -> Cost:
+            before = used()
+            work()
+            wall = time.perf_counter() - before[0]
+            time.sleep(_AFTERWARDS)  # what ends, ends a moment later
+            after = used()
+            return Cost(wall, after[1] - before[1], after[2] - before[2])
+
+        yield cost
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the median of some values, and from where to where they go."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def in_turns(repeat: int, **contenders: Callable[[], Any]) -> dict[str, float]:

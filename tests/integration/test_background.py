@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from lazycluster.background import state
+import lazycluster
+from lazycluster.background import client, state
 from lazycluster.background.client import end, running
 from leaks import settle
 from patience import until
+from sshhosts import PASSWORD, procfs
 from terminals import Terminal
 
 LAZYCLUSTER = [sys.executable, "-m", "lazycluster"]
@@ -39,7 +43,12 @@ def state_home(hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 def run(*arguments: object, **env: str) -> tuple[int, str, str]:
     argv = [*LAZYCLUSTER, *map(str, arguments)]
     done = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, env={**os.environ, **env}
+        argv,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env={**os.environ, "COLUMNS": "200", **env},
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -157,7 +166,7 @@ def test_an_idle_cluster_ends_by_itself_and_says_so(hosts: Any) -> None:
 
 
 def test_a_cluster_ends_after_its_time(hosts: Any) -> None:
-    assert "It ends at " in up(hosts, "--for", "3s").replace("by itself ", "")
+    assert "It ends at " in up(hosts, "--for", "3s")
     until(is_over, "its own end")
     assert "gone: its time was over" in run("ls")[1]
 
@@ -218,3 +227,196 @@ def _seen(moment: str, sign: str) -> bool:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+# --- from Python -----------------------------------------------------------------------------------
+_MODULE = "def answer():\n    return {}\n"
+_START = """
+import sys
+from lazycluster import RuntimeGroup
+from lazycluster.cluster.dask_cluster import DaskCluster
+group = RuntimeGroup(hosts=["host1", "host2"], connection_kwargs={"config_file": sys.argv[1]})
+cluster = DaskCluster(group, name="night", nthreads=1)
+cluster.start()
+import module_of_mine
+with cluster.get_client(timeout=20) as client:
+    print(client.submit(module_of_mine.answer).result(), len(cluster.workers), cluster.status.name)
+cluster.scale(3)
+print(sorted(cluster.plan), cluster.scheduler_address.startswith("tls://"), cluster.name)
+print(cluster.master.state, len(cluster.events) > 0, cluster.dashboard_link.startswith("http://127.0.0.1"))
+print(cluster)
+if sys.argv[2] == "end":
+    cluster.cleanup()
+"""
+
+
+def test_a_program_starts_a_cluster_that_outlives_it(hosts: Any, tmp_path: Path) -> None:
+    (tmp_path / "module_of_mine.py").write_text(_MODULE.format(22))
+    script = tmp_path / "start.py"
+    script.write_text(_START)
+    done = subprocess.run(
+        [sys.executable, str(script), hosts.config_file, "leave"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, third, shown = done.stdout.splitlines()
+    assert first == "22 2 running"
+    assert second == "['host1-0', 'host1-1', 'host2-0'] True night"
+    assert third == "ready True True"
+    assert shown.startswith("<DaskCluster running, port ") and shown.endswith("3 workers>")
+    # Another program, with another version of the module, which it sends itself.
+    (tmp_path / "module_of_mine.py").write_text(_MODULE.format(33))
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import lazycluster, module_of_mine\n"
+        "with lazycluster.connect('night') as client:\n    print(client.submit(module_of_mine.answer).result())\n"
+    )
+    used = subprocess.run([sys.executable, str(other)], capture_output=True, text=True, timeout=90)
+    assert (used.stdout, used.returncode) == ("33\n", 0), used.stderr
+    assert run("down", "night")[0] == 0
+
+
+def test_a_cluster_of_a_program_ends_with_cleanup_and_unstarted_with_the_program(hosts: Any, tmp_path: Path) -> None:
+    (tmp_path / "module_of_mine.py").write_text(_MODULE.format(22))
+    script = tmp_path / "start.py"
+    script.write_text(_START)
+    done = subprocess.run(
+        [sys.executable, str(script), hosts.config_file, "end"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    assert state.all_named() == []
+    script.write_text(_START.partition("cluster.start()")[0])
+    done = subprocess.run(
+        [sys.executable, str(script), hosts.config_file, "end"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    until(is_over, "the end of a cluster that nobody has started")
+
+
+# --- questions, logins, other versions --------------------------------------------------------------
+def test_up_asks_for_a_password_and_login_when_the_link_needs_it_again(make_hosts: Any, tmp_path: Path) -> None:
+    (host,) = (pool := make_hosts(1, password=True)).all
+    argv = [*LAZYCLUSTER, "up", "night", "dask", "--config", str(_without_keys(pool, tmp_path)), "-w", "host1"]
+    with Terminal(argv) as terminal:
+        terminal.until(r"password: ")
+        terminal.type(f"{PASSWORD}\n")
+        terminal.until("lazycluster down night")
+        assert terminal.end() == 0, terminal.seen
+    assert PASSWORD not in terminal.seen
+    assert not [path for path in state.directory().rglob("*") if path.is_file() and PASSWORD in path.read_text()]
+    for process in procfs.with_variable("LAZYCLUSTER_TEST_RUN=" + os.environ["LAZYCLUSTER_TEST_RUN"]):
+        if process.command.startswith("ssh -F"):
+            os.kill(process.pid, signal.SIGKILL)  # as a link that drops
+    until(lambda: "needs login for host1: lazycluster login night" in run("ls")[1], "what ls says")
+    with Terminal([*LAZYCLUSTER, "login", "night"]) as terminal:
+        terminal.until(r"password: ")
+        terminal.type(f"{PASSWORD}\n")
+        assert terminal.end() == 0, terminal.seen
+    assert "night uses this login now" in terminal.seen
+    until(lambda: "running" in run("ls")[1], "what ls says")
+    assert python(_USE) == "1024\n"
+    assert run("down", "night")[0] == 0
+    assert host.leftovers() == []
+
+
+def _without_keys(pool: Any, tmp_path: Path) -> Path:
+    config = tmp_path / "config"
+    text = Path(pool.config_file).read_text()
+    config.write_text(
+        re.sub(r"(?m)^\s*(IdentityFile|IdentitiesOnly|PreferredAuthentications|BatchMode)\b.*\n", "", text)
+    )
+    return config
+
+
+def test_a_source_that_is_removed_meanwhile_breaks_nothing(hosts: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(Path(lazycluster.__file__).parent, source / "lazycluster")
+    here = {"PYTHONPATH": str(source)}
+    argv = ("up", "night", "dask", "--config", hosts.config_file, "-w", "host[1-2]", "--workers", "1")
+    status, _, err = run(*argv, **here)
+    assert status == 0, err
+    assert str(source) in python(f"print(open('/proc/{pid_of()}/cmdline').read())")
+    shutil.rmtree(source)
+    status, out, err = run("scale", "night", 3)
+    assert (status, out) == (0, "night has 3 workers\n"), err
+    assert python(_USE) == "1024\n"
+    assert run("info", "night")[0] == 0
+    assert run("down", "night")[0] == 0
+
+
+def test_a_process_that_hangs_is_killed_by_down(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_SILENCE", 0.5)
+    monkeypatch.setattr(client, "_TERMINATE", 0.5)
+    up(hosts)
+    os.kill(pid_of(), signal.SIGSTOP)
+    status, out, _ = run("ls")
+    assert status == 0 and "gives no answer" in out
+    found = state.find("night")
+    assert found is not None and client.end(found) == "killed"
+    assert state.all_named() == []
+    assert settle(lambda: [entry for host in hosts.all for entry in host.leftovers()]) == []
+
+
+def test_the_environment_is_not_kept_but_for_what_is_needed(hosts: Any) -> None:
+    argv = ("up", "night", "dask", "--config", hosts.config_file, "-w", "host1")
+    assert run(*argv, AWS_SECRET_ACCESS_KEY="do-not-keep", DASK_LOGGING__DISTRIBUTED="info")[0] == 0
+    variables = Path(f"/proc/{pid_of()}/environ").read_text()
+    assert "do-not-keep" not in variables
+    status, out, err = run("info", "night")
+    assert status == 0, err
+    assert "DASK_LOGGING__DISTRIBUTED" in out and "AWS" not in out
+    assert "do-not-keep" not in out
+
+
+def test_where_the_login_ends_its_processes_up_says_how_to_prevent_it(hosts: Any, tmp_path: Path) -> None:
+    # No systemd runs here: the commands and the control group are stand-ins.
+    (tmp_path / "loginctl").write_text('#!/bin/sh\ncase "$2" in show-session) echo KillUserProcesses=yes;; esac\n')
+    (tmp_path / "loginctl").chmod(0o755)
+    program = (
+        "import sys\nfrom lazycluster.background import login_session\n"
+        f"login_session._CGROUP = {str(tmp_path / 'cgroup')!r}\n"
+        "sys.argv[0] = 'lazycluster'\nfrom lazycluster.cli import main\nmain()"
+    )
+    (tmp_path / "cgroup").write_text("0::/user.slice/user-0.slice/session-1.scope\n")
+    argv = [sys.executable, "-c", program, "up", "night", "dask", "--config", hosts.config_file, "-w", "host1"]
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, env=env)
+    assert done.returncode == 1
+    assert "loginctl enable-linger" in done.stderr
+    assert state.all_named() == []
+
+
+def test_a_cluster_from_a_file(hosts: Any, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text("engine = 'dask'\nname = 'night'\nhosts = ['host1', 'host2']\n[options]\nnthreads = 1\n")
+    status, _, err = run("up", "-f", file, LAZYCLUSTER_SSH_CONFIG=str(hosts.config_file))
+    assert status == 0, err
+    assert python(_USE) == "1024\n"
+    status, _, err = run("up", "night", "-f", file, LAZYCLUSTER_SSH_CONFIG=str(hosts.config_file))
+    assert status == 1 and "there is a cluster 'night' already" in err
+
+
+def test_a_search_goes_on_without_its_terminal(hosts: Any, tmp_path: Path) -> None:
+    argv = ("up", "search", "hyperopt", "--config", hosts.config_file, "-w", "host1", "--dbpath", tmp_path / "trials")
+    status, _, err = run(*argv, "--idle", "1h")
+    assert status == 0, err
+    program = (
+        "from hyperopt import fmin, hp, rand\nimport lazycluster\n"
+        "trials = lazycluster.connect('search', exp_key='e')\n"
+        "fmin(abs, hp.uniform('x', -1, 1), rand.suggest, 3, trials=trials, show_progressbar=False, verbose=False)\n"
+        "print(len(trials))"
+    )
+    assert python(program) == "3\n"
+    status, _, err = run("dashboard", "search")
+    assert status == 1 and "has no dashboard" in err
+    assert run("down", "search")[0] == 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_many_ups_and_downs_leave_nothing(hosts: Any, tmp_path: Path) -> None:
+    count = int(os.environ.get("LAZYCLUSTER_SOAK_COUNT", "200"))
+    for _ in range(count):
+        up(hosts, "--workers", "2")
+        assert run("down", "night")[0] == 0
+        assert state.all_named() == []
+        assert [path for path in (tmp_path / "state").rglob("*") if path.is_file()] == []

@@ -313,8 +313,8 @@ def test_certificates_are_for_one_cluster_only() -> None:
 def test_certificates_are_valid_by_the_strict_rules() -> None:
     """Those of OpenSSL, which are Python's default since 3.13; only newer versions of distributed turn them off."""
     pytest.importorskip("cryptography")
-    from lazycluster.cluster.certificates import make_identities
     from lazycluster.cluster.sent.memory_file import in_memory
+    from lazycluster.core.certificates import make_identities
 
     authority, identities = make_identities("server")
     at_server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -83,6 +83,8 @@ def dump_result(value: Any, known: Dict[Any, str]) -> Chunks:
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, type) and obj in known:
                 return localmodules.tracked_class, (known[obj],)
+            if isinstance(obj, BaseException):
+                return localmodules.reduced_error(obj)
             return super().reducer_override(obj)
 
     file = Chunks()

@@ -6,7 +6,7 @@ import os
 import pwd
 import time
 
-from . import oom
+from . import oom, shell_state
 from .processes import (
     AGENT_MARKER,
     TASK_MARKER,
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # the module proper makes enumerations, for which it imports much
     from _collections import deque
+
+
+# Characters from which on a command is given in a file: a program's argument has at most 128 KiB, and these may be of
+# four bytes.
+_LONG = 32_000
 
 
 def login_shell() -> str:
@@ -95,9 +100,16 @@ class CommandProcess:
         merge: Whether standard error joins standard output.
         cores: See `spawn`.
 
+    Attributes:
+        pid: Its process, 0 if it was not started.
+        file: The path of a file that is removed when it has ended.
+
     Raises:
         OSError: It cannot be started.
     """
+
+    pid = 0
+    file = ""
 
     def __init__(
         self,
@@ -149,6 +161,11 @@ class CommandProcess:
 
     def _exited(self, status: int) -> None:
         self.status = status
+        if self.file:
+            try:
+                os.unlink(self.file)
+            except OSError:
+                pass  # it goes with the agent's directory
         self._maybe_over()
 
     def _maybe_over(self) -> None:
@@ -252,9 +269,41 @@ class _Command(CommandProcess):
         self.channel.result(**fields)
 
 
-def _in_shell(channel: RequestChannel, path: str, line: str, begin: Callable[[List[str], Dict[str, str]], Any]) -> None:
-    """Call `begin` with argv and environment of a line of shell, once the shell's start-up files have been read."""
+def _in_file(command: str, directory: str) -> str:
+    """Write a command to a private file, and return its path."""
+    path = os.path.join(directory, "command-" + os.urandom(4).hex())
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(os.fsencode(command))
+    return path
+
+
+def _in_shell(
+    channel: RequestChannel,
+    path: str,
+    line: str,
+    start: Callable[[List[str], Dict[str, str]], Optional[CommandProcess]],
+) -> None:
+    """Start a line of shell once the shell's start-up files have been read.
+
+    Args:
+        channel: The request.
+        path: The shell.
+        line: The line.
+        start: Starts it, with argv and environment; returns None if it cannot be started.
+    """
     params = channel.params
+    file = ""
+    if len(line) > _LONG:
+        file = _in_file(line, channel.agent.directory)
+        line = shell_state.reading(path, file)
+
+    def begin(argv: List[str], env: Dict[str, str]) -> None:
+        process = start(argv, env)
+        if process is not None:
+            process.file = file
+        elif file:
+            os.unlink(file)
+
     task = params.get("task") or ""
     env = environment(channel, task)
     shell = None
@@ -285,13 +334,15 @@ def run(channel: RequestChannel) -> None:
     path = params.get("shell") or login_shell()
     asked = time.monotonic()
 
-    def begin(argv: List[str], env: Dict[str, str]) -> None:
-        _begin(channel, argv, env, time.monotonic() - asked)
+    def start(argv: List[str], env: Dict[str, str]) -> Optional[CommandProcess]:
+        return _begin(channel, argv, env, time.monotonic() - asked)
 
-    _in_shell(channel, path, params["command"], begin)
+    _in_shell(channel, path, params["command"], start)
 
 
-def _begin(channel: RequestChannel, argv: List[str], env: Dict[str, str], waited: float = 0.0) -> None:
+def _begin(
+    channel: RequestChannel, argv: List[str], env: Dict[str, str], waited: float = 0.0
+) -> Optional[CommandProcess]:
     params = channel.params
     limited = dict(params.get("limits") or {})
     if limited:
@@ -311,7 +362,7 @@ def _begin(channel: RequestChannel, argv: List[str], env: Dict[str, str], waited
         else:
             name, message = cwd, "the working directory {} cannot be used: {}".format(cwd, error.strerror)
         channel.fail("os", message, errno=error.errno, path=name)
-        return
+        return None
     command.killed_before = before
     if limited:
         command.clock = limits.Clock(channel.loop, limited, command.end)
@@ -319,6 +370,7 @@ def _begin(channel: RequestChannel, argv: List[str], env: Dict[str, str], waited
     channel.on_abandon = command.end
     channel.on_drain = command.resume
     channel.event(pid=command.pid)
+    return command
 
 
 def setup(channel: RequestChannel) -> None:
@@ -336,10 +388,11 @@ def setup(channel: RequestChannel) -> None:
     # The descriptor is handed down by number, since the lines may use standard output for themselves.
     script = "{}\n{}\nenv -0 >&{} || exit\n".format(*_checking(name, params["script"]), write)
 
-    def begin(argv: List[str], env: Dict[str, str]) -> None:
-        _Setup(channel, argv, env, params.get("cwd") or os.path.expanduser("~"), read, write)
+    def start(argv: List[str], env: Dict[str, str]) -> Optional[CommandProcess]:
+        process = _Setup(channel, argv, env, params.get("cwd") or os.path.expanduser("~"), read, write)
+        return process if process.pid else None
 
-    _in_shell(channel, shell, script, begin)
+    _in_shell(channel, shell, script, start)
 
 
 def _checking(shell: str, script: str) -> Tuple[str, str]:

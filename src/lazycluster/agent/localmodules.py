@@ -382,6 +382,30 @@ def shared(number: int) -> Any:
     return shared_objects[number]
 
 
+def reduced_error(error: BaseException) -> Any:
+    """Return how an exception is pickled, such that it can be made again whatever arguments its class takes.
+
+    Nothing, if its class says that itself.
+    """
+    kind = type(error)
+    if kind.__reduce__ is not BaseException.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
+        return NotImplemented
+    return made_error, (kind, error.args), error.__dict__ or None
+
+
+def made_error(kind: Any, args: Tuple[Any, ...]) -> BaseException:
+    """Return an exception of a class as pickle makes it; if `__init__` takes other arguments, without calling that."""
+    try:
+        made: BaseException = kind(*args)
+    except Exception:  # noqa: BLE001  (the user's own code)
+        made = kind.__new__(kind, *args)
+        built_in: Any = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+        with contextlib.suppress(Exception):
+            built_in.__init__(made, *args)
+    made.args = args
+    return made
+
+
 def tracked_class(identity: str) -> Any:
     """Return the class that went from the manager to a host and comes back."""
     library: Any = importlib.import_module("cloudpickle.cloudpickle")

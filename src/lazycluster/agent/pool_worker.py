@@ -105,6 +105,8 @@ class _ResultPickler:
             def reducer_override(self, obj: Any) -> Any:
                 if isinstance(obj, type) and obj in known:
                     return localmodules.tracked_class, (known[obj],)
+                if isinstance(obj, BaseException):
+                    return localmodules.reduced_error(obj)
                 return super().reducer_override(obj)
 
         self._class: Callable[..., Any] = Pickler

@@ -25,6 +25,7 @@ _LIMITS = {
     os.strerror(errno.EMFILE): "the limit of open files is reached, ulimit -n: run less at once, or raise it",
     os.strerror(errno.ENFILE): "the host's limit of open files is reached: run less at once",
 }
+_PAGES = 32  # of memory, that an argument or variable may take
 _READ_SIZE = 128 * 1024
 _PIPE_SIZE = 1024 * 1024
 _RESET = [s for s in (getattr(signal, n, None) for n in ("SIGPIPE", "SIGXFSZ", "SIGCHLD", "SIGINT", "SIGTERM")) if s]
@@ -346,6 +347,10 @@ def spawn(
         return os.posix_spawn(
             path, list(argv), dict(env), file_actions=actions, setsid=True, setsigmask=[], setsigdef=_RESET
         )
+    except OSError as error:
+        if error.errno == errno.E2BIG:
+            raise OSError(error.errno, _too_long(argv, env)) from None
+        raise
     finally:
         if cores and _cores is not None:
             forbid_cores()
@@ -353,6 +358,19 @@ def spawn(
             os.set_inheritable(fd, False)
         os.fchdir(before)
         os.close(before)
+
+
+def _too_long(argv: Sequence[str], env: Mapping[str, str]) -> str:
+    """Return what a program would get too much of: one argument or variable, or all of them."""
+    size, what = max(
+        [(len(os.fsencode(argument)) + 1, "an argument") for argument in argv]
+        + [(len(os.fsencode(name + value)) + 2, "the environment variable " + name) for name, value in env.items()]
+    )
+    most = _PAGES * resource.getpagesize()
+    if size > most:
+        how = "has {} bytes, but a program gets at most {} in one; give it in a file, or on standard input"
+        return "{} {}".format(what, how.format(size, most))
+    return "arguments and environment are together longer than a program gets (a quarter of ulimit -s)"
 
 
 # --- forked children -----------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from .sent.messages import LOOPBACK
 from .service_spec import SCRATCH, ServiceSpec
 
 if TYPE_CHECKING:
+    from lazycluster.background.client import BackgroundProcess
+
     from .worker_hosts import WorkerHost
 
 __all__ = ["CheckVersions", "Endpoint", "Engine", "Option", "check_statement"]
@@ -212,6 +214,14 @@ class Engine(abc.ABC):
     def valid_until(self) -> float | None:
         """Return when its certificates expire, in seconds since 1970; None if it has none."""
         return None
+
+    def adopt(self, connection: Mapping[str, Any], process: BackgroundProcess) -> None:  # noqa: B027  (few have any)
+        """Take over the secrets of the cluster in the background that this is the statement of.
+
+        Args:
+            connection: What `connection` returned there.
+            process: Its process.
+        """
 
     def forget(self) -> None:  # noqa: B027  (most have nothing to forget)
         """Forget the secrets, once the cluster has ended; one that is started anew has others."""

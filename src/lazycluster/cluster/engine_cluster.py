@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lazycluster.runtime.reachability import NetworkChoice
+
 from . import connection_file
 from .contracts import MasterLauncher, WorkerLauncher
-from .direct_network import NetworkChoice
 from .engine import CheckVersions, Endpoint, Engine, check_statement, checked_policy
 from .exceptions import ClusterError
 from .master_launcher import ServiceMasterLauncher
@@ -38,6 +39,9 @@ class EngineCluster(MasterWorkerCluster):
         gpus_per_worker: How many GPUs of its host each worker gets for itself, see `MasterWorkerCluster`.
         idle_gpus: Whether GPUs are left alone that others use.
         network: How hosts reach each other, see `MasterWorkerCluster`.
+        name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
+            program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
+            this process.
         **options: What the engine takes.
 
     Raises:
@@ -54,6 +58,15 @@ class EngineCluster(MasterWorkerCluster):
     engine_class: ClassVar[type[Engine]]
     """The statement of the engine."""
 
+    def __new__(cls, *arguments: Any, name: str | None = None, **options: Any) -> EngineCluster:
+        """Return a new cluster: with a name, one in a process of its own."""
+        if name is None:
+            return super().__new__(cls)
+        from .background_cluster import class_in_background
+
+        made: EngineCluster = super().__new__(class_in_background(cls))
+        return made
+
     def __init__(
         self,
         runtime_group: RuntimeGroup,
@@ -66,6 +79,7 @@ class EngineCluster(MasterWorkerCluster):
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
         network: NetworkChoice = "tunnel",
+        name: None = None,
         **options: Any,
     ) -> None:
         check_statement(self.engine_class)

@@ -7,7 +7,7 @@ import concurrent.futures
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,6 +45,9 @@ class ServiceMasterLauncher(MasterLauncher):
     Args:
         runtime_group: The group where the workers will be started.
         engine: The statement of the engine.
+
+    Attributes:
+        fixed_ports: Ports that have a number of the user's choice, by name; not the first one, which `start` is told.
     """
 
     START_LIMIT: ClassVar[float] = 60.0
@@ -56,6 +59,7 @@ class ServiceMasterLauncher(MasterLauncher):
         self.network = Network()
         self.watch: Watch | None = None
         self.spare_ports: list[int] = []
+        self.fixed_ports: Mapping[str, int] = {}
         self.at = Endpoint("master")
         self._space: workspace.Workspace | None = None
         self._service: Service | None = None
@@ -149,8 +153,9 @@ class ServiceMasterLauncher(MasterLauncher):
         assert self._service is not None
         if self.engine.sent and not self.at.on_manager:
             await check_master(self.engine, self._service)
-        supply = PortSupply(ports if isinstance(ports, list) else [])
-        spare = PortSupply(port for port in self.spare_ports if port != ports)
+        fixed = set(self.fixed_ports.values())
+        supply = PortSupply(port for port in ports if port not in fixed) if isinstance(ports, list) else PortSupply([])
+        spare = PortSupply(port for port in self.spare_ports if port != ports and port not in fixed)
         self._supplies += [supply, spare]
         try:
             await self._serve(ports, supply, spare if self.spare_ports else supply, limit)
@@ -177,7 +182,7 @@ class ServiceMasterLauncher(MasterLauncher):
                 clash = PortInUseError(taken, self.at.host)
             for port in self.at.ports.values():
                 await self.network.close(port)
-            if isinstance(ports, int) and clash.port == ports:
+            if clash.port in (ports, *self.fixed_ports.values()):
                 raise clash
         raise NoPortsLeftError("every port that was chosen for the master was taken before it was used")
 
@@ -193,11 +198,16 @@ class ServiceMasterLauncher(MasterLauncher):
         else:
             port = (await supply.take(1, connections))[0]
         first, *others = single_ports(self.engine.master_ports)
-        far = [one for one in others if one.reach.is_between_hosts]
-        near = [one for one in others if not one.reach.is_between_hosts]
-        chosen = await spare.take(len(far), connections) if far else []
-        chosen += await spare.take(len(near), list({self._space.keeper, self._service.place.connection}))
-        return {first.name: port, **{one.name: number for one, number in zip([*far, *near], chosen, strict=True)}}
+        nearby = list({self._space.keeper, self._service.place.connection})
+        numbers = {first.name: port}
+        for reach, reached_from in ((True, connections), (False, nearby)):
+            names = [one.name for one in others if one.reach.is_between_hosts is reach]
+            for name in self.fixed_ports.keys() & names:
+                await _check_free(self.fixed_ports[name], reached_from)
+                numbers[name] = self.fixed_ports[name]
+            free = [name for name in names if name not in self.fixed_ports]
+            numbers.update(zip(free, await spare.take(len(free), reached_from) if free else [], strict=True))
+        return numbers
 
     async def _open(self, places: Sequence[WorkerHost]) -> PortInUseError | None:
         """Make the ports reachable; returns the error if one is taken."""
@@ -322,15 +332,18 @@ async def try_network(master: ServiceMasterLauncher, worker: ServiceWorkerLaunch
         places = usable(await prepared_places(master._group))
         if not places:
             return  # which is told by whoever prepares them
-        workers = await worker.expected(begun.count, begun.ports, space.keeper)
-        supply = PortSupply(begun.master_ports)
+        connections = [space.keeper, *(place.connection for place in places)]
+        first, *others = single_ports(master.engine.master_ports)
+        supply, spare = PortSupply(begun.master_ports), PortSupply(master.spare_ports)
         try:
-            first = single_ports(master.engine.master_ports)[0]
-            number = (await supply.take(1, [space.keeper, *(place.connection for place in places)]))[0]
+            number = (await supply.take(1, connections))[0]
+            await spare.take(len(others), connections)  # as it will be: workers get those behind
+            workers = await worker.expected(begun.count, begun.ports, space.keeper)
         except NoPortsLeftError:
             return  # likewise
         finally:
-            supply.release()
+            for one in (supply, spare):
+                one.release()
         await master.network.direct.decide([Listener(places[0], number, first.reach), *workers], places)
     finally:
         await space.release()

@@ -132,7 +132,7 @@ _STEP = {
 }  # fmt: skip
 _TASK = {
     "id": re.compile("[0-9a-f]{16}"), "name?": (NAME, _NONE), "created?": (_TIME, _NONE), "state": str,
-    "labels": [NAME], "steps": [_STEP],
+    "labels": [NAME], "steps": [_STEP], "age?": _NUMBER, "ended_ago?": (_NUMBER, _NONE), "restarted?": bool,
 }  # fmt: skip
 _GPU = {
     "id?": str, "name?": str, "owner?": NAME, "busy?": (str, bool), "memory?": (_NUMBER, _NONE),
@@ -152,6 +152,8 @@ _INTERPRETER = {"path": NAME, "version": _VERSION}
 _SHAPES: dict[str, Any] = {
     "activity": dict.fromkeys(("busy", "total", "tasks", "workers", "tunnels"), _NUMBER),
     "call": _CALL,
+    "detach": {"id": re.compile("[0-9a-f]{16}")},
+    "detached log": {"end": _COUNT},
     "detached list": {"tasks": [_TASK]},
     "detached state": {"task": _TASK},
     "environment build": {"prefix": NAME},

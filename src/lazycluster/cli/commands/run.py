@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import shlex
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,9 +17,11 @@ if TYPE_CHECKING:
     import asyncio
 
     from lazycluster.cli.fanout import HostOutcome
+    from lazycluster.cli.options import Targets
     from lazycluster.cli.streams import Printer, SharedInput
     from lazycluster.ssh.channel import Channel
     from lazycluster.ssh.connection import Connection
+    from lazycluster.tasks.detached import DetachedCommand
 
 __all__ = ["run"]
 
@@ -48,6 +52,8 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
 )
 @click.option("--gather", is_flag=True, help="Print output at the end, identical output once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
+@click.option("-d", "--detach", is_flag=True, help="Let it go on by itself: see 'lazycluster ps'.")
+@click.option("--name", metavar="NAME", help="The name of what is detached, unique on its hosts.")
 @click.option("-N", "--no-label", is_flag=True, help="Print lines without the host's name.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @connection_options
@@ -55,7 +61,7 @@ def run(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, cwd: str | None, env: tuple[str, ...],
     timeout: float | None, fanout: int, use_stdin: bool, script: str | None, interpreter: str, startup_files: str,
-    gather: bool, as_json: bool, no_label: bool, command: tuple[str, ...],
+    gather: bool, as_json: bool, detach: bool, name: str | None, no_label: bool, command: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Run a command on many hosts at once.
 
@@ -68,6 +74,10 @@ def run(
       lazycluster run -w @all --gather -- 'cat /etc/os-release | head -1'
       lazycluster run -w gpu-a --env EPOCHS=3 --python train.py -- --fast
       tar c data | lazycluster run -w 'node[1-4]' --stdin -- tar x -C /tmp
+      lazycluster run -w gpu-a --detach --name train -- ./train.sh
+
+    With --detach it goes on when this machine is off, or you log out; its name is printed. See 'lazycluster ps',
+    'logs', 'wait', 'cancel', 'rm'. Its log keeps the first and the last 16 MiB of what it prints.
 
     Exit status: the highest of all hosts; 255 if one was not reached, 124 after --timeout, 130 after Ctrl-C.
     """
@@ -78,7 +88,13 @@ def run(
         raise click.UsageError("no command given: lazycluster run -w HOSTS -- COMMAND")
     if use_stdin and ("-" in (*hosts, *exclude_hosts) or getattr(hostfile, "name", "") == "<stdin>"):
         raise click.UsageError("standard input cannot hold both the hosts and the command's input")
+    _check_detached(detach, name, use_stdin or gather or no_label)
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
+    if detach:
+        from lazycluster.tasks.detached import DetachedCommand
+
+        how = DetachedCommand(name or "", cwd=cwd, env=_variables(env), startup_files=startup_files, time_limit=timeout)
+        return _detach(chosen, _with_program(how, script, interpreter, command), fanout, as_json)
     # By "task", the live view counts it.
     request: dict[str, Any] = {
         "task": secrets.token_hex(8),
@@ -106,6 +122,65 @@ def run(
     if chosen.everyone and all(outcome.kind == "unreachable" for outcome in outcomes):
         tell("No host was reached.", err=True)
     return exit_status(outcomes, chosen.everyone)
+
+
+def _check_detached(detach: bool, name: str | None, has_streams: bool) -> None:
+    """Refuse options that make no sense with --detach, or without."""
+    from lazycluster.background.state import checked_name
+
+    if name is not None and not detach:
+        raise click.UsageError("--name is for what is detached: give --detach, too")
+    if detach and has_streams:
+        raise click.UsageError("--stdin, --gather and --no-label cannot be used with --detach")
+    if name is not None:
+        try:
+            checked_name(name)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--name") from None
+
+
+def _with_program(
+    command: DetachedCommand, script: str | None, interpreter: str, words: tuple[str, ...]
+) -> DetachedCommand:
+    """Return a command with what it runs, and with a name."""
+    from lazycluster.cli.work import new_name
+
+    program: dict[str, Any]
+    if script is not None:
+        label = shlex.join([interpreter, script, *words])
+        program = {"argv": (interpreter, *words), "script": Path(script).read_bytes(), "label": label}
+        words = (Path(script).stem,)
+    elif len(words) == 1:
+        program = {"line": words[0], "label": words[0]}
+    else:
+        program = {"argv": words, "label": shlex.join(words)}
+    return replace(command, name=command.name or new_name(words[0]), **program)
+
+
+def _detach(chosen: Targets, command: DetachedCommand, fanout: int, as_json: bool) -> int:
+    """Start a command that goes on by itself; print its name, which is all that a script needs."""
+    import json
+
+    from lazycluster.cli.console import INTERRUPTED, errors, output
+    from lazycluster.cli.options import fold
+    from lazycluster.cli.work import show_problems, start
+
+    try:
+        outcomes, status = start(chosen, command, fanout)
+    except KeyboardInterrupt:
+        text = f"\rInterrupted; {command.name!r} may have started on some hosts: lazycluster ps, lazycluster cancel"
+        errors().print(text, markup=False)
+        return INTERRUPTED
+    begun = [outcome.host for outcome in outcomes if outcome.kind == "done"]
+    if as_json:
+        hosts = [{"host": one.host, "state": one.kind, "error": one.error or None} for one in outcomes]
+        output().print_json(json.dumps({"name": command.name, "hosts": hosts}))
+        return status
+    show_problems(outcomes, chosen.everyone and bool(begun))
+    if begun:
+        click.echo(command.name)
+        tell(f"started on {fold(begun)}; its output: lazycluster logs -f {command.name}", err=True)
+    return status
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str]:

@@ -16,6 +16,7 @@ _HERE = (
     *("config", "root-config", "internal-inherit-config"),
     *("scheduler", "pool", "shuffle", "scheduler-address", "scheduler-file"),
     *(f"distributed.comm.tls.{name}" for name in ("ca-file", "scheduler", "worker", "client")),
+    "distributed.scheduler.dashboard.tls",
 )
 # Of other ways to get a cluster: hosts have no use for them, and there are tokens and passwords among them.
 _OF_OTHERS = ("cloudprovider", "coiled", "gateway", "jobqueue", "kubernetes", "yarn")

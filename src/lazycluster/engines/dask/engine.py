@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lazycluster.cluster.certificates import Credentials, make_credentials, valid_until
+from lazycluster.cluster.certificates import Credentials, make_credentials
+from lazycluster.cluster.client_modules import ClientModules
 from lazycluster.cluster.engine import Endpoint, Engine, Option
 from lazycluster.cluster.local_modules import LocalModules
 from lazycluster.cluster.network import Port, Reach
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 from lazycluster.cluster.service_spec import ServiceSpec, Source
 from lazycluster.core import event_loop
+from lazycluster.core.certificates import valid_until
 from lazycluster.utils import Environment
+
+if TYPE_CHECKING:
+    from lazycluster.background.client import BackgroundProcess
 
 from .configuration import configuration
 from .programs import common
@@ -33,13 +38,13 @@ class DaskEngine(Engine):
     Attributes:
         secure: Whether connections are encrypted and authenticated.
         modules: The user's own modules on the hosts.
+        client_modules: Those of clients in this process: the same, unless the cluster is in another one.
         prefix: The secret part of the dashboards' addresses.
     """
 
     name, cluster, module, extra = "dask", "DaskCluster", "lazycluster.cluster.dask_cluster", "dask"
     packages, manager_packages = ("dask", "distributed"), ("cryptography",)
-    # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
-    same_versions, told_versions = ("dask", "distributed", "cloudpickle"), common.PACKAGES
+    same_versions, told_versions = common.SAME_PACKAGES, common.PACKAGES
     master_name, sent = "scheduler", True
     master_ports = (Port("master"), Port("dashboard", Reach.MANAGER))
     worker_ports = (Port("worker"), Port("nanny", Reach.MASTER), Port("dashboard", Reach.MANAGER))
@@ -47,6 +52,7 @@ class DaskEngine(Engine):
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
         Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto", safe=True),
+        Option("--dashboard-port", "dashboard_port", "Port of the dashboard on this machine (any).", "PORT", "count"),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
         Option("--network", "network", "How hosts reach each other: through this machine (tunnel), direct, or auto.",
                "HOW", default="tunnel", choices=("tunnel", "direct", "auto")),
@@ -78,6 +84,7 @@ class DaskEngine(Engine):
         self.local_directory = local_directory
         self.worker_options, self.scheduler_options = dict(worker_options or {}), dict(scheduler_options or {})
         self.secure, self.modules = True, LocalModules()
+        self.client_modules: LocalModules | ClientModules = self.modules
         self.forget()
 
     def is_busy(self, master: Endpoint) -> bool:
@@ -90,11 +97,20 @@ class DaskEngine(Engine):
         """Return when the certificates expire, in seconds since 1970."""
         return valid_until(self.credentials.scheduler.certificate) if self.secure else None
 
+    def adopt(self, connection: Mapping[str, Any], process: BackgroundProcess) -> None:
+        """Take over what a client needs, and have this process's modules sent by the cluster's."""
+        self._client_security = dict(connection["security"])
+        self.prefix = str(connection.get("dashboard", "///")).split("/")[3]
+        self.client_modules = ClientModules(process)
+
     def forget(self) -> None:
         """Forget the secrets; a cluster that is started anew has others."""
         self.prefix = secrets.token_urlsafe(18)
         self._credentials: Credentials | None = None
         self._configuration: dict[str, Any] | None = None
+        self._client_security = None
+
+    _client_security: dict[str, Any] | None
 
     def encrypts(self) -> bool:
         """Return True unless launchers of the user's own start something that knows of no certificates."""
@@ -162,6 +178,8 @@ class DaskEngine(Engine):
 
     def security(self, role: str) -> dict[str, Any]:
         """Return the arguments of `distributed.Security` for a role."""
+        if self._client_security is not None:
+            return self._client_security
         if not self.secure:
             return {"require_encryption": False}
         return self.credentials.for_role(role)

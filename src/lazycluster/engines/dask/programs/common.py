@@ -8,6 +8,8 @@ import select
 from collections.abc import Coroutine
 from typing import Any
 
+# What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
+SAME_PACKAGES = ("dask", "distributed", "cloudpickle")
 PACKAGES = ("dask", "distributed", "cloudpickle", "msgpack", "tornado", "toolz", "lz4")
 
 

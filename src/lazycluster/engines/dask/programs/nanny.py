@@ -30,16 +30,22 @@ class WatchedNanny(Nanny):  # type: ignore[misc]
 
     lost_scheduler = False
     failed = False
+    _kills = False
 
     def __init__(self, *args: Any, nanny_address: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if nanny_address is not None:
             self._address = nanny_address  # else it is known by the one that it listens on
         self._killed_before = oom.killed()
+        logger.addFilter(self._is_news)
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """Tell whether something is to be logged: not, as a warning, a restart that was asked for."""
+        return not (self._kills and str(record.msg).startswith("Restarting worker"))
 
     async def _on_worker_exit(self, exitcode: int) -> None:
         before, self._killed_before = self._killed_before, oom.killed()
-        if self.status.name == "running":
+        if self.status.name == "running" and not self._kills:  # else somebody has asked for a restart
             manager = getattr(self, "memory_manager", None)
             at_limit = getattr(manager, "_last_terminated_pid", -1) not in (-1, None)
             if manager is not None and at_limit:
@@ -47,6 +53,18 @@ class WatchedNanny(Nanny):  # type: ignore[misc]
             verdict = oom.verdict(before, self._killed_before)
             messages.emit("respawned", status=exitcode, out_of_memory="worker" if at_limit else verdict)
         await super()._on_worker_exit(exitcode)
+
+    async def kill(self, *args: Any, **kwargs: Any) -> None:
+        """End the worker process, as it was asked to."""
+        self._kills = True
+        await super().kill(*args, **kwargs)
+
+    async def instantiate(self) -> Any:
+        """Start a worker process."""
+        try:
+            return await super().instantiate()
+        finally:
+            self._kills = False
 
     def close_gracefully(self, *args: Any, **kwargs: Any) -> None:
         """Take note of why, and do what nannies do."""
