@@ -9,6 +9,8 @@ import os
 import sys
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
+from . import bytecode
+
 _CONDA = ("~/miniconda3", "~/anaconda3", "~/miniforge3", "~/mambaforge")
 # Patterns of the directories in which interpreters usually are, beside those on the PATH.
 USUAL_DIRECTORIES = (
@@ -37,7 +39,8 @@ def packages(names: Sequence[str]) -> Dict[str, Any]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    return {"version": list(sys.version_info[:3]), "executable": sys.executable, "packages": found}
+    told = {"version": list(sys.version_info[:3]), "executable": sys.executable, "packages": found}
+    return dict(told, bytecode=dict(bytecode.found))
 
 
 def interpreters() -> Iterator[Tuple[str, List[int]]]:

@@ -174,7 +174,12 @@ _SHAPES: dict[str, Any] = {
     "mkdir": {"path": NAME, "writable?": bool},
     "mkdtemp": {"path": NAME},
     "nonce": {"port": _PORT, "nonce": str},
-    "packages": {"version": _VERSION, "executable": NAME, "packages": {...: (str, _NONE)}},
+    "packages": {
+        "version": _VERSION,
+        "executable": NAME,
+        "packages": {...: (str, _NONE)},
+        "bytecode": {"lacking": [NAME], "cache": NAME, "problem": str},
+    },
     "ports": {"free": [_PORT], "denied?": [_PORT]},
     "run": _STATUS,
     "service": {"exit": (_EXIT, _NONE), "signal": (range(2**16), _NONE)},
