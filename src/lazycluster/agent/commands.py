@@ -368,12 +368,8 @@ def _begin(
     try:
         command = _Command(channel, argv, env, cwd, bool(params.get("input")), bool(params.get("merge")))
     except OSError as error:
-        # Which of the two is missing cannot be told from the error alone.
-        if os.path.isdir(cwd):
-            name, message = argv[0], "{}: {}".format(explained(error.strerror), argv[0])
-        else:
-            name, message = cwd, "the working directory {} cannot be used: {}".format(cwd, error.strerror)
-        channel.fail("os", message, errno=error.errno, path=name)
+        name = cwd if error.filename == cwd else argv[0]
+        channel.fail("os", _unstarted(error, argv, cwd), errno=error.errno, path=name)
         return None
     command.killed_before = before
     if limited:
@@ -383,6 +379,16 @@ def _begin(
     channel.on_drain = command.resume
     channel.event(pid=command.pid)
     return command
+
+
+def _unstarted(error: OSError, argv: List[str], cwd: str) -> str:
+    """Return why a program was not started; the error names its working directory if that is the reason."""
+    if error.filename != cwd:
+        return "{}: {}".format(explained(error.strerror), argv[0])
+    if cwd.rstrip("/") != os.path.expanduser("~").rstrip("/"):
+        return "the working directory {} cannot be used: {}".format(cwd, error.strerror)
+    step = "have the host's administrator make it, or correct its owner and permissions"
+    return "the home directory {} cannot be used: {}. Next step: {}".format(cwd, error.strerror, step)
 
 
 def setup(channel: RequestChannel) -> None:
@@ -432,7 +438,7 @@ class _Setup(CommandProcess):
             super().__init__(channel, argv, env, cwd, False, True)
         except OSError as error:
             os.close(read)
-            channel.fail("os", "the set-up cannot be run: {}: {}".format(explained(error.strerror), argv[0]))
+            channel.fail("os", "the set-up cannot be run: " + _unstarted(error, argv, cwd))
             return
         finally:
             os.close(write)

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
 from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.ssh_connection import client_version
 
 from .console import FAILED, TIMED_OUT, UNREACHABLE, is_terminal
 from .option_names import spelled_next_steps
@@ -64,7 +65,11 @@ async def everywhere(
 
     Returns:
         The outcomes, in the order of the hosts.
+
+    Raises:
+        InvalidRuntimeError: If this machine has no ssh client.
     """
+    await client_version()
     slots = asyncio.Semaphore(fanout)
 
     async def one(name: str) -> HostOutcome:
@@ -199,6 +204,7 @@ async def open_all(targets: Targets) -> list[Connection]:
     Raises:
         InvalidRuntimeError: If one that was named cannot be reached, or none.
     """
+    await client_version()
     connections = [targets.connection(name) for name in targets.names]
     try:
         errors = await asyncio.gather(*(c.open() for c in connections), return_exceptions=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from lazycluster.core.limits import limit_hint
 from lazycluster.exceptions import InvalidRuntimeError
-from lazycluster.utils import expanded
+from lazycluster.utils import absolute, expanded
 
 from .config_hosts import CONFIG_VARIABLE
 from .destination import Destination, check_user, parse_destination
@@ -246,7 +246,7 @@ def _keys(what: str, value: Any) -> tuple[str, ...]:
         # that only ssh knows.
         if "%" not in path and not os.access(path, os.R_OK):
             raise ValueError(f"{what}: no readable key file: {path}")
-    return tuple(path if "%" in path else str(Path(path).absolute()) for path in paths)
+    return tuple(path if "%" in path else str(absolute(path)) for path in paths)
 
 
 def _config_file(what: str, value: Any) -> str:
@@ -255,7 +255,7 @@ def _config_file(what: str, value: Any) -> str:
         return "none"
     if not os.access(path, os.R_OK) or Path(path).is_dir():
         raise ValueError(f"{what}: no readable file: {path}")
-    return str(Path(path).absolute())
+    return str(absolute(path))
 
 
 def _proxy_jump(what: str, value: Any) -> str:
@@ -392,16 +392,21 @@ def ssh_version() -> tuple[int, int]:
     try:
         done = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
     except FileNotFoundError:
-        raise InvalidRuntimeError("localhost", "ssh", "no ssh client was found on the PATH", hint) from None
+        detail = "no ssh client is installed on this machine, or it is not on the PATH"
+        raise InvalidRuntimeError("localhost", "ssh", detail, hint) from None
     except (OSError, subprocess.TimeoutExpired) as error:
         if isinstance(error, OSError) and (limit := limit_hint(error)):
             raise InvalidRuntimeError("localhost", "manager", f"ssh cannot be started: {error}", limit) from None
         raise InvalidRuntimeError("localhost", "ssh", f"the ssh client does not run: {error}", hint) from None
     text = (done.stderr + done.stdout).decode(errors="replace").strip()
+    if text.startswith("No user exists for uid"):
+        detail = f"ssh does not start on this machine, since the user id {os.getuid()} has no entry in /etc/passwd"
+        hint = (
+            "add one, as entry points of containers do where /etc/passwd may be written to: "
+            'echo "user:x:$(id -u):0::$HOME:/bin/sh" >> /etc/passwd; or run as a user that has one'
+        )
+        raise InvalidRuntimeError("localhost", "ssh", detail, hint)
     found = re.search(r"OpenSSH\w*?_(\d+)\.(\d+)", text)
-    if not found and "No user exists" in text:
-        known = "have this account in the list of accounts (/etc/passwd), which in a container with --user lacks it"
-        raise InvalidRuntimeError("localhost", "ssh", f"ssh does not run for this account: {text[:200]}", known)
     if not found:
         raise InvalidRuntimeError("localhost", "ssh", f"'ssh' is not OpenSSH, but says: {text[:200]}", hint)
     version = int(found.group(1)), int(found.group(2))

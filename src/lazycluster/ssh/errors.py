@@ -288,16 +288,6 @@ def _changed_key(case: _Case, name: str) -> InvalidRuntimeError:
     return case.error("host_key", detail, hint)
 
 
-def _no_account(case: _Case) -> InvalidRuntimeError:
-    """Ssh looks the name of its user up."""
-    detail = f"ssh does not start on this machine, since the user id {os.getuid()} has no entry in /etc/passwd"
-    hint = (
-        "add one, as entry points of containers do where /etc/passwd may be written to: "
-        'echo "user:x:$(id -u):0::$HOME:/bin/sh" >> /etc/passwd; or run as a user that is in it'
-    )
-    return InvalidRuntimeError("localhost", "manager", detail, hint)
-
-
 def _dns(case: _Case) -> InvalidRuntimeError | None:
     if found := case.find(r"Could not resolve hostname (\S+): (.*)$"):
         hint = "check the spelling, and the HostName in your ssh configuration"
@@ -641,7 +631,6 @@ _SAID_LAST: tuple[tuple[re.Pattern[str], _Rule], ...] = tuple(
         (r"kex_exchange_identification: .*|ssh_dispatch_run_fatal: .*|Connection (?:closed|reset) by .*", _dropped),
         (r"[\w:. ]*: Broken pipe", _dropped),
         (r"(?:exec|shell|subsystem) request failed on channel.*", _shell),
-        (r"No user exists for uid \d+|You don't exist, go away!", _no_account),
     )
 )
 

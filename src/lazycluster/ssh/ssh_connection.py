@@ -77,6 +77,15 @@ _numbers = itertools.count(1)
 logger = logging.getLogger("lazycluster")
 
 
+async def client_version() -> tuple[int, int]:
+    """Return the version of the ssh client.
+
+    Raises:
+        InvalidRuntimeError: If this machine has no usable one: then it is of no use to try one host after another.
+    """
+    return ssh_version() if ssh_version.cache_info().currsize else await event_loop.in_thread(ssh_version)
+
+
 class SshConnection(Connection):
     """The connection to a host over ssh.
 
@@ -168,7 +177,7 @@ class SshConnection(Connection):
         self._name = f"{next(_numbers)}"
         control = os.path.join(space.directory, self._name)
         marker = new_marker()
-        version = ssh_version() if ssh_version.cache_info().currsize else await event_loop.in_thread(ssh_version)
+        version = await client_version()
         settings = replace(self.settings, timeout=timeout)
         log = f"{control}.log"
         argv = ssh_argv(settings, control, self._command(marker), version, ask=self._ask, log=log)
