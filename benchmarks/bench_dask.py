@@ -1,22 +1,28 @@
-"""A Dask cluster: until the workers answer, and work through tunnels with TLS, beside distributed's own SSHCluster.
+"""A Dask cluster: until the workers answer, and work through tunnels or from host to host, both with TLS.
 
-SSHCluster connects everything directly, without tunnels, TLS or supervision, and leaves checking versions to the user.
+Beside it distributed's own SSHCluster, which connects everything directly, without tunnels, TLS or supervision, and
+leaves checking versions to the user.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from harness import Row, seconds, settings, ssh_hosts
 
 from lazycluster import RuntimeGroup
+from lazycluster.cluster.certificates import make_credentials
 from lazycluster.cluster.dask_cluster import DaskCluster
 
 COUNTS = (3, 8, 16)
@@ -24,14 +30,17 @@ REPEAT = 3
 
 
 @contextlib.contextmanager
-def lazycluster(hosts: Any) -> Iterator[Any]:
+def lazycluster(hosts: Any, network: Any = "tunnel") -> Iterator[Any]:
     """A client of our cluster; hosts not yet connected."""
     group = RuntimeGroup(hosts=list(hosts.names), connection_kwargs=settings(hosts), python=sys.executable)
-    with group, DaskCluster(group) as cluster:
+    with group, DaskCluster(group, network=network) as cluster:
         cluster.start()
         with cluster.get_client(timeout=30) as client:
             client.wait_for_workers(len(hosts))
             yield client
+
+
+direct = partial(lazycluster, network="direct")
 
 
 @contextlib.contextmanager
@@ -47,6 +56,44 @@ def ssh_cluster(hosts: Any) -> Iterator[Any]:
     ):
         client.wait_for_workers(len(hosts))
         yield client
+
+
+@contextlib.contextmanager
+def by_hand(hosts: Any) -> Iterator[Any]:
+    """A client of a scheduler and workers with TLS that were started over ssh, each by its own command."""
+    from distributed import Client, Security
+
+    made = make_credentials()
+    texts = {"ca.pem": made.authority, "cert.pem": made.worker.certificate, "key.pem": made.worker.key}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+        files = " ".join(
+            f"--tls-{what} /tmp/{name}" for what, name in zip(("ca-file", "cert", "key"), texts, strict=True)
+        )
+        ssh = ["ssh", "-F", hosts.config_file]
+        for host in hosts:
+            subprocess.run(
+                ["scp", "-q", "-F", hosts.config_file, *map(str, folder.iterdir()), f"{host.name}:/tmp/"], check=True
+            )
+
+        def run(host: Any, command: str) -> None:
+            # With a terminal, so that it ends with its ssh.
+            started = subprocess.Popen(
+                [*ssh, "-tt", host.name, f"{sys.executable} -m {command} {files} --no-dashboard"],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            stack.callback(started.wait)
+            stack.callback(started.terminate)
+
+        run(hosts[0], f"distributed.cli.dask_scheduler --protocol tls --host {hosts[0].address} --port 8786")
+        scheduler = f"tls://{hosts[0].address}:8786"
+        for host in hosts:
+            run(host, f"distributed.cli.dask_worker {scheduler} --protocol tls --host {host.address}")
+        with Client(scheduler, security=Security(**made.for_role("client")), timeout=60) as client:
+            client.wait_for_workers(len(hosts), timeout=60)
+            yield client
 
 
 def _start(contender: Any, hosts: Any) -> float:
@@ -74,6 +121,14 @@ def _shuffle(client: Any) -> None:
     frame.shuffle("id", shuffle_method="p2p").x.sum().compute()
 
 
+def _transfer(client: Any) -> float:
+    """Return the seconds that 100 MB take from one worker to another."""
+    first, second, *_ = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    data = client.submit(os.urandom, 100_000_000, workers=[first], pure=False)
+    client.submit(len, data, workers=[first]).result()
+    return seconds(lambda: client.submit(len, data, workers=[second], pure=False).result())
+
+
 def rows() -> Iterator[Row]:
     """Yield the lines of the table."""
     import asyncssh  # noqa: F401  (so that no contender's first start pays for imports)
@@ -83,18 +138,32 @@ def rows() -> Iterator[Row]:
     logging.getLogger("distributed.deploy.ssh").setLevel(logging.ERROR)  # it passes on all that the hosts print
     for count in COUNTS:
         with ssh_hosts(count) as hosts:
-            times: dict[Any, list[float]] = {lazycluster: [], ssh_cluster: []}
+            times: dict[Any, list[float]] = {lazycluster: [], direct: [], ssh_cluster: []}
             for _ in range(REPEAT):
                 for contender, measured in times.items():
                     measured.append(_start(contender, hosts))
-            ours, theirs = (statistics.median(measured) for measured in times.values())
+            ours, straight, theirs = (statistics.median(measured) for measured in times.values())
             what = f"hosts not yet connected until {count} Dask workers answer"
             yield Row(what, ours, "s", "<= 1.2 x", "SSHCluster", theirs, ours <= 1.2 * theirs)
+            yield Row(f"{what}, direct", straight, "s", "<= 1.0 x", "SSHCluster", theirs, straight <= theirs)
     with ssh_hosts(3) as hosts:
-        for what, work in (("matrix product 4000 x 4000", _matrix), ("dataframe shuffle, 600,000 rows", _shuffle)):
+        works = (("matrix product 4000 x 4000", _matrix, 1.15), ("dataframe shuffle, 600,000 rows", _shuffle, 1.05))
+        for what, work, most in works:
             figures = []
-            for contender in (lazycluster, ssh_cluster):
+            for contender in (lazycluster, direct, ssh_cluster):
                 with contender(hosts) as client:
                     work(client)
                     figures.append(statistics.median(seconds(partial(work, client)) for _ in range(REPEAT)))
-            yield Row(f"{what}, 3 hosts", figures[0], "s", "", "SSHCluster", figures[1])
+            ours, straight, theirs = figures
+            yield Row(f"{what}, 3 hosts", ours, "s", "", "SSHCluster", theirs)
+            met = straight <= most * theirs
+            yield Row(f"{what}, 3 hosts, direct with TLS", straight, "s", f"<= {most} x", "SSHCluster", theirs, met)
+        figures = []
+        for contender in (lazycluster, direct, by_hand):
+            with contender(hosts) as client:
+                _transfer(client)
+                figures.append(statistics.median(_transfer(client) for _ in range(REPEAT)))
+        ours, straight, theirs = figures
+        what = "100 MB from worker to worker, direct with TLS"
+        yield Row(what, straight, "s", "<= 0.4 x", "tunnels", ours, straight <= 0.4 * ours)
+        yield Row(what, straight, "s", "<= 1.1 x", "workers started by hand, TLS", theirs, straight <= 1.1 * theirs)

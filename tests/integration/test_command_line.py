@@ -225,8 +225,6 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
         (("doctor", "-l", "-oProxyCommand=x", "host1"), "a user's name cannot begin with '-'"),
         (("get", "-w", "host1", "-f", "0", "x", "y"), "'0' is not a whole number from 1 to"),
         (("run", "-w", "host1", "--env", "A", "--", "ls"), "'A' is not NAME=VALUE"),
-        (("start", "dask", "-w", "host1", "--memory-limit", "4XB"), "'4XB' is not a size such as '4 GiB'"),
-        (("start", "hyperopt", "-w", "host1", "--dbname", "a/b"), "must be a name of at most 63 characters"),
         (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "'-1' is not a time in seconds, from 0.1 to"),
         (("put", "-w", "host1", "nothing-here", "x"), "no such file or directory: nothing-here"),
         (("put", "-w", "host1", "x"), "SRC... DEST"),
@@ -285,7 +283,7 @@ def test_no_output_is_lost_for_an_encoding(foreign: list[str], encoding: str, tm
     status, out, err = ran("list-runtimes", *foreign)
     assert (status, err) == (255, b"")
     assert h1 in out
-    assert h9 + b": refused" in out
+    assert h9 + b": connect to 127.0.0.1 port 1: Connection refused" in out
     status, out, err = ran("put", *foreign, str(tmp_path / "file\u2500"), str(tmp_path / "no"), "x/")
     assert (status, out) == (2, b"")
     status, out, err = ran("get", *foreign, "file\u2500", str(tmp_path))

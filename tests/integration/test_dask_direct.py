@@ -445,3 +445,23 @@ def test_links_to_the_manager_that_drop_while_hosts_reach_each_other(make_hosts:
             assert client.submit(lambda parts: sum(map(len, parts)), parts).result(timeout=60) == 30
             assert sorted(_workers(client)) == addresses
             assert all(worker.restarts == 0 for worker in cluster.workers)
+
+
+def test_a_host_whose_address_has_changed_while_its_link_was_down(make_hosts: Any) -> None:
+    hosts = make_hosts(2)
+    host, new = hosts[1], f"{hosts[1].address.rpartition('.')[0]}.66"
+    states: list[str] = []
+    with ssh_group(hosts) as group, DaskCluster(group, network="direct", **SMALL) as cluster:
+        cluster.start()
+        with cluster.get_client(timeout=30) as client:
+            assert f"tls://{host.address}" in {address.rpartition(":")[0] for address in _workers(client)}
+        cluster.cleanup()
+        group.on_state(lambda status: states.append(status.state))
+        host.run("pkill -KILL -f '^sshd: lazy'", check=False)
+        host.run(["ip", "address", "add", f"{new}/24", "dev", "eth0"])
+        _until(lambda: "open" in states)
+        # Of the old address the others see nothing any more; ssh goes through it still, as through a bastion.
+        with _firewall(host, "INPUT", "-p", "tcp", "--dport", "25000:25100", "-d", host.address, "-j", "DROP"):
+            cluster.start()
+            with cluster.get_client(timeout=30) as client:
+                assert f"tls://{new}" in {address.rpartition(":")[0] for address in _workers(client)}

@@ -157,7 +157,7 @@ def test_a_group_sends_from_host_to_host_if_asked(module_hosts: Any, file: Path)
     with RuntimeGroup(hosts=list(module_hosts.names), connection_kwargs=settings) as group:
         tasks = group.send_file(file, "~/model.bin", execute_async=False, network="auto")
         assert [task.host for task in tasks] == list(module_hosts.names)
-        with pytest.raises(ValueError, match="network must be one of"):
+        with pytest.raises(ValueError, match="network must be 'tunnel'"):
             group.send_file(file, network="ssh")
     assert are_there(module_hosts, file)
 

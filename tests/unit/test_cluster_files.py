@@ -172,6 +172,7 @@ def test_a_byte_order_mark_and_lines_of_windows_do_no_harm(write) -> None:
         (LEAST + "startup_files = 'never'", 3, "startup_files must be 'once' or 'always'"),
         (LEAST + "[options]\nthreads = 2", 4, "unknown key 'threads' (did you mean 'nthreads'?)"),
         (LEAST + "[options]\nnthreads = 'many'", 4, "nthreads must be a whole number"),
+        (LEAST + "[options]\nmemory_limit = 'much'", 4, "memory_limit"),
         (LEAST + "[host]\nnode1 = 3", 4, "'node1' must be a table with settings"),
         (LEAST + "[host.node1]\nprot = 3", 4, "unknown key 'prot' (did you mean 'port'?)"),
         (LEAST + "[host.node1]\ntimeout = 0", 4, "timeout must be more than 0"),
@@ -329,6 +330,7 @@ def test_options_of_engines_are_refused_unless_they_are_stated_to_be_safe(write)
     assert "since it names files of this machine" in said
     unstated = Option("--program", "program", "A program.", "PATH")
     assert not option_key(unstated).is_free("evil")
+    assert option_key(dataclasses.replace(unstated, default="usual")).is_free("usual")
     assert option_key(dataclasses.replace(unstated, safe=True)).is_free("evil")
     assert option_key(Option("--depth", "depth", "How deep.", "N", "count")).is_free(3)
 
@@ -348,7 +350,7 @@ _VALUES = st.sampled_from(
 )
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(_NAMES, st.dictionaries(_NAMES, _VALUES, max_size=3)), max_size=4, unique_by=lambda t: t[0]))
 def test_lines_of_keys_are_found_whatever_the_values_are(tables: list[tuple[str, dict[str, str]]]) -> None:
     lines, expected = ["# first"], {}

@@ -310,6 +310,22 @@ def test_certificates_are_for_one_cluster_only() -> None:
     assert worker["tls_client_key"] == worker["tls_worker_key"]
 
 
+def test_an_authority_that_is_kept_names_the_hosts_that_join() -> None:
+    from cryptography import x509
+
+    from lazycluster.core.certificates import Authority
+
+    authority = Authority()
+    made = [authority.identity("worker", [address]).certificate.encode() for address in ("10.0.0.7", "fd00::7")]
+    for certificate, address in zip(map(x509.load_pem_x509_certificate, made), ("10.0.0.7", "fd00::7"), strict=True):
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert [str(one) for one in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", address]
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(authority.certificate.encode()))
+    with pytest.raises(TypeError, match="does not leave this process"):
+        pickle.dumps(authority)
+    assert "PRIVATE" not in repr(vars(authority))
+
+
 def test_certificates_are_valid_by_the_strict_rules() -> None:
     """Those of OpenSSL, which are Python's default since 3.13; only newer versions of distributed turn them off."""
     pytest.importorskip("cryptography")

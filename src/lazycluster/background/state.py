@@ -131,6 +131,15 @@ class Named:
             return "the machine was restarted"
         return "its process was killed"
 
+    def write(self, **changes: Any) -> None:
+        """Write its record anew, with some changes; for work, which is held by no process.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if self.record is not None:
+            _write(self.path, replace(self.record, **changes))
+
     def remove(self) -> bool:
         """Forget it, unless it is alive; its name can be used anew.
 
@@ -352,6 +361,11 @@ def _lock(fd: int) -> bool:
             if time.monotonic() > end:
                 return False
             time.sleep(_AGAIN)
+        except OSError as error:
+            raise LazyclusterError(
+                f"the file system of {directory()} has no locks: {error.strerror}\n"
+                "  Next step: have XDG_STATE_HOME name a directory on a local disk"
+            ) from None
 
 
 def _is_held(path: Path) -> bool:

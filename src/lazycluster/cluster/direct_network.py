@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from lazycluster.exceptions import LazyclusterError, PortInUseError
-from lazycluster.runtime.reachability import DirectAddress, ProbedHost, Reachability, ReachabilityCache, session_of
+from lazycluster.runtime.reachability import (
+    DirectAddress,
+    NetworkChoice,
+    ProbedHost,
+    Reachability,
+    ReachabilityCache,
+    checked_network,
+    session_of,
+)
 
 from .exceptions import UnreachableError
 from .worker_hosts import WorkerHost
@@ -15,24 +23,11 @@ if TYPE_CHECKING:
     from .engine import Endpoint, Engine
     from .network import Listener
 
-__all__ = ["DirectNetwork", "NetworkChoice", "checked_network"]
-
-NetworkChoice = Literal["tunnel", "direct", "auto"]
+__all__ = ["DirectNetwork"]
 
 _UNSTATED = "its processes listen on loopback only"
 _OPEN = "it does not encrypt and authenticate what hosts say to each other"
 _OWN_LAUNCHERS = "a launcher of your own starts its processes"
-
-
-def checked_network(value: NetworkChoice) -> NetworkChoice:
-    """Return the choice of a network.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if value not in get_args(NetworkChoice):
-        raise ValueError(f"network must be 'tunnel', 'direct' or 'auto', not {value!r}")
-    return value
 
 
 class DirectNetwork:

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lazycluster.runtime.reachability import NetworkChoice
+
 from . import connection_file
 from .contracts import MasterLauncher, WorkerLauncher
-from .direct_network import NetworkChoice
 from .engine import CheckVersions, Endpoint, Engine, check_statement, checked_policy
 from .exceptions import ClusterError
 from .master_launcher import ServiceMasterLauncher
@@ -37,10 +38,10 @@ class EngineCluster(MasterWorkerCluster):
             ``ignore``.
         gpus_per_worker: How many GPUs of its host each worker gets for itself, see `MasterWorkerCluster`.
         idle_gpus: Whether GPUs are left alone that others use.
+        network: How hosts reach each other, see `MasterWorkerCluster`.
         name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
             program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
             this process.
-        network: How hosts reach each other, see `MasterWorkerCluster`.
         **options: What the engine takes.
 
     Raises:
@@ -77,8 +78,8 @@ class EngineCluster(MasterWorkerCluster):
         check_versions: CheckVersions = "error",
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
-        name: None = None,
         network: NetworkChoice = "tunnel",
+        name: None = None,
         **options: Any,
     ) -> None:
         check_statement(self.engine_class)

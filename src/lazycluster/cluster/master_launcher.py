@@ -332,15 +332,18 @@ async def try_network(master: ServiceMasterLauncher, worker: ServiceWorkerLaunch
         places = usable(await prepared_places(master._group))
         if not places:
             return  # which is told by whoever prepares them
-        workers = await worker.expected(begun.count, begun.ports, space.keeper)
-        supply = PortSupply(begun.master_ports)
+        connections = [space.keeper, *(place.connection for place in places)]
+        first, *others = single_ports(master.engine.master_ports)
+        supply, spare = PortSupply(begun.master_ports), PortSupply(master.spare_ports)
         try:
-            first = single_ports(master.engine.master_ports)[0]
-            number = (await supply.take(1, [space.keeper, *(place.connection for place in places)]))[0]
+            number = (await supply.take(1, connections))[0]
+            await spare.take(len(others), connections)  # as it will be: workers get those behind
+            workers = await worker.expected(begun.count, begun.ports, space.keeper)
         except NoPortsLeftError:
             return  # likewise
         finally:
-            supply.release()
+            for one in (supply, spare):
+                one.release()
         await master.network.direct.decide([Listener(places[0], number, first.reach), *workers], places)
     finally:
         await space.release()

@@ -23,10 +23,11 @@ from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from lazycluster.output import progress
 from lazycluster.output.lines import settled, write
 from lazycluster.output.view import Cell, Fact, Shown, View, headline
+from lazycluster.runtime.reachability import NetworkChoice
 
 from . import connection_file
 from .contracts import DEFAULT_TIMEOUT, MasterLauncher, RuntimeCluster, WorkerLauncher
-from .direct_network import DirectNetwork, NetworkChoice, checked_network
+from .direct_network import DirectNetwork
 from .exceptions import ClusterError
 from .health import ClusterEvent, EventCallback, ProcessStatus, Watch
 from .master_launcher import Begun, ServiceMasterLauncher, prepare, try_network
@@ -106,7 +107,6 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         self._meter = Meter()
         self._own_master = OwnMasterWatch(self._watch)
         self._group = runtime_group
-        checked_network(network)
         self._network = Network(DirectNetwork(network, None if network == "tunnel" else runtime_group._reachability))
         self._all_ports = _checked_ports(ports, self.DEFAULT_PORT_RANGE_START, self.DEFAULT_PORT_RANGE_END)
         self._ports = list(self._all_ports)
@@ -214,7 +214,8 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
                 self._prepare_network(master_port)
             if master_port is None:
                 left = _call(self._master_launcher.start, self._master_ports(None), timeout, debug=debug)
-                self._ports = [port for port in left if port in set(self._ports)]
+                ours = set(self._ports)
+                self._ports = [port for port in left if port in ours]
             else:
                 _call(self._master_launcher.start, master_port, timeout, debug=debug)
             if self._is_custom(self._master_launcher):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -23,6 +24,52 @@ class Identity:
     key: str = field(repr=False)
 
 
+class Authority:
+    """An authority of one cluster or copy, whose key is in this process's memory and nowhere else.
+
+    Keep it where hosts may join later, whose certificates name their addresses; else use `make_identities`.
+
+    Attributes:
+        certificate: Its certificate, as PEM text.
+
+    Raises:
+        ModuleNotFoundError: If the package `cryptography` is not installed.
+
+    Examples:
+        >>> authority = Authority()
+        >>> authority.identity("worker", ["10.0.0.7"]).certificate.splitlines()[0]
+        '-----BEGIN CERTIFICATE-----'
+    """
+
+    def __init__(self) -> None:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        name = _name("lazycluster authority")
+        self._made = (
+            _builder(name, name, self._key)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_signs_certificates(), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        self.certificate = _pem(self._made)
+
+    def identity(self, role: str, addresses: Iterable[str] = ()) -> Identity:
+        """Make an identity that it has signed.
+
+        Args:
+            role: What it is for.
+            addresses: IP addresses that the certificate names, beside loopback.
+        """
+        return _identity(role, addresses, self._made, self._key)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("the key of an authority does not leave this process")
+
+
 def make_identities(*roles: str) -> tuple[str, dict[str, Identity]]:
     """Make identities of one cluster or copy, signed by an authority of its own, whose key is forgotten then.
 
@@ -35,20 +82,8 @@ def make_identities(*roles: str) -> tuple[str, dict[str, Identity]]:
     Raises:
         ModuleNotFoundError: If the package `cryptography` is not installed.
     """
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = _name("lazycluster authority")
-    certificate = (
-        _builder(name, name, key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_signs_certificates(), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    return _pem(certificate), {role: _identity(role, certificate, key) for role in roles}
+    authority = Authority()
+    return authority.certificate, {role: authority.identity(role) for role in roles}
 
 
 def valid_until(certificate: str) -> float:
@@ -58,13 +93,16 @@ def valid_until(certificate: str) -> float:
     return x509.load_pem_x509_certificate(certificate.encode()).not_valid_after_utc.timestamp()
 
 
-def _identity(role: str, issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey) -> Identity:
+def _identity(
+    role: str, addresses: Iterable[str], issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey
+) -> Identity:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP256R1())
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    named = [x509.IPAddress(ipaddress.ip_address(address)) for address in dict.fromkeys(["127.0.0.1", *addresses])]
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), *named])
     certificate = (
         _builder(_name(f"lazycluster {role}"), issuer.subject, key)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from lazycluster.core import event_loop
-from lazycluster.runtime.reachability import ReachabilityCache
+from lazycluster.runtime.reachability import ReachabilityCache, checked_network
 from lazycluster.runtime.registry import join_all
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.context import ExecutionOptions
@@ -19,7 +19,7 @@ from lazycluster.tasks.steps import GetFile, Step, manager_path
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
 
-from .direct_copy import DirectCopy, DirectTarget, checked_network
+from .direct_copy import DirectCopy, DirectTarget
 from .members import ask_all
 from .shared_filesystems import send_locks
 
@@ -71,7 +71,7 @@ def send_to_all(
         runtimes: The runtimes.
         local_path: What to send.
         remote_path: Where to.
-        network: See `direct_copy.NETWORKS`.
+        network: ``tunnel``, ``direct`` or ``auto``, see `RuntimeGroup.send_file`.
         reachability: What is known of which hosts reach each other.
 
     Returns:

@@ -44,10 +44,7 @@ from lazycluster.ssh import transfer
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.transfer import TransferError, TransferResult
 
-__all__ = ["NETWORKS", "DirectCopy", "DirectTarget", "checked_network"]
-
-NETWORKS = ("tunnel", "direct", "auto")
-"""Ways that a file takes: from the manager to each host; from host to host, or else it is an error; as is possible."""
+__all__ = ["DirectCopy", "DirectTarget"]
 
 SMALLEST = 8 * 1024 * 1024
 """Bytes of a file from which on it goes from host to host: less is sent before hosts have found each other."""
@@ -60,17 +57,6 @@ _LOOK_EVERY = 0.5  # seconds
 _BLOCK = 1024 * 1024
 
 logger = logging.getLogger("lazycluster")
-
-
-def checked_network(network: str) -> str:
-    """Return the name of a way that files take.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if network not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(map(repr, NETWORKS))}, not {network!r}")
-    return network
 
 
 @dataclass(frozen=True)
@@ -355,15 +341,17 @@ class _Chain:
     def _compute(self, stopped: threading.Event) -> None:
         """Compute the checksum of the manager's own file."""
         state, left = hashlib.sha256(), self._facts.size
-        with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
-            while left and not stopped.is_set():
-                data = file.read(min(_BLOCK, left))
-                if not data:
-                    break
-                state.update(data)
-                left -= len(data)
-        self._known_checksum = state.hexdigest() if not left else ""
-        self._checksum_known.set()
+        try:
+            with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
+                while left and not stopped.is_set():
+                    data = file.read(min(_BLOCK, left))
+                    if not data:
+                        break
+                    state.update(data)
+                    left -= len(data)
+            self._known_checksum = "" if left else state.hexdigest()
+        finally:
+            self._checksum_known.set()
 
     # --- in the threads ---------------------------------------------------------------------------
     def _converse(self, party: _ChainHost, stream: FrameStream, counter: ByteCounter) -> str:

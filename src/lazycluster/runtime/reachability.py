@@ -14,7 +14,7 @@ import socket
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.ssh.agent_replies import NAME, check_shape
@@ -24,16 +24,10 @@ from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.ssh_connection import SshConnection
 
-__all__ = [
-    "DirectAddress",
-    "Obstacle",
-    "ProbedHost",
-    "Reachability",
-    "ReachabilityCache",
-    "checked_address",
-    "probe",
-    "session_of",
-]
+__all__ = ["DirectAddress", "NetworkChoice", "Obstacle", "ProbedHost", "Reachability", "ReachabilityCache",
+           "checked_address", "checked_network", "probe", "session_of"]  # fmt: skip
+
+NetworkChoice = Literal["tunnel", "direct", "auto"]
 
 _LISTEN_LIMIT = 4.0  # seconds for all hosts to listen
 _ROUND_LIMIT = 7.5  # seconds for the summaries of a round; a host gives up after 6
@@ -54,6 +48,18 @@ _WHY = {
     "stranger": "something else than our listener answers there",
     "not tried": "not tried, since too many others did not answer in time",
 }
+
+
+def checked_network(value: str) -> NetworkChoice:
+    """Return the choice of how hosts reach each other.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    for choice in get_args(NetworkChoice):
+        if value == choice:
+            return cast(NetworkChoice, choice)
+    raise ValueError(f"network must be 'tunnel', 'direct' or 'auto', not {value!r}")
 
 
 def checked_address(value: object, host: str) -> str:

@@ -138,7 +138,11 @@ async def _forward_by_agent(
     connection: Connection, requests: list[TunnelRequest], outcomes: dict[int, Outcome]
 ) -> None:
     """Have the agent carry what the host's sshd forbids, if the user asked for that."""
-    forbidden = [index for index, outcome in outcomes.items() if isinstance(outcome, ForwardingForbiddenError)]
+    forbidden = [
+        index
+        for index, outcome in outcomes.items()
+        if isinstance(outcome, ForwardingForbiddenError) and requests[index].host == LOOPBACK  # it knows no others
+    ]
     if not forbidden or not agent_relay.is_asked_for(connection):
         return
     relay = agent_relay.relay_of(connection)

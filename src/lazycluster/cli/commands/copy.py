@@ -225,8 +225,10 @@ class Copying:
     """
 
     def __init__(self, hosts: Sequence[str], board: Board, quiet: bool) -> None:
+        from lazycluster.cli.fanout import InOrder
         from lazycluster.output.progress import can_be_shown
 
+        self._rows: InOrder[HostOutcome] = InOrder(hosts, self._show)
         self._board = board
         self._has_bars = board.wanted and can_be_shown()
         self._quiet = quiet
@@ -269,7 +271,12 @@ class Copying:
                 errors().print(one_line(text), markup=False, soft_wrap=True, style="yellow")
 
     def done(self, outcome: HostOutcome) -> None:
-        """Print the outcome of a host."""
+        """End the bar of a host; its outcome is printed in its turn."""
+        if outcome.host in self._bars:
+            self._bars[outcome.host].is_over = True
+        self._rows.put(outcome.host, outcome)
+
+    def _show(self, outcome: HostOutcome) -> None:
         from rich.text import Text
 
         from lazycluster.core.words import counted
@@ -277,8 +284,6 @@ class Copying:
         from lazycluster.output.host_cells import megabytes
 
         host = outcome.host
-        if host in self._bars:
-            self._bars[host].is_over = True
         for name in self._left_out.get(host, ()):
             errors().print(f"{host}: left out: {one_line(name)}", markup=False, soft_wrap=True)
         if outcome.error:

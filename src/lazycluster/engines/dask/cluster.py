@@ -24,7 +24,6 @@ from lazycluster.agent.filenames import dumps
 from lazycluster.cluster import connection_file
 from lazycluster.cluster.client_modules import ClientModules
 from lazycluster.cluster.contracts import MasterLauncher, WorkerLauncher
-from lazycluster.cluster.direct_network import NetworkChoice
 from lazycluster.cluster.engine import CheckVersions
 from lazycluster.cluster.engine_cluster import EngineCluster, checked_count
 from lazycluster.cluster.exceptions import ClusterError
@@ -35,6 +34,7 @@ from lazycluster.core import event_loop
 from lazycluster.core.words import counted
 from lazycluster.output.host_cells import megabytes, number
 from lazycluster.output.view import Cell, Fact
+from lazycluster.runtime.reachability import NetworkChoice
 from lazycluster.ssh.tunnels import check_port
 
 from .dashboard_link import dashboard_link, plain_link

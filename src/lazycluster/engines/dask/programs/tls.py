@@ -6,8 +6,29 @@ import contextlib
 from typing import Any
 
 from distributed import Security
+from distributed.comm.core import CommClosedError
+from distributed.comm.tcp import TLSConnector
 
 from ....cluster.sent.memory_file import in_memory
+
+_connect = TLSConnector.connect
+
+
+async def _connect_to_tunnel(self: TLSConnector, address: str, *arguments: Any, **options: Any) -> Any:
+    """Connect, or raise what has distributed try again, where a tunnel listens with nothing behind it.
+
+    Such a tunnel accepts a connection, and ends it. If that is before TLS begins, tornado takes it for a mistake of
+    whoever called it, and a client that loses its scheduler for a moment would never connect again.
+    """
+    try:
+        return await _connect(self, address, *arguments, **options)
+    except ValueError as error:
+        if "not idle" not in str(error):
+            raise
+        raise CommClosedError(f"what listens at {address} has ended the connection") from None
+
+
+TLSConnector.connect = _connect_to_tunnel
 
 
 class MemorySecurity(Security):  # type: ignore[misc]
