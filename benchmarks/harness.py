@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import resource
+import json
+import os
 import statistics
 import sys
 import time
@@ -65,7 +66,7 @@ class Cost:
 
     Attributes:
         wall: Seconds.
-        manager: Processor seconds of this process and of those children of it that have ended, but the hosts.
+        manager: Processor seconds of this process and all that it has started, but the hosts.
         hosts: Processor seconds of the hosts.
     """
 
@@ -81,14 +82,14 @@ def measured(hosts: Hosts) -> Iterator[Callable[[Callable[[], Any]], Cost]]:
     Raises:
         ControlGroupsUnavailableError: If the processes of the hosts cannot be told from others.
     """
-    with control_group("cpuacct", 0) as group:
+    with control_group("cpuacct", 0) as manager, control_group("cpuacct", 1) as there:
         for host in hosts.all:
-            move([host.pid, *(process.pid for process in host.processes(sshd=True))], group)
+            move([host.pid, *(process.pid for process in host.processes(sshd=True))], there)
+        move([os.getpid()], manager)  # what it starts from here on is there, too
 
         def used() -> tuple[float, float, float]:
-            usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-            manager = sum(one.ru_utime + one.ru_stime for one in usage)
-            return time.perf_counter(), manager, int((group / "cpuacct.usage").read_text()) / 1e9
+            seconds = [int((group / "cpuacct.usage").read_text()) / 1e9 for group in (manager, there)]
+            return time.perf_counter(), seconds[0], seconds[1]
 
         def cost(work: Callable[[], Any]) -> Cost:
             before = used()
@@ -137,6 +138,27 @@ def slower(hosts: Hosts, share: float) -> Iterator[None]:
             (group / "cpu.cfs_quota_us").write_text(str(int(share * period)))
             move([host.pid, *(process.pid for process in host.processes(sshd=True))], group)
         yield
+
+
+@contextmanager
+def slow_manager(hosts: Hosts, rate: float) -> Iterator[None]:
+    """Limit the link of this machine to all hosts together; between the hosts there is no limit.
+
+    Args:
+        hosts: The hosts.
+        rate: Bytes a second.
+    """
+    hosts.switch(["ip", "link", "add", "name", "slow-b", "type", "veth", "peer", "name", "slow-a"])
+    hosts.switch(["ip", "link", "set", "dev", "manager", "nomaster"])
+    hosts.switch(["ip", "link", "set", "dev", "slow-a", "master", hosts.bridge_of(hosts[0]), "up"])
+    hosts.switch(["ip", "link", "set", "dev", "slow-b", "up"])
+    wire = hosts.wire(["manager", "slow-b", json.dumps({"delay": 0, "loss": [0, 0], "rate": rate})])
+    try:
+        yield
+    finally:
+        wire.communicate()
+        hosts.switch(["ip", "link", "set", "dev", "manager", "master", hosts.bridge_of(hosts[0])])
+        hosts.switch(["ip", "link", "del", "dev", "slow-a"])
 
 
 def settings(hosts: Hosts) -> dict[str, str]:

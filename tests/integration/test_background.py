@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -14,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Event
 
 import lazycluster
+from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.background import client, state
 from lazycluster.background.client import end, running
+from lazycluster.cluster.dask_cluster import DaskCluster, RoundRobinLauncher
+from lazycluster.exceptions import LazyclusterError
 from leaks import settle
 from patience import until
 from sshhosts import PASSWORD, procfs
@@ -154,15 +159,25 @@ def test_after_a_restart_of_the_manager_a_cluster_is_gone_and_may_be_started_ane
 
 
 def test_an_idle_cluster_ends_by_itself_and_says_so(hosts: Any) -> None:
-    out = up(hosts, "--idle", "4s")
-    assert "after 4 s without work" in out
-    program = (
-        "import lazycluster, time\nwith lazycluster.connect('night') as client:\n"
-        "    print(client.submit(time.sleep, 7).result(), lazycluster.background.state.find('night').is_held)"
-    )
-    assert python(f"import lazycluster.background.state\n{program}") == "None True\n"
+    out = up(hosts, "--idle", "3s")
+    assert "after 3 s without work" in out
     until(is_over, "its own end")
-    assert "gone: it was idle for 4 s" in run("ls")[1]
+    assert "gone: it was idle for 3 s" in run("ls")[1]
+
+
+def test_dask_is_busy_while_there_are_tasks() -> None:
+    with RuntimeGroup([LocalRuntime()]) as group, DaskCluster(group, nthreads=1) as cluster:
+        cluster.start()
+        busy = functools.partial(cluster.engine.is_busy, cluster._master_endpoint())
+        until(lambda: not busy(), "idleness")
+        with cluster.get_client(timeout=30) as client:
+            event = Event("go on", client=client)
+            future = client.submit(lambda: Event("go on").wait(60))
+            assert busy() and busy()
+            event.set()
+            assert future.result() is True
+            assert busy()  # there were some since it was asked
+            until(lambda: not busy(), "idleness")
 
 
 def test_a_cluster_ends_after_its_time(hosts: Any) -> None:
@@ -322,7 +337,9 @@ def _without_keys(pool: Any, tmp_path: Path) -> Path:
     config = tmp_path / "config"
     text = Path(pool.config_file).read_text()
     config.write_text(
-        re.sub(r"(?m)^\s*(IdentityFile|IdentitiesOnly|PreferredAuthentications|BatchMode)\b.*\n", "", text)
+        re.sub(
+            r"(?m)^\s*(IdentityFile|IdentityAgent|IdentitiesOnly|PreferredAuthentications|BatchMode)\b.*\n", "", text
+        )
     )
     return config
 
@@ -420,3 +437,69 @@ def test_many_ups_and_downs_leave_nothing(hosts: Any, tmp_path: Path) -> None:
         assert run("down", "night")[0] == 0
         assert state.all_named() == []
         assert [path for path in (tmp_path / "state").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_a_cluster_that_is_used_for_long_stays_as_large_as_it_was(hosts: Any) -> None:
+    up(hosts)
+    rounds = int(os.environ.get("LAZYCLUSTER_SOAK_COUNT", "200"))
+    sizes = []
+    for number in range(rounds):
+        assert python(_USE) == "1024\n"
+        assert run("scale", "night", 1 + number % 3)[0] == 0
+        assert run("info", "night")[0] == 0
+        if number >= 2:  # what is needed once is there by then
+            memory = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid_of()}/status").read_text())[0])
+            files = sorted(path.name for path in state.directory().glob("night/*"))
+            sizes.append((memory, len(os.listdir(f"/proc/{pid_of()}/fd")), files))
+    print("KiB and descriptors", [size[:2] for size in sizes])
+    assert max(size[1] for size in sizes[-3:]) <= max(size[1] for size in sizes[:3])
+    assert sizes[-1][0] < sizes[0][0] * 1.3
+    assert sizes[-1][2] == sizes[0][2]
+
+
+def test_launchers_of_ones_own_and_other_objects_are_refused_before_anything_starts() -> None:
+    with RuntimeGroup([LocalRuntime()]) as group:
+        with pytest.raises(TypeError, match="worker_launcher cannot be used for a cluster in the background"):
+            DaskCluster(group, worker_launcher=RoundRobinLauncher, name="night")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="is no name"):
+            DaskCluster(group, name="a/b")  # type: ignore[arg-type]
+        assert state.all_named() == []
+        claim = state.claim(state.NamedRecord.new("cluster", "night"))
+        with pytest.raises(LazyclusterError, match="there is a cluster 'night' already"):
+            DaskCluster(group, name="night")  # type: ignore[arg-type]
+        claim.remove()
+
+
+def test_another_ssh_agent_is_handed_over_by_login(make_hosts: Any, tmp_path: Path) -> None:
+    pool = make_hosts(1)
+    config = _without_keys(pool, tmp_path)
+    with agent(pool, tmp_path / "first") as first:
+        argv = ("up", "night", "dask", "--config", config, "-w", "host1")
+        status, _, err = run(*argv, SSH_AUTH_SOCK=str(first))
+        assert status == 0, err
+    for process in procfs.with_variable("LAZYCLUSTER_TEST_RUN=" + os.environ["LAZYCLUSTER_TEST_RUN"]):
+        if process.command.startswith("ssh -F"):
+            os.kill(process.pid, signal.SIGKILL)  # as a link that drops
+    until(lambda: "needs login for host1" in run("ls")[1], "what ls says")
+    with agent(pool, tmp_path / "second") as second:
+        status, out, err = run("login", "night", SSH_AUTH_SOCK=str(second))
+        assert status == 0 and "SSH_AUTH_SOCK" in out, err
+        until(lambda: "running" in run("ls")[1], "what ls says")
+        assert python(_USE) == "1024\n"
+        assert run("down", "night")[0] == 0
+
+
+@contextlib.contextmanager
+def agent(pool: Any, path: Path) -> Iterator[Path]:
+    """An ssh agent that has the key of the hosts."""
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
+    try:
+        until(path.exists, "the agent's socket")
+        environment = {**os.environ, "SSH_AUTH_SOCK": str(path)}
+        subprocess.run(["ssh-add", "-q", pool.key_file], env=environment, check=True)
+        yield path
+    finally:
+        process.terminate()
+        process.wait()

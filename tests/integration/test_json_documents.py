@@ -86,7 +86,7 @@ def test_keys_of_json_documents(
         ),
         "wait": _documents(hosts.config_file, ("wait", "work")),
         "ps": _documents(hosts.config_file, ("ps", "-w host1,nowhere.invalid")),
-        "cancel": _documents(hosts.config_file, ("cancel", "work"), ("cancel", "-w nowhere.invalid work")),
+        "cancel": _documents(hosts.config_file, ("cancel", "-w host1,nowhere.invalid work")),
         "rm": _documents(hosts.config_file, ("rm", "work")),
         "env list": _documents(hosts.config_file, ("env", "list", "-w host1 --cache-dir ~/kept")),
         "cleanup": _documents(hosts.config_file, ("cleanup", "-w host1")),

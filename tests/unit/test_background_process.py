@@ -22,6 +22,8 @@ from lazycluster.agent import directories
 from lazycluster.background import protocol, state
 from lazycluster.background.client import BackgroundProcess, end, running
 from lazycluster.background.launch import cluster_document, kept_variables
+from lazycluster.background_process import program
+from lazycluster.background_process.program import ClusterProcess
 from lazycluster.background_process.server import RequestServer
 from lazycluster.core import unix
 from lazycluster.exceptions import BackgroundError, LazyclusterError
@@ -221,3 +223,32 @@ def test_another_user_cannot_use_socket_and_files(monkeypatch: pytest.MonkeyPatc
         assert done.stdout in ("answer b''\n", "ConnectionResetError\n", "BrokenPipeError\n"), done
         server.close(5.0)
         claim.remove()
+
+
+def test_the_idle_time_begins_anew_with_work_and_with_what_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, busy = [0.0], [False]
+
+    def is_busy(master: object) -> bool:
+        if busy[0] is None:
+            raise LazyclusterError("the scheduler does not answer")
+        return busy[0]
+
+    process = object.__new__(ClusterProcess)
+    process.document = {"idle": 100}
+    engine = SimpleNamespace(is_busy=is_busy)
+    process.cluster = SimpleNamespace(engine=engine, _master_endpoint=lambda: None)  # type: ignore[assignment]
+    monkeypatch.setattr(program, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    looks = process._idle_looks()
+
+    def after(seconds: float, state: bool | None = False) -> bool:
+        clock[0] += seconds
+        busy[0] = state  # type: ignore[call-overload]
+        return next(looks)
+
+    assert not next(looks)
+    assert not after(90)
+    assert not after(30, True)
+    assert not after(90)
+    assert not after(30, None)
+    assert not after(90)
+    assert after(30)

@@ -14,6 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazycluster.agent import detached, detached_log
+from lazycluster.background import state
+from lazycluster.cli import work
+from lazycluster.cli.commands import logs as logs_command
+from lazycluster.cli.commands import work as work_commands
 from lazycluster.cli.work_logs import _LastLines
 
 HEAD, TAIL = 50, 40
@@ -150,3 +154,28 @@ def test_a_directory_that_was_left_empty_gives_its_name_back(tmp_path: Path) -> 
     os.utime(path, (old, old))
     detached._make_directory(str(path))
     assert time.time() - path.stat().st_mtime < 60
+
+
+# --- records on this machine ----------------------------------------------------------------------
+def test_names_of_work_are_completed_and_those_of_clusters_are_not_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for kind, name in (("work", "train"), ("work", "test"), ("cluster", "tree")):
+        state.claim(state.NamedRecord.new(kind, name, hosts=["host1"], config=None)).close()
+    context: Any = None
+    assert work_commands.complete_work(context, context, "t") == ["test", "train"]
+    assert logs_command._complete(context, context, "tr") == ["tree", "train"]
+    assert work.cluster_named("tree") is not None
+    assert work.cluster_named("train") is None
+    assert work.cluster_named("../x") is None
+
+
+@pytest.mark.parametrize(
+    ("command", "base"),
+    [("/usr/bin/python3 x.py", "python3"), ("./run.sh", "runsh"), ("", "work"), ("123", "work"), ("\u00e9\n", "work"),
+     ("x" * 99, "x" * 32), ("A=1 b", "A1")],
+)  # fmt: skip
+def test_a_name_that_is_made_is_one(command: str, base: str) -> None:
+    name = work.new_name(command)
+    assert state.checked_name(name).rpartition("-")[0] == base

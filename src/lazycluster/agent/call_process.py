@@ -88,7 +88,8 @@ def dump_result(value: Any, known: Dict[Any, str]) -> Chunks:
             return super().reducer_override(obj)
 
     file = Chunks()
-    ResultPickler(file, protocol=5).dump(value)
+    with localmodules.found_by_name():
+        ResultPickler(file, protocol=5).dump(value)
     return file
 
 

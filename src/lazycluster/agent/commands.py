@@ -12,7 +12,9 @@ from .processes import (
     TASK_MARKER,
     Pump,
     Termination,
+    command_lines,
     explained,
+    orphans,
     pipe,
     send_signal,
     spawn,
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # the module proper makes enumerations, for which it imports much
     from _collections import deque
+
+_MOST_LEFT = 5  # of what a command has left running, so many are told
+_SETTLING = 0.1  # seconds
 
 
 # Characters from which on a command is given in a file: a program's argument has at most 128 KiB, and these may be of
@@ -266,7 +271,14 @@ class _Command(CommandProcess):
                 fields["limit"] = "wall"
         if fields["signal"] == signal.SIGKILL or fields["exit"] == 128 + signal.SIGKILL:
             fields.update(oom.evidence(self.killed_before))
-        self.channel.result(**fields)
+        if self.channel.params.get("tell_left") and orphans():
+            # A moment later they have become the programs that they are to run.
+            self.channel.loop.call_later(_SETTLING, lambda: self._tell_left(fields))
+        else:
+            self.channel.result(**fields)
+
+    def _tell_left(self, fields: Dict[str, Any]) -> None:
+        self.channel.result(left=command_lines(orphans(), self.task)[:_MOST_LEFT], **fields)
 
 
 def _in_file(command: str, directory: str) -> str:
@@ -356,12 +368,8 @@ def _begin(
     try:
         command = _Command(channel, argv, env, cwd, bool(params.get("input")), bool(params.get("merge")))
     except OSError as error:
-        # Which of the two is missing cannot be told from the error alone.
-        if os.path.isdir(cwd):
-            name, message = argv[0], "{}: {}".format(explained(error.strerror), argv[0])
-        else:
-            name, message = cwd, "the working directory {} cannot be used: {}".format(cwd, error.strerror)
-        channel.fail("os", message, errno=error.errno, path=name)
+        name = cwd if error.filename == cwd else argv[0]
+        channel.fail("os", _unstarted(error, argv, cwd), errno=error.errno, path=name)
         return None
     command.killed_before = before
     if limited:
@@ -371,6 +379,16 @@ def _begin(
     channel.on_drain = command.resume
     channel.event(pid=command.pid)
     return command
+
+
+def _unstarted(error: OSError, argv: List[str], cwd: str) -> str:
+    """Return why a program was not started; the error names its working directory if that is the reason."""
+    if error.filename != cwd:
+        return "{}: {}".format(explained(error.strerror), argv[0])
+    if cwd.rstrip("/") != os.path.expanduser("~").rstrip("/"):
+        return "the working directory {} cannot be used: {}".format(cwd, error.strerror)
+    step = "have the host's administrator make it, or correct its owner and permissions"
+    return "the home directory {} cannot be used: {}. Next step: {}".format(cwd, error.strerror, step)
 
 
 def setup(channel: RequestChannel) -> None:
@@ -420,7 +438,7 @@ class _Setup(CommandProcess):
             super().__init__(channel, argv, env, cwd, False, True)
         except OSError as error:
             os.close(read)
-            channel.fail("os", "the set-up cannot be run: {}: {}".format(explained(error.strerror), argv[0]))
+            channel.fail("os", "the set-up cannot be run: " + _unstarted(error, argv, cwd))
             return
         finally:
             os.close(write)

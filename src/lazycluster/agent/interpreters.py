@@ -37,7 +37,12 @@ def packages(names: Sequence[str]) -> Dict[str, Any]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    return {"version": list(sys.version_info[:3]), "executable": sys.executable, "packages": found}
+    import sysconfig
+
+    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")  # PEP 668: pip installs nothing there
+    managed = sys.prefix == sys.base_prefix and os.path.exists(marker)
+    executable = sys.executable
+    return {"version": list(sys.version_info[:3]), "executable": executable, "managed": managed, "packages": found}
 
 
 def interpreters() -> Iterator[Tuple[str, List[int]]]:

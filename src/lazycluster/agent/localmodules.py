@@ -16,7 +16,7 @@ import os
 import pickle
 import sys
 import types
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 # Text, whether it is a package, file name, and the distribution that it is of, as far as the manager knows.
 Source = Tuple[str, bool, str, str]
@@ -380,6 +380,20 @@ shared_objects: Dict[int, Any] = {}  # a worker of a pool puts in this place wha
 def shared(number: int) -> Any:
     """Return a large object that several calls have in common."""
     return shared_objects[number]
+
+
+@contextlib.contextmanager
+def found_by_name() -> Iterator[None]:
+    """Have pickle find what is in this module also where the package that it is of on the manager is not installed."""
+    package = __name__.partition(".")[0]
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = types.ModuleType(package)
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def reduced_error(error: BaseException) -> Any:

@@ -19,6 +19,7 @@ else:
 
 AGENT_MARKER = "LAZYCLUSTER_AGENT"
 TASK_MARKER = "LAZYCLUSTER_TASK"
+_LINE_SHOWN = 200  # characters of a command line
 STAGES: Tuple[Tuple[int, float], ...] = ((signal.SIGTERM, 1.0), (signal.SIGKILL, 1.0))
 _LIMITS = {
     os.strerror(errno.EAGAIN): "the limit of processes is reached: ulimit -u, or that of a control group",
@@ -191,16 +192,33 @@ def family(pid: int) -> List[int]:
 
 def marked_processes(marker: str) -> List[Tuple[int, str]]:
     """Return (pid, value) of the processes that were started with `marker` in their environment."""
+    return [(pid, value) for pid in parents() for value in _marks(pid, marker)]
+
+
+def _marks(pid: int, marker: str) -> List[str]:
     prefix = os.fsencode(marker + "=")
-    found: List[Tuple[int, str]] = []
-    for pid in parents():
-        try:
-            with open("/proc/{}/environ".format(pid), "rb") as file:
-                entries = file.read().split(b"\0")
-        except OSError:
-            continue
-        found.extend((pid, os.fsdecode(entry[len(prefix) :])) for entry in entries if entry.startswith(prefix))
-    return found
+    try:
+        with open("/proc/{}/environ".format(pid), "rb") as file:
+            entries = file.read().split(b"\0")
+    except OSError:
+        return []
+    return [os.fsdecode(entry[len(prefix) :]) for entry in entries if entry.startswith(prefix)]
+
+
+def orphans() -> List[int]:
+    """Return the processes whose parents have ended: children of the guardian, where the system has such lists."""
+    return [pid for pid in children_of(os.getppid()) if pid != os.getpid()]
+
+
+def command_lines(pids: Iterable[int], task: str) -> List[str]:
+    """Return the command lines of those processes that belong to a task.
+
+    Args:
+        pids: The processes.
+        task: The value of its marker.
+    """
+    lines = {pid: read_text("/proc/{}/cmdline".format(pid))[:_LINE_SHOWN].replace("\0", " ").strip() for pid in pids}
+    return [line for pid, line in lines.items() if line and task in _marks(pid, TASK_MARKER)]
 
 
 def tree_of(pid: int, started: Optional[int], task: str) -> List[int]:

@@ -281,16 +281,16 @@ def _check_threads(name: str) -> None:
     """
     if len(sys._current_frames()) > 1:
         raise UnsafeError(name)
-    if _threads() > 1:
+    if threads() > 1:
         pid = os.fork()
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)
-        if _threads() > 1:
+        if threads() > 1:
             raise UnsafeError(name)
 
 
-def _threads() -> int:
+def threads() -> int:
     """Return how many threads there are that a fork would miss."""
     count = 0
     for task in os.listdir("/proc/self/task"):

@@ -129,7 +129,7 @@ def running(name: str) -> BackgroundProcess:
         )  # fmt: skip
     if found.record is not None and found.record.kind != "cluster":
         raise BackgroundError(f"{name!r} is detached work, not a cluster")
-    if found.is_elsewhere and not found.is_held:
+    if found.is_elsewhere:
         assert found.record is not None
         raise BackgroundError(f"the cluster {name!r} was started on {found.record.host}: use it there")
     if found.gone:

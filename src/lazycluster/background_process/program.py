@@ -28,6 +28,7 @@ from lazycluster.background.state import Claim
 from lazycluster.cluster import service_spec
 from lazycluster.cluster.engine_cluster import EngineCluster
 from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.cluster.health import ClusterEvent
 from lazycluster.core import event_loop, forks, unix
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.group.members import connect_specs
@@ -186,6 +187,8 @@ class ClusterProcess:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._ending:
             self._ending = True
+            if self._reason is None:
+                self._reason = "somebody has ended its process, or the machine was shut down (SIGTERM)"
             raise _EndError
 
     # --- the life ------------------------------------------------------------------------------
@@ -200,7 +203,7 @@ class ClusterProcess:
         except _EndError:
             pass
         except BaseException as error:  # noqa: BLE001  (the starter, or the record, tells of it)
-            status = 1
+            self._ending, status = True, 1
             self._failed(error)
         self._ending = True
         self._finish()
@@ -218,9 +221,18 @@ class ClusterProcess:
         progress.relay_to(self.relay.show)
         logins.outlive()
         threading.Thread(target=self._listen_to_starter, name="lazycluster starter", daemon=True).start()
-        self._server = RequestServer(listening(self.claim.path / state.SOCKET), Requests(self), self.relay)
+        self._server = RequestServer(self._listener(), Requests(self), self.relay)
         self._server.start()
         _import_everything(engines.known()[str(self.document["engine"])].target.partition(":")[0])
+
+    def _listener(self) -> socket.socket:
+        try:
+            return listening(self.claim.path / state.SOCKET)
+        except OSError as error:
+            raise ClusterError(
+                f"the file system of {self.claim.path} has no sockets: {error.strerror or error}\n"
+                "  Next step: have XDG_STATE_HOME name a directory on a local disk"
+            ) from None
 
     def _listen_to_starter(self) -> None:
         assert self._starter is not None
@@ -249,7 +261,7 @@ class ClusterProcess:
         runtimes, self.unreachable = connect_specs(specs, "skip" if document["skip"] else "raise")
         self.group = RuntimeGroup(runtimes)
         self.cluster = cluster_class(self.group, **document["options"])
-        self.cluster.on_event(lambda event: logger.info("%s", event))
+        self.cluster.on_event(_log_event)
         if document.get("wait"):
             starter.send(result={"state": "connected"})
             self._go_on.wait()
@@ -365,6 +377,11 @@ class ClusterProcess:
         self.ended.set()
         if self._server is not None:
             self._server.close(_ANSWERS)
+
+
+def _log_event(event: ClusterEvent) -> None:
+    detail = f": {event.detail}" if event.detail else ""
+    logger.info("%s: %s: %s%s", event.host, event.name, event.kind, detail)
 
 
 def _import_everything(engine: str) -> None:

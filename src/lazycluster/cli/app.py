@@ -121,6 +121,25 @@ def main() -> None:
 
 
 def _run() -> int:
+    status = _carried_out()
+    if status:
+        _look_at_directory()
+    return status
+
+
+def _look_at_directory() -> None:
+    """Tell whoever is in a directory that was removed so: an error about a relative path may have that reason."""
+    from lazycluster.utils import NO_CURRENT_DIRECTORY
+
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.stderr.write(f"Note: {NO_CURRENT_DIRECTORY}.\n")
+    except OSError:
+        pass
+
+
+def _carried_out() -> int:
     # Behind the command it is the option of a program that is run on hosts.
     debug = "--debug" in itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:])
     try:

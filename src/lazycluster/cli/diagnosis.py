@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lazycluster import engines
 from lazycluster.core import event_loop
+from lazycluster.core.extras import pip_command
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 from lazycluster.output.host_cells import megabytes
 from lazycluster.output.lines import Tail
@@ -248,10 +249,10 @@ class Diagnosis:
             return
         differing = _differing(answer["packages"])
         if differing:
-            pip = f"{answer['executable']} -m pip install"
-            missing = " ".join(f"{name}=={here}" for name, here, _ in differing)
+            missing = [f"{name}=={here}" for name, here, _ in differing]
+            pip = pip_command(answer["executable"], answer.get("managed") is True, missing)
             shown = ", ".join(f"{name} {there or 'missing'} ({here} here)" for name, here, there in differing)
-            fix = f"start clusters with --environment manager ({_IN_PYTHON}), or {pip} {missing}"
+            fix = f"start clusters with --environment manager ({_IN_PYTHON}), or {pip}"
             self._set("packages", "differs", shown, fix)
         else:
             self._set("packages", "ok", "same versions on both sides: " + (", ".join(_installed()) or "none needed"))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from lazycluster.exceptions import LazyclusterError
 
 from .exceptions import ClusterError
 from .network import Port, single_ports
@@ -91,6 +94,8 @@ class Option:
         default: Its value where it is not given.
         safe: True if a ``cluster.toml`` of somebody who is not trusted may set it: whatever its text is, no program is
             run for it, and no file is read or written. A ``count`` always may be set.
+        check: Called with the text on the command line before anything starts; raises ValueError, which says what is
+            wrong with it.
         choices: The texts that it may be, if there are only some.
     """
 
@@ -101,6 +106,7 @@ class Option:
     kind: Literal["text", "count", "directory"] = "text"
     default: str | None = None
     safe: bool = False
+    check: Callable[[str], object] | None = None
     choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -242,6 +248,29 @@ class Engine(abc.ABC):
             connection: What `connection` returned there.
         """
         raise TypeError(f"{cls.__name__} states no client")
+
+
+def stated(engine: Engine, process: Literal["master", "worker"], *endpoints: Endpoint) -> ServiceSpec:
+    """Return what an engine states about a process.
+
+    Raises:
+        ClusterError: If its code fails with an error that is no message for users; it names the engine, which may be
+            somebody else's.
+    """
+    try:
+        spec: ServiceSpec = getattr(engine, process)(*endpoints)
+    except (LazyclusterError, OSError, ValueError, TypeError):
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ClusterError(
+            f"the engine {engine.name!r} failed: {type(engine).__name__}.{process}() raised "
+            f"{type(error).__name__}: {error}\n"
+            f'  File "{last.filename}", line {last.lineno}, in {last.name}\n'
+            f"  Next step: report it to those who maintain {type(engine).__module__}, with the whole traceback: that "
+            "of 'lazycluster --debug ...', or of this error's __cause__"
+        ) from error
+    return spec
 
 
 _CHOICES = {"master_on": ("manager", "host"), "direct": ("no", "open", "encrypted")}

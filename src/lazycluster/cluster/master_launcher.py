@@ -17,7 +17,7 @@ from lazycluster.runtime.network import free_on_all
 from lazycluster.ssh import workspace
 
 from .contracts import DEFAULT_TIMEOUT, DefaultTimeout, MasterLauncher
-from .engine import Endpoint, Engine
+from .engine import Endpoint, Engine, stated
 from .exceptions import ClusterError, MasterStartError, ServiceError
 from .health import Watch
 from .master_process import MasterProcess
@@ -68,7 +68,7 @@ class ServiceMasterLauncher(MasterLauncher):
 
     def spec(self, at: Endpoint) -> ServiceSpec:
         """Return what is to run; see `Engine.master`."""
-        return self.engine.master(at)
+        return stated(self.engine, "master", at)
 
     @property
     def ports(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from lazycluster.ssh import workspace
 from lazycluster.ssh.tunnels import Tunnel
 
 from .contracts import WorkerLauncher
-from .engine import Endpoint, Engine
+from .engine import Endpoint, Engine, stated
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
 from .health import Watch
 from .network import Listener, Network, Port, PortSupply, forwards_needed, single_ports
@@ -113,7 +113,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
     # --- what an engine states -----------------------------------------------------------------
     def spec(self, at: Endpoint) -> ServiceSpec:
         """Return what is to run; see `Engine.worker`."""
-        return self.engine.worker(at, self.master)
+        return stated(self.engine, "worker", at, self.master)
 
     async def handshake(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check the software of the hosts before anything listens; raise an error to give up.

@@ -252,4 +252,8 @@ def option_key(option: Option) -> Key:
         return Key(option.argument, "text", option.help, reason=_READS)
     trust: Literal["free", "needed"] = "free" if option.safe else "needed"
     reason = "its engine does not state that it is harmless"
-    return Key(option.argument, "text", option.help, trust, reason=reason, choices=option.choices)
+    default = option.default
+    return Key(
+        option.argument, "text", option.help, trust, reason=reason, choices=option.choices,
+        is_safe=lambda value: value == default, safe=repr(default) if default is not None else "",
+    )  # fmt: skip

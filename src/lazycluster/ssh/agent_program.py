@@ -24,7 +24,10 @@ _START = (
 )
 _AS_TEXT = ("limits",)  # of those, what becomes a program of its own
 START_OPERATIONS = frozenset(
-    ("expand", "keep", "leftovers", "listen", "mkdir", "mkdtemp", "ping", "remove", "run", "session", "setup", "stop")
+    (
+        *("at_manager_end", "expand", "leftovers", "listen", "mkdir", "mkdtemp", "ping", "remove", "run", "session"),
+        *("setup", "stop"),
+    )
 )
 """Requests for which an agent needs no more modules than it starts with."""
 

@@ -120,7 +120,8 @@ _TIME = _Between(0, 253402214400)  # seconds since 1970; the year 9999 is the la
 _VERSION = [range(2**16)]
 _WORD = re.compile("[A-Za-z0-9_.+-]{0,64}")  # becomes a part of names of files here
 _STATUS = {
-    "exit": (_EXIT, _NONE), "signal": (range(2**16), _NONE), "limit?": str, "out_of_memory?": (str, _NONE)
+    "exit": (_EXIT, _NONE), "signal": (range(2**16), _NONE), "limit?": str, "out_of_memory?": (str, _NONE),
+    "left?": [NAME],
 }  # fmt: skip
 _CALL = {
     "status": str, "exit?": (_EXIT, _NONE), "signal?": (range(2**16), _NONE), "phase?": str, "limit?": str,
@@ -176,7 +177,7 @@ _SHAPES: dict[str, Any] = {
     "mkdir": {"path": NAME, "writable?": bool},
     "mkdtemp": {"path": NAME},
     "nonce": {"port": _PORT, "nonce": str},
-    "packages": {"version": _VERSION, "executable": NAME, "packages": {...: (str, _NONE)}},
+    "packages": {"version": _VERSION, "executable": NAME, "managed?": bool, "packages": {...: (str, _NONE)}},
     "ports": {"free": [_PORT], "denied?": [_PORT]},
     "run": _STATUS,
     "service": {"exit": (_EXIT, _NONE), "signal": (range(2**16), _NONE)},

@@ -122,7 +122,7 @@ class Workspace:
     async def _tell_keeper(self) -> None:
         pairs = [(pid in self._programs, [pid, started]) for pid, started in self._watched.items()]
         pids, programs = ([pair for ends, pair in pairs if ends is which] for which in (False, True))
-        await self.keeper.request("keep", pids=pids, programs=programs, paths=[self.directory])
+        await self.keeper.request("at_manager_end", pids=pids, programs=programs, paths=[self.directory])
 
 
 _spaces: dict[asyncio.AbstractEventLoop, Workspace] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazycluster.cli.console import errors, host_style, lines_of, output
-from lazycluster.cli.options import Whole, connection_options, host_options, targets
+from lazycluster.cli.options import connection_options, fanout_option, host_options, targets
 
 if TYPE_CHECKING:
     import asyncio
@@ -25,7 +25,6 @@ __all__ = ["get", "put"]
 
 _LITTLE = 1024 * 1024  # bytes
 
-_fanout = click.option("--fanout", type=Whole(), default=64, metavar="N", help="Number of hosts at once (64).")
 _exclude = click.option(
     "--exclude",
     multiple=True,
@@ -38,7 +37,7 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.command()
 @host_options
 @_exclude
-@_fanout
+@fanout_option
 @click.option(
     "--network",
     type=click.Choice(["tunnel", "direct", "auto"]),
@@ -97,7 +96,7 @@ def put(
 @click.command()
 @host_options
 @_exclude
-@_fanout
+@fanout_option
 @_quiet
 @click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
 @connection_options
@@ -226,8 +225,10 @@ class Copying:
     """
 
     def __init__(self, hosts: Sequence[str], board: Board, quiet: bool) -> None:
+        from lazycluster.cli.fanout import InOrder
         from lazycluster.output.progress import can_be_shown
 
+        self._rows: InOrder[HostOutcome] = InOrder(hosts, self._show)
         self._board = board
         self._has_bars = board.wanted and can_be_shown()
         self._quiet = quiet
@@ -270,7 +271,12 @@ class Copying:
                 errors().print(one_line(text), markup=False, soft_wrap=True, style="yellow")
 
     def done(self, outcome: HostOutcome) -> None:
-        """Print the outcome of a host."""
+        """End the bar of a host; its outcome is printed in its turn."""
+        if outcome.host in self._bars:
+            self._bars[outcome.host].is_over = True
+        self._rows.put(outcome.host, outcome)
+
+    def _show(self, outcome: HostOutcome) -> None:
         from rich.text import Text
 
         from lazycluster.core.words import counted
@@ -278,8 +284,6 @@ class Copying:
         from lazycluster.output.host_cells import megabytes
 
         host = outcome.host
-        if host in self._bars:
-            self._bars[host].is_over = True
         for name in self._left_out.get(host, ()):
             errors().print(f"{host}: left out: {one_line(name)}", markup=False, soft_wrap=True)
         if outcome.error:

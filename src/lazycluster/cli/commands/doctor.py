@@ -51,11 +51,13 @@ async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
     import asyncio
 
     from lazycluster.cli.diagnosis import Diagnosis, check_reachability
+    from lazycluster.cli.fanout import InOrder
     from lazycluster.ssh.ssh_connection import SshConnection
     from lazycluster.ssh.terminal import when_answered
 
     connections: dict[SshConnection, Diagnosis] = {}
     slots = asyncio.Semaphore(32)
+    shown: InOrder[Diagnosis] = InOrder(chosen.names, lambda one: when_answered(lambda: _show(one)))
 
     async def check(name: str) -> Diagnosis:
 
@@ -66,7 +68,7 @@ async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
             connections[connection] = diagnosis
             await diagnosis.run(connection)
             if not silent:
-                when_answered(lambda: _show(diagnosis))
+                shown.put(name, diagnosis)
             return diagnosis
 
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazycluster.cli.console import tell
-from lazycluster.cli.options import Seconds, Whole, connection_options, host_options, targets
+from lazycluster.cli.options import Seconds, connection_options, fanout_option, host_options, targets
 
 if TYPE_CHECKING:
     import asyncio
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+# What to do when a shell says that it cannot run a line, by its exit status.
+_STEPS = {
+    126: "check that the file is a program for this system, and that it may be executed there (chmod +x)",
+    127: "check the name; install the program there, or give its full path",
+}
 _END_LIMIT = 20.0  # seconds for a command to end that took too long
 
 
@@ -33,7 +38,7 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
 @click.option("--cwd", metavar="DIR", help="The directory on the hosts (the home directory).")
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="An environment variable for the command.")
 @click.option("--timeout", type=Seconds(10**9), metavar="SECONDS", help="End the command on a host after this time.")
-@click.option("--fanout", type=Whole(), default=64, metavar="N", help="Number of hosts at once (64).")
+@fanout_option
 @click.option("--stdin", "use_stdin", is_flag=True, help="Pass standard input to the command on every host.")
 @click.option(
     "--python",
@@ -103,14 +108,16 @@ def run(
         "startup_files": startup_files,
         "input": use_stdin,
         "merge": gather and not as_json,
+        "tell_left": True,
     }
     if script is None:
         request.update({"command": command[0]} if len(command) == 1 else {"argv": list(command)})
     out = printer("json" if as_json else "gather" if gather else "lines", chosen.names, not no_label)
 
+    job = _Job(request, out, timeout, script, interpreter, command)
+
     async def work() -> list[HostOutcome]:
-        source = SharedInput() if use_stdin else None
-        job = _Job(request, out, timeout, source, script, interpreter, command)
+        source = job.source = SharedInput() if use_stdin else None
         try:
             return await everywhere(chosen, job.on_host, fanout, out.done)
         finally:
@@ -119,6 +126,7 @@ def run(
 
     outcomes = out.during(work())
     out.finish(outcomes)
+    job.tell_next_steps(outcomes)
     if chosen.everyone and all(outcome.kind == "unreachable" for outcome in outcomes):
         tell("No host was reached.", err=True)
     return exit_status(outcomes, chosen.everyone)
@@ -197,11 +205,13 @@ class _Job:
     """The command, on one host after another or at once."""
 
     def __init__(
-        self, request: dict[str, Any], out: Printer, timeout: float | None, source: SharedInput | None,
-        script: str | None, interpreter: str, arguments: tuple[str, ...],
+        self, request: dict[str, Any], out: Printer, timeout: float | None, script: str | None, interpreter: str,
+        arguments: tuple[str, ...],
     ) -> None:  # fmt: skip
-        self._request, self._out, self._timeout, self._source = request, out, timeout, source
+        self._request, self._out, self._timeout = request, out, timeout
         self._script, self._interpreter, self._arguments = script, interpreter, arguments
+        self.source: SharedInput | None = None
+        self._left: dict[str, list[str]] = {}
 
     async def on_host(self, connection: Connection) -> HostOutcome:
         import asyncio
@@ -220,8 +230,8 @@ class _Job:
             stderr=lambda data: self._out.errors(host, data),
         )
         feeding: asyncio.Future[None] | None = None
-        if self._source is not None:
-            feeding = asyncio.ensure_future(self._source.feed(channel))
+        if self.source is not None:
+            feeding = asyncio.ensure_future(self.source.feed(channel))
             feeding.add_done_callback(lambda fed: self._fed(fed, channel))
         late = False
         try:
@@ -241,11 +251,35 @@ class _Job:
             if feeding is not None:
                 feeding.cancel()
             channel.close()
-        if self._source is not None and self._source.error is not None:
-            return HostOutcome(host, 1, f"cannot pass on standard input: {self._source.error}", "error")
         if late:
             return HostOutcome(host, 124, f"ended after {self._timeout:g} s", "timeout")
+        return self._ended(host, ended)
+
+    def _ended(self, host: str, ended: dict[str, Any]) -> HostOutcome:
+        from lazycluster.cli.fanout import HostOutcome
+
+        if self.source is not None and self.source.error is not None:
+            return HostOutcome(host, 1, f"cannot pass on standard input: {self.source.error}", "error")
+        if ended.get("left"):
+            self._left[host] = ended["left"]
         return HostOutcome(host, 128 + ended["signal"] if ended.get("signal") else int(ended.get("exit") or 0))
+
+    def tell_next_steps(self, outcomes: list[HostOutcome]) -> None:
+        """Say once, for all hosts, what else there is to know about how the command has ended."""
+        from lazycluster.cli.options import fold
+
+        alike: dict[str, list[str]] = {}
+        for outcome in outcomes:
+            if left := self._left.get(outcome.host):
+                alike.setdefault("; ".join(left), []).append(outcome.host)
+        for what, hosts in alike.items():
+            tell(f"{fold(hosts)}: what the command had left running was ended: {what}", err=True)
+        if alike:
+            tell("  Next step: start what is to go on after the command with 'lazycluster run --detach'", err=True)
+        is_line = self._script is None and len(self._arguments) == 1
+        for status, step in _STEPS.items() if is_line else ():
+            if any(outcome.kind == "done" and outcome.status == status for outcome in outcomes):
+                tell(f"  Next step after exit status {status}: {step}", err=True)
 
     def _told(self, message: str) -> str:
         if self._script is None and "not found on the PATH" in message and len(self._arguments) > 1:
@@ -256,7 +290,7 @@ class _Job:
     def _fed(self, fed: asyncio.Future[None], channel: Channel) -> None:
         if fed.cancelled() or fed.exception() is None:
             return
-        if self._source is not None and self._source.error is not None:  # else it is the command that takes no more
+        if self.source is not None and self.source.error is not None:  # else it is the command that takes no more
             channel.control(signal="END")
 
     async def _send_script(self, connection: Connection) -> str:

@@ -38,7 +38,21 @@ def emit(event: str, **fields: Any) -> None:
 
 def emit_versions(packages: Sequence[str]) -> None:
     """Tell the manager which software is here."""
-    emit("versions", python=list(sys.version_info[:3]), executable=sys.executable, packages=versions(packages))
+    emit(
+        "versions",
+        python=list(sys.version_info[:3]),
+        executable=sys.executable,
+        managed=is_managed(),
+        packages=versions(packages),
+    )
+
+
+def is_managed() -> bool:
+    """Return whether pip installs nothing into this Python, which belongs to the system (PEP 668)."""
+    import sysconfig
+
+    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    return sys.prefix == sys.base_prefix and os.access(marker, os.F_OK)
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:

@@ -80,6 +80,9 @@ class DaskCluster(EngineCluster):
         dashboard_port: The port of the scheduler's dashboard on this machine; by default any of `ports`.
         worker_options: Further options of `distributed.Nanny`; what JSON cannot hold is not possible.
         scheduler_options: Further options of `distributed.Scheduler`.
+        preload: Modules that workers import before they are ready, as a list such as ``["dask.dataframe"]``, or with
+            commas between: the first computation does not wait for them then. It is Dask's own ``preload``: what else
+            that takes is possible, and a function ``dask_setup`` of a module is called. One that fails is an error.
         gpus_per_worker: How many GPUs of its host each worker gets for itself: ``CUDA_VISIBLE_DEVICES`` is set, by
             default each has one thread and the resource ``{"GPU": gpus_per_worker}``. Then there is by default one
             worker for each GPU, and hosts without GPUs get none.
@@ -113,6 +116,7 @@ class DaskCluster(EngineCluster):
     engine_class = DaskEngine
     _adapting: AdaptedCluster | None = None
     _scheduler_view: SchedulerView | None = None
+    _owns_group = False
 
     def __init__(
         self,
@@ -130,6 +134,7 @@ class DaskCluster(EngineCluster):
         dashboard_port: int | None = None,
         worker_options: Mapping[str, Any] | None = None,
         scheduler_options: Mapping[str, Any] | None = None,
+        preload: str | Iterable[str] = (),
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
         network: NetworkChoice = "tunnel",
@@ -159,6 +164,7 @@ class DaskCluster(EngineCluster):
             local_directory=None if local_directory is None else os.fspath(local_directory),
             worker_options=checked_options(worker_options, "worker_options"),
             scheduler_options=checked_options(scheduler_options, "scheduler_options"),
+            preload=_names(preload),
         )
         check_sizes(memory_limit, resources)
 
@@ -488,7 +494,11 @@ class DaskCluster(EngineCluster):
         try:
             self._end_adapting()
         finally:
-            super().cleanup()
+            try:
+                super().cleanup()
+            finally:
+                if self._owns_group:
+                    self._group.cleanup()
 
     def _let_go(self) -> None:
         view, self._scheduler_view = self._scheduler_view, None
@@ -742,6 +752,14 @@ def _all_workers(client: Client) -> list[dict[str, Any]]:
     except TypeError:  # before 2025.4 it had all workers anyway
         info = client.scheduler_info()
     return list(info["workers"].values())
+
+
+def _names(preload: str | Iterable[str] | None) -> list[str]:
+    given = preload.split(",") if isinstance(preload, str) else list(preload or ())
+    for name in given:
+        if not isinstance(name, str):
+            raise ValueError(f"preload must be names of modules, not {name!r}")
+    return [name.strip() for name in given if name.strip()]
 
 
 class _Ending:

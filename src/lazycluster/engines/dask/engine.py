@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.cluster.certificates import Credentials, make_credentials
@@ -20,16 +20,21 @@ from lazycluster.utils import Environment
 if TYPE_CHECKING:
     from lazycluster.background.client import BackgroundProcess
 
-from .configuration import configuration
+from .configuration import check_size, configuration
 from .programs import common
 from .programs.worker import BEFORE_START
 
-_SHARED = ("cluster.sent", "agent.filenames", "agent.localmodules", "agent.oom", "agent.ownership")
+_SHARED = ("cluster.sent", "agent.filenames", "agent.localmodules", "agent.oom", "agent.ownership", "agent.zygote")
 
 
 def _program(name: str, module: str, **options: Any) -> ServiceSpec:
     source = Source.of(f"lazycluster.engines.dask.programs.{module}", "lazycluster_dask", _SHARED)
     return ServiceSpec(name, source=source, marker=MARKER, **options)
+
+
+def _is_module(preload: str) -> bool:
+    """Tell a module from the other things that Dask preloads: files and addresses."""
+    return all(part.isidentifier() for part in preload.split(".")) and not preload.endswith(".py")
 
 
 class DaskEngine(Engine):
@@ -51,8 +56,11 @@ class DaskEngine(Engine):
     direct = "encrypted"
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
-        Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto", safe=True),
+        Option(
+            "--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", "text", "auto", True, check_size
+        ),
         Option("--dashboard-port", "dashboard_port", "Port of the dashboard on this machine (any).", "PORT", "count"),
+        Option("--preload", "preload", "Modules that workers import first, with commas between.", "MODULES"),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
         Option("--network", "network", "How hosts reach each other: through this machine (tunnel), direct, or auto.",
                "HOW", default="tunnel", choices=("tunnel", "direct", "auto")),
@@ -79,9 +87,10 @@ class DaskEngine(Engine):
         local_directory: str | None = None,
         worker_options: Mapping[str, Any] | None = None,
         scheduler_options: Mapping[str, Any] | None = None,
+        preload: Sequence[str] = (),
     ) -> None:
         self.nthreads, self.memory_limit, self.resources = nthreads, memory_limit, resources
-        self.local_directory = local_directory
+        self.local_directory, self.preload = local_directory, list(preload)
         self.worker_options, self.scheduler_options = dict(worker_options or {}), dict(scheduler_options or {})
         self.secure, self.modules = True, LocalModules()
         self.client_modules: LocalModules | ClientModules = self.modules
@@ -124,12 +133,19 @@ class DaskEngine(Engine):
     def master(self, at: Endpoint) -> ServiceSpec:
         """Return what the scheduler is."""
         lost = "what it knew is lost: computations that were running are lost, submit them again"
-        return _program("dask-scheduler", "scheduler", settings=lambda: self._scheduler(at), at_restart=lost)
+        told = lambda: self._scheduler(at)  # noqa: E731
+        return _program("dask-scheduler", "scheduler", settings=told, env=self._early, at_restart=lost)
 
     def worker(self, at: Endpoint, master: Endpoint) -> ServiceSpec:
         """Return what a worker is: a nanny, which starts its own worker again as it likes."""
         told = lambda: self._worker(at, master)  # noqa: E731
-        return _program("dask-worker", "worker", settings=told, env=BEFORE_START, patience=5.0)
+        # Some modules must be imported after a fork if they are to use GPUs.
+        env = BEFORE_START if at.gpus else {**BEFORE_START, **self._early}
+        return _program("dask-worker", "worker", settings=told, env=env, patience=5.0)
+
+    @property
+    def _early(self) -> dict[str, str]:
+        return {common.EARLY_IMPORTS: " ".join(filter(_is_module, self.preload))}
 
     def _scheduler(self, at: Endpoint) -> dict[str, Any]:
         modules = self.modules.directory if at.on_manager else self.modules.directory_on(at.host)
@@ -148,6 +164,7 @@ class DaskEngine(Engine):
             "local_directory": self.local_directory,
             "trust_group": Environment.trust_group,
             "modules": self.modules.directory_on(at.host),
+            "preload": self.preload,
             "options": self.worker_options,
         }
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .configuration import check_size
+
 __all__ = ["check_sizes", "checked_options"]
 
 _SIZES = "memory_limit", "resources", "local_directory", "nthreads"
@@ -76,12 +78,10 @@ def check_sizes(memory_limit: object, resources: Mapping[str, object] | None) ->
         ValueError: If a size is none.
     """
     if isinstance(memory_limit, str) and memory_limit != "auto":
-        from dask.utils import parse_bytes
-
         try:
-            parse_bytes(memory_limit)
-        except ValueError:
-            raise ValueError(f"memory_limit must be a size such as '4 GiB', not {memory_limit!r}") from None
+            check_size(memory_limit)
+        except ValueError as error:
+            raise ValueError(f"memory_limit: {error}") from None
     for name, amount in (resources or {}).items():
         if isinstance(amount, bool) or not isinstance(amount, (int, float)):
             raise ValueError(f"resources: the amount of {name!r} must be a number, not {amount!r}")

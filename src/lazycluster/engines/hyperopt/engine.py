@@ -52,7 +52,9 @@ class HyperoptEngine(Engine):
     master_name, sent = "database", True
     options = (
         Option("--dbpath", "dbpath", "Keep the trials there, to go on with them later.", "DIR", "directory"),
-        Option("--dbname", "dbname", "The name of the database (hyperopt).", "NAME", default="hyperopt", safe=True),
+        Option(
+            "--dbname", "dbname", "The name of the database (hyperopt).", "NAME", "text", "hyperopt", True, checked_name
+        ),
         Option("--exp-key", "exp_key", "Work on this search only (on all).", "KEY", safe=True),
     )
     help = """Start a Hyperopt cluster: the database of the trials here, the workers on the hosts.

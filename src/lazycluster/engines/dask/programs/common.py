@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import os
 import select
 from collections.abc import Coroutine
 from typing import Any
@@ -11,6 +13,22 @@ from typing import Any
 # What Dask itself wants to be the same everywhere, since it sends pickles and its own messages.
 SAME_PACKAGES = ("dask", "distributed", "cloudpickle")
 PACKAGES = ("dask", "distributed", "cloudpickle", "msgpack", "tornado", "toolz", "lz4")
+
+
+EARLY_IMPORTS = "LAZYCLUSTER_EARLY_IMPORTS"  # the variable with names of modules, with blanks between
+
+
+def import_early() -> list[str]:
+    """Import the modules that the environment names, and return their names.
+
+    Those that fail, as do the user's own, which are not sent yet, are left to the worker process: it imports all of
+    them, and tells of errors.
+    """
+    names = os.environ.pop(EARLY_IMPORTS, "").split()
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    return names
 
 
 def configure(changes: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ def main() -> None:
     from . import serialization
 
     serialization.keep_file_names(filenames.dumps)
+    common.import_early()  # it unpickles the work
     messages.run(_serve)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ssl import SSLError
 from typing import Any
 
+from ....agent import zygote
 from ....cluster.sent import messages
 from . import common
 
@@ -34,22 +35,33 @@ def main() -> None:
     # Imported while the scheduler starts; the settings come when it answers.
     from . import worker_process  # noqa: F401
 
-    forked = serve_forks()
+    # Before this process is copied: so each worker process has them from the start.
+    forked = serve_forks(safe=not common.import_early() or _survives_fork())
     messages.run(functools.partial(_serve, forked))
 
 
-def serve_forks() -> bool:
+def _survives_fork() -> bool:
+    try:
+        return zygote.threads() == 1
+    except OSError:  # this is no Linux
+        return False
+
+
+def serve_forks(safe: bool = True) -> bool:
     """Have multiprocessing's fork server run in a copy of this process, in which everything is imported already.
 
     The nanny's worker process would otherwise be a new interpreter, which imports all of distributed again: this
     halves the time of a start, and makes a restart of the worker a matter of milliseconds.
+
+    Args:
+        safe: Whether nothing is known that does not survive it.
 
     Returns:
         Whether that can be done; only a process with one thread may be copied.
     """
     from multiprocessing import forkserver, resource_tracker, util
 
-    if threading.active_count() != 1 or not hasattr(util, "spawnv_passfds"):
+    if not safe or threading.active_count() != 1 or not hasattr(util, "spawnv_passfds"):
         return False
     os.register_at_fork(after_in_child=_reseed)
     # Python before 3.9.16, 3.10.9 and 3.11.1 lets every user of the host connect to the fork server otherwise.
@@ -139,6 +151,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
         dashboard_address=f"{messages.LOOPBACK}:{ports['dashboard']}",
         dashboard_prefix=settings["prefix"],
         modules=settings["modules"],
+        **({"preload": settings["preload"]} if settings["preload"] else {}),
         **settings["options"],
     )
     sent_modules.look(nanny)
