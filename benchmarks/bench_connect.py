@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from harness import Row, in_turns, seconds, settings, ssh_hosts
+from harness import Row, in_turns, measured, seconds, settings, spread, ssh_hosts
 
 from lazycluster import RuntimeGroup, RuntimeTask
 
 COUNT = 32
+PAIRS = 7
 
 
 def plain_ssh(hosts: Any) -> None:
@@ -75,10 +77,35 @@ def rows() -> Iterator[Row]:
     yield Row(what, ours, "s", "<= 1.4 x", f"{COUNT} x ssh at once", ssh, ours <= 1.4 * ssh)
     for name, theirs in medians.items():
         yield Row(what, ours, "s", "", name, theirs)
+    yield from processor_time()
     with ssh_hosts(COUNT, bastion=True) as hosts:
         took = seconds(lambda: lazycluster(hosts))
     yield Row(f"{COUNT} hosts behind one bastion, MaxStartups default", took, "s", "all connected", met=True)
     yield importing()
+
+
+def processor_time() -> Iterator[Row]:
+    """Compare what connecting costs with plain ssh, in pairs, so that a noisy moment meets both."""
+    with ssh_hosts(COUNT) as hosts, measured(hosts) as cost:
+        pairs = [(cost(lambda: lazycluster(hosts)), cost(lambda: plain_ssh(hosts))) for _ in range(PAIRS)]
+    what = f"connect {COUNT} hosts, run true on each"
+    for name, target in (("wall", 1.4), ("manager", 1.15), ("hosts", None)):
+        ours, ssh = ([getattr(one, name) for one in side] for side in zip(*pairs, strict=True))
+        ratios = [mine / theirs for mine, theirs in zip(ours, ssh, strict=True)]
+        label = "wall" if name == "wall" else f"processor time of the {name}"
+        met = None if target is None else statistics.median(ratios) <= target
+        aim = "" if target is None else f"<= {target} x"
+        note = f"ratio in {PAIRS} pairs: {spread(ratios)}"
+        yield Row(
+            f"{what}: {label}",
+            statistics.median(ours),
+            "s",
+            aim,
+            f"{COUNT} x ssh at once",
+            statistics.median(ssh),
+            met,
+            note,
+        )
 
 
 def importing() -> Row:

@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import Row, in_turns, settings, ssh_hosts
+from harness import Row, in_turns, settings, slow_manager, ssh_hosts
 
+from lazycluster import RuntimeGroup
 from lazycluster.core import event_loop
 from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.ssh.transfer import get, send
@@ -21,6 +22,7 @@ from lazycluster.ssh.transfer import get, send
 HOSTS = 8
 BIG = 400_000_000
 EACH = 100_000_000
+LARGE, LINK = 500_000_000, 50e6  # bytes, bytes a second
 FILES, FILE_SIZE = 2000, 4096
 
 
@@ -59,6 +61,7 @@ def rows() -> Iterator[Row]:
             yield from big_file(folder, hosts, options, made[0])
             yield from to_many(folder, hosts, options, made)
             yield from small_files(folder, hosts, options, made[0])
+        yield from from_host_to_host(folder)
     finally:
         shutil.rmtree(folder)
 
@@ -132,6 +135,33 @@ def to_many(folder: Path, hosts: Any, options: list[str], made: list[SshConnecti
     yield Row(
         f"{EACH // 10**6} MB to {HOSTS} hosts at once", times["ours"], "s", "<= 1 x", f"{HOSTS} scp, warm",
         times["scp"], times["ours"] <= times["scp"],
+    )  # fmt: skip
+
+
+def from_host_to_host(folder: Path) -> Iterator[Row]:
+    """A file that leaves the manager once, through a link that is slower than those between the hosts."""
+    source = make_file(folder / "large", LARGE)
+    with (
+        ssh_hosts(HOSTS) as hosts,
+        RuntimeGroup(hosts=list(hosts.names), connection_kwargs=settings(hosts)) as group,
+        slow_manager(hosts, LINK),
+    ):
+        there = [host.path("~/large") for host in hosts]
+        first = group.get_runtime(hosts.names[0])
+
+        def one() -> None:
+            clear(*there)
+            first.send_file(source, "~/large", execute_async=False)
+
+        def all_of_them() -> None:
+            clear(*there)
+            group.send_file(source, "~/large", execute_async=False, network="direct")
+
+        times = in_turns(3, all=all_of_them, one=one)
+        clear(source, *there)
+    yield Row(
+        f"{LARGE // 10**6} MB to {HOSTS} hosts, {LINK / 1e6:g} MB/s to them", times["all"], "s", "<= 2 x",
+        "to one of them", times["one"], times["all"] <= 2 * times["one"],
     )  # fmt: skip
 
 

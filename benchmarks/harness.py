@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from controlgroups import control_group, move
 from sshhosts import Hosts
+
+_AFTERWARDS = 0.3  # seconds
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,53 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What some work took.
+
+    Attributes:
+        wall: Seconds.
+        manager: Processor seconds of this process and all that it has started, but the hosts.
+        hosts: Processor seconds of the hosts.
+    """
+
+    wall: float
+    manager: float
+    hosts: float
+
+
+@contextmanager
+def measured(hosts: Hosts) -> Iterator[Callable[[Callable[[], Any]], Cost]]:
+    """Give a function that runs some work and returns what it took.
+
+    Raises:
+        ControlGroupsUnavailableError: If the processes of the hosts cannot be told from others.
+    """
+    with control_group("cpuacct", 0) as manager, control_group("cpuacct", 1) as there:
+        for host in hosts.all:
+            move([host.pid, *(process.pid for process in host.processes(sshd=True))], there)
+        move([os.getpid()], manager)  # what it starts from here on is there, too
+
+        def used() -> tuple[float, float, float]:
+            seconds = [int((group / "cpuacct.usage").read_text()) / 1e9 for group in (manager, there)]
+            return time.perf_counter(), seconds[0], seconds[1]
+
+        def cost(work: Callable[[], Any]) -> Cost:
+            before = used()
+            work()
+            wall = time.perf_counter() - before[0]
+            time.sleep(_AFTERWARDS)  # what ends, ends a moment later
+            after = used()
+            return Cost(wall, after[1] - before[1], after[2] - before[2])
+
+        yield cost
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the median of some values, and from where to where they go."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def in_turns(repeat: int, **contenders: Callable[[], Any]) -> dict[str, float]:
     """Run all contenders in turns, so that a noisy moment meets all; returns the median seconds of each."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -87,6 +138,27 @@ def slower(hosts: Hosts, share: float) -> Iterator[None]:
             (group / "cpu.cfs_quota_us").write_text(str(int(share * period)))
             move([host.pid, *(process.pid for process in host.processes(sshd=True))], group)
         yield
+
+
+@contextmanager
+def slow_manager(hosts: Hosts, rate: float) -> Iterator[None]:
+    """Limit the link of this machine to all hosts together; between the hosts there is no limit.
+
+    Args:
+        hosts: The hosts.
+        rate: Bytes a second.
+    """
+    hosts.switch(["ip", "link", "add", "name", "slow-b", "type", "veth", "peer", "name", "slow-a"])
+    hosts.switch(["ip", "link", "set", "dev", "manager", "nomaster"])
+    hosts.switch(["ip", "link", "set", "dev", "slow-a", "master", hosts.bridge_of(hosts[0]), "up"])
+    hosts.switch(["ip", "link", "set", "dev", "slow-b", "up"])
+    wire = hosts.wire(["manager", "slow-b", json.dumps({"delay": 0, "loss": [0, 0], "rate": rate})])
+    try:
+        yield
+    finally:
+        wire.communicate()
+        hosts.switch(["ip", "link", "set", "dev", "manager", "master", hosts.bridge_of(hosts[0])])
+        hosts.switch(["ip", "link", "del", "dev", "slow-a"])
 
 
 def settings(hosts: Hosts) -> dict[str, str]:

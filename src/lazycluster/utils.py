@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import itertools
 import logging
 import os
@@ -17,6 +18,8 @@ __all__ = ["Environment", "Timestamp", "new_log_file_path", "private_directory",
 _THIRD_PARTY_LOGGERS = ("asyncio", "distributed", "tornado", "bokeh", "hyperopt", "pymongo")
 _LONGEST_NAME = 120  # characters; file systems allow 255 bytes, and a stamp follows
 
+NO_CURRENT_DIRECTORY = "the current directory was removed: change to another one"
+
 _numbers = itertools.count(1)
 _making = threading.Lock()
 _log_directory: Path | None = None
@@ -26,6 +29,18 @@ _known: set[Path] = set()  # directories that are nobody else's
 def expanded(path: str | os.PathLike[str]) -> Path:
     """Return a path with ``~`` and ``~user`` expanded; as in a shell, that of an unknown user stays as it is."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  (Path.expanduser raises RuntimeError)
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Return a path that starts at the root; a relative one is taken from the current directory.
+
+    Raises:
+        FileNotFoundError: If the current directory was removed, with that reason.
+    """
+    try:
+        return Path(path).absolute()
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, NO_CURRENT_DIRECTORY, str(path)) from None
 
 
 def default_directory() -> Path:

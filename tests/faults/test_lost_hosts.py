@@ -16,7 +16,7 @@ import pytest
 
 from lazycluster import LocalRuntime, RuntimeGroup, RuntimeTask
 from lazycluster.agent import restart_policy
-from lazycluster.agent.guardian import KEEP_FILE
+from lazycluster.agent.guardian import AT_MANAGER_END_FILE
 from lazycluster.core import event_loop
 from lazycluster.exceptions import HostsLostError, LazyclusterError, TaskExecutionError, WorkerLostError
 from lazycluster.pool import remote_pool
@@ -62,7 +62,7 @@ def test_the_keeper_is_replaced(hosts: Any, caplog: pytest.LogCaptureFixture) ->
         def kept() -> list[int]:
             if space.keeper.agent_info.pid == before or space.keeper.state != "open":
                 return []
-            file = Path(space.keeper.agent_info.directory, KEEP_FILE)
+            file = Path(space.keeper.agent_info.directory, AT_MANAGER_END_FILE)
             return [pid for pid, _ in json.loads(file.read_text())["pids"]] if file.exists() else []
 
         until(lambda: kept() == [process.pid], "another keeper")

@@ -21,7 +21,7 @@ pytest.importorskip("cryptography")
 from knocking import NOBODY
 
 from lazycluster import RuntimeGroup
-from lazycluster.cluster.certificates import make_identities
+from lazycluster.core.certificates import make_identities
 from lazycluster.ssh import ssh_connection
 from lazycluster.ssh.ssh_connection import SshConnection
 from patience import until

@@ -22,9 +22,10 @@ pytest.importorskip("cryptography")
 from knocking import NOBODY, below, here, loopback, on_host, private
 
 from lazycluster import Environment, RuntimeGroup, RuntimeTask
-from lazycluster.cluster.certificates import Identity, make_credentials
+from lazycluster.cluster.certificates import make_credentials
 from lazycluster.cluster.dask_cluster import DaskCluster
 from lazycluster.cluster.sent.auth_limit import LINES, MOST_SILENT
+from lazycluster.core.certificates import Identity
 from lazycluster.exceptions import LazyclusterError
 from patience import until
 from sshhosts import PASSWORD, procfs

@@ -35,6 +35,11 @@ _BUSY = '            while os.path.exists(os.path.expanduser("~/busy")):\n      
 _SIGNS, _MORE_SIGNS = "_BUSY_EVERY = 5.0", "_BUSY_EVERY = 0.2"
 
 
+def _read_agent_again() -> None:
+    for kept in (agent_program._sources, agent_program.payload, agent_program.all_modules):
+        kept.cache_clear()
+
+
 @pytest.fixture
 def mutable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Agents that can be told what not to answer; returns who tells them."""
@@ -50,7 +55,7 @@ def mutable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         module.write_text(module.read_text().replace(before, after))
     told = SimpleNamespace(**{**vars(bootstrap), "__file__": str(agent / "bootstrap.py")})
     monkeypatch.setattr(agent_program, "bootstrap", told)
-    agent_program.payload.cache_clear()
+    _read_agent_again()
     files: list[Path] = []
 
     def mute(host: Any, *operations: str) -> None:
@@ -58,7 +63,7 @@ def mutable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         files[-1].write_text(" ".join(operations))
 
     yield mute
-    agent_program.payload.cache_clear()
+    _read_agent_again()
     for file in files:
         file.unlink(missing_ok=True)
 

@@ -110,6 +110,13 @@ def test_an_unreachable_host_is_no_error_for_all(make_hosts: Any) -> None:
     assert err.startswith("host2: not usable as a runtime")
 
 
+def test_options_of_pdsh_and_clush(hosts: Any) -> None:
+    status, out, _ = lazycluster(hosts, "run", "-w", "host[1-2]", "-l", "root", "-f", "1", "-N", "--", "id -un")
+    assert (status, out) == (0, "root\nroot\n")
+    status, out, _ = lazycluster(hosts, "list-runtimes", "-w", "host1", "--user", "nobody-there", "--json")
+    assert "nobody-there@host1" in json.loads(out)[0]["reason"]
+
+
 def test_gathered(hosts: Any) -> None:
     status, out, _ = lazycluster(
         hosts, "run", "-w", "@all", "--gather", "--", "echo same; [ $HOSTNAME != host2 ] || echo 2"
@@ -142,6 +149,30 @@ def test_hosts_from_standard_input_and_a_file(hosts: Any, tmp_path: Path) -> Non
         assert (status, lines(out)) == (0, ["host1: host1", "host2: host2", "host3: host3"])
     status, out, _ = lazycluster(hosts, "run", "--hostfile", str(file), "-x", "host[1-2]", "--", "hostname")
     assert (status, out) == (0, "host3: host3\n")
+
+
+def test_what_a_command_leaves_running_is_told(hosts: Any) -> None:
+    """It ends with the command: with nohup somebody may have wanted it to stay."""
+    line = "nohup sleep 7301 > /dev/null 2>&1 & echo started"
+    status, out, err = lazycluster(hosts, "run", "-w", "@all", "--", line)
+    assert (status, lines(out)) == (0, [f"host{n}: started" for n in (1, 2, 3)])
+    assert err.splitlines() == [
+        "host[1-3]: what the command had left running was ended: sleep 7301",
+        "  Next step: start what is to go on after the command with 'lazycluster run --detach'",
+    ]
+    _, out, err = lazycluster(hosts, "run", "-w", "host1", "--json", "--", "setsid -f sleep 7302 > /dev/null 2>&1")
+    assert json.loads(out)[0]["state"] == "done"
+    assert "sleep 7302" in err
+    assert lazycluster(hosts, "run", "-w", "host1", "--", "sleep 0.01 & wait; echo end")[1:] == ("host1: end\n", "")
+
+
+@pytest.mark.parametrize(("line", "step"), [("no-such-program f", "check the name"), ("/etc/passwd x", "chmod +x")])
+def test_what_a_shell_cannot_run_has_a_next_step(hosts: Any, line: str, step: str) -> None:
+    status, _, err = lazycluster(hosts, "run", "-w", "@all", "--", line)
+    assert status in (126, 127)
+    assert err.count("Next step") == 1
+    assert err.splitlines()[-1].startswith(f"  Next step after exit status {status}: ")
+    assert step in err.splitlines()[-1]
 
 
 def test_a_script(hosts: Any, tmp_path: Path) -> None:
@@ -190,6 +221,9 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
         (("get", "-w", "{a,a}" * 26, "x", "y"), "more than 100000 hosts"),
         (("doctor", "{" * 2000 + "a" + "}" * 2000), "nested more than"),
         (("run", "-w", "host1", "-x", "host1", "--", "ls"), "no host is left"),
+        (("run", "-w", "me@host1", "-l", "you", "--", "ls"), "-l you: the name 'me@host1' says another account"),
+        (("doctor", "-l", "-oProxyCommand=x", "host1"), "a user's name cannot begin with '-'"),
+        (("get", "-w", "host1", "-f", "0", "x", "y"), "'0' is not a whole number from 1 to"),
         (("run", "-w", "host1", "--env", "A", "--", "ls"), "'A' is not NAME=VALUE"),
         (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "'-1' is not a time in seconds, from 0.1 to"),
         (("put", "-w", "host1", "nothing-here", "x"), "no such file or directory: nothing-here"),
@@ -249,7 +283,7 @@ def test_no_output_is_lost_for_an_encoding(foreign: list[str], encoding: str, tm
     status, out, err = ran("list-runtimes", *foreign)
     assert (status, err) == (255, b"")
     assert h1 in out
-    assert h9 + b": refused" in out
+    assert h9 + b": connect to 127.0.0.1 port 1: Connection refused" in out
     status, out, err = ran("put", *foreign, str(tmp_path / "file\u2500"), str(tmp_path / "no"), "x/")
     assert (status, out) == (2, b"")
     status, out, err = ran("get", *foreign, "file\u2500", str(tmp_path))
@@ -355,10 +389,9 @@ def test_list_runtimes(make_hosts: Any) -> None:
     status, out, _ = both[0].result()
     assert status == 0
     head, *rows = out.splitlines()
-    rows[:2] = sorted(rows[:2])
     assert head.split() == ["HOST", "STATE", "LATENCY", "OS", "CORES", "LOAD", "MEMORY", "DISK", "PYTHON", "GPUS"]
     assert rows[0].split()[:2] == ["host1", "active"]
-    assert re.match(r"host2 +inactive +(timeout|unreachable): ", rows[1])  # the network says so, or nobody does
+    assert re.fullmatch(r"host2 +inactive +(timeout|unreachable)", rows[1])  # the network says so, or nobody does
     assert "Next step" in out
     status, out, _ = both[1].result()
     first, second = json.loads(out)
@@ -425,6 +458,16 @@ def test_doctor_finds_what_is_wrong(make_hosts: Any, options: dict[str, Any], fa
 
 
 # --- ports -----------------------------------------------------------------------------------------
+def test_doctor_says_which_hosts_reach_each_other(make_hosts: Any) -> None:
+    hosts = make_hosts(3)
+    hosts[2].run(["/usr/sbin/iptables", "-A", "INPUT", "-s", hosts[1].address, "-p", "tcp", "-j", "REJECT"])
+    status, out, _ = lazycluster(hosts, "doctor", "host[1-3]", "nowhere.invalid")
+    assert status == 1
+    assert "host1 reaches: host2 yes, host3 yes" in out
+    assert re.search(rf"host2 reaches: host1 yes, host3 no: {re.escape(hosts[2].address)}:25\d\d\d ", out)
+    assert "nowhere.invalid reaches" not in out
+
+
 def test_doctor_offers_the_environment_of_this_side(make_hosts: Any) -> None:
     for python, differs in (("3.8", "Python 3.8"), (f"{sys.base_prefix}/bin/python3", "missing")):
         hosts = make_hosts(1, python=python)

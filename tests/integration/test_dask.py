@@ -13,6 +13,7 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -25,7 +26,8 @@ from cluster_groups import ssh_group
 
 from lazycluster import RuntimeGroup
 from lazycluster.cluster.dask_cluster import DaskCluster
-from lazycluster.cluster.exceptions import ClusterStartError
+from lazycluster.cluster.exceptions import ClusterError, ClusterStartError
+from lazycluster.exceptions import TaskExecutionError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this module
 
@@ -275,3 +277,57 @@ def test_what_does_not_fit_in_memory_goes_where_nobody_else_may_write(group: Run
             )
     assert all(path.startswith("/home/lazy/all/dask-scratch-space-") for path in places.values())
     assert set(modes.values()) == {0o700}
+
+
+def test_workers_are_named_by_their_host(client: Any, group: RuntimeGroup) -> None:
+    """In all ways in which a client takes workers; one worker more on a host is no trouble."""
+    import dask
+
+    for host in group.hosts:
+        assert client.submit(socket.gethostname, workers=[host], pure=False).result(timeout=30) == host
+    assert set(client.gather(client.map(lambda _: socket.gethostname(), range(8), workers="host2", pure=False))) == {
+        "host2"
+    }
+    assert client.compute(dask.delayed(socket.gethostname)(), workers=["host3"]).result(timeout=30) == "host3"
+    with dask.annotate(workers=["host2"]):
+        assert client.compute(dask.delayed(socket.gethostname)(), optimize_graph=False).result(timeout=30) == "host2"
+    assert set(client.run(socket.gethostname, workers=["host1"]).values()) == {"host1"}
+    assert set(client.run(socket.gethostname, workers=["host1-0", "host3"]).values()) == {"host1", "host3"}
+    holders = client.who_has(client.scatter([1, 2, 3], workers=["host2"]))
+    on_host2 = {address for address, name in client.run(socket.gethostname).items() if name == "host2"}
+    assert {address for found in holders.values() for address in found} <= on_host2
+
+
+def test_a_directory_in_the_home_of_the_host(group: RuntimeGroup, module_hosts: Any) -> None:
+    with DaskCluster(group, local_directory="~/scratch") as cluster:
+        cluster.start(1)
+        with cluster.get_client(timeout=10) as client:
+            (place,) = client.run(lambda dask_worker: dask_worker.local_directory).values()
+    assert place.startswith("/home/lazy/scratch/dask-scratch-space-")
+    with (
+        DaskCluster(group, local_directory="~nobody-of-that-name/x") as cluster,
+        pytest.raises(ClusterError, match="local_directory ~nobody-of-that-name/x cannot be used"),
+    ):
+        cluster.start(1)
+    module_hosts[0].run("rm -rf /home/lazy/scratch")
+
+
+def test_errors_about_files_say_whose_they_are(client: Any, group: RuntimeGroup, tmp_path: Path) -> None:
+    """Paths are those of the worker's host, also where the user means a file of the manager."""
+    here, nowhere = tmp_path / "train.csv", tmp_path / "nowhere.csv"
+    here.write_text("a,b")
+    hint = r" on host2 \(this machine has that file, but functions see the files of their host: .*\): "
+    with pytest.raises(FileNotFoundError, match=hint) as caught:
+        client.submit(open, str(here), workers=["host2"], pure=False).result(timeout=30)
+    assert caught.value.filename == str(here)
+    with pytest.raises(FileNotFoundError, match=hint):
+        client.run(open, str(here), workers=["host2"])
+    with pytest.raises(FileNotFoundError, match=r"directory on host2: '.*nowhere"):
+        client.submit(open, str(nowhere), workers=["host2"], pure=False).result(timeout=30)
+    with pytest.raises(PermissionError, match="Permission denied on host2"):
+        client.submit(open, "/etc/shadow", workers=["host2"], pure=False).result(timeout=30)
+    with pytest.raises(TaskExecutionError, match="this machine has that file"):
+        group.call(open, str(here))
+    with pytest.raises(FileNotFoundError) as caught:
+        list(group.map(open, [str(here)]))
+    assert "this machine has that file" in str(caught.value.__cause__)

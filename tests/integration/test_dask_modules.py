@@ -236,3 +236,22 @@ def test_an_actor_gets_an_object_of_a_module_that_is_new(one_worker: Any, folder
     actor = one_worker.submit(first.Counter, actor=True, pure=False).result(timeout=20)
     for value in (2, 3):  # new, and then changed
         assert actor.look_at(_write_sent(folder, "sent_later", value).Thing()).result(timeout=20) == value
+
+
+def test_a_module_whose_imports_the_host_lacks_fails_its_tasks_and_no_worker(hosts: Any, folder: Path) -> None:
+    """distributed itself unpickles tasks while it reads from the scheduler, and would end each worker in turn."""
+    hosts[0].run(
+        "mkdir -p /home/lazy/lacks && "
+        "echo 'raise ModuleNotFoundError(\"No module named \" + repr(__name__))' > /home/lazy/lacks/hypothesis.py"
+    )
+    (folder / "needs_more.py").write_text("import hypothesis\n\n\ndef double(x):\n    return 2 * x\n")
+    module = importlib.import_module("needs_more")
+    with ssh_group(hosts) as group, DaskCluster(group) as cluster:
+        group.runtimes[0].add_env_variables({"PYTHONPATH": "/home/lazy/lacks"})
+        cluster.start(1)
+        with cluster.get_client(timeout=20) as client:
+            with pytest.raises(ModuleNotFoundError, match=r"No module named 'hypothesis' on host1(.|\n)*Next step: "):
+                client.submit(module.double, 1).result(timeout=30)
+            assert client.submit(len, "abc").result(timeout=30) == 3
+        assert [worker.restarts for worker in cluster.workers] == [0]
+    hosts[0].run("rm -rf /home/lazy/lacks")

@@ -20,7 +20,12 @@ import pytest
 
 from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.core import interruptible
-from lazycluster.exceptions import BrokenPoolError, LazyclusterError, TaskExecutionError, WorkerLostError
+from lazycluster.exceptions import (
+    BrokenPoolError,
+    LazyclusterError,
+    TaskExecutionError,
+    WorkerLostError,
+)
 from patience import until
 from sshhosts import procfs
 
@@ -96,7 +101,7 @@ def test_an_initializer_that_fails_breaks_the_executor(group: RuntimeGroup) -> N
     with group.executor(initializer=fails, initargs=("not there",)) as executor:
         futures = [executor.submit(abs, x) for x in range(5)]
         for future in futures:
-            with pytest.raises(BrokenPoolError, match="initializer has failed: not there") as caught:
+            with pytest.raises(BrokenPoolError, match="initializer has failed: LookupError: not there") as caught:
                 future.result()
         assert isinstance(caught.value, concurrent.futures.BrokenExecutor)
         assert isinstance(caught.value.__cause__, LookupError)
@@ -174,7 +179,7 @@ def test_ctrl_c_while_something_is_submitted(group: RuntimeGroup) -> None:
 def test_workers_that_die_before_they_begin_are_not_started_for_ever(group: RuntimeGroup) -> None:
     with (
         group.executor(initializer=os._exit, initargs=(3,)) as executor,
-        pytest.raises(LazyclusterError, match="the workers end before they can do anything"),
+        pytest.raises(LazyclusterError, match="the workers have ended with exit status 3 in their initializer"),
     ):
         executor.submit(abs, 1).result()
 
@@ -440,3 +445,23 @@ def test_ctrl_c_ends_what_runs(tmp_path: Path, work: str) -> None:
     assert process.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in errors
     assert not any(procfs.process(int(pid)) for pid in os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("end", "text"),
+    [
+        (lambda: sys.exit(3), r"initializer has failed: it has called sys\.exit\(3\)"),
+        (lambda: os._exit(3), "the workers have ended with exit status 3 in their initializer"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "the workers have been ended by SIGKILL.* in their initializer"),
+        (lambda: {}["key"], "initializer has failed: KeyError: 'key'"),
+        (lambda: int(""), "initializer has failed: ValueError: invalid literal"),
+    ],
+)
+def test_an_initializer_that_ends_its_process_breaks_the_executor(group: RuntimeGroup, end: Any, text: str) -> None:
+    with group.executor(max_workers=1, initializer=end) as executor:
+        error = executor.submit(abs, -1).exception(timeout=60)
+        assert isinstance(error, concurrent.futures.BrokenExecutor)
+        with pytest.raises(concurrent.futures.BrokenExecutor, match=text):
+            raise error
+        with pytest.raises(concurrent.futures.BrokenExecutor):
+            executor.submit(abs, -1)

@@ -260,3 +260,13 @@ def test_scikit_learn() -> None:
     with RuntimeGroup([LocalRuntime()]) as group, joblib.parallel_config("lazycluster", group=group):
         search.fit(features, labels)
     assert search.best_score_ > 0.5
+
+
+def test_how_long_calls_took_is_forgotten_with_their_parallel(group: RuntimeGroup) -> None:
+    """Else a batch of many slow calls would go to one worker, if those before were quick."""
+    with joblib.parallel_config("lazycluster", group=group):
+        quick = joblib.Parallel(n_jobs=2)
+        assert quick(joblib.delayed(abs)(number) for number in range(3000)) == list(range(3000))
+        backend = quick._backend
+        assert backend.compute_batch_size() == 1
+        assert backend._smoothed_batch_duration == backend._DEFAULT_SMOOTHED_BATCH_DURATION

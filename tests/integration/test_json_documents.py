@@ -64,7 +64,10 @@ def kept(tmp_path: Path) -> str:
     return str(folder)
 
 
-def test_keys_of_json_documents(make_hosts: Any, hosts: Any, kept: str) -> None:
+def test_keys_of_json_documents(
+    make_hosts: Any, hosts: Any, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     bad = make_hosts(1, forwarding=False)
     _run("put", "--config", hosts.config_file, "-w", "host1", kept, "kept")
     documents = {
@@ -78,6 +81,13 @@ def test_keys_of_json_documents(make_hosts: Any, hosts: Any, kept: str) -> None:
             ("run", "-w host1,nowhere.invalid -- echo out"),
             ("run", "-w host1 -- exit 3"),
         ),
+        "run --detach": _documents(
+            hosts.config_file, ("run", "--detach", "-w host1,nowhere.invalid --name work -- echo out")
+        ),
+        "wait": _documents(hosts.config_file, ("wait", "work")),
+        "ps": _documents(hosts.config_file, ("ps", "-w host1,nowhere.invalid")),
+        "cancel": _documents(hosts.config_file, ("cancel", "-w host1,nowhere.invalid work")),
+        "rm": _documents(hosts.config_file, ("rm", "work")),
         "env list": _documents(hosts.config_file, ("env", "list", "-w host1 --cache-dir ~/kept")),
         "cleanup": _documents(hosts.config_file, ("cleanup", "-w host1")),
     }

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from lazycluster import Runtime
 from lazycluster.core import event_loop
-from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError
+from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, TaskExecutionError
 from lazycluster.ssh.ssh_connection import SshConnection
 from sshhosts import PASSWORD
 
@@ -368,3 +369,127 @@ def test_user_certificates(make_hosts, tmp_path, options, said):
     assert error.reason == "auth"
     assert f"the certificate {key}-cert.pub {said}" in str(error)
     assert "have your key signed again" in error.hint
+
+
+# --- keys that cannot be used --------------------------------------------------------------------
+def _world_readable(key: Path) -> None:
+    key.chmod(0o644)
+
+
+def _with_windows_line_ends(key: Path) -> None:
+    key.write_bytes(key.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def _public(key: Path) -> None:
+    shown = subprocess.run(["ssh-keygen", "-y", "-f", str(key)], capture_output=True, check=True)
+    key.write_bytes(shown.stdout)
+
+
+def _missing(key: Path) -> None:
+    key.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause", "step"),
+    [
+        (_world_readable, "others may read the key file {} (mode 0644)", "chmod 600 {}"),
+        (_with_windows_line_ends, "the key file {} has the line ends of Windows", "sed -i"),
+        (_public, "{} is a public key", "name the right file"),
+        (_missing, "the key file {} does not exist", "name the right file"),
+    ],
+)
+def test_the_cause_of_a_key_file_comes_first(hosts, tmp_path, spoil, cause, step):
+    key = tmp_path / "key"
+    shutil.copy(hosts.key_file, key)  # ssh says nothing of the file where the host does not take the key
+    key.chmod(0o600)
+    spoil(key)
+    error = failure("host1", config_file=changed(hosts, tmp_path, IdentityFile=key))
+    assert error.reason == "auth"
+    assert error.detail.startswith(cause.format(key))
+    assert error.hint.startswith(step.format(key)) or step in error.hint
+
+
+def test_a_key_and_a_password(make_hosts):
+    hosts = make_hosts(1, sshd={"AuthenticationMethods": "publickey,password", "PasswordAuthentication": "yes"})
+    error = failure("host1", config_file=hosts.config_file)
+    assert error.detail.startswith("the key was accepted, but the host asks for more than that")
+    assert "password" in error.hint
+    error = failure("host1", config_file=hosts.config_file, password="wrong one")
+    assert error.detail.startswith("the key was accepted, but not the password")
+    opens("host1", config_file=hosts.config_file, password=PASSWORD)
+
+
+def test_too_many_keys(make_hosts, tmp_path):
+    hosts = make_hosts(1, sshd={"MaxAuthTries": "2"})
+    keys = [str(tmp_path / f"key{number}") for number in range(3)]
+    for key in keys:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    lines = "\n  IdentityFile ".join([*keys, hosts.key_file])
+    error = failure("host1", config_file=changed(hosts, tmp_path, IdentityFile=lines))
+    assert "too many keys" in error.detail
+    assert "IdentitiesOnly yes" in error.hint
+
+
+# --- shells and commands that are not what they should be ----------------------------------------
+@pytest.mark.parametrize(
+    ("options", "detail", "hint"),
+    [
+        ({"shell": "rbash"}, "the login shell of the account is a restricted one", "usermod -s"),
+        ({"sshd": {"ForceCommand": "/bin/sh -c $SSH_ORIGINAL_COMMAND"}}, "exit status 0", "in quotes"),
+        ({"sshd": {"ForceCommand": "echo backups only"}}, "it printed: backups only", "ForceCommand"),
+        (
+            {"sshd": {"ForceCommand": "/no/such/rsync"}},
+            "before Python was started: bash: line 1: /no/such/rsync",
+            "Force",
+        ),
+        ({"files": {".bashrc": "exec fish5\n"}}, ".bashrc: line 1: exec: fish5: not found", "(exec)"),
+        ({"files": {".bashrc": "yes noise | head -c 2000000\n"}}, "print more than 1 MiB", "~/.bashrc"),
+        (
+            {"sshd": {"ForceCommand": 'script -qefc "$SSH_ORIGINAL_COMMAND" /dev/null'}},
+            "runs commands on a terminal, as recordings of sessions do",
+            "[ -t 0 ]",
+        ),
+    ],
+    ids=["rbash", "unquoted", "other command", "missing command", "missing shell", "noise", "recording"],
+)
+def test_what_comes_in_the_place_of_python(make_hosts, options, detail, hint):
+    hosts = make_hosts(1, **options)
+    error = failure("host1", config_file=hosts.config_file)
+    assert error.reason == "shell"
+    assert detail in error.detail
+    assert hint in error.hint
+
+
+def test_one_session_only(make_hosts, tmp_path):
+    hosts = make_hosts(1, max_sessions=1)
+    with Runtime("host1", connection_kwargs={"config_file": hosts.config_file}) as runtime:
+        with pytest.raises(TaskExecutionError, match="needs a further ssh session") as caught:
+            runtime.send_file(__file__, "copy")
+        assert "have MaxSessions in the host's sshd_config set" in str(caught.value)
+
+
+def test_a_host_that_penalises_failed_logins():
+    """As an sshd from OpenSSH 9.8 on does: `ssh -v` shows "banner line 0: Not allowed at this time", ssh does not."""
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+
+        def serve():
+            while not ended.is_set():
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    continue
+                with connection:
+                    connection.sendall(b"Not allowed at this time\r\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            error = failure(f"127.0.0.1:{server.getsockname()[1]}", config_file="none")
+        finally:
+            ended.set()
+            thread.join(10)
+    assert error.reason == "refused"
+    assert "logins from this address have failed" in error.detail
+    assert "wait" in error.hint

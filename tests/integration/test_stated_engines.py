@@ -53,6 +53,23 @@ class SmallOnHost(EngineCluster):
     engine_class = type("Engine", (Small,), {"master_on": "host"})
 
 
+@pytest.mark.parametrize("process", ["master", "worker"])
+def test_an_error_of_the_engine_s_own_is_told_as_such(process: str) -> None:
+    def fail(self: Engine, *endpoints: Endpoint) -> ServiceSpec:
+        return {}["no such key"]  # type: ignore[no-any-return]
+
+    class BrokenCluster(EngineCluster):
+        engine_class = type("Broken", (Small,), {process: fail})
+
+    failing = pytest.raises(ClusterError, match="'small' failed: Broken")
+    with local_group(1) as group, BrokenCluster(group) as cluster, failing as caught:
+        cluster.start()
+    lines = str(caught.value).splitlines()
+    assert f"Broken.{process}() raised KeyError: 'no such key'" in str(caught.value)
+    assert any(line.strip().startswith(f'File "{__file__}", line ') and line.endswith(", in fail") for line in lines)
+    assert "Next step: report it to those who maintain" in str(caught.value)
+
+
 def _answer(port: int | None) -> bytes:
     assert port is not None
     with socket.create_connection(("127.0.0.1", port), 10) as connection:

@@ -53,7 +53,7 @@ def test_an_agent_starts_with_all_modules_that_its_first_requests_import() -> No
 
 def test_requests_of_the_start_are_those_that_there_are() -> None:
     """A request that was renamed would be sent without the modules that it needs."""
-    of_the_agent = {"keep", "listen", "ping", "session", "stop"}
+    of_the_agent = {"at_manager_end", "listen", "ping", "session", "stop"}
     assert set(agent_program.START_OPERATIONS) - of_the_agent <= set(server._HANDLERS)
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from lazycluster.cluster import MasterLauncher, MasterWorkerCluster, WorkerLauncher
 from lazycluster.cluster import network as networks
+from lazycluster.cluster.direct_network import DirectNetwork
 from lazycluster.cluster.engine import Endpoint, Engine
 from lazycluster.cluster.exceptions import (
     ClusterError,
@@ -26,13 +27,14 @@ from lazycluster.cluster.exceptions import (
     ServiceError,
     WorkerStartError,
 )
-from lazycluster.cluster.network import Port, PortSupply, Reach
+from lazycluster.cluster.network import Network, Port, PortSupply, Reach, forwards_needed
 from lazycluster.cluster.service_spec import ServiceSpec
 from lazycluster.cluster.services import Service, as_kind
 from lazycluster.cluster.worker_hosts import WorkerHost
 from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher
 from lazycluster.core import event_loop
-from lazycluster.engines.dask.launchers import LocalMasterLauncher
+from lazycluster.engines.dask.engine import DaskEngine
+from lazycluster.engines.dask.launchers import LocalMasterLauncher, RoundRobinLauncher
 from lazycluster.engines.hyperopt.masters import EmbeddedMongoLauncher
 from lazycluster.exceptions import ConnectionLostError, NoPortsLeftError, NoRuntimesError, PortInUseError
 
@@ -311,8 +313,8 @@ def test_certificates_are_for_one_cluster_only() -> None:
 def test_certificates_are_valid_by_the_strict_rules() -> None:
     """Those of OpenSSL, which are Python's default since 3.13; only newer versions of distributed turn them off."""
     pytest.importorskip("cryptography")
-    from lazycluster.cluster.certificates import make_identities
     from lazycluster.cluster.sent.memory_file import in_memory
+    from lazycluster.core.certificates import make_identities
 
     authority, identities = make_identities("server")
     at_server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -448,6 +450,25 @@ def test_more_workers_than_ports_are_refused_before_any_is_started() -> None:
     with pytest.raises(NoPortsLeftError, match="2 workers need 4 ports"):
         event_loop.run(launcher.scale(2, 1000, [1001, 1002, 1003]))
     launcher.check_ports(1, [1001, 1002])
+
+
+def test_how_many_ports_are_forwarded() -> None:
+    uses = DaskEngine.worker_ports
+    assert forwards_needed(uses, workers=1, hosts=1) == 3
+    assert forwards_needed(uses, workers=64, hosts=64) == 64 * (64 + 2)
+    assert forwards_needed([Port("own", Reach.LOCAL)], workers=10, hosts=10) == 0
+
+
+@pytest.mark.parametrize(
+    ("network", "workers", "said"), [("tunnel", 60, True), ("tunnel", 2, False), ("direct", 60, False)]
+)
+def test_many_forwarded_ports_are_announced(
+    network: Any, workers: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    launcher = RoundRobinLauncher(Group())
+    launcher.use(Network(DirectNetwork(network)))
+    launcher._warn_of_forwards(workers, workers)
+    assert ('network="auto"' in caplog.text) is said
 
 
 def test_options_that_cannot_be_sent_are_refused_at_once() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from lazycluster.cli import fanout
 from lazycluster.cli.commands import runtimes
 
 
@@ -39,4 +42,32 @@ def test_the_live_view_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyP
     assert ("TUNNELS" in head.split(), "OS" in head.split()) == (True, width == 200)
     assert "8x 90%" in first or width == 80
     assert second.split() == ["gpu-node-2", "inactive"]
-    assert why == ["gpu-node-2: gone\\x1b[2J"]
+    *notes, why = why
+    assert why == "gpu-node-2: gone\\x1b[2J"
+    assert bool(notes) == (width == 80)
+    assert not notes or re.fullmatch(r"No room for: OS, .* \(a wider terminal shows them\)", notes[0].strip())
+
+
+def test_hosts_are_shown_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, one that is late holds back the others for a moment only."""
+    shown: list[str] = []
+
+    async def main(late: bool) -> list[str]:
+        shown.clear()
+        rows = fanout.InOrder("abcd", shown.append)
+        for name in "cb":
+            rows.put(name, name)
+        assert shown == []
+        if late:
+            await asyncio.sleep(0)
+            while not shown:
+                await asyncio.sleep(0.001)
+        for name in "da":
+            rows.put(name, name)
+        return shown
+
+    monkeypatch.setattr(fanout, "is_terminal", lambda: False)
+    assert asyncio.run(main(late=False)) == list("abcd")
+    monkeypatch.setattr(fanout, "is_terminal", lambda: True)
+    monkeypatch.setattr(fanout, "_PATIENCE", 0.0)
+    assert asyncio.run(main(late=True)) == list("bcda")

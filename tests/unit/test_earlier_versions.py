@@ -199,8 +199,8 @@ def test_the_connection_file_of_a_dask_cluster(left: Path, free_port: int) -> No
 def test_the_connection_file_of_a_search(left: Path) -> None:
     """A server with the password that is in it, on the database of that version, is connected to."""
     pytest.importorskip("hyperopt")
-    from lazycluster.cluster.certificates import make_identities
     from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+    from lazycluster.core.certificates import make_identities
     from lazycluster.engines.hyperopt.programs import compat
 
     file = left / "hyperopt.json"

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from lazycluster import engines
+from lazycluster.cli.app import cli
 from lazycluster.cluster import versions
 from lazycluster.cluster.engine import check_statement
 from lazycluster.cluster.exceptions import ClusterError
@@ -235,3 +237,18 @@ def test_ours_are_known() -> None:
         engines.load("no")
     for name in engines.DEMOS:
         assert engines.load(name).engine_class.name == name
+
+
+@pytest.mark.parametrize(
+    ("engine", "option", "value", "why"),
+    [
+        ("dask", "--memory-limit", "4XB", "'4XB' is not a size such as '4 GiB'"),
+        ("dask", "--memory-limit", "-4GB", "'-4GB' is not a size"),
+        ("hyperopt", "--dbname", "a/b", "must be a name of at most 63 characters"),
+    ],
+)
+def test_options_are_checked_before_anything_starts(engine: str, option: str, value: str, why: str) -> None:
+    pytest.importorskip(engine)
+    done = CliRunner().invoke(cli, ["start", engine, "-w", "no-host", option, value])
+    assert done.exit_code == 2
+    assert why in done.output

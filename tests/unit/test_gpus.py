@@ -18,6 +18,7 @@ from lazycluster.agent import gpus, processes
 from lazycluster.agent.loop import Loop
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError
+from lazycluster.ssh import agent_program
 from lazycluster.ssh.local_connection import LocalConnection
 
 _SHOW = "env | grep ^CUDA; echo up; exec sleep 1000"
@@ -94,9 +95,12 @@ def test_a_program_that_tells_of_no_gpu(
         raise AssertionError(answer["problem"])
 
 
-def _with_limit(limit: float, source: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    from lazycluster.ssh import agent_program
+def _read_agent_again() -> None:
+    for kept in (agent_program._sources, agent_program.payload, agent_program.all_modules):
+        kept.cache_clear()
 
+
+def _with_limit(limit: float, source: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     shorter = source.replace("_LIMIT = 20.0", f"_LIMIT = {limit}")
     assert shorter != source
     read = Path.read_text
@@ -105,11 +109,11 @@ def _with_limit(limit: float, source: str, directory: Path, monkeypatch: pytest.
         return shorter if path.name == "gpus.py" else read(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", patched)
-    agent_program.payload.cache_clear()
+    _read_agent_again()
     try:
         return _ask(directory)
     finally:
-        agent_program.payload.cache_clear()
+        _read_agent_again()
 
 
 def test_without_the_program_there_is_no_gpu(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_manager_that_was_killed_gets_a_moment_to_end(
 ) -> None:
     """Its streams end first: taken for alive, it would leave its private directory."""
     if kept:
-        (tmp_path / guardian.KEEP_FILE).write_text("{}")
+        (tmp_path / guardian.AT_MANAGER_END_FILE).write_text("{}")
     sources = str(Path(guardian.__file__).parents[2])
     command = [sys.executable, "-W", "ignore", "-c", _MANAGER, sources, str(tmp_path), str(moment), what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)

@@ -55,6 +55,7 @@ async def linked() -> AsyncIterator[tuple[AgentLink, Host, list[Exception | None
         link.lost(str(error or "gone"))
 
     link = AgentLink("host1", ours_in, ours_out, on_lost)
+    link._has_all_modules = True  # as later on: the first request is number 1
     try:
         yield link, Host(theirs_in, theirs_out), lost
     finally:

@@ -116,6 +116,90 @@ def test_sorting_skipping_limiting_projecting(people: Database) -> None:
     ]
 
 
+def _trial(number: int, state: int, loss: float | None, owner: str | None = "host1-0") -> Any:
+    result = {"status": "new"} if loss is None else {"status": "ok", "loss": loss}
+    return {"_id": number, "state": state, "owner": owner, "result": result}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "found"),
+    [
+        (
+            [
+                {
+                    "$group": {
+                        "_id": "$state",
+                        "n": {"$sum": 1},
+                        "best": {"$min": "$result.loss"},
+                        "worst": {"$max": "$result.loss"},
+                        "mean": {"$avg": "$result.loss"},
+                    }
+                },
+                {"$sort": {"_id": 1}},
+            ],
+            [
+                {"_id": 0, "n": 1, "best": None, "worst": None, "mean": None},
+                {"_id": 2, "n": 3, "best": 0.5, "worst": 4, "mean": 2.5},
+            ],
+        ),
+        (
+            [
+                {"$match": {"state": 2}},
+                {"$group": {"_id": "$owner", "total": {"$sum": "$result.loss"}}},
+                {"$sort": {"total": -1}},
+            ],
+            [{"_id": "host1-0", "total": 4.5}, {"_id": "host2-0", "total": 3}],
+        ),
+        (
+            [{"$group": {"_id": None, "n": {"$count": {}}, "first": {"$first": "$_id"}}}],
+            [{"_id": None, "n": 4, "first": 1}],
+        ),
+        (
+            [
+                {"$group": {"_id": {"state": "$state", "owner": "$owner"}, "ids": {"$push": "$_id"}}},
+                {"$match": {"_id.state": 2}},
+            ],
+            [
+                {"_id": {"state": 2, "owner": "host1-0"}, "ids": [1, 3]},
+                {"_id": {"state": 2, "owner": "host2-0"}, "ids": [2]},
+            ],
+        ),
+        (
+            [{"$sort": {"result.loss": -1}}, {"$limit": 1}, {"$project": {"result.loss": 1}}],
+            [{"_id": 3, "result": {"loss": 4}}],
+        ),
+        ([{"$group": {"_id": "$no.such.field", "states": {"$addToSet": "$state"}}}], [{"_id": None, "states": [2, 0]}]),
+        ([{"$match": {"state": 9}}, {"$group": {"_id": "$state", "n": {"$sum": 1}}}], []),
+        ([{"$match": {"state": 2}}, {"$count": "trials"}], [{"trials": 3}]),
+        ([], [_trial(1, 2, 0.5), _trial(2, 2, 3, "host2-0"), _trial(3, 2, 4), _trial(4, 0, None, None)]),
+    ],
+)
+def test_aggregations(db: Database, pipeline: list[Any], found: list[Any]) -> None:
+    trials = [_trial(1, 2, 0.5), _trial(2, 2, 3, "host2-0"), _trial(3, 2, 4), _trial(4, 0, None, None)]
+    db("insert", "c", documents=trials)
+    assert db("aggregate", "c", pipeline=pipeline, cursor={})["cursor"]["firstBatch"] == found
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "says"),
+    [
+        ([{"$lookup": {}}], "the stage $lookup is not supported by this server; it has: $match, $group"),
+        ([{"$group": {"_id": 1, "n": {"$stdDevPop": "$x"}}}], "the accumulator $stdDevPop is not supported"),
+        ([{"$group": {"_id": {"$year": "$book_time"}}}], "the operator $year is not supported"),
+        ([{"$group": {"n": {"$sum": 1}}}], "_id"),
+        ([{"$group": {"_id": "$$NOW"}}], "the variable"),
+        ([{"$limit": 0}], "$limit must be"),
+        ([{"$count": "$a"}], "$count must be"),
+        ([{"$group": {"_id": 1, "n": {"$sum": 1}}}, {"$sort": {}}], "$sort must"),
+    ],
+)
+def test_aggregations_that_there_are_not_are_refused_by_name(db: Database, pipeline: list[Any], says: str) -> None:
+    db("insert", "c", documents=[{"_id": 1}])
+    answer = db("aggregate", "c", pipeline=pipeline, cursor={})
+    assert answer["ok"] == 0
+    assert says in answer["errmsg"]
+
+
 def test_batches(db: Database) -> None:
     db("insert", "c", documents=[{"_id": number} for number in range(250)])
     reply = db("find", "c")

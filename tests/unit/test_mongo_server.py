@@ -29,7 +29,6 @@ from bson import encode
 from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
-from lazycluster.cluster.certificates import make_identities
 from lazycluster.cluster.sent.auth_limit import (
     IDLE_LIMIT,
     LINES,
@@ -39,6 +38,7 @@ from lazycluster.cluster.sent.auth_limit import (
     AuthLimit,
     FewLines,
 )
+from lazycluster.core.certificates import make_identities
 from lazycluster.engines.hyperopt.mongo import scram
 from lazycluster.engines.hyperopt.programs import compat, trials, worker
 

@@ -367,15 +367,11 @@ def test_an_interpreters_name_is_one_word_for_a_shell(shell: str, python: str) -
     """The one line that a login shell is given, with `printf` in the place of `exec PYTHON`."""
     sockets = ["/tmp/it's $HOME/agent.sock", "/caf\u00e9/agent.sock"]
     programs = (stub("0123"), rejoining_stub("0123", sockets, 7))
-    for program in programs:
-        line = "printf '%s\\0' ".join(choosing_command("0123", program, python).rsplit("exec sh -c ", 1))
-        words = subprocess.run([shell, "-c", line], capture_output=True, check=True).stdout.decode().split("\0")
-        assert words[1:] == [program, python, ""]
-    for command in (
-        *(remote_command(python, program) for program in programs),
-        bulk_command(python, "0123", sockets, 7),
-    ):
-        line = "printf '%s\\0' ".join(command.rsplit("exec ", 1))
+    commands = [bulk_command(python, "0123", sockets, 7)]
+    commands += [remote_command(python, program) for program in programs]
+    commands += [choosing_command("0123", program, python) for program in programs]
+    for command in commands:
+        line = "printf '%s\\0' " + command.rsplit("exec ", 1)[1]
         done = subprocess.run([shell, "-c", line], capture_output=True, check=True)
         words = done.stdout.decode().split("\0")
         assert words[:2] == [python, "-ISc"]

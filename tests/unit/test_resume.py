@@ -33,7 +33,7 @@ class Side:
 
     def __init__(self) -> None:
         self.outbox = wire.Outbox()
-        self.outbox.keeps = True
+        self.outbox.retains = True
         self.decoder = wire.Decoder()
         self.got: list[tuple[int, int, bytes]] = []
         self.sent: list[tuple[int, int, bytes]] = []
@@ -110,7 +110,7 @@ def test_nothing_is_lost_or_doubled_wherever_the_streams_are_cut(steps: list[tup
 @given(st.integers(-5, 200))
 def test_more_than_was_sent_cannot_have_arrived(total: int) -> None:
     outbox = wire.Outbox()
-    outbox.keeps = True
+    outbox.retains = True
     read, write = os.pipe()
     try:
         outbox.put(b"x" * 100)
@@ -214,7 +214,7 @@ def descriptors(end: socket.socket) -> tuple[int, int]:
 async def _conversation(directory: Path, sizes: list[int], cuts: list[int]) -> None:
     agent = Echo(str(directory))
     session = FrameSession(agent)
-    session.keep()
+    session.retain()
     manager_ended = asyncio.Event()
     line = Wire(cuts[0])
     session.attach(*descriptors(line.agent))
@@ -288,7 +288,7 @@ def test_output_of_a_host_that_cannot_be_reached_goes_to_a_file_and_comes_in_ord
     piece = bytes(range(256)) * 1024
 
     def body(session: FrameSession, agent: Echo) -> None:
-        session.keep()
+        session.retain()
         channel = RequestChannel(session, 1, {})
         count = 0
         while session.writable and count < 200:  # 50 MB: far more than memory is meant for

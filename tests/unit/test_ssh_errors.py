@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lazycluster.ssh.circumstances import Circumstances
 from lazycluster.ssh.config import Settings
-from lazycluster.ssh.errors import Circumstances, classify, is_retryable, last_words
+from lazycluster.ssh.errors import classify, is_retryable, last_words
 
 PROXY_ENDED = (
     "kex_exchange_identification: Connection closed by remote host\r\nConnection closed by UNKNOWN port 65535\r\n"

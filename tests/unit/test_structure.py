@@ -23,6 +23,7 @@ SAME_NAME = {
 }
 # Classes that are made in no other way than as their one subclass, and why they are classes of their own.
 ONE_SUBCLASS = {
+    "ClusterClient": "the client of `DaskCluster.connect`; not called by its name, since it is closed if that fails",
     "FileNames": "a mix-in: `agent.filenames` makes another class of it and cloudpickle's where that is imported",
 }
 # Modules that may name engines although they lie where none is named: the documented import paths.

@@ -87,7 +87,16 @@ def test_each_argument_that_a_message_names_is_known_here() -> None:
     for path in _LIBRARY.rglob("*.py"):
         if path.relative_to(_LIBRARY).parts[0] not in _NOT_OURS:
             named |= {name for text in _messages(path) for name in _ARGUMENT.findall(text)}
-    with_options = {"python", "setup", "environment", "exclude", "cache_dir", "connection_kwargs", "on_unreachable"}
+    with_options = {
+        "python",
+        "setup",
+        "environment",
+        "exclude",
+        "cache_dir",
+        "connection_kwargs",
+        "network",
+        "on_unreachable",
+    }
     in_python_only = {
         "address",
         "check_versions",
@@ -98,6 +107,7 @@ def test_each_argument_that_a_message_names_is_known_here() -> None:
         "minimum",
         "maximum",
     }
+    in_python_only |= {"master_port", "dashboard_port", "nthreads", "worker_count"}  # instead of worker_options=
     no_arguments = {"pid", "style"}  # of a repr, and of HTML
     assert named <= with_options | in_python_only | no_arguments | _EXAMPLES
 

@@ -83,10 +83,13 @@ def dump_result(value: Any, known: Dict[Any, str]) -> Chunks:
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, type) and obj in known:
                 return localmodules.tracked_class, (known[obj],)
+            if isinstance(obj, BaseException):
+                return localmodules.reduced_error(obj)
             return super().reducer_override(obj)
 
     file = Chunks()
-    ResultPickler(file, protocol=5).dump(value)
+    with localmodules.found_by_name():
+        ResultPickler(file, protocol=5).dump(value)
     return file
 
 

@@ -6,13 +6,15 @@ import os
 import pwd
 import time
 
-from . import oom
+from . import oom, shell_state
 from .processes import (
     AGENT_MARKER,
     TASK_MARKER,
     Pump,
     Termination,
+    command_lines,
     explained,
+    orphans,
     pipe,
     send_signal,
     spawn,
@@ -30,6 +32,14 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # the module proper makes enumerations, for which it imports much
     from _collections import deque
+
+_MOST_LEFT = 5  # of what a command has left running, so many are told
+_SETTLING = 0.1  # seconds
+
+
+# Characters from which on a command is given in a file: a program's argument has at most 128 KiB, and these may be of
+# four bytes.
+_LONG = 32_000
 
 
 def login_shell() -> str:
@@ -95,9 +105,16 @@ class CommandProcess:
         merge: Whether standard error joins standard output.
         cores: See `spawn`.
 
+    Attributes:
+        pid: Its process, 0 if it was not started.
+        file: The path of a file that is removed when it has ended.
+
     Raises:
         OSError: It cannot be started.
     """
+
+    pid = 0
+    file = ""
 
     def __init__(
         self,
@@ -149,6 +166,11 @@ class CommandProcess:
 
     def _exited(self, status: int) -> None:
         self.status = status
+        if self.file:
+            try:
+                os.unlink(self.file)
+            except OSError:
+                pass  # it goes with the agent's directory
         self._maybe_over()
 
     def _maybe_over(self) -> None:
@@ -249,12 +271,51 @@ class _Command(CommandProcess):
                 fields["limit"] = "wall"
         if fields["signal"] == signal.SIGKILL or fields["exit"] == 128 + signal.SIGKILL:
             fields.update(oom.evidence(self.killed_before))
-        self.channel.result(**fields)
+        if self.channel.params.get("tell_left") and orphans():
+            # A moment later they have become the programs that they are to run.
+            self.channel.loop.call_later(_SETTLING, lambda: self._tell_left(fields))
+        else:
+            self.channel.result(**fields)
+
+    def _tell_left(self, fields: Dict[str, Any]) -> None:
+        self.channel.result(left=command_lines(orphans(), self.task)[:_MOST_LEFT], **fields)
 
 
-def _in_shell(channel: RequestChannel, path: str, line: str, begin: Callable[[List[str], Dict[str, str]], Any]) -> None:
-    """Call `begin` with argv and environment of a line of shell, once the shell's start-up files have been read."""
+def _in_file(command: str, directory: str) -> str:
+    """Write a command to a private file, and return its path."""
+    path = os.path.join(directory, "command-" + os.urandom(4).hex())
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(os.fsencode(command))
+    return path
+
+
+def _in_shell(
+    channel: RequestChannel,
+    path: str,
+    line: str,
+    start: Callable[[List[str], Dict[str, str]], Optional[CommandProcess]],
+) -> None:
+    """Start a line of shell once the shell's start-up files have been read.
+
+    Args:
+        channel: The request.
+        path: The shell.
+        line: The line.
+        start: Starts it, with argv and environment; returns None if it cannot be started.
+    """
     params = channel.params
+    file = ""
+    if len(line) > _LONG:
+        file = _in_file(line, channel.agent.directory)
+        line = shell_state.reading(path, file)
+
+    def begin(argv: List[str], env: Dict[str, str]) -> None:
+        process = start(argv, env)
+        if process is not None:
+            process.file = file
+        elif file:
+            os.unlink(file)
+
     task = params.get("task") or ""
     env = environment(channel, task)
     shell = None
@@ -285,13 +346,15 @@ def run(channel: RequestChannel) -> None:
     path = params.get("shell") or login_shell()
     asked = time.monotonic()
 
-    def begin(argv: List[str], env: Dict[str, str]) -> None:
-        _begin(channel, argv, env, time.monotonic() - asked)
+    def start(argv: List[str], env: Dict[str, str]) -> Optional[CommandProcess]:
+        return _begin(channel, argv, env, time.monotonic() - asked)
 
-    _in_shell(channel, path, params["command"], begin)
+    _in_shell(channel, path, params["command"], start)
 
 
-def _begin(channel: RequestChannel, argv: List[str], env: Dict[str, str], waited: float = 0.0) -> None:
+def _begin(
+    channel: RequestChannel, argv: List[str], env: Dict[str, str], waited: float = 0.0
+) -> Optional[CommandProcess]:
     params = channel.params
     limited = dict(params.get("limits") or {})
     if limited:
@@ -305,13 +368,9 @@ def _begin(channel: RequestChannel, argv: List[str], env: Dict[str, str], waited
     try:
         command = _Command(channel, argv, env, cwd, bool(params.get("input")), bool(params.get("merge")))
     except OSError as error:
-        # Which of the two is missing cannot be told from the error alone.
-        if os.path.isdir(cwd):
-            name, message = argv[0], "{}: {}".format(explained(error.strerror), argv[0])
-        else:
-            name, message = cwd, "the working directory {} cannot be used: {}".format(cwd, error.strerror)
-        channel.fail("os", message, errno=error.errno, path=name)
-        return
+        name = cwd if error.filename == cwd else argv[0]
+        channel.fail("os", _unstarted(error, argv, cwd), errno=error.errno, path=name)
+        return None
     command.killed_before = before
     if limited:
         command.clock = limits.Clock(channel.loop, limited, command.end)
@@ -319,6 +378,17 @@ def _begin(channel: RequestChannel, argv: List[str], env: Dict[str, str], waited
     channel.on_abandon = command.end
     channel.on_drain = command.resume
     channel.event(pid=command.pid)
+    return command
+
+
+def _unstarted(error: OSError, argv: List[str], cwd: str) -> str:
+    """Return why a program was not started; the error names its working directory if that is the reason."""
+    if error.filename != cwd:
+        return "{}: {}".format(explained(error.strerror), argv[0])
+    if cwd.rstrip("/") != os.path.expanduser("~").rstrip("/"):
+        return "the working directory {} cannot be used: {}".format(cwd, error.strerror)
+    step = "have the host's administrator make it, or correct its owner and permissions"
+    return "the home directory {} cannot be used: {}. Next step: {}".format(cwd, error.strerror, step)
 
 
 def setup(channel: RequestChannel) -> None:
@@ -336,10 +406,11 @@ def setup(channel: RequestChannel) -> None:
     # The descriptor is handed down by number, since the lines may use standard output for themselves.
     script = "{}\n{}\nenv -0 >&{} || exit\n".format(*_checking(name, params["script"]), write)
 
-    def begin(argv: List[str], env: Dict[str, str]) -> None:
-        _Setup(channel, argv, env, params.get("cwd") or os.path.expanduser("~"), read, write)
+    def start(argv: List[str], env: Dict[str, str]) -> Optional[CommandProcess]:
+        process = _Setup(channel, argv, env, params.get("cwd") or os.path.expanduser("~"), read, write)
+        return process if process.pid else None
 
-    _in_shell(channel, shell, script, begin)
+    _in_shell(channel, shell, script, start)
 
 
 def _checking(shell: str, script: str) -> Tuple[str, str]:
@@ -367,7 +438,7 @@ class _Setup(CommandProcess):
             super().__init__(channel, argv, env, cwd, False, True)
         except OSError as error:
             os.close(read)
-            channel.fail("os", "the set-up cannot be run: {}: {}".format(explained(error.strerror), argv[0]))
+            channel.fail("os", "the set-up cannot be run: " + _unstarted(error, argv, cwd))
             return
         finally:
             os.close(write)

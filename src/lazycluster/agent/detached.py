@@ -1,8 +1,9 @@
 """Tasks that go on when their manager ends: an agent of their own carries them out, and writes down what becomes of it.
 
 Each has a directory, for this user only, in the user's state directory: `task.json` says what it is and `state.json`
-how far it is, `log` holds what it printed, `outcome-N` what the function in step N returned. The agent that carries it
-out is nobody else's; it ends with the task. Any other agent of the user can tell about it, end it, and remove it.
+how far it is, `log` holds what it printed (see `detached_log`), `outcome-N` what the function in step N returned. The
+agent that carries it out is nobody else's; it ends with the task. Any other agent of the user on this host can tell
+about it, end it, and remove it. Hosts may share the directory: a task says of which one it is.
 """
 
 from __future__ import annotations
@@ -34,12 +35,30 @@ RUNNING, DONE, FAILED, CANCELLED, LOST = "running", "done", "failed", "cancelled
 _STEPS = {"run": ("commands", "run"), "call": ("functions", "call")}
 _NAME = re.compile("[0-9a-f]{16}")
 _AGAIN = 1.0  # seconds until what could not be written is tried once more: the disk may be full
+_BEING_MADE = 300.0  # seconds for which a directory may have nothing in it
 _LAST_LIMIT = 3600.0  # seconds within which the end of a task must have been written down
 
 
 def _boot() -> str:
     boot = read_text("/proc/sys/kernel/random/boot_id").strip()
     return "{} {}".format(boot, start_time(1) or 0) if boot else ""
+
+
+def _machine() -> str:
+    """Return what tells this host from others: they may be copies of each other, or be in containers."""
+    return "{} {}".format(os.uname().nodename, read_text("/etc/machine-id").strip())
+
+
+def _id_of(name: str) -> str:
+    """Return the id of a task whose name no other one on this host may have."""
+    import hashlib
+
+    return hashlib.sha256("{}\0{}".format(name, _machine()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _uptime() -> float:
+    """Return the seconds since the host was started; a clock that somebody sets does not change them."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def tasks_directory(trust_group: bool, wanted: bool = True) -> str:
@@ -152,13 +171,30 @@ class Record:
             self._task.step_over({"ok": False, "error": error, "message": message})
 
 
+def _make_directory(path: str) -> None:
+    """Make the directory of a task; one in which nothing was written, since its agent was killed, makes room.
+
+    Raises:
+        OSError: It cannot be made; FileExistsError: another task has it.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if _told(path) is not None or time.time() - os.stat(path).st_mtime < _BEING_MADE:
+            raise
+        remove_tree(path)
+        os.mkdir(path, 0o700)
+
+
 class _Task:
     """A task that this agent carries out, and nothing else."""
 
     def __init__(self, agent: Any, params: Dict[str, Any]) -> None:
         self.agent = agent
+        if params.get("unique"):
+            params["id"] = _id_of(str(params["name"]))
         self.directory = os.path.join(tasks_directory(bool(params.get("trust_group"))), str(params["id"]))
-        os.mkdir(self.directory, 0o700)
+        _make_directory(self.directory)
         self._steps: List[Dict[str, Any]] = params["steps"]
         self._over: List[Dict[str, Any]] = []
         self._inputs: List[bytes] = []
@@ -174,7 +210,9 @@ class _Task:
         # The sshd that brought this agent serves a manager, who goes on with it.
         with open(os.path.join(self.agent.directory, SSHD_FILE), "w") as file:
             file.write("0 0")
-        self._log = os.open(os.path.join(self.directory, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        from .detached_log import LogWriter
+
+        self._log = LogWriter(self.directory)
         if not params.get("cwd"):
             params["cwd"] = os.path.join(self.directory, "work")
             os.mkdir(params["cwd"], 0o700)
@@ -183,7 +221,8 @@ class _Task:
                 step["params"]["env"][params["cwd_variable"]] = params["cwd"]
         known = ("id", "name", "created", "cwd")
         about = {"labels": [step["label"] for step in self._steps], "boot": _boot(), "pid": os.getpid()}
-        about["started"] = start_time(os.getpid())
+        about["started"], about["machine"] = start_time(os.getpid()), _machine()
+        about["begun"], about["uptime"] = time.time(), _uptime()
         _write(os.path.join(self.directory, "task.json"), dict(about, **{name: params.get(name) for name in known}))
         self._note()
 
@@ -207,6 +246,8 @@ class _Task:
         record: Any = Record(self, step["params"], os.path.join(self.directory, "outcome-{}".format(number)))
         module, function = _STEPS[step["op"]]
         try:
+            if step.get("script"):
+                data = self._write_script(step["params"]["argv"], data)
             getattr(import_module("." + module, __package__), function)(record)
         except OSError as error:
             record.fail("os", "{}: {}".format(explained(error.strerror), error.filename or step["label"]))
@@ -215,12 +256,17 @@ class _Task:
             record.on_input(data[start : start + MAX_PAYLOAD])
         record.on_input_end()
 
+    def _write_script(self, argv: List[str], data: bytes) -> bytes:
+        """Write the script that a step runs beside its log; return what is left to be fed to it."""
+        path = os.path.join(self.directory, "script")
+        with open(path, "wb", opener=_private) as file:
+            file.write(data)
+        argv.insert(1, path)
+        return b""
+
     def print(self, data: bytes) -> None:
         """Take output."""
-        try:
-            os.write(self._log, data)
-        except OSError:
-            pass  # the disk is full: the task is not to suffer from that
+        self._log.write(data)
 
     def step_over(self, fields: Dict[str, Any]) -> None:
         """Note how a step has ended, and go on if it ended well."""
@@ -263,7 +309,7 @@ class _Task:
 
     def _note(self) -> None:
         ended = None if self._state == RUNNING else time.time()
-        message = {"state": self._state, "steps": self._over, "ended": ended}
+        message = {"state": self._state, "steps": self._over, "ended": ended, "uptime": _uptime()}
         _write(os.path.join(self.directory, "state.json"), message)
 
 
@@ -301,7 +347,7 @@ def detach(channel: "RequestChannel") -> None:
             channel.fail("os", "{}: {}".format(error.strerror, error.filename), errno=error.errno, path=error.filename)
             return
         channel.agent.go_alone()
-        channel.result(directory=task.directory)
+        channel.result(directory=task.directory, id=params["id"])
         task.begin(inputs)
 
     channel.on_input, channel.on_input_end = take, begin
@@ -312,9 +358,26 @@ def _told(directory: str) -> Optional[Dict[str, Any]]:
     about, state = _read(os.path.join(directory, "task.json")), _read(os.path.join(directory, "state.json"))
     if not about or not state:
         return None
+    same_boot = about.get("boot") == _boot()
     if state.get("state") == RUNNING and not _lives(about):
         state["state"] = LOST
+        about["restarted"] = not same_boot
+    ended = state.get("ended")
+    about["age"] = _since(about.get("begun") or about.get("created"), about.get("uptime"), same_boot)
+    about["ended_ago"] = _since(ended, state.get("uptime"), same_boot) if ended else None
     return dict(about, **state)
+
+
+def _is_here(about: Dict[str, Any]) -> bool:
+    """Return whether a task is of this host. Earlier versions did not note that; the host's name may have changed."""
+    return about.get("machine") in (None, _machine()) or about["state"] == RUNNING
+
+
+def _since(when: Any, uptime: Any, same_boot: bool) -> float:
+    """Return the seconds since a moment: by what the clock cannot change, as far as that goes."""
+    if same_boot and uptime is not None:
+        return max(0.0, _uptime() - float(uptime))
+    return max(0.0, time.time() - float(when or 0))
 
 
 def _lives(about: Dict[str, Any]) -> bool:
@@ -330,7 +393,7 @@ def detached(channel: "RequestChannel") -> None:
     if action == "list":
         names = sorted(os.listdir(root)) if os.path.isdir(root) else []
         found = [_told(os.path.join(root, name)) for name in names if _NAME.fullmatch(name)]
-        channel.result(tasks=[one for one in found if one is not None])
+        channel.result(tasks=[one for one in found if one is not None and _is_here(one)])
         return
     name = str(params["id"])
     directory = os.path.join(root, name)
@@ -351,18 +414,20 @@ def detached(channel: "RequestChannel") -> None:
         if error is not None:
             raise error
         channel.result()
+    elif action == "log":
+        from .detached_log import LogOutput
+
+        LogOutput(channel, directory, int(params.get("offset") or 0))
     else:
-        number = "log" if action == "log" else "outcome-{}".format(int(params["step"]))
-        _FileOutput(channel, os.path.join(directory, number), int(params.get("offset") or 0))
+        _FileOutput(channel, os.path.join(directory, "outcome-{}".format(int(params["step"]))))
 
 
 class _FileOutput:
     """Sends a file, no faster than it is taken."""
 
-    def __init__(self, channel: "RequestChannel", path: str, offset: int) -> None:
+    def __init__(self, channel: "RequestChannel", path: str) -> None:
         self._channel = channel
         self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        os.lseek(self._fd, offset, os.SEEK_SET)
         channel.on_drain = self._go_on
         channel.on_abandon = self._close
         self._go_on()

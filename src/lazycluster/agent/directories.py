@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
 import errno
+import fcntl
 import os
 import stat
 
@@ -65,6 +66,27 @@ def private_directory(candidates: Sequence[str], longest: int, prepare: Callable
         except OSError as error:
             errors.append("{}: {}".format(parent, error.strerror or error))
     raise OSError("; ".join(errors))
+
+
+def hold(directory: str) -> int:
+    """Keep a directory from being removed for its age, as long as the descriptor that this returns is open.
+
+    systemd-tmpfiles removes what was not touched for 10 days from /tmp, unless somebody has a lock on it, or on a
+    directory above it. Work may take longer.
+
+    Returns:
+        The descriptor; -1 where the file system has no locks.
+    """
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return fd
+    except OSError:
+        os.close(fd)
+        return -1
 
 
 def _fill(path: str) -> None:
@@ -132,6 +154,7 @@ def listening(candidates: Sequence[str], longest: int) -> Tuple[str, socket.sock
 
     def prepare(directory: str) -> None:
         note_host(directory)
+        hold(directory)
         found.append(listener(directory))
 
     return private_directory(candidates, longest, prepare), found[0]

@@ -56,7 +56,11 @@ def handle(stream: FrameStream, request: Dict[str, Any], parts: Optional[Partial
     env: Mapping[str, str] = request.get("env") or {}
     cwd = raw(request.get("cwd") or "")
     path = None if request.get("path") is None else raw(request["path"])
-    if request["op"] == "send":
+    if request["op"] == "direct":
+        from .direct_copy import Party
+
+        Party(stream, request, lambda name: destination(path, cwd, env, False, name), parts).run()
+    elif request["op"] == "send":
         Receiver(stream, lambda folder, name: destination(path, cwd, env, folder, name), ByteCounter(), parts).run()
     else:
         exclude = [raw(pattern) for pattern in request.get("exclude") or ()]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # the module proper makes enumerations, for which it imports much
 
-KEEP_FILE = "keep.json"
+AT_MANAGER_END_FILE = "at-manager-end.json"
 _PR_SET_CHILD_SUBREAPER = 36
 _DYING = 3.0  # seconds from the end of a manager's streams to its own
 _MOMENT = 0.02  # seconds
@@ -84,7 +84,7 @@ def _has_ended(manager: int, directory: str) -> bool:
 
     Its streams, by which its agent learns of it, are closed before: on a busy machine, well before.
     """
-    deadline = time.monotonic() + (_DYING if os.path.exists(os.path.join(directory, KEEP_FILE)) else 0.0)
+    deadline = time.monotonic() + (_DYING if os.path.exists(os.path.join(directory, AT_MANAGER_END_FILE)) else 0.0)
     while os.getppid() == manager:
         if time.monotonic() >= deadline:
             return False
@@ -147,7 +147,7 @@ def _reap() -> None:
 def clean(directory: str) -> None:
     """Remove the agent's directory; end and remove what the manager asked to keep an eye on (on its own machine)."""
     try:
-        with open(os.path.join(directory, KEEP_FILE), "rb") as file:
+        with open(os.path.join(directory, AT_MANAGER_END_FILE), "rb") as file:
             kept: Dict[str, Any] = json_text.loads(file.read())
     except (OSError, ValueError):
         kept = {}

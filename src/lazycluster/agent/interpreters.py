@@ -39,8 +39,16 @@ def packages(names: Sequence[str]) -> Dict[str, Any]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    told = {"version": list(sys.version_info[:3]), "executable": sys.executable, "packages": found}
-    return dict(told, bytecode=dict(bytecode.found))
+    import sysconfig
+
+    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")  # PEP 668: pip installs nothing there
+    return {
+        "version": list(sys.version_info[:3]),
+        "executable": sys.executable,
+        "managed": sys.prefix == sys.base_prefix and os.path.exists(marker),
+        "packages": found,
+        "bytecode": dict(bytecode.found),
+    }
 
 
 def interpreters() -> Iterator[Tuple[str, List[int]]]:

@@ -16,7 +16,7 @@ import os
 import pickle
 import sys
 import types
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 # Text, whether it is a package, file name, and the distribution that it is of, as far as the manager knows.
 Source = Tuple[str, bool, str, str]
@@ -380,6 +380,44 @@ shared_objects: Dict[int, Any] = {}  # a worker of a pool puts in this place wha
 def shared(number: int) -> Any:
     """Return a large object that several calls have in common."""
     return shared_objects[number]
+
+
+@contextlib.contextmanager
+def found_by_name() -> Iterator[None]:
+    """Have pickle find what is in this module also where the package that it is of on the manager is not installed."""
+    package = __name__.partition(".")[0]
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = types.ModuleType(package)
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+def reduced_error(error: BaseException) -> Any:
+    """Return how an exception is pickled, such that it can be made again whatever arguments its class takes.
+
+    Nothing, if its class says that itself.
+    """
+    kind = type(error)
+    if kind.__reduce__ is not BaseException.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
+        return NotImplemented
+    return made_error, (kind, error.args), error.__dict__ or None
+
+
+def made_error(kind: Any, args: Tuple[Any, ...]) -> BaseException:
+    """Return an exception of a class as pickle makes it; if `__init__` takes other arguments, without calling that."""
+    try:
+        made: BaseException = kind(*args)
+    except Exception:  # noqa: BLE001  (the user's own code)
+        made = kind.__new__(kind, *args)
+        built_in: Any = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+        with contextlib.suppress(Exception):
+            built_in.__init__(made, *args)
+    made.args = args
+    return made
 
 
 def tracked_class(identity: str) -> Any:

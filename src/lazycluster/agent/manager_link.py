@@ -79,7 +79,7 @@ class ManagerLink:
             self.grace = max(float(params["grace"]), float(params["silence"]))
             self._limit = float(params["silence"])
             if self.session is not None:
-                self.session.keep()
+                self.session.retain()
             self._timer.cancel()
             self._look()
         channel.result(grace=self.grace, refusal=refusal)

@@ -105,6 +105,8 @@ class _ResultPickler:
             def reducer_override(self, obj: Any) -> Any:
                 if isinstance(obj, type) and obj in known:
                     return localmodules.tracked_class, (known[obj],)
+                if isinstance(obj, BaseException):
+                    return localmodules.reduced_error(obj)
                 return super().reducer_override(obj)
 
         self._class: Callable[..., Any] = Pickler
@@ -122,7 +124,8 @@ class _ResultPickler:
         if type(value) is list and len(value) == 1 and type(value[0]) in _PLAIN:
             return [pickle.dumps(value, 5)]
         file = call_process.Chunks()
-        self._class(file, protocol=5).dump(value)
+        with localmodules.found_by_name():
+            self._class(file, protocol=5).dump(value)
         return file.parts
 
 

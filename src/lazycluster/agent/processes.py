@@ -19,12 +19,14 @@ else:
 
 AGENT_MARKER = "LAZYCLUSTER_AGENT"
 TASK_MARKER = "LAZYCLUSTER_TASK"
+_LINE_SHOWN = 200  # characters of a command line
 STAGES: Tuple[Tuple[int, float], ...] = ((signal.SIGTERM, 1.0), (signal.SIGKILL, 1.0))
 _LIMITS = {
     os.strerror(errno.EAGAIN): "the limit of processes is reached: ulimit -u, or that of a control group",
     os.strerror(errno.EMFILE): "the limit of open files is reached, ulimit -n: run less at once, or raise it",
     os.strerror(errno.ENFILE): "the host's limit of open files is reached: run less at once",
 }
+_PAGES = 32  # of memory, that an argument or variable may take
 _READ_SIZE = 128 * 1024
 _PIPE_SIZE = 1024 * 1024
 _RESET = [s for s in (getattr(signal, n, None) for n in ("SIGPIPE", "SIGXFSZ", "SIGCHLD", "SIGINT", "SIGTERM")) if s]
@@ -190,16 +192,33 @@ def family(pid: int) -> List[int]:
 
 def marked_processes(marker: str) -> List[Tuple[int, str]]:
     """Return (pid, value) of the processes that were started with `marker` in their environment."""
+    return [(pid, value) for pid in parents() for value in _marks(pid, marker)]
+
+
+def _marks(pid: int, marker: str) -> List[str]:
     prefix = os.fsencode(marker + "=")
-    found: List[Tuple[int, str]] = []
-    for pid in parents():
-        try:
-            with open("/proc/{}/environ".format(pid), "rb") as file:
-                entries = file.read().split(b"\0")
-        except OSError:
-            continue
-        found.extend((pid, os.fsdecode(entry[len(prefix) :])) for entry in entries if entry.startswith(prefix))
-    return found
+    try:
+        with open("/proc/{}/environ".format(pid), "rb") as file:
+            entries = file.read().split(b"\0")
+    except OSError:
+        return []
+    return [os.fsdecode(entry[len(prefix) :]) for entry in entries if entry.startswith(prefix)]
+
+
+def orphans() -> List[int]:
+    """Return the processes whose parents have ended: children of the guardian, where the system has such lists."""
+    return [pid for pid in children_of(os.getppid()) if pid != os.getpid()]
+
+
+def command_lines(pids: Iterable[int], task: str) -> List[str]:
+    """Return the command lines of those processes that belong to a task.
+
+    Args:
+        pids: The processes.
+        task: The value of its marker.
+    """
+    lines = {pid: read_text("/proc/{}/cmdline".format(pid))[:_LINE_SHOWN].replace("\0", " ").strip() for pid in pids}
+    return [line for pid, line in lines.items() if line and task in _marks(pid, TASK_MARKER)]
 
 
 def tree_of(pid: int, started: Optional[int], task: str) -> List[int]:
@@ -346,6 +365,10 @@ def spawn(
         return os.posix_spawn(
             path, list(argv), dict(env), file_actions=actions, setsid=True, setsigmask=[], setsigdef=_RESET
         )
+    except OSError as error:
+        if error.errno == errno.E2BIG:
+            raise OSError(error.errno, _too_long(argv, env)) from None
+        raise
     finally:
         if cores and _cores is not None:
             forbid_cores()
@@ -353,6 +376,19 @@ def spawn(
             os.set_inheritable(fd, False)
         os.fchdir(before)
         os.close(before)
+
+
+def _too_long(argv: Sequence[str], env: Mapping[str, str]) -> str:
+    """Return what a program would get too much of: one argument or variable, or all of them."""
+    size, what = max(
+        [(len(os.fsencode(argument)) + 1, "an argument") for argument in argv]
+        + [(len(os.fsencode(name + value)) + 2, "the environment variable " + name) for name, value in env.items()]
+    )
+    most = _PAGES * resource.getpagesize()
+    if size > most:
+        how = "has {} bytes, but a program gets at most {} in one; give it in a file, or on standard input"
+        return "{} {}".format(what, how.format(size, most))
+    return "arguments and environment are together longer than a program gets (a quarter of ulimit -s)"
 
 
 # --- forked children -----------------------------------------------------------------------------

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from .session import RequestChannel
 
 _MOST_OPEN = 64  # dials at once
+_MOST_YOUNG = 16  # of these, dials that have begun a moment ago: more would only wait for each other
+_YOUNG = 0.5  # seconds
 _MOST_CALLERS = 512  # connections at once that have not ended; those that are not ours are among them
 _DIAL_LIMIT = 2.0  # seconds for one dial, and for a caller to say who it is
-_ROUND_LIMIT = 4.0  # seconds for all dials together
+_ROUND_LIMIT = 6.0  # seconds for all dials together
 _LIFETIME = 60.0  # seconds, after which the listeners close whatever the manager does
 _NONCE, _MAC = 16, 16  # bytes
 _BODY = struct.Struct(">I16s")  # of an answer: which host, and the address that was reached
@@ -173,12 +175,14 @@ class _Dial:
     """A connection to one address and port, and the question who is there.
 
     Attributes:
+        young: Whether it has begun a moment ago.
         reached: The address of the listener, as its own host knows it, if the right host has answered.
         problem: Why nothing is proven, "" if it is.
     """
 
     def __init__(self, loop: "Loop", key: _Key, peer: int, address: str, port: int, bare: bool) -> None:
         self.peer, self.address, self.port = peer, address, port
+        self.young = False
         self.reached = self.problem = ""
         self._loop, self._key, self._bare = loop, key, bare
         self._question = key.question(os.urandom(_NONCE))
@@ -281,6 +285,7 @@ class _Participant:
         self._listeners: "List[_Listener]" = []
         self._waiting: "Deque[_Dial]" = deque()
         self._open: "Set[_Dial]" = set()
+        self._young = 0
         self._failed: "List[List[Any]]" = []
         self._reached: "Dict[Tuple[int, str], str]" = {}
         self._deadline: "Optional[Timer]" = None
@@ -307,7 +312,10 @@ class _Participant:
 
     def _dial_all(self, message: "Dict[str, Any]") -> None:
         """Dial as told: [host, address, ports where its listener is, ports of services that run], ..."""
-        for peer, address, ports, running in message["dial"]:
+        # Each begins with the host behind itself: otherwise all would dial the first one at once.
+        for peer, address, ports, running in sorted(
+            message["dial"], key=lambda entry: (entry[0] <= self._me, entry[0])
+        ):
             if peer == self._me:
                 continue
             for port, bare in [*((port, False) for port in ports), *((port, True) for port in running)]:
@@ -327,10 +335,8 @@ class _Participant:
             dial.give_up()
 
     def _go_on(self) -> None:
-        while self._waiting and len(self._open) < _MOST_OPEN:
-            dial = self._waiting.popleft()
-            self._open.add(dial)
-            dial.begin(self._ended)
+        while self._waiting and len(self._open) < _MOST_OPEN and self._young < _MOST_YOUNG:
+            self._begin(self._waiting.popleft())
         if not self._open and self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -338,8 +344,24 @@ class _Participant:
             self._channel.event(state="dialed", failed=self._failed, translated=reached)
             self._failed, self._reached = [], {}
 
+    def _begin(self, dial: _Dial) -> None:
+        self._open.add(dial)
+        dial.young = True
+        self._young += 1
+        self._loop.call_later(_YOUNG, lambda: self._grown(dial))
+        dial.begin(self._ended)
+
+    def _grown(self, dial: _Dial) -> None:
+        if dial.young:
+            dial.young = False
+            self._young -= 1
+            self._go_on()
+
     def _ended(self, dial: _Dial) -> None:
         self._open.discard(dial)
+        if dial.young:
+            dial.young = False
+            self._young -= 1
         if dial.problem:
             self._failed.append([dial.peer, dial.address, dial.port, dial.problem])
         else:

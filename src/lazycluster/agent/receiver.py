@@ -282,6 +282,7 @@ class Receiver:
         part, name = self._part, self._tree_there().whole(self._wanted[0].name)
         if (self._size, self._checksum) != (size, checksum):
             raise CopyError(name, "was damaged on the way: {} bytes instead of {}, or others".format(self._size, size))
+        self._approve(mode, mtime)
         if part is not None:
             try:
                 part.complete(mode, mtime)
@@ -291,9 +292,13 @@ class Receiver:
         self._wanted.popleft()
         self._counter.file(True)
 
+    def _approve(self, mode: int, mtime: int) -> None:
+        """Raise a `CopyError` if a file that is complete is not to take its place."""
+
     def _same(self) -> None:
         self._between_files()
         size, _, mode, mtime = SUMMARY.unpack(self._stream.payload())
+        self._approve(mode, mtime)
         try:
             directory, last = self._tree_there().parent(self._wanted[0].name)
             fd = _opened(last, directory)

@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 
 from . import descriptors, json_text
-from .guardian import KEEP_FILE, clean
+from .guardian import AT_MANAGER_END_FILE, clean
 from .loop import Loop
 from .manager_link import ManagerLink
 from .processes import (
@@ -257,8 +257,8 @@ class Agent:
         """Start the work that a request asks for."""
         operation = str(channel.params.get("op"))
         try:
-            if operation == "keep":
-                self._keep(channel)
+            if operation == "at_manager_end":
+                self._note_for_manager_end(channel)
             elif operation == "stop":
                 self._stop(channel)
             elif operation == "listen":
@@ -281,9 +281,9 @@ class Agent:
         except Exception as error:  # noqa: BLE001  (one broken request must not end the others)
             channel.fail("internal", "{}: {}".format(type(error).__name__, error), traceback=_traceback())
 
-    def _keep(self, channel: RequestChannel) -> None:
+    def _note_for_manager_end(self, channel: RequestChannel) -> None:
         """Remember what is to be ended and removed if the manager dies (asked of the keeper only)."""
-        path = os.path.join(self.directory, KEEP_FILE)
+        path = os.path.join(self.directory, AT_MANAGER_END_FILE)
         with open(path + ".new", "wb") as file:
             file.write(
                 json_text.dumps({name: channel.params.get(name) or [] for name in ("pids", "programs", "paths")})

@@ -154,9 +154,9 @@ class FrameSession:
         self.agent.loop.add_reader(fd_in, self._readable)
         self._flush()
 
-    def keep(self) -> None:
-        """From now on, keep what is sent until it has been acknowledged."""
-        self._outbox.keeps = True
+    def retain(self) -> None:
+        """From now on, retain what is sent until it has been acknowledged."""
+        self._outbox.retains = True
 
     def rewind(self, total: int) -> None:
         """Have everything after the first `total` bytes sent again.
@@ -268,7 +268,7 @@ class FrameSession:
         except wire.FrameError as error:
             self.agent.streams_ended(self, error)
             return
-        if self._outbox.keeps and self.received - self._told >= wire.ACK_UNIT:
+        if self._outbox.retains and self.received - self._told >= wire.ACK_UNIT:
             self._acknowledge()
 
     def _acknowledge(self) -> None:
@@ -296,7 +296,7 @@ class FrameSession:
 
     def _acknowledged(self, total: int) -> None:
         before = self._outbox.held
-        if self._outbox.keeps:
+        if self._outbox.retains:
             self._outbox.acknowledge(total)
         self._acknowledge()  # it is the manager's heartbeat, too
         if before >= wire.HELD > self._outbox.held:

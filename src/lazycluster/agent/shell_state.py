@@ -93,6 +93,14 @@ def quoted(path: str) -> str:
     return "'{}'".format(path.replace("'", "'\\''"))
 
 
+def reading(shell: str, path: str) -> str:
+    """Return what has a shell run the text of a file as if it were given with `-c`: with the same `$0` and input."""
+    kind = shell.rpartition("/")[2]
+    if kind in ("bash", "zsh"):
+        return 'eval "$(<{})"'.format(quoted(path))
+    return ("source {}" if kind in ("fish", "tcsh", "csh") else ". {}").format(quoted(path))
+
+
 class Bash:
     """bash: reads `.bashrc` for commands over ssh, unless told not to, and then the file that BASH_ENV names."""
 

@@ -38,6 +38,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
     REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM, BUSY, UNUSED, MISSED,
     HOLE,
 ) = range(1, 19)  # fmt: skip
+# Of a file that goes from host to host; see `direct_copy`.
+LISTENING, NEXT, CAME, CHECK, VERDICT, REPORT = range(32, 38)
 
 #: How many entries a batch has, and how many batches may be unanswered: the answers must fit into 64 KiB.
 BATCH = 768
@@ -51,7 +53,7 @@ SUMMARY = struct.Struct("!QIIq")
 #: What says how much of a file is there: the bytes, and their checksum.
 BEGINNING = struct.Struct("!QI")
 
-_LAST_FRAMES = frozenset((END, DONE, ABORT))  # after which a process on the host only waits for the manager
+_LAST_FRAMES = frozenset((END, DONE, ABORT, REPORT))  # after which a process on the host only waits for the manager
 _HEADER = struct.Struct("!BI")
 _OUT = 256 * 1024
 _IN = 1024 * 1024
@@ -261,13 +263,21 @@ class FrameStream:
         try:
             with self._writing:
                 while data:
-                    count = os.write(self._outgoing, data)
+                    count = self._transmit(data)
                     self.moved += count
                     data = data[count:]
         except OSError as error:
             raise StreamClosedError(error.strerror) from error
         finally:
             self.waits = False
+
+    def _transmit(self, data: memoryview) -> int:
+        """Write some of the data, at least a byte; return how much."""
+        return os.write(self._outgoing, data)
+
+    def _receive(self, place: memoryview) -> int:
+        """Read into a place what there is, at least a byte; return how much, 0 at the end."""
+        return os.readv(self._incoming, [place])
 
     # --- reading -------------------------------------------------------------------------------
     def readable(self) -> bool:
@@ -277,9 +287,21 @@ class FrameStream:
                 self._skip_sign()
             if self._start < self._end:
                 return True
-            if not self._poll.poll(0):
+            if not self._has_more():
                 return False
             self._read()
+
+    def readable_or_ended(self) -> bool:
+        """Return whether something has come that was not read, be it the end."""
+        return self._start < self._end or bool(self._poll.poll(0))
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there is something to read, for so long at most."""
+        self._poll.poll(seconds * 1000)
+
+    def _has_more(self) -> bool:
+        """Return whether reading would not have to wait."""
+        return bool(self._poll.poll(0))
 
     def header(self) -> int:
         """Wait for a frame; return its kind. What was not read of the frame before is skipped."""
@@ -344,7 +366,7 @@ class FrameStream:
             self._in[: len(rest)] = rest
         self.waits = True
         try:
-            count = os.readv(self._incoming, [self._in[self._end :]])
+            count = self._receive(self._in[self._end :])
         except OSError as error:
             raise StreamClosedError(error.strerror) from error
         finally:

@@ -149,20 +149,20 @@ class Decoder:
 class Outbox:
     """Bytes for a non-blocking descriptor: those that wait, and those that were written and may be needed again.
 
-    When it `keeps`, what is written is kept until the other side has acknowledged it: so another descriptor can take
+    When it `retains`, what is written is kept until the other side has acknowledged it: so another descriptor can take
     over, and go on where that side's bytes end.
 
     Attributes:
         size: How many wait.
         held: How many were written and not acknowledged.
         done: How many were written and are not kept.
-        keeps: Whether it keeps what it writes.
+        retains: Whether it keeps what it writes.
         spool: Takes what is added while there is one; a file, when memory is not enough.
     """
 
     def __init__(self) -> None:
         self.size = self.held = self.done = 0
-        self.keeps = False
+        self.retains = False
         self.spool: Optional[Spool] = None
         self._parts: Deque[memoryview] = deque()
         self._written: Deque[memoryview] = deque()
@@ -201,22 +201,22 @@ class Outbox:
 
     def _advance(self, count: int) -> None:
         self.size -= count
-        keep = self._written.append if self.keeps else None
-        if keep is None:
+        retain = self._written.append if self.retains else None
+        if retain is None:
             self.done += count
         else:
             self.held += count
         while count:
             first = self._parts[0]
             if count < len(first):
-                if keep is not None:
-                    keep(first[:count])
+                if retain is not None:
+                    retain(first[:count])
                 self._parts[0] = first[count:]
                 return
             count -= len(first)
             self._parts.popleft()
-            if keep is not None:
-                keep(first)
+            if retain is not None:
+                retain(first)
 
     def acknowledge(self, total: int) -> None:
         """Let go of what has arrived: `total` bytes, from the first one on.
@@ -239,9 +239,9 @@ class Outbox:
             count -= len(first)
             self._written.popleft()
 
-    def keep_nothing(self) -> None:
+    def retain_nothing(self) -> None:
         """Let go of what was written, and do not keep it from now on."""
-        self.keeps = False
+        self.retains = False
         self.done += self.held
         self.held = 0
         self._written.clear()

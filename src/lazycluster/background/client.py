@@ -21,6 +21,7 @@ Handler = Callable[[Mapping[str, Any]], "dict[str, Any] | None"]
 """What is done with a message that comes before the answer: a question may be answered, progress shown."""
 
 _STATUS = 5.0  # seconds for an answer that takes a process microseconds
+_SILENCE = 10.0  # seconds without a sign of life of a process that is ending
 _GONE = 10.0  # seconds until a process that has said that it has ended is not there any more
 _TERMINATE, _KILL = 30.0, 10.0  # seconds for a process that does not answer to end by SIGTERM, and by SIGKILL
 _AGAIN = 0.02
@@ -128,7 +129,7 @@ def running(name: str) -> BackgroundProcess:
         )  # fmt: skip
     if found.record is not None and found.record.kind != "cluster":
         raise BackgroundError(f"{name!r} is detached work, not a cluster")
-    if found.is_elsewhere and not found.is_held:
+    if found.is_elsewhere:
         assert found.record is not None
         raise BackgroundError(f"the cluster {name!r} was started on {found.record.host}: use it there")
     if found.gone:
@@ -155,7 +156,7 @@ def end(found: Named, on_message: Handler | None = None) -> str:
         return "forgotten"
     done, failed = "ended", None
     try:
-        BackgroundProcess(found).request("down", on_message=on_message)
+        BackgroundProcess(found).request("down", on_message=on_message, timeout=_SILENCE)
     except BackgroundError as error:
         failed = error
         if error.type:  # it has answered, and ends nevertheless

@@ -21,6 +21,7 @@ from lazycluster.core import event_loop
 from lazycluster.exceptions import BackgroundError
 from lazycluster.output import progress
 from lazycluster.ssh.terminal import ask_on_terminal
+from lazycluster.utils import Environment
 
 from . import login_session, protocol, state
 from .client import answer
@@ -218,9 +219,14 @@ def launch(record: NamedRecord, document: Mapping[str, Any]) -> Launch:
     finally:
         theirs.close()
     stream = protocol.MessageStream(ours)
-    stream.send(**{**document, "name": claim.name, "lock": claim.fd, "path": _search_path()})
+    stream.send(**{**document, "name": claim.name, "lock": claim.fd, "path": _search_path(), "settings": _settings()})
     claim.close()  # the process has it
     return Launch(claim, stream, process)
+
+
+def _settings() -> dict[str, Any]:
+    """Return the settings of this process that the cluster's process has, too."""
+    return {"main_directory": Environment.main_directory, "trust_group": Environment.trust_group}
 
 
 def _start(claim: Claim, channel: socket.socket, prefix: list[str]) -> subprocess.Popen[bytes]:

@@ -352,6 +352,11 @@ def _lock(fd: int) -> bool:
             if time.monotonic() > end:
                 return False
             time.sleep(_AGAIN)
+        except OSError as error:
+            raise LazyclusterError(
+                f"the file system of {directory()} has no locks: {error.strerror}\n"
+                "  Next step: have XDG_STATE_HOME name a directory on a local disk"
+            ) from None
 
 
 def _is_held(path: Path) -> bool:

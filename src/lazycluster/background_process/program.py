@@ -14,19 +14,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lazycluster
 from lazycluster import engines, utils
+from lazycluster.agent import processes
 from lazycluster.background import state
 from lazycluster.background.protocol import MessageStream, listening
 from lazycluster.background.state import Claim
 from lazycluster.cluster import service_spec
 from lazycluster.cluster.engine_cluster import EngineCluster
 from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.cluster.health import ClusterEvent
 from lazycluster.core import event_loop, forks, unix
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.group.members import connect_specs
@@ -45,6 +47,8 @@ logger = logging.getLogger("lazycluster")
 _LOG_SIZE = 2 * 1024 * 1024  # bytes; as much again is kept of what was before
 _LOOK = 1.0  # seconds between two looks at the cluster, the log and the clock
 _IDLE_LOOK = 30.0  # seconds between two questions whether the cluster is idle, at most
+_NOT_NEEDED = ("lazycluster.cli", "lazycluster.engines.", "lazycluster.mongo", "lazycluster.pool.joblib_backend")
+_PROGRAMS = ("__main__", ".demo", ".plot")
 _ANSWERS = 5.0  # seconds for the last answers to be read
 
 
@@ -183,6 +187,8 @@ class ClusterProcess:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._ending:
             self._ending = True
+            if self._reason is None:
+                self._reason = "somebody has ended its process, or the machine was shut down (SIGTERM)"
             raise _EndError
 
     # --- the life ------------------------------------------------------------------------------
@@ -197,7 +203,7 @@ class ClusterProcess:
         except _EndError:
             pass
         except BaseException as error:  # noqa: BLE001  (the starter, or the record, tells of it)
-            status = 1
+            self._ending, status = True, 1
             self._failed(error)
         self._ending = True
         self._finish()
@@ -207,15 +213,26 @@ class ClusterProcess:
         """Have this process independent of where it was started."""
         pid = os.getpid()
         self.claim.write(pid=pid, process_started=unix.process_start_time(pid))
+        utils.Environment.main_directory = str(self.document["settings"]["main_directory"])
+        utils.Environment.trust_group = bool(self.document["settings"]["trust_group"])
         utils.use_log_directory(self.claim.path / state.LOGS)
         workspace.use_directory(self.claim.path)
         terminal.ask_through(self.relay.ask)
         progress.relay_to(self.relay.show)
         logins.outlive()
         threading.Thread(target=self._listen_to_starter, name="lazycluster starter", daemon=True).start()
-        self._server = RequestServer(listening(self.claim.path / state.SOCKET), Requests(self), self.relay)
+        self._server = RequestServer(self._listener(), Requests(self), self.relay)
         self._server.start()
-        _import_everything()
+        _import_everything(engines.known()[str(self.document["engine"])].target.partition(":")[0])
+
+    def _listener(self) -> socket.socket:
+        try:
+            return listening(self.claim.path / state.SOCKET)
+        except OSError as error:
+            raise ClusterError(
+                f"the file system of {self.claim.path} has no sockets: {error.strerror or error}\n"
+                "  Next step: have XDG_STATE_HOME name a directory on a local disk"
+            ) from None
 
     def _listen_to_starter(self) -> None:
         assert self._starter is not None
@@ -231,6 +248,12 @@ class ClusterProcess:
         document, starter = self.document, self._starter
         assert starter is not None
         cluster_class = engines.load(str(document["engine"]))
+        wanted = document.get("class")
+        if wanted not in (None, f"{cluster_class.__module__}:{cluster_class.__qualname__}"):
+            raise ClusterError(
+                f"a cluster in the background is of a class that an engine is registered with, not of {wanted}\n"
+                "  Next step: register it under the entry-point group lazycluster.engines"
+            )
         for package in cluster_class.engine_class.packages:
             with contextlib.suppress(ImportError):  # the cluster says what is missing, and how it is installed
                 importlib.import_module(package)
@@ -238,7 +261,7 @@ class ClusterProcess:
         runtimes, self.unreachable = connect_specs(specs, "skip" if document["skip"] else "raise")
         self.group = RuntimeGroup(runtimes)
         self.cluster = cluster_class(self.group, **document["options"])
-        self.cluster.on_event(lambda event: logger.info("%s", event))
+        self.cluster.on_event(_log_event)
         if document.get("wait"):
             starter.send(result={"state": "connected"})
             self._go_on.wait()
@@ -356,15 +379,36 @@ class ClusterProcess:
             self._server.close(_ANSWERS)
 
 
-def _import_everything() -> None:
-    """Import and read what may be needed later: another version, or none, may be installed by then."""
+def _log_event(event: ClusterEvent) -> None:
+    detail = f": {event.detail}" if event.detail else ""
+    logger.info("%s: %s: %s%s", event.host, event.name, event.kind, detail)
+
+
+def _import_everything(engine: str) -> None:
+    """Import and read what may be needed later: another version, or none, may be installed by then.
+
+    Args:
+        engine: The module of the engine; the others are not needed.
+    """
+    own = f"{engine.rpartition('.')[0]}."
     service_spec.pin_sources()
     for local in (True, False):
         agent_program.payload(local, sys.implementation.cache_tag)
-    for module in pkgutil.walk_packages(lazycluster.__path__, "lazycluster."):
-        if not module.name.endswith("__main__"):
-            with contextlib.suppress(ImportError):  # an engine that is not used here
-                importlib.import_module(module.name)
+    for name in _modules(lazycluster.__path__, "lazycluster."):
+        if name.startswith(own) or not name.startswith(_NOT_NEEDED):
+            with contextlib.suppress(ImportError):  # of a package that is not installed
+                importlib.import_module(name)
+
+
+def _modules(path: Iterable[str], prefix: str) -> Iterator[str]:
+    """Yield the names of all modules of a package; unlike `pkgutil.walk_packages`, none is imported."""
+    for module in pkgutil.iter_modules(path, prefix):
+        if not module.name.endswith(_PROGRAMS):
+            yield module.name
+        if module.ispkg:
+            yield from _modules(
+                [str(Path(folder, module.name.rpartition(".")[2])) for folder in path], f"{module.name}."
+            )
 
 
 def _bound_log(path: Path) -> None:
@@ -403,4 +447,5 @@ def main(document: Mapping[str, Any], received: bytes) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     connection = _own_streams()
     os.umask(0o077)
+    processes.forbid_cores()  # it knows the secrets of the cluster
     return ClusterProcess(document, MessageStream(connection, received)).run()

@@ -24,6 +24,7 @@ __all__ = ["Requests"]
 _LOGIN = ("SSH_AUTH_SOCK", "KRB5CCNAME")  # what a login has that may end with it
 _AGAIN = 120.0  # seconds for links to be had again after a login
 _LOOK = 0.05
+_SIGN = 1.0  # seconds between two signs of life of a process that is ending
 
 
 class Requests:
@@ -38,7 +39,7 @@ class Requests:
         self._requests: dict[str, Callable[..., Any]] = {
             "status": self._status, "down": self._down, "info": self._info, "scale": self._scale,
             "processes": self._processes, "connection": self._connection, "modules": self._modules,
-            "login": self._login, "adapt": self._adapt,
+            "login": self._login, "usage": self._usage, "connection_file": self._connection_file, "adapt": self._adapt,
         }  # fmt: skip
 
     @property
@@ -60,9 +61,9 @@ class Requests:
         request = self._requests.get(command) if isinstance(command, str) else None
         if request is None:
             raise LazyclusterError(f"there is no request {command!r}")
-        if command == "login":
+        if command in ("login", "down"):
             return request(stream, **arguments)
-        if command in ("status", "down"):  # whatever another version says beside it
+        if command == "status":  # whatever another version says beside it
             return request()
         return request(**arguments)
 
@@ -76,9 +77,10 @@ class Requests:
     def _status(self) -> dict[str, Any]:
         return self._process.summary()
 
-    def _down(self) -> dict[str, Any]:
+    def _down(self, stream: MessageStream, **_: Any) -> dict[str, Any]:
         self._process.end()
-        self._process.ended.wait()
+        while not self._process.ended.wait(_SIGN):
+            stream.send(alive=True)
         if self._process.outcome:
             raise ClusterError(self._process.outcome)
         return {}
@@ -115,7 +117,15 @@ class Requests:
             "events": events,
             "port": cluster.master_port,
             "hosts": cluster.runtime_group.hosts,
+            "details": [dict(getattr(worker, "detail", {})) for worker in cluster._processes],
+            "endpoint": {"host": cluster._master_endpoint().host, "ports": cluster._master_endpoint().ports},
         }
+
+    def _usage(self, within: float) -> dict[str, Any]:
+        return {name: asdict(used) for name, used in self._cluster.usage(within).items()}
+
+    def _connection_file(self, path: str) -> str:
+        return str(self._cluster.write_connection_file(path))
 
     def _connection(self) -> dict[str, Any]:
         return {"manager": os.getpid(), "engine": type(self._cluster).__name__, **self._cluster._connection()}
@@ -136,7 +146,7 @@ class Requests:
         relay = self._process.relay
         relay.attend(stream)
         try:
-            event_loop.get_loop().call_soon_threadsafe(logins.try_again)
+            event_loop.run(logins.try_again())
             end = time.monotonic() + _AGAIN
             while self._interrupted() - logins.needed().keys() and time.monotonic() < end:
                 time.sleep(_LOOK)

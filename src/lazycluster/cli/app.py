@@ -25,6 +25,11 @@ _COMMANDS = {
     "list-runtimes": ("runtimes:list_runtimes", "List hosts, with their state and hardware."),
     "doctor": ("doctor:doctor", "Check hosts step by step, and say how to fix what is wrong."),
     "run": ("run:run", "Run a command or a Python script on many hosts at once."),
+    "ps": ("work:ps", "List detached work, with its state on each host."),
+    "logs": ("logs:logs", "Show what detached work has printed, or a cluster's log."),
+    "wait": ("work:wait", "Wait until detached work has ended."),
+    "cancel": ("work:cancel", "End detached work, with all its processes."),
+    "rm": ("work:rm", "Remove detached work that has ended, with its log."),
     "put": ("copy:put", "Copy files and folders to hosts."),
     "get": ("copy:get", "Copy files and folders from hosts."),
     "start": ("start:start", engines.SUMMARY),
@@ -33,7 +38,6 @@ _COMMANDS = {
     "ls": ("background:ls", "List clusters in the background."),
     "info": ("background:info", "Show a cluster in the background."),
     "scale": ("background:scale", "Change the number of its workers."),
-    "logs": ("logs:logs", "Show its log, or that of a worker."),
     "dashboard": ("background:dashboard", "Print the address of its dashboard."),
     "login": ("background:login", "Let it use your present login."),
     "down": ("background:down", "End clusters in the background."),
@@ -117,6 +121,25 @@ def main() -> None:
 
 
 def _run() -> int:
+    status = _carried_out()
+    if status:
+        _look_at_directory()
+    return status
+
+
+def _look_at_directory() -> None:
+    """Tell whoever is in a directory that was removed so: an error about a relative path may have that reason."""
+    from lazycluster.utils import NO_CURRENT_DIRECTORY
+
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.stderr.write(f"Note: {NO_CURRENT_DIRECTORY}.\n")
+    except OSError:
+        pass
+
+
+def _carried_out() -> int:
     # Behind the command it is the option of a program that is run on hosts.
     debug = "--debug" in itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:])
     try:

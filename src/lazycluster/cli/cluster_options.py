@@ -60,9 +60,27 @@ def engine_options(name: str, command: F, options: Sequence[Option], common: Cal
 
 
 def _engine_option(option: Option) -> Callable[[F], F]:
-    kind = {"text": None, "count": Whole(), "directory": click.Path(file_okay=False)}[option.kind]
+    text = click.Choice(option.choices) if option.choices else None
+    kind = {"text": text, "count": Whole(), "directory": click.Path(file_okay=False)}[option.kind]
+
+    def checked(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        if option.check is not None and isinstance(value, str) and value != option.default:
+            try:
+                option.check(value)
+            except ValueError as error:
+                raise click.BadParameter(str(error), ctx, param) from None
+            except ImportError:
+                pass  # what has to be installed is told when the engine is loaded
+        return value
+
     return click.option(
-        option.flag, option.argument, type=kind, metavar=option.metavar, default=option.default, help=option.help
+        option.flag,
+        option.argument,
+        type=kind,
+        metavar=option.metavar,
+        default=option.default,
+        help=option.help,
+        callback=checked,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazycluster import engines
 from lazycluster.core import event_loop
+from lazycluster.core.extras import pip_command
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 from lazycluster.output.host_cells import megabytes
 from lazycluster.output.lines import Tail
@@ -24,7 +25,7 @@ from .option_names import spelled
 if TYPE_CHECKING:
     from lazycluster.ssh.ssh_connection import SshConnection
 
-__all__ = ["STEPS", "Diagnosis", "Step"]
+__all__ = ["STEPS", "Diagnosis", "Step", "check_reachability"]
 
 STEPS = (
     "configuration",
@@ -60,6 +61,8 @@ _FAILED_STEP = {
     "disk": "temporary files",
 }
 _PACKAGES = ("cloudpickle", *engines.PACKAGES, "numpy", "pandas")
+_PORTS = range(25000, 25064)  # those of clusters
+_MOST_NAMED = 8  # hosts
 _CLOCK_LIMIT = 5.0  # seconds
 _LITTLE_SPACE = 100 * 1024 * 1024
 _LIMIT = 30.0
@@ -101,10 +104,12 @@ class Diagnosis:
     Attributes:
         host: The host.
         steps: See `STEPS`.
+        reaches: By name the other hosts that can be used: "" if it reaches them, else why not.
     """
 
     host: str
     steps: list[Step] = field(default_factory=lambda: [Step(name) for name in STEPS])
+    reaches: dict[str, str] = field(default_factory=dict)
 
     @property
     def usable(self) -> bool:
@@ -116,7 +121,7 @@ class Diagnosis:
         step.state, step.detail, step.fix = state, detail, fix
 
     async def run(self, connection: SshConnection) -> None:
-        """Check one step after the other. The connection is closed in the end."""
+        """Check one step after the other. The connection is for others to close."""
         way = await resolve(connection.settings)
         probing = asyncio.ensure_future(event_loop.in_thread(_probe, way))
         try:
@@ -128,8 +133,15 @@ class Diagnosis:
             for check in (self._forwarding, self._files_and_clock, self._packages):
                 await check(connection)
             await self._grace(connection)
-        finally:
-            await connection.close()
+
+    @property
+    def reached(self) -> str:
+        """Which other hosts it reaches, in a line; "" if there are none."""
+        bad = [f"{host} no: {why}" for host, why in self.reaches.items() if why]
+        good = [host for host, why in self.reaches.items() if not why]
+        if len(good) > _MOST_NAMED:
+            return ", ".join([f"{len(good)} hosts yes", *bad])
+        return ", ".join([*(f"{host} yes" for host in good), *bad])
 
     # --- up to the agent -----------------------------------------------------------------------
     def _failed(self, error: InvalidRuntimeError, way: dict[str, str], probe: _Probe) -> None:
@@ -226,7 +238,7 @@ class Diagnosis:
             self._set("packages", "differs", str(error))
             self._set("bytecode", "differs", "not known", "see the packages")
             return
-        self._set("bytecode", *_kept_bytecode(answer["bytecode"]))
+        self._set("bytecode", *_kept_bytecode(answer.get("bytecode") or {"lacking": []}))
         version = answer["version"]
         if tuple(version[:2]) != sys.version_info[:2]:
             here, there = ".".join(map(str, sys.version_info[:2])), ".".join(map(str, version[:3]))
@@ -240,10 +252,10 @@ class Diagnosis:
             return
         differing = _differing(answer["packages"])
         if differing:
-            pip = f"{answer['executable']} -m pip install"
-            missing = " ".join(f"{name}=={here}" for name, here, _ in differing)
+            missing = [f"{name}=={here}" for name, here, _ in differing]
+            pip = pip_command(answer["executable"], answer.get("managed") is True, missing)
             shown = ", ".join(f"{name} {there or 'missing'} ({here} here)" for name, here, there in differing)
-            fix = f"start clusters with --environment manager ({_IN_PYTHON}), or {pip} {missing}"
+            fix = f"start clusters with --environment manager ({_IN_PYTHON}), or {pip}"
             self._set("packages", "differs", shown, fix)
         else:
             self._set("packages", "ok", "same versions on both sides: " + (", ".join(_installed()) or "none needed"))
@@ -273,6 +285,25 @@ def _installed() -> dict[str, str]:
 def _differing(theirs: dict[str, str | None]) -> Sequence[tuple[str, str, str | None]]:
     ours = _installed()
     return [(name, version, theirs.get(name)) for name, version in ours.items() if theirs.get(name) != version]
+
+
+async def check_reachability(diagnoses: Mapping[SshConnection, Diagnosis]) -> None:
+    """Find out which of some hosts reach each other, as clusters with ``network="direct"`` need it.
+
+    Args:
+        diagnoses: The hosts that can be used, by their connections, which are open.
+    """
+    from lazycluster.runtime.network import free_on_all
+    from lazycluster.runtime.reachability import ProbedHost, probe
+
+    free = await free_on_all(_PORTS, diagnoses, skip_lost=True)
+    found = await probe([ProbedHost(connection.host, connection, tuple(free[:2])) for connection in diagnoses])
+    obstacles = {(one.source, one.target): f"{one.where} {one.why}".strip() for one in found.obstacles}
+    for diagnosis in diagnoses.values():
+        others = [other.host for other in diagnoses.values() if other is not diagnosis]
+        for other in others:
+            everywhere = next((str(one.why) for one in found.obstacles if one.target == other and not one.address), "")
+            diagnosis.reaches[other] = obstacles.get((diagnosis.host, other), everywhere)
 
 
 @dataclass

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lazycluster.core import event_loop
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError
 from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.ssh_connection import client_version
 
-from .console import FAILED, TIMED_OUT, UNREACHABLE
+from .console import FAILED, TIMED_OUT, UNREACHABLE, is_terminal
 from .option_names import spelled_next_steps
 from .options import Targets
 
-__all__ = ["FANOUT", "HostOutcome", "everywhere", "exit_status", "open_all"]
+__all__ = ["FANOUT", "HostOutcome", "InOrder", "everywhere", "exit_status", "open_all"]
+
+T = TypeVar("T")
 
 FANOUT = 64
+_PATIENCE = 1.0  # seconds
 
 
 @dataclass
@@ -61,7 +65,11 @@ async def everywhere(
 
     Returns:
         The outcomes, in the order of the hosts.
+
+    Raises:
+        InvalidRuntimeError: If this machine has no ssh client.
     """
+    await client_version()
     slots = asyncio.Semaphore(fanout)
 
     async def one(name: str) -> HostOutcome:
@@ -114,6 +122,43 @@ async def _open(connection: Connection, slot: _FanoutSlot) -> None:
         await asyncio.wait({opening})
 
 
+class InOrder(Generic[T]):
+    """Shows what hosts have answered in their order. On a terminal, a host that is late holds back no other for long.
+
+    Used on the loop's thread.
+
+    Args:
+        names: The hosts.
+        show: Called with each answer.
+    """
+
+    def __init__(self, names: Iterable[str], show: Callable[[T], Any]) -> None:
+        self._awaited = dict.fromkeys(names, True)
+        self._show = show
+        self._here: dict[str, T] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def put(self, name: str, answer: T) -> None:
+        """Take the answer of a host."""
+        self._here[name] = answer
+        self._show_some()
+        if self._here and self._timer is None and is_terminal():
+            self._timer = asyncio.get_running_loop().call_later(_PATIENCE, self._wait_no_longer)
+
+    def _wait_no_longer(self) -> None:
+        self._timer = None
+        self._awaited = dict.fromkeys(self._awaited, False)
+        self._show_some()
+
+    def _show_some(self) -> None:
+        for name, awaited in list(self._awaited.items()):
+            if name in self._here:
+                del self._awaited[name]
+                self._show(self._here.pop(name))
+            elif awaited:
+                return
+
+
 async def _on_host(targets: Targets, name: str, work: Work, slot: _FanoutSlot) -> HostOutcome:
     connection = None
     try:
@@ -159,6 +204,7 @@ async def open_all(targets: Targets) -> list[Connection]:
     Raises:
         InvalidRuntimeError: If one that was named cannot be reached, or none.
     """
+    await client_version()
     connections = [targets.connection(name) for name in targets.names]
     try:
         errors = await asyncio.gather(*(c.open() for c in connections), return_exceptions=True)

@@ -14,6 +14,7 @@ import click
 from lazycluster.core.durations import duration
 from lazycluster.core.hostsets import MOST, HostSetError, expand, fold, is_pattern
 from lazycluster.group.selection import ALL, match, without
+from lazycluster.ssh.destination import check_user, parse_destination
 
 from .console import tell
 from .option_names import names_its_options
@@ -29,6 +30,7 @@ __all__ = [
     "Whole",
     "complete_hosts",
     "connection_options",
+    "fanout_option",
     "fold",
     "from_lines",
     "host_options",
@@ -42,6 +44,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LEAST = 0.1  # seconds
+_USER = "lazycluster.user"  # of the context of a command: the account that an option names
 _SLOTS = re.compile(r"(?<=[ \t])(?:max[_-])?slots=[0-9]+(?=[ \t\r]|$)")
 _SETTING = re.compile(r"(?<=[ \t])[A-Za-z_-]+=[^ \t\r]*")
 
@@ -61,6 +64,13 @@ class Targets:
     everyone: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     ask: bool = False
+
+    def __post_init__(self) -> None:
+        user = self.settings.get("user")
+        for name in self.names if user is not None else ():
+            own = parse_destination(name).user
+            if own not in (None, user):
+                raise click.UsageError(f"-l {user}: the name {name!r} says another account; leave out one of the two")
 
     def connection(self, name: str) -> Connection:
         """Return a connection to one of them that is not open yet."""
@@ -146,10 +156,22 @@ def _configured(config: str | None) -> list[str]:
     return [host.name for host in configured_hosts(config) if not host.skipped]
 
 
-def connection_options(command: F) -> F:
-    """Add the options that say how hosts are reached."""
+def connection_options(command: F, user_flags: Sequence[str] = ("-l", "--user")) -> F:
+    """Add the options that say how hosts are reached.
+
+    Args:
+        command: The command.
+        user_flags: How the option for the account on the hosts is written, which `how_to_connect` looks up itself.
+    """
     command = names_its_options(command)
     for option in (
+        click.option(
+            *user_flags,
+            callback=_note_user,
+            expose_value=False,
+            metavar="USER",
+            help="The account on hosts whose names say none.",
+        ),
         click.option("--accept-new-host-key", is_flag=True, help="Accept new host keys, never changed ones."),
         click.option(
             "--connect-timeout",
@@ -166,6 +188,16 @@ def connection_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def _note_user(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is None:
+        return
+    try:
+        check_user(value, value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+    ctx.meta[_USER] = value
 
 
 def host_options(command: F) -> F:
@@ -195,6 +227,10 @@ def host_options(command: F) -> F:
     return command
 
 
+fanout_option = click.option(
+    "-f", "--fanout", type=Whole(), default=64, metavar="N", help="Number of hosts at once (64)."
+)
+
 relay_option = click.option("--relay", is_flag=True, help="Let our agent forward ports if sshd forbids it.")
 
 
@@ -211,6 +247,9 @@ def how_to_connect(
         settings["host_keys"] = "accept-new"
     if relay:
         settings["relay"] = "agent"
+    context = click.get_current_context(silent=True)
+    if context is not None and _USER in context.meta:
+        settings["user"] = context.meta[_USER]
     return settings
 
 

@@ -6,17 +6,21 @@ import datetime
 
 __all__ = ["moment", "span"]
 
+_FAR = datetime.timedelta(days=14)
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def moment(seconds: float) -> str:
-    """Return a moment, in seconds since 1970, in local time.
+    """Return a moment, in seconds since 1970, in local time: today's without the date, one that is far without a time.
 
     Examples:
         >>> len(moment(0))
-        16
+        10
     """
-    return f"{datetime.datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+    then, now = datetime.datetime.fromtimestamp(seconds), datetime.datetime.now()
+    if then.date() == now.date():
+        return f"{then:%H:%M}"
+    return f"{then:%Y-%m-%d}" if abs(then - now) > _FAR else f"{then:%Y-%m-%d %H:%M}"
 
 
 def span(seconds: float) -> str:

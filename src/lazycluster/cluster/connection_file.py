@@ -21,7 +21,7 @@ from typing import Any
 
 from lazycluster.agent.deletion import SEARCH
 from lazycluster.ssh.agent_replies import check_shape
-from lazycluster.utils import expanded
+from lazycluster.utils import absolute, expanded
 
 from .exceptions import ClusterError
 
@@ -85,7 +85,7 @@ def check(path: str | os.PathLike[str]) -> None:
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
-    return expanded(path).absolute()
+    return absolute(expanded(path))
 
 
 @contextlib.contextmanager

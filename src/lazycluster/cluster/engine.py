@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from lazycluster.exceptions import LazyclusterError
+
 from .exceptions import ClusterError
 from .network import Port, single_ports
+from .sent.messages import LOOPBACK
 from .service_spec import SCRATCH, ServiceSpec
 
 if TYPE_CHECKING:
+    from lazycluster.background.client import BackgroundProcess
+
     from .worker_hosts import WorkerHost
 
 __all__ = ["CheckVersions", "Endpoint", "Engine", "Option", "check_statement"]
@@ -41,6 +47,10 @@ class Endpoint:
         python: The Python to use there.
         siblings: How many workers the cluster has on this host.
         gpus: How many GPUs it gets for itself.
+        address: Address of its ports that other hosts reach, for them: with ``network="direct"`` one of its host, else
+            the loopback interface on every host and on the manager. Its other ports are on the loopback interface.
+        bind: The same as its own host knows it: it listens there, and on no other address.
+        on_manager: Whether it runs on the manager.
     """
 
     name: str
@@ -49,9 +59,10 @@ class Endpoint:
     python: str = "python3"
     siblings: int = 1
     gpus: int = 0
+    address: str = LOOPBACK
+    bind: str = LOOPBACK
+    on_manager: bool = False
 
-    address: ClassVar[str] = "127.0.0.1"
-    """Address of its ports, on every host that reaches them and on the manager."""
     scratch: ClassVar[str] = SCRATCH
     """Stands, in what a `ServiceSpec` says, for a private directory that is removed when the process ends."""
 
@@ -83,6 +94,9 @@ class Option:
         default: Its value where it is not given.
         safe: True if a ``cluster.toml`` of somebody who is not trusted may set it: whatever its text is, no program is
             run for it, and no file is read or written. A ``count`` always may be set.
+        check: Called with the text on the command line before anything starts; raises ValueError, which says what is
+            wrong with it.
+        choices: The texts that it may be, if there are only some.
     """
 
     flag: str
@@ -92,6 +106,8 @@ class Option:
     kind: Literal["text", "count", "directory"] = "text"
     default: str | None = None
     safe: bool = False
+    check: Callable[[str], object] | None = None
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.flag.startswith("--") or not self.argument.isidentifier():
@@ -152,6 +168,10 @@ class Engine(abc.ABC):
     help: ClassVar[str] = ""
     """Text of ``lazycluster start NAME --help``; by default the summary."""
 
+    direct: ClassVar[Literal["no", "open", "encrypted"]] = "no"
+    """Use of hosts' own addresses (``network="direct"``): ``"no"``: its processes listen on loopback only;
+    ``"open"``: they listen on `Endpoint.bind`; ``"encrypted"``: and encrypt and authenticate all that is said there."""
+
     check_versions: CheckVersions = "error"
 
     @abc.abstractmethod
@@ -201,8 +221,20 @@ class Engine(abc.ABC):
         """Return when its certificates expire, in seconds since 1970; None if it has none."""
         return None
 
+    def adopt(self, connection: Mapping[str, Any], process: BackgroundProcess) -> None:  # noqa: B027  (few have any)
+        """Take over the secrets of the cluster in the background that this is the statement of.
+
+        Args:
+            connection: What `connection` returned there.
+            process: Its process.
+        """
+
     def forget(self) -> None:  # noqa: B027  (most have nothing to forget)
         """Forget the secrets, once the cluster has ended; one that is started anew has others."""
+
+    def encrypts(self) -> bool:
+        """Return True if all that hosts say to each other is encrypted, and both sides show who they are."""
+        return self.direct == "encrypted"
 
     def needed_here(self) -> tuple[str, ...]:
         """Return the packages that the manager must have."""
@@ -218,6 +250,30 @@ class Engine(abc.ABC):
         raise TypeError(f"{cls.__name__} states no client")
 
 
+def stated(engine: Engine, process: Literal["master", "worker"], *endpoints: Endpoint) -> ServiceSpec:
+    """Return what an engine states about a process.
+
+    Raises:
+        ClusterError: If its code fails with an error that is no message for users; it names the engine, which may be
+            somebody else's.
+    """
+    try:
+        spec: ServiceSpec = getattr(engine, process)(*endpoints)
+    except (LazyclusterError, OSError, ValueError, TypeError):
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ClusterError(
+            f"the engine {engine.name!r} failed: {type(engine).__name__}.{process}() raised "
+            f"{type(error).__name__}: {error}\n"
+            f'  File "{last.filename}", line {last.lineno}, in {last.name}\n'
+            f"  Next step: report it to those who maintain {type(engine).__module__}, with the whole traceback: that "
+            "of 'lazycluster --debug ...', or of this error's __cause__"
+        ) from error
+    return spec
+
+
+_CHOICES = {"master_on": ("manager", "host"), "direct": ("no", "open", "encrypted")}
 _TEXTS = ("packages", "same_versions", "told_versions", "manager_packages", "master_needs", "worker_needs")
 _TUPLES: dict[str, type] = {**dict.fromkeys(_TEXTS, str), "master_ports": Port, "worker_ports": Port, "options": Option}
 
@@ -242,7 +298,14 @@ def check_statement(engine: type[Engine]) -> None:
         names = [port.name for port in single_ports(getattr(engine, name))]
         if len(set(names)) < len(names) or (name == "master_ports" and not names):
             raise TypeError(f"{what}.{name} must have ports of different names, and a master at least one: {names}")
-    if engine.master_on not in ("manager", "host"):
-        raise TypeError(f"{what}.master_on must be 'manager' or 'host', not {engine.master_on!r}")
+    _check_choices(engine)
     if missing := ", ".join(sorted(engine.__abstractmethods__)):
         raise TypeError(f"{what} does not state: {missing}")
+
+
+def _check_choices(engine: type[Engine]) -> None:
+    for name, choices in _CHOICES.items():
+        if getattr(engine, name) not in choices:
+            raise TypeError(
+                f"{engine.__name__}.{name} must be {' or '.join(map(repr, choices))}, not {getattr(engine, name)!r}"
+            )

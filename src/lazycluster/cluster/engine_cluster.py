@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import connection_file
 from .contracts import MasterLauncher, WorkerLauncher
+from .direct_network import NetworkChoice
 from .engine import CheckVersions, Endpoint, Engine, check_statement, checked_policy
 from .exceptions import ClusterError
 from .master_launcher import ServiceMasterLauncher
@@ -36,6 +37,10 @@ class EngineCluster(MasterWorkerCluster):
             ``ignore``.
         gpus_per_worker: How many GPUs of its host each worker gets for itself, see `MasterWorkerCluster`.
         idle_gpus: Whether GPUs are left alone that others use.
+        name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
+            program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
+            this process.
+        network: How hosts reach each other, see `MasterWorkerCluster`.
         **options: What the engine takes.
 
     Raises:
@@ -52,6 +57,15 @@ class EngineCluster(MasterWorkerCluster):
     engine_class: ClassVar[type[Engine]]
     """The statement of the engine."""
 
+    def __new__(cls, *arguments: Any, name: str | None = None, **options: Any) -> EngineCluster:
+        """Return a new cluster: with a name, one in a process of its own."""
+        if name is None:
+            return super().__new__(cls)
+        from .background_cluster import class_in_background
+
+        made: EngineCluster = super().__new__(class_in_background(cls))
+        return made
+
     def __init__(
         self,
         runtime_group: RuntimeGroup,
@@ -63,6 +77,8 @@ class EngineCluster(MasterWorkerCluster):
         check_versions: CheckVersions = "error",
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        name: None = None,
+        network: NetworkChoice = "tunnel",
         **options: Any,
     ) -> None:
         check_statement(self.engine_class)
@@ -77,6 +93,7 @@ class EngineCluster(MasterWorkerCluster):
             min_workers=min_workers,
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
+            network=network,
         )
 
     def _default_master_launcher(self) -> MasterLauncher:
@@ -94,6 +111,12 @@ class EngineCluster(MasterWorkerCluster):
         if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
             worker.master = master.at
         check_manager(self._engine)
+        own = not (isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher))
+        why = self._network.direct.refuse(self._engine, own)
+        if why:
+            raise ClusterError(
+                f'{type(self).__name__} cannot use network="direct": {why}\n  Next step: leave out network='
+            )
 
     @property
     def engine(self) -> Engine:
@@ -209,6 +232,7 @@ class EngineCluster(MasterWorkerCluster):
         return [port for port in self._all_ports if port not in taken]
 
     def _let_go(self) -> None:
+        super()._let_go()
         self._engine.forget()
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.exceptions import _restore as _restore  # what earlier versions have pickled names it here
+
+if TYPE_CHECKING:
+    from lazycluster.runtime.reachability import Reachability
 
 __all__ = [
     "ClusterError",
@@ -14,9 +17,13 @@ __all__ = [
     "ClusterStartError",
     "MasterStartError",
     "ServiceError",
+    "UnreachableError",
     "VersionMismatchError",
     "WorkerStartError",
 ]
+
+
+_SHOWN = 10
 
 
 class ClusterError(LazyclusterError):
@@ -99,6 +106,30 @@ class ClusterStartError(ClusterError):
         self.errors = list(errors)
         text = "\n\n".join(str(error) for error in self.errors)
         super().__init__(f"{len(self.errors)} parts of the cluster did not start:\n\n{text}")
+
+
+class UnreachableError(ClusterError):
+    """Hosts of a cluster with ``network="direct"`` do not reach each other.
+
+    Attributes:
+        found: Which do not, at which address and port, and why.
+    """
+
+    def __init__(self, found: Reachability) -> None:
+        self.found = found
+        lines = [f"  {obstacle}" for obstacle in found.obstacles[:_SHOWN]]
+        if len(found.obstacles) > _SHOWN:
+            lines.append(f"  and {len(found.obstacles) - _SHOWN} more")
+        super().__init__(
+            "\n".join(
+                [
+                    'network="direct" needs hosts that reach each other:',
+                    *lines,
+                    "  Next step: allow these connections between the hosts, state another address of a host with "
+                    'address=, or leave out network= to have tunnels through this machine ("auto" chooses)',
+                ]
+            )
+        )
 
 
 class VersionMismatchError(ClusterError):

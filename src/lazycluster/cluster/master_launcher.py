@@ -7,7 +7,8 @@ import concurrent.futures
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lazycluster.core import event_loop
@@ -16,14 +17,14 @@ from lazycluster.runtime.network import free_on_all
 from lazycluster.ssh import workspace
 
 from .contracts import DEFAULT_TIMEOUT, DefaultTimeout, MasterLauncher
-from .engine import Endpoint, Engine
+from .engine import Endpoint, Engine, stated
 from .exceptions import ClusterError, MasterStartError, ServiceError
 from .health import Watch
 from .master_process import MasterProcess
-from .network import Listener, Network, Port, PortSupply, Reach, single_ports
+from .network import Listener, Network, Port, PortSupply, single_ports
 from .service_spec import ServiceSpec
 from .services import Service, as_kind, stop_all
-from .versions import check_master_host
+from .versions import check_master, check_master_host
 from .worker_hosts import MANAGER, WorkerHost, place_again, places_of, prepared_places, usable
 from .worker_launcher import ENDED, ServiceWorkerLauncher
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lazycluster.runtime_mgmt import RuntimeGroup
     from lazycluster.ssh.connection import Connection
 
-__all__ = ["ServiceMasterLauncher", "prepare"]
+__all__ = ["Begun", "ServiceMasterLauncher", "prepare", "try_network"]
 
 _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
 
@@ -44,6 +45,9 @@ class ServiceMasterLauncher(MasterLauncher):
     Args:
         runtime_group: The group where the workers will be started.
         engine: The statement of the engine.
+
+    Attributes:
+        fixed_ports: Ports that have a number of the user's choice, by name; not the first one, which `start` is told.
     """
 
     START_LIMIT: ClassVar[float] = 60.0
@@ -55,6 +59,7 @@ class ServiceMasterLauncher(MasterLauncher):
         self.network = Network()
         self.watch: Watch | None = None
         self.spare_ports: list[int] = []
+        self.fixed_ports: Mapping[str, int] = {}
         self.at = Endpoint("master")
         self._space: workspace.Workspace | None = None
         self._service: Service | None = None
@@ -63,7 +68,7 @@ class ServiceMasterLauncher(MasterLauncher):
 
     def spec(self, at: Endpoint) -> ServiceSpec:
         """Return what is to run; see `Engine.master`."""
-        return self.engine.master(at)
+        return stated(self.engine, "master", at)
 
     @property
     def ports(self) -> dict[str, int]:
@@ -91,9 +96,14 @@ class ServiceMasterLauncher(MasterLauncher):
         if self.engine.sent:
             self._service.start()
 
+    @property
+    def _is_on_host(self) -> bool:
+        return self.engine.master_on == "host" or self.network.direct.is_direct
+
     async def _place(self, space: workspace.Workspace) -> WorkerHost:
         needs = self.engine.master_needs
-        if self.engine.master_on == "manager":
+        self.at.on_manager = not self._is_on_host
+        if self.at.on_manager:
             for name in needs:
                 if shutil.which(name) is None:
                     raise MasterStartError(
@@ -141,8 +151,11 @@ class ServiceMasterLauncher(MasterLauncher):
     async def _brought_up(self, ports: list[int] | int, limit: float, debug: bool) -> list[int]:
         await self.prepare(debug)
         assert self._service is not None
-        supply = PortSupply(ports if isinstance(ports, list) else [])
-        spare = PortSupply(port for port in self.spare_ports if port != ports)
+        if self.engine.sent and not self.at.on_manager:
+            await check_master(self.engine, self._service)
+        fixed = set(self.fixed_ports.values())
+        supply = PortSupply(port for port in ports if port not in fixed) if isinstance(ports, list) else PortSupply([])
+        spare = PortSupply(port for port in self.spare_ports if port != ports and port not in fixed)
         self._supplies += [supply, spare]
         try:
             await self._serve(ports, supply, spare if self.spare_ports else supply, limit)
@@ -169,7 +182,7 @@ class ServiceMasterLauncher(MasterLauncher):
                 clash = PortInUseError(taken, self.at.host)
             for port in self.at.ports.values():
                 await self.network.close(port)
-            if isinstance(ports, int) and clash.port == ports:
+            if clash.port in (ports, *self.fixed_ports.values()):
                 raise clash
         raise NoPortsLeftError("every port that was chosen for the master was taken before it was used")
 
@@ -185,26 +198,32 @@ class ServiceMasterLauncher(MasterLauncher):
         else:
             port = (await supply.take(1, connections))[0]
         first, *others = single_ports(self.engine.master_ports)
-        far = [one for one in others if one.reach is Reach.ALL]
-        near = [one for one in others if one.reach is not Reach.ALL]
-        chosen = await spare.take(len(far), connections) if far else []
-        chosen += await spare.take(len(near), list({self._space.keeper, self._service.place.connection}))
-        return {first.name: port, **{one.name: number for one, number in zip([*far, *near], chosen, strict=True)}}
+        nearby = list({self._space.keeper, self._service.place.connection})
+        numbers = {first.name: port}
+        for reach, reached_from in ((True, connections), (False, nearby)):
+            names = [one.name for one in others if one.reach.is_between_hosts is reach]
+            for name in self.fixed_ports.keys() & names:
+                await _check_free(self.fixed_ports[name], reached_from)
+                numbers[name] = self.fixed_ports[name]
+            free = [name for name in names if name not in self.fixed_ports]
+            numbers.update(zip(free, await spare.take(len(free), reached_from) if free else [], strict=True))
+        return numbers
 
     async def _open(self, places: Sequence[WorkerHost]) -> PortInUseError | None:
         """Make the ports reachable; returns the error if one is taken."""
         ports: list[Port] = single_ports(self.engine.master_ports)
         numbers = self.at.ports
         failed: list[LazyclusterError] = []
-        if self.engine.master_on == "manager":
+        if self.at.on_manager:
             for port in ports:
-                if port.reach is Reach.ALL:
+                if port.reach.is_between_hosts:
                     failed += (await self.network.share_master(numbers[port.name], places)).values()
         else:
             assert self._service is not None
             home = self._service.place
             listeners = [Listener(home, numbers[port.name], port.reach) for port in ports]
             failed = await self.network.open_master(listeners, places)
+            self.network.direct.locate(self.at, home)
         return next((error for error in failed if isinstance(error, PortInUseError)), None)
 
     async def _come_up(self) -> int | None:
@@ -226,7 +245,7 @@ class ServiceMasterLauncher(MasterLauncher):
 
     async def _renewed(self, service: Service) -> None:
         """Prepare for another agent. The ports stay the same, as the others know the master by them."""
-        if self.engine.master_on == "host":
+        if not self.at.on_manager:
             service.place = await place_again(self._group, service.place.connection)
             self.at.move(service.place)
         if not self.engine.sent:
@@ -264,6 +283,7 @@ class ServiceMasterLauncher(MasterLauncher):
         """End the master. Doing it again does nothing."""
         event_loop.run(self._stop())
         self.at.ports = {}
+        self.at.address = self.at.bind = Endpoint.address
         super().cleanup()
 
 
@@ -273,8 +293,54 @@ async def _check_free(port: int, connections: Sequence[Connection]) -> None:
             raise PortInUseError(port, connection.host)
 
 
-async def prepare(master: ServiceMasterLauncher, worker: ServiceWorkerLauncher, count: int, debug: bool) -> None:
+@dataclass(frozen=True)
+class Begun:
+    """A start that has begun.
+
+    Attributes:
+        count: How many workers are started.
+        master_ports: The ports that the master may have.
+        ports: The ports that the workers may have.
+        debug: Whether all output is printed as it comes.
+    """
+
+    count: int
+    master_ports: Sequence[int]
+    ports: Sequence[int]
+    debug: bool
+
+
+async def prepare(master: ServiceMasterLauncher, worker: ServiceWorkerLauncher, begun: Begun) -> None:
     """Start all processes at once; they wait for their settings, and meanwhile import what they are made of."""
-    await event_loop.together(
-        [asyncio.ensure_future(master.prepare(debug)), asyncio.ensure_future(worker.prepare(count, debug))]
-    )
+    direct = master.network.direct
+    if not direct.uses:  # it says where the master runs
+        await try_network(master, worker, begun)
+    work = [master.prepare(begun.debug), worker.prepare(begun.count, begun.debug)]
+    if direct.is_direct:
+        work.append(try_network(master, worker, begun))
+    await event_loop.together([asyncio.ensure_future(one) for one in work])
+
+
+async def try_network(master: ServiceMasterLauncher, worker: ServiceWorkerLauncher, begun: Begun) -> None:
+    """Find out whether hosts reach each other on the ports that will be used, and choose the network if need be.
+
+    Raises:
+        UnreachableError: If they do not, and nothing else is to be used.
+    """
+    space = await workspace.acquire()
+    try:
+        places = usable(await prepared_places(master._group))
+        if not places:
+            return  # which is told by whoever prepares them
+        workers = await worker.expected(begun.count, begun.ports, space.keeper)
+        supply = PortSupply(begun.master_ports)
+        try:
+            first = single_ports(master.engine.master_ports)[0]
+            number = (await supply.take(1, [space.keeper, *(place.connection for place in places)]))[0]
+        except NoPortsLeftError:
+            return  # likewise
+        finally:
+            supply.release()
+        await master.network.direct.decide([Listener(places[0], number, first.reach), *workers], places)
+    finally:
+        await space.release()

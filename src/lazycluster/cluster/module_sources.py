@@ -97,7 +97,7 @@ def _sources(names: frozenset[str]) -> dict[str, tuple[str | bytes, str]]:
             wanted |= local_code.imported_by(Path(main).read_text(encoding="utf-8"), main)
     found: dict[str, tuple[str | bytes, str]] = {}
     distributions, packages = {}, {}
-    for name, (text, is_package, path, distribution) in local_code.sources_of(wanted).items():
+    for name, (text, is_package, path, distribution) in local_code.sources_of(wanted, rewritten=True).items():
         file = name.replace(".", "/") + ("/__init__.py" if is_package else ".py")
         found[file] = (text, path)
         if distribution:

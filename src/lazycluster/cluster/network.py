@@ -15,8 +15,10 @@ from enum import Enum
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoPortsLeftError, PortInUseError
 from lazycluster.runtime.network import free_on_all, network_of, one_per_network
 from lazycluster.ssh.connection import Connection
+from lazycluster.ssh.mux import LOOPBACK
 from lazycluster.ssh.tunnels import Tunnel, TunnelRequest, close_tunnels, open_tunnels
 
+from .direct_network import DirectNetwork
 from .worker_hosts import WorkerHost
 
 _AT_ONCE = 48  # candidates that are looked at beyond those that are needed
@@ -27,7 +29,13 @@ class Reach(Enum):
 
     LOCAL = "local"
     MANAGER = "manager"
+    MASTER = "master"
     ALL = "all"
+
+    @property
+    def is_between_hosts(self) -> bool:
+        """True if processes of other hosts connect to it, or may do so."""
+        return self in (Reach.MASTER, Reach.ALL)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,18 @@ class Port:
 def single_ports(ports: Iterable[Port]) -> list[Port]:
     """Return the same ports, each by itself."""
     return [Port(name, port.reach) for port in ports for name in port.names]
+
+
+def forwards_needed(uses: Iterable[Port], workers: int, hosts: int) -> int:
+    """Return how many ports are forwarded through the manager, so that workers are reached.
+
+    Args:
+        uses: The ports of one worker.
+        workers: How many there are.
+        hosts: On how many hosts.
+    """
+    each = {Reach.LOCAL: 0, Reach.MANAGER: 1, Reach.MASTER: 1, Reach.ALL: hosts}
+    return workers * sum(each[use.reach] for use in uses)
 
 
 @dataclass(frozen=True)
@@ -141,13 +161,18 @@ class PortSupply:
 
 
 class Network:
-    """The tunnels of one cluster.
+    """The ways by which the processes of one cluster reach each other: tunnels, or the hosts' own addresses.
+
+    Args:
+        direct: The addresses of hosts, and whether they are used; by default they are not.
 
     Attributes:
+        direct: The addresses of hosts, and whether they are used.
         on_lost: Called with a tunnel whose port cannot be had again, after the link to its host dropped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, direct: DirectNetwork | None = None) -> None:
+        self.direct = direct or DirectNetwork()
         self._tunnels: dict[int, list[Tunnel]] = {}
         self._masters: dict[int, list[Listener]] = {}
         self.on_lost: Callable[[Tunnel], object] | None = None
@@ -164,6 +189,8 @@ class Network:
             Why it is not, for the hosts where it is not.
         """
         places = list(places)
+        if self.direct.is_direct:
+            return {}
         if port in self._masters:
             return await self.extend(self._masters[port], places)
         open_to = {tunnel.host for tunnel in self._tunnels.get(port, []) if tunnel.is_open}
@@ -189,8 +216,13 @@ class Network:
         Raises:
             LazyclusterError: If they cannot be reached from the manager, whatever their numbers are.
         """
-        here = [replace(one, reach=Reach.MANAGER) if one.reach is Reach.ALL else one for one in listeners]
-        failed = [error for _, error in (await self.open(here, places)).values()]
+        direct = self.direct.is_direct
+        if direct:
+            taken = await self.direct.prove(listeners, places)
+            if taken:
+                return [error for _, error in taken.values()]
+        here = [one if direct or one.reach is Reach.LOCAL else replace(one, reach=Reach.MANAGER) for one in listeners]
+        failed = [error for _, error in (await self._tunnelled(here, places)).values()]
         for error in failed:
             if not isinstance(error, PortInUseError):
                 raise error
@@ -211,12 +243,22 @@ class Network:
         Returns:
             For each port that failed the host where, and why. No tunnel of it is left.
         """
+        if not self.direct.is_direct:
+            return await self._tunnelled(listeners, places)
+        taken = await self.direct.prove(listeners, places)
+        if taken:
+            return taken
+        return await self._tunnelled([one for one in listeners if not one.reach.is_between_hosts], places)
+
+    async def _tunnelled(
+        self, listeners: Sequence[Listener], places: Sequence[WorkerHost]
+    ) -> dict[int, tuple[str, LazyclusterError]]:
         requests: list[TunnelRequest] = []
         for listener in listeners:
-            port, home = listener.port, listener.place
+            port, home, bind = listener.port, listener.place, self.direct.bind_of(listener)
             if listener.reach is not Reach.LOCAL:
-                requests.append(TunnelRequest(home.connection, "from_runtime", port, port))
-            if listener.reach is Reach.ALL:
+                requests.append(TunnelRequest(home.connection, "from_runtime", port, port, host=bind or LOOPBACK))
+            if bind is None and self._is_for_all(listener):
                 away = [place for place in places if place.network != home.network]
                 requests += [TunnelRequest(place.connection, "to_runtime", port, port) for place in _one_each(away)]
         failed: dict[int, tuple[str, LazyclusterError]] = {}
@@ -229,6 +271,10 @@ class Network:
             await self.close(port)
         return failed
 
+    def _is_for_all(self, listener: Listener) -> bool:
+        # A master on the manager is where tunnels end anyway.
+        return listener.reach is Reach.ALL or (listener.reach is Reach.MASTER and bool(self._masters))
+
     async def extend(self, listeners: Sequence[Listener], places: Sequence[WorkerHost]) -> dict[str, LazyclusterError]:
         """Make ports of workers that are open already reachable on hosts that are new.
 
@@ -236,8 +282,8 @@ class Network:
             Why they are not, for the hosts where they are not.
         """
         requests = []
-        for listener in listeners:
-            if listener.reach is Reach.ALL:
+        for listener in [] if self.direct.is_direct else listeners:
+            if self._is_for_all(listener):
                 open_to = {tunnel.network for tunnel in self._tunnels.get(listener.port, []) if tunnel.is_open}
                 new = [place for place in places if place.network not in open_to]
                 requests += [
@@ -267,6 +313,8 @@ class Network:
         """Close the tunnels of a port, or all."""
         for number in list(self._masters) if port is None else [port]:
             self._masters.pop(number, None)
+        if port is not None:
+            self.direct.closed(port)
         ports = list(self._tunnels) if port is None else [port]
         tunnels = [tunnel for number in ports for tunnel in self._tunnels.pop(number, [])]
         with contextlib.suppress(LazyclusterError):  # a connection that has gone took its tunnels along

@@ -26,9 +26,11 @@ from lazycluster.output.view import Cell, Fact, Shown, View, headline
 
 from . import connection_file
 from .contracts import DEFAULT_TIMEOUT, MasterLauncher, RuntimeCluster, WorkerLauncher
+from .direct_network import DirectNetwork, NetworkChoice, checked_network
 from .exceptions import ClusterError
 from .health import ClusterEvent, EventCallback, ProcessStatus, Watch
-from .master_launcher import ServiceMasterLauncher, prepare
+from .master_launcher import Begun, ServiceMasterLauncher, prepare, try_network
+from .network import Network
 from .own_master import OwnMasterWatch
 from .placement import Gpus
 from .usage import Meter, ProcessUsage
@@ -60,6 +62,9 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         gpus_per_worker: How many GPUs of its host each worker gets for itself (``CUDA_VISIBLE_DEVICES``). Then there is
             by default one worker for each of them, and hosts without GPUs get none.
         idle_gpus: Whether GPUs are left alone that others use.
+        network: How hosts reach each other: ``"tunnel"``: through this machine, where the network sees ssh and nothing
+            else; ``"direct"``: at their own addresses, with the master on the first host of the group; ``"auto"``:
+            direct if all of them do and what they say is encrypted and authenticated, else through tunnels.
 
     Raises:
         ValueError: If an argument makes no sense.
@@ -91,6 +96,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         min_workers: int | None = None,
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        network: NetworkChoice = "tunnel",
     ) -> None:
         if min_workers is not None and min_workers < 1:
             raise ValueError(f"min_workers must be at least 1, not {min_workers}")
@@ -100,6 +106,8 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         self._meter = Meter()
         self._own_master = OwnMasterWatch(self._watch)
         self._group = runtime_group
+        checked_network(network)
+        self._network = Network(DirectNetwork(network, None if network == "tunnel" else runtime_group._reachability))
         self._all_ports = _checked_ports(ports, self.DEFAULT_PORT_RANGE_START, self.DEFAULT_PORT_RANGE_END)
         self._ports = list(self._all_ports)
         self._min_workers = min_workers
@@ -113,7 +121,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         self._master_launcher = _launcher(master_launcher, runtime_group) or self._default_master_launcher()
         self._worker_launcher = _launcher(worker_launcher, runtime_group) or self._default_worker_launcher()
         self._connect_launchers()
-        lifetime.register(self)
+        self._end_with_program()
         self._forgetting: Any = None
 
     # --- what an engine states -----------------------------------------------------------------
@@ -134,7 +142,8 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
             worker.min_workers = self._min_workers
             worker.gpus = self._gpus or worker.gpus
             if isinstance(master, ServiceMasterLauncher):
-                master.network = worker.network
+                worker.use(self._network)
+                master.network = self._network
         elif self._gpus is not None:
             raise ValueError("gpus_per_worker needs a launcher that builds on ServiceWorkerLauncher")
 
@@ -169,7 +178,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
                 self._state = "starting"
             try:
                 count = self._count(worker_count)
-                self._prepare(count, debug)
+                self._prepare(count, master_port, debug)
                 self.start_master(master_port, debug=debug)
                 self.start_workers(count, debug=debug)
             except BaseException as error:
@@ -201,9 +210,10 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
             self._end_when_forgotten()
             if self.master_port is not None:
                 raise ClusterError(f"the master runs already, on port {self.master_port}")
+            if not self._network.direct.uses:
+                self._prepare_network(master_port)
             if master_port is None:
-                ports = [port for port in self._ports if port != self.DEFAULT_MASTER_PORT]
-                left = _call(self._master_launcher.start, [self.DEFAULT_MASTER_PORT, *ports], timeout, debug=debug)
+                left = _call(self._master_launcher.start, self._master_ports(None), timeout, debug=debug)
                 self._ports = [port for port in left if port in set(self._ports)]
             else:
                 _call(self._master_launcher.start, master_port, timeout, debug=debug)
@@ -212,6 +222,12 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
             taken = self.master_port
             self._ports = [port for port in self._ports if port != taken]
             self._begun("starting")
+
+    def _master_ports(self, wanted: int | None) -> list[int]:
+        """Return the ports that the master may have."""
+        if wanted is not None:
+            return [wanted]
+        return [self.DEFAULT_MASTER_PORT, *(port for port in self._ports if port != self.DEFAULT_MASTER_PORT)]
 
     def start_workers(self, count: int | None = None, debug: bool = False) -> None:
         """Start workers; may be called again for more of them.
@@ -368,6 +384,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
 
     def _let_go(self) -> None:
         """Let go of what master and workers had in common, once they have ended."""
+        self._network.direct.forget()
 
     # --- shared --------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -375,6 +392,9 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         """Show how far something is that takes long."""
         with progress.shown(getattr(self._group, "progress", None)), progress.Progress(what):
             yield
+
+    def _end_with_program(self) -> None:
+        lifetime.register(self)
 
     def _end_when_forgotten(self) -> None:
         if self._forgetting is None or not self._forgetting.alive:
@@ -440,12 +460,28 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
     def _is_custom(launcher: MasterLauncher | WorkerLauncher) -> bool:
         return not isinstance(launcher, (ServiceMasterLauncher, ServiceWorkerLauncher))
 
-    def _prepare(self, count: int, debug: bool) -> None:
+    def _prepare(self, count: int, master_port: int | None, debug: bool) -> None:
         """Have everything begin that takes long and depends on nothing else."""
         master, worker = self._master_launcher, self._worker_launcher
         if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
             worker.check_ports(count, self._ports)
-            worker.run(prepare(master, worker, count, debug))
+            begun = Begun(count, self._master_ports(master_port), self._ports, debug)
+            worker.run(prepare(master, worker, begun))
+            self._say_network()
+
+    def _prepare_network(self, master_port: int | None) -> None:
+        """Choose the network for a master that is started by itself."""
+        master, worker = self._master_launcher, self._worker_launcher
+        if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
+            begun = Begun(self._count(None), self._master_ports(master_port), self._ports, False)
+            worker.run(try_network(master, worker, begun))
+            self._say_network()
+
+    def _say_network(self) -> None:
+        direct = self._network.direct
+        if direct.wanted != "tunnel":
+            level = logging.WARNING if direct.wanted == "auto" and not direct.is_direct else logging.INFO
+            logger.log(level, "network: %s", direct.described())
 
     def _share_with_custom_workers(self, port: int) -> None:
         try:
@@ -473,6 +509,8 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         hosts = dict.fromkeys(worker.place.host for worker in self._processes)
         facts: list[Fact] = [("master", f"port {self.master_port}" if self.master_port else "none")]
         facts.append(("hosts", str(len(hosts))))
+        if self._network.direct.wanted != "tunnel":
+            facts.append(("network", self._network.direct.described()))
         problem = self._problem() if self._state == "running" else ""
         return [*facts, ("problem", Cell(problem, "bad"))] if problem else facts
 

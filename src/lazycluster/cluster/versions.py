@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lazycluster.core.extras import install_command
+from lazycluster.core.extras import install_command, pip_command
 from lazycluster.exceptions import LazyclusterError
 
 from .exceptions import ClusterError, ServiceError, VersionMismatchError, WorkerStartError
@@ -96,6 +96,19 @@ async def check_worker_hosts(engine: Engine, workers: Sequence[Worker]) -> dict[
     return {worker.name: silent[worker.place.host] for worker in workers if worker.place.host in silent}
 
 
+async def check_master(engine: Engine, service: Service) -> None:
+    """Compare what our own program, which is to be the master on a host, says of its software with the manager's.
+
+    Raises:
+        WorkerStartError: If it has ended instead, or says nothing.
+        VersionMismatchError: If it does not match.
+    """
+    answers = await _answers({service.place.host: service})
+    if not answers:
+        raise _silent(service)
+    _compare(engine, answers)
+
+
 async def check_master_host(engine: Engine, place: WorkerHost) -> None:
     """Do so for the host of a master.
 
@@ -149,7 +162,7 @@ def _compare(engine: Engine, answers: Mapping[str, Mapping[str, Any]]) -> None:
     marked = [(host, {name: _marked(engine, name, row, manager) for name in row}) for host, row in hosts.items()]
     what = f"the software of {', '.join(differing)} does not match the manager's (- is missing, < differs):"
     same = '  have the manager\'s packages on all hosts: RuntimeGroup(..., environment="manager")'
-    steps = [_step(engine, host, hosts[host], manager, str(answers[host]["executable"])) for host in differing]
+    steps = [_step(engine, host, hosts[host], manager, answers[host]) for host in differing]
     if not unusable:
         steps.append(f'  {engine.cluster}(..., check_versions="warn"), if you know better')
     message = "\n".join([what, *_table([("manager", manager), *marked]), "Next step, one of:", same, *steps])
@@ -178,7 +191,10 @@ def _marked(engine: Engine, name: str, row: Mapping[str, str], manager: Mapping[
     return f"{version} <" if name in _compared(engine) and version not in ("-", manager[name]) else version
 
 
-def _step(engine: Engine, host: str, row: Mapping[str, str], manager: Mapping[str, str], executable: str) -> str:
+def _step(
+    engine: Engine, host: str, row: Mapping[str, str], manager: Mapping[str, str], fields: Mapping[str, Any]
+) -> str:
+    executable = fields["executable"]
     if _PYTHON in _compared(engine) and row[_PYTHON] != manager[_PYTHON]:
         choose = f'choose a Python {manager[_PYTHON]} with python="auto", or with setup="..."'
         return f"  {host}: uses {executable}; {choose}"
@@ -187,7 +203,7 @@ def _step(engine: Engine, host: str, row: Mapping[str, str], manager: Mapping[st
         for name in row
         if name != _PYTHON and (row[name] == "-" or (name in engine.same_versions and row[name] != manager[name]))
     ]
-    return f"  {host}: {executable} -m pip install {' '.join(wanted)}"
+    return f"  {host}: {pip_command(str(executable), fields.get('managed') is True, wanted)}"
 
 
 def _silent(service: Service) -> LazyclusterError:

@@ -32,6 +32,7 @@ class WorkerHost:
         env: Environment variables beside the host's own.
         cwd: The working directory.
         problem: Why nothing can run there, None if it can.
+        address: Where other hosts reach it, if the user has said so.
     """
 
     host: str
@@ -40,6 +41,7 @@ class WorkerHost:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     cwd: str = ""
     problem: LazyclusterError | None = None
+    address: str | None = None
 
     @property
     def network(self) -> Hashable:
@@ -61,12 +63,13 @@ def places_of(group: RuntimeGroup) -> list[WorkerHost]:
         except LazyclusterError as error:
             places.append(WorkerHost(runtime.host, runtime._connection, problem=error))
         else:
-            places.append(_of(context))
+            places.append(_of(runtime, context))
     return places
 
 
-def _of(context: Context) -> WorkerHost:
-    return WorkerHost(context.host, context.connection, context.python, dict(context.env), context.cwd)
+def _of(runtime: Runtime, context: Context) -> WorkerHost:
+    address = runtime._session.spec.address
+    return WorkerHost(context.host, context.connection, context.python, dict(context.env), context.cwd, address=address)
 
 
 async def place_again(group: RuntimeGroup, connection: Connection) -> WorkerHost:
@@ -78,7 +81,7 @@ async def place_again(group: RuntimeGroup, connection: Connection) -> WorkerHost
     for runtime in group.runtimes:
         if runtime._connection is connection:
             await runtime._prepare_async()
-            return _of(runtime._context())
+            return _of(runtime, runtime._context())
     raise ClusterError(f"{connection.host} has left the group, and lost what ran there")
 
 

@@ -11,16 +11,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lazycluster.core import event_loop
+from lazycluster.core.words import counted
 from lazycluster.exceptions import LazyclusterError, NoAnswerError, NoPortsLeftError, PortInUseError
 from lazycluster.output.progress import Progress
 from lazycluster.ssh import workspace
 from lazycluster.ssh.tunnels import Tunnel
 
 from .contracts import WorkerLauncher
-from .engine import Endpoint, Engine
+from .engine import Endpoint, Engine, stated
 from .exceptions import ClusterError, ClusterStartError, ServiceError, WorkerStartError
 from .health import Watch
-from .network import Listener, Network, Port, PortSupply, single_ports
+from .network import Listener, Network, Port, PortSupply, forwards_needed, single_ports
 from .placement import Gpus, capacity, round_robin
 from .service_spec import ServiceSpec
 from .services import Service, as_kind, stop_all
@@ -38,6 +39,7 @@ T = TypeVar("T")
 logger = logging.getLogger("lazycluster")
 
 _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
+_MANY_FORWARDS = 3000
 _SETTLE = 1.0  # seconds that the other workers get to fail, too, after one has failed
 
 
@@ -91,7 +93,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
         self.engine = engine
         self.master = Endpoint("master")
         self.network = Network()
-        self.network.on_lost = self._port_lost
+        self.use(self.network)
         self.watch: Watch | None = None
         self.workers: list[Worker] = []
         self.min_workers: int | None = None
@@ -103,10 +105,15 @@ class ServiceWorkerLauncher(WorkerLauncher):
         self._supplies: list[PortSupply] = []
         self._at_work: set[asyncio.Task[Any]] = set()
 
+    def use(self, network: Network) -> None:
+        """Have processes reach each other by a network."""
+        self.network = network
+        network.on_lost = self._port_lost
+
     # --- what an engine states -----------------------------------------------------------------
     def spec(self, at: Endpoint) -> ServiceSpec:
         """Return what is to run; see `Engine.worker`."""
-        return self.engine.worker(at, self.master)
+        return stated(self.engine, "worker", at, self.master)
 
     async def handshake(self, workers: Sequence[Worker]) -> Mapping[str, LazyclusterError]:
         """Check the software of the hosts before anything listens; raise an error to give up.
@@ -206,6 +213,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
         places, existing = places or await prepared_places(self._group), self._per_host()
         room = None if self.gpus is None else await capacity(places, self.gpus, existing)
         homes = round_robin(places, count, existing, room)
+        self._warn_of_forwards(count + sum(existing.values()), len({place.network for place in usable(places)}))
         self._failed.clear()
         for place in homes:
             siblings = homes.count(place) + existing[place.host]
@@ -215,6 +223,18 @@ class ServiceWorkerLauncher(WorkerLauncher):
         if self._prepared:
             await self._give_up(await self.handshake(list(self._prepared)))
             self._check_failures()
+
+    def _warn_of_forwards(self, workers: int, hosts: int) -> None:
+        needed = forwards_needed(self._port_uses, workers, hosts)
+        if needed <= _MANY_FORWARDS or self.network.direct.is_direct:
+            return
+        step = ""
+        if self.engine.direct != "no":
+            step = f'.\n  Next step: if the hosts reach each other, {self.engine.cluster}(..., network="auto")'
+        logger.warning(
+            "%s on %s need %d ports that are forwarded through this machine, which takes long%s",
+            counted(workers, "worker"), counted(hosts, "host"), needed, step,
+        )  # fmt: skip
 
     def _add(self, at: Endpoint, place: WorkerHost, debug: bool) -> None:
         """Add a worker to be started; it starts at once if it waits for its settings."""
@@ -363,13 +383,14 @@ class ServiceWorkerLauncher(WorkerLauncher):
         """
         width = len(self._port_uses)
         numbers = await supply.take(width * len(workers), connections)
-        listeners = []
         for index, worker in enumerate(workers):
             worker.at.ports = dict(
                 zip((use.name for use in self._port_uses), numbers[index * width : (index + 1) * width], strict=True)
             )
-            listeners += [Listener(worker.place, worker.ports[use.name], use.reach) for use in self._port_uses]
+        listeners = self._listeners([worker.place for worker in workers], numbers)
         failed = await self.network.open(listeners, places)
+        for worker in workers:
+            self.network.direct.locate(worker.at, worker.place)
         silent = {host: error for host, error in failed.values() if isinstance(error, NoAnswerError)}
         again = []
         for worker in workers:
@@ -384,6 +405,30 @@ class ServiceWorkerLauncher(WorkerLauncher):
         await self._give_up({w.name: silent[w.place.host] for w in self._prepared if w.place.host in silent})
         self._check_failures()
         return [worker for worker in again if worker.place.host not in silent], set(silent)
+
+    def _listeners(self, places: Sequence[WorkerHost], numbers: Sequence[int]) -> list[Listener]:
+        """Return what will listen on some ports: those of one worker in each of the places."""
+        uses = [(place, use) for place in places for use in self._port_uses]
+        return [Listener(place, number, use.reach) for (place, use), number in zip(uses, numbers, strict=True)]
+
+    async def expected(self, count: int, ports: Sequence[int], keeper: Connection) -> list[Listener]:
+        """Return what workers will listen on, unless somebody else takes one of these ports before.
+
+        Args:
+            count: How many will be started.
+            ports: The ports that may be used.
+            keeper: The connection to the manager itself.
+        """
+        places = usable(await prepared_places(self._group))
+        existing = self._per_host()
+        room = None if self.gpus is None else await capacity(places, self.gpus, existing)
+        homes = round_robin(places, count, existing, room)
+        supply = PortSupply(ports)
+        try:
+            connections = [keeper, *(place.connection for place in places)]
+            return self._listeners(homes, await supply.take(len(self._port_uses) * count, connections))
+        finally:
+            supply.release()
 
     # --- bringing them up ----------------------------------------------------------------------
     async def _bring_up_all(self, supply: PortSupply, places: Sequence[WorkerHost], progress: Progress) -> None:

@@ -220,7 +220,11 @@ CONNECTION_KEYS = (
 )  # fmt: skip
 """Keys of a host about its connection, see :class:`lazycluster.ssh.config.Settings`."""
 
-HOST_KEYS = (*_OWN, *CONNECTION_KEYS)
+HOST_KEYS = (
+    *_OWN,
+    Key("address", "text", "IP address at which other hosts reach it.", "free"),
+    *CONNECTION_KEYS,
+)
 """Keys of a host."""
 
 TOP_KEYS = (
@@ -247,4 +251,9 @@ def option_key(option: Option) -> Key:
     if option.kind == "directory":
         return Key(option.argument, "text", option.help, reason=_READS)
     trust: Literal["free", "needed"] = "free" if option.safe else "needed"
-    return Key(option.argument, "text", option.help, trust, reason="its engine does not state that it is harmless")
+    reason = "its engine does not state that it is harmless"
+    default = option.default
+    return Key(
+        option.argument, "text", option.help, trust, reason=reason, choices=option.choices,
+        is_safe=lambda value: value == default, safe=repr(default) if default is not None else "",
+    )  # fmt: skip

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lazycluster.agent.ownership import Users
 from lazycluster.background.state import checked_name
@@ -23,7 +23,7 @@ from lazycluster.environments.spec import file_kind
 from lazycluster.exceptions import one_line
 from lazycluster.group.selection import ALL, match, without
 from lazycluster.ssh.config_hosts import configured_hosts
-from lazycluster.utils import Environment, expanded
+from lazycluster.utils import Environment, absolute, expanded
 
 from .keys import CONNECTION_KEYS, HOST_KEYS, TOP_KEYS, Key, option_key
 from .spec import ClusterSpec
@@ -33,6 +33,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    from lazycluster.cluster.engine import Option
 
 __all__ = ["engine_of", "load_cluster_file"]
 
@@ -109,7 +112,7 @@ class _Opened:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> _Opened:
-        file = expanded(path).absolute()
+        file = absolute(expanded(path))
         shown = one_line(os.fspath(path))
         text, status = _read(file, shown)
         try:
@@ -318,9 +321,20 @@ class _File:
         own = {name: value for name, value in table.items() if by_flag.get(name, name) == name}
         found = self._table(("options",), own, [option_key(option) for option in stated])
         for option in stated:
-            if option.kind == "directory" and option.argument in found:
-                found[option.argument] = str(self._directory / expanded(found[option.argument]))
+            if option.argument in found:
+                found[option.argument] = self._option(option, found[option.argument])
         return found
+
+    def _option(self, option: Option, value: Any) -> Any:
+        """Return the value of an option as the engine takes it; note what the engine finds wrong with it."""
+        if option.kind == "directory":
+            return str(self._directory / expanded(value))
+        if option.check is not None:
+            try:
+                option.check(value)
+            except ValueError as error:
+                self._problem(("options", option.argument), f"{option.argument}: {error}")
+        return value
 
     # --- hosts ---------------------------------------------------------------------------------
     def _name(self, path: _Path, name: str | None) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -105,28 +104,6 @@ class ClusterSpec:
         from lazycluster import engines
 
         return engines.load(self.engine)(group, **self.options)
-
-    def to_document(self) -> dict[str, Any]:
-        """Return all of it as JSON can hold it, for another process of this user. It may hold secrets.
-
-        Raises:
-            TypeError: If something is not text, a number, or made of these.
-        """
-        document = asdict(self)
-        json.dumps(document)
-        return document
-
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> ClusterSpec:
-        """Return the specification that :meth:`to_document` has written.
-
-        Args:
-            document: What it has returned, perhaps after a way through JSON.
-
-        Raises:
-            TypeError: If it is of another kind.
-        """
-        return cls(**{**document, "hosts": tuple(document["hosts"])})
 
 
 def _environment(value: Any) -> Any:

@@ -7,9 +7,10 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 
-__all__ = ["install_command"]
+__all__ = ["install_command", "pip_command"]
 
 
 def install_command(extra: str) -> str:
@@ -22,6 +23,22 @@ def install_command(extra: str) -> str:
     if packages:
         return f"{_installer()} {shlex.join(packages)}"
     return f"{_installer()} '.[{extra}]' in a checkout of lazycluster"
+
+
+def pip_command(executable: str, is_managed: bool, packages: Sequence[str]) -> str:
+    """Return what installs packages for a host's interpreter.
+
+    Args:
+        executable: The interpreter.
+        is_managed: Whether pip refuses to install into it, since it belongs to the system (PEP 668).
+        packages: The packages.
+    """
+    if not is_managed:
+        return f"{executable} -m pip install {' '.join(packages)}"
+    return (
+        f"{executable} -m venv ~/venv && ~/venv/bin/pip install {' '.join(packages)}, and then "
+        'python="~/venv/bin/python3" (pip installs nothing into a Python of the system)'
+    )
 
 
 def _installer() -> str:

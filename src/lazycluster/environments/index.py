@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from lazycluster.utils import expanded
+from lazycluster.utils import absolute, expanded
 
 from .spec import hide
 
@@ -129,7 +129,8 @@ def _uv_files(env: Mapping[str, str]) -> Iterable[dict[str, Any]]:
     config = expanded(env.get("XDG_CONFIG_HOME") or "~/.config")
     for path in (config / "uv/uv.toml", Path("/etc/xdg/uv/uv.toml"), Path("/etc/uv/uv.toml")):
         yield from _toml(path)
-    for folder in (Path.cwd(), *Path.cwd().parents):
+    here = absolute(".")
+    for folder in (here, *here.parents):
         if (folder / "uv.toml").is_file():
             yield from _toml(folder / "uv.toml")
             return

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from lazycluster.core import event_loop
 from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import EnvironmentBuildError
-from lazycluster.utils import private_directory
+from lazycluster.utils import absolute, private_directory
 
 from . import installed_packages
 from .index import (
@@ -71,7 +71,7 @@ class _ResolverInput:
 
     lines: list[str] = field(default_factory=list)
     file: Path | None = None
-    folder: Path = field(default_factory=Path.cwd)
+    folder: Path = field(default_factory=lambda: absolute("."))
     dependencies: bool = True
     known: list[LockedPackage] = field(default_factory=list)
     inputs: list[Path] = field(default_factory=list)

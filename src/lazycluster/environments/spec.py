@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lazycluster.utils import expanded
+from lazycluster.utils import absolute, expanded
 
 __all__ = ["ROOT", "EnvironmentSpec", "check_cache_dir", "file_kind", "hide", "normalized"]
 
@@ -148,7 +148,7 @@ class EnvironmentSpec:
             found["source"] = str(self.file)
         elif self.kind == "requirements":
             found["source"] = [
-                str(Path(item).absolute()) if item.startswith(("./", "../")) else item for item in self.requirements
+                str(absolute(item)) if item.startswith(("./", "../")) else item for item in self.requirements
             ]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -177,7 +177,7 @@ class EnvironmentSpec:
     def file(self) -> Path:
         """The file, if the source is one."""
         assert isinstance(self.source, str)
-        return expanded(self.source).absolute()
+        return absolute(expanded(self.source))
 
     @property
     def requirements(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from lazycluster.core import event_loop
+from lazycluster.runtime.reachability import ReachabilityCache
 from lazycluster.runtime.registry import join_all
 from lazycluster.runtimes import Runtime
 from lazycluster.tasks.context import ExecutionOptions
@@ -18,10 +19,11 @@ from lazycluster.tasks.steps import GetFile, Step, manager_path
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
 
+from .direct_copy import DirectCopy, DirectTarget, checked_network
 from .members import ask_all
 from .shared_filesystems import send_locks
 
-__all__ = ["detach_on", "detached_tasks_on", "join_or_end", "start_on_all"]
+__all__ = ["detach_on", "detached_tasks_on", "join_or_end", "send_to_all", "start_on_all"]
 
 
 def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: ExecutionOptions) -> list[RuntimeTask]:
@@ -54,6 +56,40 @@ def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: Execut
             other.cancel()
         raise
     return started
+
+
+def send_to_all(
+    runtimes: Sequence[Runtime],
+    local_path: str | os.PathLike[str],
+    remote_path: str | None,
+    network: str,
+    reachability: ReachabilityCache,
+) -> list[RuntimeTask]:
+    """Start to send a file or folder to some runtimes.
+
+    Args:
+        runtimes: The runtimes.
+        local_path: What to send.
+        remote_path: Where to.
+        network: See `direct_copy.NETWORKS`.
+        reachability: What is known of which hosts reach each other.
+
+    Returns:
+        The tasks, in the order of the runtimes.
+    """
+    task = RuntimeTask("send-file").send_file(local_path, remote_path)
+    if checked_network(network) == "tunnel":
+        return start_on_all(runtimes, task, ExecutionOptions())
+    locks = event_loop.run(send_locks(runtimes, task.steps))
+    # Of those that share a file system one gets it, and the others find it there.
+    writing = [one for index, one in enumerate(runtimes) if locks[index] is None or locks[index] not in locks[:index]]
+    copy = DirectCopy([_target(runtime) for runtime in writing], local_path, remote_path, network, reachability)
+    return start_on_all(runtimes, task, ExecutionOptions(send=copy.send))
+
+
+def _target(runtime: Runtime) -> DirectTarget:
+    context = runtime._context()
+    return DirectTarget(runtime.host, context.connection, context.cwd, dict(context.env), runtime._session.spec.address)
 
 
 def _for_host(step: Step, host: str) -> Step:

@@ -27,7 +27,7 @@ from lazycluster.tasks.detached import DetachedTask, check_options
 from lazycluster.tasks.execution import ProcessHandle
 from lazycluster.tasks.task import RuntimeTask
 
-from .broadcast import detach_on, detached_tasks_on, join_or_end, start_on_all
+from .broadcast import detach_on, detached_tasks_on, join_or_end, send_to_all, start_on_all
 from .failover import start_on_one
 from .members import Members, ask_all, checked_hosts, clean_up_all, connect, prepare_all, warn_of_aliases
 from .ports import expose_from_one, expose_to_all, free_everywhere
@@ -444,6 +444,8 @@ class RuntimeGroup(Shown):
         local_path: str | os.PathLike[str],
         remote_path: str | None = None,
         execute_async: bool | None = True,
+        *,
+        network: str = "tunnel",
     ) -> list[RuntimeTask]:
         """Copy a file or folder from the manager to all hosts, see :meth:`RuntimeTask.send_file`.
 
@@ -451,16 +453,25 @@ class RuntimeGroup(Shown):
             local_path: On this machine.
             remote_path: On the hosts, by default under the same name in the working directories.
             execute_async: Return at once; else wait for the end.
+            network: ``"tunnel"``: it goes from the manager to each host, over ssh. ``"auto"``: a large file leaves the
+                manager once, and each host passes it on to the next one, over TLS, as far as they reach each other on a
+                port from 25100 to 25199; a host that gets it from no other gets it from the manager. ``"direct"``: the
+                same, but that hosts do not reach each other is an error. Folders go from the manager to each host.
 
         Returns:
             The tasks that were made for it, one per host.
 
         Raises:
-            ValueError: If a path is empty.
+            ValueError: If a path is empty, or the network is unknown.
             TaskExecutionError: If it is waited for and fails.
         """
-        task = RuntimeTask("send-file").send_file(local_path, remote_path)
-        return list(self.execute_task(task, broadcast=True, execute_async=bool(execute_async)))
+        with progress_display.shown(self.progress):
+            tasks = send_to_all(self.runtimes, local_path, remote_path, network, self._reachability)
+            with self._lock:
+                self._tasks += tasks
+            if not execute_async:
+                join_or_end(tasks)
+            return tasks
 
     @property
     def function_returns(self) -> Generator[Any, None, None]:

@@ -21,6 +21,7 @@ from lazycluster.exceptions import (
 from lazycluster.output import progress
 from lazycluster.runtime.session import HostSession, HostSpec
 from lazycluster.runtimes import Runtime
+from lazycluster.ssh.ssh_connection import client_version
 
 from .settings import GroupSettings, listed
 
@@ -54,7 +55,12 @@ async def connect_all(specs: Sequence[HostSpec]) -> list[Connected]:
 
     Returns:
         For each host the session, or why there is none.
+
+    Raises:
+        InvalidRuntimeError: If this machine has no ssh client.
     """
+    if not all(spec.local for spec in specs):
+        await client_version()
     tasks = [asyncio.ensure_future(HostSession.open(spec)) for spec in specs]
     waiting = {task: spec.host for task, spec in zip(tasks, specs, strict=True)}
     try:

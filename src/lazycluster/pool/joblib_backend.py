@@ -158,6 +158,10 @@ class LazyclusterBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignor
         if sharing is not None and self._executor is not None:
             self._executor._unshare(sharing)
 
+    def terminate(self) -> None:
+        """Forget how long the calls of a ``Parallel`` took: those of the next one may take another time."""
+        self.reset_batch_stats()
+
     def submit(self, func: Any, callback: Callable[[Any], Any] | None = None) -> concurrent.futures.Future[Any]:
         """Have a batch of calls run.
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal as signals
+import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.agent.restart_policy import RestartPolicy
@@ -39,6 +40,7 @@ _logger = logging.getLogger("lazycluster")
 ContextWhenBack = Callable[[], Awaitable["Context | None"]]
 
 _MAX_REJOINS = 5  # of a host within minutes
+_LINES_SHOWN = 20  # of what workers have printed
 MAX_DEATHS = 3  # workers or hosts that may die under a call before it is given up
 
 
@@ -229,7 +231,8 @@ class ChunkScheduler:
     def initializer_failed(self, pool: RemotePool, parts: list[bytes]) -> None:
         """Give up: workers cannot be initialised."""
         cause = initializer_error(parts, pool.host)
-        error = BrokenPoolError(f"{pool.host}: the workers cannot be used, their initializer has failed: {cause}")
+        why = str(cause) if isinstance(cause, LazyclusterError) else _error_text(cause)
+        error = BrokenPoolError(f"{pool.host}: the workers cannot be used, their initializer has failed: {why}")
         error.__cause__ = cause
         self._break(error)
 
@@ -244,6 +247,8 @@ class ChunkScheduler:
                 _logger.warning("left out: %s", error)
                 return
             error = AgentError(pool.host, "gpu", "no host has GPUs for calls:\n  " + "\n  ".join(self._without_gpus))
+        if isinstance(error, AgentError) and error.kind == "worker":
+            error = _broken_start(error, bool(self._options[self._pools.index(pool)].initializer))
         policy = self._rejoin_policies[self._pools.index(pool)]
         if not isinstance(error, ConnectionLostError) and not (others and policy.count):
             self._break(error)
@@ -330,7 +335,26 @@ class ChunkScheduler:
         await asyncio.gather(*self._runs, return_exceptions=True)
 
 
-def _exit_text(fields: dict[str, Any]) -> str:
+def _error_text(error: BaseException) -> str:
+    """Return an error as the last line of its traceback shows it."""
+    if isinstance(error, SystemExit):
+        return f"it has called sys.exit({'' if error.code is None else repr(error.code)})"
+    return "".join(traceback.format_exception_only(type(error), error)).strip()
+
+
+def _broken_start(error: AgentError, initialized: bool) -> BrokenPoolError:
+    """Return the error of workers that end before they are ready."""
+    when = "in their initializer" if initialized else "before they can do anything"
+    text = f"{error.host}: the workers have {_exit_text(error.evidence)} {when}"
+    lines = str(error.evidence.get("output", "")).strip().splitlines()[-_LINES_SHOWN:]
+    if lines:
+        text += "\n  The end of what they printed:\n" + "\n".join(f"    {line}" for line in lines)
+    broken = BrokenPoolError(text)
+    broken.__cause__ = error
+    return broken
+
+
+def _exit_text(fields: Mapping[str, Any]) -> str:
     number = fields.get("signal")
     if number:
         hint = ": the host may have run out of memory" if number == signals.SIGKILL else ""
@@ -353,7 +377,7 @@ def _worker_lost_error(chunk: Chunk, name: str, host: str, fields: dict[str, Any
     if others:
         text += f", which had been tried {len(others)} times before with the same end, on {', '.join(others)}"
     if output.strip():
-        lines = "\n".join(f"    {line}" for line in output.strip().splitlines()[-20:])
+        lines = "\n".join(f"    {line}" for line in output.strip().splitlines()[-_LINES_SHOWN:])
         text += f"\n  The end of what the workers of {host} printed:\n{lines}"
     text += "\n  Next step: see what the call needs (memory, for the most part), or run it alone with call()"
     return WorkerLostError(text, call=name, host=host, hosts=chunk.tried_on, pid=pid, exit_status=status, output=output)

@@ -12,7 +12,7 @@ import ipaddress
 import secrets
 import socket
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,21 @@ from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.probes import network_of
 from lazycluster.ssh.ssh_connection import SshConnection
 
-__all__ = ["DirectAddress", "Obstacle", "ProbedHost", "Reachability", "ReachabilityCache", "checked_address", "probe"]
+__all__ = [
+    "DirectAddress",
+    "Obstacle",
+    "ProbedHost",
+    "Reachability",
+    "ReachabilityCache",
+    "checked_address",
+    "probe",
+    "session_of",
+]
 
-_LISTEN_LIMIT = 2.0  # seconds for all hosts to listen
-_ROUND_LIMIT = 5.0  # seconds for the summaries of a round; a host gives up after 4
+_LISTEN_LIMIT = 4.0  # seconds for all hosts to listen
+_ROUND_LIMIT = 7.5  # seconds for the summaries of a round; a host gives up after 6
 _RESOLVED_AT_ONCE = 8  # processes that look hosts up in the ssh configuration
+_PORTS_OF_ONE = 8  # obstacles that are looked at for another port of the same pair
 _SHOWN = 5  # obstacles in a message
 _LOOPBACK = "127.0.0.1"
 
@@ -155,7 +165,7 @@ class ReachabilityCache:
     """What was proven of the hosts of a group: asked again when a host joins or comes back, or for other ports."""
 
     def __init__(self) -> None:
-        self._hosts: weakref.WeakKeyDictionary[Connection, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._hosts: weakref.WeakKeyDictionary[Connection, tuple[Hashable, int, int]] = weakref.WeakKeyDictionary()
         self._ports: weakref.WeakKeyDictionary[Connection, set[int]] = weakref.WeakKeyDictionary()
         self._last = Reachability()
 
@@ -170,26 +180,28 @@ class ReachabilityCache:
             if not found.is_proven:
                 self._hosts.clear()
                 return found
-            if any(self._hosts.get(one.connection) != _session(one.connection) for one in hosts):
+            if any(self._hosts.get(one.connection) != session_of(one.connection) for one in hosts):
                 self._ports.clear()  # who has come since has not dialed the ports of before
             self._last = found
             for one in hosts:
-                self._hosts[one.connection] = _session(one.connection)
+                self._hosts[one.connection] = session_of(one.connection)
                 self._ports.setdefault(one.connection, set()).update(one.ports)
         return Reachability({one.host: self._last.addresses[one.host] for one in hosts})
 
     def _knows(self, hosts: Sequence[ProbedHost]) -> bool:
         return all(
-            self._hosts.get(one.connection) == _session(one.connection)
+            self._hosts.get(one.connection) == session_of(one.connection)
+            and not one.running
             and one.host in self._last.addresses
+            and one.address in (None, self._last.addresses[one.host].address)
             and self._ports.get(one.connection, set()).issuperset(one.ports)
             for one in hosts
         )
 
 
-def _session(connection: Connection) -> tuple[int, int]:
+def session_of(connection: Connection) -> tuple[Hashable, int, int]:
     """Return what changes when a host was away: its address may be another one then."""
-    return connection.generation, connection.interruptions
+    return network_of(connection), connection.generation, connection.interruptions
 
 
 async def probe(hosts: Sequence[ProbedHost]) -> Reachability:
@@ -367,7 +379,9 @@ class _Rounds:
 
     def _add(self, party: _Party, index: int, address: str, port: int, why: str) -> None:
         target = self._parties[index].host.host
-        self._obstacles.setdefault((index, address), []).append(Obstacle(party.host.host, target, address, port, why))
+        obstacles = self._obstacles.setdefault((index, address), [])
+        if not any((one.source, one.why) == (party.host.host, why) for one in obstacles[-_PORTS_OF_ONE:]):
+            obstacles.append(Obstacle(party.host.host, target, address, port, why))  # one port of a pair says enough
 
     def _words(self, party: _Party, why: str) -> str:
         if why == "own":

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _SETUP_LIMIT = 300.0  # seconds: set-up lines may fetch something
 STARTUP_FILES = ("once", "always")
-_PLAIN = ("host", "working_dir", "python", "setup", "shell", "local", "startup_files")
+_PLAIN = ("host", "working_dir", "python", "setup", "shell", "local", "startup_files", "address")
 _POSIX_SHELLS = ("bash", "zsh", "sh", "dash", "ksh", "ash")
 
 
@@ -262,11 +262,12 @@ class HostSession:
             )
         except AgentError as error:
             output = str(error.evidence.get("output", "")).strip()
+            message, _, step = error.message.partition(". Next step: ")
             raise InvalidRuntimeError(
                 self.spec.host,
                 "setup",
-                f"{error.message}\n{output}" if output else error.message,
-                "run the setup lines on the host by hand",
+                f"{message}\n{output}" if output else message,
+                step or "run the setup lines on the host by hand",
             ) from None
         except NoAnswerError:
             detail = f"the setup lines have not ended within {_SETUP_LIMIT:g} s"

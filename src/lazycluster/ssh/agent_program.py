@@ -24,7 +24,10 @@ _START = (
 )
 _AS_TEXT = ("limits",)  # of those, what becomes a program of its own
 START_OPERATIONS = frozenset(
-    ("expand", "keep", "leftovers", "listen", "mkdir", "mkdtemp", "ping", "remove", "run", "session", "setup", "stop")
+    (
+        *("at_manager_end", "expand", "leftovers", "listen", "mkdir", "mkdtemp", "ping", "remove", "run", "session"),
+        *("setup", "stop"),
+    )
 )
 """Requests for which an agent needs no more modules than it starts with."""
 
@@ -51,10 +54,15 @@ _REJOIN = (
     "i=sys.stdin.buffer;"
     "b,a=marshal.loads(zlib.decompress(i.read(int(i.readline()))));exec(b);main(*a)"
 )
-# Starts the first interpreter that is there; else a shell, which says so and reads a program of its own. What pyenv and
-# the like put into directories called "shims" may be there and start nothing. Quoted as `_STUB` must be.
+# True where python3 will start. bash is asked itself, since its exported functions get lost on the way of `_CHOOSE`.
+_IS_THERE = (
+    "test -x /usr/bin/python3 || "
+    'eval \'expr "$SHELL" : ".*/bash" >/dev/null && command -v python3 >/dev/null\' 2>/dev/null'
+)
+# Starts the first python3 on the PATH; else a shell, which says so and reads a program of its own. What pyenv and the
+# like put into directories called "shims" may be there and start nothing. Quoted as `_STUB` must be.
 _CHOOSE = (
-    'test -x "$1" && exec "$1" -ISc "$0"; IFS=:; for d in $PATH; do case "$d" in */shims) ;; '
+    'IFS=:; for d in $PATH; do case "$d" in */shims) ;; '
     '*) test -f "$d/python3" && test -x "$d/python3" && exec "$d/python3" -ISc "$0";; esac; done; '
     'echo; echo "lazy""{marker} sh"; exec sh'
 )
@@ -114,7 +122,9 @@ def choosing_command(marker: str, program: str, first: str = "") -> str:
         program: See `remote_command`.
         first: The path of an interpreter that is used instead if it is still there.
     """
-    return f"{_told()}exec sh -c '{_CHOOSE.format(marker=marker)}' '{program}' {shlex.quote(first)}"
+    condition = f"test -x {shlex.quote(first)}" if first else _IS_THERE
+    otherwise = f"exec sh -c '{_CHOOSE.format(marker=marker)}' '{program}'"
+    return f"{_told()}{condition} || {otherwise}; exec {shlex.quote(first or 'python3')} -ISc '{program}'"
 
 
 def shell_payload(marker: str) -> bytes:

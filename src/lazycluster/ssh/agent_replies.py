@@ -120,7 +120,8 @@ _TIME = _Between(0, 253402214400)  # seconds since 1970; the year 9999 is the la
 _VERSION = [range(2**16)]
 _WORD = re.compile("[A-Za-z0-9_.+-]{0,64}")  # becomes a part of names of files here
 _STATUS = {
-    "exit": (_EXIT, _NONE), "signal": (range(2**16), _NONE), "limit?": str, "out_of_memory?": (str, _NONE)
+    "exit": (_EXIT, _NONE), "signal": (range(2**16), _NONE), "limit?": str, "out_of_memory?": (str, _NONE),
+    "left?": [NAME],
 }  # fmt: skip
 _CALL = {
     "status": str, "exit?": (_EXIT, _NONE), "signal?": (range(2**16), _NONE), "phase?": str, "limit?": str,
@@ -132,7 +133,7 @@ _STEP = {
 }  # fmt: skip
 _TASK = {
     "id": re.compile("[0-9a-f]{16}"), "name?": (NAME, _NONE), "created?": (_TIME, _NONE), "state": str,
-    "labels": [NAME], "steps": [_STEP],
+    "labels": [NAME], "steps": [_STEP], "age?": _NUMBER, "ended_ago?": (_NUMBER, _NONE), "restarted?": bool,
 }  # fmt: skip
 _GPU = {
     "id?": str, "name?": str, "owner?": NAME, "busy?": (str, bool), "memory?": (_NUMBER, _NONE),
@@ -152,6 +153,8 @@ _INTERPRETER = {"path": NAME, "version": _VERSION}
 _SHAPES: dict[str, Any] = {
     "activity": dict.fromkeys(("busy", "total", "tasks", "workers", "tunnels"), _NUMBER),
     "call": _CALL,
+    "detach": {"id": re.compile("[0-9a-f]{16}")},
+    "detached log": {"end": _COUNT},
     "detached list": {"tasks": [_TASK]},
     "detached state": {"task": _TASK},
     "environment build": {"prefix": NAME},
@@ -177,8 +180,9 @@ _SHAPES: dict[str, Any] = {
     "packages": {
         "version": _VERSION,
         "executable": NAME,
+        "managed?": bool,
         "packages": {...: (str, _NONE)},
-        "bytecode": {"lacking": [NAME], "cache": NAME, "problem": str},
+        "bytecode?": {"lacking": [NAME], "cache": NAME, "problem": str},
     },
     "ports": {"free": [_PORT], "denied?": [_PORT]},
     "run": _STATUS,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster.exceptions import InvalidRuntimeError
-from lazycluster.utils import expanded
+from lazycluster.utils import absolute, expanded
 
 from .config_hosts import CONFIG_VARIABLE
 from .destination import Destination, check_user, parse_destination
@@ -245,7 +245,7 @@ def _keys(what: str, value: Any) -> tuple[str, ...]:
         # that only ssh knows.
         if "%" not in path and not os.access(path, os.R_OK):
             raise ValueError(f"{what}: no readable key file: {path}")
-    return tuple(path if "%" in path else str(Path(path).absolute()) for path in paths)
+    return tuple(path if "%" in path else str(absolute(path)) for path in paths)
 
 
 def _config_file(what: str, value: Any) -> str:
@@ -254,7 +254,7 @@ def _config_file(what: str, value: Any) -> str:
         return "none"
     if not os.access(path, os.R_OK) or Path(path).is_dir():
         raise ValueError(f"{what}: no readable file: {path}")
-    return str(Path(path).absolute())
+    return str(absolute(path))
 
 
 def _proxy_jump(what: str, value: Any) -> str:
@@ -390,9 +390,19 @@ def ssh_version() -> tuple[int, int]:
     hint = "install the OpenSSH client of your system, and make sure that it is on the PATH"
     try:
         done = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
+    except FileNotFoundError:
+        detail = "no ssh client is installed on this machine, or it is not on the PATH"
+        raise InvalidRuntimeError("localhost", "ssh", detail, hint) from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InvalidRuntimeError("localhost", "ssh", f"the ssh client does not run: {error}", hint) from None
     text = (done.stderr + done.stdout).decode(errors="replace").strip()
+    if text.startswith("No user exists for uid"):
+        detail = f"ssh does not start on this machine, since the user id {os.getuid()} has no entry in /etc/passwd"
+        hint = (
+            "add one, as entry points of containers do where /etc/passwd may be written to: "
+            'echo "user:x:$(id -u):0::$HOME:/bin/sh" >> /etc/passwd; or run as a user that has one'
+        )
+        raise InvalidRuntimeError("localhost", "ssh", detail, hint)
     found = re.search(r"OpenSSH\w*?_(\d+)\.(\d+)", text)
     if not found:
         raise InvalidRuntimeError("localhost", "ssh", f"'ssh' is not OpenSSH, but says: {text[:200]}", hint)

@@ -221,7 +221,7 @@ class _Change:
                 said = f"{BOM_HINT} {shlex.quote(str(self.path))}"
             raise ConfigurationError(f"ssh rejects the new configuration, so nothing was changed: {said}")
         (means,) = option_values(done.stdout).get("hostname", [""])
-        if hostname is not None and means.lower() != hostname.lower():
+        if hostname is not None and means.lower() != hostname.replace("%%", "%").lower():
             raise ConfigurationError(
                 f"with what stands before it, {name!r} would mean {means!r}, not {hostname!r}; nothing was changed"
             )

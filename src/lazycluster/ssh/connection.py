@@ -22,7 +22,7 @@ from lazycluster.exceptions import (
 from .agent_program import OLDEST_PYTHON, expected, payload
 from .agent_replies import AgentInfo
 from .channel import Bytes, Channel, Event
-from .errors import last_words
+from .errors import last_words, on_terminal
 from .link import AgentLink
 from .mux import Forward, Mux
 from .process import WatchedProcess
@@ -362,6 +362,8 @@ class Connection(abc.ABC):
             os.set_blocking(fd_in, False)
             os.set_blocking(fd_out, False)
             start = await read_marker(fd_in, expected(marker), process.exited, self._shell_output)
+            if start.on_terminal:
+                raise on_terminal(self.host)
             if start.version < OLDEST_PYTHON:
                 start = await self._search_python(fd_in, fd_out, start, marker)
             if start.rejoined:

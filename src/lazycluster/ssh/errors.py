@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import datetime
 import errno
 import os
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from lazycluster.agent.bootstrap import NO_DIRECTORY
-from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError
 
+from .circumstances import NOTHING_KNOWN, Circumstances
 from .config import Settings
-from .config_hosts import hops_of_command
-from .config_text import BOM_HINT, option_values
+from .config_text import BOM_HINT
 from .python_search import NO_PYTHON
 
 __all__ = [
-    "FULL", "NOTHING_KNOWN", "Circumstances", "circumstances", "classify", "is_retryable", "last_words", "no_room_here",
-    "no_room_in", "no_room_there",
+    "FULL", "classify", "is_retryable", "last_words", "no_room_here", "no_room_in", "no_room_there", "on_terminal",
 ]  # fmt: skip
 
 _EVIDENCE_LINES = 4
 _BASH_CANNOT_FORK = 254  # its exit status
 _OUTPUT_SHOWN = 300
+_NOISE_SHOWN = 80
 _SAYS_NOTHING = re.compile(
     r"@+|@.*@|Warning: Permanently added .*|Pseudo-terminal will not .*|Killed by signal \d+\.|\*\* .*|"
     r"Authenticated to .*|Transferred: sent .*|Bytes per second: .*|"
@@ -38,15 +35,6 @@ _ABOUT_PORTS = re.compile(r"connect_to .*|channel \d+: open failed: .*")
 _LAST_WORDS = 3
 _PROXY_ENDED = "UNKNOWN port 65535"
 _PROXY_CLOSED = re.compile(r"kex_exchange_identification: .*|Connection closed by UNKNOWN port 65535")
-_PROGRAM_LIMIT = 10.0  # seconds for ssh or ssh-keygen
-_MOST_KEY_FILES = 20
-_WORTH_A_LOOK = re.compile(r"Permission denied|UNKNOWN port|Host key verification|authenticity of host")
-_ABOUT_HOST = re.compile(
-    r"authenticity of host '(?P<asked>.*?)(?: \(.*?\))?' can't|host key is known for (?P<known>\S+) and"
-)
-_VALID_SINCE = re.compile(r"^\s*Valid: (?:from|after) (\d\S+)", re.MULTILINE)
-_VALID_UNTIL = re.compile(r"^\s*Valid: .*(?:to|before) (\d\S+)", re.MULTILINE)
-_PRINCIPALS = re.compile(r"^\s*Principals:[ \t]*(.*(?:\n {16,}.*)*)", re.MULTILINE)
 
 
 def last_words(said: str) -> str:
@@ -59,24 +47,6 @@ def last_words(said: str) -> str:
 def is_retryable(error: InvalidRuntimeError) -> bool:
     """Return whether the same attempt may succeed in a moment: the handshake was dropped, as a busy sshd does."""
     return error.reason == "dropped"
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """Facts about a failed connection that ssh did not state.
-
-    Attributes:
-        proxy_is_ssh: Whether the host is reached through another ssh: that tells its own failures in known words.
-        authority: The file that names a certificate authority for the host; empty if none does.
-        certificates: What is wrong with the user's own certificates for it.
-    """
-
-    proxy_is_ssh: bool = False
-    authority: str = ""
-    certificates: tuple[str, ...] = ()
-
-
-NOTHING_KNOWN = Circumstances()
 
 
 @dataclass(frozen=True)
@@ -169,7 +139,7 @@ def classify(
         asked: What ssh asked and was not told.
         answered: What ssh asked and was told from the settings.
         output: What the host's login shell printed before the start marker.
-        phase: ``timeout`` if the time was up, else ``ended``.
+        phase: ``timeout`` if the time was up, ``noise`` if there was too much output, else ``ended``.
         logged_in: Whether ssh is known to have logged in.
         python: The interpreter that was to be started.
         heard: What others printed to ssh's standard error: before the login the host's sshd, a jump host's ssh or a
@@ -361,7 +331,8 @@ def _auth(case: _Case) -> InvalidRuntimeError | None:
     parts = [case.where + _auth_cause(case)]
     if denied:
         parts.append(f"{denied['who']} takes {denied['methods']}")
-    if problem := case.find(r"^(Load key .*|Permissions .* are too open.*|no such identity.*|.*Identity file.*)$"):
+    parts += [defect.what for defect in case.known.keys[1:]]
+    if not case.known.keys and (problem := case.find(r"^Load key .*$")):
         parts.append(problem[0].strip())
     if case.find(r"signing failed|agent refused"):
         parts.append("the ssh agent did not sign with a key that the host would take")
@@ -372,6 +343,10 @@ def _auth(case: _Case) -> InvalidRuntimeError | None:
     return case.error("auth", "; ".join(parts), _auth_hint(case))
 
 
+# What ssh says where a host demands several ways to log in (AuthenticationMethods), and the first one has succeeded.
+_PARTIAL = "with partial success"
+
+
 def _mentions(questions: Sequence[str], word: str) -> bool:
     return any(word in question.lower() for question in questions)
 
@@ -379,6 +354,12 @@ def _mentions(questions: Sequence[str], word: str) -> bool:
 def _auth_cause(case: _Case) -> str:
     if case.find("Too many authentication failures"):
         return "too many keys were offered before the right one"
+    if case.find(_PARTIAL):
+        if _mentions(case.answered, "password"):
+            return "the key was accepted, but not the password, which the host asks for, too"
+        return "the key was accepted, but the host asks for more than that"
+    if case.known.keys and not case.answered:
+        return f"{case.known.keys[0].what}; no other key was accepted"
     if _mentions(case.answered, "password"):
         return "the password was not accepted"
     if _mentions(case.answered, "passphrase"):
@@ -393,9 +374,16 @@ def _auth_hint(case: _Case) -> str:
     if case.known.certificates:
         return "have your key signed again, for this account: ssh-keygen -s CA_KEY -I ID -n USER KEY.pub"
     if case.find("Too many authentication failures"):
-        return "name the right key as key_filename in connection_kwargs"
+        return (
+            f"name the one that {settings.target} takes: IdentityFile, with 'IdentitiesOnly yes', in your ssh "
+            "configuration or, in Python, key_filename in connection_kwargs"
+        )
     if _mentions(case.answered, "password"):
         return "check user and password in connection_kwargs"
+    if case.find(_PARTIAL):
+        return "run the command on a terminal, where you are asked; or, in Python, give password in connection_kwargs"
+    if case.known.keys and not case.answered:
+        return case.known.keys[0].step
     if _mentions([*case.asked, *case.answered], "passphrase"):
         return "unlock the key with ssh-add, or give the right passphrase in connection_kwargs"
     if case.by_proxy:
@@ -422,10 +410,21 @@ def _protocol(case: _Case) -> InvalidRuntimeError | None:
     return None
 
 
+# What an sshd from OpenSSH 9.8 on says to whoever it penalises (PerSourcePenalties).
+_PENALTY = "Not allowed at this time"
+
+
 def _dropped(case: _Case) -> InvalidRuntimeError | None:
     ended = r"kex_exchange_identification|ssh_dispatch_run_fatal|^Connection (?:closed|reset) by|Broken pipe"
     if not case.find(ended):
         return None
+    if case.known.refusal == _PENALTY:
+        detail = f"the host takes no connection from here for now ({_PENALTY!r}): logins from this address have failed"
+        hint = (
+            "wait some minutes, and correct what fails (the user, the key): each further attempt may lengthen that. "
+            "PerSourcePenalties in the host's sshd_config sets for how long"
+        )
+        return case.error("refused", detail, hint)
     own = [line for line in case.evidence.splitlines() if not re.search(r"^kex_|^Connection |^ssh_dispatch", line)]
     if case.by_proxy and own and not case.known.proxy_is_ssh:  # an ssh says why it failed, and then that is the reason
         detail = "the ProxyCommand or the jump host failed: " + "; ".join(own)
@@ -515,6 +514,8 @@ def _no_python(case: _Case) -> InvalidRuntimeError | None:
     before = rf"(?:{name}|{base})\W.*(?:not found|no such file|permission denied)"
     missing = re.compile(rf"{before}|(?:not found|unknown command)\W.*{base}", re.IGNORECASE)
     last = [lines[-1] for lines in (_useful(case.shell_said), _useful(case.output)) if lines]
+    if case.status in (126, 127) and last and not any(map(missing.search, _ending(case))):
+        return _other_program(case, last)
     may_be = case.status in _OF_PYTHON  # else a start-up file has printed that
     if case.status in (126, 127) or (may_be and any(map(missing.search, last))):
         hint = (
@@ -532,6 +533,49 @@ def _no_python(case: _Case) -> InvalidRuntimeError | None:
     return None
 
 
+_NOT_THERE = re.compile(r"(?:not found|no such file|permission denied|cannot execute|unknown command)", re.IGNORECASE)
+
+
+def _other_program(case: _Case, last: Sequence[str]) -> InvalidRuntimeError:
+    """Something else than Python was to be started, and is not there."""
+    said = next((line for line in last if _NOT_THERE.search(line)), last[-1])
+    hint = (
+        "correct that on the host: in the file that is named, or ForceCommand in sshd_config, or the command "
+        "that authorized_keys sets. A start-up file that starts another shell (exec) has to see whether that is there"
+    )
+    return case.error("shell", f"the login shell ended before Python was started: {said}", hint)
+
+
+def _restricted(case: _Case) -> InvalidRuntimeError | None:
+    said = [line for line in _ending(case) if re.search(r": restricted(?:$|: )", line)]
+    if not said:
+        return None
+    detail = f"the login shell of the account is a restricted one, which starts no Python: {said[-1]}"
+    return case.error("shell", detail, "have the host's administrator give it another: usermod -s /bin/bash USER")
+
+
+def on_terminal(host: str) -> InvalidRuntimeError:
+    """Return the error about a host that runs commands on a terminal, which changes the bytes that go through it."""
+    detail = "the host runs commands on a terminal, as recordings of sessions do (script, tlog, asciinema)"
+    hint = (
+        "have commands that come without a terminal left out of the recording: start it only if [ -t 0 ], in the "
+        "start-up file, the ForceCommand of sshd_config, or the command of authorized_keys that starts it"
+    )
+    return InvalidRuntimeError(host, "shell", detail, hint)
+
+
+def _noise(case: _Case) -> InvalidRuntimeError | None:
+    if case.phase != "noise":
+        return None
+    end = " / ".join(_useful(case.output)[-2:])[-_NOISE_SHOWN:]
+    detail = f"the start-up files of the login shell print more than 1 MiB before Python starts, at the end: {end}"
+    hint = (
+        "have them print only on a terminal: for bash, '[[ $- == *i* ]] || return' at the beginning of ~/.bashrc. Or "
+        "does one replace the shell by another program (exec)?"
+    )
+    return case.error("shell", detail, hint)
+
+
 def _shell(case: _Case) -> InvalidRuntimeError | None:
     if found := case.find(r"^(?:exec|shell|subsystem) request failed on channel.*$"):
         return case.error("shell", found[0].strip(), "the account must be allowed to run commands")
@@ -540,7 +584,10 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
             return None
         said = f"it printed: {case.printed}" if case.printed else "it printed nothing"
         detail = f"the login shell did not start Python within the time allowed; {said}"
-        hint = f"'{case.plain_ssh} true' must end by itself: does a start-up file of the shell wait for input?"
+        hint = (
+            f"'{case.plain_ssh} true' must end by itself: does a start-up file of the shell wait for input, or start "
+            "another shell or a recording (script)?"
+        )
         return case.error("shell", detail, f"{hint} {_MORE_TIME}")
     if case.status is None or (case.status in (_SSH_FAILED, -15) and not case.printed and not case.logged_in):
         return None
@@ -551,6 +598,12 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
         f"'{case.plain_ssh} true' must succeed: does a start-up file of the shell end it (exit), or replace it (exec)? "
         "May the account log in at all?"
     )
+    if case.status == 0:
+        hint = (
+            "does the host run another command in place of the one that it gets? ForceCommand in sshd_config, and "
+            'a command that authorized_keys sets, must pass it on in quotes: /bin/sh -c "$SSH_ORIGINAL_COMMAND". '
+            "Or does a start-up file of the login shell end it (exit 0)?"
+        )
     if case.python != "python3":
         hint = f"is {case.python} a Python interpreter? If so: {hint}"
     return case.error("shell", detail, hint)
@@ -559,7 +612,7 @@ def _shell(case: _Case) -> InvalidRuntimeError | None:
 _MORE_TIME = 'Or allow more time: connection_kwargs={"timeout": 60}'
 
 _Rule = Callable[[_Case], "InvalidRuntimeError | None"]
-_AFTER_LOGIN: tuple[_Rule, ...] = (_no_room, _lost, _no_process, _no_python, _shell)
+_AFTER_LOGIN: tuple[_Rule, ...] = (_noise, _no_room, _lost, _no_process, _restricted, _no_python, _shell)
 
 # How ssh ends, line by line: what its last line is tells what kind of failure it was.
 _SAID_LAST: tuple[tuple[re.Pattern[str], _Rule], ...] = tuple(
@@ -591,88 +644,3 @@ def _unknown(case: _Case) -> InvalidRuntimeError:
     if case.by_proxy:
         return case.error("proxy", f"{case.where}ssh ended: {said}", f"try '{case.plain_ssh}' by hand")
     return case.error("ssh", f"ssh ended (exit status {case.status}) and said: {said}", f"try '{case.plain_ssh}'")
-
-
-# --- what else this machine can tell ---------------------------------------------------------------
-async def circumstances(argv: Sequence[str], said: str, asked: Sequence[str]) -> Circumstances:
-    """Return what can be found out about a connection that failed.
-
-    Args:
-        argv: ssh's command line.
-        said: What ssh said.
-        asked: What it asked and was not told.
-    """
-    text = "\n".join([said, *asked])
-    return await event_loop.in_thread(_circumstances, argv, text) if _WORTH_A_LOOK.search(text) else NOTHING_KNOWN
-
-
-def _circumstances(argv: Sequence[str], said: str) -> Circumstances:
-    values = option_values(_output_of(argv[0], "-G", *argv[1:]))
-    name = _ABOUT_HOST.search(said)
-    command = " ".join(values.get("proxycommand", []))
-    jumps = [jump for jump in values.get("proxyjump", []) if jump.lower() != "none"]
-    return Circumstances(
-        proxy_is_ssh=bool(jumps or hops_of_command(command)),
-        authority=_authority_file((name["asked"] or name["known"]) if name else _known_name(values), values),
-        certificates=tuple(_certificate_defects(values)) if "Permission denied" in said else (),
-    )
-
-
-def _output_of(*argv: str) -> bytes:
-    try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_PROGRAM_LIMIT,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return b""
-    return done.stdout
-
-
-def _known_name(values: dict[str, list[str]]) -> str:
-    host = (values.get("hostkeyalias") or values.get("hostname") or [""])[0]
-    port = (values.get("port") or ["22"])[0]
-    return host if port == "22" else f"[{host}]:{port}"
-
-
-def _authority_file(name: str, values: dict[str, list[str]]) -> str:
-    """Return the file of known hosts that names an authority for a host; ssh-keygen knows which line is for whom."""
-    files = " ".join([*values.get("userknownhostsfile", []), *values.get("globalknownhostsfile", [])]).split(" ")
-    for file in files[:_MOST_KEY_FILES]:
-        path = Path(file).expanduser() if file.startswith("~") else Path(file)
-        found = _output_of("ssh-keygen", "-F", name, "-f", str(path)) if name and path.is_file() else b""
-        if re.search(rb"^# Host .* CA ?$", found, re.MULTILINE):
-            return str(path)
-    return ""
-
-
-def _certificate_defects(values: dict[str, list[str]]) -> list[str]:
-    """Return what is wrong with the certificates that ssh offers: the host says no more than that it takes none."""
-    files = [*values.get("certificatefile", []), *(f"{file}-cert.pub" for file in values.get("identityfile", []))]
-    user = (values.get("user") or [""])[0]
-    defects = []
-    for file in dict.fromkeys(files[:_MOST_KEY_FILES]):
-        path = Path(file).expanduser() if file.startswith("~") else Path(file)
-        shown = _output_of("ssh-keygen", "-L", "-f", str(path)).decode(errors="replace") if path.is_file() else ""
-        if shown and (defect := _certificate_defect(shown, user)):
-            defects.append(f"the certificate {path} {defect}")
-    return defects
-
-
-def _certificate_defect(shown: str, user: str) -> str:
-    if " host certificate" in shown:
-        return "is that of a host, not of a user"
-    now = datetime.datetime.now()  # ssh-keygen shows local times
-    if (until := _VALID_UNTIL.search(shown)) and datetime.datetime.fromisoformat(until[1]) <= now:
-        return f"has expired ({until[1]})"
-    if (since := _VALID_SINCE.search(shown)) and datetime.datetime.fromisoformat(since[1]) > now:
-        return f"is not valid before {since[1]}"
-    principals = _PRINCIPALS.search(shown)
-    names = principals[1].split() if principals else []
-    if names and names != ["(none)"] and user and user not in names:
-        return f"names {', '.join(names[:5])} as principals, not {user}"
-    return ""

@@ -133,11 +133,11 @@ class AgentLink:
     def begin_retaining(self) -> None:
         """Count what is sent from here on, and retain it until the agent has acknowledged it."""
         self._outbox.done = 0
-        self._outbox.keeps = True
+        self._outbox.retains = True
 
     def stop_retaining(self) -> None:
         """Retain nothing of what is sent: no other streams will come."""
-        self._outbox.keep_nothing()
+        self._outbox.retain_nothing()
 
     def rewind(self, total: int) -> None:
         """Have everything after the first `total` bytes sent again.
@@ -303,7 +303,7 @@ class AgentLink:
             self._make_room()
         finally:
             self._listen()
-        if self._outbox.keeps and self.received - self._acknowledged >= wire.ACK_UNIT:
+        if self._outbox.retains and self.received - self._acknowledged >= wire.ACK_UNIT:
             self.send_heartbeat()
 
     def _make_room(self) -> None:
@@ -351,7 +351,7 @@ class AgentLink:
                 if log_limit.may_log(self.host):
                     logger.exception("%s: the answer to a request could not be handled", self.host)
         elif kind == wire.ACK:
-            if self._outbox.keeps:
+            if self._outbox.retains:
                 self._outbox.acknowledge(int.from_bytes(payload[: wire.TOTAL_SIZE], "big"))
             if not self._is_full():
                 self._room.set()

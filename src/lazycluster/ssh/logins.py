@@ -47,8 +47,8 @@ async def renewed(host: str, why: str) -> bool:
     return True
 
 
-def try_again() -> None:
-    """Have all that wait try again. For the event loop's thread."""
+async def try_again() -> None:
+    """Have all that wait try again; from now on they are not in `needed`, unless they are refused once more."""
     for _, future in list(_waiting.values()):
         if not future.done():
             future.set_result(None)

@@ -218,7 +218,7 @@ class Mux:
         """
         no_escape = 0xFFFFFFFF
         body = ("", 0, 0, 0, 0, no_escape, "", command)
-        return await self._passenger(MuxRequest.NEW_SESSION, body, (stdin, stdout, stderr))
+        return await self._open_session(MuxRequest.NEW_SESSION, body, (stdin, stdout, stderr))
 
     async def connect(self, port: int, stdin: int, stdout: int, host: str = LOOPBACK) -> MuxSession:
         """Connect to a port as the host sees it, without a port that listens here.
@@ -235,13 +235,13 @@ class Mux:
         Raises:
             MuxError: If the host cannot or must not connect, or the master does not answer.
         """
-        return await self._passenger(MuxRequest.NEW_STREAM, ("", host, port), (stdin, stdout))
+        return await self._open_session(MuxRequest.NEW_STREAM, ("", host, port), (stdin, stdout))
 
     async def aclose(self) -> None:
         """Wait until nothing is under way in the background."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _passenger(
+    async def _open_session(
         self, request: MuxRequest, body: tuple[int | str, ...], descriptors: Sequence[int]
     ) -> MuxSession:
         client = await self._connect()

@@ -51,12 +51,12 @@ async def can_connect(connection: Connection) -> bool:
     return await _once(_connects, connection, _carries)
 
 
-async def reaches(connection: Connection, port: int) -> bool:
+async def reaches(connection: Connection, port: int, host: str = LOOPBACK) -> bool:
     """Return whether the host's sshd connects to one port, on which something listens."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         try:
-            session = await connection.mux.connect(port, theirs.fileno(), theirs.fileno())
+            session = await connection.mux.connect(port, theirs.fileno(), theirs.fileno(), host)
         except MuxError:
             return False
         session.close()

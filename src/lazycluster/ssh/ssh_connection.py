@@ -40,11 +40,12 @@ from .agent_program import (
 )
 from .agent_replies import AgentInfo
 from .channel import Channel
+from .circumstances import circumstances
 from .config import Settings, ssh_argv, ssh_version
 from .connect_limit import limiter
 from .connection import Connection
-from .errors import circumstances, classify, is_retryable, no_room_in, no_room_there
-from .extra_sessions import ExtraSession, NoAgentError, open_session
+from .errors import classify, is_retryable, no_room_in, no_room_there
+from .extra_sessions import ExtraSession, NoAgentError, SessionError, open_session
 from .link import AgentLink
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
@@ -70,10 +71,20 @@ _LEAST_QUIET = 2.0  # seconds
 _FINAL = ("auth", "host_key", "config")
 _REFUSAL_SHOWN = 500  # characters
 _REPLY_SIZE = len(KEPT) + wire.TOTAL_SIZE
+_MORE_SESSIONS = "have MaxSessions in the host's sshd_config set to 4 or more (10 is the default)"
 _MORE_FILES = "allow this process more open files (ulimit -n): each host takes seven"
 _PLAIN_SEARCH = PythonSearch()
 _numbers = itertools.count(1)
 logger = logging.getLogger("lazycluster")
+
+
+async def client_version() -> tuple[int, int]:
+    """Return the version of the ssh client.
+
+    Raises:
+        InvalidRuntimeError: If this machine has no usable one: then it is of no use to try one host after another.
+    """
+    return ssh_version() if ssh_version.cache_info().currsize else await event_loop.in_thread(ssh_version)
 
 
 class SshConnection(Connection):
@@ -167,7 +178,7 @@ class SshConnection(Connection):
         self._name = f"{next(_numbers)}"
         control = os.path.join(space.directory, self._name)
         marker = new_marker()
-        version = ssh_version() if ssh_version.cache_info().currsize else await event_loop.in_thread(ssh_version)
+        version = await client_version()
         settings = replace(self.settings, timeout=timeout)
         log = f"{control}.log"
         argv = ssh_argv(settings, control, self._command(marker), version, ask=self._ask, log=log)
@@ -239,7 +250,7 @@ class SshConnection(Connection):
         asked = self._space.prompter.asked(self._name)
         answered = self._space.prompter.answered(self._name)
         if isinstance(error, StartError):
-            phase, output, status = "ended", error.output, error.status
+            phase, output, status = "noise" if error.is_too_much else "ended", error.output, error.status
         elif isinstance(error, asyncio.TimeoutError):
             phase, output, status = "timeout", shown(self._shell_output), None
         else:
@@ -279,7 +290,12 @@ class SshConnection(Connection):
         await self._prepare_copies()
         marker = new_marker()
         agent = self.agent_info
-        session = await self._session(bulk_command(agent.executable, marker, self._sockets, agent.pid))
+        try:
+            session = await self._session(bulk_command(agent.executable, marker, self._sockets, agent.pid))
+        except MuxError as error:
+            if not error.refused:
+                raise ConnectionLostError(self.host, f"no further session: {error}") from None
+            raise SessionError(f"it needs a further ssh session: {error}", _MORE_SESSIONS) from None
         try:
             await asyncio.wait_for(session.started(marker), _SESSION_LIMIT)
         except asyncio.TimeoutError:
@@ -293,10 +309,7 @@ class SshConnection(Connection):
 
     async def _session(self, command: str) -> ExtraSession:
         """Open a further session; it is held until the command on the host ends, as it does when our end is closed."""
-        try:
-            session = await open_session(self.mux, command)
-        except MuxError as error:
-            raise ConnectionLostError(self.host, f"no further session: {error}") from None
+        session = await open_session(self.mux, command)
         self._sessions.add(session.ended)
         session.ended.add_done_callback(lambda ended: self._session_ended(session, ended))
         return session
@@ -316,7 +329,10 @@ class SshConnection(Connection):
         """Start it in a further session on the same connection."""
         await self.wait_until_open()
         marker = new_marker()
-        session = await self._session(remote_command(self.agent_info.executable, stub(marker)))
+        try:
+            session = await self._session(remote_command(self.agent_info.executable, stub(marker)))
+        except MuxError as error:
+            raise ConnectionLostError(self.host, f"no further session: {error}") from None
         ours_out = os.dup(session.stream.fileno())
         forks.close_in_children(ours_out)
         try:

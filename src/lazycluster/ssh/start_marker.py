@@ -23,11 +23,13 @@ class StartError(Exception):
     Attributes:
         output: What came instead of the marker.
         status: The exit status of the process, None if it still ran.
+        is_too_much: True if it printed more than is read.
     """
 
-    def __init__(self, output: str, status: int | None) -> None:
+    def __init__(self, output: str, status: int | None, is_too_much: bool = False) -> None:
         self.output = output
         self.status = status
+        self.is_too_much = is_too_much
         super().__init__(output)
 
 
@@ -39,6 +41,7 @@ class StartMarker:
         version: Its version; empty for a shell, which reads a program of its own then.
         tag: Its `sys.implementation.cache_tag`.
         rejoined: Whether the streams lead to an agent that was there before.
+        on_terminal: Whether a terminal is between, which changes what goes through it.
         rest: What came after.
     """
 
@@ -46,6 +49,7 @@ class StartMarker:
     tag: str
     rejoined: bool
     rest: bytes
+    on_terminal: bool = False
 
 
 def shown(seen: bytes | bytearray) -> str:
@@ -76,6 +80,8 @@ async def read_marker(fd: int, marker: bytes, exited: asyncio.Future[int], seen:
                 return parsed
         if end >= 0 or not data or len(seen) > _OUTPUT_LIMIT:
             break
+    if len(seen) > _OUTPUT_LIMIT:
+        raise StartError(shown(seen), None, True)
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(asyncio.shield(exited), 1.0)
     raise StartError(shown(seen), exited.result() if exited.done() else None)
@@ -144,4 +150,4 @@ def _parsed(line: bytes, rest: bytes) -> StartMarker | None:
     if words is None:
         return None
     version = tuple(int(words[number]) for number in (1, 2, 3))
-    return StartMarker(version, words[4].decode("ascii"), words[5] == b"kept", rest)
+    return StartMarker(version, words[4].decode("ascii"), words[5] == b"kept", rest, line.endswith(b"\r"))

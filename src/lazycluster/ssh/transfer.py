@@ -32,7 +32,7 @@ from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnsw
 from .connection import Connection
 from .extra_sessions import SessionError
 
-__all__ = ["TransferError", "TransferResult", "get", "send"]
+__all__ = ["TransferError", "TransferResult", "copy_as_asked", "get", "local_source", "send"]
 
 #: Copies at once, on all connections together: more do not make it faster.
 AT_ONCE = 8
@@ -246,6 +246,39 @@ async def get(
         parts.close()
 
 
+async def copy_as_asked(
+    connection: Connection,
+    request: dict[str, Any],
+    copy: Callable[[FrameStream, ByteCounter], str],
+    path: str,
+    progress: Progress | None = None,
+) -> TransferResult:
+    """Have a process on the host do something about files, however many are at work already.
+
+    Args:
+        connection: The host.
+        request: What it is asked for.
+        copy: Does this side's part, in a thread of its own; returns the path on the receiving side. It is called again
+            if the process has ended before it said anything.
+        path: What is copied, for messages.
+        progress: See `send`.
+
+    Raises:
+        TransferError, ConnectionLostError: See `send`.
+    """
+    return await _Copy(connection, request, copy, path, progress, (), is_limited=False).run()
+
+
+def local_source(local_path: str | os.PathLike[str]) -> Callable[[], tuple[bytes, bytes]]:
+    """Return what finds a file or folder on this machine: its path, and its name.
+
+    Raises:
+        ValueError: If the path is empty.
+    """
+    local, here = _local(local_path, "local_path"), os.getcwdb()
+    return lambda: source(local, here, {})
+
+
 def _local(path: str | os.PathLike[str], name: str) -> bytes:
     if not os.fspath(path):
         raise ValueError(f"{name} is empty: name a file or folder")
@@ -274,13 +307,16 @@ class _Copy:
     path: str
     progress: Progress | None
     exclude: Sequence[str]
+    is_limited: bool = True
 
     async def run(self) -> TransferResult:
         self.connection.check()
         pool = _pools.get(self.connection)
         if pool is None:
             pool = _pools[self.connection] = _StreamPool(self.connection)
-        limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
+        limit: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
+        if self.is_limited:
+            limit = _limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
         began = time.monotonic()
         while True:
             # Of a link that is silent already nothing is counted when it drops as well.

@@ -14,7 +14,7 @@ from lazycluster.core import event_loop, interruptible
 from lazycluster.exceptions import LazyclusterError
 
 from .connection import Connection
-from .mux import Direction, Forward
+from .mux import LOOPBACK, Direction, Forward
 from .probes import network_of
 
 __all__ = ["MANAGER", "Outcome", "Tunnel", "TunnelRequest", "check_port", "close_tunnels"]
@@ -49,6 +49,7 @@ class TunnelRequest:
         local_port: A port of the manager.
         remote_port: A port of the host.
         known_free: The host was asked for its port a moment ago, and need not be asked again.
+        host: The address of the host at which its ``remote_port`` listens, where it is reached on the manager.
     """
 
     connection: Connection
@@ -56,13 +57,19 @@ class TunnelRequest:
     local_port: int
     remote_port: int
     known_free: bool = False
+    host: str = LOOPBACK
 
     @property
     def forward(self) -> Forward:
         """The forwarding that ssh is asked for."""
         if self.kind == "to_runtime":
             return Forward(Direction.REMOTE, self.remote_port, self.local_port)
-        return Forward(Direction.LOCAL, self.local_port, self.remote_port)
+        return Forward(Direction.LOCAL, self.local_port, self.remote_port, connect_host=self.host)
+
+    @property
+    def is_alike(self) -> bool:
+        """True if both ends have one address and port, as each host knows its own."""
+        return self.local_port == self.remote_port and self.host == LOOPBACK
 
 
 class Tunnel:

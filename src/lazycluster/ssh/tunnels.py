@@ -86,10 +86,10 @@ async def _open_on(connection: Connection, requests: list[TunnelRequest]) -> lis
     outcomes: dict[int, Outcome] = {}
     try:
         await connection.wait_until_open(_RETURN_LIMIT)
-        alike = any(request.local_port == request.remote_port for request in requests)
+        alike = any(request.is_alike for request in requests)
         shared = connection.local or (alike and await same_network(connection))
         for index, request in enumerate(requests):
-            if shared and request.local_port == request.remote_port:
+            if shared and request.is_alike:
                 outcomes[index] = Tunnel(request, None, by_ssh=False)
             elif connection.local:
                 outcomes[index] = await _relay_here(request)
@@ -106,7 +106,7 @@ async def _open_on(connection: Connection, requests: list[TunnelRequest]) -> lis
 
 async def _relay_here(request: TunnelRequest) -> Outcome:
     forward = request.forward
-    relay = _LocalRelay(forward.connect_port)
+    relay = _LocalRelay(forward.connect_host, forward.connect_port)
     try:
         await relay.listen(forward.listen_port)
     except OSError as error:
@@ -174,7 +174,7 @@ async def _check_local(connection: Connection, requests: list[TunnelRequest], ou
         return
     for index in wanted:
         port = requests[index].remote_port
-        if not await reaches(connection, port):  # PermitOpen may allow this very port
+        if not await reaches(connection, port, requests[index].host):  # PermitOpen may allow this very port
             outcomes[index] = ForwardingForbiddenError(
                 connection.host,
                 f"port {port} cannot be exposed from the host, its sshd refuses to connect to it: AllowTcpForwarding, "
@@ -247,10 +247,10 @@ def _privileged(port: int, host: str) -> TunnelError:
 
 # --- without ssh ----------------------------------------------------------------------------------
 class _LocalRelay:
-    """Carries connections to one loopback port on to another, within the event loop."""
+    """Carries connections to one loopback port on to another address, within the event loop."""
 
-    def __init__(self, connect_port: int) -> None:
-        self._connect_port = connect_port
+    def __init__(self, connect_host: str, connect_port: int) -> None:
+        self._end = connect_host, connect_port
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -280,7 +280,7 @@ class _LocalRelay:
         forks.close_in_children(_fd(writer))
         other: asyncio.StreamWriter | None = None
         try:
-            answers, other = await asyncio.open_connection(LOOPBACK, self._connect_port)
+            answers, other = await asyncio.open_connection(*self._end)
             forks.close_in_children(_fd(other))
             await asyncio.gather(_pump(reader, other), _pump(answers, writer))
         except OSError:

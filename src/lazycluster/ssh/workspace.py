@@ -32,6 +32,7 @@ class Workspace:
         self.prompter = Prompter()
         self.keeper = Keeper()
         self.directory = ""
+        self._hold = -1
         self._users = 0
         self._started: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -54,6 +55,7 @@ class Workspace:
 
     async def _start(self) -> None:
         self.directory = private_directory()
+        self._hold = directories.hold(self.directory)
         try:
             starting = self.prompter.start(self.directory), self.keeper.open()
             await event_loop.together([asyncio.ensure_future(each) for each in starting])
@@ -83,6 +85,9 @@ class Workspace:
         await self.prompter.close()
         if self.directory:  # before the keeper goes, which sees to it if this process ends just now
             shutil.rmtree(self.directory, ignore_errors=True)
+        if self._hold >= 0:
+            os.close(self._hold)
+            self._hold = -1
         await self.keeper.close()
 
     def watch(self, pid: int) -> None:
@@ -117,7 +122,7 @@ class Workspace:
     async def _tell_keeper(self) -> None:
         pairs = [(pid in self._programs, [pid, started]) for pid, started in self._watched.items()]
         pids, programs = ([pair for ends, pair in pairs if ends is which] for which in (False, True))
-        await self.keeper.request("keep", pids=pids, programs=programs, paths=[self.directory])
+        await self.keeper.request("at_manager_end", pids=pids, programs=programs, paths=[self.directory])
 
 
 _spaces: dict[asyncio.AbstractEventLoop, Workspace] = {}

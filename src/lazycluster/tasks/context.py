@@ -12,6 +12,7 @@ from lazycluster.exceptions import TaskExecutionError
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
+    from lazycluster.ssh.transfer import TransferResult
 
     from .pickling import PickledCall
 
@@ -73,6 +74,7 @@ class ExecutionOptions:
             None if there is no such host. It is called on the loop. By default the runtime that executes the task.
         calls: For each step the pickled call of its function, as
             :func:`~lazycluster.tasks.step_runner.pickle_calls` returns them, where they are shared by several hosts.
+        send: Sends files in place of :func:`lazycluster.ssh.transfer.send`.
         send_lock: Held while files are sent, where hosts share a file system: so only the first of them sends.
     """
 
@@ -83,6 +85,7 @@ class ExecutionOptions:
     next_context: Callable[[Sequence[str]], Awaitable[Context | None]] | None = field(default=None, repr=False)
     calls: Sequence[PickledCall | TaskExecutionError | None] | None = field(default=None, repr=False)
     send_lock: asyncio.Lock | None = field(default=None, repr=False)
+    send: Callable[..., Awaitable[TransferResult]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.retries, int) or isinstance(self.retries, bool):

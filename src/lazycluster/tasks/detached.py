@@ -6,12 +6,21 @@ import asyncio
 import errno
 import logging
 import secrets
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lazycluster.core import event_loop
-from lazycluster.exceptions import AgentError, LazyclusterError, NoAnswerError, TaskExecutionError, printable
+from lazycluster.exceptions import (
+    AgentError,
+    ConnectionLostError,
+    LazyclusterError,
+    NoAnswerError,
+    TaskExecutionError,
+    printable,
+)
 from lazycluster.output.lines import Tail
 from lazycluster.ssh.channel import Channel, Collected
 from lazycluster.ssh.connection import Connection
@@ -20,6 +29,7 @@ from lazycluster.ssh.destination import parse_destination
 from . import detached_records
 from .context import checked_variables
 from .detached_records import DetachedRecord
+from .limits import Limits
 from .step_runner import exit_error, pickle_calls
 from .steps import RunCommand, RunFunction
 
@@ -28,7 +38,18 @@ if TYPE_CHECKING:
     from .pickling import PickledCall
     from .task import RuntimeTask
 
-__all__ = ["DetachedTask", "check_options", "detachable_calls", "detached_tasks", "start_detached"]
+__all__ = [
+    "DetachedCommand",
+    "DetachedState",
+    "DetachedTask",
+    "check_options",
+    "detachable_calls",
+    "detached_states",
+    "detached_tasks",
+    "start_command",
+    "start_detached",
+    "start_problem",
+]
 
 _logger = logging.getLogger("lazycluster")
 
@@ -39,6 +60,33 @@ _ANSWER_LIMIT = 30.0
 _END_LIMIT = 20.0  # seconds for a task to end that is cancelled
 _LOG_SHOWN = 64 * 1024 * 1024  # bytes of a log
 _FIRST_POLL, _LONGEST_POLL = 0.05, 2.0  # seconds between two requests for the state of a task
+
+
+@dataclass(frozen=True)
+class DetachedCommand:
+    """A command that is to go on by itself; what may be secret is in no `repr`.
+
+    Attributes:
+        name: Its name.
+        line: A line for the host's shell.
+        argv: Or a program and its arguments.
+        script: A Python script, whose path becomes the first argument.
+        label: The command, as it is shown.
+        cwd: The directory, by default the home directory.
+        env: Environment variables.
+        startup_files: When the shell reads its start-up files.
+        time_limit: Seconds after which it is ended.
+    """
+
+    name: str
+    line: str = field(default="", repr=False)
+    argv: tuple[str, ...] = field(default=(), repr=False)
+    script: bytes = field(default=b"", repr=False)
+    label: str = field(default="", repr=False)
+    cwd: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    startup_files: str = "once"
+    time_limit: float | None = None
 
 
 class DetachedTask:
@@ -70,13 +118,28 @@ class DetachedTask:
     async def _about(self) -> dict[str, Any]:
         return dict((await self._ask("state"))["task"])
 
+    async def _about_heard(self) -> dict[str, Any]:
+        """Return what the host tells of it; while its link is interrupted, that is waited for."""
+        while True:
+            try:
+                return await self._about()
+            except (AgentError, ConnectionLostError):
+                raise
+            except LazyclusterError:
+                if self._connection.state != "interrupted":
+                    raise
+
+    async def _log_from(self, offset: int, take: Callable[[bytes], Any]) -> int:
+        """Have its log read from a byte on; return the number of the byte at which that ended."""
+        return int((await self._read(take, do="log", offset=offset))["end"])
+
     @property
     def state(self) -> str:
         """``running``, ``done``, ``failed``, ``cancelled``, or ``lost`` (its host was restarted, or it was killed)."""
         return str(event_loop.run(self._about())["state"])
 
     def log(self) -> str:
-        """Return what it has printed so far; of more than 64 MiB the end, after a line that says so."""
+        """Return what it has printed so far; of very much the beginning and the end, with a line that says so."""
         tail = Tail(_LOG_SHOWN)
         event_loop.run(self._read(tail.put, do="log"))
         text = tail.text()
@@ -84,7 +147,7 @@ class DetachedTask:
 
     async def _read(
         self, take: Callable[[bytes], Any], received: Collected | None = None, *, do: str, **params: Any
-    ) -> None:
+    ) -> dict[str, Any]:
         came = 0
 
         def put(data: bytes) -> None:
@@ -96,7 +159,7 @@ class DetachedTask:
         if received is not None:
             received.channel = channel
         what = f"more of the {do} of the detached task {self.name!r}"
-        await self._connection.result_of(channel, what, _ANSWER_LIMIT, lambda: came)
+        return await self._connection.result_of(channel, what, _ANSWER_LIMIT, lambda: came)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end, however it ends.
@@ -112,7 +175,7 @@ class DetachedTask:
     async def _ended(self, timeout: float | None) -> dict[str, Any]:
         deadline = None if timeout is None else time.monotonic() + timeout
         delay = _FIRST_POLL
-        while (about := await self._about())["state"] == "running":
+        while (about := await self._about_heard())["state"] == "running":
             left = delay if deadline is None else min(delay, deadline - time.monotonic())
             if left <= 0:
                 raise TimeoutError(f"the detached task {self.name!r} on {self.host} has not ended within {timeout} s")
@@ -259,9 +322,74 @@ class DetachedTask:
 async def detached_tasks(connection: Connection) -> list[DetachedTask]:
     """Return the detached tasks of a host, the oldest first."""
     connection.check()
+    return [task for task, _ in await detached_states(connection)]
+
+
+@dataclass(frozen=True)
+class DetachedState:
+    """The state of a detached task, as its host tells it. What is text comes from the host.
+
+    Attributes:
+        host: The host.
+        id: Its name on the host.
+        name: The name of the task.
+        state: See :attr:`DetachedTask.state`.
+        exit_status: Its exit status, as a shell has it: 143 if it was cancelled, 137 if it was lost, 124 if a limit has
+            ended it; None while it runs.
+        age: Seconds since it began, by the host.
+        ended_ago: Seconds since it ended, None if that is not known.
+        restarted: True if it is lost since the host was restarted.
+        command: What it runs, or the last of its steps.
+        problem: What a step has failed with, beside its exit status.
+    """
+
+    host: str
+    id: str
+    name: str
+    state: str
+    exit_status: int | None
+    age: float
+    ended_ago: float | None
+    restarted: bool
+    command: str
+    problem: str
+
+    @classmethod
+    def of(cls, host: str, about: Mapping[str, Any]) -> DetachedState:
+        """Return the state that an answer of a host tells."""
+        steps, labels = about["steps"], about["labels"]
+        last = steps[-1] if steps else {}
+        label = labels[min(len(steps), len(labels) - 1)] if labels else ""
+        return cls(
+            host,
+            about["id"],
+            printable(str(about.get("name") or "")),
+            about["state"],
+            _exit_status(about["state"], last),
+            float(about.get("age") or 0),
+            about.get("ended_ago"),
+            bool(about.get("restarted")),
+            printable(str(label)),
+            "" if last.get("ok", True) else printable(str(last.get("message") or "")),
+        )
+
+
+def _exit_status(state: str, last: Mapping[str, Any]) -> int | None:
+    """Return the exit status of a task in a state, with the fields of its last step."""
+    if state == "failed":
+        if last.get("limit"):
+            return 124
+        if last.get("signal"):
+            return 128 + int(last["signal"])
+        return int(last.get("exit") or (127 if last.get("error") == "os" else 1))
+    return {"running": None, "done": 0, "cancelled": 128 + signal.SIGTERM}.get(state, 128 + signal.SIGKILL)
+
+
+async def detached_states(connection: Connection) -> list[tuple[DetachedTask, DetachedState]]:
+    """Return the detached tasks of a host with their states, the oldest first."""
     answer = await _request(connection, do="list")
-    found = [DetachedTask(connection, about) for about in answer["tasks"]]
-    return sorted(found, key=lambda task: task.created)
+    found = [(DetachedTask(connection, one), DetachedState.of(connection.host, one)) for one in answer["tasks"]]
+    return sorted(found, key=lambda pair: pair[0].created)
 
 
 async def _request(connection: Connection, **params: Any) -> dict[str, Any]:
@@ -361,38 +489,69 @@ async def start_detached(
         params["limits"] = task.limits.message(time.monotonic())
         steps.append({"op": "call" if call else "run", "params": params, "size": len(pickled), "label": step.label})
         data.append(pickled)
-    task_id = secrets.token_hex(8)
-    request = {
-        "id": task_id,
-        "name": task.name,
-        "created": time.time(),
-        "cwd": cwd,
-        "cwd_variable": cwd_variable,
-        "steps": steps,
-    }
+    request = {**_request_of(task.name, cwd, steps), "cwd_variable": cwd_variable}
+    try:
+        return await _start(connection, request, data, [call is not None for call in calls])
+    except AgentError as error:
+        await event_loop.in_thread(detached_records.forget, request["id"])
+        raise LazyclusterError(f"{connection.host}: task {task.name!r} {start_problem(error)}") from None
+
+
+async def start_command(connection: Connection, command: DetachedCommand) -> DetachedTask:
+    """Start a command that does not end with this process. Its name is that of no other task of the host.
+
+    Args:
+        connection: The host.
+        command: The command.
+
+    Raises:
+        AgentError: If it cannot be started; with the `errno` EEXIST, if the host has a task of that name.
+        LazyclusterError: If the host does not answer.
+    """
+    params: dict[str, Any] = {"cwd": command.cwd or ".", "env": dict(command.env), "task": secrets.token_hex(16)}
+    params |= {"merge": True, "startup_files": command.startup_files}
+    params |= {"argv": list(command.argv)} if command.argv else {"command": command.line}
+    if command.time_limit is not None:
+        params["limits"] = Limits(wall=command.time_limit).message(time.monotonic())
+    step = {"op": "run", "params": params, "size": len(command.script), "label": command.label}
+    request = {**_request_of(command.name, params["cwd"], [{**step, "script": bool(command.script)}]), "unique": True}
+    return await _start(connection, request, [command.script])
+
+
+def start_problem(error: AgentError) -> str:
+    """Return why a task has not started, and what to do about it."""
+    text = f"cannot be detached: {error.message}"
+    if error.evidence.get("errno") in _NOT_WRITABLE:
+        text += (
+            "\n  Next step: its state and log are written there; in a start-up file of the shell there, set "
+            "XDG_STATE_HOME to a directory that can be written to, and stays"
+        )
+    return text
+
+
+def _request_of(name: str, cwd: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": secrets.token_hex(8), "name": name, "created": time.time(), "cwd": cwd, "steps": steps}
+
+
+async def _start(
+    connection: Connection, request: dict[str, Any], data: Sequence[bytes], functions: Sequence[bool] = ()
+) -> DetachedTask:
+    """Start what a request says; which of its steps are functions is recorded here."""
+    name = request["name"]
     link = await connection.start_another_agent()
     try:
-        record = await _write_record(connection.host, task_id, [call is not None for call in calls])
+        record = await _write_record(connection.host, request["id"], functions) if functions else None
         channel = link.open_channel("detach", request)
         await _send(channel, data)
-        await asyncio.wait_for(channel.result(), _START_LIMIT)
-    except AgentError as error:
-        await event_loop.in_thread(detached_records.forget, task_id)
-        text = f"{connection.host}: task {task.name!r} cannot be detached: {error.message}"
-        if error.evidence.get("errno") in _NOT_WRITABLE:
-            text += (
-                "\n  Next step: its state and log are written there; in a start-up file of the shell there, set "
-                "XDG_STATE_HOME to a directory that can be written to, and stays"
-            )
-        raise LazyclusterError(text) from None
+        started = await asyncio.wait_for(channel.result(), _START_LIMIT)
     except asyncio.TimeoutError:
         raise LazyclusterError(
-            f"{connection.host}: task {task.name!r} was not detached within {_START_LIMIT:g} s.\n"
+            f"{connection.host}: task {name!r} was not detached within {_START_LIMIT:g} s.\n"
             "  Next step: see how busy the host is, and with detached_tasks() whether the task has started"
         ) from None
     finally:
         link.lost("it goes on alone")
-    return DetachedTask(connection, request, record)
+    return DetachedTask(connection, {**request, "id": started["id"]}, record)
 
 
 async def _write_record(host: str, task_id: str, functions: Sequence[bool]) -> DetachedRecord:

@@ -32,6 +32,7 @@ from lazycluster.ssh.channel import Collected
 from lazycluster.ssh.connection import Connection
 
 from . import local_code
+from .host_paths import path_hint
 from .limits import memory_hint
 from .pickling import PickledCall, dump_call
 
@@ -372,7 +373,9 @@ def raised_outcome(fields: Mapping[str, Any], phase: str, exception: object) -> 
         kind = fields["result_type"].removeprefix("builtins.")
         text = f"the result, a {kind}, cannot be sent back ({outcome.message}). Next step: return plain data"
         return replace(outcome, message=text + (", for instance a list of its items" if "generator" in kind else ""))
-    return replace(outcome, hint=fields.get("hint", ""), traceback=with_source_lines(fields["traceback"]))
+    return replace(
+        outcome, hint=fields.get("hint", "") or path_hint(exception), traceback=with_source_lines(fields["traceback"])
+    )
 
 
 def with_source_lines(text: str) -> str:

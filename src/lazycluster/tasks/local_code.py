@@ -134,8 +134,13 @@ def absolute_names(statement: Import, package: str) -> list[str]:
 
 
 # --- sources --------------------------------------------------------------------------------------
-def sources_of(names: Iterable[str]) -> dict[str, Source]:
-    """Return the sources of local modules, of their packages and of all local ones that they import."""
+def sources_of(names: Iterable[str], rewritten: bool = False) -> dict[str, Source]:
+    """Return the sources of local modules, of their packages and of all local ones that they import.
+
+    Args:
+        names: The modules.
+        rewritten: Whether also of those that were rewritten when they were loaded, as pytest does with tests.
+    """
     found: dict[str, Source] = {}
     seen: set[str] = set()
     queue = list(names)
@@ -144,7 +149,7 @@ def sources_of(names: Iterable[str]) -> dict[str, Source]:
         if name in seen or name == "__main__":
             continue
         seen.add(name)
-        source = source_of(name)
+        source = source_of(name, rewritten)
         if source is None:
             continue
         found[name] = source
@@ -160,8 +165,13 @@ def imported_by(text: str, filename: str) -> set[str]:
     return {name for statement in _imports_of_text(text, filename) for name in absolute_names(statement, "")}
 
 
-def source_of(name: str) -> Source | None:
-    """Return the source of a local module, whether it has been imported or not; None if there is none."""
+def source_of(name: str, rewritten: bool = False) -> Source | None:
+    """Return the source of a local module, whether it has been imported or not; None if there is none.
+
+    Args:
+        name: The module.
+        rewritten: Whether also that of one which was rewritten when it was loaded.
+    """
     module = sys.modules.get(name)
     if module is not None:
         if not isinstance(module, types.ModuleType) or not is_local(module):
@@ -178,7 +188,10 @@ def source_of(name: str) -> Source | None:
         stamp = Path(spec.origin).stat().st_mtime_ns
     except OSError:
         stamp = 0  # inside an archive
-    text = _text(spec.loader, spec.name, spec.origin, stamp)
+    loader = spec.loader
+    if rewritten and not hasattr(loader, "get_source") and spec.origin.endswith(".py"):
+        loader = importlib.machinery.SourceFileLoader(spec.name, spec.origin)
+    text = _text(loader, spec.name, spec.origin, stamp)
     return None if text is None else (text, is_package, spec.origin, distribution_of(str(Path(spec.origin).parent)))
 
 

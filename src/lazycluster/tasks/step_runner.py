@@ -63,6 +63,7 @@ class StepRunner:
         self._limits = limits
         self._began = time.monotonic()
         self._send_lock = options.send_lock
+        self._send = options.send
         self._keep_calls = options.retries > 0
         self._calls = list(pickle_calls(steps) if options.calls is None else options.calls)
 
@@ -173,7 +174,7 @@ class StepRunner:
         name = os.path.basename(os.fspath(step.local_path).rstrip("/"))
         with Progress(f"Sending {name}", unit="B") as progress:
             async with self._send_lock or contextlib.nullcontext():
-                result = await transfer.send(
+                result = await (self._send or transfer.send)(
                     context.connection,
                     step.local_path,
                     step.remote_path,

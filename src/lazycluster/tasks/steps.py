@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from lazycluster.agent.path_expansion import expand
+from lazycluster.utils import absolute
 
 __all__ = ["GetFile", "RunCommand", "RunFunction", "SendFile", "Step", "StepResult", "manager_path"]
 
@@ -63,8 +64,8 @@ class GetFile:
         """Return the path on the manager that is written, as far as it can be told without asking the host."""
         name = PurePath(self.remote_path).name or "file"
         if self.local_path is None:
-            return str(Path(name).absolute())
-        local = manager_path(self.local_path).absolute()
+            return str(absolute(name))
+        local = absolute(manager_path(self.local_path))
         return str(local / name if self.local_path.endswith("/") or local.is_dir() else local)
 
 

@@ -40,7 +40,8 @@ def _clusters() -> list[Named]:
 def ls(as_json: bool) -> None:
     """List clusters in the background.
 
-    UNTIL is when one ends by itself, at the latest when its certificates expire. One that is "gone" has left a log:
+    UNTIL is when one ends by itself, at the latest when its certificates expire; "idle 2 h": if it has no work for so
+    long. One that is "gone" has left a log:
     'lazycluster logs NAME'; 'lazycluster down NAME' forgets it.
     """
     from lazycluster.cli.console import output, tell
@@ -72,7 +73,7 @@ def _listed(found: Named) -> dict[str, Any]:
         one |= {"state": record.state, "since": record.started, "until": record.until, "host": record.host, **details}
     if found.gone:
         return {**one, "state": "gone", "problem": found.gone}
-    if found.is_elsewhere and not found.is_held:
+    if found.is_elsewhere:
         return {**one, "state": "elsewhere", "problem": f"started on {one['host']}"}
     try:
         status = BackgroundProcess(found).status()
@@ -91,7 +92,7 @@ def _row(one: dict[str, Any]) -> list[Cell | str]:
     ready, workers = one["ready"], one["workers"]
     until = moment(one["until"]) if one["until"] is not None else ""
     if one.get("idle_left") is not None and state == "running":
-        until = f"{span(max(1.0, one['idle_left']))} without work"
+        until = f"idle {span(max(1.0, one['idle_left']))}"
     text = f"{state}: {one['problem']}" if one["problem"] else state
     if one["needs_login"]:
         text = f"needs login for {', '.join(one['needs_login'])}: lazycluster login {one['name']}"
@@ -139,7 +140,9 @@ def info(name: str, as_json: bool) -> None:
     for host, why in told["unreachable"].items():
         facts.append(("left out", Cell(f"{host}: {why}", "dim")))
     facts.append(("environment", ", ".join(told["environment"])))
-    show(View(view.title, view.state, [*view.facts, *facts], view.tables))
+    secret = {"dashboard": f"lazycluster dashboard {name} prints its address, a secret"}
+    of_cluster = [(fact, secret.get(fact, value)) for fact, value in view.facts]
+    show(View(view.title, view.state, [*facts[:1], *of_cluster, *facts[1:]], view.tables))
 
 
 @click.command()
@@ -241,7 +244,7 @@ def _end(one: Named, forget: bool) -> int:
         if one.is_elsewhere and not forget:
             assert one.record is not None
             raise LazyclusterError(
-                f"{one.name} was started on {one.record.host}: end it there\n"
+                f"it was started on {one.record.host}: end it there\n"
                 f"  Next step: if that machine is no more: lazycluster down {one.name} --forget"
             )
         done = client.end(one)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.options import connection_options, host_options, targets
+from lazycluster.cli.options import connection_options, fanout_option, host_options, targets
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import HostOutcome
@@ -17,11 +17,12 @@ __all__ = ["cleanup"]
 
 @click.command()
 @host_options
+@fanout_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @connection_options
 def cleanup(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
-    connect_timeout: float | None, accept_new_host_key: bool, as_json: bool,
+    connect_timeout: float | None, accept_new_host_key: bool, fanout: int, as_json: bool,
 ) -> int:  # fmt: skip
     """Remove what was left behind on hosts and on this machine, and list it.
 
@@ -39,7 +40,7 @@ def cleanup(
     import json
 
     from lazycluster.cli.console import errors, lines_of, output
-    from lazycluster.cli.fanout import everywhere, exit_status
+    from lazycluster.cli.fanout import InOrder, everywhere, exit_status
     from lazycluster.core import event_loop
 
     found: dict[str, dict[str, Any]] = {}
@@ -56,7 +57,8 @@ def cleanup(
 
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")
     tell(event_loop.run(_here(found)))
-    outcomes = event_loop.run(everywhere(chosen, work, on_done=tell))
+    rows: InOrder[HostOutcome] = InOrder(chosen.names, tell)
+    outcomes = event_loop.run(everywhere(chosen, work, fanout, lambda outcome: rows.put(outcome.host, outcome)))
     if as_json:
         output().print_json(json.dumps(found))
     return exit_status(outcomes, chosen.everyone)

@@ -69,7 +69,7 @@ def add_runtime(
     from lazycluster.ssh.destination import parse_destination
 
     user, hostname, port = parse_destination(host)
-    entries = {"HostName": hostname}
+    entries = {"HostName": hostname.replace("%", "%%")}
     if user is not None:
         entries["User"] = user
     if port is not None:

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazycluster.cli.console import errors, host_style, lines_of, output
-from lazycluster.cli.options import Whole, connection_options, host_options, targets
+from lazycluster.cli.options import connection_options, fanout_option, host_options, targets
 
 if TYPE_CHECKING:
+    import asyncio
+
     from lazycluster.cli.fanout import HostOutcome
+    from lazycluster.group.direct_copy import DirectCopy
     from lazycluster.output.progress import Board, Progress
     from lazycluster.ssh.connection import Connection
     from lazycluster.ssh.transfer import TransferResult
@@ -22,7 +25,6 @@ __all__ = ["get", "put"]
 
 _LITTLE = 1024 * 1024  # bytes
 
-_fanout = click.option("--fanout", type=Whole(), default=64, metavar="N", help="Number of hosts at once (64).")
 _exclude = click.option(
     "--exclude",
     multiple=True,
@@ -35,14 +37,22 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.command()
 @host_options
 @_exclude
-@_fanout
+@fanout_option
+@click.option(
+    "--network",
+    type=click.Choice(["tunnel", "direct", "auto"]),
+    default="tunnel",
+    metavar="WAY",
+    help="tunnel: from here to each host (the default); auto: a large file goes on from host to host where they reach "
+    "each other; direct: always.",
+)
 @_quiet
 @click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
 @connection_options
 def put(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
-    connect_timeout: float | None, accept_new_host_key: bool, exclude: tuple[str, ...], fanout: int, quiet: bool,
-    sources: tuple[str, ...],
+    connect_timeout: float | None, accept_new_host_key: bool, exclude: tuple[str, ...], fanout: int, network: str,
+    quiet: bool, sources: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Copy files and folders to hosts.
 
@@ -65,25 +75,28 @@ def put(
     if len(paths) > 1 and not destination.endswith("/"):
         destination += "/"
 
+    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
+    together = None if network == "tunnel" else _Together(chosen.names, destination, network)
+
     async def send(connection: Connection, copying: Copying) -> None:
         from lazycluster.ssh import transfer
 
         for path in paths:
             progress = copying.progress(connection.host)
             home = connection.agent_info.home
-            result = await transfer.send(
-                connection, path, destination, cwd=home, env={}, progress=progress, exclude=exclude
-            )
+            send_one = transfer.send if together is None else (await together.copy(connection, path)).send
+            result = await send_one(connection, path, destination, cwd=home, env={}, progress=progress, exclude=exclude)
             copying.add(connection.host, result)
 
-    chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)
-    return _copy(chosen, send, fanout, quiet, exclude)
+    if together is None:
+        return _copy(chosen, send, fanout, quiet, exclude)
+    return _copy(chosen, send, len(chosen.names), quiet, exclude, together.without)
 
 
 @click.command()
 @host_options
 @_exclude
-@_fanout
+@fanout_option
 @_quiet
 @click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
 @connection_options
@@ -135,7 +148,53 @@ def _with_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
     return sources
 
 
-def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool, exclude: tuple[str, ...] = ()) -> int:
+class _Together:
+    """Copies in which hosts pass on files: they begin when all hosts are connected that can be.
+
+    Args:
+        hosts: The hosts.
+        destination: Where the files go.
+        network: See `lazycluster.group.direct_copy`.
+    """
+
+    def __init__(self, hosts: Sequence[str], destination: str, network: str) -> None:
+        self._destination, self._network = destination, network
+        self._expected = set(hosts)
+        self._connected: list[Connection] = []
+        self._all_there: asyncio.Event | None = None
+        self._copies: dict[str, DirectCopy] = {}
+
+    async def copy(self, connection: Connection, path: str) -> DirectCopy:
+        """Return the copy of a file to all hosts, once they are there."""
+        import asyncio
+
+        from lazycluster.group.direct_copy import DirectCopy, DirectTarget
+
+        self._all_there = self._all_there or asyncio.Event()
+        if connection not in self._connected:
+            self._connected.append(connection)
+            self.without(connection.host)
+        await self._all_there.wait()
+        if path not in self._copies:
+            targets = [DirectTarget(one.host, one, one.agent_info.home, {}) for one in self._connected]
+            self._copies[path] = DirectCopy(targets, path, self._destination, self._network)
+        return self._copies[path]
+
+    def without(self, host: str) -> None:
+        """Wait for a host no more."""
+        self._expected.discard(host)
+        if not self._expected and self._all_there is not None:
+            self._all_there.set()
+
+
+def _copy(
+    chosen: Any,
+    copy: Any,
+    fanout: int,
+    quiet: bool,
+    exclude: tuple[str, ...] = (),
+    on_end: Callable[[str], Any] = lambda host: None,
+) -> int:
     from lazycluster.cli.fanout import HostOutcome, everywhere, exit_status
     from lazycluster.core import event_loop
     from lazycluster.output import progress
@@ -147,7 +206,11 @@ def _copy(chosen: Any, copy: Any, fanout: int, quiet: bool, exclude: tuple[str, 
             await copy(connection, copying)
             return HostOutcome(connection.host)
 
-        outcomes = event_loop.run(everywhere(chosen, work, fanout, copying.done))
+        def done(outcome: HostOutcome) -> None:
+            on_end(outcome.host)
+            copying.done(outcome)
+
+        outcomes = event_loop.run(everywhere(chosen, work, fanout, done))
     copying.warn(exclude)
     return exit_status(outcomes, chosen.everyone)
 
@@ -162,8 +225,10 @@ class Copying:
     """
 
     def __init__(self, hosts: Sequence[str], board: Board, quiet: bool) -> None:
+        from lazycluster.cli.fanout import InOrder
         from lazycluster.output.progress import can_be_shown
 
+        self._rows: InOrder[HostOutcome] = InOrder(hosts, self._show)
         self._board = board
         self._has_bars = board.wanted and can_be_shown()
         self._quiet = quiet
@@ -206,7 +271,12 @@ class Copying:
                 errors().print(one_line(text), markup=False, soft_wrap=True, style="yellow")
 
     def done(self, outcome: HostOutcome) -> None:
-        """Print the outcome of a host."""
+        """End the bar of a host; its outcome is printed in its turn."""
+        if outcome.host in self._bars:
+            self._bars[outcome.host].is_over = True
+        self._rows.put(outcome.host, outcome)
+
+    def _show(self, outcome: HostOutcome) -> None:
         from rich.text import Text
 
         from lazycluster.core.words import counted
@@ -214,8 +284,6 @@ class Copying:
         from lazycluster.output.host_cells import megabytes
 
         host = outcome.host
-        if host in self._bars:
-            self._bars[host].is_over = True
         for name in self._left_out.get(host, ()):
             errors().print(f"{host}: left out: {one_line(name)}", markup=False, soft_wrap=True)
         if outcome.error:

@@ -50,11 +50,14 @@ def doctor(
 async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
     import asyncio
 
-    from lazycluster.cli.diagnosis import Diagnosis
+    from lazycluster.cli.diagnosis import Diagnosis, check_reachability
+    from lazycluster.cli.fanout import InOrder
     from lazycluster.ssh.ssh_connection import SshConnection
     from lazycluster.ssh.terminal import when_answered
 
+    connections: dict[SshConnection, Diagnosis] = {}
     slots = asyncio.Semaphore(32)
+    shown: InOrder[Diagnosis] = InOrder(chosen.names, lambda one: when_answered(lambda: _show(one)))
 
     async def check(name: str) -> Diagnosis:
 
@@ -62,12 +65,22 @@ async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
             diagnosis = Diagnosis(name)
             connection = chosen.connection(name)
             assert isinstance(connection, SshConnection)
+            connections[connection] = diagnosis
             await diagnosis.run(connection)
             if not silent:
-                when_answered(lambda: _show(diagnosis))
+                shown.put(name, diagnosis)
             return diagnosis
 
-    return list(await asyncio.gather(*(check(name) for name in chosen.names)))
+    try:
+        diagnoses = list(await asyncio.gather(*(check(name) for name in chosen.names)))
+        usable = {connection: one for connection, one in connections.items() if connection.state == "open"}
+        if len(usable) > 1:
+            await check_reachability(usable)
+            if not silent:
+                when_answered(lambda: _show_reached(diagnoses))
+    finally:
+        await asyncio.gather(*(connection.close() for connection in connections))
+    return diagnoses
 
 
 _UNLIMITED = 10_000  # columns, where it is no terminal
@@ -95,6 +108,21 @@ def _show(diagnosis: Diagnosis) -> None:
         if step.fix:
             # In one line, so that commands can be copied from it.
             out.print(Text(f"    -> {one_line(step.fix)}", style="cyan"), soft_wrap=True)
+    out.print()
+
+
+def _show_reached(diagnoses: list[Diagnosis]) -> None:
+    from rich.text import Text
+
+    from lazycluster.cli.console import output
+    from lazycluster.exceptions import one_line
+
+    out = output()
+    out.print(Text("between the hosts, for clusters with --network direct", style="bold"))
+    for one in diagnoses:
+        if one.reaches:
+            style = "yellow" if any(one.reaches.values()) else "green"
+            out.print(Text(f"  {one_line(one.host)} reaches: {one_line(one.reached)}", style=style), soft_wrap=True)
     out.print()
 
 

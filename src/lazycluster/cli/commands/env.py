@@ -94,12 +94,14 @@ def list_command(cache_dir: str, as_json: bool, **options: Any) -> int:
 @_cache_dir
 @click.option("--python", metavar="3.X", help="The minor version, by default that of this machine.")
 @click.option("--exclude", multiple=True, metavar="PACKAGE", help="Leave this package out.")
+@click.option("-v", "--verbose", is_flag=True, help="List the tools of this machine that are left out.")
 @click.option("--refresh", is_flag=True, help="Take the newest versions that are allowed, whatever was found before.")
 @click.argument("what", nargs=-1, required=True)
 @connection_options
 def build(
-    cache_dir: str, python: str | None, exclude: tuple[str, ...], refresh: bool, what: tuple[str, ...], **options: Any
-) -> int:
+    cache_dir: str, python: str | None, exclude: tuple[str, ...], verbose: bool, refresh: bool, what: tuple[str, ...],
+    **options: Any,
+) -> int:  # fmt: skip
     """Make an environment on hosts.
 
     WHAT is 'manager' (what is installed here), a file (requirements.txt, pyproject.toml, uv.lock, pylock.toml), or
@@ -121,7 +123,8 @@ def build(
         raise click.UsageError(str(error)) from None
     unwanted = left_out(spec.exclude) if spec.kind == "manager" else ()
     if unwanted:
-        tell(f"left out: {', '.join(unwanted)}", err=True)
+        names = f": {', '.join(unwanted)}" if verbose else " (--verbose lists them)"
+        tell(f"{counted(len(unwanted), 'tool')} left out{names}", err=True)
 
     async def work(connection: Connection) -> str:
         made = HostEnvironment(BuildHost(connection.host, connection), spec)

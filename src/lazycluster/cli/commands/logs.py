@@ -1,91 +1,57 @@
-"""``lazycluster logs``: the logs of a cluster in the background, and of its processes."""
+"""``lazycluster logs``: what detached work has printed, and the logs of clusters in the background."""
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
-from .background import complete_clusters, found_cluster
-
-if TYPE_CHECKING:
-    from lazycluster.background.state import Named
+from lazycluster.cli.options import Whole, connection_options, host_options
 
 __all__ = ["logs"]
 
-_STAMP = re.compile(r"-\d{8}-\d{6}-\d{6}-\d+-\d+\.log$")
-_AGAIN = 0.2  # seconds between two looks at a file that is followed
-_TAIL = 1024 * 1024  # bytes at the end of a file that are shown
+
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from .background import complete_clusters
+    from .work import complete_work
+
+    return [*complete_clusters(ctx, param, incomplete), *complete_work(ctx, param, incomplete)]
 
 
 @click.command()
-@click.argument("name", shell_complete=complete_clusters)
+@host_options
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes from now on, until its end or Ctrl-C.")
+@click.option("-n", "--lines", type=Whole(), metavar="N", help="Of work: only the last lines of what there is.")
+@click.option("-N", "--no-label", is_flag=True, help="Of work: print lines without the host's name.")
+@click.argument("name", shell_complete=_complete)
 @click.argument("worker", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Go on with what is logged from now on, until Ctrl-C.")
-def logs(name: str, worker: str | None, follow: bool) -> None:
-    """Show the log of a cluster in the background, or of one of its processes.
+@connection_options
+def logs(name: str, worker: str | None, follow: bool, lines: int | None, no_label: bool, **options: Any) -> int:
+    """Show what detached work has printed, or the log of a cluster in the background.
 
-    WORKER is the name of a process, or the number of a worker, as 'lazycluster info NAME' shows them. Logs stay until
-    'lazycluster down NAME', also those of a cluster that has ended by itself.
+    Of work on several hosts each line has the name of its host; from one host it comes byte by byte. The first and the
+    last 16 MiB are kept on a host, with a line that says how much was left out. Ctrl-C ends -f; the work goes on.
+
+    Of a cluster, WORKER is the name of a process, or the number of a worker, as 'lazycluster info NAME' shows them.
+    Logs stay until 'lazycluster rm NAME' or 'lazycluster down NAME'.
 
     \b
     Examples:
-      lazycluster logs night
+      lazycluster logs train
+      lazycluster logs -f -n 20 train
+      lazycluster logs -w gpu-a train > train.log
       lazycluster logs night 2 -f
+
+    Exit status: 0, or 255 if a host was not reached.
     """
-    from lazycluster.background import state
+    from lazycluster.cli.cluster_logs import show_cluster_logs
+    from lazycluster.cli.work import cluster_named
+    from lazycluster.cli.work_logs import show_logs
 
-    found = found_cluster(name)
-    path = found.path / state.LOG if worker is None else _of_process(found, worker)
-    _show(path, follow)
-
-
-def _of_process(found: Named, worker: str) -> Path:
-    """Return the last log of a process."""
-    from urllib.parse import unquote
-
-    from lazycluster.background import state
-    from lazycluster.exceptions import LazyclusterError
-
-    paths: dict[str, Path] = {}
-    for path in sorted((found.path / state.LOGS).glob("*/*.log"), key=lambda path: path.stat().st_mtime):
-        paths[unquote(_STAMP.sub("", path.name))] = path
-    named = [name for name in paths if worker in (name, name.rpartition(" ")[2])]
-    if not named:
-        have = ", ".join(sorted(paths)) or "none"
-        raise LazyclusterError(f"the cluster {found.name!r} has no process {worker!r}; its processes are: {have}")
-    return paths[named[-1]]
-
-
-def _show(path: Path, follow: bool) -> None:
-    from lazycluster.exceptions import printable
-
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _TAIL))
-        if size > _TAIL:
-            file.readline()
-        while True:
-            data = file.read(65536)
-            if data:
-                sys.stdout.write(printable(data.decode("utf-8", "replace")))
-                continue
-            sys.stdout.flush()
-            if not follow:
-                return None
-            if _is_replaced(path, file.fileno()):
-                return _show(path, follow)
-            time.sleep(_AGAIN)
-
-
-def _is_replaced(path: Path, fd: int) -> bool:
-    """Return whether a new log was begun; one that was removed with its cluster ends here."""
-    try:
-        return not os.path.samestat(path.stat(), os.fstat(fd))
-    except FileNotFoundError:
-        raise SystemExit(0) from None
+    cluster = None if options["hosts"] or options["hostfile"] is not None else cluster_named(name)
+    if cluster is not None:
+        show_cluster_logs(cluster, worker, follow)
+        return 0
+    if worker is not None:
+        raise click.UsageError(f"{name!r} is not a cluster in the background: only those have workers")
+    return show_logs(name, follow, lines, not no_label, options)

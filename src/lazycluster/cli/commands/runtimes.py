@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -29,6 +30,7 @@ _RIGHT = ("latency", "cores", "load", "memory", "disk")
 # Left out where there is little room, the first one first.
 _DISPENSABLE = ("latency", "python", "os", "load")
 
+_UNUSABLE = re.compile(r"not usable as a runtime \((.+?)\)(?:: )?")
 _GAP = 2  # spaces between columns
 
 # The live view
@@ -48,15 +50,15 @@ _LIVE_DISPENSABLE = ("os", "cores", "load", "disk", "gpus", "tunnels", "workers"
 @click.option("-l", "--long", is_flag=True, help="Also show cores, load, memory, disk, Python, GPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--watch", is_flag=True, help="Keep showing what runs on the hosts, until Ctrl-C.")
-@connection_options
+@functools.partial(connection_options, user_flags=("--user",))  # -l is --long
 def list_runtimes(
     hosts: tuple[str, ...], exclude_hosts: tuple[str, ...], hostfile: Any, config: str | None,
     connect_timeout: float | None, accept_new_host_key: bool, long: bool, as_json: bool, watch: bool,
 ) -> int:  # fmt: skip
     """Show the hosts of the ssh configuration: which can be used, and why others cannot.
 
-    A host appears as soon as it answers. LATENCY is the time of a message to the host and back, once connected; MEMORY
-    and DISK are used/total.
+    A host that takes long holds back no other. LATENCY is the time of a message to the host and back, once connected;
+    MEMORY and DISK are used/total.
 
     \b
     Examples:
@@ -92,16 +94,18 @@ class _Listing:
         columns = {"host": max(4, *map(len, chosen.names)), **_SHORT, **(_LONG if long else {})}
         shown = _fitting(columns, output().width, _DISPENSABLE) if long and is_terminal() else columns
         self._columns = {name: columns[name] for name in shown}
+        self._left_out = [name for name in columns if name not in shown]
         self.infos: dict[str, dict[str, Any]] = {}
 
     def run(self) -> list[HostOutcome]:
-        from lazycluster.cli.fanout import everywhere
+        from lazycluster.cli.fanout import InOrder, everywhere
         from lazycluster.core import event_loop
         from lazycluster.ssh.terminal import when_answered
 
+        rows: InOrder[HostOutcome] = InOrder(self._targets.names, lambda one: when_answered(lambda: self.show(one)))
         output().print(self._line({name: name.upper() for name in self._columns}), style="bold", soft_wrap=True)
         outcomes = event_loop.run(
-            everywhere(self._targets, self._ask, on_done=lambda outcome: when_answered(lambda: self.show(outcome)))
+            everywhere(self._targets, self._ask, on_done=lambda outcome: rows.put(outcome.host, outcome))
         )
         self.finish(outcomes)
         return outcomes
@@ -150,16 +154,16 @@ class _Listing:
         output().print(Text(self._line(row)), soft_wrap=True)
 
     def _show_inactive(self, outcome: HostOutcome) -> None:
-        """Print the reason in a few words; `finish` prints all of it, with the next step."""
+        """Print the kind of reason; `finish` prints all of it, with the next step."""
         from rich.text import Text
 
-        from lazycluster.exceptions import printable
+        from lazycluster.exceptions import one_line
 
-        line = f"{self._line({'host': outcome.host, 'state': 'inactive'})}  {_cause(printable(outcome.error))[0]}"
-        text = Text(line, style="dim")
-        if is_terminal():
-            text.truncate(output().width, overflow="ellipsis")
-        output().print(text, soft_wrap=True)
+        kind = _UNUSABLE.match(outcome.error)
+        line = (
+            f"{self._line({'host': outcome.host, 'state': 'inactive'})}  {one_line(kind[1]) if kind else 'see below'}"
+        )
+        output().print(Text(line, style="dim"), soft_wrap=True)
 
     def _line(self, row: dict[str, str]) -> str:
         padded = [
@@ -169,23 +173,26 @@ class _Listing:
         return "  ".join(padded).rstrip()
 
     def finish(self, outcomes: list[HostOutcome]) -> None:
-        """Print why hosts cannot be used."""
+        """Print why hosts cannot be used, and which columns there was no room for."""
         from lazycluster.exceptions import printable
 
+        if self._left_out:
+            output().print(_told_left_out(self._left_out, "or --json"), style="dim", soft_wrap=True)
         bad = [outcome for outcome in outcomes if outcome.kind != "done"]
         if bad:
             output().print("\nInactive:", style="bold")
         for outcome in bad:
-            first, *rest = _cause(printable(outcome.error))
+            first, *rest = _UNUSABLE.sub("", printable(outcome.error)).split("\n")
             output().print(f"  {outcome.host}: {first}", markup=False, soft_wrap=True)
             for line in rest:
                 style = "cyan" if "Next step:" in line else None
                 output().print(f"    {line.strip()}", markup=False, soft_wrap=True, style=style)
 
 
-def _cause(error: str) -> list[str]:
-    """Return the lines of an error, without what the table says already."""
-    return re.sub(r"^not usable as a runtime \((.+?)\)", r"\1", error).split("\n")
+def _told_left_out(names: Sequence[str], otherwise: str = "") -> str:
+    """Say which columns are not shown, and how to see them."""
+    ways = " ".join(filter(None, ["a wider terminal", otherwise]))
+    return f"No room for: {', '.join(name.upper() for name in names)} ({ways} shows them)"
 
 
 def _fitting(widths: Mapping[str, int], room: int, dispensable: Sequence[str]) -> list[str]:
@@ -272,8 +279,6 @@ def _table(watched: list[_Watched], long: bool) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from lazycluster.exceptions import printable
-
     names = ["cpu", "memory", "disk", *_RUNNING]
     if any(gpu for one in watched for gpu in one.info.get("gpus") or []):
         names.insert(1, "gpus")
@@ -284,15 +289,23 @@ def _table(watched: list[_Watched], long: bool) -> Group:
     widths = {name: max(len(name), _LEAST.get(name, 0), *(len(row.get(name, "")) for row in rows)) for name in names}
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     shown = _fitting(widths, output().width, _LIVE_DISPENSABLE)
+    left_out = [name for name in names if name not in shown]
+    notes = [Text(_told_left_out(left_out), style="dim")] if left_out else []
     for name in shown:
         table.add_column(name.upper(), justify="right" if name in _LIVE_RIGHT else "left", no_wrap=True)
     for one, row in zip(watched, rows, strict=True):
         style = {"active": "", "inactive": "red"}.get(one.state, "dim")
         table.add_row(*[Text(row.get(name, "")) for name in shown], style=style)
-    reasons = [
-        Text(f"{one.host}: {printable(one.why).partition(chr(10))[0]}", style="red") for one in watched if one.why
-    ]
-    return Group(table, *reasons)
+    reasons = [Text(_reason(one), style="red") for one in watched if one.why]
+    return Group(table, *notes, *reasons)
+
+
+def _reason(one: _Watched) -> str:
+    """Return why a host is inactive, in a line."""
+    from lazycluster.exceptions import printable
+
+    why = printable(one.why).partition("\n")[0].removeprefix(f"{one.host}: ")
+    return f"{one.host}: {_UNUSABLE.sub('', why)}"
 
 
 def _shown(one: _Watched) -> dict[str, str]:

@@ -144,9 +144,9 @@ def _tell(spec: ClusterSpec, result: dict[str, Any], grace: float) -> None:
     lines += [f"  its state:  lazycluster info {name}", f"  end it:     lazycluster down {name}"]
     limits = [f"after {span(spec.idle_timeout)} without work"] if spec.idle_timeout is not None else []
     limits += [f"at {moment(result['until'])}"] if result["until"] is not None else []
-    ends = f"ends {' or '.join(limits)}, or " if limits else "ends "
-    lines.append(f"It goes on when you log out. It {ends}with this machine; where that stops or sleeps,")
-    lines.append(f"its hosts are clean after {span(grace)} at the latest.")
+    ends, also = (f"It ends {' or '.join(limits)},", "or ") if limits else ("It ends", "")
+    lines.append(f"It goes on when you log out. {ends}")
+    lines.append(f"{also}with this machine; if that stops or sleeps, its hosts are clean after {span(grace)}.")
     with contextlib.suppress(OutputGoneError):  # the cluster runs, whoever reads this
         for line in lines:
             output().print(line, markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -38,7 +38,21 @@ def emit(event: str, **fields: Any) -> None:
 
 def emit_versions(packages: Sequence[str]) -> None:
     """Tell the manager which software is here."""
-    emit("versions", python=list(sys.version_info[:3]), executable=sys.executable, packages=versions(packages))
+    emit(
+        "versions",
+        python=list(sys.version_info[:3]),
+        executable=sys.executable,
+        managed=is_managed(),
+        packages=versions(packages),
+    )
+
+
+def is_managed() -> bool:
+    """Return whether pip installs nothing into this Python, which belongs to the system (PEP 668)."""
+    import sysconfig
+
+    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    return sys.prefix == sys.base_prefix and os.access(marker, os.F_OK)
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
@@ -63,19 +77,26 @@ def read_settings() -> dict[str, Any]:
     return settings
 
 
-def check_ports(ports: Iterable[int]) -> None:
+def check_ports(ports: Mapping[str, int], hosts: Mapping[str, str]) -> None:
     """Find out by binding whether ports are free.
+
+    Args:
+        ports: The ports by name.
+        hosts: By name the addresses that listen; by default the loopback interface does.
 
     Raises:
         PortTakenError: One is not.
     """
-    for port in ports:
-        with socket.socket() as probe:
+    for name, port in ports.items():
+        host = hosts.get(name, LOOPBACK)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((LOOPBACK, port))
+                probe.bind((host, port))
                 probe.listen(1)
             except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise SystemExit(f"this host does not have the address {host} any more") from None
                 if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise
                 raise PortTakenError(port) from None
@@ -89,7 +110,7 @@ def run(serve: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]) -> None:
     while True:
         settings = read_settings()
         try:
-            check_ports(settings["ports"].values())
+            check_ports(settings["ports"], settings.get("hosts", {}))
             asyncio.run(serve(settings))
         except PortTakenError as error:
             emit("port_taken", port=error.port)

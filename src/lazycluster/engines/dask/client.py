@@ -12,16 +12,18 @@ from distributed.protocol.pickle import dumps
 
 from lazycluster.agent.filenames import dumps as dumps_with_names
 from lazycluster.core import event_loop
+from lazycluster.tasks.host_paths import tell_path
 
+from .dashboard_link import shown_link
 from .scaling import scheduler_at
 
 if TYPE_CHECKING:
     from lazycluster.cluster.client_modules import ClientModules
     from lazycluster.cluster.local_modules import LocalModules
 
-__all__ = ["UpToDateClient", "client_of", "connected"]
+__all__ = ["ClusterClient", "UpToDateClient", "client_of", "connected"]
 
-C = TypeVar("C", bound=Client)
+C = TypeVar("C", bound="ClusterClient")
 
 _BACK = 30.0  # seconds for a scheduler that is started again; distributed's own default
 _CLOSED = 5.0  # seconds for a client that is not connected to end its loop
@@ -30,7 +32,34 @@ _CLOSED = 5.0  # seconds for a client that is not connected to end its loop
 _WITHOUT_CODE = frozenset({"gather", "who_has", "identity"})
 
 
-class UpToDateClient(Client):  # type: ignore[misc]
+class ClusterClient(Client):  # type: ignore[misc]
+    """A client whose errors say so if they are about a file of this machine, which the workers do not have.
+
+    Attributes:
+        dashboard: The address of the dashboard on this machine, if the cluster is another process's.
+    """
+
+    dashboard = ""
+
+    @property
+    def dashboard_link(self) -> str:
+        """The address of the dashboard; that which distributed makes up itself has no secret part."""
+        return shown_link(self.dashboard) if self.dashboard else str(super().dashboard_link)
+
+    def _handle_task_erred(self, key: Any = None, exception: Any = None, traceback: Any = None) -> None:
+        super()._handle_task_erred(key, exception, traceback)
+        if (state := self.futures.get(key)) is not None:
+            tell_path(state.exception)
+
+    async def _run(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return await super()._run(*arguments, **named)
+        except OSError as error:
+            tell_path(error)
+            raise
+
+
+class UpToDateClient(ClusterClient):
     """A client that has changed modules sent before it sends anything that may need them.
 
     Work goes through `_graph_to_futures`. All else (`run`, plugins, `scatter`, variables and queues, calls of actors)
@@ -126,7 +155,9 @@ def client_of(kind: type[C], connection: Mapping[str, Any], *arguments: Any, **o
 
     keep_file_names(dumps_with_names)
     security = MemorySecurity(**connection["security"])
-    return connected(kind, connection["scheduler"], *arguments, security=security, **options)
+    client = connected(kind, connection["scheduler"], *arguments, security=security, **options)
+    client.dashboard = connection.get("dashboard", "")
+    return client
 
 
 def connected(kind: type[C], *arguments: Any, **options: Any) -> C:

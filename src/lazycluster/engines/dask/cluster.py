@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import os
 import secrets
@@ -25,19 +24,23 @@ from lazycluster.agent.filenames import dumps
 from lazycluster.cluster import connection_file
 from lazycluster.cluster.client_modules import ClientModules
 from lazycluster.cluster.contracts import MasterLauncher, WorkerLauncher
+from lazycluster.cluster.direct_network import NetworkChoice
 from lazycluster.cluster.engine import CheckVersions
 from lazycluster.cluster.engine_cluster import EngineCluster, checked_count
 from lazycluster.cluster.exceptions import ClusterError
-from lazycluster.cluster.sent.messages import LOOPBACK
+from lazycluster.cluster.master_launcher import ServiceMasterLauncher
 from lazycluster.cluster.views import ready
 from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher
 from lazycluster.core import event_loop
 from lazycluster.core.words import counted
 from lazycluster.output.host_cells import megabytes, number
 from lazycluster.output.view import Cell, Fact
+from lazycluster.ssh.tunnels import check_port
 
+from .dashboard_link import dashboard_link, plain_link
 from .engine import DaskEngine
 from .launchers import LocalMasterLauncher, RoundRobinLauncher
+from .options import check_sizes, checked_options
 from .scaling import AdaptedCluster, access, check_duration, check_names, checked_amount
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ if TYPE_CHECKING:
 __all__ = ["DaskCluster", "LocalMasterLauncher", "RoundRobinLauncher"]
 
 _AGAIN = 0.1  # seconds between two attempts to connect to a scheduler that is being replaced
-_CONNECTION = {"scheduler": str, "security": {...: (str, bool, type(None))}, "manager?": int}
+_CONNECTION = {"scheduler": str, "dashboard?": str, "security": {...: (str, bool, type(None))}, "manager?": int}
 
 
 class DaskCluster(EngineCluster):
@@ -74,6 +77,7 @@ class DaskCluster(EngineCluster):
         min_workers: How many workers must be there for a start to succeed; by default all.
         check_versions: What happens if Python, dask, distributed or cloudpickle of a host do not match the manager's:
             ``error``, ``warn`` or ``ignore``.
+        dashboard_port: The port of the scheduler's dashboard on this machine; by default any of `ports`.
         worker_options: Further options of `distributed.Nanny`; what JSON cannot hold is not possible.
         scheduler_options: Further options of `distributed.Scheduler`.
         preload: Modules that workers import before they are ready, as a list such as ``["dask.dataframe"]``, or with
@@ -83,8 +87,14 @@ class DaskCluster(EngineCluster):
             default each has one thread and the resource ``{"GPU": gpus_per_worker}``. Then there is by default one
             worker for each GPU, and hosts without GPUs get none.
         idle_gpus: Whether GPUs are left alone that others use, as nvidia-smi says.
+        network: How hosts reach each other: ``"tunnel"``: through this machine; ``"direct"``: at their own addresses,
+            with the scheduler on the first host of the group; ``"auto"``: direct if all of them do, else through
+            tunnels. All of it is encrypted and authenticated.
         asynchronous: Whether methods that have to wait return awaitables where an event loop runs. ``await cluster``
             and ``async with`` start the cluster, and have the same effect for their event loop.
+        name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
+            program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
+            this process.
 
     Raises:
         ClusterError: If dask, distributed or cryptography is not installed here.
@@ -121,15 +131,19 @@ class DaskCluster(EngineCluster):
         local_directory: str | os.PathLike[str] | None = None,
         min_workers: int | None = None,
         check_versions: CheckVersions = "error",
+        dashboard_port: int | None = None,
         worker_options: Mapping[str, Any] | None = None,
         scheduler_options: Mapping[str, Any] | None = None,
         preload: str | Iterable[str] = (),
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        network: NetworkChoice = "tunnel",
         asynchronous: bool = False,
+        name: None = None,
     ) -> None:
         if nthreads is not None:
             checked_count(nthreads, "nthreads", 1)
+        self._dashboard_port = None if dashboard_port is None else check_port(dashboard_port, "dashboard_port")
         self._security: Security | None = None
         self._name = secrets.token_hex(4)
         self._asynchronous = asynchronous
@@ -143,15 +157,16 @@ class DaskCluster(EngineCluster):
             check_versions=check_versions,
             gpus_per_worker=gpus_per_worker,
             idle_gpus=idle_gpus,
+            network=network,
             nthreads=nthreads,
             memory_limit=memory_limit,
             resources=resources,
             local_directory=None if local_directory is None else os.fspath(local_directory),
-            worker_options=_checked_options(worker_options, "worker_options"),
-            scheduler_options=_checked_options(scheduler_options, "scheduler_options"),
+            worker_options=checked_options(worker_options, "worker_options"),
+            scheduler_options=checked_options(scheduler_options, "scheduler_options"),
             preload=_names(preload),
         )
-        _check_options(memory_limit, resources)
+        check_sizes(memory_limit, resources)
 
     def _default_master_launcher(self) -> MasterLauncher:
         return LocalMasterLauncher(self._group)
@@ -166,7 +181,18 @@ class DaskCluster(EngineCluster):
         for launcher in launchers:
             if hasattr(launcher, "dask"):
                 launcher.dask = self._dask
+        self._fix_dashboard_port()
         super()._connect_launchers()
+
+    def _fix_dashboard_port(self) -> None:
+        port = self._dashboard_port
+        if port is None:
+            return
+        if not isinstance(self._master_launcher, ServiceMasterLauncher):
+            raise ValueError("dashboard_port needs a launcher that builds on ServiceMasterLauncher")
+        self._master_launcher.fixed_ports = {"dashboard": port}
+        self._all_ports = [one for one in self._all_ports if one != port]
+        self._ports = list(self._all_ports)
 
     @property
     def _dask(self) -> DaskEngine:
@@ -196,13 +222,13 @@ class DaskCluster(EngineCluster):
 
         if self.asynchronous:
             self._check_running()
-            return UpToDateClient(self, self._dask.modules, timeout=timeout, asynchronous=True)
+            return UpToDateClient(self, self._dask.client_modules, timeout=timeout, asynchronous=True)
         deadline = time.monotonic() + timeout
         while True:
             self._check_running()
             try:
                 left = max(0.0, deadline - time.monotonic())
-                return connected(UpToDateClient, self, self._dask.modules, timeout=left)
+                return connected(UpToDateClient, self, self._dask.client_modules, timeout=left)
             except CommClosedError as error:  # the scheduler has ended while it answered; there will be another one
                 if time.monotonic() + _AGAIN >= deadline:
                     raise TimeoutError(
@@ -225,13 +251,11 @@ class DaskCluster(EngineCluster):
         Examples:
             >>> client = DaskCluster.connect("cluster.json")        # doctest: +SKIP
         """
-        from distributed import Client
-
-        from .client import client_of
+        from .client import ClusterClient, client_of
 
         found = connection_file.read(path, DaskCluster.__name__, _CONNECTION)
         try:
-            client: Client = client_of(Client, found, timeout=timeout)
+            client: Client = client_of(ClusterClient, found, timeout=timeout)
         except (TypeError, ValueError, ssl.SSLError, RuntimeError) as error:
             # These are no arguments of distributed's, no address or one without TLS, or no key.
             raise connection_file.unusable(path, str(error)) from None
@@ -261,11 +285,14 @@ class DaskCluster(EngineCluster):
         return client_of(UpToDateClient, process.request("connection"), modules, timeout=timeout, **options)
 
     def _connection(self) -> dict[str, Any]:
-        return {
-            "scheduler": self.scheduler_address,
-            "security": self._dask.security("client"),
-            "dashboard": self.dashboard_link,
-        }
+        found = {"scheduler": self.scheduler_address, "security": self._dask.security("client")}
+        port = self._dashboard()
+        return found if port is None else {**found, "dashboard": plain_link(port, self._dask.prefix)}
+
+    def _dashboard(self) -> int | None:
+        """Return the port of the dashboard; None if a launcher of the user's own tells none."""
+        ports: Mapping[str, int] = getattr(self._master_launcher, "ports", {})
+        return ports.get("dashboard")
 
     @property
     def scheduler_address(self) -> str:
@@ -291,15 +318,17 @@ class DaskCluster(EngineCluster):
     def dashboard_link(self) -> str:
         """The address of the dashboard, "" before a start and after the end.
 
-        Whoever knows it can look at the cluster, if he has an account here.
+        Whoever knows it can look at the cluster, if he has an account here. It is as ``distributed.dashboard.link`` of
+        Dask's configuration says, for instance ``{JUPYTERHUB_SERVICE_PREFIX}proxy/{port}/status``, with the secret part
+        of the path behind the port, or in the place of ``{prefix}``.
         """
         if not self._has_scheduler():
             return ""
         self._check_running()
-        port = getattr(self._master_launcher, "ports", {}).get("dashboard")
+        port = self._dashboard()
         if port is None:
             raise ClusterError("the scheduler was started by a launcher of your own, which tells no dashboard")
-        return f"http://{LOOPBACK}:{port}/{self._dask.prefix}/status"
+        return dashboard_link(port, self._dask.prefix)
 
     @property
     def status(self) -> Status:
@@ -712,7 +741,9 @@ class DaskCluster(EngineCluster):
         }
 
     def __repr__(self) -> str:
-        return f"<DaskCluster {self._state}, port {self.master_port}, {counted(ready(self._processes), 'worker')}>"
+        workers, network = counted(ready(self._processes), "worker"), self._network.direct
+        over = f", network: {network.described()}" if network.wanted != "tunnel" else ""
+        return f"<DaskCluster {self._state}, port {self.master_port}, {workers}{over}>"
 
 
 def _all_workers(client: Client) -> list[dict[str, Any]]:
@@ -723,36 +754,12 @@ def _all_workers(client: Client) -> list[dict[str, Any]]:
     return list(info["workers"].values())
 
 
-def _check_options(memory_limit: object, resources: Mapping[str, object] | None) -> None:
-    """Refuse what every worker would stumble over, some seconds later."""
-    if isinstance(memory_limit, str) and memory_limit != "auto":
-        from dask.utils import parse_bytes
-
-        try:
-            parse_bytes(memory_limit)
-        except ValueError:
-            raise ValueError(f"memory_limit must be a size such as '4 GiB', not {memory_limit!r}") from None
-    for name, amount in (resources or {}).items():
-        if isinstance(amount, bool) or not isinstance(amount, (int, float)):
-            raise ValueError(f"resources: the amount of {name!r} must be a number, not {amount!r}")
-
-
 def _names(preload: str | Iterable[str] | None) -> list[str]:
     given = preload.split(",") if isinstance(preload, str) else list(preload or ())
     for name in given:
         if not isinstance(name, str):
             raise ValueError(f"preload must be names of modules, not {name!r}")
     return [name.strip() for name in given if name.strip()]
-
-
-def _checked_options(options: Mapping[str, Any] | None, what: str) -> Mapping[str, Any]:
-    """Return options if they can be sent as JSON, which the processes get once they are there."""
-    for name, value in (options or {}).items():
-        try:
-            json.dumps({name: value})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{what}: {name!r} cannot be sent, since JSON cannot hold it: {error}") from None
-    return options or {}
 
 
 class _Ending:

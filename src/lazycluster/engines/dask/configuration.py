@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["configuration"]
+__all__ = ["check_size", "configuration"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -16,9 +16,26 @@ _HERE = (
     *("config", "root-config", "internal-inherit-config"),
     *("scheduler", "pool", "shuffle", "scheduler-address", "scheduler-file"),
     *(f"distributed.comm.tls.{name}" for name in ("ca-file", "scheduler", "worker", "client")),
+    "distributed.scheduler.dashboard.tls",
 )
 # Of other ways to get a cluster: hosts have no use for them, and there are tokens and passwords among them.
 _OF_OTHERS = ("cloudprovider", "coiled", "gateway", "jobqueue", "kubernetes", "yarn")
+
+
+def check_size(text: str) -> None:
+    """Check a size of memory as Dask reads it.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    from dask.utils import parse_bytes
+
+    try:
+        is_size = parse_bytes(text) >= 0
+    except ValueError:
+        is_size = False
+    if not is_size:
+        raise ValueError(f"{text!r} is not a size such as '4 GiB'")
 
 
 def configuration() -> dict[str, Any]:

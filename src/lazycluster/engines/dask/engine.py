@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lazycluster.cluster.certificates import Credentials, make_credentials, valid_until
+from lazycluster.cluster.certificates import Credentials, make_credentials
+from lazycluster.cluster.client_modules import ClientModules
 from lazycluster.cluster.engine import Endpoint, Engine, Option
 from lazycluster.cluster.local_modules import LocalModules
 from lazycluster.cluster.network import Port, Reach
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 from lazycluster.cluster.service_spec import ServiceSpec, Source
 from lazycluster.core import event_loop
+from lazycluster.core.certificates import valid_until
 from lazycluster.utils import Environment
 
-from .configuration import configuration
+if TYPE_CHECKING:
+    from lazycluster.background.client import BackgroundProcess
+
+from .configuration import check_size, configuration
 from .programs import common
 from .programs.worker import BEFORE_START
 
@@ -38,6 +43,7 @@ class DaskEngine(Engine):
     Attributes:
         secure: Whether connections are encrypted and authenticated.
         modules: The user's own modules on the hosts.
+        client_modules: Those of clients in this process: the same, unless the cluster is in another one.
         prefix: The secret part of the dashboards' addresses.
     """
 
@@ -46,16 +52,23 @@ class DaskEngine(Engine):
     same_versions, told_versions = common.SAME_PACKAGES, common.PACKAGES
     master_name, sent = "scheduler", True
     master_ports = (Port("master"), Port("dashboard", Reach.MANAGER))
-    worker_ports = (Port("worker"), Port("nanny", Reach.MANAGER), Port("dashboard", Reach.MANAGER))
+    worker_ports = (Port("worker"), Port("nanny", Reach.MASTER), Port("dashboard", Reach.MANAGER))
+    direct = "encrypted"
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
-        Option("--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", default="auto", safe=True),
+        Option(
+            "--memory-limit", "memory_limit", "Memory per worker: '4 GiB'.", "SIZE", "text", "auto", True, check_size
+        ),
+        Option("--dashboard-port", "dashboard_port", "Port of the dashboard on this machine (any).", "PORT", "count"),
         Option("--preload", "preload", "Modules that workers import first, with commas between.", "MODULES"),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
-    )
+        Option("--network", "network", "How hosts reach each other: through this machine (tunnel), direct, or auto.",
+               "HOW", default="tunnel", choices=("tunnel", "direct", "auto")),
+    )  # fmt: skip
     help = """Start a Dask cluster: the scheduler here, the workers on the hosts.
 
     All of it goes through the ssh connections, encrypted and authenticated. The dashboard's address is a secret.
+    With --network direct the hosts reach each other at their own addresses, and the scheduler is on the first one.
 
     \b
     Examples:
@@ -80,6 +93,7 @@ class DaskEngine(Engine):
         self.local_directory, self.preload = local_directory, list(preload)
         self.worker_options, self.scheduler_options = dict(worker_options or {}), dict(scheduler_options or {})
         self.secure, self.modules = True, LocalModules()
+        self.client_modules: LocalModules | ClientModules = self.modules
         self.forget()
 
     def is_busy(self, master: Endpoint) -> bool:
@@ -92,11 +106,24 @@ class DaskEngine(Engine):
         """Return when the certificates expire, in seconds since 1970."""
         return valid_until(self.credentials.scheduler.certificate) if self.secure else None
 
+    def adopt(self, connection: Mapping[str, Any], process: BackgroundProcess) -> None:
+        """Take over what a client needs, and have this process's modules sent by the cluster's."""
+        self._client_security = dict(connection["security"])
+        self.prefix = str(connection.get("dashboard", "///")).split("/")[3]
+        self.client_modules = ClientModules(process)
+
     def forget(self) -> None:
         """Forget the secrets; a cluster that is started anew has others."""
         self.prefix = secrets.token_urlsafe(18)
         self._credentials: Credentials | None = None
         self._configuration: dict[str, Any] | None = None
+        self._client_security = None
+
+    _client_security: dict[str, Any] | None
+
+    def encrypts(self) -> bool:
+        """Return True unless launchers of the user's own start something that knows of no certificates."""
+        return self.secure
 
     def needed_here(self) -> tuple[str, ...]:
         """Return the packages that the manager must have."""
@@ -121,13 +148,13 @@ class DaskEngine(Engine):
         return {common.EARLY_IMPORTS: " ".join(filter(_is_module, self.preload))}
 
     def _scheduler(self, at: Endpoint) -> dict[str, Any]:
-        told = {"modules": self.modules.directory, "options": self.scheduler_options}
-        return {**self._everybody("scheduler", at), **told}
+        modules = self.modules.directory if at.on_manager else self.modules.directory_on(at.host)
+        return {**self._everybody("scheduler", at), "modules": modules, "options": self.scheduler_options}
 
     def _worker(self, at: Endpoint, master: Endpoint) -> dict[str, Any]:
         return {
             **self._everybody("worker", at),
-            "scheduler": self.address(master.port),
+            "scheduler": self.address(master.port, master.address),
             "name": at.name,
             "siblings": at.siblings,
             # Tasks that share a GPU share its memory: as elsewhere in Dask's world, there is one at a time.
@@ -143,7 +170,9 @@ class DaskEngine(Engine):
 
     def _everybody(self, role: str, at: Endpoint) -> dict[str, Any]:
         how = {"protocol": self.protocol, "security": self.security(role), "prefix": self.prefix}
-        return {"ports": at.ports, **how, "configuration": self.configuration}
+        between_hosts = {"master": at.bind} if role == "scheduler" else {"worker": at.bind, "nanny": at.bind}
+        where = {"ports": at.ports, "hosts": between_hosts, "address": at.address}
+        return {**where, **how, "configuration": self.configuration}
 
     # --- what they share -----------------------------------------------------------------------
     @property
@@ -166,10 +195,12 @@ class DaskEngine(Engine):
 
     def security(self, role: str) -> dict[str, Any]:
         """Return the arguments of `distributed.Security` for a role."""
+        if self._client_security is not None:
+            return self._client_security
         if not self.secure:
             return {"require_encryption": False}
         return self.credentials.for_role(role)
 
-    def address(self, port: int) -> str:
-        """Return the address of a port."""
-        return f"{self.protocol}://{LOOPBACK}:{port}"
+    def address(self, port: int, host: str = LOOPBACK) -> str:
+        """Return the address of a port, as Dask writes it."""
+        return f"{self.protocol}://[{host}]:{port}" if ":" in host else f"{self.protocol}://{host}:{port}"

@@ -16,6 +16,7 @@ from . import scaling
 from .engine import DaskEngine
 
 if TYPE_CHECKING:
+    from lazycluster.cluster.services import Service
     from lazycluster.cluster.worker_hosts import WorkerHost
     from lazycluster.exceptions import LazyclusterError
     from lazycluster.runtime_mgmt import RuntimeGroup
@@ -24,7 +25,7 @@ __all__ = ["LocalMasterLauncher", "RoundRobinLauncher"]
 
 
 class LocalMasterLauncher(ServiceMasterLauncher):
-    """Starts the scheduler on the manager.
+    """Starts the scheduler on the manager, or on the first host of the group with ``network="direct"``.
 
     Args:
         runtime_group: The group where the workers will be started.
@@ -44,8 +45,19 @@ class LocalMasterLauncher(ServiceMasterLauncher):
     async def prepare(self, debug: bool) -> None:
         """Start the process, and get the user's modules ready for it: it unpickles the work for others, too."""
         await super().prepare(debug)
-        await self.dask.modules.open()
+        await self._send_modules()
         await event_loop.in_thread(lambda: self.dask.configuration)
+
+    async def _send_modules(self) -> None:
+        if self.at.on_manager or self._service is None:
+            await self.dask.modules.open()
+            return
+        for error in (await self.dask.modules.share([self._service.place])).values():
+            raise error
+
+    async def _renewed(self, service: Service) -> None:
+        await super()._renewed(service)
+        await self._send_modules()
 
 
 class RoundRobinLauncher(ServiceWorkerLauncher):

@@ -70,6 +70,9 @@ class HyperoptCluster(EngineCluster):
             ``error``, ``warn`` or ``ignore``.
         gpus_per_worker: How many GPUs of its host each worker gets for itself, see `MasterWorkerCluster`.
         idle_gpus: Whether GPUs are left alone that others use.
+        name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
+            program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
+            this process.
 
     Raises:
         ClusterError: If hyperopt or PyMongo is not installed here.
@@ -103,6 +106,7 @@ class HyperoptCluster(EngineCluster):
         check_versions: CheckVersions = "error",
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
+        name: None = None,
     ) -> None:
         checked_policy(check_versions)
         options: dict[str, Any] = {"dbpath": dbpath, "dbname": dbname, "poll_interval": worker_poll_intervall}

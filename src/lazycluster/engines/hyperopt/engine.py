@@ -5,15 +5,18 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlencode
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlencode, urlsplit
 
-from lazycluster.cluster.certificates import Identity, make_identities, valid_until
 from lazycluster.cluster.engine import Endpoint, Engine, Option
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.sent.messages import LOOPBACK, MARKER
 from lazycluster.cluster.service_spec import ServiceSpec, Source
+from lazycluster.core.certificates import Identity, make_identities, valid_until
 from lazycluster.utils import Environment, expanded
+
+if TYPE_CHECKING:
+    from lazycluster.background.client import BackgroundProcess
 
 from .database import checked_name, checked_seconds, database
 from .programs import compat, trials
@@ -49,7 +52,9 @@ class HyperoptEngine(Engine):
     master_name, sent = "database", True
     options = (
         Option("--dbpath", "dbpath", "Keep the trials there, to go on with them later.", "DIR", "directory"),
-        Option("--dbname", "dbname", "The name of the database (hyperopt).", "NAME", default="hyperopt", safe=True),
+        Option(
+            "--dbname", "dbname", "The name of the database (hyperopt).", "NAME", "text", "hyperopt", True, checked_name
+        ),
         Option("--exp-key", "exp_key", "Work on this search only (on all).", "KEY", safe=True),
     )
     help = """Start a Hyperopt cluster: the database of the trials here, the workers on the hosts.
@@ -119,6 +124,13 @@ class HyperoptEngine(Engine):
             raise ClusterError(f"the database does not answer: {error}") from None
         before, self._trials = self._trials, len(states)
         return len(states) != before or bool({trials.NEW, trials.RUNNING} & set(states))
+
+    def adopt(self, connection: Mapping[str, Any], process: BackgroundProcess) -> None:
+        """Take over what a client needs."""
+        address = urlsplit(str(connection["mongo_trial_url"]))
+        self.user, self.password = str(address.username), str(address.password)
+        for file in parse_qs(address.query).get(compat.AUTHORITY, []):
+            self.authority_file = Path(file)
 
     def valid_until(self) -> float | None:
         """Return when the certificate of the database expires, in seconds since 1970."""

@@ -24,10 +24,21 @@ def dumps(domain: Any, protocol: int | None = None) -> bytes:
     Raises:
         TypeError: If something cannot be sent; the message says what, and where it was found.
     """
-    call = dump_call(domain.evaluate)
-    if not pickle.loads(call.parts[0]):  # no local module is needed; every worker of hyperopt can read this  # noqa: S301
+    defined = _own_functions(domain)
+    call = dump_call(domain.evaluate, (defined,))
+    # If no local module is needed, every worker of hyperopt can read this.
+    if not defined and not pickle.loads(call.parts[0]):  # noqa: S301
         return dumps_with_file_names(domain)
     return objectives.MAGIC + b"".join(call.parts)
+
+
+def _own_functions(domain: Any) -> dict[str, Any]:
+    """Return the functions of a space that are the user's own (``@scope.define``), which workers do not know."""
+    from hyperopt.pyll import dfs, scope
+
+    names = {node.name for node in dfs(domain.expr)}
+    known = {name: function for name, function in scope._impls.items() if name in names}
+    return {name: one for name, one in known.items() if not str(getattr(one, "__module__", "")).startswith("hyperopt.")}
 
 
 def send_local_modules() -> None:

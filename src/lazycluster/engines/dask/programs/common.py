@@ -41,6 +41,23 @@ def configure(changes: dict[str, Any]) -> None:
         initialize_logging(dask.config.global_config)
 
 
+def listening_host(settings: dict[str, Any], port: str) -> str:
+    """Return the address on which a port listens, as Dask writes it."""
+    return _written(settings["hosts"][port])
+
+
+def contact_address(settings: dict[str, Any], port: str) -> str | None:
+    """Return the address by which others know a port, if it is another one than that which listens."""
+    host = settings["address"]
+    if host == settings["hosts"][port]:
+        return None
+    return f"{settings['protocol']}://{_written(host)}:{settings['ports'][port]}"
+
+
+def _written(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 def is_alone() -> bool:
     """Tell whether the agent that has started this process has ended, which would hold the other end of its input."""
     poll = select.poll()

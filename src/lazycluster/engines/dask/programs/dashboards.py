@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import hmac
 import importlib
+import re
+import sys
 from typing import Any
 
 from tornado import web
 
 from .connection_limits import HandshakeLimit
 
+# The page of a worker, as a scheduler passes it on if jupyter-server-proxy is installed.
+_OF_WORKER = re.compile(r"^/proxy/\d+/[^/]+/")
 _MISSING = "This dashboard needs bokeh, which cannot be imported here ({}). Next step: pip install 'bokeh>=3.8.2'"
 
 
@@ -26,14 +30,17 @@ class _Attach(web.RequestHandler):
             self.set_status(501)
             self.finish(_MISSING.format(self._dashboard.problem))
         else:
-            self.redirect(self.request.uri or "/")
+            # Relative, as all that distributed has in its pages: a proxy may have put more before the path.
+            query = f"?{self.request.query}" if self.request.query else ""
+            self.redirect("./" + self.request.path.rpartition("/")[2] + query)
 
 
 class Dashboard:
     """The pages of a scheduler or a worker.
 
     Other users of the machine can connect to its loopback interface: so nothing is answered outside the path that the
-    cluster's user was told.
+    cluster's user was told. The pages themselves know nothing of it: all links in them are relative only where
+    distributed takes them for the root.
 
     Args:
         server: The scheduler or worker, whose HTTP server runs.
@@ -51,6 +58,9 @@ class Dashboard:
         self._limit = HandshakeLimit()
         self._serve_stream = server.http_server.handle_stream
         server.http_server.handle_stream = self._handle_stream
+        info = sys.modules.get("distributed.http.scheduler.info")
+        if info is not None:  # its pages lie in info/main and the like: more than that leads out of the path
+            info.rel_path_statics["rel_path_statics"] = "../.."
 
     def _handle_stream(self, stream: Any, address: Any) -> Any:
         """Serve a connection, which has to ask for something below the path before long."""
@@ -58,15 +68,25 @@ class Dashboard:
         return self._serve_stream(stream, address)
 
     def _find_handler(self, request: Any, **kwargs: Any) -> Any:
-        first = request.path.split("/", 2)[1] if "/" in request.path else ""
+        _, _, path = request.path.partition("/")
+        first, slash, rest = path.partition("/")
         if not hmac.compare_digest(first.encode(), self._prefix.encode()):
             return self._application.get_handler_delegate(request, web.ErrorHandler, {"status_code": 404})
         self._limit.known(request.connection.stream)
+        if not rest:  # distributed itself leads from here to an absolute path
+            target = {"url": "./status" if slash else f"./{self._prefix}/status", "permanent": False}
+            return self._application.get_handler_delegate(request, web.RedirectHandler, target)
+        request.path = self._of_worker("/" + rest)
+        request.uri = f"{request.path}?{request.query}" if request.query else request.path
         found = self._find(request, **kwargs)
         attached = self._attaching is not None and self._attaching.done() and not self.problem
         if attached or (found is not None and not issubclass(found.handler_class, web.ErrorHandler)):
             return found
         return self._application.get_handler_delegate(request, _Attach, {"dashboard": self})
+
+    def _of_worker(self, path: str) -> str:
+        """Return a path, with the secret part of a worker's if it leads to one."""
+        return _OF_WORKER.sub(lambda found: f"{found[0]}{self._prefix}/", path)
 
     async def attach(self) -> None:
         """Add the pages, once."""
@@ -80,4 +100,4 @@ class Dashboard:
         except ImportError as error:
             self.problem = str(error)
             return
-        pages.connect(self._application, self._server.http_server, self._server, prefix="/" + self._prefix)
+        pages.connect(self._application, self._server.http_server, self._server)

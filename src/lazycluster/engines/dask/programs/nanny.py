@@ -32,8 +32,10 @@ class WatchedNanny(Nanny):  # type: ignore[misc]
     failed = False
     _kills = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, nanny_address: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if nanny_address is not None:
+            self._address = nanny_address  # else it is known by the one that it listens on
         self._killed_before = oom.killed()
         logger.addFilter(self._is_news)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from ....cluster.sent import messages
@@ -12,6 +13,7 @@ from . import common, sent_modules
 
 def main() -> None:
     """Run until asked to end, or until a client ends the cluster."""
+    messages.emit_versions(common.PACKAGES)
     import distributed  # noqa: F401  (this takes a second, in which the manager gets ready to send the settings)
 
     from ....agent import filenames
@@ -26,14 +28,71 @@ def _scheduler_class() -> Any:
     from distributed import Scheduler
 
     class UpToDateScheduler(Scheduler):  # type: ignore[misc]
-        """A scheduler that unpickles work with the present version of the user's modules."""
+        """A scheduler that unpickles work with the present version of the user's modules.
+
+        Workers may be named by their host: all of them are at the same address, so distributed cannot tell hosts apart.
+        """
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.host_info: _Hosts = _Hosts(self.workers)
 
         async def update_graph(self, *arguments: Any, **named: Any) -> Any:
             """Take new work."""
             sent_modules.refresh()
             return await super().update_graph(*arguments, **named)
 
+        def coerce_address(self, addr: Any, resolve: bool = True) -> str:
+            """Return the address of a worker.
+
+            Raises:
+                ValueError: If it is the name of a host; distributed then looks for the workers there.
+            """
+            if addr not in self.aliases and self.host_info.workers_on(addr):
+                raise ValueError(f"{addr} is a host")
+            return str(super().coerce_address(addr, resolve))
+
+        async def scatter(self, data: Any, workers: Any, *arguments: Any, **named: Any) -> Any:
+            """Send data to workers."""
+            return await super().scatter(data, self._named(workers), *arguments, **named)
+
+        async def broadcast(self, *, workers: Any = None, **named: Any) -> Any:
+            """Send a message to workers."""
+            return await super().broadcast(workers=self._named(workers), **named)
+
+        def _named(self, workers: Any) -> list[str] | None:
+            if workers is None:
+                return None
+            found = (self.host_info.workers_on(one) or [self.aliases.get(one, one)] for one in workers)
+            return list(dict.fromkeys(address for several in found for address in several))
+
     return UpToDateScheduler
+
+
+class _Hosts(dict[str, Any]):
+    """What distributed notes of hosts; those of the group are known by their names, too.
+
+    Args:
+        workers: The workers of the scheduler by their addresses.
+    """
+
+    def __init__(self, workers: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._workers = workers
+
+    def get(self, host: Any, default: Any = None) -> Any:
+        """Return what is known of a host."""
+        found = super().get(host)
+        if found is None and (addresses := self.workers_on(host)):
+            found = {"addresses": addresses, "nthreads": sum(self._workers[one].nthreads for one in addresses)}
+        return default if found is None else found
+
+    def workers_on(self, host: Any) -> set[str]:
+        """Return the addresses of the workers on a host of the group; their names are its name and a number."""
+        if host == messages.LOOPBACK or not isinstance(host, str):
+            return set()
+        names = ((address, str(worker.name).rpartition("-")) for address, worker in self._workers.items())
+        return {address for address, (place, _, number) in names if place == host and number.isdecimal()}
 
 
 async def _serve(settings: dict[str, Any]) -> None:
@@ -52,13 +111,13 @@ async def _serve(settings: dict[str, Any]) -> None:
     limit_unauthenticated()
     compare_what_counts()
     scheduler = _scheduler_class()(
-        host=messages.LOOPBACK,
+        host=common.listening_host(settings, "master"),
         port=ports["master"],
+        contact_address=common.contact_address(settings, "master"),
         protocol=settings["protocol"],
         security=MemorySecurity(**settings["security"]),
         dashboard=False,
         dashboard_address=f"{messages.LOOPBACK}:{ports['dashboard']}",
-        http_prefix="/" + prefix,
         **settings["options"],
     )
     sent_modules.look(scheduler)

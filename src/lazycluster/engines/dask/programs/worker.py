@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import threading
+from pathlib import Path
 from ssl import SSLError
 from typing import Any
 
@@ -132,8 +133,10 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     sent_modules.install(settings["modules"])  # for its plugins, and for functions that run in it
     nanny = WatchedNanny(
         settings["scheduler"],
-        host=messages.LOOPBACK,
+        host=common.listening_host(settings, "nanny"),
         port=ports["nanny"],
+        contact_address=common.contact_address(settings, "worker"),
+        nanny_address=common.contact_address(settings, "nanny"),
         worker_port=ports["worker"],
         worker_class=worker_process.PagedWorker,
         protocol=settings["protocol"],
@@ -146,7 +149,7 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
             settings["local_directory"] or dask.config.get("temporary-directory", default=None), settings["trust_group"]
         ),
         dashboard_address=f"{messages.LOOPBACK}:{ports['dashboard']}",
-        http_prefix="/" + settings["prefix"],
+        dashboard_prefix=settings["prefix"],
         modules=settings["modules"],
         **({"preload": settings["preload"]} if settings["preload"] else {}),
         **settings["options"],
@@ -211,8 +214,12 @@ def _scratch(local_directory: str | None, trust_group: bool) -> str:
         return os.environ["LAZYCLUSTER_SCRATCH"]
     from ....agent import ownership
 
+    try:
+        home = str(Path(local_directory).expanduser())
+    except RuntimeError as error:  # there is no such user
+        raise SystemExit(f"local_directory {local_directory} cannot be used: {error}") from None
     # distributed takes a name that has this in it as it is; else it would share a directory with other users.
-    path = os.path.join(local_directory, f"dask-scratch-space-{os.getuid()}")
+    path = os.path.join(home, f"dask-scratch-space-{os.getuid()}")
     try:
         ownership.make(path, 0o700, trust_group)
     except OSError as error:

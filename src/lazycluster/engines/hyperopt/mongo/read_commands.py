@@ -1,15 +1,16 @@
-"""Commands that read: find, getMore, count, distinct, and aggregations that count."""
+"""Commands that read: find, getMore, count, distinct, aggregate."""
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import codec
+from .aggregation import run_pipeline
 from .errors import CommandError, bad_value
-from .query import Document, compile_filter, compile_projection, sort_keys, sort_value
+from .query import Document, compile_filter, compile_projection, sort_keys
+from .sorting import sorted_rows
 from .values import MISSING, order, spread
 
 if TYPE_CHECKING:
@@ -83,37 +84,6 @@ def _rows(engine: Dispatcher, space: str, command: Document) -> list[int]:
     return sorted_rows(found, keys, skip, limit)
 
 
-class _Downwards:
-    """A key that sorts the other way round."""
-
-    __slots__ = ("key",)
-
-    def __init__(self, key: bytes) -> None:
-        self.key = key
-
-    def __lt__(self, other: _Downwards) -> bool:
-        return other.key < self.key
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Downwards) and other.key == self.key
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def sorted_rows(
-    found: Iterator[tuple[int, Document]], keys: list[tuple[str, bool]], skip: int, limit: int
-) -> list[int]:
-    """Return the numbers of documents in an order."""
-
-    def key(document: Document) -> list[Any]:
-        parts = [(sort_value(document, name, down), down) for name, down in keys]
-        return [_Downwards(part) if down else part for part, down in parts]
-
-    keyed = ((key(document), row) for row, document in found)
-    ordered = heapq.nsmallest(skip + limit, keyed) if limit else sorted(keyed)
-    return [row for _, row in ordered][skip:]
-
-
 def _find(engine: Dispatcher, command: Document) -> Document:
     space = namespace(command)
     project = compile_projection(command.get("projection"))
@@ -177,27 +147,36 @@ def _distinct(engine: Dispatcher, command: Document) -> Document:
 
 
 def _aggregate(engine: Dispatcher, command: Document) -> Document:
-    """Run what `count_documents` asks for: other pipelines are refused."""
+    """Run a pipeline; what `count_documents` asks for without looking at the documents, where that is possible."""
     stages = command.get("pipeline")
     if not isinstance(stages, list) or not all(isinstance(stage, Mapping) and len(stage) == 1 for stage in stages):
         raise bad_value("pipeline must be an array of stages")
+    space = namespace(command)
+    _check_hint(engine, space, command.get("hint"))
+    found = _counted(engine, space, stages)
+    if found is None:
+        first = stages[0].get("$match", {}) if stages else {}
+        found = run_pipeline(stages, (document for _, document in matching(engine, space, first)))
+    return {"cursor": {"firstBatch": found, "id": 0, "ns": space}}
+
+
+def _counted(engine: Dispatcher, space: str, stages: list[Any]) -> list[Document] | None:
+    """Return the result of stages that only count; None if they do more."""
     names = [next(iter(stage)) for stage in stages]
     given: Document = {name: next(iter(stage.values())) for name, stage in zip(names, stages, strict=True)}
     answer = _counter(given.get("$group"), given.get("$count"))
     if answer is None or names != [name for name in _STAGES if name in given]:
-        raise CommandError(40324, f"aggregations other than those that count are not supported: {', '.join(names)}")
-    space = namespace(command)
-    _check_hint(engine, space, command.get("hint"))
+        return None
     limits = {"skip": given.get("$skip"), "limit": given.get("$limit")}
     number = _number_of(engine, space, given.get("$match"), whole(limits, "skip"), whole(limits, "limit"))
-    return {"cursor": {"firstBatch": [answer(number)] if number else [], "id": 0, "ns": space}}
+    return [answer(number)] if number else []
 
 
 _STAGES = ("$match", "$skip", "$limit", "$group", "$count")
 
 
 def _counter(group: Any, count: Any) -> Callable[[int], Document] | None:
-    if isinstance(count, str) and group is None:
+    if isinstance(count, str) and count and not {"$", "."} & set(count) and group is None:
         return lambda number: {count: number}
     if count is None and isinstance(group, Mapping) and len(group) == 2 and "_id" in group:
         constant = group["_id"]

@@ -12,7 +12,8 @@ from bson import ObjectId, Regex
 from . import codec
 from .errors import CommandError, bad_value, failed_to_parse
 from .query import Document, compile_projection, operators, sort_keys
-from .read_commands import matching, namespace, sorted_rows
+from .read_commands import matching, namespace
+from .sorting import sorted_rows
 from .updates import Change, compile_update, upserted
 
 if TYPE_CHECKING:

@@ -29,10 +29,16 @@ _trusted: dict[tuple[str, int], str] = {}  # the file with the certificate by wh
 _connecting = threading.Lock()
 _loaded = False
 _searching = threading.local()  # as `look`: the `_Look` of the search that runs in this thread
-_NEW, _DONE = 0, 2  # as in hyperopt.base
+_NEW, _DONE, _ERROR = 0, 2, 3  # as in hyperopt.base
+_REASON = 1000  # characters of an error
+_PART = 200  # characters of a part of a result
+_ENDED = (
+    "the cluster has ended while the search ran: cleanup() was called. Next step: start one on the same dbpath, and "
+    "call fmin with the same exp_key: the trials are kept"
+)
 _LOOK_EVERY = 1.0  # seconds, as often as hyperopt does when its queue is full
 no_workers: Callable[[str], Exception] = RuntimeError
-"""The error of a search whose trials nobody will evaluate."""
+"""The error of a search whose trials nobody will evaluate, or none of which has succeeded."""
 
 
 def load() -> Any:
@@ -57,6 +63,7 @@ def load() -> Any:
         _make_patient(mongoexp)
         _make_watchful(mongoexp.MongoTrials)
         _keep_limits(mongoexp.MongoTrials)
+        _tell_reasons(mongoexp.MongoTrials)
         _keep_attachments_readable(mongoexp.MongoTrials)
         _take_numpy_booleans(base, mongoexp)
     return mongoexp
@@ -87,13 +94,17 @@ def patient(action: Callable[[], T]) -> T:
     Args:
         action: What to do. It may have been carried out though its answer was lost.
     """
-    from pymongo.errors import ConnectionFailure
+    from pymongo.errors import ConnectionFailure, InvalidOperation
 
     deadline = time.monotonic() + _PATIENCE
     pause = 0.05
     while True:
         try:
             return action()
+        except InvalidOperation as error:
+            if "after close" not in str(error):
+                raise
+            raise no_workers(_ENDED) from None
         except ConnectionFailure:
             if time.monotonic() > deadline:
                 raise
@@ -278,6 +289,73 @@ def _make_watchful(trials: Any) -> None:
     trials.count_by_state_unsynced = count_by_state_unsynced
 
 
+def _tell_reasons(trials: Any) -> None:
+    """Have a search that has no result say why, and one whose cluster has ended that it has."""
+    search = trials.fmin
+
+    @functools.wraps(search)
+    def fmin(self: Any, *arguments: Any, **options: Any) -> Any:
+        from hyperopt.exceptions import AllTrialsFailed
+        from pymongo.errors import InvalidOperation
+
+        try:
+            return search(self, *arguments, **options)
+        except InvalidOperation as error:
+            if "after close" not in str(error):
+                raise
+            raise no_workers(_ENDED) from None
+        except AllTrialsFailed as error:
+            raise AllTrialsFailed(without_result(self)) from error
+        except Exception as error:
+            if not str(error).startswith("There are no evaluation tasks") or not (reason := without_result(self)):
+                raise
+            raise no_workers(reason) from None
+
+    trials.fmin = fmin
+
+
+def without_result(trials: Any) -> str:
+    """Return why a search has no result; "" if it has no trials.
+
+    Args:
+        trials: The trials of the search.
+    """
+    query = {} if trials._exp_key is None else {"exp_key": trials._exp_key}
+    jobs = trials.handle.jobs
+    failed, done = (patient(lambda: jobs.count_documents({**query, "state": state})) for state in (_ERROR, _DONE))  # noqa: B023
+    parts = [f"{failed} of {failed + done} trials failed"] if failed else []
+    first = patient(lambda: jobs.find_one({**query, "state": _ERROR}, sort=[("tid", 1)]))
+    if first is not None:
+        reason = ": ".join(map(str, first.get("error") or ["for an unknown reason"]))
+        parts.append(f"the first, trial {first['tid']}: {reason[:_REASON]}")
+    if done:
+        parts.append(f"{done} returned no loss with the status 'ok'")
+    if not parts:
+        return ""
+    text = f"the search has no result: {'; '.join(parts)}"
+    if first is None or "Next step: " in text:
+        return text
+    return f"{text}. Next step: its traceback is trials.handle.jobs.find_one({{'tid': {first['tid']}}})['traceback']"
+
+
+class UnstorableError(TypeError):
+    """A trial's result cannot be stored.
+
+    Args:
+        detail: Which part of it, and why.
+    """
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(
+            f"what the objective returned cannot be stored in the database: {detail}. Next step: return numbers, text, "
+            "lists and dictionaries, and the rest as an attachment: "
+            "{'status': 'ok', 'loss': ..., 'attachments': {'model': pickle.dumps(model)}}"
+        )
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # hyperopt adds all that the part is in
+
+
 def _keep_limits(trials: Any) -> None:
     """Have `fmin` look at its limits every second, also while workers take trials as fast as it queues them.
 
@@ -417,12 +495,17 @@ def _keep_attachments_readable(trials: Any) -> None:
 
 
 def _take_numpy_booleans(base: Any, mongoexp: Any) -> None:
-    """Have results with numpy's own booleans taken as results with booleans."""
+    """Have results with numpy's own booleans taken as results with booleans, and others refused with a reason."""
     import numpy
 
     original = base.SONify
 
     def sonify(arg: Any, memo: Any = None) -> Any:
-        return original(bool(arg) if isinstance(arg, numpy.bool_) else arg, memo)
+        try:
+            return original(bool(arg) if isinstance(arg, numpy.bool_) else arg, memo)
+        except TypeError as error:
+            if error.args[:1] != ("SONify",):
+                raise
+            raise UnstorableError(f"{str(arg)[:_PART]} is a {type(arg).__name__}") from None
 
     base.SONify = mongoexp.SONify = sonify

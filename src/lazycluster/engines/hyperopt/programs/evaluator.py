@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 
 from ....agent import deletion
 from ....cluster.sent import messages
+from ....cluster.sent.host_paths import name_host
 from . import compat, objectives, trials
 
 mongoexp = compat.load()
+from bson.errors import BSONError  # noqa: E402
 from gridfs import GridFS  # noqa: E402  (compat says first what is missing)
-from pymongo.errors import ConnectionFailure  # noqa: E402
+from pymongo.errors import ConnectionFailure, DocumentTooLarge  # noqa: E402
 
 _SOON = 0.005  # seconds; after a trial the next one usually comes at once
 _NUMBER = re.compile("[0-9a-f]{24}")  # of a trial, as the database gives them: no other directory is called so
@@ -72,7 +74,10 @@ class Jobs(mongoexp.MongoJobs):  # type: ignore[misc, name-defined]
         changes, self._held = {**self._held, "version": version}, {}
         mine = {"_id": doc["_id"], "owner": self.owner[1]}
         query = {**mine, "version": doc["version"]}
-        result = compat.patient(lambda: self.jobs.update_one(query, {"$set": changes}))
+        try:
+            result = compat.patient(lambda: self.jobs.update_one(query, {"$set": changes}))
+        except (BSONError, OverflowError, DocumentTooLarge) as error:
+            raise compat.UnstorableError(f"{type(error).__name__}: {error}") from None
         # Else it may have been carried out, and only the answer to a first attempt was lost.
         if not result.matched_count and not self.jobs.find_one({**mine, "version": version}, projection=["_id"]):
             raise TrialLostError(f"trial {doc['tid']} was put back: this worker was silent for too long")
@@ -196,6 +201,7 @@ def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
         _remove_scratch(jobs.current)
     except BaseException as raised:  # noqa: BLE001 - an objective that ends its interpreter has failed like any other
         error = raised
+        name_host(raised, jobs.owner[0].rpartition("-")[0])
         text = traceback.format_exc()
         hint = objectives.next_step(raised)
         text += f"Next step: {hint}\n" if hint else ""

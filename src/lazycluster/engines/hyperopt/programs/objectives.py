@@ -24,10 +24,21 @@ def loads(data: bytes) -> Any:
     file = io.BytesIO(data[len(MAGIC) :])
     localmodules.install(pickle.load(file))  # noqa: S301
     unpickler = _ObjectiveUnpickler(file)
-    evaluate, _, _ = unpickler.load()
+    evaluate, (defined,), _ = unpickler.load()
     for portion in iter(unpickler.load, None):
         localmodules.fill(portion)
+    _define(defined)
     return evaluate.__self__
+
+
+def _define(functions: dict[str, Any]) -> None:
+    """Have hyperopt know the functions that the user has defined for spaces, in their present version."""
+    from hyperopt.pyll import scope
+
+    for name, function in functions.items():
+        if not hasattr(scope, name):
+            scope.define(function)
+        scope._impls[name] = function
 
 
 def next_step(error: BaseException) -> str:

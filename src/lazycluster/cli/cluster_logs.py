@@ -1,0 +1,79 @@
+"""Logs of clusters in the background, and of their processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lazycluster.background import state
+from lazycluster.exceptions import LazyclusterError
+
+if TYPE_CHECKING:
+    from lazycluster.background.state import Named
+
+__all__ = ["show_cluster_logs"]
+
+_STAMP = re.compile(r"-\d{8}-\d{6}-\d{6}-\d+-\d+\.log$")
+_AGAIN = 0.2  # seconds between two looks at a file that is followed
+_TAIL = 1024 * 1024  # bytes at the end of a file that are shown
+
+
+def show_cluster_logs(found: Named, worker: str | None, follow: bool) -> None:
+    """Print the log of a cluster, or the last log of one of its processes.
+
+    Args:
+        found: The cluster.
+        worker: The name of the process, or the number of a worker.
+        follow: Whether to go on with what is logged from now on.
+
+    Raises:
+        LazyclusterError: If there is no such process.
+    """
+    _show(found.path / state.LOG if worker is None else _of_process(found, worker), follow)
+
+
+def _of_process(found: Named, worker: str) -> Path:
+    """Return the last log of a process."""
+    from urllib.parse import unquote
+
+    paths: dict[str, Path] = {}
+    for path in sorted((found.path / state.LOGS).glob("*/*.log"), key=lambda path: path.stat().st_mtime):
+        paths[unquote(_STAMP.sub("", path.name))] = path
+    named = [name for name in paths if worker in (name, name.rpartition(" ")[2])]
+    if not named:
+        have = ", ".join(sorted(paths)) or "none"
+        raise LazyclusterError(f"the cluster {found.name!r} has no process {worker!r}; its processes are: {have}")
+    return paths[named[-1]]
+
+
+def _show(path: Path, follow: bool) -> None:
+    from lazycluster.exceptions import printable
+
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL))
+        if size > _TAIL:
+            file.readline()
+        while True:
+            data = file.read(65536)
+            if data:
+                sys.stdout.write(printable(data.decode("utf-8", "replace")))
+                continue
+            sys.stdout.flush()
+            if not follow:
+                return None
+            if _is_replaced(path, file.fileno()):
+                return _show(path, follow)
+            time.sleep(_AGAIN)
+
+
+def _is_replaced(path: Path, fd: int) -> bool:
+    """Return whether a new log was begun; one that was removed with its cluster ends here."""
+    try:
+        return not os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        raise SystemExit(0) from None
