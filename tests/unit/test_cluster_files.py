@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lazycluster import ClusterSpec, load_cluster_file
 from lazycluster.cluster.engine import Option
 from lazycluster.cluster.exceptions import ClusterFileError
+from lazycluster.cluster_file import load
 from lazycluster.cluster_file.keys import HOST_KEYS, SAFE_VARIABLES, TOP_KEYS, option_key
 from lazycluster.cluster_file.schema import schema
 from lazycluster.cluster_file.toml_lines import KeyLines
@@ -67,13 +68,13 @@ def write(tmp_path: Path):
     config = tmp_path / "config"
     config.write_text("Host gpu-a gpu-b node1 node2\n  HostName 127.0.0.1\n")
 
-    def load(text: str | bytes, **options: Any) -> ClusterSpec:
+    def written(text: str | bytes, **options: Any) -> ClusterSpec:
         file = tmp_path / "cluster.toml"
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         return load_cluster_file(file, config_file=str(config), **options)
 
-    load.directory = tmp_path
-    return load
+    written.directory = tmp_path
+    return written
 
 
 def problems(write: Any, text: str | bytes, **options: Any) -> list[tuple[int | None, str]]:
@@ -146,6 +147,9 @@ def test_a_byte_order_mark_and_lines_of_windows_do_no_harm(write) -> None:
         (b"\x7fELF\x00\xff\xfe", 1, "it is not UTF-8 text"),
         ("a = 1\n" + "#" * 1024 * 1024, None, "it has more than 1 MiB"),
         ("a = " + "[" * 100_000, None, "it is nested too deeply"),
+        (LEAST + ".".join("a" * 200_000) + " = 1", 3, "it is nested too deeply: a key has more than 32 parts"),
+        (LEAST + "[" + " . ".join(["a", "'b.'", '"c\\""'] * 20) + "]", 3, "it is nested too deeply"),
+        (LEAST + "workers = " + "9" * 5000, None, "it cannot be read: Exceeds the limit"),
         ("engine = 'dask'\nhosts", 2, "it is not valid TOML"),
         (LEAST + "engine = 'dask'\n", 3, "it is not valid TOML: Cannot overwrite a value"),
         ("hosts = 'node1'", None, "engine is missing"),
@@ -184,6 +188,37 @@ def test_a_byte_order_mark_and_lines_of_windows_do_no_harm(write) -> None:
 def test_what_is_wrong_is_said_with_its_line(write, text: str | bytes, line: int | None, said: str) -> None:
     found = problems(write, text)
     assert any(where == line and said in what for where, what in found), found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hosts = '@b'\n[groups]\na = 'n[1-400]'\nb = ['@a', '@a', '@a']",
+        "hosts = '@a'\n[groups]\na = 'n[1-400]'\nb = '@a'\nc = '@a'",
+        "hosts = ['a[1-400]', 'b[1-400]', 'c[1-400]']",
+        "hosts = 'n[1-400]'\n[host.'*1']\n[host.'*2']\n",
+    ],
+)
+def test_a_small_file_does_not_stand_for_more_hosts_than_there_is_memory_for(
+    write, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_MOST_NAMED", 1000)
+    found = problems(write, f"engine = 'dask'\n{text}")
+    assert [what for _, what in found] == ["more than 1000 hosts are named, each counted as often as it is"]
+    monkeypatch.setattr(load, "_MOST_NAMED", 3000)
+    assert len(write(f"engine = 'dask'\n{text}").hosts) >= 400
+
+
+def test_dots_in_texts_make_no_key_too_deep(write) -> None:
+    text = LEAST + "setup = '" + "echo 1. 2. 3. " * 100 + "'\n# " + ".".join(["10.0.0.1"] * 5)
+    assert "echo" in str(write(text, trust=True).group_options["setup"])
+
+
+def test_many_hosts_with_settings_each_are_no_problem(write) -> None:
+    tables = "".join(f"[host.n{n}]\nport = {n}\n" for n in range(1, 2001))
+    spec = write("engine = 'dask'\nhosts = 'n[1-5000]'\n" + tables + "[host.'n[1-5000]']\nuser = 'you'\n")
+    assert spec.settings["n2000"] == {"port": 2000, "user": "you"}
+    assert list(spec.settings["n2001"]) == ["user"]
 
 
 def test_all_problems_are_said_at_once_in_order(write) -> None:

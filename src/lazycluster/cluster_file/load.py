@@ -42,8 +42,14 @@ __all__ = ["engine_of", "load_cluster_file"]
 _logger = logging.getLogger("lazycluster")
 
 _LARGEST = 1024 * 1024  # bytes
+_MOST_PARTS = 32  # of a key: the parser takes time by their square
+_MOST_NAMED = 500_000  # hosts in all places together, each as often as it is named
 _MOST_PROBLEMS = 10  # that are shown
 _LONGEST_SHOWN = 80  # characters of a name in a message
+
+_LONG_KEY = re.compile(
+    r"""(?:\.[ \t]*(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*){%d}""" % _MOST_PARTS  # noqa: UP031
+)
 
 _Path = tuple[str, ...]
 
@@ -115,9 +121,12 @@ class _Opened:
         file = absolute(expanded(path))
         shown = one_line(os.fspath(path))
         text, status = _read(file, shown)
+        if (found := _LONG_KEY.search(text)) is not None:
+            line = text.count("\n", 0, found.start()) + 1
+            raise ClusterFileError(shown, [(line, f"it is nested too deeply: a key has more than {_MOST_PARTS} parts")])
         try:
             return cls(tomllib.loads(text), KeyLines(text), file, shown, status)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: a number has too many digits
             raise ClusterFileError(shown, [_of_parser(error, text)]) from None
 
 
@@ -169,6 +178,8 @@ def _of_parser(error: Exception, text: str) -> tuple[int | None, str]:
     """Return the line that Python's parser names, and what it says."""
     if isinstance(error, RecursionError):
         return None, "it is nested too deeply"
+    if not isinstance(error, tomllib.TOMLDecodeError):
+        return None, f"it cannot be read: {error}"
     said = f"it is not valid TOML: {error}"
     found = re.search(r" \(at line ([0-9]+), column ([0-9]+)\)$", said)
     if found is None:  # it is the end of the document where something is missing
@@ -185,7 +196,8 @@ class _File:
         self._document, self._lines, self._shown = opened.document, opened.lines, opened.shown
         self._file, self._directory = opened.path, opened.path.parent
         self._trust, self._config_file, self._instead = trust, config_file, hosts
-        self._problems: list[tuple[int | None, str]] = []
+        self._problems: dict[tuple[int | None, str], None] = {}  # in their order
+        self._left = _MOST_NAMED
         self._warnings: list[str] = []
         self._is_distrusted = False
         self._known: list[str] | None = None  # hosts of the ssh configuration
@@ -222,9 +234,7 @@ class _File:
 
     # --- problems ------------------------------------------------------------------------------
     def _problem(self, path: _Path, text: str) -> None:
-        problem = (self._lines.of(path), one_line(text))
-        if problem not in self._problems:
-            self._problems.append(problem)
+        self._problems[self._lines.of(path), one_line(text)] = None
 
     def finish(self) -> None:
         """Raise an error if there are problems.
@@ -377,22 +387,34 @@ class _File:
 
     def _selected(self, path: _Path, value: str | Sequence[str], groups: Mapping[str, list[str]]) -> list[str]:
         """Return the names and patterns of some sets, with the groups replaced by what they hold."""
-        names: list[str] = []
+        names: dict[str, None] = {}
         for text in [value] if isinstance(value, str) else value:
+            if self._left < 0:
+                break
             try:
                 found = expand(text)
             except HostSetError as error:
                 self._problem(path, str(error))
                 continue
+            self._count(path, len(found))
             for name in found:
                 if not name.startswith("@") or name == ALL:
-                    names.append(name)
+                    names[name] = None
                 elif name[1:] in groups:
-                    names += groups[name[1:]]
+                    if self._count(path, len(groups[name[1:]])):
+                        names |= dict.fromkeys(groups[name[1:]])
                 else:
                     hint = _nearest(name[1:], list(groups)) or f"; below [groups] there are: {', '.join(groups)}"
                     self._problem(path, f"there is no group {_shown(name)}{hint}")
-        return list(dict.fromkeys(names))
+        return list(names)
+
+    def _count(self, path: _Path, named: int) -> bool:
+        """Return whether so many more may be named: a small file can stand for more than there is memory for."""
+        if self._left >= 0:
+            self._left -= named
+            if self._left < 0:
+                self._problem(path, f"more than {_MOST_NAMED} hosts are named, each counted as often as it is")
+        return self._left >= 0
 
     def _hosts_known(self, names: Sequence[str]) -> list[str]:
         """Return the hosts of the ssh configuration, if names need them."""
@@ -406,32 +428,34 @@ class _File:
         self, tables: Mapping[str, Any], hosts: Sequence[str], groups: Mapping[str, list[str]]
     ) -> dict[str, dict[str, Any]]:
         settings: dict[str, dict[str, Any]] = {}
+        places = {host: number for number, host in enumerate(hosts)}
         for name, table in tables.items():
             path = ("host", name)
             if not isinstance(table, Mapping):
                 self._problem(path, f"{_shown(name)} must be a table with settings, e.g. [host.node1]")
                 continue
             values = self._table(path, table, HOST_KEYS)
-            for host in self._meant(path, name, hosts, groups):
+            for host in self._meant(path, name, places, groups):
                 own = settings.setdefault(host, {})
                 for key, value in values.items():
                     used = self._used(key, value)
                     own[key] = {**own.get(key, {}), **used} if key == "env" else used
         return settings
 
-    def _meant(self, path: _Path, name: str, hosts: Sequence[str], groups: Mapping[str, list[str]]) -> list[str]:
-        """Return those of the hosts that settings are for."""
+    def _meant(self, path: _Path, name: str, hosts: Mapping[str, int], groups: Mapping[str, list[str]]) -> list[str]:
+        """Return those of the hosts that settings are for; of the hosts the places in their order are known."""
         named = self._selected(path, name, groups)
-        if ALL in named:
-            return list(hosts)
         try:
-            plain = [one for one in named if one in hosts or not is_pattern(one)]
-            patterns = [one for one in named if one not in plain]
-            fitting = [host for one in patterns for host in hosts if fnmatch.fnmatchcase(host, one)]
+            patterns = [one for one in named if one not in hosts and (one == ALL or is_pattern(one))]
         except HostSetError as error:
             self._problem(path, str(error))
             return []
-        found = [host for host in hosts if host in plain or host in fitting]
+        if not self._count(path, len(hosts) * len(patterns)):
+            return []
+        if ALL in named:
+            return list(hosts)
+        fitting = [host for one in patterns for host in hosts if fnmatch.fnmatchcase(host, one)]
+        found = sorted({*fitting, *(one for one in named if one in hosts)}, key=hosts.__getitem__)
         if not found and named and hosts and self._instead is None:
             self._warnings.append(f"{self._shown}, line {self._lines.of(path)}: no host of the cluster is {name!r}")
         return found

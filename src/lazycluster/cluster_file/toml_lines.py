@@ -24,7 +24,7 @@ class KeyLines:
     r"""The line of each key and table of a TOML document.
 
     Args:
-        text: The document; it is one that can be parsed.
+        text: The document; it is one that can be parsed, whose keys have few parts.
 
     Examples:
         >>> lines = KeyLines("engine = 'dask'\n[host.node1]\nport = 22\n")
