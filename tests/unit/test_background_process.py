@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -23,9 +24,9 @@ from lazycluster.background import protocol, state
 from lazycluster.background.client import BackgroundProcess, end, running
 from lazycluster.background.launch import cluster_document, kept_variables
 from lazycluster.background_process import program
-from lazycluster.background_process.program import ClusterProcess
+from lazycluster.background_process.program import ClusterProcess, Relay
 from lazycluster.background_process.server import RequestServer
-from lazycluster.core import unix
+from lazycluster.core import event_loop, unix
 from lazycluster.exceptions import BackgroundError, LazyclusterError
 from lazycluster.runtime.session import HostSpec
 
@@ -71,7 +72,8 @@ def test_another_user_gets_no_answer_and_is_not_trusted(
     monkeypatch.setattr(unix, "is_own_peer", lambda connection: False)
     with pytest.raises(LazyclusterError, match="another user's"):
         served.request("status")
-    monkeypatch.setattr(protocol, "unix", SimpleNamespace(is_own_peer=lambda connection: True, SOCKET_PATH_SIZE=104))
+    trusting = SimpleNamespace(**{**vars(unix), "is_own_peer": lambda connection: True})
+    monkeypatch.setattr(protocol, "unix", trusting)
     with pytest.raises(BackgroundError, match="has ended"):  # the server hangs up, too
         served.request("status")
 
@@ -252,3 +254,97 @@ def test_the_idle_time_begins_anew_with_work_and_with_what_is_not_known(monkeypa
     assert not after(30, None)
     assert not after(90)
     assert after(30)
+
+
+class _Cleaned:
+    done = False
+
+    def cleanup(self) -> None:
+        self.done = True
+
+
+@pytest.mark.parametrize("reason", ["", "its time was over"])
+def test_hosts_are_cleaned_up_though_the_disk_is_full(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    process = object.__new__(ClusterProcess)
+    process.claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    process.cluster, process.group = _Cleaned(), _Cleaned()  # type: ignore[assignment]
+    process.outcome, process._reason, process._server = "", reason, None
+    process.ended = threading.Event()
+    monkeypatch.setattr(state, "_write", full)
+    monkeypatch.setattr(state, "_empty", full)
+    process._finish()
+    assert process.cluster.done and process.group.done and process.ended.is_set()  # type: ignore[attr-defined, union-attr]
+    assert not state.find("night").is_held  # type: ignore[union-attr]
+
+
+class _Listener:
+    """A socket at which nobody can be taken at first: there are too many open files."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener, self.failures = listener, 1
+
+    def accept(self) -> Any:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self._listener.accept()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._listener, name)
+
+
+def test_a_process_with_too_many_open_files_is_asked_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    claim.write(state="running")
+    listener: Any = _Listener(protocol.listening(claim.path / state.SOCKET))
+    server = RequestServer(listener, _Requests(), None)  # type: ignore[arg-type]
+    server.start()
+    assert running("night").request("status") == ["status", {}]
+    assert not listener.failures
+    server.close(5.0)
+    claim.remove()
+
+
+def test_a_person_whose_terminal_is_stopped_keeps_nobody_waiting() -> None:
+    ours, theirs = socket.socketpair()
+    relay = Relay()
+    relay.attend(protocol.MessageStream(ours))
+    with ours, protocol.MessageStream(theirs) as person:
+        for _ in range(20_000):  # more than a socket holds
+            relay.show("connecting")
+        asked = event_loop.submit(relay.ask("password?", True))
+        assert event_loop.run(_soon()) == "the loop goes on"
+        while "question" not in (message := person.receive(30.0) or {}):
+            assert message == {"progress": "connecting"}
+        person.send(answer=message["question"], text="secret")
+        assert asked.result(30.0) == "secret"
+        person.end()
+
+
+async def _soon() -> str:
+    return "the loop goes on"
+
+
+def test_only_one_person_is_asked_at_a_time_and_the_next_one_after_that() -> None:
+    pairs = [socket.socketpair() for _ in range(3)]
+    first, second, third = (protocol.MessageStream(ours) for ours, _ in pairs)
+    relay = Relay()
+    relay.attend(first)
+    with pytest.raises(LazyclusterError, match="asked already"):
+        relay.attend(second)
+    relay.gone(second)  # who was refused takes nobody's place
+    assert relay.stream is first
+    relay.gone(first)
+    relay.attend(third)
+    for ours, theirs in pairs:
+        theirs.close()
+        ours.close()

@@ -93,6 +93,16 @@ def test_after_a_restart_of_the_machine_the_record_says_so(monkeypatch: pytest.M
     assert found is not None and found.gone == "the machine was restarted"
 
 
+def test_a_copy_of_a_machine_is_another_machine_though_it_has_the_same_number() -> None:
+    taken = claim(NamedRecord.new("cluster", "night"))
+    taken.write(state="running", boot="another", host="login2")
+    taken.close()
+    found = find("night")
+    assert found is not None and found.is_elsewhere and not found.gone
+    with pytest.raises(LazyclusterError, match="login2"):
+        claim(NamedRecord.new("cluster", "night"))
+
+
 def test_one_of_another_machine_is_neither_called_dead_nor_replaced() -> None:
     taken = claim(NamedRecord.new("cluster", "night"))
     taken.write(machine="another", host="login2")

@@ -48,13 +48,32 @@ class MessageStream:
         Returns:
             False if nobody is there any more.
         """
-        data = json.dumps(message).encode("ascii") + b"\n"
+        data = _encoded(message)
         try:
             with self._sending:
                 self._socket.sendall(data)
         except OSError:
             return False
         return True
+
+    def offer(self, **message: Any) -> bool:
+        """Send a short message unless one would have to wait for that. May be called from any thread.
+
+        Returns:
+            False if it was left out, or nobody is there any more.
+        """
+        if not self._sending.acquire(blocking=False):
+            return False
+        data = _encoded(message)
+        try:
+            sent = self._socket.send(data, socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        finally:
+            self._sending.release()
+        if sent < len(data):  # what follows would not be understood
+            self.end()
+        return sent == len(data)
 
     def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
         """Return the next message; None at the end.
@@ -104,6 +123,10 @@ class MessageStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _encoded(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode("ascii") + b"\n"
 
 
 class _SocketDirectory:

@@ -115,7 +115,12 @@ class Named:
     @property
     def is_elsewhere(self) -> bool:
         """True if it was started on another machine that has the same home directory."""
-        return self.record is not None and self.record.machine != machine_id()
+        record = self.record
+        if record is None:
+            return False
+        # Machines that are copies of each other have the same number.
+        is_copy = record.is_of_another_boot and record.host != socket.gethostname()
+        return record.machine != machine_id() or is_copy
 
     @property
     def gone(self) -> str:
@@ -377,10 +382,10 @@ def _is_held(path: Path) -> bool:
 def _read(path: Path) -> NamedRecord | None:
     try:
         fd = os.open(path / _RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            content = file.read(_LARGEST + 1)
     except OSError:
         return None
-    with os.fdopen(fd, "rb") as file:
-        content = file.read(_LARGEST + 1)
     try:
         found: Any = json.loads(content)
         # Another version may have written more, or less.

@@ -65,6 +65,7 @@ class Relay:
 
     def __init__(self) -> None:
         self.stream: MessageStream | None = None
+        self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._questions: dict[int, asyncio.Future[str | None]] = {}
 
@@ -73,24 +74,40 @@ class Relay:
         number, stream = next(self._numbers), self.stream
         if stream is None:
             return None
+
+        def put() -> bool:
+            return stream.send(question=number, text=question, secret=secret)
+
         future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._questions[number] = future
         try:
-            if not stream.send(question=number, text=question, secret=secret):
+            # On a thread: whoever is there may be stopped (Ctrl-Z), and take nothing.
+            if not await event_loop.in_thread(put):
                 return None
             return await future
         finally:
             if self._questions.pop(number, None) is not None:
-                stream.send(withdrawn=number)
+                stream.offer(withdrawn=number)
 
     def show(self, text: str) -> None:
         """Show how far things are."""
-        if self.stream is not None:
-            self.stream.send(progress=text)
+        stream = self.stream
+        if stream is not None:
+            stream.offer(progress=text)
 
     def attend(self, stream: MessageStream) -> None:
-        """Ask whoever is at the other end of a connection from now on; the answers are read on a thread."""
-        self.stream = stream
+        """Ask whoever is at the other end of a connection from now on; the answers are read on a thread.
+
+        Raises:
+            ClusterError: If somebody is asked already.
+        """
+        with self._lock:
+            if self.stream is not None:
+                raise ClusterError(
+                    "somebody is asked already, by another lazycluster login or as it is being started\n"
+                    "  Next step: wait until that is over, or end it with Ctrl-C"
+                )
+            self.stream = stream
         threading.Thread(target=self.listen, args=[stream], name="lazycluster login", daemon=True).start()
 
     def listen(self, stream: MessageStream, otherwise: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -106,16 +123,18 @@ class Relay:
                     self.answered(message)
                 elif otherwise is not None:
                     otherwise(message)
-        if self.stream is stream:
-            self.gone()
+        self.gone(stream)
 
     def answered(self, message: Mapping[str, Any]) -> None:
         """Take an answer to a question. May be called from any thread."""
         event_loop.get_loop().call_soon_threadsafe(self._settle, message)
 
-    def gone(self) -> None:
-        """Take note that nobody is there any more. May be called from any thread."""
-        self.stream = None
+    def gone(self, stream: MessageStream) -> None:
+        """Take note that nobody is at the end of a connection any more. May be called from any thread."""
+        with self._lock:
+            if self.stream is not stream:
+                return
+            self.stream = None
         event_loop.get_loop().call_soon_threadsafe(self._settle_all)
 
     def _settle(self, message: Mapping[str, Any]) -> None:
@@ -272,7 +291,7 @@ class ClusterProcess:
             self.cluster.write_connection_file(document["connection_file"])
         self._note_running()
         starter.send(result={"unreachable": self.unreachable, "connection": self.connection_lines(), **self.summary()})
-        self.relay.gone()
+        self.relay.gone(starter)
 
     def _note_running(self) -> None:
         cluster, document = self.cluster, self.document
@@ -359,7 +378,7 @@ class ClusterProcess:
 
     def _finish(self) -> None:
         """End everything, and leave nothing but a record of why, unless its user has ended it."""
-        self.claim.write(state="ending")
+        self._note(state="ending")
         for thing in (self.cluster, self.group):
             if thing is not None:
                 try:
@@ -369,14 +388,25 @@ class ClusterProcess:
                     self.outcome = self.outcome or str(error)
         if self._reason:
             logger.info("the cluster has ended: %s", self._reason)
-            (self.claim.path / state.SOCKET).unlink(missing_ok=True)
-            self.claim.write(state="ended", reason=self._reason)
+            with contextlib.suppress(OSError):
+                (self.claim.path / state.SOCKET).unlink(missing_ok=True)
+            self._note(state="ended", reason=self._reason)
             self.claim.close()
         else:
-            self.claim.remove()
+            try:
+                self.claim.remove()
+            except OSError as error:
+                logger.error("removing %s: %s", self.claim.path, error)
         self.ended.set()
         if self._server is not None:
             self._server.close(_ANSWERS)
+
+    def _note(self, **changes: Any) -> None:
+        """Write the record, if that is possible: a full disk must not keep the hosts from being cleaned up."""
+        try:
+            self.claim.write(**changes)
+        except OSError as error:
+            logger.error("writing the record: %s", error)
 
 
 def _log_event(event: ClusterEvent) -> None:

@@ -151,7 +151,7 @@ class Requests:
             while self._interrupted() - logins.needed().keys() and time.monotonic() < end:
                 time.sleep(_LOOK)
         finally:
-            relay.gone()
+            relay.gone(stream)
         return logins.needed()
 
     def _interrupted(self) -> set[str]:

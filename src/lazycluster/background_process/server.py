@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import threading
@@ -25,6 +26,8 @@ logger = logging.getLogger("lazycluster")
 
 _MOST = 64  # connections at once
 _REQUEST = 10.0  # seconds for a request to come
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
+_AGAIN = 0.1  # seconds until connections are taken again after one of these
 
 
 class RequestServer:
@@ -65,15 +68,23 @@ class RequestServer:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    return
+                time.sleep(_AGAIN)
+                continue
             forks.close_in_children(connection.fileno())
             if not unix.is_own_peer(connection) or not self._free.acquire(blocking=False):
                 connection.close()
                 continue
             thread = threading.Thread(target=self._serve, args=[MessageStream(connection)], daemon=True)
             self._threads.add(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # there are too many
+                self._threads.discard(thread)
+                self._free.release()
+                connection.close()
 
     def _serve(self, stream: MessageStream) -> None:
         try:
