@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("cryptography")
 
+from lazycluster.agent.direct_copy import Party
 from lazycluster.agent.secure_stream import SecureStream, TlsCredentials, check
 from lazycluster.agent.stream import DATA, END, StreamClosedError
 from lazycluster.core.certificates import make_identities
@@ -30,6 +31,30 @@ def credentials(*names: str) -> dict[str, TlsCredentials]:
 
 def never() -> bool:
     return False
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.0\r\n\r\n"])
+def test_strangers_who_say_nothing_or_nonsense_do_not_keep_the_host_before_waiting(said: bytes) -> None:
+    known = credentials("before", "after")
+    party = object.__new__(Party)
+    party._credentials, party._previous = known["after"], "lazycluster before"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        strangers = [socket.create_connection(listener.getsockname()) for _ in range(20)]
+        for stranger in strangers:
+            stranger.sendall(said)
+
+        def connect() -> None:
+            plain = socket.create_connection(listener.getsockname(), timeout=10.0)
+            with known["before"].context(server=False).wrap_socket(plain) as connection:
+                assert connection.recv(1) == b""
+
+        thread = threading.Thread(target=connect)
+        thread.start()
+        with party._accepted(listener) as connection:
+            check(connection, "lazycluster before")
+        thread.join(30.0)
+        for stranger in strangers:
+            stranger.close()
 
 
 def between(

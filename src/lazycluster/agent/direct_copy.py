@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import select
 import socket
 import ssl
 import threading
 import time
 import zlib
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from .holes import after_zeros, extents
 from .partial_files import PartialFiles
@@ -60,6 +61,8 @@ from .stream import (
 )
 
 _MEET_LIMIT = 15.0  # seconds for the host before to connect, and for a handshake
+_HANDSHAKE_LIMIT = 5.0  # seconds for one who has begun to say who it is
+_MOST_SILENT = 16  # connections of those who say nothing
 _TELL_EVERY = 0.25  # seconds between two words to the manager about what has come
 _BLOCK = 1024 * 1024
 _ENDED = "the copy has ended before the file was complete"
@@ -521,22 +524,44 @@ class Party:
     def _accepted(self, listener: socket.socket) -> ssl.SSLSocket:
         """Return the connection of the host before; whoever else connects is sent away."""
         context, deadline = self._credentials.context(server=True), time.monotonic() + _MEET_LIMIT
-        while True:
-            listener.settimeout(max(0.01, deadline - time.monotonic()))
-            plain = listener.accept()[0]
-            try:
-                plain.settimeout(max(0.01, deadline - time.monotonic()))
-                notice_cuts(plain)
-                connection = context.wrap_socket(plain, server_side=True)
-            except OSError:
+        silent: List[socket.socket] = []  # who connects says something first; somebody else may never do that
+        listener.setblocking(False)
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise socket.timeout("timed out")
+                for ready in select.select([listener, *silent], [], [], left)[0]:
+                    if ready is listener:
+                        try:
+                            silent.append(listener.accept()[0])
+                        except BlockingIOError:  # it is gone again
+                            continue
+                        if len(silent) > _MOST_SILENT:
+                            silent.pop(0).close()
+                        continue
+                    if ready not in silent:
+                        continue
+                    silent.remove(ready)
+                    connection = self._shaken_hands(context, ready)
+                    if connection is not None:
+                        return connection
+        finally:
+            for plain in silent:
                 plain.close()
-                continue
-            try:
-                check(connection, self._previous)
-            except OSError:
-                connection.close()
-                continue
+
+    def _shaken_hands(self, context: ssl.SSLContext, plain: socket.socket) -> Optional[ssl.SSLSocket]:
+        """Return the connection if it is that of the host before; else it is closed."""
+        found = plain
+        try:
+            plain.settimeout(_HANDSHAKE_LIMIT)
+            notice_cuts(plain)
+            found = connection = context.wrap_socket(plain, server_side=True)
+            check(connection, self._previous)
             return connection
+        except OSError:
+            found.close()
+            return None
 
     def tell_came(self, size: int) -> None:
         """Tell the manager how much has come; the first host's knows."""
