@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ from distributed.comm.core import CommClosedError
 from distributed.comm.tcp import TLSConnector
 
 from lazycluster.cluster.certificates import make_credentials
+from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.engines.dask import scaling
 from lazycluster.engines.dask.programs import tls
 
 
@@ -46,3 +51,20 @@ def test_who_listens_and_ends_each_connection_costs_time_and_no_more() -> None:
                     await TLSConnector().connect(f"127.0.0.1:{port}", **security.get_connection_args("client"))
 
     asyncio.run(connect())
+
+
+def test_a_scheduler_that_does_not_say_whether_it_is_idle_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def never(**_: Any) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    @contextlib.asynccontextmanager
+    async def busy(*_: Any) -> AsyncIterator[Any]:
+        yield SimpleNamespace(run_function=never)
+
+    monkeypatch.setattr(scaling, "scheduler_at", busy)
+    monkeypatch.setattr(scaling, "access", lambda dask, port: ())
+    monkeypatch.setattr(scaling, "_ANSWER_LIMIT", 0.01)
+    with pytest.raises(ClusterError, match="gives no answer within"):
+        asyncio.run(scaling.idle_since(None, 1))  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ logger = logging.getLogger("lazycluster")
 
 _LONGEST_PAUSE = 60.0  # seconds between two attempts to start workers where that fails
 _CLOSE_LIMIT = 5.0
+_ANSWER_LIMIT = 30.0  # seconds for a scheduler that is busy
 _LIMITS = ("minimum_cores", "maximum_cores", "minimum_memory", "maximum_memory")
 
 
@@ -81,8 +82,14 @@ async def idle_since(dask: DaskEngine, port: int) -> float | None:
     def question(dask_scheduler: Any) -> Any:  # in a function, so that it goes by value
         return dask_scheduler.check_idle()
 
-    async with scheduler_at(*access(dask, port)) as scheduler:
-        answer = await scheduler.run_function(function=dumps(question), args=dumps(()), kwargs=dumps({}), wait=True)
+    async def ask() -> Any:
+        async with scheduler_at(*access(dask, port)) as scheduler:
+            return await scheduler.run_function(function=dumps(question), args=dumps(()), kwargs=dumps({}), wait=True)
+
+    try:
+        answer = await asyncio.wait_for(ask(), _ANSWER_LIMIT)
+    except (asyncio.TimeoutError, TimeoutError):
+        raise ClusterError(f"the scheduler gives no answer within {_ANSWER_LIMIT:g} s") from None
     if answer.get("status") != "OK":
         raise ClusterError(f"the scheduler does not tell whether it is idle: {answer.get('text', answer)}")
     since = answer["result"]
