@@ -307,7 +307,11 @@ class _Participant:
                     else:
                         problem = "{}: {}".format(address, explained(error.strerror))
         self._channel.event(
-            state="listening", addresses=[stated] if stated else self._own, taken=sorted(set(taken)), problem=problem
+            state="listening",
+            addresses=[stated] if stated else self._own,
+            own=self._own,
+            taken=sorted(set(taken)),
+            problem=problem,
         )
 
     def _dial_all(self, message: "Dict[str, Any]") -> None:

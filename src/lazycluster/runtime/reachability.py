@@ -38,7 +38,7 @@ _LOOPBACK = "127.0.0.1"
 
 _PORT = range(1, 65536)
 _EVENTS: dict[str, dict[str, Any]] = {
-    "listening": {"addresses": [NAME], "taken": [_PORT], "problem": str},
+    "listening": {"addresses": [NAME], "own": [NAME], "taken": [_PORT], "problem": str},
     "dialed": {"failed": [list], "translated": [list]},
 }
 _WHY = {
@@ -245,6 +245,7 @@ class _Party:
 
     Attributes:
         addresses: Its addresses, the one that is tried first first.
+        own: Those of its interfaces, also if another one was stated.
         taken: Ports that others use there.
         problem: Why it takes no part, "" if it does.
         failed: What it could not reach in this round: [host, address, port, why], by their numbers.
@@ -254,6 +255,7 @@ class _Party:
     def __init__(self, index: int, host: ProbedHost, key: str) -> None:
         self.index, self.host = index, host
         self.addresses: list[str] = []
+        self.own: frozenset[str] = frozenset()
         self.taken: tuple[int, ...] = ()
         self.problem = ""
         self.failed: list[tuple[int, str, int, str]] = []
@@ -299,13 +301,12 @@ class _Party:
         check_shape(event, _EVENTS.get(state, {}))
         if state == "listening":
             self.addresses = [checked_address(one, self.host.host) for one in event["addresses"]]
+            self.own = frozenset(checked_address(one, self.host.host) for one in event["own"])
             self.taken = tuple(event["taken"])
             self.problem = event["problem"]
         elif state == "dialed":
             self.failed = [_checked(one, int, str, int, str) for one in event["failed"]]
             self.translated = [_checked(one, int, str, str) for one in event["translated"]]
-            for _, _, known_as in self.translated:
-                ipaddress.ip_address(known_as)
         self._news.set()
 
     def close(self) -> None:
@@ -381,7 +382,15 @@ class _Rounds:
             if 0 <= index < len(self._parties):
                 self._add(party, index, address, port, self._words(party, why))
         for index, address, known_as in party.translated:
-            self._bind[index, address] = known_as
+            if not 0 <= index < len(self._parties):
+                continue
+            # A host must not say where another one listens: on all of its addresses, say.
+            if known_as in self._parties[index].own:
+                self._bind[index, address] = known_as
+            else:
+                port = next(iter(self._parties[index].host.ports), 0)
+                why = f"it is known there as {known_as!r:.60}, which is none of its addresses"
+                self._add(party, index, address, port, why)
 
     def _add(self, party: _Party, index: int, address: str, port: int, why: str) -> None:
         target = self._parties[index].host.host
