@@ -229,6 +229,23 @@ def test_all_problems_are_said_at_once_in_order(write) -> None:
     assert len(many) == 11
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        LEAST + "".join(f"x{n} = 1\n" for n in range(30_000)),
+        "engine = 'dask'\nhosts = [" + "".join(f"'@x{n}'," for n in range(30_000)) + "]\n[groups]\n"
+        + "".join(f"g{n:x} = 'a'\n" for n in range(30_000)),
+        LEAST + "".join(f"[host.x{n}]\nsetup = 'x'\n" for n in range(1000)),
+    ],
+    ids=["keys", "groups", "values"],
+)  # fmt: skip
+def test_a_file_of_nothing_but_problems_is_not_looked_at_to_its_end(write, text: str) -> None:
+    found = problems(write, text)
+    assert len(found) <= 11
+    assert found[-1] == (None, "and at least 90 more")
+    assert all(len(what) <= 1000 for _, what in found)
+
+
 def test_the_message_names_file_and_line_and_cannot_steer_the_terminal(write) -> None:
     with pytest.raises(ClusterFileError) as caught:
         write(LEAST + '"\\u001b]0;x" = 1')

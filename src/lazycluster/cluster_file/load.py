@@ -45,6 +45,9 @@ _LARGEST = 1024 * 1024  # bytes
 _MOST_PARTS = 32  # of a key: the parser takes time by their square
 _MOST_NAMED = 500_000  # hosts in all places together, each as often as it is named
 _MOST_PROBLEMS = 10  # that are shown
+_MOST_COUNTED = 100  # problems, after which the rest is not looked at
+_LONGEST_PROBLEM = 1000  # characters
+_MOST_COMPARED = 1000  # names of which one may be meant
 _LONGEST_SHOWN = 80  # characters of a name in a message
 
 _LONG_KEY = re.compile(
@@ -234,7 +237,9 @@ class _File:
 
     # --- problems ------------------------------------------------------------------------------
     def _problem(self, path: _Path, text: str) -> None:
-        self._problems[self._lines.of(path), one_line(text)] = None
+        self._problems[self._lines.of(path), one_line(text[:_LONGEST_PROBLEM])] = None
+        if len(self._problems) >= _MOST_COUNTED:
+            self.finish()
 
     def finish(self) -> None:
         """Raise an error if there are problems.
@@ -249,7 +254,8 @@ class _File:
         problems = sorted(self._problems, key=lambda one: (one[0] is None, one[0] or 0))
         left = len(problems) - _MOST_PROBLEMS
         if left > 0:
-            problems = [*problems[:_MOST_PROBLEMS], (None, f"and {left} more")]
+            least = "at least " if len(problems) >= _MOST_COUNTED else ""
+            problems = [*problems[:_MOST_PROBLEMS], (None, f"and {least}{left} more")]
         hint = ""
         if self._is_distrusted:
             hint = "read the file; if you trust whoever wrote it, use it with trust=True"
@@ -277,6 +283,8 @@ class _File:
             if self._is_allowed(path, key, value):
                 key.check_use(self._used(key.name, value))
                 return True
+        except ClusterFileError:
+            raise
         except (TypeError, ValueError) as error:
             text = str(error)
             self._problem(path, text if text.startswith(key.name) else f"{key.name} {text}")
@@ -489,7 +497,7 @@ def _seconds(value: Any) -> float | None:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), known[:_MOST_COMPARED], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
