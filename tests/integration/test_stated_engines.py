@@ -15,7 +15,7 @@ from cluster_groups import local_group, ssh_group
 from lazycluster.cluster import versions
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.master_launcher import ServiceMasterLauncher
-from lazycluster.engine import Endpoint, Engine, EngineCluster, ServiceSpec
+from lazycluster.engine import Endpoint, Engine, EngineCluster, Port, ServiceSpec
 from lazycluster.exceptions import ForwardingForbiddenError
 from patience import until
 
@@ -153,3 +153,49 @@ def test_another_host_that_forbids_to_forward_costs_its_own_worker(make_hosts: A
             cluster.start()
             assert [worker.host for worker in cluster.workers] == ["host1"]
             assert _answer(cluster.master_port) == b"here"
+
+
+_SERVES = """
+import socket, sys
+bind, port, *others = sys.argv[1:]
+if others:  # a worker, which the master is there for already
+    assert socket.create_connection((others[0], int(others[1])), 10).recv(4) == b"here"
+server = socket.create_server((bind, int(port)))
+while True:
+    server.accept()[0].sendall(b"here")
+"""
+
+
+class Direct(Engine):
+    name, cluster, direct, worker_ports = "straight", "DirectCluster", "open", (Port("worker"),)
+
+    def master(self, at: Endpoint) -> ServiceSpec:
+        command = (at.python, "-c", _SERVES, at.bind, str(at.port))
+        return ServiceSpec("master", command=command, ready_port="master", ready_host=at.bind)
+
+    def worker(self, at: Endpoint, master: Endpoint) -> ServiceSpec:
+        command = (at.python, "-c", _SERVES, at.bind, str(at.port), master.address, str(master.port))
+        return ServiceSpec("worker", command=command, ready_port="worker", ready_host=at.bind)
+
+
+class DirectCluster(EngineCluster):
+    engine_class = Direct
+
+
+@pytest.mark.parametrize("network", ["direct", "auto", "tunnel"])
+def test_an_engine_that_listens_where_it_is_told_to(make_hosts: Any, network: Any) -> None:
+    hosts = make_hosts(2)
+    with ssh_group(hosts) as group, DirectCluster(group, network=network) as cluster:
+        cluster.start()
+        assert [worker.state for worker in cluster.workers] == ["ready", "ready"]
+        # What is not encrypted goes from host to host only if that is asked for by name.
+        expected = hosts[0].address if network == "direct" else "127.0.0.1"
+        assert cluster._master_launcher.at.bind == expected  # type: ignore[attr-defined]
+        assert _answer(cluster.master_port) == b"here"
+
+
+def test_an_engine_that_knows_loopback_only_is_refused() -> None:
+    with local_group(1) as group:
+        with pytest.raises(ClusterError, match="its processes listen on loopback only"):
+            SmallCluster(group, network="direct")
+        assert SmallCluster(group, network="auto")._network.direct.uses == "tunnel"

@@ -42,9 +42,13 @@ def packages(names: Sequence[str]) -> Dict[str, Any]:
     import sysconfig
 
     marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")  # PEP 668: pip installs nothing there
-    managed = sys.prefix == sys.base_prefix and os.path.exists(marker)
-    told = {"version": list(sys.version_info[:3]), "executable": sys.executable, "packages": found}
-    return dict(told, managed=managed, bytecode=dict(bytecode.found))
+    return {
+        "version": list(sys.version_info[:3]),
+        "executable": sys.executable,
+        "managed": sys.prefix == sys.base_prefix and os.path.exists(marker),
+        "packages": found,
+        "bytecode": dict(bytecode.found),
+    }
 
 
 def interpreters() -> Iterator[Tuple[str, List[int]]]:

@@ -164,6 +164,7 @@ class _Service:
         self._restarts = RestartPolicy(int(params.get("restarts") or 0))
         self.patience = float(params.get("patience") or _PATIENCE)
         self._ready_port = int(params.get("ready_port") or 0)
+        self._ready_host = str(params.get("ready_host") or "127.0.0.1")
         self.stop_signal = getattr(signal, "SIG" + (params.get("stop_signal") or "TERM"))
         self._kept: List[bytes] = []
         self._input_ended = False
@@ -250,7 +251,7 @@ class _Service:
         self._waiting = None
         self._is_ready = self._cut_off = False
         self.outlet.tail.clear()
-        if self._ready_port and not self._was_ready and _answers(self._ready_port):
+        if self._ready_port and not self._was_ready and _answers(self._ready_host, self._ready_port):
             self._tell("message", event="port_taken", detail={"port": self._ready_port})
             problem = "port {} is in use".format(self._ready_port)
             self._fail("service", problem, {"exit": None, "signal": None})
@@ -278,7 +279,7 @@ class _Service:
 
     def _look_at_port(self, run: _Run) -> None:
         if self._run is run and not self._is_ready:
-            if _answers(self._ready_port):
+            if _answers(self._ready_host, self._ready_port):
                 self._ready({})
             else:
                 self.channel.loop.call_later(_LOOK_AT_PORT, lambda: self._look_at_port(run))
@@ -421,10 +422,10 @@ class _Service:
         tell()
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
+def _answers(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.settimeout(_CONNECT_LIMIT)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 def service(channel: "RequestChannel") -> None:
@@ -435,9 +436,9 @@ def service(channel: "RequestChannel") -> None:
     directory, whose path stands for $LAZYCLUSTER_SCRATCH in arguments, variables, files and `cwd`.
 
     It is ready when it prints a line with the text `ready`, or a line of `marker` and a JSON object
-    {"event": "ready", ...}, or when `ready_port` answers; with nothing of that, at once. It is started again, at most
-    `restarts` times in a while, if it was ready once and ends with anything but status 0; with `again` it is taken for
-    one that was ready before.
+    {"event": "ready", ...}, or when `ready_port` of `ready_host` answers; with nothing of that, at once. It is started
+    again, at most `restarts` times in a while, if it was ready once and ends with anything but status 0; with `again`
+    it is taken for one that was ready before.
 
     With `gpus`, e.g. {"count": 1, "idle": true}, it gets as many GPUs for itself, of those that others do not use; if
     the host has too few, it is the error "gpu".

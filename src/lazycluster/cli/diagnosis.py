@@ -238,7 +238,7 @@ class Diagnosis:
             self._set("packages", "differs", str(error))
             self._set("bytecode", "differs", "not known", "see the packages")
             return
-        self._set("bytecode", *_kept_bytecode(answer["bytecode"]))
+        self._set("bytecode", *_kept_bytecode(answer.get("bytecode") or {"lacking": []}))
         version = answer["version"]
         if tuple(version[:2]) != sys.version_info[:2]:
             here, there = ".".join(map(str, sys.version_info[:2])), ".".join(map(str, version[:3]))

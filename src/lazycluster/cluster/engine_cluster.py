@@ -38,10 +38,10 @@ class EngineCluster(MasterWorkerCluster):
             ``ignore``.
         gpus_per_worker: How many GPUs of its host each worker gets for itself, see `MasterWorkerCluster`.
         idle_gpus: Whether GPUs are left alone that others use.
-        network: How hosts reach each other, see `MasterWorkerCluster`.
         name: Have the cluster in the background, under this name: in a process of its own, which goes on when this
             program ends, until `cleanup` or ``lazycluster down NAME``. See `lazycluster.connect`. By default it is in
             this process.
+        network: How hosts reach each other, see `MasterWorkerCluster`.
         **options: What the engine takes.
 
     Raises:
@@ -78,8 +78,8 @@ class EngineCluster(MasterWorkerCluster):
         check_versions: CheckVersions = "error",
         gpus_per_worker: int | None = None,
         idle_gpus: bool = False,
-        network: NetworkChoice = "tunnel",
         name: None = None,
+        network: NetworkChoice = "tunnel",
         **options: Any,
     ) -> None:
         check_statement(self.engine_class)

@@ -101,6 +101,7 @@ class ServiceSpec:
         marker: The start of the lines by which our own programs talk to the manager.
         ready: A text in a line of output that says that it is ready.
         ready_port: The name of a port that answers when it is ready. With nothing of that, it is ready when it runs.
+        ready_host: The address at which that port answers: ``at.bind`` if other hosts connect to it.
         port_taken: A text in its output that says that a port is in use: it gets other ones.
         restarts: How often it is started again, within minutes, when it dies after it was ready. With exit
             status 0 it has ended as it should, and is not started again, also if somebody else has sent it SIGTERM.
@@ -122,6 +123,7 @@ class ServiceSpec:
     marker: str = ""
     ready: str = ""
     ready_port: str = ""
+    ready_host: str = "127.0.0.1"
     port_taken: str = ""
     restarts: int = 0
     stop_signal: str = "TERM"

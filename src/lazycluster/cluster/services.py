@@ -157,7 +157,7 @@ class Service:
             "patience": spec.patience,
             "again": again,
             **({"files": dict(spec.files)} if spec.files else {}),
-            **({"ready_port": ready_port} if ready_port else {}),
+            **({"ready_port": ready_port, "ready_host": spec.ready_host} if ready_port else {}),
             **({"stop_signal": spec.stop_signal} if spec.stop_signal != "TERM" else {}),
             **({"gpus": {"count": spec.gpus, "idle": spec.idle_gpus}} if spec.gpus else {}),
         }

@@ -182,7 +182,7 @@ _SHAPES: dict[str, Any] = {
         "executable": NAME,
         "managed?": bool,
         "packages": {...: (str, _NONE)},
-        "bytecode": {"lacking": [NAME], "cache": NAME, "problem": str},
+        "bytecode?": {"lacking": [NAME], "cache": NAME, "problem": str},
     },
     "ports": {"free": [_PORT], "denied?": [_PORT]},
     "run": _STATUS,

@@ -128,6 +128,7 @@ class SshConnection(Connection):
         self._space: workspace.Workspace | None = None
         self._name = ""
         self._mux: Mux | None = None
+        self._failures = 0
         self._forwards: dict[Any, Forward] = {}  # while the link is down
         self._sessions: set[asyncio.Task[int]] = set()
         self._session_problem = -1.0, ""  # what the further session printed that failed last, and when
@@ -254,6 +255,7 @@ class SshConnection(Connection):
             phase, output, status = "timeout", shown(self._shell_output), None
         else:
             return None
+        self._failures += 1
         way = ssh_argv(self.settings, os.path.join(self._space.directory, "none"), "true", ssh_version())
         return classify(
             self.settings,
@@ -266,7 +268,7 @@ class SshConnection(Connection):
             logged_in=process.is_logged_in,
             python=self._python or "python3",
             heard=process.heard,
-            known=await circumstances(way, process.errors, asked),
+            known=await circumstances(way, process.errors, asked, self._failures == 1),
         )
 
     # --- further sessions -------------------------------------------------------------------------
