@@ -16,9 +16,12 @@ from typing import Any
 from harness import Cost, Row, measured, settings, ssh_hosts
 
 from lazycluster import RuntimeGroup, RuntimeTask
+from lazycluster.cluster.dask_cluster import DaskCluster
+from lazycluster.cluster.direct_network import NetworkChoice
 
 COUNTS = (8, 64, 200)
 DASK_COUNTS = (8, 64)  # the workers of more hosts take minutes to import distributed on two cores
+NETWORKS: tuple[NetworkChoice, ...] = ("tunnel", "direct")
 CALLS = 100  # of a map, for each host
 REPEAT = 3
 MOST_GROWTH = 1.5  # how much more each of the most hosts may cost the manager than each of the fewest
@@ -96,18 +99,12 @@ def spread_calls(group: RuntimeGroup, count: int) -> None:
 
 
 def dask(group: RuntimeGroup, count: int, cost: Callable[[Callable[[], Any]], Cost]) -> dict[str, Any]:
-    """Return what the start of a Dask cluster with a worker on each host costs, in each network there is."""
-    import inspect
-
-    from lazycluster.cluster.dask_cluster import DaskCluster
-
-    networks = ("tunnel", "direct") if "network" in inspect.signature(DaskCluster.__init__).parameters else ("tunnel",)
+    """Return what the start of a Dask cluster with a worker on each host costs, in each network."""
     found: dict[str, Any] = {}
-    for network in networks:
-        options = {"network": network} if len(networks) > 1 else {}
+    for network in NETWORKS:
 
         def start() -> None:
-            cluster = DaskCluster(group, **options)  # noqa: B023
+            cluster = DaskCluster(group, network=network)  # noqa: B023
             try:
                 cluster.start(worker_count=count)
                 with cluster.get_client() as client:

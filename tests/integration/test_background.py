@@ -389,11 +389,10 @@ def test_where_the_login_ends_its_processes_up_says_how_to_prevent_it(hosts: Any
     (tmp_path / "loginctl").write_text('#!/bin/sh\ncase "$2" in show-session) echo KillUserProcesses=yes;; esac\n')
     (tmp_path / "loginctl").chmod(0o755)
     program = (
-        "import sys\nfrom lazycluster.background import login_session\n"
-        f"login_session._CGROUP = {str(tmp_path / 'cgroup')!r}\n"
+        "import sys\nfrom lazycluster.core import unix\n"
+        "unix.control_groups = lambda: ['0::/user.slice/user-0.slice/session-1.scope']\n"
         "sys.argv[0] = 'lazycluster'\nfrom lazycluster.cli import main\nmain()"
     )
-    (tmp_path / "cgroup").write_text("0::/user.slice/user-0.slice/session-1.scope\n")
     argv = [sys.executable, "-c", program, "up", "night", "dask", "--config", hosts.config_file, "-w", "host1"]
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, env=env)

@@ -257,6 +257,7 @@ def test_a_host_that_is_down_hides_no_other(make_hosts: Any, tmp_path: Path, cap
     status, _, err = machine("rm", "both", "--connect-timeout", "3")
     assert status == 255
     assert "host2" in err
+    assert "or lazycluster rm --forget both" in err
     assert "both" in json.dumps(machine("run", "-w", "host1", "-d", "--name", "both", "--", "true"))
     assert machine("rm", "--forget", "both")[0] == 0
     assert machine("run", "-w", "host1", "-d", "--name", "both", "--", "true")[0] == 0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,3 +167,40 @@ def test_the_end_of_a_cluster_ends_its_searches_with_an_error(module_hosts: Any,
     assert isinstance(error, ClusterError)
     assert "the cluster has ended while the search ran" in str(error)
     assert "same exp_key" in str(error)
+
+
+_WITH_FEW_FILES = """
+import sys
+
+import numpy
+from hyperopt import fmin, hp, rand
+
+from lazycluster import RuntimeGroup
+from lazycluster.cluster.exceptions import ClusterError
+from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
+
+with RuntimeGroup(hosts=["host1"], python=sys.executable) as group:
+    with HyperoptCluster(group, dbpath=sys.argv[1]) as cluster:
+        cluster.start(2)
+        options = {"trials": cluster.trials("few"), "max_evals": 6, "max_queue_len": 6, "show_progressbar": False}
+        fmin(lambda x: x * x, hp.uniform("x", 0, 1), algo=rand.suggest, **options)
+        print(cluster.progress("few").done, "done")
+    with HyperoptCluster(group, dbpath=sys.argv[1]) as cluster:
+        try:
+            cluster.start(50)
+        except ClusterError as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize("files", [48, 64])
+def test_a_manager_that_may_open_few_files(files: int, hosts: Any, tmp_path: Path) -> None:
+    """A search of a size that fits works; a larger one is refused with the reason, before connections are closed."""
+    limited = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash"]
+    command = [*limited, sys.executable, "-c", _WITH_FEW_FILES, str(tmp_path / "db")]
+    environment = {**os.environ, "LAZYCLUSTER_SSH_CONFIG": str(hosts.config_file)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert "6 done" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert "50 workers have up to 308 connections to the database, and a process" in done.stdout
+    assert f"may have only {files} open files" in done.stdout
+    assert "Next step: start fewer, or allow more before you start Python: ulimit -n 1024" in done.stdout

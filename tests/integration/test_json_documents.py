@@ -64,6 +64,7 @@ def kept(tmp_path: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.timeout(400)  # thirteen commands, each a process of its own
 def test_keys_of_json_documents(
     make_hosts: Any, hosts: Any, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import liar
 from lazycluster import DetachedTask, Environment, EnvironmentSpec, Runtime, RuntimeGroup, RuntimeTask
-from lazycluster.agent import stream, wire
+from lazycluster.agent import json_text, stream, wire
 from lazycluster.cli.diagnosis import Diagnosis
 from lazycluster.core import event_loop
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, NoPortsLeftError
@@ -37,7 +37,7 @@ def harm(tmp_path: Path) -> Path:
 def python(hosts: Any, harm: Path) -> Iterator[Callable[..., str]]:
     """What puts a liar on a host, and returns the path that Python is expected at."""
     folder = hosts[0].path("~/liar")
-    for module in (wire, stream, agent_replies):
+    for module in (json_text, wire, stream, agent_replies):
         file = folder / f"{module.__name__.replace('.', '/')}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(str(module.__file__), file)

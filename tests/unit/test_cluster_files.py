@@ -350,7 +350,7 @@ _VALUES = st.sampled_from(
 )
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(_NAMES, st.dictionaries(_NAMES, _VALUES, max_size=3)), max_size=4, unique_by=lambda t: t[0]))
 def test_lines_of_keys_are_found_whatever_the_values_are(tables: list[tuple[str, dict[str, str]]]) -> None:
     lines, expected = ["# first"], {}

@@ -27,7 +27,7 @@ from lazycluster.engines.dask.options import checked_options
         ("worker_options", "security", "certificates of its own"),
         ("scheduler_options", "port", "use master_port= of start()"),
         ("scheduler_options", "dashboard_address", "use dashboard_port= of the cluster"),
-        ("scheduler_options", "host", "loopback only"),
+        ("scheduler_options", "host", "network= of the cluster"),
     ],
 )
 def test_what_the_cluster_sets_itself_is_refused_with_what_to_use(what: str, name: str, instead: str) -> None:

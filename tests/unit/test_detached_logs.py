@@ -19,6 +19,7 @@ from lazycluster.cli import work
 from lazycluster.cli.commands import logs as logs_command
 from lazycluster.cli.commands import work as work_commands
 from lazycluster.cli.work_logs import _LastLines
+from lazycluster.exceptions import LazyclusterError
 
 HEAD, TAIL = 50, 40
 _NOTE = re.compile(rb"\n\[lazycluster: ([0-9]+) bytes of the output are left out here\]\n")
@@ -55,7 +56,9 @@ def read(directory: Path, offset: int = 0) -> tuple[bytes, int]:
     return channel.data, channel.end
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(st.integers(1, 130), max_size=12))
 def test_beginning_and_end_are_kept_and_the_gap_is_told(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int]
@@ -169,6 +172,33 @@ def test_names_of_work_are_completed_and_those_of_clusters_are_not_asked_for_it(
     assert work.cluster_named("tree") is not None
     assert work.cluster_named("train") is None
     assert work.cluster_named("../x") is None
+    empty = tmp_path / "config"
+    empty.touch()
+    options = {"hosts": (), "exclude_hosts": (), "hostfile": None, "config": str(empty), "connect_timeout": None}
+    options["accept_new_host_key"] = False
+    with pytest.raises(LazyclusterError, match="'tree' is a cluster in the background, not detached work"):
+        work.hosts_of("tree", options)
+    with pytest.raises(LazyclusterError, match=r"no work 'trane' \(did you mean 'train' or 'tree'\?\) was started"):
+        work.hosts_of("trane", options)
+    assert work.hosts_of("train", options).names == ["host1"]
+    with pytest.raises(LazyclusterError, match="no record of work 'tree'"):
+        work.forget("tree")
+    work.forget("train")
+    assert work.recorded_names() == ["test"]
+
+
+def test_a_name_is_free_when_work_is_removed_from_all_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    state.claim(state.NamedRecord.new("work", "train", hosts=["host1", "host2"], config=None)).close()
+    work.removed_from("train", ["host1"])
+    record = work._record_of("train")
+    assert record is not None
+    assert record.details["hosts"] == ["host2"]
+    work.removed_from("train", ["host1"])
+    assert work.recorded_names() == ["train"]
+    work.removed_from("train", ["host2"])
+    assert work.recorded_names() == []
+    work.removed_from("train", ["host2"])
 
 
 @pytest.mark.parametrize(

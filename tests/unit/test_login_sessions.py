@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lazycluster.background import login_session
+from lazycluster.core import unix
 from lazycluster.exceptions import BackgroundError
 
 _SESSION = "0::/user.slice/user-1000.slice/session-3.scope\n"
@@ -20,12 +21,11 @@ _SYSTEM = "0::/system.slice/jupyterhub.service\n"
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that says how the machine is."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(login_session, "_CGROUP", str(tmp_path / "cgroup"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(login_session.getpass, "getuser", lambda: "me")
 
     def make(group: str, kills: str = "no", lingers: str = "no", excluded: str = "root", only: str = "") -> None:
-        (tmp_path / "cgroup").write_text(group)
+        monkeypatch.setattr(unix, "control_groups", group.splitlines)
         script = tmp_path / "loginctl"
         manager = f"KillUserProcesses={kills}\\nKillOnlyUsers={only}\\nKillExcludeUsers={excluded}\\n"
         script.write_text(

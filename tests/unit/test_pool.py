@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import types
+from collections import deque
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lazycluster.pool.blob_store import BlobStore, SharedArrays
 from lazycluster.pool.chunks import ChunkResult, read_results
 from lazycluster.pool.executor import gpus_of, worker_counts
 from lazycluster.pool.remote_pool import ResultDecoder, worker_lines
+from lazycluster.pool.scheduler import ChunkScheduler
 from lazycluster.pool.serialization import FunctionCache, Packed, cache_key, pack, pack_calls
 
 # --- packing -----------------------------------------------------------------------------------------------
@@ -212,3 +214,71 @@ def test_parts_of_gpus() -> None:
 def test_joblib_is_not_imported_for_us() -> None:
     program = "import sys, lazycluster, lazycluster.runtime_mgmt; sys.exit('joblib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# --- which host gets a chunk ---------------------------------------------------------------------------------
+class CountingPool:
+    """A host's pool as the scheduler sees it, which counts how often it is looked at."""
+
+    has_suspect = False
+    idle_workers = stealable = 0
+
+    def __init__(self, number: int, workers: int, limit: int) -> None:
+        self.host, self.workers, self.limit = f"host{number}", workers, limit
+        self.chunks: list[Any] = []
+        self.looks = 0
+
+    @property
+    def capacity(self) -> int:
+        self.looks += 1
+        return self.limit - len(self.chunks)
+
+    @property
+    def load(self) -> float:
+        self.looks += 1
+        return len(self.chunks) / self.workers
+
+    def assign(self, chunk: Any) -> None:
+        self.chunks.append(chunk)
+
+    def flush(self) -> None:
+        pass
+
+
+def dispatch(pools: list[CountingPool], chunks: list[Any]) -> list[Any]:
+    """Have the scheduler give out chunks; returns those that wait."""
+    scheduler: Any = types.SimpleNamespace(
+        error=None, _pools=pools, _pending=deque(chunks), blobs=types.SimpleNamespace(dropped=[]), _balance=lambda: None
+    )
+    ChunkScheduler._dispatch(scheduler)
+    return list(scheduler._pending)
+
+
+def waiting_chunk(*tried_on: str) -> Any:
+    sink = types.SimpleNamespace(mark_started=lambda chunk: True)
+    return types.SimpleNamespace(suspect=False, cancelled=False, tried_on=tried_on, sink=sink)
+
+
+def test_each_chunk_goes_to_the_host_with_the_least_to_do() -> None:
+    """For its number of workers; the rest waits."""
+    pools = [CountingPool(0, 1, 3), CountingPool(1, 4, 12), CountingPool(2, 2, 6)]
+    assert dispatch(pools, [waiting_chunk() for _ in range(14)]) == []
+    assert [len(pool.chunks) for pool in pools] == [2, 8, 4]
+    assert len(dispatch(pools, [waiting_chunk() for _ in range(10)])) == 3
+    assert [len(pool.chunks) for pool in pools] == [3, 12, 6]
+
+
+def test_a_call_that_has_taken_down_a_host_goes_to_another() -> None:
+    pools = [CountingPool(0, 4, 8), CountingPool(1, 1, 2)]
+    pools[1].chunks.append(waiting_chunk())
+    tried = waiting_chunk("host0")
+    assert dispatch(pools, [tried, waiting_chunk()]) == []
+    assert tried in pools[1].chunks
+    assert len(pools[0].chunks) == 1
+
+
+def test_not_all_hosts_are_looked_at_for_each_chunk() -> None:
+    """Else the time for many calls would grow with the square of the number of hosts."""
+    pools = [CountingPool(number, 2, 10) for number in range(200)]
+    assert dispatch(pools, [waiting_chunk() for _ in range(2000)]) == []
+    assert sum(pool.looks for pool in pools) < 4 * (2000 + len(pools))

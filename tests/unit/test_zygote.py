@@ -204,6 +204,9 @@ def test_result_that_cannot_be_pickled(host: DirectZygote) -> None:
 def test_exception_that_cannot_be_sent_or_made_again(host: DirectZygote) -> None:
     def picky() -> None:
         class PickyError(Exception):
+            def __new__(cls, a: int, b: int) -> PickyError:
+                return super().__new__(cls, "picky text")
+
             def __init__(self, a: int, b: int) -> None:
                 super().__init__("picky text")
 

@@ -35,7 +35,8 @@ MARKER = ".lazycluster-environments"
 _ID = re.compile(r"py\d{2,3}-[0-9a-f]{12,64}")
 _WHEEL = re.compile(r"[0-9a-f]{16,64}")
 _PARTS = ("cache", "envs", "python", "uv", "wheels")
-_EMPTY = {"lost+found"}  # what a directory has that is a file system of its own
+# What a directory has that is a file system of its own, and what is kept for environments of others: agent/bytecode.
+_EMPTY = {"lost+found", "bytecode"}
 _RUN_FROM = ("build", "find", "survey", "wheels")
 _WAIT = 0.1  # seconds between two tries for a lock that somebody else has
 _ST_NOEXEC = 8

@@ -9,6 +9,8 @@ import os
 import sys
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
+from . import bytecode
+
 _CONDA = ("~/miniconda3", "~/anaconda3", "~/miniforge3", "~/mambaforge")
 # Patterns of the directories in which interpreters usually are, beside those on the PATH.
 USUAL_DIRECTORIES = (
@@ -40,9 +42,13 @@ def packages(names: Sequence[str]) -> Dict[str, Any]:
     import sysconfig
 
     marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")  # PEP 668: pip installs nothing there
-    managed = sys.prefix == sys.base_prefix and os.path.exists(marker)
-    executable = sys.executable
-    return {"version": list(sys.version_info[:3]), "executable": executable, "managed": managed, "packages": found}
+    return {
+        "version": list(sys.version_info[:3]),
+        "executable": sys.executable,
+        "managed": sys.prefix == sys.base_prefix and os.path.exists(marker),
+        "packages": found,
+        "bytecode": dict(bytecode.found),
+    }
 
 
 def interpreters() -> Iterator[Tuple[str, List[int]]]:

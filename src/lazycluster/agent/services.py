@@ -18,6 +18,7 @@ from .commands import CommandProcess, environment, outcome
 from .deletion import remove_tree
 from .processes import Termination, explained, tree_of
 from .restart_policy import RestartPolicy
+from .zygote_link import texts
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -34,7 +35,11 @@ _LOOK_AT_PORT = 0.1  # seconds between two looks whether a port answers
 _CONNECT_LIMIT = 0.2  # seconds; on the loopback interface all but a full queue is told at once
 SCRATCH = "LAZYCLUSTER_SCRATCH"  # the variable with the service's own directory, which is removed when it ends
 
-_BOOT = "import sys;sys.path[:]=[p for p in sys.path if p]+[sys.argv.pop(1)];from {} import main;main()"
+_BOOT = (
+    "import sys;sys.path[:]=[p for p in sys.path if p]+[sys.argv.pop(1)];"
+    "from lazycluster_agent import bytecode;bytecode.use();from {} import main;main()"
+)
+_IN_PROGRAMS = ("bytecode", "ownership")  # modules of ours, in a package `lazycluster_agent` beside the program's
 
 
 class RunningServices(Dict[int, Optional[int]]):
@@ -212,8 +217,10 @@ class _Service:
             return [self._filled_in(str(part)) for part in params["argv"]]
         source = params["source"]  # {"package": name, "module": name, "files": {path in the package: text}}
         folder = self._make("program")
-        for name, text in source["files"].items():
-            path = os.path.join(folder, source["package"], name)
+        files = {os.path.join(source["package"], name): text for name, text in source["files"].items()}
+        files.update({"lazycluster_agent/{}.py".format(name): text for name, text in texts(_IN_PROGRAMS).items()})
+        for name, text in files.items():
+            path = os.path.join(folder, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)

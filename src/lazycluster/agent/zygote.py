@@ -47,6 +47,7 @@ def main(sources: Dict[str, str], pool_sources: Dict[str, str]) -> None:
         del sys.path[0]  # the directory that the process happens to be in
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _load_modules(sources, ())
+    _module("bytecode").use()
     zygote = Zygote(control, tuple(sources), pool_sources)
     _point_to_null(2)  # until here it is the agent's, who shows it if the start fails
     zygote.tell(ready=True, version=list(sys.version_info[:3]), executable=sys.executable)

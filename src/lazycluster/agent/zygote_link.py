@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     Report = Callable[[Dict[str, Any]], Any]
 
 # What its children run, each after those that it needs; and what only workers of pools run.
-_MODULES = ("descriptors", "localmodules", "filenames", "interpreters", "limits", "call_process")
+_MODULES = (
+    "ownership",
+    "bytecode",
+    "descriptors",
+    "localmodules",
+    "filenames",
+    "interpreters",
+    "limits",
+    "call_process",
+)
 _POOL_MODULES = ("pool_protocol", "pool_worker")
 HEAD = struct.Struct("!I")
 _LOOK_EVERY = 0.1  # seconds
@@ -47,11 +56,12 @@ space["main"](*sources[1:])
 
 def program() -> bytes:
     """Return the text of the modules that an interpreter needs to become a zygote, as the stub reads it."""
-    data = json.dumps([_sources(names) for names in (("zygote",), _MODULES, _POOL_MODULES)]).encode("ascii")
+    data = json.dumps([texts(names) for names in (("zygote",), _MODULES, _POOL_MODULES)]).encode("ascii")
     return b"%10d%s" % (len(data), data)
 
 
-def _sources(names: Iterable[str]) -> Dict[str, str]:
+def texts(names: Iterable[str]) -> Dict[str, str]:
+    """Return the texts of some modules of this package."""
     found = {}
     for name in names:
         spec: Any = importlib.util.find_spec("{}.{}".format(__package__, name))

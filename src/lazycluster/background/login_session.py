@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
+from lazycluster.core import unix
 from lazycluster.exceptions import BackgroundError
 
 __all__ = ["outliving"]
 
-_CGROUP = "/proc/self/cgroup"
 _LIMIT = 10.0  # seconds for an answer of logind
 _MANAGER = ("KillUserProcesses", "KillOnlyUsers", "KillExcludeUsers")
 _BUS = ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
@@ -60,10 +59,7 @@ def variables() -> dict[str, str]:
 
 def _control_group() -> str:
     """Return the control group that systemd has put this process into, "" if there is none."""
-    try:
-        lines = Path(_CGROUP).read_text().splitlines()
-    except OSError:
-        return ""
+    lines = unix.control_groups()
     found = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in lines if line.count(":") >= 2}
     return found.get("name=systemd") or found.get("", "")
 

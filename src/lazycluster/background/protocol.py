@@ -117,7 +117,7 @@ class _SocketDirectory:
         if len(os.fsencode(self._path)) < unix.SOCKET_PATH_SIZE - 16:
             return str(self._path)
         self._fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        return f"/proc/self/fd/{self._fd}"
+        return unix.descriptor_path(self._fd)
 
     def __exit__(self, *_: object) -> None:
         if self._fd >= 0:

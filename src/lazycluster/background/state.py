@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lazycluster.core import unix
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.utils import default_directory, private_directory
 
@@ -31,7 +32,6 @@ __all__ = [
     "Named",
     "NamedRecord",
     "all_named",
-    "boot_id",
     "checked_name",
     "claim",
     "find",
@@ -61,7 +61,7 @@ class NamedRecord:
         kind: ``cluster`` or ``work``.
         name: Its name.
         machine: The machine on which it was started, see `machine_id`.
-        boot: Which start of that machine, see `boot_id`; "" if the system does not tell.
+        boot: Which start of that machine, see `unix.boot_id`; "" if the system does not tell.
         host: The name of that machine.
         started: When, in seconds since 1970.
         state: ``starting``, ``running``, ``ending``, ``ended`` (by itself, see `reason`) or ``failed``.
@@ -88,12 +88,12 @@ class NamedRecord:
     @classmethod
     def new(cls, kind: Kind, name: str, **details: Any) -> NamedRecord:
         """Return a record of something that starts now, on this machine."""
-        return cls(kind, name, machine_id(), boot_id(), host=socket.gethostname(), started=time.time(), details=details)
+        return cls(kind, name, machine_id(), unix.boot_id(), socket.gethostname(), started=time.time(), details=details)
 
     @property
     def is_of_another_boot(self) -> bool:
         """True if this machine was restarted since."""
-        return bool(self.boot and boot_id() and self.boot != boot_id())
+        return bool(self.boot and unix.boot_id() and self.boot != unix.boot_id())
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,15 @@ class Named:
         if record.is_of_another_boot:
             return "the machine was restarted"
         return "its process was killed"
+
+    def write(self, **changes: Any) -> None:
+        """Write its record anew, with some changes; for work, which is held by no process.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if self.record is not None:
+            _write(self.path, replace(self.record, **changes))
 
     def remove(self) -> bool:
         """Forget it, unless it is alive; its name can be used anew.
@@ -309,14 +318,6 @@ def machine_id() -> str:
             if found := Path(path).read_text("ascii").strip():
                 return found
     return socket.gethostname()
-
-
-def boot_id() -> str:
-    """Return what tells this start of the machine from others; "" if the system does not tell."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    except OSError:
-        return ""
 
 
 # --- files ---------------------------------------------------------------------------------------

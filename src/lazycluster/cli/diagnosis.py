@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lazycluster import engines
 from lazycluster.core import event_loop
@@ -39,6 +39,7 @@ STEPS = (
     "temporary files",
     "clock",
     "packages",
+    "bytecode",
 )
 
 # Kind of failure -> the step that failed; those before it went well.
@@ -235,7 +236,9 @@ class Diagnosis:
             answer = await connection.request("packages", python="python3", env={}, names=list(_PACKAGES))
         except LazyclusterError as error:
             self._set("packages", "differs", str(error))
+            self._set("bytecode", "differs", "not known", "see the packages")
             return
+        self._set("bytecode", *_kept_bytecode(answer.get("bytecode") or {"lacking": []}))
         version = answer["version"]
         if tuple(version[:2]) != sys.version_info[:2]:
             here, there = ".".join(map(str, sys.version_info[:2])), ".".join(map(str, version[:3]))
@@ -256,6 +259,17 @@ class Diagnosis:
             self._set("packages", "differs", shown, fix)
         else:
             self._set("packages", "ok", "same versions on both sides: " + (", ".join(_installed()) or "none needed"))
+
+
+def _kept_bytecode(told: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return state, detail and next step of the bytecode of installed modules."""
+    if not told["lacking"]:
+        return "ok", "beside the modules", ""
+    where = ", ".join(map(str, told["lacking"]))
+    if told["cache"]:
+        return "ok", f"modules in {where} have none: it is kept in {told['cache']}", ""
+    fix = f"have the owner compile them: python3 -m compileall -q {where}"
+    return "differs", f"modules in {where} are compiled at each start: {told['problem']}", fix
 
 
 def _installed() -> dict[str, str]:

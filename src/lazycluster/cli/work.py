@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lazycluster.background import state as records
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, LazyclusterError
+from lazycluster.ssh.config_hosts import configured_hosts
 from lazycluster.tasks.detached import (
     DetachedCommand,
     DetachedState,
@@ -44,6 +45,7 @@ __all__ = [
     "hosts_of",
     "new_name",
     "recorded_names",
+    "removed_from",
     "running_on",
     "show_problems",
     "start",
@@ -85,16 +87,43 @@ def hosts_of(name: str | None, options: dict[str, Any]) -> Targets:
         name: Its name; None for all work.
         options: Those of the command about hosts and connections. Hosts that they name come first, then those on which
             the work was started from here, then all of the ssh configuration.
+
+    Raises:
+        LazyclusterError: If it is a cluster that has the name, or there is no host to ask.
+        click.UsageError: See `targets`.
     """
     found = _recorded() if name is None else [record for record in [_record_of(name)] if record is not None]
     named = options["hosts"] or options["hostfile"] is not None
     if named or not found:
+        if name is not None and not named:
+            _check_name(name, options["config"])
         return targets(**options, default=ALL)
     configs = {record.details.get("config") for record in found}
     if options["config"] is None and len(configs) == 1:
         options = {**options, "config": configs.pop()}
     hosts = dict.fromkeys(str(host) for record in found for host in record.details.get("hosts") or ())
     return replace(targets(**{**options, "hosts": tuple(hosts)}), everyone=False)
+
+
+def _check_name(name: str, config: str | None) -> None:
+    """Refuse the name of a cluster, and one that is not known here while there is no host to ask."""
+    if cluster_named(name) is not None:
+        raise LazyclusterError(
+            f"{name!r} is a cluster in the background, not detached work\n"
+            f"  Next step: lazycluster info {name} shows it, lazycluster down {name} ends it"
+        )
+    if not any(not host.skipped for host in configured_hosts(config)):
+        raise LazyclusterError(
+            f"no work {name!r}{_nearest(name)} was started here, and the ssh configuration has no hosts to ask\n"
+            "  Next step: name its hosts with -w"
+        )
+
+
+def _nearest(name: str, others: Iterable[str] = ()) -> str:
+    """Return what may be meant by a name that is not known."""
+    names = {record.name for kind in ("work", "cluster") for record in _recorded(kind)}
+    close = difflib.get_close_matches(name, sorted(names.union(others) - {name}), n=_CLOSE)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def cluster_named(name: str) -> Named | None:
@@ -107,8 +136,26 @@ def cluster_named(name: str) -> Named | None:
 
 
 def forget(name: str) -> None:
-    """Remove the record that this machine has of work."""
-    if _record_of(name) is not None and (found := records.find(name)) is not None:
+    """Remove the record that this machine has of work.
+
+    Raises:
+        LazyclusterError: If it has none.
+    """
+    found = None if _record_of(name) is None else records.find(name)
+    if found is None:
+        raise LazyclusterError(f"this machine has no record of work {name!r}{_nearest(name)}")
+    found.remove()
+
+
+def removed_from(name: str, hosts: Iterable[str]) -> None:
+    """Take note that work was removed from hosts; when none is left, its name is free on this machine."""
+    record, found = _record_of(name), records.find(name) if _record_of(name) is not None else None
+    if record is None or found is None:
+        return
+    left = [host for host in record.details.get("hosts") or () if host not in set(hosts)]
+    if left:
+        found.write(details={**record.details, "hosts": left})
+    else:
         found.remove()
 
 
@@ -199,10 +246,7 @@ class Finder:
         return HostOutcome(outcome.host, FAILED, text, "error")
 
     def _unknown(self, outcomes: Sequence[HostOutcome]) -> str:
-        names = {record.name for kind in ("work", "cluster") for record in _recorded(kind)}
-        known = self.others | names - {self._name}
-        close = difflib.get_close_matches(self._name, sorted(known), n=_CLOSE)
-        hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+        hint = _nearest(self._name, self.others)
         asked = fold(outcome.host for outcome in outcomes if outcome.kind != "unreachable") or "no host"
         missed = fold(outcome.host for outcome in outcomes if outcome.kind == "unreachable")
         silent = f"; not reached: {missed}" if missed else ""

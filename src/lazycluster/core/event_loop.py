@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 from lazycluster.exceptions import harmless
 
 from . import interruptible, memory_pressure
+from .limits import start_thread
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -38,7 +39,7 @@ def get_loop() -> asyncio.AbstractEventLoop:
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_main, args=[loop], name="lazycluster", daemon=True)
         try:
-            thread.start()
+            start_thread(thread)
         except BaseException:  # there are too many, or Ctrl-C
             loop.call_soon_threadsafe(loop.stop)
             raise
@@ -236,7 +237,7 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
         with contextlib.suppress(RuntimeError):  # the loop has gone with the process
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=work, name=f"lazycluster {function.__name__}", daemon=True).start()
+    start_thread(threading.Thread(target=work, name=f"lazycluster {function.__name__}", daemon=True))
     return await done
 
 

@@ -8,18 +8,23 @@ import fcntl
 import os
 import socket
 import struct
+import subprocess
 from pathlib import Path
 
 from lazycluster.agent import processes
 
 __all__ = [
     "SOCKET_PATH_SIZE",
+    "boot_id",
+    "control_groups",
+    "descriptor_path",
     "enlarge_pipe",
     "extended_attributes",
     "forbids_programs",
     "is_own_peer",
     "process_descriptor",
     "process_start_time",
+    "processor_time",
     "set_extended_attribute",
 ]
 
@@ -64,6 +69,47 @@ def process_descriptor(pid: int) -> int | None:
 def process_start_time(pid: int) -> int | None:
     """Return what tells a process from a later one of the same number; None if it has ended."""
     return processes.start_time(pid)
+
+
+def processor_time(pid: int) -> int | None:
+    """Return the nanoseconds that a process has used; None if it has ended, or the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def boot_id() -> str:
+    """Return what tells this start of the machine from others; "" if the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        pass
+    asked = ["sysctl", "-n", "kern.bootsessionuuid"]  # macOS
+    try:
+        done = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def control_groups() -> list[str]:
+    """Return the control groups of this process, as lines of ``/proc/self/cgroup``; none where there is no Linux."""
+    try:
+        return Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def descriptor_path(fd: int) -> str:
+    """Return a short path of what a descriptor has open, to name what lies in a directory whose own path is too long.
+
+    Raises:
+        OSError: If the system has none.
+    """
+    if not Path("/proc/self/fd").is_dir():
+        raise OSError(errno.ENAMETOOLONG, "the path is too long for a socket")
+    return f"/proc/self/fd/{fd}"
 
 
 def enlarge_pipe(fd: int) -> None:

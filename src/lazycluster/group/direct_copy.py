@@ -341,15 +341,17 @@ class _Chain:
     def _compute(self, stopped: threading.Event) -> None:
         """Compute the checksum of the manager's own file."""
         state, left = hashlib.sha256(), self._facts.size
-        with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
-            while left and not stopped.is_set():
-                data = file.read(min(_BLOCK, left))
-                if not data:
-                    break
-                state.update(data)
-                left -= len(data)
-        self._known_checksum = state.hexdigest() if not left else ""
-        self._checksum_known.set()
+        try:
+            with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
+                while left and not stopped.is_set():
+                    data = file.read(min(_BLOCK, left))
+                    if not data:
+                        break
+                    state.update(data)
+                    left -= len(data)
+            self._known_checksum = "" if left else state.hexdigest()
+        finally:
+            self._checksum_known.set()
 
     # --- in the threads ---------------------------------------------------------------------------
     def _converse(self, party: _ChainHost, stream: FrameStream, counter: ByteCounter) -> str:

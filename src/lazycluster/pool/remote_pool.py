@@ -204,6 +204,11 @@ class RemotePool:
         return self._chunk_limit() - len(self.in_flight)
 
     @property
+    def load(self) -> float:
+        """Number of chunks that it has for each of its workers."""
+        return len(self.in_flight) / self.workers
+
+    @property
     def has_suspect(self) -> bool:
         """True if it has a call that may be the one that hosts were lost by."""
         return any(chunk.suspect for chunk in self.in_flight.values())

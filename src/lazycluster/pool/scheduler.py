@@ -6,12 +6,13 @@ Lives on the event loop's thread, but for the methods that say so.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import signal as signals
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazycluster.agent.restart_policy import RestartPolicy
 from lazycluster.core import event_loop
@@ -42,6 +43,25 @@ ContextWhenBack = Callable[[], Awaitable["Context | None"]]
 _MAX_REJOINS = 5  # of a host within minutes
 _LINES_SHOWN = 20  # of what workers have printed
 MAX_DEATHS = 3  # workers or hosts that may die under a call before it is given up
+
+
+class _Free(NamedTuple):
+    """A pool that takes more chunks: the least of several is the one that has the least to do for its size."""
+
+    load: float
+    order: int
+    pool: RemotePool
+
+
+def _taken(chunk: Chunk, free: list[_Free], able: list[_Free]) -> tuple[RemotePool, int]:
+    """Take the pool for a chunk out of the heap; if possible not one that the call has taken down before."""
+    if not chunk.suspect and not chunk.tried_on:  # as nearly always: to look at all hosts for each chunk takes long
+        one = heapq.heappop(free)
+    else:
+        one = min(able, key=lambda one: (one.pool.host in chunk.tried_on, *one[:2]))
+        free.remove(one)
+        heapq.heapify(free)
+    return one.pool, one.order
 
 
 class ChunkScheduler:
@@ -163,21 +183,21 @@ class ChunkScheduler:
         if self.error is not None:
             self._fail_pending(self.error)
             return
-        pools = [pool for pool in self._pools if pool.capacity > 0]
+        free = [_Free(pool.load, index, pool) for index, pool in enumerate(self._pools) if pool.capacity > 0]
+        heapq.heapify(free)
         held = []
-        while self._pending and pools:
+        while self._pending and free:
             chunk = self._pending.popleft()
-            able = [pool for pool in pools if not pool.has_suspect] if chunk.suspect else pools
+            able = [one for one in free if not one.pool.has_suspect] if chunk.suspect else free
             if not able:
                 held.append(chunk)
                 continue
             if chunk.cancelled or not chunk.sink.mark_started(chunk):
                 continue
-            # The one that has the least to do for its size; if possible not one that the call has taken down before.
-            pool = min(able, key=lambda pool: (pool.host in chunk.tried_on, len(pool.in_flight) / pool.workers))
+            pool, index = _taken(chunk, free, able)
             pool.assign(chunk)
-            if pool.capacity <= 0:
-                pools.remove(pool)
+            if pool.capacity > 0:
+                heapq.heappush(free, _Free(pool.load, index, pool))
         if not self._pending:
             self._balance()
         self._pending.extendleft(reversed(held))

@@ -55,19 +55,24 @@ class Circumstances:
 NOTHING_KNOWN = Circumstances()
 
 
-async def circumstances(argv: Sequence[str], said: str, asked: Sequence[str]) -> Circumstances:
+async def circumstances(argv: Sequence[str], said: str, asked: Sequence[str], ask_host: bool = True) -> Circumstances:
     """Return what can be found out about a connection that failed.
 
     Args:
         argv: ssh's command line.
         said: What ssh said.
         asked: What it asked and was not told.
+        ask_host: Whether the host may be asked, by a connection more, why it takes none.
     """
     text = "\n".join([said, *asked])
-    return await event_loop.in_thread(_circumstances, argv, text) if _WORTH_A_LOOK.search(text) else NOTHING_KNOWN
+    return (
+        await event_loop.in_thread(_circumstances, argv, text, ask_host)
+        if _WORTH_A_LOOK.search(text)
+        else NOTHING_KNOWN
+    )
 
 
-def _circumstances(argv: Sequence[str], said: str) -> Circumstances:
+def _circumstances(argv: Sequence[str], said: str, ask_host: bool) -> Circumstances:
     values = option_values(_output_of(argv[0], "-G", *argv[1:]))
     name = _ABOUT_HOST.search(said)
     command = " ".join(values.get("proxycommand", []))
@@ -77,7 +82,9 @@ def _circumstances(argv: Sequence[str], said: str) -> Circumstances:
         authority=_authority_file((name["asked"] or name["known"]) if name else _known_name(values), values),
         certificates=tuple(_certificate_defects(values)) if "Permission denied" in said else (),
         keys=tuple(key_defects(said)),
-        refusal=_refusal(values) if "kex_exchange_identification" in said and not jumps and not command else "",
+        refusal=_refusal(values)
+        if ask_host and "kex_exchange_identification" in said and not jumps and not command
+        else "",
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lazycluster.core.limits import limit_hint
 from lazycluster.exceptions import InvalidRuntimeError
 from lazycluster.utils import absolute, expanded
 
@@ -394,6 +395,8 @@ def ssh_version() -> tuple[int, int]:
         detail = "no ssh client is installed on this machine, or it is not on the PATH"
         raise InvalidRuntimeError("localhost", "ssh", detail, hint) from None
     except (OSError, subprocess.TimeoutExpired) as error:
+        if isinstance(error, OSError) and (limit := limit_hint(error)):
+            raise InvalidRuntimeError("localhost", "manager", f"ssh cannot be started: {error}", limit) from None
         raise InvalidRuntimeError("localhost", "ssh", f"the ssh client does not run: {error}", hint) from None
     text = (done.stderr + done.stdout).decode(errors="replace").strip()
     if text.startswith("No user exists for uid"):

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import math
+import os
 import re
 import subprocess
 import time
@@ -19,7 +20,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from lazycluster.agent.processes import family, stat_fields
-from lazycluster.core import event_loop
+from lazycluster.core import event_loop, unix
 
 from .config import Settings, parse_destination
 from .config_hosts import SYSTEM_CONFIG, config_lines, hops_of_command, user_config
@@ -105,13 +106,12 @@ def _processor_time(pid: int) -> int | None:
 
     One that could go on counts as using more and more; None if that is not known.
     """
+    if unix.processor_time(os.getpid()) is None:
+        return None
     used = 0
-    for one in family(pid) if Path("/proc/self/schedstat").exists() else ():
-        try:
-            used += int(Path(f"/proc/{one}/schedstat").read_text().split()[0])
-            state = stat_fields(one)
-        except (OSError, ValueError, IndexError):
-            continue  # it has just ended
+    for one in family(pid):
+        used += unix.processor_time(one) or 0
+        state = stat_fields(one)
         if state is not None and state[0] == b"R":
             return time.monotonic_ns()
     return used or None

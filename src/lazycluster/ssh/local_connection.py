@@ -12,6 +12,7 @@ from lazycluster.agent.deletion import remove_tree
 from lazycluster.agent.directories import SOCKET
 from lazycluster.agent.restart_policy import RestartPolicy
 from lazycluster.core import forks
+from lazycluster.core.limits import limit_hint, limit_hint_in
 from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError
 
 from .agent_program import new_marker, stub
@@ -73,7 +74,9 @@ class LocalConnection(Connection):
                 said = self._process.errors if self._process else str(error)
                 if places := no_room_in(said):
                     raise no_room_here(places) from None
-                raise InvalidRuntimeError(self.host, "python", f"no agent can be started: {said}") from None
+                hint = limit_hint(error) or limit_hint_in(said)
+                reason, shown = ("manager", said.strip().rpartition("\n")[2]) if hint else ("python", said)
+                raise InvalidRuntimeError(self.host, reason, f"no agent can be started: {shown}", hint) from None
             raise
 
     async def start_another_agent(self) -> AgentLink:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import errno
 import itertools
 import logging
 import os
@@ -25,6 +24,7 @@ from lazycluster.agent import wire
 from lazycluster.agent.directories import SOCKET
 from lazycluster.agent.manager_link import KEPT, SECRET_SIZE, SILENCE_LIMIT
 from lazycluster.core import event_loop, forks
+from lazycluster.core.limits import limit_hint
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, LazyclusterError, NoAnswerError, printable
 
 from . import logins, workspace
@@ -72,7 +72,6 @@ _FINAL = ("auth", "host_key", "config")
 _REFUSAL_SHOWN = 500  # characters
 _REPLY_SIZE = len(KEPT) + wire.TOTAL_SIZE
 _MORE_SESSIONS = "have MaxSessions in the host's sshd_config set to 4 or more (10 is the default)"
-_MORE_FILES = "allow this process more open files (ulimit -n): each host takes seven"
 _PLAIN_SEARCH = PythonSearch()
 _numbers = itertools.count(1)
 logger = logging.getLogger("lazycluster")
@@ -129,6 +128,7 @@ class SshConnection(Connection):
         self._space: workspace.Workspace | None = None
         self._name = ""
         self._mux: Mux | None = None
+        self._failures = 0
         self._forwards: dict[Any, Forward] = {}  # while the link is down
         self._sessions: set[asyncio.Task[int]] = set()
         self._session_problem = -1.0, ""  # what the further session printed that failed last, and when
@@ -167,8 +167,8 @@ class SshConnection(Connection):
             self._become("closed")
             await self._release()
             if isinstance(error, OSError):
-                hint = _MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-                raise InvalidRuntimeError(self.host, "ssh", str(error), hint) from None
+                hint = limit_hint(error)
+                raise InvalidRuntimeError(self.host, "manager" if hint else "ssh", str(error), hint) from None
             raise
         self._opened()
 
@@ -255,6 +255,7 @@ class SshConnection(Connection):
             phase, output, status = "timeout", shown(self._shell_output), None
         else:
             return None
+        self._failures += 1
         way = ssh_argv(self.settings, os.path.join(self._space.directory, "none"), "true", ssh_version())
         return classify(
             self.settings,
@@ -267,7 +268,7 @@ class SshConnection(Connection):
             logged_in=process.is_logged_in,
             python=self._python or "python3",
             heard=process.heard,
-            known=await circumstances(way, process.errors, asked),
+            known=await circumstances(way, process.errors, asked, self._failures == 1),
         )
 
     # --- further sessions -------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lazycluster.agent.files import destination, source
@@ -302,7 +302,7 @@ class _Copy:
     """One copy, from the side of the event loop."""
 
     connection: Connection
-    request: dict[str, Any]
+    request: dict[str, Any] = field(repr=False)  # may hold a key
     copy: Callable[[FrameStream, ByteCounter], str]
     path: str
     progress: Progress | None

@@ -186,7 +186,7 @@ def _detach(chosen: Targets, command: DetachedCommand, fanout: int, as_json: boo
         return status
     show_problems(outcomes, chosen.everyone and bool(begun))
     if begun:
-        click.echo(command.name)
+        tell(command.name)
         tell(f"started on {fold(begun)}; its output: lazycluster logs -f {command.name}", err=True)
     return status
 

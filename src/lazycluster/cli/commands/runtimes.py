@@ -160,10 +160,9 @@ class _Listing:
         from lazycluster.exceptions import one_line
 
         kind = _UNUSABLE.match(outcome.error)
-        line = (
-            f"{self._line({'host': outcome.host, 'state': 'inactive'})}  {one_line(kind[1]) if kind else 'see below'}"
-        )
-        output().print(Text(line, style="dim"), soft_wrap=True)
+        why = one_line(kind[1]).replace("_", " ") if kind else "see below"
+        row = self._line({"host": outcome.host, "state": "inactive"})
+        output().print(Text(f"{row}  {why}", style="dim"), soft_wrap=True)
 
     def _line(self, row: dict[str, str]) -> str:
         padded = [

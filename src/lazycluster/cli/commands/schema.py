@@ -6,6 +6,8 @@ import json
 
 import click
 
+from lazycluster.cli.console import tell
+
 __all__ = ["schema"]
 
 
@@ -23,4 +25,5 @@ def schema() -> None:
     """
     from lazycluster.cluster_file.schema import schema as made
 
-    click.echo(json.dumps(made(), indent=2))
+    for line in json.dumps(made(), indent=2).splitlines():
+        tell(line)

@@ -64,7 +64,7 @@ def ps(as_json: bool, **options: Any) -> int:
     elif states:
         rows = [_row(state) for state in states]
         show(View(tables=(Table(("NAME", "HOST", "STATE", "STATUS", "SINCE", "COMMAND"), rows),)))
-    else:
+    elif any(outcome.kind == "done" for outcome in outcomes):
         tell("no detached work: lazycluster run --detach -w HOSTS -- COMMAND starts some")
     if not as_json:
         show_problems(outcomes, chosen.everyone)
@@ -199,22 +199,13 @@ def rm(names: tuple[str, ...], force: bool, forget: bool, as_json: bool, **optio
     """
     from lazycluster.cli import work as works
     from lazycluster.cli.fanout import HostOutcome
-    from lazycluster.exceptions import LazyclusterError
 
     if forget:
         for name in names:
             works.forget(name)
         return 0
-    asked = {name: works.hosts_of(name, options) for name in names}
     if not force:
-        for name, chosen in asked.items():
-            running = works.running_on(name, chosen)
-            if running:
-                raise LazyclusterError(
-                    f"{name!r} runs on {running}, and is not removed\n"
-                    f"  Next step: lazycluster cancel {name}, or wait for its end; or lazycluster rm --force {name}"
-                )
-
+        _refuse_running(names, options)
     removed = set()
 
     async def act(connection: Connection, work: works.Work) -> HostOutcome:
@@ -223,14 +214,40 @@ def rm(names: tuple[str, ...], force: bool, forget: bool, as_json: bool, **optio
         return HostOutcome(connection.host)
 
     def gone(name: str, outcomes: Sequence[HostOutcome]) -> None:
-        if all(outcome.kind == "done" for outcome in outcomes):
-            works.forget(name)
         removed.clear()
+        _free(name, outcomes)
 
     def told(outcome: HostOutcome) -> str:
         return "removed" if outcome.host in removed else "it was there no more"
 
     return _on_each(names, options, act, told, as_json, after=gone, absent_is_good=True)
+
+
+def _refuse_running(names: Sequence[str], options: dict[str, Any]) -> None:
+    """Refuse to remove anything if some of it runs."""
+    from lazycluster.cli import work as works
+    from lazycluster.exceptions import LazyclusterError
+
+    for name in names:
+        running = works.running_on(name, works.hosts_of(name, options))
+        if running:
+            raise LazyclusterError(
+                f"{name!r} runs on {running}, and is not removed\n"
+                f"  Next step: lazycluster cancel {name}, or wait for its end; or lazycluster rm --force {name}"
+            )
+
+
+def _free(name: str, outcomes: Sequence[HostOutcome]) -> None:
+    """Take note of where work was removed; its name is free on this machine once that is everywhere."""
+    from lazycluster.cli import work as works
+    from lazycluster.cli.console import tell
+
+    if name not in works.recorded_names():
+        return
+    works.removed_from(name, [outcome.host for outcome in outcomes if outcome.kind == "done"])
+    if any(outcome.kind == "unreachable" for outcome in outcomes):
+        step = f"again when these hosts can be reached, or lazycluster rm --forget {name}"
+        tell(f"  Next step: {name!r} stays taken on this machine: {step}", err=True)
 
 
 def _on_each(

@@ -128,4 +128,4 @@ def room_for_connections(most: int) -> int:
     if soft < wanted:
         soft = min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
-    return max(1, min(wanted, soft) - _OTHER_FILES)
+    return max(1, min(wanted, soft) - min(_OTHER_FILES, soft // 3))

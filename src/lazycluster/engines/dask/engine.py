@@ -98,9 +98,10 @@ class DaskEngine(Engine):
 
     def is_busy(self, master: Endpoint) -> bool:
         """Return True if the scheduler has tasks, or has had some since it was asked before."""
-        from .scaling import is_idle
+        from .scaling import idle_since
 
-        return not event_loop.run(is_idle(self, master.port))
+        before, self._idle_since = self._idle_since, event_loop.run(idle_since(self, master.port))
+        return self._idle_since is None or self._idle_since != before
 
     def valid_until(self) -> float | None:
         """Return when the certificates expire, in seconds since 1970."""
@@ -118,8 +119,10 @@ class DaskEngine(Engine):
         self._credentials: Credentials | None = None
         self._configuration: dict[str, Any] | None = None
         self._client_security = None
+        self._idle_since = None
 
     _client_security: dict[str, Any] | None
+    _idle_since: float | None
 
     def encrypts(self) -> bool:
         """Return True unless launchers of the user's own start something that knows of no certificates."""

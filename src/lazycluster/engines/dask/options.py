@@ -12,7 +12,10 @@ __all__ = ["check_sizes", "checked_options"]
 
 _SIZES = "memory_limit", "resources", "local_directory", "nthreads"
 _BOTH = {
-    **dict.fromkeys(("host", "interface", "contact_address", "listen_address"), "the cluster listens on loopback only"),
+    **dict.fromkeys(
+        ("host", "interface", "contact_address", "listen_address", "nanny_address"),
+        "network= of the cluster says at which addresses it listens",
+    ),
     **dict.fromkeys(("protocol", "security"), "the cluster has certificates of its own"),
     "http_prefix": "its path is a secret, which dashboard_link has",
     "dashboard": "there is one in any case, and dashboard_link has its address",

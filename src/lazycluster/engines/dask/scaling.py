@@ -29,7 +29,7 @@ __all__ = [
     "check_names",
     "checked_amount",
     "choose_to_retire",
-    "is_idle",
+    "idle_since",
     "retire",
     "scheduler_at",
 ]
@@ -70,22 +70,23 @@ def access(dask: DaskEngine, port: int) -> tuple[str, dict[str, Any]]:
     return dask.address(port), MemorySecurity(**dask.security("client")).get_connection_args("client")
 
 
-async def is_idle(dask: DaskEngine, port: int) -> bool:
-    """Return whether the scheduler has no task to do, and has had none since this was asked before.
+async def idle_since(dask: DaskEngine, port: int) -> float | None:
+    """Return since when, in seconds since 1970, the scheduler has had no task to do; None if it has some.
 
     Raises:
         ClusterError: If it does not answer.
     """
     from distributed.protocol.pickle import dumps
 
-    def question(dask_scheduler: Any) -> bool:  # in a function, so that it goes by value
-        return dask_scheduler.check_idle() is not None
+    def question(dask_scheduler: Any) -> Any:  # in a function, so that it goes by value
+        return dask_scheduler.check_idle()
 
     async with scheduler_at(*access(dask, port)) as scheduler:
         answer = await scheduler.run_function(function=dumps(question), args=dumps(()), kwargs=dumps({}), wait=True)
     if answer.get("status") != "OK":
         raise ClusterError(f"the scheduler does not tell whether it is idle: {answer.get('text', answer)}")
-    return answer["result"] is True
+    since = answer["result"]
+    return None if since is None else float(since)
 
 
 async def retire(address: str, arguments: Mapping[str, Any], workers: Sequence[Worker]) -> dict[str, str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import resource
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lazycluster.cluster.engine import Endpoint
+from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.service_spec import ServiceSpec
 from lazycluster.cluster.services import Service
 from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher, Worker
 from lazycluster.core import event_loop
+from lazycluster.core.words import counted
 
 from .database import database
 from .engine import HyperoptEngine
@@ -28,6 +31,8 @@ __all__ = ["RoundRobinLauncher"]
 logger = logging.getLogger("lazycluster")
 
 _TOLD = 5  # workers whose end is told
+_CONNECTIONS = 6  # to the database, of each worker: two processes, each of which looks after its server, too
+_OTHER_CONNECTIONS = 8  # of the manager
 
 
 class RoundRobinLauncher(ServiceWorkerLauncher):
@@ -55,6 +60,11 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
     def spec(self, at: Endpoint) -> ServiceSpec:
         """Return what a worker is."""
         return replace(super().spec(at), restarts=self.RESTARTS)
+
+    def check_ports(self, count: int, ports: Sequence[int]) -> None:
+        """Refuse to start more workers than the database could serve: they would be started first."""
+        _check_descriptors(count + len(self.workers))
+        super().check_ports(count, ports)
 
     def start(
         self, worker_count: int, master_port: int, ports: list[int] | None = None, debug: bool = True
@@ -154,3 +164,19 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             self._leases.stop()
             self._leases = None
         super().cleanup()
+
+
+def _check_descriptors(count: int) -> None:
+    """Refuse more workers than the database could serve, which would close their connections.
+
+    Raises:
+        ClusterError: If so.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    needed = count * _CONNECTIONS + _OTHER_CONNECTIONS
+    if limit != resource.RLIM_INFINITY and needed > limit - limit // 3:
+        raise ClusterError(
+            f"{counted(count, 'worker')} have up to {needed} connections to the database, and a process on this "
+            f"machine may have only {limit} open files\n"
+            f"  Next step: start fewer, or allow more before you start Python: ulimit -n {max(1024, 2 * needed)}"
+        )
