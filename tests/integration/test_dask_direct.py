@@ -190,7 +190,7 @@ def test_between_hosts_nothing_is_in_clear(client: Any, cluster: DaskCluster, mo
         capture.stdout.close()
     assert b"in-clear" in seen
     assert len(seen) > len(secret) * 2000
-    for private in (secret, cluster._dask.prefix, "PRIVATE KEY"):
+    for private in (secret, cluster._dask.access.prefix, "PRIVATE KEY"):
         assert private.encode() not in seen
 
 
