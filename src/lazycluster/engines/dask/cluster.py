@@ -285,6 +285,7 @@ class DaskCluster(EngineCluster):
         return client_of(UpToDateClient, process.request("connection"), modules, timeout=timeout, **options)
 
     def _connection(self) -> dict[str, Any]:
+        self._check_running()
         found = {"scheduler": self.scheduler_address, "security": self._dask.access.security("client")}
         port = self._dashboard()
         return found if port is None else {**found, "dashboard": plain_link(port, self._dask.access.prefix)}
