@@ -26,6 +26,7 @@ from lazycluster.background.launch import cluster_document, kept_variables
 from lazycluster.background_process import program
 from lazycluster.background_process.program import ClusterProcess, Relay
 from lazycluster.background_process.server import RequestServer
+from lazycluster.cli.cluster_logs import show_cluster_logs
 from lazycluster.core import event_loop, unix
 from lazycluster.exceptions import BackgroundError, LazyclusterError
 from lazycluster.runtime.session import HostSpec
@@ -349,3 +350,17 @@ def test_only_one_person_is_asked_at_a_time_and_the_next_one_after_that() -> Non
     for ours, theirs in pairs:
         theirs.close()
         ours.close()
+
+
+@pytest.mark.parametrize("before", [0, 65535])
+def test_a_log_is_shown_as_it_is_but_cannot_steer_the_terminal(
+    before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    (claim.path / state.LOG).write_bytes(b"a" * before + "é\x1b[2J\n".encode() + b"\xc3")
+    found = state.find("night")
+    assert found is not None
+    show_cluster_logs(found, None, follow=False)
+    assert capsys.readouterr().out == "a" * before + "é\\x1b[2J\n\ufffd"
+    claim.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import sys
@@ -58,11 +59,14 @@ def _show(path: Path, follow: bool) -> None:
         file.seek(max(0, size - _TAIL))
         if size > _TAIL:
             file.readline()
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two parts
         while True:
             data = file.read(65536)
             if data:
-                sys.stdout.write(printable(data.decode("utf-8", "replace")))
+                sys.stdout.write(printable(decoder.decode(data)))
                 continue
+            if not follow:
+                sys.stdout.write(printable(decoder.decode(b"", final=True)))
             sys.stdout.flush()
             if not follow:
                 return None
