@@ -22,7 +22,7 @@ from lazycluster import EnvironmentSpec
 from lazycluster.agent import directories
 from lazycluster.background import protocol, state
 from lazycluster.background.client import BackgroundProcess, end, running
-from lazycluster.background.launch import cluster_document, kept_variables
+from lazycluster.background.launch import Launch, cluster_document, kept_variables
 from lazycluster.background_process import program
 from lazycluster.background_process.program import ClusterProcess, Relay
 from lazycluster.background_process.server import RequestServer
@@ -363,4 +363,23 @@ def test_a_log_is_shown_as_it_is_but_cannot_steer_the_terminal(
     assert found is not None
     show_cluster_logs(found, None, follow=False)
     assert capsys.readouterr().out == "a" * before + "é\\x1b[2J\n\ufffd"
+    claim.remove()
+
+
+def test_a_starter_that_changes_its_mind_at_the_last_moment_ends_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    ours, theirs = socket.socketpair()
+    process = object.__new__(ClusterProcess)
+    process.claim, process.relay, process._starter = claim, Relay(), protocol.MessageStream(theirs)
+    claim.write(state="running")  # just now; the starter does not know it yet
+    ended: list[str] = []
+    monkeypatch.setattr(process, "end", ended.append)
+    with subprocess.Popen(["true"]) as child:
+        Launch(claim, protocol.MessageStream(ours), child).end()
+    process._listen_to_starter()
+    assert ended == [""]
+    process._starter.close()
     claim.remove()

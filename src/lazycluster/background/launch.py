@@ -139,6 +139,9 @@ class Launch:
 
     def end(self) -> None:
         """Have the process end, with all that it has begun, and wait for that."""
+        self._stream.send(
+            end=True
+        )  # it may run by now, and be about to say so: then the end of the connection says nothing
         self._stream.end()
         try:
             self._process.wait(_END)

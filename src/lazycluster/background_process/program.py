@@ -260,6 +260,9 @@ class ClusterProcess:
             self.end("")
 
     def _take(self, message: dict[str, Any]) -> None:
+        if message.get("end"):
+            self.end("")
+            return
         self._told = message
         self._go_on.set()
 
