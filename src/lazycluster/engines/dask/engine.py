@@ -24,7 +24,15 @@ from .configuration import check_size, configuration
 from .programs import common
 from .programs.worker import BEFORE_START
 
-_SHARED = ("cluster.sent", "agent.filenames", "agent.localmodules", "agent.oom", "agent.ownership", "agent.zygote")
+_SHARED = (
+    "cluster.sent",
+    "agent.filenames",
+    "agent.localmodules",
+    "agent.oom",
+    "agent.ownership",
+    "agent.processes",
+    "agent.zygote",
+)
 
 
 def _program(name: str, module: str, **options: Any) -> ServiceSpec:

@@ -100,6 +100,7 @@ async def _serve(settings: dict[str, Any]) -> None:
 
     from .connection_limits import limit_unauthenticated
     from .dashboards import Dashboard
+    from .own_connections import prepare_scheduler
     from .tls import MemorySecurity
     from .versions import compare_what_counts
 
@@ -121,6 +122,7 @@ async def _serve(settings: dict[str, Any]) -> None:
         **settings["options"],
     )
     sent_modules.look(scheduler)
+    prepare_scheduler(scheduler)
     Dashboard(scheduler, "distributed.dashboard.scheduler", prefix)
     try:
         await scheduler
