@@ -52,9 +52,9 @@ def _scheduler_class() -> Any:
                 raise ValueError(f"{addr} is a host")
             return str(super().coerce_address(addr, resolve))
 
-        async def scatter(self, data: Any, workers: Any, *arguments: Any, **named: Any) -> Any:
+        async def scatter(self, *, workers: Any = None, **named: Any) -> Any:
             """Send data to workers."""
-            return await super().scatter(data, self._named(workers), *arguments, **named)
+            return await super().scatter(workers=self._named(workers), **named)
 
         async def broadcast(self, *, workers: Any = None, **named: Any) -> Any:
             """Send a message to workers."""
