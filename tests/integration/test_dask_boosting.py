@@ -80,7 +80,9 @@ def _data(client: Any) -> tuple[Any, Any, Any, Any]:
     parts = [slice(start, start + chunk) for start in range(0, ROWS, chunk)]
 
     def spread(values: Any) -> Any:
-        placed = [client.scatter(values[part], workers=[on]) for part, on in zip(parts, workers, strict=True)]
+        placed = [
+            client.scatter(values[part], workers=[on], hash=False) for part, on in zip(parts, workers, strict=True)
+        ]
         shape = (chunk, *values.shape[1:])
         return da.concatenate([da.from_delayed(one, shape, values.dtype) for one in placed])
 
@@ -157,10 +159,12 @@ def test_a_firewall_that_admits_chosen_ports_only(direct: DaskCluster, module_ho
             host.run(["/usr/sbin/iptables", "-I", *new, "-j", "REJECT"])
             stack.callback(host.run, ["/usr/sbin/iptables", "-D", *new, "-j", "REJECT"])
         with direct.get_client(timeout=30) as client:
+            found, here = _train_lightgbm(client, local_listen_port=26002)
+            assert numpy.allclose(found, here, atol=1e-4)
+            if not hasattr(xgboost.collective.Config, "worker_port"):  # before 3.3
+                pytest.skip("this XGBoost does not let choose the ports of workers")
             ports = {"tracker_host_ip": first.address, "tracker_port": 26000, "worker_port": 26001}
             found, here = _train_xgboost(client, coll_cfg=xgboost.collective.Config(**ports))
-            assert numpy.allclose(found, here, atol=1e-4)
-            found, here = _train_lightgbm(client, local_listen_port=26002)
             assert numpy.allclose(found, here, atol=1e-4)
 
 
