@@ -63,10 +63,10 @@ def cluster(module_hosts: Any, logs: Path) -> Iterator[DaskCluster]:
 
 
 def _secrets(cluster: DaskCluster) -> list[str]:
-    credentials = cluster._dask.credentials
+    credentials = cluster._dask.access.credentials
     identities = (credentials.scheduler, credentials.worker, credentials.client)
     # The middle of a key: how its lines are broken does not matter.
-    return [cluster._dask.prefix, *(identity.key.splitlines()[2][:40] for identity in identities)]
+    return [cluster._dask.access.prefix, *(identity.key.splitlines()[2][:40] for identity in identities)]
 
 
 def _as_json(identity: Identity) -> dict[str, str]:
@@ -82,11 +82,11 @@ def test_those_who_belong_are_answered(cluster: DaskCluster, module_hosts: Any) 
     """What the other tests rely on: the same attempts succeed with a certificate of the cluster."""
     workers = cluster._worker_launcher.workers
     ports = [cluster.master_port, *(worker.ports[use] for worker in workers for use in ("worker", "nanny"))]
-    identity = {"ours": _as_json(cluster._dask.credentials.client)}
+    identity = {"ours": _as_json(cluster._dask.access.credentials.client)}
     attempts = json.dumps({"addresses": loopback(ports), "identities": identity, "ways": ["ours"]})
     found = here(os.getuid(), attempts)
     assert {int(re.split("[: ]", line)[1]) for line in found} == set(ports)
-    prefix = f"{cluster._dask.prefix}/status"
+    prefix = f"{cluster._dask.access.prefix}/status"
     dashboard = int(cluster.dashboard_link.split("/")[2].split(":")[1])
     found = here(NOBODY, json.dumps({"addresses": loopback([dashboard]), "identities": {}, "ways": [prefix]}))
     assert "HTTP/1.1 200" in found[0] or "HTTP/1.1 302" in found[0]

@@ -43,6 +43,9 @@ def test_dask(tmp_path: Path) -> None:
             cluster.write_connection_file(mine)
         other = cluster.write_connection_file(tmp_path / "other.json")
         mine.replace(other)
+        cluster.cleanup()
+        with pytest.raises(ClusterError):  # it would lead nowhere
+            cluster.write_connection_file(tmp_path / "late.json")
     assert not path.exists()
     assert other.read_text() == "years"
     with pytest.raises(ClusterError, match="no such connection file"):

@@ -256,7 +256,11 @@ def test_a_checkup_of_a_host_that_lies(python: Callable[..., str], hosts: Any, h
 
     async def check() -> Diagnosis:
         diagnosis = Diagnosis("host1")
-        await diagnosis.run(SshConnection("host1", {"config_file": hosts.config_file}, python=program))
+        connection = SshConnection("host1", {"config_file": hosts.config_file}, python=program)
+        try:
+            await diagnosis.run(connection)
+        finally:
+            await connection.close()
         return diagnosis
 
     diagnosis = event_loop.run(check())

@@ -16,12 +16,14 @@ from lazycluster.cluster.exceptions import (
     ClusterStartError,
     MasterStartError,
     ServiceError,
+    UnreachableError,
     VersionMismatchError,
     WorkerStartError,
 )
 from lazycluster.environments.uv import IndexUnreachableError
 from lazycluster.exceptions import (
     AgentError,
+    BackgroundError,
     BrokenPoolError,
     ConnectionLostError,
     EnvironmentBuildError,
@@ -43,6 +45,7 @@ from lazycluster.exceptions import (
     TunnelError,
     WorkerLostError,
 )
+from lazycluster.runtime.reachability import Obstacle, Reachability
 from lazycluster.ssh.mux import MuxError
 from lazycluster.ssh.transfer import TransferError
 
@@ -85,6 +88,8 @@ ERRORS = [
     ClusterStartError([PortInUseError(5)]),
     ClusterFileError("cluster.toml", [(3, "unknown key 'x'"), (None, "hosts is missing")], "see the manual"),
     VersionMismatchError("other versions", ["host-1"]),
+    UnreachableError(Reachability(obstacles=(Obstacle("host-1", "host-2", "10.0.0.2", 25000, "refused"),))),
+    BackgroundError("its process has ended", "ClusterError"),
     MuxError("refused", True),
     TransferError("host-1", "manager", "/x\n\udcff", 28, "No space left", "free some"),
 ]

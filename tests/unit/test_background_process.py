@@ -71,7 +71,9 @@ def test_another_user_gets_no_answer_and_is_not_trusted(
     monkeypatch.setattr(unix, "is_own_peer", lambda connection: False)
     with pytest.raises(LazyclusterError, match="another user's"):
         served.request("status")
-    monkeypatch.setattr(protocol, "unix", SimpleNamespace(is_own_peer=lambda connection: True, SOCKET_PATH_SIZE=104))
+    trusting = SimpleNamespace(**{name: getattr(unix, name) for name in unix.__all__})
+    trusting.is_own_peer = lambda connection: True
+    monkeypatch.setattr(protocol, "unix", trusting)
     with pytest.raises(BackgroundError, match="has ended"):  # the server hangs up, too
         served.request("status")
 

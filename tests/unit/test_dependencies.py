@@ -102,7 +102,7 @@ def _named(groups: tuple[str, ...]) -> list[Requirement]:
 
 @pytest.mark.parametrize("name", ["pinned.txt", "oldest.txt"])
 def test_constraints_are_names_and_versions(name: str) -> None:
-    assert sorted(path.name for path in _CONSTRAINTS.iterdir()) == ["oldest.txt", "pinned.txt"]
+    assert sorted(path.name for path in _CONSTRAINTS.iterdir()) == ["oldest.txt", "pinned.txt", "tools.txt"]
     comments = [line for line in _lines(name) if line.startswith("#")]
     assert "scripts/pin" in "\n".join(comments), "the command that makes it anew"
     assert (_ROOT / "scripts" / "pin").is_file()

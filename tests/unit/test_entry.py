@@ -63,7 +63,7 @@ def test_a_view_that_stays_needs_a_terminal() -> None:
     [(("exit", "3"), "one word: -- 'exit 3'"), (("echo", "$A"), "one word: -- 'echo $A'"), (("x",), "")],
 )
 def test_what_only_a_shell_knows_is_said_to_be_a_line(words: tuple[str, ...], told: str) -> None:
-    job = run._Job({}, console, None, None, None, "python3", words)  # type: ignore[arg-type]
+    job = run._Job({}, console, None, None, "python3", words)  # type: ignore[arg-type]
     message = job._told("not found on the PATH of the host: exit")
     assert message.endswith(told)
     assert ("Next step" in message) == bool(told)
@@ -78,6 +78,7 @@ def test_a_program_may_have_an_option_as_ours() -> None:
 class _Connected:
     def __init__(self, host: str) -> None:
         self.host = host
+        self.silent = asyncio.Event()
 
     async def open(self) -> None:
         pass

@@ -242,6 +242,7 @@ def test_working_directories_that_are_used(place: Path, monkeypatch: pytest.Monk
 def test_the_state_of_detached_tasks(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with _refused(place, name, Exception) as path:
         monkeypatch.setenv("XDG_STATE_HOME", str(path))
+        (path / "lazycluster" / "detached").mkdir(parents=True)
         with LocalRuntime() as runtime:
             runtime.detached_tasks()
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .worker_hosts import WorkerHost
 
-__all__ = ["CheckVersions", "Endpoint", "Engine", "Option", "check_statement"]
+__all__ = ["NETWORK_OPTION", "CheckVersions", "Endpoint", "Engine", "Option", "check_statement"]
 
 CheckVersions = Literal["error", "warn", "ignore"]
 
@@ -116,6 +116,17 @@ class Option:
             )
         if self.kind not in ("text", "count", "directory"):
             raise ValueError(f"the kind of {self.flag} must be text, count or directory, not {self.kind!r}")
+
+
+NETWORK_OPTION = Option(
+    "--network",
+    "network",
+    "How hosts reach each other: through this machine (tunnel), direct, or auto.",
+    "HOW",
+    default="tunnel",
+    choices=("tunnel", "direct", "auto"),
+)
+"""The argument ``network`` of clusters, for engines whose processes can talk to each other directly."""
 
 
 class Engine(abc.ABC):

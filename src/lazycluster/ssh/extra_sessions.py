@@ -88,6 +88,10 @@ class NoAgentError(SessionError):
     """A further session does not find the agent."""
 
 
+class SessionRefusedError(SessionError):
+    """The host grants no further session; when one of those that there are has ended, it may."""
+
+
 async def open_session(mux: Mux, command: str) -> ExtraSession:
     """Run a command in a further session.
 

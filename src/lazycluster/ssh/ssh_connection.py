@@ -45,7 +45,7 @@ from .config import Settings, ssh_argv, ssh_version
 from .connect_limit import limiter
 from .connection import Connection
 from .errors import classify, is_retryable, no_room_in, no_room_there
-from .extra_sessions import ExtraSession, NoAgentError, SessionError, open_session
+from .extra_sessions import ExtraSession, NoAgentError, SessionRefusedError, open_session
 from .link import AgentLink
 from .mux import Forward, Mux, MuxError
 from .process import WatchedProcess
@@ -296,7 +296,7 @@ class SshConnection(Connection):
         except MuxError as error:
             if not error.refused:
                 raise ConnectionLostError(self.host, f"no further session: {error}") from None
-            raise SessionError(f"it needs a further ssh session: {error}", _MORE_SESSIONS) from None
+            raise SessionRefusedError(f"it needs a further ssh session: {error}", _MORE_SESSIONS) from None
         try:
             await asyncio.wait_for(session.started(marker), _SESSION_LIMIT)
         except asyncio.TimeoutError:

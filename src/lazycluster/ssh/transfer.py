@@ -30,7 +30,7 @@ from lazycluster.agent.stream import REQUEST, ByteCounter, CopyError, FrameStrea
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, printable
 
 from .connection import Connection
-from .extra_sessions import SessionError
+from .extra_sessions import SessionError, SessionRefusedError
 
 __all__ = ["TransferError", "TransferResult", "copy_as_asked", "get", "local_source", "send"]
 
@@ -506,7 +506,7 @@ class _StreamPool:
                     return sock, True
                 try:
                     sock = await connection.open_copy_stream()
-                except LazyclusterError:
+                except (LazyclusterError, SessionRefusedError):
                     connection.check()
                     if not await self._session_may_come():
                         raise

@@ -40,7 +40,7 @@ from lazycluster.ssh.tunnels import check_port
 from .dashboard_link import dashboard_link, plain_link
 from .engine import DaskEngine
 from .launchers import LocalMasterLauncher, RoundRobinLauncher
-from .options import check_sizes, checked_options
+from .options import check_sizes, checked_options, checked_preload
 from .scaling import AdaptedCluster, access, check_duration, check_names, checked_amount
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class DaskCluster(EngineCluster):
             local_directory=None if local_directory is None else os.fspath(local_directory),
             worker_options=checked_options(worker_options, "worker_options"),
             scheduler_options=checked_options(scheduler_options, "scheduler_options"),
-            preload=_names(preload),
+            preload=checked_preload(preload),
         )
         check_sizes(memory_limit, resources)
 
@@ -177,7 +177,7 @@ class DaskCluster(EngineCluster):
     def _connect_launchers(self) -> None:
         launchers = (self._master_launcher, self._worker_launcher)
         # A launcher that does not know of certificates starts something that does not ask for them.
-        self._dask.secure = all(hasattr(launcher, "dask") for launcher in launchers)
+        self._dask.access.secure = all(hasattr(launcher, "dask") for launcher in launchers)
         for launcher in launchers:
             if hasattr(launcher, "dask"):
                 launcher.dask = self._dask
@@ -285,9 +285,10 @@ class DaskCluster(EngineCluster):
         return client_of(UpToDateClient, process.request("connection"), modules, timeout=timeout, **options)
 
     def _connection(self) -> dict[str, Any]:
-        found = {"scheduler": self.scheduler_address, "security": self._dask.security("client")}
+        self._check_running()
+        found = {"scheduler": self.scheduler_address, "security": self._dask.access.security("client")}
         port = self._dashboard()
-        return found if port is None else {**found, "dashboard": plain_link(port, self._dask.prefix)}
+        return found if port is None else {**found, "dashboard": plain_link(port, self._dask.access.prefix)}
 
     def _dashboard(self) -> int | None:
         """Return the port of the dashboard; None if a launcher of the user's own tells none."""
@@ -301,7 +302,7 @@ class DaskCluster(EngineCluster):
             return "<Not Connected>"
         self._check_running()
         assert self.master_port is not None
-        return self._dask.address(self.master_port)
+        return self._dask.access.address(self.master_port)
 
     @property
     def security(self) -> Security:
@@ -311,7 +312,7 @@ class DaskCluster(EngineCluster):
 
         if self._security is None:
             keep_file_names(dumps)
-            self._security = MemorySecurity(**self._dask.security("client"))
+            self._security = MemorySecurity(**self._dask.access.security("client"))
         return self._security
 
     @property
@@ -328,7 +329,7 @@ class DaskCluster(EngineCluster):
         port = self._dashboard()
         if port is None:
             raise ClusterError("the scheduler was started by a launcher of your own, which tells no dashboard")
-        return dashboard_link(port, self._dask.prefix)
+        return dashboard_link(port, self._dask.access.prefix)
 
     @property
     def status(self) -> Status:
@@ -752,14 +753,6 @@ def _all_workers(client: Client) -> list[dict[str, Any]]:
     except TypeError:  # before 2025.4 it had all workers anyway
         info = client.scheduler_info()
     return list(info["workers"].values())
-
-
-def _names(preload: str | Iterable[str] | None) -> list[str]:
-    given = preload.split(",") if isinstance(preload, str) else list(preload or ())
-    for name in given:
-        if not isinstance(name, str):
-            raise ValueError(f"preload must be names of modules, not {name!r}")
-    return [name.strip() for name in given if name.strip()]
 
 
 class _Ending:

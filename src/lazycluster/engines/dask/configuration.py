@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["check_size", "configuration"]
+__all__ = ["KeptConfiguration", "check_size", "configuration"]
 
 logger = logging.getLogger("lazycluster")
 
@@ -69,6 +69,19 @@ def configuration() -> dict[str, Any]:
             ", ".join(sorted(lost)),
         )
     return found
+
+
+class KeptConfiguration:
+    """The manager's Dask configuration, as it is when it is first needed; importing Dask takes a second."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Any] | None = None
+
+    def get(self) -> dict[str, Any]:
+        """Return it."""
+        if self._found is None:
+            self._found = configuration()
+        return self._found
 
 
 def _changes(

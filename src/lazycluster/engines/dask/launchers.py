@@ -46,7 +46,7 @@ class LocalMasterLauncher(ServiceMasterLauncher):
         """Start the process, and get the user's modules ready for it: it unpickles the work for others, too."""
         await super().prepare(debug)
         await self._send_modules()
-        await event_loop.in_thread(lambda: self.dask.configuration)
+        await event_loop.in_thread(self.dask.configuration.get)
 
     async def _send_modules(self) -> None:
         if self.at.on_manager or self._service is None:
@@ -83,7 +83,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         silent = await super().handshake(workers)
         others = [worker for worker in workers if worker.name not in silent]
         failed = await self.dask.modules.share([worker.place for worker in others])
-        await event_loop.in_thread(lambda: self.dask.configuration)
+        await event_loop.in_thread(self.dask.configuration.get)
         return {**silent, **{w.name: failed[w.place.host] for w in others if w.place.host in failed}}
 
     async def reprovision(self, place: WorkerHost) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .configuration import check_size
 
-__all__ = ["check_sizes", "checked_options"]
+__all__ = ["check_sizes", "checked_options", "checked_preload", "preloaded_modules"]
 
 _SIZES = "memory_limit", "resources", "local_directory", "nthreads"
 _BOTH = {
@@ -88,3 +88,23 @@ def check_sizes(memory_limit: object, resources: Mapping[str, object] | None) ->
     for name, amount in (resources or {}).items():
         if isinstance(amount, bool) or not isinstance(amount, (int, float)):
             raise ValueError(f"resources: the amount of {name!r} must be a number, not {amount!r}")
+
+
+def checked_preload(preload: str | Iterable[str] | None) -> list[str]:
+    """Return what workers preload, from a list or a text with commas between.
+
+    Raises:
+        ValueError: If something in it is no text.
+    """
+    given = preload.split(",") if isinstance(preload, str) else list(preload or ())
+    for name in given:
+        if not isinstance(name, str):
+            raise ValueError(f"preload must be names of modules, not {name!r}")
+    return [name.strip() for name in given if name.strip()]
+
+
+def preloaded_modules(preload: Iterable[str]) -> Iterator[str]:
+    """Yield the modules among what is preloaded; Dask also takes files and addresses."""
+    for one in preload:
+        if all(part.isidentifier() for part in one.split(".")) and not one.endswith(".py"):
+            yield one

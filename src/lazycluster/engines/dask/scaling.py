@@ -67,7 +67,7 @@ def access(dask: DaskEngine, port: int) -> tuple[str, dict[str, Any]]:
     """Return the scheduler's address, and how one connects to it; not before distributed was imported."""
     from .programs.tls import MemorySecurity
 
-    return dask.address(port), MemorySecurity(**dask.security("client")).get_connection_args("client")
+    return dask.access.address(port), MemorySecurity(**dask.access.security("client")).get_connection_args("client")
 
 
 async def idle_since(dask: DaskEngine, port: int) -> float | None:

@@ -24,10 +24,11 @@ def loads(data: bytes) -> Any:
     file = io.BytesIO(data[len(MAGIC) :])
     localmodules.install(pickle.load(file))  # noqa: S301
     unpickler = _ObjectiveUnpickler(file)
-    evaluate, (defined,), _ = unpickler.load()
+    evaluate, defined, _ = unpickler.load()
     for portion in iter(unpickler.load, None):
         localmodules.fill(portion)
-    _define(defined)
+    for functions in defined:  # searches of 1.0.0rc1 have none
+        _define(functions)
     return evaluate.__self__
 
 
