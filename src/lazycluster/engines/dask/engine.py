@@ -23,7 +23,15 @@ from .programs.worker import BEFORE_START
 if TYPE_CHECKING:
     from lazycluster.background.client import BackgroundProcess
 
-_SHARED = ("cluster.sent", "agent.filenames", "agent.localmodules", "agent.oom", "agent.ownership", "agent.zygote")
+_SHARED = (
+    "cluster.sent",
+    "agent.filenames",
+    "agent.localmodules",
+    "agent.oom",
+    "agent.ownership",
+    "agent.processes",
+    "agent.zygote",
+)
 
 
 def _program(name: str, module: str, **options: Any) -> ServiceSpec:

@@ -52,9 +52,9 @@ def _scheduler_class() -> Any:
                 raise ValueError(f"{addr} is a host")
             return str(super().coerce_address(addr, resolve))
 
-        async def scatter(self, data: Any, workers: Any, *arguments: Any, **named: Any) -> Any:
+        async def scatter(self, *, workers: Any = None, **named: Any) -> Any:
             """Send data to workers."""
-            return await super().scatter(data, self._named(workers), *arguments, **named)
+            return await super().scatter(workers=self._named(workers), **named)
 
         async def broadcast(self, *, workers: Any = None, **named: Any) -> Any:
             """Send a message to workers."""
@@ -100,6 +100,7 @@ async def _serve(settings: dict[str, Any]) -> None:
 
     from .connection_limits import limit_unauthenticated
     from .dashboards import Dashboard
+    from .own_connections import prepare_scheduler
     from .tls import MemorySecurity
     from .versions import compare_what_counts
 
@@ -121,6 +122,7 @@ async def _serve(settings: dict[str, Any]) -> None:
         **settings["options"],
     )
     sent_modules.look(scheduler)
+    prepare_scheduler(scheduler)
     Dashboard(scheduler, "distributed.dashboard.scheduler", prefix)
     try:
         await scheduler

@@ -14,7 +14,7 @@ from distributed.protocol import core as protocol
 from ....agent import filenames
 from ....cluster.sent.host_paths import name_host
 from ....cluster.sent.messages import PortTakenError
-from . import sent_modules, serialization
+from . import own_connections, sent_modules, serialization
 from .connection_limits import limit_unauthenticated
 from .dashboards import Dashboard
 from .tls import MemorySecurity
@@ -41,8 +41,13 @@ class PagedWorker(Worker):  # type: ignore[misc]
         host = str(options.get("name")).rpartition("-")[0]
         _name_host_in_errors(host)
         _keep_worker_whatever_comes(host)
+        options["startup_information"] = {
+            **(options.get("startup_information") or {}),
+            **own_connections.startup_information(),
+        }
         super().__init__(*arguments, **options)
         sent_modules.look(self)
+        own_connections.prepare_worker(self)
 
     def start_http_server(self, *arguments: Any, **options: Any) -> None:
         """Start the HTTP server, on the port that the settings name and no other."""
