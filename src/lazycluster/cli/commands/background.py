@@ -43,6 +43,11 @@ def ls(as_json: bool) -> None:
     UNTIL is when one ends by itself, at the latest when its certificates expire; "idle 2 h": if it has no work for so
     long. One that is "gone" has left a log:
     'lazycluster logs NAME'; 'lazycluster down NAME' forgets it.
+
+    \b
+    Examples:
+      lazycluster ls
+      lazycluster ls --json
     """
     from lazycluster.cli.console import output, tell
     from lazycluster.output.view import Table, View, show
@@ -114,6 +119,10 @@ def info(name: str, as_json: bool) -> None:
     """Show a cluster in the background: its workers, and what it has kept of your environment.
 
     Of environment variables it shows the names, not the values.
+
+    \b
+    Examples:
+      lazycluster info night
     """
     from lazycluster.background import state
     from lazycluster.background.client import running
@@ -149,7 +158,12 @@ def info(name: str, as_json: bool) -> None:
 @_name
 @click.argument("workers", type=click.IntRange(0), metavar="N")
 def scale(name: str, workers: int) -> None:
-    """Have N workers in a cluster in the background."""
+    """Have N workers in a cluster in the background.
+
+    \b
+    Examples:
+      lazycluster scale night 8
+    """
     from lazycluster.background.client import running
     from lazycluster.cli.console import tell
     from lazycluster.core.words import counted
@@ -164,7 +178,12 @@ def scale(name: str, workers: int) -> None:
 @click.command()
 @_name
 def dashboard(name: str) -> None:
-    """Print the address of a cluster's dashboard, which is a secret."""
+    """Print the address of a cluster's dashboard, which is a secret.
+
+    \b
+    Examples:
+      lazycluster dashboard night
+    """
     from lazycluster.background.client import running
     from lazycluster.cli.console import tell
     from lazycluster.exceptions import LazyclusterError
@@ -182,6 +201,10 @@ def login(name: str) -> int:
 
     It gets the ssh agent and the Kerberos tickets of this login (SSH_AUTH_SOCK, KRB5CCNAME), and you are asked what ssh
     has to ask.
+
+    \b
+    Examples:
+      lazycluster login night
     """
     import os
 
@@ -209,7 +232,13 @@ def login(name: str) -> int:
 @click.option("--all", "everything", is_flag=True, help="End all of them.")
 @click.option("--forget", is_flag=True, help="Forget one of a machine that is no more.")
 def down(name: str | None, everything: bool, forget: bool) -> int:
-    """End a cluster in the background; nothing of it stays, here or on the hosts."""
+    """End a cluster in the background; nothing of it stays, here or on the hosts.
+
+    \b
+    Examples:
+      lazycluster down night
+      lazycluster down --all
+    """
     from functools import partial
 
     from lazycluster.cli.console import tell
