@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("distributed")
 pytest.importorskip("cryptography")
 
+import dask.config
 from cluster_groups import connect
 from distributed import Client, LocalCluster, Status
 from distributed.utils import Logs
@@ -45,15 +46,21 @@ def group(module_hosts: Any) -> Iterator[RuntimeGroup]:
         yield group
 
 
+# Workers that are threads of the tests take for their own what the tests have in memory.
+_NO_LIMITS = {f"distributed.worker.memory.{name}": False for name in ("target", "spill", "pause", "terminate")}
+
+
 @pytest.fixture(scope="module", params=["distributed", "lazycluster"])
-def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Make:
+def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     """A function that makes a cluster, which is to have two workers of one thread once it is awaited."""
     if request.param == "distributed":
         # Without processes: those that multiprocessing keeps would be taken for left behind.
         local = {"n_workers": 2, "threads_per_worker": 1, "processes": False, "protocol": "tcp", "host": "127.0.0.1"}
         local |= {"dashboard_address": "127.0.0.1:0", "local_directory": str(tmp_path_factory.mktemp("local")), **_SIZE}
-        return lambda **options: LocalCluster(**local, **options)
-    return lambda **options: DaskCluster(request.getfixturevalue("group"), nthreads=1, **_SIZE, **options)
+        with dask.config.set(_NO_LIMITS):
+            yield lambda **options: LocalCluster(**local, **options)
+    else:
+        yield lambda **options: DaskCluster(request.getfixturevalue("group"), nthreads=1, **_SIZE, **options)
 
 
 @pytest.fixture(scope="module")
