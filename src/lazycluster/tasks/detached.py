@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import secrets
@@ -25,6 +26,7 @@ from lazycluster.output.lines import Tail
 from lazycluster.ssh.channel import Channel, Collected
 from lazycluster.ssh.connection import Connection
 from lazycluster.ssh.destination import parse_destination
+from lazycluster.ssh.link import AgentLink
 
 from . import detached_records
 from .context import checked_variables
@@ -55,6 +57,7 @@ _logger = logging.getLogger("lazycluster")
 
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 _START_LIMIT = 120.0  # seconds for it to be on its way
+_STOP_LIMIT = 10.0  # seconds for an agent that cannot start it to end
 _PART = 1024 * 1024  # bytes of a call that are sent within that time
 _ANSWER_LIMIT = 30.0
 _END_LIMIT = 20.0  # seconds for a task to end that is cancelled
@@ -544,6 +547,9 @@ async def _start(
         channel = link.open_channel("detach", request)
         await _send(channel, data)
         started = await asyncio.wait_for(channel.result(), _START_LIMIT)
+    except AgentError:
+        await _stop(link)
+        raise
     except asyncio.TimeoutError:
         raise LazyclusterError(
             f"{connection.host}: task {name!r} was not detached within {_START_LIMIT:g} s.\n"
@@ -552,6 +558,12 @@ async def _start(
     finally:
         link.lost("it goes on alone")
     return DetachedTask(connection, {**request, "id": started["id"]}, record)
+
+
+async def _stop(link: AgentLink) -> None:
+    """Have an agent end that has nothing to do. If the host is left at once, it takes that for a link that has dropped."""
+    with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
+        await asyncio.wait_for(link.open_channel("stop", {}).result(), _STOP_LIMIT)
 
 
 async def _write_record(host: str, task_id: str, functions: Sequence[bool]) -> DetachedRecord:
