@@ -561,7 +561,7 @@ async def _start(
 
 
 async def _stop(link: AgentLink) -> None:
-    """Have an agent end that has nothing to do. If the host is left at once, it takes that for a link that has dropped."""
+    """Have an agent end that has nothing to do: who leaves the host at once would seem to have lost the link."""
     with contextlib.suppress(LazyclusterError, asyncio.TimeoutError):
         await asyncio.wait_for(link.open_channel("stop", {}).result(), _STOP_LIMIT)
 
