@@ -130,7 +130,9 @@ class Thing:
 thing = Thing()
 lifetime.register(thing)
 """
-_WAIT = "print('ready', flush=True); threading.Event().wait()\n"
+# Again and again: a signal just before a wait that has no end is handled by Python only after the wait.
+_FOR_EVER = "while True: threading.Event().wait(0.2)\n"
+_WAIT = "print('ready', flush=True)\n" + _FOR_EVER
 _PROGRAMS = {
     "default": (_THING + _WAIT, ["cleaned up"], -signal.SIGTERM),
     "buffered output": (_THING + "print('buffered'); os.write(1, b'ready\\n'); threading.Event().wait()\n",
@@ -151,7 +153,7 @@ _PROGRAMS = {
                             "target=work); t.start(); t.join()\n" + _WAIT, [], -signal.SIGTERM),
     # Python forgets a signal that a child gets before it has begun.
     "a forked child": (_THING + "begun = os.pipe()\npid = os.fork()\nif not pid:\n    os.write(begun[1], b'.')\n"
-                       "    threading.Event().wait()\nos.read(begun[0], 1)\nos.kill(pid, signal.SIGTERM)\n"
+                       "    " + _FOR_EVER + "os.read(begun[0], 1)\nos.kill(pid, signal.SIGTERM)\n"
                        "print(os.WTERMSIG(os.waitpid(pid, 0)[1]))\n" + _WAIT, ["15", "cleaned up"], -signal.SIGTERM),
     "a forked child with things of its own": (_THING + "pid = os.fork()\nif not pid:\n" + _THING.replace("\n", "\n    ")
                                               + "\n    os.kill(os.getpid(), signal.SIGTERM); threading.Event().wait()\n"
