@@ -23,15 +23,7 @@ from .programs.worker import BEFORE_START
 if TYPE_CHECKING:
     from lazycluster.background.client import BackgroundProcess
 
-_SHARED = (
-    "cluster.sent",
-    "agent.filenames",
-    "agent.localmodules",
-    "agent.oom",
-    "agent.ownership",
-    "agent.processes",
-    "agent.zygote",
-)
+_SHARED = ("cluster.sent", "agent.filenames", "agent.localmodules", "agent.oom", "agent.ownership", "agent.zygote")
 
 
 def _program(name: str, module: str, **options: Any) -> ServiceSpec:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import inspect
+import os
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from distributed.comm import get_address_host
 from distributed.utils import sync
 
-from ....agent.processes import namespace, read_text
 from ....cluster.sent.messages import LOOPBACK
 
 _ANSWERS = 30.0  # seconds for a scheduler to say which workers there are
@@ -31,8 +32,10 @@ def startup_information() -> dict[str, Callable[[Any], str]]:
 
 def _loopback() -> str:
     """Return a text that is the same for two processes exactly if a port of one is a port of the other."""
-    boot, network = read_text("/proc/sys/kernel/random/boot_id").strip(), namespace("net")
-    return f"{boot} {network}" if boot and network else socket.gethostname()
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
 
 
 def prepare_scheduler(scheduler: Any) -> None:
