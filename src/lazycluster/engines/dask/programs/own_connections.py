@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import inspect
-import os
 import socket
 import sys
 from collections.abc import Callable
@@ -33,7 +32,8 @@ def startup_information() -> dict[str, Callable[[Any], str]]:
 def _loopback() -> str:
     """Return a text that is the same for two processes exactly if a port of one is a port of the other."""
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/net').readlink()}"
     except OSError:  # no Linux
         return socket.gethostname()
 
