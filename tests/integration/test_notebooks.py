@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ import nbclient
 import nbformat
 import pytest
 
+from lazycluster.background import state
+from lazycluster.background.client import end
 from patience import until
 
 _EXAMPLES = sorted(Path(__file__).parents[2].glob("examples/*.ipynb"))
@@ -199,3 +203,27 @@ def test_a_notebook_shows_how_far_it_is(kernel: Kernel, hosts: Any) -> None:
     assert "<progress" in shown[0]["text/html"]
     assert "Connecting &lt;b&gt;: 1 of 2 hosts" in shown[0]["text/html"]
     assert "<progress" not in shown[-1]["text/html"]
+
+
+def test_a_cluster_in_the_background_is_started_used_and_left_by_kernels(
+    hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    connection_kwargs = {"config_file": str(hosts.config_file)}
+    try:
+        with contextlib.closing(Kernel(tmp_path)) as kernel:
+            kernel.run(
+                "from lazycluster import RuntimeGroup\nfrom lazycluster.cluster.dask_cluster import DaskCluster\n"
+                f"group = RuntimeGroup(hosts={hosts.names[:2]!r}, connection_kwargs={connection_kwargs!r})\n"
+                "cluster = DaskCluster(group, name='night')\ncluster.start()"
+            )
+            kernel.manager.signal_kernel(signal.SIGKILL)
+        with contextlib.closing(Kernel(tmp_path)) as kernel:
+            text, _ = kernel.run(
+                "import lazycluster\ndef twice(x): return 2 * x\n"
+                "with lazycluster.connect('night') as client: print(client.gather(client.map(twice, [1, 2, 3])))"
+            )
+        assert "[2, 4, 6]" in text
+    finally:
+        for found in state.all_named():
+            end(found)
