@@ -261,7 +261,7 @@ def test_secrets_are_in_memory_only(cluster: DaskCluster, module_hosts: Any, log
         for path in private(host):
             with contextlib.suppress(OSError):
                 seen[f"{host.name}:{path}"] = Path(f"/proc/{host.pid}/root{path}").read_bytes()
-    for thing in (cluster, cluster._group, *cluster._group.runtimes, cluster._dask, cluster._dask.credentials):
+    for thing in (cluster, cluster._group, *cluster._group.runtimes, cluster._dask, cluster._dask.access.credentials):
         seen[f"repr of {type(thing).__name__}"] = f"{thing!r} {thing}".encode()
     for thing in (cluster, cluster._master_launcher, cluster._worker_launcher):
         seen[f"vars of {type(thing).__name__}"] = repr(vars(thing)).encode()
