@@ -173,7 +173,8 @@ def test_dask_is_busy_while_there_are_tasks() -> None:
         with cluster.get_client(timeout=30) as client:
             event = Event("go on", client=client)
             future = client.submit(lambda: Event("go on").wait(60))
-            assert busy() and busy()
+            until(busy, "the task, at the scheduler")
+            assert busy()
             event.set()
             assert future.result() is True
             assert busy()  # there were some since it was asked
