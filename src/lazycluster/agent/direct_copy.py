@@ -16,6 +16,7 @@ What fails is told to the manager, which sends the file itself to whoever does n
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import select
@@ -61,6 +62,7 @@ from .stream import (
 )
 
 _MEET_LIMIT = 15.0  # seconds for the host before to connect, and for a handshake
+_PORT_LIMIT = 4.0  # seconds for a port to be free
 _HANDSHAKE_LIMIT = 5.0  # seconds for one who has begun to say who it is
 _MOST_SILENT = 16  # connections of those who say nothing
 _TELL_EVERY = 0.25  # seconds between two words to the manager about what has come
@@ -480,6 +482,17 @@ class Party:
         self._stream.flush()
 
     def _listener(self) -> socket.socket:
+        """Return what listens; the process of the copy before, which has the port, may be about to end."""
+        deadline = time.monotonic() + _PORT_LIMIT
+        while True:
+            try:
+                return self._bound()
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.05)
+
+    def _bound(self) -> socket.socket:
         address = self._request["address"]
         listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         try:
