@@ -72,7 +72,7 @@ OTHER_FILE = "is not the file that the manager has described"
 
 
 class FileFacts(NamedTuple):
-    """What the manager says of its file: neighbours may not say anything else."""
+    """The manager's statement about its file: neighbours may not say anything else."""
 
     name: str
     size: int

@@ -53,7 +53,7 @@ def loads(data: bytes) -> Any:
 
 
 class _Rules:
-    """What the scanner asks for: those of `json.loads`."""
+    """Settings that the scanner asks for: those of `json.loads`."""
 
     strict = True
     object_hook = object_pairs_hook = None

@@ -1,4 +1,4 @@
-"""Which hosts reach each other: a listener that answers keyed challenges, and dials to those of other hosts."""
+"""Probe of which hosts reach each other: a listener that answers keyed challenges, and dials to those of others."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def _why(status: "Optional[int]") -> str:
 
 
 class _Participant:
-    """What one host does in a probe: it listens, dials when it is told whom, and says what came of it."""
+    """Part of one host in a probe: it listens, dials when it is told whom, and reports the results."""
 
     def __init__(self, channel: "RequestChannel") -> None:
         params = channel.params

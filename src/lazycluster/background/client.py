@@ -18,7 +18,7 @@ from .state import Named
 __all__ = ["BackgroundProcess", "Handler", "answer", "end", "running"]
 
 Handler = Callable[[Mapping[str, Any]], "dict[str, Any] | None"]
-"""What is done with a message that comes before the answer: a question may be answered, progress shown."""
+"""Handler of messages that come before the answer: a question may be answered, progress shown."""
 
 _STATUS = 5.0  # seconds for an answer that takes a process microseconds
 _SILENCE = 10.0  # seconds without a sign of life of a process that is ending

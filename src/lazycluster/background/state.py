@@ -41,7 +41,7 @@ __all__ = [
 Kind = Literal["cluster", "work"]
 
 LOG, SOCKET, LOGS = "log", "socket", "logs"
-"""What the directory of a cluster holds beside its record: its own log, its socket, the logs of its processes."""
+"""Names in the directory of a cluster, beside its record: its own log, its socket, the logs of its processes."""
 
 _DIRECTORY = "background"
 _RECORD, _LOCK = "record.json", "lock"
@@ -55,7 +55,7 @@ _AGAIN = 0.01  # seconds between two tries to lock
 
 @dataclass(frozen=True)
 class NamedRecord:
-    """What is known of something that has a name. It holds no secret.
+    """Record of something that has a name. It holds no secret.
 
     Attributes:
         kind: ``cluster`` or ``work``.
@@ -124,7 +124,7 @@ class Named:
 
     @property
     def gone(self) -> str:
-        """Why a cluster is not there any more; "" if it is, or if only another machine can tell."""
+        """Reason why a cluster is not there any more; "" if it is, or if only another machine can tell."""
         record = self.record
         if self.is_held or self.is_elsewhere:
             return ""

@@ -57,7 +57,7 @@ class _EndError(BaseException):
 
 
 class Relay:
-    """What a person is asked, or shown, goes over the connection of whoever is there: a starter, or a login.
+    """Relay of questions and progress to the person who is there, over the connection of a starter or a login.
 
     Attributes:
         stream: The connection; None: nobody is there.

@@ -1,4 +1,4 @@
-"""What a cluster's process can be asked."""
+"""Requests to a cluster's process."""
 
 from __future__ import annotations
 

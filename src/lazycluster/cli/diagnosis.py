@@ -136,7 +136,7 @@ class Diagnosis:
 
     @property
     def reached(self) -> str:
-        """Which other hosts it reaches, in a line; "" if there are none."""
+        """The other hosts that it reaches, in a line; "" if there are none."""
         bad = [f"{host} no: {why}" for host, why in self.reaches.items() if why]
         good = [host for host, why in self.reaches.items() if not why]
         if len(good) > _MOST_NAMED:

@@ -62,7 +62,7 @@ class _Worker:
 
 
 class _InBackground(_Base):
-    """What differs of a cluster that is in another process; comes before the class of the engine.
+    """Cluster that is in another process: a mix-in that comes before the class of the engine.
 
     The process is started at once, and connects the hosts; it goes on when this program ends, if the cluster was
     started by then.
@@ -249,7 +249,7 @@ class _InBackground(_Base):
 
 
 class _as_cluster_error:  # noqa: N801  (a context manager)
-    """What a cluster's process says has failed, as an error of clusters.
+    """Turn a failure that a cluster's process reports into an error of clusters.
 
     Args:
         otherwise: Is called when it fails.

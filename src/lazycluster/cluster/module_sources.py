@@ -1,4 +1,4 @@
-"""Which of the user's modules are sent to hosts, and what is in them at the moment."""
+"""Choice of the user's modules that are sent to hosts, with their present content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which hosts reach each other at addresses of their own: every pair is tried, each direction, on the ports to be used.
+"""Probe of hosts at addresses of their own: every pair is tried, each direction, on the ports to be used.
 
 Each host listens on its addresses, and all dial all others at once. A listener proves with a secret of the probe which
 host it is: private addresses may be those of somebody else's machine. What passes through the manager is one request
@@ -114,7 +114,7 @@ class ProbedHost:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why one host does not reach another one.
+    """Reason why one host does not reach another one.
 
     Attributes:
         source: The host that dialed.
@@ -168,7 +168,7 @@ class Reachability:
 
 
 class ReachabilityCache:
-    """What was proven of the hosts of a group: asked again when a host joins or comes back, or for other ports."""
+    """Cache of what was proven for a group: asked again when a host joins or comes back, or for other ports."""
 
     def __init__(self) -> None:
         self._hosts: weakref.WeakKeyDictionary[Connection, tuple[Hashable, int, int]] = weakref.WeakKeyDictionary()

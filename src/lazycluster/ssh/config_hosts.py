@@ -147,7 +147,7 @@ class ConfigLine(NamedTuple):
 
 
 class _NamedHost:
-    """What a configuration says of one name."""
+    """Settings of one name in a configuration."""
 
     def __init__(self, name: str) -> None:
         self._name = name

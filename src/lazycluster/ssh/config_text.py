@@ -16,7 +16,7 @@ BOM_HINT = (
     "it begins with a byte order mark, which ssh takes for a part of the first word: "
     "save it as UTF-8 without one, or remove it with: sed -i '1s/^\\xEF\\xBB\\xBF//'"
 )
-"""What is wrong with a file that begins with a byte order mark, and how to fix it; the file's name goes behind it."""
+"""Message about a file that begins with a byte order mark, with the fix; the file's name goes behind it."""
 
 _BLANKS = " \t\r"
 _KEYWORD = re.compile(r'[ \t\r]*(?:"([^"]*)"|([^ \t\r"=]+))[ \t\r]*(?:=[ \t\r]*)?(.*)', re.DOTALL)

@@ -66,7 +66,7 @@ done
 
 @dataclass(frozen=True)
 class PythonSearch:
-    """What the user has said of a host that may lead to an interpreter.
+    """The user's settings of a host that may lead to an interpreter.
 
     Attributes:
         named: Its name or path, as the user gave it; empty if that was not done.

@@ -14,7 +14,7 @@ __all__ = ["ClusterAccess"]
 
 
 class ClusterAccess:
-    """What processes and clients of one cluster need to talk to each other, and nobody else has.
+    """Secrets and addresses that processes and clients of one cluster need to talk to each other.
 
     Attributes:
         secure: Whether connections are encrypted and authenticated.

@@ -585,7 +585,7 @@ class DaskCluster(EngineCluster):
 
     @property
     def scheduler_info(self) -> dict[str, Any]:
-        """What the scheduler says of itself and its workers; while there is none, a dictionary without workers."""
+        """The scheduler's information about itself and its workers; without one, a dictionary without workers."""
         try:
             view = self._view_of_scheduler()
         except ClusterError:

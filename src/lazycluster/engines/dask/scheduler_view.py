@@ -62,7 +62,7 @@ class SchedulerCalls:
 
 
 class SchedulerView:
-    """What is known of a scheduler and its workers, from its own messages. All but `info` runs on the event loop.
+    """View of a scheduler and its workers, from its own messages. All but `info` runs on the event loop.
 
     Args:
         address: The scheduler's.
@@ -78,7 +78,7 @@ class SchedulerView:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the scheduler says of itself and its workers, as `distributed.Client.scheduler_info` has it."""
+        """The scheduler's information about itself and its workers, as `distributed.Client.scheduler_info` has it."""
         workers = {address: dict(told) for address, told in self._info["workers"].items()}
         sums = {"n_workers": len(workers), "total_threads": _sum(workers, "nthreads")}
         sums["total_memory"] = _sum(workers, "memory_limit")

@@ -70,7 +70,7 @@ def _scheduler_class() -> Any:
 
 
 class _Hosts(dict[str, Any]):
-    """What distributed notes of hosts; those of the group are known by their names, too.
+    """Hosts as distributed notes them; those of the group are known by their names, too.
 
     Args:
         workers: The workers of the scheduler by their addresses.
