@@ -98,6 +98,17 @@ def test_what_a_further_session_prints_is_part_of_the_error(make_hosts: Any, tmp
         script.unlink()
 
 
+def test_what_a_session_prints_after_its_exit_status_is_part_of_the_error(make_hosts: Any, tmp_path: Path) -> None:
+    pool = make_hosts(1)
+    (tmp_path / "file").write_text("contents")
+    script = pool[0].path("~/.bashrc")
+    with connect(pool) as runtime:
+        script.write_text("(sleep 0.3; echo said late >&2) >&- & exit 7\n")
+        with pytest.raises(TaskExecutionError, match="said late"):
+            runtime.send_file(tmp_path / "file", "/tmp/there")
+        script.unlink()
+
+
 @pytest.mark.parametrize(("user", "own"), [("root", _ALL), ("lazy", ("/tmp",))])
 def test_a_link_that_is_back_finds_what_ran(make_hosts: Any, tmp_path: Path, user: str, own: tuple[str, ...]) -> None:
     pool = make_hosts(1, user=user, own=own)

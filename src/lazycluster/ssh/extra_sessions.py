@@ -12,12 +12,12 @@ from lazycluster.core import forks
 from lazycluster.exceptions import printable
 
 from .agent_program import NO_AGENT, expected
-from .mux import Mux
+from .mux import Mux, MuxSession
 from .process import ErrorTail
 from .start_marker import StartError, skip_to_marker
 
 _LAST_LINES = 4
-_END_LIMIT = 1.0  # seconds for the end of a session that has closed its output
+_END_LIMIT = 3.0  # seconds for the end of a session that has closed its output
 
 
 class SessionError(StreamClosedError):
@@ -41,14 +41,13 @@ class ExtraSession:
 
     Attributes:
         stream: Its standard input and output, blocking.
-        ended: Is done with its exit status when it has ended.
+        ended: Is done with its exit status when it has ended and its error output has been read.
     """
 
     def __init__(self, stream: socket.socket, ended: asyncio.Task[int], errors: ErrorTail) -> None:
         self.stream = stream
         self.ended = ended
         self._errors = errors
-        ended.add_done_callback(lambda _: errors.close())
 
     @property
     def printed(self) -> str:
@@ -114,4 +113,12 @@ async def open_session(mux: Mux, command: str) -> ExtraSession:
         raise
     finally:
         os.close(write)
-    return ExtraSession(ours, asyncio.ensure_future(session.wait()), ErrorTail(read))
+    errors = ErrorTail(read)
+    return ExtraSession(ours, asyncio.ensure_future(_end(session, errors)), errors)
+
+
+async def _end(session: MuxSession, errors: ErrorTail) -> int:
+    try:
+        return await session.wait()
+    finally:
+        errors.close()

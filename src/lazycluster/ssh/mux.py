@@ -34,6 +34,7 @@ _CLIENTS = 4
 _WORTH_A_CLIENT = 4
 _PIPELINE = 128  # so many requests fit into the buffer of a socket, even while the master reads none of them
 _GONE = (EOFError, OSError, asyncio.TimeoutError)
+_REST_LIMIT = 1.0  # seconds for the rest of a command's output, which the host may send after the exit status
 
 
 class MuxError(LazyclusterError):
@@ -107,20 +108,24 @@ class MuxSession:
         self._id = session_id
 
     async def wait(self) -> int:
-        """Wait for the end of the command; may be called once.
+        """Wait for the end of the command and of what it printed; may be called once.
 
         Returns:
             Its exit status; 255 if the connection ended first.
         """
+        status = 255
         try:
             while True:
                 kind, reader = await self._client.receive()
                 if kind == MuxReply.EXIT and reader.u32() == self._id:
-                    return reader.u32()
-        except (EOFError, OSError):
-            return 255
+                    status = reader.u32()
+                    break
+            await asyncio.wait_for(self._client.receive(), _REST_LIMIT)  # the master closes when all has been passed on
+        except _GONE:
+            pass
         finally:
             self.close()
+        return status
 
     def close(self) -> None:
         """Give the session up: the master closes its ends of the descriptors, and the command sees end of file."""
