@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _imp
 import concurrent.futures
+import gc
 import importlib
 import inspect
 import random
@@ -30,11 +31,17 @@ def _interrupt(*_: object) -> None:
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    """Have a signal raise `KeyboardInterrupt`, as Ctrl-C does."""
+    """Have a signal raise `KeyboardInterrupt`, as Ctrl-C does.
+
+    No garbage is collected meanwhile: what is raised in a callback of the collector (hypothesis has one) is lost, with
+    a warning.
+    """
     before = signal.signal(signal.SIGALRM, _interrupt)
+    gc.disable()
     try:
         yield
     finally:
+        gc.enable()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
@@ -42,7 +49,7 @@ def _alarm() -> Iterator[None]:
 def _interrupted(wait: Callable[[], object], most: float) -> None:
     """Do something again and again until it is interrupted, within some seconds."""
     try:
-        # And once more a second later: one that comes while garbage is collected is lost.
+        # And once more a second later: one that comes while an object is deleted is lost.
         signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, most), 1.0)
         while True:
             wait()
