@@ -40,10 +40,11 @@ def cluster(module_hosts: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def _attempts(addresses: Any, cluster: HyperoptCluster, **more: Any) -> str:
-    assert cluster._hyperopt.identity is not None
-    secrets = [cluster._hyperopt.password, cluster._hyperopt.identity.key.splitlines()[2][:40]]
+    access = cluster._hyperopt.access
+    assert access.identity is not None
+    secrets = [access.password, access.identity.key.splitlines()[2][:40]]
     # Nobody is answered who does not ask by TLS, whatever he knows.
-    ways = [*_STRANGE, f"mongo-plain hyperopt {cluster._hyperopt.password}"]
+    ways = [*_STRANGE, f"mongo-plain hyperopt {access.password}"]
     return json.dumps({"addresses": addresses, "identities": {}, "ways": ways, "secrets": secrets, **more})
 
 
@@ -51,7 +52,8 @@ def test_who_knows_the_password_is_answered(cluster: HyperoptCluster, module_hos
     """What the other tests rely on: the same attempts succeed for somebody who belongs there."""
     port = cluster.master_port
     assert port is not None
-    known = {"addresses": loopback([port]), "identities": {}, "ways": [f"mongo hyperopt {cluster._hyperopt.password}"]}
+    way = f"mongo hyperopt {cluster._hyperopt.access.password}"
+    known = {"addresses": loopback([port]), "identities": {}, "ways": [way]}
     for found in (here(os.getuid(), json.dumps(known)), on_host(module_hosts[0], "mallory", json.dumps(known))):
         assert len(found) == 1
         assert found[0].endswith("list, read, write, delete")

@@ -138,7 +138,7 @@ class HyperoptCluster(EngineCluster):
         return default_launcher(self._hyperopt.dbpath)(self._group)
 
     def _default_worker_launcher(self) -> WorkerLauncher:
-        return RoundRobinLauncher(self._group, self._hyperopt.dbname, self._hyperopt.poll_interval)
+        return RoundRobinLauncher(self._group, self._hyperopt.access.dbname, self._hyperopt.poll_interval)
 
     def _connect_launchers(self) -> None:
         for launcher in (self._master_launcher, self._worker_launcher):
@@ -150,7 +150,7 @@ class HyperoptCluster(EngineCluster):
     @property
     def dbname(self) -> str:
         """The name of the database."""
-        return self._hyperopt.dbname
+        return self._hyperopt.access.dbname
 
     @property
     def dbpath(self) -> str:
@@ -164,7 +164,7 @@ class HyperoptCluster(EngineCluster):
         It has the password: do not print it. That the database is the right one is checked in this process only;
         `mongo_trial_url` also says how others know it.
         """
-        return self._hyperopt.url(self._port()).partition("?")[0]
+        return self._hyperopt.access.url(self._port()).partition("?")[0]
 
     @property
     def mongo_trial_url(self) -> str:
@@ -172,12 +172,12 @@ class HyperoptCluster(EngineCluster):
 
         It also names the file with the certificate by which the database is known, which is there as long as it runs.
         """
-        return self._hyperopt.url(self._port(), path="/jobs")
+        return self._hyperopt.access.url(self._port(), path="/jobs")
 
     @property
     def pymongo_url(self) -> str:
         """The address of the database for `pymongo.MongoClient`. It has the password: do not print it."""
-        return self._hyperopt.url(self._port(), "mongodb", options=compat.LOGIN)
+        return self._hyperopt.access.url(self._port(), "mongodb", options=compat.LOGIN)
 
     def start_master(self, master_port: int | None = None, timeout: int = DEFAULT_TIMEOUT, debug: bool = False) -> None:
         """Start the database. Trials that an earlier cluster left unfinished are put back into the queue.
@@ -185,10 +185,10 @@ class HyperoptCluster(EngineCluster):
         See `MasterWorkerCluster.start_master`.
         """
         super().start_master(master_port, timeout, debug)
-        if self._hyperopt.authority_file is not None:
-            compat.trust(LOOPBACK, self._port(), str(self._hyperopt.authority_file))
+        if self._hyperopt.access.authority_file is not None:
+            compat.trust(LOOPBACK, self._port(), str(self._hyperopt.access.authority_file))
         if hasattr(self._master_launcher, "hyperopt"):
-            with database(self._hyperopt, self._port()) as found:
+            with database(self._hyperopt.access, self._port()) as found:
                 found.jobs.create_index([("state", 1), ("exp_key", 1)])
                 # hyperopt takes numbers for trials from here; it waits for a second if it is the first to do so.
                 found.job_ids.update_one({"a": 0}, {"$setOnInsert": {"last_id": 0}}, upsert=True)
@@ -257,7 +257,7 @@ class HyperoptCluster(EngineCluster):
         Raises:
             ClusterError: If the cluster does not run.
         """
-        with database(self._hyperopt, self._port()) as found:
+        with database(self._hyperopt.access, self._port()) as found:
             return progress_of(found.jobs, exp_key)
 
     def plot(self, exp_key: str | None = None, path: str | Path | None = None) -> LossPlot:
@@ -275,7 +275,7 @@ class HyperoptCluster(EngineCluster):
         """
         from .plot import plot_losses
 
-        with database(self._hyperopt, self._port()) as found:
+        with database(self._hyperopt.access, self._port()) as found:
             return plot_losses(found.jobs, exp_key, path)
 
     def _problem(self) -> str:

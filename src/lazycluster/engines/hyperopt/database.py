@@ -6,15 +6,13 @@ import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lazycluster.agent.ownership import make
 from lazycluster.utils import Environment
 
+from .access import DatabaseAccess
 from .programs import compat
-
-if TYPE_CHECKING:
-    from .engine import HyperoptEngine
 
 _ANSWER_LIMIT = 5000  # milliseconds
 
@@ -55,19 +53,19 @@ def checked_seconds(interval: float, what: str) -> float:
     return float(interval)
 
 
-def connect(settings: HyperoptEngine, port: int) -> Any:
+def connect(access: DatabaseAccess, port: int) -> Any:
     """Return a client of the database of a cluster, to be closed."""
     from pymongo import MongoClient
 
-    url = settings.url(port, "mongodb", options=compat.LOGIN)
+    url = access.url(port, "mongodb", options=compat.LOGIN)
     return MongoClient(url, serverSelectionTimeoutMS=_ANSWER_LIMIT, directConnection=True)
 
 
 @contextlib.contextmanager
-def database(settings: HyperoptEngine, port: int) -> Iterator[Any]:
+def database(access: DatabaseAccess, port: int) -> Iterator[Any]:
     """Connect to the database of a cluster, for a moment."""
-    client = connect(settings, port)
+    client = connect(access, port)
     try:
-        yield client[settings.dbname]
+        yield client[access.dbname]
     finally:
         client.close()

@@ -29,8 +29,8 @@ class LeaseKeeper:
 
     def __init__(self, settings: HyperoptEngine, port: int) -> None:
         self._lease = settings.lease
-        self._client = connect(settings, port)
-        self._jobs = self._client[settings.dbname].jobs
+        self._client = connect(settings.access, port)
+        self._jobs = self._client[settings.access.dbname].jobs
         self._seen: dict[Any, tuple[Any, float]] = {}
         self._stopping = interruptible.Event()
         self._look()

@@ -48,12 +48,12 @@ class _DatabaseLauncher(ServiceMasterLauncher):
     async def prepare(self, debug: bool) -> None:
         """Start the process, and make the certificates by which the database is known."""
         await super().prepare(debug)
-        if self.hyperopt.identity is None:
+        if self.hyperopt.access.identity is None:
             assert self._space is not None
-            self.hyperopt.make_identity(self._space.directory)
+            self.hyperopt.access.make_identity(self._space.directory)
 
     async def _stop(self) -> None:
-        self.hyperopt.forget_identity()
+        self.hyperopt.access.forget_identity()
         await super()._stop()
 
     def start(self, ports: list[int] | int, timeout: int = _DEFAULT_TIMEOUT, debug: bool = False) -> list[int]:
@@ -117,7 +117,7 @@ class LocalMongoLauncher(_DatabaseLauncher):
                 hint="install MongoDB, or leave the launcher out to use lazycluster's own server",
             )
         make_directory(self.hyperopt.dbpath)
-        self.hyperopt.password = _kept_password(self.hyperopt.dbpath / _PASSWORD, self.hyperopt.password)
+        self.hyperopt.access.password = _kept_password(self.hyperopt.dbpath / _PASSWORD, self.hyperopt.access.password)
         told = lambda: self._told(at)  # noqa: E731
         return program("mongod", "programs.mongod", settings=told, restarts=self.RESTARTS, patience=10.0)
 
@@ -125,7 +125,7 @@ class LocalMongoLauncher(_DatabaseLauncher):
         return {
             **self.hyperopt.database_settings(at),
             "argv": self._argv(at.port),
-            "authority": self.hyperopt.authority,
+            "authority": self.hyperopt.access.authority,
         }
 
     def _argv(self, port: int) -> list[str]:

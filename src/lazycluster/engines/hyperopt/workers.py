@@ -132,7 +132,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
         self._threads[-1].start()
 
     def _gone(self, name: str, port: int) -> None:
-        with database(self.hyperopt, port) as found:
+        with database(self.hyperopt.access, port) as found:
             number = compat.patient(lambda: trials.put_back(found.jobs, name, f"the worker {name} has gone"))
         if number:
             logger.warning("%s has ended; %d of its trials are put back into the queue", name, number)
@@ -151,7 +151,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
                 "exp_key: the trials are kept"
             )
             logger.error("%s", problem)
-        with database(self.hyperopt, port) as found:
+        with database(self.hyperopt.access, port) as found:
             compat.patient(lambda: compat.tell_problem(found, problem))
 
     def cleanup(self) -> None:
