@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import stat
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,6 @@ from lazycluster.utils import Environment, absolute, expanded
 from .keys import CONNECTION_KEYS, HOST_KEYS, TOP_KEYS, Key, option_key
 from .spec import ClusterSpec
 from .toml_lines import KeyLines
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from lazycluster.cluster.engine import Option
@@ -127,8 +121,10 @@ class _Opened:
         if (found := _LONG_KEY.search(text)) is not None:
             line = text.count("\n", 0, found.start()) + 1
             raise ClusterFileError(shown, [(line, f"it is nested too deeply: a key has more than {_MOST_PARTS} parts")])
+        from lazycluster.core import toml
+
         try:
-            return cls(tomllib.loads(text), KeyLines(text), file, shown, status)
+            return cls(toml.loads(text), KeyLines(text), file, shown, status)
         except (ValueError, RecursionError) as error:  # ValueError: a number has too many digits
             raise ClusterFileError(shown, [_of_parser(error, text)]) from None
 
@@ -179,9 +175,11 @@ def _check_writers(status: os.stat_result, shown: str, trust: bool) -> None:
 
 def _of_parser(error: Exception, text: str) -> tuple[int | None, str]:
     """Return the line that Python's parser names, and what it says."""
+    from lazycluster.core import toml
+
     if isinstance(error, RecursionError):
         return None, "it is nested too deeply"
-    if not isinstance(error, tomllib.TOMLDecodeError):
+    if not isinstance(error, toml.TOMLDecodeError):
         return None, f"it cannot be read: {error}"
     said = f"it is not valid TOML: {error}"
     found = re.search(r" \(at line ([0-9]+), column ([0-9]+)\)$", said)

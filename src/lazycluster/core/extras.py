@@ -8,7 +8,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
 __all__ = ["install_command", "pip_command"]
 
@@ -49,6 +48,8 @@ def _installer() -> str:
 
 
 def _requirements(extra: str) -> list[str]:
+    from importlib import metadata
+
     try:
         listed = metadata.requires("lazycluster") or []
     except metadata.PackageNotFoundError:  # it is used from its sources

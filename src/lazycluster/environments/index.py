@@ -18,14 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from lazycluster.core import toml
 from lazycluster.utils import absolute, expanded
 
 from .spec import hide
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "Credential",
@@ -156,8 +152,8 @@ def _parsed(path: str, stamp: int) -> Mapping[str, Any]:
     if not stamp:
         return {}
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return toml.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, toml.TOMLDecodeError):
         return {}  # uv itself reports what is wrong with it
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from lazycluster.core import event_loop
+from lazycluster.core import event_loop, toml
 from lazycluster.core.single_flight import SingleFlight
 from lazycluster.exceptions import EnvironmentBuildError
 from lazycluster.utils import absolute, private_directory
@@ -36,11 +36,6 @@ from .plan import LockedPackage, Target
 from .spec import EnvironmentSpec, normalized
 from .uv import MANAGER, RETRIES, run_program, run_uv
 from .wheels import is_cached
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["resolve", "resolve_installed", "settings_for", "with_passwords"]
 
@@ -238,7 +233,7 @@ async def _from_uv_lock(spec: EnvironmentSpec, settings: IndexSettings) -> _Reso
     arguments += [option for extra in spec.extras for option in ("--extra", extra)]
     arguments += [option for group in spec.groups for option in ("--group", group)]
     text = await run_uv(arguments, settings, what=f"reading {spec.file}")
-    return _from_pylock(tomllib.loads(text), spec.file)
+    return _from_pylock(toml.loads(text), spec.file)
 
 
 def _from_pylock(lock: Mapping[str, Any], file: Path) -> _ResolverInput:
@@ -338,8 +333,8 @@ def _read(path: Path) -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(_read(path))
-    except tomllib.TOMLDecodeError as error:
+        return toml.loads(_read(path))
+    except toml.TOMLDecodeError as error:
         raise EnvironmentBuildError(MANAGER, f"{path} is no TOML: {error}", "", "correct the file") from None
 
 
@@ -373,7 +368,7 @@ async def _compile(
         env={**for_git(settings.logins, os.environ), **(RETRIES if spec.kind == "manager" else {})},
         what=f"resolving {spec} for {target}",
     )
-    packages = tomllib.loads(text).get("packages", [])
+    packages = toml.loads(text).get("packages", [])
     found = [_locked_package(package, wanted.folder) for package in packages]
     _check_hashes(found, wanted.hashes)
     inputs = [*wanted.inputs]

@@ -19,7 +19,6 @@ from lazycluster.tasks.steps import GetFile, Step, manager_path
 from lazycluster.tasks.task import RuntimeTask
 from lazycluster.utils import safe_name
 
-from .direct_copy import DirectCopy, DirectTarget
 from .members import ask_all
 from .shared_filesystems import send_locks
 
@@ -45,6 +44,7 @@ def start_on_all(runtimes: Sequence[Runtime], task: RuntimeTask, options: Execut
     for runtime in runtimes:
         runtime._context()  # raises if one cannot be used any more, before any is given work
     options = replace(options, calls=pickle_calls(task.steps))
+
     locks = event_loop.run(send_locks(runtimes, task.steps))
     started: list[RuntimeTask] = []
     try:
@@ -80,16 +80,18 @@ def send_to_all(
     task = RuntimeTask("send-file").send_file(local_path, remote_path)
     if checked_network(network) == "tunnel":
         return start_on_all(runtimes, task, ExecutionOptions())
+    from .direct_copy import DirectCopy, DirectTarget
+
     locks = event_loop.run(send_locks(runtimes, task.steps))
     # Of those that share a file system one gets it, and the others find it there.
     writing = [one for index, one in enumerate(runtimes) if locks[index] is None or locks[index] not in locks[:index]]
-    copy = DirectCopy([_target(runtime) for runtime in writing], local_path, remote_path, network, reachability)
+    targets = [
+        DirectTarget(one.host, context.connection, context.cwd, dict(context.env), one._session.spec.address)
+        for one in writing
+        for context in [one._context()]
+    ]
+    copy = DirectCopy(targets, local_path, remote_path, network, reachability)
     return start_on_all(runtimes, task, ExecutionOptions(send=copy.send))
-
-
-def _target(runtime: Runtime) -> DirectTarget:
-    context = runtime._context()
-    return DirectTarget(runtime.host, context.connection, context.cwd, dict(context.env), runtime._session.spec.address)
 
 
 def _for_host(step: Step, host: str) -> Step:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -12,11 +11,6 @@ from typing import Any, TypeAlias
 from lazycluster.core.hostsets import fits
 from lazycluster.runtime.session import HostSpec
 from lazycluster.utils import expanded
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["GroupSettings", "PerHost", "host_names", "listed", "read_settings"]
 
@@ -42,10 +36,12 @@ def read_settings(settings: PerHost | str | os.PathLike[str] | None) -> dict[str
         return {}
     where = "settings"
     if isinstance(settings, (str, os.PathLike)):
+        from lazycluster.core import toml
+
         where = os.fspath(settings)
         try:
-            settings = tomllib.loads(expanded(where).read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            settings = toml.loads(expanded(where).read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
             raise ValueError(f"the settings cannot be read: {where}: {error}") from None
     if not isinstance(settings, Mapping):
         raise TypeError(f"settings must be a dictionary or the path of a TOML file, not {type(settings).__name__}")
