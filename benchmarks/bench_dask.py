@@ -19,14 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness import Row, seconds, settings, ssh_hosts
+from harness import Row, seconds, settings, spread, ssh_hosts
 
 from lazycluster import RuntimeGroup
 from lazycluster.cluster.certificates import make_credentials
 from lazycluster.cluster.dask_cluster import DaskCluster
 
 COUNTS = (3, 8, 16)
-REPEAT = 3
+REPEAT = 5
+PAIRS = 7
 
 
 @contextlib.contextmanager
@@ -146,21 +147,42 @@ def rows() -> Iterator[Row]:
             what = f"hosts not yet connected until {count} Dask workers answer"
             yield Row(what, ours, "s", "<= 1.2 x", "SSHCluster", theirs, ours <= 1.2 * theirs)
             yield Row(f"{what}, direct", straight, "s", "<= 1.0 x", "SSHCluster", theirs, straight <= theirs)
-    with ssh_hosts(3) as hosts:
-        works = (("matrix product 4000 x 4000", _matrix, 1.15), ("dataframe shuffle, 600,000 rows", _shuffle, 1.05))
-        for what, work, most in works:
-            figures = []
-            for contender in (lazycluster, direct, ssh_cluster):
-                with contender(hosts) as client:
-                    work(client)
-                    figures.append(statistics.median(seconds(partial(work, client)) for _ in range(REPEAT)))
-            ours, straight, theirs = figures
-            yield Row(f"{what}, 3 hosts", ours, "s", "", "SSHCluster", theirs)
-            met = straight <= most * theirs
-            yield Row(f"{what}, 3 hosts, direct with TLS", straight, "s", f"<= {most} x", "SSHCluster", theirs, met)
-        with lazycluster(hosts) as one, direct(hosts) as two, by_hand(hosts) as three:
-            turns = [[_transfer(client) for client in (one, two, three)] for _ in range(2 * REPEAT + 1)][1:]
-        ours, straight, theirs = map(statistics.median, zip(*turns, strict=True))
+    yield from works()
+
+
+def works() -> Iterator[Row]:
+    """Yield what work takes on clusters that are there at the same time: in turns, each beside its peers."""
+    with contextlib.ExitStack() as stack:
+        hosts = stack.enter_context(ssh_hosts(3))
+        contenders = {"tunnel": lazycluster, "direct": direct, "hand": by_hand, "ssh": ssh_cluster}
+        clients = {name: stack.enter_context(contender(hosts)) for name, contender in contenders.items()}
+        for what, work, most in (
+            ("matrix product 4000 x 4000, 3 hosts", _matrix, 1.15),
+            ("dataframe shuffle, 600,000 rows, 3 hosts", _shuffle, 1.05),
+        ):
+            times = _in_turns(lambda client, work=work: seconds(partial(work, client)), clients, PAIRS)
+            yield _beside(what, times, "tunnel", "ssh", "SSHCluster, no TLS")
+            yield _beside(f"{what}, direct with TLS", times, "direct", "ssh", "SSHCluster, no TLS", most)
+            yield _beside(f"{what}, direct with TLS", times, "direct", "hand", "workers started by hand, TLS")
+        del clients["ssh"]
+        times = _in_turns(_transfer, clients, 2 * PAIRS)
         what = "100 MB from worker to worker, direct with TLS"
-        yield Row(what, straight, "s", "<= 0.4 x", "tunnels", ours, straight <= 0.4 * ours)
-        yield Row(what, straight, "s", "<= 1.1 x", "workers started by hand, TLS", theirs, straight <= 1.1 * theirs)
+        yield _beside(what, times, "direct", "tunnel", "tunnels", 0.4)
+        yield _beside(what, times, "direct", "hand", "workers started by hand, TLS", 1.1)
+
+
+def _in_turns(work: Any, clients: dict[str, Any], repeat: int) -> dict[str, list[float]]:
+    """Return the seconds of each contender, after one turn that does not count."""
+    turns = [{name: work(client) for name, client in clients.items()} for _ in range(repeat + 1)][1:]
+    return {name: [turn[name] for turn in turns] for name in clients}
+
+
+def _beside(
+    what: str, times: dict[str, list[float]], ours: str, theirs: str, peer: str, most: float | None = None
+) -> Row:
+    """Return the line of two contenders: their medians, and the ratios of their turns."""
+    ratios = [own / other for own, other in zip(times[ours], times[theirs], strict=True)]
+    note = f"ratio in {len(ratios)} pairs: {spread(ratios)}"
+    target, met = ("", None) if most is None else (f"<= {most:g} x", statistics.median(ratios) <= most)
+    medians = statistics.median(times[ours]), statistics.median(times[theirs])
+    return Row(what, medians[0], "s", target, peer, medians[1], met, note)
