@@ -22,11 +22,14 @@ from scenes import NobodyThereError, Scene, UnavailableError, hit
 from controlgroups import ControlGroupsUnavailableError, control_group, move
 from sshhosts import procfs
 
-TASKS, COPY, MAP, SHUFFLE, SEARCH = LOADS = ("tasks", "copy", "map", "shuffle", "search")
-_CLUSTERS = (SHUFFLE, SEARCH)
+TASKS, COPY, MAP, SHUFFLE, DIRECT, SEARCH = LOADS = ("tasks", "copy", "map", "shuffle", "direct shuffle", "search")
+_CLUSTERS = (SHUFFLE, DIRECT, SEARCH)
 _CALLS = (TASKS, MAP)
 
 Strike = Callable[[Scene, int], Iterator[None]]
+
+HOST_HIT = {DIRECT: 1}
+"""By load, the number of the host that is hit, where it is not the first: that one has the scheduler then."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ _VICTIMS: dict[str, tuple[Callable[[Scene, int], list[int]], tuple[str, ...]]] =
     "zygote": (Scene.zygotes, _CALLS),
     "worker": (Scene.workers, _CLUSTERS),
     "nanny": (Scene.services, _CLUSTERS),
-    "scheduler": (lambda scene, number: scene.master(scene.dask), (SHUFFLE,)),
+    "scheduler": (lambda scene, number: scene.master(scene.dask), (SHUFFLE, DIRECT)),
     "database": (lambda scene, number: scene.master(scene.hyperopt), (SEARCH,)),
     "keeper": (lambda scene, number: scene.keeper(), LOADS),
     "ssh": (Scene.ssh, LOADS),
@@ -206,7 +209,7 @@ def _control_group(kind: str, number: int) -> Iterator[Path]:
         yield group
 
 
-@fault("memory limit reached", lasts=8, loads=(MAP, SHUFFLE, SEARCH))
+@fault("memory limit reached", lasts=8, loads=(MAP, *_CLUSTERS))
 def _memory(scene: Scene, number: int) -> Iterator[None]:
     """Those that work get no more memory than they have: the kernel kills who wants more."""
     working = [*scene.workers(number), *scene.functions(number)]

@@ -261,6 +261,12 @@ class Shuffle(Load):
         self.under_way.set()
 
 
+class DirectShuffle(Shuffle):
+    """The same, from host to host: with ``network="direct"``."""
+
+    name = "direct shuffle"
+
+
 # --- Hyperopt ---------------------------------------------------------------------------------------------
 class Search(Load):
     """A Hyperopt search, all of whose trials must have been evaluated once, and rightly."""
@@ -300,7 +306,7 @@ class Search(Load):
         self.under_way.set()
 
 
-LOADS: dict[str, type[Load]] = {load.name: load for load in (Tasks, Copy, Map, Shuffle, Search)}
+LOADS: dict[str, type[Load]] = {load.name: load for load in (Tasks, Copy, Map, Shuffle, DirectShuffle, Search)}
 
 
 # --- running ----------------------------------------------------------------------------------------------

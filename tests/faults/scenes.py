@@ -89,7 +89,11 @@ class Scene:
     def master(self, cluster: Any) -> list[int]:
         """The process of a cluster's master."""
         found = cluster.master if cluster is not None else None
-        return [found.pid] if found is not None and found.pid and found.state == "ready" else []
+        if found is None or not found.pid or found.state != "ready":
+            return []
+        if found.host == "localhost":
+            return [found.pid]
+        return self._here(self.hosts.names.index(found.host), [found.pid])
 
     def keeper(self) -> list[int]:
         """The agent beside the manager."""

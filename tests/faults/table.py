@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from injections import FAULTS, LOADS, in_soak
+from injections import DIRECT, FAULTS, LOADS, in_soak
 
 _SOAK, _NOT_RUN = "soak", "not run"
 _NOT_TRIED = ("", _SOAK, _NOT_RUN)
@@ -41,8 +41,9 @@ def table(found: dict[tuple[str, str], str]) -> str:
     """Write the table in Markdown."""
     lines = [f"| fault | {' | '.join(LOADS)} |", "|---" * (len(LOADS) + 1) + "|"]
     for fault in FAULTS.values():
-        else_ = _SOAK if in_soak(fault) else _NOT_RUN
-        cells = [found.get((fault.name, load), else_) if load in fault.loads else "" for load in LOADS]
+        soaked = in_soak(fault)
+        other = {load: _SOAK if soaked and load != DIRECT else _NOT_RUN for load in LOADS}
+        cells = [found.get((fault.name, load), other[load]) if load in fault.loads else "" for load in LOADS]
         lines.append(f"| {fault.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

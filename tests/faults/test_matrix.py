@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from injections import FAULTS, LOADS, MAP, SEARCH, SHUFFLE, Fault
+from injections import DIRECT, FAULTS, HOST_HIT, LOADS, MAP, SEARCH, SHUFFLE, Fault
 from loads import LOADS as KINDS
 from loads import Outcome, Running
 from scenes import NobodyThereError, Scene, UnavailableError
@@ -33,7 +33,7 @@ pytestmark = [
 LIMIT = 150.0
 
 #: The loads that end with the right result whatever happens: what was lost is done elsewhere, or again.
-ALWAYS_RIGHT = (MAP, SHUFFLE, SEARCH)
+ALWAYS_RIGHT = (MAP, SHUFFLE, DIRECT, SEARCH)
 
 #: What runs with all other tests; the rest is the soak's.
 QUICK = {
@@ -52,7 +52,7 @@ def _cells() -> Iterator[Any]:
 @pytest.fixture
 def scene(make_hosts: Callable[..., Any], fault: Fault, load: str, tmp_path: Path) -> Iterator[Scene]:
     """Two hosts, and the cluster that the load needs."""
-    if load == SHUFFLE:
+    if load in (SHUFFLE, DIRECT):
         pytest.importorskip("distributed")
     if load == SEARCH:
         pytest.importorskip("hyperopt")
@@ -63,10 +63,11 @@ def scene(make_hosts: Callable[..., Any], fault: Fault, load: str, tmp_path: Pat
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(RuntimeGroup(hosts=hosts.names, connection_kwargs=settings, python=sys.executable))
         scene = Scene(hosts, group, tmp_path)
-        if load == SHUFFLE:
+        if load in (SHUFFLE, DIRECT):
             from lazycluster.cluster.dask_cluster import DaskCluster
 
-            scene.dask = stack.enter_context(DaskCluster(group, nthreads=1))
+            network = "direct" if load == DIRECT else "tunnel"
+            scene.dask = stack.enter_context(DaskCluster(group, nthreads=1, network=network))
             scene.dask.start()
         if load == SEARCH:
             from lazycluster.cluster.hyperopt_cluster import HyperoptCluster
@@ -82,7 +83,7 @@ def struck(fault: Fault, scene: Scene, running: Running) -> Iterator[None]:
     running.load.under_way.wait(LIMIT)
     while True:
         assert not running.over, f"it ended before the fault: {running.outcome(0)}"
-        strike = fault.strike(scene, 0)
+        strike = fault.strike(scene, HOST_HIT.get(running.load.name, 0))
         try:
             strike.__enter__()
             break
@@ -114,7 +115,8 @@ def test_cell(scene: Scene, fault: Fault, load: str, record_property: Callable[[
         until(lambda: all(one.state == "open" for one in scene.group.status), "the links to be back")
         assert scene.group.call(sum, [1, 2]) == dict.fromkeys(scene.hosts.names, 3)
     else:
-        until(lambda: not scene.hosts[0].leftovers(), "the host that is lost to be clean")
+        number = HOST_HIT.get(load, 0)
+        until(lambda: not scene.hosts[number].leftovers(), "the host that is lost to be clean")
 
 
 def _check(outcome: Outcome, load: str) -> None:
