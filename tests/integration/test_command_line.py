@@ -458,7 +458,7 @@ def test_doctor_finds_what_is_wrong(make_hosts: Any, options: dict[str, Any], fa
 
 
 # --- ports -----------------------------------------------------------------------------------------
-def test_doctor_says_which_hosts_reach_each_other(make_hosts: Any) -> None:
+def test_which_hosts_reach_each_other_is_told(make_hosts: Any) -> None:
     hosts = make_hosts(3)
     hosts[2].run(["/usr/sbin/iptables", "-A", "INPUT", "-s", hosts[1].address, "-p", "tcp", "-j", "REJECT"])
     status, out, _ = lazycluster(hosts, "doctor", "host[1-3]", "nowhere.invalid")
@@ -466,6 +466,14 @@ def test_doctor_says_which_hosts_reach_each_other(make_hosts: Any) -> None:
     assert "host1 reaches: host2 yes, host3 yes" in out
     assert re.search(rf"host2 reaches: host1 yes, host3 no: {re.escape(hosts[2].address)}:25\d\d\d ", out)
     assert "nowhere.invalid reaches" not in out
+    status, out, _ = lazycluster(hosts, "list-runtimes", "-l", "-w", "host[1-3]")
+    assert status == 0
+    refused = rf"host2 cannot reach host3 at {re.escape(hosts[2].address)}:25\d\d\d: .*"
+    assert re.fullmatch(f"For --network direct: {refused}", out.splitlines()[-1])
+    _, out, _ = lazycluster(hosts, "list-runtimes", "-l", "-w", "host[1-2]")
+    assert out.splitlines()[-1] == "For --network direct: all hosts reach each other"
+    _, out, _ = lazycluster(hosts, "list-runtimes", "--json", "-w", "host[1-2],nowhere.invalid")
+    assert [one.get("reaches") for one in json.loads(out)] == [{"host2": ""}, {"host1": ""}, None]
 
 
 def test_doctor_offers_the_environment_of_this_side(make_hosts: Any) -> None:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -248,8 +249,8 @@ def test_what_an_extra_brings_can_be_installed_without_it(extra: str, monkeypatc
 
 def test_extras_of_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def requires(name: str) -> list[str]:
-        raise extras.metadata.PackageNotFoundError(name)
+        raise metadata.PackageNotFoundError(name)
 
     for stand_in in (requires, lambda name: None, lambda name: ["click>=8", "cloudpickle; extra == 'all'"]):
-        monkeypatch.setattr(extras.metadata, "requires", stand_in)
+        monkeypatch.setattr(metadata, "requires", stand_in)
         assert extras.install_command("dask").endswith("install '.[dask]' in a checkout of lazycluster")

@@ -25,7 +25,7 @@ from .option_names import spelled
 if TYPE_CHECKING:
     from lazycluster.ssh.ssh_connection import SshConnection
 
-__all__ = ["STEPS", "Diagnosis", "Step", "check_reachability"]
+__all__ = ["STEPS", "Diagnosis", "Step"]
 
 STEPS = (
     "configuration",
@@ -61,8 +61,6 @@ _FAILED_STEP = {
     "disk": "temporary files",
 }
 _PACKAGES = ("cloudpickle", *engines.PACKAGES, "numpy", "pandas")
-_PORTS = range(25000, 25064)  # those of clusters
-_MOST_NAMED = 8  # hosts
 _CLOCK_LIMIT = 5.0  # seconds
 _LITTLE_SPACE = 100 * 1024 * 1024
 _LIMIT = 30.0
@@ -133,15 +131,6 @@ class Diagnosis:
             for check in (self._forwarding, self._files_and_clock, self._packages):
                 await check(connection)
             await self._grace(connection)
-
-    @property
-    def reached(self) -> str:
-        """The other hosts that it reaches, in a line; "" if there are none."""
-        bad = [f"{host} no: {why}" for host, why in self.reaches.items() if why]
-        good = [host for host, why in self.reaches.items() if not why]
-        if len(good) > _MOST_NAMED:
-            return ", ".join([f"{len(good)} hosts yes", *bad])
-        return ", ".join([*(f"{host} yes" for host in good), *bad])
 
     # --- up to the agent -----------------------------------------------------------------------
     def _failed(self, error: InvalidRuntimeError, way: dict[str, str], probe: _Probe) -> None:
@@ -285,25 +274,6 @@ def _installed() -> dict[str, str]:
 def _differing(theirs: dict[str, str | None]) -> Sequence[tuple[str, str, str | None]]:
     ours = _installed()
     return [(name, version, theirs.get(name)) for name, version in ours.items() if theirs.get(name) != version]
-
-
-async def check_reachability(diagnoses: Mapping[SshConnection, Diagnosis]) -> None:
-    """Find out which of some hosts reach each other, as clusters with ``network="direct"`` need it.
-
-    Args:
-        diagnoses: The hosts that can be used, by their connections, which are open.
-    """
-    from lazycluster.runtime.network import free_on_all
-    from lazycluster.runtime.reachability import ProbedHost, probe
-
-    free = await free_on_all(_PORTS, diagnoses, skip_lost=True)
-    found = await probe([ProbedHost(connection.host, connection, tuple(free[:2])) for connection in diagnoses])
-    obstacles = {(one.source, one.target): f"{one.where} {one.why}".strip() for one in found.obstacles}
-    for diagnosis in diagnoses.values():
-        others = [other.host for other in diagnoses.values() if other is not diagnosis]
-        for other in others:
-            everywhere = next((str(one.why) for one in found.obstacles if one.target == other and not one.address), "")
-            diagnosis.reaches[other] = obstacles.get((diagnosis.host, other), everywhere)
 
 
 @dataclass

@@ -52,6 +52,7 @@ async def everywhere(
     work: Work,
     fanout: int = FANOUT,
     on_done: Callable[[HostOutcome], Any] = lambda outcome: None,
+    at_end: Callable[[list[Connection]], Awaitable[object]] | None = None,
 ) -> list[HostOutcome]:
     """Connect hosts and do something on each.
 
@@ -62,6 +63,7 @@ async def everywhere(
         work: What to do on one that is connected; it is disconnected afterwards.
         fanout: On how many at once.
         on_done: Called with the outcome of a host as soon as it is there.
+        at_end: Work on all hosts together, after that on each: those where it ended by itself stay connected for this.
 
     Returns:
         The outcomes, in the order of the hosts.
@@ -71,20 +73,27 @@ async def everywhere(
     """
     await client_version()
     slots = asyncio.Semaphore(fanout)
+    kept: list[Connection] | None = None if at_end is None else []
 
     async def one(name: str) -> HostOutcome:
         slot = _FanoutSlot(slots)
         await slot.take()
         try:
             started = time.monotonic()
-            outcome = await _on_host(targets, name, work, slot)
+            outcome = await _on_host(targets, name, work, slot, kept)
             outcome.seconds = time.monotonic() - started
         finally:
             slot.give_up()
         on_done(outcome)
         return outcome
 
-    return await event_loop.together([asyncio.ensure_future(one(name)) for name in targets.names])
+    try:
+        outcomes = await event_loop.together([asyncio.ensure_future(one(name)) for name in targets.names])
+        if at_end is not None and kept:
+            await at_end(kept)
+    finally:
+        await asyncio.gather(*(connection.close() for connection in kept or ()))
+    return outcomes
 
 
 class _FanoutSlot:
@@ -159,12 +168,18 @@ class InOrder(Generic[T]):
                 return
 
 
-async def _on_host(targets: Targets, name: str, work: Work, slot: _FanoutSlot) -> HostOutcome:
+async def _on_host(
+    targets: Targets, name: str, work: Work, slot: _FanoutSlot, kept: list[Connection] | None
+) -> HostOutcome:
     connection = None
     try:
         connection = targets.connection(name)
         await _open(connection, slot)
-        return await work(connection)
+        outcome = await work(connection)
+        if kept is not None:
+            kept.append(connection)
+            connection = None
+        return outcome
     except InvalidRuntimeError as error:
         return HostOutcome(name, UNREACHABLE, _told(error, name), "unreachable")
     except ConnectionLostError as error:

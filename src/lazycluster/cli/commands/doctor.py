@@ -50,8 +50,9 @@ def doctor(
 async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
     import asyncio
 
-    from lazycluster.cli.diagnosis import Diagnosis, check_reachability
+    from lazycluster.cli.diagnosis import Diagnosis
     from lazycluster.cli.fanout import InOrder
+    from lazycluster.cli.reaches import by_host, probe_all
     from lazycluster.ssh.ssh_connection import SshConnection
     from lazycluster.ssh.terminal import when_answered
 
@@ -75,7 +76,9 @@ async def _check_all(chosen: Targets, silent: bool) -> list[Diagnosis]:
         diagnoses = list(await asyncio.gather(*(check(name) for name in chosen.names)))
         usable = {connection: one for connection, one in connections.items() if connection.state == "open"}
         if len(usable) > 1:
-            await check_reachability(usable)
+            reaches = by_host(await probe_all(list(usable)), [one.host for one in usable.values()])
+            for one in usable.values():
+                one.reaches = reaches[one.host]
             if not silent:
                 when_answered(lambda: _show_reached(diagnoses))
     finally:
@@ -115,6 +118,7 @@ def _show_reached(diagnoses: list[Diagnosis]) -> None:
     from rich.text import Text
 
     from lazycluster.cli.console import output
+    from lazycluster.cli.reaches import told
     from lazycluster.exceptions import one_line
 
     out = output()
@@ -122,7 +126,9 @@ def _show_reached(diagnoses: list[Diagnosis]) -> None:
     for one in diagnoses:
         if one.reaches:
             style = "yellow" if any(one.reaches.values()) else "green"
-            out.print(Text(f"  {one_line(one.host)} reaches: {one_line(one.reached)}", style=style), soft_wrap=True)
+            out.print(
+                Text(f"  {one_line(one.host)} reaches: {one_line(told(one.reaches))}", style=style), soft_wrap=True
+            )
     out.print()
 
 

@@ -58,7 +58,8 @@ def list_runtimes(
     """Show the hosts of the ssh configuration: which can be used, and why others cannot.
 
     A host that takes long holds back no other. LATENCY is the time of a message to the host and back, once connected;
-    MEMORY and DISK are used/total.
+    MEMORY and DISK are used/total. With -l, the last line says whether the hosts reach each other, as --network direct
+    needs it.
 
     \b
     Examples:
@@ -96,6 +97,8 @@ class _Listing:
         self._columns = {name: columns[name] for name in shown}
         self._left_out = [name for name in columns if name not in shown]
         self.infos: dict[str, dict[str, Any]] = {}
+        self._reaches: dict[str, dict[str, str]] = {}
+        self._between = ""
 
     def run(self) -> list[HostOutcome]:
         from lazycluster.cli.fanout import InOrder, everywhere
@@ -105,7 +108,12 @@ class _Listing:
         rows: InOrder[HostOutcome] = InOrder(self._targets.names, lambda one: when_answered(lambda: self.show(one)))
         output().print(self._line({name: name.upper() for name in self._columns}), style="bold", soft_wrap=True)
         outcomes = event_loop.run(
-            everywhere(self._targets, self._ask, on_done=lambda outcome: rows.put(outcome.host, outcome))
+            everywhere(
+                self._targets,
+                self._ask,
+                on_done=lambda outcome: rows.put(outcome.host, outcome),
+                at_end=self._probe if self._long else None,
+            )
         )
         self.finish(outcomes)
         return outcomes
@@ -115,12 +123,14 @@ class _Listing:
         from lazycluster.cli.fanout import everywhere
         from lazycluster.core import event_loop
 
-        outcomes = event_loop.run(everywhere(self._targets, self._ask))
+        outcomes = event_loop.run(everywhere(self._targets, self._ask, at_end=self._probe))
         document = []
         for outcome in outcomes:
             active = outcome.kind == "done"
             entry: dict[str, Any] = {"host": outcome.host, "state": "active" if active else "inactive"}
             entry.update(self.infos.get(outcome.host, {}) if active else {"reason": outcome.error})
+            if active:
+                entry["reaches"] = self._reaches.get(outcome.host, {})
             document.append(entry)
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return outcomes
@@ -135,6 +145,15 @@ class _Listing:
             info.update(await connection.request("info"))
         self.infos[connection.host] = info
         return HostOutcome(connection.host)
+
+    async def _probe(self, connections: list[Connection]) -> None:
+        """Find out which hosts reach each other."""
+        from lazycluster.cli.reaches import by_host, probe_all
+
+        if len(connections) > 1:
+            found = await probe_all(connections)
+            self._between = str(found)
+            self._reaches = by_host(found, [connection.host for connection in connections])
 
     def show(self, outcome: HostOutcome) -> None:
         """Print the row of a host."""
@@ -172,11 +191,14 @@ class _Listing:
         return "  ".join(padded).rstrip()
 
     def finish(self, outcomes: list[HostOutcome]) -> None:
-        """Print why hosts cannot be used, and which columns there was no room for."""
-        from lazycluster.exceptions import printable
+        """Print whether hosts reach each other, why some cannot be used, and which columns there was no room for."""
+        from lazycluster.exceptions import one_line, printable
 
         if self._left_out:
             output().print(_told_left_out(self._left_out, "or --json"), style="dim", soft_wrap=True)
+        if self._between:
+            text = f"For --network direct: {one_line(self._between)}"
+            output().print(text, markup=False, soft_wrap=True, style="dim")
         bad = [outcome for outcome in outcomes if outcome.kind != "done"]
         if bad:
             output().print("\nInactive:", style="bold")
