@@ -152,7 +152,10 @@ class _Listing:
 
         if len(connections) > 1:
             found = await probe_all(connections)
-            self._between = str(found)
+            count = len(connections)
+            self._between = f"The {count} active hosts reach each other: --network direct can be used"
+            if found.obstacles:
+                self._between = f"--network direct cannot be used: {found}"
             self._reaches = by_host(found, [connection.host for connection in connections])
 
     def show(self, outcome: HostOutcome) -> None:
@@ -197,8 +200,7 @@ class _Listing:
         if self._left_out:
             output().print(_told_left_out(self._left_out, "or --json"), style="dim", soft_wrap=True)
         if self._between:
-            text = f"For --network direct: {one_line(self._between)}"
-            output().print(text, markup=False, soft_wrap=True, style="dim")
+            output().print(one_line(self._between), markup=False, soft_wrap=True, style="dim")
         bad = [outcome for outcome in outcomes if outcome.kind != "done"]
         if bad:
             output().print("\nInactive:", style="bold")
