@@ -74,7 +74,7 @@ def process_start_time(pid: int) -> int | None:
 def processor_time(pid: int) -> int | None:
     """Return the nanoseconds that a process has used; None if it has ended, or the system does not tell."""
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[0])
     except (OSError, ValueError, IndexError):
         return None
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import math
-import os
 import re
 import subprocess
 import time
@@ -47,6 +46,7 @@ class ConnectSlot:
         self._limits: list[tuple[float, asyncio.Semaphore]] = []  # and after which idle time each is given up
         self._process: WatchedProcess | None = None
         self._used: int | None = -1
+        self._used_by_others = -1
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -78,9 +78,14 @@ class ConnectSlot:
         assert self._process is not None
         if self._process.is_logged_in or self._process.exited.done():
             return
-        now, used = asyncio.get_running_loop().time(), _processor_time(self._process.pid)
+        pid, now = self._process.pid, asyncio.get_running_loop().time()
+        used = unix.processor_time(pid)
         if used != self._used:
             self._used, self._since = used, now
+        elif used is not None:  # else the system does not tell
+            others = _used_by_others(pid)
+            if others != self._used_by_others:
+                self._used_by_others, self._since = others, now
         idle = now - self._since if used is not None else _SILENT * (now - self._since) / _SILENT_BY_TIME
         self._give_up(idle)
         if idle >= _SILENT:
@@ -101,20 +106,19 @@ class ConnectSlot:
         self._give_up(math.inf)
 
 
-def _processor_time(pid: int) -> int | None:
-    """Return the nanoseconds that a process and its descendants have used so far.
+def _used_by_others(pid: int) -> int:
+    """Return the nanoseconds that the descendants of a process have used so far.
 
-    One that could go on counts as using more and more; None if that is not known.
+    One that could go on, be it the process itself, counts as using more and more.
     """
-    if unix.processor_time(os.getpid()) is None:
-        return None
     used = 0
     for one in family(pid):
-        used += unix.processor_time(one) or 0
         state = stat_fields(one)
         if state is not None and state[0] == b"R":
             return time.monotonic_ns()
-    return used or None
+        if one != pid:
+            used += unix.processor_time(one) or 0
+    return used
 
 
 class ConnectLimit:
