@@ -359,7 +359,7 @@ def test_two_searches_with_limits_share_their_trials(cluster: HyperoptCluster) -
 
 
 def test_the_password_is_nowhere_to_be_seen(cluster: HyperoptCluster, group: RuntimeGroup) -> None:
-    secret = cluster._hyperopt.password
+    secret = cluster._hyperopt.access.password
     assert len(secret) > 20
     assert secret in cluster.mongo_url
 
