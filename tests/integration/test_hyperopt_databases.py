@@ -61,7 +61,7 @@ def test_mongod_is_used_where_it_is_asked_for(
             assert command[:3] == ["mongod", "--dbpath", str(tmp_path / "db")]
             assert {"--auth", "--bind_ip", "127.0.0.1", str(cluster.master_port)} < set(command)
             assert "--fork" not in command
-            passwords.add(cluster._hyperopt.password)
+            passwords.add(cluster._hyperopt.access.password)
             assert stat.S_IMODE((tmp_path / "db" / "lazycluster-password").stat().st_mode) == 0o600
             tls = {"tls": True, "tlsAllowInvalidCertificates": True}
             stranger: MongoClient = MongoClient("127.0.0.1", cluster.master_port, **tls)  # type: ignore[type-arg]
@@ -69,9 +69,9 @@ def test_mongod_is_used_where_it_is_asked_for(
                 stranger.db.c.find_one()
             with MongoClient(cluster.pymongo_url) as client:
                 assert client["hyperopt"].jobs.count_documents({}) == attempt
-            assert cluster._hyperopt.identity is not None
+            assert cluster._hyperopt.access.identity is not None
             assert not any(
-                cluster._hyperopt.identity.key.encode() in path.read_bytes()
+                cluster._hyperopt.access.identity.key.encode() in path.read_bytes()
                 for path in (tmp_path / "db").rglob("*")
                 if path.is_file()
             )
