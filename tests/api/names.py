@@ -126,7 +126,8 @@ class _Shown:
         public = {value for value in self._classes.values() if not value.__name__.startswith("_")}
         promised = public & {*_in_reference().values(), *_named()}
         direct = {base for own in _own_bases(one) for base in own.__bases__}
-        shown = [base for base in one.__mro__[1:] if base is not object]
+        # Not before Python 3.11 is ReprEnum a base of IntEnum.
+        shown = [base for base in one.__mro__[1:] if base is not object and base.__name__ != "ReprEnum"]
         return [
             base.__name__
             for base in shown

@@ -11,7 +11,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import tomllib
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from lazycluster.cluster_file import load
 from lazycluster.cluster_file.keys import HOST_KEYS, SAFE_VARIABLES, TOP_KEYS, option_key
 from lazycluster.cluster_file.schema import schema
 from lazycluster.cluster_file.toml_lines import KeyLines
+from lazycluster.core import toml
 from lazycluster.core.durations import duration
 from lazycluster.group.settings import _ONLY_OWN, _OWN
 from lazycluster.ssh.config import Settings
@@ -413,7 +413,7 @@ def test_lines_of_keys_are_found_whatever_the_values_are(tables: list[tuple[str,
             lines += ["", f'  "{name}"  = {value} # x']
             expected[table, "in", name] = "\n".join(lines[:-1]).count("\n") + 2
     text = "\n".join(lines)
-    tomllib.loads(text)
+    toml.loads(text)
     assert {path: KeyLines(text).of(path) for path in expected} == expected
 
 
@@ -444,6 +444,6 @@ def test_the_schema_takes_what_is_taken_and_refuses_what_is_not() -> None:
     made = schema(["dask", "hyperopt"])
     jsonschema.Draft7Validator.check_schema(made)
     validator = jsonschema.Draft7Validator(made)
-    assert validator.is_valid(tomllib.loads(COMPLETE))
+    assert validator.is_valid(toml.loads(COMPLETE))
     for wrong in ("worker = 3", "workers = 0", "[options]\ndbpath = 'x'", "[host.a]\npassword = 'x'", "python = 3"):
-        assert not validator.is_valid(tomllib.loads(LEAST + wrong)), wrong
+        assert not validator.is_valid(toml.loads(LEAST + wrong)), wrong

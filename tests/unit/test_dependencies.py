@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from lazycluster.core import toml
 from lazycluster.environments import uv
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _ROOT = Path(__file__).parents[2]
 _CONSTRAINTS = _ROOT / "constraints"
@@ -29,7 +24,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _pyproject() -> dict[str, Any]:
-    return tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return toml.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def _wanted() -> list[str]:
