@@ -291,6 +291,42 @@ def test_a_program_starts_a_cluster_that_outlives_it(hosts: Any, tmp_path: Path)
     assert run("down", "night")[0] == 0
 
 
+_ANSWERS = """
+import sys, lazycluster, module_of_mine
+with lazycluster.connect("night") as client:
+    for line in sys.stdin:
+        answers = [client.submit(module_of_mine.answer, pure=False).result() for _ in range(2)]
+        print(answers, flush=True)
+"""
+
+
+def test_each_program_runs_with_its_own_modules(hosts: Any, tmp_path: Path) -> None:
+    up(hosts, "--workers", 1)
+    program = tmp_path / "program.py"
+    program.write_text(_ANSWERS)
+    argv = [sys.executable, "-B", program]
+    for version in range(4):  # each with a module that was edited just before
+        (tmp_path / "module_of_mine.py").write_text(f"def answer():\n    return {version}\n")
+        done = subprocess.run(argv, input="\n", capture_output=True, text=True, timeout=90)
+        assert done.stdout == f"[{version}, {version}]\n", done.stderr
+        assert "replace" not in done.stderr  # the same file, edited, is no other program's
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "module_of_mine.py").write_text("def answer():\n    return 'other'\n")
+    shutil.copy(program, tmp_path / "other")
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    other = [*argv[:-1], tmp_path / "other" / "program.py"]
+    with subprocess.Popen(argv, text=True, **streams) as one, subprocess.Popen(other, text=True, **streams) as two:
+        for _ in range(3):
+            for process, answer in ((one, 3), (two, "other")):
+                process.stdin.write("\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == f"{[answer, answer]}\n"
+        told = two.communicate(timeout=60)[1]
+        one.communicate(timeout=60)
+    assert told.count("modules of this program replace those of another one") == 1
+    assert f"{tmp_path}/other/module_of_mine.py instead of {tmp_path}/module_of_mine.py" in told
+
+
 def test_a_cluster_of_a_program_ends_with_cleanup_and_unstarted_with_the_program(hosts: Any, tmp_path: Path) -> None:
     (tmp_path / "module_of_mine.py").write_text(_MODULE.format(22))
     script = tmp_path / "start.py"

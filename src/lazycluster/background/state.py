@@ -40,8 +40,9 @@ __all__ = [
 
 Kind = Literal["cluster", "work"]
 
-LOG, SOCKET, LOGS = "log", "socket", "logs"
-"""Names in the directory of a cluster, beside its record: its own log, its socket, the logs of its processes."""
+LOG, SOCKET, LOGS, MODULES = "log", "socket", "logs", "modules"
+"""Names in the directory of a cluster, beside its record: its own log, its socket, the logs of its processes, and the
+version of the modules that programs have had sent to its hosts."""
 
 _DIRECTORY = "background"
 _RECORD, _LOCK = "record.json", "lock"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from lazycluster.background import state
 from lazycluster.background.protocol import MessageStream
 from lazycluster.cluster.engine_cluster import EngineCluster
 from lazycluster.cluster.exceptions import ClusterError
@@ -36,6 +39,7 @@ class Requests:
 
     def __init__(self, process: ClusterProcess) -> None:
         self._process = process
+        self._sending = threading.Lock()
         self._requests: dict[str, Callable[..., Any]] = {
             "status": self._status, "down": self._down, "info": self._info, "scale": self._scale,
             "processes": self._processes, "connection": self._connection, "modules": self._modules,
@@ -130,13 +134,17 @@ class Requests:
     def _connection(self) -> dict[str, Any]:
         return {"manager": os.getpid(), "engine": type(self._cluster).__name__, **self._cluster._connection()}
 
-    def _modules(self, files: Mapping[str, Any]) -> int:
-        """Have modules of a client's on the hosts; returns the version of what they have."""
+    def _modules(self, files: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
+        """Have modules of a client's on the hosts; returns the version of what they have, and what was replaced."""
         modules = getattr(self._cluster.engine, "modules", None)
         if modules is None:
-            return 0
+            return {"version": 0, "replaced": {}}
         contents = {name: text if kind == "text" else base64.b64decode(text) for name, (kind, text) in files.items()}
-        return int(event_loop.run(modules.take(contents)))
+        with self._sending:
+            replaced = event_loop.run(modules.take(contents, paths))
+            with contextlib.suppress(OSError):  # no room: other clients notice it later
+                (self._process.claim.path / state.MODULES).write_text(str(modules.version), "ascii")
+            return {"version": modules.version, "replaced": replaced}
 
     def _login(self, stream: MessageStream, variables: Mapping[str, str]) -> dict[str, str]:
         """Use what a new login has; answers to questions come over the connection meanwhile."""

@@ -62,15 +62,18 @@ class LocalModules:
     Attributes:
         directory: Where they are on the manager, for a master that runs there; empty before `open`.
         version: How often they were sent.
+        announced: The version of which workers were told, or with which they started; what they imported of an earlier
+            one they have forgotten.
     """
 
     def __init__(self) -> None:
         self.directory = ""
-        self.version = 0
+        self.version = self.announced = 0
         self._space: workspace.Workspace | None = None
         self._hosts: dict[str, _HostCopy] = {}
         self._written: dict[str, str | bytes] = {}
         self._given: dict[str, str | bytes] = {}  # by clients in other processes
+        self._given_from: dict[str, str] = {}  # where those have read them
         self._sources = ModuleSources()
         self._watcher: asyncio.Task[None] | None = None
         self._writing: asyncio.Future[None] | None = None
@@ -92,6 +95,7 @@ class LocalModules:
                 self._space = space
                 self._watcher = asyncio.ensure_future(self._watch())
         await self.sync()
+        self.announced = self.announced or self.version
 
     async def share(self, places: Iterable[WorkerHost]) -> dict[str, LazyclusterError]:
         """Have the present modules on hosts, too; those that have lost their agent, and all with it, get them again.
@@ -137,7 +141,8 @@ class LocalModules:
                 removing = asyncio.ensure_future(copy.connection.request("remove", within=_PATIENCE, path=copy.path))
                 await copy.connection.wait_while_heard(removing, _PATIENCE)
         directory, self.directory = self.directory, ""
-        self._written, self._given, self._sources = {}, {}, ModuleSources()
+        self._written, self._given, self._given_from, self._sources = {}, {}, {}, ModuleSources()
+        self.announced = 0
         if space is not None:
             shutil.rmtree(directory, ignore_errors=True)
             await space.release()
@@ -151,18 +156,25 @@ class LocalModules:
         """True if hosts may not have the present modules: some have changed, or are being sent. For any thread."""
         return self.changed() or self._syncing.locked()
 
-    async def take(self, files: Mapping[str, str | bytes]) -> int:
+    async def take(self, files: Mapping[str, str | bytes], paths: Mapping[str, str]) -> dict[str, str]:
         """Have modules of a client in another process on the hosts, beside or in the place of those that are there.
 
         Args:
             files: Their contents by file name.
+            paths: Where the client has read them, by file name.
 
         Returns:
-            The version of what the hosts have then.
+            Where those were read that had the same names, other contents, and came from other files.
         """
+        replaced = {
+            name: self._given_from[name]
+            for name, path in paths.items()
+            if path and self._given_from.get(name, path) not in ("", path) and self._given.get(name) != files.get(name)
+        }
         self._given.update(files)
+        self._given_from.update(paths)
         await self.sync()
-        return self.version
+        return replaced
 
     async def sync_changes(self) -> int:
         """Have what has changed on all hosts; returns `version`."""

@@ -33,9 +33,14 @@ _DISTRIBUTIONS = ".distributions.json"  # names the distributions that modules a
 
 
 class ModuleSources:
-    """The local modules of this process, with all that they import and their data, as files."""
+    """The local modules of this process, with all that they import and their data, as files.
+
+    Attributes:
+        paths: Where each was read, by file name; "" for what is made up.
+    """
 
     def __init__(self) -> None:
+        self.paths: dict[str, str] = {}
         self._stamps: dict[str, int] = {}
         self._seen: set[str] = set()
         self._is_new = False
@@ -61,6 +66,7 @@ class ModuleSources:
         self._is_new = False  # before the look, not to miss those that come meanwhile
         self._find_new()
         sources, self._stamps = await event_loop.in_thread(_read, frozenset(self._local))
+        self.paths = {name: path for name, (_, path) in sources.items()}
         return {name: text for name, (text, _) in sources.items()}
 
 

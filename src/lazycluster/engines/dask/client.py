@@ -75,7 +75,6 @@ class UpToDateClient(ClusterClient):
 
     def __init__(self, address: Any, modules: LocalModules | ClientModules, **options: Any) -> None:
         self._local_modules = modules
-        self._version = modules.version
         super().__init__(address, **options)
 
     @property
@@ -94,7 +93,8 @@ class UpToDateClient(ClusterClient):
         return super()._graph_to_futures(*arguments, **options)
 
     def _is_old(self) -> bool:
-        return self._version != self._local_modules.version or self._local_modules.changes()
+        modules = self._local_modules
+        return modules.announced != modules.version or modules.changes()
 
     async def update_modules(self) -> None:
         """Have the present modules on the hosts, and those forgotten that were imported there."""
@@ -103,8 +103,9 @@ class UpToDateClient(ClusterClient):
 
     async def _update(self) -> None:
         """Do so, on lazycluster's own loop."""
-        version = await self._local_modules.sync_changes()
-        if version <= self._version or self._calls is None:  # it is not connected any more
+        modules = self._local_modules
+        version = await modules.sync_changes()
+        if version <= modules.announced or self._calls is None:  # it is not connected any more
             return
 
         def refresh() -> None:  # in a function, so that it goes by value: the hosts have nothing of this package
@@ -120,7 +121,7 @@ class UpToDateClient(ClusterClient):
                 scheduler.broadcast(msg={"op": "run", **call}, nanny=True, on_error="ignore"),
                 scheduler.run_function(**call),
             )
-        self._version = max(version, self._version)
+        modules.announced = max(version, modules.announced)
 
 
 class _UpToDateCalls:
