@@ -21,6 +21,7 @@ import pytest
 import leaks
 from lazycluster import Runtime, RuntimeTask
 from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, TaskExecutionError
+from lazycluster.ssh import connection
 
 Make = Callable[..., Any]
 
@@ -414,6 +415,28 @@ def test_a_copy_goes_on_where_it_was(hosts: Any, tmp_path: Path) -> None:
             assert "there already, unchanged" in running.execution_log[0]
     for copied in (there, back):
         assert {path.name: _digest(path) for path in copied.iterdir()} == {p.name: _digest(p) for p in source.iterdir()}
+    subprocess.run(["rm", "-r", there], check=True)
+
+
+def test_a_copy_waits_for_its_link_longer_than_for_an_answer(
+    hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, there = tmp_path / "source", hosts[0].path("~/copied")
+    source.mkdir()
+    for number in range(40):
+        (source / f"file{number:02}").write_bytes(os.urandom(1000) * 3000)
+    with connect(hosts) as runtime:
+        running = runtime.execute_task(RuntimeTask("send").send_file(str(source), "~/copied"))
+        _until(lambda: len(_files(there)) > 3, "some of the files")
+        monkeypatch.setattr(connection, "ANSWER_LIMIT", 0.5)
+        hosts[0].cut_off()
+        try:
+            _until(lambda: runtime._connection._unanswered is not None, "a question that is not answered in time")
+        finally:
+            monkeypatch.undo()
+            hosts[0].restore()
+        running.join()
+    assert {path.name: _digest(path) for path in there.iterdir()} == {p.name: _digest(p) for p in source.iterdir()}
     subprocess.run(["rm", "-r", there], check=True)
 
 

@@ -308,10 +308,18 @@ class Connection(abc.ABC):
         """Wait until the agent answers, over a link that may have to come back first.
 
         Raises:
-            ConnectionLostError: If it does not.
+            ConnectionLostError: If it does not come back.
+            NoAnswerError: If the agent does not answer, though its link is there.
         """
         with contextlib.suppress(ConnectionLostError):  # the one that was there, perhaps not its successor
-            await self.request("ping")
+            while True:
+                try:
+                    await self.request("ping")
+                    break
+                except NoAnswerError:
+                    if self.state != "interrupted":
+                        raise
+                await self.wait_until_open()
         await self.wait_until_open()
 
     def problem_since(self, moment: float) -> str:
