@@ -227,6 +227,7 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
         (("run", "-w", "host1", "--env", "A", "--", "ls"), "'A' is not NAME=VALUE"),
         (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "'-1' is not a time in seconds, from 0.1 to"),
         (("put", "-w", "host1", "nothing-here", "x"), "no such file or directory: nothing-here"),
+        (("put", "-w", "host1", "--network", "direct", "/etc/hosts", "/etc", "x/"), "/etc is a folder, and --network"),
         (("put", "-w", "host1", "x"), "SRC... DEST"),
         (("forward", "host1", "99999"), "is not a port"),
         (("expose", "-w", "host1", "a:b"), "is not a port"),

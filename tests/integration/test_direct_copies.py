@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,9 +267,9 @@ def _impatient(settings: Any) -> Any:
 
 
 def test_a_link_between_two_hosts_that_is_cut_midway_costs_no_file(
-    hosts: Any, file: Path, sent_by_manager: list[str]
+    hosts: Any, file: Path, sent_by_manager: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The manager goes on where it has stopped."""
+    """The manager goes on where it has stopped, and names the host that sends no more."""
     with connected(hosts) as connections:
         hosts[0].slow(rate=RATE)
         cut = ["/usr/sbin/iptables", "-I", "OUTPUT", "-p", "tcp", "--dport", "25100:25199", "-j", "REJECT",
@@ -276,12 +277,13 @@ def test_a_link_between_two_hosts_that_is_cut_midway_costs_no_file(
         results = send(connections, file, midway=(2, lambda: hosts[1].run(cut)))
         assert all(isinstance(result, TransferResult) for result in results)
         assert sent_by_manager == ["host3"]
+    assert "not from another host: its connection to host2 failed: " in caplog.text
     assert are_there(hosts, file)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_full_disk_is_that_of_one_host(hosts: Any, file: Path, number: int) -> None:
-    """Those behind it get the file from the manager."""
+def test_a_full_disk_is_that_of_one_host(hosts: Any, file: Path, number: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Those behind it get the file from the manager, and the log says why."""
     with connected(hosts) as connections:
         hosts[number].fill_disk("~")
         try:
@@ -294,17 +296,31 @@ def test_a_full_disk_is_that_of_one_host(hosts: Any, file: Path, number: int) ->
     for other, host in enumerate(hosts):
         assert isinstance(results[other], TransferResult) == (other != number)
         assert is_there(host, file) == (other != number)
+        if other == number + 1:
+            before = hosts.names[number]
+            assert f"{before} failed: it has ended ({before}: No space left on device)" in caplog.text
 
 
-def test_a_file_that_is_rewritten_meanwhile_is_on_no_host(hosts: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_time_set_back", [False, True])
+def test_a_file_that_is_rewritten_meanwhile_is_on_no_host(
+    hosts: Any, tmp_path: Path, is_time_set_back: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "changing"
     path.write_bytes(b"1" * SIZE)
     with connected(hosts) as connections:
         hosts[0].slow(rate=RATE)
 
         def rewrite() -> None:
+            for one in threading.enumerate():
+                if one.name == "checksum":  # the manager has read all of it, and sent the beginning
+                    one.join(60)
+            before = path.stat().st_mtime_ns
             with path.open("r+b") as file:
                 file.write(b"2")
+                file.seek(SIZE - 1)
+                file.write(b"2")
+            if is_time_set_back:
+                os.utime(path, ns=(before, before))
 
         results = send(connections, path, "~/changing", midway=(0, rewrite))
     for host, result in zip(hosts, results, strict=True):
@@ -312,6 +328,7 @@ def test_a_file_that_is_rewritten_meanwhile_is_on_no_host(hosts: Any, tmp_path: 
         assert (result.host, result.side) == (host.name, "manager")
         assert "was rewritten while it was being copied" in str(result)
         assert not host.path("~/changing").exists()
+    assert not caplog.records  # no host is to blame
 
 
 @pytest.fixture
@@ -344,9 +361,31 @@ def test_a_host_that_passes_on_something_else_changes_no_file(
         results = send(connections, file)
         assert all(isinstance(result, TransferResult) for result in results)
     assert sorted(sent_by_manager) == ["host2", "host3"]
-    assert "was changed on its way" in caplog.text
+    assert "what came from host1 differs from the manager's file\n" in caplog.text
+    cause = "(host2: what came from host1 differs from the manager's file)"
+    assert f"what came from host2 differs from the manager's file {cause}" in caplog.text
     hosts[0].path("~/liar").unlink()
     assert are_there(hosts, file)
+
+
+def test_hosts_are_called_by_their_names_where_another_one_is_met(
+    module_hosts: Any, file: Path, sent_by_manager: list[str], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Not by those of their certificates, which only the hosts know; and the host before says what is wrong."""
+    make_identities = direct_copy.make_identities
+
+    def mistaken(*names: str) -> Any:
+        authority, identities = make_identities(*names)
+        return authority, {**identities, "host-2": identities["host-0"]}
+
+    monkeypatch.setattr(direct_copy, "make_identities", mistaken)
+    with connected(module_hosts) as connections:
+        send(connections, file)
+    assert sent_by_manager == ["host3"]
+    assert "its connection to host2 failed: it has ended" in caplog.text
+    assert "(host2: sending it on failed: host1 is there, not host3)" in caplog.text
+    assert are_there(module_hosts, file)
 
 
 def test_the_errors_of_a_group_name_the_hosts(module_hosts: Any, file: Path) -> None:

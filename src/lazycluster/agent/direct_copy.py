@@ -69,6 +69,7 @@ _TELL_EVERY = 0.25  # seconds between two words to the manager about what has co
 _BLOCK = 1024 * 1024
 _ENDED = "the copy has ended before the file was complete"
 OTHER_FILE = "is not the file that the manager has described"
+OTHER_CONTENTS = "differs from the manager's file"
 
 
 class FileFacts(NamedTuple):
@@ -476,8 +477,9 @@ class Party:
                     if reader is not None:
                         reader.join()
                 self.file.close()
-        if forward is not None and forward.error is not None:
-            report["next"] = str(forward.error) or type(forward.error).__name__
+        failed = None if forward is None else forward.error
+        if failed is not None and not getattr(failed, "remote", False):  # else the next one tells what is wrong there
+            report["next"] = str(failed) or type(failed).__name__
         self._stream.put_json(REPORT, report)
         self._stream.flush()
 
@@ -595,7 +597,7 @@ class Party:
             CopyError: It is another one.
         """
         if self._is_first:
-            return  # it came from the manager
+            return  # it came from the manager, which compares what it sends
         self.begin_checksum()
         assert self._checksum is not None
         self._checksum.join()
@@ -606,4 +608,4 @@ class Party:
         if self._stream.header() != VERDICT:
             raise StreamClosedError("an unexpected frame")
         if not self._stream.message()["same"]:
-            raise CopyError(path, "was changed on its way, by {} or one before it".format(self._previous))
+            raise CopyError(path, OTHER_CONTENTS)

@@ -349,9 +349,13 @@ class Sender:
                 self._counter.moved(start)
             left, checksum = self._send_content(fd, start, before.st_size, checksum)
             _check(fd, path, before, left, checksum)
+            self._approve(path, checksum)
         summary = SUMMARY.pack(before.st_size, checksum, stat.S_IMODE(before.st_mode), before.st_mtime_ns)
         self._stream.put(SAME if same else LAST, summary)
         self._counter.file(not same)
+
+    def _approve(self, path: bytes, checksum: int) -> None:
+        """Raise a `CopyError` if a file that was sent is not to take its place; the checksum is that of all of it."""
 
     def _send_content(self, fd: int, start: int, end: int, checksum: int) -> Tuple[int, int]:
         """Send a part of a file; return how much of it could not be read, and the checksum."""

@@ -12,16 +12,18 @@ import hashlib
 import logging
 import os
 import random
+import re
 import stat
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lazycluster.agent.direct_copy import OTHER_FILE, FileFacts
-from lazycluster.agent.sender import Sender
+from lazycluster.agent.direct_copy import OTHER_CONTENTS, OTHER_FILE, FileFacts
+from lazycluster.agent.sender import REWRITTEN, Sender
 from lazycluster.agent.stream import (
     CAME,
     CHECK,
@@ -54,6 +56,7 @@ _PORT_TRIES = 3
 _LISTEN_LIMIT = 10.0  # seconds for all hosts to be ready; the others go on without those that are not
 _STALL_LIMIT = 60.0  # seconds without anything new from a host, after which the manager sends it the file itself
 _LOOK_EVERY = 0.5  # seconds
+_CAUSE_LIMIT = 5.0  # seconds for a host that passes on no more to say why
 _BLOCK = 1024 * 1024
 
 logger = logging.getLogger("lazycluster")
@@ -254,6 +257,41 @@ class _ChainHost:
         return f"lazycluster host-{self.index}"
 
 
+class _FirstSender(Sender):
+    """Sends the file to the first host, and compares what it has sent with the manager's file: nobody else does.
+
+    Args:
+        stream: Where to.
+        find: See `Sender`.
+        counter: Counts what is done.
+        known_checksum: Waits for the CRC-32 of the manager's file.
+        on_error: Told what is wrong with the manager's file, before a host is: the last one may report that first.
+    """
+
+    def __init__(
+        self,
+        stream: FrameStream,
+        find: Callable[[], tuple[bytes, bytes]],
+        counter: ByteCounter,
+        known_checksum: Callable[[], int],
+        on_error: Callable[[CopyError], None],
+    ) -> None:
+        super().__init__(stream, find, counter)
+        self._known_checksum, self._on_error = known_checksum, on_error
+
+    def _copy(self) -> dict[str, Any]:
+        try:
+            return super()._copy()
+        except CopyError as error:
+            if not error.remote:
+                self._on_error(error)
+            raise
+
+    def _approve(self, path: bytes, checksum: int) -> None:
+        if checksum != self._known_checksum():  # its size and time may say nothing of that
+            raise CopyError(path, REWRITTEN)
+
+
 class _Chain:
     """Hosts of which each gets the file from the one before it, and the first from the manager.
 
@@ -276,9 +314,10 @@ class _Chain:
         self._ready: list[_ChainHost] = []  # those that listen
         self._missing = {party.index for party in parties}  # those of which nothing is known yet
         self._is_closed = False  # nobody else can take part
-        self._known_checksum = ""
-        self._checksum_known = threading.Event()
+        self._known_digest, self._known_checksum = "", -1  # SHA-256 and CRC-32 of the manager's file
+        self._is_known = threading.Event()
         self._own_error: CopyError | None = None
+        self._causes: dict[int, str] = {}  # why a host passes on no more, "" if it has not said that
 
     def begin(
         self, progress: Mapping[Connection, transfer.Progress]
@@ -339,8 +378,8 @@ class _Chain:
             self._without(party)
 
     def _compute(self, stopped: threading.Event) -> None:
-        """Compute the checksum of the manager's own file."""
-        state, left = hashlib.sha256(), self._facts.size
+        """Compute the checksums of the manager's own file."""
+        state, checksum, left = hashlib.sha256(), 0, self._facts.size
         try:
             with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
                 while left and not stopped.is_set():
@@ -348,21 +387,27 @@ class _Chain:
                     if not data:
                         break
                     state.update(data)
+                    checksum = zlib.crc32(data, checksum)
                     left -= len(data)
-            self._known_checksum = "" if left else state.hexdigest()
+            if not left:
+                self._known_digest, self._known_checksum = state.hexdigest(), checksum
         finally:
-            self._checksum_known.set()
+            self._is_known.set()
 
     # --- in the threads ---------------------------------------------------------------------------
     def _converse(self, party: _ChainHost, stream: FrameStream, counter: ByteCounter) -> str:
         self._begin(stream)
-        place = self._meet(party)
+        before, behind = self._meet(party)
         try:
+            place = {
+                "previous": None if before is None else before.name,
+                "next": None if behind is None else [behind.where.address, behind.port, behind.name],
+            }
             stream.put_json(NEXT, place)
             stream.flush()
-            if place["previous"] is None:
+            if before is None:
                 self._send(stream, counter)
-            return self._report(party, self._listen(stream, counter), counter)
+            return self._report(party, before, self._listen(stream, counter), counter)
         except StreamClosedError as error:
             raise _OtherWayError(f"its connection to the manager: {error}") from None
 
@@ -374,7 +419,7 @@ class _Chain:
             raise StreamClosedError(f"an unexpected frame ({kind})")
         stream.message()
 
-    def _meet(self, party: _ChainHost) -> dict[str, Any]:
+    def _meet(self, party: _ChainHost) -> tuple[_ChainHost | None, _ChainHost | None]:
         """Wait until all hosts listen, or have been waited for long enough; return who comes before and after one."""
         with self._met:
             if self._is_closed:
@@ -387,24 +432,33 @@ class _Chain:
             self._met.notify_all()
             order = sorted(self._ready, key=lambda one: one.index)
         at = order.index(party)
-        behind = order[at + 1] if at + 1 < len(order) else None
-        return {
-            "previous": order[at - 1].name if at else None,
-            "next": None if behind is None else [behind.where.address, behind.port, behind.name],
-        }
+        return order[at - 1] if at else None, order[at + 1] if at + 1 < len(order) else None
 
-    def _without(self, party: _ChainHost) -> None:
+    def _without(self, party: _ChainHost, cause: str = "") -> None:
+        """Wait for a host no more, which passes on nothing any more."""
         with self._met:
             self._missing.discard(party.index)
+            self._causes.setdefault(party.index, cause)
             self._met.notify_all()
+
+    def _cause(self, party: _ChainHost) -> str:
+        """Return why a host passes on no more, in brackets, if it says that soon."""
+        with self._met:
+            self._met.wait_for(lambda: party.index in self._causes, _CAUSE_LIMIT)
+            cause = self._causes.get(party.index)
+        return f" ({party.target.host}: {cause})" if cause else ""
 
     def _send(self, stream: FrameStream, counter: ByteCounter) -> None:
         """Send the file to the first host. What fails here, or there, is in its report, too."""
-        try:
-            Sender(stream, self._source, counter).run()
-        except CopyError as error:
-            if not error.remote:
-                self._own_error = error
+        with contextlib.suppress(CopyError):
+            _FirstSender(stream, self._source, counter, self._checksum, self._fail).run()
+
+    def _fail(self, error: CopyError) -> None:
+        self._own_error = error
+
+    def _checksum(self) -> int:
+        self._is_known.wait()
+        return self._known_checksum
 
     def _listen(self, stream: FrameStream, counter: ByteCounter) -> dict[str, Any]:
         """Return the report of a host, after what it says before."""
@@ -416,8 +470,8 @@ class _Chain:
                 counter.moved(max(0, min(int(stream.message(int)), self._facts.size) - counter.bytes))
             elif kind == CHECK:
                 found = stream.message(str)
-                self._checksum_known.wait()
-                stream.put_json(VERDICT, {"same": bool(found) and found == self._known_checksum})
+                self._is_known.wait()
+                stream.put_json(VERDICT, {"same": bool(found) and found == self._known_digest})
                 stream.flush()
             elif kind == REPORT:
                 report: dict[str, Any] = stream.message()
@@ -433,24 +487,46 @@ class _Chain:
                 raise StreamClosedError(f"nothing came for {_STALL_LIMIT:g} s")
             stream.wait(_LOOK_EVERY)
 
-    def _report(self, party: _ChainHost, report: Mapping[str, Any], counter: ByteCounter) -> str:
+    def _report(
+        self, party: _ChainHost, before: _ChainHost | None, report: Mapping[str, Any], counter: ByteCounter
+    ) -> str:
         """Return the path of the file on a host, from its report."""
+        if reason := self._reason(party, before, report):
+            self._without(party, reason)
+            reason += "" if before is None else self._cause(before)
+            if self._own_error is not None:  # what counts is what was wrong here
+                raise self._own_error
+            raise _OtherWayError(reason)
         if report.get("next"):
-            logger.debug("%s: %s", party.target.host, printable(str(report["next"])[:500]))
-        error = report.get("error")
-        if isinstance(error, dict):
-            if report.get("remote"):
-                # From the one before it, who may say what it likes; what counts is what was wrong here.
-                if self._own_error is not None:
-                    raise self._own_error
-                raise _OtherWayError("the host before it has given up")
-            found = CopyError.received(error)
-            if found.message == OTHER_FILE or "changed on its way" in found.message:
-                raise _OtherWayError(found.message)
-            raise found
-        if report.get("lost") or not isinstance(report.get("path"), str):
-            raise _OtherWayError(printable(str(report.get("lost"))[:500]))
+            reason = f"sending it on failed: {self._text(report['next'])}"
+            self._without(party, reason)
+            logger.debug("%s: %s", party.target.host, reason)
         if not counter.files:
             counter.moved(self._facts.size - counter.bytes)
             counter.file(bool(report.get("sent")))
         return str(report["path"])
+
+    def _reason(self, party: _ChainHost, before: _ChainHost | None, report: Mapping[str, Any]) -> str:
+        """Return why a host does not have the file from the one before it, "" if it has.
+
+        Raises:
+            CopyError: It cannot have it from anybody.
+        """
+        source, error = "the manager" if before is None else before.target.host, report.get("error")
+        if isinstance(error, dict):
+            if report.get("remote"):  # said by the one before it, who may say what it likes
+                return f"{source} has given up"
+            found = CopyError.received(error)
+            if found.message in (OTHER_FILE, OTHER_CONTENTS):
+                return f"what came from {source} {found.message}"
+            self._without(party, self._text(found.message))
+            raise found
+        if report.get("lost") or not isinstance(report.get("path"), str):
+            return f"its connection to {source} failed: {self._text(report.get('lost'))}"
+        return ""
+
+    def _text(self, said: Any) -> str:
+        """Return what a host says, with the hosts' own names in place of those in certificates."""
+        names = {party.name: party.target.host for party in self._parties}
+        text = re.sub(r"lazycluster host-\d+", lambda found: names.get(found[0], found[0]), str(said)[:500])
+        return printable(text)

@@ -453,10 +453,11 @@ class RuntimeGroup(Shown):
             local_path: On this machine.
             remote_path: On the hosts, by default under the same name in the working directories.
             execute_async: Return at once; else wait for the end.
-            network: ``"tunnel"``: it goes from the manager to each host, over ssh. ``"auto"``: a large file leaves the
-                manager once, and each host passes it on to the next one, over TLS, as far as they reach each other on a
-                port from 25100 to 25199; a host that gets it from no other gets it from the manager. ``"direct"``: the
-                same, but that hosts do not reach each other is an error. Folders go from the manager to each host.
+            network: ``"tunnel"``: it goes from the manager to each host, over ssh. ``"auto"``: a file of at least 8 MiB
+                leaves the manager once, and each host passes it on to the next one, over TLS, as far as they reach each
+                other on a port from 25100 to 25199; smaller files, folders, and what a host gets from no other come
+                from the manager. ``"direct"``: the same, but hosts that do not reach each other are an error, and so is
+                a folder.
 
         Returns:
             The tasks that were made for it, one per host.

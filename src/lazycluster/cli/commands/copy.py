@@ -43,8 +43,8 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
     type=click.Choice(["tunnel", "direct", "auto"]),
     default="tunnel",
     metavar="WAY",
-    help="tunnel: from here to each host (the default); auto: a large file goes on from host to host where they reach "
-    "each other; direct: always.",
+    help="tunnel: from here to each host (the default); auto: a file of at least 8 MiB goes on from host to host where "
+    "they reach each other; direct: the same, but hosts that do not are an error, and so is a folder.",
 )
 @_quiet
 @click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
@@ -72,6 +72,8 @@ def put(
     for path in paths:
         if not os.path.lexists(expanded(path)):
             raise click.UsageError(f"no such file or directory: {path}")
+        if network == "direct" and expanded(path).is_dir():
+            raise click.UsageError(f"{path} is a folder, and --network direct is for files: use --network auto")
     if len(paths) > 1 and not destination.endswith("/"):
         destination += "/"
 
