@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +30,7 @@ from lazycluster.cli.cluster_logs import show_cluster_logs
 from lazycluster.core import event_loop, unix
 from lazycluster.exceptions import BackgroundError, LazyclusterError
 from lazycluster.runtime.session import HostSpec
+from patience import until
 
 
 class _Requests:
@@ -364,6 +365,56 @@ def test_a_log_is_shown_as_it_is_but_cannot_steer_the_terminal(
     show_cluster_logs(found, None, follow=False)
     assert capsys.readouterr().out == "a" * before + "é\\x1b[2J\n\ufffd"
     claim.remove()
+
+
+@pytest.mark.parametrize("end_of_claim", [state.Claim.close, state.Claim.remove], ids=["killed", "ended by down"])
+def test_a_log_that_is_followed_is_shown_to_the_end_of_its_cluster(
+    end_of_claim: Callable[[state.Claim], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    log, shown = claim.path / state.LOG, []
+    log.write_text("first\n")
+    found = state.find("night")
+    assert found is not None
+    following = threading.Thread(target=show_cluster_logs, args=[found, None, True], daemon=True)
+    following.start()
+
+    def has_shown(text: str) -> bool:
+        shown.append(capsys.readouterr().out)
+        return "".join(shown) == text
+
+    until(lambda: has_shown("first\n"), "the log so far")
+    log.rename(log.with_name("log.1"))  # it was full
+    log.write_text("second\n")
+    until(lambda: has_shown("first\nsecond\n"), "the new log")
+    with log.open("a") as file:
+        file.write("last\n")
+    if end_of_claim is state.Claim.remove:
+        until(lambda: has_shown("first\nsecond\nlast\n"), "the last line")
+    end_of_claim(claim)
+    following.join(60)
+    assert not following.is_alive()
+    assert has_shown("first\nsecond\nlast\n")
+
+
+def test_a_log_of_a_cluster_that_is_gone_already_is_followed_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    (claim.path / state.LOG).write_text("all\n")
+    claim.close()
+    found = state.find("night")
+    assert found is not None
+    following = threading.Thread(target=show_cluster_logs, args=[found, None, True], daemon=True)
+    following.start()
+    following.join(60)
+    assert not following.is_alive()
+    assert capsys.readouterr().out == "all\n"
 
 
 def test_a_starter_that_changes_its_mind_at_the_last_moment_ends_the_cluster(
