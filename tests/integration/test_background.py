@@ -204,6 +204,30 @@ def test_ctrl_c_during_the_start_ends_it(hosts: Any) -> None:
     assert state.all_named() == []
 
 
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (signal.SIGKILL, "the process of 'night' was ended by SIGKILL before the cluster ran"),
+        (signal.SIGTERM, "the cluster 'night' was ended before it ran: somebody has ended its process"),
+        ("down", "the cluster 'night' was ended before it ran: somebody has used lazycluster down"),
+    ],
+)
+def test_a_start_that_somebody_else_ends_says_how(hosts: Any, how: Any, why: str) -> None:
+    argv = [*LAZYCLUSTER, "up", "night", "dask", "--config", str(hosts.config_file), "-w", "host1"]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as starter:
+        until(lambda: _seen("starting", ""), "the scheduler")
+        (state.directory() / "night" / state.LOG).write_text("first\nwhat it said\n")
+        if how == "down":
+            assert run("down", "night")[0] == 0
+        else:
+            os.kill(pid_of(), how)
+        _, err = starter.communicate(timeout=90)
+    assert starter.returncode == 1
+    assert why in err and "Next step: start it again" in err, err
+    assert ("  The end of its log:\n  | first\n  | what it said\n" in err) is (how is signal.SIGKILL)
+    assert state.all_named() == []
+
+
 @pytest.mark.parametrize("moment", ["connecting", "starting", "running", "ending"])
 @pytest.mark.parametrize("victim", ["up", "process"])
 def test_whoever_is_killed_at_any_moment_nothing_stays(hosts: Any, moment: str, victim: str) -> None:

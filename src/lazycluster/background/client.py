@@ -83,7 +83,17 @@ class BackgroundProcess:
             if on_stream is not None:
                 on_stream(stream)
             stream.send(protocol=protocol.VERSION, command=command, **arguments)
-            return answer(stream, self.name, on_message, timeout)
+            try:
+                return answer(stream, self.name, on_message, timeout)
+            except EOFError as end_of_process:
+                raise self._ended(str(end_of_process)) from None
+
+    def _ended(self, problem: str) -> BackgroundError:
+        found = state.find(self.name)
+        if found is None:
+            return BackgroundError(f"{problem}: somebody has ended the cluster (lazycluster down)")
+        why = f": {found.gone}" if found.gone else ""
+        return BackgroundError(f"{problem}{why}\n  Next step: lazycluster logs {self.name} shows what it said")
 
 
 def answer(
@@ -93,6 +103,7 @@ def answer(
 
     Raises:
         BackgroundError: If there is none, or it is an error.
+        EOFError: If the process has ended.
     """
     while True:
         try:
@@ -101,9 +112,7 @@ def answer(
             why = str(error) or f"it said nothing for {timeout:g} s"
             raise BackgroundError(f"the process of {name!r} gives no answer: {why}") from None
         if message is None:
-            raise BackgroundError(
-                f"the process of {name!r} has ended\n  Next step: lazycluster logs {name} shows what it said"
-            )
+            raise EOFError(f"the process of {name!r} has ended")
         if "error" in message:
             raise BackgroundError(str(message["error"]), str(message.get("type", "")))
         if "result" in message:

@@ -220,7 +220,7 @@ class ClusterProcess:
             self._start()
             self._stay()
         except _EndError:
-            pass
+            self._tell_of_end()
         except BaseException as error:  # noqa: BLE001  (the starter, or the record, tells of it)
             self._ending, status = True, 1
             self._failed(error)
@@ -378,6 +378,13 @@ class ClusterProcess:
             self._reason = text.partition("\n")[0]
         elif self._starter is not None:
             self._reason = "" if self._starter.send(error=text, type=type(error).__name__) else text
+
+    def _tell_of_end(self) -> None:
+        """Tell a starter that waits still that somebody else has ended the cluster."""
+        if self._starter is not None:
+            why = self._reason or "somebody has used lazycluster down"
+            text = f"the cluster {self.name!r} was ended before it ran: {why}\n  Next step: start it again"
+            self._starter.offer(error=text, type=ClusterError.__name__)  # a starter that is stopped delays no end
 
     def _finish(self) -> None:
         """End everything, and leave nothing but a record of why, unless its user has ended it."""
