@@ -22,6 +22,7 @@ from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.background import client, state
 from lazycluster.background.client import end, running
 from lazycluster.cluster.dask_cluster import DaskCluster, RoundRobinLauncher
+from lazycluster.core import unix
 from lazycluster.exceptions import LazyclusterError
 from leaks import settle
 from patience import until
@@ -142,6 +143,21 @@ def test_a_killed_cluster_leaves_nothing_on_the_hosts_and_its_name_is_free(hosts
     assert run("logs", "night")[0] == 0
     assert run("down", "night") == (0, "night: forgotten\n", "")
     assert run("ls")[1].startswith("no cluster runs in the background")
+
+
+def test_a_cluster_whose_state_directory_is_removed_ends(hosts: Any) -> None:
+    up(hosts)
+    pid = pid_of()
+    started = unix.process_start_time(pid)
+    with (state.directory() / "night" / state.LOG).open() as log:
+        shutil.rmtree(state.directory().parent)
+        other = state.claim(state.NamedRecord.new("cluster", "night"))  # the name is another's now
+        before = sorted((path.name, path.read_bytes()) for path in other.path.iterdir())
+        until(lambda: unix.process_start_time(pid) != started, "its own end")
+        assert "night was removed, or another has the name now: nobody could reach it" in log.read()
+    assert sorted((path.name, path.read_bytes()) for path in other.path.iterdir()) == before
+    other.remove()
+    assert settle(lambda: [entry for host in hosts.all for entry in host.leftovers()]) == []
 
 
 def test_after_a_restart_of_the_manager_a_cluster_is_gone_and_may_be_started_anew(hosts: Any) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -284,6 +285,40 @@ def test_hosts_are_cleaned_up_though_the_disk_is_full(
     process._finish()
     assert process.cluster.done and process.group.done and process.ended.is_set()  # type: ignore[attr-defined, union-attr]
     assert not state.find("night").is_held  # type: ignore[union-attr]
+
+
+def test_only_a_claim_that_is_surely_lost_ends_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    process = object.__new__(ClusterProcess)
+    process.claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    process.document, process._reason = {"idle": None}, None
+    process.cluster = SimpleNamespace(_check_alive=lambda: None, master=None)  # type: ignore[assignment]
+    lock, away = process.claim.path / "lock", process.claim.path / "away"
+    lstat = Path.lstat
+    left: list[int | str] = [errno.EIO, errno.ESTALE, errno.EACCES, "away", "back", "away", "still away"]
+
+    def look(path: Path) -> os.stat_result:
+        if path == lock and left and isinstance(left[0], int):
+            raise OSError(left[0], "the file system is away")
+        return lstat(path)
+
+    def next_look(seconds: float) -> None:
+        if left[0] == "away":
+            lock.rename(away)
+        elif left[0] == "back":
+            away.rename(lock)
+
+    monkeypatch.setattr(Path, "lstat", look)
+    monkeypatch.setattr(process, "_check_cluster", lambda: left.pop(0))
+    monkeypatch.setattr(program, "time", SimpleNamespace(sleep=next_look, monotonic=time.monotonic, time=time.time))
+    process._stay()
+    assert left == ["still away"]
+    assert "was removed, or another has the name now" in str(process._reason)
+    lock.touch()  # another's
+    with pytest.raises(FileNotFoundError, match="another has the name"):
+        process.claim.write(state="ending")
+    process.claim.remove()
+    assert lock.exists()
 
 
 class _Listener:

@@ -46,6 +46,7 @@ logger = logging.getLogger("lazycluster")
 
 _LOG_SIZE = 2 * 1024 * 1024  # bytes; as much again is kept of what was before
 _LOOK = 1.0  # seconds between two looks at the cluster, the log and the clock
+_LOST_LOOKS = 2  # looks in a row that do not find the claim, until it is taken for lost
 _IDLE_LOOK = 30.0  # seconds between two questions whether the cluster is idle, at most
 _NOT_NEEDED = ("lazycluster.cli", "lazycluster.engines.", "lazycluster.mongo", "lazycluster.pool.joblib_backend")
 _PROGRAMS = ("__main__", ".demo", ".plot")
@@ -329,9 +330,15 @@ class ClusterProcess:
 
     def _stay(self) -> None:
         looks = self._idle_looks()
+        lost = 0  # looks in a row
         while True:
             time.sleep(_LOOK)
-            _bound_log(self.claim.path / state.LOG)
+            lost = lost + 1 if self.claim.is_lost() else 0
+            if lost >= _LOST_LOOKS:
+                self._reason = f"{self.claim.path} was removed, or another has the name now: nobody could reach it"
+                return
+            if not lost:
+                _bound_log(self.claim.path / state.LOG)
             self._check_cluster()
             until = self.claim.record.until
             if until is not None and time.time() >= until:
@@ -398,8 +405,9 @@ class ClusterProcess:
                     self.outcome = self.outcome or str(error)
         if self._reason:
             logger.info("the cluster has ended: %s", self._reason)
-            with contextlib.suppress(OSError):
-                (self.claim.path / state.SOCKET).unlink(missing_ok=True)
+            if not self.claim.is_lost():
+                with contextlib.suppress(OSError):
+                    (self.claim.path / state.SOCKET).unlink(missing_ok=True)
             self._note(state="ended", reason=self._reason)
             self.claim.close()
         else:
