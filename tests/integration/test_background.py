@@ -405,9 +405,15 @@ def test_a_process_that_hangs_is_killed_by_down(hosts: Any, monkeypatch: pytest.
     monkeypatch.setattr(client, "_SILENCE", 0.5)
     monkeypatch.setattr(client, "_TERMINATE", 0.5)
     up(hosts)
-    os.kill(pid_of(), signal.SIGSTOP)
+    pid = pid_of()
+    os.kill(pid, signal.SIGSTOP)
     status, out, _ = run("ls")
-    assert status == 0 and "gives no answer" in out
+    assert status == 0 and "does not answer" in out
+    for arguments in (("info", "night"), ("scale", "night", 3)):
+        status, _, err = run(*arguments)
+        assert status == 1, err
+        assert f"the process of 'night' (pid {pid}) does not answer: it said nothing for 5 s" in err
+        assert "lazycluster down night" in err
     found = state.find("night")
     assert found is not None and client.end(found) == "killed"
     assert state.all_named() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -32,6 +33,7 @@ from lazycluster.core import event_loop, unix
 from lazycluster.exceptions import BackgroundError, LazyclusterError
 from lazycluster.runtime.session import HostSpec
 from patience import until
+from terminals import Terminal
 
 
 class _Requests:
@@ -118,6 +120,39 @@ def test_many_at_once_are_answered(served: BackgroundProcess) -> None:
     for thread in threads:
         thread.join(60)
     assert answers == [["status", {}]] * 32
+
+
+def test_scale_shows_that_it_waits_and_ctrl_c_says_that_the_cluster_goes_on(
+    served: BackgroundProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def do(self: _Requests, command: object, arguments: dict[str, Any], stream: protocol.MessageStream) -> Any:
+        if command == "scale":
+            asked.set()
+            go_on.wait(60)
+        return {"ready": 3}
+
+    monkeypatch.setattr(_Requests, "do", do)
+    with Terminal([sys.executable, "-m", "lazycluster", "scale", "night", "3"]) as terminal:
+        terminal.until("waiting for night to have 3 workers")
+        assert asked.wait(60)
+        terminal.type("\x03")
+        terminal.until("Interrupted; 'night' goes on to scale: lazycluster info night")
+        assert terminal.end() == 130
+    go_on.set()
+
+
+def test_a_cluster_that_is_ended_during_a_request_is_named(
+    served: BackgroundProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def do(self: _Requests, command: object, arguments: dict[str, Any], stream: protocol.MessageStream) -> Any:
+        shutil.rmtree(served.found.path)
+        stream.end()
+
+    monkeypatch.setattr(_Requests, "do", do)
+    with pytest.raises(BackgroundError, match="has ended: somebody has ended the cluster"):
+        served.request("info")
 
 
 def test_a_process_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,4 +50,4 @@ class ClientModules:
             name: ["text", text] if isinstance(text, str) else ["bytes", base64.b64encode(text).decode("ascii")]
             for name, text in files.items()
         }
-        return int(self._process.request("modules", files=written))
+        return int(self._process.request("modules", files=written, timeout=None))
