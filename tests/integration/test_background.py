@@ -22,6 +22,7 @@ from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.background import client, state
 from lazycluster.background.client import end, running
 from lazycluster.cluster.dask_cluster import DaskCluster, RoundRobinLauncher
+from lazycluster.core import unix
 from lazycluster.exceptions import LazyclusterError
 from leaks import settle
 from patience import until
@@ -144,6 +145,21 @@ def test_a_killed_cluster_leaves_nothing_on_the_hosts_and_its_name_is_free(hosts
     assert run("ls")[1].startswith("no cluster runs in the background")
 
 
+def test_a_cluster_whose_state_directory_is_removed_ends(hosts: Any) -> None:
+    up(hosts)
+    pid = pid_of()
+    started = unix.process_start_time(pid)
+    with (state.directory() / "night" / state.LOG).open() as log:
+        shutil.rmtree(state.directory().parent)
+        other = state.claim(state.NamedRecord.new("cluster", "night"))  # the name is another's now
+        before = sorted((path.name, path.read_bytes()) for path in other.path.iterdir())
+        until(lambda: unix.process_start_time(pid) != started, "its own end")
+        assert "night was removed, or another has the name now: nobody could reach it" in log.read()
+    assert sorted((path.name, path.read_bytes()) for path in other.path.iterdir()) == before
+    other.remove()
+    assert settle(lambda: [entry for host in hosts.all for entry in host.leftovers()]) == []
+
+
 def test_after_a_restart_of_the_manager_a_cluster_is_gone_and_may_be_started_anew(hosts: Any) -> None:
     up(hosts)
     found = state.find("night")
@@ -201,6 +217,30 @@ def test_ctrl_c_during_the_start_ends_it(hosts: Any) -> None:
         terminal.until("Starting 3 workers")
         terminal.type("\x03")
         assert terminal.end() == 130
+    assert state.all_named() == []
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (signal.SIGKILL, "the process of 'night' was ended by SIGKILL before the cluster ran"),
+        (signal.SIGTERM, "the cluster 'night' was ended before it ran: somebody has ended its process"),
+        ("down", "the cluster 'night' was ended before it ran: somebody has used lazycluster down"),
+    ],
+)
+def test_a_start_that_somebody_else_ends_says_how(hosts: Any, how: Any, why: str) -> None:
+    argv = [*LAZYCLUSTER, "up", "night", "dask", "--config", str(hosts.config_file), "-w", "host1"]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as starter:
+        until(lambda: _seen("starting", ""), "the scheduler")
+        (state.directory() / "night" / state.LOG).write_text("first\nwhat it said\n")
+        if how == "down":
+            assert run("down", "night")[0] == 0
+        else:
+            os.kill(pid_of(), how)
+        _, err = starter.communicate(timeout=90)
+    assert starter.returncode == 1
+    assert why in err and "Next step: start it again" in err, err
+    assert ("  The end of its log:\n  | first\n  | what it said\n" in err) is (how is signal.SIGKILL)
     assert state.all_named() == []
 
 
@@ -401,9 +441,15 @@ def test_a_process_that_hangs_is_killed_by_down(hosts: Any, monkeypatch: pytest.
     monkeypatch.setattr(client, "_SILENCE", 0.5)
     monkeypatch.setattr(client, "_TERMINATE", 0.5)
     up(hosts)
-    os.kill(pid_of(), signal.SIGSTOP)
+    pid = pid_of()
+    os.kill(pid, signal.SIGSTOP)
     status, out, _ = run("ls")
-    assert status == 0 and "gives no answer" in out
+    assert status == 0 and "does not answer" in out
+    for arguments in (("info", "night"), ("scale", "night", 3)):
+        status, _, err = run(*arguments)
+        assert status == 1, err
+        assert f"the process of 'night' (pid {pid}) does not answer: it said nothing for 5 s" in err
+        assert "lazycluster down night" in err
     found = state.find("night")
     assert found is not None and client.end(found) == "killed"
     assert state.all_named() == []

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +32,8 @@ from lazycluster.cli.cluster_logs import show_cluster_logs
 from lazycluster.core import event_loop, unix
 from lazycluster.exceptions import BackgroundError, LazyclusterError
 from lazycluster.runtime.session import HostSpec
+from patience import until
+from terminals import Terminal
 
 
 class _Requests:
@@ -116,6 +120,39 @@ def test_many_at_once_are_answered(served: BackgroundProcess) -> None:
     for thread in threads:
         thread.join(60)
     assert answers == [["status", {}]] * 32
+
+
+def test_scale_shows_that_it_waits_and_ctrl_c_says_that_the_cluster_goes_on(
+    served: BackgroundProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def do(self: _Requests, command: object, arguments: dict[str, Any], stream: protocol.MessageStream) -> Any:
+        if command == "scale":
+            asked.set()
+            go_on.wait(60)
+        return {"ready": 3}
+
+    monkeypatch.setattr(_Requests, "do", do)
+    with Terminal([sys.executable, "-m", "lazycluster", "scale", "night", "3"]) as terminal:
+        terminal.until("waiting for night to have 3 workers")
+        assert asked.wait(60)
+        terminal.type("\x03")
+        terminal.until("Interrupted; 'night' goes on to scale: lazycluster info night")
+        assert terminal.end() == 130
+    go_on.set()
+
+
+def test_a_cluster_that_is_ended_during_a_request_is_named(
+    served: BackgroundProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def do(self: _Requests, command: object, arguments: dict[str, Any], stream: protocol.MessageStream) -> Any:
+        shutil.rmtree(served.found.path)
+        stream.end()
+
+    monkeypatch.setattr(_Requests, "do", do)
+    with pytest.raises(BackgroundError, match="has ended: somebody has ended the cluster"):
+        served.request("info")
 
 
 def test_a_process_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +322,40 @@ def test_hosts_are_cleaned_up_though_the_disk_is_full(
     assert not state.find("night").is_held  # type: ignore[union-attr]
 
 
+def test_only_a_claim_that_is_surely_lost_ends_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    process = object.__new__(ClusterProcess)
+    process.claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    process.document, process._reason = {"idle": None}, None
+    process.cluster = SimpleNamespace(_check_alive=lambda: None, master=None)  # type: ignore[assignment]
+    lock, away = process.claim.path / "lock", process.claim.path / "away"
+    lstat = Path.lstat
+    left: list[int | str] = [errno.EIO, errno.ESTALE, errno.EACCES, "away", "back", "away", "still away"]
+
+    def look(path: Path) -> os.stat_result:
+        if path == lock and left and isinstance(left[0], int):
+            raise OSError(left[0], "the file system is away")
+        return lstat(path)
+
+    def next_look(seconds: float) -> None:
+        if left[0] == "away":
+            lock.rename(away)
+        elif left[0] == "back":
+            away.rename(lock)
+
+    monkeypatch.setattr(Path, "lstat", look)
+    monkeypatch.setattr(process, "_check_cluster", lambda: left.pop(0))
+    monkeypatch.setattr(program, "time", SimpleNamespace(sleep=next_look, monotonic=time.monotonic, time=time.time))
+    process._stay()
+    assert left == ["still away"]
+    assert "was removed, or another has the name now" in str(process._reason)
+    lock.touch()  # another's
+    with pytest.raises(FileNotFoundError, match="another has the name"):
+        process.claim.write(state="ending")
+    process.claim.remove()
+    assert lock.exists()
+
+
 class _Listener:
     """A socket at which nobody can be taken at first: there are too many open files."""
 
@@ -364,6 +435,56 @@ def test_a_log_is_shown_as_it_is_but_cannot_steer_the_terminal(
     show_cluster_logs(found, None, follow=False)
     assert capsys.readouterr().out == "a" * before + "é\\x1b[2J\n\ufffd"
     claim.remove()
+
+
+@pytest.mark.parametrize("end_of_claim", [state.Claim.close, state.Claim.remove], ids=["killed", "ended by down"])
+def test_a_log_that_is_followed_is_shown_to_the_end_of_its_cluster(
+    end_of_claim: Callable[[state.Claim], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    log, shown = claim.path / state.LOG, []
+    log.write_text("first\n")
+    found = state.find("night")
+    assert found is not None
+    following = threading.Thread(target=show_cluster_logs, args=[found, None, True], daemon=True)
+    following.start()
+
+    def has_shown(text: str) -> bool:
+        shown.append(capsys.readouterr().out)
+        return "".join(shown) == text
+
+    until(lambda: has_shown("first\n"), "the log so far")
+    log.rename(log.with_name("log.1"))  # it was full
+    log.write_text("second\n")
+    until(lambda: has_shown("first\nsecond\n"), "the new log")
+    with log.open("a") as file:
+        file.write("last\n")
+    if end_of_claim is state.Claim.remove:
+        until(lambda: has_shown("first\nsecond\nlast\n"), "the last line")
+    end_of_claim(claim)
+    following.join(60)
+    assert not following.is_alive()
+    assert has_shown("first\nsecond\nlast\n")
+
+
+def test_a_log_of_a_cluster_that_is_gone_already_is_followed_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    (claim.path / state.LOG).write_text("all\n")
+    claim.close()
+    found = state.find("night")
+    assert found is not None
+    following = threading.Thread(target=show_cluster_logs, args=[found, None, True], daemon=True)
+    following.start()
+    following.join(60)
+    assert not following.is_alive()
+    assert capsys.readouterr().out == "all\n"
 
 
 def test_a_starter_that_changes_its_mind_at_the_last_moment_ends_the_cluster(

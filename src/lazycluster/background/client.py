@@ -20,7 +20,7 @@ __all__ = ["BackgroundProcess", "Handler", "answer", "end", "running"]
 Handler = Callable[[Mapping[str, Any]], "dict[str, Any] | None"]
 """Handler of messages that come before the answer: a question may be answered, progress shown."""
 
-_STATUS = 5.0  # seconds for an answer that takes a process microseconds
+_ANSWER = 5.0  # seconds for an answer that takes a process no more than milliseconds
 _SILENCE = 10.0  # seconds without a sign of life of a process that is ending
 _GONE = 10.0  # seconds until a process that has said that it has ended is not there any more
 _TERMINATE, _KILL = 30.0, 10.0  # seconds for a process that does not answer to end by SIGTERM, and by SIGKILL
@@ -48,7 +48,7 @@ class BackgroundProcess:
         Raises:
             BackgroundError: If the process does not answer.
         """
-        return dict(self.request("status", timeout=_STATUS))
+        return dict(self.request("status"))
 
     def request(
         self,
@@ -57,7 +57,7 @@ class BackgroundProcess:
         *,
         on_message: Handler | None = None,
         on_stream: Callable[[protocol.MessageStream], object] | None = None,
-        timeout: float | None = None,
+        timeout: float | None = _ANSWER,
         **arguments: Any,
     ) -> Any:
         """Ask the process for something, and return the answer.
@@ -66,24 +66,43 @@ class BackgroundProcess:
             command: What.
             on_message: See `Handler`.
             on_stream: Gets the connection, over which messages may be sent.
-            timeout: Seconds for the next message; None: as long as the process lives.
+            timeout: Seconds for the next message; None: as long as the process lives, if it answers at all.
             **arguments: What it needs to know.
 
         Raises:
             BackgroundError: If the process does not answer, or the request has failed there.
         """
+        if timeout is None:
+            self.request("status")
         try:
             stream = protocol.connected(self.found.path / state.SOCKET)
         except (OSError, ValueError) as error:
-            raise BackgroundError(
-                f"the process of {self.name!r} does not answer ({error})\n"
-                f"  Next step: lazycluster ls says what it does, lazycluster down {self.name} ends it"
-            ) from None
+            raise self._silent(str(error)) from None
         with stream:
             if on_stream is not None:
                 on_stream(stream)
             stream.send(protocol=protocol.VERSION, command=command, **arguments)
-            return answer(stream, self.name, on_message, timeout)
+            try:
+                return answer(stream, self.name, on_message, timeout)
+            except TimeoutError:
+                raise self._silent(f"it said nothing for {timeout:g} s") from None
+            except EOFError as end_of_process:
+                raise self._ended(str(end_of_process)) from None
+
+    def _silent(self, why: str) -> BackgroundError:
+        record = self.found.record
+        pid = f" (pid {record.pid})" if record is not None and record.pid is not None else ""
+        return BackgroundError(
+            f"the process of {self.name!r}{pid} does not answer: {why}\n"
+            f"  Next step: try again if this machine has much to do, or lazycluster down {self.name} ends the cluster"
+        )
+
+    def _ended(self, problem: str) -> BackgroundError:
+        found = state.find(self.name)
+        if found is None:
+            return BackgroundError(f"{problem}: somebody has ended the cluster (lazycluster down)")
+        why = f": {found.gone}" if found.gone else ""
+        return BackgroundError(f"{problem}{why}\n  Next step: lazycluster logs {self.name} shows what it said")
 
 
 def answer(
@@ -93,17 +112,16 @@ def answer(
 
     Raises:
         BackgroundError: If there is none, or it is an error.
+        EOFError: If the process has ended.
+        TimeoutError: If it said nothing for so long.
     """
     while True:
         try:
             message = stream.receive(timeout)
-        except (TimeoutError, ValueError) as error:
-            why = str(error) or f"it said nothing for {timeout:g} s"
-            raise BackgroundError(f"the process of {name!r} gives no answer: {why}") from None
+        except ValueError as error:
+            raise BackgroundError(f"the process of {name!r} gives no answer: {error}") from None
         if message is None:
-            raise BackgroundError(
-                f"the process of {name!r} has ended\n  Next step: lazycluster logs {name} shows what it said"
-            )
+            raise EOFError(f"the process of {name!r} has ended")
         if "error" in message:
             raise BackgroundError(str(message["error"]), str(message.get("type", "")))
         if "result" in message:

@@ -7,8 +7,10 @@ that connection. If it breaks before, the process ends, with all that it has beg
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster.core import event_loop
+from lazycluster.core.words import signal_name
 from lazycluster.exceptions import BackgroundError
 from lazycluster.output import progress
 from lazycluster.ssh.terminal import ask_on_terminal
@@ -32,6 +35,7 @@ __all__ = ["Launch", "Person", "cluster_document", "kept_variables", "launch"]
 _PACKAGE = Path(__file__).absolute().parents[1]
 _PROGRAM = _PACKAGE / "background_process" / "__main__.py"
 _END = 60.0  # seconds for a process that is told to end while it starts
+_SHOWN, _TAIL = 25, 16384  # lines and bytes at the end of its log that are part of an error
 
 # What a cluster's process needs, or what settings of it are in. All else stays with whoever starts it.
 _KEPT = frozenset(
@@ -126,8 +130,35 @@ class Launch:
         """
         try:
             return dict(answer(self._stream, self.name, person.at(self._stream)))
+        except EOFError:
+            raise BackgroundError(self._end_of_process()) from None
         finally:
             person.close()
+
+    def _end_of_process(self) -> str:
+        """Return how the process has ended, with the end of its log, which is not kept."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END)
+        status = self._process.returncode
+        if status is None or status >= 0:
+            how = "has ended" + (f" (exit status {status})" if status else "")
+        else:
+            how = f"was ended by {signal_name(-status)}"
+        lines = [f"the process of {self.name!r} {how} before the cluster ran"]
+        said = self._end_of_log()
+        if said:
+            lines += ["  The end of its log:", *(f"  | {line}" for line in said)]
+        step = "fix what its log says, then start it again" if said else "start it again"
+        if status == -signal.SIGKILL:
+            step = "start it again; if nobody has killed it, look with dmesg whether the machine had no memory left"
+        lines.append(f"  Next step: {step}")
+        return "\n".join(lines)
+
+    def _end_of_log(self) -> list[str]:
+        with contextlib.suppress(OSError), (self._path / state.LOG).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            return file.read().decode("utf-8", "replace").strip().splitlines()[-_SHOWN:]
+        return []
 
     def go_on(self, **message: Any) -> None:
         """Tell the process what comes next."""

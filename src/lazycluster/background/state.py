@@ -8,6 +8,7 @@ a process id, which may be another process's by now. Homes may be shared by mach
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -186,9 +187,24 @@ class Claim:
             raise LazyclusterError(f"{path} holds no record of {name!r}")
         return cls(name, path, fd, record)
 
+    def is_lost(self) -> bool:
+        """Return whether its directory was removed or is another's now; not if that merely cannot be seen."""
+        try:
+            return not os.path.samestat((self.path / _LOCK).lstat(), os.fstat(self.fd))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
+
     def write(self, **changes: Any) -> None:
-        """Write the record, with some changes."""
+        """Write the record, with some changes.
+
+        Raises:
+            OSError: If it cannot be written, or the claim is lost.
+        """
         self.record = replace(self.record, **changes)
+        if self.is_lost():
+            raise FileNotFoundError(errno.ENOENT, "it was removed, or another has the name now", str(self.path))
         _write(self.path, self.record)
 
     def close(self) -> None:
@@ -198,7 +214,10 @@ class Claim:
             os.close(fd)
 
     def remove(self) -> None:
-        """Give the name back, and remove the directory with all that it holds."""
+        """Give the name back, and remove the directory with all that it holds, unless the claim is lost."""
+        if self.is_lost():
+            self.close()
+            return
         fd, self.fd = self.fd, -1
         if fd >= 0:
             _remove(self.path, fd)

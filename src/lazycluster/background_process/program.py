@@ -46,6 +46,7 @@ logger = logging.getLogger("lazycluster")
 
 _LOG_SIZE = 2 * 1024 * 1024  # bytes; as much again is kept of what was before
 _LOOK = 1.0  # seconds between two looks at the cluster, the log and the clock
+_LOST_LOOKS = 2  # looks in a row that do not find the claim, until it is taken for lost
 _IDLE_LOOK = 30.0  # seconds between two questions whether the cluster is idle, at most
 _NOT_NEEDED = ("lazycluster.cli", "lazycluster.engines.", "lazycluster.mongo", "lazycluster.pool.joblib_backend")
 _PROGRAMS = ("__main__", ".demo", ".plot")
@@ -220,7 +221,7 @@ class ClusterProcess:
             self._start()
             self._stay()
         except _EndError:
-            pass
+            self._tell_of_end()
         except BaseException as error:  # noqa: BLE001  (the starter, or the record, tells of it)
             self._ending, status = True, 1
             self._failed(error)
@@ -329,9 +330,15 @@ class ClusterProcess:
 
     def _stay(self) -> None:
         looks = self._idle_looks()
+        lost = 0  # looks in a row
         while True:
             time.sleep(_LOOK)
-            _bound_log(self.claim.path / state.LOG)
+            lost = lost + 1 if self.claim.is_lost() else 0
+            if lost >= _LOST_LOOKS:
+                self._reason = f"{self.claim.path} was removed, or another has the name now: nobody could reach it"
+                return
+            if not lost:
+                _bound_log(self.claim.path / state.LOG)
             self._check_cluster()
             until = self.claim.record.until
             if until is not None and time.time() >= until:
@@ -379,6 +386,13 @@ class ClusterProcess:
         elif self._starter is not None:
             self._reason = "" if self._starter.send(error=text, type=type(error).__name__) else text
 
+    def _tell_of_end(self) -> None:
+        """Tell a starter that waits still that somebody else has ended the cluster."""
+        if self._starter is not None:
+            why = self._reason or "somebody has used lazycluster down"
+            text = f"the cluster {self.name!r} was ended before it ran: {why}\n  Next step: start it again"
+            self._starter.offer(error=text, type=ClusterError.__name__)  # a starter that is stopped delays no end
+
     def _finish(self) -> None:
         """End everything, and leave nothing but a record of why, unless its user has ended it."""
         self._note(state="ending")
@@ -391,8 +405,9 @@ class ClusterProcess:
                     self.outcome = self.outcome or str(error)
         if self._reason:
             logger.info("the cluster has ended: %s", self._reason)
-            with contextlib.suppress(OSError):
-                (self.claim.path / state.SOCKET).unlink(missing_ok=True)
+            if not self.claim.is_lost():
+                with contextlib.suppress(OSError):
+                    (self.claim.path / state.SOCKET).unlink(missing_ok=True)
             self._note(state="ended", reason=self._reason)
             self.claim.close()
         else:

@@ -29,12 +29,14 @@ def show_cluster_logs(found: Named, worker: str | None, follow: bool) -> None:
     Args:
         found: The cluster.
         worker: The name of the process, or the number of a worker.
-        follow: Whether to go on with what is logged from now on.
+        follow: Whether to go on with what is logged from now on, until the cluster is gone.
 
     Raises:
         LazyclusterError: If there is no such process.
     """
-    _show(found.path / state.LOG if worker is None else _of_process(found, worker), follow)
+    path = found.path / state.LOG if worker is None else _of_process(found, worker)
+    while _show(found, path, follow):
+        pass
 
 
 def _of_process(found: Named, worker: str) -> Path:
@@ -51,7 +53,8 @@ def _of_process(found: Named, worker: str) -> Path:
     return paths[named[-1]]
 
 
-def _show(path: Path, follow: bool) -> None:
+def _show(found: Named, path: Path, follow: bool) -> bool:
+    """Print a log to its end; return whether another was begun in its place meanwhile."""
     from lazycluster.exceptions import printable
 
     with path.open("rb") as file:
@@ -60,24 +63,33 @@ def _show(path: Path, follow: bool) -> None:
         if size > _TAIL:
             file.readline()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two parts
+        is_complete = not follow
         while True:
             data = file.read(65536)
             if data:
                 sys.stdout.write(printable(decoder.decode(data)))
                 continue
-            if not follow:
-                sys.stdout.write(printable(decoder.decode(b"", final=True)))
+            if is_complete:
+                break
             sys.stdout.flush()
-            if not follow:
-                return None
-            if _is_replaced(path, file.fileno()):
-                return _show(path, follow)
-            time.sleep(_AGAIN)
+            # What was written just before is read once more.
+            is_complete = _is_replaced(path, file.fileno()) or _is_gone(found)
+            if not is_complete:
+                time.sleep(_AGAIN)
+        sys.stdout.write(printable(decoder.decode(b"", final=True)))
+        sys.stdout.flush()
+        return follow and _is_replaced(path, file.fileno())
 
 
 def _is_replaced(path: Path, fd: int) -> bool:
-    """Return whether a new log was begun; one that was removed with its cluster ends here."""
+    """Return whether a new log was begun."""
     try:
         return not os.path.samestat(path.stat(), os.fstat(fd))
     except FileNotFoundError:
-        raise SystemExit(0) from None
+        return False
+
+
+def _is_gone(found: Named) -> bool:
+    """Return whether a cluster is not there any more, and writes nothing."""
+    again = state.find(found.name)
+    return again is None or bool(again.gone)

@@ -205,7 +205,7 @@ class _InBackground(_Base):
         return [cast("Service", _Worker(worker["name"], worker["state"], detail)) for worker, detail in workers]
 
     def usage(self, timeout: float = 1.0) -> dict[str, ProcessUsage]:
-        return {name: ProcessUsage(**used) for name, used in self._ask("usage", within=timeout).items()}
+        return {name: ProcessUsage(**used) for name, used in self._ask("usage", within=timeout, timeout=None).items()}
 
     @property
     def events(self) -> list[ClusterEvent]:
@@ -234,7 +234,7 @@ class _InBackground(_Base):
     # --- more and fewer workers ----------------------------------------------------------------
     def _change(self, count: int) -> None:
         with self._changing:
-            self._ask("scale", n=count)
+            self._ask("scale", n=count, timeout=None)
 
     def adapt(self, minimum: int | None = None, maximum: int | None = None, **options: Any) -> None:
         """Have the number of workers follow the load, until `scale` or `cleanup` is called.
@@ -245,7 +245,7 @@ class _InBackground(_Base):
             **options: Further options, as the cluster's class has them; plain data.
         """
         self._check_running()
-        self._ask("adapt", minimum=minimum, maximum=maximum, **options)
+        self._ask("adapt", minimum=minimum, maximum=maximum, timeout=None, **options)
 
 
 class _as_cluster_error:  # noqa: N801  (a context manager)

@@ -70,7 +70,7 @@ class ClientModules:
             for name, text in files.items()
         }
         paths = {name: path for name, path in self._sources.paths.items() if name in files}
-        answer = self._process.request("modules", files=written, paths=paths)
+        answer = self._process.request("modules", files=written, paths=paths, timeout=None)
         self._tell({paths[name]: path for name, path in answer["replaced"].items()})
         return int(answer["version"])
 

@@ -157,22 +157,30 @@ def info(name: str, as_json: bool) -> None:
 @click.command()
 @_name
 @click.argument("workers", type=click.IntRange(0), metavar="N")
-def scale(name: str, workers: int) -> None:
+def scale(name: str, workers: int) -> int:
     """Have N workers in a cluster in the background.
+
+    Ctrl-C ends the waiting for them; the cluster goes on to scale.
 
     \b
     Examples:
       lazycluster scale night 8
     """
     from lazycluster.background.client import running
-    from lazycluster.cli.console import tell
+    from lazycluster.cli.console import INTERRUPTED, errors, tell
     from lazycluster.core.words import counted
     from lazycluster.output.progress import RelayedProgress
 
     process = running(name)
-    with RelayedProgress() as display:
-        told = process.request("scale", n=workers, on_message=lambda one: display.show(str(one.get("progress", ""))))
+    try:
+        with RelayedProgress() as display:
+            display.show(f"waiting for {name} to have {counted(workers, 'worker')}")
+            told = process.request("scale", n=workers, timeout=None)
+    except KeyboardInterrupt:
+        errors().print(f"\rInterrupted; {name!r} goes on to scale: lazycluster info {name}", markup=False)
+        return INTERRUPTED
     tell(f"{name} has {counted(told['ready'], 'worker')}")
+    return 0
 
 
 @click.command()
@@ -216,7 +224,7 @@ def login(name: str) -> int:
     variables = {name: value for name in names if (value := os.environ.get(name))}
     person = Person(person_is_there())
     try:
-        left = running(name).request("login", variables=variables, on_stream=person.at, on_message=person)
+        left = running(name).request("login", variables=variables, on_stream=person.at, on_message=person, timeout=None)
     finally:
         person.close()
     for host, why in left.items():
@@ -239,17 +247,27 @@ def down(name: str | None, everything: bool, forget: bool) -> int:
       lazycluster down night
       lazycluster down --all
     """
-    from functools import partial
-
-    from lazycluster.cli.console import tell
+    from lazycluster.cli.console import show_error, tell
+    from lazycluster.output.progress import RelayedProgress
 
     if (name is None) is not everything:
         raise click.UsageError("say the name of a cluster, or --all for all of them")
     chosen = [one for one in _clusters() if not one.is_elsewhere] if name is None else [found_cluster(name)]
     if not chosen:
         tell("no cluster runs in the background")
-    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-        return max(pool.map(partial(_end, forget=forget), chosen), default=0)
+    status = 0
+    with RelayedProgress() as display, concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        ending = {pool.submit(_end, one, forget): one.name for one in chosen}
+        left = list(ending.values())
+        display.show(f"ending {', '.join(left)}" if left else "")
+        for ended in concurrent.futures.as_completed(ending):
+            display.close()
+            failed, text = ended.result()
+            show_error(text) if failed else tell(text)
+            status = max(status, failed)
+            left.remove(ending[ended])
+            display.show(f"ending {', '.join(left)}" if left else "")
+    return status
 
 
 def found_cluster(name: str) -> Named:
@@ -262,10 +280,10 @@ def found_cluster(name: str) -> Named:
     return found
 
 
-def _end(one: Named, forget: bool) -> int:
-    """End a cluster, and say so; returns the exit status."""
+def _end(one: Named, forget: bool) -> tuple[int, str]:
+    """End a cluster; returns the exit status, and what there is to say."""
     from lazycluster.background import client
-    from lazycluster.cli.console import FAILED, show_error, tell
+    from lazycluster.cli.console import FAILED
     from lazycluster.exceptions import LazyclusterError
 
     begin = time.monotonic()
@@ -278,10 +296,7 @@ def _end(one: Named, forget: bool) -> int:
             )
         done = client.end(one)
     except (LazyclusterError, OSError) as error:
-        show_error(f"{one.name}: {error}")
-        return FAILED
+        return FAILED, f"{one.name}: {error}"
     if done == "killed":
-        tell(f"{one.name}: its process did not answer, and was killed; its hosts end the rest by themselves")
-    else:
-        tell(f"{one.name}: {done}" + (f" ({time.monotonic() - begin:.1f} s)" if done == "ended" else ""))
-    return 0
+        return 0, f"{one.name}: its process did not answer, and was killed; its hosts end the rest by themselves"
+    return 0, f"{one.name}: {done}" + (f" ({time.monotonic() - begin:.1f} s)" if done == "ended" else "")
