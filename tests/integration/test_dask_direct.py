@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -24,7 +25,7 @@ from cluster_groups import connect, local_group, ssh_group
 
 from lazycluster import RuntimeGroup
 from lazycluster.cluster import MasterLauncher
-from lazycluster.cluster.dask_cluster import DaskCluster
+from lazycluster.cluster.dask_cluster import DaskCluster, RoundRobinLauncher
 from lazycluster.cluster.exceptions import ClusterError, UnreachableError
 from lazycluster.cluster.services import Service
 
@@ -447,19 +448,19 @@ def test_workers_that_are_started_are_not_waited_for_when_the_scheduler_has_gone
     make_hosts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosts = make_hosts(2)
-    come_up = Service.come_up
 
-    async def after_the_loss(self: Service, spec: Any, ports: Any) -> Any:
+    async def never(self: Service, spec: Any, ports: Any) -> None:
         if hosts[0].pid:
             hosts[0].power_off()
-        return await come_up(self, spec, ports)
+        await asyncio.Event().wait()
 
     with (
         ssh_group(hosts, connection_kwargs={"link_timeout": 2, "reconnect": 2}) as group,
         DaskCluster(group, network="direct", **SMALL) as cluster,
     ):
         cluster.start()
-        monkeypatch.setattr(Service, "come_up", after_the_loss)
+        monkeypatch.setattr(Service, "come_up", never)
+        monkeypatch.setattr(RoundRobinLauncher, "START_LIMIT", 3600)
         with pytest.raises(ClusterError, match=r"(?s)^the cluster has failed: host1: dask-scheduler: .*cleanup\(\)"):
             cluster.scale(4)
         assert repr(cluster).startswith("<DaskCluster failed, ")
