@@ -16,7 +16,7 @@ from .engine import CheckVersions, Endpoint, Engine, check_statement, checked_po
 from .exceptions import ClusterError
 from .master_launcher import ServiceMasterLauncher
 from .network import single_ports
-from .runtime_cluster import MasterWorkerCluster, failed
+from .runtime_cluster import MasterWorkerCluster
 from .versions import check_manager
 from .worker_launcher import ServiceWorkerLauncher
 
@@ -196,7 +196,7 @@ class EngineCluster(MasterWorkerCluster):
     def _explained(self, error: Exception) -> Exception:
         """Return the error of something that needs the master: with its cause where that is the master."""
         if self._state == "running" and (problem := self._master_problem()):
-            return failed(problem)
+            return self._failure(problem)
         problem = self._unreached()
         return ClusterError(f"{error}\n  Cause: {problem}") if problem else error
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from .services import Service
 
-__all__ = ["MasterLauncher", "MasterWorkerCluster", "RuntimeCluster", "WorkerLauncher", "failed"]
+__all__ = ["MasterLauncher", "MasterWorkerCluster", "RuntimeCluster", "WorkerLauncher"]
 
 T = TypeVar("T")
 _INTERRUPT_LIMIT = 15.0  # seconds
@@ -553,16 +553,11 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
     def _check_alive(self) -> None:
         problem = self._problem() if self._state == "running" else ""
         if problem:
-            raise failed(problem)
+            raise self._failure(problem)
 
-
-def failed(problem: str) -> ClusterError:
-    """Return the error of a cluster that can do nothing any more.
-
-    Args:
-        problem: Why.
-    """
-    return ClusterError(f"the cluster has failed: {problem}\n  Next step: call cleanup(), then start()")
+    @staticmethod
+    def _failure(problem: str) -> ClusterError:
+        return ClusterError(f"the cluster has failed: {problem}\n  Next step: call cleanup(), then start()")
 
 
 def _launcher(given: Any, group: RuntimeGroup) -> Any:
