@@ -395,9 +395,7 @@ def test_up_asks_for_a_password_and_login_when_the_link_needs_it_again(make_host
         assert terminal.end() == 0, terminal.seen
     assert PASSWORD not in terminal.seen
     assert not [path for path in state.directory().rglob("*") if path.is_file() and PASSWORD in path.read_text()]
-    for process in procfs.with_variable("LAZYCLUSTER_TEST_RUN=" + os.environ["LAZYCLUSTER_TEST_RUN"]):
-        if process.command.startswith("ssh -F"):
-            os.kill(process.pid, signal.SIGKILL)  # as a link that drops
+    _drop_links()
     until(lambda: "needs login for host1: lazycluster login night" in run("ls")[1], "what ls says")
     with Terminal([*LAZYCLUSTER, "login", "night"]) as terminal:
         terminal.until(r"password: ")
@@ -408,6 +406,30 @@ def test_up_asks_for_a_password_and_login_when_the_link_needs_it_again(make_host
     assert python(_USE) == "1024\n"
     assert run("down", "night")[0] == 0
     assert host.leftovers() == []
+
+
+def _drop_links() -> None:
+    for process in procfs.with_variable("LAZYCLUSTER_TEST_RUN=" + os.environ["LAZYCLUSTER_TEST_RUN"]):
+        if process.command.startswith("ssh -F"):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_host_that_is_not_reached_is_named_by_ls_info_and_scale(make_hosts: Any) -> None:
+    hosts = make_hosts(2)
+    up(hosts, "--network", "direct")
+    hosts[0].cut_off()
+    _drop_links()
+    link = "the link to host1 has been interrupted for [0-9]+ s: "
+    until(lambda: re.search(f"running: {link}", run("ls")[1]) is not None, "what ls says")
+    status, out, err = run("info", "night")
+    assert status == 0 and re.search(f"problem +{link}", out), out + err
+    status, out, err = run("scale", "night", 1)
+    assert status == 1 and re.search(f"the scheduler is on host1, and {link}(?s:.*)Next step: check that host1", err), (
+        err
+    )
+    hosts[0].restore()
+    until(lambda: "the link to" not in run("ls")[1], "what ls says")
+    assert run("down", "night")[0] == 0
 
 
 def _without_keys(pool: Any, tmp_path: Path) -> Path:
@@ -561,9 +583,7 @@ def test_another_ssh_agent_is_handed_over_by_login(make_hosts: Any, tmp_path: Pa
         argv = ("up", "night", "dask", "--config", config, "-w", "host1")
         status, _, err = run(*argv, SSH_AUTH_SOCK=str(first))
         assert status == 0, err
-    for process in procfs.with_variable("LAZYCLUSTER_TEST_RUN=" + os.environ["LAZYCLUSTER_TEST_RUN"]):
-        if process.command.startswith("ssh -F"):
-            os.kill(process.pid, signal.SIGKILL)  # as a link that drops
+    _drop_links()
     until(lambda: "needs login for host1" in run("ls")[1], "what ls says")
     with agent(pool, tmp_path / "second") as second:
         status, out, err = run("login", "night", SSH_AUTH_SOCK=str(second))

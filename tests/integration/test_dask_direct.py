@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from cluster_groups import connect, local_group, ssh_group
 
 from lazycluster import RuntimeGroup
 from lazycluster.cluster import MasterLauncher
-from lazycluster.cluster.dask_cluster import DaskCluster
+from lazycluster.cluster.dask_cluster import DaskCluster, RoundRobinLauncher
 from lazycluster.cluster.exceptions import ClusterError, UnreachableError
+from lazycluster.cluster.services import Service
 
 pytestmark = [
     # distributed leaves these to the garbage collector when comms are torn down.
@@ -288,8 +291,6 @@ def test_a_port_that_is_taken_between_the_probe_and_its_use(
 ) -> None:
     host = module_hosts[1]
     taken: list[subprocess.Popen[bytes]] = []
-    from lazycluster.cluster.services import Service
-
     come_up = Service.come_up
 
     async def too_late(self: Service, spec: Any, ports: Any) -> Any:
@@ -404,6 +405,65 @@ def test_the_host_of_the_scheduler_that_is_lost_is_named(make_hosts: Any) -> Non
         _until(lambda: cluster.status.name == "failed")
         with pytest.raises(ClusterError, match=r"host1: dask-scheduler: .*"):
             cluster.get_client()
+
+
+def test_while_the_host_of_the_scheduler_is_not_reached_errors_say_so(
+    make_hosts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = make_hosts(2)
+    waiting = threading.Event()
+    wait_for_link = Service.wait_for_link
+
+    async def told(self: Service, within: float | None = None) -> None:
+        waiting.set()
+        await wait_for_link(self, within)
+
+    with (
+        ssh_group(hosts, connection_kwargs={"link_timeout": 2}) as group,
+        DaskCluster(group, network="direct", **SMALL) as cluster,
+        ThreadPoolExecutor() as pool,
+    ):
+        cluster.start()
+        hosts[0].cut_off()
+        _until(lambda: group.status[0].state == "interrupted")
+        link = "the link to host1 has been interrupted for [0-9]+ s: "
+        with pytest.raises(
+            ClusterError, match=f"^the scheduler is on host1, and {link}.*\n  Next step: check that host1"
+        ):
+            cluster.get_client(timeout=1)
+        problems = [process.problem for process in [cluster.master, *cluster.workers] if process is not None]
+        assert [bool(re.match(link, problem)) for problem in problems] == [True, True, False]
+        assert re.search(link, str(cluster._repr_html_()))
+        # One that is back in time is no error.
+        monkeypatch.setattr(Service, "wait_for_link", told)
+        scaling = pool.submit(cluster.scale, 1)
+        assert waiting.wait(60)
+        hosts[0].restore()
+        scaling.result(60)
+        assert len(cluster.workers) == 1
+        assert cluster.master is not None and cluster.master.problem == ""
+
+
+def test_workers_that_are_started_are_not_waited_for_when_the_scheduler_has_gone(
+    make_hosts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = make_hosts(2)
+
+    async def never(self: Service, spec: Any, ports: Any) -> None:
+        if hosts[0].pid:
+            hosts[0].power_off()
+        await asyncio.Event().wait()
+
+    with (
+        ssh_group(hosts, connection_kwargs={"link_timeout": 2, "reconnect": 2}) as group,
+        DaskCluster(group, network="direct", **SMALL) as cluster,
+    ):
+        cluster.start()
+        monkeypatch.setattr(Service, "come_up", never)
+        monkeypatch.setattr(RoundRobinLauncher, "START_LIMIT", 3600)
+        with pytest.raises(ClusterError, match=r"(?s)^the cluster has failed: host1: dask-scheduler: .*cleanup\(\)"):
+            cluster.scale(4)
+        assert repr(cluster).startswith("<DaskCluster failed, ")
 
 
 def test_a_cable_between_two_hosts_that_is_cut_for_a_while(make_hosts: Any) -> None:

@@ -325,6 +325,7 @@ class ClusterProcess:
             "until": self.claim.record.until,
             "idle_left": left,
             "problem": self.cluster._problem() if self.cluster is not None else "",
+            "links": self.cluster._link_problems if self.cluster is not None else {},
             "version": lazycluster.__version__,
         }
 

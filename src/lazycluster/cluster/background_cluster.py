@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lazycluster.background import state
 from lazycluster.background.client import BackgroundProcess, end, running
 from lazycluster.background.launch import Launch, Person, cluster_document, launch
+from lazycluster.core import event_loop
 from lazycluster.exceptions import BackgroundError
 from lazycluster.output.view import View
 from lazycluster.runtime.session import may_ask
@@ -114,6 +115,18 @@ class _InBackground(_Base):
             return str(self._ask("status")["problem"])
         except ClusterError as error:
             return str(error).partition("\n")[0]
+
+    def _master_problem(self) -> str:
+        return self._problem()
+
+    def _reach_master(self, within: float | None = None, run: Callable[..., Any] = event_loop.run) -> None:
+        self._check_running()  # its process waits for the link
+
+    def _master_link_problem(self) -> str:
+        try:
+            return str(self._ask("status").get("links", {}).get(self._master_endpoint().host, ""))
+        except ClusterError:
+            return ""
 
     def _master_status(self) -> int | None:
         return None
@@ -227,7 +240,7 @@ class _InBackground(_Base):
 
     def _view(self) -> View:
         if self._state != "running" or self._problem():
-            return View(f"{type(self).__name__} {self._name}", None, [("state", self._state)])
+            return View(f"{type(self).__name__} {self._name}", None, [("state", self._present_state)])
         view = View.of(self._ask("info")["view"])
         return View(f"{view.title} {self._name}", view.state, view.facts, view.tables)
 

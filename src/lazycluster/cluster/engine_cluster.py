@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lazycluster.core import event_loop
+from lazycluster.exceptions import LazyclusterError
 from lazycluster.runtime.reachability import NetworkChoice
 
 from . import connection_file
@@ -111,6 +113,7 @@ class EngineCluster(MasterWorkerCluster):
                 launcher.engine = self._engine
         if isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher):
             worker.master = master.at
+            worker.master_services = lambda: master.services
         check_manager(self._engine)
         own = not (isinstance(master, ServiceMasterLauncher) and isinstance(worker, ServiceWorkerLauncher))
         why = self._network.direct.refuse(self._engine, own)
@@ -174,6 +177,44 @@ class EngineCluster(MasterWorkerCluster):
         how |= {"starting": "is being started: wait until start() is done", "closing": "is being ended"}
         raise ClusterError(f"the cluster {how.get(self._state, 'was ended: call start() to start it anew')}")
 
+    def _reach_master(self, within: float | None = None, run: Callable[..., Any] = event_loop.run) -> None:
+        """Wait for the link to the master's host if it is interrupted.
+
+        Args:
+            within: Seconds; by default until it has been interrupted for as long as a host may take to answer.
+            run: What runs a coroutine.
+
+        Raises:
+            ClusterError: If the link is not back then, or is lost.
+        """
+        for service in self._services(self._master_launcher):
+            run(service.wait_for_link(within))
+        self._check_running()
+        if problem := self._unreached():
+            raise ClusterError(problem)
+
+    def _explained(self, error: Exception) -> Exception:
+        """Return the error of something that needs the master: with its cause where that is the master."""
+        if self._state == "running" and (problem := self._master_problem()):
+            return self._failure(problem)
+        problem = self._unreached()
+        return ClusterError(f"{error}\n  Cause: {problem}") if problem else error
+
+    def _unreached(self) -> str:
+        """Return why the master is not reached at present, "" if it is."""
+        problem = self._master_link_problem()
+        if not problem:
+            return ""
+        host = self._master_endpoint().host
+        return (
+            f"the {self._engine.master_name} is on {host}, and {problem}\n"
+            f"  Next step: check that {host} is up and reachable; the cluster goes on once the link is back, and has "
+            "failed if it is lost"
+        )
+
+    def _master_link_problem(self) -> str:
+        return next((problem for s in self._services(self._master_launcher) if (problem := s.link_problem)), "")
+
     def _master_status(self) -> int | None:
         process = self._master_launcher.process
         return process.poll() if process is not None else None
@@ -220,10 +261,13 @@ class EngineCluster(MasterWorkerCluster):
         """Change the workers, one change at a time."""
         with self._changing, self._shown(f"Scaling the {type(self).__name__}"):
             self._check_running()
+            self._reach_master(run=launcher.run)
             port = self.master_port
             assert port is not None
             try:
-                launcher.run(work(port))
+                launcher.run(launcher.with_master(work(port)))
+            except LazyclusterError as error:
+                raise self._explained(error) from None
             finally:
                 self._ports = self._spare(launcher)
 

@@ -31,7 +31,8 @@ class ProcessStatus:
         pid: Its process id there, None if it was never started.
         restarts: How often it, or the worker that it watches, was started again.
         last_exit: How it ended last: an exit status, or a negative signal; None if it never did.
-        problem: Why it failed or had to be started again, "" if there was nothing.
+        problem: Why it failed or had to be started again, or that the link to its host is interrupted, since when
+            nothing was heard of it; "" if there was nothing.
         log_file: The file with all that it printed.
         log: The end of it.
     """
@@ -56,7 +57,7 @@ class ProcessStatus:
             service.pid,
             service.restarts + service.respawns,
             service.exit_status,
-            service.problem,
+            service.link_problem or service.problem,
             str(service.log_file),
             service.last_output(),
         )

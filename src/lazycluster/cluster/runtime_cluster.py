@@ -288,6 +288,10 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         A cluster has failed if it did not start, or if its master, or each of its workers, has ended for good: it was
         started again as often as is allowed within minutes. Use of it raises an error then, which says why.
         """
+        return self._present_state
+
+    @property
+    def _present_state(self) -> str:
         return "failed" if self._state == "running" and self._problem() else self._state
 
     @property
@@ -513,15 +517,21 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
         if self._network.direct.wanted != "tunnel":
             facts.append(("network", self._network.direct.described()))
         problem = self._problem() if self._state == "running" else ""
-        return [*facts, ("problem", Cell(problem, "bad"))] if problem else facts
+        problems = [problem] if problem else list(self._link_problems.values())
+        return [*facts, *(("problem", Cell(one, "bad")) for one in problems)]
+
+    @property
+    def _link_problems(self) -> dict[str, str]:
+        """Why nothing is heard of hosts at present, by host."""
+        services = [*self._services(self._master_launcher), *self._processes]
+        return {service.place.host: problem for service in services if (problem := service.link_problem)}
 
     def _columns(self) -> dict[str, list[str]]:
         """Return what an engine shows of each worker beside its state."""
         return {}
 
     def _view(self) -> View:
-        state = "failed" if self._state == "running" and self._problem() else self._state
-        return cluster_view(type(self).__name__, state, self._facts(), self._processes, self._columns())
+        return cluster_view(type(self).__name__, self._present_state, self._facts(), self._processes, self._columns())
 
     @staticmethod
     def _services(launcher: MasterLauncher | WorkerLauncher) -> list[Service]:
@@ -543,7 +553,11 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
     def _check_alive(self) -> None:
         problem = self._problem() if self._state == "running" else ""
         if problem:
-            raise ClusterError(f"the cluster has failed: {problem}\n  Next step: call cleanup(), then start()")
+            raise self._failure(problem)
+
+    @staticmethod
+    def _failure(problem: str) -> ClusterError:
+        return ClusterError(f"the cluster has failed: {problem}\n  Next step: call cleanup(), then start()")
 
 
 def _launcher(given: Any, group: RuntimeGroup) -> Any:

@@ -13,10 +13,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lazycluster.agent.restart_policy import RestartPolicy
-from lazycluster.exceptions import AgentError, LazyclusterError
+from lazycluster.exceptions import AgentError, LazyclusterError, NoAnswerError
 from lazycluster.output import log_limit
 from lazycluster.output.lines import Lines
 from lazycluster.ssh.agent_replies import NAME, check_shape
+from lazycluster.ssh.connection import ANSWER_LIMIT
 from lazycluster.utils import new_log_file_path
 
 from .exceptions import ServiceError
@@ -318,6 +319,37 @@ class Service:
     def _changed(self) -> None:
         if self._on_change is not None:
             self._on_change(self)
+
+    @property
+    def link_problem(self) -> str:
+        """Why nothing is heard of it at present, "" if something is. May be read from any thread."""
+        connection = self.place.connection
+        seconds = connection.interrupted_for
+        if seconds is None or self.state in ("ended", "failed"):
+            return ""
+        return f"the link to {connection.host} has been interrupted for {seconds:.0f} s: {connection.why}"
+
+    async def wait_for_link(self, within: float | None = None) -> None:
+        """Wait while the link to its host is interrupted; if that is lost, until this has failed, too.
+
+        Args:
+            within: Seconds at most; None: until the link has been interrupted for as long as a host may take to answer.
+        """
+        connection = self.place.connection
+        seconds = connection.interrupted_for
+        if seconds is None:
+            return
+        try:
+            await connection.wait_until_open(max(0.0, ANSWER_LIMIT - seconds) if within is None else within)
+        except NoAnswerError:
+            return  # `link_problem` tells it
+        except LazyclusterError:
+            await self.gone()
+
+    async def gone(self) -> None:
+        """Wait until it has ended for good."""
+        if self._watching is not None:
+            await asyncio.wait([self._watching])
 
     # --- its end -------------------------------------------------------------------------------
     async def _watch(self) -> None:

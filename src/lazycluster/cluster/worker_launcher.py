@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -94,6 +94,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
         self.master = Endpoint("master")
         self.network = Network()
         self.use(self.network)
+        self.master_services: Callable[[], Sequence[Service]] = list
         self.watch: Watch | None = None
         self.workers: list[Worker] = []
         self.min_workers: int | None = None
@@ -171,6 +172,26 @@ class ServiceWorkerLauncher(WorkerLauncher):
             return await work
         finally:
             self._at_work.discard(task)
+
+    async def with_master(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something that needs the master, which is over once that has ended for good.
+
+        Raises:
+            LazyclusterError: Why the master has ended, if it has.
+        """
+        masters = self.master_services()
+        if not masters:  # one that is watched in another way
+            return await work
+        doing, gone = asyncio.ensure_future(work), asyncio.ensure_future(masters[0].gone())
+        try:
+            await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (doing, gone):
+                task.cancel()
+            await asyncio.gather(doing, gone, return_exceptions=True)
+        if doing.cancelled():
+            raise masters[0].error or ClusterError(f"the {self.engine.master_name} has ended")
+        return doing.result()
 
     def _per_host(self) -> Counter[str]:
         return Counter(worker.place.host for worker in self.workers)
@@ -265,7 +286,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
 
     def start(self, worker_count: int, master_port: int, ports: list[int], debug: bool = False) -> list[int]:
         """See `WorkerLauncher.start`."""
-        return self.run(self._start_or_undo(worker_count, master_port, list(ports), debug))
+        return self.run(self.with_master(self._start_or_undo(worker_count, master_port, list(ports), debug)))
 
     async def _start_or_undo(self, count: int, master_port: int, ports: list[int], debug: bool) -> list[int]:
         try:

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal
 
@@ -68,6 +69,7 @@ class Connection(abc.ABC):
         self.silent = asyncio.Event()
         self.generation = 0
         self._state: State = "new"
+        self._state_since = time.monotonic()
         self._state_callbacks: list[StateCallback] = []
         self.on_lost: list[Callable[[str], Any]] = []
         self.on_renewal: list[Callable[[], Awaitable[Any]]] = []
@@ -93,6 +95,11 @@ class Connection(abc.ABC):
         """
         return self._state
 
+    @property
+    def interrupted_for(self) -> float | None:
+        """Seconds for which its link has been interrupted; None if it is not. May be read from any thread."""
+        return time.monotonic() - self._state_since if self.state == "interrupted" else None
+
     def on_state(self, callback: StateCallback) -> Callable[[], None]:
         """Have a function called with the new state and the reason (or "") whenever the state changes, on the loop.
 
@@ -110,7 +117,7 @@ class Connection(abc.ABC):
     def _become(self, state: State, why: str = "") -> None:
         if state == self._state:
             return
-        self._state, self.why = state, why
+        self._state, self.why, self._state_since = state, why, time.monotonic()
         for callback in list(self._state_callbacks):
             try:
                 callback(state, why)

@@ -72,7 +72,7 @@ def _listed(found: Named) -> dict[str, Any]:
 
     record = found.record
     one: dict[str, Any] = {"name": found.name, "engine": None, "state": "unknown", "since": None, "until": None}
-    one |= {"host": None, "hosts": [], "workers": None, "ready": None, "needs_login": {}, "problem": ""}
+    one |= {"host": None, "hosts": [], "workers": None, "ready": None, "needs_login": {}, "problem": "", "links": {}}
     if record is not None:
         details = {key: record.details.get(key) for key in ("engine", "hosts", "idle")}
         one |= {"state": record.state, "since": record.started, "until": record.until, "host": record.host, **details}
@@ -98,7 +98,8 @@ def _row(one: dict[str, Any]) -> list[Cell | str]:
     until = moment(one["until"]) if one["until"] is not None else ""
     if one.get("idle_left") is not None and state == "running":
         until = f"idle {span(max(1.0, one['idle_left']))}"
-    text = f"{state}: {one['problem']}" if one["problem"] else state
+    problem = one["problem"] or "; ".join(one["links"].values())
+    text = f"{state}: {problem}" if problem else state
     if one["needs_login"]:
         text = f"needs login for {', '.join(one['needs_login'])}: lazycluster login {one['name']}"
     tone = "good" if text == "running" else "dim" if state in ("starting", "ending") else "bad"

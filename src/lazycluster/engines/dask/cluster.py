@@ -214,7 +214,8 @@ class DaskCluster(EngineCluster):
 
         Raises:
             TimeoutError: If it is not connected in time.
-            ClusterError: If the cluster does not run.
+            ClusterError: If the cluster does not run; or if it is not connected in time, and the link to the host of
+                the scheduler is interrupted.
         """
         from distributed.comm import CommClosedError
 
@@ -225,7 +226,7 @@ class DaskCluster(EngineCluster):
             return UpToDateClient(self, self._dask.client_modules, timeout=timeout, asynchronous=True)
         deadline = time.monotonic() + timeout
         while True:
-            self._check_running()
+            self._reach_master(max(0.0, deadline - time.monotonic()))
             try:
                 left = max(0.0, deadline - time.monotonic())
                 return connected(UpToDateClient, self, self._dask.client_modules, timeout=left)
@@ -236,6 +237,8 @@ class DaskCluster(EngineCluster):
                         "  Next step: if it was just restarted, give it more time: get_client(timeout=30)"
                     ) from None
                 time.sleep(_AGAIN)
+            except OSError as error:
+                raise self._explained(error) from None
 
     @staticmethod
     def connect(path: str | os.PathLike[str], timeout: float = 10) -> Client:
@@ -336,11 +339,13 @@ class DaskCluster(EngineCluster):
         """State of the cluster, in distributed's own words."""
         from distributed import Status
 
-        if self._state == "running" and self._master_status() is not None:
-            return Status.failed if self._master_status() else Status.closed
-        if self._state == "running" and self._problem():
-            return Status.failed
-        return Status[self._state]  # the same words, on purpose
+        return Status[self._present_state]  # the same words, on purpose
+
+    @property
+    def _present_state(self) -> str:
+        if self._state == "running" and (ended := self._master_status()) is not None:
+            return "failed" if ended else "closed"
+        return super()._present_state
 
     # --- more and fewer workers ----------------------------------------------------------------
     def scale(self, n: int | None = None, memory: str | float | None = None, cores: float | None = None) -> Any:
@@ -744,7 +749,7 @@ class DaskCluster(EngineCluster):
     def __repr__(self) -> str:
         workers, network = counted(ready(self._processes), "worker"), self._network.direct
         over = f", network: {network.described()}" if network.wanted != "tunnel" else ""
-        return f"<DaskCluster {self._state}, port {self.master_port}, {workers}{over}>"
+        return f"<DaskCluster {self._present_state}, port {self.master_port}, {workers}{over}>"
 
 
 def _all_workers(client: Client) -> list[dict[str, Any]]:

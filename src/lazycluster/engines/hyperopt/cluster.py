@@ -304,8 +304,8 @@ class HyperoptCluster(EngineCluster):
         return [("database", f"{self.dbname} in {self.dbpath}"), *super()._facts()]
 
     def __repr__(self) -> str:
-        workers = len(getattr(self._worker_launcher, "workers", []))
-        return f"<HyperoptCluster {self._state}, port {self.master_port}, {counted(workers, 'worker')}, {self.dbpath}>"
+        workers = counted(len(getattr(self._worker_launcher, "workers", [])), "worker")
+        return f"<HyperoptCluster {self._present_state}, port {self.master_port}, {workers}, {self.dbpath}>"
 
 
 def _trials(connection: Mapping[str, Any], exp_key: str | None, **options: Any) -> MongoTrials:

@@ -127,7 +127,8 @@ async def _serve(forked: bool, settings: dict[str, Any]) -> None:
     except (OSError, ValueError, asyncio.TimeoutError) as error:
         cause = messages.root_of(error)
         other = "another program answers in its place" if isinstance(cause, SSLError) else "it does not answer"
-        raise SystemExit(f"the scheduler cannot be reached at {settings['scheduler']}: {other}: {cause}") from None
+        why = f"{other}: {cause}" if str(cause) else other
+        raise SystemExit(f"the scheduler cannot be reached at {settings['scheduler']}: {why}") from None
     if stop.is_set():
         return
     sent_modules.install(settings["modules"])  # for its plugins, and for functions that run in it
