@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lazycluster.background.state import Claim
 from lazycluster.cli import app
 from patience import until
 
@@ -324,3 +325,13 @@ def test_work_is_asked_about_where_and_as_whom_it_was_started(
     assert machine("rm", "mine")[:2] == (0, "host1: removed\n")
     assert machine("rm", "--force", "theirs")[0] == 0
     machine.config = known
+
+
+def test_work_whose_record_cannot_be_completed_runs_and_is_found(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Claim, "write", lambda claim, **changes: os.open("/dev/full/no", os.O_WRONLY))
+        assert machine("run", "-w", "host1", "-d", "--name", "full", "--", "true")[0] == 0
+    assert machine("wait", "full")[0] == 0
+    assert machine("rm", "full") == (0, "host1: removed\n", "")

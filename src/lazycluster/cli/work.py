@@ -54,6 +54,7 @@ __all__ = [
     "recorded_names",
     "removed_from",
     "running_on",
+    "show_damaged",
     "show_problems",
     "start",
     "states_on",
@@ -127,6 +128,23 @@ class _Login:
         return replace(targets(**{**options, **named, "config": config}, default=ALL), default_user=self.user)
 
 
+def _damaged() -> dict[str, str]:
+    try:
+        return {named.name: named.problem for named in records.all_named() if named.problem}
+    except OSError:
+        return {}
+
+
+def _problem_of(name: str) -> str:
+    return _damaged().get(name, "")
+
+
+def show_damaged() -> None:
+    """Print what is damaged of the records of work and clusters to standard error."""
+    for name, problem in _damaged().items():
+        errors().print("\n".join(lines_of(f"{name}: {problem}")), markup=False, soft_wrap=True)
+
+
 def _hosts_in(record: NamedRecord) -> list[str]:
     hosts = record.details.get("hosts")
     return [host for host in hosts if isinstance(host, str)] if isinstance(hosts, list) else []
@@ -148,6 +166,8 @@ def hosts_of(name: str, options: dict[str, Any]) -> Targets:
     named = options["hosts"] or options["hostfile"] is not None
     if record is None:
         if not named:
+            if problem := _problem_of(name):
+                raise LazyclusterError(problem)
             _check_name(name, options["config"])
         return targets(**options, default=ALL)
     return _Login.of_record(record).targets(options, () if named else _hosts_in(record))
@@ -204,7 +224,9 @@ def cluster_named(name: str) -> Named | None:
         found = records.find(name)
     except ValueError:  # it cannot be the name of one
         return None
-    return None if found is None or (found.record is not None and found.record.kind == "work") else found
+    if found is None or (found.record is None and not found.is_held):
+        return None
+    return None if found.record is not None and found.record.kind == "work" else found
 
 
 def forget(name: str) -> None:
@@ -213,7 +235,7 @@ def forget(name: str) -> None:
     Raises:
         LazyclusterError: If it has none.
     """
-    found = None if _record_of(name) is None else records.find(name)
+    found = records.find(name) if _record_of(name) is not None or _problem_of(name) else None
     if found is None:
         raise LazyclusterError(f"this machine has no record of work {name!r}{_nearest(name)}")
     found.remove()
@@ -441,7 +463,7 @@ def _claimed(chosen: Targets, name: str) -> Claim | None:
     try:
         return records.claim(records.NamedRecord.new("work", name, **details))
     except OSError as error:
-        why = error.strerror or str(error)
+        why = error.strerror or str(error).partition("\n")[0]
         _logger.warning("where %r runs is not recorded on this machine: %s. Name its hosts with -w later", name, why)
         return None
 

@@ -54,7 +54,7 @@ def ps(as_json: bool, **options: Any) -> int:
     """
     from lazycluster.cli.console import output, tell
     from lazycluster.cli.fanout import exit_status
-    from lazycluster.cli.work import hosts_of_all, show_problems, states_on
+    from lazycluster.cli.work import hosts_of_all, show_damaged, show_problems, states_on
     from lazycluster.output.view import Table, View, show
 
     groups = hosts_of_all(options)
@@ -70,6 +70,7 @@ def ps(as_json: bool, **options: Any) -> int:
         tell("no detached work: lazycluster run --detach -w HOSTS -- COMMAND starts some")
     if not as_json:
         show_problems(outcomes, everyone)
+        show_damaged()
     return exit_status(outcomes, everyone)
 
 
