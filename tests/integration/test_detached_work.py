@@ -300,7 +300,7 @@ def test_times_are_those_of_the_host_whatever_its_clock_says(machine: Machine) -
 
 
 def test_work_is_asked_about_where_and_as_whom_it_was_started(
-    machine: Machine, hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, other: Machine, hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = re.sub(r"(?m)^\s*User .*\n", "", Path(hosts.config_file).read_text())
     (tmp_path / "any-user").write_text(text)
@@ -318,6 +318,11 @@ def test_work_is_asked_about_where_and_as_whom_it_was_started(
     status, out, err = machine("rm", "-l", "root", "mine")
     assert (status, out) == (1, "")
     assert f"since it was started on host1 as {user} with the ssh configuration {tmp_path / 'any-user'}" in err
+    assert other("run", "-w", "host1", "-l", "root", "-d", "--name", "mine", "--", "true")[0] == 0
+    assert other("wait", "mine")[0] == 0
+    status, out, err = machine("rm", "-l", "root", "mine")
+    assert (status, out) == (0, "host1: removed\n")
+    assert "'mine' stays taken on this machine" in err
     status, out, err = machine("rm", "-w", "host2", "mine")
     assert (status, out) == (1, "")
     assert "leave out what names others" in err

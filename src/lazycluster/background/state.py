@@ -160,7 +160,7 @@ class Named:
         if self.is_held or self.is_elsewhere:
             return ""
         if record is None:
-            return self.problem.partition("\n")[0] or "its start was not completed"
+            return self.problem.partition("\n")[0]
         if record.state in ("ended", "failed"):
             return record.reason or record.state
         if record.is_of_another_boot:
