@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lazycluster.background.state import Claim
 from lazycluster.cli import app
 from patience import until
 
@@ -22,6 +24,7 @@ class Machine:
 
     def __init__(self, hosts: Any, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.hosts, self.state, self._capsys = hosts, state, capsys
+        self.config: str | None = str(hosts.config_file)
 
     def start(self, command: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "lazycluster", command, "--config", str(self.hosts.config_file), *arguments]
@@ -32,7 +35,8 @@ class Machine:
     def __call__(self, command: str, *arguments: str) -> tuple[int, str, str]:
         """Run a command in this process, which saves the start of another one."""
         self._capsys.readouterr()
-        argv = ["lazycluster", command, "--config", str(self.hosts.config_file), *arguments]
+        config = [] if self.config is None else ["--config", self.config]
+        argv = ["lazycluster", command, *config, *arguments]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_STATE_HOME", str(self.state))
             patch.setenv("COLUMNS", "200")
@@ -293,3 +297,46 @@ def test_times_are_those_of_the_host_whatever_its_clock_says(machine: Machine) -
         host.run(f'cd ~/.local/state/lazycluster/detached/*/ && python3 -c "{line}"', user=host.user)
     state = machine.states()["clock", "host1"]
     assert 0 <= state["ended_ago"] <= state["age"] < 1000
+
+
+def test_work_is_asked_about_where_and_as_whom_it_was_started(
+    machine: Machine, other: Machine, hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = re.sub(r"(?m)^\s*User .*\n", "", Path(hosts.config_file).read_text())
+    (tmp_path / "any-user").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    known, machine.config = machine.config, "any-user"
+    user = hosts[0].user
+    assert machine("run", "-w", "host1", "-l", user, "-d", "--name", "mine", "--", "sleep 1000")[0] == 0
+    machine.config = known
+    assert machine("run", "-w", "host[1-2]", "-d", "--name", "theirs", "--", "sleep 1000")[0] == 0
+    machine.config = None
+    monkeypatch.chdir("/")
+    running = {key: one["state"] for key, one in machine.states().items()}
+    assert running == dict.fromkeys([("mine", "host1"), ("theirs", "host1"), ("theirs", "host2")], "running")
+    # What names another account counts, and what is not seen there is not gone.
+    status, out, err = machine("rm", "-l", "root", "mine")
+    assert (status, out) == (1, "")
+    assert f"since it was started on host1 as {user} with the ssh configuration {tmp_path / 'any-user'}" in err
+    assert other("run", "-w", "host1", "-l", "root", "-d", "--name", "mine", "--", "true")[0] == 0
+    assert other("wait", "mine")[0] == 0
+    status, out, err = machine("rm", "-l", "root", "mine")
+    assert (status, out) == (0, "host1: removed\n")
+    assert "'mine' stays taken on this machine" in err
+    status, out, err = machine("rm", "-w", "host2", "mine")
+    assert (status, out) == (1, "")
+    assert "leave out what names others" in err
+    assert machine("cancel", "-w", "host1", "mine")[:2] == (0, "host1: cancelled\n")
+    assert machine("rm", "mine")[:2] == (0, "host1: removed\n")
+    assert machine("rm", "--force", "theirs")[0] == 0
+    machine.config = known
+
+
+def test_work_whose_record_cannot_be_completed_runs_and_is_found(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Claim, "write", lambda claim, **changes: os.open("/dev/full/no", os.O_WRONLY))
+        assert machine("run", "-w", "host1", "-d", "--name", "full", "--", "true")[0] == 0
+    assert machine("wait", "full")[0] == 0
+    assert machine("rm", "full") == (0, "host1: removed\n", "")

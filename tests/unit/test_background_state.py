@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lazycluster.background import state
 from lazycluster.background.state import NamedRecord, all_named, claim, find
+from lazycluster.cli import app
 from lazycluster.exceptions import LazyclusterError
 
 _CLAIM = """
@@ -150,6 +152,104 @@ def test_a_damaged_record_hides_no_other(content: bytes, folder: Path) -> None:
     assert first.record is None and "damaged" in first.gone
     assert second.record is not None
     claim(NamedRecord.new("cluster", "night")).remove()
+
+
+def _set(**values: object) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        record = path / "record.json"
+        record.write_text(json.dumps({**json.loads(record.read_text()), **values}))
+
+    return change
+
+
+def _instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        (path / name).unlink()
+        make(path / name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "step"),
+    [
+        (_instead("lock", lambda path: path.symlink_to("nowhere")), "lock", "rm -r {}"),
+        (_instead("lock", os.mkfifo), "lock", "rm -r {}"),
+        (_instead("lock", Path.mkdir), "lock", "rm -r {}"),
+        (_instead("record.json", os.mkfifo), "record.json", "rm -r {}"),
+        (_set(started="noon"), "record.json", "lazycluster down noon"),
+        (_set(started=1e300), "record.json", "lazycluster down noon"),
+        (_set(until=float("inf")), "record.json", "lazycluster down noon"),
+        (_set(pid="1"), "record.json", "lazycluster down noon"),
+        (_set(name="night"), "record.json", "lazycluster down noon"),
+        (_set(details=[]), "record.json", "lazycluster down noon"),
+        (lambda path: path.chmod(0o755), "", "rm -r {}"),
+    ],
+)
+def test_what_is_damaged_is_one_row_and_a_next_step(
+    damage: Callable[[Path], object], file: str, step: str, folder: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in ("night", "noon", "spring"):
+        claim(NamedRecord.new("cluster", name)).close()
+    damage(folder / "noon")
+    monkeypatch.setattr(sys, "argv", ["lazycluster", "ls"])
+    assert app._run() == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["NAME", "night", "noon", "spring"]
+    assert out.splitlines()[2].split() == ["noon", "damaged"]
+    problem, next_step = err.splitlines()
+    assert problem.startswith(f"noon: {folder / 'noon' / file} is ")
+    assert next_step.startswith("  Next step: ") and step.format(folder / "noon") in next_step
+    for command in ("logs", "info", "wait", "rm"):
+        monkeypatch.setattr(sys, "argv", ["lazycluster", command, "noon"])
+        assert app._run() == 1
+        assert next_step in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["lazycluster", "down", "noon"])
+    assert app._run() == (0 if "down" in step or file == "record.json" else 1)
+
+
+_ON_A_FULL_DISK = """
+from lazycluster.background.state import *
+old = claim(NamedRecord.new("cluster", "old"))
+(old.path / "log").write_text("what it said")
+old.close()
+with open(old.path.parent.parent / "fill", "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(1024))
+    except OSError:
+        pass
+for kind, name in (("cluster", "old"), ("cluster", "new"), ("work", "work")):
+    try:
+        claim(NamedRecord.new(kind, name))
+    except OSError as error:
+        print(error)
+print(*(named.name for named in all_named()), *(path.name for path in old.path.parent.iterdir()))
+print((old.path / "log").read_text())
+"""
+
+
+def test_on_a_full_disk_nothing_begins_and_nothing_is_lost(tmp_path: Path, folder: Path) -> None:
+    script = 'mount -t tmpfs -o size=64k,mode=700 none "$1" || exit 77; exec "$0" -c "$2"'
+    argv = ["unshare", "-m", "sh", "-c", script, sys.executable, str(tmp_path), _ON_A_FULL_DISK]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip("needs the right to mount")
+    *errors, names, log = done.stdout.splitlines()
+    assert errors[::2] == [
+        f"{folder / name} cannot be written: No space left on device" for name in ("old", "new", "work")
+    ]
+    assert all(step.startswith("  Next step: make room there") for step in errors[1::2])
+    assert (names, log) == ("old old", "what it said")
+
+
+def test_what_was_killed_before_it_was_written_down_is_nothing(folder: Path) -> None:
+    claim(NamedRecord.new("work", "sweep")).close()
+    (folder / "sweep" / "record.json").unlink()
+    assert find("sweep") is None
+    assert all_named() == []
+    claim(NamedRecord.new("cluster", "sweep")).remove()
 
 
 def test_records_of_other_versions_are_read(folder: Path) -> None:

@@ -145,6 +145,8 @@ def running(name: str) -> BackgroundProcess:
             f"there is no cluster {name!r}" + (f"; there are: {others}" if others else "")
             + f"\n  Next step: lazycluster up {name} starts one"
         )  # fmt: skip
+    if found.problem and not found.is_held:
+        raise BackgroundError(found.problem)
     if found.record is not None and found.record.kind != "cluster":
         raise BackgroundError(f"{name!r} is detached work, not a cluster")
     if found.is_elsewhere:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import socket
 import stat
@@ -53,6 +54,33 @@ _KEPT = 30 * 86400.0  # seconds for which the record of a cluster that has ended
 _TRIES = 100  # as many others may claim and give up a name in the same moment
 _LOOKING = 0.5  # seconds for those who only look whether a name is held, which takes them microseconds
 _AGAIN = 0.01  # seconds between two tries to lock
+_LATEST = 253_370_764_800.0  # seconds from 1970 to the year 9999: later dates cannot be shown
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class _DamagedError(LazyclusterError):
+    def __init__(self, file: Path, why: str, step: str) -> None:
+        super().__init__(f"{file} is damaged: {why}\n  Next step: {step}")
+
+
+class _FullError(OSError):
+    """Error of a state directory in which nothing can be written."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.filename} cannot be written: {self.strerror}\n"
+            "  Next step: make room there, or have XDG_STATE_HOME name a directory that can be written to"
+        )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _FullError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -107,12 +135,14 @@ class Named:
         path: Its directory.
         record: Its record; None if that is damaged, or not written yet.
         is_held: True if a process of it is alive, which holds the lock.
+        problem: What is damaged, or why it is not trusted, with the next step; "" if all is well.
     """
 
     name: str
     path: Path
     record: NamedRecord | None
     is_held: bool
+    problem: str = ""
 
     @property
     def is_elsewhere(self) -> bool:
@@ -131,7 +161,7 @@ class Named:
         if self.is_held or self.is_elsewhere:
             return ""
         if record is None:
-            return "its start was not completed, or its record is damaged"
+            return self.problem.partition("\n")[0]
         if record.state in ("ended", "failed"):
             return record.reason or record.state
         if record.is_of_another_boot:
@@ -254,31 +284,52 @@ def claim(record: NamedRecord) -> Claim:
 
     Raises:
         ValueError: If the name cannot be one.
-        LazyclusterError: If something has the name.
-        OSError: If it cannot be written.
+        LazyclusterError: If something has the name, or what is there is damaged.
+        OSError: If it cannot be written, or others could have written what is there.
     """
     name = checked_name(record.name)
-    private_directory(_DIRECTORY, main=default_directory())
-    _forget_old()
     path = directory() / name
-    for _ in range(_TRIES):
-        private_directory(_DIRECTORY, name, main=default_directory())
-        lock = _locked(path)
-        if lock is None:
+    with _writing(path):
+        private_directory(_DIRECTORY, main=default_directory())
+        _forget_old()
+        for _ in range(_TRIES):
+            private_directory(_DIRECTORY, name, main=default_directory())
+            with contextlib.suppress(FileNotFoundError):  # it is being removed
+                _check_own(path)
+            try:
+                lock = _locked(path)
+            except BaseException:
+                with contextlib.suppress(OSError):  # it is not empty, so was there before
+                    path.rmdir()
+                raise
+            if lock is not None:
+                return _replaced(name, path, lock, record)
             if path.exists():
                 raise _taken(find(name), name)
-            continue
-        try:
-            before = Named(name, path, _read(path), False)
-            if before.record is not None and (before.is_elsewhere or before.record.kind == "work"):
-                raise _taken(before, name)
-            _empty(path)
-            _write(path, record)
-        except BaseException:
-            os.close(lock)
-            raise
-        return Claim(name, path, lock, record)
     raise LazyclusterError(f"the name {name!r} cannot be taken: others take it and give it back all the time")
+
+
+def _replaced(name: str, path: Path, lock: int, record: NamedRecord) -> Claim:
+    """Write the record of something new; what had the name before is there until that is done."""
+    before = None
+    try:
+        with contextlib.suppress(_DamagedError):
+            before = _read(path)
+        named = Named(name, path, before, False)
+        if before is None:
+            _empty(path)
+        elif named.is_elsewhere or before.kind == "work":
+            raise _taken(named, name)
+        _write(path, record)
+        _empty(path, but=_RECORD)
+    except BaseException:
+        if before is None:
+            with contextlib.suppress(OSError):
+                _remove(path, lock)
+        else:
+            os.close(lock)
+        raise
+    return Claim(name, path, lock, record)
 
 
 def _taken(found: Named | None, name: str) -> LazyclusterError:
@@ -309,16 +360,23 @@ def find(name: str) -> Named | None:
 
 
 def all_named() -> list[Named]:
-    """Return all that has a name, in the order of the names.
+    """Return all that has a name, in the order of the names; what is damaged says so, and hides no other.
 
     Raises:
-        PermissionError: If others could have written what is there.
+        PermissionError: If others could have written to the state directory.
     """
     try:
+        _check_own(directory())
         names = sorted(entry.name for entry in os.scandir(directory()) if _NAME.fullmatch(entry.name))
     except FileNotFoundError:
         return []
-    return [found for name in names if (found := _look(directory() / name)) is not None]
+    found = []
+    for path in (directory() / name for name in names):
+        try:
+            found.append(_look(path))
+        except OSError as error:
+            found.append(Named(path.name, path, None, False, str(error)))
+    return [one for one in found if one is not None]
 
 
 def _look(path: Path) -> Named | None:
@@ -327,13 +385,27 @@ def _look(path: Path) -> Named | None:
         _check_own(path)
     except FileNotFoundError:
         return None
-    return Named(path.name, path, _read(path), _is_held(path))
+    record, is_held, problem = None, False, ""
+    try:
+        record = _read(path)
+    except _DamagedError as error:
+        problem = str(error)
+    try:
+        is_held = _is_held(path)
+    except _DamagedError as error:
+        record, problem = None, str(error)
+    if record is None and not is_held and not problem:  # whoever took the name was killed before it was written down
+        return None
+    return Named(path.name, path, record, is_held, problem)
 
 
 def _check_own(path: Path) -> None:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{path} is not a directory that is yours alone (mode 0700): it is not trusted")
+        raise PermissionError(
+            f"{path} is not a directory that is yours alone (mode 0700): it is not trusted\n"
+            f"  Next step: look at what it holds, and remove it: rm -r {shlex.quote(str(path))}"
+        )
 
 
 def machine_id() -> str:
@@ -346,14 +418,37 @@ def machine_id() -> str:
 
 
 # --- files ---------------------------------------------------------------------------------------
+def _opened(path: Path, name: str, flags: int) -> int:
+    """Open a file of a directory of the state directory, which waits for nothing whatever it is.
+
+    Raises:
+        LazyclusterError: If it is no regular file that can be opened.
+        OSError: If it is not there, or there is no room for it.
+    """
+    step = f"look at it, and remove it: rm -r {shlex.quote(str(path))}"
+    irregular = _DamagedError(path / name, "it is no regular file", step)
+    try:
+        fd = os.open(path / name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise irregular from None
+        if error.errno == errno.EACCES:
+            raise _DamagedError(path / name, str(error.strerror), step) from None
+        raise
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise irregular
+
+
 def _locked(path: Path) -> int | None:
     """Lock a directory of the state directory; None if another process has it locked, or it has just been removed.
 
     Raises:
-        OSError: If the file system has no locks.
+        LazyclusterError: If the file system has no locks, or the lock is damaged.
     """
     try:
-        fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = _opened(path, _LOCK, os.O_RDWR | os.O_CREAT)
     except FileNotFoundError:
         return None
     try:
@@ -387,7 +482,7 @@ def _lock(fd: int) -> bool:
 
 def _is_held(path: Path) -> bool:
     try:
-        fd = os.open(path / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = _opened(path, _LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -400,44 +495,68 @@ def _is_held(path: Path) -> bool:
 
 
 def _read(path: Path) -> NamedRecord | None:
+    """Return the record in a directory; None if there is none.
+
+    Raises:
+        LazyclusterError: If it is damaged.
+    """
+    step = f"lazycluster down {path.name} forgets it"
     try:
-        fd = os.open(path / _RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
+        with os.fdopen(_opened(path, _RECORD, os.O_RDONLY), "rb") as file:
             content = file.read(_LARGEST + 1)
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _DamagedError(path / _RECORD, error.strerror or str(error), step) from None
     try:
         found: Any = json.loads(content)
         # Another version may have written more, or less.
         known = {one.name: found[one.name] for one in fields(NamedRecord) if one.name in found}
         record = NamedRecord(**known)
     except (ValueError, TypeError, RecursionError):
-        return None
-    good = all(
-        isinstance(text, str) for text in (record.name, record.machine, record.boot, record.state, record.reason)
-    )
-    return record if good and isinstance(record.details, dict) else None
+        raise _DamagedError(path / _RECORD, "it is no record", step) from None
+    if wrong := _wrong_value(record, path.name):
+        raise _DamagedError(path / _RECORD, f"its {wrong!r} makes no sense", step)
+    return record
+
+
+def _wrong_value(record: NamedRecord, name: str) -> str:
+    """Return the name of a value that cannot be meant; "" if all can."""
+    for text in ("kind", "machine", "boot", "host", "state", "reason"):
+        if not isinstance(getattr(record, text), str):
+            return text
+    for number in ("pid", "process_started"):
+        if type(getattr(record, number)) not in (int, type(None)):
+            return number
+    if not _is_moment(record.started):
+        return "started"
+    if record.until is not None and not _is_moment(record.until):
+        return "until"
+    if record.name != name:
+        return "name"
+    return "" if isinstance(record.details, dict) else "details"
+
+
+def _is_moment(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < _LATEST
 
 
 def _write(path: Path, record: NamedRecord) -> None:
     new = path / f".{_RECORD}.{secrets.token_hex(4)}"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            json.dump(asdict(record), file)
-        new.replace(path / _RECORD)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    with _writing(path):
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                json.dump(asdict(record), file)
+            new.replace(path / _RECORD)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
 
 
-def _entries(path: Path) -> Iterator[Path]:
-    """Yield what is in a directory, but for the lock."""
-    yield from (entry for entry in path.iterdir() if entry.name != _LOCK)
-
-
-def _empty(path: Path) -> None:
-    for entry in _entries(path):
+def _empty(path: Path, but: str = _LOCK) -> None:
+    """Remove what is in a directory, but for the lock, and something else."""
+    for entry in [entry for entry in path.iterdir() if entry.name not in (_LOCK, but)]:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -58,12 +58,14 @@ class Targets:
         everyone: Whether all hosts of the configuration were meant: those that do not answer are left out.
         settings: How they are reached, see :class:`lazycluster.ssh.config.Settings`.
         ask: Whether a person may be asked for passwords.
+        default_user: The account where neither the settings nor the host's name say one.
     """
 
     names: list[str]
     everyone: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     ask: bool = False
+    default_user: str | None = None
 
     def __post_init__(self) -> None:
         user = self.settings.get("user")
@@ -76,7 +78,10 @@ class Targets:
         """Return a connection to one of them that is not open yet."""
         from lazycluster.ssh.ssh_connection import SshConnection
 
-        return SshConnection(name, self.settings, ask=self.ask)
+        settings = self.settings
+        if self.default_user is not None and parse_destination(name).user is None:
+            settings = {"user": self.default_user, **settings}
+        return SshConnection(name, settings, ask=self.ask)
 
 
 class Whole(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2

@@ -7,19 +7,23 @@ another machine, which has none, all hosts of the ssh configuration are asked.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import errno
 import logging
+import os
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from lazycluster.background import state as records
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, LazyclusterError
-from lazycluster.ssh.config_hosts import configured_hosts
+from lazycluster.ssh.config_hosts import CONFIG_VARIABLE, configured_hosts
 from lazycluster.tasks.detached import (
     DetachedCommand,
     DetachedState,
@@ -28,6 +32,7 @@ from lazycluster.tasks.detached import (
     start_command,
     start_problem,
 )
+from lazycluster.utils import absolute, expanded
 
 from .console import FAILED, UNREACHABLE, errors, lines_of
 from .fanout import FANOUT, HostOutcome, everywhere, exit_status
@@ -43,10 +48,13 @@ __all__ = [
     "follow",
     "forget",
     "hosts_of",
+    "hosts_of_all",
+    "is_asked_as_started",
     "new_name",
     "recorded_names",
     "removed_from",
     "running_on",
+    "show_damaged",
     "show_problems",
     "start",
     "states_on",
@@ -80,29 +88,113 @@ def _record_of(name: str) -> NamedRecord | None:
     return next((record for record in _recorded() if record.name == name), None)
 
 
-def hosts_of(name: str | None, options: dict[str, Any]) -> Targets:
+@dataclass(frozen=True)
+class _Login:
+    """What says, beside a host's name, where and as whom work was started there.
+
+    Attributes:
+        config: The ssh configuration, in place of the user's.
+        user: The account, where the name says none.
+    """
+
+    config: str | None
+    user: str | None
+
+    @classmethod
+    def of_targets(cls, chosen: Targets) -> _Login:
+        config = chosen.settings.get("config_file") or os.environ.get(CONFIG_VARIABLE) or None
+        if config is not None and config != "none":
+            config = str(absolute(expanded(config)))
+        return cls(config, chosen.settings.get("user") or chosen.default_user)
+
+    @classmethod
+    def of_record(cls, record: NamedRecord) -> _Login:
+        config, user = (record.details.get(key) for key in ("config", "user"))
+        return cls(config if isinstance(config, str) else None, user if isinstance(user, str) else None)
+
+    def __str__(self) -> str:
+        with_config = f" with the ssh configuration {self.config}" if self.config is not None else ""
+        return (f" as {self.user}" if self.user is not None else "") + with_config
+
+    def targets(self, options: dict[str, Any], hosts: Iterable[str] = ()) -> Targets:
+        """Return hosts that are reached so, unless the options of a command say another way.
+
+        Args:
+            options: Those about hosts and connections.
+            hosts: In place of those that the options name.
+        """
+        named = {"hosts": tuple(hosts)} if hosts else {}
+        config = self.config if options["config"] is None else options["config"]
+        return replace(targets(**{**options, **named, "config": config}, default=ALL), default_user=self.user)
+
+
+def _damaged() -> dict[str, str]:
+    try:
+        return {named.name: named.problem for named in records.all_named() if named.problem}
+    except OSError:
+        return {}
+
+
+def _problem_of(name: str) -> str:
+    return _damaged().get(name, "")
+
+
+def show_damaged() -> None:
+    """Print what is damaged of the records of work and clusters to standard error."""
+    for name, problem in _damaged().items():
+        errors().print("\n".join(lines_of(f"{name}: {problem}")), markup=False, soft_wrap=True)
+
+
+def _hosts_in(record: NamedRecord) -> list[str]:
+    hosts = record.details.get("hosts")
+    return [host for host in hosts if isinstance(host, str)] if isinstance(hosts, list) else []
+
+
+def hosts_of(name: str, options: dict[str, Any]) -> Targets:
     """Return the hosts to ask for work.
 
     Args:
-        name: Its name; None for all work.
+        name: Its name.
         options: Those of the command about hosts and connections. Hosts that they name come first, then those on which
-            the work was started from here, then all of the ssh configuration.
+            the work was started from here, then all of the ssh configuration. So do configuration and account.
 
     Raises:
         LazyclusterError: If it is a cluster that has the name, or there is no host to ask.
         click.UsageError: See `targets`.
     """
-    found = _recorded() if name is None else [record for record in [_record_of(name)] if record is not None]
+    record = _record_of(name)
     named = options["hosts"] or options["hostfile"] is not None
-    if named or not found:
-        if name is not None and not named:
+    if record is None:
+        if not named:
+            if problem := _problem_of(name):
+                raise LazyclusterError(problem)
             _check_name(name, options["config"])
         return targets(**options, default=ALL)
-    configs = {record.details.get("config") for record in found}
-    if options["config"] is None and len(configs) == 1:
-        options = {**options, "config": configs.pop()}
-    hosts = dict.fromkeys(str(host) for record in found for host in record.details.get("hosts") or ())
-    return replace(targets(**{**options, "hosts": tuple(hosts)}), everyone=False)
+    return _Login.of_record(record).targets(options, () if named else _hosts_in(record))
+
+
+def hosts_of_all(options: dict[str, Any]) -> list[Targets]:
+    """Return the hosts to ask for all work: one group for each way in which it was started.
+
+    Args:
+        options: Those of the command about hosts and connections, see `hosts_of`.
+
+    Raises:
+        click.UsageError: See `targets`.
+    """
+    hosts: dict[_Login, dict[str, None]] = {}
+    if not options["hosts"] and options["hostfile"] is None:
+        for record in _recorded():
+            hosts.setdefault(_Login.of_record(record), {}).update(dict.fromkeys(_hosts_in(record)))
+    groups, problem = [], None
+    for login, names in hosts.items():
+        try:
+            groups.append(login.targets(options, names))
+        except click.UsageError as error:  # e.g. all of this group are excluded
+            problem = error
+    if problem is not None and not groups:
+        raise problem
+    return groups or [targets(**options, default=ALL)]
 
 
 def _check_name(name: str, config: str | None) -> None:
@@ -132,7 +224,9 @@ def cluster_named(name: str) -> Named | None:
         found = records.find(name)
     except ValueError:  # it cannot be the name of one
         return None
-    return None if found is None or (found.record is not None and found.record.kind == "work") else found
+    if found is None or (found.record is None and not found.is_held):
+        return None
+    return None if found.record is not None and found.record.kind == "work" else found
 
 
 def forget(name: str) -> None:
@@ -141,10 +235,16 @@ def forget(name: str) -> None:
     Raises:
         LazyclusterError: If it has none.
     """
-    found = None if _record_of(name) is None else records.find(name)
+    found = records.find(name) if _record_of(name) is not None or _problem_of(name) else None
     if found is None:
         raise LazyclusterError(f"this machine has no record of work {name!r}{_nearest(name)}")
     found.remove()
+
+
+def is_asked_as_started(name: str, chosen: Targets) -> bool:
+    """Return whether work was started from here with the configuration and the account with which hosts are asked."""
+    record = _record_of(name)
+    return record is not None and _Login.of_record(record) == _Login.of_targets(chosen)
 
 
 def removed_from(name: str, hosts: Iterable[str]) -> None:
@@ -173,16 +273,22 @@ class Work:
     state: DetachedState
 
 
-def states_on(chosen: Targets) -> tuple[list[DetachedState], list[HostOutcome]]:
+def states_on(*groups: Targets) -> tuple[list[DetachedState], list[HostOutcome]]:
     """Return the work of hosts, by name and in the order of the hosts; and what became of asking each."""
-    found: dict[str, list[DetachedState]] = {}
+    found: dict[str, dict[str, DetachedState]] = {}  # two groups may lead to one account
 
     async def ask(connection: Connection) -> HostOutcome:
-        found[connection.host] = [state for _, state in await detached_states(connection)]
+        states = await detached_states(connection)
+        found.setdefault(connection.host, {}).update((state.id, state) for _, state in states)
         return HostOutcome(connection.host)
 
-    outcomes = event_loop.run(everywhere(chosen, ask))
-    states = [state for host in chosen.names for state in found.get(host, ())]
+    async def ask_all() -> list[list[HostOutcome]]:
+        return await event_loop.together([asyncio.ensure_future(everywhere(chosen, ask)) for chosen in groups])
+
+    answers = [outcome for outcomes in event_loop.run(ask_all()) for outcome in outcomes]
+    outcomes = list({(outcome.host, outcome.error): outcome for outcome in answers}.values())
+    hosts = dict.fromkeys(host for chosen in groups for host in chosen.names)
+    states = [state for host in hosts for state in found.get(host, {}).values()]
     order = {name: number for number, name in enumerate(dict.fromkeys(state.name for state in states))}
     return sorted(states, key=lambda state: order[state.name]), outcomes
 
@@ -206,7 +312,8 @@ class Finder:
 
     def __init__(self, name: str, chosen: Targets, act: Act, absent_is_good: bool = False) -> None:
         self._name, self._chosen, self._act, self._absent_is_good = name, chosen, act, absent_is_good
-        self._is_recorded = _record_of(name) is not None
+        self._record = _record_of(name)
+        self._known_on = _hosts_in(self._record) if is_asked_as_started(name, chosen) and self._record else []
         self.others: set[str] = set()
         self.found: list[str] = []
 
@@ -232,9 +339,10 @@ class Finder:
         """
         lost = [outcome for outcome in outcomes if outcome.kind == "unreachable" and not self._chosen.everyone]
         failed = [outcome for outcome in outcomes if outcome.kind == "error"]
-        if not (self.found or lost or failed or (self._absent_is_good and self._is_recorded)):
+        gone = [outcome for outcome in outcomes if outcome.kind == "absent" and outcome.host in self._known_on]
+        if not (self.found or lost or failed or (self._absent_is_good and gone)):
             raise LazyclusterError(self._unknown(outcomes))
-        counted = [self._of_absent(outcome) for outcome in outcomes if outcome.kind != "absent" or self._is_recorded]
+        counted = [self._of_absent(outcome) for outcome in outcomes if outcome.kind != "absent" or outcome in gone]
         return [one for one in counted if not (one.kind == "unreachable" and self._chosen.everyone)]
 
     def _of_absent(self, outcome: HostOutcome) -> HostOutcome:
@@ -251,8 +359,11 @@ class Finder:
         missed = fold(outcome.host for outcome in outcomes if outcome.kind == "unreachable")
         silent = f"; not reached: {missed}" if missed else ""
         step = "lazycluster ps -w HOSTS shows what there is"
-        if self._is_recorded:
+        if self._record is not None:
             step = f"lazycluster rm --forget {self._name} frees the name"
+            if not {outcome.host for outcome in outcomes} & set(self._known_on):
+                where = f"on {fold(_hosts_in(self._record))}{_Login.of_record(self._record)}"
+                step = f"leave out what names others, since it was started {where}; or {step}"
         return f"there is no work {self._name!r}{hint} on {asked}{silent}\n  Next step: {step}"
 
 
@@ -334,7 +445,8 @@ def start(chosen: Targets, command: DetachedCommand, fanout: int = FANOUT) -> tu
         begun = []
     if held is not None:
         if begun:
-            held.write(state="running", details={**held.record.details, "hosts": begun})
+            with contextlib.suppress(OSError):  # the disk is full by now: all hosts are recorded then, which does
+                held.write(state="running", details={**held.record.details, "hosts": begun})
             held.close()
         else:
             held.remove()
@@ -347,11 +459,11 @@ def _worst(outcomes: Sequence[HostOutcome]) -> int:
 
 def _claimed(chosen: Targets, name: str) -> Claim | None:
     """Take a name on this machine; None if that cannot be written down, which is told."""
-    details = {"hosts": list(chosen.names), "config": chosen.settings.get("config_file")}
+    details = {"hosts": list(chosen.names), **asdict(_Login.of_targets(chosen))}
     try:
         return records.claim(records.NamedRecord.new("work", name, **details))
     except OSError as error:
-        why = error.strerror or str(error)
+        why = error.strerror or str(error).partition("\n")[0]
         _logger.warning("where %r runs is not recorded on this machine: %s. Name its hosts with -w later", name, why)
         return None
 

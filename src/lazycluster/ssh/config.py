@@ -254,7 +254,8 @@ def _config_file(what: str, value: Any) -> str:
     if path.lower() == "none":
         return "none"
     if not os.access(path, os.R_OK) or Path(path).is_dir():
-        raise ValueError(f"{what}: no readable file: {path}")
+        step = 'connection_kwargs={"config_file": "..."} names one that can be read'
+        raise ValueError(f"{what}: no readable file: {path}\n  Next step: {step}")
     return str(absolute(path))
 
 

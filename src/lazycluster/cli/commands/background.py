@@ -29,7 +29,7 @@ _name = click.argument("name", shell_complete=complete_clusters)
 
 
 def _clusters() -> list[Named]:
-    """Return the clusters; what has no record that can be read is taken for one."""
+    """Return the clusters, with what may be one: it is being started, or damaged."""
     from lazycluster.background import state
 
     return [found for found in state.all_named() if found.record is None or found.record.kind == "cluster"]
@@ -50,6 +50,7 @@ def ls(as_json: bool) -> None:
       lazycluster ls --json
     """
     from lazycluster.cli.console import output, tell
+    from lazycluster.cli.work import show_damaged
     from lazycluster.output.view import Table, View, show
 
     found = _clusters()
@@ -63,6 +64,7 @@ def ls(as_json: bool) -> None:
         return
     rows = [_row(one) for one in listed]
     show(View(tables=(Table(("NAME", "ENGINE", "WORKERS", "SINCE", "UNTIL", "STATE"), rows),)))
+    show_damaged()
 
 
 def _listed(found: Named) -> dict[str, Any]:
@@ -76,6 +78,8 @@ def _listed(found: Named) -> dict[str, Any]:
     if record is not None:
         details = {key: record.details.get(key) for key in ("engine", "hosts", "idle")}
         one |= {"state": record.state, "since": record.started, "until": record.until, "host": record.host, **details}
+    if found.problem and not found.is_held:
+        return {**one, "state": "damaged", "problem": found.problem}
     if found.gone:
         return {**one, "state": "gone", "problem": found.gone}
     if found.is_elsewhere:
@@ -99,7 +103,7 @@ def _row(one: dict[str, Any]) -> list[Cell | str]:
     if one.get("idle_left") is not None and state == "running":
         until = f"idle {span(max(1.0, one['idle_left']))}"
     problem = one["problem"] or "; ".join(one["links"].values())
-    text = f"{state}: {problem}" if problem else state
+    text = f"{state}: {problem}" if problem and state != "damaged" else state
     if one["needs_login"]:
         text = f"needs login for {', '.join(one['needs_login'])}: lazycluster login {one['name']}"
     tone = "good" if text == "running" else "dim" if state in ("starting", "ending") else "bad"
@@ -254,6 +258,7 @@ def down(name: str | None, everything: bool, forget: bool) -> int:
     if (name is None) is not everything:
         raise click.UsageError("say the name of a cluster, or --all for all of them")
     chosen = [one for one in _clusters() if not one.is_elsewhere] if name is None else [found_cluster(name)]
+    chosen = [one for one in chosen if name is not None or one.is_held or not one.problem]
     if not chosen:
         tell("no cluster runs in the background")
     status = 0

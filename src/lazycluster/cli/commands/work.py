@@ -13,6 +13,7 @@ from lazycluster.cli.options import Seconds, connection_options, host_options
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import HostOutcome
+    from lazycluster.cli.options import Targets
     from lazycluster.output.view import Cell
     from lazycluster.ssh.connection import Connection
     from lazycluster.tasks.detached import DetachedState
@@ -53,11 +54,12 @@ def ps(as_json: bool, **options: Any) -> int:
     """
     from lazycluster.cli.console import output, tell
     from lazycluster.cli.fanout import exit_status
-    from lazycluster.cli.work import hosts_of, show_problems, states_on
+    from lazycluster.cli.work import hosts_of_all, show_damaged, show_problems, states_on
     from lazycluster.output.view import Table, View, show
 
-    chosen = hosts_of(None, options)
-    states, outcomes = states_on(chosen)
+    groups = hosts_of_all(options)
+    everyone = any(chosen.everyone for chosen in groups)
+    states, outcomes = states_on(*groups)
     if as_json:
         lost = [{"host": one.host, "state": one.kind, "problem": one.error} for one in outcomes if one.kind != "done"]
         output().print_json(json.dumps([*map(asdict, states), *lost]))
@@ -67,8 +69,9 @@ def ps(as_json: bool, **options: Any) -> int:
     elif any(outcome.kind == "done" for outcome in outcomes):
         tell("no detached work: lazycluster run --detach -w HOSTS -- COMMAND starts some")
     if not as_json:
-        show_problems(outcomes, chosen.everyone)
-    return exit_status(outcomes, chosen.everyone)
+        show_problems(outcomes, everyone)
+        show_damaged()
+    return exit_status(outcomes, everyone)
 
 
 def _row(state: DetachedState) -> list[Cell | str]:
@@ -213,9 +216,9 @@ def rm(names: tuple[str, ...], force: bool, forget: bool, as_json: bool, **optio
         removed.add(connection.host)
         return HostOutcome(connection.host)
 
-    def gone(name: str, outcomes: Sequence[HostOutcome]) -> None:
+    def gone(name: str, chosen: Targets, outcomes: Sequence[HostOutcome]) -> None:
         removed.clear()
-        _free(name, outcomes)
+        _free(name, chosen, outcomes)
 
     def told(outcome: HostOutcome) -> str:
         return "removed" if outcome.host in removed else "it was there no more"
@@ -237,12 +240,16 @@ def _refuse_running(names: Sequence[str], options: dict[str, Any]) -> None:
             )
 
 
-def _free(name: str, outcomes: Sequence[HostOutcome]) -> None:
+def _free(name: str, chosen: Targets, outcomes: Sequence[HostOutcome]) -> None:
     """Take note of where work was removed; its name is free on this machine once that is everywhere."""
     from lazycluster.cli import work as works
     from lazycluster.cli.console import tell
 
     if name not in works.recorded_names():
+        return
+    if not works.is_asked_as_started(name, chosen):
+        step = f"lazycluster rm {name}, without another account or configuration"
+        tell(f"  Next step: {name!r} stays taken on this machine: {step}", err=True)
         return
     works.removed_from(name, [outcome.host for outcome in outcomes if outcome.kind == "done"])
     if any(outcome.kind == "unreachable" for outcome in outcomes):
@@ -257,7 +264,7 @@ def _on_each(
     told: Callable[[HostOutcome], str],
     as_json: bool,
     *,
-    after: Callable[[str, Sequence[HostOutcome]], Any] = lambda name, outcomes: None,
+    after: Callable[[str, Targets, Sequence[HostOutcome]], Any] = lambda name, chosen, outcomes: None,
     waits: bool = False,
     absent_is_good: bool = False,
 ) -> int:
@@ -290,7 +297,8 @@ def _on_each(
         label = f"{name} on " if len(names) > 1 else ""
         at_once = say if waits else lambda outcome: None
         try:
-            outcomes = work_named(name, hosts_of(name, options), act, on_done=at_once, absent_is_good=absent_is_good)
+            chosen = hosts_of(name, options)
+            outcomes = work_named(name, chosen, act, on_done=at_once, absent_is_good=absent_is_good)
         except KeyboardInterrupt:
             if not waits:
                 raise
@@ -304,7 +312,7 @@ def _on_each(
                 say(outcome)
         if not as_json:
             show_problems(outcomes)
-        after(name, outcomes)
+        after(name, chosen, outcomes)
         statuses.append(exit_status(outcomes) if outcomes else 0)
     if as_json:
         output().print_json(json.dumps(document))
