@@ -22,6 +22,7 @@ from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.background import client, state
 from lazycluster.background.client import end, running
 from lazycluster.cluster.dask_cluster import DaskCluster, RoundRobinLauncher
+from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.core import unix
 from lazycluster.exceptions import LazyclusterError
 from leaks import settle
@@ -427,6 +428,8 @@ def test_a_host_that_is_not_reached_is_named_by_ls_info_and_scale(make_hosts: An
     assert status == 1 and re.search(f"the scheduler is on host1, and {link}(?s:.*)Next step: check that host1", err), (
         err
     )
+    with pytest.raises(ClusterError, match=f"the scheduler is on host1, and {link}"):
+        lazycluster.connect("night", timeout=1)
     hosts[0].restore()
     until(lambda: "the link to" not in run("ls")[1], "what ls says")
     assert run("down", "night")[0] == 0

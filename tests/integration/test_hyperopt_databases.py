@@ -127,7 +127,7 @@ def test_a_database_whose_port_somebody_else_takes_says_so(
 ) -> None:
     monkeypatch.setattr(EmbeddedMongoLauncher, "RESTARTS", 1)
     with HyperoptCluster(group, EmbeddedMongoLauncher, dbpath=str(tmp_path / "db")) as cluster:
-        cluster.start_master()
+        cluster.start(1)
         port = cluster.master_port
         assert cluster._master_launcher.process is not None
         with socket.socket() as other:
@@ -136,6 +136,7 @@ def test_a_database_whose_port_somebody_else_takes_says_so(
             until(lambda: _bound(other, port), "the port")
             other.listen()
             until(lambda: cluster.master is not None and cluster.master.state == "failed", "the failure")
+            assert repr(cluster).startswith("<HyperoptCluster failed, ")
         assert cluster.master is not None
         assert f"another program has taken its port {port}" in cluster.master.problem
 

@@ -326,6 +326,7 @@ class ClusterProcess:
             "idle_left": left,
             "problem": self.cluster._problem() if self.cluster is not None else "",
             "links": self.cluster._link_problems if self.cluster is not None else {},
+            "unreached": self.cluster._unreached() if self.cluster is not None else "",
             "version": lazycluster.__version__,
         }
 

@@ -122,9 +122,9 @@ class _InBackground(_Base):
     def _reach_master(self, within: float | None = None, run: Callable[..., Any] = event_loop.run) -> None:
         self._check_running()  # its process waits for the link
 
-    def _master_link_problem(self) -> str:
+    def _unreached(self) -> str:
         try:
-            return str(self._ask("status").get("links", {}).get(self._master_endpoint().host, ""))
+            return str(self._ask("status").get("unreached", ""))  # of an earlier version there is none
         except ClusterError:
             return ""
 

@@ -202,18 +202,15 @@ class EngineCluster(MasterWorkerCluster):
 
     def _unreached(self) -> str:
         """Return why the master is not reached at present, "" if it is."""
-        problem = self._master_link_problem()
-        if not problem:
-            return ""
-        host = self._master_endpoint().host
-        return (
-            f"the {self._engine.master_name} is on {host}, and {problem}\n"
-            f"  Next step: check that {host} is up and reachable; the cluster goes on once the link is back, and has "
-            "failed if it is lost"
-        )
-
-    def _master_link_problem(self) -> str:
-        return next((problem for s in self._services(self._master_launcher) if (problem := s.link_problem)), "")
+        for service in self._services(self._master_launcher):
+            if problem := service.link_problem:
+                host = service.place.host
+                return (
+                    f"the {self._engine.master_name} is on {host}, and {problem}\n"
+                    f"  Next step: check that {host} is up and reachable; the cluster goes on once the link is back, "
+                    "and has failed if it is lost"
+                )
+        return ""
 
     def _master_status(self) -> int | None:
         process = self._master_launcher.process

@@ -280,12 +280,17 @@ class DaskCluster(EngineCluster):
         Raises:
             BackgroundError: If the process does not answer.
             TimeoutError: If the client is not connected in time.
+            ClusterError: Likewise, if the link to the host of the scheduler is interrupted.
         """
         from .client import UpToDateClient, client_of
 
         modules = ClientModules(process)
         modules.sync_now()
-        return client_of(UpToDateClient, process.request("connection"), modules, timeout=timeout, **options)
+        try:
+            return client_of(UpToDateClient, process.request("connection"), modules, timeout=timeout, **options)
+        except OSError as error:
+            unreached = process.status().get("unreached")
+            raise (ClusterError(f"{error}\n  Cause: {unreached}") if unreached else error) from None
 
     def _connection(self) -> dict[str, Any]:
         self._check_running()
