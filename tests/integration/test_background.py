@@ -178,7 +178,8 @@ def test_after_a_restart_of_the_manager_a_cluster_is_gone_and_may_be_started_ane
 def test_an_idle_cluster_ends_by_itself_and_says_so(hosts: Any) -> None:
     out = up(hosts, "--idle", "3s")
     assert "after 3 s without work" in out
-    until(is_over, "its own end")
+    status, out, err = run("logs", "-f", "night")  # to its own end
+    assert status == 0 and "the cluster has ended: it was idle for 3 s" in out.splitlines()[-1], out + err
     assert "gone: it was idle for 3 s" in run("ls")[1]
 
 
