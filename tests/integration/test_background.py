@@ -474,7 +474,7 @@ def test_a_process_that_hangs_is_killed_by_down(hosts: Any, monkeypatch: pytest.
     for arguments in (("info", "night"), ("scale", "night", 3)):
         status, _, err = run(*arguments)
         assert status == 1, err
-        assert f"the process of 'night' (pid {pid}) does not answer: it said nothing for 5 s" in err
+        assert f"the process of 'night' (pid {pid}) does not answer: it said nothing for " in err
         assert "lazycluster down night" in err
     found = state.find("night")
     assert found is not None and client.end(found) == "killed"

@@ -20,7 +20,7 @@ pytest.importorskip("cryptography")
 
 from lazycluster import RuntimeGroup
 from lazycluster.agent import bootstrap
-from lazycluster.cli.commands import copy
+from lazycluster.cli import app
 from lazycluster.core import event_loop
 from lazycluster.exceptions import GroupTaskError, LazyclusterError
 from lazycluster.group import direct_copy
@@ -165,7 +165,8 @@ def test_a_group_sends_from_host_to_host_if_asked(module_hosts: Any, file: Path)
 
 def put(*arguments: str) -> Any:
     """Return the exit status of ``lazycluster put``."""
-    return copy.put.main(list(arguments), standalone_mode=False)
+    # As a part of the group: click keeps for a command how its help is asked for.
+    return app.cli.main(["put", *arguments], standalone_mode=False)
 
 
 @pytest.mark.usefixtures("only_first")

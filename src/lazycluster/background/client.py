@@ -20,7 +20,7 @@ __all__ = ["BackgroundProcess", "Handler", "answer", "end", "running"]
 Handler = Callable[[Mapping[str, Any]], "dict[str, Any] | None"]
 """Handler of messages that come before the answer: a question may be answered, progress shown."""
 
-_ANSWER = 5.0  # seconds for an answer that takes a process no more than milliseconds
+_ANSWER = 10.0  # seconds for an answer that takes a process no more than milliseconds
 _SILENCE = 10.0  # seconds without a sign of life of a process that is ending
 _GONE = 10.0  # seconds until a process that has said that it has ended is not there any more
 _TERMINATE, _KILL = 30.0, 10.0  # seconds for a process that does not answer to end by SIGTERM, and by SIGKILL
