@@ -10,6 +10,7 @@ import json
 import pickle
 from pathlib import Path
 
+from lazycluster.background.state import _DamagedError
 from lazycluster.cluster.exceptions import (
     ClusterError,
     ClusterFileError,
@@ -90,6 +91,7 @@ ERRORS = [
     VersionMismatchError("other versions", ["host-1"]),
     UnreachableError(Reachability(obstacles=(Obstacle("host-1", "host-2", "10.0.0.2", 25000, "refused"),))),
     BackgroundError("its process has ended", "ClusterError"),
+    _DamagedError(Path("/state/night/record.json"), "it is no record", "remove it"),
     MuxError("refused", True),
     TransferError("host-1", "manager", "/x\n\udcff", 28, "No space left", "free some"),
 ]
