@@ -469,8 +469,9 @@ def test_which_hosts_reach_each_other_is_told(make_hosts: Any) -> None:
     assert "nowhere.invalid reaches" not in out
     status, out, _ = lazycluster(hosts, "list-runtimes", "-l", "-w", "host[1-3]")
     assert status == 0
-    refused = rf"host2 cannot reach host3 at {re.escape(hosts[2].address)}:25\d\d\d: .*"
-    assert re.fullmatch(f"--network direct cannot be used: {refused}", out.splitlines()[-1])
+    refused = rf"host2 cannot reach host3 at {re.escape(hosts[2].address)}:25\d\d\d: "
+    assert out.splitlines()[-1].startswith("--network direct cannot be used: ")
+    assert re.search(refused, out.splitlines()[-1])
     _, out, _ = lazycluster(hosts, "list-runtimes", "-l", "-w", "host[1-2]")
     assert out.splitlines()[-1] == "The 2 active hosts reach each other: --network direct can be used"
     _, out, _ = lazycluster(hosts, "list-runtimes", "--json", "-w", "host[1-2],nowhere.invalid")
