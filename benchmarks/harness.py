@@ -119,8 +119,22 @@ def in_turns(repeat: int, **contenders: Callable[[], Any]) -> dict[str, float]:
 @contextmanager
 def ssh_hosts(count: int, **options: Any) -> Iterator[Hosts]:
     """Bring up throw-away hosts."""
-    with Hosts(count, **options) as hosts:
+    with _room_for_neighbours(count), Hosts(count, **options) as hosts:
         yield hosts
+
+
+@contextmanager
+def _room_for_neighbours(count: int) -> Iterator[None]:
+    """Have room in the kernel's one table for what all hosts know of each other; real ones have a table each."""
+    limits = [Path(f"/proc/sys/net/ipv4/neigh/default/gc_thresh{number}") for number in (1, 2, 3)]
+    before = [int(limit.read_text()) for limit in limits]
+    try:
+        for limit, value in zip(limits, before, strict=True):
+            limit.write_text(str(max(value, 2 * count * count)))
+        yield
+    finally:
+        for limit, value in zip(limits, before, strict=True):
+            limit.write_text(str(value))
 
 
 @contextmanager
