@@ -90,7 +90,7 @@ def _record_of(name: str) -> NamedRecord | None:
 
 @dataclass(frozen=True)
 class _Login:
-    """What says, beside a host's name, where and as whom work was started there.
+    """Settings that say, beside a host's name, where and as whom work was started there.
 
     Attributes:
         config: The ssh configuration, in place of the user's.

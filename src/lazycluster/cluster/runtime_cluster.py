@@ -522,7 +522,7 @@ class MasterWorkerCluster(Shown, RuntimeCluster):
 
     @property
     def _link_problems(self) -> dict[str, str]:
-        """Why nothing is heard of hosts at present, by host."""
+        """Reasons why nothing is heard of hosts at present, by host."""
         services = [*self._services(self._master_launcher), *self._processes]
         return {service.place.host: problem for service in services if (problem := service.link_problem)}
 

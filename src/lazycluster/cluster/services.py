@@ -322,7 +322,7 @@ class Service:
 
     @property
     def link_problem(self) -> str:
-        """Why nothing is heard of it at present, "" if something is. May be read from any thread."""
+        """Reason why nothing is heard of it at present, "" if something is. May be read from any thread."""
         connection = self.place.connection
         seconds = connection.interrupted_for
         if seconds is None or self.state in ("ended", "failed"):

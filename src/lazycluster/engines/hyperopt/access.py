@@ -17,7 +17,7 @@ __all__ = ["DatabaseAccess"]
 
 
 class DatabaseAccess:
-    """What the database and those who use it need to know each other.
+    """Secrets and addresses by which the database and those who use it know each other.
 
     Args:
         dbname: The name of the database.
@@ -81,12 +81,12 @@ class DatabaseAccess:
 
     @property
     def login(self) -> dict[str, str]:
-        """What a database and its workers are told of the user."""
+        """The user and the password, as a database and its workers are told them."""
         return {"user": self.user, "password": self.password}
 
     @property
     def tls(self) -> dict[str, str] | None:
-        """What a database is told of its own certificate; None if it has none."""
+        """The certificate and key of the database, as it is told them; None if it has none."""
         return None if self.identity is None else {"certificate": self.identity.certificate, "key": self.identity.key}
 
     def valid_until(self) -> float | None:
