@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,11 +156,12 @@ def works() -> Iterator[Row]:
         hosts = stack.enter_context(ssh_hosts(3))
         contenders = {"tunnel": lazycluster, "direct": direct, "hand": by_hand, "ssh": ssh_cluster}
         clients = {name: stack.enter_context(contender(hosts)) for name, contender in contenders.items()}
-        for what, work, most in (
+        tasks: list[tuple[str, Callable[[Any], None], float]] = [
             ("matrix product 4000 x 4000, 3 hosts", _matrix, 1.15),
             ("dataframe shuffle, 600,000 rows, 3 hosts", _shuffle, 1.05),
-        ):
-            times = _in_turns(lambda client, work=work: seconds(partial(work, client)), clients, PAIRS)
+        ]
+        for what, work, most in tasks:
+            times = _in_turns(partial(_timed, work), clients, PAIRS)
             yield _beside(what, times, "tunnel", "ssh", "SSHCluster, no TLS")
             yield _beside(f"{what}, direct with TLS", times, "direct", "ssh", "SSHCluster, no TLS", most)
             yield _beside(f"{what}, direct with TLS", times, "direct", "hand", "workers started by hand, TLS")
@@ -171,7 +172,12 @@ def works() -> Iterator[Row]:
         yield _beside(what, times, "direct", "hand", "workers started by hand, TLS", 1.1)
 
 
-def _in_turns(work: Any, clients: dict[str, Any], repeat: int) -> dict[str, list[float]]:
+def _timed(work: Callable[[Any], None], client: Any) -> float:
+    """Return the seconds that some work takes on a cluster."""
+    return seconds(partial(work, client))
+
+
+def _in_turns(work: Callable[[Any], float], clients: dict[str, Any], repeat: int) -> dict[str, list[float]]:
     """Return the seconds of each contender, after one turn that does not count."""
     turns = [{name: work(client) for name, client in clients.items()} for _ in range(repeat + 1)][1:]
     return {name: [turn[name] for turn in turns] for name in clients}

@@ -133,7 +133,8 @@ def _first_import(hosts: Any) -> Row:
 
 def _many_hosts(hosts: Any) -> Iterator[Row]:
     _prepare(hosts, HOSTS)
-    alone, together = [], []
+    alone: list[tuple[float, float, float]] = []
+    together: list[tuple[float, float, float]] = []
     for _ in range(2):
         for count, found in ((1, alone), (HOSTS, together)):
             _clear(hosts, "lazycluster/envs")
@@ -155,7 +156,8 @@ def _many_hosts(hosts: Any) -> Iterator[Row]:
 def _small_hosts(hosts: Any) -> Row:
     """The same where no host takes another one's processor, as on machines of their own."""
     what = f"{HOSTS} hosts at once, each limited to {SHARE:.0%} of one core"
-    alone, together = [], []
+    alone: list[float] = []
+    together: list[float] = []
     try:
         with slower(hosts, SHARE):
             for _ in range(2):

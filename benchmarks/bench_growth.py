@@ -17,7 +17,7 @@ from harness import Cost, Row, measured, settings, ssh_hosts
 
 from lazycluster import RuntimeGroup, RuntimeTask
 from lazycluster.cluster.dask_cluster import DaskCluster
-from lazycluster.cluster.direct_network import NetworkChoice
+from lazycluster.runtime.reachability import NetworkChoice
 
 COUNTS = (8, 64, 200)
 DASK_COUNTS = (8, 64)  # the workers of more hosts take minutes to import distributed on two cores
@@ -75,7 +75,11 @@ def measure(count: int) -> dict[str, Any]:
         after = memory()
         found["memory"] = {"self": after["self"] - before["self"], "ssh": after["ssh"]}
         group = groups[0]
-        for what, work in (("command", lambda: broadcast(group)), ("map", lambda: spread_calls(group, count))):
+        works: dict[str, Callable[[], None]] = {
+            "command": lambda: broadcast(group),
+            "map": lambda: spread_calls(group, count),
+        }
+        for what, work in works.items():
             work()  # what is done once only
             note(what, _median([cost(work) for _ in range(REPEAT)]))
         if count in DASK_COUNTS:

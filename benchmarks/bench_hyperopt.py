@@ -57,9 +57,10 @@ class Server:
 
         launcher = EmbeddedMongoLauncher(None)  # type: ignore[arg-type]
         launcher.hyperopt.dbpath = Path(folder, "db")
-        launcher.hyperopt.password, launcher.hyperopt.user = PASSWORD, "me"
-        launcher.hyperopt.make_identity(folder)
-        self.authority = str(launcher.hyperopt.authority_file)
+        access = launcher.hyperopt.access
+        access.password, access.user = PASSWORD, "me"
+        access.make_identity(folder)
+        self.authority = str(access.authority_file)
         spec = launcher.spec(Endpoint("master", ports={"master": 0}))
         source = spec.source
         assert isinstance(source, Source)
@@ -84,7 +85,7 @@ class Server:
     def client(self) -> Any:
         from pymongo import MongoClient
 
-        known = {"tls": True, "tlsCAFile": self.authority}
+        known: dict[str, Any] = {"tls": True, "tlsCAFile": self.authority}
         return MongoClient("127.0.0.1", self.port, username="me", password=PASSWORD, authSource="admin", **known)
 
     def memory(self, what: str) -> float:
@@ -223,7 +224,7 @@ def _rate(cluster: HyperoptCluster, workers: int) -> float:
     begin = min(trial["book_time"] for trial in documents)
     end = max(trial["refresh_time"] for trial in documents)
     assert len(documents) == evals
-    return evals / (end - begin).total_seconds()
+    return float(evals / (end - begin).total_seconds())
 
 
 def rows() -> Iterator[Row]:
@@ -231,7 +232,7 @@ def rows() -> Iterator[Row]:
     warnings.simplefilter("ignore")  # hyperopt's own
     yield from _database()
     with ssh_hosts(3) as hosts, tempfile.TemporaryDirectory() as folder:
-        options = {"hosts": list(hosts.names), "connection_kwargs": settings(hosts), "python": sys.executable}
+        options: Any = {"hosts": list(hosts.names), "connection_kwargs": settings(hosts), "python": sys.executable}
         with RuntimeGroup(**options) as group, HyperoptCluster(group, dbpath=f"{folder}/db") as cluster:
             cluster.start_master()
             there = 0

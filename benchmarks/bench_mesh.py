@@ -22,7 +22,7 @@ def rows() -> Iterator[Row]:
         with RuntimeGroup(hosts=list(hosts.names), connection_kwargs=settings(hosts)) as group:
             yield Row(f"connect {COUNT} hosts", time.perf_counter() - start, "s")
             places = places_of(group)
-            listeners = [Listener(place, FIRST_PORT + i, Reach.EVERYBODY) for i, place in enumerate(places)]
+            listeners = [Listener(place, FIRST_PORT + i, Reach.ALL) for i, place in enumerate(places)]
             network = Network()
             start = time.perf_counter()
             failed = event_loop.run(network.open(listeners, places))
