@@ -154,7 +154,7 @@ def works() -> Iterator[Row]:
     """Yield what work takes on clusters that are there at the same time: in turns, each beside its peers."""
     with contextlib.ExitStack() as stack:
         hosts = stack.enter_context(ssh_hosts(3))
-        contenders = {"tunnel": lazycluster, "direct": direct, "hand": by_hand, "ssh": ssh_cluster}
+        contenders: dict[str, Any] = {"tunnel": lazycluster, "direct": direct, "hand": by_hand, "ssh": ssh_cluster}
         clients = {name: stack.enter_context(contender(hosts)) for name, contender in contenders.items()}
         tasks: list[tuple[str, Callable[[Any], None], float]] = [
             ("matrix product 4000 x 4000, 3 hosts", _matrix, 1.15),
