@@ -400,7 +400,7 @@ def test_options_that_do_not_apply_to_a_detached_task_are_refused(options: dict[
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"retries": -1}, "retries must be >= 0"),
+        ({"retries": -1}, "retries must be at least 0"),
         ({"retries": "many"}, "retries must be an integer"),
         ({"retries": 1, "retry_on": "monday"}, "retry_on"),
         ({"retries": 1, "detach": True}, "leave out retries, or detach"),

@@ -571,7 +571,7 @@ def test_launchers_of_ones_own_and_other_objects_are_refused_before_anything_sta
     with RuntimeGroup([LocalRuntime()]) as group:
         with pytest.raises(TypeError, match="worker_launcher cannot be used for a cluster in the background"):
             DaskCluster(group, worker_launcher=RoundRobinLauncher, name="night")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="is no name"):
+        with pytest.raises(ValueError, match="is not a name"):
             DaskCluster(group, name="a/b")  # type: ignore[arg-type]
         assert state.all_named() == []
         claim = state.claim(state.NamedRecord.new("cluster", "night"))

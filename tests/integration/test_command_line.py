@@ -223,15 +223,18 @@ def test_a_closed_pipe_ends_it_everywhere(hosts: Any) -> None:
         (("run", "-w", "host1", "-x", "host1", "--", "ls"), "no host is left"),
         (("run", "-w", "me@host1", "-l", "you", "--", "ls"), "-l you: the name 'me@host1' says another account"),
         (("doctor", "-l", "-oProxyCommand=x", "host1"), "a user's name cannot begin with '-'"),
-        (("get", "-w", "host1", "-f", "0", "x", "y"), "'0' is not a whole number from 1 to"),
+        (("get", "-w", "host1", "-f", "0", "x", "y"), "'0' is not an integer from 1 to"),
         (("run", "-w", "host1", "--env", "A", "--", "ls"), "'A' is not NAME=VALUE"),
         (("run", "-w", "host1", "--timeout", "-1", "--", "ls"), "'-1' is not a time in seconds, from 0.1 to"),
         (("put", "-w", "host1", "nothing-here", "x"), "no such file or directory: nothing-here"),
-        (("put", "-w", "host1", "--network", "direct", "/etc/hosts", "/etc", "x/"), "/etc is a folder, and --network"),
+        (
+            ("put", "-w", "host1", "--network", "direct", "/etc/hosts", "/etc", "x/"),
+            "/etc is a directory, and --network",
+        ),
         (("put", "-w", "host1", "x"), "SRC... DEST"),
         (("forward", "host1", "99999"), "is not a port"),
         (("expose", "-w", "host1", "a:b"), "is not a port"),
-        (("list-runtimes", "--watch", "--json"), "exclude each other"),
+        (("list-runtimes", "--watch", "--json"), "can be given, not both"),
         (("list-runtimes", "--hots"), "--hots"),
         (("run", "--fanout", "x", "--", "ls"), "For more: lazycluster run --help"),
     ],
@@ -540,7 +543,7 @@ def test_a_connection_file_takes_the_place_of_nothing_else(hosts: Any, tmp_path:
     assert (tmp_path / "thesis.ipynb").read_text() == "years"
     status, _, err = lazycluster(hosts, "start-dask", "-w", "host1", "--connection-file", str(tmp_path / "no" / "x"))
     assert status == 2
-    assert "there is no such directory" in err
+    assert "no such directory" in err
 
 
 _SEARCH = """

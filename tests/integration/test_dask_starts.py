@@ -190,7 +190,7 @@ def test_too_few_ports(group: RuntimeGroup) -> None:
     with DaskCluster(group, ports=[23000, 23001, 23002]) as cluster, pytest.raises(NoPortsLeftError, match="ports="):
         cluster.start()
     assert _programs() == []
-    with pytest.raises(ValueError, match="between 1 and 65535"):
+    with pytest.raises(ValueError, match="from 1 to 65535"):
         DaskCluster(group, ports=[70000])
 
 

@@ -138,7 +138,7 @@ def test_unknown_names_and_hostile_ones(machine: Machine) -> None:
     for command in ("wait", "logs", "cancel", "rm"):
         status, out, err = machine(command, "-w", "host1", "trainig")
         assert (status, out) == (1, "")
-        assert "there is no work 'trainig' (did you mean 'training'?) on host1" in err
+        assert "there is no work 'trainig' on host1; did you mean 'training'?" in err
     for name in ("../x", "a\nb", "x" * 64, "-x", "", "a b"):
         status, out, err = machine("run", "-w", "host1", "-d", f"--name={name}", "--", "true")
         assert (status, out) == (2, ""), name

@@ -358,14 +358,16 @@ def test_a_host_that_passes_on_something_else_changes_no_file(
 ) -> None:
     """Those behind it compare the checksum with the manager's own, and get the file from there."""
     hosts[0].path("~/liar").touch()
-    with connected(hosts) as connections, caplog.at_level(logging.WARNING):
-        results = send(connections, file)
-        assert all(isinstance(result, TransferResult) for result in results)
+    try:
+        with connected(hosts) as connections, caplog.at_level(logging.WARNING):
+            results = send(connections, file)
+            assert all(isinstance(result, TransferResult) for result in results)
+    finally:
+        hosts[0].path("~/liar").unlink()
     assert sorted(sent_by_manager) == ["host2", "host3"]
     assert "what came from host1 differs from the manager's file\n" in caplog.text
     cause = "(host2: what came from host1 differs from the manager's file)"
     assert f"what came from host2 differs from the manager's file {cause}" in caplog.text
-    hosts[0].path("~/liar").unlink()
     assert are_there(hosts, file)
 
 

@@ -145,7 +145,7 @@ def test_what_is_left_out_is_said(
             (store,) = (one for one in _store(runtime).environments if one.in_use)
             assert set(store.packages) == set(everything_there) - set(without)
             for name in without:
-                with pytest.raises(TaskExecutionError, match=r"No module named .*Next step.*exclude=\[\]"):
+                with pytest.raises(TaskExecutionError, match=r"No module named .*\n  Next step.*exclude=\[\]"):
                     runtime.call(version_of, name.replace("-", "_"))
         told = [line for line in caplog.messages if "leaves out" in line]
         assert told == ([f'environment="manager" leaves out: {said} (exclude=[] leaves out nothing)'] if said else [])

@@ -211,7 +211,7 @@ def test_other_minor_version_is_refused_with_what_there_is() -> None:
         call(platform.python_version, python=str(old[0]))
     assert caught.value.kind == "mismatch"
     message = str(caught.value)
-    assert f"Python {platform.python_version()} on this side, but 3.8" in message
+    assert f"Python {platform.python_version()} on the manager, but 3.8" in message
     assert 'python="auto"' in message
     assert 'environment="manager"' in message
     assert any(one["version"][:2] == [3, 8] for one in caught.value.evidence["interpreters"])

@@ -56,7 +56,7 @@ def test_a_search_whose_trials_all_raise_says_how_many_and_why(cluster: Hyperopt
     with pytest.raises(ClusterError) as caught:
         _search(cluster, "boom", boom)
     text = str(caught.value)
-    assert "2 of 2 trials failed; the first, trial 0: ValueError: the file train.csv has no column y." in text
+    assert "2 of 2 trials failed; the first, trial 0: ValueError: the file train.csv has no column y\n" in text
     # The next step that it names works.
     code = text.partition("its traceback is ")[2]
     assert "train.csv" in eval(code, {"trials": cluster.trials("boom")})

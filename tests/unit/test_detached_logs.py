@@ -178,7 +178,7 @@ def test_names_of_work_are_completed_and_those_of_clusters_are_not_asked_for_it(
     options["accept_new_host_key"] = False
     with pytest.raises(LazyclusterError, match="'tree' is a cluster in the background, not detached work"):
         work.hosts_of("tree", options)
-    with pytest.raises(LazyclusterError, match=r"no work 'trane' \(did you mean 'train' or 'tree'\?\) was started"):
+    with pytest.raises(LazyclusterError, match=r"no work 'trane' was started here.*; did you mean 'train' or 'tree'\?"):
         work.hosts_of("trane", options)
     assert work.hosts_of("train", options).names == ["host1"]
     with pytest.raises(LazyclusterError, match="no record of work 'tree'"):

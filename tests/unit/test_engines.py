@@ -100,7 +100,7 @@ def test_a_broken_engine_costs_a_line(plugins: Path) -> None:
     assert "the engine 'broken' of the package counting cannot be loaded: SystemError: no such thing" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     done = _command_line(plugins, "start", "other", "-w", "x")
-    assert "counting_engine:Counting is no subclass of lazycluster.engine.EngineCluster" in done.stderr
+    assert "counting_engine:Counting is not a subclass of lazycluster.engine.EngineCluster" in done.stderr
     assert _command_line(plugins, "start", "dask", "--help").stdout.startswith("Usage: lazycluster start dask")
 
 
@@ -155,7 +155,7 @@ class Stated(Engine):
         ({"master_ports": ()}, "Wrong.master_ports must have .* a master at least one"),
         ({"options": ("--step",)}, "Wrong.options must be a tuple of Option"),
         ({"master_on": "hosts"}, "Wrong.master_on must be 'manager' or 'host', not 'hosts'"),
-        ({"cluster": None}, "Wrong.cluster must be stated, as a text"),
+        ({"cluster": None}, "Wrong.cluster must be stated, as a string"),
     ],
 )
 def test_a_statement_that_makes_no_sense(wrong: dict[str, Any], told: str) -> None:
@@ -178,7 +178,7 @@ def test_a_statement_that_lacks_something() -> None:
     [
         ({"command": "sleep 60"}, "command must be a tuple"),
         ({"secrets": {"A": 4711}}, "secrets must have texts by name"),
-        ({"files": {"../a": "x"}}, "files: '../a' is no plain name"),
+        ({"files": {"../a": "x"}}, "files: '../a' is not the plain name"),
         ({"stop_signal": "SIGINT"}, "stop_signal must be the name of a signal without SIG"),
         ({"restarts": "many"}, "restarts must be a number"),
     ],
@@ -211,7 +211,7 @@ def test_options_and_ports_that_make_no_sense() -> None:
     for arguments in ("step", "step"), ("--step", "--step"):
         with pytest.raises(ValueError, match="written as --depth"):
             Option(*arguments, "Help.", "N")
-    with pytest.raises(ValueError, match="must be text, count or directory, not 'flag'"):
+    with pytest.raises(ValueError, match="must be text, count, port or directory, not 'flag'"):
         Option("--step", "step", "Help.", "N", "flag")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"must be a Reach, as Reach\.ALL, not 'all'"):
         Port("data", "all")  # type: ignore[arg-type]
@@ -242,7 +242,7 @@ def test_ours_are_known() -> None:
 @pytest.mark.parametrize(
     ("engine", "option", "value", "why"),
     [
-        ("dask", "--memory-limit", "4XB", "'4XB' is not a size such as '4 GiB'"),
+        ("dask", "--memory-limit", "4XB", "'4XB' is not a size such as '500 MB' or '4 GiB'"),
         ("dask", "--memory-limit", "-4GB", "'-4GB' is not a size"),
         ("hyperopt", "--dbname", "a/b", "must be a name of at most 63 characters"),
     ],

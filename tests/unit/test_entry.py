@@ -72,7 +72,7 @@ def test_what_only_a_shell_knows_is_said_to_be_a_line(words: tuple[str, ...], to
 def test_a_program_may_have_an_option_as_ours() -> None:
     config = ["--config", os.devnull, "-w", "-a"]  # a name that no host has, so an error after all has been read
     assert "Traceback" not in _status_of("run", *config, "--", "tool", "--debug")[1]
-    assert "Traceback" in _status_of("--debug", "forward", "--config", os.devnull, "--", "-a", "1")[1]
+    assert "Traceback" in _status_of("--debug", "delete-runtime", "--config", os.devnull, "a")[1]
 
 
 class _Connected:

@@ -835,7 +835,7 @@ def test_a_folder_that_becomes_a_link_while_it_is_sent_is_not_followed(host, tmp
         return seen if when == "_child" else plain(self, *arguments)
 
     monkeypatch.setattr(Sender, when, replacing)
-    assert "is a link or file, not a folder" in str(fails(do_send, host, source, "there", cwd=tmp_path))
+    assert "is a link or file, not a directory" in str(fails(do_send, host, source, "there", cwd=tmp_path))
     assert not (tmp_path / "there" / "sub" / "file").exists()
 
 
@@ -1053,7 +1053,7 @@ def test_folders_take_a_limited_memory(inside, monkeypatch):
     monkeypatch.setattr("lazycluster.agent.directory_tree._MOST_NAMES", 100_000)
     hostile = Hostile(inside)
     hostile.send(frames.ENTRIES, [["d", f"{i}" * 20, 1, 0o755, 0] for i in range(frames.BATCH)])
-    assert "too many folders" in str(hostile.outcome())
+    assert "too many directories" in str(hostile.outcome())
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_host_is_a_string(host):
 def test_unknown_keys_are_refused_by_name():
     with pytest.raises(ValueError, match=r"'pasword'.*did you mean 'password'"):
         Settings.parse("host", {"pasword": "x"})
-    with pytest.raises(ValueError, match=r"'colour'.*known are: user, port"):
+    with pytest.raises(ValueError, match=r"'colour'.*there are: user, port"):
         Settings.parse("host", {"colour": "red"})
 
 

@@ -387,8 +387,8 @@ def _unstarted(error: OSError, argv: List[str], cwd: str) -> str:
         return "{}: {}".format(explained(error.strerror), argv[0])
     if cwd.rstrip("/") != os.path.expanduser("~").rstrip("/"):
         return "the working directory {} cannot be used: {}".format(cwd, error.strerror)
-    step = "have the host's administrator make it, or correct its owner and permissions"
-    return "the home directory {} cannot be used: {}. Next step: {}".format(cwd, error.strerror, step)
+    step = "have the host's administrator make it, or fix its owner and permissions"
+    return "the home directory {} cannot be used: {}\n  Next step: {}".format(cwd, error.strerror, step)
 
 
 def setup(channel: RequestChannel) -> None:

@@ -14,9 +14,9 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNNAMED: int = getattr(os, "O_TMPFILE", 0)
 _FULL = 0o777
 _NO_NAMES = (b"", b".", b"..")
-_MOST_NAMES = 512 * 1024 * 1024  # bytes that the folders of one copy may take in memory: more than a million of them
+_MOST_NAMES = 512 * 1024 * 1024  # bytes that the directories of one copy may take in memory: more than a million
 _NAME_COST = 250  # bytes beside the name itself
-_DEEPEST = 200  # folders in each other: each holds a descriptor, and a path of the system has 4096 bytes in all
+_DEEPEST = 200  # directories in each other: each holds a descriptor, and a path of the system has 4096 bytes in all
 
 
 def part_name(name: bytes) -> bytes:
@@ -178,7 +178,7 @@ class DirectoryTree:
             raise CopyError(self.whole(name), "is refused: such a name could lead out of the destination")
         folders = parts[:-1]
         if len(folders) > _DEEPEST:
-            raise CopyError(self.whole(name), "is refused: more than {} folders in each other".format(_DEEPEST))
+            raise CopyError(self.whole(name), "is refused: more than {} directories in each other".format(_DEEPEST))
         self._latest = None
         depth = 0
         while depth < len(folders) and depth + 1 < len(self._open) and self._open[depth + 1][0] == folders[depth]:
@@ -191,7 +191,7 @@ class DirectoryTree:
         return self._open[-1][1], last
 
     def directory(self, name: bytes) -> int:
-        """Return the descriptor of a folder, valid until the next call; of the directory itself if the name is empty.
+        """Return the descriptor of a directory, valid until the next call; of the root if the name is empty.
 
         Raises:
             CopyError: If the name leads out of the tree.
@@ -203,13 +203,12 @@ class DirectoryTree:
             return os.open(folder, _DIRECTORY, dir_fd=directory)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise CopyError(
-                    self.whole(name), "is refused: {!r} is a link or file, not a folder".format(folder), errno.ENOTDIR
-                ) from error
+                problem = "is refused: {!r} is a link or file, not a directory".format(folder)
+                raise CopyError(self.whole(name), problem, errno.ENOTDIR) from error
             raise
 
     def folder(self, name: bytes, mode: int, mtime: int) -> None:
-        """Make a folder, or take the one that is there; its mode and time are set by `settle`."""
+        """Make a directory, or take the one that is there; its mode and time are set by `settle`."""
         directory, last = self.parent(name)
         try:
             # Contents must be written, whatever the mode is in the end.
@@ -218,7 +217,8 @@ class DirectoryTree:
             there = os.stat(last, dir_fd=directory, follow_symlinks=False)
             if not stat.S_ISDIR(there.st_mode):
                 kind = "a symbolic link" if stat.S_ISLNK(there.st_mode) else "a file"
-                raise CopyError(self.whole(name), "is {} here and a folder there".format(kind), errno.ENOTDIR) from None
+                problem = "is {} here and a directory there".format(kind)
+                raise CopyError(self.whole(name), problem, errno.ENOTDIR) from None
             if there.st_mode & 0o700 != 0o700 and there.st_uid == os.geteuid():
                 fd = self._enter(directory, last, name)
                 try:
@@ -228,7 +228,7 @@ class DirectoryTree:
         if name not in self._made:
             self._names += len(name) + _NAME_COST
             if self._names > _MOST_NAMES:
-                raise CopyError(self.whole(name), "is refused: too many folders; copy them in parts")
+                raise CopyError(self.whole(name), "is refused: too many directories; copy them in parts")
         self._made[name] = mode, mtime
 
     def link(self, name: bytes, target: bytes, mtime: int) -> None:
@@ -240,7 +240,7 @@ class DirectoryTree:
             os.symlink(target, last, dir_fd=directory)
         else:
             if stat.S_ISDIR(there.st_mode):
-                raise CopyError(self.whole(name), "is a folder here and a symbolic link there", errno.EISDIR)
+                raise CopyError(self.whole(name), "is a directory here and a symbolic link there", errno.EISDIR)
             if stat.S_ISLNK(there.st_mode) and os.readlink(last, dir_fd=directory) == target:
                 return
             part = part_name(last)
@@ -254,7 +254,7 @@ class DirectoryTree:
             os.utime(last, ns=(mtime, mtime), dir_fd=directory, follow_symlinks=False)
 
     def settle(self) -> None:
-        """Give the folders their modes and times, innermost first. What a folder has beside (setgid) it keeps."""
+        """Give the directories their modes and times, innermost first. What one has beside (setgid) it keeps."""
         while self._made:
             name, (mode, mtime) = self._made.popitem()
             try:

@@ -206,7 +206,7 @@ def unfinished(envs: str, name: str = "") -> Iterator[Tuple[str, str]]:
 
 
 def wheels(root: str) -> Iterator[Tuple[str, str]]:
-    """Yield (folder, path) of each package that was sent: a folder named by a hash, with nothing but files in it."""
+    """Yield (name, path) of each package that was sent: a directory named by a hash, with nothing but files in it."""
     store = os.path.join(root, "wheels")
     for name in os.listdir(store) if os.path.isdir(store) else ():
         path = os.path.join(store, name)

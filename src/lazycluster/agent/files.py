@@ -1,4 +1,4 @@
-"""Copies of files and folders: the process on the host that serves them, and what source and destination mean."""
+"""Copies of files and directories: the process on the host that serves them, and what source and destination mean."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def destination(
         path: As the user wrote it; None: the name of the source, in `cwd`.
         cwd: What it is relative to.
         env: Variables that may stand in it.
-        folder: Whether a folder is copied.
+        folder: Whether a directory is copied.
         name: The name of the source.
         chosen: Whether it is the other side that has chosen the name: then it must be a new one, and no hidden one.
 
     Returns:
-        The directory; the name that a file gets in it, None for a folder; whether the directory was made.
+        The directory; the name that a file gets in it, None for a directory; whether the directory was made.
     """
     whole = absolute(path or b"", cwd, env)
     if not path or whole.endswith(b"/") or (not folder and os.path.isdir(whole)):
@@ -134,5 +134,5 @@ def make_directories(path: bytes) -> bool:
             raise CopyError.of(path, error) from error
         if not stat.S_ISDIR(mode):
             kind = "a file" if stat.S_ISREG(mode) else what_is(mode)
-            raise CopyError(path, "is {}, not a folder".format(kind), errno.ENOTDIR) from error
+            raise CopyError(path, "is {}, not a directory".format(kind), errno.ENOTDIR) from error
         return False

@@ -119,14 +119,14 @@ def _mismatch(channel: RequestChannel, zygotes: Zygotes, interpreter: Interprete
         fitting = [one["path"] for one in found if one["version"][:2] == wanted[:2]]
         if fitting:
             step = 'choose {} with python="{}" or python="auto"; or '.format(_dotted(wanted[:2]), fitting[0])
-            step += 'have the packages of this side there, too: environment="manager"'
+            step += 'have the manager\'s packages there, too: environment="manager"'
         else:
-            step = 'have Python {} and the packages of this side there with environment="manager"; or install it on '
-            step = (step + "the host, or use the host's version on this side").format(_dotted(wanted[:2]))
+            step = 'have Python {} and the manager\'s packages there with environment="manager"; or install it on '
+            step = (step + "the host, or use the host's version on the manager").format(_dotted(wanted[:2]))
         channel.fail(
             "mismatch",
-            "Python {} on this side, but {} on the host ({}): a function needs the same minor version on both. "
-            "The host has: {}. Next step: {}".format(
+            "Python {} on the manager, but {} on the host ({}): a function needs the same minor version on both. "
+            "The host has: {}\n  Next step: {}".format(
                 _dotted(wanted), _dotted(version), interpreter.facts["executable"], ", ".join(names) or "no other", step
             ),
             version=version,
@@ -166,7 +166,7 @@ def _ask(channel: RequestChannel, message: Dict[str, Any], own: bool) -> None:
         elif fields["status"] == "failed":
             channel.fail("os", fields["message"])
         else:
-            channel.fail("python", "the interpreter gave no answer", **fields)
+            channel.fail("python", "the interpreter does not answer", **fields)
 
     work = ForkedCall(channel, asked, message, done)
 

@@ -51,14 +51,14 @@ def _raw(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-# --- what is left out of a folder that is copied --------------------------------------------------
+# --- what is left out of a directory that is copied --------------------------------------------------
 class Pattern:
-    """A pattern of names, or with a slash in it of paths: below the folder, or from where the copy was asked for.
+    """A pattern of names, or with a slash in it of paths: below the directory, or from where the copy was asked for.
 
     Args:
         written: As it was written.
-        root: The folder that is copied.
-        cwd: What a relative path is relative to, beside the folder.
+        root: The directory that is copied.
+        cwd: What a relative path is relative to, beside the directory.
         env: Variables that may stand in it.
 
     Attributes:
@@ -77,23 +77,23 @@ class Pattern:
             plain = os.path.join(absolute(b"", cwd, env), stripped)
             below = [text for path in {plain, absolute(stripped, cwd, env)} for text in _below(root, path)]
             found = [os.path.normpath(text.lstrip(b"/")) for text in (stripped, *below) if text.strip(b"/")]
-            found += [text[3:] for text in found if text.startswith(b"**/")]  # in the folder itself, too
+            found += [text[3:] for text in found if text.startswith(b"**/")]  # in the directory itself, too
             self._texts = list(dict.fromkeys(found))
 
     def fits(self, name: bytes) -> bool:
-        """Return whether a path below the folder is meant. A ``*`` stands for slashes, too."""
+        """Return whether a path below the directory is meant. A ``*`` stands for slashes, too."""
         import fnmatch
 
         name = os.path.basename(name) if self._is_name else name
         return any(name == text or fnmatch.fnmatchcase(name, text) for text in self._texts)
 
     def is_below(self, name: bytes) -> bool:
-        """Return whether only the contents of a folder are meant."""
+        """Return whether only the contents of a directory are meant."""
         return not self._is_name and any(text.startswith(name + b"/") for text in self._texts)
 
 
 def _below(root: bytes, path: bytes) -> Iterator[bytes]:
-    """Yield what of a path leads on from the folder, by whichever way it gets there."""
+    """Yield what of a path leads on from the directory, by whichever way it gets there."""
     try:
         wanted = os.stat(root)
     except OSError:
@@ -114,7 +114,7 @@ class Exclusion:
         self._patterns = [Pattern(written, root, cwd, env) for written in patterns]
 
     def __call__(self, name: bytes) -> bool:
-        """Return whether a path below the folder is left out."""
+        """Return whether a path below the directory is left out."""
         fitting = [pattern for pattern in self._patterns if pattern.fits(name)]
         if fitting:
             # What is in it is left out as well, for those who have named that.

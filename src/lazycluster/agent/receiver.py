@@ -56,12 +56,12 @@ class _Wanted(NamedTuple):
 
 
 class Receiver:
-    """Receives a file or folder.
+    """Receives a file or directory.
 
     Args:
         stream: Where from.
-        destination: Told whether it is a folder, and its name, makes the directory that it goes to. Returns the path of
-            that, the name that a file gets in it, and whether the directory was made for this copy.
+        destination: Told whether it is a directory, and its name, makes the directory that it goes to. Returns the path
+            of that, the name that a file gets in it, and whether the directory was made for this copy.
         counter: Counts what is done.
         parts: What earlier tries have left; takes what this one leaves.
     """
@@ -82,9 +82,9 @@ class Receiver:
         self._clocks_apart = 0
 
     def run(self) -> bytes:
-        """Receive everything; return the path of the file or folder.
+        """Receive everything; return the path of the file or directory.
 
-        What of a folder cannot be read there is left out: the counter names it.
+        What of a directory cannot be read there is left out: the counter names it.
 
         Raises:
             CopyError: If something cannot be written here, or a single file cannot be read there. What was there before
@@ -223,7 +223,7 @@ class Receiver:
         elif kind == "l":
             tree.link(name, raw(entry[3]), mtime)
         elif kind != "d":
-            raise CopyError(tree.whole(name), "is refused: neither file, folder nor link")
+            raise CopyError(tree.whole(name), "is refused: neither file, directory nor link")
         elif name:
             tree.folder(name, int(entry[3]), mtime)
         elif self._made:
@@ -370,7 +370,7 @@ class Receiver:
                 return bytes([WANTED])
             raise CopyError(tree.whole(name), "is a link to {}; it is not replaced".format(what_is(target)))
         if stat.S_ISDIR(there.st_mode):
-            raise CopyError(tree.whole(name), "is a folder here and a file there", errno.EISDIR)
+            raise CopyError(tree.whole(name), "is a directory here and a file there", errno.EISDIR)
         if not stat.S_ISREG(there.st_mode):
             raise CopyError(tree.whole(name), "is {}; it is not replaced".format(what_is(there.st_mode)))
         alike = there.st_size == size and self._time_alike(there, mtime)

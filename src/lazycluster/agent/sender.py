@@ -52,16 +52,16 @@ _SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCH
 #: What is said of a file whose contents cannot be told as they were when it was opened.
 SHRANK = "shrank while it was being copied"
 REWRITTEN = "was rewritten while it was being copied"
-VANISHED = "vanished while its folder was being copied"
+VANISHED = "vanished while its directory was being copied"
 
-# Path, for messages; its name in the folder; size.
+# Path, for messages; its name in the directory; size.
 _File = Tuple[bytes, bytes, int]
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def what_is(mode: int) -> str:
     """Return what a file of a mode is, in words."""
-    return _SPECIAL.get(stat.S_IFMT(mode), "neither file nor folder")
+    return _SPECIAL.get(stat.S_IFMT(mode), "neither file nor directory")
 
 
 def digest(fd: int) -> bytes:
@@ -86,14 +86,14 @@ def identity(inode: os.stat_result) -> List[Any]:
 
 
 class Sender:
-    """Sends a file or folder.
+    """Sends a file or directory.
 
     Args:
         stream: Where to.
         find: Returns the source's path, and the name that it goes by if the destination gives none.
         counter: Counts what is done.
-        exclude: Patterns of what is left out of a folder; see `path_expansion.Pattern`.
-        cwd: What paths in these are relative to, beside the folder.
+        exclude: Patterns of what is left out of a directory; see `path_expansion.Pattern`.
+        cwd: What paths in these are relative to, beside the directory.
         env: Variables that may stand in them.
     """
 
@@ -115,7 +115,7 @@ class Sender:
         self._done: Optional[Dict[str, Any]] = None
         self._listed = 0
         self._is_folder = False
-        # Names lead from the folder through real directories only: others may put links in their place meanwhile. One
+        # Names lead from the root through real directories only: others may put links in their place meanwhile. One
         # tree to look what there is, one to read it from, since either is somewhere else most of the time.
         self._excluded: Optional[Exclusion] = None
         self._looked: Optional[DirectoryTree] = None
@@ -124,7 +124,7 @@ class Sender:
     def run(self) -> Dict[str, Any]:
         """Send everything; return what the receiver says of it.
 
-        What of a folder cannot be read is left out: the counter names it.
+        What of a directory cannot be read is left out: the counter names it.
 
         Raises:
             CopyError: If a single file cannot be read here, or something cannot be written there.
@@ -168,9 +168,9 @@ class Sender:
         return self._done
 
     def _found(self, path: bytes) -> os.stat_result:
-        """Return what is to be sent; a folder is held open."""
+        """Return what is to be sent; a directory is held open."""
         try:
-            # A link that is named is followed; those inside a folder are sent as links.
+            # A link that is named is followed; those inside a directory are sent as links.
             source = os.stat(path)
             if stat.S_ISDIR(source.st_mode):
                 self._looked, self._read = DirectoryTree(path), DirectoryTree(path)
@@ -180,7 +180,7 @@ class Sender:
                 raise CopyError(path, "a symbolic link to nothing", error.errno) from error
             raise CopyError.of(path, error) from error
         if not stat.S_ISREG(source.st_mode):
-            raise CopyError(path, "is {}, not a file or folder".format(what_is(source.st_mode)))
+            raise CopyError(path, "is {}, not a file or directory".format(what_is(source.st_mode)))
         return source
 
     # --- what there is -------------------------------------------------------------------------
@@ -216,8 +216,8 @@ class Sender:
             path, relative, inode = pending.pop()
             if [here, inode.st_dev, inode.st_ino] == destination:
                 if not relative:
-                    raise CopyError(path, "is the destination, too: a folder cannot be copied onto itself")
-                raise CopyError(path, "is the destination: a folder cannot be copied into itself")
+                    raise CopyError(path, "is the destination, too: a directory cannot be copied onto itself")
+                raise CopyError(path, "is the destination: a directory cannot be copied into itself")
             yield _entry(relative, inode), path, relative
             prefix = relative + b"/" if relative else b""
             try:
@@ -239,14 +239,14 @@ class Sender:
                 self._miss(missed)
 
     def _miss(self, error: CopyError, wanted: bool = False) -> None:
-        """Go on without a file or folder; the receiver learns of it, and whether it was waiting for it."""
+        """Go on without a file or directory; the receiver learns of it, and whether it was waiting for it."""
         self._counter.miss(error)
         self._stream.put_json(MISSED, {**error.message_to_send(), "wanted": wanted})
 
     def _child(
         self, child: "os.DirEntry[str]", name: bytes, directory: int, where: bytes
     ) -> Union[List[Any], os.stat_result, None]:
-        """Return an entry, or the inode of a folder; nothing for what has just been removed or cannot be sent."""
+        """Return an entry, or the inode of a directory; nothing for what has just been removed or cannot be sent."""
         if self._excluded is not None and self._excluded(name):
             return None
         try:
@@ -408,7 +408,7 @@ def _check(fd: int, path: bytes, before: os.stat_result, left: int, checksum: in
 
 
 def _unreadable(path: bytes, error: OSError) -> CopyError:
-    """Return the error about what was there when its folder was listed."""
+    """Return the error about what was there when its directory was listed."""
     return CopyError(path, VANISHED, error.errno) if error.errno == errno.ENOENT else CopyError.of(path, error)
 
 

@@ -3,15 +3,15 @@
 A copy has a sender and a receiver; the manager asks for it and is one of the two:
 
     manager   REQUEST                 which copy
-    sender    START                   file or folder, its name
+    sender    START                   file or directory, its name
     receiver  READY                   the destination exists
-    sender    ENTRIES                 a batch of what there is: folders, links, files with size and time
+    sender    ENTRIES                 a batch of what there is: directories, links, files with size and time
     receiver  NEED                    per file of the batch: wanted, not wanted, only if its digest differs, or from
                                       where on, with the checksum of what is there
     sender    FROM? (DATA | HOLE)* LAST | SAME
                                       the wanted files in their order; FROM says from where on, if that was asked; HOLE
                                       how many bytes are none; LAST carries size and checksum of the whole
-    sender    MISSED                  instead of LAST, also after DATA: a file of a folder cannot be sent, the rest can
+    sender    MISSED                  instead of LAST, also after DATA: a file of a directory cannot be sent, others can
     sender    LISTED, UNUSED?, END    all is listed (sizes are known), with what was of no use for that; all is sent
     receiver  DONE                    the last frame of every copy
     receiver  ERROR, sender ABORT     what fails is told by a frame, ABORT follows an ERROR, DONE an ABORT
@@ -124,9 +124,9 @@ class ByteCounter:
         total: The bytes of all files, None until all are listed.
         sent: Files that were sent.
         skipped: Files that were there already.
-        left_out: Names of what is neither file, folder nor link, and why.
+        left_out: Names of what is neither file, directory nor link, and why.
         unused: Patterns that left nothing out.
-        missed: What of a folder could not be sent, though the rest was; of very many only the first.
+        missed: What of a directory could not be sent, though the rest was; of very many only the first.
         missed_count: How many that are.
     """
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lazycluster.core import unix
+from lazycluster.core.suggestions import suggestion
 from lazycluster.exceptions import BackgroundError
 
 from . import protocol, state
@@ -119,7 +120,7 @@ def answer(
         try:
             message = stream.receive(timeout)
         except ValueError as error:
-            raise BackgroundError(f"the process of {name!r} gives no answer: {error}") from None
+            raise BackgroundError(f"the process of {name!r} does not answer: {error}") from None
         if message is None:
             raise EOFError(f"the process of {name!r} has ended")
         if "error" in message:
@@ -140,11 +141,8 @@ def running(name: str) -> BackgroundProcess:
     """
     found = state.find(name)
     if found is None:
-        others = ", ".join(one.name for one in state.all_named() if one.is_held)
-        raise BackgroundError(
-            f"there is no cluster {name!r}" + (f"; there are: {others}" if others else "")
-            + f"\n  Next step: lazycluster up {name} starts one"
-        )  # fmt: skip
+        others = suggestion(name, [one.name for one in state.all_named() if one.is_held])
+        raise BackgroundError(f"there is no cluster {name!r}{others}\n  Next step: lazycluster up {name} starts one")
     if found.problem and not found.is_held:
         raise BackgroundError(found.problem)
     if found.record is not None and found.record.kind != "cluster":

@@ -106,7 +106,7 @@ class MessageStream:
         except RecursionError:
             message = None
         if not isinstance(message, dict):
-            raise ValueError("what was sent is no JSON object")
+            raise ValueError("what was sent is not a JSON object")
         return message
 
     def end(self) -> None:

@@ -269,7 +269,7 @@ def checked_name(name: object) -> str:
         raise TypeError(f"a name must be a string, not {type(name).__name__}")
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} is no name: it begins with a letter, and has letters, digits and ._- after it, 63 in all"
+            f"{name!r} is not a name: it begins with a letter, and has letters, digits and ._- after it, 63 in all"
         )
     return name
 
@@ -422,11 +422,11 @@ def _opened(path: Path, name: str, flags: int) -> int:
     """Open a file of a directory of the state directory, which waits for nothing whatever it is.
 
     Raises:
-        LazyclusterError: If it is no regular file that can be opened.
+        LazyclusterError: If it is not a regular file that can be opened.
         OSError: If it is not there, or there is no room for it.
     """
     step = f"look at it, and remove it: rm -r {shlex.quote(str(path))}"
-    irregular = _DamagedError(path / name, "it is no regular file", step)
+    irregular = _DamagedError(path / name, "it is not a regular file", step)
     try:
         fd = os.open(path / name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -514,7 +514,7 @@ def _read(path: Path) -> NamedRecord | None:
         known = {one.name: found[one.name] for one in fields(NamedRecord) if one.name in found}
         record = NamedRecord(**known)
     except (ValueError, TypeError, RecursionError):
-        raise _DamagedError(path / _RECORD, "it is no record", step) from None
+        raise _DamagedError(path / _RECORD, "it is not a record", step) from None
     if wrong := _wrong_value(record, path.name):
         raise _DamagedError(path / _RECORD, f"its {wrong!r} makes no sense", step)
     return record

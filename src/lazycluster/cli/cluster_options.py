@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from .options import Targets, Whole, host_options, how_to_connect, relay_option, targets
+from .options import Targets, host_options, how_to_connect, relay_option, targets
+from .parameters import PORT, Whole
 
 if TYPE_CHECKING:
     from lazycluster.cluster.engine import Option
@@ -31,7 +32,7 @@ def cluster_options(command: F) -> F:
         click.option("--environment", metavar="WHAT", help="Packages there: 'manager' (the same), a file, a path."),
         click.option("--setup", metavar="LINES", help="Shell lines to run first: 'conda activate ml'."),
         click.option("--python", metavar="PYTHON", help="The hosts' Python: a path, a name, or 'auto'."),
-        click.option("--port", type=Whole(65535), metavar="PORT", help="The port of the master here."),
+        click.option("--port", type=PORT, metavar="PORT", help="The port of the master here."),
         click.option("--workers", type=Whole(), metavar="N", help="How many workers (one per host)."),
         host_options,
         click.option("--trust", is_flag=True, help="Take from the file what can run code: you have read it."),
@@ -61,7 +62,7 @@ def engine_options(name: str, command: F, options: Sequence[Option], common: Cal
 
 def _engine_option(option: Option) -> Callable[[F], F]:
     text = click.Choice(option.choices) if option.choices else None
-    kind = {"text": text, "count": Whole(), "directory": click.Path(file_okay=False)}[option.kind]
+    kind = {"text": text, "count": Whole(), "port": PORT, "directory": click.Path(file_okay=False)}[option.kind]
 
     def checked(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         if option.check is not None and isinstance(value, str) and value != option.default:

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import codecs
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lazycluster.core.durations import duration
 from lazycluster.core.hostsets import MOST, HostSetError, expand, fold, is_pattern
 from lazycluster.group.selection import ALL, match, without
 from lazycluster.ssh.destination import check_user, parse_destination
 
 from .console import tell
 from .option_names import names_its_options
+from .parameters import File, HostFile, Seconds, Whole, standard_input
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
 
 __all__ = [
     "ALL",
-    "Duration",
-    "Seconds",
     "Targets",
-    "Whole",
     "complete_hosts",
     "connection_options",
     "fanout_option",
@@ -43,7 +39,6 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_LEAST = 0.1  # seconds
 _USER = "lazycluster.user"  # of the context of a command: the account that an option names
 _SLOTS = re.compile(r"(?<=[ \t])(?:max[_-])?slots=[0-9]+(?=[ \t\r]|$)")
 _SETTING = re.compile(r"(?<=[ \t])[A-Za-z_-]+=[^ \t\r]*")
@@ -82,69 +77,6 @@ class Targets:
         if self.default_user is not None and parse_destination(name).user is None:
             settings = {"user": self.default_user, **settings}
         return SshConnection(name, settings, ask=self.ask)
-
-
-class Whole(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
-    """A number from 1. Unlike click's ranges, it does not show its limits in the help."""
-
-    name = "number"
-
-    def __init__(self, most: int = 1_000_000) -> None:
-        self._most = most
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number.
-
-        Raises:
-            click.BadParameter: If it is none.
-        """
-        try:
-            number = int(value)
-        except ValueError:
-            number = 0
-        if not 1 <= number <= self._most:
-            self.fail(f"{value!r} is not a whole number from 1 to {self._most}", param, ctx)
-        return number
-
-
-class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A time in seconds. It does not show its limits in the help, either."""
-
-    name = "seconds"
-
-    def __init__(self, most: float) -> None:
-        self._most = most
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the time.
-
-        Raises:
-            click.BadParameter: If it is none.
-        """
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = -1.0
-        if not _LEAST <= seconds <= self._most:
-            self.fail(f"{value!r} is not a time in seconds, from {_LEAST:g} to {self._most:g}", param, ctx)
-        return seconds
-
-
-class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A length of time: seconds, or text such as ``30min``."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the seconds.
-
-        Raises:
-            click.BadParameter: If it is no time.
-        """
-        try:
-            return duration(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -186,7 +118,7 @@ def connection_options(command: F, user_flags: Sequence[str] = ("-l", "--user"))
         ),
         click.option(
             "--config",
-            type=click.Path(exists=True, dir_okay=False),
+            type=File(),
             metavar="FILE",
             help="Read this file instead of ~/.ssh/config.",
         ),
@@ -209,7 +141,7 @@ def host_options(command: F) -> F:
     """Add the options that name hosts."""
     for option in (
         click.option(
-            "--hostfile", type=click.File("rb"), metavar="FILE", help="Read hosts from a file; '-' is standard input."
+            "--hostfile", type=HostFile(), metavar="FILE", help="Read hosts from a file; '-' is standard input."
         ),
         click.option(
             "-x",
@@ -310,14 +242,11 @@ def targets(
 
 def _read(value: str) -> list[str]:
     if value == "-":
-        return _from_file(sys.stdin.buffer.read())
+        return _from_file(standard_input())
     if value.startswith("^"):
         from lazycluster.utils import expanded
 
-        try:
-            return _from_file(expanded(value[1:]).read_bytes())
-        except OSError as error:
-            raise click.UsageError(f"cannot read hosts from {value[1:]}: {error.strerror}") from None
+        return _from_file(HostFile().convert(str(expanded(value[1:])), None, None).read())
     return expand(value)
 
 

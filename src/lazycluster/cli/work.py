@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import errno
 import logging
 import os
@@ -22,6 +21,7 @@ import click
 
 from lazycluster.background import state as records
 from lazycluster.core import event_loop
+from lazycluster.core.suggestions import suggestion
 from lazycluster.exceptions import AgentError, LazyclusterError
 from lazycluster.ssh.config_hosts import CONFIG_VARIABLE, configured_hosts
 from lazycluster.tasks.detached import (
@@ -206,7 +206,7 @@ def _check_name(name: str, config: str | None) -> None:
         )
     if not any(not host.skipped for host in configured_hosts(config)):
         raise LazyclusterError(
-            f"no work {name!r}{_nearest(name)} was started here, and the ssh configuration has no hosts to ask\n"
+            f"no work {name!r} was started here, and the ssh configuration has no hosts to ask{_nearest(name)}\n"
             "  Next step: name its hosts with -w"
         )
 
@@ -214,8 +214,7 @@ def _check_name(name: str, config: str | None) -> None:
 def _nearest(name: str, others: Iterable[str] = ()) -> str:
     """Return what may be meant by a name that is not known."""
     names = {record.name for kind in ("work", "cluster") for record in _recorded(kind)}
-    close = difflib.get_close_matches(name, sorted(names.union(others) - {name}), n=_CLOSE)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+    return suggestion(name, sorted(names.union(others) - {name}), listed=False, most=_CLOSE)
 
 
 def cluster_named(name: str) -> Named | None:
@@ -364,7 +363,7 @@ class Finder:
             if not {outcome.host for outcome in outcomes} & set(self._known_on):
                 where = f"on {fold(_hosts_in(self._record))}{_Login.of_record(self._record)}"
                 step = f"leave out what names others, since it was started {where}; or {step}"
-        return f"there is no work {self._name!r}{hint} on {asked}{silent}\n  Next step: {step}"
+        return f"there is no work {self._name!r} on {asked}{hint}{silent}\n  Next step: {step}"
 
 
 def work_named(

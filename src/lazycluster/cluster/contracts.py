@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from lazycluster.core import event_loop
+from lazycluster.core.suggestions import suggestion
 
 from .network import Listener, Network, Reach
 from .worker_hosts import places_of, usable
@@ -138,7 +139,7 @@ class WorkerLauncher(abc.ABC):
         ]
         for host, _ in new:
             if host not in by_host:
-                raise ValueError(f"{host} is not a host of the group; it has: {', '.join(by_host)}")
+                raise ValueError(f"{host!r} is not in the group{suggestion(host, by_host)}")
         listeners = [Listener(by_host[host], port, Reach.ALL) for host, port in new]
         failed = await self._worker_tunnels.open(listeners, places)
         self._tunnelled.update((host, port) for host, port in new if port not in failed)

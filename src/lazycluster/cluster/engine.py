@@ -90,10 +90,10 @@ class Option:
         argument: The argument of the cluster's class that it sets.
         help: What it says in ``--help``.
         metavar: What its value is called there.
-        kind: ``text``, ``count`` (an integer of at least 1) or ``directory``.
+        kind: ``text``, ``count`` (an integer of at least 1), ``port`` or ``directory``.
         default: Its value where it is not given.
         safe: True if a ``cluster.toml`` of somebody who is not trusted may set it: whatever its text is, no program is
-            run for it, and no file is read or written. A ``count`` always may be set.
+            run for it, and no file is read or written. A ``count`` or ``port`` always may be set.
         check: Called with the text on the command line before anything starts; raises ValueError, which says what is
             wrong with it.
         choices: The texts that it may be, if there are only some.
@@ -103,7 +103,7 @@ class Option:
     argument: str
     help: str
     metavar: str
-    kind: Literal["text", "count", "directory"] = "text"
+    kind: Literal["text", "count", "port", "directory"] = "text"
     default: str | None = None
     safe: bool = False
     check: Callable[[str], object] | None = None
@@ -114,8 +114,8 @@ class Option:
             raise ValueError(
                 f"an option is written as --depth, its argument as depth, not {self.flag}, {self.argument}"
             )
-        if self.kind not in ("text", "count", "directory"):
-            raise ValueError(f"the kind of {self.flag} must be text, count or directory, not {self.kind!r}")
+        if self.kind not in ("text", "count", "port", "directory"):
+            raise ValueError(f"the kind of {self.flag} must be text, count, port or directory, not {self.kind!r}")
 
 
 NETWORK_OPTION = Option(
@@ -300,7 +300,7 @@ def check_statement(engine: type[Engine]) -> None:
     what = engine.__name__
     for name in ("name", "cluster"):
         if not isinstance(getattr(engine, name, None), str):
-            raise TypeError(f"{what}.{name} must be stated, as a text")
+            raise TypeError(f"{what}.{name} must be stated, as a string")
     for name, kind in _TUPLES.items():
         value = getattr(engine, name)
         if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, kind) for one in value):

@@ -161,8 +161,8 @@ def _data_files(folder: Path) -> list[Path]:
 @functools.lru_cache(maxsize=64)
 def _warn_of_data(name: str, folder: str) -> None:
     logger.warning(
-        "the data files of the package %s are not sent: %s has more than %d, or together they have more than %d MiB. "
-        'Next step: install the package on the hosts, e.g. by environment="manager", or send the data yourself',
+        "the data files of the package %s are not sent: %s has more than %d, or together they have more than %d MiB"
+        '\n  Next step: install the package on the hosts, e.g. by environment="manager", or send the data yourself',
         name,
         folder,
         _MOST_FILES,

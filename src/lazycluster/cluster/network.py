@@ -131,8 +131,8 @@ class PortSupply:
             if not batch:
                 raise NoPortsLeftError(
                     f"{count} ports are needed that are free on all hosts and on the manager, but of the "
-                    f"{len(self._left)} that may be used only {len(found)} are. "
-                    "Next step: free some, or allow more: ports="
+                    f"{len(self._left)} that may be used only {len(found)} are"
+                    "\n  Next step: free some, or allow more: ports="
                 )
             tried.update(batch)
             free = await free_on_all(batch, connections, skip_lost=True)

@@ -148,7 +148,7 @@ def _problem(spec: ServiceSpec) -> str:
             return f"{name} must have texts by name, and nothing else"
     for name in spec.files:
         if name in ("", ".", "..") or "/" in name:
-            return f"files: {name!r} is no plain name of a file"
+            return f"files: {name!r} is not the plain name of a file"
     if f"SIG{spec.stop_signal}" not in signal.Signals.__members__:
         return f'stop_signal must be the name of a signal without SIG, e.g. "INT", not {spec.stop_signal!r}'
     for name, kinds in (("restarts", int), ("patience", (int, float))):

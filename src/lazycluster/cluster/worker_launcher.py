@@ -225,8 +225,8 @@ class ServiceWorkerLauncher(WorkerLauncher):
         needed = len(self._port_uses) * count
         if needed > len(ports):
             raise NoPortsLeftError(
-                f"{count} workers need {needed} ports, but only {len(ports)} may be used. "
-                "Next step: start fewer, or pass more with ports="
+                f"{count} workers need {needed} ports, but only {len(ports)} may be used"
+                "\n  Next step: start fewer, or pass more with ports="
             )
 
     async def prepare(self, count: int, debug: bool, places: Sequence[WorkerHost] | None = None) -> None:

@@ -95,7 +95,7 @@ class Key:
 # --- kinds of values ------------------------------------------------------------------------------
 def _check_text(value: Any) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"must be text, not {_kind(value)}")
+        raise TypeError(f"must be a string, not {_kind(value)}")
     if not value.strip() or "\0" in value:
         raise ValueError("is empty, or contains a null character")
 
@@ -105,14 +105,14 @@ def _check_texts(value: Any) -> None:
         _check_text(value)
         return
     if not isinstance(value, list):
-        raise TypeError(f"must be text or a list of texts, not {_kind(value)}")
+        raise TypeError(f"must be a string or a list of strings, not {_kind(value)}")
     for item in value:
         _check_text(item)
 
 
 def _check_count(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"must be a whole number, not {_kind(value)}")
+        raise TypeError(f"must be an integer, not {_kind(value)}")
     if not 1 <= value <= _MOST:
         raise ValueError(f"must be from 1 to {_MOST}, not {value}")
 
@@ -153,7 +153,7 @@ def _check_ssh(value: Any) -> None:
 
 def _kind(value: Any) -> str:
     """Return what TOML calls a value."""
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "a table"}
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "a table"}
     return kinds.get(type(value), "a date or time")
 
 
@@ -246,8 +246,8 @@ TOP_KEYS = (
 
 def option_key(option: Option) -> Key:
     """Return the key for an option of an engine."""
-    if option.kind == "count":
-        return Key(option.argument, "count", option.help, "free")
+    if option.kind in ("count", "port"):
+        return Key(option.argument, option.kind, option.help, "free")
     if option.kind == "directory":
         return Key(option.argument, "text", option.help, reason=_READS)
     trust: Literal["free", "needed"] = "free" if option.safe else "needed"

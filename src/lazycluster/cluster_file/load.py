@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import logging
 import os
@@ -18,6 +17,7 @@ from lazycluster.background.state import checked_name
 from lazycluster.cluster.exceptions import ClusterError, ClusterFileError
 from lazycluster.core.durations import duration
 from lazycluster.core.hostsets import HostSetError, expand, is_pattern
+from lazycluster.core.suggestions import suggestion
 from lazycluster.environments.spec import file_kind
 from lazycluster.exceptions import one_line
 from lazycluster.group.selection import ALL, match, without
@@ -41,7 +41,6 @@ _MOST_NAMED = 500_000  # hosts in all places together, each as often as it is na
 _MOST_PROBLEMS = 10  # that are shown
 _MOST_COUNTED = 100  # problems, after which the rest is not looked at
 _LONGEST_PROBLEM = 1000  # characters
-_MOST_COMPARED = 1000  # names of which one may be meant
 _LONGEST_SHOWN = 80  # characters of a name in a message
 
 _LONG_KEY = re.compile(
@@ -139,19 +138,19 @@ def _read(file: Path, shown: str) -> tuple[str, os.stat_result]:
             status = os.fstat(fd)
             content = opened.read(_LARGEST + 1) if stat.S_ISREG(status.st_mode) else None
     except FileNotFoundError:
-        raise ClusterFileError(shown, [(None, "there is no such file")]) from None
+        raise ClusterFileError(shown, [(None, "no such file")]) from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise ClusterFileError(shown, [(None, f"it cannot be read: {why}")]) from None
     if content is None:
         raise ClusterFileError(shown, [(None, "it is not a regular file")])
     if len(content) > _LARGEST:
-        raise ClusterFileError(shown, [(None, f"it has more than {_LARGEST >> 20} MiB: it is no cluster.toml")])
+        raise ClusterFileError(shown, [(None, f"it has more than {_LARGEST >> 20} MiB: it is not a cluster.toml")])
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ClusterFileError(shown, [(line, "it is not UTF-8 text: it is no TOML file")]) from None
+        raise ClusterFileError(shown, [(line, "it is not UTF-8 text, so it is not a TOML file")]) from None
     if not text.strip():
         raise ClusterFileError(shown, [(None, "it is empty: it needs at least engine and hosts")])
     return text.replace("\r\n", "\n"), status
@@ -298,8 +297,8 @@ class _File:
 
     def _elsewhere(self, path: _Path, name: str, known: list[str]) -> str:
         if not path and name in {key.name for key in CONNECTION_KEYS}:
-            return f': it is a setting of hosts, e.g. below [host."*"]{_nearest(name, known)}'
-        return _nearest(name, known) or f" (known are: {', '.join(known)})"
+            return f': it is a setting of hosts, e.g. below [host."*"]{suggestion(name, known, listed=False)}'
+        return suggestion(name, known)
 
     # --- the engine ----------------------------------------------------------------------------
     def engine(self) -> str:
@@ -311,12 +310,10 @@ class _File:
             return ""
         name = self._document["engine"]
         if not isinstance(name, str):
-            self._problem(("engine",), "engine must be text")
+            self._problem(("engine",), "engine must be a string")
             return ""
         if name not in engines.known():
-            known = ", ".join(engines.known())
-            hint = _nearest(name, list(engines.known())) or f"; there are: {known}"
-            self._problem(("engine",), f"there is no engine {_shown(name)}{hint}")
+            self._problem(("engine",), f"there is no engine {_shown(name)}{suggestion(name, engines.known())}")
             return ""
         return name
 
@@ -333,7 +330,7 @@ class _File:
         by_flag = {option.flag.removeprefix("--"): option.argument for option in stated}
         for name in table:
             if name in by_flag and by_flag[name] != name:
-                self._problem(("options", name), f"unknown key {_shown(name)} (did you mean {by_flag[name]!r}?)")
+                self._problem(("options", name), f"unknown key {_shown(name)}; did you mean {by_flag[name]!r}?")
         own = {name: value for name, value in table.items() if by_flag.get(name, name) == name}
         found = self._table(("options",), own, [option_key(option) for option in stated])
         for option in stated:
@@ -410,8 +407,7 @@ class _File:
                     if self._count(path, len(groups[name[1:]])):
                         names |= dict.fromkeys(groups[name[1:]])
                 else:
-                    hint = _nearest(name[1:], list(groups)) or f"; below [groups] there are: {', '.join(groups)}"
-                    self._problem(path, f"there is no group {_shown(name)}{hint}")
+                    self._problem(path, f"there is no group {_shown(name)}{suggestion(name[1:], groups)}")
         return list(names)
 
     def _count(self, path: _Path, named: int) -> bool:
@@ -492,11 +488,6 @@ class _File:
 
 def _seconds(value: Any) -> float | None:
     return None if value is None else duration(value)
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known[:_MOST_COMPARED], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _shown(name: str) -> str:

@@ -20,11 +20,12 @@ _UNITS = {
 _PART = re.compile(r"\s*([0-9]{1,12}(?:\.[0-9]{1,9})?)\s*([a-z]+)\s*", re.IGNORECASE | re.ASCII)
 
 
-def duration(value: Any) -> float:
+def duration(value: Any, may_be_zero: bool = False) -> float:
     """Return a time in seconds.
 
     Args:
         value: A number of seconds, or text such as ``"90 s"``, ``"30 min"``, ``"2 h"``, ``"1 day"`` or ``"1h30m"``.
+        may_be_zero: Whether it may be none at all.
 
     Raises:
         TypeError: If it is neither.
@@ -35,10 +36,10 @@ def duration(value: Any) -> float:
         (1800.0, 5400.0, 90.0)
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise TypeError(f"a time must be a number of seconds, or text such as '30 min', not {type(value).__name__}")
+        raise TypeError(f"a time must be a number of seconds, or a string such as '30 min', not {type(value).__name__}")
     seconds = _parsed(value) if isinstance(value, str) else float(min(value, 2 * LONGEST))
-    if not 0 < seconds <= LONGEST:
-        raise ValueError(f"a time must be more than 0, and at most ten years, not {value!r}")
+    if not 0 < seconds <= LONGEST and not (may_be_zero and seconds == 0):
+        raise ValueError(f"a time must be greater than 0, and at most ten years, not {value!r}")
     return seconds
 
 

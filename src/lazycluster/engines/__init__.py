@@ -90,11 +90,12 @@ def load(name: str) -> type[EngineCluster]:
     from lazycluster.cluster.engine import check_statement
     from lazycluster.cluster.engine_cluster import EngineCluster
     from lazycluster.cluster.exceptions import ClusterError
+    from lazycluster.core.suggestions import suggestion
     from lazycluster.exceptions import one_line
 
     entries = known()
     if name not in entries:
-        raise ClusterError(f"there is no engine {name!r}; there are: {', '.join(entries)}")
+        raise ClusterError(f"there is no engine {name!r}{suggestion(name, entries)}")
     entry = entries[name]
     if entry.clashing:
         raise ClusterError(
@@ -106,7 +107,7 @@ def load(name: str) -> type[EngineCluster]:
         for attribute in attributes.split("."):
             found = getattr(found, attribute)
         if not (isinstance(found, type) and issubclass(found, EngineCluster)):
-            raise TypeError(f"{entry.target} is no subclass of lazycluster.engine.EngineCluster")
+            raise TypeError(f"{entry.target} is not a subclass of lazycluster.engine.EngineCluster")
         check_statement(found.engine_class)
     except (Exception, SystemExit) as error:  # a plug-in may do anything
         if not entry.package:

@@ -335,7 +335,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return toml.loads(_read(path))
     except toml.TOMLDecodeError as error:
-        raise EnvironmentBuildError(MANAGER, f"{path} is no TOML: {error}", "", "correct the file") from None
+        raise EnvironmentBuildError(MANAGER, f"{path} is not a TOML file: {error}", "", "fix the file") from None
 
 
 def _hashes(texts: Iterable[str]) -> dict[tuple[str, str], set[str]]:

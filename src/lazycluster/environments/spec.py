@@ -136,7 +136,7 @@ class EnvironmentSpec:
             return given
         if not isinstance(given, (str, os.PathLike, list, tuple)):
             raise TypeError(
-                f"environment must be text, a path, a list of requirements or an EnvironmentSpec, not "
+                f"environment must be a string, a path, a list of requirements or an EnvironmentSpec, not "
                 f"{type(given).__name__}"
             )
         return cls(given)

@@ -200,9 +200,9 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
     (
         rf"Because {_NAME}\s+was\s+not\s+found\s+in\s+the\s+(package|provided|registry)",
         "there is no package {package}",
-        "correct the name of {package}, or leave it out: EnvironmentSpec(..., exclude=)",
+        "fix the name of {package}, or leave it out: EnvironmentSpec(..., exclude=)",
     ),
-    (rf"{_NAME} was not found in the (package )?(registry|cache)", "there is no package {package}", "correct its name"),
+    (rf"{_NAME} was not found in the (package )?(registry|cache)", "there is no package {package}", "fix its name"),
     (
         rf"there\s+(is|are)\s+no\s+versions?\s+of\s+{_NAME}",
         "no version of {package} fits",
@@ -255,7 +255,7 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
         "no Python {package} was found",
         "install Python {package}, or choose another: EnvironmentSpec(..., python=)",
     ),
-    (r"TOML parse error|Failed to parse|Couldn't parse", "the file or a requirement cannot be read", "correct it"),
+    (r"TOML parse error|Failed to parse|Couldn't parse", "the file or a requirement cannot be read", "fix it"),
 )
 _UNREACHABLE = ("the network is disabled", "the index cannot be reached")
 

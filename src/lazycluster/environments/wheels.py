@@ -88,7 +88,7 @@ def _sources(directory: Path) -> Iterator[tuple[str, Path]]:
     if not any((directory / name).is_file() for name in ("pyproject.toml", "setup.py", "setup.cfg")):
         raise EnvironmentBuildError(
             MANAGER, f"{directory} is not a package: it has neither pyproject.toml nor setup.py", directory.name,
-            "correct the path",
+            "fix the path",
         )  # fmt: skip
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(

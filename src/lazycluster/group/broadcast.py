@@ -65,7 +65,7 @@ def send_to_all(
     network: str,
     reachability: ReachabilityCache,
 ) -> list[RuntimeTask]:
-    """Start to send a file or folder to some runtimes.
+    """Start to send a file or directory to some runtimes.
 
     Args:
         runtimes: The runtimes.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lazycluster.core import event_loop
 from lazycluster.core.hostsets import fits, is_pattern, selected
+from lazycluster.core.suggestions import suggestion
 from lazycluster.exceptions import (
     InvalidRuntimeError,
     InvalidRuntimesError,
@@ -107,7 +108,7 @@ def choose_hosts(
         if name in active or is_pattern(name):
             continue
         if name not in inactive:
-            raise ValueError(f"{name!r} was not detected; there are: {', '.join(active)}")
+            raise ValueError(f"{name!r} was not detected{suggestion(name, active)}")
         if included:
             raise ValueError(f"{name!r} cannot be used: {inactive[name]}")
     if included:

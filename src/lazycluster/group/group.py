@@ -447,7 +447,7 @@ class RuntimeGroup(Shown):
         *,
         network: str = "tunnel",
     ) -> list[RuntimeTask]:
-        """Copy a file or folder from the manager to all hosts, see :meth:`RuntimeTask.send_file`.
+        """Copy a file or directory from the manager to all hosts, see :meth:`RuntimeTask.send_file`.
 
         Args:
             local_path: On this machine.
@@ -455,9 +455,9 @@ class RuntimeGroup(Shown):
             execute_async: Return at once; else wait for the end.
             network: ``"tunnel"``: it goes from the manager to each host, over ssh. ``"auto"``: a file of at least 8 MiB
                 leaves the manager once, and each host passes it on to the next one, over TLS, as far as they reach each
-                other on a port from 25100 to 25199; smaller files, folders, and what a host gets from no other come
+                other on a port from 25100 to 25199; smaller files, directories, and what a host gets from no other come
                 from the manager. ``"direct"``: the same, but hosts that do not reach each other are an error, and so is
-                a folder.
+                a directory.
 
         Returns:
             The tasks that were made for it, one per host.

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias, TypeVar
 
 from lazycluster.core import event_loop
+from lazycluster.core.suggestions import suggestion
 from lazycluster.core.words import counted
 from lazycluster.exceptions import (
     EnvironmentBuildError,
@@ -259,8 +260,7 @@ class Members:
         try:
             return self._runtimes[host]
         except (KeyError, TypeError):
-            known = ", ".join(self.hosts) or "none"
-            raise ValueError(f"{host!r} is not in the group; its hosts are: {known}") from None
+            raise ValueError(f"{host!r} is not in the group{suggestion(host, self.hosts)}") from None
 
     def __contains__(self, host: object) -> bool:
         return host in self._runtimes

@@ -214,7 +214,7 @@ def _exception_from(report: dict[str, Any], host: str, name: str) -> BaseExcepti
             exception = loads(report["exception"])
     outcome = raised_outcome(report, report.get("phase", "run"), exception)
     if outcome.exception is not None and outcome.phase == "run":
-        text = f"{outcome.traceback}\nNext step: {outcome.hint}" if outcome.hint else outcome.traceback
+        text = f"{outcome.traceback}\n  Next step: {outcome.hint}" if outcome.hint else outcome.traceback
         outcome.exception.__cause__ = RemoteTraceback(host, report.get("pid", 0), text)
         return outcome.exception
     error = TaskExecutionError(f"{host}: {outcome.describe(name.partition('(')[0])}", host=host, what=name)

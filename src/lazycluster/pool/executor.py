@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster.core import event_loop, lifetime
+from lazycluster.core.suggestions import suggestion
 from lazycluster.exceptions import LazyclusterError, NoRuntimesError
 from lazycluster.tasks.pickling import name_of
 
@@ -325,7 +326,7 @@ def worker_counts(
     if isinstance(per_host, Mapping):
         unknown = [host for host in per_host if host not in hosts]
         if unknown:
-            raise ValueError(f"workers_per_host: {unknown[0]!r} is not in the group; its hosts are: {', '.join(hosts)}")
+            raise ValueError(f"workers_per_host: {unknown[0]!r} is not in the group{suggestion(unknown[0], hosts)}")
         return {host: _checked(per_host[host]) if host in per_host else None for host in hosts}
     return dict.fromkeys(hosts, None if per_host is None else _checked(per_host))
 
@@ -349,7 +350,7 @@ def gpus_of(per_call: float | None, idle: bool) -> dict[str, Any] | None:
     if 0 < per_call < 1 and abs(1 / per_call - round(1 / per_call)) < 1e-6:
         return {"count": 1, "workers": round(1 / per_call), "idle": idle}
     if per_call < 1 or per_call != int(per_call):
-        raise ValueError(f"gpus_per_call must be a whole number, or 1/2, 1/3, ... of one, not {per_call:g}")
+        raise ValueError(f"gpus_per_call must be an integer, or 1/2, 1/3, ... of one, not {per_call:g}")
     return {"count": int(per_call), "workers": 1, "idle": idle}
 
 

@@ -43,7 +43,7 @@ def check_arguments(timeout: float | None, chunksize: int, buffersize: int | Non
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
         if value < 1:
-            raise ValueError(f"{name} must be >= 1, not {value}")
+            raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 class _Slot:

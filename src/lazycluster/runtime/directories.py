@@ -44,7 +44,7 @@ async def remove(session: HostSession, context: Context, path: str) -> bool:
         await session.ask("remove", path=path, folder=True, kept=_kept(session), **_place(context))
     except AgentError as error:
         if error.kind == "value":
-            raise ValueError(f"{error}\n  Next step: correct the path") from None
+            raise ValueError(f"{error}\n  Next step: fix the path") from None
         if error.evidence.get("errno") == errno.ENOENT:
             return True
         _logger.warning("%s: not all of %s was removed: %s", session.host, path, error.message)

@@ -42,7 +42,7 @@ class HostFilter:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, not {type(value).__name__}")
             if value < 0:
-                raise ValueError(f"{name} must not be negative: {value}")
+                raise ValueError(f"{name} must be at least 0, not {value}")
         for name in ("installed_executables", "filter_commands"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
 

@@ -317,7 +317,7 @@ class _Party:
 
 def _checked(row: Sequence[Any], *kinds: type) -> Any:
     if len(row) != len(kinds) or not all(isinstance(one, kind) for one, kind in zip(row, kinds, strict=True)):
-        raise ValueError(f"{row!r:.80} is no finding of a dial")
+        raise ValueError(f"{row!r:.80} is not a finding of a dial")
     return tuple(row)
 
 

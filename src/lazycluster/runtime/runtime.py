@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from lazycluster.core import event_loop, lifetime
+from lazycluster.core.suggestions import suggestion
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.output import progress
 from lazycluster.output.execution_log import show_logs
@@ -518,7 +519,7 @@ class Runtime(Shown):
     def send_file(
         self, local_path: str | PathLike[str], remote_path: str | None = None, execute_async: bool = False
     ) -> RuntimeTask:
-        """Copy a file or folder from the manager to the host, see :meth:`RuntimeTask.send_file`.
+        """Copy a file or directory from the manager to the host, see :meth:`RuntimeTask.send_file`.
 
         Args:
             local_path: On this machine.
@@ -537,7 +538,7 @@ class Runtime(Shown):
     def get_file(
         self, remote_path: str, local_path: str | PathLike[str] | None = None, execute_async: bool = False
     ) -> RuntimeTask:
-        """Copy a file or folder from the host to the manager, see :meth:`RuntimeTask.get_file`.
+        """Copy a file or directory from the host to the manager, see :meth:`RuntimeTask.get_file`.
 
         Args:
             remote_path: On the host.
@@ -579,8 +580,8 @@ class Runtime(Shown):
         for task in reversed(self.tasks):
             if task.name == task_name:
                 return task.execution_log
-        known = ", ".join(sorted({task.name for task in self.tasks})) or "none"
-        raise ValueError(f"{self.host}: there is no task named {task_name!r}; there are: {known}")
+        known = suggestion(task_name, sorted({task.name for task in self.tasks}))
+        raise ValueError(f"{self.host}: there is no task {task_name!r}{known}")
 
     def print_log(self) -> None:
         """Print what each step of each task printed, as a table."""

@@ -262,15 +262,15 @@ class HostSession:
             )
         except AgentError as error:
             output = str(error.evidence.get("output", "")).strip()
-            message, _, step = error.message.partition(". Next step: ")
+            message, _, step = error.message.partition("\n  Next step: ")
             raise InvalidRuntimeError(
                 self.spec.host,
                 "setup",
                 f"{message}\n{output}" if output else message,
-                step or "run the setup lines on the host by hand",
+                step or "run the set-up lines on the host by hand",
             ) from None
         except NoAnswerError:
-            detail = f"the setup lines have not ended within {_SETUP_LIMIT:g} s"
+            detail = f"the set-up lines have not ended within {_SETUP_LIMIT:g} s"
             raise InvalidRuntimeError(self.spec.host, "setup", detail, "make them shorter; they get no input") from None
         return dict(answer["env"])
 

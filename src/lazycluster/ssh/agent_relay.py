@@ -209,8 +209,8 @@ class AgentRelay:
             session = await open_session(connection.mux, command)
         except MuxError as error:
             raise TunnelError(
-                f"{self._host}: there is no further session for the relay through its agent: {error}. "
-                "Next step: allow at least MaxSessions 2 in its sshd_config, or end what else uses it"
+                f"{self._host}: there is no further session for the relay through its agent: {error}"
+                "\n  Next step: allow at least MaxSessions 2 in its sshd_config, or end what else uses it"
             ) from None
         # The session must be held until it ends, which it does with the process on the host.
         self._session = session.ended
@@ -218,7 +218,7 @@ class AgentRelay:
             try:
                 await session.started(marker)
             except SessionError as error:
-                hint = f". Next step: {error.hint}" if error.hint else ""
+                hint = f"\n  Next step: {error.hint}" if error.hint else ""
                 raise TunnelError(f"{self._host}: the relay does not start: {error.detail}{hint}") from None
             hand_over(ours, b"stream", await here.socket)
         await asyncio.gather(here.ready, there.ready)

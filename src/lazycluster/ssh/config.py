@@ -7,7 +7,6 @@ prompts, and output that is not an error.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lazycluster.core.limits import limit_hint
+from lazycluster.core.suggestions import suggestion
 from lazycluster.exceptions import InvalidRuntimeError
 from lazycluster.utils import absolute, expanded
 
@@ -160,7 +160,7 @@ class Settings:
         given = dict(connection_kwargs or {})
         for key in given:
             if key not in _CHECKS:
-                raise ValueError(f"{host}: unknown key in connection_kwargs: {key!r}{_did_you_mean(str(key))}")
+                raise ValueError(f"{host}: unknown key in connection_kwargs: {key!r}{suggestion(key, _CHECKS)}")
         values: dict[str, Any] = {"user": user, "port": port}
         if given.get("config_file") is None and os.environ.get(CONFIG_VARIABLE):
             values["config_file"] = _config_file(CONFIG_VARIABLE, os.environ[CONFIG_VARIABLE])
@@ -173,14 +173,8 @@ class Settings:
             values[key] = checked
         settings = cls(host=host, target=target, **values)
         if settings.proxy_jump and any(o.lower().startswith("proxycommand=") for o in settings.ssh_options):
-            raise ValueError(f"{host}: proxy_jump and the ssh option ProxyCommand exclude each other")
+            raise ValueError(f"{host}: either proxy_jump or the ssh option ProxyCommand can be given, not both")
         return settings
-
-
-def _did_you_mean(key: str) -> str:
-    close = difflib.get_close_matches(key.lower(), _CHECKS, n=1, cutoff=0.5)
-    known = ", ".join(_CHECKS)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known are: {known})"
 
 
 def _text(what: str, value: Any) -> str:
@@ -203,7 +197,7 @@ def _port(what: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} must be an integer, not {type(value).__name__}")
     if not 0 < value < 65536:
-        raise ValueError(f"{what} must be between 1 and 65535, not {value}")
+        raise ValueError(f"{what} must be from 1 to 65535, not {value}")
     return value
 
 
@@ -211,7 +205,7 @@ def _timeout(what: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{what} must be a number of seconds, not {type(value).__name__}")
     if not 0 < value <= 86400:
-        raise ValueError(f"{what} must be more than 0 and at most 86400 seconds, not {value}")
+        raise ValueError(f"{what} must be greater than 0 and at most 86400 seconds, not {value}")
     return float(value)
 
 

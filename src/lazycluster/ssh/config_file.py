@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lazycluster.core import unix
+from lazycluster.core.suggestions import suggestion
 from lazycluster.utils import expanded
 
 from .config_hosts import configured_hosts, user_config
@@ -98,15 +99,15 @@ def remove_host(name: str, path: str | os.PathLike[str] | None = None) -> Path:
         raise ConfigurationError(f"{name!r} is not the name of a single host")
     file = _file(path)
     if not file.exists():
-        raise ConfigurationError(f"{file} does not exist")
+        raise ConfigurationError(f"no such file: {file}")
     with _changing(file) as change:
         text = _without_host(change.text, name)
         if text == change.text:
             places = [host.place for host in configured_hosts(file) if host.name == name]
             if places:
                 raise ConfigurationError(f"{name!r} stands in {places[0]}: remove it there, with that file as --config")
-            known = ", ".join(host.name for host in configured_hosts(file) if not host.skipped) or "none"
-            raise ConfigurationError(f"{file} has no host {name!r}; it has: {known}")
+            known = suggestion(name, [host.name for host in configured_hosts(file) if not host.skipped])
+            raise ConfigurationError(f"{file} has no host {name!r}{known}")
         change.text = text
     return file
 

@@ -328,7 +328,7 @@ def config_lines(path: Path, warnings: list[str]) -> Iterator[ConfigLine]:
     try:
         yield from _lines_of(path, warnings, (), base, 0)
     except _TooDeepError as error:
-        # ssh goes no further, either; each level may include all files of a folder, which would take for ever.
+        # ssh goes no further, either; each level may include all files of a directory, which would take for ever.
         warnings.append(str(error))
 
 

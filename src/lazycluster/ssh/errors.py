@@ -204,9 +204,9 @@ def _config(case: _Case) -> InvalidRuntimeError | None:
     name = re.escape(terminating["file"]) if terminating else "command-line"
     if found := case.find(rf"^(?P<file>{name}):? line (?P<line>\d+): (?P<what>.*)$"):
         if found["file"] == "command-line":
-            hint = "correct ssh_options in connection_kwargs"
+            hint = "fix ssh_options in connection_kwargs"
         else:
-            hint = f"correct line {found['line']} of {found['file']}"
+            hint = f"fix line {found['line']} of {found['file']}"
             if "\\357\\273\\277" in found["what"]:
                 hint = f"{BOM_HINT} {shlex.quote(found['file'])}"
             elif re.search(r"\\[0-7]{3}", found["what"]):
@@ -215,7 +215,7 @@ def _config(case: _Case) -> InvalidRuntimeError | None:
     if found := case.find(r"^Bad owner or permissions on (.*)$"):
         return case.error("config", found[0], f"chmod go-w {found[1]}, and make sure that the file is yours")
     if case.find(r"^(Can't open user config file|jumphost loop)") or terminating:
-        return case.error("config", case.evidence, "correct the ssh configuration")
+        return case.error("config", case.evidence, "fix the ssh configuration")
     return None
 
 
@@ -240,7 +240,7 @@ def _host_key(case: _Case) -> InvalidRuntimeError | None:
         detail += f", and it shows no certificate of an authority that {case.known.authority} names for it"
         hint = (
             "do not take the key on trust: have the host's administrator get its key signed (HostCertificate in its "
-            "sshd_config), or correct the @cert-authority line"
+            "sshd_config), or fix the @cert-authority line"
         )
         return case.error("host_key", detail, hint)
     hint = (
@@ -421,7 +421,7 @@ def _dropped(case: _Case) -> InvalidRuntimeError | None:
     if case.known.refusal == _PENALTY:
         detail = f"the host takes no connection from here for now ({_PENALTY!r}): logins from this address have failed"
         hint = (
-            "wait some minutes, and correct what fails (the user, the key): each further attempt may lengthen that. "
+            "wait some minutes, and fix what fails (the user, the key): each further attempt may lengthen that. "
             "PerSourcePenalties in the host's sshd_config sets for how long"
         )
         return case.error("refused", detail, hint)
@@ -540,7 +540,7 @@ def _other_program(case: _Case, last: Sequence[str]) -> InvalidRuntimeError:
     """Something else than Python was to be started, and is not there."""
     said = next((line for line in last if _NOT_THERE.search(line)), last[-1])
     hint = (
-        "correct that on the host: in the file that is named, or ForceCommand in sshd_config, or the command "
+        "fix that on the host: in the file that is named, or ForceCommand in sshd_config, or the command "
         "that authorized_keys sets. A start-up file that starts another shell (exec) has to see whether that is there"
     )
     return case.error("shell", f"the login shell ended before Python was started: {said}", hint)

@@ -71,6 +71,6 @@ def _defect(file: str, why: str) -> KeyDefect:
         step = f"remove them: sed -i 's/\\r$//' {quoted}"
         return KeyDefect(f"the key file {file} has the line ends of Windows (CRLF), which ssh cannot read", step)
     if b"PRIVATE KEY-----" not in content:
-        return KeyDefect(f"{file} is no private key", name_another)
+        return KeyDefect(f"{file} is not a private key", name_another)
     step = f"'ssh-keygen -y -f {quoted}' must print its public key"
     return KeyDefect(f"the key file {file} cannot be used: {why}", step)

@@ -1,4 +1,4 @@
-"""Copies of files and folders between the manager and a host.
+"""Copies of files and directories between the manager and a host.
 
 The work is done by the same code on both sides (`lazycluster.agent`), over streams of their own, so that a large copy
 does not stand in the way of the agent's messages. On the manager a copy takes a thread while it runs.
@@ -69,9 +69,9 @@ _HINTS = {
 
 
 class TransferError(LazyclusterError, OSError):
-    """A file or folder could not be copied. What was at the destination is unchanged, or completely replaced.
+    """A file or directory could not be copied. What was at the destination is unchanged, or completely replaced.
 
-    If it is some files of a folder that could not be read, e.g. since they vanished, all others were copied.
+    If it is some files of a directory that could not be read, e.g. since they vanished, all others were copied.
 
     Attributes:
         host: The host that was copied to or from.
@@ -80,7 +80,7 @@ class TransferError(LazyclusterError, OSError):
         errno: The number of the system's error there, or None.
         strerror: What is wrong.
         hint: The next step.
-        others: What else of the folder was not copied, a line each with the reason; of very many the first.
+        others: What else of the directory was not copied, a line each with the reason; of very many the first.
     """
 
     others: Sequence[str] = ()
@@ -130,13 +130,13 @@ class TransferResult:
     """Result of a copy.
 
     Attributes:
-        path: The path of the file or folder on the receiving side.
+        path: The path of the file or directory on the receiving side.
         files: How many files the copy consists of.
         bytes: Their bytes.
         sent: How many of the files were sent.
         skipped: How many of them were there already, unchanged.
         seconds: How long it took.
-        left_out: What is neither file, folder nor link, with its kind: it is not copied.
+        left_out: What is neither file, directory nor link, with its kind: it is not copied.
         unused: Those of the patterns in `exclude` that left nothing out.
     """
 
@@ -160,19 +160,19 @@ async def send(
     progress: Progress | None = None,
     exclude: Sequence[str] = (),
 ) -> TransferResult:
-    """Copy a file or folder to a host, with permissions, times and symbolic links. Unchanged files are not sent.
+    """Copy a file or directory to a host, with permissions, times and symbolic links. Unchanged files are not sent.
 
     Args:
         connection: The host.
-        local_path: File or folder; `~` and variables are expanded. A link is followed, one in a folder is kept.
+        local_path: File or directory; `~` and variables are expanded. A link is followed, one in a directory is kept.
         remote_path: Where to; None: the same name in `cwd`. A file goes into a directory that exists, or if this ends
-            with a slash. A folder is merged into one that exists; with a slash at the end it goes into it.
+            with a slash. A directory is merged into one that exists; with a slash at the end it goes into it.
         cwd: Directory on the host that a relative `remote_path` starts at; made if it does not exist.
         env: Variables that may stand in `remote_path`, beside those of the host.
         progress: Called from another thread with the bytes done, the bytes in all (None while they are not known) and
             the files done.
-        exclude: What to leave out of a folder: patterns of names, or with a slash in it of paths, below the folder or
-            from the current directory: ``*.pyc``, ``data/raw``, ``./data``.
+        exclude: What to leave out of a directory: patterns of names, or with a slash in it of paths, below the
+            directory or from the current one: ``*.pyc``, ``data/raw``, ``./data``.
 
     Returns:
         What was done.
@@ -204,11 +204,11 @@ async def get(
     progress: Progress | None = None,
     exclude: Sequence[str] = (),
 ) -> TransferResult:
-    """Copy a file or folder from a host: `send` in the other direction.
+    """Copy a file or directory from a host: `send` in the other direction.
 
     Args:
         connection: The host.
-        remote_path: File or folder on the host.
+        remote_path: File or directory on the host.
         local_path: Where to; None: the same name in the current directory. See `send`.
         cwd: Directory on the host that a relative `remote_path` starts at.
         env: Variables that may stand in `remote_path`, beside those of the host.
@@ -225,7 +225,7 @@ async def get(
     """
     remote = _remote(remote_path)
     if not remote:
-        raise ValueError("remote_path is empty: name the file or folder on the host")
+        raise ValueError("remote_path is empty: name the file or directory on the host")
     local = None if local_path is None else _local(local_path, "local_path")
     request = {"op": "get", "path": remote, "cwd": cwd, "env": dict(env), "exclude": list(exclude)}
     here = os.getcwdb()
@@ -270,7 +270,7 @@ async def copy_as_asked(
 
 
 def local_source(local_path: str | os.PathLike[str]) -> Callable[[], tuple[bytes, bytes]]:
-    """Return what finds a file or folder on this machine: its path, and its name.
+    """Return what finds a file or directory on this machine: its path, and its name.
 
     Raises:
         ValueError: If the path is empty.
@@ -281,15 +281,15 @@ def local_source(local_path: str | os.PathLike[str]) -> Callable[[], tuple[bytes
 
 def _local(path: str | os.PathLike[str], name: str) -> bytes:
     if not os.fspath(path):
-        raise ValueError(f"{name} is empty: name a file or folder")
+        raise ValueError(f"{name} is empty: name a file or directory")
     if "\0" in os.fspath(path):
-        raise ValueError(f"{name} holds a null character: {path!r}")
+        raise ValueError(f"{name} contains a null character: {path!r}")
     return os.fsencode(path)
 
 
 def _remote(path: str | os.PathLike[str] | None) -> str | None:
     if path is not None and "\0" in os.fspath(path):
-        raise ValueError(f"remote_path holds a null character: {path!r}")
+        raise ValueError(f"remote_path contains a null character: {path!r}")
     return None if path is None else os.fspath(path)
 
 
@@ -377,12 +377,12 @@ class _Copy:
         return error
 
     def _incomplete(self, counter: ByteCounter) -> TransferError:
-        """Return the error about the files of a folder that could not be sent; the others have arrived."""
+        """Return the error about the files of a directory that could not be sent; the others have arrived."""
         first, *more = counter.missed
         others = [f"{_shown(os.fsdecode(error.path))}: {printable(error.message)}" for error in more]
         if counter.missed_count > len(counter.missed):
             others.append(f"{counter.missed_count - len(counter.missed)} more")
-        hint = "the other files of the folder have arrived; copy it again for these, or exclude them"
+        hint = "the other files of the directory have arrived; copy it again for these, or exclude them"
         path = os.fsdecode(first.path)
         host = self.connection.host
         side = host if first.remote else "manager"

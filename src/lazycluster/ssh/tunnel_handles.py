@@ -34,7 +34,7 @@ def check_port(port: object, what: str = "port") -> int:
     if isinstance(port, bool) or not isinstance(port, int):
         raise TypeError(f"{what} must be an integer, not {type(port).__name__} ({port!r})")
     if not 0 < port < 65536:
-        raise ValueError(f"{what} must be between 1 and 65535, not {port}")
+        raise ValueError(f"{what} must be from 1 to 65535, not {port}")
     return port
 
 

@@ -91,7 +91,7 @@ class ExecutionOptions:
         if not isinstance(self.retries, int) or isinstance(self.retries, bool):
             raise TypeError(f"retries must be an integer, not {type(self.retries).__name__}")
         if self.retries < 0:
-            raise ValueError(f"retries must be >= 0, not {self.retries}")
+            raise ValueError(f"retries must be at least 0, not {self.retries}")
         if self.retry_on not in ("host", "any"):
             raise ValueError(f"retry_on must be 'host' or 'any', not {self.retry_on!r}")
 
@@ -119,10 +119,10 @@ def checked_variables(variables: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError(f"not usable as the name of an environment variable: {name!r}")
         if isinstance(value, bool) or not isinstance(value, (str, int, float, os.PathLike)):
             # The value itself may be a secret.
-            raise TypeError(f"environment variable {name} must be text, not {type(value).__name__}")
+            raise TypeError(f"environment variable {name} must be a string, not {type(value).__name__}")
         text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
         if not isinstance(text, str):
-            raise TypeError(f"environment variable {name} must be text, not bytes")
+            raise TypeError(f"environment variable {name} must be a string, not bytes")
         if "\0" in text:
             raise ValueError(f"the value of the environment variable {name} contains a null character")
         checked[name] = text

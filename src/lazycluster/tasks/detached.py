@@ -400,7 +400,7 @@ async def _request(connection: Connection, **params: Any) -> dict[str, Any]:
         return await connection.request("detached", within=_ANSWER_LIMIT, **params)
     except NoAnswerError:
         raise LazyclusterError(
-            f"{connection.host}: no answer about its detached tasks within {_ANSWER_LIMIT:g} s; they go on.\n"
+            f"{connection.host}: it did not answer within {_ANSWER_LIMIT:g} s; its detached tasks go on\n"
             "  Next step: try again when it can be reached"
         ) from None
 

@@ -96,10 +96,10 @@ class CallOutcome:
         start = starts.get(self.phase, f"{name}() raised ")
         text = start + headline
         if self.hint:
-            text += f". Next step: {self.hint}"
+            text += f"\n  Next step: {self.hint}"
         elif self.type_name == "ModuleNotFoundError":
             text += (
-                '. Next step: have the manager\'s packages on the host with environment="manager" (which leaves out '
+                '\n  Next step: have the manager\'s packages on the host with environment="manager" (which leaves out '
                 'tools: EnvironmentSpec("manager", exclude=[]) has them, too), install it there, or choose another '
                 "interpreter with python="
             )
@@ -220,8 +220,8 @@ async def resolve_auto(connection: Connection, env: Mapping[str, str]) -> str:
     raise AgentError(
         connection.host,
         "mismatch",
-        f"no Python {version}, which runs on this side, was found on the host; it has: {names}. "
-        'Next step: have it and the packages of this side there with environment="manager"; or install Python '
+        f"no Python {version}, the manager's version, was found; the host has: {names}"
+        '\n  Next step: have it and the manager\'s packages there with environment="manager"; or install Python '
         f'{version} there, or name it with python="/path/to/python{version}"',
         {"interpreters": found},
     )
@@ -371,7 +371,7 @@ def raised_outcome(fields: Mapping[str, Any], phase: str, exception: object) -> 
     )
     if phase == "result":
         kind = fields["result_type"].removeprefix("builtins.")
-        text = f"the result, a {kind}, cannot be sent back ({outcome.message}). Next step: return plain data"
+        text = f"the result, a {kind}, cannot be sent back ({outcome.message})\n  Next step: return plain data"
         return replace(outcome, message=text + (", for instance a list of its items" if "generator" in kind else ""))
     return replace(
         outcome, hint=fields.get("hint", "") or path_hint(exception), traceback=with_source_lines(fields["traceback"])

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import signal
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from lazycluster.core.sizes import size
 from lazycluster.exceptions import TaskExecutionError
 
 __all__ = ["Limits", "memory_hint"]
 
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30,
-          "ti": 1 << 40}  # fmt: skip
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 _LEAST_MEMORY = 1 << 20
 
 
@@ -47,7 +44,7 @@ class Limits:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
             if not 0 < value < 1e9:
-                raise ValueError(f"{name} must be more than 0 seconds, not {value}")
+                raise ValueError(f"{name} must be greater than 0 seconds, not {value}")
         cpu_seconds = None if seconds["cpu_time"] is None else math.ceil(float(str(cpu)))
         return cls(_bytes(memory), cpu_seconds, None if wall is None else float(str(wall)))
 
@@ -95,12 +92,12 @@ def _bytes(memory: object) -> int | None:
     if memory is None:
         return None
     if isinstance(memory, str):
-        found = _SIZE.fullmatch(memory)
-        if not found:
-            raise ValueError(f"memory must be bytes, or a size such as '2 GB' or '500 MiB', not {memory!r}")
-        memory = float(found.group(1)) * _UNITS[(found.group(2) or "").lower()]
+        try:
+            memory = size(memory)
+        except ValueError as error:
+            raise ValueError(f"memory: {error}") from None
     if isinstance(memory, bool) or not isinstance(memory, (int, float)):
-        raise TypeError(f"memory must be a number of bytes or a text such as '2 GB', not {type(memory).__name__}")
+        raise TypeError(f"memory must be a number of bytes or a string such as '2 GB', not {type(memory).__name__}")
     if not _LEAST_MEMORY <= memory < 2**62:
         raise ValueError(f"memory must be at least 1 MiB, not {memory:g} bytes")
     return int(memory)

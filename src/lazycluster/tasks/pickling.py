@@ -529,4 +529,4 @@ def _message(what: str, short: str, where: str, value: Any, error: Exception) ->
     part = short + place if place else "it"
     text = f"{what} cannot be sent to a host: {part} is a {name} ({error})"
     hint = _hint(value)
-    return f"{text}. Next step: {hint}" if hint else text
+    return f"{text}\n  Next step: {hint}" if hint else text

@@ -17,7 +17,7 @@ __all__ = ["GetFile", "RunCommand", "RunFunction", "SendFile", "Step", "StepResu
 
 @dataclass(frozen=True)
 class SendFile:
-    """Copy a file or folder from the manager to the host.
+    """Copy a file or directory from the manager to the host.
 
     Attributes:
         local_path: On the manager.
@@ -40,7 +40,7 @@ class SendFile:
 
 @dataclass(frozen=True)
 class GetFile:
-    """Copy a file or folder from the host to the manager.
+    """Copy a file or directory from the host to the manager.
 
     Attributes:
         remote_path: On the host.
@@ -87,7 +87,7 @@ class RunCommand:
         if not self.command.strip():
             raise ValueError("the command is empty")
         if "\0" in self.command:
-            raise ValueError("a command cannot contain a null character")
+            raise ValueError("the command contains a null character")
 
     @property
     def label(self) -> str:
@@ -159,7 +159,7 @@ def _path(what: str, value: Any) -> str:
         raise TypeError(f"{what} must be a path, not {type(value).__name__}")
     text = os.fspath(value)
     if not isinstance(text, str):
-        raise TypeError(f"{what} must be text, not bytes")
+        raise TypeError(f"{what} must be a string, not bytes")
     if not text:
         raise ValueError(f"{what} is empty")
     if "\0" in text:

@@ -98,10 +98,10 @@ class RuntimeTask(Shown):
         return self
 
     def send_file(self: T, local_path: str | os.PathLike[str], remote_path: str | None = None) -> T:
-        """Add a step that copies a file or folder from the manager to the host.
+        """Add a step that copies a file or directory from the manager to the host.
 
         Args:
-            local_path: The file or folder on this machine.
+            local_path: The file or directory on this machine.
             remote_path: Where it goes on the host: relative to the working directory, with ``~`` and environment
                 variables as in a shell. By default it keeps its name, in the working directory.
 
@@ -114,10 +114,10 @@ class RuntimeTask(Shown):
         return self._add(SendFile(local_path, remote_path))  # type: ignore[arg-type]
 
     def get_file(self: T, remote_path: str, local_path: str | os.PathLike[str] | None = None) -> T:
-        """Add a step that copies a file or folder from the host to the manager.
+        """Add a step that copies a file or directory from the host to the manager.
 
         Args:
-            remote_path: The file or folder on the host, see :meth:`send_file`.
+            remote_path: The file or directory on the host, see :meth:`send_file`.
             local_path: Where it goes on this machine; an existing directory, or a path that ends with ``/``, takes it
                 under its own name. By default it keeps its name, in the current directory.
 

@@ -14,6 +14,7 @@ import click
 from lazycluster.cli.console import tell
 from lazycluster.cli.option_names import names_its_options, spelled_next_steps
 from lazycluster.cli.options import Targets, complete_hosts, how_to_connect
+from lazycluster.cli.parameters import File
 from lazycluster.ssh.config_hosts import CONFIG_VARIABLE
 from lazycluster.utils import expanded
 
@@ -26,7 +27,7 @@ __all__ = ["add_runtime", "delete_runtime"]
 _config = click.option(
     "--config",
     envvar=CONFIG_VARIABLE,  # the same file is read
-    type=click.Path(dir_okay=False),
+    type=File(exists=False),
     metavar="FILE",
     help="Change this file instead of ~/.ssh/config.",
 )

@@ -1,4 +1,4 @@
-"""``lazycluster put`` and ``lazycluster get``: files and folders to and from many hosts."""
+"""``lazycluster put`` and ``lazycluster get``: files and directories to and from many hosts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _exclude = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Leave out files and folders: '*.pyc', 'data/raw', './data'.",
+    help="Leave out files and directories: '*.pyc', 'data/raw', './data'.",
 )
 _quiet = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 
@@ -44,7 +44,7 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
     default="tunnel",
     metavar="WAY",
     help="tunnel: from here to each host (the default); auto: a file of at least 8 MiB goes on from host to host where "
-    "they reach each other; direct: the same, but hosts that do not are an error, and so is a folder.",
+    "they reach each other; direct: the same, but hosts that do not are an error, and so is a directory.",
 )
 @_quiet
 @click.argument("sources", nargs=-1, required=True, metavar="SRC... DEST")
@@ -54,7 +54,7 @@ def put(
     connect_timeout: float | None, accept_new_host_key: bool, exclude: tuple[str, ...], fanout: int, network: str,
     quiet: bool, sources: tuple[str, ...],
 ) -> int:  # fmt: skip
-    """Copy files and folders to hosts.
+    """Copy files and directories to hosts.
 
     DEST is relative to the home directory on the hosts. If it is a directory or ends with '/', each SRC is copied into
     it under its own name. Unchanged files are not sent again; a file is replaced only when its copy is complete.
@@ -73,7 +73,7 @@ def put(
         if not os.path.lexists(expanded(path)):
             raise click.UsageError(f"no such file or directory: {path}")
         if network == "direct" and expanded(path).is_dir():
-            raise click.UsageError(f"{path} is a folder, and --network direct is for files: use --network auto")
+            raise click.UsageError(f"{path} is a directory, and --network direct is for files: use --network auto")
     if len(paths) > 1 and not destination.endswith("/"):
         destination += "/"
 
@@ -107,7 +107,7 @@ def get(
     connect_timeout: float | None, accept_new_host_key: bool, exclude: tuple[str, ...], fanout: int, quiet: bool,
     sources: tuple[str, ...],
 ) -> int:  # fmt: skip
-    """Copy files and folders from hosts, into DEST/HOST/.
+    """Copy files and directories from hosts, into DEST/HOST/.
 
     SRC is relative to the home directory on the hosts, where '~' and variables are expanded, too.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -13,6 +12,7 @@ import click
 
 from lazycluster.cli.console import lines_of, tell
 from lazycluster.cli.options import connection_options, host_options, targets
+from lazycluster.cli.parameters import Duration, Size
 from lazycluster.core.words import counted
 from lazycluster.environments.spec import ROOT
 
@@ -24,30 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["env"]
 
 T = TypeVar("T")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_TIMES = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 _cache_dir = click.option("--cache-dir", default=ROOT, metavar="DIR", help=f"Where they are on the hosts ({ROOT}).")
-
-
-class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", str(value).strip().lower())
-        if match is None:
-            self.fail(f"{value!r} is not a size, such as 500M or 20G", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
-
-
-class _Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mhdw])", str(value).strip().lower())
-        if match is None:
-            self.fail(f"{value!r} is not a time, such as 12h, 30d or 4w", param, ctx)
-        return float(match[1]) * _TIMES[match[2]]
 
 
 @click.group()
@@ -169,8 +147,10 @@ def remove(cache_dir: str, ids: tuple[str, ...], **options: Any) -> int:
 @env.command("prune", short_help="Remove environments that were used longest ago.")
 @host_options
 @_cache_dir
-@click.option("--size", type=_Size(), metavar="SIZE", help="Until all together take no more than this: 20G.")
-@click.option("--unused", type=_Duration(), metavar="TIME", help="Those that were not used for so long: 30d.")
+@click.option("--size", type=Size(), metavar="SIZE", help="Until all together take no more than this: 20G.")
+@click.option(
+    "--unused", type=Duration(may_be_zero=True), metavar="TIME", help="Those that were not used for so long: 30d."
+)
 @connection_options
 def prune(cache_dir: str, size: int | None, unused: float | None, **options: Any) -> int:
     """Remove environments that were used longest ago, and what broken builds left. Those in use stay.

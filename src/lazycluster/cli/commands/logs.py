@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lazycluster.cli.options import Whole, connection_options, host_options
+from lazycluster.cli.options import connection_options, host_options
+from lazycluster.cli.parameters import Whole
 
 __all__ = ["logs"]
 

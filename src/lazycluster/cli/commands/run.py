@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazycluster.cli.console import tell
-from lazycluster.cli.options import Seconds, connection_options, fanout_option, host_options, targets
+from lazycluster.cli.options import connection_options, fanout_option, host_options, targets
+from lazycluster.cli.parameters import File, Seconds
 
 if TYPE_CHECKING:
     import asyncio
@@ -43,7 +44,7 @@ _END_LIMIT = 20.0  # seconds for a command to end that took too long
 @click.option(
     "--python",
     "script",
-    type=click.Path(exists=True, dir_okay=False),
+    type=File(),
     metavar="SCRIPT",
     help="Run this local script; its arguments come after --.",
 )
@@ -91,7 +92,7 @@ def run(
 
     if not command and script is None:
         raise click.UsageError("no command given: lazycluster run -w HOSTS -- COMMAND")
-    if use_stdin and ("-" in (*hosts, *exclude_hosts) or getattr(hostfile, "name", "") == "<stdin>"):
+    if use_stdin and ("-" in (*hosts, *exclude_hosts) or (hostfile is not None and hostfile.is_standard_input)):
         raise click.UsageError("standard input cannot hold both the hosts and the command's input")
     _check_detached(detach, name, use_stdin or gather or no_label)
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key)

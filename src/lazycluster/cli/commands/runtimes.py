@@ -73,7 +73,7 @@ def list_runtimes(
     from lazycluster.cli.fanout import exit_status
 
     if watch and as_json:
-        raise click.UsageError("--watch and --json exclude each other")
+        raise click.UsageError("either --watch or --json can be given, not both")
     if watch and not is_terminal():
         raise click.UsageError("--watch needs a terminal")
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, default="@all")

@@ -11,6 +11,8 @@ from click.shell_completion import CompletionItem
 from lazycluster import engines
 from lazycluster.cli.cluster_options import cluster_options, engine_options, spec_of, with_engine_of_file
 from lazycluster.cli.options import connection_options
+from lazycluster.cli.parameters import File
+from lazycluster.core.suggestions import suggestion
 
 if TYPE_CHECKING:
     from lazycluster.cluster_file.spec import ClusterSpec
@@ -59,6 +61,14 @@ class EngineCommands(click.Group):
         """Return the command of an engine."""
         return self._command_of(cmd_name) if cmd_name in engines.known() else None
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Refuse an engine that is not there, in the words of the library."""
+        if args and args[0] not in engines.known() and not args[0].startswith("-"):
+            raise click.UsageError(f"there is no engine {args[0]!r}{suggestion(args[0], engines.known())}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write what engines there are; none is loaded."""
         with formatter.section("Commands"):
@@ -93,7 +103,7 @@ def start_alias(name: str) -> click.Command:
 
 connection_file_option = click.option(
     "--connection-file",
-    type=click.Path(dir_okay=False),
+    type=File(exists=False),
     metavar="FILE",
     help="Write what programs need to connect; has secrets.",
 )
@@ -145,17 +155,20 @@ def check_connection_file(path: str | None) -> None:
     if path is None:
         return
     if not expanded(path).absolute().parent.is_dir():
-        raise click.UsageError(f"--connection-file {path}: there is no such directory")
+        raise click.UsageError(f"--connection-file {path}: no such directory")
     check(path)
 
 
 def check_environment(what: str | None) -> None:
     """Refuse an environment that makes no sense, in the words of the command line."""
     from lazycluster import EnvironmentSpec
+    from lazycluster.environments.spec import file_kind
 
     try:
         EnvironmentSpec.of(what)
-    except ValueError:
+    except ValueError as error:
+        if what is not None and file_kind(what):
+            raise click.UsageError(str(error)) from None
         raise click.UsageError(
             f"--environment {what}: it is 'manager', a requirements.txt, pyproject.toml, uv.lock or pylock.toml here, "
             "or the path of an environment on the hosts, such as 'lazycluster env build' prints"

@@ -11,7 +11,8 @@ import click
 
 from lazycluster import engines
 from lazycluster.cli.cluster_options import cluster_options, engine_options, spec_of
-from lazycluster.cli.options import Duration, connection_options
+from lazycluster.cli.options import connection_options
+from lazycluster.cli.parameters import Duration
 from lazycluster.cli.times import moment, span
 
 from .start import EngineCommands, check_connection_file, check_environment, connection_file_option

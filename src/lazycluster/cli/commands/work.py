@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazycluster.cli.options import Seconds, connection_options, host_options
+from lazycluster.cli.options import connection_options, host_options
+from lazycluster.cli.parameters import Seconds
 
 if TYPE_CHECKING:
     from lazycluster.cli.fanout import HostOutcome

@@ -35,7 +35,7 @@ def check_size(text: str) -> None:
     except ValueError:
         is_size = False
     if not is_size:
-        raise ValueError(f"{text!r} is not a size such as '4 GiB'")
+        raise ValueError(f"{text!r} is not a size such as '500 MB' or '4 GiB'")
 
 
 def configuration() -> dict[str, Any]:

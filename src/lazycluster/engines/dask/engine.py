@@ -50,7 +50,7 @@ class DaskEngine(Engine):
     options = (
         Option("--threads", "nthreads", "Threads per worker (all cores).", "N", "count"),
         Option("--memory-limit", "memory_limit", "Memory of each: '4 GiB'.", "SIZE", "text", "auto", True, check_size),
-        Option("--dashboard-port", "dashboard_port", "Port of the dashboard on this machine (any).", "PORT", "count"),
+        Option("--dashboard-port", "dashboard_port", "Port of the dashboard on this machine (any).", "PORT", "port"),
         Option("--preload", "preload", "Modules that workers import first, with commas between.", "MODULES"),
         Option("--gpus-per-worker", "gpus_per_worker", "One worker for every so many GPUs.", "N", "count"),
         NETWORK_OPTION,

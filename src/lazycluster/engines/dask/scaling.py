@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import inspect
 import logging
 import math
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lazycluster.cluster.exceptions import ClusterError
 from lazycluster.cluster.worker_launcher import ServiceWorkerLauncher, Worker
 from lazycluster.core import event_loop
+from lazycluster.core.suggestions import suggestion
 from lazycluster.exceptions import LazyclusterError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ async def idle_since(dask: DaskEngine, port: int) -> float | None:
     try:
         answer = await asyncio.wait_for(ask(), _ANSWER_LIMIT)
     except (asyncio.TimeoutError, TimeoutError):
-        raise ClusterError(f"the scheduler gives no answer within {_ANSWER_LIMIT:g} s") from None
+        raise ClusterError(f"the scheduler did not answer within {_ANSWER_LIMIT:g} s") from None
     if answer.get("status") != "OK":
         raise ClusterError(f"the scheduler does not tell whether it is idle: {answer.get('text', answer)}")
     since = answer["result"]
@@ -117,7 +117,7 @@ async def retire(address: str, arguments: Mapping[str, Any], workers: Sequence[W
         held = await scheduler.has_what(workers=[address for address in known if address in left])
     return {
         addresses[address].name: f"{addresses[address].name}: it holds {len(keys)} results or actors that no other "
-        "worker can take. Next step: gather or release them, keep more workers, or call cleanup()"
+        "worker can take\n  Next step: gather or release them, keep more workers, or call cleanup()"
         for address, keys in held.items()
         if address in left
     }
@@ -257,9 +257,8 @@ def check_names(options: Mapping[str, Any], strategy: type[Adaptive]) -> None:
     }
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, ["minimum", "maximum", *_LIMITS, *known], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
-            raise TypeError(f"adapt() has no option {name!r}{hint}")
+            options_of_it = dict.fromkeys(["minimum", "maximum", *_LIMITS, *sorted(known)])
+            raise TypeError(f"adapt() has no option {name!r}{suggestion(name, options_of_it)}")
 
 
 def _parameters(function: Any) -> list[str]:
@@ -283,7 +282,7 @@ def checked_amount(value: object, what: str) -> float:
         if not 0 <= amount < math.inf:
             raise ValueError
     except (TypeError, ValueError):
-        example = ", or a text such as '16 GiB'" if what.endswith("memory") else ""
+        example = ", or a string such as '16 GiB'" if what.endswith("memory") else ""
         raise ValueError(f"{what} must be a number of at least 0{example}, not {value!r}") from None
     return amount
 
@@ -299,4 +298,4 @@ def check_duration(value: Any, what: str) -> None:
     try:
         parse_timedelta(value)
     except Exception:  # noqa: BLE001  (a KeyError, an AttributeError, ...: it depends on what was given)
-        raise ValueError(f'{what} must be seconds, or a text such as "1s" or "500 ms", not {value!r}') from None
+        raise ValueError(f'{what} must be seconds, or a string such as "1s" or "500 ms", not {value!r}') from None

@@ -49,7 +49,7 @@ def checked_seconds(interval: float, what: str) -> float:
         ValueError: If it cannot be one.
     """
     if isinstance(interval, bool) or not isinstance(interval, (int, float)) or not 0 < interval < 3600:
-        raise ValueError(f"{what} must be a positive number of seconds, not {interval!r}")
+        raise ValueError(f"{what} must be greater than 0 seconds, not {interval!r}")
     return float(interval)
 
 

@@ -146,7 +146,7 @@ class RoundRobinLauncher(ServiceWorkerLauncher):
             causes = [f"{one.name}: {getattr(one.service.error, 'problem', 'it has ended')}" for one in gone[:_TOLD]]
             more = [f"and {len(gone) - _TOLD} more"] if len(gone) > _TOLD else []
             problem = (
-                f"no worker is left that could evaluate trials ({'; '.join([*causes, *more])}). Next step: end this "
+                f"no worker is left that could evaluate trials ({'; '.join([*causes, *more])})\n  Next step: end this "
                 "cluster, start one on the same dbpath with hosts that can be reached, and call fmin with the same "
                 "exp_key: the trials are kept"
             )

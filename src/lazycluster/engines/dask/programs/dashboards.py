@@ -15,7 +15,7 @@ from .connection_limits import HandshakeLimit
 
 # The page of a worker, as a scheduler passes it on if jupyter-server-proxy is installed.
 _OF_WORKER = re.compile(r"^/proxy/\d+/[^/]+/")
-_MISSING = "This dashboard needs bokeh, which cannot be imported here ({}). Next step: pip install 'bokeh>=3.8.2'"
+_MISSING = "This dashboard needs bokeh, which cannot be imported here ({})\n  Next step: pip install 'bokeh>=3.8.2'"
 
 
 class _Attach(web.RequestHandler):

@@ -64,7 +64,7 @@ def _limit(given: Any) -> Callable[[Documents], Documents]:
 
 def _whole(name: str, given: Any, least: int) -> int:
     if isinstance(given, bool) or not isinstance(given, (int, float)) or given != int(given) or given < least:
-        raise bad_value(f"{name} must be a whole number of at least {least}, not {given!r}")
+        raise bad_value(f"{name} must be an integer of at least {least}, not {given!r}")
     return int(given)
 
 

@@ -35,7 +35,7 @@ def namespace(command: Mapping[str, Any], name: Any = None) -> str:
 
 
 def whole(command: Mapping[str, Any], name: str, default: int = 0) -> int:
-    """Return an argument that is a whole number of at least 0.
+    """Return an argument that is an integer of at least 0.
 
     Raises:
         CommandError: If it is not.
@@ -44,7 +44,7 @@ def whole(command: Mapping[str, Any], name: str, default: int = 0) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
-        raise bad_value(f"{name} must be a whole number of at least 0, not {value!r}")
+        raise bad_value(f"{name} must be an integer of at least 0, not {value!r}")
     return int(value)
 
 

@@ -350,7 +350,7 @@ class DocumentStore:
             owner = os.pread(self._lock, 20, 0).decode("ascii", "replace").strip()
             os.close(self._lock)
             raise StoreError(
-                f"{self.path} is locked by another server that uses it (process {owner}). Next step: end that "
+                f"{self.path} is locked by another server that uses it (process {owner})\n  Next step: end that "
                 "cluster, or pass another dbpath"
             ) from None
         os.ftruncate(self._lock, 0)

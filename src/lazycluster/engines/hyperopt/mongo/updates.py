@@ -139,7 +139,7 @@ def _increase(document: Document, path: list[str], operand: Any) -> None:
     old = _get(document, path)
     for value in (operand, 0 if old is MISSING else old):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CommandError(14, f"Cannot increment {'.'.join(path)!r}: {value!r} is no number")
+            raise CommandError(14, f"Cannot increment {'.'.join(path)!r}: {value!r} is not a number")
     result = operand if old is MISSING else old + operand
     if isinstance(result, int):
         if result not in _INT64:

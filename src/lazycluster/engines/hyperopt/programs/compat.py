@@ -33,7 +33,7 @@ _NEW, _DONE, _ERROR = 0, 2, 3  # as in hyperopt.base
 _REASON = 1000  # characters of an error
 _PART = 200  # characters of a part of a result
 _ENDED = (
-    "the cluster has ended while the search ran: cleanup() was called. Next step: start one on the same dbpath, and "
+    "the cluster has ended while the search ran: cleanup() was called\n  Next step: start one on the same dbpath, and "
     "call fmin with the same exp_key: the trials are kept"
 )
 _LOOK_EVERY = 1.0  # seconds, as often as hyperopt does when its queue is full
@@ -335,7 +335,7 @@ def without_result(trials: Any) -> str:
     text = f"the search has no result: {'; '.join(parts)}"
     if first is None or "Next step: " in text:
         return text
-    return f"{text}. Next step: its traceback is trials.handle.jobs.find_one({{'tid': {first['tid']}}})['traceback']"
+    return f"{text}\n  Next step: its traceback is trials.handle.jobs.find_one({{'tid': {first['tid']}}})['traceback']"
 
 
 class UnstorableError(TypeError):
@@ -347,8 +347,8 @@ class UnstorableError(TypeError):
 
     def __init__(self, detail: str) -> None:
         super().__init__(
-            f"what the objective returned cannot be stored in the database: {detail}. Next step: return numbers, text, "
-            "lists and dictionaries, and the rest as an attachment: "
+            f"what the objective returned cannot be stored in the database: {detail}\n  Next step: return numbers, "
+            "text, lists and dictionaries, and the rest as an attachment: "
             "{'status': 'ok', 'loss': ..., 'attachments': {'model': pickle.dumps(model)}}"
         )
 

@@ -204,7 +204,7 @@ def _evaluate_one(worker: Any, jobs: Jobs, owner: str) -> None:
         name_host(raised, jobs.owner[0].rpartition("-")[0])
         text = traceback.format_exc()
         hint = objectives.next_step(raised)
-        text += f"Next step: {hint}\n" if hint else ""
+        text += f"  Next step: {hint}\n" if hint else ""
         print(text, file=sys.stderr, flush=True)  # noqa: T201
         if jobs.current is not None:
             trial = jobs.current
