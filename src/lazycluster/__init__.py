@@ -49,6 +49,7 @@ _HOMES = {
     "connect": "engines",
     "load_cluster_file": "cluster_file.load",
 }
+_SELDOM = {"ClusterSpec", "connect", "load_cluster_file"}  # loaded when they are asked for: they need all of `cluster`
 
 
 def __getattr__(name: str) -> Any:
@@ -63,10 +64,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# The command line is to print its help at once, so it loads them when it needs them. Everywhere else they are there
-# from the start, also for tools that look at a namespace without asking for its names.
+# The command line is to print its help at once, so it loads them when it needs them. Everywhere else those that nearly
+# every program uses are there from the start, also for tools that look at a namespace without asking for its names.
 if not (sys.argv and os.path.basename(sys.argv[0]) == "lazycluster"):
-    for _name in _HOMES:
+    for _name in [name for name in _HOMES if name not in _SELDOM]:
         __getattr__(_name)
 
 
