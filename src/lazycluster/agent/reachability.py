@@ -8,6 +8,7 @@ import hmac
 import os
 import socket
 import struct
+import time
 from array import array
 from collections import deque
 
@@ -15,7 +16,7 @@ from .processes import explained
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Set, Tuple
+    from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
     from .loop import Loop, Timer
     from .session import RequestChannel
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _MOST_OPEN = 64  # dials at once
 _MOST_YOUNG = 16  # of these, dials that have begun a moment ago: more would only wait for each other
 _YOUNG = 0.5  # seconds
+_TICK = 0.1  # seconds from one look at the ages of dials to the next
 _MOST_CALLERS = 512  # connections at once that have not ended; those that are not ours are among them
 _DIAL_LIMIT = 2.0  # seconds for one dial, and for a caller to say who it is
 _ROUND_LIMIT = 6.0  # seconds for all dials together
@@ -33,6 +35,7 @@ _LIST_INTERFACES = 0x8912  # SIOCGIFCONF
 _ROOM = 256 * 1024  # bytes for that
 _ENTRY = 40 if struct.calcsize("P") == 8 else 32
 _UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40  # flags of an IPv6 address: temporary, duplicate, deprecated, tentative
+_NOT_CONNECTED = (errno.EAGAIN, errno.ENOTCONN)
 _NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
 
 
@@ -115,7 +118,8 @@ class _Listener:
     def __init__(self, loop: "Loop", key: _Key, me: int, address: str, port: int) -> None:
         self._loop, self._key = loop, key
         self._body = _BODY.pack(me, _packed(address))
-        self._callers: "Dict[socket.socket, Timer]" = {}
+        self._callers: "Dict[socket.socket, float]" = {}  # until when each may stay, in this order
+        self._timer: "Optional[Timer]" = None
         self._socket = socket.socket(_family(address), socket.SOCK_STREAM)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -140,8 +144,11 @@ class _Listener:
 
     def _take(self, caller: socket.socket) -> None:
         caller.setblocking(False)
-        self._callers[caller] = self._loop.call_later(_DIAL_LIMIT, lambda: self._drop(caller))
+        self._callers[caller] = time.monotonic() + _DIAL_LIMIT
+        if self._timer is None:
+            self._timer = self._loop.call_later(_DIAL_LIMIT, self._drop_overdue)
         self._loop.add_reader(caller.fileno(), lambda: self._asked(caller))
+        self._asked(caller)  # with much to do, it has come already
 
     def _asked(self, caller: socket.socket) -> None:
         try:
@@ -151,19 +158,29 @@ class _Listener:
                 # Who has asked closes first: otherwise the port would be kept for a minute (TIME_WAIT).
                 self._loop.add_reader(caller.fileno(), lambda: self._drop(caller))
                 return
+        except BlockingIOError:
+            return
         except OSError:
             pass
         self._drop(caller)
 
     def _drop(self, caller: socket.socket) -> None:
-        timer = self._callers.pop(caller, None)
-        if timer is not None:
-            timer.cancel()
+        if self._callers.pop(caller, None) is not None:
             self._loop.remove_reader(caller.fileno())
             caller.close()
 
+    def _drop_overdue(self) -> None:
+        now, self._timer = time.monotonic(), None
+        for caller, due in list(self._callers.items()):
+            if due > now:
+                self._timer = self._loop.call_later(due - now, self._drop_overdue)
+                return
+            self._drop(caller)
+
     def close(self) -> None:
         """Stop listening."""
+        if self._timer is not None:
+            self._timer.cancel()
         for caller in list(self._callers):
             self._drop(caller)
         self._loop.remove_reader(self._socket.fileno())
@@ -175,24 +192,26 @@ class _Dial:
     """A connection to one address and port, and the question who is there.
 
     Attributes:
-        young: Whether it has begun a moment ago.
+        since: When it has begun, by the monotonic clock.
+        young: Whether that is a moment ago.
         reached: The address of the listener, as its own host knows it, if the right host has answered.
         problem: Why nothing is proven, "" if it is.
     """
 
     def __init__(self, loop: "Loop", key: _Key, peer: int, address: str, port: int, bare: bool) -> None:
         self.peer, self.address, self.port = peer, address, port
-        self.young = False
+        self.since, self.young = 0.0, False
         self.reached = self.problem = ""
         self._loop, self._key, self._bare = loop, key, bare
         self._question = key.question(os.urandom(_NONCE))
         self._answer = b""
+        self._is_connected = self._is_over = False
         self._socket: "Optional[socket.socket]" = None
-        self._timer: "Optional[Timer]" = None
 
     def begin(self, on_end: "Callable[[_Dial], Any]") -> None:
         """Connect; `on_end` is called once it is known what comes of that."""
         self._on_end = on_end
+        self.since = time.monotonic()
         try:
             self._socket = socket.socket(_family(self.address), socket.SOCK_STREAM)
             # It is closed by a reset, so that no port stays behind for a minute (TIME_WAIT).
@@ -203,26 +222,36 @@ class _Dial:
             status = error.errno or errno.EINVAL
         if status not in (0, errno.EINPROGRESS) or self._socket is None:
             self._loop.call_soon(lambda: self._end(_why(status)))
+        elif self._bare:
+            self._loop.add_writer(self._socket.fileno(), self._connected)
+        else:
+            self._ask()  # to a host nearby, the connection is there already
+
+    def _ask(self) -> None:
+        assert self._socket is not None
+        try:
+            self._socket.send(self._question)
+        except OSError as error:
+            if error.errno in _NOT_CONNECTED and not self._is_connected:
+                self._loop.add_writer(self._socket.fileno(), self._connected)
+            else:
+                why = _why(error.errno)
+                self._loop.call_soon(lambda: self._end(why))
             return
-        self._timer = self._loop.call_later(_DIAL_LIMIT, self.give_up)
-        self._loop.add_writer(self._socket.fileno(), self._connected)
+        self._loop.add_reader(self._socket.fileno(), self._answered)
 
     def _connected(self) -> None:
         assert self._socket is not None
         self._loop.remove_writer(self._socket.fileno())
         status = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        self._is_connected = True
         if status:
             self._end(_why(status))
         elif self._bare:  # a service of the cluster listens there, which asks for a certificate
             self.reached = self.address
             self._end("")
         else:
-            try:
-                self._socket.send(self._question)
-            except OSError as error:
-                self._end(_why(error.errno))
-                return
-            self._loop.add_reader(self._socket.fileno(), self._answered)
+            self._ask()
 
     def _answered(self) -> None:
         assert self._socket is not None
@@ -245,6 +274,9 @@ class _Dial:
         self._end("")
 
     def _end(self, problem: str) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
         self.close()
         self.problem = problem
         self._on_end(self)
@@ -255,8 +287,6 @@ class _Dial:
 
     def close(self) -> None:
         """Release what it holds."""
-        if self._timer is not None:
-            self._timer.cancel()
         if self._socket is not None and self._socket.fileno() >= 0:
             self._loop.remove_writer(self._socket.fileno())
             self._loop.remove_reader(self._socket.fileno())
@@ -284,11 +314,12 @@ class _Participant:
         self._own = interface_addresses()
         self._listeners: "List[_Listener]" = []
         self._waiting: "Deque[_Dial]" = deque()
-        self._open: "Set[_Dial]" = set()
+        self._open: "Dict[_Dial, None]" = {}
         self._young = 0
         self._failed: "List[List[Any]]" = []
         self._reached: "Dict[Tuple[int, str], str]" = {}
         self._deadline: "Optional[Timer]" = None
+        self._tick: "Optional[Timer]" = None
         channel.on_control = self._dial_all
         channel.on_abandon = self._close
         self._timer = self._loop.call_later(_LIFETIME, self._overdue)
@@ -349,20 +380,27 @@ class _Participant:
             self._failed, self._reached = [], {}
 
     def _begin(self, dial: _Dial) -> None:
-        self._open.add(dial)
+        self._open[dial] = None
         dial.young = True
         self._young += 1
-        self._loop.call_later(_YOUNG, lambda: self._grown(dial))
         dial.begin(self._ended)
+        if self._tick is None:
+            self._tick = self._loop.call_later(_TICK, self._look_at_ages)
 
-    def _grown(self, dial: _Dial) -> None:
-        if dial.young:
-            dial.young = False
-            self._young -= 1
-            self._go_on()
+    def _look_at_ages(self) -> None:
+        now, self._tick = time.monotonic(), None
+        for dial in list(self._open):
+            if dial.young and now - dial.since >= _YOUNG:
+                dial.young = False
+                self._young -= 1
+            if now - dial.since >= _DIAL_LIMIT:
+                dial.give_up()
+        self._go_on()
+        if self._open and self._tick is None:
+            self._tick = self._loop.call_later(_TICK, self._look_at_ages)
 
     def _ended(self, dial: _Dial) -> None:
-        self._open.discard(dial)
+        self._open.pop(dial, None)
         if dial.young:
             dial.young = False
             self._young -= 1
@@ -378,8 +416,9 @@ class _Participant:
 
     def _close(self) -> None:
         self._timer.cancel()
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._tick):
+            if timer is not None:
+                timer.cancel()
         self._waiting.clear()
         for dial in self._open:
             dial.close()
