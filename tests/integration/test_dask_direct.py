@@ -21,6 +21,7 @@ import pytest
 pytest.importorskip("distributed")
 pytest.importorskip("cryptography")
 
+import dask
 from cluster_groups import connect, local_group, ssh_group
 
 from lazycluster import RuntimeGroup
@@ -431,6 +432,15 @@ def test_while_the_host_of_the_scheduler_is_not_reached_errors_say_so(
             ClusterError, match=f"^the scheduler is on host1, and {link}.*\n  Next step: check that host1"
         ):
             cluster.get_client(timeout=1)
+
+        async def in_a_loop() -> None:
+            await (await cluster).get_client(timeout=1)
+
+        cause = rf"(?s)Cause: the scheduler is on host1, and {link}.*Next step: check that host1"
+        with pytest.raises(ClusterError, match=cause):
+            asyncio.run(in_a_loop())
+        with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(ClusterError, match=cause):
+            cluster.get_logs()
         problems = [process.problem for process in [cluster.master, *cluster.workers] if process is not None]
         assert [bool(re.match(link, problem)) for problem in problems] == [True, True, False]
         assert re.search(link, str(cluster._repr_html_()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed import Client
@@ -68,14 +68,30 @@ class UpToDateClient(ClusterClient):
     Args:
         address: See `distributed.Client`.
         modules: The user's own modules on the hosts.
+        explained: Returns the error of a client that is awaited and not connected, with its cause where that is known.
         **options: See `distributed.Client`.
     """
 
     _calls: Any = None
 
-    def __init__(self, address: Any, modules: LocalModules | ClientModules, **options: Any) -> None:
+    def __init__(
+        self,
+        address: Any,
+        modules: LocalModules | ClientModules,
+        explained: Callable[[Exception], Exception] | None = None,
+        **options: Any,
+    ) -> None:
         self._local_modules = modules
+        self._explained = explained
         super().__init__(address, **options)
+
+    async def _start(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await super()._start(*arguments, **options)
+        except OSError as error:
+            if self._explained is None:
+                raise
+            raise self._explained(error) from error
 
     @property
     def scheduler(self) -> Any:

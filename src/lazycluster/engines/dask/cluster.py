@@ -223,7 +223,7 @@ class DaskCluster(EngineCluster):
 
         if self.asynchronous:
             self._check_running()
-            return UpToDateClient(self, self._dask.client_modules, timeout=timeout, asynchronous=True)
+            return UpToDateClient(self, self._dask.client_modules, self._explained, timeout=timeout, asynchronous=True)
         deadline = time.monotonic() + timeout
         while True:
             self._reach_master(max(0.0, deadline - time.monotonic()))
@@ -671,7 +671,7 @@ class DaskCluster(EngineCluster):
         self._check_running()
         with self._lock:
             if self._scheduler_view is None:
-                self._scheduler_view = SchedulerView(*access(self._dask, self._master_endpoint().port))
+                self._scheduler_view = SchedulerView(*access(self._dask, self._master_endpoint().port), self._explained)
             return self._scheduler_view
 
     def _done(self, work: Callable[[], None]) -> Any:

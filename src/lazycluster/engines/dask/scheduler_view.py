@@ -33,9 +33,10 @@ class SchedulerCalls:
         address: Where it is.
     """
 
-    def __init__(self, address: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, address: str, arguments: Mapping[str, Any], explained: Callable[[Exception], Exception]) -> None:
         self.address = address
         self._arguments = arguments
+        self._explained = explained
         self._rpc: Any = None
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
@@ -51,7 +52,10 @@ class SchedulerCalls:
     async def _call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         if self._rpc is None:
             self._rpc = rpc(self.address, connection_args=self._arguments)
-        return await getattr(self._rpc, name)(**arguments)
+        try:
+            return await getattr(self._rpc, name)(**arguments)
+        except OSError as error:
+            raise self._explained(error) from error
 
     async def close_rpc(self) -> None:
         """Close the connections; a call opens another one."""
@@ -67,10 +71,11 @@ class SchedulerView:
     Args:
         address: The scheduler's.
         arguments: How one connects to it.
+        explained: Returns the error of a call that was not answered, with its cause where that is known.
     """
 
-    def __init__(self, address: str, arguments: Mapping[str, Any]) -> None:
-        self.comm = SchedulerCalls(address, arguments)
+    def __init__(self, address: str, arguments: Mapping[str, Any], explained: Callable[[Exception], Exception]) -> None:
+        self.comm = SchedulerCalls(address, arguments, explained)
         self._arguments = arguments
         self._info: dict[str, Any] = {"workers": {}}
         self._watching: asyncio.Task[None] | None = None
