@@ -30,7 +30,7 @@ from lazycluster.agent import stream as frames
 from lazycluster.agent.files import destination
 from lazycluster.agent.path_expansion import absolute, expand
 from lazycluster.agent.receiver import Receiver
-from lazycluster.agent.sender import COMPARE, RESUME, Sender, digest
+from lazycluster.agent.sender import COMPARE, RESUME, WANTED, Sender, digest
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError
 from lazycluster.ssh.transfer import TransferError, TransferResult, get, send
 
@@ -877,11 +877,9 @@ class Hostile:
         self.script += struct.pack("!BI", kind, len(data)) + data
 
     def file(self, name: str, content: bytes = b"evil") -> None:
-        import zlib
-
         self.send(frames.ENTRIES, [["f", name, 1, 0o4755, len(content)]])
         self.send(frames.DATA, content)
-        self.send(frames.LAST, frames.SUMMARY.pack(len(content), zlib.crc32(content), 0o4755, 1))
+        self.send(frames.LAST, frames.SUMMARY.pack(len(content), 0o4755, 1))
 
     def outcome(self) -> Exception | None:
         self.send(frames.END, [])
@@ -982,7 +980,7 @@ def test_what_is_replaced_while_it_is_looked_at_is_not_changed(inside, monkeypat
     hostile = Hostile(inside)
     hostile.send(frames.ENTRIES, [["f", "file", 1, 0o777, 4]])
     if answer == COMPARE:
-        hostile.send(frames.SAME, frames.SUMMARY.pack(4, 0, 0o777, 1))
+        hostile.send(frames.SAME, frames.SUMMARY.pack(4, 0o777, 1))
     hostile.outcome()
     assert stat.S_IMODE(outside.stat().st_mode) == modes[outside]
     assert stat.S_IMODE((inside / "file.old").stat().st_mode) == modes[inside / "file"]
@@ -1089,6 +1087,26 @@ def test_a_receiver_that_says_what_it_likes_takes_no_memory(tmp_path, answers, w
             telling.join()
 
 
+def test_a_proof_of_what_has_come_that_is_none_is_an_error(tmp_path):
+    """It is asked for where a file has changed while it was sent."""
+    source = tmp_path / "file"
+    source.write_bytes(bytes(1000))
+    frames_told = [(frames.READY, b"{}"), (frames.NEED, bytes([WANTED])), (frames.PROOF, b"x")]
+    ours, theirs = socket.socketpair()
+
+    def grow(*_):
+        with source.open("ab") as file:
+            file.write(b"more")
+
+    counter = frames.ByteCounter(grow)
+    stream = frames.FrameStream(ours.fileno(), ours.fileno())
+    with ours, theirs, draining(theirs):
+        theirs.sendall(b"".join(struct.pack("!BI", kind, len(payload)) + payload for kind, payload in frames_told))
+        with pytest.raises(frames.StreamClosedError, match="makes no sense"):
+            Sender(stream, lambda: (os.fsencode(source), b"file"), counter).run()
+        ours.shutdown(socket.SHUT_RDWR)
+
+
 def test_folders_have_a_depth(inside):
     hostile = Hostile(inside)
     deep = "/".join(["d"] * 250)
@@ -1136,7 +1154,9 @@ def test_what_the_host_says_of_an_error_does_not_steer_the_terminal():
         (frames.ENTRIES, b"\xff"),
         (frames.DATA, b"x"),
         (frames.LAST, b"x"),
-        (frames.SAME, frames.SUMMARY.pack(1, 1, 1, 1)),
+        (frames.SAME, frames.SUMMARY.pack(1, 1, 1)),
+        (frames.PROVE, b""),
+        (frames.PROOF, frames.CHECKSUM.pack(1)),
         (frames.LISTED, b"1" + bytes(400).replace(b"\0", b"0")),
         (frames.START, {}),
         (frames.NEED, b"x"),
@@ -1153,7 +1173,7 @@ def test_damage_is_noticed(inside):
     hostile = Hostile(inside)
     hostile.send(frames.ENTRIES, [["f", "x", 1, 0o644, 4]])
     hostile.send(frames.DATA, b"1234")
-    hostile.send(frames.LAST, frames.SUMMARY.pack(4, 12345, 0o644, 1))
+    hostile.send(frames.LAST, frames.SUMMARY.pack(5, 0o644, 1))
     assert "damaged" in str(hostile.outcome())
     assert os.listdir(inside) == []
 

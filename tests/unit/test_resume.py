@@ -8,7 +8,6 @@ import errno
 import os
 import socket
 import threading
-import zlib
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazycluster.agent import ssh_session, wire
-from lazycluster.agent.holes import after_zeros
 from lazycluster.agent.partial_files import PartialFile, PartialFiles, received
 from lazycluster.agent.receiver import Receiver
 from lazycluster.agent.sender import Sender
@@ -417,7 +415,7 @@ def test_a_part_of_a_file_that_has_grown_is_taken_up_if_it_is_its_beginning(
 ) -> None:
     parts, source, there = PartialFiles(), tmp_path / "source", tmp_path / "there"
     source.write_bytes(now)
-    parts.put(PartialFile(os.fsencode(there), 500, 5, unnamed(tmp_path, b"x" * 100), 100, zlib.crc32(b"x" * 100)))
+    parts.put(PartialFile(os.fsencode(there), 500, 5, unnamed(tmp_path, b"x" * 100), 100))
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         place = lambda folder, name: (os.fsencode(tmp_path), b"there", False)  # noqa: E731
@@ -444,9 +442,8 @@ def test_a_part_with_holes_is_taken_up(tmp_path: Path) -> None:
         file.write(b"middle")
     fd = unnamed(tmp_path, b"begin")
     os.ftruncate(fd, 1 << 38)
-    checksum = after_zeros(zlib.crc32(b"begin"), (1 << 38) - 5)
     mtime = source.stat().st_mtime_ns
-    parts.put(PartialFile(os.fsencode(there), 1 << 40, mtime, fd, 1 << 38, checksum))
+    parts.put(PartialFile(os.fsencode(there), 1 << 40, mtime, fd, 1 << 38))
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         place = lambda folder, name: (os.fsencode(tmp_path), b"there", False)  # noqa: E731
@@ -468,7 +465,7 @@ def test_a_part_with_holes_is_taken_up(tmp_path: Path) -> None:
 def test_a_part_is_taken_up_by_one_and_only_while_it_has_no_name(tmp_path: Path) -> None:
     first, second = PartialFiles(), PartialFiles()
     fd = unnamed(tmp_path, b"x" * 100)
-    part = PartialFile(b"/to/file", 1000, 5, fd, 100, 7)
+    part = PartialFile(b"/to/file", 1000, 5, fd, 100)
     first.put(part)
     second.put(part._replace(fd=os.dup(fd)))
     assert first.take(b"/to/file", 1000, 6) is None
@@ -491,7 +488,7 @@ def test_parts_are_handed_over_and_only_the_latest_few_are_kept(tmp_path: Path) 
     before = set(os.listdir("/proc/self/fd"))
     parts, heir = PartialFiles(), PartialFiles()
     for number in range(10):
-        parts.put(PartialFile(b"/caf\xe9%d" % number, 10, 20, unnamed(tmp_path, b"abc"), 3, number))
+        parts.put(PartialFile(b"/caf\xe9%d" % number, 10, 20, unnamed(tmp_path, b"abc"), 3))
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
@@ -505,6 +502,6 @@ def test_parts_are_handed_over_and_only_the_latest_few_are_kept(tmp_path: Path) 
     assert os.pread(taken.fd, 10, 0) == b"abc"
     os.close(taken.fd)
     heir.close()
-    heir.put(PartialFile(b"/late", 1, 2, unnamed(tmp_path, b"x"), 1, 0))
+    heir.put(PartialFile(b"/late", 1, 2, unnamed(tmp_path, b"x"), 1))
     assert heir.descriptors == []
     assert set(os.listdir("/proc/self/fd")) <= before

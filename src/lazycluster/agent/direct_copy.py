@@ -27,7 +27,7 @@ import time
 import zlib
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from .holes import after_zeros, extents
+from .holes import extents
 from .partial_files import PartialFiles
 from .receiver import Receiver
 from .secure_stream import SecureStream, TlsCredentials, check, notice_cuts
@@ -238,7 +238,6 @@ class _Forward(_Reader):
         self._is_given_up = is_given_up
         self._facts, self._credentials = facts, credentials
         self._address, self._port, self._party = address, port, party
-        self._checksum = 0
 
     def work(self) -> None:
         """Connect, and send."""
@@ -289,7 +288,6 @@ class _Forward(_Reader):
             for hole, data in extents(fd, position, size):
                 if hole:
                     stream.put(HOLE, hole.to_bytes(8, "big"))
-                    self._checksum = after_zeros(self._checksum, hole)
                 self._send_data(stream, fd, position + hole, data)
                 position += hole + data
         stream.put(LAST, self._summary())
@@ -300,7 +298,6 @@ class _Forward(_Reader):
             count = os.preadv(fd, [room], position)
             if not count:
                 raise StreamClosedError(_ENDED)
-            self._checksum = zlib.crc32(room[:count], self._checksum)
             stream.fill(DATA, count)
             position += count
             left -= count
@@ -324,14 +321,11 @@ class _Forward(_Reader):
                 return 0
             found = zlib.crc32(data, found)
             position += len(data)
-        if position != count or found != checksum:
-            return 0
-        self._checksum = found
-        return count
+        return count if (position, found) == (count, checksum) else 0
 
     def _summary(self) -> bytes:
         facts = self._facts
-        return SUMMARY.pack(facts.size, self._checksum, facts.mode, facts.mtime)
+        return SUMMARY.pack(facts.size, facts.mode, facts.mtime)
 
 
 class _DirectReceiver(Receiver):

@@ -59,7 +59,7 @@ class PartFile:
         self._directory = directory
         self._name = name
         self._part: Optional[bytes] = None
-        flags = os.O_WRONLY | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CLOEXEC
         if unnamed:
             try:
                 self.fd = os.open(b".", _UNNAMED | flags, 0o600, dir_fd=directory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from typing import Iterator, List, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 _BLOCK = 512  # bytes, what st_blocks counts
 _AT_ONCE = 256 * 1024  # bytes
@@ -74,6 +74,28 @@ def after_zeros(checksum: int, count: int) -> int:
             checksum = _mapped(_map(power), checksum)
         count >>= 1
         power += 1
+    return checksum
+
+
+def beginning_checksum(fd: int, count: int) -> Optional[int]:
+    """Return the CRC-32 of the first bytes of an open file, None if it has fewer.
+
+    Args:
+        fd: The file; it is read at another place afterwards.
+        count: How many bytes.
+    """
+    if os.fstat(fd).st_size < count:
+        return None
+    block = memoryview(bytearray(_AT_ONCE))
+    checksum = 0
+    for hole, data in extents(fd, 0, count):
+        checksum = after_zeros(checksum, hole)
+        while data:
+            read = os.readv(fd, [block[:data]])
+            if not read:
+                return None
+            checksum = zlib.crc32(block[:read], checksum)
+            data -= read
     return checksum
 
 

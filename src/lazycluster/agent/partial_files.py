@@ -29,7 +29,6 @@ class PartialFile(NamedTuple):
         mtime: The time of change of the whole.
         fd: The file.
         done: How many bytes of it are there.
-        checksum: Their checksum.
     """
 
     path: bytes
@@ -37,7 +36,6 @@ class PartialFile(NamedTuple):
     mtime: int
     fd: int
     done: int
-    checksum: int
 
 
 class PartialFiles:
@@ -131,5 +129,5 @@ def received(connection: Any) -> Optional[PartialFile]:
     message, fds = descriptors.receive(connection, 1, _MESSAGE)
     if not message or not fds:
         return None
-    path, size, mtime, done, checksum = json.loads(message)
-    return PartialFile(raw(path), size, mtime, fds[0], done, checksum)
+    path, size, mtime, done = json.loads(message)
+    return PartialFile(raw(path), size, mtime, fds[0], done)

@@ -7,18 +7,18 @@ import os
 import stat
 import struct
 import time
-import zlib
 from collections import deque
 from typing import Any, Callable, Deque, List, NamedTuple, Optional, Tuple
 
 from .directory_tree import DirectoryTree, PartFile
-from .holes import after_zeros
+from .holes import beginning_checksum
 from .partial_files import WORTH_IT, PartialFile, PartialFiles
 from .sender import COMPARE, NOT_WANTED, RESUME, WANTED, digest, identity, what_is
 from .stream import (
     ABORT,
     BATCH,
     BEGINNING,
+    CHECKSUM,
     DATA,
     DONE,
     END,
@@ -30,6 +30,8 @@ from .stream import (
     LISTED,
     MISSED,
     NEED,
+    PROOF,
+    PROVE,
     READY,
     SAME,
     START,
@@ -78,7 +80,7 @@ class Receiver:
         self._made = False
         self._wanted: Deque[_Wanted] = deque()
         self._part: Optional[PartFile] = None
-        self._checksum = self._size = 0
+        self._size = 0
         self._clocks_apart = 0
 
     def run(self) -> bytes:
@@ -122,7 +124,7 @@ class Receiver:
         fd, wanted = self._part.given_up(), self._wanted[0]
         if fd >= 0:
             whole = self._tree_there().whole(wanted.name)
-            self._parts.put(PartialFile(whole, wanted.size, wanted.mtime, fd, self._size, self._checksum))
+            self._parts.put(PartialFile(whole, wanted.size, wanted.mtime, fd, self._size))
 
     def _release(self) -> None:
         for wanted in self._wanted:
@@ -143,6 +145,7 @@ class Receiver:
             FROM: self._from,
             DATA: self._data,
             HOLE: self._hole,
+            PROVE: self._prove,
             LAST: self._last,
             SAME: self._same,
             LISTED: self._listed,
@@ -217,7 +220,7 @@ class Receiver:
             else:
                 part = self._parts.take(tree.whole(name), size, mtime) if need[0] == WANTED and self._parts else None
                 if part is not None:
-                    need = bytes([RESUME]) + BEGINNING.pack(part.done, part.checksum)
+                    need = bytes([RESUME]) + BEGINNING.pack(part.done, beginning_checksum(part.fd, part.done) or 0)
                 self._wanted.append(_Wanted(name, size, mtime, part))
             answer += need
         elif kind == "l":
@@ -244,7 +247,7 @@ class Receiver:
         except OSError as error:
             os.close(part.fd)
             raise self._failed(error) from error
-        self._checksum, self._size = part.checksum, part.done
+        self._size = part.done
         self._counter.moved(start)
 
     def _data(self) -> None:
@@ -254,7 +257,6 @@ class Receiver:
         if part is None:
             return
         for piece in self._stream.pieces():
-            self._checksum = zlib.crc32(piece, self._checksum)
             self._size += len(piece)
             self._counter.moved(len(piece))
             try:
@@ -266,7 +268,6 @@ class Receiver:
         if self._part is None:
             self._begin()
         count = _within_64_bits(int.from_bytes(self._stream.payload(), "big"))
-        self._checksum = after_zeros(self._checksum, count)
         self._size += count
         if self._part is not None:
             try:
@@ -275,13 +276,27 @@ class Receiver:
                 raise self._failed(error) from error
         self._counter.moved(count)
 
+    def _prove(self) -> None:
+        """Tell the checksum of what has come of a file, which has changed there meanwhile."""
+        if self._part is None:
+            self._begin()
+        part = self._part
+        if part is None:
+            return
+        try:
+            checksum = beginning_checksum(part.fd, self._size) or 0
+            os.lseek(part.fd, self._size, os.SEEK_SET)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._stream.put(PROOF, CHECKSUM.pack(checksum))
+
     def _last(self) -> None:
-        size, checksum, mode, mtime = SUMMARY.unpack(self._stream.payload())
+        size, mode, mtime = SUMMARY.unpack(self._stream.payload())
         if self._part is None:
             self._begin()
         part, name = self._part, self._tree_there().whole(self._wanted[0].name)
-        if (self._size, self._checksum) != (size, checksum):
-            raise CopyError(name, "was damaged on the way: {} bytes instead of {}, or others".format(self._size, size))
+        if self._size != size:
+            raise CopyError(name, "was damaged on the way: {} bytes instead of {}".format(self._size, size))
         self._approve(mode, mtime)
         if part is not None:
             try:
@@ -297,7 +312,7 @@ class Receiver:
 
     def _same(self) -> None:
         self._between_files()
-        size, _, mode, mtime = SUMMARY.unpack(self._stream.payload())
+        size, mode, mtime = SUMMARY.unpack(self._stream.payload())
         self._approve(mode, mtime)
         try:
             directory, last = self._tree_there().parent(self._wanted[0].name)
@@ -330,7 +345,7 @@ class Receiver:
     def _begin(self) -> None:
         wanted = self._wanted[0]
         name = wanted.name
-        self._checksum = self._size = 0
+        self._size = 0
         if wanted.part is not None:  # the sender has not taken it up
             self._wanted[0] = wanted._replace(part=None)
             os.close(wanted.part.fd)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 import time
-import zlib
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from .directory_tree import DirectoryTree
-from .holes import after_zeros, extents, filled_blocks
+from .holes import beginning_checksum, extents, filled_blocks
 from .path_expansion import Exclusion
 from .stream import (
     ABORT,
     BATCH,
     BATCH_TEXT,
     BEGINNING,
+    CHECKSUM,
     DATA,
     DONE,
     END,
@@ -29,6 +30,8 @@ from .stream import (
     LISTED,
     MISSED,
     NEED,
+    PROOF,
+    PROVE,
     READY,
     SAME,
     START,
@@ -113,6 +116,7 @@ class Sender:
         self._answers: Deque[bytes] = deque()
         self._ready: Optional[Dict[str, Any]] = None
         self._done: Optional[Dict[str, Any]] = None
+        self._proof: Optional[int] = None
         self._listed = 0
         self._is_folder = False
         # Names lead from the root through real directories only: others may put links in their place meanwhile. One
@@ -276,6 +280,11 @@ class Sender:
                 raise StreamClosedError("more answers than questions")
         elif kind == READY:
             self._ready = self._stream.message()
+        elif kind == PROOF:
+            try:
+                (self._proof,) = CHECKSUM.unpack(self._stream.payload())
+            except struct.error as error:
+                raise StreamClosedError("a frame that makes no sense: {}".format(error)) from error
         elif kind == ERROR:
             raise CopyError.received(self._stream.message())
         elif kind == DONE:
@@ -337,96 +346,81 @@ class Sender:
         if not stat.S_ISREG(before.st_mode):
             raise CopyError(path, "was replaced by something that is not a file while it was being sent")
         same = theirs is not None and digest(fd) == theirs
-        checksum = left = 0
         if same:
             self._counter.moved(before.st_size)
         else:
             start = 0
             if there is not None:
-                start = there[0] if there[0] <= before.st_size and _begins_with(fd, *there) else 0
-                checksum = there[1] if start else 0
+                start = there[0] if there[0] <= before.st_size and beginning_checksum(fd, there[0]) == there[1] else 0
                 self._stream.put(FROM, start.to_bytes(8, "big"))
                 self._counter.moved(start)
-            left, checksum = self._send_content(fd, start, before.st_size, checksum)
-            _check(fd, path, before, left, checksum)
-            self._approve(path, checksum)
-        summary = SUMMARY.pack(before.st_size, checksum, stat.S_IMODE(before.st_mode), before.st_mtime_ns)
+            left = self._send_content(fd, start, before.st_size)
+            self._check(fd, path, before, left)
+            self._approve(path)
+        summary = SUMMARY.pack(before.st_size, stat.S_IMODE(before.st_mode), before.st_mtime_ns)
         self._stream.put(SAME if same else LAST, summary)
         self._counter.file(not same)
 
-    def _approve(self, path: bytes, checksum: int) -> None:
-        """Raise a `CopyError` if a file that was sent is not to take its place; the checksum is that of all of it."""
+    def _approve(self, path: bytes) -> None:
+        """Raise a `CopyError` if a file that was sent is not to take its place."""
 
-    def _send_content(self, fd: int, start: int, end: int, checksum: int) -> Tuple[int, int]:
-        """Send a part of a file; return how much of it could not be read, and the checksum."""
+    def _send_content(self, fd: int, start: int, end: int) -> int:
+        """Send a part of a file; return how much of it could not be read."""
         for hole, data in extents(fd, start, end):
             if hole:
                 self._stream.put(HOLE, hole.to_bytes(8, "big"))
-                checksum = after_zeros(checksum, hole)
                 self._counter.moved(hole)
-            left, checksum = self._send_data(fd, data, checksum)
+            left = self._send_data(fd, data)
             start += hole + data - left
             if left:
                 break
-        return end - start, checksum
+        return end - start
 
-    def _send_data(self, fd: int, left: int, checksum: int) -> Tuple[int, int]:
+    def _send_data(self, fd: int, left: int) -> int:
         stream = self._stream
         while left:
             room = stream.room(left)
             count = os.readv(fd, [room])
             if not count:
                 break
-            checksum = zlib.crc32(room[:count], checksum)
             stream.fill(DATA, count)
             left -= count
             self._counter.moved(count)
             while stream.readable():
                 self._take()
-        return left, checksum
+        return left
 
+    def _check(self, fd: int, path: bytes, before: os.stat_result, left: int) -> None:
+        """Check that what was sent is what the file held when it was opened, also if it has grown since.
 
-def _check(fd: int, path: bytes, before: os.stat_result, left: int, checksum: int) -> None:
-    """Check that what was sent is what the file held when it was opened, also if it has grown since.
+        Args:
+            fd: The file.
+            path: Its path.
+            before: Its inode as it was then.
+            left: How many of its bytes could not be read.
+        """
+        more = not before.st_size and bool(os.read(fd, 1))
+        after = os.fstat(fd)
+        if after.st_size < before.st_size:
+            raise CopyError(path, SHRANK)
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            if left or beginning_checksum(fd, before.st_size) != self._checksum_there():
+                raise CopyError(path, REWRITTEN)
+        elif left or more:
+            raise CopyError(path, "is generated by the system and has no size: print it with a command")
 
-    Args:
-        fd: The file.
-        path: Its path.
-        before: Its inode as it was then.
-        left: How many of its bytes could not be read.
-        checksum: That of the bytes that were sent.
-    """
-    more = not before.st_size and bool(os.read(fd, 1))
-    after = os.fstat(fd)
-    if after.st_size < before.st_size:
-        raise CopyError(path, SHRANK)
-    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        if left or not _begins_with(fd, before.st_size, checksum):
-            raise CopyError(path, REWRITTEN)
-    elif left or more:
-        raise CopyError(path, "is generated by the system and has no size: print it with a command")
+    def _checksum_there(self) -> int:
+        """Return the checksum of what has come of the file that is being sent."""
+        self._proof = None
+        self._stream.put(PROVE)
+        while self._proof is None:
+            self._take()
+        return self._proof
 
 
 def _unreadable(path: bytes, error: OSError) -> CopyError:
     """Return the error about what was there when its directory was listed."""
     return CopyError(path, VANISHED, error.errno) if error.errno == errno.ENOENT else CopyError.of(path, error)
-
-
-def _begins_with(fd: int, count: int, checksum: int) -> bool:
-    """Return whether the first bytes of a file have a checksum."""
-    block = memoryview(bytearray(256 * 1024))
-    found = 0
-    if os.fstat(fd).st_size < count:
-        return False
-    for hole, data in extents(fd, 0, count):
-        found = after_zeros(found, hole)
-        while data:
-            read = os.readv(fd, [block[:data]])
-            if not read:
-                return False
-            found = zlib.crc32(block[:read], found)
-            data -= read
-    return found == checksum
 
 
 def _entry(name: bytes, inode: os.stat_result) -> List[Any]:

@@ -10,11 +10,15 @@ A copy has a sender and a receiver; the manager asks for it and is one of the tw
                                       where on, with the checksum of what is there
     sender    FROM? (DATA | HOLE)* LAST | SAME
                                       the wanted files in their order; FROM says from where on, if that was asked; HOLE
-                                      how many bytes are none; LAST carries size and checksum of the whole
+                                      how many bytes are none; LAST carries the size of the whole
+    sender    PROVE                   ahead of LAST: the file has changed meanwhile, so what has come is to be compared
+    receiver  PROOF                   the checksum of that
     sender    MISSED                  instead of LAST, also after DATA: a file of a directory cannot be sent, others can
     sender    LISTED, UNUSED?, END    all is listed (sizes are known), with what was of no use for that; all is sent
     receiver  DONE                    the last frame of every copy
     receiver  ERROR, sender ABORT     what fails is told by a frame, ABORT follows an ERROR, DONE an ABORT
+
+What comes is what was sent: ssh, or TLS, sees to that. So no checksum is computed but where files may differ.
 
 Several batches are under way at once, so nothing waits for a round trip per file. The frames towards the sender are
 small enough to fit into the buffers of a pipe together, so the two never wait for each other.
@@ -36,8 +40,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 (
     REQUEST, START, READY, ENTRIES, NEED, DATA, LAST, SAME, LISTED, END, DONE, ERROR, ABORT, FROM, BUSY, UNUSED, MISSED,
-    HOLE,
-) = range(1, 19)  # fmt: skip
+    HOLE, PROVE, PROOF,
+) = range(1, 21)  # fmt: skip
 # Of a file that goes from host to host; see `direct_copy`.
 LISTENING, NEXT, CAME, CHECK, VERDICT, REPORT = range(32, 38)
 
@@ -47,8 +51,11 @@ WINDOW = 4
 #: How many characters the names of a batch may have together before it is sent.
 BATCH_TEXT = 512 * 1024
 
-#: What LAST carries: size, checksum, mode, modification time in nanoseconds.
-SUMMARY = struct.Struct("!QIIq")
+#: What LAST carries: size, mode, modification time in nanoseconds.
+SUMMARY = struct.Struct("!QIq")
+
+#: What PROOF carries: a checksum, the CRC-32.
+CHECKSUM = struct.Struct("!I")
 
 #: What says how much of a file is there: the bytes, and their checksum.
 BEGINNING = struct.Struct("!QI")
@@ -69,6 +76,12 @@ _MOST_MISSED = 100
 
 class StreamClosedError(Exception):
     """The other side has ended, or says what makes no sense: nothing more can be told to it."""
+
+    @classmethod
+    def of(cls, error: OSError) -> "StreamClosedError":
+        """Return the error of the system about a stream: which one an end gives is a matter of a moment."""
+        ended = isinstance(error, (BrokenPipeError, ConnectionResetError))
+        return cls("it has ended" if ended else error.strerror)
 
 
 class CopyError(Exception):
@@ -267,7 +280,7 @@ class FrameStream:
                     self.moved += count
                     data = data[count:]
         except OSError as error:
-            raise StreamClosedError(error.strerror) from error
+            raise StreamClosedError.of(error) from error
         finally:
             self.waits = False
 
@@ -368,7 +381,7 @@ class FrameStream:
         try:
             count = self._receive(self._in[self._end :])
         except OSError as error:
-            raise StreamClosedError(error.strerror) from error
+            raise StreamClosedError.of(error) from error
         finally:
             self.waits = False
         if not count:

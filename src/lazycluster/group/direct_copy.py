@@ -258,7 +258,7 @@ class _ChainHost:
 
 
 class _FirstSender(Sender):
-    """Sends the file to the first host, and compares what it has sent with the manager's file: nobody else does.
+    """Sends the file to the first host, and compares what has come with the manager's file: nobody else does.
 
     Args:
         stream: Where to.
@@ -287,8 +287,8 @@ class _FirstSender(Sender):
                 self._on_error(error)
             raise
 
-    def _approve(self, path: bytes, checksum: int) -> None:
-        if checksum != self._known_checksum():  # its size and time may say nothing of that
+    def _approve(self, path: bytes) -> None:
+        if self._checksum_there() != self._known_checksum():  # its size and time may say nothing of that
             raise CopyError(path, REWRITTEN)
 
 
