@@ -7,6 +7,7 @@ written to the host's disk.
 from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
+import gc
 import os
 import stat
 import sys
@@ -75,6 +76,7 @@ def main(modules: Dict[str, Union[str, CodeType]], local: bool) -> None:
     Over ssh they become daemons, and this process stays as long as the agent does: sshd watches it. As a plain
     subprocess of the manager (`local`), this process is the guardian itself.
     """
+    gc.disable()  # what is loaded stays
     told = -1 if local else _told()
     sys.meta_path.insert(0, _AgentFinder(modules))
     descriptors = import_module(PACKAGE + ".descriptors")
@@ -138,6 +140,7 @@ def _serve(directory: str, listener: socket.socket, guardian: int, alive: int, l
         server = import_module(PACKAGE + ".server")
         agent = server.Agent(directory, listener, guardian, alive, local)
         agent.listen_to_shell(told)
+        gc.enable()
         status = 0 if agent.run() else 3
     finally:
         os._exit(status)

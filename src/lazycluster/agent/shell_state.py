@@ -23,11 +23,9 @@ _LAZY = 400  # characters of a function from which on it is read when it is call
 _BASH_TELLS = (
     "builtin echo {0} option; builtin shopt -p; set +o; set +eux; builtin echo {0} alias; builtin alias -p; "
     "builtin echo {0} variable IFS; builtin declare -p IFS; unset IFS; set -f; "
-    "builtin compgen -A variable | while builtin read -r n; do "
-    "builtin echo {0} variable $n; builtin declare -p $n; done; "
+    "for n in $(builtin compgen -A variable); do builtin echo {0} variable $n; builtin declare -p $n; done; "
     "builtin echo {0} names; builtin declare -F; "
-    "builtin compgen -A function | while builtin read -r n; do "
-    "builtin echo {0} function $n; builtin declare -f $n; done"
+    "for n in $(builtin compgen -A function); do builtin echo {0} function $n; builtin declare -f $n; done"
 )
 _ZSH_TELLS = (
     "builtin print -r -- {0} option; setopt; emulate zsh; builtin print -r -- {0} alias; alias -L; "
@@ -45,9 +43,11 @@ _FISH_TELLS = (
 _TCSH_TELLS = "echo {0} alias; alias"
 # How a shell that is started for it tells on a descriptor, and becomes what tells the rest.
 _ASKED = '{{ {tell}; }} >&{fd}; exec "{python}" -ISc "{program}"'
-# What a login shell is given; the other shells read it, too, and pass it over.
+# What a login shell is given; the other shells read it, too, and pass it over. The one that most have needs no program
+# to see which one it is.
 _AT_LOGIN = (
-    'eval \'expr "$SHELL" : ".*/{kind}" >/dev/null && test -n "${version}" && '
+    'eval \'test "$SHELL" = /bin/bash || test "$SHELL" = /usr/bin/bash || expr "$SHELL" : ".*/{kind}" >/dev/null && '
+    'test -n "${{{version}-}}" && '
     'eval "exec {fd}< <({tell}; builtin echo {word} end)" || :\' 2>/dev/null; '
 )
 

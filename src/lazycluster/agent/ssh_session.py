@@ -109,13 +109,15 @@ class TcpConnection:
             addresses.append((_MAPPED + addresses[0][0], _MAPPED + addresses[0][1]))
         ports = int(local[1]), int(peer[1])
         line = " {}:{:04X} {}:{:04X} {} "
-        self._lines = [line.format(ours, ports[0], theirs, ports[1], _ESTABLISHED) for ours, theirs in addresses]
+        self._lines = [
+            line.format(ours, ports[0], theirs, ports[1], _ESTABLISHED).encode() for ours, theirs in addresses
+        ]
 
     def stands(self) -> bool:
         """Return whether both sides still have it."""
         for path in _TABLES:
             try:
-                with open(path, encoding="ascii") as file:
+                with open(path, "rb") as file:
                     table = file.read(_LARGEST)
             except OSError:
                 continue
