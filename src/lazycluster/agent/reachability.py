@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import _socket as socket  # the module proper takes as long to import as all others together
 import errno
 import fcntl
-import hmac
 import os
-import socket
 import struct
 import time
+from _operator import _compare_digest as compare_digest  # hmac and hashlib would load all of OpenSSL
 from array import array
-from collections import deque
 
 from .processes import explained
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
+    from hashlib import blake2s
     from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
     from .loop import Loop, Timer
     from .session import RequestChannel
+else:
+    from _collections import deque
+
+    try:
+        from _blake2 import blake2s
+    except ImportError:
+        from hashlib import blake2s
 
 _MOST_OPEN = 64  # dials at once
-_MOST_YOUNG = 16  # of these, dials that have begun a moment ago: more would only wait for each other
+_MOST_YOUNG = 32  # of these, dials that have begun a moment ago: more would only wait for each other
 _YOUNG = 0.5  # seconds
 _TICK = 0.1  # seconds from one look at the ages of dials to the next
 _MOST_CALLERS = 512  # connections at once that have not ended; those that are not ours are among them
 _DIAL_LIMIT = 2.0  # seconds for one dial, and for a caller to say who it is
+_AGAIN_LIMIT = 1.0  # seconds for one that was not answered, the second time
 _ROUND_LIMIT = 6.0  # seconds for all dials together
 _LIFETIME = 60.0  # seconds, after which the listeners close whatever the manager does
 _NONCE, _MAC = 16, 16  # bytes
@@ -35,6 +44,7 @@ _LIST_INTERFACES = 0x8912  # SIOCGIFCONF
 _ROOM = 256 * 1024  # bytes for that
 _ENTRY = 40 if struct.calcsize("P") == 8 else 32
 _UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40  # flags of an IPv6 address: temporary, duplicate, deprecated, tentative
+_NO_ANSWER = "no answer"
 _NOT_CONNECTED = (errno.EAGAIN, errno.ENOTCONN)
 _NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
 
@@ -51,11 +61,13 @@ def interface_addresses() -> List[str]:
 
 def _ipv4_addresses() -> Iterator[str]:
     entries = array("B", bytes(_ROOM))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        try:
-            answer = fcntl.ioctl(any_socket, _LIST_INTERFACES, struct.pack("iP", _ROOM, entries.buffer_info()[0]))
-        except OSError:  # another kind of Unix
-            return
+    any_socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        answer = fcntl.ioctl(any_socket, _LIST_INTERFACES, struct.pack("iP", _ROOM, entries.buffer_info()[0]))
+    except OSError:  # another kind of Unix
+        return
+    finally:
+        any_socket.close()
     found = entries.tobytes()
     for start in range(0, struct.unpack("iP", answer)[0], _ENTRY):
         text = socket.inet_ntoa(found[start + 20 : start + 24])  # a name of 16 bytes, family, port, the address
@@ -99,14 +111,14 @@ class _Key:
 
     def is_question(self, data: bytes) -> bool:
         """Tell whether one who knows the key has said this."""
-        return hmac.compare_digest(data, self.question(data[:_NONCE]))
+        return compare_digest(data, self.question(data[:_NONCE]))
 
     def answer(self, question: bytes, body: bytes) -> bytes:
         """Return what proves to whoever has asked which host has answered."""
         return body + self._mac(b"answer", question[:_NONCE] + body)
 
     def _mac(self, what: bytes, data: bytes) -> bytes:
-        return hmac.digest(self._key, what + data, "sha256")[:_MAC]
+        return blake2s(what + data, digest_size=_MAC, key=self._key).digest()
 
 
 _QUESTION_SIZE, _ANSWER_SIZE = _NONCE + _MAC, _BODY.size + _MAC
@@ -134,13 +146,17 @@ class _Listener:
     def _accept(self) -> None:
         while True:
             try:
-                caller = self._socket.accept()[0]
+                caller = self._accepted()
             except OSError:
                 return
             if len(self._callers) >= _MOST_CALLERS:
                 caller.close()
                 continue
             self._take(caller)
+
+    def _accepted(self) -> socket.socket:
+        fd = self._socket._accept()[0]  # type: ignore[attr-defined]
+        return socket.socket(self._socket.family, socket.SOCK_STREAM, 0, fd)
 
     def _take(self, caller: socket.socket) -> None:
         caller.setblocking(False)
@@ -192,14 +208,17 @@ class _Dial:
     """A connection to one address and port, and the question who is there.
 
     Attributes:
+        limit: After how many seconds it is given up.
         since: When it has begun, by the monotonic clock.
         young: Whether that is a moment ago.
         reached: The address of the listener, as its own host knows it, if the right host has answered.
         problem: Why nothing is proven, "" if it is.
     """
 
-    def __init__(self, loop: "Loop", key: _Key, peer: int, address: str, port: int, bare: bool) -> None:
-        self.peer, self.address, self.port = peer, address, port
+    def __init__(
+        self, loop: "Loop", key: _Key, peer: int, address: str, port: int, bare: bool, limit: float = _DIAL_LIMIT
+    ) -> None:
+        self.peer, self.address, self.port, self.limit = peer, address, port, limit
         self.since, self.young = 0.0, False
         self.reached = self.problem = ""
         self._loop, self._key, self._bare = loop, key, bare
@@ -263,7 +282,7 @@ class _Dial:
         if data and len(self._answer) < _ANSWER_SIZE:
             return
         body = self._answer[: _BODY.size]
-        if not hmac.compare_digest(self._answer, self._key.answer(self._question, body)):
+        if not compare_digest(self._answer, self._key.answer(self._question, body)):
             self._end("stranger")
             return
         who, reached = _BODY.unpack(body)
@@ -283,7 +302,11 @@ class _Dial:
 
     def give_up(self) -> None:
         """Do not wait any longer."""
-        self._end("no answer")
+        self._end(_NO_ANSWER)
+
+    def again(self) -> "_Dial":
+        """Return another try."""
+        return _Dial(self._loop, self._key, self.peer, self.address, self.port, self._bare, _AGAIN_LIMIT)
 
     def close(self) -> None:
         """Release what it holds."""
@@ -297,7 +320,7 @@ def _why(status: "Optional[int]") -> str:
     if status == errno.ECONNREFUSED:
         return "refused"
     if status in (errno.ETIMEDOUT, errno.ECONNRESET):
-        return "no answer"
+        return _NO_ANSWER
     if status in _NO_ROUTE:
         return "unreachable"
     return explained(os.strerror(status or errno.EINVAL))
@@ -316,6 +339,7 @@ class _Participant:
         self._waiting: "Deque[_Dial]" = deque()
         self._open: "Dict[_Dial, None]" = {}
         self._young = 0
+        self._is_late = False
         self._failed: "List[List[Any]]" = []
         self._reached: "Dict[Tuple[int, str], str]" = {}
         self._deadline: "Optional[Timer]" = None
@@ -358,11 +382,13 @@ class _Participant:
                     self._failed.append([peer, address, port, "own"])
                 else:
                     self._waiting.append(_Dial(self._loop, self._key, peer, address, port, bare))
+        self._is_late = False
         self._deadline = self._loop.call_later(_ROUND_LIMIT, self._late)
         self._go_on()
 
     def _late(self) -> None:
         """Give up what is not over: too many have not answered."""
+        self._is_late = True
         while self._waiting:
             dial = self._waiting.popleft()
             self._failed.append([dial.peer, dial.address, dial.port, "not tried"])
@@ -393,7 +419,7 @@ class _Participant:
             if dial.young and now - dial.since >= _YOUNG:
                 dial.young = False
                 self._young -= 1
-            if now - dial.since >= _DIAL_LIMIT:
+            if now - dial.since >= dial.limit:
                 dial.give_up()
         self._go_on()
         if self._open and self._tick is None:
@@ -404,7 +430,9 @@ class _Participant:
         if dial.young:
             dial.young = False
             self._young -= 1
-        if dial.problem:
+        if dial.problem == _NO_ANSWER and dial.limit == _DIAL_LIMIT and not self._is_late:
+            self._waiting.append(dial.again())  # where very many dial at once, a packet is lost easily
+        elif dial.problem:
             self._failed.append([dial.peer, dial.address, dial.port, dial.problem])
         else:
             self._reached[dial.peer, dial.address] = dial.reached
