@@ -9,7 +9,6 @@ import logging
 import os
 import threading
 from pathlib import Path
-from urllib.parse import quote
 
 from .agent.ownership import make
 
@@ -152,6 +151,8 @@ def safe_name(name: str) -> str:
         >>> safe_name("me@host:22"), safe_name("../etc/passwd"), safe_name("..")
         ('me@host:22', '..%2Fetc%2Fpasswd', '%2E%2E')
     """
+    from urllib.parse import quote
+
     quoted = quote(name, safe="@:+=,", errors="surrogatepass")
     if not quoted.strip("."):
         quoted = quoted.replace(".", "%2E") or "%"

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazycluster.core import event_loop, ipython
-from lazycluster.environments.cache import Host, HostCache, Removal, list_on, prune_on, remove_on
 from lazycluster.environments.spec import ROOT
 from lazycluster.exceptions import LazyclusterError
 from lazycluster.output import progress as progress_display
@@ -36,6 +35,7 @@ from .status import HostCallback, HostStatus, host_status, watch
 from .views import group_view, hosts_view, info_or_error
 
 if TYPE_CHECKING:
+    from lazycluster.environments.cache import Host, HostCache, Removal
     from lazycluster.pool.executor import GroupExecutor
 
 __all__ = ["RuntimeGroup"]
@@ -287,6 +287,8 @@ class RuntimeGroup(Shown):
         Raises:
             LazyclusterError: If no host can be asked.
         """
+        from lazycluster.environments.cache import list_on
+
         return self._on_stores(lambda host: list_on(host, cache_dir), "its environments are not listed")
 
     def remove_environments(self, ids: str | Iterable[str], cache_dir: str = ROOT) -> dict[str, Removal]:
@@ -296,6 +298,8 @@ class RuntimeGroup(Shown):
             ids: Their names, which are the same on all hosts.
             cache_dir: See :meth:`list_environments`.
         """
+        from lazycluster.environments.cache import remove_on
+
         names = listed(ids)
         return self._on_stores(lambda host: remove_on(host, names, cache_dir), "its environments are not removed")
 
@@ -309,6 +313,8 @@ class RuntimeGroup(Shown):
             unused_for: All that was not used for so many seconds.
             cache_dir: See :meth:`list_environments`.
         """
+        from lazycluster.environments.cache import prune_on
+
         return self._on_stores(
             lambda host: prune_on(host, size_limit, unused_for, cache_dir), "its environments are not pruned"
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import html
 import os
 import sys
 import time
@@ -374,6 +373,8 @@ class _NotebookDisplay:
             self._put("")
 
     def _put(self, bar: str) -> None:
+        import html
+
         from IPython.display import display
 
         data = {

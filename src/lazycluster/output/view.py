@@ -5,7 +5,6 @@ Most of what is shown comes from hosts, which may mean harm: a terminal gets no 
 
 from __future__ import annotations
 
-import html
 import io
 import os
 import sys
@@ -247,4 +246,6 @@ def _span(cell: Cell | str) -> str:
 
 
 def _escaped(text: str) -> str:
+    import html
+
     return html.escape(printable(text)).replace("\n", "<br>")

@@ -8,7 +8,6 @@ and one summary per host.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import secrets
 import socket
 import weakref
@@ -69,6 +68,8 @@ def checked_address(value: object, host: str) -> str:
         TypeError: If it is no text.
         ValueError: If it is no address at which other machines can reach a host.
     """
+    import ipaddress
+
     if not isinstance(value, str):
         raise TypeError(f"{host}: address must be a string, not {type(value).__name__}")
     try:
