@@ -107,13 +107,18 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def in_turns(repeat: int, **contenders: Callable[[], Any]) -> dict[str, float]:
-    """Run all contenders in turns, so that a noisy moment meets all; returns the median seconds of each."""
+def turns(repeat: int, **contenders: Callable[[], Any]) -> dict[str, list[float]]:
+    """Run all contenders in turns, so that a noisy moment meets all; returns the seconds of each."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeat):
         for name, work in contenders.items():
             times[name].append(seconds(work))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def in_turns(repeat: int, **contenders: Callable[[], Any]) -> dict[str, float]:
+    """Run all contenders in turns; returns the median seconds of each."""
+    return {name: statistics.median(values) for name, values in turns(repeat, **contenders).items()}
 
 
 @contextmanager
