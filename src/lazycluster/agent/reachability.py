@@ -283,7 +283,7 @@ class _Dial:
             return
         body = self._answer[: _BODY.size]
         if not compare_digest(self._answer, self._key.answer(self._question, body)):
-            self._end("stranger")
+            self._end("other program")
             return
         who, reached = _BODY.unpack(body)
         if who != self.peer:

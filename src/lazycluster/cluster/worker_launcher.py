@@ -188,7 +188,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
         finally:
             for task in (doing, gone):
                 task.cancel()
-            await asyncio.gather(doing, gone, return_exceptions=True)
+            await asyncio.wait({doing, gone})  # not gather: cancelled itself, that would cancel them once more
         if doing.cancelled():
             raise masters[0].error or ClusterError(f"the {self.engine.master_name} has ended")
         return doing.result()

@@ -44,7 +44,7 @@ _WHY = {
     "refused": "refused",
     "no answer": "no answer within 2 s",
     "unreachable": "no route to it",
-    "stranger": "something else than our listener answers there",
+    "other program": "something else than our listener answers there",
     "not tried": "not tried, since too many others did not answer in time",
 }
 

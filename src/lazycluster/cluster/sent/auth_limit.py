@@ -74,7 +74,7 @@ class AuthLimit(Generic[C]):
 
 def limited_logger() -> logging.Logger:
     """Return the logger for what unauthenticated clients cause."""
-    logger = logging.getLogger("lazycluster.strangers")
+    logger = logging.getLogger("lazycluster.auth_limit")
     limit_lines(logger.name)
     return logger
 
