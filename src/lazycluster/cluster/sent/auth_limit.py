@@ -74,7 +74,7 @@ class AuthLimit(Generic[C]):
 
 def limited_logger() -> logging.Logger:
     """Return the logger for what unauthenticated clients cause."""
-    logger = logging.getLogger("lazycluster.auth_limit")
+    logger = logging.getLogger("lazycluster.strangers")  # a name that programs may have settings for
     limit_lines(logger.name)
     return logger
 
