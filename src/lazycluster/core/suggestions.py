@@ -1,4 +1,4 @@
-"""What an error says about a name that is not known: the one that is meant, or those that there are."""
+"""Suggestions in errors about a name that is not known: the one that is meant, or those that there are."""
 
 from __future__ import annotations
 
