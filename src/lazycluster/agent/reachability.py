@@ -295,7 +295,6 @@ class _Dial:
     def _end(self, problem: str) -> None:
         if self._is_over:
             return
-        self._is_over = True
         self.close()
         self.problem = problem
         self._on_end(self)
@@ -309,7 +308,8 @@ class _Dial:
         return _Dial(self._loop, self._key, self.peer, self.address, self.port, self._bare, _AGAIN_LIMIT)
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release what it holds; nothing comes of it any more."""
+        self._is_over = True
         if self._socket is not None and self._socket.fileno() >= 0:
             self._loop.remove_writer(self._socket.fileno())
             self._loop.remove_reader(self._socket.fileno())

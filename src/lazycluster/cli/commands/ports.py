@@ -9,17 +9,13 @@ import click
 
 from lazycluster.cli.console import tell
 from lazycluster.cli.options import (
-    ALL,
     Targets,
     complete_hosts,
     connection_options,
     host_options,
-    how_to_connect,
-    match,
     relay_option,
     targets,
 )
-from lazycluster.core.hostsets import HostSetError, expand, is_pattern
 
 if TYPE_CHECKING:
     from lazycluster.ssh.connection import Connection
@@ -46,13 +42,13 @@ def forward(
       lazycluster forward gpu-a 8888   # then open http://localhost:8888
       lazycluster forward gpu-a 9000:8787 6006
     """
-    from lazycluster.cli.console import person_is_there
     from lazycluster.core import event_loop
 
     pairs = [_pair(text) for text in ports]
-    settings = how_to_connect(config, connect_timeout, accept_new_host_key, relay)
-    chosen = Targets([_single(host)], settings=settings, ask=person_is_there())
-    event_loop.run(_forward(chosen.connection(host), pairs))
+    chosen = targets((host,), (), None, config, connect_timeout, accept_new_host_key, relay=relay)
+    if len(chosen.names) > 1:
+        raise click.UsageError(f"{host!r} is not a single host: name the one whose ports are to be reached")
+    event_loop.run(_forward(chosen.connection(chosen.names[0]), pairs))
 
 
 @click.command()
@@ -79,23 +75,6 @@ def expose(
     pairs = [(first or last, last) for first, last in map(_pair, ports)]
     chosen = targets(hosts, exclude_hosts, hostfile, config, connect_timeout, accept_new_host_key, relay=relay)
     event_loop.run(_expose(chosen, pairs))
-
-
-def _single(host: str) -> str:
-    """Return the one host that is named.
-
-    Raises:
-        click.UsageError: If it is none, or there are several.
-    """
-    try:
-        names = expand(host)
-        if not names:
-            raise click.UsageError("no hosts are named: the given set or file is empty")
-        if len(names) > 1 or is_pattern(names[0]) or names[0] == ALL:
-            raise click.UsageError(f"{host!r} is not a single host: name the one whose ports are to be reached")
-        return match(names, [])[0]
-    except HostSetError as error:
-        raise click.UsageError(str(error)) from None
 
 
 def _pair(text: str) -> tuple[int | None, int]:
