@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from changedagents import changed
 from lazycluster import Runtime, RuntimeGroup, RuntimeTask
-from lazycluster.agent import bootstrap
 from lazycluster.exceptions import ConnectionLostError, LazyclusterError, NoAnswerError, TaskExecutionError
-from lazycluster.ssh import agent_program, connection, ssh_connection, transfer
+from lazycluster.ssh import connection, ssh_connection, transfer
 from patience import until
 
 # A host that keeps its link alive and leaves those requests unanswered that a file in its home names.
@@ -35,35 +33,18 @@ _BUSY = '            while os.path.exists(os.path.expanduser("~/busy")):\n      
 _SIGNS, _MORE_SIGNS = "_BUSY_EVERY = 5.0", "_BUSY_EVERY = 0.2"
 
 
-def _read_agent_again() -> None:
-    for kept in (agent_program._sources, agent_program.payload, agent_program.all_modules):
-        kept.cache_clear()
-
-
 @pytest.fixture
-def mutable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def mutable(tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Agents that can be told what not to answer; returns who tells them."""
-    agent = tmp_path / "agent"
-    shutil.copytree(Path(bootstrap.__file__).parent, agent)
-    for name, before, after in (
-        ("server", _REQUEST, _MUTE),
-        ("sender", _SOURCE, _BUSY),
-        ("stream", _SIGNS, _MORE_SIGNS),
-    ):
-        module = agent / f"{name}.py"
-        assert before in module.read_text()
-        module.write_text(module.read_text().replace(before, after))
-    told = SimpleNamespace(**{**vars(bootstrap), "__file__": str(agent / "bootstrap.py")})
-    monkeypatch.setattr(agent_program, "bootstrap", told)
-    _read_agent_again()
     files: list[Path] = []
 
     def mute(host: Any, *operations: str) -> None:
         files.append(host.path("~/mute"))
         files[-1].write_text(" ".join(operations))
 
-    yield mute
-    _read_agent_again()
+    changes = ("server", _REQUEST, _MUTE), ("sender", _SOURCE, _BUSY), ("stream", _SIGNS, _MORE_SIGNS)
+    with changed(tmp_path, *changes):
+        yield mute
     for file in files:
         file.unlink(missing_ok=True)
 

@@ -7,25 +7,24 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from changedagents import changed
+
 pytest.importorskip("cryptography")
 
 from lazycluster import RuntimeGroup
-from lazycluster.agent import bootstrap
 from lazycluster.cli import app
 from lazycluster.core import event_loop
 from lazycluster.exceptions import GroupTaskError, LazyclusterError
 from lazycluster.group import direct_copy
 from lazycluster.group.direct_copy import DirectCopy, DirectTarget
-from lazycluster.ssh import agent_program, transfer
+from lazycluster.ssh import transfer
 from lazycluster.ssh.ssh_connection import SshConnection
 from lazycluster.ssh.transfer import TransferError, TransferResult
 
@@ -333,23 +332,12 @@ def test_a_file_that_is_rewritten_meanwhile_is_on_no_host(
 
 
 @pytest.fixture
-def with_liar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def with_liar(tmp_path: Path) -> Iterator[None]:
     """Hosts that pass on something else than what they have got, if there is a file ``liar`` in their home."""
-    agent = tmp_path / "agent"
-    shutil.copytree(Path(bootstrap.__file__).parent, agent)
-    module = agent / "direct_copy.py"
     before = "            count = os.preadv(fd, [room], position)\n"
     lie = '            if os.path.exists(os.path.expanduser("~/liar")):\n                room[0] ^= 1\n'
-    assert module.read_text().count(before) == 1
-    module.write_text(module.read_text().replace(before, before + lie))
-    told = SimpleNamespace(**{**vars(bootstrap), "__file__": str(agent / "bootstrap.py")})
-    monkeypatch.setattr(agent_program, "bootstrap", told)
-    kept = (agent_program._sources, agent_program.payload, agent_program.all_modules)
-    for one in kept:
-        one.cache_clear()
-    yield
-    for one in kept:
-        one.cache_clear()
+    with changed(tmp_path, ("direct_copy", before, before + lie)):
+        yield
 
 
 @pytest.mark.usefixtures("with_liar")

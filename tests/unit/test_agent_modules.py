@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import ast
 import json
+import marshal
 import math
 import os
+import re
 import select
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
-from lazycluster.agent import bootstrap, json_text, poller, server
+from changedagents import changed, read_again
+from lazycluster.agent import bootstrap, json_text, operations, poller, services, zygote_link
 from lazycluster.ssh import agent_program
 
 FOLDER = Path(bootstrap.__file__).parent
-# What only requests import that bring all modules, and copies, before which they are sent.
+# What only copies import, before which it is sent.
 LATER = {"files", "partial_files", "stream"}
+FURTHER = sorted((set(operations.HANDLERS) - agent_program.START_OPERATIONS) | {agent_program.COPIES})
+# Where modules are imported or read by a name that no import statement has, and how often.
+BY_NAME = {
+    "bootstrap": 6,  # of the start
+    "detached": 1,  # "functions" beside "commands"
+    "environment_program": 2,  # itself
+    "guardian": 1,  # of Python
+    "json_text": 1,
+    "limits": 1,  # itself
+    "localmodules": 4,  # the user's
+    "server": 1,  # handlers
+    "services": 1,
+    "zygote": 1,  # the user's
+    "zygote_link": 3,
+}
 RARE = {"limits", "ps", "spool"}  # of those of the start, what few connections import
 # What takes as long to import as Python to start, and what it is imported for.
 LARGE = {"argparse", "collections", "ctypes", "enum", "functools", "json", "re", "selectors", "shutil", "signal"}
@@ -42,19 +62,72 @@ def imported(module: str) -> Iterator[str]:
 
 
 def test_an_agent_starts_with_all_modules_that_its_first_requests_import() -> None:
-    """Also those that are imported within functions, but for copies and requests that bring all modules."""
+    """Also those that are imported within functions, but for copies, which bring theirs."""
     start = set(agent_program._START)
-    handled = {module for name, (module, _) in server._HANDLERS.items() if name in agent_program.START_OPERATIONS}
+    handled = {module for name, (module, _) in operations.HANDLERS.items() if name in agent_program.START_OPERATIONS}
     missing = handled - start
     for module in start:
         missing |= set(imported(module)) - start - LATER
     assert not missing
 
 
+@pytest.mark.parametrize("operation", FURTHER)
+def test_a_request_brings_all_that_it_imports(operation: str) -> None:
+    """In all its modules, and what copies begin with."""
+    there = agent_program.further_modules(operation)
+    wanted = {operations.HANDLERS[operation][0]} if operation in operations.HANDLERS else LATER
+    for module in there:
+        wanted |= set(imported(module))
+    assert wanted <= there | set(agent_program._START)
+
+
+def test_modules_that_are_imported_or_read_by_name() -> None:
+    """`agent_program` has to know all of them."""
+    found = {}
+    for path in FOLDER.glob("*.py"):
+        calls = re.findall(
+            r"(?<!def )\b(?:import_module|get_source|texts|find_spec)\(", path.read_text(encoding="utf-8")
+        )
+        found.update({path.stem: len(calls)} if calls else {})
+    assert found == BY_NAME
+    texts = {"zygote", *zygote_link._MODULES, *zygote_link._POOL_MODULES}
+    assert set(agent_program._BY_NAME["zygote_link"]) == texts
+    assert set(agent_program._BY_NAME["services"]) == set(services._IN_PROGRAMS)
+    assert texts.union(services._IN_PROGRAMS) <= agent_program._AS_TEXT
+
+
+@pytest.mark.parametrize("tag", [sys.implementation.cache_tag, "cpython-38"])
+def test_modules_are_sent_as_code_or_text(tag: str) -> None:
+    """As code where that is of use, and never with a path of the manager."""
+    names = agent_program.further_modules("call")
+    sent = marshal.loads(zlib.decompress(agent_program.packed_modules(names, tag)))
+    assert set(sent) == names
+    for name, module in sent.items():
+        as_text = name in agent_program._AS_TEXT or tag == "cpython-38"
+        assert isinstance(module, str if as_text else CodeType)
+    assert str(FOLDER).encode() not in zlib.decompress(agent_program.packed_modules(names, tag))
+    assert str(FOLDER).encode() not in zlib.decompress(agent_program.payload(False, tag).partition(b"\n")[2])
+
+
+def test_what_another_version_has_compiled_is_not_sent(tmp_path: Path) -> None:
+    """One that was installed since the texts were read: agents are of one version."""
+    with changed(tmp_path, ("ports", "def nonce(", "def nonce(")):
+        assert "nonce" in agent_program._compiled("ports").co_names
+        read_again()
+        agent_program._modules()
+        module = tmp_path / "agent" / "ports.py"
+        module.write_text("another = 1\n")
+        assert "nonce" in agent_program._compiled("ports").co_names
+        read_again()
+        agent_program._modules()
+        module.unlink()
+        assert "another" in agent_program._compiled("ports").co_names
+
+
 def test_requests_of_the_start_are_those_that_there_are() -> None:
     """A request that was renamed would be sent without the modules that it needs."""
     of_the_agent = {"at_manager_end", "listen", "ping", "session", "stop"}
-    assert set(agent_program.START_OPERATIONS) - of_the_agent <= set(server._HANDLERS)
+    assert set(agent_program.START_OPERATIONS) - of_the_agent <= set(operations.HANDLERS)
 
 
 def test_the_start_of_an_agent_imports_nothing_large() -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import fakegpus
+from changedagents import changed
 from lazycluster.agent import gpus, processes
 from lazycluster.agent.loop import Loop
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError
-from lazycluster.ssh import agent_program
 from lazycluster.ssh.local_connection import LocalConnection
 
 _SHOW = "env | grep ^CUDA; echo up; exec sleep 1000"
@@ -83,37 +83,14 @@ def test_an_old_driver_is_asked_again_in_words_that_it_knows(tmp_path: Path) -> 
         ("#!/bin/sh\nsleep 1000 & sleep 1000", "did not answer within"),
     ],
 )
-def test_a_program_that_tells_of_no_gpu(
-    text: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The agent is sent as text: what it is to wait for is changed there.
-    source = Path(gpus.__file__).read_text("utf-8")
+def test_a_program_that_tells_of_no_gpu(text: str, problem: str, tmp_path: Path) -> None:
     fakegpus.program(tmp_path, text + "\n")
-    answer = _with_limit(1.0, source, tmp_path, monkeypatch) if "within" in problem else _ask(tmp_path)
+    limit = "_LIMIT = 1.0" if "within" in problem else "_LIMIT = 20.0"
+    with changed(tmp_path, ("gpus", "_LIMIT = 20.0", limit)):
+        answer = _ask(tmp_path)
     assert answer["gpus"] == []
     with pytest.raises(AssertionError, match=problem):
         raise AssertionError(answer["problem"])
-
-
-def _read_agent_again() -> None:
-    for kept in (agent_program._sources, agent_program.payload, agent_program.all_modules):
-        kept.cache_clear()
-
-
-def _with_limit(limit: float, source: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    shorter = source.replace("_LIMIT = 20.0", f"_LIMIT = {limit}")
-    assert shorter != source
-    read = Path.read_text
-
-    def patched(path: Path, *arguments: Any, **options: Any) -> str:
-        return shorter if path.name == "gpus.py" else read(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "read_text", patched)
-    _read_agent_again()
-    try:
-        return _ask(directory)
-    finally:
-        _read_agent_again()
 
 
 def test_without_the_program_there_is_no_gpu(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from lazycluster import LocalRuntime, RuntimeGroup
 from lazycluster.agent import wire
+from lazycluster.agent.operations import HANDLERS
 from lazycluster.core import event_loop
 from lazycluster.exceptions import AgentError, ConnectionLostError, InvalidRuntimeError, LazyclusterError
 from lazycluster.output import log_limit
@@ -55,7 +56,7 @@ async def linked() -> AsyncIterator[tuple[AgentLink, Host, list[Exception | None
         link.lost(str(error or "gone"))
 
     link = AgentLink("host1", ours_in, ours_out, on_lost)
-    link._has_all_modules = True  # as later on: the first request is number 1
+    link._sent_for.update(HANDLERS)  # as later on: the first request is number 1
     try:
         yield link, Host(theirs_in, theirs_out), lost
     finally:

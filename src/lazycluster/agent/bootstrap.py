@@ -32,16 +32,20 @@ class _AgentFinder:
     """
 
     def __init__(self, modules: Dict[str, Union[str, CodeType]]) -> None:
-        self._modules = modules
-        self._sources: Dict[str, str] = {}
+        self._modules: Dict[str, Union[str, CodeType]] = {}
+        self._texts: Dict[str, str] = {}
+        self.add(modules)
 
-    def add(self, sources: Dict[str, str]) -> None:
-        """Take the sources of all modules, also of those that there are as code."""
-        self._sources = sources
+    def add(self, modules: Dict[str, Union[str, CodeType]]) -> None:
+        """Take more modules, as text or code; those that are read as text, too, may come as both."""
+        for name, module in modules.items():
+            if isinstance(module, str):
+                self._texts[name] = module
+            self._modules.setdefault(name, module)
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Optional[ModuleSpec]:
         package, _, module = name.rpartition(".")
-        if name == PACKAGE or (package == PACKAGE and (module in self._modules or module in self._sources)):
+        if name == PACKAGE or (package == PACKAGE and module in self._modules):
             return ModuleSpec(name, self, is_package=name == PACKAGE)  # type: ignore[arg-type]
         return None
 
@@ -51,16 +55,14 @@ class _AgentFinder:
     def exec_module(self, module: Any) -> None:
         if module.__name__ != PACKAGE:
             name = module.__name__.rpartition(".")[2]
-            code = self._modules.get(name) or self._sources[name]
+            code = self._modules[name]
             if isinstance(code, str):
                 code = compile(code, file_name(name), "exec", dont_inherit=True)
             exec(code, module.__dict__)
 
     def get_source(self, name: str) -> Optional[str]:
-        """Return a module's source, for tracebacks and for what is started from it."""
-        name = name.rpartition(".")[2]
-        code = self._modules.get(name)
-        return code if isinstance(code, str) else self._sources.get(name)
+        """Return a module's text if it came as such, for tracebacks and for what is started from it."""
+        return self._texts.get(name.rpartition(".")[2])
 
 
 def file_name(module: str) -> str:

@@ -13,6 +13,7 @@ from . import descriptors, json_text
 from .guardian import AT_MANAGER_END_FILE, clean
 from .loop import Loop
 from .manager_link import ManagerLink
+from .operations import HANDLERS
 from .processes import (
     AGENT_MARKER,
     Termination,
@@ -29,7 +30,7 @@ from .session import RequestChannel
 
 TYPE_CHECKING = False  # importing typing would cost more than the rest of the module
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar
+    from typing import Any, Callable, Dict, List, Optional, TypeVar
 
     from .partial_files import PartialFiles
     from .session import FrameSession
@@ -42,35 +43,6 @@ _MOST_STREAMS = 2  # descriptors that come along: for reading, and for writing
 _SWEEP_DELAY = 0.5
 _LISTEN_DELAY = 0.05  # seconds: what the manager asks for first, comes first
 _PAUSE = 0.1  # seconds without new connections when there are no descriptors left
-
-# request -> (module, function); modules are imported when they are first needed, which keeps the start short
-_HANDLERS: Dict[str, Tuple[str, str]] = {
-    "run": ("commands", "run"),
-    "setup": ("commands", "setup"),
-    "call": ("functions", "call"),
-    "packages": ("functions", "packages"),
-    "interpreters": ("functions", "interpreters"),
-    "info": ("host_info", "info"),
-    "gpus": ("gpus", "gpus"),
-    "ports": ("ports", "free"),
-    "nonce": ("ports", "nonce"),
-    "exposed": ("ports", "exposed"),
-    "reach": ("reachability", "reach"),
-    "mkdir": ("paths", "mkdir"),
-    "mkdtemp": ("paths", "mkdtemp"),
-    "remove": ("paths", "remove"),
-    "expand": ("paths", "expanded"),
-    "service": ("services", "service"),
-    "detach": ("detached", "detach"),
-    "detached": ("detached", "detached"),
-    "relay": ("relay", "relay"),
-    "pool": ("pools", "pool"),
-    "environment": ("environment_cache", "environment"),
-    "activity": ("host_load", "activity"),
-    "tunnels": ("host_load", "tunnels"),
-    "usage": ("host_load", "usage"),
-    "leftovers": ("leftovers", "leftovers"),
-}
 
 
 class Agent:
@@ -269,8 +241,8 @@ class Agent:
                 self._manager_link.agree(channel)
             elif operation == "ping":
                 channel.result()
-            elif operation in _HANDLERS:
-                module, function = _HANDLERS[operation]
+            elif operation in HANDLERS:
+                module, function = HANDLERS[operation]
                 getattr(import_module("." + module, __package__), function)(channel)
             else:
                 channel.fail("value", "unknown request {!r}".format(operation))
@@ -372,7 +344,7 @@ class Agent:
 
 
 def _take_modules(channel: RequestChannel) -> None:
-    """Handle the request `modules`: take the modules that were not needed until now."""
+    """Handle the request `modules`: take modules that were not needed until now, as text or code."""
     parts: List[bytes] = []
 
     def take() -> None:
@@ -380,8 +352,8 @@ def _take_modules(channel: RequestChannel) -> None:
         import zlib
 
         # It comes from the manager, whose programs run here anyway.
-        sources = marshal.loads(zlib.decompress(b"".join(parts)))  # noqa: S302
-        __loader__.add(sources)  # type: ignore[name-defined]
+        modules = marshal.loads(zlib.decompress(b"".join(parts)))  # noqa: S302
+        __loader__.add(modules)  # type: ignore[name-defined]
         channel.result()
 
     channel.on_input, channel.on_input_end = parts.append, take

@@ -442,8 +442,7 @@ def _import_everything(engine: str) -> None:
     """
     own = f"{engine.rpartition('.')[0]}."
     service_spec.pin_sources()
-    for local in (True, False):
-        agent_program.payload(local, sys.implementation.cache_tag)
+    agent_program.read_all()
     for name in _modules(lazycluster.__path__, "lazycluster."):
         if name.startswith(own) or not name.startswith(_NOT_NEEDED):
             with contextlib.suppress(ImportError):  # of a package that is not installed

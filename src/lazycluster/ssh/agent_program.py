@@ -5,24 +5,58 @@ from __future__ import annotations
 import functools
 import marshal
 import os
+import re
 import secrets
 import shlex
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 from lazycluster.agent import bootstrap, shell_state
+from lazycluster.agent.operations import HANDLERS
 
 OLDEST_PYTHON = (3, 8)
 # What each agent imports for its start, its commands and its end; the test of it knows what these import.
 _START = (
-    *("descriptors", "directories", "guardian", "json_text", "loop", "manager_link", "poller", "processes", "server"),
-    *("session", "ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+    *(
+        "descriptors",
+        "directories",
+        "guardian",
+        "json_text",
+        "loop",
+        "manager_link",
+        "operations",
+        "poller",
+        "processes",
+    ),
+    *("server", "session", "ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
     *("deletion", "leftovers", "limits", "ownership", "path_expansion", "paths", "ps", "spool"),
 )
-_AS_TEXT = ("limits",)  # of those, what becomes a program of its own
+_START_TEXTS = frozenset(("limits",))  # of those, what becomes a program of its own
+# Modules that are imported or read by their name; the test of it knows where.
+_ZYGOTE = (
+    "ownership",
+    "bytecode",
+    "descriptors",
+    "localmodules",
+    "filenames",
+    "interpreters",
+    "limits",
+    "call_process",
+)
+_BY_NAME = {
+    "detached": ("functions",),
+    "services": ("bytecode", "ownership"),
+    "zygote_link": ("zygote", *_ZYGOTE, "pool_protocol", "pool_worker"),
+}
+_AS_TEXT = frozenset(("environment_program", "limits", *_BY_NAME["services"], *_BY_NAME["zygote_link"]))
+COPIES = "copies"
+"""Stands for a request in `further_modules`: copies begin on streams of their own."""
 START_OPERATIONS = frozenset(
     (
         *("at_manager_end", "expand", "leftovers", "listen", "mkdir", "mkdtemp", "ping", "remove", "run", "session"),
@@ -30,6 +64,9 @@ START_OPERATIONS = frozenset(
     )
 )
 """Requests for which an agent needs no more modules than it starts with."""
+
+_IMPORT = re.compile(r"^ *from \.(\w*) import (?:\(([^)]*)\)|([^\n(]*))", re.MULTILINE)
+_WORD = re.compile(r"\w+")
 
 # Every login shell takes this: no line break, no single quote, no $, ! or \ in it.
 _STUB = (
@@ -170,39 +207,103 @@ def payload(local: bool, cache_tag: str) -> bytes:
         cache_tag: The host's `sys.implementation.cache_tag`. If it is ours, it is sent compiled, which saves the host a
             third of its part.
     """
-    sources = _sources()
-    modules: dict[str, str | CodeType] = {name: sources[name] for name in _START}
-    if cache_tag == sys.implementation.cache_tag:
-        modules.update((name, _compiled(name, sources[name])) for name in _START if name not in _AS_TEXT)
-        program = marshal.dumps((_compiled("bootstrap", sources["bootstrap"]), (modules, local)))
-    else:
-        program = marshal.dumps((sources["bootstrap"], (modules, local)), 2)  # version 2: any Python reads it
-    return _packed(program)
+    modules = {name: _sent(name, cache_tag, name in _START_TEXTS) for name in _START}
+    return _packed(_marshalled((_sent("bootstrap", cache_tag, False), (modules, local)), cache_tag))
 
 
 def _packed(program: bytes) -> bytes:
-    packed = zlib.compress(program, 9)
+    packed = zlib.compress(program)
     return b"%d\n%s" % (len(packed), packed)
 
 
-@functools.lru_cache(maxsize=1)
-def all_modules() -> bytes:
-    """Return what the request `modules` brings: the sources of all modules, compressed."""
-    sources = dict(_sources())
-    del sources["bootstrap"]
-    return zlib.compress(marshal.dumps(sources, 2), 9)
+@functools.lru_cache(maxsize=64)
+def further_modules(operation: str) -> frozenset[str]:
+    """Return the modules that an agent needs for a request, beside those that it starts with: what is imported."""
+    found: set[str] = set()
+    module, _ = HANDLERS.get(operation, ("files" if operation == COPIES else "", ""))
+    wanted = [module] if module else []
+    while wanted:
+        name = wanted.pop()
+        if name not in found and (name in _AS_TEXT or name not in _START):
+            found.add(name)
+            wanted += [*_imported(_modules()[name].text), *_BY_NAME.get(name, ())]
+    return frozenset(found) - _START_TEXTS
+
+
+def _imported(text: str) -> Iterator[str]:
+    for module, names, more in _IMPORT.findall(text):
+        yield from [module] if module else _WORD.findall(names + more)
+
+
+@functools.lru_cache(maxsize=64)
+def packed_modules(names: frozenset[str], cache_tag: str) -> bytes:
+    """Return what the request `modules` brings: those modules, compiled if the host's Python is as ours is."""
+    modules = {name: _sent(name, cache_tag, name in _AS_TEXT) for name in sorted(names)}
+    return zlib.compress(_marshalled(modules, cache_tag))
+
+
+def _marshalled(value: Any, cache_tag: str) -> bytes:
+    # Version 2 is what any Python reads.
+    return marshal.dumps(value) if cache_tag == sys.implementation.cache_tag else marshal.dumps(value, 2)
+
+
+def _sent(module: str, cache_tag: str, as_text: bool) -> str | CodeType:
+    is_ours = cache_tag == sys.implementation.cache_tag
+    return _compiled(module) if is_ours and not as_text else _modules()[module].text
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module of the agent.
+
+    Attributes:
+        path: Where it lies.
+        stamp: What tells whether that has been changed since.
+        text: Its source.
+    """
+
+    path: Path
+    stamp: tuple[int, int]
+    text: str
 
 
 @functools.lru_cache(maxsize=1)
-def _sources() -> dict[str, str]:
+def _modules() -> dict[str, _Module]:
     """Return the agent's modules; once, since all agents of a process are of its version."""
     return {
-        path.stem: path.read_text(encoding="utf-8")
+        path.stem: _Module(path, _stamp(path), path.read_text(encoding="utf-8"))
         for path in sorted(Path(bootstrap.__file__).parent.glob("*.py"))
         if path.name != "__init__.py"
     }
 
 
-def _compiled(module: str, source: str) -> CodeType:
-    # Without docstrings, which nobody reads there.
-    return compile(source, bootstrap.file_name(module), "exec", dont_inherit=True, optimize=2)
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.cache
+def _compiled(name: str) -> CodeType:
+    """Return a module as code: as Python keeps it beside the source, which is quick, if it is what was read."""
+    module, shown = _modules()[name], bootstrap.file_name(name)
+    try:
+        code = SourceFileLoader(f"{bootstrap.PACKAGE}.{name}", str(module.path)).get_code(f"{bootstrap.PACKAGE}.{name}")
+        if code is not None and _stamp(module.path) == module.stamp:
+            return _renamed(code, shown)
+    except (ImportError, OSError, SyntaxError):  # another version was installed meanwhile, or none
+        pass
+    return compile(module.text, shown, "exec", dont_inherit=True)
+
+
+def _renamed(code: CodeType, file: str) -> CodeType:
+    """Return code that tells a host nothing of the paths here."""
+    constants = tuple(_renamed(one, file) if isinstance(one, CodeType) else one for one in code.co_consts)
+    return code.replace(co_filename=file, co_consts=constants)
+
+
+def read_all() -> None:
+    """Read and compile all that may be sent later: another version, or none, may be installed by then."""
+    for local in (True, False):
+        payload(local, sys.implementation.cache_tag)
+    for name in _modules():
+        _compiled(name)

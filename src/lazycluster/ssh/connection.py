@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from lazycluster.exceptions import (
     TunnelError,
 )
 
-from .agent_program import OLDEST_PYTHON, expected, payload
+from .agent_program import COPIES, OLDEST_PYTHON, expected, payload
 from .agent_replies import AgentInfo
 from .channel import Bytes, Channel, Event
 from .errors import last_words, on_terminal
@@ -162,7 +163,7 @@ class Connection(abc.ABC):
                 raise ConnectionLostError(self.host, f"no further agent could be started there: {error}") from None
             raise
         link = AgentLink(self.host, fd_in, fd_out, lambda error: link.lost(str(error or "it has ended")), start.rest)
-        link.send_soon(payload(False, start.tag))
+        link.start_agent(False, start.tag)
         try:
             await asyncio.wait_for(link.started, _START_LIMIT)
         except BaseException as error:
@@ -179,7 +180,7 @@ class Connection(abc.ABC):
         """Have the agent get the modules that copies need: they begin on other streams than the requests."""
         if self._link is not None and self._copies_from != self.generation:
             generation = self.generation
-            self._link.send_modules()
+            self._link.send_modules(COPIES)
             await self.request("ping")
             self._copies_from = generation
 
@@ -376,6 +377,7 @@ class Connection(abc.ABC):
         try:
             os.set_blocking(fd_in, False)
             os.set_blocking(fd_out, False)
+            payload(self.local, sys.implementation.cache_tag)  # is made while the host starts; most have our Python
             start = await read_marker(fd_in, expected(marker), process.exited, self._shell_output)
             if start.on_terminal:
                 raise on_terminal(self.host)
@@ -409,7 +411,7 @@ class Connection(abc.ABC):
     async def _start_agent(self, fd_in: int, fd_out: int, start: StartMarker) -> None:
         assert self._process is not None
         link = AgentLink(self.host, fd_in, fd_out, lambda error: self._ended(link, error), start.rest)
-        link.send_soon(payload(self.local, start.tag))
+        link.start_agent(self.local, start.tag)
         try:
             info = AgentInfo.parse(await link.started)
         except ValueError as error:

@@ -16,7 +16,7 @@ from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, pri
 from lazycluster.output import log_limit
 from lazycluster.utils import Environment
 
-from .agent_program import START_OPERATIONS, all_modules
+from .agent_program import START_OPERATIONS, further_modules, packed_modules, payload
 from .agent_replies import decoded
 from .channel import Bytes, Channel, Event, message_frame
 
@@ -66,7 +66,9 @@ class AgentLink:
         self._closing: asyncio.TimerHandle | None = None  # since nobody reads what is written
         self._room = asyncio.Event()
         self._room.set()
-        self._has_all_modules = False
+        self._cache_tag = ""
+        self._sent_modules: frozenset[str] = frozenset()
+        self._sent_for = set(START_OPERATIONS)  # requests whose modules the agent has
         self._lost_error: ConnectionLostError | None = None
         self._in = self._out = -1
         self.is_held = False
@@ -77,6 +79,11 @@ class AgentLink:
         self.attach(fd_in, fd_out)
         if early:
             self._loop.call_soon(self._feed, early)  # not at once: whoever is told must know this object
+
+    def start_agent(self, local: bool, cache_tag: str) -> None:
+        """Send what the agent starts with; see `agent_program.payload`."""
+        self._cache_tag = cache_tag
+        self.send_soon(payload(local, cache_tag))
 
     # --- streams -------------------------------------------------------------------------------
     def attach(self, fd_in: int, fd_out: int, early: bytes = b"") -> None:
@@ -197,8 +204,7 @@ class AgentLink:
         """
         if self._lost_error is not None:
             raise ConnectionLostError(self.host, self._lost_error.detail)
-        if op not in START_OPERATIONS:
-            self.send_modules()
+        self.send_modules(op)
         number = self._next
         asked = {**params, "op": op}
         if Environment.trust_group:
@@ -210,12 +216,16 @@ class AgentLink:
         self.send_soon(request)
         return channel
 
-    def send_modules(self) -> None:
-        """Send the agent the modules that not all agents need, unless it has them, before whatever is sent next."""
-        if self._has_all_modules:
+    def send_modules(self, operation: str) -> None:
+        """Send the agent the modules that a request needs and that it does not have, before whatever is sent next."""
+        if operation in self._sent_for:
             return
-        self._has_all_modules = True
-        number, data = self._next, all_modules()
+        self._sent_for.add(operation)
+        missing = further_modules(operation) - self._sent_modules
+        if not missing:
+            return
+        self._sent_modules |= missing
+        number, data = self._next, packed_modules(missing, self._cache_tag)
         self._next += 1
         self.send_soon(message_frame(number, wire.REQUEST, {"op": "modules"}))
         for start in range(0, len(data), wire.MAX_PAYLOAD):
@@ -326,8 +336,8 @@ class AgentLink:
             self._decoder.put(self._undecoded[0])
             self._undecoded.popleft()
         end = time.perf_counter() + _TURN
-        for number, kind, payload in self._decoder.frames():
-            self._dispatch(number, kind, payload)
+        for number, kind, data in self._decoder.frames():
+            self._dispatch(number, kind, data)
             if time.perf_counter() > end:
                 return 0.0
         return None
