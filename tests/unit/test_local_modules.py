@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lazycluster.cluster import local_modules, module_sources
 from lazycluster.cluster.local_modules import LocalModules
 from lazycluster.core import event_loop
 from lazycluster.ssh import workspace
+from lazycluster.ssh.local_connection import LocalConnection
 
 
 @pytest.fixture
@@ -90,3 +92,44 @@ def test_who_opens_them_at_the_same_time_shares_them() -> None:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(work())
+
+
+def test_nothing_is_written_while_modules_are_sent_to_a_host_that_joins(
+    module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written lies beside the file first, and would be missed by whoever copies the directory."""
+    order: list[str] = []
+    write = local_modules._write
+
+    def written(*arguments: Any) -> None:
+        order.append("written")
+        write(*arguments)
+
+    async def work() -> None:
+        modules, connection = LocalModules(), LocalConnection()
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def sent(*_: Any, **__: Any) -> None:
+            begun.set()
+            await go_on.wait()
+            order.append("sent")
+
+        await connection.open()
+        await modules.open()
+        monkeypatch.setattr(local_modules, "_write", written)
+        monkeypatch.setattr(local_modules.transfer, "send", sent)
+        place: Any = SimpleNamespace(host="host1", connection=connection)
+        sharing = asyncio.ensure_future(modules.share([place]))
+        await begun.wait()
+        module.write_text("VALUE = 22\n")
+        syncing = asyncio.ensure_future(modules.sync())
+        while not order and not modules._syncing._waiters:
+            await asyncio.sleep(0.01)
+        go_on.set()
+        assert await sharing == {}
+        await syncing
+        await modules.close()
+        await connection.close()
+
+    event_loop.run(work(), 60)
+    assert order == ["sent", "sent", "written", "sent", "sent"]

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import tempfile
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,18 +108,14 @@ class LocalModules:
         async def add(place: WorkerHost) -> None:
             answer = await place.connection.request("mkdtemp", within=_PATIENCE)
             self._hosts[place.host] = _HostCopy(place.connection, str(answer["path"]), place.connection.generation)
-            await self._send(place.host)
 
+        failed: dict[str, LazyclusterError] = {}
         async with self._sharing:
             known = [host for host, copy in self._hosts.items() if copy.connection.generation == copy.generation]
             new = {place.host: place for place in places if place.host not in known}
-            results = await asyncio.gather(*(add(place) for place in new.values()), return_exceptions=True)
-        failed: dict[str, LazyclusterError] = {}
-        for host, result in zip(new, results, strict=True):
-            if isinstance(result, LazyclusterError):
-                failed[host] = result
-            elif isinstance(result, BaseException):
-                raise result
+            failed.update(await _failures({host: add(place) for host, place in new.items()}))
+            async with self._syncing:  # nothing is written meanwhile
+                failed.update(await _failures({host: self._send(host) for host in new if host not in failed}))
         return failed
 
     def directory_on(self, host: str) -> str:
@@ -201,12 +197,8 @@ class LocalModules:
             if self.directory != directory:
                 return
             self._written = texts
-            results = await asyncio.gather(*(self._send(host) for host in self._hosts), return_exceptions=True)
-            for result in results:
-                if isinstance(result, LazyclusterError):
-                    logger.warning("changed modules were not sent: %s", result)
-                elif isinstance(result, BaseException):
-                    raise result
+            for error in (await _failures({host: self._send(host) for host in self._hosts})).values():
+                logger.warning("changed modules were not sent: %s", error)
             self.version += 1
 
     async def _send(self, host: str) -> None:
@@ -239,6 +231,18 @@ class LocalModules:
                             await self._send(host)
             except (LazyclusterError, OSError) as error:
                 logger.warning("changed modules cannot be sent: %s", error)
+
+
+async def _failures(work: Mapping[str, Awaitable[None]]) -> dict[str, LazyclusterError]:
+    """Wait for what is done for hosts; return why it failed for some."""
+    results = await asyncio.gather(*work.values(), return_exceptions=True)
+    failed: dict[str, LazyclusterError] = {}
+    for host, result in zip(work, results, strict=True):
+        if isinstance(result, LazyclusterError):
+            failed[host] = result
+        elif isinstance(result, BaseException):
+            raise result
+    return failed
 
 
 def _write(directory: Path, texts: Mapping[str, str | bytes], written: Mapping[str, str | bytes]) -> None:
