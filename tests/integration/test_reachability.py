@@ -111,6 +111,19 @@ def test_one_direction_that_is_blocked_is_named(
         assert target.name not in outcome.addresses
 
 
+def test_a_port_that_one_host_uses_is_dialed_by_that_one(connections: list[SshConnection], module_hosts: Any) -> None:
+    """As that of a nanny, to which none but the scheduler connects: others may be kept from it."""
+    target = module_hosts[2]
+    only_from = {PORTS[1]: connections[0]}
+    hosts = [ProbedHost(one.host, one, PORTS, only_from=only_from) for one in connections]
+    for source, is_asked in ((module_hosts[0], True), (module_hosts[1], False)):
+        rule = "-s", source.address, "--dport", str(PORTS[1]), "-j", "REJECT", "--reject-with", "tcp-reset"
+        with firewall(target, *rule):
+            outcome = event_loop.run(probe(hosts), 30)
+        refused = f"{source.name} cannot reach {target.name} at {target.address}:{PORTS[1]}: refused"
+        assert [str(one) for one in outcome.obstacles] == [refused] * is_asked
+
+
 def test_of_two_addresses_the_one_that_works_is_taken(connections: list[SshConnection], module_hosts: Any) -> None:
     host = module_hosts[2]
     others = host.address.rpartition(".")[0]
@@ -249,8 +262,9 @@ def test_what_was_proven_is_asked_again_when_a_host_joins_or_comes_back_with_ano
     with connected(hosts, link_timeout=2) as connections:
         cache = ReachabilityCache()
 
-        def prove(count: int, ports: tuple[int, ...] = PORTS) -> Reachability:
-            asked = [ProbedHost(one.host, one, ports) for one in connections[:count]]
+        def prove(count: int, ports: tuple[int, ...] = PORTS, master: SshConnection | None = None) -> Reachability:
+            only_from = {} if master is None else {ports[-1]: master}
+            asked = [ProbedHost(one.host, one, ports, only_from=only_from) for one in connections[:count]]
             return event_loop.run(cache.prove(asked), 30)
 
         assert prove(2).is_proven
@@ -259,6 +273,16 @@ def test_what_was_proven_is_asked_again_when_a_host_joins_or_comes_back_with_ano
         assert prove(3).is_proven
         assert prove(3, (25009,)).is_proven
         assert probes[1:] == [["host1", "host2", "host3"]] * 2
+        # What one host has dialed is known of that one; what all have, of each.
+        for master, count in (
+            (connections[0], 4),
+            (connections[0], 4),
+            (connections[1], 5),
+            (None, 6),
+            (connections[2], 6),
+        ):
+            assert prove(3, (25011,), master).is_proven
+            assert len(probes) == count
         # The link of host2 drops; meanwhile it gets another address.
         new = f"{hosts[1].address.rpartition('.')[0]}.88"
         interrupted, back = asyncio.Event(), asyncio.Event()
@@ -269,5 +293,5 @@ def test_what_was_proven_is_asked_again_when_a_host_joins_or_comes_back_with_ano
         event_loop.run(asyncio.wait_for(back.wait(), 30), 40)
         with firewall(hosts[1], "-d", hosts[1].address, "--dport", str(PORTS[0]), "-j", "DROP"):
             outcome = prove(3)
-        assert len(probes) == 4
+        assert len(probes) == 7
         assert outcome.addresses["host2"].address == new

@@ -90,7 +90,11 @@ class Loop:
         self._watch(fd, index, callback)
 
     def _watch(self, fd: int, index: int, callback: Optional[Callback]) -> None:
-        pair = self._callbacks.setdefault(fd, [None, None])
+        pair = self._callbacks.get(fd)
+        if pair is None:
+            if callback is None:
+                return
+            pair = self._callbacks[fd] = [None, None]
         before = self._mask(pair)
         pair[index] = callback
         mask = self._mask(pair)

@@ -33,18 +33,24 @@ _MOST_OPEN = 64  # dials at once
 _MOST_YOUNG = 32  # of these, dials that have begun a moment ago: more would only wait for each other
 _YOUNG = 0.5  # seconds
 _TICK = 0.1  # seconds from one look at the ages of dials to the next
-_MOST_CALLERS = 512  # connections at once that have not ended; those that are not ours are among them
-_DIAL_LIMIT = 2.0  # seconds for one dial, and for a caller to say who it is
+_MOST_CALLERS = 512  # connections at once that have not asked yet; those that are not ours are among them
+_MOST_ANSWERED = 128  # connections at once that have been answered; whoever has asked has closed the older ones
+_DIAL_LIMIT = 2.0  # seconds for one dial
+_CALLER_LIMIT = 5.0  # seconds for a caller to ask; one who is late gives up before
 _AGAIN_LIMIT = 1.0  # seconds for one that was not answered, the second time
-_ROUND_LIMIT = 6.0  # seconds for all dials together
+_ROUND_LIMIT = 6.0  # seconds for all dials together; then they go on only while there are answers, each within
+_STALL_LIMIT = 1.0  # seconds
+_LONGEST_ROUND = 20.0  # seconds for all dials, however many are answered
 _LIFETIME = 60.0  # seconds, after which the listeners close whatever the manager does
 _NONCE, _MAC = 16, 16  # bytes
 _BODY = struct.Struct(">I16s")  # of an answer: which host, and the address that was reached
+_BY_RESET = struct.pack("ii", 1, 0)  # for SO_LINGER
 _LIST_INTERFACES = 0x8912  # SIOCGIFCONF
 _ROOM = 256 * 1024  # bytes for that
 _ENTRY = 40 if struct.calcsize("P") == 8 else 32
 _UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40  # flags of an IPv6 address: temporary, duplicate, deprecated, tentative
 _NO_ANSWER = "no answer"
+_OTHER_PROGRAM = "other program"
 _NOT_CONNECTED = (errno.EAGAIN, errno.ENOTCONN)
 _NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
 
@@ -130,7 +136,8 @@ class _Listener:
     def __init__(self, loop: "Loop", key: _Key, me: int, address: str, port: int) -> None:
         self._loop, self._key = loop, key
         self._body = _BODY.pack(me, _packed(address))
-        self._callers: "Dict[socket.socket, float]" = {}  # until when each may stay, in this order
+        self._callers: "Dict[socket.socket, float]" = {}  # who has not asked yet, and until when each may stay
+        self._answered: "Deque[socket.socket]" = deque()
         self._timer: "Optional[Timer]" = None
         self._socket = socket.socket(_family(address), socket.SOCK_STREAM)
         try:
@@ -160,30 +167,39 @@ class _Listener:
 
     def _take(self, caller: socket.socket) -> None:
         caller.setblocking(False)
-        self._callers[caller] = time.monotonic() + _DIAL_LIMIT
+        if self._has_asked(caller):  # with much to do, the question has come already
+            return
+        self._callers[caller] = time.monotonic() + _CALLER_LIMIT
         if self._timer is None:
-            self._timer = self._loop.call_later(_DIAL_LIMIT, self._drop_overdue)
+            self._timer = self._loop.call_later(_CALLER_LIMIT, self._drop_overdue)
         self._loop.add_reader(caller.fileno(), lambda: self._asked(caller))
-        self._asked(caller)  # with much to do, it has come already
 
     def _asked(self, caller: socket.socket) -> None:
+        self._forget(caller)
+        if not self._has_asked(caller):
+            caller.close()
+
+    def _has_asked(self, caller: socket.socket) -> bool:
+        """Answer a question, or have done with whoever says something else; returns False if nothing was said."""
         try:
             question = caller.recv(_QUESTION_SIZE)
             if len(question) == _QUESTION_SIZE and self._key.is_question(question):
                 caller.send(self._key.answer(question, self._body))
                 # Who has asked closes first: otherwise the port would be kept for a minute (TIME_WAIT).
-                self._loop.add_reader(caller.fileno(), lambda: self._drop(caller))
-                return
+                self._answered.append(caller)
+                if len(self._answered) > _MOST_ANSWERED:
+                    self._answered.popleft().close()
+                return True
         except BlockingIOError:
-            return
+            return False
         except OSError:
             pass
-        self._drop(caller)
+        caller.close()
+        return True
 
-    def _drop(self, caller: socket.socket) -> None:
-        if self._callers.pop(caller, None) is not None:
-            self._loop.remove_reader(caller.fileno())
-            caller.close()
+    def _forget(self, caller: socket.socket) -> None:
+        self._loop.remove_reader(caller.fileno())
+        del self._callers[caller]
 
     def _drop_overdue(self) -> None:
         now, self._timer = time.monotonic(), None
@@ -191,14 +207,18 @@ class _Listener:
             if due > now:
                 self._timer = self._loop.call_later(due - now, self._drop_overdue)
                 return
-            self._drop(caller)
+            self._forget(caller)
+            caller.close()
 
     def close(self) -> None:
         """Stop listening."""
         if self._timer is not None:
             self._timer.cancel()
         for caller in list(self._callers):
-            self._drop(caller)
+            self._forget(caller)
+            caller.close()
+        while self._answered:
+            self._answered.popleft().close()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
 
@@ -234,7 +254,7 @@ class _Dial:
         try:
             self._socket = socket.socket(_family(self.address), socket.SOCK_STREAM)
             # It is closed by a reset, so that no port stays behind for a minute (TIME_WAIT).
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _BY_RESET)
             self._socket.setblocking(False)
             status = self._socket.connect_ex((self.address, self.port))
         except OSError as error:
@@ -283,7 +303,7 @@ class _Dial:
             return
         body = self._answer[: _BODY.size]
         if not compare_digest(self._answer, self._key.answer(self._question, body)):
-            self._end("other program")
+            self._end(_OTHER_PROGRAM)
             return
         who, reached = _BODY.unpack(body)
         if who != self.peer:
@@ -340,6 +360,7 @@ class _Participant:
         self._open: "Dict[_Dial, None]" = {}
         self._young = 0
         self._is_late = False
+        self._began = self._answered = 0.0  # when the dials began, and when one was answered last
         self._failed: "List[List[Any]]" = []
         self._reached: "Dict[Tuple[int, str], str]" = {}
         self._deadline: "Optional[Timer]" = None
@@ -383,11 +404,18 @@ class _Participant:
                 else:
                     self._waiting.append(_Dial(self._loop, self._key, peer, address, port, bare))
         self._is_late = False
+        self._began = self._answered = time.monotonic()
         self._deadline = self._loop.call_later(_ROUND_LIMIT, self._late)
         self._go_on()
 
     def _late(self) -> None:
-        """Give up what is not over: too many have not answered."""
+        """Give up what is not over, too many have not answered; or say that there are still answers."""
+        now = time.monotonic()
+        left = min(self._answered + _STALL_LIMIT, self._began + _LONGEST_ROUND) - now
+        if left > 0:
+            self._channel.event(state="dialing")
+            self._deadline = self._loop.call_later(left, self._late)
+            return
         self._is_late = True
         while self._waiting:
             dial = self._waiting.popleft()
@@ -430,7 +458,9 @@ class _Participant:
         if dial.young:
             dial.young = False
             self._young -= 1
-        if dial.problem == _NO_ANSWER and dial.limit == _DIAL_LIMIT and not self._is_late:
+        if dial.problem != _NO_ANSWER:
+            self._answered = time.monotonic()
+        if dial.problem in (_NO_ANSWER, _OTHER_PROGRAM) and dial.limit == _DIAL_LIMIT and not self._is_late:
             self._waiting.append(dial.again())  # where very many dial at once, a packet is lost easily
         elif dial.problem:
             self._failed.append([dial.peer, dial.address, dial.port, dial.problem])

@@ -15,6 +15,7 @@ from lazycluster.runtime.reachability import (
     checked_network,
     session_of,
 )
+from lazycluster.ssh.connection import Connection
 
 from .exceptions import UnreachableError
 from .worker_hosts import WorkerHost
@@ -41,6 +42,7 @@ class DirectNetwork:
         wanted: What the user has asked for.
         uses: What is used: ``tunnel`` or ``direct``; "" while ``auto`` is undecided.
         why: Why that is so, for people.
+        master: Where the master runs, or will run; None if that is not on a host, or not known yet.
     """
 
     def __init__(self, wanted: NetworkChoice = "tunnel", cache: ReachabilityCache | None = None) -> None:
@@ -58,6 +60,7 @@ class DirectNetwork:
         self._addresses: dict[Hashable, DirectAddress] = {}
         self._listeners: dict[int, Listener] = {}
         self._hosts: set[Hashable] = set()
+        self.master: WorkerHost | None = None
 
     @property
     def is_direct(self) -> bool:
@@ -145,10 +148,21 @@ class DirectNetwork:
                 _ports_on(place, new),
                 tuple(set(_ports_on(place, running)) - set(_ports_on(place, new))),
                 self._address_to_try(place),
+                self._only_from_master(place, [*new, *running], places),
             )
             for place in places
         ]
         return await self._cache.prove(hosts)
+
+    def _only_from_master(
+        self, place: WorkerHost, listeners: Iterable[Listener], places: Sequence[WorkerHost]
+    ) -> dict[int, Connection]:
+        """Return the ports of a host that none but the master connects to, which halves the dials between workers."""
+        if self.master is None or not any(place.network == self.master.network for place in places):
+            return {}
+        return dict.fromkeys(
+            _ports_on(place, (one for one in listeners if one.reach.is_for_master)), self.master.connection
+        )
 
     def _address_to_try(self, place: WorkerHost) -> str | None:
         """Return the one address to be tried: what runs there listens on it."""

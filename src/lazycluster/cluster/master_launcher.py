@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Begun", "ServiceMasterLauncher", "prepare", "try_network"]
 
+_MOST_BESIDE_PROBE = 64  # hosts whose processes start while it is found out whether they reach each other
 _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
 
 
@@ -313,10 +314,12 @@ class Begun:
 async def prepare(master: ServiceMasterLauncher, worker: ServiceWorkerLauncher, begun: Begun) -> None:
     """Start all processes at once; they wait for their settings, and meanwhile import what they are made of."""
     direct = master.network.direct
-    if not direct.uses:  # it says where the master runs
+    # An undecided one says where the master runs; and hosts that are busy with imports answer very many others late.
+    first = not direct.uses or (direct.is_direct and master._group.runtime_count > _MOST_BESIDE_PROBE)
+    if first:
         await try_network(master, worker, begun)
     work = [master.prepare(begun.debug), worker.prepare(begun.count, begun.debug)]
-    if direct.is_direct:
+    if direct.is_direct and not first:
         work.append(try_network(master, worker, begun))
     await event_loop.together([asyncio.ensure_future(one) for one in work])
 
@@ -344,6 +347,7 @@ async def try_network(master: ServiceMasterLauncher, worker: ServiceWorkerLaunch
         finally:
             for one in (supply, spare):
                 one.release()
+        master.network.direct.master = places[0]
         await master.network.direct.decide([Listener(places[0], number, first.reach), *workers], places)
     finally:
         await space.release()

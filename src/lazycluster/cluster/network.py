@@ -37,6 +37,11 @@ class Reach(Enum):
         """True if processes of other hosts connect to it, or may do so."""
         return self in (Reach.MASTER, Reach.ALL)
 
+    @property
+    def is_for_master(self) -> bool:
+        """True if of other hosts only the master's connects to it."""
+        return self is Reach.MASTER
+
 
 @dataclass(frozen=True)
 class Port:
@@ -218,6 +223,7 @@ class Network:
         """
         direct = self.direct.is_direct
         if direct:
+            self.direct.master = listeners[0].place
             taken = await self.direct.prove(listeners, places)
             if taken:
                 return [error for _, error in taken.values()]

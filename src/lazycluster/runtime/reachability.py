@@ -28,8 +28,10 @@ __all__ = ["DirectAddress", "NetworkChoice", "Obstacle", "ProbedHost", "Reachabi
 
 NetworkChoice = Literal["tunnel", "direct", "auto"]
 
-_LISTEN_LIMIT = 4.0  # seconds for all hosts to listen
-_ROUND_LIMIT = 7.5  # seconds for the summaries of a round; a host gives up after 6
+_LISTEN_LIMIT = 6.0  # seconds for all hosts to listen
+_ROUND_LIMIT = 7.5  # seconds for the summaries of a round; a host gives up after 6, or says that it is still answered
+_STILL_LIMIT = 3.0  # seconds more, each time it says so
+_LONGEST_ROUND = 22.0  # seconds for all that; it gives up after 20
 _RESOLVED_AT_ONCE = 8  # processes that look hosts up in the ssh configuration
 _PORTS_OF_ONE = 8  # obstacles that are looked at for another port of the same pair
 _SHOWN = 5  # obstacles in a message
@@ -38,6 +40,7 @@ _LOOPBACK = "127.0.0.1"
 _PORT = range(1, 65536)
 _EVENTS: dict[str, dict[str, Any]] = {
     "listening": {"addresses": [NAME], "own": [NAME], "taken": [_PORT], "problem": str},
+    "dialing": {},
     "dialed": {"failed": [list], "translated": [list]},
 }
 _WHY = {
@@ -104,6 +107,7 @@ class ProbedHost:
         ports: The ports on which it is to be reached, free at present.
         running: Further ones, on which services listen already.
         address: Where it is to be reached, if the user has said so.
+        only_from: Those of the ports that only one host must reach, with the connection to that host.
     """
 
     host: str
@@ -111,6 +115,12 @@ class ProbedHost:
     ports: tuple[int, ...]
     running: tuple[int, ...] = ()
     address: str | None = None
+    only_from: Mapping[int, Connection] = field(default_factory=dict)
+
+    @property
+    def proofs(self) -> set[tuple[int, Hashable]]:
+        """What will be known of the free ports: each with the network of the one that must reach it, None if all do."""
+        return {(port, network_of(self.only_from[port]) if port in self.only_from else None) for port in self.ports}
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ class ReachabilityCache:
 
     def __init__(self) -> None:
         self._hosts: weakref.WeakKeyDictionary[Connection, tuple[Hashable, int, int]] = weakref.WeakKeyDictionary()
-        self._ports: weakref.WeakKeyDictionary[Connection, set[int]] = weakref.WeakKeyDictionary()
+        self._ports: weakref.WeakKeyDictionary[Connection, set[tuple[int, Hashable]]] = weakref.WeakKeyDictionary()
         self._last = Reachability()
 
     async def prove(self, hosts: Sequence[ProbedHost]) -> Reachability:
@@ -192,7 +202,7 @@ class ReachabilityCache:
             self._last = found
             for one in hosts:
                 self._hosts[one.connection] = session_of(one.connection)
-                self._ports.setdefault(one.connection, set()).update(one.ports)
+                self._ports.setdefault(one.connection, set()).update(one.proofs)
         return Reachability({one.host: self._last.addresses[one.host] for one in hosts})
 
     def _knows(self, hosts: Sequence[ProbedHost]) -> bool:
@@ -201,9 +211,13 @@ class ReachabilityCache:
             and not one.running
             and one.host in self._last.addresses
             and one.address in (None, self._last.addresses[one.host].address)
-            and self._ports.get(one.connection, set()).issuperset(one.ports)
+            and self._are_proven(one)
             for one in hosts
         )
+
+    def _are_proven(self, host: ProbedHost) -> bool:
+        known = self._ports.get(host.connection, set())
+        return all((port, None) in known or (port, dialer) in known for port, dialer in host.proofs)
 
 
 def session_of(connection: Connection) -> tuple[Hashable, int, int]:
@@ -238,7 +252,8 @@ def _merged(same: Sequence[ProbedHost]) -> ProbedHost:
     ports = dict.fromkeys(port for one in same for port in one.ports)
     running = dict.fromkeys(port for one in same for port in one.running)
     stated = next((one.address for one in same if one.address), None)
-    return ProbedHost(same[0].host, same[0].connection, tuple(ports), tuple(running), stated)
+    only_from = {port: dialer for one in same for port, dialer in one.only_from.items()}
+    return ProbedHost(same[0].host, same[0].connection, tuple(ports), tuple(running), stated, only_from)
 
 
 class _Party:
@@ -264,6 +279,7 @@ class _Party:
         self._key = key
         self._channel: Channel | None = None
         self._news = asyncio.Event()
+        self._due = 0.0
 
     async def listen(self) -> None:
         """Have it listen, and tell its addresses."""
@@ -287,14 +303,19 @@ class _Party:
 
     async def _heard(self, limit: float, otherwise: str) -> None:
         assert self._channel is not None
+        loop = asyncio.get_running_loop()
+        since, self._due = loop.time(), loop.time() + limit
         ending, hearing = asyncio.ensure_future(self._channel.result()), asyncio.ensure_future(self._news.wait())
-        done, _ = await asyncio.wait([ending, hearing], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        while not (ending.done() or hearing.done()):
+            left = min(self._due, since + _LONGEST_ROUND) - loop.time()
+            if left <= 0:
+                self.problem = f"{otherwise} within {loop.time() - since:.1f} s"
+                break
+            await asyncio.wait([ending, hearing], timeout=left, return_when=asyncio.FIRST_COMPLETED)
         hearing.cancel()
-        if ending in done:
+        if ending.done():
             error = ending.exception()
             self.problem = str(error) if error is not None else otherwise
-        elif not done:
-            self.problem = f"{otherwise} within {limit:g} s"
         ending.cancel()
 
     def _on_event(self, event: dict[str, Any]) -> None:
@@ -308,6 +329,9 @@ class _Party:
         elif state == "dialed":
             self.failed = [_checked(one, int, str, int, str) for one in event["failed"]]
             self.translated = [_checked(one, int, str, str) for one in event["translated"]]
+        elif state == "dialing":
+            self._due = asyncio.get_running_loop().time() + _STILL_LIMIT
+            return
         self._news.set()
 
     def close(self) -> None:
@@ -363,16 +387,29 @@ class _Rounds:
         return Obstacle("the others", host, "", 0, why)
 
     async def _round(self, addresses: Mapping[int, Sequence[str]]) -> None:
-        dials = [
-            [index, address, list(self._parties[index].host.ports), list(self._parties[index].host.running)]
-            for index, several in addresses.items()
-            for address in several
-        ]
+        single = {network_of(dialer) for party in self._parties for dialer in party.host.only_from.values()}
+        of_all = self._dials(addresses, None)
+        dials = {party.index: of_all for party in self._parties}
+        for party in self._parties if single else ():
+            network = network_of(party.host.connection)
+            if network in single:
+                dials[party.index] = self._dials(addresses, network)
         for index, several in addresses.items():
             self._tried[index] += several
-        await asyncio.gather(*(party.dial(dials) for party in self._parties))
+        await asyncio.gather(*(party.dial(dials[party.index]) for party in self._parties))
         for party in self._parties:
-            self._take_note(party, dials)
+            self._take_note(party, dials[party.index])
+
+    def _dials(self, addresses: Mapping[int, Sequence[str]], dialer: Hashable) -> list[list[Any]]:
+        """Return what a host dials that must reach what all must reach, and what the one of a network must."""
+        found: list[list[Any]] = []
+        for index, several in addresses.items():
+            host = self._parties[index].host
+            by_others = {port for port, one in host.only_from.items() if network_of(one) != dialer}
+            ports, running = ([port for port in some if port not in by_others] for some in (host.ports, host.running))
+            if ports or running:
+                found += [[index, address, ports, running] for address in several]
+        return found
 
     def _take_note(self, party: _Party, dials: Iterable[Sequence[Any]]) -> None:
         if party.problem:
