@@ -81,6 +81,7 @@ def rows() -> Iterator[Row]:
     with ssh_hosts(COUNT, bastion=True) as hosts:
         took = seconds(lambda: lazycluster(hosts))
     yield Row(f"{COUNT} hosts behind one bastion, MaxStartups default", took, "s", "all connected", met=True)
+    yield from whole_program()
     yield importing()
 
 
@@ -108,11 +109,32 @@ def processor_time() -> Iterator[Row]:
         )
 
 
-def importing() -> Row:
-    """Time the import as an installed package has it, with compiled modules."""
+def whole_program() -> Iterator[Row]:
+    """Time a program that connects to one host, from its start to its end."""
+    with ssh_hosts(1) as hosts, compiled() as env:
+        config = str(hosts.config_file)
+        ours = [sys.executable, "-m", "lazycluster", "run", "--config", config, "-w", "host1", "--", "true"]
+
+        def run(command: list[str]) -> None:
+            subprocess.run(command, check=True, env=env)
+
+        run(ours)
+        times = in_turns(PAIRS, ours=lambda: run(ours), ssh=lambda: run(["ssh", "-F", config, "host1", "true"]))
+    yield Row("lazycluster run -w host1 -- true, whole program", times["ours"], "s", "", "ssh host1 true", times["ssh"])
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[dict[str, str]]:
+    """Give an environment for programs that have compiled modules, as an installed package has them."""
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
         env.pop("PYTHONDONTWRITEBYTECODE", None)
+        yield env
+
+
+def importing() -> Row:
+    """Time the import."""
+    with compiled() as env:
 
         def python(program: str) -> None:
             subprocess.run([sys.executable, "-c", program], check=True, env=env)

@@ -493,6 +493,16 @@ def test_the_environment_is_not_kept_but_for_what_is_needed(hosts: Any) -> None:
     assert "do-not-keep" not in out
 
 
+def test_a_start_without_a_host_that_is_reached_ends_as_that_in_the_foreground(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text("Host host1\n  HostName 127.0.0.1\n  Port 1\n")
+    for command in (["start", "dask"], ["up", "night", "dask"]):
+        status, _, err = run(*command, "--config", config, "-w", "host1")
+        assert status == 255
+        assert "host1" in err and "Next step" in err, err
+    assert state.all_named() == []
+
+
 def test_where_the_login_ends_its_processes_up_says_how_to_prevent_it(hosts: Any, tmp_path: Path) -> None:
     # No systemd runs here: the commands and the control group are stand-ins.
     (tmp_path / "loginctl").write_text('#!/bin/sh\ncase "$2" in show-session) echo KillUserProcesses=yes;; esac\n')

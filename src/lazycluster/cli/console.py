@@ -136,7 +136,13 @@ def report(error: Exception, debug: bool) -> int:
     Returns:
         The exit status.
     """
-    from lazycluster.exceptions import InvalidRuntimeError, LazyclusterError, NoRuntimesError
+    from lazycluster.exceptions import (
+        BackgroundError,
+        InvalidRuntimeError,
+        InvalidRuntimesError,
+        LazyclusterError,
+        NoRuntimesError,
+    )
 
     if debug:
         import traceback
@@ -152,4 +158,6 @@ def report(error: Exception, debug: bool) -> int:
             sys.stderr.write(
                 "This is a bug in lazycluster: please report it, with the output of 'lazycluster --debug ...'.\n"
             )
-    return UNREACHABLE if isinstance(error, (InvalidRuntimeError, NoRuntimesError)) else FAILED
+    unreachable = InvalidRuntimeError, InvalidRuntimesError, NoRuntimesError
+    kind = error.type if isinstance(error, BackgroundError) else type(error).__name__
+    return UNREACHABLE if kind in {one.__name__ for one in unreachable} else FAILED

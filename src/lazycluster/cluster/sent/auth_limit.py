@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-SILENT_LIMIT = 10.0  # seconds for the first request
+SILENT_LIMIT = 30.0  # seconds for the first request: Dask waits as long for a connection
 IDLE_LIMIT = 60.0  # seconds between two: drivers ask every ten how the server is, on connections that never log in
 MOST_SILENT = 1000  # connections that have asked for nothing yet; all workers of a large cluster may come at once
 MOST = 2000  # those that have, and have not logged in
