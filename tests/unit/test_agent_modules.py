@@ -23,9 +23,13 @@ from lazycluster.agent import bootstrap, json_text, operations, poller, services
 from lazycluster.ssh import agent_program
 
 FOLDER = Path(bootstrap.__file__).parent
+FIRST = {  # the requests for which an agent needs no more modules than it starts with
+    *("at_manager_end", "expand", "leftovers", "listen", "mkdir", "mkdtemp", "ping", "remove", "run", "session"),
+    *("setup", "stop"),
+}
 # What only copies import, before which it is sent.
 LATER = {"files", "partial_files", "stream"}
-FURTHER = sorted((set(operations.HANDLERS) - agent_program.START_OPERATIONS) | {agent_program.COPIES})
+FURTHER = sorted((set(operations.HANDLERS) - FIRST) | {agent_program.COPIES})
 # Where modules are imported or read by a name that no import statement has, and how often.
 BY_NAME = {
     "bootstrap": 6,  # of the start
@@ -64,7 +68,7 @@ def imported(module: str) -> Iterator[str]:
 def test_an_agent_starts_with_all_modules_that_its_first_requests_import() -> None:
     """Also those that are imported within functions, but for copies, which bring theirs."""
     start = set(agent_program._START)
-    handled = {module for name, (module, _) in operations.HANDLERS.items() if name in agent_program.START_OPERATIONS}
+    handled = {module for name, (module, _) in operations.HANDLERS.items() if name in FIRST}
     missing = handled - start
     for module in start:
         missing |= set(imported(module)) - start - LATER
@@ -124,10 +128,11 @@ def test_what_another_version_has_compiled_is_not_sent(tmp_path: Path) -> None:
         assert "another" in agent_program._compiled("ports").co_names
 
 
-def test_requests_of_the_start_are_those_that_there_are() -> None:
-    """A request that was renamed would be sent without the modules that it needs."""
+def test_first_requests_bring_no_modules() -> None:
+    """One that was renamed would be another one."""
     of_the_agent = {"at_manager_end", "listen", "ping", "session", "stop"}
-    assert set(agent_program.START_OPERATIONS) - of_the_agent <= set(operations.HANDLERS)
+    assert of_the_agent | set(operations.HANDLERS) >= FIRST
+    assert not any(agent_program.further_modules(operation) for operation in FIRST)
 
 
 def test_the_start_of_an_agent_imports_nothing_large() -> None:

@@ -23,47 +23,23 @@ from lazycluster.agent.operations import HANDLERS
 OLDEST_PYTHON = (3, 8)
 # What each agent imports for its start, its commands and its end; the test of it knows what these import.
 _START = (
-    *(
-        "descriptors",
-        "directories",
-        "guardian",
-        "json_text",
-        "loop",
-        "manager_link",
-        "operations",
-        "poller",
-        "processes",
-    ),
-    *("server", "session", "ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
+    *("descriptors", "directories", "guardian", "json_text", "loop", "manager_link", "operations", "poller"),
+    *("processes", "server", "session", "ssh_session", "wire", "commands", "oom", "shell_state", "shell_startup"),
     *("deletion", "leftovers", "limits", "ownership", "path_expansion", "paths", "ps", "spool"),
 )
 _START_TEXTS = frozenset(("limits",))  # of those, what becomes a program of its own
 # Modules that are imported or read by their name; the test of it knows where.
-_ZYGOTE = (
-    "ownership",
-    "bytecode",
-    "descriptors",
-    "localmodules",
-    "filenames",
-    "interpreters",
-    "limits",
-    "call_process",
-)
 _BY_NAME = {
     "detached": ("functions",),
     "services": ("bytecode", "ownership"),
-    "zygote_link": ("zygote", *_ZYGOTE, "pool_protocol", "pool_worker"),
+    "zygote_link": (
+        *("zygote", "ownership", "bytecode", "descriptors", "localmodules", "filenames", "interpreters", "limits"),
+        *("call_process", "pool_protocol", "pool_worker"),
+    ),
 }
 _AS_TEXT = frozenset(("environment_program", "limits", *_BY_NAME["services"], *_BY_NAME["zygote_link"]))
 COPIES = "copies"
 """Stands for a request in `further_modules`: copies begin on streams of their own."""
-START_OPERATIONS = frozenset(
-    (
-        *("at_manager_end", "expand", "leftovers", "listen", "mkdir", "mkdtemp", "ping", "remove", "run", "session"),
-        *("setup", "stop"),
-    )
-)
-"""Requests for which an agent needs no more modules than it starts with."""
 
 _IMPORT = re.compile(r"^ *from \.(\w*) import (?:\(([^)]*)\)|([^\n(]*))", re.MULTILINE)
 _WORD = re.compile(r"\w+")

@@ -16,7 +16,7 @@ from lazycluster.exceptions import ConnectionLostError, InvalidRuntimeError, pri
 from lazycluster.output import log_limit
 from lazycluster.utils import Environment
 
-from .agent_program import START_OPERATIONS, further_modules, packed_modules, payload
+from .agent_program import further_modules, packed_modules, payload
 from .agent_replies import decoded
 from .channel import Bytes, Channel, Event, message_frame
 
@@ -68,7 +68,7 @@ class AgentLink:
         self._room.set()
         self._cache_tag = ""
         self._sent_modules: frozenset[str] = frozenset()
-        self._sent_for = set(START_OPERATIONS)  # requests whose modules the agent has
+        self._sent_for: set[str] = set()  # requests whose modules the agent has
         self._lost_error: ConnectionLostError | None = None
         self._in = self._out = -1
         self.is_held = False
