@@ -208,7 +208,7 @@ def test_a_cluster_ends_after_its_time(hosts: Any) -> None:
 def test_a_cluster_that_does_not_start_says_why_and_leaves_nothing(hosts: Any) -> None:
     argv = ("up", "night", "dask", "--config", hosts.config_file, "-w", "host1", "--python", "/no/python")
     status, _, err = run(*argv)
-    assert status == 1, err
+    assert status == 255, err  # as `start` does
     assert "/no/python" in err
     assert state.all_named() == []
 
