@@ -1,4 +1,4 @@
-"""What more hosts cost the manager: time, processor time and memory for connecting, a command, a map, a Dask cluster.
+"""What more hosts cost the manager: time, processor time and memory of connections, commands, probes, maps, clusters.
 
 Each number of hosts has a process of its own. ``python benchmarks/bench_growth.py 64`` measures one number.
 
@@ -24,7 +24,8 @@ from harness import Cost, Row, measured, settings, ssh_hosts
 
 from lazycluster import RuntimeGroup, RuntimeTask
 from lazycluster.cluster.dask_cluster import DaskCluster
-from lazycluster.runtime.reachability import NetworkChoice
+from lazycluster.core import event_loop
+from lazycluster.runtime.reachability import NetworkChoice, ProbedHost, probe
 
 COUNTS = (8, 64, 200)
 WORKER_MEMORY = 105.0  # megabytes of a host with a Dask worker, its nanny and our agent
@@ -39,6 +40,7 @@ QUIET = {
     "distributed.worker.profile.interval": "10s",
 }
 NETWORKS: tuple[NetworkChoice, ...] = ("tunnel", "direct")
+PROBED_PORT = 25100
 CALLS = 100  # of a map, for each host
 REPEAT = 3
 MOST_GROWTH = 1.5  # how much more each of the most hosts may cost the manager than each of the fewest
@@ -95,6 +97,8 @@ def measure(count: int) -> dict[str, Any]:
         after = memory()
         found["memory"] = {"self": after["self"] - before["self"], "ssh": after["ssh"]}
         group = groups[0]
+        note("probe, the first", cost(lambda: probe_all(group)))
+        note("probe, later", _median([cost(lambda: probe_all(group)) for _ in range(REPEAT)]))
         works: dict[str, Callable[[], None]] = {
             "command": lambda: broadcast(group),
             "map": lambda: spread_calls(group, count),
@@ -112,6 +116,12 @@ def measure(count: int) -> dict[str, Any]:
 
 def _median(costs: list[Cost]) -> Cost:
     return sorted(costs, key=lambda one: one.manager)[len(costs) // 2]
+
+
+def probe_all(group: RuntimeGroup) -> None:
+    """Find out whether all hosts reach each other, on one port."""
+    hosts = [ProbedHost(one.host, one._connection, (PROBED_PORT,)) for one in group.runtimes]
+    assert event_loop.run(probe(hosts)).is_proven
 
 
 def broadcast(group: RuntimeGroup) -> None:

@@ -529,6 +529,8 @@ class _StreamPool:
 
     async def _session_may_come(self) -> bool:
         """Wait while the host may still grant one though it has just refused it; return whether it may."""
+        if self._idle:
+            return True  # another copy has given its own back meanwhile
         if self._busy:
             # It allows fewer sessions than we would like.
             self._returned.clear()
