@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,11 @@ def test_workers_stay_and_know_local_classes(group: RuntimeGroup) -> None:
     first = list(group.map(moved, [Point(x) for x in range(8)]))
     assert [point.x for point, _ in first] == list(range(1, 9))
     assert all(type(point) is Point for point, _ in first)
-    again = {pid for _, pid in group.map(moved, [Point(0)] * 8)}
-    assert again & {pid for _, pid in first}
+    # One of the two hosts may be faster with all of it, each time another: but there are no more workers than cores.
+    maps = Counter({pid for _, pid in first})
+    for _ in range(2 * (os.cpu_count() or 1)):
+        maps.update({pid for _, pid in group.map(moved, [Point(0)] * 8)})
+    assert max(maps.values()) > 1
 
 
 def test_closures_coroutines_and_what_is_bound(group: RuntimeGroup) -> None:
