@@ -41,7 +41,7 @@ logger = logging.getLogger("lazycluster")
 
 _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
 _MANY_FORWARDS = 3000
-_MOST_JOINING = 64  # workers that join a master at once: those that wait for too long begin anew, which only adds work
+_MOST_JOINING = 64  # workers that join a master at once: who waits there for too long begins anew
 _TURN = 15.0  # seconds until others join beside one that is not ready yet, and may never be
 _SETTLE = 1.0  # seconds that the other workers get to fail, too, after one has failed
 
