@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import _socket as socket  # the module proper takes as long to import as all others together
 import errno
-import fcntl
 import os
 import struct
 import time
 from _operator import _compare_digest as compare_digest  # hmac and hashlib would load all of OpenSSL
-from array import array
 
+from .interfaces import interface_addresses
 from .processes import explained
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections import deque
     from hashlib import blake2s
-    from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
+    from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
     from .loop import Loop, Timer
     from .session import RequestChannel
@@ -45,51 +44,10 @@ _LIFETIME = 60.0  # seconds, after which the listeners close whatever the manage
 _NONCE, _MAC = 16, 16  # bytes
 _BODY = struct.Struct(">I16s")  # of an answer: which host, and the address that was reached
 _BY_RESET = struct.pack("ii", 1, 0)  # for SO_LINGER
-_LIST_INTERFACES = 0x8912  # SIOCGIFCONF
-_ROOM = 256 * 1024  # bytes for that
-_ENTRY = 40 if struct.calcsize("P") == 8 else 32
-_UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40  # flags of an IPv6 address: temporary, duplicate, deprecated, tentative
 _NO_ANSWER = "no answer"
 _OTHER_PROGRAM = "other program"
 _NOT_CONNECTED = (errno.EAGAIN, errno.ENOTCONN)
 _NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
-
-
-# --- addresses ---------------------------------------------------------------------------------------
-def interface_addresses() -> List[str]:
-    """Return the addresses of this host's interfaces, loopback and link-local ones left out; that of ssh first."""
-    found = [*_ipv4_addresses(), *_ipv6_addresses()]
-    through_ssh = os.environ.get("SSH_CONNECTION", "").split()
-    if len(through_ssh) == 4 and through_ssh[2] in found:
-        found.insert(0, through_ssh[2])
-    return list(dict.fromkeys(found))
-
-
-def _ipv4_addresses() -> Iterator[str]:
-    entries = array("B", bytes(_ROOM))
-    any_socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        answer = fcntl.ioctl(any_socket, _LIST_INTERFACES, struct.pack("iP", _ROOM, entries.buffer_info()[0]))
-    except OSError:  # another kind of Unix
-        return
-    finally:
-        any_socket.close()
-    found = entries.tobytes()
-    for start in range(0, struct.unpack("iP", answer)[0], _ENTRY):
-        text = socket.inet_ntoa(found[start + 20 : start + 24])  # a name of 16 bytes, family, port, the address
-        if not text.startswith(("127.", "169.254.", "0.")):
-            yield text
-
-
-def _ipv6_addresses() -> Iterator[str]:
-    try:
-        with open("/proc/net/if_inet6") as file:
-            lines = [line.split() for line in file]
-    except OSError:
-        return
-    for digits, _, _, scope, flags, _ in lines:
-        if scope == "00" and not int(flags, 16) & _UNUSABLE:
-            yield socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
 
 
 def _family(address: str) -> int:

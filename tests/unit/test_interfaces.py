@@ -1,0 +1,110 @@
+"""The addresses that a host has, as its kernel tells them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from lazycluster.agent import interfaces
+from lazycluster.agent.interfaces import interface_addresses
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked so")
+_IP = shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin:/bin")
+_HIDDEN = ("temporary", "dadfailed", "deprecated", "tentative")
+
+
+def is_usable(entry: dict[str, Any]) -> bool:
+    """Tell whether other hosts may reach an address, as ip shows it."""
+    if entry["family"] == "inet6":
+        return entry["scope"] == "global" and not any(entry.get(flag) for flag in _HIDDEN)
+    return not entry["local"].startswith(("127.", "169.254.", "0."))
+
+
+@pytest.mark.skipif(_IP is None, reason="iproute2 is not there to compare with")
+def test_they_are_those_that_ip_shows() -> None:
+    shown = json.loads(subprocess.run([str(_IP), "-json", "addr"], check=True, capture_output=True).stdout)
+    known = [entry for interface in shown for entry in interface["addr_info"]]
+    usable = {entry["local"] for entry in known if is_usable(entry)}
+    assert set(interface_addresses()) == usable
+
+
+def test_the_address_of_ssh_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {2: ["127.0.0.1", "10.0.0.7", "169.254.1.1", "10.1.0.7"], 10: ["fd00::7"]}
+    monkeypatch.setattr(interfaces, "_told", lambda family: iter(told[family]))
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
+    assert interface_addresses() == ["10.0.0.7", "10.1.0.7", "fd00::7"]
+    monkeypatch.setenv("SSH_CONNECTION", "10.1.0.1 50000 10.1.0.7 22")
+    assert interface_addresses() == ["10.1.0.7", "10.0.0.7", "fd00::7"]
+    monkeypatch.setenv("SSH_CONNECTION", "10.1.0.1 50000 203.0.113.5 22")
+    assert interface_addresses() == ["10.0.0.7", "10.1.0.7", "fd00::7"]
+
+
+def message(kind: int, data: bytes = b"") -> bytes:
+    text = interfaces._HEADER.pack(interfaces._HEADER.size + len(data), kind, 0, 1, 0) + data
+    return text + bytes(-len(text) % 4)
+
+
+def address(flags: int, scope: int, *attributes: tuple[int, bytes]) -> bytes:
+    family = 2 if len(attributes[0][1]) == 4 else 10
+    data = interfaces._ADDRESS.pack(family, 24, flags, scope, 2)
+    for kind, value in attributes:
+        data += (
+            interfaces._ATTRIBUTE.pack(interfaces._ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
+        )
+    return message(20, data)
+
+
+class _Kernel:
+    """Gives answers that are not to be had here at will, such as those of point-to-point interfaces."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self._answers = list(answers)
+
+    def __call__(self, *args: Any) -> _Kernel:
+        return self
+
+    def settimeout(self, seconds: float) -> None:
+        pass
+
+    def send(self, data: bytes) -> None:
+        pass
+
+    def recv(self, size: int) -> bytes:
+        if not self._answers:
+            raise TimeoutError
+        return self._answers.pop(0)
+
+    def close(self) -> None:
+        self._answers.clear()
+
+
+_IPV6 = bytes.fromhex("fd00" + "0" * 27 + "7")
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        ([address(0, 0, (1, b"\n\0\0\1"), (2, b"\n\0\0\7"), (3, b"tun0\0")) + message(3)], ["10.0.0.7"]),
+        ([address(1, 0, (1, b"\n\0\0\7"), (2, b"\n\0\0\7")), message(3)], ["10.0.0.7"]),
+        ([address(0x80, 0, (1, _IPV6)) + address(0x80, 253, (1, _IPV6[:-1] + b"\x08")) + message(3)], ["fd00::7"]),
+        ([address(flag, 0, (1, _IPV6)) for flag in (0x01, 0x08, 0x20, 0x40)] + [message(3)], []),
+        ([address(0, 0, (1, b"\n\0\0\7")) + message(2, bytes(4)), message(3)], ["10.0.0.7"]),
+        ([message(2, b"\xff\xff\xff\xff")], []),
+        ([address(0, 0, (3, b"eth0")) + bytes(20)], []),
+    ],
+    ids=["point to point", "secondary", "link-local", "unusable", "an error after it", "an error", "torn"],
+)
+def test_what_the_kernel_may_answer(answers: list[bytes], found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [interfaces.socket.AF_INET6 if b"\xfd\0" in b"".join(answers) else interfaces.socket.AF_INET]
+    monkeypatch.setattr(interfaces.socket, "socket", _Kernel(*answers))
+    assert list(interfaces._told(kinds[0])) == found
+
+
+def test_a_kernel_that_does_not_answer_has_no_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interfaces.socket, "socket", _Kernel())
+    assert interface_addresses() == []
