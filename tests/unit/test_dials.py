@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lazycluster.agent import reachability as on_host
+from lazycluster.agent.loop import Loop
 from lazycluster.runtime import reachability
 from lazycluster.runtime.reachability import ProbedHost, _Party
+
+_NETWORK = f"127.{1 + os.getpid() // 250 % 250}.{os.getpid() % 250}"  # of this process alone
 
 
 class _Dialing:
@@ -82,21 +89,29 @@ class _Loop:
         self.timers.append((seconds, callback))
         return SimpleNamespace(cancel=lambda: None)
 
+    def watch(self, fd: int, callback: Any = None) -> None:
+        """Nothing happens here but what the test does."""
+
+    add_reader = add_writer = remove_reader = remove_writer = watch
+
 
 def test_a_host_dials_on_as_long_as_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """At least six seconds, after them while answers come each second, and not longer than twenty."""
     loop, events = _Loop(), list[dict[str, Any]]()
     monkeypatch.setattr(on_host, "time", SimpleNamespace(monotonic=lambda: loop.now))
-    monkeypatch.setattr(on_host._Dial, "begin", lambda dial, on_end: setattr(dial, "_on_end", on_end))
+    monkeypatch.setattr(on_host._Dial, "begin", lambda dial: setattr(dial, "since", loop.now))
+    monkeypatch.setattr(on_host._Dial, "look", lambda dial: dial.is_over)
+    monkeypatch.setattr(on_host._Dial, "fileno", lambda dial: 0)
     params = {"me": 0, "key": "00", "ports": []}
     channel: Any = SimpleNamespace(params=params, loop=loop, event=lambda **event: events.append(event))
     on_host._Participant(channel)
-    channel.on_control({"dial": [[peer, f"10.0.{peer}.1", [25001], []] for peer in range(1, 100)]})
+    channel.on_control({"dial": [[peer, f"10.{peer // 250}.{peer % 250}.1", [25001], []] for peer in range(1, 2000)]})
     (participant,) = {callback.__self__ for _, callback in loop.timers}
     dials = participant._open
 
     def answered() -> None:
         next(iter(dials))._end("")
+        participant._go_on()
 
     seconds, late = loop.timers[1]
     assert seconds == 6.0
@@ -113,3 +128,104 @@ def test_a_host_dials_on_as_long_as_it_is_answered(monkeypatch: pytest.MonkeyPat
     assert events[-1]["state"] == "dialed"
     assert {why for *_, why in events[-1]["failed"]} == {"not tried", "no answer"}
     assert [event["state"] for event in events] == ["listening", *["dialing"] * 28, "dialed"]
+
+
+class _Channel:
+    """What a host of a probe has of its manager: all hosts of a test are in one loop."""
+
+    def __init__(self, loop: Loop, index: int, ports: list[int]) -> None:
+        self.loop = loop
+        self.params = {"me": index, "key": "07" * 32, "ports": ports, "address": f"{_NETWORK}.{index}"}
+        self.on_control: Any = None
+        self.on_abandon: Any = None
+        self.dialed: dict[str, Any] = {}
+
+    def event(self, **event: Any) -> None:
+        if event["state"] == "dialed":
+            self.dialed = event
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    try:
+        yield loop
+    finally:
+        loop._poller._poll.close()
+        os.close(loop._wake_read)
+        os.close(loop._wake_write)
+
+
+@contextmanager
+def dialing(loop: Loop, numbers: Iterable[int], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Channel]]:
+    """Have some hosts listen, which are in one process."""
+    channels = [_Channel(loop, number, [25001]) for number in numbers]
+    try:
+        for channel in channels:
+            monkeypatch.setattr(on_host, "interface_addresses", lambda own=channel.params["address"]: [own])
+            on_host.reach(channel)  # type: ignore[arg-type]
+        yield channels
+    finally:
+        for channel in channels:
+            channel.on_abandon()
+
+
+def run(loop: Loop, channels: list[_Channel]) -> int:
+    """Run the loop until all have dialed; returns how often it has woken up."""
+    rounds = 0
+    while not all(channel.dialed for channel in channels):
+        loop._round()
+        rounds += 1
+    return rounds
+
+
+def test_who_is_answered_by_many_wakes_up_for_few(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 40
+    with dialing(loop, range(1, count + 1), monkeypatch) as channels:
+        dial = [[number, f"{_NETWORK}.{number}", [25001], []] for number in range(1, count + 1)]
+        for channel in channels:
+            channel.on_control({"dial": dial})
+        assert run(loop, channels) < count * (count - 1) / 20
+    assert all(channel.dialed == {"state": "dialed", "failed": [], "translated": []} for channel in channels)
+
+
+_FOUND = {"silent": "no answer", "other": "other program", "refused": "refused", "mistaken": "host 15"}
+
+
+@pytest.mark.parametrize("last", [*_FOUND, "service", "right"])
+def test_whatever_is_dialed_last_each_is_found_out(last: str, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop watches the last one alone."""
+    monkeypatch.setattr(on_host, "_DIAL_LIMIT", 0.6)
+    monkeypatch.setattr(on_host, "_AGAIN_LIMIT", 0.3)
+    order = sorted([*_FOUND, "service", "right"], key=lambda name: name == last)
+    numbers = {name: 15 if name == "right" else order.index(name) * 10 + 1 for name in order}
+    with ExitStack() as stack:
+        dialer, _ = stack.enter_context(dialing(loop, [0, 15], monkeypatch))
+        full, other, service = (
+            stack.enter_context(socket.create_server((f"{_NETWORK}.99", 0), backlog=0)) for _ in "123"
+        )
+        for _ in range(3):  # whoever comes after them is not answered
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+
+        def greet() -> None:
+            with other.accept()[0] as connection:
+                connection.sendall(b"SSH-2.0-other, and some more that is no answer of ours\r\n")
+
+        loop.add_reader(other.fileno(), greet)
+        ports: dict[str, tuple[str, list[int], list[int]]] = {
+            "silent": (f"{_NETWORK}.99", [full.getsockname()[1]], []),
+            "other": (f"{_NETWORK}.99", [other.getsockname()[1]], []),
+            "service": (f"{_NETWORK}.99", [], [service.getsockname()[1]]),
+            "refused": (f"{_NETWORK}.98", [25001], [25002]),
+            "mistaken": (f"{_NETWORK}.15", [25001], []),
+            "right": (f"{_NETWORK}.15", [25001], []),
+        }
+        dialer.on_control({"dial": [[numbers[name], *ports[name]] for name in order]})
+        run(loop, [dialer])
+        loop.remove_reader(other.fileno())
+    failed = {(number, port, why) for number, _, port, why in dialer.dialed["failed"]}
+    assert failed == {
+        (numbers[name], port, why) for name, why in _FOUND.items() for port in [*ports[name][1], *ports[name][2]]
+    }

@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections import deque
     from hashlib import blake2s
-    from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+    from typing import Any, Deque, Dict, List, Optional, Tuple
 
     from .loop import Loop, Timer
     from .session import RequestChannel
@@ -31,7 +31,7 @@ else:
 _MOST_OPEN = 64  # dials at once
 _MOST_YOUNG = 32  # of these, dials that have begun a moment ago: more would only wait for each other
 _YOUNG = 0.5  # seconds
-_TICK = 0.1  # seconds from one look at the ages of dials to the next
+_TICK = 0.1  # seconds after which all dials are looked at, whatever has happened
 _MOST_CALLERS = 512  # connections at once that have not asked yet; those that are not ours are among them
 _MOST_ANSWERED = 128  # connections at once that have been answered; whoever has asked has closed the older ones
 _DIAL_LIMIT = 2.0  # seconds for one dial
@@ -46,7 +46,7 @@ _BODY = struct.Struct(">I16s")  # of an answer: which host, and the address that
 _BY_RESET = struct.pack("ii", 1, 0)  # for SO_LINGER
 _NO_ANSWER = "no answer"
 _OTHER_PROGRAM = "other program"
-_NOT_CONNECTED = (errno.EAGAIN, errno.ENOTCONN)
+_NOT_YET = (errno.EAGAIN, errno.ENOTCONN)
 _NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
 
 
@@ -64,18 +64,22 @@ def _unpacked(data: bytes, like: str) -> str:
 
 # --- who answers -------------------------------------------------------------------------------------
 class _Key:
-    """The secret of one probe, which the hosts have from the manager."""
+    """The secret of one probe, which the hosts have from the manager.
+
+    Attributes:
+        question: What this host says first: nobody else is answered.
+    """
 
     def __init__(self, digits: str) -> None:
         self._key = bytes.fromhex(digits)
+        self.question = self._question(os.urandom(_NONCE))
 
-    def question(self, nonce: bytes) -> bytes:
-        """Return what a host says first: nobody else is answered."""
+    def _question(self, nonce: bytes) -> bytes:
         return nonce + self._mac(b"question", nonce)
 
     def is_question(self, data: bytes) -> bool:
         """Tell whether one who knows the key has said this."""
-        return compare_digest(data, self.question(data[:_NONCE]))
+        return compare_digest(data, self._question(data[:_NONCE]))
 
     def answer(self, question: bytes, body: bytes) -> bytes:
         """Return what proves to whoever has asked which host has answered."""
@@ -94,8 +98,8 @@ class _Listener:
     def __init__(self, loop: "Loop", key: _Key, me: int, address: str, port: int) -> None:
         self._loop, self._key = loop, key
         self._body = _BODY.pack(me, _packed(address))
-        self._callers: "Dict[socket.socket, float]" = {}  # who has not asked yet, and until when each may stay
-        self._answered: "Deque[socket.socket]" = deque()
+        self._callers: "Dict[int, float]" = {}  # who has not asked yet, and until when each may stay
+        self._answered: "Deque[int]" = deque()
         self._timer: "Optional[Timer]" = None
         self._socket = socket.socket(_family(address), socket.SOCK_STREAM)
         try:
@@ -111,52 +115,47 @@ class _Listener:
     def _accept(self) -> None:
         while True:
             try:
-                caller = self._accepted()
+                caller: int = self._socket._accept()[0]  # type: ignore[attr-defined]
             except OSError:
                 return
             if len(self._callers) >= _MOST_CALLERS:
-                caller.close()
+                os.close(caller)
                 continue
-            self._take(caller)
+            os.set_blocking(caller, False)
+            if not self._has_asked(caller):  # with much to do, the question has come already
+                self._take(caller)
 
-    def _accepted(self) -> socket.socket:
-        fd = self._socket._accept()[0]  # type: ignore[attr-defined]
-        return socket.socket(self._socket.family, socket.SOCK_STREAM, 0, fd)
-
-    def _take(self, caller: socket.socket) -> None:
-        caller.setblocking(False)
-        if self._has_asked(caller):  # with much to do, the question has come already
-            return
+    def _take(self, caller: int) -> None:
         self._callers[caller] = time.monotonic() + _CALLER_LIMIT
         if self._timer is None:
             self._timer = self._loop.call_later(_CALLER_LIMIT, self._drop_overdue)
-        self._loop.add_reader(caller.fileno(), lambda: self._asked(caller))
+        self._loop.add_reader(caller, lambda: self._asked(caller))
 
-    def _asked(self, caller: socket.socket) -> None:
+    def _asked(self, caller: int) -> None:
         self._forget(caller)
         if not self._has_asked(caller):
-            caller.close()
+            os.close(caller)
 
-    def _has_asked(self, caller: socket.socket) -> bool:
+    def _has_asked(self, caller: int) -> bool:
         """Answer a question, or have done with whoever says something else; returns False if nothing was said."""
         try:
-            question = caller.recv(_QUESTION_SIZE)
+            question = os.read(caller, _QUESTION_SIZE)
             if len(question) == _QUESTION_SIZE and self._key.is_question(question):
-                caller.send(self._key.answer(question, self._body))
+                os.write(caller, self._key.answer(question, self._body))
                 # Who has asked closes first: otherwise the port would be kept for a minute (TIME_WAIT).
                 self._answered.append(caller)
                 if len(self._answered) > _MOST_ANSWERED:
-                    self._answered.popleft().close()
+                    os.close(self._answered.popleft())
                 return True
         except BlockingIOError:
             return False
         except OSError:
             pass
-        caller.close()
+        os.close(caller)
         return True
 
-    def _forget(self, caller: socket.socket) -> None:
-        self._loop.remove_reader(caller.fileno())
+    def _forget(self, caller: int) -> None:
+        self._loop.remove_reader(caller)
         del self._callers[caller]
 
     def _drop_overdue(self) -> None:
@@ -166,7 +165,7 @@ class _Listener:
                 self._timer = self._loop.call_later(due - now, self._drop_overdue)
                 return
             self._forget(caller)
-            caller.close()
+            os.close(caller)
 
     def close(self) -> None:
         """Stop listening."""
@@ -174,9 +173,9 @@ class _Listener:
             self._timer.cancel()
         for caller in list(self._callers):
             self._forget(caller)
-            caller.close()
+            os.close(caller)
         while self._answered:
-            self._answered.popleft().close()
+            os.close(self._answered.popleft())
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
 
@@ -186,28 +185,28 @@ class _Dial:
     """A connection to one address and port, and the question who is there.
 
     Attributes:
+        is_second: Whether it is another try.
         limit: After how many seconds it is given up.
         since: When it has begun, by the monotonic clock.
         young: Whether that is a moment ago.
+        is_asked: Whether it waits for an answer; otherwise for the connection.
+        is_over: Whether it is known what comes of it.
         reached: The address of the listener, as its own host knows it, if the right host has answered.
         problem: Why nothing is proven, "" if it is.
     """
 
-    def __init__(
-        self, loop: "Loop", key: _Key, peer: int, address: str, port: int, bare: bool, limit: float = _DIAL_LIMIT
-    ) -> None:
-        self.peer, self.address, self.port, self.limit = peer, address, port, limit
+    def __init__(self, key: _Key, peer: int, address: str, port: int, bare: bool, is_second: bool = False) -> None:
+        self.peer, self.address, self.port = peer, address, port
+        self.is_second, self.limit = is_second, _AGAIN_LIMIT if is_second else _DIAL_LIMIT
         self.since, self.young = 0.0, False
+        self.is_asked = self.is_over = False
         self.reached = self.problem = ""
-        self._loop, self._key, self._bare = loop, key, bare
-        self._question = key.question(os.urandom(_NONCE))
+        self._key, self._bare = key, bare
         self._answer = b""
-        self._is_connected = self._is_over = False
         self._socket: "Optional[socket.socket]" = None
 
-    def begin(self, on_end: "Callable[[_Dial], Any]") -> None:
-        """Connect; `on_end` is called once it is known what comes of that."""
-        self._on_end = on_end
+    def begin(self) -> None:
+        """Connect."""
         self.since = time.monotonic()
         try:
             self._socket = socket.socket(_family(self.address), socket.SOCK_STREAM)
@@ -217,50 +216,49 @@ class _Dial:
             status = self._socket.connect_ex((self.address, self.port))
         except OSError as error:
             status = error.errno or errno.EINVAL
-        if status not in (0, errno.EINPROGRESS) or self._socket is None:
-            self._loop.call_soon(lambda: self._end(_why(status)))
-        elif self._bare:
-            self._loop.add_writer(self._socket.fileno(), self._connected)
+        if status in (0, errno.EINPROGRESS):
+            self.look()  # to a host nearby, the connection is there already
         else:
-            self._ask()  # to a host nearby, the connection is there already
+            self._end(_why(status))
 
-    def _ask(self) -> None:
+    def fileno(self) -> int:
+        """Return the descriptor of a dial that is not over."""
+        assert self._socket is not None
+        return self._socket.fileno()
+
+    def look(self) -> bool:
+        """Go on as far as that is possible without waiting; returns whether it is over."""
         assert self._socket is not None
         try:
-            self._socket.send(self._question)
-        except OSError as error:
-            if error.errno in _NOT_CONNECTED and not self._is_connected:
-                self._loop.add_writer(self._socket.fileno(), self._connected)
+            if self.is_asked:
+                self._hear(self._socket)
+            elif self._bare:
+                self._see(self._socket)
             else:
-                why = _why(error.errno)
-                self._loop.call_soon(lambda: self._end(why))
-            return
-        self._loop.add_reader(self._socket.fileno(), self._answered)
+                self._socket.send(self._key.question)
+                self.is_asked = True
+        except OSError as error:
+            if error.errno not in _NOT_YET:
+                self._end(_OTHER_PROGRAM if self.is_asked else _why(error.errno))
+        return self.is_over
 
-    def _connected(self) -> None:
-        assert self._socket is not None
-        self._loop.remove_writer(self._socket.fileno())
-        status = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        self._is_connected = True
+    def _see(self, connection: socket.socket) -> None:
+        """See whether a service of the cluster listens there, which asks for a certificate itself."""
+        status = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if status:
             self._end(_why(status))
-        elif self._bare:  # a service of the cluster listens there, which asks for a certificate
-            self.reached = self.address
-            self._end("")
-        else:
-            self._ask()
+            return
+        connection.getpeername()  # fails as long as nobody has answered
+        self.reached = self.address
+        self._end("")
 
-    def _answered(self) -> None:
-        assert self._socket is not None
-        try:
-            data = self._socket.recv(_ANSWER_SIZE - len(self._answer))
-        except OSError:
-            data = b""
+    def _hear(self, connection: socket.socket) -> None:
+        data = connection.recv(_ANSWER_SIZE - len(self._answer))
         self._answer += data
         if data and len(self._answer) < _ANSWER_SIZE:
             return
         body = self._answer[: _BODY.size]
-        if not compare_digest(self._answer, self._key.answer(self._question, body)):
+        if not compare_digest(self._answer, self._key.answer(self._key.question, body)):
             self._end(_OTHER_PROGRAM)
             return
         who, reached = _BODY.unpack(body)
@@ -271,11 +269,8 @@ class _Dial:
         self._end("")
 
     def _end(self, problem: str) -> None:
-        if self._is_over:
-            return
         self.close()
         self.problem = problem
-        self._on_end(self)
 
     def give_up(self) -> None:
         """Do not wait any longer."""
@@ -283,14 +278,12 @@ class _Dial:
 
     def again(self) -> "_Dial":
         """Return another try."""
-        return _Dial(self._loop, self._key, self.peer, self.address, self.port, self._bare, _AGAIN_LIMIT)
+        return _Dial(self._key, self.peer, self.address, self.port, self._bare, is_second=True)
 
     def close(self) -> None:
         """Release what it holds; nothing comes of it any more."""
-        self._is_over = True
-        if self._socket is not None and self._socket.fileno() >= 0:
-            self._loop.remove_writer(self._socket.fileno())
-            self._loop.remove_reader(self._socket.fileno())
+        self.is_over = True
+        if self._socket is not None:
             self._socket.close()
 
 
@@ -317,7 +310,7 @@ class _Participant:
         self._waiting: "Deque[_Dial]" = deque()
         self._open: "Dict[_Dial, None]" = {}
         self._young = 0
-        self._is_late = False
+        self._watched = -1  # the descriptor of the newest dial
         self._began = self._answered = 0.0  # when the dials began, and when one was answered last
         self._failed: "List[List[Any]]" = []
         self._reached: "Dict[Tuple[int, str], str]" = {}
@@ -360,8 +353,7 @@ class _Participant:
                 if address in self._own:
                     self._failed.append([peer, address, port, "own"])
                 else:
-                    self._waiting.append(_Dial(self._loop, self._key, peer, address, port, bare))
-        self._is_late = False
+                    self._waiting.append(_Dial(self._key, peer, address, port, bare))
         self._began = self._answered = time.monotonic()
         self._deadline = self._loop.call_later(_ROUND_LIMIT, self._late)
         self._go_on()
@@ -374,17 +366,30 @@ class _Participant:
             self._channel.event(state="dialing")
             self._deadline = self._loop.call_later(left, self._late)
             return
-        self._is_late = True
         while self._waiting:
             dial = self._waiting.popleft()
             self._failed.append([dial.peer, dial.address, dial.port, "not tried"])
-        for dial in list(self._open):
-            dial.give_up()
+        for dial in self._open:
+            dial.limit, dial.is_second = 0.0, True
+        self._go_on()
 
     def _go_on(self) -> None:
+        """Look at all dials, and begin others.
+
+        The loop watches the newest one alone: when that is answered, most of the others are. So a host that dials many
+        wakes up once for many answers.
+        """
+        self._unwatch()
+        now = time.monotonic()
+        for dial in list(self._open):
+            if not dial.look() and now - dial.since >= dial.limit:
+                dial.give_up()
+            self._look_back(dial, now)
         while self._waiting and len(self._open) < _MOST_OPEN and self._young < _MOST_YOUNG:
             self._begin(self._waiting.popleft())
-        if not self._open and self._deadline is not None:
+        if self._open:
+            self._watch(next(reversed(self._open)))
+        elif self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
             reached = [[peer, address, bound] for (peer, address), bound in self._reached.items() if bound != address]
@@ -395,35 +400,40 @@ class _Participant:
         self._open[dial] = None
         dial.young = True
         self._young += 1
-        dial.begin(self._ended)
-        if self._tick is None:
-            self._tick = self._loop.call_later(_TICK, self._look_at_ages)
+        dial.begin()
+        self._look_back(dial, dial.since)
 
-    def _look_at_ages(self) -> None:
-        now, self._tick = time.monotonic(), None
-        for dial in list(self._open):
-            if dial.young and now - dial.since >= _YOUNG:
-                dial.young = False
-                self._young -= 1
-            if now - dial.since >= dial.limit:
-                dial.give_up()
-        self._go_on()
-        if self._open and self._tick is None:
-            self._tick = self._loop.call_later(_TICK, self._look_at_ages)
-
-    def _ended(self, dial: _Dial) -> None:
-        self._open.pop(dial, None)
-        if dial.young:
+    def _look_back(self, dial: _Dial, now: float) -> None:
+        """See to what has become of a dial."""
+        if dial.young and (dial.is_over or now - dial.since >= _YOUNG):
             dial.young = False
             self._young -= 1
+        if not dial.is_over:
+            return
+        del self._open[dial]
         if dial.problem != _NO_ANSWER:
-            self._answered = time.monotonic()
-        if dial.problem in (_NO_ANSWER, _OTHER_PROGRAM) and dial.limit == _DIAL_LIMIT and not self._is_late:
+            self._answered = now
+        if dial.problem in (_NO_ANSWER, _OTHER_PROGRAM) and not dial.is_second:
             self._waiting.append(dial.again())  # where very many dial at once, a packet is lost easily
         elif dial.problem:
             self._failed.append([dial.peer, dial.address, dial.port, dial.problem])
         else:
             self._reached[dial.peer, dial.address] = dial.reached
+
+    def _watch(self, dial: _Dial) -> None:
+        self._watched = dial.fileno()
+        (self._loop.add_reader if dial.is_asked else self._loop.add_writer)(self._watched, self._go_on)
+        if self._tick is None:
+            self._tick = self._loop.call_later(_TICK, self._look_again)
+
+    def _unwatch(self) -> None:
+        if self._watched >= 0:
+            self._loop.remove_reader(self._watched)
+            self._loop.remove_writer(self._watched)
+            self._watched = -1
+
+    def _look_again(self) -> None:
+        self._tick = None
         self._go_on()
 
     def _overdue(self) -> None:
@@ -435,6 +445,7 @@ class _Participant:
         for timer in (self._deadline, self._tick):
             if timer is not None:
                 timer.cancel()
+        self._unwatch()
         self._waiting.clear()
         for dial in self._open:
             dial.close()
