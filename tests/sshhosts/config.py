@@ -50,6 +50,7 @@ def host_spec(layout: dict[str, Any], name: str, options: Options, *, inner: boo
         "port": options.port,
         "sshd": shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/sbin") or "/usr/sbin/sshd",
         "interfaces": _interfaces(layout, name, behind=options.bastion, inner=inner),
+        "flooding": options.flooding,
         "visible": visible,
         "hidden": layout["hidden"],
         "tmpfs": masks,

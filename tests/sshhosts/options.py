@@ -77,6 +77,8 @@ class Options:
         env: Variables that sshd sets for every session.
         own: Directories that every session has of its own, empty at first, as those of containers do. The sessions of
             ordinary users are in user namespaces of their own, too; those of root are not.
+        flooding: The switch passes the question who has an address on to all hosts, as those of laboratories do. False:
+            it answers itself, as the networks of clouds do; nothing else is passed on to all then.
     """
 
     python: str | None = None
@@ -98,6 +100,7 @@ class Options:
     path: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     own: tuple[str, ...] = ()
+    flooding: bool = True
 
     def __post_init__(self) -> None:
         if self.rc is not None and self.rc not in RC_FILES:

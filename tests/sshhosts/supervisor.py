@@ -5,6 +5,7 @@ serves requests (one JSON line each) until its input ends or it is told to termi
 dies with this process, and all others of the host with the first, so that nothing survives, however this one ends.
 """
 
+import glob
 import json
 import os
 import select
@@ -102,6 +103,15 @@ class Host:
             lines.append(f"link set dev {port} up")
         return lines
 
+    def answers(self):
+        """``ip`` commands that have the switch answer who has the host's address, if it does; once all are joined."""
+        lines = []
+        for number, interface in enumerate([] if self.spec["flooding"] else self.spec["interfaces"]):
+            address, bridge = interface["address"], interface["bridge"]
+            lines.append(f"neigh replace {address} lladdr {mac_of(address)} dev {bridge} nud permanent")
+            lines.append(f"link set dev {self.spec['name'][:10]}-{number} type bridge_slave proxy_arp on")
+        return lines
+
     def neighbours(self, interface):
         """``ip`` commands that make the host known to the manager, whose port is given.
 
@@ -189,6 +199,9 @@ class Supervisor:
     def make_switch(self):
         """A namespace for the bridges, and the manager's port on the first of them."""
         unshare(CLONE_NEWNET)
+        for filtered in glob.glob("/proc/sys/net/bridge/bridge-nf-call-*"):
+            with open(filtered, "w") as file:
+                file.write("0")  # a switch has no firewall, and 200 hosts ask each other for their addresses
         lines = ["link set dev lo up"]
         for bridge in self.spec["bridges"]:
             lines += [f"link add name {bridge} type bridge forward_delay 0", f"link set dev {bridge} up"]
@@ -221,6 +234,7 @@ class Supervisor:
         deadline = time.monotonic() + START_DEADLINE
         wait_for(lambda: all(host.unshared() for host in hosts), deadline, "the hosts' namespaces")
         lines = [line for host in hosts for line in host.links()]
+        lines += [line for host in hosts for line in host.answers()]
         ip_batch(lines)
         known = [line for host in hosts for line in host.neighbours(self.manager_port)]
         if known:
