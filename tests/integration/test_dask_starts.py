@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -27,10 +26,9 @@ from distributed import Client, Status
 
 import leaks
 from lazycluster import RuntimeGroup
-from lazycluster.cluster import MasterLauncher, WorkerLauncher, worker_launcher
+from lazycluster.cluster import MasterLauncher, WorkerLauncher
 from lazycluster.cluster.dask_cluster import DaskCluster, LocalMasterLauncher, RoundRobinLauncher
 from lazycluster.cluster.exceptions import ClusterError, MasterStartError, VersionMismatchError
-from lazycluster.cluster.services import Service
 from lazycluster.exceptions import NoPortsLeftError, PortInUseError
 
 pytestmark = [
@@ -97,37 +95,6 @@ def test_the_life_of_a_cluster(group: RuntimeGroup, capsys: pytest.CaptureFixtur
     assert _programs() == []
     with pytest.raises(ClusterError, match="was ended"):
         cluster.get_client()
-
-
-@pytest.mark.parametrize(("turn", "most"), [(60.0, 1), (0.0, 3)])
-def test_workers_join_in_turns(turn: float, most: int, group: RuntimeGroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Very many at once would keep a scheduler from serving any in time; but who is not ready holds nobody up."""
-    monkeypatch.setattr(worker_launcher, "_MOST_JOINING", 1)
-    monkeypatch.setattr(worker_launcher, "_TURN", turn)
-    joining: set[Service] = set()
-    counts: list[int] = []
-    come_up = Service.come_up
-
-    async def counted(service: Service, *arguments: Any) -> int | None:
-        if "worker" not in service.label:
-            return await come_up(service, *arguments)
-        joining.add(service)
-        counts.append(len(joining))
-        if turn == 0.0:
-            while len(counts) < 3:  # none is ready before all have begun
-                await asyncio.sleep(0.01)
-        try:
-            return await come_up(service, *arguments)
-        finally:
-            joining.discard(service)
-
-    monkeypatch.setattr(Service, "come_up", counted)
-    with DaskCluster(group) as cluster:
-        cluster.start(worker_count=3)
-        with cluster.get_client(timeout=10) as client:
-            assert len(client.scheduler_info(n_workers=-1)["workers"]) == 3
-    assert len(counts) == 3
-    assert max(counts) == most
 
 
 def test_a_client_of_the_cluster_itself_can_shut_it_down(group: RuntimeGroup) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -41,8 +40,6 @@ logger = logging.getLogger("lazycluster")
 
 _PORT_ROUNDS = 10  # how often ports are chosen anew because somebody was faster
 _MANY_FORWARDS = 3000
-_MOST_JOINING = 64  # workers that join a master at once: who waits there for too long begins anew
-_TURN = 15.0  # seconds until others join beside one that is not ready yet, and may never be
 _SETTLE = 1.0  # seconds that the other workers get to fail, too, after one has failed
 
 
@@ -78,19 +75,6 @@ class Worker:
     def has_gone(self) -> bool:
         """True if its process has ended for good."""
         return self.service.state in ("ended", "failed")
-
-
-@contextlib.asynccontextmanager
-async def _turn(joining: asyncio.Semaphore) -> AsyncIterator[None]:
-    """Wait for a place among the workers that join, and hold it for a while."""
-    await joining.acquire()
-    leaving = asyncio.get_running_loop().call_later(_TURN, joining.release)
-    try:
-        yield
-    finally:
-        if leaving.when() > asyncio.get_running_loop().time():
-            leaving.cancel()
-            joining.release()
 
 
 class ServiceWorkerLauncher(WorkerLauncher):
@@ -469,11 +453,7 @@ class ServiceWorkerLauncher(WorkerLauncher):
 
     # --- bringing them up ----------------------------------------------------------------------
     async def _bring_up_all(self, supply: PortSupply, places: Sequence[WorkerHost], progress: Progress) -> None:
-        # Foreign programs are only started here, and take their time before they join.
-        joining = asyncio.Semaphore(_MOST_JOINING if self.engine.sent else len(self._prepared) or 1)
-        tasks = {
-            asyncio.ensure_future(self._bring_up(worker, supply, places, joining)): worker for worker in self._prepared
-        }
+        tasks = {asyncio.ensure_future(self._bring_up(worker, supply, places)): worker for worker in self._prepared}
         pending: set[asyncio.Task[None]] = set(tasks)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.START_LIMIT
@@ -501,18 +481,15 @@ class ServiceWorkerLauncher(WorkerLauncher):
             await asyncio.gather(*pending, return_exceptions=True)
         self._check_failures()
 
-    async def _bring_up(
-        self, worker: Worker, supply: PortSupply, places: Sequence[WorkerHost], joining: asyncio.Semaphore
-    ) -> None:
+    async def _bring_up(self, worker: Worker, supply: PortSupply, places: Sequence[WorkerHost]) -> None:
         try:
             for _ in range(_PORT_ROUNDS):
-                async with _turn(joining):
-                    if not self.engine.sent and worker.service.state != "new":  # it ends for want of a port
-                        await worker.service.stop()
-                        worker.service = worker.service.again()
-                    spec = worker.service.spec if self.engine.sent else self._spec(worker.at)
-                    if await worker.service.come_up(spec, worker.ports) is None:
-                        return
+                if not self.engine.sent and worker.service.state != "new":  # it ends for want of a port
+                    await worker.service.stop()
+                    worker.service = worker.service.again()
+                spec = worker.service.spec if self.engine.sent else self._spec(worker.at)
+                if await worker.service.come_up(spec, worker.ports) is None:
+                    return
                 for port in worker.ports.values():
                     await self.network.close(port)
                 await self._give_ports([worker], supply, places)
