@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
+import resource
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -187,6 +190,31 @@ def test_who_is_answered_by_many_wakes_up_for_few(loop: Loop, monkeypatch: pytes
             channel.on_control({"dial": dial})
         assert run(loop, channels) < count * (count - 1) / 20
     assert all(channel.dialed == {"state": "dialed", "failed": [], "translated": []} for channel in channels)
+
+
+def test_a_host_without_descriptors_waits_for_them(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers once there are some, and does not ask for them again and again."""
+    with dialing(loop, [15], monkeypatch) as (channel,), socket.socket() as caller:
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket() as next_one:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (next_one.fileno(), before[1]))
+        try:
+            caller.connect((f"{_NETWORK}.15", 25001))
+            caller.sendall(on_host._Key(channel.params["key"]).question)
+            rounds, end = 0, time.monotonic() + 0.5
+            while time.monotonic() < end:
+                loop._round()
+                rounds += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert rounds < 20
+        caller.setblocking(False)
+        answer = b""
+        while not answer:
+            loop._round()
+            with contextlib.suppress(BlockingIOError):
+                answer = caller.recv(100)
+        assert len(answer) == on_host._ANSWER_SIZE
 
 
 _FOUND = {"silent": "no answer", "other": "other program", "refused": "refused", "mistaken": "host 15"}

@@ -36,6 +36,7 @@ _MOST_CALLERS = 512  # connections at once that have not asked yet; those that a
 _MOST_ANSWERED = 128  # connections at once that have been answered; whoever has asked has closed the older ones
 _DIAL_LIMIT = 2.0  # seconds for one dial
 _CALLER_LIMIT = 5.0  # seconds for a caller to ask; one who is late gives up before
+_PAUSE = 0.1  # seconds until a listener tries again for which there were no descriptors
 _AGAIN_LIMIT = 1.0  # seconds for one that was not answered, the second time
 _ROUND_LIMIT = 6.0  # seconds for all dials together; then they go on only while there are answers, each within
 _STALL_LIMIT = 1.0  # seconds
@@ -110,13 +111,21 @@ class _Listener:
             self._socket.close()
             raise
         self._socket.setblocking(False)
-        loop.add_reader(self._socket.fileno(), self._accept)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def _accept(self) -> None:
         while True:
             try:
                 caller: int = self._socket._accept()[0]  # type: ignore[attr-defined]
-            except OSError:
+            except BlockingIOError:
+                return
+            except OSError:  # no descriptors left: those who wait, wait
+                self._loop.remove_reader(self._socket.fileno())
+                self._loop.call_later(_PAUSE, self._watch)
                 return
             if len(self._callers) >= _MOST_CALLERS:
                 os.close(caller)
