@@ -487,6 +487,31 @@ def test_a_log_of_a_cluster_that_is_gone_already_is_followed_to_its_end(
     assert capsys.readouterr().out == "all\n"
 
 
+def test_a_log_of_a_cluster_on_another_machine_is_followed_until_it_says_that_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only what is written in the home that both share is seen: whether it was killed is not."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    claim = state.claim(state.NamedRecord.new("cluster", "night"))
+    claim.write(machine="another", host="login2", state="running")
+    (claim.path / state.LOG).write_text("all\n")
+    claim.close()  # as where locks of other machines are not seen
+    found = state.find("night")
+    assert found is not None
+    following = threading.Thread(target=show_cluster_logs, args=[found, None, True], daemon=True)
+    following.start()
+    said: list[str] = []
+
+    def has_been_told() -> bool:
+        said.append(capsys.readouterr().err)
+        return "login2: if its process is killed there, that is not seen here" in "".join(said)
+
+    until(has_been_told, "what cannot be seen")
+    found.write(state="ended", reason="lazycluster down")
+    following.join(60)
+    assert not following.is_alive()
+
+
 def test_a_starter_that_changes_its_mind_at_the_last_moment_ends_the_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

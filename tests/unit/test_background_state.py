@@ -116,6 +116,17 @@ def test_one_of_another_machine_is_neither_called_dead_nor_replaced() -> None:
     assert found.remove()
 
 
+def test_one_that_has_ended_on_another_machine_is_gone_and_leaves_its_name() -> None:
+    taken = claim(NamedRecord.new("cluster", "night"))
+    taken.write(machine="another", host="login2", state="ended", reason="lazycluster down")
+    taken.close()
+    found = find("night")
+    assert found is not None and found.is_elsewhere and found.gone == "lazycluster down"
+    again = claim(NamedRecord.new("cluster", "night"))
+    assert again.record.machine != "another"
+    again.remove()
+
+
 def test_detached_work_and_clusters_share_their_names() -> None:
     claim(NamedRecord.new("work", "sweep")).close()
     with pytest.raises(LazyclusterError, match="there is detached work 'sweep' already"):

@@ -147,14 +147,14 @@ def running(name: str) -> BackgroundProcess:
         raise BackgroundError(found.problem)
     if found.record is not None and found.record.kind != "cluster":
         raise BackgroundError(f"{name!r} is detached work, not a cluster")
-    if found.is_elsewhere:
-        assert found.record is not None
-        raise BackgroundError(f"the cluster {name!r} was started on {found.record.host}: use it there")
     if found.gone:
         raise BackgroundError(
             f"the cluster {name!r} is gone: {found.gone}\n"
             f"  Next step: lazycluster logs {name} shows what it said, lazycluster up {name} starts it anew"
         )
+    if found.is_elsewhere:
+        assert found.record is not None
+        raise BackgroundError(f"the cluster {name!r} was started on {found.record.host}: use it there")
     return BackgroundProcess(found)
 
 

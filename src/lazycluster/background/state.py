@@ -158,12 +158,14 @@ class Named:
     def gone(self) -> str:
         """Reason why a cluster is not there any more; "" if it is, or if only another machine can tell."""
         record = self.record
-        if self.is_held or self.is_elsewhere:
+        if self.is_held:
             return ""
         if record is None:
             return self.problem.partition("\n")[0]
         if record.state in ("ended", "failed"):
             return record.reason or record.state
+        if self.is_elsewhere:
+            return ""
         if record.is_of_another_boot:
             return "the machine was restarted"
         return "its process was killed"
@@ -318,7 +320,7 @@ def _replaced(name: str, path: Path, lock: int, record: NamedRecord) -> Claim:
         named = Named(name, path, before, False)
         if before is None:
             _empty(path)
-        elif named.is_elsewhere or before.kind == "work":
+        elif (named.is_elsewhere and not named.gone) or before.kind == "work":
             raise _taken(named, name)
         _write(path, record)
         _empty(path, but=_RECORD)

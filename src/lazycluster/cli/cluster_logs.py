@@ -34,7 +34,12 @@ def show_cluster_logs(found: Named, worker: str | None, follow: bool) -> None:
     Raises:
         LazyclusterError: If there is no such process.
     """
+    from lazycluster.cli.console import tell
+
     path = found.path / state.LOG if worker is None else _of_process(found, worker)
+    if follow and found.is_elsewhere and not found.gone and found.record is not None:
+        where = f"the cluster {found.name!r} runs on {found.record.host}"
+        tell(f"{where}: if its process is killed there, that is not seen here; Ctrl-C ends this", err=True)
     while _show(found, path, follow):
         pass
 

@@ -294,7 +294,7 @@ def _end(one: Named, forget: bool) -> tuple[int, str]:
 
     begin = time.monotonic()
     try:
-        if one.is_elsewhere and not forget:
+        if one.is_elsewhere and not one.gone and not forget:
             assert one.record is not None
             raise LazyclusterError(
                 f"it was started on {one.record.host}: end it there\n"
