@@ -5,6 +5,7 @@ serves requests (one JSON line each) until its input ends or it is told to termi
 dies with this process, and all others of the host with the first, so that nothing survives, however this one ends.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -33,11 +34,13 @@ def unshare(flags):
     check(libc.unshare(flags), "unshare")
 
 
-def ip_batch(lines, netns=None):
+def ip_batch(lines, netns=None, program="ip"):
     """Run several ``ip`` commands in one process, in the network namespace ``netns`` (a file descriptor) if given."""
+    if not lines:
+        return
     enter = None if netns is None else lambda: check(libc.setns(netns, CLONE_NEWNET), "setns")
     outcome = subprocess.run(
-        ["ip", "-batch", "-"],
+        [program, "-batch", "-"],
         input="\n".join(lines) + "\n",
         text=True,
         capture_output=True,
@@ -45,7 +48,9 @@ def ip_batch(lines, netns=None):
         check=False,
     )
     if outcome.returncode != 0:
-        raise OSError(f"ip failed: {outcome.stderr.strip() or outcome.stdout.strip()}; the commands were: {lines}")
+        raise OSError(
+            f"{program} failed: {outcome.stderr.strip() or outcome.stdout.strip()}; the commands were: {lines}"
+        )
 
 
 def mac_of(address):
@@ -104,13 +109,14 @@ class Host:
         return lines
 
     def answers(self):
-        """``ip`` commands that have the switch answer who has the host's address, if it does; once all are joined."""
-        lines = []
+        """``ip`` and ``bridge`` commands, once all are joined, for a switch that answers who has the host's address."""
+        lines, forwarded = [], []
         for number, interface in enumerate([] if self.spec["flooding"] else self.spec["interfaces"]):
-            address, bridge = interface["address"], interface["bridge"]
-            lines.append(f"neigh replace {address} lladdr {mac_of(address)} dev {bridge} nud permanent")
-            lines.append(f"link set dev {self.spec['name'][:10]}-{number} type bridge_slave proxy_arp on")
-        return lines
+            address, port = interface["address"], f"{self.spec['name'][:10]}-{number}"
+            lines.append(f"neigh replace {address} lladdr {mac_of(address)} dev {interface['bridge']} nud permanent")
+            lines.append(f"link set dev {port} type bridge_slave proxy_arp on")
+            forwarded.append(f"fdb replace {mac_of(address)} dev {port} master static")
+        return lines, forwarded
 
     def neighbours(self, interface):
         """``ip`` commands that make the host known to the manager, whose port is given.
@@ -200,8 +206,9 @@ class Supervisor:
         """A namespace for the bridges, and the manager's port on the first of them."""
         unshare(CLONE_NEWNET)
         for filtered in glob.glob("/proc/sys/net/bridge/bridge-nf-call-*"):
-            with open(filtered, "w") as file:
-                file.write("0")  # a switch has no firewall, and 200 hosts ask each other for their addresses
+            # A switch has no firewall, and 200 hosts ask each other for their addresses.
+            with contextlib.suppress(OSError), open(filtered, "w") as file:
+                file.write("0")
         lines = ["link set dev lo up"]
         for bridge in self.spec["bridges"]:
             lines += [f"link add name {bridge} type bridge forward_delay 0", f"link set dev {bridge} up"]
@@ -234,11 +241,11 @@ class Supervisor:
         deadline = time.monotonic() + START_DEADLINE
         wait_for(lambda: all(host.unshared() for host in hosts), deadline, "the hosts' namespaces")
         lines = [line for host in hosts for line in host.links()]
-        lines += [line for host in hosts for line in host.answers()]
-        ip_batch(lines)
+        answers = [host.answers() for host in hosts]
+        ip_batch([*lines, *(line for lines, _ in answers for line in lines)])
+        ip_batch([line for _, lines in answers for line in lines], program="bridge")
         known = [line for host in hosts for line in host.neighbours(self.manager_port)]
-        if known:
-            ip_batch(known, self.manager_netns)
+        ip_batch(known, self.manager_netns)
         for host in hosts:
             host.release()
         waiting = set(hosts)

@@ -9,7 +9,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +107,7 @@ def test_a_host_dials_on_as_long_as_it_is_answered(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(on_host._Dial, "fileno", lambda dial: 0)
     params = {"me": 0, "key": "00", "ports": []}
     channel: Any = SimpleNamespace(params=params, loop=loop, event=lambda **event: events.append(event))
+    monkeypatch.setattr(on_host, "interface_addresses", list)
     on_host._Participant(channel)
     channel.on_control({"dial": [[peer, f"10.{peer // 250}.{peer % 250}.1", [25001], []] for peer in range(1, 2000)]})
     (participant,) = {callback.__self__ for _, callback in loop.timers}
@@ -136,9 +137,9 @@ def test_a_host_dials_on_as_long_as_it_is_answered(monkeypatch: pytest.MonkeyPat
 class _Channel:
     """What a host of a probe has of its manager: all hosts of a test are in one loop."""
 
-    def __init__(self, loop: Loop, index: int, ports: list[int]) -> None:
+    def __init__(self, loop: Loop, index: int, ports: Sequence[int]) -> None:
         self.loop = loop
-        self.params = {"me": index, "key": "07" * 32, "ports": ports, "address": f"{_NETWORK}.{index}"}
+        self.params = {"me": index, "key": "07" * 32, "ports": list(ports), "address": f"{_NETWORK}.{index}"}
         self.on_control: Any = None
         self.on_abandon: Any = None
         self.dialed: dict[str, Any] = {}
@@ -160,9 +161,11 @@ def loop() -> Iterator[Loop]:
 
 
 @contextmanager
-def dialing(loop: Loop, numbers: Iterable[int], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Channel]]:
+def dialing(
+    loop: Loop, numbers: Iterable[int], monkeypatch: pytest.MonkeyPatch, ports: Sequence[int] = (25001,)
+) -> Iterator[list[_Channel]]:
     """Have some hosts listen, which are in one process."""
-    channels = [_Channel(loop, number, [25001]) for number in numbers]
+    channels = [_Channel(loop, number, ports) for number in numbers]
     try:
         for channel in channels:
             monkeypatch.setattr(on_host, "interface_addresses", lambda own=channel.params["address"]: [own])
@@ -200,7 +203,7 @@ def test_a_host_without_descriptors_waits_for_them(loop: Loop, monkeypatch: pyte
             resource.setrlimit(resource.RLIMIT_NOFILE, (next_one.fileno(), before[1]))
         try:
             caller.connect((f"{_NETWORK}.15", 25001))
-            caller.sendall(on_host._Key(channel.params["key"]).question)
+            caller.sendall(on_host._Key(channel.params["key"]).question(bytes(16)))
             rounds, end = 0, time.monotonic() + 0.5
             while time.monotonic() < end:
                 loop._round()
@@ -209,12 +212,60 @@ def test_a_host_without_descriptors_waits_for_them(loop: Loop, monkeypatch: pyte
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         assert rounds < 20
         caller.setblocking(False)
-        answer = b""
-        while not answer:
+        while not has_answer(caller):
+            loop.call_later(0.05, lambda: None)
             loop._round()
-            with contextlib.suppress(BlockingIOError):
-                answer = caller.recv(100)
-        assert len(answer) == on_host._ANSWER_SIZE
+
+
+def test_a_host_that_knows_no_address_of_its_own_listens_at_what_was_stated(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = _Channel(loop, 15, [25001])
+    monkeypatch.setattr(on_host, "interface_addresses", list)
+    on_host.reach(channel)  # type: ignore[arg-type]
+    try:
+        with socket.create_connection((f"{_NETWORK}.15", 25001)):
+            pass
+    finally:
+        channel.on_abandon()
+
+
+def test_those_who_have_been_answered_make_room_for_others(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their connections are kept a while, of all ports together, and not for want of others."""
+    monkeypatch.setattr(on_host, "_MOST_ANSWERED", 6)
+    question = on_host._Key("07" * 32).question(bytes(16))
+    with ExitStack() as stack:
+        stack.enter_context(dialing(loop, [15], monkeypatch, [25001, 25002]))
+        asking = [stack.enter_context(socket.socket()) for _ in range(12)]
+
+        def ask(callers: list[socket.socket]) -> None:
+            for index, caller in enumerate(callers):
+                caller.connect((f"{_NETWORK}.15", 25001 + index % 2))
+                caller.sendall(question)
+                caller.setblocking(False)
+            missing = set(callers)
+            while missing:
+                loop.call_later(0.05, lambda: None)
+                loop._round()
+                missing -= {caller for caller in callers if caller in missing and has_answer(caller)}
+
+        before = len(os.listdir("/proc/self/fd"))
+        ask(asking[:8])
+        assert len(os.listdir("/proc/self/fd")) <= before + 6
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket() as next_one:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (next_one.fileno(), limits[1]))
+        try:
+            ask(asking[8:])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def has_answer(caller: socket.socket) -> bool:
+    try:
+        return len(caller.recv(100)) == on_host._ANSWER_SIZE
+    except BlockingIOError:
+        return False
 
 
 _FOUND = {"silent": "no answer", "other": "other program", "refused": "refused", "mistaken": "host 15"}
@@ -223,8 +274,8 @@ _FOUND = {"silent": "no answer", "other": "other program", "refused": "refused",
 @pytest.mark.parametrize("last", [*_FOUND, "service", "right"])
 def test_whatever_is_dialed_last_each_is_found_out(last: str, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop watches the last one alone."""
-    monkeypatch.setattr(on_host, "_DIAL_LIMIT", 0.6)
-    monkeypatch.setattr(on_host, "_AGAIN_LIMIT", 0.3)
+    monkeypatch.setattr(on_host, "_DIAL_LIMIT", 1.0)
+    monkeypatch.setattr(on_host, "_AGAIN_LIMIT", 0.5)
     order = sorted([*_FOUND, "service", "right"], key=lambda name: name == last)
     numbers = {name: 15 if name == "right" else order.index(name) * 10 + 1 for name in order}
     with ExitStack() as stack:
@@ -238,7 +289,7 @@ def test_whatever_is_dialed_last_each_is_found_out(last: str, loop: Loop, monkey
             waiting.connect_ex(full.getsockname())
 
         def greet() -> None:
-            with other.accept()[0] as connection:
+            with other.accept()[0] as connection, contextlib.suppress(OSError):  # who gave up before
                 connection.sendall(b"SSH-2.0-other, and some more that is no answer of ours\r\n")
 
         loop.add_reader(other.fileno(), greet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -93,11 +94,11 @@ _IPV6 = bytes.fromhex("fd00" + "0" * 27 + "7")
         ([address(1, 0, (1, b"\n\0\0\7"), (2, b"\n\0\0\7")), message(3)], ["10.0.0.7"]),
         ([address(0x80, 0, (1, _IPV6)) + address(0x80, 253, (1, _IPV6[:-1] + b"\x08")) + message(3)], ["fd00::7"]),
         ([address(flag, 0, (1, _IPV6)) for flag in (0x01, 0x08, 0x20, 0x40)] + [message(3)], []),
-        ([address(0, 0, (1, b"\n\0\0\7")) + message(2, bytes(4)), message(3)], ["10.0.0.7"]),
-        ([message(2, b"\xff\xff\xff\xff")], []),
-        ([address(0, 0, (3, b"eth0")) + bytes(20)], []),
+        ([address(0x80, 0, (1, bytes(12) + b"\n\0\0\7")) + address(0x80, 0, (1, _IPV6)) + message(3)], ["fd00::7"]),
+        ([address(0, 0, (1, b"\n\0\0\7")) + message(3, bytes(4))], ["10.0.0.7"]),
+        ([address(0, 0, (3, b"eth0")) + bytes(20), message(3)], []),
     ],
-    ids=["point to point", "secondary", "link-local", "unusable", "an error after it", "an error", "torn"],
+    ids=["point to point", "secondary", "link-local", "unusable", "compatible", "with a status", "torn"],
 )
 def test_what_the_kernel_may_answer(answers: list[bytes], found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = [interfaces.socket.AF_INET6 if b"\xfd\0" in b"".join(answers) else interfaces.socket.AF_INET]
@@ -105,6 +106,42 @@ def test_what_the_kernel_may_answer(answers: list[bytes], found: list[str], monk
     assert list(interfaces._told(kinds[0])) == found
 
 
-def test_a_kernel_that_does_not_answer_has_no_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interfaces.socket, "socket", _Kernel())
+@pytest.mark.parametrize("kind", [2, 3])
+def test_where_the_kernel_refuses_the_address_of_ssh_is_the_only_one(
+    kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = message(kind, (-errno.EPERM).to_bytes(4, sys.byteorder, signed=True))
+    monkeypatch.setattr(interfaces.socket, "socket", _Kernel(refusal))
+    monkeypatch.setenv("SSH_CONNECTION", "10.1.0.1 50000 10.1.0.7 22")
+    assert interface_addresses() == ["10.1.0.7"]
+    for other in ("127.0.0.1", "::1", "fe80::1%eth0"):
+        monkeypatch.setenv("SSH_CONNECTION", f"10.1.0.1 50000 {other} 22")
+        monkeypatch.setattr(interfaces.socket, "socket", _Kernel(refusal))
+        assert interface_addresses() == []
+    monkeypatch.delenv("SSH_CONNECTION")
+    monkeypatch.setattr(interfaces.socket, "socket", _Kernel(refusal))
     assert interface_addresses() == []
+
+
+def test_a_sandbox_without_netlink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of a service with RestrictAddressFamilies=; other kinds of Unix do not know the name."""
+
+    def refused(*_: int) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "not here")
+
+    monkeypatch.setenv("SSH_CONNECTION", "10.1.0.1 50000 10.1.0.7 22")
+    monkeypatch.setattr(interfaces.socket, "socket", refused)
+    assert interface_addresses() == ["10.1.0.7"]
+    monkeypatch.undo()
+    monkeypatch.setenv("SSH_CONNECTION", "10.1.0.1 50000 10.1.0.7 22")
+    monkeypatch.delattr(interfaces.socket, "AF_NETLINK")
+    assert interface_addresses() == ["10.1.0.7"]
+
+
+@pytest.mark.parametrize(
+    "answers", [[], [message(2, (-errno.ENOBUFS).to_bytes(4, sys.byteorder, signed=True))]], ids=["silence", "no room"]
+)
+def test_what_goes_wrong_otherwise_is_an_error(answers: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interfaces.socket, "socket", _Kernel(*answers))
+    with pytest.raises(OSError):
+        interface_addresses()

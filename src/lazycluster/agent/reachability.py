@@ -48,6 +48,7 @@ _BY_RESET = struct.pack("ii", 1, 0)  # for SO_LINGER
 _NO_ANSWER = "no answer"
 _OTHER_PROGRAM = "other program"
 _NOT_YET = (errno.EAGAIN, errno.ENOTCONN)
+_BROKEN = (errno.ECONNRESET, errno.EPIPE)  # of a connection that there was
 _NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
 
 
@@ -65,22 +66,18 @@ def _unpacked(data: bytes, like: str) -> str:
 
 # --- who answers -------------------------------------------------------------------------------------
 class _Key:
-    """The secret of one probe, which the hosts have from the manager.
-
-    Attributes:
-        question: What this host says first: nobody else is answered.
-    """
+    """The secret of one probe, which the hosts have from the manager."""
 
     def __init__(self, digits: str) -> None:
         self._key = bytes.fromhex(digits)
-        self.question = self._question(os.urandom(_NONCE))
 
-    def _question(self, nonce: bytes) -> bytes:
+    def question(self, nonce: bytes) -> bytes:
+        """Return what a host says first: nobody else is answered."""
         return nonce + self._mac(b"question", nonce)
 
     def is_question(self, data: bytes) -> bool:
         """Tell whether one who knows the key has said this."""
-        return compare_digest(data, self._question(data[:_NONCE]))
+        return compare_digest(data, self.question(data[:_NONCE]))
 
     def answer(self, question: bytes, body: bytes) -> bytes:
         """Return what proves to whoever has asked which host has answered."""
@@ -94,13 +91,16 @@ _QUESTION_SIZE, _ANSWER_SIZE = _NONCE + _MAC, _BODY.size + _MAC
 
 
 class _Listener:
-    """Listens on one address and port, and tells those who know the key which host this is."""
+    """Listens on one address and port, and tells those who know the key which host this is.
 
-    def __init__(self, loop: "Loop", key: _Key, me: int, address: str, port: int) -> None:
-        self._loop, self._key = loop, key
+    Who has asked closes first: otherwise the port would be kept for a minute (TIME_WAIT). So connections that have been
+    answered are put by, those of all listeners together.
+    """
+
+    def __init__(self, loop: "Loop", key: _Key, answered: "Deque[int]", me: int, address: str, port: int) -> None:
+        self._loop, self._key, self._answered = loop, key, answered
         self._body = _BODY.pack(me, _packed(address))
         self._callers: "Dict[int, float]" = {}  # who has not asked yet, and until when each may stay
-        self._answered: "Deque[int]" = deque()
         self._timer: "Optional[Timer]" = None
         self._socket = socket.socket(_family(address), socket.SOCK_STREAM)
         try:
@@ -123,8 +123,11 @@ class _Listener:
                 caller: int = self._socket._accept()[0]  # type: ignore[attr-defined]
             except BlockingIOError:
                 return
-            except OSError:  # no descriptors left: those who wait, wait
-                self._loop.remove_reader(self._socket.fileno())
+            except OSError:  # no descriptors left
+                if self._answered:
+                    _close_all(self._answered)
+                    continue
+                self._loop.remove_reader(self._socket.fileno())  # those who wait, wait
                 self._loop.call_later(_PAUSE, self._watch)
                 return
             if len(self._callers) >= _MOST_CALLERS:
@@ -149,18 +152,19 @@ class _Listener:
         """Answer a question, or have done with whoever says something else; returns False if nothing was said."""
         try:
             question = os.read(caller, _QUESTION_SIZE)
-            if len(question) == _QUESTION_SIZE and self._key.is_question(question):
+            is_ours = len(question) == _QUESTION_SIZE and self._key.is_question(question)
+            if is_ours:
                 os.write(caller, self._key.answer(question, self._body))
-                # Who has asked closes first: otherwise the port would be kept for a minute (TIME_WAIT).
-                self._answered.append(caller)
-                if len(self._answered) > _MOST_ANSWERED:
-                    os.close(self._answered.popleft())
-                return True
         except BlockingIOError:
             return False
         except OSError:
-            pass
-        os.close(caller)
+            is_ours = False
+        if not is_ours:
+            os.close(caller)
+            return True
+        self._answered.append(caller)
+        if len(self._answered) > _MOST_ANSWERED:
+            os.close(self._answered.popleft())
         return True
 
     def _forget(self, caller: int) -> None:
@@ -183,10 +187,13 @@ class _Listener:
         for caller in list(self._callers):
             self._forget(caller)
             os.close(caller)
-        while self._answered:
-            os.close(self._answered.popleft())
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
+
+
+def _close_all(fds: "Deque[int]") -> None:
+    while fds:
+        os.close(fds.popleft())
 
 
 # --- who asks ----------------------------------------------------------------------------------------
@@ -211,6 +218,7 @@ class _Dial:
         self.is_asked = self.is_over = False
         self.reached = self.problem = ""
         self._key, self._bare = key, bare
+        self._question = key.question(os.urandom(_NONCE))
         self._answer = b""
         self._socket: "Optional[socket.socket]" = None
 
@@ -244,7 +252,7 @@ class _Dial:
             elif self._bare:
                 self._see(self._socket)
             else:
-                self._socket.send(self._key.question)
+                self._socket.send(self._question)
                 self.is_asked = True
         except OSError as error:
             if error.errno not in _NOT_YET:
@@ -267,7 +275,7 @@ class _Dial:
         if data and len(self._answer) < _ANSWER_SIZE:
             return
         body = self._answer[: _BODY.size]
-        if not compare_digest(self._answer, self._key.answer(self._key.question, body)):
+        if not compare_digest(self._answer, self._key.answer(self._question, body)):
             self._end(_OTHER_PROGRAM)
             return
         who, reached = _BODY.unpack(body)
@@ -299,8 +307,10 @@ class _Dial:
 def _why(status: "Optional[int]") -> str:
     if status == errno.ECONNREFUSED:
         return "refused"
-    if status in (errno.ETIMEDOUT, errno.ECONNRESET):
+    if status == errno.ETIMEDOUT:
         return _NO_ANSWER
+    if status in _BROKEN:
+        return _OTHER_PROGRAM
     if status in _NO_ROUTE:
         return "unreachable"
     return explained(os.strerror(status or errno.EINVAL))
@@ -316,6 +326,7 @@ class _Participant:
         self._key = _Key(params["key"])
         self._own = interface_addresses()
         self._listeners: "List[_Listener]" = []
+        self._callers: "Deque[int]" = deque()  # connections of others that have been answered
         self._waiting: "Deque[_Dial]" = deque()
         self._open: "Dict[_Dial, None]" = {}
         self._young = 0
@@ -331,12 +342,12 @@ class _Participant:
         self._listen(params["ports"], params.get("address") or "")
 
     def _listen(self, ports: "List[int]", stated: str) -> None:
-        here = [stated] if stated in self._own else self._own
+        here = [stated] if stated in self._own or (stated and not self._own) else self._own
         taken, problem = [], ""
         for address in here:
             for port in ports:
                 try:
-                    self._listeners.append(_Listener(self._loop, self._key, self._me, address, port))
+                    self._listeners.append(_Listener(self._loop, self._key, self._callers, self._me, address, port))
                 except OSError as error:
                     if error.errno in (errno.EADDRINUSE, errno.EACCES):
                         taken.append(port)
@@ -460,6 +471,7 @@ class _Participant:
             dial.close()
         for listener in self._listeners:
             listener.close()
+        _close_all(self._callers)
         self._open.clear()
         self._listeners.clear()
 
