@@ -97,11 +97,11 @@ class _Listener:
     answered are put by, those of all listeners together.
     """
 
-    def __init__(self, loop: "Loop", key: _Key, answered: "Deque[int]", me: int, address: str, port: int) -> None:
+    def __init__(self, loop: Loop, key: _Key, answered: Deque[int], me: int, address: str, port: int) -> None:
         self._loop, self._key, self._answered = loop, key, answered
         self._body = _BODY.pack(me, _packed(address))
-        self._callers: "Dict[int, float]" = {}  # who has not asked yet, and until when each may stay
-        self._timer: "Optional[Timer]" = None
+        self._callers: Dict[int, float] = {}  # who has not asked yet, and until when each may stay
+        self._timer: Optional[Timer] = None
         self._socket = socket.socket(_family(address), socket.SOCK_STREAM)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -191,7 +191,7 @@ class _Listener:
         self._socket.close()
 
 
-def _close_all(fds: "Deque[int]") -> None:
+def _close_all(fds: Deque[int]) -> None:
     while fds:
         os.close(fds.popleft())
 
@@ -220,7 +220,7 @@ class _Dial:
         self._key, self._bare = key, bare
         self._question = key.question(os.urandom(_NONCE))
         self._answer = b""
-        self._socket: "Optional[socket.socket]" = None
+        self._socket: Optional[socket.socket] = None
 
     def begin(self) -> None:
         """Connect."""
@@ -293,7 +293,7 @@ class _Dial:
         """Do not wait any longer."""
         self._end(_NO_ANSWER)
 
-    def again(self) -> "_Dial":
+    def again(self) -> _Dial:
         """Return another try."""
         return _Dial(self._key, self.peer, self.address, self.port, self._bare, is_second=True)
 
@@ -304,7 +304,7 @@ class _Dial:
             self._socket.close()
 
 
-def _why(status: "Optional[int]") -> str:
+def _why(status: Optional[int]) -> str:
     if status == errno.ECONNREFUSED:
         return "refused"
     if status == errno.ETIMEDOUT:
@@ -319,29 +319,29 @@ def _why(status: "Optional[int]") -> str:
 class _Participant:
     """Part of one host in a probe: it listens, dials when it is told whom, and reports the results."""
 
-    def __init__(self, channel: "RequestChannel") -> None:
+    def __init__(self, channel: RequestChannel) -> None:
         params = channel.params
         self._channel, self._loop = channel, channel.loop
         self._me = int(params["me"])
         self._key = _Key(params["key"])
         self._own = interface_addresses()
-        self._listeners: "List[_Listener]" = []
-        self._callers: "Deque[int]" = deque()  # connections of others that have been answered
-        self._waiting: "Deque[_Dial]" = deque()
-        self._open: "Dict[_Dial, None]" = {}
+        self._listeners: List[_Listener] = []
+        self._callers: Deque[int] = deque()  # connections of others that have been answered
+        self._waiting: Deque[_Dial] = deque()
+        self._open: Dict[_Dial, None] = {}
         self._young = 0
         self._watched = -1  # the descriptor of the newest dial
         self._began = self._answered = 0.0  # when the dials began, and when one was answered last
-        self._failed: "List[List[Any]]" = []
-        self._reached: "Dict[Tuple[int, str], str]" = {}
-        self._deadline: "Optional[Timer]" = None
-        self._tick: "Optional[Timer]" = None
+        self._failed: List[List[Any]] = []
+        self._reached: Dict[Tuple[int, str], str] = {}
+        self._deadline: Optional[Timer] = None
+        self._tick: Optional[Timer] = None
         channel.on_control = self._dial_all
         channel.on_abandon = self._close
         self._timer = self._loop.call_later(_LIFETIME, self._overdue)
         self._listen(params["ports"], params.get("address") or "")
 
-    def _listen(self, ports: "List[int]", stated: str) -> None:
+    def _listen(self, ports: List[int], stated: str) -> None:
         here = [stated] if stated in self._own or (stated and not self._own) else self._own
         taken, problem = [], ""
         for address in here:
@@ -361,7 +361,7 @@ class _Participant:
             problem=problem,
         )
 
-    def _dial_all(self, message: "Dict[str, Any]") -> None:
+    def _dial_all(self, message: Dict[str, Any]) -> None:
         """Dial as told: [host, address, ports where its listener is, ports of services that run], ..."""
         # Each begins with the host behind itself: otherwise all would dial the first one at once.
         for peer, address, ports, running in sorted(
@@ -476,7 +476,7 @@ class _Participant:
         self._listeners.clear()
 
 
-def reach(channel: "RequestChannel") -> None:
+def reach(channel: RequestChannel) -> None:
     """Handle the request `reach`: prove to other hosts that they reach this one, and find out which it reaches.
 
     It listens on the `ports` of its own addresses (of the one `address` if that was stated and is its own), and says so
